@@ -1,0 +1,1 @@
+"""The application: training, inference, evaluation, reporting, and the command line over them."""

@@ -1,0 +1,32 @@
+"""``znormseg demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+
+def demo(
+    *,
+    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for everything the demo makes.")] = Path(
+        "znormseg-demo"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
+) -> None:
+    """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
+    from app.demo import COMMANDS, run_demo  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.evaluation.evaluate import rows  # noqa: PLC0415
+
+    with terminal.watched() as on_progress:
+        outcome = run_demo(out, on_progress=on_progress)
+    if as_json:
+        terminal.json_result(outcome.to_json())
+        return
+    terminal.result(terminal.table(rows(outcome.evaluation)))
+    terminal.result(f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:")
+    for what, command in COMMANDS:
+        terminal.result(f"  {command}\n      {what}")

@@ -1,0 +1,39 @@
+"""``znormseg evaluate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+
+def evaluate(
+    *,
+    predictions: Annotated[Path, typer.Argument(help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders.")],
+    references: Annotated[Path, typer.Argument(help="Folder of expert label maps, named in any of the same ways.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
+) -> None:
+    """Score predictions against references: Dice, HD95, sensitivity, specificity, volumes by region and case."""
+    from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
+
+    scores = score(predictions, references)
+    if out is not None:
+        write_table(scores, out)
+    if as_json:
+        terminal.json_result(scores.to_json())
+    else:
+        terminal.result(terminal.table(rows(scores)))
+    for case, text in scores.failures.items():
+        terminal.say(f"znormseg: {case}: {text}")
+    for what, ids in (("prediction", scores.missing_predictions), ("reference", scores.missing_references)):
+        if ids:
+            terminal.say(f"no {what} for {len(ids)} cases: {', '.join(ids[:5])}{' ...' if len(ids) > 5 else ''}")
+    if scores.failures:
+        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+
+        raise typer.Exit(EXIT_SOME_FAILED)

@@ -1,0 +1,52 @@
+"""The command ``znormseg``: its verbs, and what happens to their errors."""
+
+from __future__ import annotations
+
+import sys
+from importlib import metadata
+from typing import Annotated
+
+import typer
+
+from app.cli import data, demo, evaluate, predict, terminal, train
+
+app = typer.Typer(
+    name="znormseg",
+    help="Brain-tumour MRI segmentation: train with ZNorm, predict NIfTI volumes, score them. Research use only.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+app.add_typer(data.app, name="data")
+app.command(name="train")(train.train)
+app.command(name="predict")(predict.predict)
+app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="demo")(demo.demo)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"znormseg {metadata.version('znormseg')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    *,
+    version: Annotated[  # noqa: ARG001 - its callback does the work
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+) -> None:
+    """Take the options that stand before the verb."""
+    terminal.settings.debug = debug
+
+
+def run() -> None:
+    """Entry point of the console script."""
+    try:
+        code = app(standalone_mode=False)
+    except BaseException as error:
+        code = terminal.fail(error)
+    sys.exit(code if isinstance(code, int) else 0)

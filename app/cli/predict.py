@@ -1,0 +1,102 @@
+"""``znormseg predict``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli import terminal
+
+if TYPE_CHECKING:
+    from data.labels import Contrast
+    from data.layouts import Case
+
+_CONTRAST_HELP = "Image of this contrast, instead of INPUT."
+
+
+def predict(
+    *,
+    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    places: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[INPUT] OUTPUT", help="A case folder or a folder of cases, then the folder to write to."
+        ),
+    ],
+    t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
+    t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,
+    t2: Annotated[Path | None, typer.Option("--t2", help=_CONTRAST_HELP)] = None,
+    flair: Annotated[Path | None, typer.Option("--flair", help=_CONTRAST_HELP)] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", help="Label numbers: brats2021 (ET 4) or brats2023 (ET 3); default as the input's."),
+    ] = None,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
+
+    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D
+    """
+    given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
+    files = {contrast: path for contrast, path in given.items() if path is not None}
+    if len(places) != (1 if files else 2):
+        raise typer.BadParameter(
+            "with --t1, --t1c, --t2 and --flair give RUN and OUTPUT alone" if files else "give RUN, INPUT and OUTPUT"
+        )
+    from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.inference.model import load_model  # noqa: PLC0415
+    from app.inference.predict import predict as predict_cases  # noqa: PLC0415
+    from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
+    from data.labels import CONVENTIONS  # noqa: PLC0415
+
+    if labels is not None and labels not in CONVENTIONS:
+        raise typer.BadParameter(f"--labels takes {' or '.join(CONVENTIONS)}, got {labels!r}")
+    try:
+        runtime = choose_runtime(RuntimeConfig(device=device))
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from error
+    cases = _cases(files, places[0])
+    with terminal.watched() as on_progress:
+        model = load_model(run, runtime)
+        outcome = predict_cases(
+            model,
+            cases,
+            places[-1],
+            runtime=runtime,
+            labels=None if labels is None else CONVENTIONS[labels],
+            on_progress=on_progress,
+        )
+    if as_json:
+        terminal.json_result(outcome.to_json())
+    else:
+        _show(outcome.done, places[-1])
+    _exit(len(outcome.done), outcome.failures)
+
+
+def _cases(files: dict[Contrast, Path], source: Path) -> tuple[Case, ...]:
+    from data.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
+
+    return (case_from_files(files),) if files else find_cases(source)
+
+
+def _show(done: tuple[object, ...], output: Path) -> None:
+    from app.inference.predict import DISCLAIMER, Prediction  # noqa: PLC0415 - slow to import
+
+    rows = [["case", "WT ml", "TC ml", "ET ml", "s"]]
+    for prediction in done:
+        assert isinstance(prediction, Prediction)
+        volumes, seconds = prediction.content["volumes_ml"], prediction.content["seconds"]
+        rows.append([prediction.case, *(f"{volumes[r]:.1f}" for r in volumes), f"{sum(seconds.values()):.1f}"])
+    terminal.result(terminal.table(rows))
+    terminal.result(f"label maps in {output}. {DISCLAIMER}")
+
+
+def _exit(done: int, failures: dict[str, str]) -> None:
+    from app.errors import EXIT_DATA, EXIT_SOME_FAILED  # noqa: PLC0415
+
+    if failures:
+        terminal.say(f"znormseg: {len(failures)} of {done + len(failures)} cases failed: {', '.join(failures)}")
+        raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_DATA)

@@ -1,0 +1,166 @@
+"""What the command line shows: messages and progress on stderr, results on stdout, an error as a line and a code."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import click
+import typer
+
+if TYPE_CHECKING:
+    from app.progress import OnProgress, Progress
+
+
+@dataclass
+class Settings:
+    """Options that stand before the verb."""
+
+    debug: bool = False
+
+
+settings = Settings()
+
+#: Without a terminal, progress becomes a line at most this often.
+_SECONDS_BETWEEN_LINES = 15.0
+
+
+def say(text: str) -> None:
+    """A message for the user, on stderr."""
+    typer.echo(text, err=True)
+
+
+def result(text: str) -> None:
+    """A result, on stdout."""
+    typer.echo(text)
+
+
+def json_result(content: Any) -> None:
+    """A result as one JSON object on stdout."""
+    typer.echo(json.dumps(content, indent=1))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of text as a table, the first column to the left, the others to the right."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def fail(error: BaseException) -> int:
+    """Tell the user what went wrong, and give the exit code for it."""
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+        error = KeyboardInterrupt()
+    from app.errors import EXIT_FAULT, exit_code, message  # noqa: PLC0415 - the help need not load it
+
+    code = exit_code(error)
+    if settings.debug:
+        traceback.print_exception(error)
+    if code == EXIT_FAULT:
+        say(f"znormseg: a fault of this program: {type(error).__name__}: {error}")
+        say("Please report it with what `znormseg --debug ...` prints.")
+    else:
+        say(f"znormseg: {message(error)}")
+    return code
+
+
+@contextmanager
+def watched() -> Iterator[OnProgress]:
+    """Send the application's messages to stderr, and give a callback that draws its progress there."""
+    log = logging.getLogger("znormseg")
+    log.setLevel(logging.INFO)
+    log.propagate = False
+    drawn: OnProgress
+    if sys.stderr.isatty():
+        from rich.console import Console  # noqa: PLC0415
+        from rich.logging import RichHandler  # noqa: PLC0415
+
+        console = Console(stderr=True)
+        handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+        with _handling(log, handler), _bar(console) as drawn:
+            yield drawn
+    else:
+        handler = logging.StreamHandler(sys.stderr)
+        with _handling(log, handler):
+            yield _Lines()
+
+
+@contextmanager
+def _handling(log: logging.Logger, handler: logging.Handler) -> Iterator[None]:
+    log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+
+
+@contextmanager
+def _bar(console: Any) -> Iterator[OnProgress]:
+    """A progress bar with detail and remaining time."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
+    from rich.progress import Progress as Bar  # noqa: PLC0415
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TaskProgressColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[eta]}"),
+        TextColumn("{task.fields[detail]}"),
+    )
+    with Bar(*columns, console=console, refresh_per_second=4) as bar:
+        tasks: dict[str, Any] = {}
+
+        def draw(progress: Progress) -> None:
+            if progress.job not in tasks:
+                tasks[progress.job] = bar.add_task(progress.job, total=1.0, detail="", eta="")
+            bar.update(
+                tasks[progress.job], completed=progress.share, detail=progress.detail, eta=_eta(progress.eta_seconds)
+            )
+
+        yield draw
+
+
+class _Lines:
+    """Progress as lines, for logs and pipes."""
+
+    def __init__(self) -> None:
+        self._last = 0.0
+        self._job = ""
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if progress.job == self._job and progress.share < 1 and now - self._last < _SECONDS_BETWEEN_LINES:
+            return
+        self._last, self._job = now, progress.job
+        parts = (f"{progress.job} {progress.share:4.0%}", progress.detail, _eta(progress.eta_seconds))
+        say("  ".join(part for part in parts if part))
+
+
+def _eta(seconds: float | None) -> str:
+    """Time left in words.
+
+    Example:
+        >>> _eta(75)
+        'ETA 1:15'
+    """
+    if seconds is None:
+        return ""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"ETA {hours}:{minutes:02}:{rest:02}" if hours else f"ETA {minutes}:{rest:02}"

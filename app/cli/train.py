@@ -1,0 +1,77 @@
+"""``znormseg train``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+
+def train(
+    *,
+    data: Annotated[Path, typer.Argument(help="Folder of cases with label maps.")],
+    run: Annotated[Path, typer.Argument(help="Folder for the run; empty or not there yet.")],
+    config: Annotated[
+        str | None,
+        typer.Option("--config", "-c", help="laptop (default), unet, resunet, resunet-znorm, or a YAML file."),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the config; may be repeated."),
+    ] = None,
+    fold: Annotated[
+        str | None,
+        typer.Option(
+            "--fold",
+            "-f",
+            help="Fold that validates, 0 (default) to 4, split by patient; 'all' trains on every case.",
+        ),
+    ] = None,
+    split: Annotated[
+        Path | None,
+        typer.Option("--split", help='JSON instead of a fold: {"train": [ids], "validation": [ids]}.'),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Train a network on a folder of cases.
+
+    The config gives the budget: --set training.hours=2 or --set training.steps=5000.
+    """
+    number = _fold(fold)
+    if split is not None and fold is not None:
+        raise typer.BadParameter("give either --fold or --split")
+    if resume and (split is not None or fold is not None):
+        raise typer.BadParameter("a resumed run keeps its split; leave out --fold and --split")
+    from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.training import train as training  # noqa: PLC0415
+
+    with terminal.watched() as on_progress:
+        if resume:
+            asked = load_config(config or "laptop", overrides or ()) if config or overrides else None
+            outcome = training.resume(data, run, asked, on_progress=on_progress)
+        else:
+            settings = load_config(config or "laptop", overrides or ())
+            outcome = training.start(data, run, settings, fold=number, split_file=split, on_progress=on_progress)
+    if as_json:
+        terminal.json_result(outcome.to_json())
+        return
+    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.dice or {}).items())
+    terminal.result(f"{outcome.steps} steps in {outcome.seconds:.0f} s; weights of step {outcome.best_step} in {run}")
+    terminal.result(f"validation Dice: {dice or 'no validation cases'}")
+    if outcome.skipped_steps:
+        terminal.result(f"{outcome.skipped_steps} steps were skipped because a gradient was not finite")
+    terminal.result(f"next: znormseg predict {run} CASES OUTPUT")
+
+
+def _fold(text: str | None) -> int | str:
+    if text is None:
+        return 0
+    if text == "all":
+        return text
+    if not text.isdecimal():
+        raise typer.BadParameter(f"--fold takes 0 to 4 or all, got {text!r}")
+    return int(text)

@@ -1,0 +1,1 @@
+"""Complete named runs as YAML: what ``--config NAME`` takes."""

@@ -1,0 +1,79 @@
+"""What can go wrong, and the exit code each kind of it has.
+
+| code | meaning |
+|---|---|
+| 0 | all done |
+| 1 | a fault of this program |
+| 2 | the command line is wrong (unknown option, value missing) |
+| 3 | the data cannot be used |
+| 4 | the configuration is wrong |
+| 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
+| 6 | some cases failed, the others are done |
+| 7 | the machine: disk full, not writable, no such device, out of memory |
+| 130 | interrupted |
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Final
+
+from data.errors import DataError
+
+EXIT_FAULT: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_DATA: Final = 3
+EXIT_CONFIG: Final = 4
+EXIT_RUN: Final = 5
+EXIT_SOME_FAILED: Final = 6
+EXIT_MACHINE: Final = 7
+EXIT_INTERRUPTED: Final = 130
+
+
+class ConfigError(ValueError):
+    """A config file or an override cannot be used. The message names the key, the value and what is allowed."""
+
+
+class RunError(RuntimeError):
+    """A run folder cannot be used as asked. The message names the folder and the way out."""
+
+
+class DeviceError(RuntimeError):
+    """The device asked for is not there. The message names it and what is there."""
+
+
+class InterruptedRunError(Exception):
+    """Training was interrupted and its state saved. The message says how to go on."""
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code for an exception, from the table above."""
+    match error:
+        case DataError():
+            return EXIT_DATA
+        case ConfigError():
+            return EXIT_CONFIG
+        case RunError():
+            return EXIT_RUN
+        case DeviceError() | OSError() | MemoryError():
+            return EXIT_MACHINE
+        case KeyboardInterrupt() | InterruptedRunError():
+            return EXIT_INTERRUPTED
+    return EXIT_FAULT
+
+
+def message(error: BaseException) -> str:
+    """One line for the user: what came, and what to do about it."""
+    if isinstance(error, OSError) and not isinstance(error, DataError):
+        place = f"{error.filename}: " if error.filename else ""
+        advice = {
+            errno.ENOSPC: "Free some space, or choose another folder.",
+            errno.EACCES: "Choose a folder you may write to.",
+            errno.EROFS: "The file system is read-only; choose another folder.",
+        }.get(error.errno or 0, "")
+        return f"{place}{error.strerror or error}. {advice}".rstrip()
+    if isinstance(error, MemoryError):
+        return "out of memory. Use a smaller patch or batch, or close other programs."
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted"
+    return str(error)

@@ -1,0 +1,284 @@
+"""Score a folder of predicted label maps against a folder of reference label maps, case by case."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import os
+import statistics
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, TypeVar
+
+import numpy as np
+
+from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores, region_scores
+from data.errors import DataError
+from data.labels import REGIONS, LabelConvention, Region, decide_convention, decode
+from data.layouts import find_label_maps
+from data.nifti import grid_difference, read_label_map, reorient, replacing
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+#: The numbers of each region, in the order in which every file and table gives them.
+METRICS: Final = tuple(field.name for field in dataclasses.fields(RegionScores))
+
+_NAMING_RULES: Final = (
+    "A label map is matched by its case id, the file name without -seg or _seg and .nii or .nii.gz: "
+    "<case>.nii.gz, <case>-seg.nii.gz and <case>_seg.nii.gz all belong to <case>."
+)
+_SHOWN: Final = 3
+_IN_TERMINAL: Final = {"dice": ".3f", "hd95_mm": ".1f"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseScores:
+    """The scores of one case."""
+
+    case: str
+    """Case id."""
+    regions: Mapping[Region, RegionScores]
+    """Scores of WT, TC and ET."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """The scores of all cases that could be scored, and the names of those that could not."""
+
+    cases: tuple[CaseScores, ...]
+    """Sorted by case id, at least one."""
+    missing_predictions: tuple[str, ...]
+    """Case ids that have a reference but no prediction; they count in no mean."""
+    missing_references: tuple[str, ...]
+    """Case ids that have a prediction but no reference."""
+    failures: Mapping[str, str]
+    """Why a case that has both could not be scored, by case id."""
+    prediction_convention: str
+    """Name of the label convention of the predictions, e.g. ``brats2023``."""
+    reference_convention: str
+    """The same for the references."""
+
+    def summary(self) -> dict[Region, dict[str, float]]:
+        """Mean over cases of every number in :data:`METRICS`, by region, e.g. ``summary()["WT"]["dice"]``."""
+        return self._over_cases(statistics.fmean)
+
+    def medians(self) -> dict[Region, dict[str, float]]:
+        """Median over cases of every number in :data:`METRICS`, by region."""
+        return self._over_cases(statistics.median)
+
+    def to_json(self) -> dict[str, object]:
+        """Everything as plain Python values that ``json.dumps`` accepts.
+
+        Returns:
+            ``regions`` (means), ``cases``, then the medians, what is missing, what failed, and which definitions were
+            used, in words. Distances in mm, volumes in ml, the rest from 0 to 1.
+        """
+        return {
+            "regions": self.summary(),
+            "cases": [
+                {"case": scores.case, **{region: dataclasses.asdict(scores.regions[region]) for region in REGIONS}}
+                for scores in self.cases
+            ],
+            "regions_median": self.medians(),
+            "missing_predictions": list(self.missing_predictions),
+            "missing_references": list(self.missing_references),
+            "failures": dict(self.failures),
+            "prediction_convention": self.prediction_convention,
+            "reference_convention": self.reference_convention,
+            "dice_definition": DICE_DEFINITION,
+            "hd95_definition": HD95_DEFINITION,
+        }
+
+    def _over_cases(self, middle: Callable[[list[float]], float]) -> dict[Region, dict[str, float]]:
+        return {
+            region: {
+                metric: middle([float(getattr(scores.regions[region], metric)) for scores in self.cases])
+                for metric in METRICS
+            }
+            for region in REGIONS
+        }
+
+
+def evaluate(predictions: Path, references: Path, *, on_case: Callable[[str], None] | None = None) -> Evaluation:
+    """Score every case that has a label map in both folders.
+
+    Each side's label convention is decided from all of its files, so predictions with 3 for enhancing tumour can be
+    scored against references with 4. Label maps of one physical grid may be stored in different voxel orders.
+
+    Args:
+        predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
+        references: folder of reference label maps, in any such layout.
+        on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
+            failed.
+
+    Returns:
+        the scores, and by name every case that is missing on one side or could not be scored.
+
+    Raises:
+        DataError: a folder cannot be used, one folder mixes label conventions, the folders have no case in common, or
+            not one case could be scored (the message then gives the reasons).
+
+    Example:
+        >>> evaluation = evaluate(Path("predicted"), Path("BraTS2021"))  # doctest: +SKIP
+        >>> evaluation.summary()["WT"]["dice"]  # doctest: +SKIP
+        0.912
+    """
+    predicted, expected = find_label_maps(predictions), find_label_maps(references)
+    common = sorted(predicted.keys() & expected.keys())
+    if not common:
+        raise DataError(
+            f"no case is in both folders: {predictions} holds {_some(predicted)}; {references} holds "
+            f"{_some(expected)}. {_NAMING_RULES}"
+        )
+    prediction_convention, prediction_faults = _survey(predictions, predicted)
+    reference_convention, reference_faults = _survey(references, expected)
+    faults = reference_faults | prediction_faults
+
+    def score(case: str) -> CaseScores | str:
+        if case in faults:
+            return faults[case]
+        try:
+            return _score_case(case, predicted[case], expected[case], prediction_convention, reference_convention)
+        except (DataError, OSError) as error:
+            return str(error)
+
+    cases: list[CaseScores] = []
+    failures: dict[str, str] = {}
+    for case, outcome in zip(common, _parallel(score, common, on_done=on_case), strict=True):
+        if isinstance(outcome, str):
+            failures[case] = outcome
+        else:
+            cases.append(outcome)
+    if not cases:
+        reasons = " ".join(list(failures.values())[:_SHOWN])
+        raise DataError(f"not one of the {len(common)} cases in both folders could be scored. {reasons}")
+    return Evaluation(
+        cases=tuple(cases),
+        missing_predictions=tuple(sorted(expected.keys() - predicted.keys())),
+        missing_references=tuple(sorted(predicted.keys() - expected.keys())),
+        failures=failures,
+        prediction_convention=prediction_convention.name,
+        reference_convention=reference_convention.name,
+    )
+
+
+def rows(evaluation: Evaluation) -> list[list[str]]:
+    """The table for the terminal: header, one row per case, then mean and median.
+
+    Returns:
+        rows of seven texts each: the case id, then Dice (3 decimals) and HD95 in mm (1 decimal) of WT, TC and ET,
+        e.g. ``["BraTS2021_00000", "0.912", "4.1", ...]``.
+    """
+    return [
+        ["case", *(f"{region} {metric}" for region in REGIONS for metric in ("Dice", "HD95 mm"))],
+        *(
+            [name, *(f"{values[region][metric]:{form}}" for region in REGIONS for metric, form in _IN_TERMINAL.items())]
+            for name, values in _named_values(evaluation)
+        ),
+    ]
+
+
+def write_table(evaluation: Evaluation, path: Path) -> None:
+    """Write all numbers as CSV: columns ``case``, ``WT_dice``, ``WT_hd95_mm``, ...; rows: cases, ``mean``, ``median``.
+
+    Numbers are written in full precision. The file is there whole or not at all.
+
+    Args:
+        evaluation: what to write.
+        path: the CSV file; replaced if it exists.
+
+    Raises:
+        DataError: the folder of ``path`` does not exist, ``path`` is a folder, or the file cannot be written.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: the folder {path.parent} does not exist. Create it first.")
+    try:
+        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            writer.writerow(["case", *(f"{region}_{metric}" for region in REGIONS for metric in METRICS)])
+            for name, values in _named_values(evaluation):
+                writer.writerow([name, *(values[region][metric] for region in REGIONS for metric in METRICS)])
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error}). Choose another place, or free some.") from error
+
+
+def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, dict[str, float]]]]:
+    """The rows of every table: the cases, then mean and median."""
+    for scores in evaluation.cases:
+        yield scores.case, {region: dataclasses.asdict(scores.regions[region]) for region in REGIONS}
+    yield "mean", evaluation.summary()
+    yield "median", evaluation.medians()
+
+
+def _score_case(
+    case: str,
+    prediction_path: Path,
+    reference_path: Path,
+    prediction_convention: LabelConvention,
+    reference_convention: LabelConvention,
+) -> CaseScores:
+    prediction, reference = reorient(read_label_map(prediction_path)), reorient(read_label_map(reference_path))
+    difference = grid_difference(prediction, reference)
+    if difference is not None:
+        raise DataError(
+            f"case {case}: {prediction_path} and {reference_path} lie on different grids: {difference}. "
+            "Resample the prediction to the grid of the reference."
+        )
+    codes = decode(prediction.voxels, prediction_convention), decode(reference.voxels, reference_convention)
+    return CaseScores(case=case, regions=region_scores(*codes, reference.spacing_mm))
+
+
+def _survey(folder: Path, label_maps: dict[str, Path]) -> tuple[LabelConvention, dict[str, str]]:
+    """Decide one side's convention from all of its files; the files that have no say come back by case, with reasons.
+
+    Cases without a counterpart are read as well: they may hold the only 3 or 4 of the data set.
+    """
+
+    def values(path: Path) -> set[int] | str:
+        try:
+            found = {int(value) for value in np.flatnonzero(np.bincount(read_label_map(path).voxels.ravel()))}
+            decide_convention(found)
+        except (DataError, OSError) as error:
+            message = str(error)
+            return message if str(path) in message else f"{path}: {message}"
+        return found
+
+    seen: dict[int, Path] = {}
+    faults: dict[str, str] = {}
+    for (case, path), outcome in zip(label_maps.items(), _parallel(values, label_maps.values()), strict=True):
+        if isinstance(outcome, str):
+            faults[case] = outcome
+        else:
+            seen |= dict.fromkeys(outcome - seen.keys(), path)
+    try:
+        return decide_convention(seen), faults
+    except DataError as error:
+        raise DataError(f"{folder}: {error} (3 in {seen[3]}, 4 in {seen[4]})") from error
+
+
+def _parallel(
+    function: Callable[[_Item], _Result], items: Collection[_Item], *, on_done: Callable[[_Item], None] | None = None
+) -> list[_Result]:
+    """Results in the order of the items, computed on all cores; an exception or Ctrl-C drops what has not begun."""
+    results = []
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        futures = [pool.submit(function, item) for item in items]
+        try:
+            for item, future in zip(items, futures, strict=True):
+                results.append(future.result())
+                if on_done is not None:
+                    on_done(item)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+    return results
+
+
+def _some(label_maps: dict[str, Path]) -> str:
+    """The first few case ids: ``a, b, c and 7 more``."""
+    shown = ", ".join(list(label_maps)[:_SHOWN])
+    return shown if len(label_maps) <= _SHOWN else f"{shown} and {len(label_maps) - _SHOWN} more"

@@ -1,0 +1,334 @@
+"""Scores of a predicted mask against a reference mask, as the BraTS 2023 challenge defines them for whole volumes.
+
+Sources: the scoring script of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py, its "legacy" whole-volume
+scores) for every rule on empty masks; Nikolov et al., "Deep learning to achieve clinically applicable segmentation of
+head and neck anatomy for radiotherapy", arXiv 1809.04430, and their package ``surface-distance`` for the Hausdorff
+distance.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Final, cast
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from data.labels import ENHANCING, REGIONS, Region, region_codes
+
+Mask = npt.NDArray[np.bool_]
+Spacing = tuple[float, float, float]
+
+#: HD95 in mm when exactly one of two masks is empty: the diagonal of 240 x 240 x 155 mm, rounded up (BraTS 2023).
+ONE_EMPTY_HD95_MM: Final = 374.0
+#: One sentence that says which of several "HD95" this is; it goes into every result file.
+HD95_DEFINITION: Final = "surface-distance robust Hausdorff, 95 %; one mask empty 374 mm (BraTS 2023)"
+#: The same for Dice.
+DICE_DEFINITION: Final = "whole volume; both masks empty 1, one mask empty 0 (BraTS 2023)"
+
+_INSIDE_CODE: Final = 255
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionScores:
+    """How well one region of one case was found."""
+
+    dice: float
+    """0 to 1, see :func:`dice`."""
+    hd95_mm: float
+    """Millimetres, see :func:`hausdorff95_mm`."""
+    sensitivity: float
+    """0 to 1, see :func:`sensitivity`."""
+    specificity: float
+    """0 to 1, see :func:`specificity`."""
+    volume_ml: float
+    """Predicted volume in millilitres."""
+    reference_volume_ml: float
+    """Reference volume in millilitres."""
+    volume_error_ml: float
+    """Predicted minus reference volume in millilitres: positive where too much was marked."""
+
+
+def dice(prediction: Mask, reference: Mask) -> float:
+    """Dice overlap, ``2 |P and R| / (|P| + |R|)``.
+
+    Args:
+        prediction: bool, shape (X, Y, Z).
+        reference: bool, same shape.
+
+    Returns:
+        0 to 1; 1 when both masks are empty, 0 when exactly one is (BraTS 2023).
+
+    Raises:
+        ValueError: shapes differ, or a mask is not boolean.
+
+    Example:
+        >>> dice(np.array([[[True, True, False]]]), np.array([[[True, False, False]]]))
+        0.6666666666666666
+    """
+    _require_masks(prediction, reference)
+    marked = _count(prediction) + _count(reference)
+    return 2 * _count(prediction & reference) / marked if marked else 1.0
+
+
+def sensitivity(prediction: Mask, reference: Mask) -> float:
+    """Share of the reference that was found, ``TP / (TP + FN)``.
+
+    Args:
+        prediction: bool, shape (X, Y, Z).
+        reference: bool, same shape.
+
+    Returns:
+        0 to 1; with an empty reference 1 if the prediction is empty too, else 0 (BraTS 2023).
+
+    Raises:
+        ValueError: shapes differ, or a mask is not boolean.
+
+    Example:
+        >>> sensitivity(np.array([[[True, False, False]]]), np.array([[[True, True, False]]]))
+        0.5
+    """
+    _require_masks(prediction, reference)
+    positives = _count(reference)
+    if positives == 0:
+        return 0.0 if prediction.any() else 1.0
+    return _count(prediction & reference) / positives
+
+
+def specificity(prediction: Mask, reference: Mask) -> float:
+    """Share of the voxels outside the reference that were left alone, ``TN / (TN + FP)``.
+
+    Args:
+        prediction: bool, shape (X, Y, Z).
+        reference: bool, same shape.
+
+    Returns:
+        0 to 1; 0 when the reference fills the whole grid, as the BraTS 2023 script has it (it adds the smallest float
+        to the denominator).
+
+    Raises:
+        ValueError: shapes differ, or a mask is not boolean.
+
+    Example:
+        >>> specificity(np.array([[[True, False, False]]]), np.array([[[False, False, True]]]))
+        0.5
+    """
+    _require_masks(prediction, reference)
+    negatives = reference.size - _count(reference)
+    true_negatives = reference.size - _count(prediction | reference)
+    return true_negatives / negatives if negatives else 0.0
+
+
+def volume_ml(mask: Mask, spacing_mm: Spacing) -> float:
+    """Volume of a mask: number of voxels times the volume of one, 1 ml being 1000 cubic millimetres.
+
+    Args:
+        mask: bool, any shape.
+        spacing_mm: voxel edge lengths in mm.
+
+    Returns:
+        millilitres.
+
+    Raises:
+        ValueError: the spacing is not three positive finite numbers.
+
+    Example:
+        >>> volume_ml(np.ones((10, 10, 10), dtype=bool), (1.0, 1.0, 2.0))
+        2.0
+    """
+    _require_spacing(spacing_mm)
+    return _count(mask) * (spacing_mm[0] * spacing_mm[1] * spacing_mm[2]) / 1000
+
+
+def hausdorff95_mm(prediction: Mask, reference: Mask, spacing_mm: Spacing) -> float:
+    """Robust Hausdorff distance at 95 %, area-weighted: the "HD95" of DeepMind's ``surface-distance`` and of BraTS.
+
+    The surface of a mask lives on the corners of the voxel grid: a corner belongs to it when the eight voxels around
+    it are neither all inside nor all outside, and it stands for the area in mm^2 of the marching-cubes patch of those
+    eight. For each direction, with ``d_i`` the Euclidean distance of corner i to the nearest surface corner of the
+    other mask, ascending, and ``a_i`` its area, the robust distance is the first ``d_k`` with
+    ``a_1 + ... + a_k >= 0.95 sum(a)``. The result is the larger of the two directions.
+
+    Other programs weight every border voxel alike, or pool the two directions; their "HD95" differs.
+
+    Args:
+        prediction: bool, shape (X, Y, Z).
+        reference: bool, same shape.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z.
+
+    Returns:
+        millimetres; 0 when both masks are empty, 374 when exactly one is (BraTS 2023).
+
+    Raises:
+        ValueError: shapes differ, a mask is not boolean, or the spacing is not three positive finite numbers.
+
+    Example:
+        >>> first, second = np.zeros((2, 9, 9, 9), dtype=bool)
+        >>> first[2:5, 2:5, 2:5] = second[4:7, 2:5, 2:5] = True
+        >>> hausdorff95_mm(first, second, (1.5, 1.0, 1.0))
+        3.0
+    """
+    _require_masks(prediction, reference)
+    _require_spacing(spacing_mm)
+    if not prediction.any() or not reference.any():
+        return ONE_EMPTY_HD95_MM if prediction.any() or reference.any() else 0.0
+    box = _joint_box(prediction, reference)
+    areas_mm2 = _surface_areas_mm2(spacing_mm)
+    prediction_codes, reference_codes = _corner_codes(prediction[box]), _corner_codes(reference[box])
+    return max(
+        _directed_hausdorff95_mm(prediction_codes, reference_codes, spacing_mm, areas_mm2),
+        _directed_hausdorff95_mm(reference_codes, prediction_codes, spacing_mm, areas_mm2),
+    )
+
+
+def region_scores(
+    prediction_codes: npt.NDArray[np.uint8], reference_codes: npt.NDArray[np.uint8], spacing_mm: Spacing
+) -> dict[Region, RegionScores]:
+    """All scores of one case, for whole tumour, tumour core and enhancing tumour.
+
+    Args:
+        prediction_codes: label map in the program's codes 0 to 3 (see ``data.labels``), shape (X, Y, Z).
+        reference_codes: the same for the reference, same shape and grid.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z.
+
+    Returns:
+        scores by region, in the order of ``data.labels.REGIONS``.
+
+    Raises:
+        ValueError: shapes differ, a code above 3, or the spacing is not three positive finite numbers.
+
+    Example:
+        >>> codes = np.full((10, 10, 10), 2, dtype=np.uint8)  # oedema everywhere: no core
+        >>> scores = region_scores(codes, codes, (1.0, 1.0, 1.0))
+        >>> scores["WT"].volume_ml, scores["TC"].volume_ml, scores["TC"].dice
+        (1.0, 0.0, 1.0)
+    """
+    scores: dict[Region, RegionScores] = {}
+    for region in REGIONS:
+        prediction, reference = _region_mask(prediction_codes, region), _region_mask(reference_codes, region)
+        predicted_ml, reference_ml = volume_ml(prediction, spacing_mm), volume_ml(reference, spacing_mm)
+        scores[region] = RegionScores(
+            dice=dice(prediction, reference),
+            hd95_mm=hausdorff95_mm(prediction, reference, spacing_mm),
+            sensitivity=sensitivity(prediction, reference),
+            specificity=specificity(prediction, reference),
+            volume_ml=predicted_ml,
+            reference_volume_ml=reference_ml,
+            volume_error_ml=predicted_ml - reference_ml,
+        )
+    return scores
+
+
+def _count(mask: Mask) -> int:
+    """Marked voxels as a plain int, so that ratios are plain floats and not numpy scalars."""
+    return int(np.count_nonzero(mask))
+
+
+def _region_mask(codes: npt.NDArray[np.uint8], region: Region) -> Mask:
+    """Mask of one region; one at a time, since a stack of three is memory that nobody needs at once."""
+    inside = np.zeros(ENHANCING + 1, dtype=np.bool_)
+    inside[list(region_codes(region))] = True
+    if codes.size and codes.max() > ENHANCING:
+        raise ValueError(
+            f"label codes go from 0 to {ENHANCING}, but {codes.max()} occurs; decode the file's labels first"
+        )
+    return inside[codes]
+
+
+def _require_masks(prediction: Mask, reference: Mask) -> None:
+    if prediction.shape != reference.shape:
+        raise ValueError(
+            f"prediction of shape {prediction.shape} and reference of shape {reference.shape} must be alike"
+        )
+    if prediction.dtype != np.bool_ or reference.dtype != np.bool_:
+        raise ValueError(f"masks must be boolean, not {prediction.dtype} and {reference.dtype}")
+
+
+def _require_spacing(spacing_mm: Spacing) -> None:
+    if len(spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in spacing_mm):
+        raise ValueError(f"the spacing must be three positive lengths in mm, not {spacing_mm}")
+
+
+def _joint_box(prediction: Mask, reference: Mask) -> tuple[slice, slice, slice]:
+    """Smallest box that holds both masks.
+
+    Cropping to it loses nothing: every voxel outside is outside both masks, as the border that ``_corner_codes`` adds,
+    so both surfaces, and with them all distances between them, stay the same.
+    """
+    marked = prediction | reference
+    spans = []
+    for axis in range(3):
+        others = tuple(other for other in range(3) if other != axis)
+        used = np.flatnonzero(marked.any(axis=others))
+        spans.append(slice(int(used[0]), int(used[-1]) + 1))
+    return (spans[0], spans[1], spans[2])
+
+
+def _corner_codes(mask: Mask) -> npt.NDArray[np.uint8]:
+    """Which of the eight voxels around each grid corner are inside, one bit each.
+
+    Shape (X + 1, Y + 1, Z + 1). The voxel before the corner on all three axes has the highest bit, the one after it on
+    all three axes the lowest, Z running fastest: the bit order of the area table.
+    """
+    padded = np.pad(mask, 1).view(np.uint8)
+    codes = np.zeros(tuple(size + 1 for size in mask.shape), dtype=np.uint8)
+    x, y, z = mask.shape
+    for bit in range(8):
+        i, j, k = bit >> 2 & 1, bit >> 1 & 1, bit & 1
+        codes |= padded[i : i + x + 1, j : j + y + 1, k : k + z + 1] << (7 - bit)
+    return codes
+
+
+def _surface_areas_mm2(spacing_mm: Spacing) -> npt.NDArray[np.float64]:
+    """Area of the surface patch at a corner for each of the 256 codes, shape (256,), in mm^2.
+
+    A patch is up to four triangles. The table gives each as a normal as long as the triangle's area in voxels of unit
+    edges; on other voxels the area of the face perpendicular to each axis scales its component.
+    """
+    dx, dy, dz = spacing_mm
+    face_mm2 = np.array([dy * dz, dx * dz, dx * dy])
+    areas: npt.NDArray[np.float64] = np.linalg.norm(_surface_normals() * face_mm2, axis=-1).sum(axis=-1)
+    return areas
+
+
+@functools.cache
+def _surface_normals() -> npt.NDArray[np.float64]:
+    """MONAI's copy of the surface-distance table: shape (256, 4, 3), all components multiples of 1/8.
+
+    MONAI's public ``get_code_to_measure_table`` computes areas in single precision, whose error can move the 95 %
+    point to the next distance; the normals below it are exact in single precision, so the areas are made from them.
+    """
+    # Here and not above: importing monai takes seconds, which `--help` must not pay.
+    from monai.metrics.utils import _get_neighbour_code_to_normals_table  # noqa: PLC0415
+
+    return cast(npt.NDArray[np.float64], _get_neighbour_code_to_normals_table().double().numpy())
+
+
+def _directed_hausdorff95_mm(
+    from_codes: npt.NDArray[np.uint8],
+    to_codes: npt.NDArray[np.uint8],
+    spacing_mm: Spacing,
+    areas_mm2: npt.NDArray[np.float64],
+) -> float:
+    """The distance within which 95 % of the first surface's area lies of the second surface, in mm."""
+    start = np.nonzero(_on_surface(from_codes))
+    # Only the nearest corners are asked for, not the map of distances: half the memory, and the distances below are
+    # needed at the few corners of one surface only.
+    nearest = ndimage.distance_transform_edt(
+        ~_on_surface(to_codes), sampling=spacing_mm, return_distances=False, return_indices=True
+    )
+    steps_mm = [(nearest[axis][start] - start[axis]) * spacing_mm[axis] for axis in range(3)]
+    distances_mm = np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2)
+    weights_mm2 = areas_mm2[from_codes[start]]
+    # Area breaks ties of distance, as in the original: it fixes the rounding of the cumulative sum.
+    order = np.lexsort((weights_mm2, distances_mm))
+    reached = np.cumsum(weights_mm2[order]) / np.sum(weights_mm2[order])
+    position = min(int(np.searchsorted(reached, 0.95)), len(order) - 1)
+    return float(distances_mm[order[position]])
+
+
+def _on_surface(codes: npt.NDArray[np.uint8]) -> Mask:
+    surface: Mask = (codes != 0) & (codes != _INSIDE_CODE)
+    return surface

@@ -1,0 +1,73 @@
+"""A trained network, read from its run folder: weights, and all that is needed to apply them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from app.config import RunConfig, from_plain
+from app.errors import ConfigError, RunError
+from app.runtime import Runtime
+from app.training.checkpoints import load_newest
+from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
+from data.nifti import Spacing
+from models import build_network
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network ready to predict."""
+
+    network: nn.Module
+    """In eval mode, on the runtime's device."""
+    config: RunConfig
+    spacing_mm: Spacing
+    convention: LabelConvention
+    """What the training data's label numbers mean."""
+    sha256: str
+    """Of the weights' file."""
+    step: int
+
+
+def load_model(run: Path, runtime: Runtime) -> Model:
+    """Load the network of a run: the best on its validation cases, or the last where it had none.
+
+    Args:
+        run: folder that ``train`` made; training may still go on.
+        runtime: where the network goes.
+
+    Raises:
+        RunError: no such folder, no weights in it, weights that were changed, or not those of this program.
+    """
+    if not run.is_dir():
+        raise RunError(f"{run}: {'not a folder' if run.exists() else 'does not exist'}; give the folder of a run")
+    checkpoint = load_newest(run / "checkpoints", "best")
+    if checkpoint is None:
+        raise RunError(f"{run}: no weights there yet. Train it first, or wait for its first validation.")
+    details = checkpoint.details
+    try:
+        if details["contrasts"] != list(CONTRASTS) or details["regions"] != list(REGIONS):
+            raise RunError(
+                f"{run}: trained for other contrasts or regions: {details['contrasts']}, {details['regions']}"
+            )
+        config = from_plain(details["config"], str(run))
+        convention = CONVENTIONS[details["labels"]]
+        x, y, z = details["spacing_mm"]
+        network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
+        network.load_state_dict(checkpoint.weights)
+    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        if isinstance(error, RunError):
+            raise
+        raise RunError(f"{run}: the weights do not fit this version ({error}). Train again.") from error
+    network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+    network.eval()
+    return Model(
+        network=network,
+        config=config,
+        spacing_mm=(x, y, z),
+        convention=convention,
+        sha256=checkpoint.sha256,
+        step=checkpoint.step,
+    )

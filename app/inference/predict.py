@@ -1,0 +1,141 @@
+"""Label maps for cases: from their files to files on the same grid."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.nn import functional
+
+from app.inference.model import Model
+from app.inference.windows import sliding_logits
+from app.progress import LOG, OnProgress, Progress, silent
+from app.runlog import write_json
+from app.runtime import Runtime, versions
+from data.errors import DataError
+from data.labels import CONVENTIONS, REGIONS, LabelConvention, encode, from_regions, to_regions
+from data.layouts import Case
+from data.nifti import spacing_of, write_label_map
+from data.preprocess import Prepared, prepare, to_native_grid
+
+DISCLAIMER = "Research use only; not a medical device."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """What was written for one case."""
+
+    case: str
+    label_map: Path
+    content: dict[str, Any]
+    """As in ``<case>.json``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Predictions:
+    """What was written for all cases, and what could not be."""
+
+    done: tuple[Prediction, ...]
+    failures: dict[str, str]
+    """Case id to message."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {"cases": [prediction.content for prediction in self.done], "failures": self.failures}
+
+
+def predict(
+    model: Model,
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    runtime: Runtime,
+    labels: LabelConvention | None = None,
+    on_progress: OnProgress = silent,
+) -> Predictions:
+    """Predict cases one after the other; a bad case is noted and does not stop the others.
+
+    Args:
+        model: the trained network.
+        cases: what to predict.
+        output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
+        runtime: as the model was loaded for.
+        labels: numbers of the label maps; None takes those that go with each case's file names, else the model's.
+        on_progress: told which case is being worked on.
+
+    Raises:
+        DataError: ``output`` is a file.
+        OSError: ``output`` cannot be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise DataError(f"{output} is a file; give a folder for the label maps")
+    output.mkdir(parents=True, exist_ok=True)
+    done: list[Prediction] = []
+    failures: dict[str, str] = {}
+    for number, case in enumerate(cases):
+        on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
+        try:
+            done.append(_predict_case(model, case, output, runtime, labels))
+        except DataError as error:
+            failures[case.id] = str(error)
+            LOG.error("%s", error)
+    on_progress(Progress(job="predicting", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
+    return Predictions(done=tuple(done), failures=failures)
+
+
+def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
+    """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
+    logits = sliding_logits(
+        model.network,
+        torch.from_numpy(prepared.image),
+        window=model.config.training.patch_voxels,
+        overlap=model.config.inference.overlap,
+        runtime=runtime,
+    )
+    if tuple(logits.shape[1:]) != prepared.box_shape:
+        # Logits, not labels, go to the finer grid: borders stay smooth.
+        logits = functional.interpolate(logits[None], prepared.box_shape, mode="trilinear", align_corners=False)[0]
+    masks = (logits > 0).cpu().numpy() & prepared.brain
+    return to_native_grid(from_regions(masks), prepared)
+
+
+def _predict_case(
+    model: Model, case: Case, output: Path, runtime: Runtime, labels: LabelConvention | None
+) -> Prediction:
+    began = time.monotonic()
+    prepared = prepare(case, spacing_mm=model.spacing_mm)
+    was_read = time.monotonic()
+    codes = predict_codes(model, prepared, runtime)
+    computed = time.monotonic()
+    convention = labels or CONVENTIONS.get(case.naming or "", model.convention)
+    label_map = output / f"{case.id}.nii.gz"
+    write_label_map(label_map, encode(codes, convention), case.contrasts["t1c"])
+    seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
+    voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
+    volumes = [float(mask.sum()) * voxel_ml for mask in to_regions(codes)]
+    content = {
+        "case": case.id,
+        "label_map": str(label_map),
+        "volumes_ml": {region: round(ml, 3) for region, ml in zip(REGIONS, volumes, strict=True)},
+        "labels": {
+            "convention": convention.name,
+            "necrosis": convention.necrosis,
+            "oedema": convention.oedema,
+            "enhancing": convention.enhancing,
+        },
+        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
+        "weights_sha256": model.sha256,
+        "weights_step": model.step,
+        "runtime": list(runtime.reasons),
+        "versions": versions(),
+        "notice": DISCLAIMER,
+    }
+    write_json(output / f"{case.id}.json", content)
+    return Prediction(case=case.id, label_map=label_map, content=content)

@@ -1,0 +1,134 @@
+"""The run folder: resolved config, split, provenance, metrics.
+
+A run folder holds::
+
+    config.yaml     the resolved config
+    split.json      case ids by part
+    run.json        data, conventions, versions, machine
+    metrics.jsonl   one JSON object a line: kind train or validation
+    tensorboard/    the same for TensorBoard
+    checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
+    cache/          prepared cases; may be deleted
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from app.errors import RunError
+from data.nifti import replacing
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write JSON, whole or not at all."""
+    with replacing(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    """Read JSON of a run folder.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: missing or damaged ({error}). Is {path.parent} a run folder?") from error
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Every record of a run's metrics.jsonl; a line cut short by a crash is left out."""
+    records = []
+    path = run / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+def require_new(run: Path) -> None:
+    """Make sure that a run can start in a folder.
+
+    Raises:
+        RunError: it is a file, or holds something.
+    """
+    if run.exists() and not run.is_dir():
+        raise RunError(f"{run} is a file; give a folder for the run")
+    if run.is_dir() and any(entry.name != LOCK for entry in run.iterdir()):
+        raise RunError(f"{run} is not empty. Go on with --resume, or give another folder.")
+
+
+#: Held while a process trains in the folder.
+LOCK = ".lock"
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold a run folder for this process; the lock goes with the process, however it ends.
+
+    Raises:
+        RunError: another process trains there.
+    """
+    import fcntl  # noqa: PLC0415 - not on every system
+
+    run.mkdir(parents=True, exist_ok=True)
+    with (run / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{run}: another process is training there. Wait for it, or give another folder.") from None
+        yield
+
+
+class MetricsLog:
+    """Appends records to metrics.jsonl and TensorBoard."""
+
+    def __init__(self, run: Path, *, keep_up_to_step: int) -> None:
+        """Open the log; records after ``keep_up_to_step``, from steps that will be done again, are dropped."""
+        kept = [record for record in read_metrics(run) if record["step"] <= keep_up_to_step]
+        path = run / "metrics.jsonl"
+        with replacing(path) as beside:
+            beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        self._file: IO[str] = path.open("a", encoding="utf-8")
+        self._board: SummaryWriter = _summary_writer(run / "tensorboard", keep_up_to_step)
+
+    def train(self, *, step: int, loss: float, learning_rate: float, seconds: float, skipped_steps: int) -> None:
+        """Record one training step; ``seconds`` since the run began."""
+        self._write(kind="train", step=step, loss=loss, learning_rate=learning_rate, seconds=seconds)
+        self._board.add_scalar("train/loss", loss, step)
+        self._board.add_scalar("train/learning_rate", learning_rate, step)
+        self._board.add_scalar("train/skipped_steps", skipped_steps, step)
+
+    def validation(self, *, step: int, dice: dict[str, float], mean_dice: float, seconds: float) -> None:
+        """Record a validation: Dice by region, their mean."""
+        self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds)
+        for region, value in dice.items():
+            self._board.add_scalar(f"validation/dice_{region}", value, step)
+        self._board.add_scalar("validation/mean_dice", mean_dice, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        self._board.close()
+
+    def _write(self, **record: object) -> None:
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def _summary_writer(folder: Path, step: int) -> SummaryWriter:
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+
+    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

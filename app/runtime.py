@@ -1,0 +1,148 @@
+"""Device, precision, threads, versions: each choice with its reason."""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Final, Literal
+
+import torch
+
+from app.errors import DeviceError
+
+#: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
+_BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RuntimeConfig:
+    """What a run computes on."""
+
+    device: str = "auto"
+    """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """``auto`` takes bfloat16 autocast where the hardware multiplies it."""
+    channels_last: bool = True
+    """Keep channels innermost in memory; faster for small 3D U-Nets on CPU."""
+    loader_threads: int = 2
+    """Threads that make batches."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.loader_threads <= 256:
+            raise ValueError(f"runtime.loader_threads: from 1 to 256, got {self.loader_threads}")
+        if self.device not in ("auto", "cpu", "cuda") and not _is_cuda_index(self.device):
+            raise ValueError(f"runtime.device: auto, cpu, cuda or cuda:N, got {self.device!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """What is computed on, and why."""
+
+    device: torch.device
+    precision: torch.dtype
+    channels_last: bool
+    reasons: tuple[str, ...]
+
+    def autocast(self) -> torch.autocast:
+        """Context for forward passes."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Memory layout of the network's weights and input."""
+        return torch.channels_last_3d if self.channels_last else torch.contiguous_format
+
+
+def choose_runtime(config: RuntimeConfig) -> Runtime:
+    """Choose device and precision.
+
+    Raises:
+        DeviceError: the device asked for is not there.
+    """
+    device, device_reason = _choose_device(config.device)
+    precision, precision_reason = _choose_precision(config.precision, device)
+    return Runtime(
+        device=device,
+        precision=precision,
+        channels_last=config.channels_last,
+        reasons=(device_reason, precision_reason),
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    names = ("znormseg", "torch", "monai", "nibabel", "numpy")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def machine() -> str:
+    """Processor, cores and GPU, in one line."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"{_processor()}, {cores} cores{gpu}"
+
+
+def _choose_device(wanted: str) -> tuple[torch.device, str]:
+    cuda = torch.cuda.is_available()
+    if wanted == "cpu":
+        return torch.device("cpu"), "device cpu: asked for"
+    if wanted == "auto":
+        if cuda:
+            return torch.device("cuda", 0), f"device cuda:0: {torch.cuda.get_device_name(0)} found"
+        return torch.device("cpu"), "device cpu: no CUDA device found"
+    if not cuda:
+        built = "this torch is built without CUDA" if torch.version.cuda is None else "no CUDA device is visible"
+        raise DeviceError(f"device {wanted}: {built}. Use --device cpu, or install a CUDA build and its driver.")
+    device = torch.device(wanted)
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+    return torch.device("cuda", device.index or 0), f"device {wanted}: asked for"
+
+
+def _choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    if wanted != "auto":
+        return getattr(torch, wanted), f"precision {wanted}: asked for"
+    if device.type == "cuda":
+        # Emulated bfloat16 on older GPUs is slower than float32.
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "precision bfloat16: the GPU has it"
+        return torch.float32, "precision float32: the GPU has no bfloat16"
+    if found := sorted(_BF16_FLAGS & _cpu_flags()):
+        return torch.bfloat16, f"precision bfloat16: the CPU has {', '.join(found)}"
+    return torch.float32, "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
+
+
+def _cpu_flags() -> set[str]:
+    for line in _cpuinfo():
+        if line.startswith("flags"):
+            return set(line.partition(":")[2].split())
+    return set()
+
+
+def _processor() -> str:
+    for line in _cpuinfo():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _cpuinfo() -> list[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def _version(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _is_cuda_index(device: str) -> bool:
+    kind, _, index = device.partition(":")
+    return kind == "cuda" and index.isdecimal()

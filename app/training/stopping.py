@@ -1,0 +1,43 @@
+"""Stop a run between two steps when the user or the system asks for it."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+
+@dataclass
+class StopRequest:
+    """Whether someone asked to stop, and how."""
+
+    signal_name: str | None = None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Note SIGINT (Ctrl-C) and SIGTERM instead of ending at once; the old handlers come back afterwards.
+
+    A second signal of the same kind ends the process as usual. Outside the main thread nothing is caught.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    caught = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in caught}
+
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
+        request.signal_name = signal.Signals(number).name
+        signal.signal(number, before[signal.Signals(number)])
+
+    try:
+        for number in caught:
+            signal.signal(number, note)
+        yield request
+    finally:
+        for number in caught:
+            signal.signal(number, before[number])

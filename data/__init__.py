@@ -1,0 +1,1 @@
+"""Disk to arrays and tensors, and back: data sets, NIfTI, labels, preprocessing, phantoms."""

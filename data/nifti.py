@@ -1,0 +1,291 @@
+"""NIfTI volumes in and label maps out: the geometry contract.
+
+A volume is read with its affine and checked before its voxels are touched; a label map is written on exactly the grid
+of a reference file: same shape, affine, qform and sform with their codes, units and zooms.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel import orientations
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+
+from data.errors import DataError
+
+Spacing = tuple[float, float, float]
+
+NIFTI_ENDINGS: Final = (".nii.gz", ".nii")
+#: Voxel order inside the program: x grows to the patient's left, y to posterior, z to superior, as in BraTS files.
+CANONICAL_AXES: Final = ("L", "P", "S")
+#: Larger volumes are refused before any memory is taken (1024 voxels along each axis).
+MAX_VOXELS: Final = 1024**3
+#: Grids that agree to this many millimetres at every corner are the same grid.
+GRID_TOLERANCE_MM: Final = 0.01
+#: Axes may deviate from right angles by this cosine before an affine counts as sheared.
+SHEAR_TOLERANCE: Final = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Volume:
+    """Voxels with the affine that places them.
+
+    ``voxels`` has shape (X, Y, Z); ``affine`` is the 4x4 matrix from voxel index to RAS millimetres.
+    """
+
+    voxels: npt.NDArray[Any]
+    affine: npt.NDArray[np.float64]
+    path: Path
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """Voxel size along each array axis in mm."""
+        return spacing_of(self.affine)
+
+
+def spacing_of(affine: npt.NDArray[np.float64]) -> Spacing:
+    """Voxel size in mm along each array axis: the length of the affine's columns.
+
+    Example:
+        >>> spacing_of(np.diag([-2.0, -1.0, 3.0, 1.0]))
+        (2.0, 1.0, 3.0)
+    """
+    x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
+    return (float(x), float(y), float(z))
+
+
+def canonical_spacing(affine: npt.NDArray[np.float64]) -> Spacing:
+    """Voxel size in mm along the program's own axes (left, posterior, superior) of a grid in any voxel order."""
+    spacing = [0.0, 0.0, 0.0]
+    for own_axis, (axis, _) in zip(spacing_of(affine), orientations.io_orientation(affine), strict=True):
+        spacing[int(axis)] = own_axis
+    return (spacing[0], spacing[1], spacing[2])
+
+
+def strip_nifti_ending(name: str) -> str | None:
+    """File name without ``.nii`` or ``.nii.gz`` (in any case), or None where it has neither.
+
+    Example:
+        >>> strip_nifti_ending("a_t1.NII.gz")
+        'a_t1'
+    """
+    for ending in NIFTI_ENDINGS:
+        if name.lower().endswith(ending):
+            return name[: -len(ending)]
+    return None
+
+
+def read_volume(path: Path) -> Volume:
+    """Read one image as float32, scaled by the header's slope and intercept.
+
+    Args:
+        path: a 3D NIfTI file (``.nii`` or ``.nii.gz``); a trailing axis of length one is dropped.
+
+    Returns:
+        the volume on the file's own voxel order.
+
+    Raises:
+        DataError: the file is missing, damaged, not a NIfTI, not 3D, not real-valued, too large, sheared, or holds
+            NaN or infinity.
+    """
+    with _reading(path):
+        image = _open(path)
+        voxels = np.asanyarray(image.dataobj, dtype=np.float32).reshape(_shape_3d(image, path))
+    if not np.isfinite(voxels).all():
+        count = int(np.count_nonzero(~np.isfinite(voxels)))
+        raise DataError(f"{path}: {count} voxels are NaN or infinite. Repair the file, or leave the case out.")
+    return Volume(voxels=voxels, affine=_affine(image, path), path=path)
+
+
+def read_label_map(path: Path) -> Volume:
+    """Read a label map with the file's own numbers, as uint8; whole numbers stored as floats are accepted.
+
+    Raises:
+        DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
+    """
+    volume = read_volume(path)
+    labels = np.rint(volume.voxels)
+    if not np.array_equal(labels, volume.voxels) or labels.min() < 0 or labels.max() > 255:
+        raise DataError(
+            f"{path}: a label map holds whole numbers from 0 to 255, this file holds others. Is it an image?"
+        )
+    return Volume(voxels=labels.astype(np.uint8), affine=volume.affine, path=path)
+
+
+def read_grid(path: Path) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
+    """Shape and affine from the header alone.
+
+    Raises:
+        DataError: as :func:`read_volume`, but for what only the voxels tell.
+    """
+    with _reading(path):
+        image = _open(path)
+        return _shape_3d(image, path), _affine(image, path)
+
+
+def reorient(volume: Volume) -> Volume:
+    """The same volume in the program's voxel order (LPS): axes swapped and flipped, nothing interpolated."""
+    to_canonical = _orientation_change(volume.affine)
+    affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
+    voxels = orientations.apply_orientation(volume.voxels, to_canonical)
+    return Volume(voxels=np.ascontiguousarray(voxels), affine=affine, path=volume.path)
+
+
+def to_native_order(canonical: npt.NDArray[np.uint8], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Undo :func:`reorient` for an array: from the program's voxel order to that of ``native_affine``."""
+    back = orientations.ornt_transform(
+        orientations.axcodes2ornt(CANONICAL_AXES), orientations.io_orientation(native_affine)
+    )
+    return np.ascontiguousarray(orientations.apply_orientation(canonical, back))
+
+
+def grid_difference(first: Volume, second: Volume) -> str | None:
+    """Say how two grids differ, in words, or return None where they agree.
+
+    Grids agree when their shapes are equal and every corner lies within :data:`GRID_TOLERANCE_MM`.
+    """
+    if first.voxels.shape != second.voxels.shape:
+        return f"shape {_times(first.voxels.shape)} against {_times(second.voxels.shape)} voxels"
+    shape = first.voxels.shape
+    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
+    gaps = ((first.affine - second.affine) @ corners)[:3]
+    if np.abs(gaps).max() <= GRID_TOLERANCE_MM:
+        return None
+    axis, corner = np.unravel_index(np.abs(gaps).argmax(), gaps.shape)
+    origin_mm = first.affine[:3, 3] - second.affine[:3, 3]
+    kind = "the origin differs" if np.allclose(gaps, origin_mm[:, None], atol=GRID_TOLERANCE_MM) else "the grids part"
+    name = ("x (right-left)", "y (anterior-posterior)", "z (inferior-superior)")[axis]
+    return f"{kind} by {abs(gaps[axis, corner]):.2f} mm on axis {name}"
+
+
+def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) -> None:
+    """Write a label map with the grid of a reference file, whole or not at all.
+
+    Args:
+        path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
+        labels: uint8, shape (X, Y, Z) in the reference's own voxel order.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+
+    Raises:
+        DataError: the reference cannot be read, or its shape is not that of ``labels``.
+        OSError: the disk is full or the folder cannot be written to.
+    """
+    with _reading(reference):
+        image = _open(reference)
+        shape = _shape_3d(image, reference)
+    if shape != labels.shape:
+        raise DataError(f"{reference}: its grid is {_times(shape)} voxels, the label map's {_times(labels.shape)}")
+    header = image.header.copy()
+    header.extensions.clear()  # they may hold patient data, and describe the image
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(shape)
+    header.set_intent("none")
+    header["cal_min"], header["cal_max"] = 0, 0
+    header["descrip"] = b"znormseg label map"
+    header["aux_file"] = b""
+    kind: Any = nib.Nifti2Image if isinstance(image, nib.Nifti2Pair) else nib.Nifti1Image
+    result = kind(np.ascontiguousarray(labels, dtype=np.uint8), image.affine, header)
+    result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
+    with replacing(path) as beside:
+        nib.save(result, beside)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes.
+
+    The path given keeps the ending of ``path``, so that writers that look at it do the same as they would have.
+    """
+    beside = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    try:
+        yield beside
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _open(path: Path) -> Any:
+    """The nibabel image, header read and checked, voxels not yet."""
+    if path.is_dir():
+        raise DataError(f"{path}: a folder stands where a NIfTI file is expected")
+    if not path.exists():
+        raise DataError(f"{path}: no such file")
+    if path.stat().st_size == 0:
+        raise DataError(f"{path}: the file is empty. Copy or convert it again.")
+    image = nib.load(path)
+    if not isinstance(image, nib.Nifti1Pair):
+        raise DataError(f"{path}: a {type(image).__name__}, not a NIfTI volume. Convert it to .nii.gz first.")
+    return image
+
+
+def _shape_3d(image: Any, path: Path) -> tuple[int, int, int]:
+    """The three spatial sizes, or a DataError that says what came."""
+    shape = tuple(int(n) for n in image.shape)
+    while len(shape) > 3 and shape[-1] == 1:
+        shape = shape[:-1]
+    if len(shape) != 3 or min(shape) < 1:
+        raise DataError(
+            f"{path}: {len(shape)}D with shape {_times(shape)}; a single 3D volume is needed. Split it first."
+        )
+    dtype = image.get_data_dtype()
+    if dtype.kind not in "iuf":
+        raise DataError(f"{path}: voxels of type {dtype}; a real-valued grey-scale volume is needed")
+    if np.prod(np.array(shape, dtype=np.float64)) > MAX_VOXELS:
+        raise DataError(f"{path}: the header claims {_times(shape)} voxels, more than the {MAX_VOXELS} allowed")
+    return (shape[0], shape[1], shape[2])
+
+
+def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
+    """The affine in use (sform, else qform, else zooms), refused where it places no voxels or is sheared."""
+    affine = np.asarray(image.affine, dtype=np.float64)
+    linear = affine[:3, :3]
+    if not np.isfinite(affine).all() or abs(np.linalg.det(linear)) < 1e-9:
+        raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
+    unit = linear / np.linalg.norm(linear, axis=0)
+    shear = np.abs(unit.T @ unit - np.eye(3)).max()
+    if shear > SHEAR_TOLERANCE:
+        raise DataError(
+            f"{path}: the affine is sheared (cosine {shear:.3f} between axes). Resample to a right-angled grid."
+        )
+    return affine
+
+
+def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Nibabel's orientation transform from an affine's voxel order to the program's."""
+    change: npt.NDArray[np.float64] = orientations.ornt_transform(
+        orientations.io_orientation(affine), orientations.axcodes2ornt(CANONICAL_AXES)
+    )
+    return change
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Turn what nibabel, gzip and the system raise on a bad file into a DataError that names it."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: no permission to read it") from error
+    except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
+        raise DataError(
+            f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
+        ) from error
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    """A shape in words: 240x240x155."""
+    return "x".join(str(n) for n in shape)

@@ -1,0 +1,117 @@
+"""One config and one builder for every network, and the rule which patch sizes a network takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from torch import nn
+
+Architecture = Literal["unet", "resunet", "segresnet"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """Which network, and how large."""
+
+    architecture: Architecture = "resunet"
+    """``unet``: MONAI UNet; ``resunet``: the same with residual units; ``segresnet``: MONAI SegResNet."""
+    channels: tuple[int, ...] = (32, 64, 128, 256, 320)
+    """Feature channels by level, finest first; each level halves the resolution. For ``segresnet`` only the first
+    counts: it doubles from level to level, and the number of entries is the number of levels."""
+    residual_units: int = 2
+    """Convolutions in each residual unit of ``resunet``."""
+    dropout: float = 0.0
+    """Probability of dropping a channel."""
+
+    def __post_init__(self) -> None:
+        if len(self.channels) < 2:
+            raise ValueError(f"network.channels: at least two levels are needed, got {list(self.channels)}")
+        if min(self.channels) < 1 or max(self.channels) > 4096:
+            raise ValueError(f"network.channels: from 1 to 4096 channels a level, got {list(self.channels)}")
+        if len(self.channels) > 8:
+            raise ValueError(f"network.channels: at most 8 levels, got {len(self.channels)}")
+        if self.architecture == "segresnet" and self.channels[0] % 8:
+            raise ValueError(
+                f"network.channels: segresnet normalises in 8 groups, so the first entry must be a multiple of 8, "
+                f"got {self.channels[0]}"
+            )
+        if not 1 <= self.residual_units <= 8:
+            raise ValueError(f"network.residual_units: from 1 to 8, got {self.residual_units}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"network.dropout: a probability from 0 to below 1, got {self.dropout}")
+
+
+def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int) -> nn.Module:
+    """Build a network with random weights.
+
+    Args:
+        config: which one.
+        in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
+        out_channels: regions of the output, logits of shape (N, out_channels, X, Y, Z).
+
+    Raises:
+        ValueError: unknown architecture.
+
+    Source: Kerfoot et al. 2019 (MONAI UNet); Myronenko 2018, arXiv 1810.11654 (SegResNet).
+    """
+    if config.architecture not in ARCHITECTURES:
+        raise ValueError(f"network.architecture: {config.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[config.architecture](config, in_channels, out_channels)
+
+
+def patch_divisor(config: NetworkConfig) -> int:
+    """What every side of a patch must be a multiple of, in voxels: 2 to the number of halvings.
+
+    Example:
+        >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
+        8
+    """
+    return int(2 ** (len(config.channels) - 1))
+
+
+def _unet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return _monai_unet(config, in_channels, out_channels, residual_units=0)
+
+
+def _resunet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    return _monai_unet(config, in_channels, out_channels, residual_units=config.residual_units)
+
+
+def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, residual_units: int) -> nn.Module:
+    from monai.networks.nets.unet import UNet  # noqa: PLC0415 - takes seconds to import
+
+    return UNet(
+        spatial_dims=3,
+        in_channels=in_channels,
+        out_channels=out_channels,
+        channels=config.channels,
+        strides=(2,) * (len(config.channels) - 1),
+        num_res_units=residual_units,
+        norm=("INSTANCE", {"affine": False}),
+        dropout=config.dropout,
+    )
+
+
+def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    from monai.networks.nets.segresnet import SegResNet  # noqa: PLC0415 - takes seconds to import
+
+    levels = len(config.channels)
+    # Two blocks a level and four at the coarsest, one on the way up: the BraTS bundle's (1, 2, 2, 4) for four levels.
+    return SegResNet(
+        spatial_dims=3,
+        init_filters=config.channels[0],
+        in_channels=in_channels,
+        out_channels=out_channels,
+        blocks_down=(1, *(2,) * (levels - 2), 4),
+        blocks_up=(1,) * (levels - 1),
+        dropout_prob=config.dropout or None,
+    )
+
+
+ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
+    "unet": _unet,
+    "resunet": _resunet,
+    "segresnet": _segresnet,
+}

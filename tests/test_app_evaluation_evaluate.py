@@ -1,0 +1,219 @@
+"""Scoring folders: matching of cases, label conventions and grids, what a bad file does, and what is written."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from app.evaluation.evaluate import METRICS, Evaluation, evaluate, rows, write_table
+from data.errors import DataError
+
+#: x grows to the patient's left, y to posterior: the voxel order of BraTS files.
+AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
+
+
+def tumour(enhancing: int) -> npt.NDArray[np.uint8]:
+    """Oedema around a necrotic core, with enhancing tumour written as ``enhancing``."""
+    labels = np.zeros((12, 10, 8), dtype=np.uint8)
+    labels[2:9, 2:8, 1:7] = 2
+    labels[3:6, 3:6, 2:5] = 1
+    labels[6:8, 3:6, 2:5] = enhancing
+    return labels
+
+
+def save(path: Path, labels: npt.NDArray[Any], affine: npt.NDArray[np.float64] = AFFINE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(labels, affine), path)
+    return path
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    """A folder for predictions and one for references, each with the cases a and b, without any error."""
+    for case in ("a", "b"):
+        save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(3))
+        save(tmp_path / "expected" / f"{case}.nii.gz", tumour(3))
+    return tmp_path / "predicted", tmp_path / "expected"
+
+
+def dice_of(evaluation: Evaluation) -> list[list[float]]:
+    return [[scores.regions[region].dice for region in ("WT", "TC", "ET")] for scores in evaluation.cases]
+
+
+@pytest.mark.parametrize(("prediction", "reference"), [(3, 4), (4, 3), (4, 4), (3, 3)])
+def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction: int, reference: int) -> None:
+    save(tmp_path / "predicted" / "a.nii.gz", tumour(prediction))
+    save(tmp_path / "expected" / "a.nii.gz", tumour(reference))
+    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected")
+    assert dice_of(evaluation) == [[1, 1, 1]]
+    assert evaluation.reference_convention == {3: "brats2023", 4: "brats2021"}[reference]
+
+
+def test_a_case_without_enhancing_tumour_takes_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", tumour(2))
+    evaluation = evaluate(*sides)
+    assert evaluation.prediction_convention == "brats2023"
+    assert evaluation.cases[0].regions["ET"].dice == 0
+
+
+def test_two_storage_orders_of_one_grid_score_1(sides: tuple[Path, Path]) -> None:
+    stored = nib.Nifti1Image(tumour(3), AFFINE).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+    nib.save(stored, sides[0] / "a.nii.gz")
+    evaluation = evaluate(*sides)
+    assert dice_of(evaluation) == [[1, 1, 1], [1, 1, 1]]
+    assert evaluation.cases[0].regions["WT"].hd95_mm == 0
+
+
+def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    scores = evaluate(*sides).cases[0].regions["WT"]
+    assert scores.hd95_mm == 2.0
+    assert scores.reference_volume_ml == pytest.approx(7 * 6 * 6 * 2 / 1000)
+
+
+def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tuple[Path, Path]) -> None:
+    shifted = AFFINE.copy()
+    shifted[1, 3] = 3.0
+    path = save(sides[0] / "a.nii.gz", tumour(3), shifted)
+    failure = evaluate(*sides).failures["a"]
+    assert "3.00 mm on axis y" in failure
+    assert failure.startswith("case a: ")
+    assert str(path) in failure
+    assert str(sides[1] / "a.nii.gz") in failure
+
+
+def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    assert "11x10x8 against 12x10x8" in evaluate(*sides).failures["a"]
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_one_damaged_file_does_not_hide_the_others(sides: tuple[Path, Path], side: int) -> None:
+    damaged = sides[side] / "a.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:60])
+    evaluation = evaluate(*sides)
+    assert [scores.case for scores in evaluation.cases] == ["b"]
+    assert list(evaluation.failures) == ["a"]
+    assert str(damaged) in evaluation.failures["a"]
+
+
+def test_one_file_with_a_foreign_label_does_not_hide_the_others(sides: tuple[Path, Path]) -> None:
+    path = save(sides[0] / "a.nii.gz", tumour(7))
+    evaluation = evaluate(*sides)
+    assert [scores.case for scores in evaluation.cases] == ["b"]
+    assert f"{path}: label values [7]" in evaluation.failures["a"]
+
+
+def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: tuple[Path, Path]) -> None:
+    save(sides[1] / "a.nii.gz", tumour(4))
+    with pytest.raises(DataError, match=r"expected: label values 3 and 4 .*3 in .*b\.nii\.gz, 4 in .*a\.nii\.gz"):
+        evaluate(*sides)
+
+
+def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
+    for case in ("a", "b"):
+        save(sides[0] / f"{case}.nii.gz", tumour(3)[:-1])
+    with pytest.raises(DataError, match=r"not one of the 2 cases.*case a: .*11x10x8.*case b: "):
+        evaluate(*sides)
+
+
+def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "only_predicted.nii.gz", tumour(3))
+    save(sides[1] / "only_expected.nii.gz", tumour(3))
+    evaluation = evaluate(*sides)
+    assert evaluation.missing_predictions == ("only_expected",)
+    assert evaluation.missing_references == ("only_predicted",)
+    assert [scores.case for scores in evaluation.cases] == ["a", "b"]
+
+
+def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: Path) -> None:
+    for number in range(5):
+        save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(3))
+    save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(3))
+    with pytest.raises(DataError, match=r"holds p0, p1, p2 and 2 more; .* holds e0\. .*<case>-seg\.nii\.gz"):
+        evaluate(tmp_path / "predicted", tmp_path / "expected")
+
+
+def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path) -> None:
+    case = "BraTS-GLI-00001-000"
+    save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(3))
+    save(tmp_path / "expected" / case / f"{case}-seg.nii.gz", tumour(3))
+    assert [scores.case for scores in evaluate(tmp_path / "predicted", tmp_path / "expected").cases] == [case]
+
+
+def test_each_case_is_announced_once_and_in_order(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    announced: list[str] = []
+    evaluate(*sides, on_case=announced.append)
+    assert announced == ["a", "b"]
+
+
+def test_the_summary_is_the_mean_and_the_medians_are_medians(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "b.nii.gz", tumour(2))
+    for side in sides:
+        save(side / "c.nii.gz", tumour(3))
+    evaluation = evaluate(*sides)
+    assert evaluation.summary()["ET"]["dice"] == pytest.approx(2 / 3)
+    assert evaluation.summary()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
+    assert evaluation.medians()["ET"]["dice"] == 1
+
+
+def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path, Path]) -> None:
+    result: Any = evaluate(*sides).to_json()
+    assert list(result)[:2] == ["regions", "cases"]
+    assert list(result["regions"]) == ["WT", "TC", "ET"]
+    assert list(result["regions"]["WT"])[:4] == ["dice", "hd95_mm", "sensitivity", "specificity"]
+    assert list(result["cases"][0]) == ["case", "WT", "TC", "ET"]
+    assert list(result["cases"][0]["WT"]) == list(result["regions"]["WT"]) == list(METRICS)
+    assert {type(value) for scores in (result["regions"], result["cases"][0]) for value in scores["WT"].values()} == {
+        float
+    }
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+
+
+def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=0))
+    evaluation = evaluate(*sides)
+    write_table(evaluation, tmp_path / "scores.csv")
+    with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [line["case"] for line in table] == ["a", "b", "mean", "median"]
+    assert list(table[0])[:3] == ["case", "WT_dice", "WT_hd95_mm"]
+    assert float(table[0]["WT_dice"]) == evaluation.cases[0].regions["WT"].dice
+    assert float(table[2]["ET_hd95_mm"]) == evaluation.summary()["ET"]["hd95_mm"]
+
+
+def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
+    sides: tuple[Path, Path], tmp_path: Path
+) -> None:
+    evaluation = evaluate(*sides)
+    place = tmp_path / "result"
+    place.mkdir()
+    (place / "scores.csv").write_text("old")
+    write_table(evaluation, place / "scores.csv")
+    assert [path.name for path in place.iterdir()] == ["scores.csv"]
+    assert (place / "scores.csv").read_text().startswith("case,WT_dice,")
+
+
+def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
+    evaluation = evaluate(*sides)
+    with pytest.raises(DataError, match="is a folder"):
+        write_table(evaluation, tmp_path)
+    with pytest.raises(DataError, match="does not exist"):
+        write_table(evaluation, tmp_path / "nowhere" / "scores.csv")
+
+
+def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    table = rows(evaluate(*sides))
+    assert table[0] == ["case", "WT Dice", "WT HD95 mm", "TC Dice", "TC HD95 mm", "ET Dice", "ET HD95 mm"]
+    assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]
+    assert table[1][:3] == ["a", "0.833", "2.0"]
+    assert table[2][:3] == ["b", "1.000", "0.0"]
