@@ -14,7 +14,7 @@ from app.config import load_config
 from app.errors import RunError
 from app.evaluation.evaluate import CaseScores, Evaluation, evaluate, write_table
 from app.inference.model import load_model
-from app.inference.predict import DISCLAIMER, predict
+from app.inference.predict import predict
 from app.progress import LOG, OnProgress, Progress, silent
 from app.reporting.overlay import OverlayCase, overlay_caption, overlay_png
 from app.reporting.page import Page, PageCase, write_page
@@ -109,7 +109,7 @@ def run_demo(
             lead=(
                 f"A small residual U-Net trained with ZNorm on {training} synthetic glioma cases at {SPACING_MM:g} mm, "
                 f"scored on {held_out} it has not seen. Phantoms are easier than patients: read these figures as a sign "
-                f"that everything works, not as a promise. {DISCLAIMER}"
+                f"that everything works, not as a promise."
             ),
             provenance=[
                 ("config", CONFIG),

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final, Literal
 
 from torch import nn
+
+#: Of each region, before training.
+_FIRST_PROBABILITY: Final = 0.05
 
 Architecture = Literal["unet", "resunet", "segresnet"]
 
@@ -18,10 +22,12 @@ class NetworkConfig:
     architecture: Architecture = "resunet"
     """``unet``: MONAI UNet; ``resunet``: the same with residual units; ``segresnet``: MONAI SegResNet."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 320)
-    """Feature channels by level, finest first; each level halves the resolution. For ``segresnet`` only the first
-    counts: it doubles from level to level, and the number of entries is the number of levels."""
+    """Feature channels by level, finest first; each level halves the resolution of the one before. For ``segresnet``
+    only the first counts: it doubles from level to level, and the number of entries is the number of levels."""
     residual_units: int = 2
     """Convolutions in each residual unit of ``resunet``."""
+    first_stride: Literal[1, 2] = 2
+    """Of ``unet`` and ``resunet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
     dropout: float = 0.0
     """Probability of dropping a channel."""
 
@@ -58,7 +64,9 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
     """
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"network.architecture: {config.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[config.architecture](config, in_channels, out_channels)
+    network = ARCHITECTURES[config.architecture](config, in_channels, out_channels)
+    _start_from_background(network, out_channels)
+    return network
 
 
 def patch_divisor(config: NetworkConfig) -> int:
@@ -68,7 +76,20 @@ def patch_divisor(config: NetworkConfig) -> int:
         >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
         8
     """
-    return int(2 ** (len(config.channels) - 1))
+    halvings = len(config.channels) - 1
+    if config.architecture != "segresnet" and config.first_stride == 1:
+        halvings -= 1
+    return int(2**halvings)
+
+
+def _start_from_background(network: nn.Module, out_channels: int) -> None:
+    """Set the last bias so that an untrained network calls each voxel tumour with a small probability.
+
+    Tumour fills a few per cent of a head; starting from one half wastes the first steps on learning just that.
+    Source: the bias initialisation of RetinaNet (Lin et al., arXiv 1708.02002).
+    """
+    biases = [p for name, p in network.named_parameters() if name.endswith("bias") and p.numel() == out_channels]
+    nn.init.constant_(biases[-1], math.log(_FIRST_PROBABILITY / (1 - _FIRST_PROBABILITY)))
 
 
 def _unet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
@@ -87,7 +108,7 @@ def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, r
         in_channels=in_channels,
         out_channels=out_channels,
         channels=config.channels,
-        strides=(2,) * (len(config.channels) - 1),
+        strides=(config.first_stride, *(2,) * (len(config.channels) - 2)),
         num_res_units=residual_units,
         norm=("INSTANCE", {"affine": False}),
         dropout=config.dropout,

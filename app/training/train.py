@@ -15,12 +15,13 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from app import checkpoints
 from app.config import RunConfig, differences, parse_config, to_plain, to_yaml
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import MetricsLog, locked, read_json, require_new, write_json
 from app.runtime import Runtime, choose_runtime, machine, versions
-from app.training import checkpoints, gradient
+from app.training import gradient
 from app.training.schedule import learning_rate
 from app.training.stopping import StopRequest, stop_on_signals
 from app.training.validate import validation_dice
