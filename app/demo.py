@@ -108,8 +108,8 @@ def run_demo(
             title="znormseg demo",
             lead=(
                 f"A small residual U-Net trained with ZNorm on {training} synthetic glioma cases at {SPACING_MM:g} mm, "
-                f"scored on {held_out} it has not seen. Phantoms are easier than patients: read these figures as a sign "
-                f"that everything works, not as a promise."
+                f"scored on {held_out} it has not seen. Phantoms are easier than patients: "
+                "take these figures as a sign that everything works, not as a promise."
             ),
             provenance=[
                 ("config", CONFIG),

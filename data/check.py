@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from data.errors import DataError
-from data.labels import CONTRASTS, decide_convention
-from data.layouts import Case, find_cases, patient_of
+from data.labels import CONTRASTS
+from data.layouts import Case, decide_for, find_cases, patient_of
 from data.nifti import Volume, grid_difference, read_label_map, read_volume
 
 
@@ -88,12 +88,11 @@ def check(root: Path, *, on_case: Callable[[str], None] | None = None) -> Checke
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         checked = tuple(pool.map(look, cases))
-    values = {value for case in checked for value in case.labels or ()}
-    namings = {case.naming for case in cases}
+    values = {case.case: case.labels for case in checked if case.labels is not None}
     convention, problems = None, []
-    if any(case.labels is not None for case in checked):
+    if values:
         try:
-            convention = decide_convention(values, naming=namings.pop() if len(namings) == 1 else None).name
+            convention = decide_for(values, cases).name
         except DataError as error:
             problems.append(str(error))
     return CheckedDataSet(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -161,19 +161,47 @@ def patient_of(case_id: str) -> str:
 def convention_of(cases: Sequence[Case]) -> LabelConvention:
     """Decide the label convention from all label maps of a data set; where they leave it open, from the file names.
 
+    A label map that cannot be read has no say; whoever uses its case will be told.
+
     Raises:
-        DataError: a label map cannot be read, or the values fit no convention.
+        DataError: the values fit no convention; the message names a case for each that is in question.
     """
-    values = label_values(case.label for case in cases if case.label is not None)
-    namings = {case.naming for case in cases}
-    return decide_convention(values, naming=namings.pop() if len(namings) == 1 else None)
-
-
-def label_values(paths: Iterable[Path]) -> set[int]:
-    """Every value that occurs in any of the label maps, read in parallel."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(lambda path: np.flatnonzero(np.bincount(read_label_map(path).voxels.ravel())), paths)
-        return {int(value) for values in found for value in values}
+        values = list(pool.map(lambda case: _label_values(case.label), cases))
+    return decide_for({case.id: found for case, found in zip(cases, values, strict=True)}, cases)
+
+
+def decide_for(values: Mapping[str, tuple[int, ...]], cases: Sequence[Case]) -> LabelConvention:
+    """The same from label values that are known already, by case id.
+
+    Raises:
+        DataError: as :func:`convention_of`.
+    """
+    namings = {case.naming for case in cases}
+    try:
+        return decide_convention(
+            (value for found in values.values() for value in found), naming=namings.pop() if len(namings) == 1 else None
+        )
+    except DataError as error:
+        usual = {0, 1, 2}
+        odd: dict[int, str] = {}
+        for case_id, found in values.items():
+            for value in found:
+                if value not in usual:
+                    odd.setdefault(value, case_id)
+        where = ", ".join(f"{value} in {case_id}" for value, case_id in sorted(odd.items())[:5])
+        raise DataError(f"{error} Seen: {where}.") from error
+
+
+def _label_values(path: Path | None) -> tuple[int, ...]:
+    """Values in a label map, or none where there is no readable one."""
+    if path is None:
+        return ()
+    try:
+        voxels = read_label_map(path).voxels
+    except DataError:
+        return ()
+    return tuple(int(value) for value in np.flatnonzero(np.bincount(voxels.ravel())))
 
 
 def _folders(root: Path) -> Iterator[Path]:

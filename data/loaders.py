@@ -225,7 +225,9 @@ def _read_cached(case_id: str, place: Path, source: dict[str, Any]) -> CachedCas
     try:
         same = json.loads((place / "source.json").read_text(encoding="utf-8")) == source
         x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
-    except (OSError, ValueError):
+        for name in ("image.npy", "centres.npy"):
+            np.load(place / name, mmap_mode="r")
+    except (OSError, EOFError, ValueError):
         return None
     return CachedCase(id=case_id, folder=place, shape=(x, y, z)) if same else None
 
@@ -245,6 +247,6 @@ def _centres(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
     rows = []
     for code in (NECROSIS, OEDEMA, ENHANCING):
         voxels = np.argwhere(codes == code)
-        chosen = voxels[:: max(1, len(voxels) // _CENTRES_PER_TISSUE)]
+        chosen = voxels[:: max(1, -(-len(voxels) // _CENTRES_PER_TISSUE))]
         rows.append(np.column_stack([np.full(len(chosen), code), chosen]).astype(np.int16))
     return np.concatenate(rows)

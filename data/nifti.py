@@ -101,7 +101,9 @@ def read_volume(path: Path) -> Volume:
     """
     with _reading(path):
         image = _open(path)
-        voxels = np.asanyarray(image.dataobj, dtype=np.float32).reshape(_shape_3d(image, path))
+        shape = _shape_3d(image, path)
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+            voxels = _voxels(image, path).reshape(shape)
     if not np.isfinite(voxels).all():
         count = int(np.count_nonzero(~np.isfinite(voxels)))
         raise DataError(f"{path}: {count} voxels are NaN or infinite. Repair the file, or leave the case out.")
@@ -194,7 +196,7 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
     header["cal_min"], header["cal_max"] = 0, 0
     header["descrip"] = b"znormseg label map"
     header["aux_file"] = b""
-    kind: Any = nib.Nifti2Image if isinstance(image, nib.Nifti2Pair) else nib.Nifti1Image
+    kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     result = kind(np.ascontiguousarray(labels, dtype=np.uint8), image.affine, header)
     result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
     with replacing(path) as beside:
@@ -227,6 +229,18 @@ def _open(path: Path) -> Any:
     if not isinstance(image, nib.Nifti1Pair):
         raise DataError(f"{path}: a {type(image).__name__}, not a NIfTI volume. Convert it to .nii.gz first.")
     return image
+
+
+def _voxels(image: Any, path: Path) -> npt.NDArray[np.float32]:
+    """The scaled voxels; of a compressed file the checksum is verified too."""
+    if not path.name.lower().endswith(".gz"):
+        return np.asanyarray(image.dataobj, dtype=np.float32)
+    with gzip.open(path) as stream:
+        voxels = np.asanyarray(type(image).from_stream(stream).dataobj, dtype=np.float32)
+        # gzip compares its checksum at the end of the stream, which nibabel does not reach.
+        while stream.read(1 << 20):
+            pass
+    return voxels
 
 
 def _shape_3d(image: Any, path: Path) -> tuple[int, int, int]:

@@ -84,8 +84,8 @@ def prepare(case: Case, *, spacing_mm: Spacing | None = None, convention: LabelC
     box = brain_box(image)
     own_spacing = canonical_spacing(native_affine)
     canonical_shape = (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))
+    brain = (image[:, *box] != 0).any(axis=0)
     image = np.stack([zscore_nonzero(voxels[box]) for voxels in image])
-    brain = (image != 0).any(axis=0)
     codes = _read_codes(case, reference, convention)[box] if convention is not None else None
     target = spacing_mm if spacing_mm is not None and not _close(own_spacing, spacing_mm) else own_spacing
     if target is not own_spacing:

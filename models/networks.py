@@ -72,6 +72,8 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
 def patch_divisor(config: NetworkConfig) -> int:
     """What every side of a patch must be a multiple of, in voxels: 2 to the number of halvings.
 
+    A patch needs at least twice that: an instance norm over a single voxel has nothing to normalise.
+
     Example:
         >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
         8

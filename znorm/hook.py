@@ -112,13 +112,13 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
 
 @torch.no_grad()
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no element is infinite or NaN; one synchronisation per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
+    """Whether no element is infinite or NaN; one synchronisation per device and dtype."""
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
-        by_device.setdefault(gradient.device, []).append(gradient)
+        if gradient.numel() > 0:
+            by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
     return all(
-        bool(torch.isfinite(torch.stack([norm.float() for norm in torch._foreach_norm(group, math.inf)])).all())
-        for group in by_device.values()
+        bool(torch.isfinite(torch.stack(torch._foreach_norm(group, math.inf))).all()) for group in by_kind.values()
     )
 
 

@@ -64,7 +64,7 @@ def select(model: nn.Module, *, min_dimensions: int = 2, output_block: str = AUT
         ValueError: no such module, or no parameter is left to normalise.
     """
     block = find_output_block(model) if output_block == AUTO else None if output_block == NONE else output_block
-    if block is not None and block not in dict(model.named_modules()):
+    if block is not None and (not block or block not in dict(model.named_modules())):
         names = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"output_block: the model has no module named {block!r}; its first level has {names}")
     choices = tuple(

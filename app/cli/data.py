@@ -63,7 +63,7 @@ def check(
 @app.command()
 def phantom(
     *,
-    out: Annotated[Path, typer.Argument(help="Folder for the cases.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases.")],
     count: Annotated[int, typer.Option("-n", "--count", help="How many cases.")],
     seed: Annotated[int, typer.Option(help="Same seed, same cases.")] = 0,
     spacing_mm: Annotated[float, typer.Option(help="Voxel size in mm.")] = 2.0,

@@ -12,8 +12,13 @@ from app.cli import terminal
 
 def evaluate(
     *,
-    predictions: Annotated[Path, typer.Argument(help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders.")],
-    references: Annotated[Path, typer.Argument(help="Folder of expert label maps, named in any of the same ways.")],
+    predictions: Annotated[
+        Path,
+        typer.Argument(metavar="PREDICTIONS", help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders."),
+    ],
+    references: Annotated[
+        Path, typer.Argument(metavar="REFERENCES", help="Folder of expert label maps, named in any of these ways.")
+    ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:

@@ -18,12 +18,10 @@ _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
 def predict(
     *,
-    run: Annotated[Path, typer.Argument(help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
     places: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="[INPUT] OUTPUT", help="A case folder or a folder of cases, then the folder to write to."
-        ),
+        typer.Argument(metavar="[INPUT] OUTPUT", help="Case folder or folder of cases; then the folder to write to."),
     ],
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
     t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,

@@ -10,13 +10,21 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import click
 import typer
 
 if TYPE_CHECKING:
     from app.progress import OnProgress, Progress
+
+
+@runtime_checkable
+class _UsageError(Protocol):
+    """An error in the command line, which knows how to show itself; typer brings the class from a click of its own."""
+
+    exit_code: int
+
+    def show(self) -> None: ...
 
 
 @dataclass
@@ -59,12 +67,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 def fail(error: BaseException) -> int:
     """Tell the user what went wrong, and give the exit code for it."""
-    if isinstance(error, click.exceptions.Exit):
-        return error.exit_code
-    if isinstance(error, click.ClickException):
+    if isinstance(error, _UsageError):
         error.show()
         return error.exit_code
-    if isinstance(error, (click.Abort, KeyboardInterrupt)):
+    if isinstance(error, typer.Abort):
         error = KeyboardInterrupt()
     from app.errors import EXIT_FAULT, exit_code, message  # noqa: PLC0415 - the help need not load it
 

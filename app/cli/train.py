@@ -12,8 +12,8 @@ from app.cli import terminal
 
 def train(
     *,
-    data: Annotated[Path, typer.Argument(help="Folder of cases with label maps.")],
-    run: Annotated[Path, typer.Argument(help="Folder for the run; empty or not there yet.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of cases with label maps.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the run; empty or not there yet.")],
     config: Annotated[
         str | None,
         typer.Option("--config", "-c", help="laptop (default), unet, resunet, resunet-znorm, or a YAML file."),

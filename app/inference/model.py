@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import nn
 
+from app.checkpoints import load_newest
 from app.config import RunConfig, from_plain
 from app.errors import ConfigError, RunError
 from app.runtime import Runtime
-from app.checkpoints import load_newest
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
 from models import build_network

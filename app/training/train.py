@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from app import checkpoints
-from app.config import RunConfig, differences, parse_config, to_plain, to_yaml
+from app.config import RunConfig, differences, load_config, to_plain, to_yaml
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import MetricsLog, locked, read_json, require_new, write_json
@@ -116,7 +116,7 @@ def start(
     runtime = choose_runtime(config.runtime)
     convention = convention_of(list(cases.values()))
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
-    with locked(run):
+    with _removed_unless_started(run), locked(run):
         (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
         write_json(run / "split.json", split.to_json())
         write_json(
@@ -161,7 +161,7 @@ def resume(data: Path, run: Path, config: RunConfig | None = None, *, on_progres
     checkpoint = checkpoints.load_newest(run / "checkpoints", "last") if run.is_dir() else None
     if checkpoint is None:
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
-    own = parse_config((run / "config.yaml").read_text(encoding="utf-8"), str(run / "config.yaml"))
+    own = load_config(str(run / "config.yaml"))
     if config is not None and (changed := differences(own, config)):
         raise ConfigError(
             f"{run} was started with another config; it resumes with its own only. Leave out --config and "
@@ -266,7 +266,7 @@ class _Job:
         settings, state = self.config.training, self.state
         loss_of = RegionLoss()
         losses: list[float] = []
-        saved_at = time.monotonic()
+        began = saved_at = time.monotonic()
         made = batches(
             source,
             first=state.step * settings.accumulate,
@@ -287,7 +287,7 @@ class _Job:
                     seconds=self._seconds(),
                     skipped_steps=state.skipped_before + transform.skipped_steps(),
                 )
-                self._report(losses)
+                self._report(losses, time.monotonic() - began)
                 if self._validation_is_due() and validating and self._progress() < 1:
                     self._validate(validating, log)
                     self._save_last(transform)
@@ -402,14 +402,16 @@ class _Job:
         """Wall-clock time of the run so far, over all its processes."""
         return self.state.seconds + time.monotonic() - self.clock
 
-    def _report(self, losses: list[float]) -> None:
+    def _report(self, losses: list[float], spent: float) -> None:
         progress = self._progress()
         recent = losses[-20:]
         best = f"  best Dice {self.state.best_dice:.3f}" if self.state.best_dice >= 0 else ""
-        done_here = len(losses)
-        per_step = (time.monotonic() - self.clock) / done_here
         steps = self.config.training.steps
-        left = (steps - self.state.step) * per_step if steps is not None else self._seconds() * (1 / progress - 1)
+        left = (
+            (steps - self.state.step) * spent / len(losses)
+            if steps is not None
+            else self._seconds() * (1 / progress - 1)
+        )
         self.on_progress(
             Progress(
                 job="training",
@@ -418,6 +420,24 @@ class _Job:
                 eta_seconds=max(0.0, left),
             )
         )
+
+
+@contextmanager
+def _removed_unless_started(run: Path) -> Iterator[None]:
+    """Leave no half-made run folder behind when something fails before the first checkpoint."""
+    was_there = run.exists()
+    try:
+        yield
+    except BaseException:
+        if run.is_dir() and not any((run / "checkpoints").glob("*.json")):
+            for entry in run.iterdir():
+                if entry.is_dir():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink()
+            if not was_there:
+                run.rmdir()
+        raise
 
 
 def _new_state(config: RunConfig, runtime: Runtime) -> State:

@@ -1,0 +1,163 @@
+"""Looking a data set over: what is wrong is told case by case, and nothing is raised."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data.check import CheckedCase, check
+from data.errors import DataError
+
+LPS = np.diag([-1.0, -1.0, 2.0, 1.0])
+NAMES = ["t1", "t1ce", "t2", "flair"]
+
+
+def save(path: Path, values: list[float], affine: object = LPS) -> None:
+    nib.save(nib.Nifti1Image(np.array(values, dtype=np.float32).reshape(2, -1, 1), affine), path)
+
+
+def write_case(root: Path, case: str, labels: tuple[int, ...] = (0, 1, 2, 4)) -> Path:
+    folder = root / case
+    folder.mkdir(parents=True)
+    for name in NAMES:
+        save(folder / f"{case}_{name}.nii.gz", [0, 5, 7, 9])
+    save(folder / f"{case}_seg.nii.gz", list(labels))
+    return folder
+
+
+def checked(root: Path) -> dict[str, CheckedCase]:
+    return {case.case: case for case in check(root).cases}
+
+
+def test_a_clean_data_set_is_clean(tmp_path: Path) -> None:
+    for case in ("Brats18_A_1", "Brats18_A_2", "Brats18_B_1"):
+        write_case(tmp_path, case)
+    found = check(tmp_path)
+    assert found.is_clean
+    assert (len(found.cases), found.patients, found.convention, found.problems) == (3, 2, "brats2021", ())
+
+
+def test_a_clean_case_is_described(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    assert checked(tmp_path)["a"] == CheckedCase(
+        case="a",
+        contrasts=("t1", "t1c", "t2", "flair"),
+        shape=(2, 2, 1),
+        spacing_mm=(1.0, 1.0, 2.0),
+        labels=(0, 1, 2, 4),
+        problems=(),
+    )
+
+
+def test_a_data_set_without_label_maps_is_clean_and_without_convention(tmp_path: Path) -> None:
+    (write_case(tmp_path, "a") / "a_seg.nii.gz").unlink()
+    assert check(tmp_path).is_clean
+    assert check(tmp_path).convention is None
+    assert checked(tmp_path)["a"].labels is None
+
+
+def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    (write_case(tmp_path, "b") / "b_t2.nii.gz").unlink()
+    assert not check(tmp_path).is_clean
+    assert {name: case.problems for name, case in checked(tmp_path).items()} == {
+        "a": (),
+        "b": ("contrast t2 is missing",),
+    }
+    assert checked(tmp_path)["b"].contrasts == ("t1", "t1c", "flair")
+
+
+def test_a_contrast_on_another_grid_is_a_problem(tmp_path: Path) -> None:
+    affine = LPS.copy()
+    affine[2, 3] = 3
+    save(write_case(tmp_path, "a") / "a_flair.nii.gz", [0, 5, 7, 9], affine)
+    (problem,) = checked(tmp_path)["a"].problems
+    assert problem.startswith("flair: the origin differs by 3.00 mm on axis z (inferior-superior)")
+
+
+def test_a_label_map_of_another_shape_is_a_problem(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 1, 2, 4, 4, 4])
+    (problem,) = checked(tmp_path)["a"].problems
+    assert problem == "label map: shape 2x2x1 against 2x3x1 voxels (compared with a_t1.nii.gz)"
+
+
+@pytest.mark.parametrize(("file", "what"), [("a_t1.nii.gz", "t1"), ("a_seg.nii.gz", "label map")])
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x1f\x8b\x08\x00"])
+def test_a_file_that_cannot_be_read_is_a_problem_with_its_path(
+    tmp_path: Path, file: str, what: str, content: bytes
+) -> None:
+    path = write_case(tmp_path, "a") / file
+    path.write_bytes(content)
+    (problem,) = checked(tmp_path)["a"].problems
+    assert problem.startswith(f"{what}: {path}: ")
+
+
+def test_where_no_image_can_be_read_there_is_no_shape_and_the_labels_still_are(tmp_path: Path) -> None:
+    folder = write_case(tmp_path, "a")
+    for name in NAMES:
+        (folder / f"a_{name}.nii.gz").write_bytes(b"no image")
+    found = checked(tmp_path)["a"]
+    assert (found.shape, found.spacing_mm, found.labels, len(found.problems)) == (None, None, (0, 1, 2, 4), 4)
+
+
+def test_a_contrast_of_zeros_is_a_problem(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_t1ce.nii.gz", [0, 0, 0, 0])
+    assert checked(tmp_path)["a"].problems == ("t1c: every voxel is 0",)
+
+
+def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 0.5, 1, 2])
+    (problem,) = checked(tmp_path)["a"].problems
+    assert "a label map holds whole numbers" in problem
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [((0, 0, 0, 3), "3 and 4 occur together"), ((0, 0, 0, 9), r"label values \[9\] belong to no known convention")],
+)
+def test_label_values_that_do_not_go_together_are_a_problem_of_the_whole_set(
+    tmp_path: Path, other: tuple[int, ...], words: str
+) -> None:
+    write_case(tmp_path, "a")
+    write_case(tmp_path, "b", other)
+    found = check(tmp_path)
+    assert (found.is_clean, found.convention, len(found.problems)) == (False, None, 1)
+    with pytest.raises(DataError, match=words):
+        raise DataError(found.problems[0])
+    assert f"{other[-1]} in b" in found.problems[0]
+
+
+def test_all_problems_of_a_case_are_told_at_once(tmp_path: Path) -> None:
+    folder = write_case(tmp_path, "a")
+    (folder / "a_t1.nii.gz").unlink()
+    (folder / "a_t2.nii.gz").write_bytes(b"no image")
+    save(folder / "a_seg.nii.gz", [0, 0.5, 1, 2])
+    assert len(checked(tmp_path)["a"].problems) == 3
+
+
+def test_every_case_is_announced_once(tmp_path: Path) -> None:
+    for case in "abc":
+        write_case(tmp_path, case)
+    (tmp_path / "b" / "b_t1.nii.gz").unlink()
+    seen: list[str] = []
+    check(tmp_path, on_case=seen.append)
+    assert sorted(seen) == ["a", "b", "c"]
+
+
+def test_the_findings_are_plain_data(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    (write_case(tmp_path, "b") / "b_t1.nii.gz").write_bytes(b"no image")
+    found = check(tmp_path)
+    plain = json.loads(json.dumps(found.to_json()))
+    assert (plain["root"], plain["convention"], plain["patients"]) == (str(tmp_path), "brats2021", 2)
+    assert plain["cases"][0]["shape"] == [2, 2, 1]
+    assert plain["cases"][1]["problems"] == list(found.cases[1].problems)
+
+
+def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no case found"):
+        check(tmp_path)

@@ -1,0 +1,151 @@
+"""Label numbers, codes and regions: there and back, and what a label map may hold."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from data import labels
+from data.errors import DataError
+from data.labels import (
+    BACKGROUND,
+    BRATS2021,
+    BRATS2023,
+    CONVENTIONS,
+    ENHANCING,
+    NECROSIS,
+    OEDEMA,
+    REGIONS,
+    LabelConvention,
+    decide_convention,
+    decode,
+    encode,
+    from_regions,
+    region_codes,
+    to_regions,
+)
+
+properties = settings(derandomize=True, deadline=None, max_examples=50)
+shapes = hnp.array_shapes(min_dims=3, max_dims=3, max_side=5)
+code_maps = hnp.arrays(np.uint8, shapes, elements=st.integers(0, 3))
+any_masks = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, (3, *shape)))
+conventions = st.sampled_from(list(CONVENTIONS.values()))
+
+
+@properties
+@given(code_maps, conventions)
+def test_decode_undoes_encode(codes: Any, convention: LabelConvention) -> None:
+    np.testing.assert_array_equal(decode(encode(codes, convention), convention), codes)
+
+
+@properties
+@given(shapes, conventions, st.data())
+def test_encode_undoes_decode(shape: Any, convention: LabelConvention, data: st.DataObject) -> None:
+    numbers = st.sampled_from([0, *convention.values])
+    label_map = data.draw(hnp.arrays(np.uint8, shape, elements=numbers))
+    np.testing.assert_array_equal(encode(decode(label_map, convention), convention), label_map)
+
+
+@properties
+@given(code_maps)
+def test_regions_of_a_label_map_are_nested(codes: Any) -> None:
+    whole, core, enhancing = to_regions(codes)
+    assert not (core & ~whole).any()
+    assert not (enhancing & ~core).any()
+
+
+@properties
+@given(code_maps)
+def test_from_regions_undoes_to_regions(codes: Any) -> None:
+    np.testing.assert_array_equal(from_regions(to_regions(codes)), codes)
+
+
+@properties
+@given(any_masks)
+def test_the_whole_tumour_of_a_label_map_is_that_of_the_masks(masks: Any) -> None:
+    np.testing.assert_array_equal(to_regions(from_regions(masks))[0], masks[0])
+
+
+@properties
+@given(any_masks)
+def test_masks_that_are_not_nested_are_cut_to_the_larger_region(masks: Any) -> None:
+    np.testing.assert_array_equal(to_regions(from_regions(masks)), np.logical_and.accumulate(masks, axis=0))
+
+
+@properties
+@given(code_maps)
+def test_each_region_holds_the_codes_it_is_made_of(codes: Any) -> None:
+    for region, mask in zip(REGIONS, to_regions(codes), strict=True):
+        np.testing.assert_array_equal(mask, np.isin(codes, region_codes(region)))
+
+
+def test_the_numbers_of_both_conventions_are_those_of_brats() -> None:
+    codes = np.array([BACKGROUND, NECROSIS, OEDEMA, ENHANCING], dtype=np.uint8)
+    assert encode(codes, BRATS2021).tolist() == [0, 1, 2, 4]
+    assert encode(codes, BRATS2023).tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64, np.float32, np.float64])
+def test_decode_gives_uint8_codes_for_whole_numbers_of_any_dtype(dtype: Any) -> None:
+    codes = decode(np.array([[0, 4], [2, 1]], dtype=dtype), BRATS2021)
+    assert codes.dtype == np.uint8
+    assert codes.tolist() == [[0, 3], [2, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "naming", "expected"),
+    [
+        ([0, 1, 2, 4], None, BRATS2021),
+        ([0, 1, 2, 4], "brats2023", BRATS2021),
+        ([4], None, BRATS2021),
+        ([0, 1, 2, 3], None, BRATS2023),
+        ([0, 1, 2, 3], "brats2021", BRATS2023),
+        ([0, 1, 2], "brats2023", BRATS2023),
+        ([0, 1, 2], "brats2021", BRATS2021),
+        ([0, 1, 2], None, BRATS2021),
+        ([], "brats2023", BRATS2023),
+    ],
+)
+def test_the_enhancing_number_decides_the_convention_and_else_the_file_names(
+    values: list[int], naming: str | None, expected: LabelConvention
+) -> None:
+    assert decide_convention(values, naming=naming) is expected
+
+
+@pytest.mark.parametrize("naming", [None, "brats2021", "brats2023"])
+def test_3_and_4_together_are_refused(naming: str | None) -> None:
+    with pytest.raises(DataError, match="3 and 4 occur together"):
+        decide_convention([0, 1, 2, 3, 4], naming=naming)
+
+
+@pytest.mark.parametrize("values", [[0, 1, 5], [-1, 0], [0, 4, 255]])
+def test_numbers_of_no_convention_are_refused_by_name(values: list[int]) -> None:
+    foreign = next(value for value in values if value not in range(5))
+    with pytest.raises(DataError, match=rf"label values \[{foreign}\] belong to no known convention"):
+        decide_convention(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "convention", "named"),
+    [
+        ([0.0, 1.5], BRATS2021, r"label values 1\.5 are"),
+        ([0, 3], BRATS2021, "label values 3 are"),
+        ([0, 4], BRATS2023, "label values 4 are"),
+        ([-2, 7], BRATS2023, "label values -2, 7 are"),
+        ([0.0, np.nan], BRATS2021, "label values nan are"),
+        ([256, 0], BRATS2021, "label values 256 are"),
+    ],
+)
+def test_decode_names_the_values_it_refuses(values: list[float], convention: LabelConvention, named: str) -> None:
+    with pytest.raises(DataError, match=named):
+        decode(np.array(values), convention)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(labels).failed == 0

@@ -1,0 +1,416 @@
+"""The geometry contract: label maps on exactly the reference's grid, every voxel order, every kind of bad file."""
+
+from __future__ import annotations
+
+import doctest
+import gzip
+import itertools
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import nifti
+from data.errors import DataError
+from data.nifti import (
+    Volume,
+    canonical_spacing,
+    grid_difference,
+    read_grid,
+    read_label_map,
+    read_volume,
+    reorient,
+    replacing,
+    spacing_of,
+    to_native_order,
+    write_label_map,
+)
+
+properties = settings(derandomize=True, deadline=None, max_examples=40)
+Affine = npt.NDArray[np.float64]
+SHAPE = (4, 5, 6)
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+#: All signed permutations of the axes: every way to store a volume without turning it.
+AXIS_ORDERS = [
+    tuple(zip(order, signs, strict=True))
+    for order in itertools.permutations(range(3))
+    for signs in itertools.product((1, -1), repeat=3)
+]
+#: Header fields that say where a voxel is, and how long a side.
+GRID_FIELDS = [
+    *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
+    *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
+]
+
+
+def rotation(degrees: float, axis: int) -> Affine:
+    turn, (i, j) = np.eye(4), [k for k in range(3) if k != axis]
+    turn[i, i] = turn[j, j] = np.cos(np.deg2rad(degrees))
+    turn[i, j], turn[j, i] = -np.sin(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return turn
+
+
+def axis_affine(order: tuple[tuple[int, int], ...], spacing_mm: tuple[float, ...] = (0.8, 1.0, 3.0)) -> Affine:
+    affine = np.eye(4)
+    affine[:3, :3] = 0
+    for column, (row, sign) in enumerate(order):
+        affine[row, column] = sign * spacing_mm[column]
+    affine[:3, 3] = (10, -20, 30)
+    return affine
+
+
+OBLIQUE = rotation(20, 2) @ rotation(10, 0) @ axis_affine(((0, -1), (1, -1), (2, 1)))
+
+
+def volume(voxels: npt.NDArray[Any], affine: Affine = LPS) -> Volume:
+    return Volume(voxels=voxels, affine=affine, path=Path("none"))
+
+
+def numbered(shape: tuple[int, ...] = SHAPE) -> npt.NDArray[np.uint8]:
+    return np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+
+
+def save(path: Path, voxels: npt.NDArray[Any], affine: Affine = LPS) -> Path:
+    nib.save(nib.Nifti1Image(voxels, affine), path)
+    return path
+
+
+def reference(
+    path: Path, codes: tuple[int, int], affine: Affine, form: tuple[Any, str] = (nib.Nifti1Image, "<")
+) -> Path:
+    """A scaled int16 image with every field set that could be lost."""
+    kind, order = nib.Nifti2Image if "2" in form else nib.Nifti1Image, form[-1]
+    header = kind.header_class(endianness=order)
+    header.set_data_dtype(np.dtype(np.int16).newbyteorder(order))
+    header.set_data_shape(SHAPE)
+    header.set_zooms(np.linalg.norm(affine[:3, :3], axis=0))
+    header.set_qform(affine, int(codes[0]))
+    header.set_sform(affine, int(codes[1]))
+    header.set_xyzt_units("mm", "sec")
+    header["pixdim"][4:] = (2.5, 0.0, 3.0, 0.0)
+    header["descrip"], header["cal_max"] = b"name of the patient", 900
+    image = kind(numbered().astype(header.get_data_dtype()), None, header)
+    image.header.set_slope_inter(2.0, 5.0)
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", b"name of the patient"))
+    nib.save(image, path)
+    return path
+
+
+def raw_header(path: Path) -> Any:
+    """As the bytes on disk say it, before nibabel reads a meaning into them."""
+    content = gzip.decompress(path.read_bytes()) if path.name.endswith("gz") else path.read_bytes()
+    order = "<" if content[0] in (348 % 256, 540 % 256) else ">"
+    kind = nib.Nifti1Header if 348 in (int.from_bytes(content[:4], b) for b in ("little", "big")) else nib.Nifti2Header
+    return kind(content[: kind.template_dtype.itemsize], endianness=order, check=False)
+
+
+@pytest.mark.parametrize("codes", [(1, 1), (0, 1), (1, 0), (2, 1), (0, 0), (4, 3)])
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("form", ["NIfTI-1 <", "NIfTI-1 >", "NIfTI-2 <", "NIfTI-2 >"])
+@pytest.mark.parametrize("affine", [LPS, OBLIQUE, axis_affine(((2, 1), (0, -1), (1, 1)))], ids=["LPS", "tilted", "SLA"])
+def test_a_label_map_is_written_on_the_grid_of_its_reference(
+    tmp_path: Path, codes: tuple[int, int], ending: str, form: str, affine: Affine
+) -> None:
+    source = reference(tmp_path / f"reference{ending}", codes, affine, form)
+    target = tmp_path / f"labels{ending}"
+    write_label_map(target, numbered(), source)
+    before, after = raw_header(source), raw_header(target)
+    assert type(after) is type(before)
+    for field in GRID_FIELDS:
+        np.testing.assert_array_equal(after[field], before[field], err_msg=field)
+    np.testing.assert_array_equal(nib.load(target).affine, nib.load(source).affine)
+
+
+def test_a_label_map_is_uint8_and_reads_back_the_same(tmp_path: Path) -> None:
+    source = reference(tmp_path / "reference.nii.gz", (1, 1), OBLIQUE)
+    write_label_map(tmp_path / "labels.nii.gz", numbered(), source)
+    assert nib.load(tmp_path / "labels.nii.gz").get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(read_label_map(tmp_path / "labels.nii.gz").voxels, numbered())
+
+
+def test_nothing_of_the_references_free_text_goes_into_a_label_map(tmp_path: Path) -> None:
+    source = reference(tmp_path / "reference.nii", (1, 1), LPS)
+    write_label_map(tmp_path / "labels.nii", numbered(), source)
+    assert b"patient" in source.read_bytes()
+    assert b"patient" not in (tmp_path / "labels.nii").read_bytes()
+    assert raw_header(tmp_path / "labels.nii")["cal_max"] == 0
+
+
+def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp_path: Path) -> None:
+    source = save(tmp_path / "reference.nii", np.ones((*SHAPE, 1), dtype=np.float32), OBLIQUE)
+    write_label_map(tmp_path / "labels.nii", numbered(), source)
+    assert nib.load(tmp_path / "labels.nii").shape == SHAPE
+
+
+def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
+    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, the label map's 6x5x4"):
+        write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
+    assert [path.name for path in tmp_path.iterdir()] == ["reference.nii"]
+
+
+@pytest.mark.parametrize("order", AXIS_ORDERS, ids=str)
+def test_to_native_order_undoes_reorient_for_every_axis_order(order: tuple[tuple[int, int], ...]) -> None:
+    native = volume(numbered(), rotation(8, 1) @ axis_affine(order))
+    canonical = reorient(native)
+    assert nib.aff2axcodes(canonical.affine) == ("L", "P", "S")
+    np.testing.assert_array_equal(to_native_order(canonical.voxels, native.affine), native.voxels)
+
+
+@properties
+@given(st.sampled_from(AXIS_ORDERS), st.integers(-40, 40), st.integers(0, 2), st.integers(0, 4 * 5 * 6 - 1))
+def test_reorient_leaves_a_voxel_where_it_is_in_the_world(order: Any, degrees: int, axis: int, marked: int) -> None:
+    native = volume(numbered(), rotation(degrees, axis) @ axis_affine(order))
+    canonical = reorient(native)
+    places = [v.affine @ [*np.argwhere(v.voxels == marked)[0], 1] for v in (native, canonical)]
+    np.testing.assert_allclose(places[0], places[1], atol=1e-9)
+
+
+def test_reorient_interpolates_nothing_and_leaves_lps_alone() -> None:
+    np.testing.assert_array_equal(reorient(volume(numbered())).voxels, numbered())
+    turned = reorient(volume(numbered(), axis_affine(AXIS_ORDERS[21])))
+    assert sorted(turned.voxels.ravel()) == sorted(numbered().ravel())
+
+
+@pytest.mark.parametrize("order", AXIS_ORDERS[::5], ids=str)
+def test_canonical_spacing_is_the_spacing_after_reorient(order: tuple[tuple[int, int], ...]) -> None:
+    native = volume(numbered(), rotation(10, 0) @ axis_affine(order))
+    assert canonical_spacing(native.affine) == pytest.approx(reorient(native).spacing_mm)
+    assert spacing_of(native.affine) == pytest.approx((0.8, 1.0, 3.0))
+
+
+def moved(affine: Affine, *offset_mm: float) -> Affine:
+    result = affine.copy()
+    result[:3, 3] += offset_mm
+    return result
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        (moved(LPS, -1.5, 0, 0), "the origin differs by 1.50 mm on axis x (right-left)"),
+        (moved(LPS, 0.1, 2, 0), "the origin differs by 2.00 mm on axis y (anterior-posterior)"),
+        (moved(LPS, 0, 0, 0.02), "the origin differs by 0.02 mm on axis z (inferior-superior)"),
+        (LPS @ np.diag([1, 1, 1.5, 1]), "the grids part by 3.00 mm on axis z (inferior-superior)"),
+        (np.diag([1.0, -1, 1, 1]), "the grids part by 8.00 mm on axis x (right-left)"),
+    ],
+    ids=["x", "y", "z", "spacing", "flip"],
+)
+def test_the_difference_of_two_grids_is_put_in_words(other: Affine, words: str) -> None:
+    assert grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), other)) == words
+
+
+def test_a_difference_of_shape_is_told_in_voxels() -> None:
+    words = grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros((4, 5, 7))))
+    assert words == "shape 4x5x6 against 4x5x7 voxels"
+
+
+def test_a_rotation_is_no_difference_of_origin() -> None:
+    words = grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), rotation(5, 2) @ LPS))
+    assert words is not None
+    assert words.startswith("the grids part by 0.")
+
+
+@pytest.mark.parametrize("other", [LPS, moved(LPS, 0.009, -0.009, 0.0), rotation(0.05, 2) @ LPS])
+def test_grids_that_agree_to_a_hundredth_of_a_millimetre_are_the_same(other: Affine) -> None:
+    assert grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), other)) is None
+
+
+def test_a_small_rotation_counts_where_the_grid_is_large() -> None:
+    large = np.zeros((240, 240, 1))
+    assert grid_difference(volume(large), volume(large, rotation(0.05, 2) @ LPS)) is not None
+
+
+def test_a_volume_is_scaled_by_slope_and_intercept(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(np.full(SHAPE, 7, dtype=np.int16), LPS)
+    image.header.set_slope_inter(0.5, -1)
+    nib.save(image, tmp_path / "scaled.nii.gz")
+    voxels = read_volume(tmp_path / "scaled.nii.gz").voxels
+    assert voxels.dtype == np.float32
+    assert np.unique(voxels).tolist() == [np.unique(np.asanyarray(image.dataobj))[0] * 0.5 - 1]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint16, np.int32, np.float32, np.float64, ">i2", ">f4"])
+def test_volumes_of_every_real_type_are_read(tmp_path: Path, dtype: Any) -> None:
+    path = save(tmp_path / "image.nii.gz", numbered().astype(dtype), OBLIQUE)
+    read = read_volume(path)
+    np.testing.assert_array_equal(read.voxels, numbered())
+    np.testing.assert_allclose(read.affine, OBLIQUE, atol=1e-5)
+
+
+def test_a_trailing_axis_of_length_one_is_dropped(tmp_path: Path) -> None:
+    assert read_volume(save(tmp_path / "a.nii", np.ones((*SHAPE, 1, 1), dtype=np.float32))).voxels.shape == SHAPE
+
+
+def test_the_grid_is_read_without_the_voxels(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", np.ones(SHAPE, dtype=np.float32), OBLIQUE)
+    path.write_bytes(path.read_bytes()[:352])
+    shape, affine = read_grid(path)
+    assert shape == SHAPE
+    np.testing.assert_allclose(affine, OBLIQUE, atol=1e-5)
+
+
+def write_nothing(path: Path) -> None:
+    """Leave the path without a file."""
+
+
+def write_cut_short(path: Path) -> None:
+    save(path, np.random.default_rng(0).random((20, 20, 20)))
+    path.write_bytes(path.read_bytes()[:-2000])
+
+
+def write_flipped_bit(path: Path) -> None:
+    """One voxel other than it was, which only gzip's checksum can tell."""
+    content = nib.Nifti1Image(np.full((20, 20, 20), 7, dtype=np.uint8), LPS).to_bytes()
+    packed = bytearray(gzip.compress(content, compresslevel=0))
+    packed[5000] ^= 1
+    path.write_bytes(packed)
+
+
+def write_header(path: Path, **fields: Any) -> None:
+    """A header alone, uncompressed or not, as nibabel would never write it."""
+    image = nib.Nifti1Image(np.zeros(SHAPE, dtype=np.float32), LPS)
+    image.header.set_qform(LPS, 0)
+    for name, value in fields.items():
+        image.header[name] = value
+    image.header["vox_offset"] = 352
+    content = image.header.binaryblock + bytes(4) + bytes(4 * 120)
+    path.write_bytes(gzip.compress(content) if path.name.endswith("gz") else content)
+
+
+def write_with_nan(path: Path, value: float = np.nan) -> None:
+    voxels = np.ones(SHAPE, dtype=np.float32)
+    voxels[0, 0, :2] = value
+    save(path, voxels)
+
+
+SHEARED = LPS.copy()
+SHEARED[0, 1] = 0.1
+RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
+BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
+    "missing": (write_nothing, "no such file"),
+    "a folder": (Path.mkdir, "a folder stands where a NIfTI file is expected"),
+    "empty": (Path.touch, "the file is empty"),
+    "cut short": (write_cut_short, "damaged or cut short"),
+    "a flipped bit": (write_flipped_bit, "damaged or cut short"),
+    "text": (lambda path: path.write_text("patient 7"), "damaged or cut short|cannot be read as NIfTI"),
+    "text in gzip": (lambda path: path.write_bytes(gzip.compress(b"x" * 500)), "cannot be read as NIfTI"),
+    "2D": (lambda path: save(path, np.ones((4, 5), dtype=np.float32)), "2D with shape 4x5; a single 3D volume"),
+    "4D": (lambda path: save(path, np.ones((*SHAPE, 2), dtype=np.float32)), "4D with shape 4x5x6x2; a single 3D"),
+    "colour": (lambda path: save(path, np.zeros(SHAPE, dtype=RGB)), "a real-valued grey-scale volume is needed"),
+    "complex": (lambda path: save(path, np.ones(SHAPE, dtype=np.complex64)), "voxels of type complex64"),
+    "huge": (lambda path: write_header(path, dim=[3, *[30000] * 3, 1, 1, 1, 1]), "claims 30000x30000x30000 voxels"),
+    "no voxels": (lambda path: write_header(path, dim=[3, 4, 0, 6, 1, 1, 1, 1]), "3D with shape 4x0x6"),
+    "negative size": (lambda path: write_header(path, dim=[3, 4, -5, 6, 1, 1, 1, 1]), "4x-5x6|cannot be read"),
+    "unknown type": (lambda path: write_header(path, datatype=12345), "cannot be read as NIfTI"),
+    "NaN": (write_with_nan, "2 voxels are NaN or infinite"),
+    "infinity": (lambda path: write_with_nan(path, -np.inf), "2 voxels are NaN or infinite"),
+    "beyond float32": (lambda path: save(path, np.full(SHAPE, 1e300)), "120 voxels are NaN or infinite"),
+    "no place": (lambda path: write_header(path, sform_code=1, srow_x=[0, 0, 0, 0]), "the affine is not invertible"),
+    "NaN affine": (lambda path: write_header(path, sform_code=1, srow_x=[np.nan] * 4), "the affine is not invertible"),
+    "sheared": (lambda path: save(path, np.ones(SHAPE, dtype=np.float32), SHEARED), r"sheared \(cosine 0\.1"),
+}
+bad_files = pytest.mark.parametrize(("make", "words"), list(BAD_FILES.values()), ids=list(BAD_FILES))
+
+
+@bad_files
+@pytest.mark.parametrize("read", [read_volume, read_label_map])
+def test_a_bad_file_is_refused_by_name_and_reason(tmp_path: Path, make: Any, words: str, read: Any) -> None:
+    path = tmp_path / "sub-1_t1.nii.gz"
+    make(path)
+    with pytest.raises(DataError, match=rf"^{tmp_path}/sub-1_t1\.nii\.gz: .*({words})"):
+        read(path)
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "4D", "colour", "huge", "no voxels", "no place", "sheared"])
+def test_the_header_alone_shows_what_is_bad_about_a_grid(tmp_path: Path, name: str) -> None:
+    make, words = BAD_FILES[name]
+    make(tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match=rf"a\.nii\.gz: .*({words})"):
+        read_grid(tmp_path / "a.nii.gz")
+
+
+@pytest.mark.parametrize("name", ["missing", "empty", "text", "4D", "huge"])
+def test_a_bad_reference_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
+    make, words = BAD_FILES[name]
+    make(tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match=rf"a\.nii\.gz: .*({words})"):
+        write_label_map(tmp_path / "labels.nii.gz", numbered(), tmp_path / "a.nii.gz")
+    assert not (tmp_path / "labels.nii.gz").exists()
+
+
+def test_an_uncompressed_file_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii", np.ones((20, 20, 20), dtype=np.float32))
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(DataError, match=r"a\.nii: "):
+        read_volume(path)
+
+
+def test_another_format_is_refused_with_its_name(tmp_path: Path) -> None:
+    nib.save(nib.MGHImage(np.ones(SHAPE, dtype=np.float32), LPS), tmp_path / "a.mgz")
+    with pytest.raises(DataError, match=r"a\.mgz: a MGHImage, not a NIfTI volume"):
+        read_volume(tmp_path / "a.mgz")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "a.nii", np.ones(SHAPE, dtype=np.float32)).chmod(0)
+    with pytest.raises(DataError, match=r"a\.nii: no permission to read it"):
+        read_volume(tmp_path / "a.nii")
+
+
+@pytest.mark.parametrize("value", [0.5, -1.0, 256.0, 1e9])
+def test_a_label_map_with_other_than_small_whole_numbers_is_refused(tmp_path: Path, value: float) -> None:
+    path = save(tmp_path / "seg.nii.gz", np.array([0, 1, value], dtype=np.float32).reshape(3, 1, 1))
+    with pytest.raises(DataError, match=r"seg\.nii\.gz: a label map holds whole numbers from 0 to 255"):
+        read_label_map(path)
+
+
+def test_whole_numbers_stored_as_floats_make_a_label_map(tmp_path: Path) -> None:
+    labels = read_label_map(save(tmp_path / "seg.nii", numbered().astype(np.float64))).voxels
+    assert labels.dtype == np.uint8
+    np.testing.assert_array_equal(labels, numbered())
+
+
+def test_replacing_puts_the_new_file_in_place_of_the_old(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as beside:
+        beside.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def fail_half_way(path: Path) -> None:
+    with replacing(path) as beside:
+        beside.write_text("half")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("before", [None, "old"])
+def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, before: str | None) -> None:
+    path = tmp_path / "a.txt"
+    if before is not None:
+        path.write_text(before)
+    with pytest.raises(KeyboardInterrupt):
+        fail_half_way(path)
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({} if before is None else {"a.txt": before})
+
+
+def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) -> None:
+    with replacing(tmp_path / "a.nii.gz") as beside:
+        beside.touch()
+    assert beside.parent == tmp_path
+    assert beside.name.endswith("a.nii.gz")
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(nifti).failed == 0

@@ -1,0 +1,134 @@
+"""The loss: its value by hand, and what must hold for any logits and masks."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn.functional import binary_cross_entropy_with_logits as bce
+
+from models import RegionLoss, losses
+
+properties = settings(derandomize=True, deadline=None, max_examples=40)
+seeds = st.integers(0, 10_000)
+
+
+def drawn(seed: int, spread: float = 3.0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and masks of two patches."""
+    random = torch.Generator().manual_seed(seed)
+    shape = (2, 3, 4, 3, 5)
+    return spread * torch.randn(shape, generator=random), (torch.rand(shape, generator=random) < 0.3).float()
+
+
+def by_hand(logits: npt.NDArray[Any], masks: npt.NDArray[Any], smooth: float) -> float:
+    logits, masks = logits.astype(np.float64), masks.astype(np.float64)
+    p = 1 / (1 + np.exp(-logits))
+    entropy = -(masks * np.log(p) + (1 - masks) * np.log(1 - p)).mean()
+    dice = [
+        (2 * (p[:, r] * masks[:, r]).sum() + smooth) / (p[:, r].sum() + masks[:, r].sum() + smooth)
+        for r in range(p.shape[1])
+    ]
+    return float(entropy + 1 - np.mean(dice))
+
+
+@properties
+@given(seeds, st.sampled_from([1.0, 0.1, 50.0]))
+def test_the_loss_is_that_by_hand(seed: int, smooth: float) -> None:
+    logits, masks = drawn(seed)
+    expected = by_hand(logits.numpy(), masks.numpy(), smooth)
+    assert float(RegionLoss(smooth)(logits, masks)) == pytest.approx(expected, rel=1e-5)
+
+
+@properties
+@given(seeds)
+def test_a_perfect_prediction_costs_nothing(seed: int) -> None:
+    masks = drawn(seed)[1]
+    assert float(RegionLoss()(100 * (2 * masks - 1), masks)) == pytest.approx(0, abs=1e-6)
+
+
+@properties
+@given(seeds)
+def test_the_surer_the_right_answer_the_lower_the_loss(seed: int) -> None:
+    masks = drawn(seed)[1]
+    values = [float(RegionLoss()(sureness * (2 * masks - 1), masks)) for sureness in (-5, -1, 0, 1, 5)]
+    assert values == sorted(values, reverse=True)
+    assert len(set(values)) == len(values)
+
+
+@properties
+@given(seeds)
+def test_one_voxel_wrong_costs_more_than_none(seed: int) -> None:
+    masks = drawn(seed)[1]
+    logits = 4 * (2 * masks - 1)
+    worse = logits.clone()
+    worse[1, 2, 0, 0, 0] *= -1
+    assert RegionLoss()(worse, masks) > RegionLoss()(logits, masks)
+
+
+def test_every_region_counts_the_same_whatever_its_size() -> None:
+    masks = torch.zeros(1, 3, 4, 4, 4)
+    masks[:, 0], masks[:, 1, :2], masks[:, 2, 0, 0, 0] = 1, 1, 1
+    right = 100 * (2 * masks - 1)
+    losses_of_missed = []
+    for region in range(3):
+        logits = right.clone()
+        logits[:, region] = -100
+        losses_of_missed.append(float(RegionLoss(1e-6)(logits, masks) - bce(logits, masks)))
+    assert losses_of_missed == pytest.approx([1 / 3] * 3, abs=1e-4)
+
+
+def test_dice_is_taken_over_the_whole_batch() -> None:
+    logits, masks = drawn(5)
+    side_by_side = [torch.cat([tensor[:1], tensor[1:]], dim=2) for tensor in (logits, masks)]
+    assert float(RegionLoss()(logits, masks)) == pytest.approx(float(RegionLoss()(*side_by_side)), rel=1e-5)
+
+
+@pytest.mark.parametrize("masks", [torch.zeros(1, 3, 2, 2, 2), torch.ones(1, 3, 2, 2, 2)], ids=["empty", "full"])
+@pytest.mark.parametrize("logit", [-1e4, -100.0, 0.0, 100.0, 1e4])
+def test_loss_and_gradient_are_finite_for_empty_masks_and_extreme_logits(masks: torch.Tensor, logit: float) -> None:
+    logits = torch.full(masks.shape, logit, requires_grad=True)
+    loss = RegionLoss()(logits, masks)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert logits.grad is not None
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_nothing_predicted_where_nothing_is_costs_nothing() -> None:
+    masks = torch.zeros(1, 3, 2, 2, 2)
+    assert float(RegionLoss()(masks - 100, masks)) == pytest.approx(0, abs=1e-6)
+
+
+def test_a_sure_wrong_answer_still_has_a_gradient() -> None:
+    logits = torch.full((1, 3, 2, 2, 2), -200.0, requires_grad=True)
+    RegionLoss()(logits, torch.ones(1, 3, 2, 2, 2)).backward()
+    assert logits.grad is not None
+    assert (logits.grad < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    logits, masks = (tensor.to(dtype) for tensor in drawn(1))
+    loss = RegionLoss()(logits, masks)
+    assert loss.dtype is torch.float32
+    assert torch.equal(loss, RegionLoss()(logits.float(), masks.float()))
+
+
+def test_sums_beyond_the_largest_half_precision_number_do_not_overflow() -> None:
+    logits = torch.full((1, 3, 48, 48, 48), 5.0, dtype=torch.float16)
+    assert float(RegionLoss()(logits, torch.ones_like(logits))) == pytest.approx(0.01, abs=0.01)
+
+
+def test_boolean_masks_are_accepted() -> None:
+    logits, masks = drawn(2)
+    assert torch.equal(RegionLoss()(logits, masks.bool()), RegionLoss()(logits, masks))
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(losses).failed == 0

@@ -1,0 +1,134 @@
+"""The networks: shapes in and out, the rule for patch sizes, and what a config refuses."""
+
+from __future__ import annotations
+
+import doctest
+from typing import Any
+
+import pytest
+import torch
+
+from models import ARCHITECTURES, NetworkConfig, build_network, networks, patch_divisor
+from models.networks import Architecture
+
+architectures = pytest.mark.parametrize("architecture", list(ARCHITECTURES))
+first_strides = pytest.mark.parametrize("first_stride", [1, 2])
+levels = pytest.mark.parametrize("channels", [(8, 8), (8, 8, 16), (8, 8, 8, 8)], ids=len)
+
+
+def config(architecture: Architecture, **settings: Any) -> NetworkConfig:
+    return NetworkConfig(**{"architecture": architecture, "channels": (8, 8, 16), **settings})
+
+
+def logits(network_config: NetworkConfig, sides: tuple[int, int, int], count: int = 1) -> torch.Tensor:
+    network = build_network(network_config, in_channels=4, out_channels=3).eval()
+    with torch.no_grad():
+        return network(torch.randn(count, 4, *sides, generator=torch.Generator().manual_seed(0)))  # type: ignore[no-any-return]
+
+
+@architectures
+@first_strides
+@levels
+def test_patches_of_multiples_of_the_divisor_give_logits_of_their_own_shape(
+    architecture: Architecture, first_stride: int, channels: tuple[int, ...]
+) -> None:
+    network_config = config(architecture, first_stride=first_stride, channels=channels)
+    divisor = patch_divisor(network_config)
+    for sides in ((2 * divisor,) * 3, (2 * divisor, 3 * divisor, 2 * divisor)):
+        assert logits(network_config, sides, count=2).shape == (2, 3, *sides)
+
+
+@architectures
+@first_strides
+def test_a_patch_of_half_the_divisor_more_does_not_fit(architecture: Architecture, first_stride: int) -> None:
+    network_config = config(architecture, first_stride=first_stride)
+    divisor = patch_divisor(network_config)
+    side = 2 * divisor + divisor // 2
+    with pytest.raises(RuntimeError, match="size"):
+        logits(network_config, (side, 2 * divisor, 2 * divisor))
+
+
+@architectures
+@first_strides
+def test_the_smallest_patch_can_be_trained_on(architecture: Architecture, first_stride: int) -> None:
+    network_config = config(architecture, first_stride=first_stride, dropout=0.2)
+    network = build_network(network_config, in_channels=4, out_channels=3).train()
+    network(torch.ones(1, 4, *(2 * patch_divisor(network_config),) * 3)).sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in network.parameters())
+
+
+@architectures
+def test_the_same_seed_gives_the_same_network(architecture: Architecture) -> None:
+    with torch.random.fork_rng():
+        weights = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            weights.append(build_network(config(architecture), in_channels=4, out_channels=3).state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@architectures
+def test_a_network_answers_each_case_of_a_batch_on_its_own(architecture: Architecture) -> None:
+    network = build_network(config(architecture), in_channels=4, out_channels=3).eval()
+    batch = torch.randn(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(network(batch)[:1], network(batch[:1]), rtol=1e-4, atol=1e-5)
+
+
+def test_the_two_unets_differ_in_their_residual_units_alone() -> None:
+    plain, residual = (
+        dict(build_network(config(a), in_channels=4, out_channels=3).named_parameters()) for a in ("unet", "resunet")
+    )
+    assert not any("residual" in name for name in plain)
+    assert any("residual" in name for name in residual)
+
+
+@architectures
+def test_numbers_of_channels_in_and_out_are_free(architecture: Architecture) -> None:
+    network = build_network(config(architecture), in_channels=2, out_channels=5).eval()
+    with torch.no_grad():
+        assert network(torch.ones(1, 2, 8, 8, 8)).shape == (1, 5, 8, 8, 8)
+
+
+@architectures
+def test_an_untrained_network_calls_few_voxels_tumour(architecture: Architecture) -> None:
+    assert float((logits(config(architecture), (16, 16, 16)) > 0).float().mean()) < 0.1
+
+
+@architectures
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_only_dropout_makes_two_answers_in_training_differ(architecture: Architecture, dropout: float) -> None:
+    network = build_network(config(architecture, dropout=dropout), in_channels=4, out_channels=3).train()
+    patch = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert torch.equal(network(patch), network(patch)) == (dropout == 0)
+
+
+@pytest.mark.parametrize(
+    ("key", "bad"),
+    [
+        ("network.channels", {"channels": (32,)}),
+        ("network.channels", {"channels": (8, 0)}),
+        ("network.channels", {"channels": (8, 5000)}),
+        ("network.channels", {"channels": (8,) * 9}),
+        ("network.channels", {"architecture": "segresnet", "channels": (12, 24)}),
+        ("network.residual_units", {"residual_units": 0}),
+        ("network.residual_units", {"residual_units": 9}),
+        ("network.dropout", {"dropout": 1.0}),
+        ("network.dropout", {"dropout": -0.1}),
+        ("network.dropout", {"dropout": float("nan")}),
+    ],
+)
+def test_a_bad_config_is_refused_with_its_key(key: str, bad: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"^{key}: .*"):
+        NetworkConfig(**bad)
+
+
+def test_an_unknown_architecture_is_refused_with_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"network.architecture: 'vnet' is not one of unet, resunet, segresnet"):
+        build_network(NetworkConfig(architecture="vnet"), in_channels=4, out_channels=3)  # type: ignore[arg-type]
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(networks).failed == 0
