@@ -27,9 +27,9 @@ from data.nifti import read_label_map, read_volume, reorient
 from data.phantoms import write_phantoms
 
 #: Phantoms that train, validate and are held out.
-TRAINING: Final = 16
+TRAINING: Final = 24
 VALIDATING: Final = 2
-HELD_OUT: Final = 4
+HELD_OUT: Final = 6
 SPACING_MM: Final = 2.0
 CONFIG: Final = "laptop"
 
@@ -70,7 +70,7 @@ def run_demo(
     Args:
         out: new or empty folder; gets ``phantoms/ run/ predictions/ scores.csv index.html``.
         overrides: changes to the ``laptop`` config, as ``--set`` takes them.
-        counts: phantoms that train, validate and are held out; default 16, 2 and 4.
+        counts: phantoms that train, validate and are held out; default 24, 2 and 6.
         on_progress: told which stage is under way.
 
     Raises:

@@ -1,0 +1,259 @@
+"""The command line: help as it was agreed on, results on stdout, all else on stderr, an exit code for each kind.
+
+The texts of ``--help`` are kept in ``tests/golden/help_*.txt``. After a wanted change write them anew with
+``ZNORMSEG_REGENERATE=1 python -m pytest tests/test_app_cli.py -k help_text`` and look at the difference.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+Call = Callable[..., Any]
+
+GOLDEN = Path(__file__).parent / "golden"
+VERBS = [
+    [],
+    ["train"],
+    ["predict"],
+    ["evaluate"],
+    ["demo"],
+    ["data"],
+    ["data", "check"],
+    ["data", "phantom"],
+]
+#: A terminal of fixed width, without colours.
+TERMINAL = {"COLUMNS": "100", "LINES": "40", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8"}
+
+
+@pytest.fixture
+def options(tiny_settings: list[str]) -> list[str]:
+    """The tiny settings as arguments of the command line."""
+    return [word for setting in tiny_settings for word in ("--set", setting)]
+
+
+def only_object(ended: Any) -> Any:
+    """The one JSON object on stdout, of a command that went well."""
+    assert ended.code == 0, ended.err
+    content = json.loads(ended.out)
+    assert isinstance(content, dict)
+    assert "{" not in ended.err
+    return content
+
+
+# Help
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "top")
+def test_the_help_text_is_the_one_agreed_on(verb: list[str], shell: Call, tmp_path: Path) -> None:
+    ended = shell(["znormseg", *verb, "--help"], environment=TERMINAL, cwd=tmp_path)
+    assert (ended.code, ended.err) == (0, "")
+    golden = GOLDEN / f"help_{'_'.join(verb) or 'top'}.txt"
+    if os.environ.get("ZNORMSEG_REGENERATE"):
+        golden.write_text(ended.out, encoding="utf-8")
+    assert ended.out == golden.read_text(encoding="utf-8")
+
+
+def test_there_is_a_golden_help_text_for_every_verb_and_none_besides() -> None:
+    assert sorted(path.name for path in GOLDEN.glob("help_*.txt")) == sorted(
+        f"help_{'_'.join(verb) or 'top'}.txt" for verb in VERBS
+    )
+
+
+@pytest.mark.parametrize("verb", VERBS, ids=lambda verb: " ".join(verb) or "top")
+def test_the_help_fits_a_terminal_and_shows_no_markup(verb: list[str]) -> None:
+    text = (GOLDEN / f"help_{'_'.join(verb) or 'top'}.txt").read_text(encoding="utf-8")
+    assert max(len(line) for line in text.splitlines()) <= 100
+    assert "``" not in text
+    assert "\x1b" not in text
+
+
+def test_the_help_names_every_config(shell: Call) -> None:
+    from app.config import config_names
+
+    text = (GOLDEN / "help_train.txt").read_text(encoding="utf-8")
+    assert [name for name in config_names() if name not in text] == []
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["predict", "--help"], ["--version"]])
+def test_help_and_version_load_neither_torch_nor_monai(arguments: list[str], shell: Call, tmp_path: Path) -> None:
+    ended = shell(["python", "-X", "importtime", "-m", "app", *arguments], cwd=tmp_path)
+    loaded = {line.rpartition("|")[2].strip() for line in ended.err.splitlines()}
+    assert "app.cli.main" in loaded
+    assert not {"torch", "monai", "numpy", "nibabel"} & loaded
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_short_and_long_help_are_the_same(option: str, znormseg: Call) -> None:
+    assert znormseg("evaluate", option).out == znormseg("evaluate", "--help").out
+
+
+def test_the_version_is_that_of_the_package(znormseg: Call) -> None:
+    from importlib import metadata
+
+    assert znormseg("--version") == (0, f"znormseg {metadata.version('znormseg')}\n", "")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["segment"], ["--nonsense"], ["data"], ["data", "mend"], ["train"], ["train", "--set"], ["evaluate", "a"]],
+    ids=lambda arguments: " ".join(arguments) or "nothing",
+)
+def test_a_wrong_command_line_has_its_own_code(arguments: list[str], znormseg: Call) -> None:
+    ended = znormseg(*arguments)
+    assert ended.code == 2
+    assert "Usage: " in ended.out + ended.err or "Error: " in ended.err
+
+
+# JSON on stdout
+
+
+def test_train_prints_one_json_object(phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call) -> None:
+    content = only_object(znormseg("train", phantoms, tmp_path / "run", *options, "--json"))
+    assert set(content) == {"run", "steps", "seconds", "loss", "validation_dice", "best_step", "skipped_steps"}
+    assert (content["run"], content["steps"], content["best_step"]) == (str(tmp_path / "run"), 4, 4)
+    assert set(content["validation_dice"]) == {"WT", "TC", "ET"}
+
+
+def test_predict_prints_one_json_object(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    case = sorted(phantoms.iterdir())[0]
+    content = only_object(znormseg("predict", tiny_run, case, tmp_path, "--json"))
+    assert content["failures"] == {}
+    assert content["cases"] == [json.loads((tmp_path / f"{case.name}.json").read_text())]
+
+
+def test_evaluate_prints_one_json_object(phantoms: Path, znormseg: Call) -> None:
+    content = only_object(znormseg("evaluate", phantoms, phantoms, "--json"))
+    assert set(content["regions"]) == {"WT", "TC", "ET"}
+    assert {content["regions"][region]["dice"] for region in content["regions"]} == {1.0}
+    assert [case["case"] for case in content["cases"]] == sorted(path.name for path in phantoms.iterdir())
+
+
+def test_data_check_prints_one_json_object(phantoms: Path, znormseg: Call) -> None:
+    content = only_object(znormseg("data", "check", phantoms, "--json"))
+    assert (content["convention"], content["patients"], content["problems"]) == ("brats2021", 6, [])
+    assert [case["problems"] for case in content["cases"]] == [[]] * 6
+
+
+def test_data_phantom_prints_one_json_object(tmp_path: Path, znormseg: Call) -> None:
+    content = only_object(znormseg("data", "phantom", tmp_path, "-n", "2", "--spacing-mm", "8", "--json"))
+    assert content == {"folder": str(tmp_path), "cases": sorted(path.name for path in tmp_path.iterdir())}
+    assert len(content["cases"]) == 2
+
+
+@pytest.mark.slow
+def test_demo_prints_one_json_object(tmp_path: Path, znormseg: Call) -> None:
+    content = only_object(znormseg("demo", "--out", tmp_path / "demo", "--json"))
+    assert Path(content["page"]).is_file()
+    assert len(content["cases"]) == 4
+
+
+def test_a_process_of_its_own_writes_nothing_but_json_on_stdout(
+    phantoms: Path, tmp_path: Path, options: list[str], shell: Call
+) -> None:
+    ended = shell(["znormseg", "train", phantoms, tmp_path / "run", *options, "--json"])
+    assert json.loads(ended.out)["steps"] == 4
+    assert "training 100%" in ended.err
+    assert "Warning" not in ended.err
+
+
+# Words on stdout
+
+
+def test_train_tells_the_result_and_what_to_do_next(
+    phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
+) -> None:
+    ended = znormseg("train", phantoms, tmp_path / "run", *options)
+    assert ended.out.startswith("4 steps in ")
+    assert f"next: znormseg predict {tmp_path / 'run'} CASES OUTPUT" in ended.out
+    assert "training" not in ended.out
+
+
+def test_predict_shows_a_row_a_case_and_the_notice(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg("predict", tiny_run, phantoms, tmp_path)
+    rows = [line.split()[0] for line in ended.out.splitlines() if line.startswith("BraTS2021_")]
+    assert rows == sorted(path.name for path in phantoms.iterdir())
+    assert "Research use only; not a medical device." in ended.out
+
+
+def test_evaluate_writes_the_table_where_it_is_asked_to(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("evaluate", phantoms, phantoms, "--out", tmp_path / "scores.csv")
+    assert ended.code == 0
+    assert "1.000" in ended.out
+    assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6 + 2
+
+
+def test_evaluate_tells_which_cases_lack_a_partner(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    case = sorted(phantoms.iterdir())[0]
+    shutil.copytree(case, tmp_path / case.name)
+    ended = znormseg("evaluate", tmp_path, phantoms)
+    assert ended.code == 0
+    assert "no prediction for 5 cases: BraTS2021_00001" in ended.err
+
+
+def test_evaluate_of_a_folder_with_one_bad_file_scores_the_others(
+    phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    for case in sorted(phantoms.iterdir())[:2]:
+        shutil.copy(case / f"{case.name}_seg.nii.gz", tmp_path / f"{case.name}.nii.gz")
+    bad = tmp_path / "BraTS2021_00000.nii.gz"
+    bad.write_bytes(bad.read_bytes()[:100])
+    ended = znormseg("evaluate", tmp_path, phantoms)
+    assert ended.code == 6
+    assert str(bad) in ended.err
+    assert "BraTS2021_00001" in ended.out
+
+
+@pytest.mark.parametrize("as_json", [[], ["--json"]], ids=["words", "json"])
+def test_data_check_of_a_broken_set_names_the_problem_and_has_the_code_of_bad_data(
+    as_json: list[str], phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    (data / "BraTS2021_00002" / "BraTS2021_00002_t2.nii.gz").unlink()
+    ended = znormseg("data", "check", data, *as_json)
+    assert ended.code == 3
+    assert "contrast t2 is missing" in ended.out
+
+
+def test_data_check_of_a_good_set_says_so(phantoms: Path, znormseg: Call) -> None:
+    ended = znormseg("data", "check", phantoms)
+    assert ended.code == 0
+    assert "6 cases of 6 patients; labels: brats2021" in ended.out
+    assert "nothing wrong found" in ended.out
+
+
+# Errors
+
+
+def test_an_error_is_one_line_without_a_traceback(tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("predict", tmp_path, tmp_path / "nowhere", tmp_path / "out")
+    assert ended.err == f"znormseg: {tmp_path / 'nowhere'}: does not exist\n"
+    assert ended.out == ""
+
+
+def test_debug_shows_the_traceback_and_keeps_the_code(tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("--debug", "predict", tmp_path, tmp_path / "nowhere", tmp_path / "out")
+    assert ended.code == 3
+    assert "Traceback (most recent call last)" in ended.err
+    assert "DataError" in ended.err
+
+
+def test_a_config_that_is_refused_has_its_own_code(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("train", phantoms, tmp_path / "run", "--set", "training.step=5")
+    assert ended.code == 4
+    assert "laptop: unknown key training.step; did you mean training.steps?" in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reader_that_goes_away_is_no_fault(shell: Call, phantoms: Path) -> None:
+    ended = shell(["bash", "-c", 'set -o pipefail; znormseg data check "$0" --json | head -c 1 > /dev/null', phantoms])
+    assert "Traceback" not in ended.err
+    assert "a fault of this program" not in ended.err

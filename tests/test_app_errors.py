@@ -1,0 +1,86 @@
+"""Exit codes and messages: one code for each kind of trouble, one line that says what to do."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import torch
+import typer
+
+from app.cli import terminal
+from app.errors import ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
+from data.errors import DataError
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (DataError("x"), 3),
+        (ConfigError("x"), 4),
+        (RunError("x"), 5),
+        (DeviceError("x"), 7),
+        (OSError(errno.ENOSPC, "x"), 7),
+        (PermissionError(errno.EACCES, "x"), 7),
+        (FileNotFoundError(errno.ENOENT, "x"), 7),
+        (MemoryError(), 7),
+        (KeyboardInterrupt(), 130),
+        (InterruptedRunError("x"), 130),
+        (ValueError("x"), 1),
+        (RuntimeError("x"), 1),
+        (AssertionError(), 1),
+    ],
+    ids=lambda value: value if isinstance(value, int) else type(value).__name__,
+)
+def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int) -> None:
+    assert exit_code(error) == code
+
+
+def test_gpu_memory_that_runs_out_is_a_matter_of_the_machine() -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+    assert exit_code(error) == 7
+    assert "smaller patch or batch" in message(error)
+
+
+def test_main_memory_that_runs_out_in_torch_is_a_matter_of_the_machine() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert exit_code(raised.value) == 7
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "Free some space, or choose another folder."),
+        (errno.EACCES, "Choose a folder you may write to."),
+        (errno.EROFS, "The file system is read-only; choose another folder."),
+    ],
+)
+def test_a_system_error_names_the_file_and_says_what_to_do(number: int, advice: str) -> None:
+    text = message(OSError(number, "what the system says", "/some/file"))
+    assert text == f"/some/file: what the system says. {advice}"
+
+
+def test_a_system_error_without_a_file_is_still_a_sentence() -> None:
+    assert message(OSError(errno.EIO, "Input/output error")) == "Input/output error."
+
+
+def test_a_message_of_our_own_is_passed_on_as_it_is() -> None:
+    assert message(DataError("case a: broken")) == "case a: broken"
+
+
+def test_memory_that_runs_out_comes_with_a_way_out() -> None:
+    assert "smaller patch or batch" in message(MemoryError())
+
+
+def test_a_fault_of_the_program_is_shown_as_one_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
+    assert terminal.fail(ZeroDivisionError("by zero")) == 1
+    shown = capsys.readouterr()
+    assert "a fault of this program: ZeroDivisionError: by zero" in shown.err
+    assert "--debug" in shown.err
+    assert shown.out == ""
+
+
+def test_an_abort_of_the_command_line_counts_as_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
+    assert terminal.fail(typer.Abort()) == 130
+    assert capsys.readouterr().err == "znormseg: interrupted\n"

@@ -1,0 +1,87 @@
+"""Device and precision: what is asked for is taken or refused, what is chosen comes with its reason."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from app.errors import DeviceError
+from app.runtime import RuntimeConfig, choose_runtime, machine, versions
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    assert runtime.device == torch.device("cpu")
+    assert runtime.reasons[0] == "device cpu: asked for"
+
+
+@without_cuda
+def test_without_cuda_auto_takes_the_cpu_and_says_why() -> None:
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.device == torch.device("cpu")
+    assert runtime.reasons[0] == "device cpu: no CUDA device found"
+
+
+@without_cuda
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none_is_refused_with_a_way_out(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"device {device}: .*--device cpu"):
+        choose_runtime(RuntimeConfig(device=device))
+
+
+@with_cuda
+def test_with_cuda_auto_takes_the_first_device_and_names_it() -> None:
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.device == torch.device("cuda", 0)
+    assert torch.cuda.get_device_name(0) in runtime.reasons[0]
+
+
+@with_cuda
+def test_a_cuda_device_beyond_the_last_is_refused_with_their_number() -> None:
+    with pytest.raises(DeviceError, match=f"there are {torch.cuda.device_count()} CUDA devices"):
+        choose_runtime(RuntimeConfig(device="cuda:99"))
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_precision_asked_for_is_taken(precision: str) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
+    assert runtime.precision is getattr(torch, precision)
+    assert runtime.reasons[1] == f"precision {precision}: asked for"
+
+
+def test_the_precision_chosen_comes_with_its_reason() -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    name = str(runtime.precision).removeprefix("torch.")
+    assert runtime.reasons[1].startswith(f"precision {name}: the CPU has ")
+
+
+@pytest.mark.parametrize(("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_matrix_product_under_autocast_has_the_precision(precision: str, result: torch.dtype) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
+    with runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is result
+
+
+@pytest.mark.parametrize(("wanted", "format_"), [(True, torch.channels_last_3d), (False, torch.contiguous_format)])
+def test_the_memory_format_is_the_one_asked_for(wanted: bool, format_: torch.memory_format) -> None:
+    assert choose_runtime(RuntimeConfig(device="cpu", channels_last=wanted)).memory_format is format_
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "CPU", "mps"])
+def test_a_device_of_no_known_kind_is_refused_with_those_allowed(device: str) -> None:
+    with pytest.raises(ValueError, match=r"runtime\.device: auto, cpu, cuda or cuda:N"):
+        RuntimeConfig(device=device)
+
+
+def test_versions_name_every_package_that_a_result_depends_on() -> None:
+    found = versions()
+    assert set(found) == {"python", "znormseg", "torch", "monai", "nibabel", "numpy"}
+    assert "unknown" not in found.values()
+
+
+def test_the_machine_is_told_in_one_line_with_its_cores() -> None:
+    assert " cores" in machine()
+    assert "\n" not in machine()
