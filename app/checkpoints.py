@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,10 +60,10 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{step:09d}.safetensors"
+    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     with replacing(path) as beside:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, beside)
-        digest = _sha256(beside.read_bytes())
-    write_json(path.with_suffix(".json"), {"kind": kind, "step": step, "sha256": digest, **details})
+        beside.write_bytes(content)
+    write_json(path.with_suffix(".json"), {"kind": kind, "step": step, "sha256": _sha256(content), **details})
     for old_step, old in _saved(folder, kind):
         if old_step != step:
             old.unlink(missing_ok=True)
@@ -83,6 +83,8 @@ def load_newest(folder: Path, kind: Kind) -> Checkpoint | None:
     tensors_path = path.with_suffix(".safetensors")
     try:
         details = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(details, dict):
+            raise ValueError(f"{path.name} holds no JSON object")
         content = tensors_path.read_bytes()
     except (OSError, ValueError) as error:
         raise RunError(f"{tensors_path}: cannot be read ({error}). Restore it from a copy, or train again.") from error
@@ -93,7 +95,7 @@ def load_newest(folder: Path, kind: Kind) -> Checkpoint | None:
             "training. Restore both from a copy, or train again."
         )
     try:
-        tensors = load(content)
+        tensors = safetensors.torch.load(content)
     except SafetensorError as error:
         raise RunError(f"{tensors_path}: not a safetensors file ({error})") from error
     return Checkpoint(step=step, tensors=tensors, details=details, sha256=digest)
@@ -121,11 +123,22 @@ def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
     """Put back what :func:`optimizer_tensors` took; the groups' settings stay the optimiser's own."""
     content = optimizer.state_dict()
     content["state"] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     entries = {**_section(checkpoint.tensors, _OPTIMIZER), **checkpoint.details.get("optimizer", {})}
     for name, value in entries.items():
         index, _, key = name.partition(".")
-        content["state"].setdefault(int(index), {})[key] = value
+        content["state"].setdefault(int(index), {})[key] = _in_layout_of(parameters[int(index)], value)
     optimizer.load_state_dict(content)
+
+
+def _in_layout_of(parameter: Tensor, value: Any) -> Any:
+    """A state tensor in its parameter's memory layout, which may be channels-last where the file's is contiguous.
+
+    Fused optimisers walk both in memory order, whatever the strides.
+    """
+    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def rng_tensors() -> dict[str, Tensor]:

@@ -148,7 +148,14 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes 1e-3 for text; a person who types it means a number."""
+    """Reads 1e-3 as the number it is meant as (YAML 1.1 takes it for text), and refuses a key that stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} stands there twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep=deep)
 
 
 _Loader.add_implicit_resolver(
@@ -201,7 +208,7 @@ def _in_words(detail: Any, origin: str) -> str:
     path = ".".join(str(part) for part in detail["loc"][1:])
     if detail["type"] == "unexpected_keyword_argument":
         known = [key for key in _known_keys() if key.rpartition(".")[0] == path.rpartition(".")[0]]
-        close = difflib.get_close_matches(path, _known_keys(), n=1, cutoff=0.6)
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
         advice = (
             f"did you mean {close[0]}?" if close else f"known here: {', '.join(k.rpartition('.')[2] for k in known)}"
         )

@@ -46,19 +46,22 @@ class InterruptedRunError(Exception):
     """Training was interrupted and its state saved. The message says how to go on."""
 
 
+_CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
+    ((DataError,), EXIT_DATA),
+    ((ConfigError,), EXIT_CONFIG),
+    ((RunError,), EXIT_RUN),
+    ((DeviceError, OSError), EXIT_MACHINE),
+    ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
+)
+
+
 def exit_code(error: BaseException) -> int:
     """Exit code for an exception, from the table above."""
-    match error:
-        case DataError():
-            return EXIT_DATA
-        case ConfigError():
-            return EXIT_CONFIG
-        case RunError():
-            return EXIT_RUN
-        case DeviceError() | OSError() | MemoryError():
-            return EXIT_MACHINE
-        case KeyboardInterrupt() | InterruptedRunError():
-            return EXIT_INTERRUPTED
+    if _is_out_of_memory(error):
+        return EXIT_MACHINE
+    for kinds, code in _CODES:
+        if isinstance(error, kinds):
+            return code
     return EXIT_FAULT
 
 
@@ -72,8 +75,15 @@ def message(error: BaseException) -> str:
             errno.EROFS: "The file system is read-only; choose another folder.",
         }.get(error.errno or 0, "")
         return f"{place}{error.strerror or error}. {advice}".rstrip()
-    if isinstance(error, MemoryError):
+    if _is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     return str(error)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out; torch has an exception of its own for it on a GPU, and on a CPU only a text."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)

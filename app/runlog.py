@@ -94,9 +94,10 @@ def locked(run: Path) -> Iterator[None]:
 class MetricsLog:
     """Appends records to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, run: Path, *, keep_up_to_step: int) -> None:
-        """Open the log; records after ``keep_up_to_step``, from steps that will be done again, are dropped."""
-        kept = [record for record in read_metrics(run) if record["step"] <= keep_up_to_step]
+    def __init__(self, run: Path, *, keep_up_to_step: int, keep_validations_up_to_step: int) -> None:
+        """Open the log; records of steps and validations that will be done again are dropped."""
+        last = {"train": keep_up_to_step, "validation": keep_validations_up_to_step}
+        kept = [record for record in read_metrics(run) if record["step"] <= last[record["kind"]]]
         path = run / "metrics.jsonl"
         with replacing(path) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")

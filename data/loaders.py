@@ -6,6 +6,7 @@ would have. Batches are made by threads: no worker processes, nothing in shared 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -23,7 +24,7 @@ import torch
 from data import augment
 from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
-from data.nifti import Spacing
+from data.nifti import Spacing, naming_the_place
 from data.preprocess import prepare
 
 #: Raised when what is stored changes its meaning, so that old caches are made anew.
@@ -208,16 +209,24 @@ def _cache_case(case: Case, folder: Path, spacing_mm: Spacing, convention: Label
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        np.save(partial / "image.npy", prepared.image.astype(np.float16))
-        np.save(partial / "codes.npy", prepared.codes)
-        np.save(partial / "centres.npy", _centres(prepared.codes))
-        (partial / "source.json").write_text(json.dumps(source), encoding="utf-8")
+        with naming_the_place(place):
+            _save_array(partial / "image.npy", prepared.image.astype(np.float16))
+            _save_array(partial / "codes.npy", prepared.codes)
+            _save_array(partial / "centres.npy", _centres(prepared.codes))
+            (partial / "source.json").write_text(json.dumps(source), encoding="utf-8")
         shutil.rmtree(place, ignore_errors=True)
         partial.rename(place)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     x, y, z = prepared.codes.shape
     return CachedCase(id=case.id, folder=place, shape=(x, y, z))
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """As np.save, but a full disk is told as the system tells it; np.save has an error of its own without a number."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
 
 
 def _read_cached(case_id: str, place: Path, source: dict[str, Any]) -> CachedCase | None:

@@ -211,10 +211,22 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     beside = path.with_name(f".partial-{os.getpid()}-{path.name}")
     try:
-        yield beside
-        beside.replace(path)
+        with naming_the_place(path):
+            yield beside
+            beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming_the_place(path: Path) -> Iterator[None]:
+    """Add the path to a system error that does not name one, as when a disk is full while writing."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _open(path: Path) -> Any:

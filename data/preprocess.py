@@ -81,6 +81,11 @@ def prepare(case: Case, *, spacing_mm: Spacing | None = None, convention: LabelC
     for contrast, voxels in zip(CONTRASTS, image, strict=True):
         if not voxels.any():
             raise DataError(f"case {case.id}, contrast {contrast}: every voxel is 0 in {case.contrasts[contrast]}")
+        if np.ptp(voxels[voxels != 0]) == 0:
+            raise DataError(
+                f"case {case.id}, contrast {contrast}: every voxel that is not 0 has the same value in "
+                f"{case.contrasts[contrast]}. Is it a mask?"
+            )
     box = brain_box(image)
     own_spacing = canonical_spacing(native_affine)
     canonical_shape = (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))

@@ -108,13 +108,14 @@ def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDA
 def _predict_case(
     model: Model, case: Case, output: Path, runtime: Runtime, labels: LabelConvention | None
 ) -> Prediction:
+    label_map = output / f"{case.id}.nii.gz"
+    _refuse_overwriting_input(case, label_map)
     began = time.monotonic()
     prepared = prepare(case, spacing_mm=model.spacing_mm)
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
     convention = labels or CONVENTIONS.get(case.naming or "", model.convention)
-    label_map = output / f"{case.id}.nii.gz"
     write_label_map(label_map, encode(codes, convention), case.contrasts["t1c"])
     seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
     voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
@@ -139,3 +140,11 @@ def _predict_case(
     }
     write_json(output / f"{case.id}.json", content)
     return Prediction(case=case.id, label_map=label_map, content=content)
+
+
+def _refuse_overwriting_input(case: Case, label_map: Path) -> None:
+    for contrast, path in case.contrasts.items():
+        if path.resolve() == label_map.resolve():
+            raise DataError(
+                f"case {case.id}: the label map would replace its own {contrast}, {path}. Give another OUTPUT."
+            )

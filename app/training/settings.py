@@ -49,7 +49,7 @@ class TrainingConfig:
         for name, (lowest, highest) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not lowest <= value <= highest:
-                raise ValueError(f"training.{name}: from {lowest:g} to {highest:g}, got {value:g}")
+                raise ValueError(f"training.{name}: from {lowest:g} to {highest:g}, got {value}")
 
 
 _RANGES: Final[dict[str, tuple[float, float]]] = {

@@ -19,7 +19,7 @@ from app import checkpoints
 from app.config import RunConfig, differences, load_config, to_plain, to_yaml
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
-from app.runlog import MetricsLog, locked, read_json, require_new, write_json
+from app.runlog import LOCK, MetricsLog, locked, read_json, require_new, write_json
 from app.runtime import Runtime, choose_runtime, machine, versions
 from app.training import gradient
 from app.training.schedule import learning_rate
@@ -78,6 +78,8 @@ class State:
     best_dice: float = -1.0
     best_step: int = 0
     validations: int = 0
+    validated_step: int = 0
+    """Step of the latest validation."""
     validation_seconds: float = 0.0
     skipped_before: int = 0
 
@@ -116,30 +118,33 @@ def start(
     runtime = choose_runtime(config.runtime)
     convention = convention_of(list(cases.values()))
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
-    with _removed_unless_started(run), locked(run):
-        (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        write_json(run / "split.json", split.to_json())
-        write_json(
-            run / "run.json",
-            {
-                "data": str(data.resolve()),
-                "fold": fold if split_file is None else None,
-                "split_file": None if split_file is None else str(split_file.resolve()),
-                "contrasts": list(CONTRASTS),
-                "regions": list(REGIONS),
-                "labels": convention.name,
-                "spacing_mm": list(spacing_mm),
-                "versions": versions(),
-                "machine": machine(),
-                "runtime": list(runtime.reasons),
-            },
-        )
-        torch.manual_seed(config.training.seed)
-        state = _new_state(config, runtime)
-        job = _Job(
-            run=run, data=data, config=config, runtime=runtime, state=state, clock=clock, on_progress=on_progress
-        )
-        return job.train(used[: len(split.train)], used[len(split.train) :], spacing_mm, convention)
+    was_there = run.exists()
+    with locked(run):
+        require_new(run)  # once more: another process may have been here since
+        with _removed_unless_started(run, keep_folder=was_there):
+            (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_json(run / "split.json", split.to_json())
+            write_json(
+                run / "run.json",
+                {
+                    "data": str(data.resolve()),
+                    "fold": fold if split_file is None else None,
+                    "split_file": None if split_file is None else str(split_file.resolve()),
+                    "contrasts": list(CONTRASTS),
+                    "regions": list(REGIONS),
+                    "labels": convention.name,
+                    "spacing_mm": list(spacing_mm),
+                    "versions": versions(),
+                    "machine": machine(),
+                    "runtime": list(runtime.reasons),
+                },
+            )
+            torch.manual_seed(config.training.seed)
+            state = _new_state(config, runtime)
+            job = _Job(
+                run=run, data=data, config=config, runtime=runtime, state=state, clock=clock, on_progress=on_progress
+            )
+            return job.train(used[: len(split.train)], used[len(split.train) :], spacing_mm, convention)
 
 
 def resume(data: Path, run: Path, config: RunConfig | None = None, *, on_progress: OnProgress = silent) -> TrainResult:
@@ -224,7 +229,7 @@ class _Job:
         )
         transform = gradient.attach(self.config.gradient, state.optimizer, state.network)
         LOG.info("%s", transform.report)
-        log = MetricsLog(self.run, keep_up_to_step=state.step)
+        log = MetricsLog(self.run, keep_up_to_step=state.step, keep_validations_up_to_step=state.validated_step)
         try:
             with stop_on_signals() as stop:
                 if state.step == 0:
@@ -301,10 +306,10 @@ class _Job:
                 if time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
                     self._save_last(transform)
                     saved_at = time.monotonic()
-        if validating:
-            self._validate(validating, log)
-        else:
+        if not validating:
             self._save_best(None)
+        elif state.validated_step < state.step:
+            self._validate(validating, log)
         self._save_last(transform)
         return losses
 
@@ -335,6 +340,7 @@ class _Job:
             state.network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
         )
         state.validations += 1
+        state.validated_step = state.step
         state.validation_seconds = time.monotonic() - before
         mean = sum(dice.values()) / len(dice)
         log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self._seconds())
@@ -374,6 +380,7 @@ class _Job:
                 "best_dice": state.best_dice,
                 "best_step": state.best_step,
                 "validations": state.validations,
+                "validated_step": state.validated_step,
                 "validation_seconds": state.validation_seconds,
                 "skipped_steps": state.skipped_before + transform.skipped_steps(),
                 "optimizer": plain,
@@ -423,19 +430,19 @@ class _Job:
 
 
 @contextmanager
-def _removed_unless_started(run: Path) -> Iterator[None]:
-    """Leave no half-made run folder behind when something fails before the first checkpoint."""
-    was_there = run.exists()
+def _removed_unless_started(run: Path, *, keep_folder: bool) -> Iterator[None]:
+    """Leave no half-made run folder behind when something fails before the first checkpoint. Holds for a locked run."""
     try:
         yield
     except BaseException:
-        if run.is_dir() and not any((run / "checkpoints").glob("*.json")):
+        if not any((run / "checkpoints").glob("*.json")):
             for entry in run.iterdir():
                 if entry.is_dir():
                     shutil.rmtree(entry, ignore_errors=True)
-                else:
+                elif entry.name != LOCK:
                     entry.unlink()
-            if not was_there:
+            if not keep_folder:
+                (run / LOCK).unlink()
                 run.rmdir()
         raise
 
@@ -468,7 +475,8 @@ def _restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
     state.step = checkpoint.step
     state.seconds = details["seconds"]
     state.best_dice, state.best_step = details["best_dice"], details["best_step"]
-    state.validations, state.validation_seconds = details["validations"], details["validation_seconds"]
+    state.validations, state.validated_step = details["validations"], details["validated_step"]
+    state.validation_seconds = details["validation_seconds"]
     state.skipped_before = details["skipped_steps"]
 
 
