@@ -1,0 +1,209 @@
+"""The training loop: steps, validations, checkpoints, until the budget is spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from app import checkpoints
+from app.config import RunConfig, to_plain
+from app.errors import InterruptedRunError
+from app.progress import LOG, OnProgress, Progress
+from app.runlog import MetricsLog, read_json
+from app.runtime import Runtime
+from app.training import gradient
+from app.training.schedule import learning_rate
+from app.training.state import State, to_checkpoint
+from app.training.stopping import StopRequest
+from app.training.validate import validation_dice
+from data.loaders import Batch, CachedCase, PatchSource, batches
+from models import RegionLoss
+
+#: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
+_VALIDATION_SHARE: Final = 0.1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loop:
+    """One process at work on a run: steps, validations and checkpoints."""
+
+    run: Path
+    data: Path
+    config: RunConfig
+    runtime: Runtime
+    state: State
+    clock: float
+    """When this process took over, on the monotonic clock."""
+    transform: gradient.AttachedTransform
+    log: MetricsLog
+    on_progress: OnProgress
+
+    def train(self, source: PatchSource, validating: Sequence[CachedCase], stop: StopRequest) -> list[float]:
+        """Train until the budget is spent; returns the losses of this process.
+
+        Raises:
+            InterruptedRunError: a stop was asked for; everything is saved.
+        """
+        settings, state = self.config.training, self.state
+        loss_of = RegionLoss()
+        losses: list[float] = []
+        if state.step == 0:
+            self._save_last()
+        began = saved_at = time.monotonic()
+        made = batches(
+            source,
+            first=state.step * settings.accumulate,
+            size=settings.batch_size,
+            threads=self.config.runtime.loader_threads,
+        )
+        with closing(made):
+            state.network.train()
+            while (progress := self._progress()) < 1:
+                rate = learning_rate(settings, progress)
+                loss = self._step(made, loss_of, rate)
+                state.step += 1
+                losses.append(loss)
+                self.log.train(
+                    step=state.step,
+                    loss=loss,
+                    learning_rate=rate,
+                    seconds=self.seconds(),
+                    skipped_steps=self.skipped_steps(),
+                )
+                self._report(losses, time.monotonic() - began)
+                if self._validation_is_due() and validating and self._progress() < 1:
+                    self._validate(validating)
+                    self._save_last()
+                    saved_at = time.monotonic()
+                if stop.signal_name is not None:
+                    self._save_last()
+                    raise InterruptedRunError(
+                        f"stopped by {stop.signal_name} after step {state.step}; everything is saved. "
+                        f"Go on with: znormseg train {self.data} {self.run} --resume"
+                    )
+                if time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
+                    self._save_last()
+                    saved_at = time.monotonic()
+        if not validating:
+            self._save_best(None)
+        elif state.validated_step < state.step:
+            self._validate(validating)
+        self._save_last()
+        return losses
+
+    def _step(self, made: Any, loss_of: RegionLoss, rate: float) -> float:
+        """One optimiser step; returns the mean loss of its micro-batches."""
+        state, settings = self.state, self.config.training
+        total = 0.0
+        for _ in range(settings.accumulate):
+            batch: Batch = next(made)
+            image = batch.image.to(self.runtime.device, non_blocking=True)
+            masks = batch.masks.to(self.runtime.device, non_blocking=True)
+            with self.runtime.autocast():
+                logits = state.network(image.contiguous(memory_format=self.runtime.memory_format))
+            loss = loss_of(logits, masks)
+            (loss / settings.accumulate).backward()
+            total += float(loss.detach()) / settings.accumulate
+        for group in state.optimizer.param_groups:
+            group["lr"] = rate
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _validate(self, cases: Sequence[CachedCase]) -> None:
+        """Score the validation cases; keep the weights when they are the best so far."""
+        state, settings = self.state, self.config.training
+        before = time.monotonic()
+        dice = validation_dice(
+            state.network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
+        )
+        state.validations += 1
+        state.validated_step = state.step
+        state.validation_seconds = time.monotonic() - before
+        mean = sum(dice.values()) / len(dice)
+        self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
+        LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
+        if mean > state.best_dice:
+            state.best_dice, state.best_step = mean, state.step
+            self._save_best(dice)
+
+    def _save_best(self, dice: dict[str, float] | None) -> None:
+        facts = read_json(self.run / "run.json")
+        checkpoints.save(
+            self.run / "checkpoints",
+            "best",
+            self.state.step,
+            checkpoints.weight_tensors(self.state.network),
+            {
+                "dice": dice,
+                "contrasts": facts["contrasts"],
+                "regions": facts["regions"],
+                "labels": facts["labels"],
+                "spacing_mm": facts["spacing_mm"],
+                "versions": facts["versions"],
+                "config": to_plain(self.config),
+            },
+        )
+
+    def _save_last(self) -> None:
+        tensors, details = to_checkpoint(self.state)
+        checkpoints.save(
+            self.run / "checkpoints",
+            "last",
+            self.state.step,
+            tensors,
+            {**details, "seconds": self.seconds(), "skipped_steps": self.skipped_steps()},
+        )
+
+    def _progress(self) -> float:
+        """Share of the budget that is spent. A budget in hours keeps the time of one validation for the last one."""
+        settings, state = self.config.training, self.state
+        if settings.steps is not None:
+            return state.step / settings.steps
+        assert settings.hours is not None
+        budget = settings.hours * 3600
+        return self.seconds() / max(budget - state.validation_seconds, 0.5 * budget)
+
+    def _validation_is_due(self) -> bool:
+        """By steps: at even distances, whatever the clock says. By hours: only while validation stays cheap."""
+        settings, state = self.config.training, self.state
+        due = self._progress() * settings.validations >= state.validations + 1
+        if settings.steps is not None or not due:
+            return due
+        spent = state.validations * state.validation_seconds
+        return spent <= _VALIDATION_SHARE * self.seconds()
+
+    def skipped_steps(self) -> int:
+        """Steps left out because a gradient was not finite, over all processes of the run."""
+        return self.state.skipped_before + self.transform.skipped_steps()
+
+    def seconds(self) -> float:
+        """Wall-clock time of the run so far, over all its processes."""
+        return self.state.seconds + time.monotonic() - self.clock
+
+    def _report(self, losses: list[float], spent: float) -> None:
+        progress = self._progress()
+        recent = losses[-20:]
+        best = f"  best Dice {self.state.best_dice:.3f}" if self.state.best_dice >= 0 else ""
+        steps = self.config.training.steps
+        left = (
+            (steps - self.state.step) * spent / len(losses)
+            if steps is not None
+            else self.seconds() * (1 / progress - 1)
+        )
+        self.on_progress(
+            Progress(
+                job="training",
+                share=min(progress, 1.0),
+                detail=f"step {self.state.step}  loss {sum(recent) / len(recent):.3f}{best}",
+                eta_seconds=max(0.0, left),
+            )
+        )
+
+
+def _in_words(dice: dict[str, float]) -> str:
+    return ", ".join(f"{region} {value:.3f}" for region, value in dice.items())
