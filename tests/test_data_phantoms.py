@@ -13,10 +13,10 @@ import numpy.typing as npt
 import pytest
 from scipy import ndimage
 
-from data import phantoms
 from data.errors import DataError
 from data.labels import BRATS2021, BRATS2023, CONTRASTS, ENHANCING, NECROSIS, OEDEMA, Contrast, decode
-from data.phantoms import Phantom, case_name, make_phantom, write_phantom, write_phantoms
+from data.phantoms import Phantom, case_name, make, make_phantom, write_phantom, write_phantoms
+from data.phantoms.grids import Grid
 
 SPACING_MM = 4.0
 ROOT = Path(__file__).parents[1]
@@ -112,7 +112,7 @@ def test_all_contrasts_share_one_skull_stripped_brain() -> None:
 
 
 def test_the_brain_stays_off_the_edge_of_the_box_it_is_rendered_in() -> None:
-    grid = phantoms._Grid.of_spacing(SPACING_MM)
+    grid = Grid.of_spacing(SPACING_MM)
     for phantom in cases(20):
         for axis, (start, stop) in enumerate(zip(grid.start, grid.stop, strict=True)):
             hit = np.flatnonzero((phantom.images["t1"] > 0).any(axis=tuple({0, 1, 2} - {axis})))
@@ -170,13 +170,13 @@ def test_volumes_spread_over_the_range_of_gliomas() -> None:
 
 def test_oedema_prefers_white_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, Any]] = []
-    place = phantoms._place_lesion
+    place = make.place_lesion
 
     def spy(tumour: Any, tissue: Any, grid: Any) -> Any:
         seen.append((tissue, place(tumour, tissue, grid)))
         return seen[-1][1]
 
-    monkeypatch.setattr(phantoms, "_place_lesion", spy)
+    monkeypatch.setattr(make, "place_lesion", spy)
     for index in range(4):
         make_phantom(index, spacing_mm=SPACING_MM)
     for tissue, lesion in seen:

@@ -1,0 +1,137 @@
+"""Cases as files: their names, and folders that appear only when complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.labels import CONTRASTS, encode
+from data.phantoms.arguments import check_arguments
+from data.phantoms.make import Phantom, make_phantom
+from data.phantoms.naming import NAMINGS, Naming
+
+
+def case_name(index: int, year: int) -> str:
+    """Name of a case as BraTS of that year writes it.
+
+    Args:
+        index: number of the case, 0 to 99999.
+        year: 2021 or 2023.
+
+    Returns:
+        the name, which is also that of the case's folder.
+
+    Raises:
+        DataError: an argument out of range.
+
+    Example:
+        >>> case_name(7, 2021), case_name(7, 2023)
+        ('BraTS2021_00007', 'BraTS-GLI-00007-000')
+    """
+    check_arguments(index=index, year=year)
+    return f"{NAMINGS[year].prefix}{index:05d}{NAMINGS[year].visit}"
+
+
+def write_phantom(folder: Path, index: int, *, seed: int = 0, spacing_mm: float = 2.0, year: int = 2021) -> Path:
+    """Make one case and write it as compressed NIfTI; its folder appears only when it is complete.
+
+    Args:
+        folder: folder of the data set, made if missing.
+        index: number of the case, 0 to 99999.
+        seed: number of the series, 0 or more (default 0).
+        spacing_mm: edge of a voxel, 0.5 to 8 mm (default 2).
+        year: 2021 or 2023 (default 2021); decides names and label numbers, not voxels.
+
+    Returns:
+        the case's folder, with five files.
+
+    Raises:
+        DataError: an argument out of range, or the case is already there.
+    """
+    check_arguments(index=index, seed=seed, spacing_mm=spacing_mm, year=year)
+    case = case_name(index, year)
+    _refuse_overwriting(folder, case)
+    phantom = make_phantom(index, seed=seed, spacing_mm=spacing_mm)
+    with _folder_when_complete(folder, case) as partial:
+        _write_files(phantom, partial, case, NAMINGS[year])
+    return folder / case
+
+
+def write_phantoms(
+    folder: Path,
+    count: int,
+    *,
+    seed: int = 0,
+    spacing_mm: float = 2.0,
+    year: int = 2021,
+    on_case: Callable[[Path], None] | None = None,
+) -> list[Path]:
+    """Make the cases 0 to ``count`` - 1 and write them; a case does not depend on how many there are.
+
+    Args:
+        folder: folder of the data set, made if missing.
+        count: how many cases, 1 or more.
+        seed: number of the series, 0 or more (default 0).
+        spacing_mm: edge of a voxel, 0.5 to 8 mm (default 2).
+        year: 2021 or 2023 (default 2021).
+        on_case: called with each case's folder once it is written (default None).
+
+    Returns:
+        the folders of the cases, in order.
+
+    Raises:
+        DataError: an argument out of range, or one of the cases is already there; then nothing is written.
+    """
+    if count < 1:
+        raise DataError(f"count is {count}; allowed is 1 or more. Ask for at least one case.")
+    check_arguments(index=count - 1, seed=seed, spacing_mm=spacing_mm, year=year)
+    for index in range(count):
+        _refuse_overwriting(folder, case_name(index, year))
+    written = []
+    for index in range(count):
+        written.append(write_phantom(folder, index, seed=seed, spacing_mm=spacing_mm, year=year))
+        if on_case is not None:
+            on_case(written[-1])
+    return written
+
+
+def _refuse_overwriting(folder: Path, case: str) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{folder} is a file, but phantoms go into a folder. Choose another place.")
+    if (folder / case).exists():
+        raise DataError(f"{folder / case} already exists and is not overwritten. Remove it or choose another folder.")
+
+
+@contextmanager
+def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
+    """A hidden folder to write into, renamed to the case's name at the end, or removed after a failure."""
+    partial = folder / f".{case}.partial-{os.getpid()}"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        _refuse_overwriting(folder, case)
+        partial.replace(folder / case)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_files(phantom: Phantom, folder: Path, case: str, naming: Naming) -> None:
+    volumes: dict[str, npt.NDArray[Any]] = {naming.suffixes[c]: phantom.images[c] for c in CONTRASTS}
+    volumes["seg"] = encode(phantom.codes, naming.convention)
+    for suffix, volume in volumes.items():
+        image = nib.Nifti1Image(volume, phantom.affine)
+        # The codes are those of the released BraTS files: images 2 and 1, label maps 1 and 1.
+        image.set_qform(phantom.affine, code=1 if suffix == "seg" else 2)
+        image.set_sform(phantom.affine, code=1)
+        image.header.set_xyzt_units("mm")
+        nib.save(image, folder / f"{case}{naming.separator}{suffix}.nii.gz")
