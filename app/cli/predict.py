@@ -69,7 +69,7 @@ def predict(
         )
     if as_json:
         terminal.json_result(outcome.to_json())
-    else:
+    elif outcome.done:
         _show(outcome.done, places[-1])
     _exit(len(outcome.done), outcome.failures)
 
