@@ -3,7 +3,6 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-DEMO_OUT ?= znormseg-demo
 # Another torch build: TORCH_INDEX=https://download.pytorch.org/whl/cu128 make setup
 TORCH_INDEX ?=
 
@@ -36,8 +35,8 @@ endif
 	@touch $(STAMP)
 
 demo: $(STAMP) ## phantoms, training, prediction, scores and a page, in about five minutes
-	@rm -rf $(DEMO_OUT)
-	$(BIN)/znormseg demo --out $(DEMO_OUT)
+	@rm -rf znormseg-demo
+	$(BIN)/znormseg demo --out znormseg-demo
 
 test: $(STAMP) lint imports types ## every check but the slow tests
 	$(BIN)/python -m pytest
