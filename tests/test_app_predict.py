@@ -219,15 +219,26 @@ def test_a_case_of_another_spacing_keeps_its_grid(
 
 
 @pytest.mark.slow
-def test_the_label_map_of_a_real_case_lies_on_its_grid(
+def test_the_label_map_of_every_real_case_lies_on_its_grid(
     tiny_run: Path, real_cases: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     from data.layouts import find_cases
 
-    case = find_cases(real_cases)[0]
-    ended = znormseg("predict", tiny_run, case.folder, tmp_path / "out")
+    ended = znormseg("predict", tiny_run, real_cases, tmp_path / "out")
     assert ended.code == 0, ended.err
-    assert_same_grid(tmp_path / "out" / f"{case.id}.nii.gz", case.contrasts["t1c"])
+    for case in find_cases(real_cases):
+        assert_same_grid(tmp_path / "out" / f"{case.id}.nii.gz", case.contrasts["t1c"])
+
+
+def test_another_library_sees_the_label_map_where_the_image_is(label_maps: Path, phantoms: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    image = sitk.ReadImage(str(phantoms / CASE / f"{CASE}_t1ce.nii.gz"))
+    label_map = sitk.ReadImage(str(label_maps / f"{CASE}.nii.gz"))
+    assert label_map.GetSize() == image.GetSize()
+    assert label_map.GetOrigin() == image.GetOrigin()
+    assert label_map.GetDirection() == image.GetDirection()
+    assert label_map.GetSpacing() == image.GetSpacing()
 
 
 # What is written
