@@ -16,21 +16,21 @@ class AugmentConfig:
 
     flip_probability: float = 0.5
     """Chance of mirroring along each axis."""
-    affine_probability: float = 0.1
+    affine_probability: float = 0.3
     """Chance of rotating and scaling the patch."""
     rotation_degrees: float = 20.0
     """Largest rotation about each axis."""
     scale: float = 0.2
     """Largest relative change of size."""
-    gain: float = 0.2
+    gain: float = 0.3
     """Each contrast is multiplied by a factor from 1 - gain to 1 + gain."""
-    shift: float = 0.2
+    shift: float = 0.3
     """Each contrast is shifted by up to this many standard deviations of the brain."""
-    gamma_probability: float = 0.15
+    gamma_probability: float = 0.3
     """Chance of bending each contrast's histogram."""
     gamma: float = 0.5
     """Bent by an exponent from 1 / (1 + gamma) to 1 + gamma."""
-    noise_probability: float = 0.1
+    noise_probability: float = 0.15
     """Chance of adding Gaussian noise."""
     noise: float = 0.3
     """Largest standard deviation of the Gaussian noise, in standard deviations of the brain."""
