@@ -87,8 +87,8 @@ def run_demo(
     clock.note("phantoms")
     names = [case.id for case in cases]
     split = {"train": names[:training], "validation": names[training : training + validating]}
-    write_json(out / "split.json", split)
-    start(out / "phantoms", out / "run", config, split_file=out / "split.json", on_progress=on_progress)
+    write_json(out / "phantoms" / "split.json", split)
+    start(out / "phantoms", out / "run", config, split_file=out / "phantoms" / "split.json", on_progress=on_progress)
     clock.note("training")
 
     runtime = choose_runtime(config.runtime)
