@@ -14,6 +14,7 @@ A run folder holds::
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -124,7 +125,9 @@ class MetricsLog:
         self._board.close()
 
     def _write(self, **record: object) -> None:
-        self._file.write(json.dumps(record) + "\n")
+        # JSON has no NaN or infinity; a loss that is not finite becomes null.
+        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
         self._file.flush()
 
 

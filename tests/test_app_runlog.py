@@ -1,0 +1,43 @@
+"""The run folder's records."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from app.errors import RunError
+from app.runlog import MetricsLog, read_json, read_metrics
+
+
+def write_steps(run: Path, first: int, last: int, *, keep: int = 0, loss: float = 0.5) -> None:
+    log = MetricsLog(run, keep_up_to_step=keep, keep_validations_up_to_step=keep)
+    for step in range(first, last + 1):
+        log.train(step=step, loss=loss, learning_rate=0.1, seconds=1.0, skipped_steps=0)
+    log.close()
+
+
+def test_records_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 5)
+    write_steps(tmp_path, 4, 6, keep=3)
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize("loss", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_written_as_null(tmp_path: Path, loss: float) -> None:
+    write_steps(tmp_path, 1, 1, loss=loss)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text(), parse_constant=pytest.fail)["loss"] is None
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "tr')
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_damaged_json_of_a_run_is_told_by_name(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{")
+    with pytest.raises(RunError, match=r"run\.json: missing or damaged"):
+        read_json(tmp_path / "run.json")
