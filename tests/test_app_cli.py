@@ -149,9 +149,12 @@ def test_data_phantom_prints_one_json_object(tmp_path: Path, znormseg: Call) -> 
 
 @pytest.mark.slow
 def test_demo_prints_one_json_object(tmp_path: Path, znormseg: Call) -> None:
+    from app.demo import HELD_OUT
+
     content = only_object(znormseg("demo", "--out", tmp_path / "demo", "--json"))
     assert Path(content["page"]).is_file()
-    assert len(content["cases"]) == 4
+    assert len(content["cases"]) == HELD_OUT
+    assert content["regions"]["WT"]["dice"] > 0.7
 
 
 def test_a_process_of_its_own_writes_nothing_but_json_on_stdout(
