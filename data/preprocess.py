@@ -149,11 +149,25 @@ def brain_box(image: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:
     Args:
         image: shape (contrasts, X, Y, Z), not all zero.
     """
-    brain = (image != 0).any(axis=0)
+    return smallest_box((image != 0).any(axis=0))
+
+
+def smallest_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
+    """The smallest box that holds every marked voxel.
+
+    Args:
+        mask: shape (X, Y, Z), at least one voxel marked.
+
+    Example:
+        >>> mask = np.zeros((4, 4, 4), dtype=bool)
+        >>> mask[1, 2, 0] = mask[2, 2, 3] = True
+        >>> smallest_box(mask)
+        (slice(1, 3, None), slice(2, 3, None), slice(0, 4, None))
+    """
     parts = []
     for axis in range(3):
-        inside = np.flatnonzero(brain.any(axis=tuple(other for other in range(3) if other != axis)))
-        parts.append(slice(int(inside[0]), int(inside[-1]) + 1))
+        marked = np.flatnonzero(mask.any(axis=tuple(other for other in range(3) if other != axis)))
+        parts.append(slice(int(marked[0]), int(marked[-1]) + 1))
     return (parts[0], parts[1], parts[2])
 
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from data.labels import ENHANCING, REGIONS, Region, region_codes
+from data.preprocess import smallest_box
 
 Mask = npt.NDArray[np.bool_]
 Spacing = tuple[float, float, float]
@@ -257,13 +258,7 @@ def _joint_box(prediction: Mask, reference: Mask) -> tuple[slice, slice, slice]:
     Cropping to it loses nothing: every voxel outside is outside both masks, as the border that ``_corner_codes`` adds,
     so both surfaces, and with them all distances between them, stay the same.
     """
-    marked = prediction | reference
-    spans = []
-    for axis in range(3):
-        others = tuple(other for other in range(3) if other != axis)
-        used = np.flatnonzero(marked.any(axis=others))
-        spans.append(slice(int(used[0]), int(used[-1]) + 1))
-    return (spans[0], spans[1], spans[2])
+    return smallest_box(prediction | reference)
 
 
 def _corner_codes(mask: Mask) -> npt.NDArray[np.uint8]:
