@@ -86,7 +86,7 @@ def load_newest(folder: Path, kind: Kind) -> Checkpoint | None:
         if not isinstance(details, dict):
             raise ValueError(f"{path.name} holds no JSON object")
         content = tensors_path.read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{tensors_path}: cannot be read ({error}). Restore it from a copy, or train again.") from error
     digest = _sha256(content)
     if digest != details.get("sha256"):

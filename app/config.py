@@ -33,6 +33,8 @@ class DataConfig:
 
     spacing_mm: float | None = None
     """Isotropic spacing the network works at; null takes the median of the training cases."""
+    nan_to_zero: bool = False
+    """Take image voxels that are NaN or infinite as 0 instead of refusing their case."""
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not 0.25 <= self.spacing_mm <= 10:
@@ -97,7 +99,7 @@ def parse_config(text: str, origin: str, overrides: Sequence[str] = ()) -> RunCo
     """
     try:
         content = _load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: not valid YAML ({' '.join(str(error).split())})") from error
     if content is None:
         content = {}
@@ -179,7 +181,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.key=value, such as training.steps=200")
     try:
         value = _load_yaml(text)
-    except (yaml.YAMLError, ValueError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
     place = content
     for section in path[:-1]:
@@ -195,7 +197,7 @@ def _apply(content: dict[str, Any], override: str) -> None:
 def _validate(content: dict[str, Any], origin: str) -> RunConfig:
     try:
         text = json.dumps({"run": content}, allow_nan=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(f"{origin}: holds a value that is no number, text, list or mapping ({error})") from error
     try:
         return _Document.model_validate_json(text).run

@@ -10,7 +10,7 @@
 | 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
 | 6 | some cases failed, the others are done |
 | 7 | the machine: disk full, not writable, no such device, out of memory |
-| 130 | interrupted |
+| 130 | interrupted by Ctrl-C or SIGTERM |
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class DeviceError(RuntimeError):
 
 
 class InterruptedRunError(Exception):
-    """Training was interrupted and its state saved. The message says how to go on."""
+    """A job was interrupted and what it had is whole. The message says how to go on."""
 
 
 _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
@@ -71,14 +71,14 @@ def message(error: BaseException) -> str:
         place = f"{error.filename}: " if error.filename else ""
         advice = {
             errno.ENOSPC: "Free some space, or choose another folder.",
-            errno.EACCES: "Choose a folder you may write to.",
+            errno.EACCES: "Check who may read and write it, or choose another place.",
             errno.EROFS: "The file system is read-only; choose another folder.",
         }.get(error.errno or 0, "")
         return f"{place}{error.strerror or error}. {advice}".rstrip()
     if _is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted"
+        return str(error) or "interrupted"
     return str(error)
 
 

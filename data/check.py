@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.labels import CONTRASTS
 from data.layouts import Case, decide_for, find_cases, patient_of
 from data.nifti import Volume, grid_difference, read_label_map, read_volume
+from data.preprocess import image_problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,17 +69,18 @@ class CheckedDataSet:
         }
 
 
-def check(root: Path, *, on_case: Callable[[str], None] | None = None) -> CheckedDataSet:
+def check(root: Path, *, follow_links: bool = False, on_case: Callable[[str], None] | None = None) -> CheckedDataSet:
     """Read every file of a data set once and say what was found.
 
     Args:
         root: a case folder or a folder of them.
+        follow_links: accept symbolic links that lead out of ``root``.
         on_case: called with the id of each case that is done.
 
     Raises:
         DataError: no data set at all (no folder, no case, one id twice).
     """
-    cases = find_cases(root)
+    cases = find_cases(root, follow_links=follow_links)
 
     def look(case: Case) -> CheckedCase:
         found = check_case(case)
@@ -116,7 +118,7 @@ def check_case(case: Case) -> CheckedCase:
         except DataError as error:
             problems.append(f"{contrast}: {error}")
             continue
-        problems += [f"{contrast}: every voxel is 0"] if not volume.voxels.any() else []
+        problems += [f"{contrast}: {problem}"] if (problem := image_problem(volume.voxels)) is not None else []
         if reference is None:
             reference = volume
         elif (difference := grid_difference(reference, volume)) is not None:

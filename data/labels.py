@@ -124,7 +124,7 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
         shown = ", ".join(f"{v:g}" for v in foreign[:8])
         raise DataError(
             f"label values {shown} are not in the convention {convention.name}, which allows "
-            f"{', '.join(str(v) for v in sorted(allowed))}"
+            f"{', '.join(str(v) for v in sorted(allowed))}. Convert the label map, or leave the case out."
         )
     codes = np.zeros(label_map.shape, dtype=np.uint8)
     for code, value in enumerate(convention.values, start=1):

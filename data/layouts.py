@@ -39,7 +39,9 @@ _CONTRAST_ENDINGS: Final[dict[str, Contrast]] = {
 }
 _NAMES_OF_2021: Final = {"t1ce", "flair"}
 _NAMES_OF_2023: Final = {"t1n", "t1c", "t2w", "t2f"}
-_ENDING: Final = re.compile(r"^(?P<case>.+)[_-](?P<ending>t1ce|t1c|t1gd|t1n|t1|t2w|t2f|t2|flair|seg)$", re.IGNORECASE)
+_ENDING: Final = re.compile(
+    r"^(?P<case>.+)[_-](?P<ending>t1ce|t1c|t1gd|t1n|t1|t2w|t2f|t2|flair|seg)$", re.IGNORECASE | re.DOTALL
+)
 _PATIENT: Final = (
     re.compile(r"^(?P<patient>BraTS-[A-Z]+(?:-RT)?-\d+)-\d+$", re.IGNORECASE),  # 2023 and later: patient, time point
     re.compile(r"^(?P<patient>Brats1[789]_.+)_\d+$", re.IGNORECASE),  # 2017 to 2019: site, patient, scan
@@ -67,18 +69,22 @@ class Case:
         """Return the case itself.
 
         Raises:
-            DataError: a contrast is missing or there twice.
+            DataError: a contrast is missing, there twice or behind a link out of the data folder, or the id is no
+                file name.
         """
-        if self.problems:
-            raise DataError(f"case {self.id}: " + "; ".join(self.problems))
+        problems = self.problems or tuple(_id_problems(self.id))
+        if problems:
+            name = self.id if self.id.isprintable() else repr(self.id)
+            raise DataError(f"case {name}: " + "; ".join(problems))
         return self
 
 
-def find_cases(root: Path) -> tuple[Case, ...]:
+def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
     """Find every case below a folder, sorted by id.
 
     Args:
         root: a case folder, or a folder of them, up to three levels deep (as ``HGG/<case>`` in BraTS 2018).
+        follow_links: accept symbolic links that lead out of ``root``; without, a case behind one has a problem.
 
     Raises:
         DataError: there is no such folder, no case in it, or one id in two folders.
@@ -86,9 +92,11 @@ def find_cases(root: Path) -> tuple[Case, ...]:
     if not root.is_dir():
         what = "is a file; give the folder that holds the case" if root.exists() else "does not exist"
         raise DataError(f"{root}: {what}")
-    cases = [case for folder in _folders(root) if (case := _case_in(folder)) is not None]
+    links = _Links(root, follow=follow_links)
+    cases = [case for folder in _folders(root, links) if (case := _case_in(folder, links)) is not None]
     if not cases:
-        raise DataError(f"{root}: no case found. {NAMING_RULES[0].upper()}{NAMING_RULES[1:]}.")
+        rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
+        raise DataError(" ".join([f"{root}: no case found.", rules, *links.not_followed()]))
     folders = defaultdict(list)
     for case in cases:
         folders[case.id].append(str(case.folder))
@@ -104,7 +112,7 @@ def case_from_files(files: dict[Contrast, Path]) -> Case:
     The id is what the T1c file's name says before its contrast, or the whole name without its ending.
 
     Raises:
-        DataError: a contrast was not given.
+        DataError: a contrast was not given, or the id is no file name.
     """
     problems = _missing(files)
     if problems:
@@ -116,20 +124,27 @@ def case_from_files(files: dict[Contrast, Path]) -> Case:
         folder=files["t1c"].parent,
         contrasts={contrast: files[contrast] for contrast in CONTRASTS},
         naming=_naming({match["ending"].lower()}) if match is not None else None,
-    )
+    ).require()
 
 
-def find_label_maps(folder: Path) -> dict[str, Path]:
+def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Path]:
     """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or case folders that hold a seg.
 
+    Args:
+        folder: where to look.
+        follow_links: accept symbolic links that lead out of ``folder``.
+
     Raises:
-        DataError: there is no such folder, no label map in it, or two for one case.
+        DataError: there is no such folder, no label map in it, two for one case, or one behind a link out of it.
     """
     if not folder.is_dir():
         what = "is a file; give the folder that holds the label maps" if folder.exists() else "does not exist"
         raise DataError(f"{folder}: {what}")
     found: dict[str, Path] = {}
-    for path in _label_files(folder):
+    links = _Links(folder, follow=follow_links)
+    for path in _label_files(folder, links):
+        if problems := links.problems(path):
+            raise DataError(f"label map {path}: {problems[0]}")
         name = strip_nifti_ending(path.name) or path.name
         match = _ENDING.match(name)
         case_id = match["case"] if match is not None else name
@@ -137,10 +152,8 @@ def find_label_maps(folder: Path) -> dict[str, Path]:
             raise DataError(f"case {case_id} has two label maps: {found[case_id]} and {path}. Keep one of them.")
         found[case_id] = path
     if not found:
-        raise DataError(
-            f"{folder}: no label map found; expected <case>.nii.gz, <case>-seg.nii.gz, <case>_seg.nii.gz, "
-            "or case folders that hold one"
-        )
+        expected = "<case>.nii.gz, <case>-seg.nii.gz, <case>_seg.nii.gz, or case folders that hold one"
+        raise DataError(" ".join([f"{folder}: no label map found; expected {expected}.", *links.not_followed()]))
     return dict(sorted(found.items()))
 
 
@@ -204,23 +217,72 @@ def _label_values(path: Path | None) -> tuple[int, ...]:
     return tuple(int(value) for value in np.flatnonzero(np.bincount(voxels.ravel())))
 
 
-def _folders(root: Path) -> Iterator[Path]:
+class _Links:
+    """Symbolic links below a data folder: which lead out of it, and what to say about that."""
+
+    def __init__(self, root: Path, *, follow: bool) -> None:
+        self._root = root
+        self._real_root = root.resolve()
+        self._follow = follow
+        self._left: list[Path] = []
+
+    def enters(self, folder: Path) -> bool:
+        """Whether to look below a folder. One linked to from within the data folder is found where it lies."""
+        if not folder.is_symlink():
+            return True
+        if self._leads_out(folder) and not self._follow:
+            self._left.append(folder)
+        return self._leads_out(folder)
+
+    def looks_below(self, folder: Path) -> bool:
+        """Whether folders below a folder are looked at: behind a link that leads out only where links are followed."""
+        return self._follow or not self._leads_out(folder)
+
+    def problems(self, path: Path) -> list[str]:
+        """One sentence where a path is a dangling link, or where it lies outside of the data folder."""
+        if path.is_symlink() and not path.exists():
+            return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
+        if self._follow or not self._leads_out(path):
+            return []
+        return [f"{path} lies at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
+
+    def not_followed(self) -> list[str]:
+        """One sentence where links to folders were not followed."""
+        if not self._left:
+            return []
+        shown = ", ".join(str(path) for path in self._left[:3])
+        return [f"Not looked into, as they are links out of the folder: {shown}. {_LINK_REMEDY}"]
+
+    def _leads_out(self, path: Path) -> bool:
+        return not path.resolve().is_relative_to(self._real_root)
+
+
+_LINK_REMEDY: Final = "Copy the files, or accept such links with --follow-links."
+
+
+def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
     """The folder itself and those below it, hidden ones left out."""
-    for place, below, _ in os.walk(root):
-        folder = Path(place)
-        depth = len(folder.relative_to(root).parts)
-        below[:] = sorted(name for name in below if not name.startswith(".")) if depth < _DEEPEST_FOLDER else []
-        yield folder
+    yield folder
+    if depth == _DEEPEST_FOLDER or not links.looks_below(folder):
+        return
+    for below in sorted(folder.iterdir()):
+        if not below.name.startswith(".") and below.is_dir() and links.enters(below):
+            yield from _folders(below, links, depth + 1)
 
 
 def _nifti_files(folder: Path) -> list[Path]:
-    """NIfTI files of one folder, sorted; hidden ones (among them the ``._`` files macOS leaves) are left out."""
+    """NIfTI files of one folder, sorted; hidden ones (among them the ``._`` files macOS leaves) are left out.
+
+    Links that lead nowhere are in it, to be complained of.
+    """
     return sorted(
-        p for p in folder.iterdir() if not p.name.startswith(".") and strip_nifti_ending(p.name) and p.is_file()
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".") and strip_nifti_ending(p.name) and (p.is_file() or not p.exists())
     )
 
 
-def _case_in(folder: Path) -> Case | None:
+def _case_in(folder: Path, links: _Links) -> Case | None:
     """The case whose files lie in a folder, or None where no file is named like a contrast."""
     contrasts: dict[Contrast, list[Path]] = defaultdict(list)
     labels: list[Path] = []
@@ -245,8 +307,12 @@ def _case_in(folder: Path) -> Case | None:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}")
     if len(ids) > 1:
         problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
+    case_id = next(iter(ids)) if len(ids) == 1 else folder.name
+    problems += _id_problems(case_id)
+    files = [path for paths in [*contrasts.values(), labels] for path in paths]
+    problems += links.problems(folder) or [problem for path in files for problem in links.problems(path)]
     return Case(
-        id=next(iter(ids)) if len(ids) == 1 else folder.name,
+        id=case_id,
         folder=folder,
         contrasts={contrast: contrasts[contrast][0] for contrast in CONTRASTS if contrast in contrasts},
         label=labels[0] if labels else None,
@@ -261,15 +327,23 @@ def _naming(endings: set[str]) -> str | None:
     return years.pop() if len(years) == 1 else None
 
 
+def _id_problems(case_id: str) -> list[str]:
+    """One sentence where a case id cannot be the name of a file: it becomes one in output and cache folders."""
+    bad = [part for part in ("..", "/", "\\") if part in case_id]
+    if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
+        return []
+    return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
+
+
 def _missing(contrasts: Iterable[Contrast]) -> list[str]:
     """One sentence for the contrasts that are not there, or none."""
     absent = [contrast for contrast in CONTRASTS if contrast not in set(contrasts)]
     return [f"contrast {', '.join(absent)} is missing"] if absent else []
 
 
-def _label_files(folder: Path) -> Iterator[Path]:
+def _label_files(folder: Path, links: _Links) -> Iterator[Path]:
     """Label maps of a flat folder or of case folders; an image beside them is no label map."""
-    for place in _folders(folder):
+    for place in _folders(folder, links):
         files = _nifti_files(place)
         endings = {path: match["ending"].lower() for path in files if (match := _match(path)) is not None}
         has_images = any(ending != "seg" for ending in endings.values())

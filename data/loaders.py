@@ -74,6 +74,7 @@ def cache_cases(
     *,
     spacing_mm: Spacing,
     convention: LabelConvention,
+    nan_to_zero: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> list[CachedCase]:
     """Prepare cases with their label maps into a folder; what is there already and still fits is kept.
@@ -83,6 +84,7 @@ def cache_cases(
         folder: made where it is missing; holds one folder a case, 9 bytes a voxel of the brain's box.
         spacing_mm: spacing the network works at.
         convention: what the label numbers mean.
+        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
         on_case: called with the id of each case that is ready.
 
     Raises:
@@ -91,7 +93,7 @@ def cache_cases(
     folder.mkdir(parents=True, exist_ok=True)
 
     def ready(case: Case) -> CachedCase:
-        cached = _cache_case(case, folder, spacing_mm, convention)
+        cached = _cache_case(case, folder, spacing_mm, convention, nan_to_zero)
         if on_case is not None:
             on_case(case.id)
         return cached
@@ -197,13 +199,15 @@ def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int,
     return padded
 
 
-def _cache_case(case: Case, folder: Path, spacing_mm: Spacing, convention: LabelConvention) -> CachedCase:
-    place = folder / case.id
-    source = _fingerprint(case, spacing_mm, convention)
+def _cache_case(
+    case: Case, folder: Path, spacing_mm: Spacing, convention: LabelConvention, nan_to_zero: bool
+) -> CachedCase:
+    place = folder / case.require().id
+    source = _fingerprint(case, spacing_mm, convention, nan_to_zero)
     kept = _read_cached(case.id, place, source)
     if kept is not None:
         return kept
-    prepared = prepare(case, spacing_mm=spacing_mm, convention=convention)
+    prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
     assert prepared.codes is not None
     partial = folder / f".partial-{os.getpid()}-{case.id}"
     shutil.rmtree(partial, ignore_errors=True)
@@ -241,12 +245,13 @@ def _read_cached(case_id: str, place: Path, source: dict[str, Any]) -> CachedCas
     return CachedCase(id=case_id, folder=place, shape=(x, y, z)) if same else None
 
 
-def _fingerprint(case: Case, spacing_mm: Spacing, convention: LabelConvention) -> dict[str, Any]:
+def _fingerprint(case: Case, spacing_mm: Spacing, convention: LabelConvention, nan_to_zero: bool) -> dict[str, Any]:
     files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
     return {
         "version": _CACHE_VERSION,
         "spacing_mm": list(spacing_mm),
         "labels": list(convention.values),
+        "nan_to_zero": nan_to_zero,
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     }
 

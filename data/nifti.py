@@ -47,6 +47,8 @@ class Volume:
     voxels: npt.NDArray[Any]
     affine: npt.NDArray[np.float64]
     path: Path
+    zeroed: int = 0
+    """How many voxels were NaN or infinite in the file and are 0 here."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -86,11 +88,12 @@ def strip_nifti_ending(name: str) -> str | None:
     return None
 
 
-def read_volume(path: Path) -> Volume:
+def read_volume(path: Path, *, nan_to_zero: bool = False) -> Volume:
     """Read one image as float32, scaled by the header's slope and intercept.
 
     Args:
         path: a 3D NIfTI file (``.nii`` or ``.nii.gz``); a trailing axis of length one is dropped.
+        nan_to_zero: set voxels that are NaN or infinite to 0 instead of refusing the file.
 
     Returns:
         the volume on the file's own voxel order.
@@ -104,10 +107,17 @@ def read_volume(path: Path) -> Volume:
         shape = _shape_3d(image, path)
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
             voxels = _voxels(image, path).reshape(shape)
+    zeroed = 0
     if not np.isfinite(voxels).all():
-        count = int(np.count_nonzero(~np.isfinite(voxels)))
-        raise DataError(f"{path}: {count} voxels are NaN or infinite. Repair the file, or leave the case out.")
-    return Volume(voxels=voxels, affine=_affine(image, path), path=path)
+        bad = ~np.isfinite(voxels)
+        zeroed = int(np.count_nonzero(bad))
+        if not nan_to_zero:
+            raise DataError(
+                f"{path}: {zeroed} voxels are NaN or infinite. Repair the file, leave the case out, or take them as 0 "
+                "with --nan-to-zero."
+            )
+        voxels = np.where(bad, np.float32(0), voxels)
+    return Volume(voxels=voxels, affine=_affine(image, path), path=path, zeroed=zeroed)
 
 
 def read_label_map(path: Path) -> Volume:
@@ -116,7 +126,9 @@ def read_label_map(path: Path) -> Volume:
     Raises:
         DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
     """
-    volume = read_volume(path)
+    volume = read_volume(path, nan_to_zero=True)
+    if volume.zeroed:
+        raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
     labels = np.rint(volume.voxels)
     if not np.array_equal(labels, volume.voxels) or labels.min() < 0 or labels.max() > 255:
         raise DataError(
@@ -141,7 +153,7 @@ def reorient(volume: Volume) -> Volume:
     to_canonical = _orientation_change(volume.affine)
     affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
     voxels = orientations.apply_orientation(volume.voxels, to_canonical)
-    return Volume(voxels=np.ascontiguousarray(voxels), affine=affine, path=volume.path)
+    return Volume(voxels=np.ascontiguousarray(voxels), affine=affine, path=volume.path, zeroed=volume.zeroed)
 
 
 def to_native_order(canonical: npt.NDArray[np.uint8], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
@@ -238,9 +250,16 @@ def _open(path: Path) -> Any:
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     image = nib.load(path)
+    if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
+        raise DataError(f"{path}: a CIFTI file (surfaces and greyordinates), not a volume. Export the volume as NIfTI.")
     if not isinstance(image, nib.Nifti1Pair):
         raise DataError(f"{path}: a {type(image).__name__}, not a NIfTI volume. Convert it to .nii.gz first.")
     return image
+
+
+def _claims_cifti(image: Any) -> bool:
+    """Whether a header's intent is one of CIFTI, which nibabel does not look at in a compressed file."""
+    return isinstance(image, nib.Nifti1Pair) and 3000 <= int(image.header["intent_code"]) < 3100
 
 
 def _voxels(image: Any, path: Path) -> npt.NDArray[np.float32]:

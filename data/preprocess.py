@@ -7,7 +7,10 @@ whoever holds it (as probabilities, not labels).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -15,7 +18,7 @@ import numpy.typing as npt
 from scipy import ndimage
 
 from data.errors import DataError
-from data.labels import CONTRASTS, LabelConvention, decode, from_regions, to_regions
+from data.labels import CONTRASTS, Contrast, LabelConvention, decode, from_regions, to_regions
 from data.layouts import Case
 from data.nifti import (
     Spacing,
@@ -28,8 +31,13 @@ from data.nifti import (
     to_native_order,
 )
 
+#: Where more of a volume's six faces than this share is not 0, the background was not removed. Brains cut by the field
+#: of view reach one or two faces; the noise around a head, or a background shifted by normalisation, reaches all.
+MAX_NONZERO_FACES: Final = 0.5
 #: A grid whose spacing is this close to the wanted one, relative, is left as it is.
 SPACING_TOLERANCE: Final = 0.02
+#: A share this close to one half counts as one half, so that the rounding of affines decides no tie.
+TIE_TOLERANCE: Final = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +58,8 @@ class Prepared:
     """Shape of the canonical volume the box was cut from."""
     native_affine: npt.NDArray[np.float64]
     """Affine of the reference contrast's file."""
+    zeroed: dict[Contrast, int]
+    """By contrast: how many voxels were NaN or infinite and were taken as 0; contrasts without any are not in it."""
 
     @property
     def box_shape(self) -> tuple[int, int, int]:
@@ -58,34 +68,41 @@ class Prepared:
         return (x, y, z)
 
 
-def prepare(case: Case, *, spacing_mm: Spacing | None = None, convention: LabelConvention | None = None) -> Prepared:
+def prepare(
+    case: Case,
+    *,
+    spacing_mm: Spacing | None = None,
+    convention: LabelConvention | None = None,
+    nan_to_zero: bool = False,
+) -> Prepared:
     """Read and prepare one case.
 
     Args:
         case: all four contrasts present.
         spacing_mm: spacing the network works at; None keeps the file's own.
         convention: read the label map too, its numbers meaning this; None leaves it.
+        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
 
     Raises:
         DataError: a contrast is missing or unreadable, the contrasts lie on different grids, one of them is zero
-            everywhere, or the label map is missing, on another grid or outside the convention.
+            everywhere, constant or not skull-stripped, or the label map is missing, on another grid or outside the
+            convention.
     """
     case.require()
-    volumes = {contrast: read_volume(case.contrasts[contrast]) for contrast in CONTRASTS}
+    volumes: dict[Contrast, Volume] = {}
+    for contrast in CONTRASTS:
+        with _naming(case, f"contrast {contrast}"):
+            volumes[contrast] = read_volume(case.contrasts[contrast], nan_to_zero=nan_to_zero)
     reference = volumes["t1c"]
     for contrast, volume in volumes.items():
         _require_same_grid(case, reference, volume, contrast)
     native_affine = reference.affine
+    zeroed = {contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed}
     image = np.stack([reorient(volume).voxels for volume in volumes.values()])
     del volumes
     for contrast, voxels in zip(CONTRASTS, image, strict=True):
-        if not voxels.any():
-            raise DataError(f"case {case.id}, contrast {contrast}: every voxel is 0 in {case.contrasts[contrast]}")
-        if np.ptp(voxels[voxels != 0]) == 0:
-            raise DataError(
-                f"case {case.id}, contrast {contrast}: every voxel that is not 0 has the same value in "
-                f"{case.contrasts[contrast]}. Is it a mask?"
-            )
+        if (problem := image_problem(voxels)) is not None:
+            raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: {problem}.")
     box = brain_box(image)
     own_spacing = canonical_spacing(native_affine)
     canonical_shape = (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))
@@ -105,6 +122,32 @@ def prepare(case: Case, *, spacing_mm: Spacing | None = None, convention: LabelC
         box=box,
         canonical_shape=canonical_shape,
         native_affine=native_affine,
+        zeroed=zeroed,
+    )
+
+
+def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
+    """Say why a volume is no skull-stripped image, or return None where nothing speaks against it.
+
+    Args:
+        voxels: one contrast, shape (X, Y, Z).
+
+    Example:
+        >>> image_problem(np.zeros((4, 4, 4), dtype=np.float32))
+        'every voxel is 0. Export the image again, or leave the case out'
+    """
+    values = voxels[voxels != 0]
+    if not values.size:
+        return "every voxel is 0. Export the image again, or leave the case out"
+    if np.ptp(values) == 0:
+        return "every voxel that is not 0 has the same value. Is it a mask? Give the image"
+    faces = [np.take(voxels, side, axis=axis) != 0 for axis in range(3) for side in (0, -1)]
+    share = sum(int(face.sum()) for face in faces) / sum(face.size for face in faces)
+    if share <= MAX_NONZERO_FACES:
+        return None
+    return (
+        f"the background is not 0: {share:.0%} of the voxels on the volume's six faces have a value. A skull-stripped "
+        "image is needed: strip it (HD-BET, SynthStrip), or set what is outside the brain to 0"
     )
 
 
@@ -213,13 +256,101 @@ def _read_codes(case: Case, reference: Volume, convention: LabelConvention) -> n
     """The label map in canonical voxel order and the program's codes."""
     if case.label is None:
         raise DataError(f"case {case.id}: no label map (a file that ends in seg) in {case.folder}")
-    label = read_label_map(case.label)
+    with _naming(case, "label map"):
+        label = read_label_map(case.label)
     _require_same_grid(case, reference, label, "the label map")
-    try:
+    with _naming(case, f"label map {case.label}"):
         return decode(reorient(label).voxels, convention)
+
+
+@contextmanager
+def _naming(case: Case, what: str) -> Iterator[None]:
+    """Add the case and what was read of it to a message."""
+    try:
+        yield
     except DataError as error:
-        raise DataError(f"case {case.id}: {case.label}: {error}") from error
+        raise DataError(f"case {case.id}, {what}: {error}") from error
 
 
 def _close(own: Spacing, wanted: Spacing) -> bool:
     return all(abs(a - b) <= SPACING_TOLERANCE * b for a, b in zip(own, wanted, strict=True))
+
+
+def resample_codes_onto(
+    codes: npt.NDArray[np.uint8],
+    affine: npt.NDArray[np.float64],
+    shape: tuple[int, int, int],
+    target_affine: npt.NDArray[np.float64],
+) -> npt.NDArray[np.uint8]:
+    """Bring a label map to any other grid in the same world: turned, shifted, finer, coarser, of another extent.
+
+    The target's voxel ``v`` takes each region's share at ``inv(affine) @ target_affine @ v``, interpolated linearly,
+    and belongs to the region where that is one half or more; the regions are then nested by :func:`from_regions`. Along
+    axes on which the target is coarser the shares are smoothed first, as in :func:`resample`. What lies outside the
+    label map's field of view is background.
+
+    Args:
+        codes: uint8, shape (X, Y, Z), the program's codes.
+        affine: 4x4, invertible, from an index of ``codes`` to RAS millimetres.
+        shape: size of the target in voxels.
+        target_affine: 4x4, invertible, from an index of the target to RAS millimetres.
+
+    Returns:
+        uint8, shape ``shape``; exactly ``codes`` where the grids are one, moved where they are whole voxels apart.
+
+    Raises:
+        DataError: not one voxel of the target lies in the label map's field of view.
+
+    Example:
+        >>> codes = np.array([0, 3, 3, 2], dtype=np.uint8).reshape(4, 1, 1)
+        >>> one_voxel_on = np.array([[1, 0, 0, 1], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+        >>> resample_codes_onto(codes, np.eye(4), (4, 1, 1), one_voxel_on).ravel().tolist()
+        [3, 3, 2, 0]
+
+    Linear interpolation of one mask per label is what nnU-Net does (Isensee et al., Nature Methods 18, 203, 2021).
+    """
+    to_source = np.linalg.inv(affine) @ target_affine
+    _require_overlap(to_source, shape, codes.shape)
+    result = np.zeros(shape, dtype=np.uint8)
+    if not codes.any():
+        return result
+    # The length of a row is the extent of a target voxel along one axis of the source, in voxels of the source.
+    smoothing = np.maximum(0.0, (np.linalg.norm(to_source[:3, :3], axis=1) - 1) / 2)
+    margin = np.ceil(4 * smoothing).astype(int) + 1  # gaussian_filter reaches four standard deviations far
+    tumour = smallest_box(codes != 0)
+    masks = np.pad(to_regions(codes[tumour]), [(0, 0), *((width, width) for width in margin)])
+    smooth = [ndimage.gaussian_filter(mask.astype(np.float32), smoothing, mode="constant") for mask in masks]
+    start = np.array([part.start for part in tumour]) - margin
+    low, high = _reached(np.linalg.inv(to_source), start, start + smooth[0].shape, shape)
+    turn, offset = to_source[:3, :3], (to_source @ [*low, 1])[:3] - start
+    size = tuple((high - low).tolist())
+    shares = [ndimage.affine_transform(share, turn, offset, size, order=1, mode="grid-constant") for share in smooth]
+    x, y, z = (slice(first, stop) for first, stop in zip(low, high, strict=True))
+    result[x, y, z] = from_regions(np.stack(shares) >= 0.5 - TIE_TOLERANCE)
+    return result
+
+
+def _require_overlap(
+    to_source: npt.NDArray[np.float64], target_shape: tuple[int, ...], source_shape: tuple[int, ...]
+) -> None:
+    """Refuse grids of which not one target voxel has its centre in the source's field of view."""
+    x, y, z = np.ogrid[tuple(slice(size) for size in target_shape)]
+    inside = np.ones(target_shape, dtype=bool)
+    for (to_x, to_y, to_z, origin), size in zip(to_source[:3], source_shape, strict=True):
+        place = to_x * x + to_y * y + to_z * z + origin
+        inside &= (place > -0.5) & (place < size - 0.5)
+    if not inside.any():
+        raise DataError("the grids do not overlap: their fields of view have no voxel in common")
+
+
+def _reached(
+    transform: npt.NDArray[np.floating],
+    start: npt.NDArray[np.int_],
+    stop: npt.NDArray[np.int_],
+    shape: tuple[int, int, int],
+) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
+    """First index and stop of the part of another grid that a box of this one touches, cut to that grid's shape."""
+    corners = np.array([[*corner, 1] for corner in product(*zip(start, stop - 1, strict=True))]).T
+    places = (transform @ corners)[:3]
+    low = np.clip(np.floor(places.min(axis=1)).astype(int), 0, shape)
+    return low, np.clip(np.ceil(places.max(axis=1)).astype(int) + 1, low, shape)

@@ -69,7 +69,7 @@ def read_split(path: Path, case_ids: Sequence[str]) -> Split:
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as a split ({error})") from error
     form = f'{path}: a split is {{"train": [case ids], "validation": [case ids]}}'
     if not isinstance(content, dict) or not set(content) <= {"train", "validation", "val", "test"}:

@@ -52,7 +52,7 @@ def test_main_memory_that_runs_out_in_torch_is_a_matter_of_the_machine() -> None
     ("number", "advice"),
     [
         (errno.ENOSPC, "Free some space, or choose another folder."),
-        (errno.EACCES, "Choose a folder you may write to."),
+        (errno.EACCES, "Check who may read and write it, or choose another place."),
         (errno.EROFS, "The file system is read-only; choose another folder."),
     ],
 )

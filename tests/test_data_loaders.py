@@ -35,19 +35,19 @@ sides = st.tuples(*[st.integers(1, 9)] * 3)
 
 
 def write_case(root: Path, name: str, labels: tuple[int, ...] = (1, 2, 4)) -> Case:
-    """Brain everywhere; one tumour voxel in each tissue's own corner."""
+    """Brain everywhere but on the outermost voxels; one tumour voxel in each tissue's own corner."""
     folder = root / name
     folder.mkdir(parents=True)
     random = np.random.default_rng(list(name.encode()))
     contrasts = {}
     for contrast in CONTRASTS:
         contrasts[contrast] = folder / f"{name}_{contrast}.nii"
-        voxels = random.uniform(1, 100, SHAPE).astype(np.float32)
+        voxels = np.pad(random.uniform(1, 100, SHAPE).astype(np.float32), 1)
         nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1, 1, 1])), contrasts[contrast])
     label_map = np.zeros(SHAPE, dtype=np.uint8)
     for number, voxel in zip(labels, ((4, 4, 4), (12, 11, 4), (8, 6, 10)), strict=False):
         label_map[voxel] = number
-    nib.save(nib.Nifti1Image(label_map, np.diag([-1.0, -1, 1, 1])), folder / f"{name}_seg.nii")
+    nib.save(nib.Nifti1Image(np.pad(label_map, 1), np.diag([-1.0, -1, 1, 1])), folder / f"{name}_seg.nii")
     return Case(id=name, folder=folder, contrasts=contrasts, label=folder / f"{name}_seg.nii")
 
 
@@ -142,7 +142,7 @@ def test_a_case_remembers_at_most_2000_centres_of_a_tissue_spread_over_all_of_it
     case = write_case(tmp_path, "a")
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels.ravel()[:count] = 2
-    nib.save(nib.Nifti1Image(labels, np.diag([-1.0, -1, 1, 1])), case.label)
+    nib.save(nib.Nifti1Image(np.pad(labels, 1), np.diag([-1.0, -1, 1, 1])), case.label)
     centres = cache([case], tmp_path / "cache")[0].centres()
     assert 1000 <= len(centres) <= 2000
     assert centres[:, 1].max() >= np.argwhere(labels)[:, 0].max() - 1

@@ -16,6 +16,9 @@ app = typer.Typer(help="Check data sets, make phantoms.", no_args_is_help=True, 
 def check(
     *,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A case folder or a folder of cases.")],
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DIR.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
     """Tell what was recognised in a data set and what is wrong with it, case by case."""
@@ -24,7 +27,7 @@ def check(
     from data.check import check as look  # noqa: PLC0415
     from data.layouts import find_cases  # noqa: PLC0415
 
-    count = len(find_cases(folder))
+    count = len(find_cases(folder, follow_links=follow_links))
     done: list[str] = []
     with terminal.watched() as on_progress:
 
@@ -32,7 +35,7 @@ def check(
             done.append(case)
             on_progress(Progress(job="checking", share=len(done) / count, detail=case))
 
-        found = look(folder, on_case=ready)
+        found = look(folder, follow_links=follow_links, on_case=ready)
     if as_json:
         terminal.json_result(found.to_json())
     else:

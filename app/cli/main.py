@@ -45,8 +45,9 @@ def options(
 
 def run() -> None:
     """Entry point of the console script."""
-    try:
-        code = app(standalone_mode=False)
-    except BaseException as error:
-        code = terminal.fail(error)
+    with terminal.sigterm_unwinds():
+        try:
+            code = app(standalone_mode=False)
+        except BaseException as error:
+            code = terminal.fail(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -31,6 +31,12 @@ def predict(
         str | None,
         typer.Option("--labels", help="Label numbers: brats2021 (ET 4) or brats2023 (ET 3); default as the input's."),
     ] = None,
+    nan_to_zero: Annotated[
+        bool, typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0 instead of refusing the case.")
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of INPUT.")
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -56,7 +62,7 @@ def predict(
         runtime = choose_runtime(RuntimeConfig(device=device))
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from error
-    cases = _cases(files, places[0])
+    cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         model = load_model(run, runtime)
         outcome = predict_cases(
@@ -65,6 +71,7 @@ def predict(
             places[-1],
             runtime=runtime,
             labels=None if labels is None else CONVENTIONS[labels],
+            nan_to_zero=nan_to_zero,
             on_progress=on_progress,
         )
     if as_json:
@@ -74,10 +81,10 @@ def predict(
     _exit(len(outcome.done), outcome.failures)
 
 
-def _cases(files: dict[Contrast, Path], source: Path) -> tuple[Case, ...]:
+def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:
     from data.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
 
-    return (case_from_files(files),) if files else find_cases(source)
+    return (case_from_files(files),) if files else find_cases(source, follow_links=follow_links)
 
 
 def _show(done: tuple[object, ...], output: Path) -> None:

@@ -34,6 +34,13 @@ def train(
         Path | None,
         typer.Option("--split", help='JSON instead of a fold: {"train": [ids], "validation": [ids]}.'),
     ] = None,
+    nan_to_zero: Annotated[
+        bool,
+        typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0; same as --set data.nan_to_zero=true."),
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -46,16 +53,25 @@ def train(
         raise typer.BadParameter("give either --fold or --split")
     if resume and (split is not None or fold is not None):
         raise typer.BadParameter("a resumed run keeps its split; leave out --fold and --split")
+    overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         if resume:
-            asked = load_config(config or "laptop", overrides or ()) if config or overrides else None
-            outcome = training.resume(data, run, asked, on_progress=on_progress)
+            asked = load_config(config or "laptop", overrides) if config or overrides else None
+            outcome = training.resume(data, run, asked, follow_links=follow_links, on_progress=on_progress)
         else:
-            settings = load_config(config or "laptop", overrides or ())
-            outcome = training.start(data, run, settings, fold=number, split_file=split, on_progress=on_progress)
+            settings = load_config(config or "laptop", overrides)
+            outcome = training.start(
+                data,
+                run,
+                settings,
+                fold=number,
+                split_file=split,
+                follow_links=follow_links,
+                on_progress=on_progress,
+            )
     if as_json:
         terminal.json_result(outcome.to_json())
         return

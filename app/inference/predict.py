@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch.nn import functional
 
+from app.errors import InterruptedRunError
 from app.inference.model import Model
 from app.inference.windows import sliding_logits
 from app.progress import LOG, OnProgress, Progress, silent
@@ -57,6 +58,7 @@ def predict(
     *,
     runtime: Runtime,
     labels: LabelConvention | None = None,
+    nan_to_zero: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
     """Predict cases one after the other; a bad case is noted and does not stop the others.
@@ -67,11 +69,13 @@ def predict(
         output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
         runtime: as the model was loaded for.
         labels: numbers of the label maps; None takes those that go with each case's file names, else the model's.
+        nan_to_zero: take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``.
         on_progress: told which case is being worked on.
 
     Raises:
         DataError: ``output`` is a file.
         OSError: ``output`` cannot be written to.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; what is written is whole.
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file; give a folder for the label maps")
@@ -81,10 +85,15 @@ def predict(
     for number, case in enumerate(cases):
         on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
         try:
-            done.append(_predict_case(model, case, output, runtime, labels))
+            done.append(_predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero))
         except DataError as error:
             failures[case.id] = str(error)
             LOG.error("%s", error)
+        except KeyboardInterrupt as error:
+            raise InterruptedRunError(
+                f"{str(error) or 'interrupted'} while predicting {case.id}; {len(done)} of {len(cases)} label maps are "
+                f"in {output}, whole. The same command begins again."
+            ) from error
     on_progress(Progress(job="predicting", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
     return Predictions(done=tuple(done), failures=failures)
 
@@ -106,12 +115,20 @@ def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDA
 
 
 def _predict_case(
-    model: Model, case: Case, output: Path, runtime: Runtime, labels: LabelConvention | None
+    model: Model,
+    case: Case,
+    output: Path,
+    runtime: Runtime,
+    *,
+    labels: LabelConvention | None,
+    nan_to_zero: bool,
 ) -> Prediction:
     label_map = output / f"{case.id}.nii.gz"
     _refuse_overwriting_input(case, label_map)
     began = time.monotonic()
-    prepared = prepare(case, spacing_mm=model.spacing_mm)
+    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=nan_to_zero)
+    for contrast, count in prepared.zeroed.items():
+        LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
@@ -131,6 +148,7 @@ def _predict_case(
             "enhancing": convention.enhancing,
         },
         "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+        "nan_to_zero": prepared.zeroed,
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         "weights_sha256": model.sha256,
         "weights_step": model.step,

@@ -68,6 +68,7 @@ def start(
     *,
     fold: int | str = 0,
     split_file: Path | None = None,
+    follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run.
@@ -78,6 +79,7 @@ def start(
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
+        follow_links: accept symbolic links that lead out of ``data``.
         on_progress: told where the run is.
 
     Raises:
@@ -88,7 +90,7 @@ def start(
     """
     clock = time.monotonic()
     require_new(run)
-    cases = {case.id: case for case in find_cases(data)}
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
     runtime = choose_runtime(config.runtime)
@@ -129,13 +131,21 @@ def start(
             )
 
 
-def resume(data: Path, run: Path, config: RunConfig | None = None, *, on_progress: OnProgress = silent) -> TrainResult:
+def resume(
+    data: Path,
+    run: Path,
+    config: RunConfig | None = None,
+    *,
+    follow_links: bool = False,
+    on_progress: OnProgress = silent,
+) -> TrainResult:
     """Go on with an interrupted run, as if it had not been interrupted.
 
     Args:
         data: the folder of cases it was started with.
         run: the run's folder.
         config: the configuration asked for now, where one was; it must be the run's own.
+        follow_links: accept symbolic links that lead out of ``data``.
         on_progress: told where the run is.
 
     Raises:
@@ -158,7 +168,7 @@ def resume(data: Path, run: Path, config: RunConfig | None = None, *, on_progres
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
-        cases = {case.id: case for case in find_cases(data)}
+        cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
         gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
         if gone:
             raise DataError(
@@ -199,7 +209,14 @@ def _train(
     counts = len(split.train), len(split.validation)
     LOG.info("%d cases train, %d validate; labels %s; spacing %s mm", *counts, convention.name, spacing)
     used = [cases[case_id].require() for case_id in (*split.train, *split.validation)]
-    prepared = _prepare(used, run, tuple(facts["spacing_mm"]), convention, on_progress)
+    prepared = _prepare(
+        used,
+        run,
+        spacing_mm=tuple(facts["spacing_mm"]),
+        convention=convention,
+        nan_to_zero=config.data.nan_to_zero,
+        on_progress=on_progress,
+    )
     source = PatchSource(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,
@@ -238,7 +255,13 @@ def _train(
 
 
 def _prepare(
-    cases: Sequence[Case], run: Path, spacing_mm: Spacing, convention: LabelConvention, on_progress: OnProgress
+    cases: Sequence[Case],
+    run: Path,
+    *,
+    spacing_mm: Spacing,
+    convention: LabelConvention,
+    nan_to_zero: bool,
+    on_progress: OnProgress,
 ) -> list[CachedCase]:
     done: list[str] = []
 
@@ -246,7 +269,14 @@ def _prepare(
         done.append(case_id)
         on_progress(Progress(job="preparing cases", share=len(done) / len(cases), detail=case_id))
 
-    return cache_cases(cases, run / "cache", spacing_mm=spacing_mm, convention=convention, on_case=ready)
+    return cache_cases(
+        cases,
+        run / "cache",
+        spacing_mm=spacing_mm,
+        convention=convention,
+        nan_to_zero=nan_to_zero,
+        on_case=ready,
+    )
 
 
 @contextmanager
