@@ -249,6 +249,8 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: no such file")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
+    if not os.access(path, os.R_OK):
+        raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
     image = nib.load(path)
     if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
         raise DataError(f"{path}: a CIFTI file (surfaces and greyordinates), not a volume. Export the volume as NIfTI.")
@@ -323,8 +325,6 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
-    except PermissionError as error:
-        raise DataError(f"{path}: no permission to read it") from error
     except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli import data, demo, evaluate, predict, terminal, train
+from app.errors import EXIT_INTERRUPTED
 
 app = typer.Typer(
     name="znormseg",
@@ -48,6 +49,8 @@ def run() -> None:
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)
+            if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this, without a word
+                raise KeyboardInterrupt(terminal.settings.stopped_by)
         except BaseException as error:
             code = terminal.fail(error)
     sys.exit(code if isinstance(code, int) else 0)

@@ -34,6 +34,8 @@ class Settings:
     """Options that stand before the verb."""
 
     debug: bool = False
+    stopped_by: str = ""
+    """What a signal did to the job, in words."""
 
 
 settings = Settings()
@@ -73,7 +75,8 @@ def sigterm_unwinds() -> Iterator[None]:
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        raise KeyboardInterrupt("stopped by SIGTERM")
+        settings.stopped_by = "stopped by SIGTERM"
+        raise KeyboardInterrupt(settings.stopped_by)
 
     before = signal.signal(signal.SIGTERM, interrupt)
     try:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.labels import CONTRASTS, encode
+from data.nifti import naming_the_place
 from data.phantoms.arguments import check_arguments
 from data.phantoms.make import Phantom, make_phantom
 from data.phantoms.naming import NAMINGS, Naming
@@ -117,9 +118,10 @@ def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        yield partial
-        _refuse_overwriting(folder, case)
-        partial.replace(folder / case)
+        with naming_the_place(folder / case):
+            yield partial
+            _refuse_overwriting(folder, case)
+            partial.replace(folder / case)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise

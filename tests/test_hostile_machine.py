@@ -1,0 +1,237 @@
+"""A machine that does not do as asked: full disks, folders nobody may write to, signals, processes that go.
+
+Full disks are small tmpfs mounts in a mount namespace of the command's own; missing permission is real too: as root,
+the command runs without the capabilities that let root write anywhere.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import psutil
+import pytest
+
+Call = Callable[..., Any]
+
+CASE = "BraTS2021_00000"
+#: As root, drop what root may do beyond others; others need nothing.
+UNPRIVILEGED = (
+    ["setpriv", "--bounding-set", "-dac_override,-dac_read_search", "--inh-caps", "-dac_override,-dac_read_search"]
+    if os.geteuid() == 0
+    else []
+)
+#: Mounts a tmpfs of $1 kB on $2, makes $3 of it unless empty, then runs the rest; needs the right to mount.
+ON_A_SMALL_DISK = 'mount -t tmpfs -o size="$1"k none "$2" && shift 2 && exec "$@"'
+
+
+@pytest.fixture
+def options(tiny_settings: list[str]) -> list[str]:
+    """The tiny settings as arguments of the command line."""
+    return [word for setting in tiny_settings for word in ("--set", setting)]
+
+
+@pytest.fixture(scope="session")
+def small_disk() -> Callable[[Path, int], list[str]]:
+    """Words that, put before a command, mount a small empty disk on a folder for that command alone."""
+    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+
+    def words(folder: Path, kilobytes: int) -> list[str]:
+        folder.mkdir()
+        return ["unshare", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh", str(kilobytes), str(folder)]
+
+    return words
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Path:
+    """A folder that may be looked into but not be written to."""
+    folder = tmp_path / "read-only"
+    folder.mkdir()
+    folder.chmod(0o555)
+    return folder
+
+
+def assert_the_machine_is_blamed(ended: Any, *words: str | Path) -> None:
+    assert ended.code == 7, ended.err
+    assert "Traceback" not in ended.err
+    for word in words:
+        assert str(word) in ended.err
+
+
+# Full disks
+
+
+def left_behind(folder: Path) -> str:
+    """Words that run a command and then list what is in a folder, whatever came of it."""
+    return f'"$@"; code=$?; find "{folder}" -type f -printf "left:%f\\n" >&2; exit $code'
+
+
+@pytest.mark.parametrize("kilobytes", [4, 8, 12])
+def test_predict_on_a_full_disk_leaves_no_half_label_map(
+    *, kilobytes: int, tiny_run: Path, phantoms: Path, tmp_path: Path, small_disk: Call, shell: Call
+) -> None:
+    place = tmp_path / "disk"
+    listing = ["sh", "-c", left_behind(place), "sh"]
+    ended = shell([*small_disk(place, kilobytes), *listing, "znormseg", "predict", tiny_run, phantoms, place])
+    assert_the_machine_is_blamed(ended, place, "No space left on device", "Free some space")
+    assert "left:.partial" not in ended.err
+    assert "Traceback" not in ended.err
+
+
+@pytest.mark.parametrize("kilobytes", [16, 300, 700, 1100])
+def test_train_on_a_full_disk_says_so_and_leaves_no_half_file(
+    *, kilobytes: int, phantoms: Path, tmp_path: Path, options: list[str], small_disk: Call, shell: Call
+) -> None:
+    place = tmp_path / "disk"
+    listing = ["sh", "-c", left_behind(place), "sh"]
+    command = ["znormseg", "train", phantoms, place / "run", *options, "--set", "network.channels=[32, 64]"]
+    ended = shell([*small_disk(place, kilobytes), *listing, *command])
+    assert_the_machine_is_blamed(ended, place, "No space left on device", "Free some space")
+    assert "left:.partial" not in ended.err
+
+
+def test_evaluate_on_a_full_disk_leaves_no_half_table(
+    phantoms: Path, tmp_path: Path, small_disk: Call, shell: Call
+) -> None:
+    place = tmp_path / "disk"
+    fill = f'head -c 1000000 /dev/zero > "{place}/big" 2>/dev/null; ' + left_behind(place)
+    command = ["znormseg", "evaluate", phantoms, phantoms, "--out", place / "scores.csv"]
+    ended = shell([*small_disk(place, 16), "sh", "-c", fill, "sh", *command])
+    assert ended.code == 7, ended.err
+    assert str(place / "scores.csv") in ended.err
+    assert "left:big" in ended.err
+    assert "left:scores.csv" not in ended.err
+    assert "left:.partial" not in ended.err
+
+
+def test_phantoms_on_a_full_disk_are_refused_by_place(tmp_path: Path, small_disk: Call, shell: Call) -> None:
+    place = tmp_path / "disk"
+    ended = shell([*small_disk(place, 64), "znormseg", "data", "phantom", place / "p", "-n", "1", "--spacing-mm", "4"])
+    assert_the_machine_is_blamed(ended, place, "No space left on device")
+
+
+# Permission
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_predict_into_a_folder_it_may_not_write_to(
+    *, below: str, tiny_run: Path, phantoms: Path, read_only: Path, shell: Call
+) -> None:
+    ended = shell([*UNPRIVILEGED, "znormseg", "predict", tiny_run, phantoms / CASE, read_only / below])
+    assert_the_machine_is_blamed(ended, read_only, "Permission denied", "choose another place")
+
+
+@pytest.mark.parametrize("below", ["", "new"])
+def test_train_into_a_folder_it_may_not_write_to(
+    *, below: str, phantoms: Path, read_only: Path, options: list[str], shell: Call
+) -> None:
+    ended = shell([*UNPRIVILEGED, "znormseg", "train", phantoms, read_only / below, *options])
+    assert_the_machine_is_blamed(ended, read_only, "Permission denied", "choose another place")
+
+
+def test_evaluate_into_a_folder_it_may_not_write_to(phantoms: Path, read_only: Path, shell: Call) -> None:
+    ended = shell([*UNPRIVILEGED, "znormseg", "evaluate", phantoms, phantoms, "--out", read_only / "scores.csv"])
+    assert_the_machine_is_blamed(ended, read_only / "scores.csv", "Permission denied")
+
+
+def test_an_image_nobody_may_read_is_bad_data(tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call) -> None:
+    case = Path(shutil.copytree(phantoms / CASE, tmp_path / CASE))
+    (case / f"{CASE}_t2.nii.gz").chmod(0)
+    ended = shell([*UNPRIVILEGED, "znormseg", "predict", tiny_run, case, tmp_path / "out"])
+    assert (ended.code, list((tmp_path / "out").iterdir())) == (3, [])
+    assert "no permission to read it" in ended.err
+
+
+def test_a_data_folder_nobody_may_look_into_is_named(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call
+) -> None:
+    case = Path(shutil.copytree(phantoms / CASE, tmp_path / "data" / CASE))
+    case.chmod(0)
+    ended = shell([*UNPRIVILEGED, "znormseg", "predict", tiny_run, tmp_path / "data", tmp_path / "out"])
+    case.chmod(0o755)
+    assert_the_machine_is_blamed(ended, case, "Permission denied")
+
+
+# Signals and processes
+
+
+@pytest.fixture(scope="session")
+def large_case(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three phantoms at four times the resolution, so that a prediction takes a while."""
+    folder = tmp_path_factory.mktemp("large")
+    for case in sorted(phantoms.iterdir())[:3]:
+        (folder / case.name).mkdir()
+        for path in case.glob("*.nii.gz"):
+            image: Any = nib.load(path)
+            voxels = np.asarray(image.dataobj).repeat(4, 0).repeat(4, 1).repeat(4, 2)
+            affine = image.affine @ np.diag([0.25, 0.25, 0.25, 1])
+            nib.save(nib.Nifti1Image(voxels, affine), folder / case.name / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("moment", ["while the first is read", "while it is written"])
+def test_predict_stopped_by_a_signal_leaves_whole_files_alone(
+    *, moment: str, number: signal.Signals, tiny_run: Path, large_case: Path, tmp_path: Path, znormseg_process: Call
+) -> None:
+    out = tmp_path / "out"
+    process = znormseg_process("predict", tiny_run, large_case, out)
+    seen = out.is_dir if moment == "while the first is read" else lambda: any(out.glob(".partial-*.nii.gz"))
+    until = time.monotonic() + 120
+    while not seen():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "of 3 label maps are in" in err
+    assert "Traceback" not in err
+    assert [path.name for path in out.rglob(".partial*")] == []
+    for path in out.glob("*.nii.gz"):
+        np.asarray(nib.load(path).dataobj)  # whole
+
+
+def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(
+    large_case: Path, tmp_path: Path, options: list[str], znormseg_process: Call
+) -> None:
+    run = tmp_path / "run"
+    process = znormseg_process("train", large_case, run, *options)
+    until = time.monotonic() + 120
+    while not (run / "cache").is_dir():
+        assert process.poll() is None
+        assert time.monotonic() < until
+        time.sleep(0.001)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopped by SIGTERM" in err
+    assert not run.exists()
+
+
+def test_training_has_no_worker_process_that_could_be_killed(
+    phantoms: Path, tmp_path: Path, options: list[str], znormseg_process: Call
+) -> None:
+    process = znormseg_process("train", phantoms, tmp_path / "run", *options, "--set", "training.steps=40")
+    children: set[str] = set()
+    while process.poll() is None:
+        with pytest.MonkeyPatch.context():
+            try:
+                children |= {child.name() for child in psutil.Process(process.pid).children(recursive=True)}
+            except psutil.NoSuchProcess:
+                break
+        time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == 0
+    assert children == set()
