@@ -304,7 +304,7 @@ def _case_in(folder: Path, links: _Links) -> Case | None:
     problems = _missing(contrasts)
     for what, paths in [*contrasts.items(), ("label map", labels)]:
         if len(paths) > 1:
-            problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}")
+            problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
     if len(ids) > 1:
         problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
     case_id = next(iter(ids)) if len(ids) == 1 else folder.name
@@ -338,7 +338,7 @@ def _id_problems(case_id: str) -> list[str]:
 def _missing(contrasts: Iterable[Contrast]) -> list[str]:
     """One sentence for the contrasts that are not there, or none."""
     absent = [contrast for contrast in CONTRASTS if contrast not in set(contrasts)]
-    return [f"contrast {', '.join(absent)} is missing"] if absent else []
+    return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"] if absent else []
 
 
 def _label_files(folder: Path, links: _Links) -> Iterator[Path]:

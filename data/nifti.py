@@ -33,6 +33,8 @@ CANONICAL_AXES: Final = ("L", "P", "S")
 MAX_VOXELS: Final = 1024**3
 #: Grids that agree to this many millimetres at every corner are the same grid.
 GRID_TOLERANCE_MM: Final = 0.01
+#: What one byte of a compressed file can hold at most (zlib's documentation: a factor of 1032).
+_MOST_BYTES_PER_BYTE: Final = 1032
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
 SHEAR_TOLERANCE: Final = 0.01
 
@@ -105,8 +107,8 @@ def read_volume(path: Path, *, nan_to_zero: bool = False) -> Volume:
     with _reading(path):
         image = _open(path)
         shape = _shape_3d(image, path)
-        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-            voxels = _voxels(image, path).reshape(shape)
+        _require_room(path, int(np.prod(shape)) * image.get_data_dtype().itemsize)
+        voxels = _voxels(image, path).reshape(shape)
     zeroed = 0
     if not np.isfinite(voxels).all():
         bad = ~np.isfinite(voxels)
@@ -244,9 +246,9 @@ def naming_the_place(path: Path) -> Iterator[None]:
 def _open(path: Path) -> Any:
     """The nibabel image, header read and checked, voxels not yet."""
     if path.is_dir():
-        raise DataError(f"{path}: a folder stands where a NIfTI file is expected")
+        raise DataError(f"{path}: a folder stands where a NIfTI file is expected. Give the file.")
     if not path.exists():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: no such file. Check the name.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     if not os.access(path, os.R_OK):
@@ -287,10 +289,24 @@ def _shape_3d(image: Any, path: Path) -> tuple[int, int, int]:
         )
     dtype = image.get_data_dtype()
     if dtype.kind not in "iuf":
-        raise DataError(f"{path}: voxels of type {dtype}; a real-valued grey-scale volume is needed")
+        raise DataError(f"{path}: voxels of type {dtype}; a real-valued grey-scale volume is needed. Convert it first.")
     if np.prod(np.array(shape, dtype=np.float64)) > MAX_VOXELS:
-        raise DataError(f"{path}: the header claims {_times(shape)} voxels, more than the {MAX_VOXELS} allowed")
+        raise DataError(
+            f"{path}: the header claims {_times(shape)} voxels, more than the {MAX_VOXELS} allowed. It is damaged, or "
+            "the volume must be resampled to fewer voxels."
+        )
     return (shape[0], shape[1], shape[2])
+
+
+def _require_room(path: Path, claimed: int) -> None:
+    """Refuse a file that cannot hold the bytes its header claims, before memory is taken for them."""
+    size = path.stat().st_size
+    most = size * _MOST_BYTES_PER_BYTE if path.name.lower().endswith(".gz") else size
+    if claimed > most:
+        raise DataError(
+            f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, the file can hold {most} at "
+            "most. Copy or download it again."
+        )
 
 
 def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
@@ -320,7 +336,9 @@ def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float
 def _reading(path: Path) -> Iterator[None]:
     """Turn what nibabel, gzip and the system raise on a bad file into a DataError that names it."""
     try:
-        yield
+        # What a header cannot mean, and what float32 cannot hold, is refused afterwards, without numpy's warnings.
+        with np.errstate(all="ignore"):
+            yield
     except DataError:
         raise
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:

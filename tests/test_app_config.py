@@ -79,7 +79,7 @@ def test_the_yaml_of_a_config_holds_every_key() -> None:
 
 @given(st.sampled_from(KEYS), VALUES)
 @example("runtime.device", "\ud800")
-@settings(max_examples=300, derandomize=True, deadline=None)
+@settings(max_examples=10000, derandomize=True, deadline=None)
 def test_any_value_under_any_key_is_read_or_refused_with_a_config_error(key: str, value: object) -> None:
     text = verdict(yaml.safe_dump({"training": {"steps": 1}} | under(key, value)))
     assert text == "" or text.startswith("here.yaml: ")
@@ -91,14 +91,14 @@ def test_a_number_beyond_all_bounds_is_refused_with_its_key(key: str) -> None:
 
 
 @given(st.text(max_size=40))
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=1000, derandomize=True, deadline=None)
 def test_any_text_is_read_or_refused_with_a_config_error(text: str) -> None:
     reason = verdict(text)
     assert reason == "" or reason.startswith("here.yaml: ")
 
 
 @given(st.sampled_from(KEYS), st.text(max_size=20))
-@settings(max_examples=100, derandomize=True, deadline=None)
+@settings(max_examples=1000, derandomize=True, deadline=None)
 def test_any_override_is_read_or_refused_with_a_config_error(key: str, value: str) -> None:
     reason = verdict("training: {steps: 1}", f"{key}={value}")
     assert reason == "" or reason.startswith(("here.yaml: ", "--set "))

@@ -134,7 +134,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a folder": (lambda p: (p.unlink(), p.mkdir()), ["t2"]),
     "huge": (lambda p: claim(p, 30000), ["contrast t2", "claims 30000x30000x30000 voxels"]),
-    "more than there is": (lambda p: claim(p, 1000), ["contrast t2", "1000"]),
+    "more than there is": (lambda p: claim(p, 1000), ["contrast t2", "claims 1000000000 bytes of voxels"]),
     "NaN": (hole(np.nan), ["contrast t2", "2 voxels are NaN or infinite", "--nan-to-zero"]),
     "infinite": (hole(-np.inf), ["contrast t2", "2 voxels are NaN or infinite", "--nan-to-zero"]),
     "all zero": (

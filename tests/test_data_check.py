@@ -67,7 +67,7 @@ def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> No
     assert not check(tmp_path).is_clean
     assert {name: case.problems for name, case in checked(tmp_path).items()} == {
         "a": (),
-        "b": ("contrast t2 is missing",),
+        "b": ("contrast t2 is missing. Add its file, or leave the case out",),
     }
     assert checked(tmp_path)["b"].contrasts == ("t1", "t1c", "flair")
 
@@ -162,3 +162,8 @@ def test_the_findings_are_plain_data(tmp_path: Path) -> None:
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no case found"):
         check(tmp_path)
+
+
+def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
+    write_case(tmp_path, "up..up")
+    assert "'up..up' cannot name the files" in checked(tmp_path)["up..up"].problems[0]

@@ -93,7 +93,7 @@ def test_a_case_without_a_label_map_is_complete(tmp_path: Path) -> None:
 def test_a_missing_contrast_is_named_with_its_case(tmp_path: Path, missing: Contrast) -> None:
     make_case(tmp_path / "a", [n for c, n in zip(CONTRASTS, NAMES_2021, strict=True) if c != missing])
     (case,) = find_cases(tmp_path)
-    with pytest.raises(DataError, match=rf"case a: contrast {missing} is missing$"):
+    with pytest.raises(DataError, match=rf"case a: contrast {missing} is missing\. Add its file"):
         case.require()
 
 
@@ -143,7 +143,7 @@ def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path, find: object) ->
 
 def test_a_folder_named_like_a_contrast_is_no_file_of_a_case(tmp_path: Path) -> None:
     (make_case(tmp_path / "a", NAMES_2021[:3]) / "a_flair.nii.gz").mkdir()
-    assert find_cases(tmp_path)[0].problems == ("contrast flair is missing",)
+    assert find_cases(tmp_path)[0].problems == ("contrast flair is missing. Add its file, or leave the case out",)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_four_single_files_take_their_id_from_the_t1c(t1c: str, case_id: str, na
 
 
 def test_three_single_files_are_refused_with_the_contrast_that_lacks() -> None:
-    with pytest.raises(DataError, match="contrast t2 is missing"):
+    with pytest.raises(DataError, match="contrast t2 is missing. Add its file, or leave the case out"):
         case_from_files({"t1": Path("1.nii"), "t1c": Path("c.nii"), "flair": Path("f.nii")})
 
 

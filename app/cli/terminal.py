@@ -111,6 +111,8 @@ def watched() -> Iterator[OnProgress]:
     log = logging.getLogger("znormseg")
     log.setLevel(logging.INFO)
     log.propagate = False
+    # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
+    logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     drawn: OnProgress
     if sys.stderr.isatty():
         from rich.console import Console  # noqa: PLC0415

@@ -1,0 +1,269 @@
+"""Each guard against bad input is taken away in a copy of the program, and a test must notice.
+
+Slow: every guard costs a run of pytest. The tests named here pass on the untouched copy, which is checked first.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+class Guard(NamedTuple):
+    """A piece of the program that stands between bad input and the user."""
+
+    file: str
+    code: str
+    without: str
+    """The same piece with the guard taken away."""
+    test: str
+    """What must fail then: a file of tests and its name there."""
+
+
+PREDICT = "test_bad_input.py::test_predict_refuses_a_bad_image_and_writes_nothing"
+TRAIN = "test_bad_input.py::test_train_refuses_a_bad_image_and_leaves_no_run"
+LABEL = "test_bad_input.py::test_train_refuses_a_bad_label_map_and_leaves_no_run"
+SETTING = "test_bad_input.py::test_train_refuses_a_bad_setting_before_it_looks_at_the_data"
+RUN = "test_bad_input.py::test_predict_refuses_a_run_it_cannot_use_and_writes_nothing"
+NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/layouts.py", "data/preprocess.py"
+
+GUARDS: dict[str, Guard] = {
+    # Files and contrasts
+    "a contrast missing": Guard(
+        LAYOUTS, "    problems = _missing(contrasts)\n", "    problems = []\n", f"{TRAIN}[missing]"
+    ),
+    "two files for one contrast": Guard(LAYOUTS, "if len(paths) > 1:", "if False:", f"{TRAIN}[two files]"),
+    "contrasts on other grids": Guard(
+        PREPARE, "    if difference is not None:", "    if False:", f"{TRAIN}[other origin]"
+    ),
+    "contrasts of other shapes": Guard(
+        NIFTI, "    if first.voxels.shape != second.voxels.shape:", "    if False:", f"{TRAIN}[other shape]"
+    ),
+    "the axis and the mm": Guard(NIFTI, "by {abs(gaps[axis, corner]):.2f} mm on", "on", f"{TRAIN}[other slices]"),
+    "4D": Guard(NIFTI, "if len(shape) != 3 or", "if", f"{TRAIN}[4D]"),
+    "RGB": Guard(NIFTI, 'if dtype.kind not in "iuf":', "if False:", f"{TRAIN}[RGB]"),
+    "complex": Guard(NIFTI, 'if dtype.kind not in "iuf":', 'if dtype.kind not in "iufc":', f"{TRAIN}[complex]"),
+    "CIFTI": Guard(NIFTI, "if isinstance(image, nib.Cifti2Image) or", "if", f"{TRAIN}[CIFTI]"),
+    "CIFTI, compressed": Guard(NIFTI, " or _claims_cifti(image)", "", f"{TRAIN}[CIFTI, compressed]"),
+    "cut short": Guard(
+        NIFTI, "except (EOFError, zlib.error, gzip.BadGzipFile)", "except ZeroDivisionError", f"{TRAIN}[cut short]"
+    ),
+    "a checksum that does not fit": Guard(
+        NIFTI,
+        "        while stream.read(1 << 20):\n            pass\n",
+        "",
+        "test_data_nifti.py::test_a_bad_file_is_refused_by_name_and_reason",
+    ),
+    "empty": Guard(NIFTI, "path.stat().st_size == 0", "False", f"{TRAIN}[empty]"),
+    "not gzip": Guard(NIFTI, "(ImageFileError, HeaderDataError, OSError,", "(", f"{TRAIN}[not gzip]"),
+    "a header that claims too much": Guard(NIFTI, "> MAX_VOXELS", "> 1e99", f"{TRAIN}[huge]"),
+    "a header that claims more than there is": Guard(
+        NIFTI, "    if claimed > most:", "    if False:", f"{TRAIN}[more than there is]"
+    ),
+    "NaN": Guard(NIFTI, "if not nan_to_zero:", "if False:", f"{TRAIN}[NaN]"),
+    "infinite": Guard(NIFTI, "np.isfinite(voxels).all()", "np.isnan(voxels).any()", f"{TRAIN}[infinite]"),
+    "NaN taken as 0": Guard(
+        NIFTI,
+        "np.where(bad, np.float32(0), voxels)",
+        "voxels",
+        "test_bad_input.py::test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer",
+    ),
+    "all zero": Guard(PREPARE, "    if not values.size:", "    if False:", f"{TRAIN}[all zero]"),
+    "a mask": Guard(PREPARE, "    if np.ptp(values) == 0:", "    if False:", f"{TRAIN}[a mask]"),
+    "a head with its skull": Guard(PREPARE, "    if share <= MAX_NONZERO_FACES:", "    if True:", f"{PREDICT}[skull]"),
+    "sheared": Guard(NIFTI, "    if shear > SHEAR_TOLERANCE:", "    if False:", f"{TRAIN}[sheared]"),
+    "a link out of the data": Guard(
+        LAYOUTS, "if self._follow or not self._leads_out(path):", "if True:", f"{TRAIN}[link out]"
+    ),
+    "a link to a folder elsewhere": Guard(
+        LAYOUTS,
+        "problems += links.problems(folder) or [",
+        "problems += [",
+        "test_bad_input.py::test_a_link_to_a_folder_elsewhere_is_refused_by_name",
+    ),
+    "a dangling link": Guard(
+        LAYOUTS, "if path.is_symlink() and not path.exists():", "if False:", f"{TRAIN}[dangling link]"
+    ),
+    "a case id that leads elsewhere": Guard(
+        LAYOUTS,
+        "problems = self.problems or tuple(_id_problems(self.id))",
+        "problems = self.problems",
+        "test_bad_input.py::test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused",
+    ),
+    "a case id with dots": Guard(
+        LAYOUTS,
+        "    problems += _id_problems(case_id)\n",
+        "",
+        "test_data_check.py::test_a_case_id_that_is_no_file_name_is_a_problem",
+    ),
+    "a split with an id that is no case": Guard(
+        "data/splits.py",
+        "    if unknown:",
+        "    if False:",
+        "test_bad_input.py::test_a_split_with_an_id_that_is_no_case_is_refused",
+    ),
+    # Label maps
+    "no label map": Guard("app/training/train.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
+    "labels outside the convention": Guard(
+        "data/labels.py",
+        '    if foreign:\n        raise DataError(\n            f"label values {sorted',
+        '    if False:\n        raise DataError(\n            f"label values {sorted',
+        f"{LABEL}[outside the convention]",
+    ),
+    "3 and 4 together": Guard("data/labels.py", "if {3, 4} <= seen:", "if False:", f"{LABEL}[3 and 4 together]"),
+    "a label map on another grid": Guard(
+        PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
+    ),
+    "a label map of fractions": Guard(
+        NIFTI, "if not np.array_equal(labels, volume.voxels) or", "if", f"{LABEL}[fractions]"
+    ),
+    "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),
+    # Configs
+    "a mistyped key": Guard(
+        "app/config.py", "difflib.get_close_matches(path, known, n=1, cutoff=0.75)", "None", f"{SETTING}[mistyped key]"
+    ),
+    "an unknown key": Guard(
+        "app/config.py", 'ConfigDict(extra="forbid", strict', "ConfigDict(strict", "test_app_config.py"
+    ),
+    "text for a number": Guard("app/config.py", "strict=True, ", "", f"{SETTING}[text for a number]"),
+    "a patch that does not fit": Guard(
+        "app/config.py", "        if bad:\n", "        if False:\n", f"{SETTING}[patch]"
+    ),
+    "a config nested without end": Guard(
+        "app/config.py",
+        "(yaml.YAMLError, ValueError, RecursionError)",
+        "(yaml.YAMLError, ValueError)",
+        "test_bad_input.py::test_a_config_nested_without_end_is_refused",
+    ),
+    # Runs
+    "a run that is not there": Guard(
+        "app/inference/model.py", "    if not run.is_dir():", "    if False:", f"{RUN}[not there]"
+    ),
+    "a run without weights": Guard(
+        "app/inference/model.py", "    if checkpoint is None:", "    if False:", f"{RUN}[without weights]"
+    ),
+    "changed weights": Guard(
+        "app/checkpoints.py", '    if digest != details.get("sha256"):', "    if False:", f"{RUN}[a changed bit]"
+    ),
+    "pickled weights": Guard(
+        "app/checkpoints.py",
+        "    except SafetensorError as error:",
+        "    except ZeroDivisionError as error:",
+        f"{RUN}[a pickle]",
+    ),
+    "a run that is in use": Guard(
+        "app/runlog.py",
+        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "pass",
+        "test_app_train.py::test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is",
+    ),
+    # Output and machine
+    "an output that is a file": Guard(
+        "app/inference/predict.py",
+        "    if output.exists() and not output.is_dir():",
+        "    if False:",
+        "test_bad_input.py::test_an_output_that_is_a_file_is_refused_and_kept",
+    ),
+    "the place in a system error": Guard(
+        NIFTI,
+        "        raise OSError(error.errno, error.strerror, str(path)) from error",
+        "        raise",
+        "test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_by_place",
+    ),
+    "a half-written file goes": Guard(
+        NIFTI,
+        "        beside.unlink(missing_ok=True)",
+        "        pass",
+        "test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
+    ),
+    "no permission to read": Guard(
+        NIFTI,
+        "    if not os.access(path, os.R_OK):",
+        "    if False:",
+        "test_hostile_machine.py::test_an_image_nobody_may_read_is_bad_data",
+    ),
+    "no permission to write": Guard(
+        "app/errors.py",
+        "errno.EACCES:",
+        "-1:",
+        "test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
+    ),
+    "SIGTERM while predicting": Guard(
+        "app/cli/main.py",
+        "with terminal.sigterm_unwinds():",
+        "if True:",
+        "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
+    ),
+    "Ctrl-C while predicting": Guard(
+        "app/inference/predict.py",
+        "        except KeyboardInterrupt as error:",
+        "        except ZeroDivisionError as error:",
+        "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
+    ),
+    "Ctrl-C and SIGTERM while training": Guard(
+        "app/training/loop.py",
+        "if stop.signal_name is not None:",
+        "if False:",
+        "test_app_train.py::test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result",
+    ),
+    "a run that was stopped while it prepared": Guard(
+        "app/training/train.py",
+        "                (run / LOCK).unlink()\n                run.rmdir()\n",
+        "                pass\n",
+        "test_hostile_machine.py::test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again",
+    ),
+    "threads instead of worker processes": Guard(
+        "data/loaders.py",
+        '    pool = ThreadPoolExecutor(threads, thread_name_prefix="patches")',
+        "    from concurrent.futures import ProcessPoolExecutor\n\n    pool: Any = ProcessPoolExecutor(threads)",
+        "test_hostile_machine.py::test_training_has_no_worker_process_that_could_be_killed",
+    ),
+    "a traceback with --debug alone": Guard(
+        "app/cli/terminal.py",
+        "    if settings.debug:",
+        "    if True:",
+        "test_bad_input.py::test_a_traceback_is_shown_with_debug_alone",
+    ),
+}
+
+
+def copy_of_the_program(place: Path) -> Path:
+    for name in ("app", "data", "models", "znorm", "tests"):
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "pyproject.toml", place)
+    return place
+
+
+def pytest_in(place: Path, tests: list[str]) -> int:
+    """Exit status of pytest over the program in a folder: 0 all passed, 1 some failed, more where it could not run."""
+    environment = {**os.environ, "PYTHONPATH": str(place), "PYTHONDONTWRITEBYTECODE": "1"}
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{test}" for test in tests)]
+    return subprocess.run(words, cwd=place, env=environment, capture_output=True, check=False, timeout=900).returncode
+
+
+@pytest.mark.slow
+def test_the_program_with_all_its_guards_passes(tmp_path: Path) -> None:
+    place = copy_of_the_program(tmp_path / "program")
+    assert pytest_in(place, sorted({guard.test for guard in GUARDS.values()})) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("guard", list(GUARDS.values()), ids=list(GUARDS))
+def test_without_a_guard_its_test_fails(guard: Guard, tmp_path: Path) -> None:
+    place = copy_of_the_program(tmp_path / "program")
+    text = (place / guard.file).read_text(encoding="utf-8")
+    (place / guard.file).write_text(text.replace(guard.code, guard.without), encoding="utf-8")
+    assert pytest_in(place, [guard.test]) == 1
+
+
+@pytest.mark.parametrize("guard", list(GUARDS.values()), ids=list(GUARDS))
+def test_the_guard_to_be_taken_away_is_there(guard: Guard) -> None:
+    assert (ROOT / guard.file).read_text(encoding="utf-8").count(guard.code) >= 1
