@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import typer
 
+from app import errors
 from app.cli import terminal
 from app.errors import ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
 from data.errors import DataError
@@ -84,3 +87,9 @@ def test_a_fault_of_the_program_is_shown_as_one_and_asks_for_a_report(capsys: py
 def test_an_abort_of_the_command_line_counts_as_an_interruption(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.fail(typer.Abort()) == 130
     assert capsys.readouterr().err == "znormseg: interrupted\n"
+
+
+def test_the_documented_exit_codes_are_those_of_the_program() -> None:
+    text = (Path(__file__).parents[1] / "docs" / "errors.md").read_text(encoding="utf-8")
+    documented = {int(code) for code in re.findall(r"^\| (\d+) \|", text, flags=re.MULTILINE)}
+    assert documented == {0} | {value for name, value in vars(errors).items() if name.startswith("EXIT_")}
