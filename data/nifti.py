@@ -313,7 +313,8 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
     """The affine in use (sform, else qform, else zooms), refused where it places no voxels or is sheared."""
     affine = np.asarray(image.affine, dtype=np.float64)
     linear = affine[:3, :3]
-    if not np.isfinite(affine).all() or abs(np.linalg.det(linear)) < 1e-9:
+    # Beyond a kilometre nothing is a head, and products overflow.
+    if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-9:
         raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
     unit = linear / np.linalg.norm(linear, axis=0)
     shear = np.abs(unit.T @ unit - np.eye(3)).max()
