@@ -316,7 +316,8 @@ def resample_codes_onto(
         return result
     # The length of a row is the extent of a target voxel along one axis of the source, in voxels of the source.
     smoothing = np.maximum(0.0, (np.linalg.norm(to_source[:3, :3], axis=1) - 1) / 2)
-    margin = np.ceil(4 * smoothing).astype(int) + 1  # gaussian_filter reaches four standard deviations far
+    # gaussian_filter reaches four standard deviations far, linear interpolation one voxel.
+    margin = np.ceil(4 * smoothing).astype(int) + 1
     tumour = smallest_box(codes != 0)
     masks = np.pad(to_regions(codes[tumour]), [(0, 0), *((width, width) for width in margin)])
     smooth = [ndimage.gaussian_filter(mask.astype(np.float32), smoothing, mode="constant") for mask in masks]
@@ -324,7 +325,7 @@ def resample_codes_onto(
     low, high = _reached(np.linalg.inv(to_source), start, start + smooth[0].shape, shape)
     turn, offset = to_source[:3, :3], (to_source @ [*low, 1])[:3] - start
     size = tuple((high - low).tolist())
-    shares = [ndimage.affine_transform(share, turn, offset, size, order=1, mode="grid-constant") for share in smooth]
+    shares = [ndimage.affine_transform(share, turn, offset, size, order=1) for share in smooth]
     x, y, z = (slice(first, stop) for first, stop in zip(low, high, strict=True))
     result[x, y, z] = from_regions(np.stack(shares) >= 0.5 - TIE_TOLERANCE)
     return result

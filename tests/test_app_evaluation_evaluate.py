@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
+from itertools import permutations, product
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from data.errors import DataError
 
 #: x grows to the patient's left, y to posterior: the voxel order of BraTS files.
 AFFINE = np.diag([-1.0, -1.0, 2.0, 1.0])
+#: All ways to store three axes, each forwards or backwards.
+ORDERS = [np.column_stack([axes, signs]) for axes in permutations(range(3)) for signs in product((1, -1), repeat=3)]
 
 
 def tumour(enhancing: int) -> npt.NDArray[np.uint8]:
@@ -71,6 +75,27 @@ def test_two_storage_orders_of_one_grid_score_1(sides: tuple[Path, Path]) -> Non
     assert evaluation.cases[0].regions["WT"].hd95_mm == 0
 
 
+def rotation(degrees: float, axis: int) -> npt.NDArray[np.float64]:
+    turn, (i, j) = np.eye(4), [k for k in range(3) if k != axis]
+    turn[i, i] = turn[j, j] = np.cos(np.deg2rad(degrees))
+    turn[i, j], turn[j, i] = -np.sin(np.deg2rad(degrees)), np.sin(np.deg2rad(degrees))
+    return turn
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize("degrees", [0, 20, 45])
+def test_all_storage_orders_of_one_grid_score_1(tmp_path: Path, degrees: float, resample: bool) -> None:
+    """At 45 degrees rounding decides which of two axes is nearest to one of the world's."""
+    for number, order in enumerate(ORDERS):
+        image = nib.Nifti1Image(tumour(3), rotation(degrees, number % 3) @ AFFINE)
+        save(tmp_path / "expected" / f"{number}.nii", tumour(3), image.affine)
+        stored = image.as_reoriented(order)
+        save(tmp_path / "predicted" / f"{number}.nii", np.asarray(stored.dataobj), stored.affine)
+    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected", resample=resample)
+    assert (evaluation.failures, evaluation.resampled) == ({}, ())
+    assert dice_of(evaluation) == [[1, 1, 1]] * 48
+
+
 def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
     scores = evaluate(*sides).cases[0].regions["WT"]
@@ -92,6 +117,120 @@ def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tup
 def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(3)[:-1])
     assert "11x10x8 against 12x10x8" in evaluate(*sides).failures["a"]
+
+
+def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
+    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    evaluation = evaluate(*sides)
+    assert "Give --resample to bring the prediction to the grid of the reference." in evaluation.failures["a"]
+    assert evaluation.resampled == ()
+
+
+# Resampling
+
+
+def save_shifted(path: Path) -> Path:
+    """The tumour in its place, the field of view whole voxels further, stored in another order, with 4 for 3."""
+    shifted = AFFINE @ np.array([[1, 0, 0, 2], [0, 1, 0, 1], [0, 0, 1, 1], [0, 0, 0, 1]])
+    image = nib.Nifti1Image(np.pad(tumour(4), 3)[5:, 4:, 4:-2], shifted).as_reoriented(ORDERS[29])
+    return save(path, np.asarray(image.dataobj), image.affine)
+
+
+def test_a_field_of_view_whole_voxels_away_scores_1_when_resampled(sides: tuple[Path, Path]) -> None:
+    for case in ("a", "b"):
+        save_shifted(sides[0] / f"{case}.nii.gz")
+    evaluation = evaluate(*sides, resample=True)
+    assert dice_of(evaluation) == [[1, 1, 1], [1, 1, 1]]
+    assert (evaluation.failures, evaluation.resampled) == ({}, ("a", "b"))
+
+
+def test_cases_on_the_grid_of_their_reference_are_not_resampled(sides: tuple[Path, Path]) -> None:
+    save_shifted(sides[0] / "b.nii.gz")
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
+    evaluation = evaluate(*sides, resample=True)
+    assert evaluation.resampled == ("b",)
+    assert evaluation.cases[0] == evaluate(*sides).cases[0]
+
+
+def test_a_resampled_case_has_the_volumes_and_distances_of_its_reference(sides: tuple[Path, Path]) -> None:
+    finer = AFFINE @ np.diag([1, 1, 0.5, 1])
+    finer[2, 3] = -0.5
+    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2).repeat(2, axis=2), finer)
+    resampled = evaluate(*sides, resample=True).cases[0]
+    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    assert resampled.resampled
+    assert resampled.regions == evaluate(*sides).cases[0].regions
+
+
+def test_a_finer_map_of_the_same_tumour_scores_1_when_resampled(sides: tuple[Path, Path]) -> None:
+    finer = AFFINE @ np.diag([0.5, 0.5, 0.5, 1])
+    finer[:3, 3] = (0.25, 0.25, -0.5)
+    save(sides[0] / "a.nii.gz", tumour(3).repeat(2, 0).repeat(2, 1).repeat(2, 2), finer)
+    evaluation = evaluate(*sides, resample=True)
+    assert evaluation.resampled == ("a",)
+    assert dice_of(evaluation)[0] == [1, 1, 1]
+
+
+def big_ball(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+    """Shells of 24, 18 and 12 mm around the world's origin."""
+    places = np.tensordot(affine[:3, :3], np.indices((64, 64, 32)), 1) + affine[:3, 3].reshape(3, 1, 1, 1)
+    return np.select([np.linalg.norm(places, axis=0) < mm for mm in (12, 18, 24)], [3, 1, 2]).astype(np.uint8)
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_a_ball_on_a_grid_turned_by_15_degrees_scores_high_when_resampled(tmp_path: Path, axis: int) -> None:
+    affine = AFFINE.copy()
+    affine[:3, 3] = (32, 32, -32)
+    turned = rotation(15, axis) @ affine
+    save(tmp_path / "predicted" / "a.nii", big_ball(turned), turned)
+    save(tmp_path / "expected" / "a.nii", big_ball(affine), affine)
+    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected", resample=True)
+    assert evaluation.resampled == ("a",)
+    assert min(dice_of(evaluation)[0]) > 0.95
+
+
+def test_fields_of_view_without_a_voxel_in_common_are_a_failure_and_no_score_of_0(sides: tuple[Path, Path]) -> None:
+    away = AFFINE.copy()
+    away[0, 3] = 400
+    path = save(sides[0] / "a.nii.gz", tumour(3), away)
+    evaluation = evaluate(*sides, resample=True)
+    assert [scores.case for scores in evaluation.cases] == ["b"]
+    assert f"case a: {path} and {sides[1] / 'a.nii.gz'}: the grids do not overlap" in evaluation.failures["a"]
+    assert "400.00 mm on axis x" in evaluation.failures["a"]
+
+
+def test_the_command_line_says_which_cases_were_resampled(
+    sides: tuple[Path, Path], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    save_shifted(sides[0] / "a.nii.gz")
+    save(sides[0] / "b.nii.gz", tumour(4))
+    ended = znormseg("evaluate", *sides, "--resample", "--json", "--out", tmp_path / "scores.csv")
+    assert ended.code == 0
+    assert "1 prediction was resampled to its reference's grid: a\n" in ended.err
+    assert json.loads(ended.out)["resampled"] == ["a"]
+    assert "resampled" not in (tmp_path / "scores.csv").read_text()
+
+
+def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+    for number in range(7):
+        save_shifted(tmp_path / "predicted" / f"{number}.nii.gz")
+        save(tmp_path / "expected" / f"{number}.nii.gz", tumour(3))
+    ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--resample")
+    assert "7 predictions were resampled to their reference's grid: 0, 1, 2, 3, 4 ...\n" in ended.err
+    assert "resampled" not in ended.out
+
+
+def test_the_command_line_refuses_other_grids_without_the_flag(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any]
+) -> None:
+    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    ended = znormseg("evaluate", *sides, "--json")
+    assert ended.code == 6
+    assert "Give --resample" in ended.err
+    assert json.loads(ended.out)["resampled"] == []
+
+
+# Bad files
 
 
 @pytest.mark.parametrize("side", [0, 1])

@@ -85,8 +85,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "a link to a folder elsewhere": Guard(
         LAYOUTS,
-        "problems += links.problems(folder) or [",
-        "problems += [",
+        "problems += links.problems(folder) or [problem for path in files for problem in links.problems(path)]",
+        "problems += []",
         "test_bad_input.py::test_a_link_to_a_folder_elsewhere_is_refused_by_name",
     ),
     "a dangling link": Guard(

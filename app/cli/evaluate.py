@@ -19,6 +19,9 @@ def evaluate(
     references: Annotated[
         Path, typer.Argument(metavar="REFERENCES", help="Folder of expert label maps, named in any of these ways.")
     ],
+    resample: Annotated[
+        bool, typer.Option("--resample", help="Bring predictions on other grids to those of their references.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
@@ -26,7 +29,7 @@ def evaluate(
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
 
-    scores = score(predictions, references)
+    scores = score(predictions, references, resample=resample)
     if out is not None:
         write_table(scores, out)
     if as_json:
@@ -35,10 +38,19 @@ def evaluate(
         terminal.result(terminal.table(rows(scores)))
     for case, text in scores.failures.items():
         terminal.say(f"znormseg: {case}: {text}")
+    if scores.resampled:
+        count = len(scores.resampled)
+        what = "prediction was resampled to its" if count == 1 else "predictions were resampled to their"
+        terminal.say(f"{count} {what} reference's grid: {_some(scores.resampled)}")
     for what, ids in (("prediction", scores.missing_predictions), ("reference", scores.missing_references)):
         if ids:
-            terminal.say(f"no {what} for {len(ids)} cases: {', '.join(ids[:5])}{' ...' if len(ids) > 5 else ''}")
+            terminal.say(f"no {what} for {len(ids)} cases: {_some(ids)}")
     if scores.failures:
         from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
 
         raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _some(ids: tuple[str, ...]) -> str:
+    """The first few case ids."""
+    return ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")

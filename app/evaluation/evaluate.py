@@ -18,7 +18,8 @@ from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScore
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decide_convention, decode
 from data.layouts import find_label_maps
-from data.nifti import grid_difference, read_label_map, reorient, replacing
+from data.nifti import Volume, grid_difference, read_label_map, reorient, replacing
+from data.preprocess import resample_codes_onto
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -32,6 +33,8 @@ _NAMING_RULES: Final = (
 )
 _SHOWN: Final = 3
 _IN_TERMINAL: Final = {"dice": ".3f", "hd95_mm": ".1f"}
+#: The frame in which :func:`data.nifti.reorient` leaves the axes of an array as they are.
+_CANONICAL: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,8 @@ class CaseScores:
     """Case id."""
     regions: Mapping[Region, RegionScores]
     """Scores of WT, TC and ET."""
+    resampled: bool = False
+    """Whether the prediction lay on another grid and was brought to that of the reference."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,12 +74,17 @@ class Evaluation:
         """Median over cases of every number in :data:`METRICS`, by region."""
         return self._over_cases(statistics.median)
 
+    @property
+    def resampled(self) -> tuple[str, ...]:
+        """Case ids whose prediction was brought to the reference's grid, sorted."""
+        return tuple(scores.case for scores in self.cases if scores.resampled)
+
     def to_json(self) -> dict[str, object]:
         """Everything as plain Python values that ``json.dumps`` accepts.
 
         Returns:
-            ``regions`` (means), ``cases``, then the medians, what is missing, what failed, and which definitions were
-            used, in words. Distances in mm, volumes in ml, the rest from 0 to 1.
+            ``regions`` (means), ``cases``, then the medians, what is missing, failed or was resampled, and which
+            definitions were used, in words. Distances in mm, volumes in ml, the rest from 0 to 1.
         """
         return {
             "regions": self.summary(),
@@ -86,6 +96,7 @@ class Evaluation:
             "missing_predictions": list(self.missing_predictions),
             "missing_references": list(self.missing_references),
             "failures": dict(self.failures),
+            "resampled": list(self.resampled),
             "prediction_convention": self.prediction_convention,
             "reference_convention": self.reference_convention,
             "dice_definition": DICE_DEFINITION,
@@ -102,15 +113,23 @@ class Evaluation:
         }
 
 
-def evaluate(predictions: Path, references: Path, *, on_case: Callable[[str], None] | None = None) -> Evaluation:
+def evaluate(
+    predictions: Path,
+    references: Path,
+    *,
+    resample: bool = False,
+    on_case: Callable[[str], None] | None = None,
+) -> Evaluation:
     """Score every case that has a label map in both folders.
 
     Each side's label convention is decided from all of its files, so predictions with 3 for enhancing tumour can be
     scored against references with 4. Label maps of one physical grid may be stored in different voxel orders.
+    References are never changed: scores, distances and volumes are those on their grid.
 
     Args:
         predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
+        resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
         on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
             failed.
 
@@ -141,7 +160,8 @@ def evaluate(predictions: Path, references: Path, *, on_case: Callable[[str], No
         if case in faults:
             return faults[case]
         try:
-            return _score_case(case, predicted[case], expected[case], prediction_convention, reference_convention)
+            conventions = prediction_convention, reference_convention
+            return _score_case(case, predicted[case], expected[case], *conventions, resample=resample)
         except (DataError, OSError) as error:
             return str(error)
 
@@ -221,16 +241,37 @@ def _score_case(
     reference_path: Path,
     prediction_convention: LabelConvention,
     reference_convention: LabelConvention,
+    *,
+    resample: bool,
 ) -> CaseScores:
-    prediction, reference = reorient(read_label_map(prediction_path)), reorient(read_label_map(reference_path))
+    reference = reorient(read_label_map(reference_path))
+    prediction = _in_order_of(reference, read_label_map(prediction_path))
+    codes, expected = decode(prediction.voxels, prediction_convention), decode(reference.voxels, reference_convention)
     difference = grid_difference(prediction, reference)
     if difference is not None:
-        raise DataError(
-            f"case {case}: {prediction_path} and {reference_path} lie on different grids: {difference}. "
-            "Resample the prediction to the grid of the reference."
-        )
-    codes = decode(prediction.voxels, prediction_convention), decode(reference.voxels, reference_convention)
-    return CaseScores(case=case, regions=region_scores(*codes, reference.spacing_mm))
+        place = f"case {case}: {prediction_path} and {reference_path}"
+        if not resample:
+            raise DataError(
+                f"{place} lie on different grids: {difference}. Give --resample to bring the prediction to the grid of "
+                "the reference."
+            )
+        x, y, z = expected.shape
+        try:
+            codes = resample_codes_onto(codes, prediction.affine, (x, y, z), reference.affine)
+        except DataError as error:
+            raise DataError(f"{place}: {error} ({difference}). Do they belong to the same scan?") from error
+    scores = region_scores(codes, expected, reference.spacing_mm)
+    return CaseScores(case=case, regions=scores, resampled=difference is not None)
+
+
+def _in_order_of(reference: Volume, volume: Volume) -> Volume:
+    """The volume with its axes stored as the reference's are, nothing interpolated.
+
+    Both to canonical order would not do: on a grid turned by 45 degrees rounding decides which axis is which.
+    """
+    frame = reference.affine @ _CANONICAL
+    seen = reorient(dataclasses.replace(volume, affine=np.linalg.inv(frame) @ volume.affine))
+    return dataclasses.replace(seen, affine=frame @ seen.affine)
 
 
 def _survey(folder: Path, label_maps: dict[str, Path]) -> tuple[LabelConvention, dict[str, str]]:
