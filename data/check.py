@@ -14,7 +14,7 @@ import numpy as np
 from data.errors import DataError
 from data.labels import CONTRASTS
 from data.layouts import Case, decide_for, find_cases, patient_of
-from data.nifti import Volume, grid_difference, read_label_map, read_volume
+from data.nifti import Volume, grid_difference, in_order_of, read_label_map, read_volume
 from data.preprocess import image_problem
 
 
@@ -121,7 +121,7 @@ def check_case(case: Case) -> CheckedCase:
         problems += [f"{contrast}: {problem}"] if (problem := image_problem(volume.voxels)) is not None else []
         if reference is None:
             reference = volume
-        elif (difference := grid_difference(reference, volume)) is not None:
+        elif (difference := grid_difference(reference, in_order_of(reference, volume))) is not None:
             problems.append(f"{contrast}: {difference} (compared with {reference.path.name})")
     labels = None
     if case.label is not None:
@@ -131,7 +131,8 @@ def check_case(case: Case) -> CheckedCase:
             problems.append(f"label map: {error}")
         else:
             labels = tuple(int(value) for value in np.unique(label.voxels))
-            if reference is not None and (difference := grid_difference(reference, label)) is not None:
+            difference = None if reference is None else grid_difference(reference, in_order_of(reference, label))
+            if reference is not None and difference is not None:
                 problems.append(f"label map: {difference} (compared with {reference.path.name})")
     return CheckedCase(
         case=case.id,

@@ -11,7 +11,7 @@ import os
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -35,6 +35,8 @@ MAX_VOXELS: Final = 1024**3
 GRID_TOLERANCE_MM: Final = 0.01
 #: What one byte of a compressed file can hold at most (zlib's documentation: a factor of 1032).
 _MOST_BYTES_PER_BYTE: Final = 1032
+#: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
+VOXEL_SIZE_MM: Final = (0.05, 50.0)
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
 SHEAR_TOLERANCE: Final = 0.01
 
@@ -158,6 +160,16 @@ def reorient(volume: Volume) -> Volume:
     return Volume(voxels=np.ascontiguousarray(voxels), affine=affine, path=volume.path, zeroed=volume.zeroed)
 
 
+def in_order_of(reference: Volume, volume: Volume) -> Volume:
+    """The volume with its axes stored as the reference's are, nothing interpolated.
+
+    Both to canonical order would not do: on a grid turned by 45 degrees rounding decides which axis is which.
+    """
+    frame = reference.affine @ np.diag([-1.0, -1.0, 1.0, 1.0])  # in it the reference's own axes point to L, P and S
+    seen = reorient(replace(volume, affine=np.linalg.inv(frame) @ volume.affine))
+    return replace(seen, affine=frame @ seen.affine)
+
+
 def to_native_order(canonical: npt.NDArray[np.uint8], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """Undo :func:`reorient` for an array: from the program's voxel order to that of ``native_affine``."""
     back = orientations.ornt_transform(
@@ -234,13 +246,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def naming_the_place(path: Path) -> Iterator[None]:
-    """Add the path to a system error that does not name one, as when a disk is full while writing."""
+    """Have a system error name the path the user knows, also where it names none or only the partial file."""
     try:
         yield
     except OSError as error:
-        if error.errno is None or error.filename is not None:
+        if error.errno is None or (error.filename is not None and not _is_partial(str(error.filename))):
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _is_partial(name: str) -> bool:
+    return Path(name).name.startswith(".partial-")
 
 
 def _open(path: Path) -> Any:
@@ -314,8 +330,15 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
     affine = np.asarray(image.affine, dtype=np.float64)
     linear = affine[:3, :3]
     # Beyond a kilometre nothing is a head, and products overflow.
-    if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-9:
+    if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-12:
         raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
+    smallest, largest = min(spacing_of(affine)), max(spacing_of(affine))
+    low, high = VOXEL_SIZE_MM
+    if not low <= smallest <= largest <= high:
+        raise DataError(
+            f"{path}: voxels of {smallest:g} to {largest:g} mm, allowed are {low:g} to {high:g} mm. "
+            "Is the affine in metres or micrometres? Convert it to mm."
+        )
     unit = linear / np.linalg.norm(linear, axis=0)
     shear = np.abs(unit.T @ unit - np.eye(3)).max()
     if shear > SHEAR_TOLERANCE:

@@ -25,6 +25,7 @@ from data.nifti import (
     Volume,
     canonical_spacing,
     grid_difference,
+    in_order_of,
     read_label_map,
     read_volume,
     reorient,
@@ -94,11 +95,13 @@ def prepare(
         with _naming(case, f"contrast {contrast}"):
             volumes[contrast] = read_volume(case.contrasts[contrast], nan_to_zero=nan_to_zero)
     reference = volumes["t1c"]
-    for contrast, volume in volumes.items():
-        _require_same_grid(case, reference, volume, contrast)
     native_affine = reference.affine
+    canonical = reorient(reference)
+    for contrast, volume in volumes.items():
+        volumes[contrast] = in_order_of(canonical, volume)
+        _require_same_grid(case, canonical, volumes[contrast], contrast)
     zeroed = {contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed}
-    image = np.stack([reorient(volume).voxels for volume in volumes.values()])
+    image = np.stack([volume.voxels for volume in volumes.values()])
     del volumes
     for contrast, voxels in zip(CONTRASTS, image, strict=True):
         if (problem := image_problem(voxels)) is not None:
@@ -108,7 +111,7 @@ def prepare(
     canonical_shape = (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))
     brain = (image[:, *box] != 0).any(axis=0)
     image = np.stack([zscore_nonzero(voxels[box]) for voxels in image])
-    codes = _read_codes(case, reference, convention)[box] if convention is not None else None
+    codes = _read_codes(case, canonical, convention)[box] if convention is not None else None
     target = spacing_mm if spacing_mm is not None and not _close(own_spacing, spacing_mm) else own_spacing
     if target is not own_spacing:
         shape = resampled_shape(image.shape[1:], own_spacing, target)
@@ -257,10 +260,10 @@ def _read_codes(case: Case, reference: Volume, convention: LabelConvention) -> n
     if case.label is None:
         raise DataError(f"case {case.id}: no label map (a file that ends in seg) in {case.folder}")
     with _naming(case, "label map"):
-        label = read_label_map(case.label)
+        label = in_order_of(reference, read_label_map(case.label))
     _require_same_grid(case, reference, label, "the label map")
     with _naming(case, f"label map {case.label}"):
-        return decode(reorient(label).voxels, convention)
+        return decode(label.voxels, convention)
 
 
 @contextmanager

@@ -63,6 +63,11 @@ def shear(path: Path) -> None:
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), affine), path)
 
 
+def scale(path: Path, factor: float) -> None:
+    image: Any = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([factor] * 3 + [1]) @ image.affine), path)
+
+
 def claim(path: Path, side: int) -> None:
     """A header that promises more voxels than there are."""
     header = nib.Nifti1Header()
@@ -146,6 +151,8 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
         lambda p: change(p, lambda v: v + 20),
         ["contrast t2", "background is not 0", "skull-stripped", "HD-BET"],
     ),
+    "in metres": (lambda p: scale(p, 1e-3), ["contrast t2", "voxels of 0.004", "Convert it to mm"]),
+    "in micrometres": (lambda p: scale(p, 1e3), ["contrast t2", "voxels of 4000", "Convert it to mm"]),
     "sheared": (shear, ["contrast t2", "sheared", "Resample to a right-angled grid"]),
     "link out": (link_out, [f"case {CASE}", "outside of", "--follow-links"]),
     "dangling link": (dangle, [f"case {CASE}", "is a link to gone.nii.gz, which does not exist"]),
@@ -267,6 +274,17 @@ def test_a_link_to_a_folder_elsewhere_is_refused_by_name(
     name = CASE if what == "case folder" else "HGG"
     ended = znormseg("predict", run, data, tmp_path / "out")
     assert_refused(ended, code, [str(data / name), "--follow-links"])
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_evaluate_refuses_a_link_out_of_a_folder_and_follows_it_where_asked_for(
+    *, kind: str, data: Path, phantoms: Path, znormseg: Call
+) -> None:
+    place = data / CASE / f"{CASE}_seg.nii.gz" if kind == "file" else data / CASE
+    place.rename(elsewhere := data.parent / "elsewhere.nii.gz")
+    place.symlink_to(elsewhere)
+    assert_refused(znormseg("evaluate", data, phantoms), 3, [str(data / CASE), "outside of", "--follow-links"])
+    assert znormseg("evaluate", data, phantoms, "--follow-links").code == 0
 
 
 def test_a_link_from_within_the_data_to_within_is_no_second_case(

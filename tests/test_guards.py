@@ -79,6 +79,12 @@ GUARDS: dict[str, Guard] = {
     "all zero": Guard(PREPARE, "    if not values.size:", "    if False:", f"{TRAIN}[all zero]"),
     "a mask": Guard(PREPARE, "    if np.ptp(values) == 0:", "    if False:", f"{TRAIN}[a mask]"),
     "a head with its skull": Guard(PREPARE, "    if share <= MAX_NONZERO_FACES:", "    if True:", f"{PREDICT}[skull]"),
+    "another unit than mm": Guard(
+        NIFTI,
+        "    if not low <= smallest <= largest <= high:",
+        "    if False:",
+        f"{TRAIN}[in metres]",
+    ),
     "sheared": Guard(NIFTI, "    if shear > SHEAR_TOLERANCE:", "    if False:", f"{TRAIN}[sheared]"),
     "a link out of the data": Guard(
         LAYOUTS, "if self._follow or not self._leads_out(path):", "if True:", f"{TRAIN}[link out]"

@@ -22,6 +22,9 @@ def evaluate(
     resample: Annotated[
         bool, typer.Option("--resample", help="Bring predictions on other grids to those of their references.")
     ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
+    ] = False,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
@@ -29,13 +32,13 @@ def evaluate(
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
 
-    scores = score(predictions, references, resample=resample)
-    if out is not None:
-        write_table(scores, out)
+    scores = score(predictions, references, resample=resample, follow_links=follow_links)
     if as_json:
         terminal.json_result(scores.to_json())
     else:
         terminal.result(terminal.table(rows(scores)))
+    if out is not None:
+        write_table(scores, out)
     for case, text in scores.failures.items():
         terminal.say(f"znormseg: {case}: {text}")
     if scores.resampled:

@@ -18,7 +18,7 @@ from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScore
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decide_convention, decode
 from data.layouts import find_label_maps
-from data.nifti import Volume, grid_difference, read_label_map, reorient, replacing
+from data.nifti import grid_difference, in_order_of, read_label_map, reorient, replacing
 from data.preprocess import resample_codes_onto
 
 _Item = TypeVar("_Item")
@@ -33,8 +33,6 @@ _NAMING_RULES: Final = (
 )
 _SHOWN: Final = 3
 _IN_TERMINAL: Final = {"dice": ".3f", "hd95_mm": ".1f"}
-#: The frame in which :func:`data.nifti.reorient` leaves the axes of an array as they are.
-_CANONICAL: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,6 +116,7 @@ def evaluate(
     references: Path,
     *,
     resample: bool = False,
+    follow_links: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """Score every case that has a label map in both folders.
@@ -130,6 +129,7 @@ def evaluate(
         predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
         resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
+        follow_links: accept symbolic links that lead out of the folders.
         on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
             failed.
 
@@ -145,7 +145,8 @@ def evaluate(
         >>> evaluation.summary()["WT"]["dice"]  # doctest: +SKIP
         0.912
     """
-    predicted, expected = find_label_maps(predictions), find_label_maps(references)
+    predicted = find_label_maps(predictions, follow_links=follow_links)
+    expected = find_label_maps(references, follow_links=follow_links)
     common = sorted(predicted.keys() & expected.keys())
     if not common:
         raise DataError(
@@ -211,20 +212,18 @@ def write_table(evaluation: Evaluation, path: Path) -> None:
         path: the CSV file; replaced if it exists.
 
     Raises:
-        DataError: the folder of ``path`` does not exist, ``path`` is a folder, or the file cannot be written.
+        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
+        OSError: the disk is full or the folder cannot be written to.
     """
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
     if not path.parent.is_dir():
         raise DataError(f"{path}: the folder {path.parent} does not exist. Create it first.")
-    try:
-        with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["case", *(f"{region}_{metric}" for region in REGIONS for metric in METRICS)])
-            for name, values in _named_values(evaluation):
-                writer.writerow([name, *(values[region][metric] for region in REGIONS for metric in METRICS)])
-    except OSError as error:
-        raise DataError(f"{path}: cannot be written ({error}). Choose another place, or free some.") from error
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", *(f"{region}_{metric}" for region in REGIONS for metric in METRICS)])
+        for name, values in _named_values(evaluation):
+            writer.writerow([name, *(values[region][metric] for region in REGIONS for metric in METRICS)])
 
 
 def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, dict[str, float]]]]:
@@ -245,7 +244,7 @@ def _score_case(
     resample: bool,
 ) -> CaseScores:
     reference = reorient(read_label_map(reference_path))
-    prediction = _in_order_of(reference, read_label_map(prediction_path))
+    prediction = in_order_of(reference, read_label_map(prediction_path))
     codes, expected = decode(prediction.voxels, prediction_convention), decode(reference.voxels, reference_convention)
     difference = grid_difference(prediction, reference)
     if difference is not None:
@@ -262,16 +261,6 @@ def _score_case(
             raise DataError(f"{place}: {error} ({difference}). Do they belong to the same scan?") from error
     scores = region_scores(codes, expected, reference.spacing_mm)
     return CaseScores(case=case, regions=scores, resampled=difference is not None)
-
-
-def _in_order_of(reference: Volume, volume: Volume) -> Volume:
-    """The volume with its axes stored as the reference's are, nothing interpolated.
-
-    Both to canonical order would not do: on a grid turned by 45 degrees rounding decides which axis is which.
-    """
-    frame = reference.affine @ _CANONICAL
-    seen = reorient(dataclasses.replace(volume, affine=np.linalg.inv(frame) @ volume.affine))
-    return dataclasses.replace(seen, affine=frame @ seen.affine)
 
 
 def _survey(folder: Path, label_maps: dict[str, Path]) -> tuple[LabelConvention, dict[str, str]]:
