@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+# A shell starts what it puts in the background with Ctrl-C ignored, and the processes under test would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SCRIPT = Path(sys.executable).with_name("znormseg")
 
