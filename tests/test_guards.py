@@ -241,6 +241,122 @@ GUARDS: dict[str, Guard] = {
 }
 
 
+ZSCORE, HOOK = "znorm/zscore.py", "znorm/hook.py"
+
+#: The traps of real training, and what keeps ZNorm out of them.
+TRAPS: dict[str, Guard] = {
+    "gradients still scaled": Guard(
+        HOOK, "        _refuse_scaled(optimizer)\n", "", "test_znorm_hook.py::test_gradients_still_scaled_are_refused"
+    ),
+    "closures": Guard(
+        HOOK,
+        "        _refuse_closure(args, kwargs)\n",
+        "",
+        "test_znorm_hook.py::test_a_closure_is_refused_before_anything_changes",
+    ),
+    "a second attach": Guard(
+        HOOK, "    if optimizer in _attached:", "    if False:", "test_znorm_hook.py::test_a_second_attach_is_refused"
+    ),
+    "sparse gradients": Guard(
+        HOOK,
+        "    if gradient.layout is not torch.strided:",
+        "    if False:",
+        "test_znorm_hook.py::test_a_sparse_gradient_is_refused",
+    ),
+    "parameters without a gradient": Guard(
+        HOOK,
+        "            if parameter.grad is None:\n                continue\n",
+        "",
+        "test_znorm_hook.py::test_frozen_parameters_keep_their_values_and_the_others_step",
+    ),
+    "several groups of parameters": Guard(
+        HOOK,
+        "for group in optimizer.param_groups for parameter in group",
+        "for group in optimizer.param_groups[:1] for parameter in group",
+        "test_znorm_hook.py::test_every_group_of_parameters_is_normalised",
+    ),
+    "parameters added later": Guard(
+        HOOK,
+        "            return self._channel_dims[id(parameter)]",
+        "            return self._channel_dims.get(id(parameter))",
+        "test_znorm_transforms.py::test_parameters_added_after_the_attach_are_refused_at_the_step",
+    ),
+    "a number that is not finite, in what is normalised": Guard(
+        HOOK,
+        "not self._rule(work):",
+        "(self._rule(work) and False):",
+        "test_znorm_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+    ),
+    "a number that is not finite, in what is not": Guard(
+        HOOK,
+        "if not all_finite(others) or",
+        "if",
+        "test_znorm_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+    ),
+    "a skipped step is counted": Guard(
+        HOOK,
+        "self.skipped_steps += 1",
+        "pass",
+        "test_znorm_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
+    ),
+    "accumulation: once a step": Guard(
+        HOOK,
+        "optimizer.register_step_pre_hook(self._before_step)",
+        "[p.register_post_accumulate_grad_hook(lambda t: zscore_([t.grad]) and None) for p in parameters][0]",
+        "test_znorm_hook.py::test_gradients_accumulated_over_micro_batches_are_normalised_once",
+    ),
+    "two processes: after the all-reduce": Guard(
+        HOOK,
+        "optimizer.register_step_pre_hook(self._before_step)",
+        "[p.register_hook(lambda g: (g - g.mean()) / g.std()) for p in parameters if p.dim() > 1][0]",
+        "test_znorm_training.py::test_two_processes_equal_one_with_the_joined_batch",
+    ),
+    "tensors of one element": Guard(
+        ZSCORE,
+        'if scope == "global" or gradient.numel() > 1',
+        "",
+        "test_znorm_zscore.py::test_one_element_passes_through_bit_for_bit",
+    ),
+    "a mean far beyond the spread": Guard(
+        ZSCORE,
+        "_CANCELS: Final = 0.25",
+        "_CANCELS: Final = -1.0",
+        "test_znorm_zscore.py::test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold",
+    ),
+    "very small and very large numbers": Guard(
+        ZSCORE,
+        "    if not low < unit.mean_square < high:",
+        "    if False:",
+        "test_znorm_zscore.py::test_numbers_of_any_magnitude_are_zscored",
+    ),
+    "constant gradients": Guard(
+        ZSCORE,
+        "    for _ in range(3):",
+        "    for _ in range(1):",
+        "test_znorm_zscore.py::test_a_constant_tensor_becomes_0",
+    ),
+    "biases in front of a norm": Guard(
+        "znorm/select.py",
+        "        if len(shape) < min_dimensions:",
+        "        if False:",
+        "test_znorm_select.py::test_no_bias_and_no_norm_is_normalised",
+    ),
+    "the output block": Guard(
+        "znorm/select.py",
+        '        if block is not None and name.startswith(f"{block}."):',
+        "        if False:",
+        "test_znorm_select.py::test_the_output_block_of_each_network_is_left_out",
+    ),
+    "wrapped models": Guard(
+        "znorm/select.py",
+        "        if len(children) > 1:",
+        "        if True:",
+        "test_znorm_select.py::test_the_selection_of_a_wrapped_model_is_that_of_the_model",
+    ),
+}
+GUARDS |= TRAPS
+
+
 def copy_of_the_program(place: Path) -> Path:
     for name in ("app", "data", "models", "znorm", "tests"):
         shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))

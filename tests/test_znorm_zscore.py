@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import doctest
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,11 +15,30 @@ from torch import Tensor
 
 from znorm import EPS, zscore, zscore_
 from znorm.reference import zscore_reference
+from znorm.zscore import Mode, Scope
 
 properties = settings(derandomize=True, deadline=None, max_examples=60)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple)
 exponents = st.integers(-30, 30)
 seeds = st.integers(0, 10_000)
+
+
+#: The path for a CPU, and the one for other devices, which runs on a CPU as well.
+PATHS = ["cpu", "device"]
+
+
+@contextmanager
+def through(path: str) -> Iterator[None]:
+    """Send CPU tensors the way of other devices."""
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "device":
+            patch.setattr(zscore, "_on_cpu", by_device)
+        yield
+
+
+def by_device(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
+    together = len(groups) == 1
+    return zscore._on_device([g for group in groups for g in group], eps, mode, together=together)
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:
@@ -99,9 +120,10 @@ def test_one_element_passes_through_bit_for_bit(value: float, shape: tuple[int, 
 
 
 @pytest.mark.parametrize("eps", [0.0, EPS])
-@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 1e-30, 3e38, 1e-45])
-def test_a_constant_tensor_becomes_0(value: float, eps: float) -> None:
-    assert torch.equal(scored(torch.full((3, 4), value), eps), torch.zeros(3, 4))
+@pytest.mark.parametrize("value", [0.0, 1.0, -2.5, 0.1, 1e-30, 3e38, 1e-45])
+@pytest.mark.parametrize("count", [12, 10_007, 1_000_003])
+def test_a_constant_tensor_becomes_0(count: int, value: float, eps: float) -> None:
+    assert torch.equal(scored(torch.full((count,), value), eps), torch.zeros(count))
 
 
 @pytest.mark.parametrize("scale", [1e-40, 1e-44, 1e-38])
@@ -156,16 +178,106 @@ def test_a_gradient_that_tracks_gradients_itself_is_changed_without_a_graph() ->
     assert gradient.grad_fn is None
 
 
-def test_one_nan_spoils_its_own_tensor_and_no_other() -> None:
-    sick, well = torch.tensor([1.0, math.nan, 2.0]), torch.tensor([1.0, 2.0, 4.0])
-    zscore_([sick, well])
-    assert torch.isnan(sick).all()
-    assert torch.isfinite(well).all()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("scope", ["layer", "channel", "global"])
+@pytest.mark.parametrize("path", PATHS)
+def test_one_element_that_is_not_finite_leaves_every_tensor_as_it_was(value: float, scope: Scope, path: str) -> None:
+    well, sick = torch.tensor([[1.0, 2.0], [4.0, 1.0]]), torch.tensor([[1.0, value], [2.0, 3.0]])
+    together = [well.clone(), sick.clone()]
+    with through(path):
+        assert not zscore_(together, scope=scope)
+    torch.testing.assert_close(together, [well, sick], rtol=0, atol=0, equal_nan=True)
 
 
-def test_eps_is_relative_to_the_largest_magnitude() -> None:
-    gradient = torch.tensor([-10.0, 10.0])
-    torch.testing.assert_close(scored(gradient, eps=1.0), torch.tensor([-0.5, 0.5]))
+def test_eps_is_relative_to_the_root_of_the_mean_square() -> None:
+    gradient = torch.tensor([-10.0, 10.0, 0.0, 0.0])
+    expected = gradient / (2 * math.sqrt(50))
+    torch.testing.assert_close(scored(gradient, eps=1.0), expected)
+
+
+# Modes, scopes and the path for devices that must not be asked for scalars
+
+
+@properties
+@given(shapes, exponents, st.floats(-50, 50), st.sampled_from(["centre", "scale", "zscore"]))
+@pytest.mark.parametrize("path", PATHS)
+def test_every_mode_equals_the_slow_one(
+    path: str, shape: tuple[int, ...], exponent: int, offset: float, mode: Mode
+) -> None:
+    gradient = (normal(shape) + offset) * 10.0**exponent
+    result = gradient.clone()
+    with through(path):
+        assert zscore_([result], mode=mode)
+    expected = zscore_reference(gradient, EPS, mode)
+    size = float(expected.abs().max()) or 1.0
+    torch.testing.assert_close(result.double() / size, expected / size, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mean", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("path", PATHS)
+def test_a_mean_far_beyond_the_spread_leaves_what_the_numbers_still_hold(mean: float, path: str) -> None:
+    gradient = mean + normal((200, 300))
+    result = gradient.clone()
+    with through(path):
+        zscore_([result])
+    torch.testing.assert_close(result.double(), zscore_reference(gradient, EPS), rtol=0, atol=5e-5)
+
+
+@pytest.mark.parametrize("mode", ["centre", "scale", "zscore"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_global_scope_treats_all_tensors_as_one(mode: Mode, path: str) -> None:
+    gradients = [normal((5, 3), 1), 3 + 2 * normal((40,), 2), torch.tensor([7.0])]
+    joined = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    with through(path):
+        zscore_(gradients, scope="global", mode=mode)
+    found = torch.cat([gradient.reshape(-1) for gradient in gradients])
+    torch.testing.assert_close(found.double(), zscore_reference(joined, EPS, mode), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["centre", "scale", "zscore"])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_channel_scope_treats_each_output_channel_alone(mode: Mode, dim: int) -> None:
+    gradient = normal((4, 6, 3, 3)) * torch.arange(1, 7).view(1, 6, 1, 1)
+    result = gradient.clone()
+    zscore_([result], scope="channel", mode=mode, channel_dims=[dim])
+    for found, channel in zip(result.unbind(dim), gradient.unbind(dim), strict=True):
+        torch.testing.assert_close(found.double(), zscore_reference(channel, EPS, mode), rtol=1e-5, atol=1e-5)
+
+
+def test_channels_of_one_element_pass_through() -> None:
+    gradient = normal((7,))
+    result = gradient.clone()
+    zscore_([result], scope="channel")
+    assert torch.equal(result, gradient)
+
+
+@pytest.mark.parametrize("exponent", [-45, -38, -30, 0, 30, 38])
+@pytest.mark.parametrize("path", PATHS)
+def test_numbers_of_any_magnitude_are_zscored(exponent: int, path: str) -> None:
+    gradient = normal((3000,)).clamp(-3, 3) * 10.0**exponent
+    gradient = gradient if exponent > -45 else torch.tensor([1e-45, -1e-45, 0.0, 3e-45] * 50)
+    result = gradient.clone()
+    with through(path):
+        zscore_([result])
+    torch.testing.assert_close(result.double(), zscore_reference(gradient, EPS), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["channels last", "transposed", "every other", "expanded in part"])
+def test_any_layout_in_memory_gives_the_same(kind: str) -> None:
+    gradient = normal((4, 6, 3, 2, 2))
+    stored = {
+        "channels last": lambda g: g.contiguous(memory_format=torch.channels_last_3d),
+        "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
+        "every other": lambda g: torch.stack([g, g], dim=-1)[..., 0],
+        "expanded in part": lambda g: g.clone().unsqueeze(0).squeeze(0),
+    }[kind](gradient)
+    zscore_([stored])
+    torch.testing.assert_close(stored, scored(gradient))
+
+
+def test_a_large_tensor_is_summed_without_losing_digits() -> None:
+    gradient = 1e-4 + 3e-4 * normal((3_000_000,))
+    torch.testing.assert_close(scored(gradient).double(), zscore_reference(gradient, EPS), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("eps", [-1e-9, math.nan, math.inf])

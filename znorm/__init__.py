@@ -1,7 +1,19 @@
 """ZNorm: z-score each layer's gradient before the optimiser step (Yun, arXiv 2408.01215). Needs torch alone."""
 
-from znorm.hook import ZNormConfig, ZNormHandle, attach
+from znorm.hook import GradientHandle, ZNormConfig, attach, attach_rival
 from znorm.select import Selection, TensorChoice, select
+from znorm.transforms import RIVALS
 from znorm.zscore import EPS, zscore_
 
-__all__ = ["EPS", "Selection", "TensorChoice", "ZNormConfig", "ZNormHandle", "attach", "select", "zscore_"]
+__all__ = [
+    "EPS",
+    "RIVALS",
+    "GradientHandle",
+    "Selection",
+    "TensorChoice",
+    "ZNormConfig",
+    "attach",
+    "attach_rival",
+    "select",
+    "zscore_",
+]

@@ -1,4 +1,4 @@
-"""ZNorm in a training loop: an optimiser pre-hook that z-scores gradients just before each step.
+"""ZNorm in a training loop: an optimiser pre-hook that changes gradients just before each step.
 
 The hook sits on the optimiser, not on the tensors: there it runs once per step, after the last micro-batch of an
 accumulation and after the all-reduce of distributed training.
@@ -6,9 +6,9 @@ accumulation and after the all-reduce of distributed training.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 from weakref import WeakSet
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from znorm.select import AUTO, Selection, select
-from znorm.zscore import EPS, zscore_
+from znorm.select import AUTO, NONE, Selection, select
+from znorm.transforms import RIVALS, Gradients, Rule, all_finite
+from znorm.zscore import EPS, Mode, Scope, zscore_
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -28,35 +29,46 @@ class ZNormConfig:
     """How ZNorm is applied."""
 
     eps: float = EPS
-    """Added to the standard deviation, relative to the gradient's largest magnitude."""
+    """Added to the standard deviation, relative to the gradient's root mean square."""
+    scope: Scope = "layer"
+    """What shares a mean and a spread: a ``layer``'s weight, an output ``channel`` of it, or all (``global``)."""
+    mode: Mode = "zscore"
+    """``zscore``; ``centre``: the mean is taken off alone; ``scale``: divided alone."""
     min_dimensions: int = 2
     """Parameters with fewer dimensions (biases, norms) are left as they are."""
     output_block: str = AUTO
     """``auto``, ``none``, or the name of the module that makes the logits; it is left as it is."""
+    modules: tuple[str, ...] = ()
+    """Types of modules, such as ``Conv3d``; parameters of others are left as they are. Empty: any."""
+    only: tuple[str, ...] = ()
+    """Patterns of parameter names, such as ``*.conv.*``; others are left as they are. Empty: any."""
+    leave_out: tuple[str, ...] = ()
+    """Patterns of parameter names that are left as they are."""
 
 
-class ZNormHandle:
-    """ZNorm attached to an optimiser: its selection, its count of skipped steps, and the way to remove it."""
+class GradientHandle:
+    """A rule attached to an optimiser: its selection, its count of skipped steps, and the way to remove it."""
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, config: ZNormConfig) -> None:
-        self.config = config
-        self.selection: Selection = select(
-            model, min_dimensions=config.min_dimensions, output_block=config.output_block
-        )
+    def __init__(self, optimizer: Optimizer, model: nn.Module, rule: Rule, selection: Selection) -> None:
+        self.selection = selection
         self.skipped_steps = 0
         """Steps left out because a gradient was not finite."""
-        known = {id(parameter): name for name, parameter in model.named_parameters()}
+        choices = {choice.name: choice for choice in selection.choices}
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
         parameters = _parameters(optimizer)
-        strangers = [parameter for parameter in parameters if id(parameter) not in known]
+        strangers = [parameter for parameter in parameters if id(parameter) not in names]
         if strangers:
             raise ValueError(f"the optimizer holds {len(strangers)} parameters that are not the model's")
-        self._normalised = {id(p) for p in parameters if known[id(p)] in self.selection.normalised}
+        self._channel_dims = {
+            id(p): choices[names[id(p)]].channel_dim if choices[names[id(p)]].normalised else None for p in parameters
+        }
+        self._rule = rule
         self._optimizer = optimizer
         self._hook: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
         _attached.add(optimizer)
 
     def remove(self) -> None:
-        """Take ZNorm off the optimiser; a second call does nothing."""
+        """Take the rule off the optimiser; a second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -65,19 +77,37 @@ class ZNormHandle:
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         _refuse_closure(args, kwargs)
         _refuse_scaled(optimizer)
-        parameters = [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
-        gradients = [_dense(parameter) for parameter in parameters]
-        if not gradients:
-            return
-        if not all_finite(gradients):
+        chosen: list[tuple[Tensor, Tensor, int]] = []
+        others: list[Tensor] = []
+        for parameter in _parameters(optimizer):
+            if parameter.grad is None:
+                continue
+            gradient = _dense(parameter)
+            channel_dim = self._channel_dim(parameter)
+            if channel_dim is None:
+                others.append(gradient)
+            else:
+                chosen.append((gradient, parameter, channel_dim))
+        work = Gradients(
+            gradients=[gradient for gradient, _, _ in chosen],
+            parameters=[parameter for _, parameter, _ in chosen],
+            channel_dims=[dim for _, _, dim in chosen],
+        )
+        if not all_finite(others) or not self._rule(work):
             # Without gradients the step changes nothing: no weight decay, no momentum, no count.
             optimizer.zero_grad(set_to_none=True)
             self.skipped_steps += 1
-            return
-        zscore_([g for p, g in zip(parameters, gradients, strict=True) if id(p) in self._normalised], self.config.eps)
+
+    def _channel_dim(self, parameter: Tensor) -> int | None:
+        try:
+            return self._channel_dims[id(parameter)]
+        except KeyError:
+            raise RuntimeError(
+                "the optimizer got parameters after the rule was attached to it; remove() the handle and attach again"
+            ) from None
 
 
-def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = None) -> ZNormHandle:
+def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = None) -> GradientHandle:
     """Z-score the gradients of a model before every step of its optimiser.
 
     Args:
@@ -90,12 +120,12 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
         a handle with ``remove()``, ``selection`` and ``skipped_steps``.
 
     Raises:
-        ValueError: the optimiser has ZNorm already, holds parameters that are not the model's, or nothing is left to
+        ValueError: the optimiser has a rule already, holds parameters that are not the model's, or nothing is left to
             normalise.
 
     The step itself raises RuntimeError for gradients still scaled by a GradScaler (call ``scaler.unscale_(optimizer)``
-    first) and for closures, and TypeError for sparse gradients. A step with a non-finite gradient is skipped and
-    counted.
+    first), for closures and for parameters that were added after this call, and TypeError for sparse gradients. A step
+    with a non-finite gradient is skipped and counted.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -105,21 +135,56 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
 
     Source: Yun, arXiv 2408.01215.
     """
-    if optimizer in _attached:
-        raise ValueError("this optimizer has ZNorm already; remove() the first handle before attaching again")
-    return ZNormHandle(optimizer, model, config if config is not None else ZNormConfig())
+    config = config if config is not None else ZNormConfig()
+
+    def rule(work: Gradients) -> bool:
+        return zscore_(work.gradients, config.eps, scope=config.scope, mode=config.mode, channel_dims=work.channel_dims)
+
+    return _attach(optimizer, model, rule, _selection(model, config))
 
 
-@torch.no_grad()
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no element is infinite or NaN; one synchronisation per device and dtype."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        if gradient.numel() > 0:
-            by_kind.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    return all(
-        bool(torch.isfinite(torch.stack(torch._foreach_norm(group, math.inf))).all()) for group in by_kind.values()
+def attach_rival(
+    optimizer: Optimizer, model: nn.Module, name: str, config: ZNormConfig | None = None, **numbers: float
+) -> GradientHandle:
+    """Put another rule than ZNorm before every step of an optimiser, with the same guards.
+
+    Args:
+        optimizer: as in :func:`attach`.
+        model: as in :func:`attach`.
+        name: one of :data:`znorm.transforms.RIVALS`.
+        config: for ``scale`` which parameters; ``adaptive-clip`` leaves the output block out, as its paper does; the
+            others take every parameter.
+        numbers: the rule's own, such as ``limit=1.0`` for ``clip``.
+
+    Raises:
+        ValueError: no such rule; else as :func:`attach`.
+    """
+    if name not in RIVALS:
+        raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(RIVALS)}")
+    config = config if config is not None else ZNormConfig()
+    if name != "scale":
+        block = config.output_block if name == "adaptive-clip" else NONE
+        config = replace(ZNormConfig(), min_dimensions=0, output_block=block)
+    rule = partial(RIVALS[name], **numbers)
+    return _attach(optimizer, model, rule, _selection(model, config, single=name != "scale"))
+
+
+def _selection(model: nn.Module, config: ZNormConfig, *, single: bool = False) -> Selection:
+    return select(
+        model,
+        min_dimensions=config.min_dimensions,
+        output_block=config.output_block,
+        modules=config.modules,
+        only=config.only,
+        leave_out=config.leave_out,
+        single=single or config.scope == "global",
     )
+
+
+def _attach(optimizer: Optimizer, model: nn.Module, rule: Rule, selection: Selection) -> GradientHandle:
+    if optimizer in _attached:
+        raise ValueError("this optimizer has a gradient rule already; remove() the first handle before attaching again")
+    return GradientHandle(optimizer, model, rule, selection)
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
@@ -130,7 +195,9 @@ def _refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     # torch hands the bound arguments on: the optimiser itself may come first.
     given = [argument for argument in args if not isinstance(argument, Optimizer) and argument is not None]
     if given or kwargs.get("closure") is not None:
-        raise RuntimeError("ZNorm does not work with a closure: it would run before the closure makes the gradients")
+        raise RuntimeError(
+            "a gradient rule does not work with a closure: it would run before the closure makes the gradients"
+        )
 
 
 def _refuse_scaled(optimizer: Optimizer) -> None:
@@ -145,5 +212,5 @@ def _dense(parameter: Tensor) -> Tensor:
     gradient = parameter.grad
     assert gradient is not None
     if gradient.layout is not torch.strided:
-        raise TypeError(f"ZNorm needs dense gradients, got one with layout {gradient.layout}; set sparse=False")
+        raise TypeError(f"gradient rules need dense gradients, got one with layout {gradient.layout}; set sparse=False")
     return gradient

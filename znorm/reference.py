@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 
-def zscore_reference(gradient: Tensor, eps: float) -> Tensor:
-    """The z-score (g - mean(g)) / (std(g) + eps * max|g|) with the population's standard deviation.
+def zscore_reference(gradient: Tensor, eps: float, mode: str = "zscore") -> Tensor:
+    """The z-score (g - mean(g)) / (std(g) + eps * rms(g)) with the population's standard deviation.
 
     Args:
         gradient: any shape; a tensor of one element comes back as it is.
-        eps: relative to the largest magnitude, so that the result does not depend on the gradient's scale.
+        eps: relative to the root of the mean square, so that the result does not depend on the gradient's scale.
+        mode: ``zscore``, ``centre`` (the mean taken off alone) or ``scale`` (divided alone).
 
     Returns:
         float64 tensor of the same shape; zeros for a gradient that is zero everywhere.
@@ -25,5 +26,10 @@ def zscore_reference(gradient: Tensor, eps: float) -> Tensor:
     if largest == 0:
         return torch.zeros_like(values)
     centred = values - values.mean()
-    spread = (centred**2).mean().sqrt()
-    return centred / (spread + eps * largest)
+    if mode == "centre":
+        return centred
+    # Divided by the largest magnitude first: squares of 1e-200 are no numbers of float64.
+    spread = largest * ((centred / largest) ** 2).mean().sqrt()
+    size = largest * ((values / largest) ** 2).mean().sqrt()
+    divisor = spread + eps * size
+    return (values if mode == "scale" else centred) / (divisor if divisor > 0 else 1.0)

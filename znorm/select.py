@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from torch import nn
 
@@ -19,6 +21,8 @@ class TensorChoice:
     shape: tuple[int, ...]
     normalised: bool
     reason: str
+    channel_dim: int = 0
+    """Dimension that holds the output channels: 1 for a transposed convolution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +53,16 @@ class Selection:
         return "\n".join(lines)
 
 
-def select(model: nn.Module, *, min_dimensions: int = 2, output_block: str = AUTO) -> Selection:
+def select(
+    model: nn.Module,
+    *,
+    min_dimensions: int = 2,
+    output_block: str = AUTO,
+    modules: Sequence[str] = (),
+    only: Sequence[str] = (),
+    leave_out: Sequence[str] = (),
+    single: bool = False,
+) -> Selection:
     """Choose the parameters whose gradients are normalised.
 
     Args:
@@ -59,6 +72,10 @@ def select(model: nn.Module, *, min_dimensions: int = 2, output_block: str = AUT
             into full steps.
         output_block: ``"auto"`` leaves out the last block (see :func:`find_output_block`), whose mean gradient moves
             every logit towards a rare foreground; ``"none"`` leaves nothing out; else the name of a module.
+        modules: names of module types, such as ``Conv3d``; empty for any.
+        only: patterns (``fnmatch``) one of which a parameter's name must match; empty for any.
+        leave_out: patterns that it must not match.
+        single: take tensors of one element too, which have no spread of their own.
 
     Raises:
         ValueError: no such module, or no parameter is left to normalise.
@@ -67,15 +84,45 @@ def select(model: nn.Module, *, min_dimensions: int = 2, output_block: str = AUT
     if block is not None and (not block or block not in dict(model.named_modules())):
         names = ", ".join(name for name, _ in model.named_children())
         raise ValueError(f"output_block: the model has no module named {block!r}; its first level has {names}")
-    choices = tuple(
-        _choose(name, tuple(parameter.shape), min_dimensions, block) for name, parameter in model.named_parameters()
-    )
+    owners = {
+        id(parameter): type(module).__name__
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+    }
+
+    def reason_against(name: str, shape: tuple[int, ...], owner: str) -> str | None:
+        if _count(shape) <= 1 and not single:
+            return "one element has no spread"
+        if len(shape) < min_dimensions:
+            return f"fewer than {min_dimensions} dimensions (bias or norm)"
+        if block is not None and name.startswith(f"{block}."):
+            return f"output block {block}"
+        if modules and owner not in modules:
+            return f"module type {owner}"
+        if (only and not _matches(name, only)) or _matches(name, leave_out):
+            return "name left out"
+        return None
+
+    choices = []
+    for name, parameter in model.named_parameters():
+        shape, owner = tuple(parameter.shape), owners[id(parameter)]
+        reason = reason_against(name, shape, owner)
+        choices.append(
+            TensorChoice(
+                name=name,
+                shape=shape,
+                normalised=reason is None,
+                reason=reason or f"{min_dimensions} or more dimensions",
+                channel_dim=1 if "Transpose" in owner and len(shape) > 1 else 0,
+            )
+        )
     if not any(choice.normalised for choice in choices):
         raise ValueError(
-            f"no parameter is left to normalise (min_dimensions={min_dimensions}, output block {block!r}); "
+            f"no parameter is left to normalise (min_dimensions={min_dimensions}, output block {block!r}, "
+            f"modules={list(modules)}, only={list(only)}, leave_out={list(leave_out)}); "
             "lower min_dimensions or set output_block to 'none'"
         )
-    return Selection(choices=choices, output_block=block)
+    return Selection(choices=tuple(choices), output_block=block)
 
 
 def find_output_block(model: nn.Module) -> str | None:
@@ -100,16 +147,8 @@ def find_output_block(model: nn.Module) -> str | None:
         module = children[0][1]
 
 
-def _choose(name: str, shape: tuple[int, ...], min_dimensions: int, block: str | None) -> TensorChoice:
-    if _count(shape) <= 1:
-        reason = "one element has no spread"
-    elif len(shape) < min_dimensions:
-        reason = f"fewer than {min_dimensions} dimensions (bias or norm)"
-    elif block is not None and name.startswith(f"{block}."):
-        reason = f"output block {block}"
-    else:
-        return TensorChoice(name=name, shape=shape, normalised=True, reason=f"{min_dimensions} or more dimensions")
-    return TensorChoice(name=name, shape=shape, normalised=False, reason=reason)
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _count(shape: tuple[int, ...]) -> int:

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -16,18 +15,25 @@ import znorm
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig:
-    """Which transform the gradients go through."""
+    """Which rule the gradients go through."""
 
-    transform: Literal["none", "clip", "znorm"] = "znorm"
-    """``clip``: by global norm; ``znorm``: z-score by layer (arXiv 2408.01215)."""
+    transform: Literal["none", "clip", "clip-value", "centralize", "adaptive-clip", "scale", "znorm"] = "znorm"
+    """``clip``: by global norm; ``clip-value``: each element; ``centralize``: arXiv 2004.01461; ``adaptive-clip``:
+    arXiv 2102.06171; ``scale``: ZNorm without taking the mean off; ``znorm``: z-score by layer (arXiv 2408.01215)."""
     clip_norm: float = 1.0
     """Largest global norm with ``clip``."""
+    clip_value: float = 1.0
+    """Largest magnitude of an element with ``clip-value``."""
+    adaptive_clip_ratio: float = 0.01
+    """Largest norm of a channel's gradient as a share of its weights' norm, with ``adaptive-clip``."""
     znorm: znorm.ZNormConfig = field(default_factory=znorm.ZNormConfig)
-    """Settings of ``znorm``."""
+    """Settings of ``znorm``, and which parameters ``scale`` takes."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.clip_norm) and self.clip_norm > 0):
-            raise ValueError(f"gradient.clip_norm: above 0, got {self.clip_norm:g}")
+        for name in ("clip_norm", "clip_value", "adaptive_clip_ratio"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"gradient.{name}: above 0, got {value:g}")
         if not (math.isfinite(self.znorm.eps) and self.znorm.eps >= 0):
             raise ValueError(f"gradient.znorm.eps: at least 0, got {self.znorm.eps:g}")
         if self.znorm.min_dimensions < 0:
@@ -36,7 +42,7 @@ class GradientConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AttachedTransform:
-    """A transform on its optimiser."""
+    """A rule on its optimiser."""
 
     report: str
     """What it does to which tensors, for the log."""
@@ -45,32 +51,32 @@ class AttachedTransform:
 
 
 def attach(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
-    """Put the configured transform before every step of an optimiser; steps with a non-finite gradient are skipped."""
+    """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped."""
+    handle = _handle(config, optimizer, model)
+    return AttachedTransform(report=_report(config, handle), skipped_steps=lambda: handle.skipped_steps)
+
+
+def _handle(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> znorm.GradientHandle:
     if config.transform == "znorm":
-        handle = znorm.attach(optimizer, model, config.znorm)
-        return AttachedTransform(
-            report=f"ZNorm on these tensors:\n{handle.selection.report()}", skipped_steps=lambda: handle.skipped_steps
-        )
-    guard = _Guard(config.clip_norm if config.transform == "clip" else None)
-    optimizer.register_step_pre_hook(guard)
-    return AttachedTransform(
-        report=f"gradients clipped to norm {config.clip_norm:g}" if config.transform == "clip" else "gradients as is",
-        skipped_steps=lambda: guard.skipped,
-    )
+        return znorm.attach(optimizer, model, config.znorm)
+    numbers = {
+        "clip": {"limit": config.clip_norm},
+        "clip-value": {"limit": config.clip_value},
+        "adaptive-clip": {"ratio": config.adaptive_clip_ratio},
+        "scale": {"eps": config.znorm.eps},
+    }.get(config.transform, {})
+    return znorm.attach_rival(optimizer, model, config.transform, config.znorm, **numbers)
 
 
-class _Guard:
-    """Clip by global norm, or only watch; skip what is not finite."""
-
-    def __init__(self, clip_norm: float | None) -> None:
-        self.clip_norm = clip_norm
-        self.skipped = 0
-
-    def __call__(self, optimizer: Optimizer, *_: object) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
-        if not torch.isfinite(norm):
-            optimizer.zero_grad(set_to_none=True)
-            self.skipped += 1
-        elif self.clip_norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, norm)
+def _report(config: GradientConfig, handle: znorm.GradientHandle) -> str:
+    words = {
+        "none": "gradients as is",
+        "clip": f"gradients clipped to norm {config.clip_norm:g}",
+        "clip-value": f"gradients clipped to {config.clip_value:g} by element",
+        "centralize": "gradients centralized by output channel",
+        "adaptive-clip": f"gradients clipped by output channel to {config.adaptive_clip_ratio:g} of the weights",
+    }
+    if config.transform in words:
+        return words[config.transform]
+    name = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[config.transform]
+    return f"{name} on these tensors:\n{handle.selection.report()}"

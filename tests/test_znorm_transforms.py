@@ -1,0 +1,238 @@
+"""The rivals of ZNorm: each changes gradients as its paper says, and none lets a bad number through."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW
+
+from znorm import RIVALS, ZNormConfig, attach, attach_rival, transforms, zscore_
+from znorm.transforms import Gradients
+
+NUMBERS: dict[str, dict[str, float]] = {
+    "none": {},
+    "clip": {"limit": 0.5},
+    "clip-value": {"limit": 0.01},
+    "centralize": {},
+    "adaptive-clip": {"ratio": 0.01},
+    "scale": {"eps": 1e-7},
+}
+rivals = pytest.mark.parametrize("name", list(RIVALS))
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def work(*gradients: Tensor, dims: list[int] | None = None, parameters: list[Tensor] | None = None) -> Gradients:
+    return Gradients(
+        gradients=list(gradients),
+        parameters=parameters or [torch.ones_like(g) for g in gradients],
+        channel_dims=dims or [0] * len(gradients),
+    )
+
+
+def small_model() -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.PReLU(), nn.Linear(8, 8), nn.Linear(8, 2))
+
+
+def with_gradients(model: nn.Module, factor: float = 1.0) -> nn.Module:
+    (factor * model(normal(6, 4)).square().sum()).backward()
+    return model
+
+
+def gradients_of(model: nn.Module) -> list[Tensor]:
+    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
+def test_clip_by_norm_is_torchs(limit: float) -> None:
+    model = with_gradients(small_model())
+    twin = copy.deepcopy(model)
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.grad = None if one.grad is None else one.grad.clone()
+    RIVALS["clip"](work(*[p.grad for p in model.parameters() if p.grad is not None]), limit=limit)
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), limit)
+    torch.testing.assert_close(gradients_of(model), gradients_of(twin))
+
+
+def test_a_norm_too_large_for_a_number_is_clipped_all_the_same() -> None:
+    gradient = torch.tensor([3e38, -3e38, 0.0])
+    assert RIVALS["clip"](work(gradient), limit=1.0)
+    torch.testing.assert_close(gradient, torch.tensor([math.sqrt(0.5), -math.sqrt(0.5), 0.0]))
+
+
+def test_a_huge_limit_changes_no_bit() -> None:
+    for name, number in (("clip", "limit"), ("clip-value", "limit"), ("adaptive-clip", "ratio")):
+        gradient = normal(5, 3)
+        RIVALS[name](work(gradient), **{number: 1e9})
+        assert torch.equal(gradient, normal(5, 3)), name
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_centralized_channels_have_mean_0_and_keep_their_differences(dim: int) -> None:
+    before = 5 + normal(4, 6, 3)
+    gradient = before.clone()
+    RIVALS["centralize"](work(gradient, dims=[dim]))
+    others = [d for d in range(3) if d != dim]
+    torch.testing.assert_close(gradient.mean(others), torch.zeros(before.shape[dim]), rtol=0, atol=1e-6)
+    assert float((before - gradient).std(others).max()) < 1e-5
+
+
+def test_centralization_leaves_tensors_of_one_dimension_alone() -> None:
+    gradient = normal(7)
+    RIVALS["centralize"](work(gradient))
+    assert torch.equal(gradient, normal(7))
+
+
+def test_adaptive_clipping_looks_at_each_channel_alone() -> None:
+    gradient, weight = normal(3, 10), normal(3, 10, seed=1)
+    before = gradient.clone()
+    before[0] *= 1e-6
+    gradient[0] *= 1e-6
+    RIVALS["adaptive-clip"](work(gradient, parameters=[weight]), ratio=0.1)
+    assert torch.equal(gradient[0], before[0])
+    torch.testing.assert_close(gradient[1:].norm(dim=1), 0.1 * weight[1:].norm(dim=1))
+
+
+def test_weights_of_0_count_with_the_floor() -> None:
+    gradient = normal(2, 10)
+    RIVALS["adaptive-clip"](work(gradient, parameters=[torch.zeros(2, 10)]), ratio=0.5, floor=0.02)
+    torch.testing.assert_close(gradient.norm(dim=1), torch.full((2,), 0.01))
+
+
+def test_scale_is_zscore_with_the_mean_left_in() -> None:
+    gradient, twin = 3 + normal(5, 5), 3 + normal(5, 5)
+    RIVALS["scale"](work(gradient), eps=0.0)
+    zscore_([twin], 0.0)
+    torch.testing.assert_close(gradient - gradient.mean(), twin)
+    assert float(gradient.mean()) > 1
+
+
+@rivals
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("place", ["0.weight", "0.bias", "1.weight", "3.weight"])
+def test_a_step_with_a_number_that_is_not_finite_is_left_out_and_counted(name: str, value: float, place: str) -> None:
+    model = with_gradients(small_model())
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    handle = attach_rival(optimizer, model, name, **NUMBERS[name])
+    model.get_parameter(place).grad.view(-1)[0] = value  # type: ignore[union-attr]  # backward made it
+    optimizer.step()
+    assert handle.skipped_steps == 1
+    torch.testing.assert_close(list(model.parameters()), list(small_model().parameters()), rtol=0, atol=0)
+
+
+@rivals
+def test_a_rival_in_front_of_the_step_is_the_rule_by_hand_and_a_plain_step(name: str) -> None:
+    model, twin = with_gradients(small_model()), with_gradients(small_model())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    handle = attach_rival(optimizer, model, name, **NUMBERS[name])
+    optimizer.step()
+    chosen = [(n, p) for n, p in twin.named_parameters() if n in handle.selection.normalised]
+    grads = [p.grad for _, p in chosen if p.grad is not None]
+    RIVALS[name](work(*grads, parameters=[p.detach() for _, p in chosen]), **NUMBERS[name])
+    SGD(twin.parameters(), lr=0.1).step()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
+
+
+@pytest.mark.parametrize(
+    ("name", "left_out"),
+    [
+        ("clip", []),
+        ("centralize", []),
+        ("adaptive-clip", ["3.bias", "3.weight"]),
+        ("scale", ["0.bias", "1.weight", "2.bias", "3.bias", "3.weight"]),
+    ],
+)
+def test_each_rival_takes_the_parameters_of_its_paper(name: str, left_out: list[str]) -> None:
+    model = small_model()
+    selection = attach_rival(SGD(model.parameters(), lr=1), model, name, **NUMBERS[name]).selection
+    assert sorted(choice.name for choice in selection.choices if not choice.normalised) == left_out
+
+
+def test_a_rule_with_an_unknown_name_is_refused_with_those_there_are() -> None:
+    model = small_model()
+    with pytest.raises(ValueError, match=r"no gradient rule is named 'clop'; there are none, clip, "):
+        attach_rival(SGD(model.parameters(), lr=1), model, "clop")
+
+
+def test_one_optimizer_takes_one_rule() -> None:
+    model = small_model()
+    optimizer = SGD(model.parameters(), lr=1)
+    attach(optimizer, model)
+    with pytest.raises(ValueError, match="has a gradient rule already"):
+        attach_rival(optimizer, model, "clip", limit=1.0)
+
+
+def test_parameters_added_after_the_attach_are_refused_at_the_step() -> None:
+    model = with_gradients(small_model())
+    optimizer = SGD(list(model.parameters())[:2], lr=1)
+    attach(optimizer, model)
+    optimizer.add_param_group({"params": list(model.parameters())[2:]})
+    with pytest.raises(RuntimeError, match="attach again"):
+        optimizer.step()
+
+
+# What ZNorm takes
+
+
+def names(config: ZNormConfig, model: nn.Module | None = None) -> list[str]:
+    model = model if model is not None else small_model()
+    return sorted(attach(SGD(model.parameters(), lr=1), model, config).selection.normalised)
+
+
+def convolutions() -> nn.Sequential:
+    return nn.Sequential(nn.Conv3d(1, 2, 3), nn.ConvTranspose3d(2, 3, 3), nn.Conv3d(3, 1, 1), nn.Conv3d(1, 2, 1))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"modules": ("Conv3d",)}, ["0.weight", "2.weight"]),
+        ({"modules": ("ConvTranspose3d",)}, ["1.weight"]),
+        ({"only": ("0.*", "2.*")}, ["0.weight", "2.weight"]),
+        ({"leave_out": ("0.*",)}, ["1.weight", "2.weight"]),
+        ({"only": ("*.weight",), "leave_out": ("1.*",), "output_block": "none"}, ["0.weight", "2.weight", "3.weight"]),
+    ],
+)
+def test_parameters_are_chosen_by_module_type_and_by_name(config: dict[str, Any], expected: list[str]) -> None:
+    assert names(ZNormConfig(**config), convolutions()) == expected
+
+
+def test_patterns_that_leave_nothing_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"only=\['nowhere\.\*'\]"):
+        names(ZNormConfig(only=("nowhere.*",)))
+
+
+def test_output_channels_of_a_transposed_convolution_lie_in_its_second_dimension() -> None:
+    model = convolutions()
+    selection = attach(SGD(model.parameters(), lr=1), model).selection
+    assert {choice.name: choice.channel_dim for choice in selection.choices if choice.normalised} == {
+        "0.weight": 0,
+        "1.weight": 1,
+        "2.weight": 0,
+    }
+
+
+@pytest.mark.parametrize("scope", ["channel", "global"])
+@pytest.mark.parametrize("mode", ["zscore", "centre", "scale"])
+def test_scope_and_mode_of_the_config_reach_the_gradients(scope: Any, mode: Any) -> None:
+    model, twin = with_gradients(small_model()), with_gradients(small_model())
+    optimizer = SGD(model.parameters(), lr=0.1)
+    attach(optimizer, model, ZNormConfig(scope=scope, mode=mode))
+    optimizer.step()
+    zscore_([twin.get_parameter(n).grad for n in ("0.weight", "2.weight")], scope=scope, mode=mode)  # type: ignore[misc]
+    SGD(twin.parameters(), lr=0.1).step()
+    torch.testing.assert_close(list(model.parameters()), list(twin.parameters()), rtol=0, atol=0)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(transforms).failed == 0
