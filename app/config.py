@@ -150,7 +150,15 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as the number it is meant as (YAML 1.1 takes it for text), and refuses a key that stands twice."""
+    """Reads 1e-3 as the number it is meant as (YAML 1.1 takes it for text), and refuses what hides or multiplies.
+
+    That is a key that stands twice, and an alias: a few lines of them can stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read, found *{self.peek_event().anchor}; write the value out")  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]

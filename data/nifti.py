@@ -233,13 +233,19 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes.
 
-    The path given keeps the ending of ``path``, so that writers that look at it do the same as they would have.
+    The path given keeps the ending of ``path``, so that writers that look at it do the same as they would have. A link
+    stays one, its target is replaced; a device or a pipe, such as ``/dev/stdout``, is written to as it is.
     """
-    beside = path.with_name(f".partial-{os.getpid()}-{path.name}")
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with naming_the_place(path):
+            yield path
+        return
+    place = path.resolve()
+    beside = place.with_name(f".partial-{os.getpid()}-{place.name}")
     try:
         with naming_the_place(path):
             yield beside
-            beside.replace(path)
+            beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
 

@@ -222,6 +222,16 @@ def test_a_key_that_stands_there_twice_is_refused_as_one_of_them_would_be_lost(t
     assert "twice" in refusal(text)
 
 
+def test_an_alias_is_refused_as_a_few_lines_of_them_fill_the_memory() -> None:
+    bomb = "\n".join(
+        [
+            "a: &a [1, 1]",
+            *(f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi", strict=True)),
+        ]
+    )
+    assert "aliases are not read, found *a; write the value out" in refusal(bomb)
+
+
 def test_a_date_is_refused_as_no_plain_value() -> None:
     assert "no number, text, list or mapping" in refusal("training: {steps: 2020-01-01}")
 

@@ -405,6 +405,26 @@ def test_a_write_that_fails_leaves_everything_as_it_was(tmp_path: Path, before: 
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({} if before is None else {"a.txt": before})
 
 
+def test_a_link_stays_a_link_and_its_target_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    target = tmp_path / "elsewhere" / "a.csv"
+    target.write_text("old")
+    (tmp_path / "a.csv").symlink_to(target)
+    with replacing(tmp_path / "a.csv") as beside:
+        beside.write_text("new")
+    assert (tmp_path / "a.csv").is_symlink()
+    assert target.read_text() == "new"
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(tmp_path / "pipe") as place:
+        place.write_text("scores")
+    assert (os.read(reader, 100), (tmp_path / "pipe").is_fifo()) == (b"scores", True)
+    os.close(reader)
+
+
 def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) -> None:
     with replacing(tmp_path / "a.nii.gz") as beside:
         beside.touch()
