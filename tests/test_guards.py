@@ -210,8 +210,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "Ctrl-C while predicting": Guard(
         "app/inference/predict.py",
-        "        except KeyboardInterrupt as error:",
-        "        except ZeroDivisionError as error:",
+        "    except KeyboardInterrupt as error:",
+        "    except ZeroDivisionError as error:",
         "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
     ),
     "Ctrl-C and SIGTERM while training": Guard(

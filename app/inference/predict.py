@@ -79,21 +79,22 @@ def predict(
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file; give a folder for the label maps")
-    output.mkdir(parents=True, exist_ok=True)
     done: list[Prediction] = []
     failures: dict[str, str] = {}
-    for number, case in enumerate(cases):
-        on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
-        try:
-            done.append(_predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero))
-        except DataError as error:
-            failures[case.id] = str(error)
-            LOG.error("%s", error)
-        except KeyboardInterrupt as error:
-            raise InterruptedRunError(
-                f"{str(error) or 'interrupted'} while predicting {case.id}; {len(done)} of {len(cases)} label maps are "
-                f"in {output}, whole. The same command begins again."
-            ) from error
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        for number, case in enumerate(cases):
+            on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
+            try:
+                done.append(_predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero))
+            except DataError as error:
+                failures[case.id] = str(error)
+                LOG.error("%s", error)
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"{str(error) or 'interrupted'} while predicting; {len(done)} of {len(cases)} label maps are in {output}, "
+            "whole. The same command begins again."
+        ) from error
     on_progress(Progress(job="predicting", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
     return Predictions(done=tuple(done), failures=failures)
 
