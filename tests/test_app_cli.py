@@ -23,6 +23,7 @@ VERBS = [
     ["train"],
     ["predict"],
     ["evaluate"],
+    ["compare"],
     ["demo"],
     ["data"],
     ["data", "check"],

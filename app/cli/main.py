@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import data, demo, evaluate, predict, terminal, train
+from app.cli import compare, data, demo, evaluate, predict, terminal, train
 from app.errors import EXIT_INTERRUPTED
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.add_typer(data.app, name="data")
 app.command(name="train")(train.train)
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="compare")(compare.compare)
 app.command(name="demo")(demo.demo)
 
 

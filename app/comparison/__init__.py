@@ -1,0 +1,1 @@
+"""Compare what is done to gradients: the same runs under every arm, statistics, a page."""

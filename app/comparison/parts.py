@@ -1,0 +1,88 @@
+"""Three parts by patient: what trains, what chooses, and what nothing was chosen on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from data.errors import DataError
+from data.layouts import patient_of
+from data.splits import FOLDS, Split, fold_split, read_split
+
+_LEAST_PATIENTS: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Case ids of the three parts."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    """Choose the learning rate and the weights of each run."""
+    test: tuple[str, ...]
+    """Choose nothing; may be empty, then the final scores are of ``validation``."""
+
+    @property
+    def split(self) -> Split:
+        """What a single run is given."""
+        return Split(train=self.train, validation=self.validation)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The cases that the final Dice is of."""
+        return self.test or self.validation
+
+    def to_json(self) -> dict[str, list[str]]:
+        """The three lists, as :func:`read_parts` reads them."""
+        return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
+
+
+def fold_parts(case_ids: Sequence[str], fold: int) -> Parts:
+    """Fold ``fold`` tests, the next one validates, the others train.
+
+    The folds are those of ``train``, so that every case is tested in one fold.
+
+    Args:
+        case_ids: all cases.
+        fold: 0 to 4, less with fewer than five patients.
+
+    Raises:
+        DataError: fewer than three patients, or no such fold.
+    """
+    patients = len({patient_of(case_id) for case_id in case_ids})
+    if patients < _LEAST_PATIENTS:
+        raise DataError(
+            f"{patients} {'patient' if patients == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
+            'one each to train, to choose and to test; or give --split with {"train": [...], "validation": [...]}'
+        )
+    test = fold_split(case_ids, fold).validation
+    validation = fold_split(case_ids, (fold + 1) % min(FOLDS, patients)).validation
+    left = tuple(case_id for case_id in sorted(case_ids) if case_id not in {*test, *validation})
+    return Parts(train=left, validation=validation, test=test)
+
+
+def read_parts(path: Path, case_ids: Sequence[str]) -> Parts:
+    """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
+
+    Raises:
+        DataError: as :func:`data.splits.read_split`; nothing validates; ``test`` is no list of case ids, names one
+            twice or that is not in the data set, or shares a patient with another part.
+    """
+    split = read_split(path, case_ids)
+    if not split.validation:
+        raise DataError(f"{path}: a comparison chooses on validation cases; the list validation is empty")
+    test = json.loads(path.read_text(encoding="utf-8")).get("test", [])
+    if not isinstance(test, list) or not all(isinstance(entry, str) for entry in test):
+        raise DataError(f"{path}: test must be a list of case ids")
+    if len(set(test)) != len(test):
+        raise DataError(f"{path}: test names a case twice")
+    unknown = sorted(set(test) - set(case_ids))
+    if unknown:
+        raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+    shared = {patient_of(c) for c in test} & {patient_of(c) for c in (*split.train, *split.validation)}
+    if shared:
+        raise DataError(f"{path}: patient {min(shared)} is in test and in another part; keep each in one part")
+    return Parts(train=split.train, validation=split.validation, test=tuple(test))
