@@ -5,7 +5,7 @@ A run folder holds::
     config.yaml     the resolved config
     split.json      case ids by part
     run.json        data, conventions, versions, machine
-    metrics.jsonl   one JSON object a line: kind train or validation
+    metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     tensorboard/    the same for TensorBoard
     checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
     cache/          prepared cases; may be deleted
@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -97,8 +97,8 @@ class MetricsLog:
 
     def __init__(self, run: Path, *, keep_up_to_step: int, keep_validations_up_to_step: int) -> None:
         """Open the log; records of steps and validations that will be done again are dropped."""
-        last = {"train": keep_up_to_step, "validation": keep_validations_up_to_step}
-        kept = [record for record in read_metrics(run) if record["step"] <= last[record["kind"]]]
+        last = {"validation": keep_validations_up_to_step}
+        kept = [r for r in read_metrics(run) if r["step"] <= last.get(r["kind"], keep_up_to_step)]
         path = run / "metrics.jsonl"
         with replacing(path) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
@@ -119,16 +119,51 @@ class MetricsLog:
             self._board.add_scalar(f"validation/dice_{region}", value, step)
         self._board.add_scalar("validation/mean_dice", mean_dice, step)
 
+    def gradients(self, *, step: int, layers: Mapping[str, Mapping[str, float | None]], skipped_steps: int) -> None:
+        """Record each layer's gradient at one step.
+
+        Args:
+            step: its number, from 1.
+            layers: by name of the parameter: ``mean``, ``std`` and ``norm``, each with ``_before`` and ``_after`` the
+                gradient rule; None after it where the step was skipped.
+            skipped_steps: of the run so far.
+        """
+        self._write(kind="gradients", step=step, layers=layers, skipped_steps=skipped_steps)
+        self._scalars("gradients", layers, step)
+
+    def overlap(self, *, step: int, junctions: Mapping[str, Mapping[str, float | None]]) -> None:
+        """Record the gradient overlap at one step.
+
+        Args:
+            step: its number, from 1.
+            junctions: by name: ``cosine``, ``ratio``, ``norm_skip`` and ``norm_transformation``, as in
+                :class:`znorm.overlap.Overlap`.
+        """
+        self._write(kind="overlap", step=step, junctions=junctions)
+        self._scalars("overlap", junctions, step)
+
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
         self._board.close()
 
     def _write(self, **record: object) -> None:
-        # JSON has no NaN or infinity; a loss that is not finite becomes null.
-        plain = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self._file.write(json.dumps(plain, allow_nan=False) + "\n")
+        # JSON has no NaN or infinity; a number that is not finite becomes null.
+        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
+        for row, values in table.items():
+            for name, value in values.items():
+                if value is not None and math.isfinite(value):
+                    self._board.add_scalar(f"{group}/{row}/{name}", value, step)
+
+
+def _finite(value: object) -> object:
+    """The same with None for numbers that are not finite, however deep they lie."""
+    if isinstance(value, Mapping):
+        return {key: _finite(inner) for key, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _summary_writer(folder: Path, step: int) -> SummaryWriter:

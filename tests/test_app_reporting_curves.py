@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from app.reporting.chart import MOST_POINTS, WIDTH, Chart, Line, draw, nice_ticks, thin
-from app.reporting.curves import curves_html, running_mean
+from app.reporting.curves import curves_html, gradients_html, running_mean
 
 
 def train(step: int, loss: float | None) -> dict[str, object]:
@@ -14,6 +14,16 @@ def train(step: int, loss: float | None) -> dict[str, object]:
 
 def validation(step: int, dice: float | None) -> dict[str, object]:
     return {"kind": "validation", "step": step, "dice": {"WT": dice, "TC": dice, "ET": dice}, "mean_dice": dice}
+
+
+def gradients(step: int, before: list[float], after: list[float | None], skipped: int = 0) -> dict[str, object]:
+    names = "abcdefgh"
+    layers = {names[n]: {"norm_before": b, "norm_after": a} for n, (b, a) in enumerate(zip(before, after, strict=True))}
+    return {"kind": "gradients", "step": step, "layers": layers, "skipped_steps": skipped}
+
+
+def overlap(step: int, **cosines: float | None) -> dict[str, object]:
+    return {"kind": "overlap", "step": step, "junctions": {n: {"cosine": c, "ratio": 0.7} for n, c in cosines.items()}}
 
 
 def points(html: str, style: str) -> list[tuple[float, float]]:
@@ -106,3 +116,76 @@ def test_no_records_are_said_in_a_sentence() -> None:
 def test_labels_of_a_chart_are_escaped() -> None:
     line = Line(label="<b>", style="raw", x=np.array([0.0, 1.0]), y=np.array([0.0, 1.0]))
     assert "<b>" not in draw(Chart(title="<b>", y_label="<b>", lines=[line]))
+
+
+def test_gradients_that_were_not_measured_take_no_room() -> None:
+    assert gradients_html([train(1, 0.5), validation(1, 0.5)]) == ""
+
+
+def test_each_kind_of_telemetry_makes_a_figure_of_its_own() -> None:
+    both = [gradients(1, [1.0], [2.0]), overlap(1, a=0.5)]
+    assert [gradients_html(records).count("<figure") for records in ([both[0]], [both[1]], both)] == [1, 1, 2]
+
+
+def test_the_norms_before_and_after_are_drawn_as_logarithms() -> None:
+    html = gradients_html([gradients(1, [1e-4], [1e4]), gradients(2, [1e-2], [1e2]), gradients(3, [1.0], [0.5])])
+    (_, low), (_, middle), (_, high) = points(html, "before")
+    assert low - middle == pytest.approx(middle - high, abs=0.2)
+    assert low - middle > 20
+    assert points(html, "after")[0][1] < high
+
+
+def test_the_band_of_the_norms_lies_around_their_median() -> None:
+    html = gradients_html([gradients(step, [1.0, 10.0, 1e3], [2.0, 2.0, 2.0]) for step in (1, 2)])
+    low, high = re.findall(r'class="line before quartile" d="M[\d.]+ ([\d.]+)L', html)
+    assert float(high) < points(html, "before")[0][1] < float(low)
+    assert "over the 3 of 3 tensors that it changed" in html
+
+
+def test_layers_that_the_rule_leaves_as_they_are_do_not_hide_those_that_it_changes() -> None:
+    html = gradients_html([gradients(step, [1e-9, 1e-9, 1.0], [1e-9, 1e-9, 100.0]) for step in (1, 2)])
+    alone = gradients_html([gradients(step, [1.0], [100.0]) for step in (1, 2)])
+    assert points(html, "before") == points(alone, "before")
+    assert "over the 1 of 3 tensors that it changed" in html
+
+
+def test_without_a_rule_every_layer_is_drawn() -> None:
+    html = gradients_html([gradients(step, [0.1, 1.0], [0.1, 1.0]) for step in (1, 2)])
+    assert "over the 2 of 2 tensors that have one" in html
+
+
+def test_skipped_steps_are_said() -> None:
+    records = [gradients(1, [1.0], [2.0]), gradients(2, [math.inf], [None], skipped=3)]
+    assert "Steps skipped so far: 3." in gradients_html(records)
+    assert "skipped" not in gradients_html(records[:1])
+
+
+def test_each_junction_has_a_line_and_its_last_values_beside_its_name() -> None:
+    html = gradients_html([overlap(1, up=0.2, down=-0.5), overlap(2, up=0.25, down=None)])
+    assert len(points(html, "junction j0")) == 2
+    assert "up <small>cosine 0.250, ratio 0.700</small>" in html
+    assert "down <small>cosine not defined, ratio 0.700</small>" in html
+
+
+def test_a_higher_cosine_is_drawn_higher() -> None:
+    (_, first), (_, second) = points(gradients_html([overlap(1, a=-0.5), overlap(2, a=0.5)]), "junction j0")
+    assert second < first
+
+
+def test_junctions_beyond_the_colours_are_dashed_so_that_sixteen_can_be_told_apart() -> None:
+    html = gradients_html([overlap(step, **{f"n{n}": n / 20 for n in range(16)}) for step in (1, 2)])
+    styles = re.findall(r'<li class="([^"]*)"', html)
+    assert len(set(styles)) == 16
+    assert all(f'class="line {style}"' in html for style in styles)
+
+
+def test_names_of_layers_and_junctions_are_escaped() -> None:
+    assert "<b>" not in gradients_html([overlap(1, **{"<b>": 0.5})])
+
+
+@pytest.mark.parametrize("kind", ["gradients", "overlap"])
+@pytest.mark.parametrize("content", [{}, None, {"a": None}, {"a": {"norm_before": None, "cosine": "x"}}, [1]])
+def test_malformed_telemetry_is_passed_over(kind: str, content: object) -> None:
+    html = gradients_html([{"kind": kind, "step": 1, "layers": content, "junctions": content}])
+    assert "Nothing recorded" in html
+    assert "nan" not in html.lower()

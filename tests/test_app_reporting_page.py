@@ -159,6 +159,22 @@ def test_page_renders_with_an_empty_part(empty: str) -> None:
     assert outline(render(page(**{"cases": [case()], empty: []}))).open == []
 
 
+def test_gradients_have_a_section_where_they_were_measured_and_none_elsewhere() -> None:
+    record = {"kind": "overlap", "step": 1, "junctions": {HOSTILE: {"cosine": 0.5, "ratio": 0.9}}}
+    with_it = render(page(case(), metrics=[record]))
+    assert ['<h2 id="gradients">' in html for html in (with_it, render(page(case())))] == [True, False]
+    assert outline(with_it).open == []
+    assert not [tag for tag, _ in outline(with_it).seen if tag == "script"]
+
+
+def test_every_junction_colour_is_in_the_style_sheet() -> None:
+    junctions = {f"n{n}": {"cosine": 0.1 * n, "ratio": 0.9} for n in range(8)}
+    html = render(page(case(), metrics=[{"kind": "overlap", "step": 1, "junctions": junctions}]))
+    used = set(re.findall(r'class="junction (j\d+)"', html))
+    assert len(used) == 8
+    assert all(f".{name} {{ --colour:" in html for name in used)
+
+
 def test_written_page_is_the_rendered_page(tmp_path: Path) -> None:
     write_page(tmp_path / "report.html", page(case()))
     assert (tmp_path / "report.html").read_text(encoding="utf-8") == render(page(case()))

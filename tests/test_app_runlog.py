@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,29 @@ def test_records_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     write_steps(tmp_path, 1, 5)
     write_steps(tmp_path, 4, 6, keep=3)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def write_telemetry(run: Path, steps: list[int], *, keep: int = 0, keep_validations: int = 0) -> None:
+    log = MetricsLog(run, keep_up_to_step=keep, keep_validations_up_to_step=keep_validations)
+    for step in steps:
+        log.gradients(step=step, layers={"a.weight": {"norm_before": math.inf, "norm_after": 2.0}}, skipped_steps=0)
+        log.overlap(step=step, junctions={"model.1": {"cosine": math.nan, "ratio": 0.5}})
+    log.close()
+
+
+def test_telemetry_of_steps_that_are_done_again_is_dropped_whatever_was_validated(tmp_path: Path) -> None:
+    write_telemetry(tmp_path, [2, 4])
+    write_telemetry(tmp_path, [4, 6], keep=3)
+    steps = [(record["kind"], record["step"]) for record in read_metrics(tmp_path)]
+    assert steps == [(kind, step) for step in (2, 4, 6) for kind in ("gradients", "overlap")]
+
+
+def test_numbers_of_telemetry_that_are_not_finite_are_written_as_null(tmp_path: Path) -> None:
+    write_telemetry(tmp_path, [1])
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    gradients, overlap = (json.loads(line, parse_constant=pytest.fail) for line in lines)
+    assert gradients["layers"] == {"a.weight": {"norm_before": None, "norm_after": 2.0}}
+    assert overlap["junctions"] == {"model.1": {"cosine": None, "ratio": 0.5}}
 
 
 @pytest.mark.parametrize("loss", [float("nan"), float("inf")])

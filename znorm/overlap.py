@@ -2,7 +2,7 @@
 
 A residual unit computes f(x) + s(x), a U-Net skip concatenates x with f(x); x has the gradient a + b, a over the skip
 path and b through the transformation f. Measured are a and b themselves, each where it arrives, not as a difference
-of sums. Nothing is changed: each path gets an alias of x, whose gradient a hook reads.
+of sums. Hooks on the nodes of the graph read them; the graph and the order of its sums stay as they are.
 
 Source: Yun, arXiv 2410.21564, gradient overlap in residual networks.
 """
@@ -10,12 +10,14 @@ Source: Yun, arXiv 2410.21564, gradient overlap in residual networks.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Final, Literal, Self
+from functools import partial, reduce
+from typing import Any, Final, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 from torch.utils.hooks import RemovableHandle
 
 from znorm.stats import widest
@@ -31,13 +33,15 @@ class Junction:
     name: str
     """Path of the module where they meet."""
     transformation: nn.Module
-    """Module that takes x first on its way through the transformation; its input's gradient is b."""
+    """Takes x first on its way through the transformation and gives a tensor; b is what it sends back to x."""
     skip: nn.Module
     """Module at which a is read."""
-    side: Literal["input", "output"]
-    """``input``: a is the gradient of the input of ``skip``; ``output``: that of its output, which is x + f(x)."""
+    side: Literal["path", "input", "output"]
+    """``path``: ``skip`` takes x, computes something of it, and a is what it sends back to x; ``input``: a is the
+    gradient of its input, which is x + f(x); ``output``: it takes x and gives x + f(x), and a is the gradient of
+    that."""
     concatenated_dim: int | None = None
-    """With ``output``: the dimension along which it is x and f(x) side by side, x first."""
+    """With ``output``: the dimension along which it gives x and f(x) side by side, x first."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,61 +70,60 @@ def find_junctions(model: nn.Module) -> tuple[Junction, ...]:
     return tuple(junction for name, module in model.named_modules() for junction in _of_module(name, module))
 
 
-class watch_overlap:  # noqa: N801 - used as `with watch_overlap(...)`
+class OverlapWatch:
+    """What :func:`watch_overlap` measured."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._sums: dict[str, Tensor] = {}
+
+    def read(self) -> dict[str, Overlap]:
+        """The overlap at each junction that both gradients reached, by its name, in the order of the junctions."""
+        names = [name for name in self._names if name in self._sums]
+        rows = [self._sums[name] for name in names]
+        table = torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else []
+        return {name: _overlap(*row) for name, row in zip(names, table, strict=True)}
+
+    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
+        sums = _sums(a, b)
+        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+
+
+@contextmanager
+def watch_overlap(junctions: nn.Module | Sequence[Junction]) -> Iterator[OverlapWatch]:
     """Measure the overlap at junctions over the forward and backward passes within a block.
 
     Args:
         junctions: a model, for what :func:`find_junctions` finds in it, or the junctions themselves.
 
+    Yields:
+        the watch, complete when the block ends; its numbers are read from the device once, by
+        :meth:`OverlapWatch.read`. Norms and products are float64 where the device has it.
+
     All hooks go when the block ends. Of several passes, and of modules that are called more than once, a and b are
     those of all calls side by side. A junction whose x needs no gradient, such as one fed by the image itself, is
-    left out. Norms and products are float64 where the device has it; they are read from the device once, by
-    :meth:`read`. Modules inside ``torch.compile`` may not call their hooks.
-
-    Raises:
-        TypeError: ``junctions`` is neither.
+    left out. Modules inside ``torch.compile`` may not call their hooks.
 
     Example:
         >>> unit = nn.Linear(2, 2, bias=False)
         >>> _ = nn.init.constant_(unit.weight, 0.5)
         >>> last = nn.Identity()
         >>> x = torch.tensor([[1.0, 2.0]], requires_grad=True)
-        >>> with watch_overlap([Junction(name="sum", transformation=unit, skip=last, side="output")]) as watch:
+        >>> with watch_overlap([Junction(name="sum", transformation=unit, skip=last, side="input")]) as watch:
         ...     (last(x + unit(x)) * torch.tensor([[3.0, 1.0]])).sum().backward()
         >>> x.grad  # a is [3, 1], b is [2, 2]
         tensor([[5., 3.]])
         >>> overlap = watch.read()["sum"]
         >>> round(overlap.cosine, 4), round(overlap.ratio, 4)
-        (0.8944, 0.9743)
+        (0.8944, 0.9733)
     """
-
-    def __init__(self, junctions: nn.Module | Sequence[Junction]) -> None:
-        self._junctions = find_junctions(junctions) if isinstance(junctions, nn.Module) else tuple(junctions)
-        if not all(isinstance(junction, Junction) for junction in self._junctions):
-            raise TypeError("give a model, or a sequence of znorm.overlap.Junction")
-        self._hooks: list[RemovableHandle] = []
-        self._sums: dict[str, Tensor] = {}
-
-    def __enter__(self) -> Self:
-        for junction in self._junctions:
-            self._hooks += _watch(junction, partial(self._add, junction.name))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        self._hooks.clear()
-
-    def read(self) -> dict[str, Overlap]:
-        """What was measured, by the name of the junction, in the order of the junctions."""
-        sums = [self._sums[junction.name] for junction in self._junctions if junction.name in self._sums]
-        names = [junction.name for junction in self._junctions if junction.name in self._sums]
-        rows = torch.stack([row.to(sums[0].device) for row in sums]).tolist() if sums else []
-        return {name: _overlap(*row) for name, row in zip(names, rows, strict=True)}
-
-    def _add(self, name: str, a: Tensor, b: Tensor) -> None:
-        sums = _sums(a, b)
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
+    found = find_junctions(junctions) if isinstance(junctions, nn.Module) else junctions
+    watch = OverlapWatch([junction.name for junction in found])
+    with ExitStack() as stack:
+        for junction in found:
+            for hook in _watch(junction, partial(watch._add, junction.name)):
+                stack.callback(hook.remove)
+        yield watch
 
 
 def _of_module(name: str, module: nn.Module) -> Iterator[Junction]:
@@ -131,11 +134,11 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Junction]:
 
     if kind == "SkipConnection" and module.mode in ("cat", "add"):
         dim = int(module.dim) if module.mode == "cat" else None  # type: ignore[arg-type]  # torch's stub: Tensor | Module
-        yield Junction(
-            name=name, transformation=part("submodule"), skip=module, side="output", concatenated_dim=dim
-        )
+        yield Junction(name=name, transformation=part("submodule"), skip=module, side="output", concatenated_dim=dim)
     elif kind == "ResidualUnit":
-        yield Junction(name=name, transformation=part("conv"), skip=part("residual"), side="input")
+        identity = isinstance(module.residual, nn.Identity)
+        skip = module if identity else part("residual")
+        yield Junction(name=name, transformation=part("conv"), skip=skip, side="output" if identity else "path")
     elif kind in ("ResBlock", "SegResBlock"):
         yield Junction(name=name, transformation=part("norm1"), skip=module, side="output")
     elif kind == "SegResNet":
@@ -161,37 +164,61 @@ def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[Re
         else:
             add(other[1], gradient.detach())
 
-    def next_call(is_skip: bool) -> int:
+    def after_call(is_skip: bool, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
         calls[is_skip] += 1
-        return calls[is_skip]
-
-    def on_input(is_skip: bool, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:  # noqa: ARG001
-        if not torch.is_grad_enabled():
-            return None
-        call = next_call(is_skip)
-        if not args[0].requires_grad:
-            return None
-        alias = args[0][...]  # view_as would change strides of dimensions of size 1, and so the memory format
-        alias.register_hook(lambda gradient: arrived(call, is_skip, gradient))
-        return (alias, *args[1:])
-
-    def on_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
-        if not torch.is_grad_enabled():
+        x, dim = args[0], junction.concatenated_dim
+        report = partial(arrived, calls[is_skip], is_skip)
+        if not (x.requires_grad and torch.is_grad_enabled()):
             return
-        call, shape, dim = next_call(True), args[0].shape, junction.concatenated_dim
-        if not args[0].requires_grad:
-            return
+        if not is_skip or junction.side == "path":
+            _on_gradient_through(output, x, report)
+        elif junction.side == "input":
+            x.register_hook(report)
+        elif dim is None:
+            output.register_hook(lambda gradient: report(gradient.sum_to_size(x.shape)))  # type: ignore[no-untyped-call]
+        else:
+            output.register_hook(lambda gradient: report(gradient.narrow(dim, 0, x.shape[dim])))  # type: ignore[no-untyped-call]
 
-        def share(gradient: Tensor) -> None:
-            part = gradient if dim is None else gradient.narrow(dim, 0, shape[dim])
-            arrived(call, True, part.sum_to_size(shape))
+    return [
+        junction.transformation.register_forward_hook(partial(after_call, False)),
+        junction.skip.register_forward_hook(partial(after_call, True)),
+    ]
 
-        output.register_hook(share)
 
-    through = junction.transformation.register_forward_pre_hook(partial(on_input, False))
-    if junction.side == "input":
-        return [through, junction.skip.register_forward_pre_hook(partial(on_input, True))]
-    return [through, junction.skip.register_forward_hook(on_output)]
+def _on_gradient_through(output: Tensor, x: Tensor, report: Callable[[Tensor], None]) -> None:
+    """Have ``report`` called in the backward pass with what ``output`` sends back to x, from all its uses of x."""
+    users = _users(output, x)
+    left = len(users)
+    parts: list[Tensor] = []
+
+    def note(places: Sequence[int], inputs: Sequence[Tensor | None], _: Sequence[Tensor | None]) -> None:
+        nonlocal left
+        left -= 1
+        parts.extend(gradient for place in places if (gradient := inputs[place]) is not None)
+        if left == 0 and parts:
+            report(reduce(torch.add, parts))
+            parts.clear()
+
+    for node, places in users.items():
+        node.register_hook(partial(note, places))
+
+
+def _users(output: Tensor, x: Tensor) -> dict[Node, list[int]]:
+    """Nodes between ``output`` and x that use x, and at which of their inputs; none where ``output`` is x."""
+    edge = torch.autograd.graph.get_gradient_edge(x)
+    users: dict[Node, list[int]] = {}
+    seen = {edge.node}
+    ahead = [output.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        for place, (following, number) in enumerate(node.next_functions):
+            if following == edge.node and number == edge.output_nr:
+                users.setdefault(node, []).append(place)
+            ahead.append(following)
+    return users
 
 
 @torch.no_grad()
@@ -200,10 +227,11 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
     total = widest(a.new_zeros(4))
     dim = max(range(a.dim()), key=lambda d: a.shape[d], default=0)
     step = max(1, a.shape[dim] * _ELEMENTS_AT_A_TIME // max(1, a.numel())) if a.dim() else 1
-    parts = zip(a.split(step, dim), b.split(step, dim), strict=True) if a.dim() else [(a, b)]
+    parts = zip(torch.split(a, step, dim), torch.split(b, step, dim), strict=True) if a.dim() else [(a, b)]
     for one, other in parts:
-        p, q = widest(one), widest(other)
-        total += torch.stack([(p * q).sum(), p.square().sum(), q.square().sum(), (p + q).square().sum()])
+        p, q = (widest(tensor).reshape(-1) for tensor in (one, other))
+        both = p + q
+        total += torch.stack([p.dot(q), p.dot(p), q.dot(q), both.dot(both)])
     return total
 
 

@@ -1,19 +1,19 @@
 """What a step's gradients are like before and after a rule: mean, standard deviation and norm of each tensor.
 
-Observation apart from the rules: nothing here changes a gradient, and outside :class:`observe_step` nothing is
+Observation apart from the rules: nothing here changes a gradient, and outside :func:`observe_step` nothing is
 installed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,44 +37,12 @@ class LayerGradient:
     """None where the step was skipped."""
 
 
-class observe_step:  # noqa: N801 - used as `with observe_step(...)`
-    """Measure the gradients of one step, before and after what hooks on the optimiser do to them.
+class StepObservation:
+    """What :func:`observe_step` saw."""
 
-    Args:
-        optimizer: the optimiser that steps within the block; rules must be attached to it before.
-        model: the network, for the names; parameters without a gradient are left out.
-
-    With a GradScaler, enter the block after ``scaler.unscale_(optimizer)``. The numbers are read from the device once,
-    by :meth:`layers`; sums are float64 where the device has it.
-
-    Example:
-        >>> model = nn.Linear(3, 1, bias=False)
-        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        >>> model.weight.grad = torch.tensor([[1.0, 2.0, 6.0]])
-        >>> with observe_step(optimizer, model) as seen:
-        ...     optimizer.step()
-        >>> before = seen.layers()["weight"].before
-        >>> before.mean, round(before.std, 4), round(before.norm, 4)
-        (3.0, 2.1602, 6.4031)
-    """
-
-    def __init__(self, optimizer: Optimizer, model: nn.Module) -> None:
-        self._optimizer = optimizer
-        self._model = model
+    def __init__(self) -> None:
         self._before: Mapping[str, Tensor] = {}
         self._after: Mapping[str, Tensor] = {}
-        self._hook: RemovableHandle | None = None
-
-    def __enter__(self) -> Self:
-        self._before = _measured(self._model)
-        # Pre-hooks run in the order of registration: this one comes last, just before the step itself.
-        self._hook = self._optimizer.register_step_pre_hook(self._just_before_step)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
 
     @property
     def skipped(self) -> bool:
@@ -88,13 +56,49 @@ class observe_step:  # noqa: N801 - used as `with observe_step(...)`
         after = dict(zip(self._after, rows[len(before) :], strict=True))
         return {name: LayerGradient(before=stats, after=after.get(name)) for name, stats in before.items()}
 
-    def _just_before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ARG002
-        self._after = _measured(self._model)
+
+@contextmanager
+def observe_step(optimizer: Optimizer, model: nn.Module) -> Iterator[StepObservation]:
+    """Measure the gradients of one step, before and after what hooks on the optimiser do to them.
+
+    Args:
+        optimizer: the optimiser that steps within the block; rules must be attached to it before.
+        model: the network, for the names; parameters without a gradient are left out.
+
+    Yields:
+        the observation, complete when the block ends. Its numbers are read from the device once, by
+        :meth:`StepObservation.layers`; sums are float64 where the device has it.
+
+    With a GradScaler, enter the block after ``scaler.unscale_(optimizer)``.
+
+    Example:
+        >>> model = nn.Linear(3, 1, bias=False)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> model.weight.grad = torch.tensor([[1.0, 2.0, 6.0]])
+        >>> with observe_step(optimizer, model) as seen:
+        ...     optimizer.step()
+        >>> before = seen.layers()["weight"].before
+        >>> before.mean, round(before.std, 4), round(before.norm, 4)
+        (3.0, 2.1602, 6.4031)
+    """
+    seen = StepObservation()
+    seen._before = _measured(model)
+
+    def just_before_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ARG001
+        seen._after = _measured(model)
+
+    # Pre-hooks run in the order of registration: this one comes last, just before the step itself.
+    hook = optimizer.register_step_pre_hook(just_before_step)
+    try:
+        yield seen
+    finally:
+        hook.remove()
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """The tensor in the widest floating-point type of its device: float64, but on MPS float32."""
-    return tensor.detach().to(torch.float32 if tensor.device.type == "mps" else torch.float64)
+    """The tensor, contiguous, in the widest floating-point type of its device: float64, but on MPS float32."""
+    dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return tensor.detach().to(dtype, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
@@ -103,9 +107,11 @@ def _measured(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.numel() > 0:
-            values = widest(parameter.grad)
-            variance, mean = torch.var_mean(values, correction=0)
-            found[name] = torch.stack([mean, variance.sqrt(), torch.linalg.vector_norm(values)])
+            values = widest(parameter.grad).reshape(-1)
+            mean = values.mean()
+            centred = values - mean
+            squares = torch.stack([centred.dot(centred) / len(values), values.dot(values)])
+            found[name] = torch.cat([mean.reshape(1), squares.sqrt()])
     return found
 
 

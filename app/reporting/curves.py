@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from html import escape
 from typing import Final
 
 import numpy as np
@@ -14,6 +15,9 @@ from data.labels import REGIONS, Region
 Records = Sequence[Mapping[str, object]]
 
 _MARKERS: Final[dict[Region, Marker]] = {"WT": "circle", "TC": "square", "ET": "triangle"}
+#: Colours of junctions in the style sheet; the next ones are dashed.
+_COLOURS: Final = 8
+_WHEN: Final = ("before", "after")
 _LEAST_TO_SMOOTH: Final = 20
 _LARGEST_DRAWN: Final = 1e30  # beyond it a chart's arithmetic would overflow
 
@@ -32,6 +36,21 @@ def curves_html(metrics: Records) -> str:
     if not train and not validation:
         return '<p class="empty">No training was recorded.</p>'
     return f'<div class="charts">{_training_figure(train)}{_validation_figure(validation)}</div>'
+
+
+def gradients_html(metrics: Records) -> str:
+    """Figures of the gradient norms before and after the rule, and of the gradient overlap, where telemetry was on.
+
+    Args:
+        metrics: records of ``metrics.jsonl``, as for :func:`curves_html`.
+
+    Returns:
+        HTML, complete in itself; empty where neither was measured.
+    """
+    gradients = [record for record in metrics if record.get("kind") == "gradients"]
+    overlap = [record for record in metrics if record.get("kind") == "overlap"]
+    figures = (_norms_figure(gradients) if gradients else "") + (_overlap_figure(overlap) if overlap else "")
+    return f'<div class="charts">{figures}</div>' if figures else ""
 
 
 def running_mean(y: FloatArray, *, window: int) -> FloatArray:
@@ -86,12 +105,75 @@ def _validation_figure(validation: Records) -> str:
 def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
     if not len(steps):
         return "No validation was recorded."
-    last = ", ".join(f"{region} {_dice_text(dice[region][-1])}" for region in REGIONS)
+    last = ", ".join(f"{region} {_score_text(dice[region][-1])}" for region in REGIONS)
     return f"Last Dice at step {steps[-1]:,.0f}: {last}."
 
 
-def _dice_text(value: float) -> str:
+def _score_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "not defined"
+
+
+def _norms_figure(gradients: Records) -> str:
+    steps = _column(gradients, "step")
+    layers = [{n: _mapping(v) for n, v in _mapping(record.get("layers")).items()} for record in gradients]
+    names = {name for record in layers for name in record}
+    changed = {name for record in layers for name, values in record.items() if _is_changed(values)}
+    shown = changed or names
+    norms = {when: [[v for n, v in record.items() if n in shown] for record in layers] for when in _WHEN}
+    lines = [line for when in _WHEN for line in _norm_lines(norms[when], steps, when)]
+    chart = Chart(title="Gradient norm over steps", y_label="log10 of the gradient's norm", lines=lines, height=300)
+    skipped = _number(gradients[-1].get("skipped_steps"))
+    return _figure(
+        draw(chart),
+        "Norm of a layer's gradient before and after the gradient rule, over the "
+        f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
+        f"median, and quartiles as thin lines.{f' Steps skipped so far: {skipped:,.0f}.' if skipped > 0 else ''}",
+    )
+
+
+def _is_changed(layer: Mapping[str, object]) -> bool:
+    before, after = (_number(layer.get(f"norm_{when}")) for when in _WHEN)
+    return math.isfinite(before) and math.isfinite(after) and before != after
+
+
+def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[Line]:
+    """Quartiles, and over them the median, of log10 of the norms of each record's layers."""
+    low, middle, high = np.array([_log_quartiles(_column(layers, f"norm_{when}")) for layers in norms]).T
+    return [
+        Line(label="", style=f"{when} quartile", x=steps, y=low),
+        Line(label="", style=f"{when} quartile", x=steps, y=high),
+        Line(label=when, style=when, x=steps, y=middle),
+    ]
+
+
+def _log_quartiles(norms: FloatArray) -> FloatArray:
+    """Quartiles and median, in rising order; NaN where no norm is above 0."""
+    logs = np.log10(norms[norms > 0])
+    return np.quantile(logs, [0.25, 0.5, 0.75]) if len(logs) else np.full(3, math.nan)
+
+
+def _overlap_figure(overlap: Records) -> str:
+    steps = _column(overlap, "step")
+    names = list(dict.fromkeys(name for record in overlap for name in _mapping(record.get("junctions"))))
+    lines, entries = [], []
+    for number, name in enumerate(names):
+        at = [_mapping(_mapping(record.get("junctions")).get(name)) for record in overlap]
+        cosine, ratio = _column(at, "cosine"), _column(at, "ratio")
+        style = f"junction j{number % _COLOURS}{' dashed' if number // _COLOURS % 2 else ''}"
+        lines.append(Line(label="", style=style, x=steps, y=cosine))
+        last = f"cosine {_score_text(cosine[-1])}, ratio {_score_text(ratio[-1])}"
+        entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
+    chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
+    return _figure(
+        f'{draw(chart)}<ul class="legend">{"".join(entries)}</ul>',
+        "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
+        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Beside each "
+        f"junction its last values{_at_step(steps[-1])}.",
+    )
+
+
+def _at_step(step: float) -> str:
+    return f", at step {step:,.0f}" if math.isfinite(step) else ""
 
 
 def _figure(charts: str, caption: str) -> str:

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Final
 
-from app.reporting.curves import curves_html
+from app.reporting.curves import curves_html, gradients_html
 from app.reporting.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
 from data.labels import REGIONS, Region
 
@@ -58,9 +58,11 @@ def render(page: Page) -> str:
     """The page as one HTML document; every string from outside is escaped, every picture is inside."""
     style = resources.files("app.reporting").joinpath("page.css").read_text(encoding="utf-8")
     scores = [case.scores for case in page.cases]
+    gradients = gradients_html(page.metrics)
     sections = [
         _section("scores", "Scores", summary_html(scores) + scores_table_html([c.case for c in page.cases], scores)),
         _section("curves", "Learning curves", curves_html(page.metrics)),
+        _section("gradients", "Gradients", gradients) if gradients else "",
         _section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
         _section("next", "What next", _commands_html(page.commands)) if page.commands else "",
     ]

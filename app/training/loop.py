@@ -19,6 +19,7 @@ from app.training import gradient
 from app.training.schedule import learning_rate
 from app.training.state import State, to_checkpoint
 from app.training.stopping import StopRequest
+from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
 from data.loaders import Batch, CachedCase, PatchSource, batches
 from models import RegionLoss
@@ -39,6 +40,7 @@ class Loop:
     clock: float
     """When this process took over, on the monotonic clock."""
     transform: gradient.AttachedTransform
+    telemetry: Telemetry
     log: MetricsLog
     on_progress: OnProgress
 
@@ -74,6 +76,7 @@ class Loop:
                     seconds=self.seconds(),
                     skipped_steps=self.skipped_steps(),
                 )
+                self.telemetry.write(self.log, step=state.step, skipped_steps=self.skipped_steps())
                 self._report(losses, time.monotonic() - began)
                 if self._validation_is_due() and validating and self._progress() < 1:
                     self._validate(validating)
@@ -99,18 +102,21 @@ class Loop:
         """One optimiser step; returns the mean loss of its micro-batches."""
         state, settings = self.state, self.config.training
         total = 0.0
-        for _ in range(settings.accumulate):
+        measured = self.telemetry.is_due(state.step + 1)
+        for number in range(settings.accumulate):
             batch: Batch = next(made)
             image = batch.image.to(self.runtime.device, non_blocking=True)
             masks = batch.masks.to(self.runtime.device, non_blocking=True)
-            with self.runtime.autocast():
-                logits = state.network(image.contiguous(memory_format=self.runtime.memory_format))
-            loss = loss_of(logits, masks)
-            (loss / settings.accumulate).backward()
+            with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
+                with self.runtime.autocast():
+                    logits = state.network(image.contiguous(memory_format=self.runtime.memory_format))
+                loss = loss_of(logits, masks)
+                (loss / settings.accumulate).backward()
             total += float(loss.detach()) / settings.accumulate
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        state.optimizer.step()
+        with self.telemetry.step(measured=measured):
+            state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
         return total
 

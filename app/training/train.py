@@ -23,6 +23,7 @@ from app.training import gradient
 from app.training.loop import Loop
 from app.training.state import State, new_state, restore
 from app.training.stopping import stop_on_signals
+from app.training.telemetry import Telemetry
 from data.errors import DataError
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.layouts import Case, convention_of, find_cases
@@ -235,6 +236,7 @@ def _train(
         state=state,
         clock=clock,
         transform=transform,
+        telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
         log=log,
         on_progress=on_progress,
     )

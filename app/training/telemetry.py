@@ -1,0 +1,78 @@
+"""Telemetry: every few steps, what the gradients of a run are like. Between those steps nothing is installed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+
+from torch import nn
+from torch.optim import Optimizer
+
+from app.runlog import MetricsLog
+from znorm.overlap import OverlapWatch, find_junctions, watch_overlap
+from znorm.stats import LayerGradient, StepObservation, observe_step
+
+
+class Telemetry:
+    """Measures gradients and their overlap at every ``every``-th step; at none where ``every`` is 0.
+
+    Args:
+        every: distance of measured steps; they are ``every``, ``2 * every`` and so on, so that a resumed run measures
+            the same ones.
+        network: what is trained.
+        optimizer: its optimiser, with the gradient rule attached.
+    """
+
+    def __init__(self, every: int, network: nn.Module, optimizer: Optimizer) -> None:
+        self._every = every
+        self._network = network
+        self._optimizer = optimizer
+        self._junctions = find_junctions(network) if every else ()
+        self._overlap: OverlapWatch | None = None
+        self._step: StepObservation | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether a step, counted from 1, is measured."""
+        return self._every > 0 and step % self._every == 0
+
+    @contextmanager
+    def backward(self, *, measured: bool) -> Iterator[None]:
+        """Around the forward and backward pass of one micro-batch."""
+        if not measured:
+            yield
+            return
+        with watch_overlap(self._junctions) as self._overlap:
+            yield
+
+    @contextmanager
+    def step(self, *, measured: bool) -> Iterator[None]:
+        """Around the optimiser's step."""
+        if not measured:
+            yield
+            return
+        with observe_step(self._optimizer, self._network) as self._step:
+            yield
+
+    def write(self, log: MetricsLog, *, step: int, skipped_steps: int) -> None:
+        """Record what was measured at a step and forget it; nothing where nothing was.
+
+        Args:
+            log: where to.
+            step: its number, from 1.
+            skipped_steps: of the run so far, this one included.
+        """
+        if self._step is not None:
+            layers = {name: _plain(gradient) for name, gradient in self._step.layers().items()}
+            log.gradients(step=step, layers=layers, skipped_steps=skipped_steps)
+        if self._overlap is not None and (overlap := self._overlap.read()):
+            log.overlap(step=step, junctions={name: asdict(values) for name, values in overlap.items()})
+        self._step = self._overlap = None
+
+
+def _plain(gradient: LayerGradient) -> dict[str, float | None]:
+    plain: dict[str, float | None] = {}
+    for when, stats in (("before", gradient.before), ("after", gradient.after)):
+        for name in ("mean", "std", "norm"):
+            plain[f"{name}_{when}"] = None if stats is None else getattr(stats, name)
+    return plain
