@@ -66,10 +66,7 @@ def row(name: str, network: nn.Module, device: torch.device, rounds: int, step_m
 
 
 def floor(gradients: list[Tensor]) -> Callable[[], object]:
-    """Two reads and a write of as many bytes: a copy (a read and a write) and half of another's time is one and a half.
-
-    A sum reads once at the speed of memory; an in-place multiplication reads and writes once.
-    """
+    """Two reads and a write of as many bytes: a dot product reads, a multiplication in place reads and writes."""
     size = sum(g.numel() for g in gradients)
     block = torch.randn(size, device=gradients[0].device)
 
