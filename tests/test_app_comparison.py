@@ -149,6 +149,20 @@ def test_the_baseline_is_clip_or_else_the_first_arm() -> None:
     assert [plan(arms=["znorm", "clip"]).baseline, plan(arms=["znorm", "none"]).baseline] == ["clip", "znorm"]
 
 
+def test_a_variant_is_an_arm_with_a_config_of_its_own() -> None:
+    made = plan(arms=["clip", "all"], variants=["all:gradient.znorm.output_block=none", "all:training.warmup=0.2"])
+    changed = ["gradient.znorm.output_block: auto -> none", "training.warmup: 0.05 -> 0.2"]
+    assert made.settings_of("all") == changed
+    run = made.config_of(RunKey(optimizer="sgd", arm="all", rate=1e-2, seed=3))
+    assert (run.gradient.transform, run.gradient.znorm.output_block, run.training.seed) == ("znorm", "none", 3)
+
+
+def test_seeds_count_up_from_the_first() -> None:
+    made = plan(first_seed=5, seeds=2)
+    assert {key.seed for key in made.sweep()} == {5}
+    assert {key.seed for key in made.finals(dict.fromkeys([("adamw", "clip"), ("adamw", "znorm")], 1e-3))} == {5, 6}
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -166,6 +180,15 @@ def test_the_baseline_is_clip_or_else_the_first_arm() -> None:
         ({"steps": 0}, "training.steps: from 1"),
         ({"baseline": "none"}, "--baseline none: not among the arms clip, znorm"),
         ({"target_dice": 1.5}, "--target-dice: above 0 and below 1"),
+        ({"first_seed": -1}, "--first-seed: from 0"),
+        ({"variants": ["all"]}, "--variant all: expected NAME:SECTION.KEY=VALUE"),
+        ({"variants": ["clip:gradient.clip_norm=2"]}, "clip is a rule's own name"),
+        ({"variants": ["all:training.seed=3"]}, "use --seeds"),
+        (
+            {"variants": ["all:gradient.clip_norm=2"]},
+            "--variant all: not among the arms; add it, --arms clip,znorm,all",
+        ),
+        ({"variants": ["x:gradient.nothing=2"], "arms": ["clip", "x"]}, "--variant x: "),
         ({"overrides": ["training.seed=3"]}, "use --seeds"),
         ({"overrides": ["gradient.transform=clip"]}, "use --arms"),
     ],

@@ -27,8 +27,20 @@ def compare(
             "adaptive-clip, scale, znorm.",
         ),
     ] = "none,clip,centralize,znorm",
+    variants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--variant",
+            metavar="NAME:SECTION.KEY=VALUE",
+            help="An arm of your own, to be named in --arms: the config with this change, such as "
+            "everything:gradient.znorm.output_block=none; may be repeated.",
+        ),
+    ] = None,
     optimizers: Annotated[str, typer.Option("--optimizers", help="adamw, sgd or both.")] = "adamw",
     seeds: Annotated[int, typer.Option("--seeds", help="Runs of each arm at its best learning rate.")] = 3,
+    first_seed: Annotated[
+        int, typer.Option("--first-seed", help="Seeds count up from it; another one makes fresh runs.")
+    ] = 0,
     steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of every run.")] = 500,
     learning_rates: Annotated[
         list[str] | None,
@@ -69,9 +81,9 @@ def compare(
 ) -> None:
     """Compare gradient rules fairly: curves, Dice, statistics, a verdict.
 
-    Cases, initial weights and batches are the same in every arm, and each arm gets as many learning rates. Seed 0 tries
-    every rate and validation cases choose; the final Dice is of test cases that chose nothing. Writes OUT/compare.html,
-    compare.json and compare.csv. Interrupted, the same command goes on where it was.
+    Cases, initial weights and batches are the same in every arm, and each arm gets as many learning rates. The first
+    seed tries every rate and validation cases choose; the final Dice is of test cases that chose nothing. Writes
+    OUT/compare.html, compare.json and compare.csv. Interrupted, the same command goes on where it was.
     """
     if split is not None and fold is not None:
         raise typer.BadParameter("give either --fold or --split")
@@ -88,6 +100,8 @@ def compare(
         rates=learning_rates or (),
         baseline=baseline,
         target_dice=target_dice,
+        variants=variants or (),
+        first_seed=first_seed,
     )
     with terminal.watched() as on_progress:
         outcome = compare_arms(

@@ -72,7 +72,7 @@ class Analysis:
     same_start: bool
     """Whether initial weights and first batch are on record as the same in all runs of each seed."""
     sweep: Mapping[str, Mapping[str, Mapping[float, float]]]
-    """Mean validation Dice of seed 0 by optimiser, arm and learning rate."""
+    """Mean validation Dice of the first seed by optimiser, arm and learning rate."""
     caveats: tuple[str, ...]
 
     def verdicts(self) -> list[str]:

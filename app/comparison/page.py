@@ -83,8 +83,9 @@ def _header(title: str, results: Results, analysis: Analysis) -> str:
     )
     facts = (
         ("optimizers", ", ".join(plan.optimizers)),
-        ("seeds", str(plan.seeds)),
+        ("seeds", f"{plan.seeds}, from {plan.first_seed}"),
         ("cases", f"{len(parts.train)} train, {len(parts.validation)} validate, {len(parts.test)} test"),
+        *((name, "; ".join(plan.settings_of(name))) for name in plan.variants),
         ("same start in every arm", "on record (SHA-256)" if analysis.same_start else "not on record for every run"),
         ("Dice", DICE_DEFINITION),
         ("machine", machine()),
@@ -183,8 +184,8 @@ def _sweep_html(results: Results, analysis: Analysis) -> str:
         ]
         parts.append(f"<h3>{optimizer}</h3>" + _table("sweep", ["Arm", *(f"{rate:g}" for rate in rates)], rows))
     return "".join(parts) + _note(
-        "Best mean validation Dice of seed 0 by peak learning rate; ▲ was chosen, of equals the lowest. The other "
-        "seeds ran at that rate alone."
+        "Best mean validation Dice of the first seed by peak learning rate; ▲ was chosen, of equals the lowest. The "
+        "other seeds ran at that rate alone."
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Final, cast, get_args, get_type_hints
 
 from app.config import RunConfig, load_config, to_plain
+from app.config import differences as changed_keys
 from app.errors import ConfigError
 from app.training.gradient import GradientConfig
 from app.training.settings import TrainingConfig
@@ -22,6 +24,7 @@ DEFAULT_RATES: Final[Mapping[str, tuple[float, ...]]] = {
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
 }
 _USUAL_BASELINE: Final = "clip"
+_VARIANT_NAME: Final = re.compile("[a-z0-9][a-z0-9-]{0,39}")
 #: Keys that a comparison sets itself, and the option that does it.
 _TAKEN: Final = {
     "gradient.transform": "--arms",
@@ -59,29 +62,33 @@ class Plan:
     arms: tuple[str, ...]
     optimizers: tuple[str, ...]
     seeds: int
-    """Seeds 0 to ``seeds`` - 1; seed 0 chooses the learning rate."""
+    """How many; the first one chooses the learning rate."""
     rates: Mapping[str, tuple[float, ...]]
     """Peak learning rates by optimizer, rising; every arm gets all of them."""
     baseline: str
     """The arm the others are compared with."""
     target_dice: float | None = None
     """For the steps to reach it; None takes 90 % of the best final mean on validation."""
+    variants: Mapping[str, RunConfig] = field(default_factory=dict)
+    """Arms that are no rule's name but a config of their own."""
+    first_seed: int = 0
+    """The seeds count up from here."""
 
     def sweep(self) -> list[RunKey]:
-        """Runs that choose the learning rate: seed 0, every rate; the arms take turns."""
+        """Runs that choose the learning rate: first seed, every rate; the arms take turns."""
         return [
-            RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=0)
+            RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=self.first_seed)
             for optimizer in self.optimizers
             for rate in self.rates[optimizer]
             for arm in self.arms
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Runs that are scored: every seed at the rate chosen for (optimizer, arm); seed 0 is in the sweep too."""
+        """Runs that are scored: every seed at the rate chosen for (optimizer, arm); the first is in the sweep too."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers
-            for seed in range(self.seeds)
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
             for arm in self.arms
         ]
 
@@ -92,11 +99,19 @@ class Plan:
     def config_of(self, key: RunKey) -> RunConfig:
         """The complete configuration of one run."""
         changes = cast("dict[str, Any]", {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed})
-        return replace(
-            self.config,
-            training=replace(self.config.training, **changes),
-            gradient=replace(self.config.gradient, **cast("dict[str, Any]", {"transform": key.arm})),
-        )
+        config = self.config_of_arm(key.arm)
+        return replace(config, training=replace(config.training, **changes))
+
+    def config_of_arm(self, arm: str) -> RunConfig:
+        """What all runs of one arm share."""
+        if arm in self.variants:
+            return self.variants[arm]
+        gradient = replace(self.config.gradient, **cast("dict[str, Any]", {"transform": arm}))
+        return replace(self.config, gradient=gradient)
+
+    def settings_of(self, variant: str) -> list[str]:
+        """In what a variant differs from the shared config, each as ``section.key: shared -> its own``."""
+        return changed_keys(self.config, self.variants[variant])
 
     def to_json(self) -> dict[str, Any]:
         """Plain data; two plans are the same where this is."""
@@ -104,14 +119,16 @@ class Plan:
             "arms": list(self.arms),
             "optimizers": list(self.optimizers),
             "seeds": self.seeds,
+            "first_seed": self.first_seed,
             "learning_rates": {name: list(rates) for name, rates in self.rates.items()},
             "baseline": self.baseline,
             "target_dice": self.target_dice,
+            "variants": {name: self.settings_of(name) for name in self.variants},
             "config": shared_settings(self.config),
         }
 
 
-def make_plan(
+def make_plan(  # noqa: PLR0913 - one for each option of the command
     *,
     config: str = "laptop",
     overrides: Sequence[str] = (),
@@ -122,13 +139,15 @@ def make_plan(
     rates: Sequence[str] = (),
     baseline: str | None = None,
     target_dice: float | None = None,
+    variants: Sequence[str] = (),
+    first_seed: int = 0,
 ) -> Plan:
     """Check what was asked for and make a plan of it.
 
     Args:
         config: name or path, as ``--config`` of ``train`` takes it.
         overrides: ``section.key=value``; not the keys that the comparison sets itself.
-        arms: names of ``gradient.transform``, at least two.
+        arms: names of ``gradient.transform`` or of variants, at least two.
         optimizers: names of ``training.optimizer``.
         seeds: how many, 1 or more.
         steps: optimiser steps of every run.
@@ -136,16 +155,25 @@ def make_plan(
             :data:`DEFAULT_RATES`.
         baseline: the arm the others are compared with; default ``clip`` where it is among them, else the first.
         target_dice: above 0 and below 1, for the steps to reach it.
+        variants: texts ``name:section.key=value``, each a change of the config that makes an arm of that name; texts of
+            one name add up.
+        first_seed: 0 or more.
 
     Raises:
         ConfigError: any of these is not so, or the config cannot be used.
     """
-    _require_known("--arms", arms, ARMS)
+    changes = _variants(variants)
+    _require_known("--arms", arms, (*ARMS, *changes))
+    unused = [name for name in changes if name not in arms]
+    if unused:
+        raise ConfigError(f"--variant {unused[0]}: not among the arms; add it, --arms {','.join([*arms, unused[0]])}")
     _require_known("--optimizers", optimizers, OPTIMIZERS)
     if len(arms) < 2:
         raise ConfigError(f"--arms {arms[0]}: a comparison needs at least two of {', '.join(ARMS)}")
     if not 1 <= seeds <= 1000:
         raise ConfigError(f"--seeds: from 1 to 1000, got {seeds}")
+    if not 0 <= first_seed <= 10**6:
+        raise ConfigError(f"--first-seed: from 0 to 1000000, got {first_seed}")
     if target_dice is not None and not 0 < target_dice < 1:
         raise ConfigError(f"--target-dice: above 0 and below 1, got {target_dice:g}")
     if baseline is None:
@@ -164,6 +192,11 @@ def make_plan(
         rates=_rates(rates, optimizers),
         baseline=baseline,
         target_dice=target_dice,
+        variants={
+            name: _variant_config(name, config, [*overrides, f"training.steps={steps}", *texts])
+            for name, texts in changes.items()
+        },
+        first_seed=first_seed,
     )
     for run in plan.sweep():
         try:
@@ -193,6 +226,32 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{key}: {before} -> {after}")
     return found
+
+
+def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides by the name of the variant."""
+    changes: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, override = text.partition(":")
+        key = override.partition("=")[0].strip()
+        if not colon or "=" not in override or not _VARIANT_NAME.fullmatch(name):
+            raise ConfigError(
+                f"--variant {text}: expected NAME:SECTION.KEY=VALUE with a name of small letters, digits and hyphens, "
+                "such as everything:gradient.znorm.output_block=none"
+            )
+        if name in ARMS:
+            raise ConfigError(f"--variant {text}: {name} is a rule's own name; give the variant another")
+        if key in _TAKEN and key != "gradient.transform":
+            raise ConfigError(f"--variant {text}: the comparison sets {key} itself; use {_TAKEN[key]}")
+        changes.setdefault(name, []).append(override)
+    return changes
+
+
+def _variant_config(name: str, config: str, overrides: Sequence[str]) -> RunConfig:
+    try:
+        return load_config(config, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"--variant {name}: {error}") from error
 
 
 def _require_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:

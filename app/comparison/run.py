@@ -273,7 +273,7 @@ class _Work:
 
 
 def choose_rates(plan: Plan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """By optimiser and arm the learning rate whose seed-0 run has the best mean validation Dice; of equals the lowest.
+    """By optimiser and arm the rate with the best mean validation Dice for the first seed; of equals the lowest.
 
     Args:
         plan: what is compared.
@@ -282,7 +282,9 @@ def choose_rates(plan: Plan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[t
     chosen = {}
     for optimizer in plan.optimizers:
         for arm in plan.arms:
-            keys = [RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=0) for rate in plan.rates[optimizer]]
+            keys = [
+                RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=plan.first_seed) for rate in plan.rates[optimizer]
+            ]
             best = max(keys, key=lambda key: _mean(runs[key]["validation_dice"]))
             chosen[optimizer, arm] = best.rate
     return chosen
@@ -316,6 +318,7 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
         return
     there = _mapping(read_json(path), path)
     # Keys that came with a later version are at their defaults.
+    there = {"variants": {}, "first_seed": 0, **there}
     there["config"] = shared_settings(from_plain(there.get("config", {}), str(path)))
     changed = differences(there, plan)
     if changed:
