@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def zscore_(
     return _on_device(tensors, eps, mode, together=scope == "global")
 
 
-@dataclass
+@dataclass(slots=True)
 class _Piece:
     """One gradient as a flat tensor that may be written to."""
 
@@ -86,7 +86,7 @@ class _Piece:
     """Where the result must be copied to; None where ``flat`` is a view of the gradient."""
 
 
-@dataclass
+@dataclass(slots=True)
 class _Unit:
     """Gradients that share one mean and one spread, and their sums so far."""
 
@@ -99,10 +99,10 @@ class _Unit:
         """Sum and sum of squares of every element."""
         self.total = self.squares = 0.0
         for piece in self.pieces:
-            for start in range(0, piece.flat.numel(), _BLOCK):
-                part = piece.flat[start : start + _BLOCK]
-                self.total += float(part.sum())
-                self.squares += float(torch.dot(part, part))
+            flat = piece.flat
+            for part in (flat,) if flat.numel() <= _BLOCK else torch.split(flat, _BLOCK):
+                self.total += part.sum().item()
+                self.squares += torch.dot(part, part).item()
 
     @property
     def mean(self) -> float:
@@ -126,31 +126,46 @@ def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
     suspicious = [unit for unit in units if not math.isfinite(unit.squares)]
     if not all(bool(torch.isfinite(piece.flat).all()) for unit in suspicious for piece in unit.pieces):
         return False
-    for unit in units:
-        _apply(unit, eps, mode)
+    lines = [_line(unit, eps, mode) for unit in units]
+    # One tensor of all offsets: for small gradients a tensor each takes as long as the pass itself.
+    offsets = torch.tensor([line.offset for line in lines], dtype=torch.float64)
+    of_dtype = {dtype: offsets.to(dtype).unbind() for dtype in {unit.pieces[0].flat.dtype for unit in units}}
+    for number, (unit, line) in enumerate(zip(units, lines, strict=True)):
+        for piece in unit.pieces:
+            flat = piece.flat
+            # One pass; two in-place operations would write it twice.
+            torch.add(of_dtype[flat.dtype][number], flat, alpha=line.factor, out=flat)
+            if mode == "centre" and line.exponent:
+                _times_power_of_two(flat, line.exponent)
+            if piece.gradient is not None:
+                piece.gradient.copy_(flat.view(piece.gradient.shape))
     return True
 
 
-def _apply(unit: _Unit, eps: float, mode: Mode) -> None:
+class _Line(NamedTuple):
+    """What is left to do to each element: factor * g + offset, and with ``centre`` 2 ** exponent after it."""
+
+    factor: float
+    offset: float
+    exponent: int
+
+
+def _line(unit: _Unit, eps: float, mode: Mode) -> _Line:
     low, high = _SAFE[unit.pieces[0].flat.dtype]
+    mean_square = unit.mean_square
     exponent = 0
-    if not low < unit.mean_square < high:
+    if not low < mean_square < high:
         exponent = _to_unit_magnitude(unit)
-        if unit.squares == 0:
-            return
-    mean_square, shift = unit.mean_square, 0.0
-    if unit.variance < _CANCELS * mean_square:
+        mean_square = unit.mean_square
+        if mean_square == 0:
+            return _Line(1.0, 0.0, 0)
+    variance, shift = unit.variance, 0.0
+    if variance < _CANCELS * mean_square:
         shift = _centre_exactly(unit)
-    divisor = math.sqrt(unit.variance) + eps * math.sqrt(mean_square)
+        variance = unit.variance
+    divisor = math.sqrt(variance) + eps * math.sqrt(mean_square)
     factor = 1.0 if mode == "centre" else 1 / divisor if divisor > 0 else 0.0
-    offset = factor * (shift if mode == "scale" else -unit.mean)
-    for piece in unit.pieces:
-        # One pass; two in-place operations would write it twice.
-        torch.add(torch.tensor(offset, dtype=piece.flat.dtype), piece.flat, alpha=factor, out=piece.flat)
-        if mode == "centre" and exponent:
-            _times_power_of_two(piece.flat, exponent)
-        if piece.gradient is not None:
-            piece.gradient.copy_(piece.flat.view(piece.gradient.shape))
+    return _Line(factor, factor * (shift if mode == "scale" else -unit.mean), exponent)
 
 
 def _to_unit_magnitude(unit: _Unit) -> int:
