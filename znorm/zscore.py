@@ -10,6 +10,8 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from znorm.kernels import zscore_kernels_
+
 Scope = Literal["layer", "channel", "global"]
 Mode = Literal["zscore", "centre", "scale"]
 
@@ -223,6 +225,10 @@ def _dense_view(gradient: Tensor) -> Tensor | None:
 def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool) -> bool:
     """Without reading a scalar back, but one, to know whether all is finite."""
     groups = list(_by_kind(tensors))
+    if len(groups) == 1:  # of several, each might be changed before another is known to be finite
+        finite = zscore_kernels_(tensors, eps, mode, together=together)
+        if finite is not None:
+            return bool(finite)
     wide = [[g.float() if g.dtype not in _SAFE else g for g in group] for group in groups]
     largest = [torch.stack(torch._foreach_norm(group, math.inf)) for group in wide]
     if not bool(torch.stack([torch.isfinite(of_group).all().cpu() for of_group in largest]).all()):
