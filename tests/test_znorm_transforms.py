@@ -236,3 +236,59 @@ def test_scope_and_mode_of_the_config_reach_the_gradients(scope: Any, mode: Any)
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(transforms).failed == 0
+
+
+# ZNorm at the size of clipping
+
+
+def sized(model: nn.Module, limit: float) -> list[Tensor]:
+    twin = copy.deepcopy(model)
+    for one, other in zip(twin.parameters(), model.parameters(), strict=True):
+        one.grad = None if other.grad is None else other.grad.clone()
+    optimizer = SGD(twin.parameters(), lr=0.0)
+    attach(optimizer, twin, ZNormConfig(clip_norm=limit))
+    optimizer.step()
+    return gradients_of(twin)
+
+
+def norm(gradients: list[Tensor]) -> float:
+    return float(torch.cat([g.flatten().double() for g in gradients]).norm())
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e6])
+@pytest.mark.parametrize("factor", [1e-12, 1.0, 1e12])
+def test_znorm_with_a_clip_norm_leaves_the_norm_that_clipping_leaves(limit: float, factor: float) -> None:
+    model = with_gradients(small_model(), factor)
+    expected = min(norm(gradients_of(model)), limit)
+    assert norm(sized(model, limit)) == pytest.approx(expected, rel=1e-5)
+
+
+def test_znorm_with_a_clip_norm_points_where_znorm_does() -> None:
+    model = with_gradients(small_model())
+    found = next(g for g in sized(model, 1.0) if g.dim() > 1)
+    expected = next(p.grad.clone() for p in model.parameters() if p.grad is not None)
+    zscore_([expected])
+    torch.testing.assert_close(found / found.std(), expected / expected.std())
+
+
+def test_znorm_with_a_clip_norm_shrinks_what_it_does_not_normalise_as_clipping_does() -> None:
+    model = with_gradients(small_model(), 1e3)
+    twin = with_gradients(small_model(), 1e3)
+    torch.nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
+    biases = [(s, c) for s, c in zip(sized(model, 1.0), gradients_of(twin), strict=True) if s.dim() == 1]
+    assert len(biases) > 2
+    assert all(torch.allclose(one, other, rtol=1e-4) for one, other in biases)
+
+
+def test_znorm_with_a_clip_norm_takes_gradients_whose_squares_overflow() -> None:
+    g = torch.tensor([1e30, 3e30, 2e30])
+    chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0])
+    assert transforms.keep_size_(chosen, lambda: zscore_([g]), limit=1.0)
+    assert float(g.norm()) == pytest.approx(1.0)
+
+
+def test_znorm_with_a_clip_norm_leaves_a_bad_gradient_alone() -> None:
+    g, other = torch.tensor([1.0, math.nan]), torch.tensor([2.0])
+    chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
+    assert not transforms.keep_size_(chosen, lambda: zscore_([g]), limit=0.1)
+    assert (float(g[0]), float(other)) == (1.0, 2.0)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from znorm.select import AUTO, NONE, Selection, select
-from znorm.transforms import RIVALS, Gradients, Rule, all_finite
+from znorm.transforms import RIVALS, Gradients, Rule, all_finite, keep_size_
 from znorm.zscore import EPS, Mode, Scope, zscore_
 
 _attached: WeakSet[Optimizer] = WeakSet()
@@ -44,6 +44,9 @@ class ZNormConfig:
     """Patterns of parameter names, such as ``*.conv.*``; others are left as they are. Empty: any."""
     leave_out: tuple[str, ...] = ()
     """Patterns of parameter names that are left as they are."""
+    clip_norm: float | None = None
+    """None, as in the paper: each tensor leaves with a norm of the root of its elements, the others as they came. A
+    number: all gradients together get the norm that clipping to it leaves (:func:`znorm.transforms.keep_size_`)."""
 
 
 class GradientHandle:
@@ -92,6 +95,7 @@ class GradientHandle:
             gradients=[gradient for gradient, _, _ in chosen],
             parameters=[parameter for _, parameter, _ in chosen],
             channel_dims=[dim for _, _, dim in chosen],
+            others=others,
         )
         if not all_finite(others) or not self._rule(work):
             # Without gradients the step changes nothing: no weight decay, no momentum, no count.
@@ -138,7 +142,12 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
     config = config if config is not None else ZNormConfig()
 
     def rule(work: Gradients) -> bool:
-        return zscore_(work.gradients, config.eps, scope=config.scope, mode=config.mode, channel_dims=work.channel_dims)
+        def normalise() -> bool:
+            return zscore_(
+                work.gradients, config.eps, scope=config.scope, mode=config.mode, channel_dims=work.channel_dims
+            )
+
+        return normalise() if config.clip_norm is None else keep_size_(work, normalise, limit=config.clip_norm)
 
     return _attach(optimizer, model, rule, _selection(model, config))
 

@@ -24,6 +24,8 @@ class Gradients:
     parameters: Sequence[Tensor]
     channel_dims: Sequence[int]
     """Dimension of each tensor that holds its output channels."""
+    others: Sequence[Tensor] = ()
+    """Gradients of the parameters that were not chosen; finite."""
 
 
 #: Changes gradients in place; False where one was not finite.
@@ -159,6 +161,55 @@ def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> boo
 def scale_(work: Gradients, *, eps: float) -> bool:
     """ZNorm without taking the mean off: each tensor divided by its standard deviation."""
     return zscore_(work.gradients, eps, mode="scale")
+
+
+@torch.no_grad()
+def keep_size_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
+    """Normalise the chosen gradients, then bring all gradients to the size that clipping by norm would leave them.
+
+    With the norms ||all|| of all gradients and ||chosen|| of the chosen ones before, and s = min(1, limit / ||all||):
+    the chosen ones leave with norm s * ||chosen||, the others are multiplied by s. So the size of a step, and with it
+    the learning rate, means what it means with clipping, and falls as the gradients fall; what the normalisation has
+    changed is the share of each layer in it.
+
+    Args:
+        work: gradients, changed in place.
+        normalise: changes the chosen gradients in place; False where one is not finite, then nothing is changed.
+        limit: largest norm of all gradients together, above 0.
+
+    Example:
+        >>> g, other = torch.tensor([3.0, 5.0]), torch.tensor([1.0])
+        >>> work = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
+        >>> keep_size_(work, lambda: zscore_([g]), limit=1000.0)
+        True
+        >>> [round(v, 4) for v in g.tolist()], other.tolist()
+        ([-4.1231, 4.1231], [1.0])
+
+    Source: ours.
+    """
+    chosen, others = _norm(work.gradients), _norm(work.others)
+    if not normalise():
+        return False
+    total = torch.hypot(chosen, others)
+    shrink = torch.where(total > limit, limit / total, 1.0)
+    now = _norm(work.gradients)
+    _times_(work.gradients, torch.where(now > 0, shrink * chosen / now, 0.0))
+    _times_(work.others, shrink)
+    return True
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Norm of all elements of all tensors, in float64, where no square of a float32 number overflows."""
+    kept = [tensor for tensor in tensors if tensor.numel() > 0]
+    if not kept:
+        return torch.zeros((), dtype=torch.float64)
+    norms = [norm.to(kept[0].device) for norm in torch._foreach_norm(kept, 2, dtype=torch.float64)]
+    return torch.stack(norms).square().sum().sqrt()
+
+
+def _times_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    for tensor in tensors:
+        tensor.mul_(factor.to(tensor.device))
 
 
 def _all_but(tensor: Tensor, dim: int) -> list[int]:

@@ -36,6 +36,8 @@ class GradientConfig:
                 raise ValueError(f"gradient.{name}: above 0, got {value:g}")
         if not (math.isfinite(self.znorm.eps) and self.znorm.eps >= 0):
             raise ValueError(f"gradient.znorm.eps: at least 0, got {self.znorm.eps:g}")
+        if self.znorm.clip_norm is not None and not (math.isfinite(self.znorm.clip_norm) and self.znorm.clip_norm > 0):
+            raise ValueError(f"gradient.znorm.clip_norm: above 0, or null, got {self.znorm.clip_norm:g}")
         if self.znorm.min_dimensions < 0:
             raise ValueError(f"gradient.znorm.min_dimensions: at least 0, got {self.znorm.min_dimensions}")
 
