@@ -151,7 +151,11 @@ def test_the_baseline_is_clip_or_else_the_first_arm() -> None:
 
 def test_a_variant_is_an_arm_with_a_config_of_its_own() -> None:
     made = plan(arms=["clip", "all"], variants=["all:gradient.znorm.output_block=none", "all:training.warmup=0.2"])
-    changed = ["gradient.znorm.output_block: auto -> none", "training.warmup: 0.05 -> 0.2"]
+    changed = [
+        "gradient.transform: auto -> znorm",
+        "gradient.znorm.output_block: auto -> none",
+        "training.warmup: 0.05 -> 0.2",
+    ]
     assert made.settings_of("all") == changed
     run = made.config_of(RunKey(optimizer="sgd", arm="all", rate=1e-2, seed=3))
     assert (run.gradient.transform, run.gradient.znorm.output_block, run.training.seed) == ("znorm", "none", 3)

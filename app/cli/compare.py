@@ -31,8 +31,8 @@ def compare(
         list[str] | None,
         typer.Option(
             "--variant",
-            metavar="NAME:SECTION.KEY=VALUE",
-            help="An arm of your own, to be named in --arms: the config with this change, such as "
+            metavar="NAME:KEY=VALUE",
+            help="An arm of your own, to be named in --arms: the config with znorm and this change, such as "
             "everything:gradient.znorm.output_block=none; may be repeated.",
         ),
     ] = None,

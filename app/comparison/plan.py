@@ -11,11 +11,13 @@ from typing import Any, Final, cast, get_args, get_type_hints
 from app.config import RunConfig, load_config, to_plain
 from app.config import differences as changed_keys
 from app.errors import ConfigError
-from app.training.gradient import GradientConfig
+from app.training.gradient import AUTO, GradientConfig
 from app.training.settings import TrainingConfig
 
-#: What ``gradient.transform`` and ``training.optimizer`` may be.
-ARMS: Final[tuple[str, ...]] = get_args(get_type_hints(GradientConfig)["transform"])
+#: What ``gradient.transform`` (but for its automatic choice) and ``training.optimizer`` may be.
+ARMS: Final[tuple[str, ...]] = tuple(
+    name for name in get_args(get_type_hints(GradientConfig)["transform"]) if name != AUTO
+)
 OPTIMIZERS: Final[tuple[str, ...]] = get_args(get_type_hints(TrainingConfig)["optimizer"])
 DEFAULT_ARMS: Final = ("none", "clip", "centralize", "znorm")
 #: Peak learning rates tried where none are given; decades for SGD, whose best rate the arms move the most.
@@ -24,6 +26,8 @@ DEFAULT_RATES: Final[Mapping[str, tuple[float, ...]]] = {
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
 }
 _USUAL_BASELINE: Final = "clip"
+#: What a variant is a variant of, unless it says otherwise.
+_VARIED: Final = "znorm"
 _VARIANT_NAME: Final = re.compile("[a-z0-9][a-z0-9-]{0,39}")
 #: Keys that a comparison sets itself, and the option that does it.
 _TAKEN: Final = {
@@ -156,7 +160,7 @@ def make_plan(  # noqa: PLR0913 - one for each option of the command
         baseline: the arm the others are compared with; default ``clip`` where it is among them, else the first.
         target_dice: above 0 and below 1, for the steps to reach it.
         variants: texts ``name:section.key=value``, each a change of the config that makes an arm of that name; texts of
-            one name add up.
+            one name add up. Its rule is ``znorm`` unless one of them says otherwise.
         first_seed: 0 or more.
 
     Raises:
@@ -193,7 +197,9 @@ def make_plan(  # noqa: PLR0913 - one for each option of the command
         baseline=baseline,
         target_dice=target_dice,
         variants={
-            name: _variant_config(name, config, [*overrides, f"training.steps={steps}", *texts])
+            name: _variant_config(
+                name, config, [*overrides, f"training.steps={steps}", f"gradient.transform={_VARIED}", *texts]
+            )
             for name, texts in changes.items()
         },
         first_seed=first_seed,

@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Final, Literal
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 
 import znorm
+
+#: The name that stands for a choice, no rule of its own.
+AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig:
     """Which rule the gradients go through."""
 
-    transform: Literal["none", "clip", "clip-value", "centralize", "adaptive-clip", "scale", "znorm"] = "znorm"
-    """``clip``: by global norm; ``clip-value``: each element; ``centralize``: arXiv 2004.01461; ``adaptive-clip``:
-    arXiv 2102.06171; ``scale``: ZNorm without taking the mean off; ``znorm``: z-score by layer (arXiv 2408.01215)."""
+    transform: Literal["auto", "none", "clip", "clip-value", "centralize", "adaptive-clip", "scale", "znorm"] = "auto"
+    """``auto``: ``clip`` under SGD, else ``znorm`` (docs/evidence.md); ``clip``: by global norm; ``clip-value``: each
+    element; ``centralize``: arXiv 2004.01461; ``adaptive-clip``: arXiv 2102.06171; ``scale``: ZNorm without taking the
+    mean off; ``znorm``: z-score by layer (arXiv 2408.01215)."""
     clip_norm: float = 1.0
     """Largest global norm with ``clip``."""
     clip_value: float = 1.0
@@ -54,23 +58,33 @@ class AttachedTransform:
 
 def attach(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
     """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped."""
-    handle = _handle(config, optimizer, model)
-    return AttachedTransform(report=_report(config, handle), skipped_steps=lambda: handle.skipped_steps)
+    name, reason = choose_transform(config, optimizer)
+    handle = _handle(name, config, optimizer, model)
+    return AttachedTransform(report=_report(name, reason, config, handle), skipped_steps=lambda: handle.skipped_steps)
 
 
-def _handle(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> znorm.GradientHandle:
-    if config.transform == "znorm":
+def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str, str]:
+    """Name of the rule for an optimiser, and the reason where the configuration leaves it open."""
+    if config.transform != AUTO:
+        return config.transform, ""
+    if isinstance(optimizer, SGD):
+        return "clip", " (auto: under SGD clipping scored higher than ZNorm, docs/evidence.md)"
+    return "znorm", " (auto: under AdamW no rule scored higher than ZNorm, docs/evidence.md)"
+
+
+def _handle(name: str, config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> znorm.GradientHandle:
+    if name == "znorm":
         return znorm.attach(optimizer, model, config.znorm)
     numbers = {
         "clip": {"limit": config.clip_norm},
         "clip-value": {"limit": config.clip_value},
         "adaptive-clip": {"ratio": config.adaptive_clip_ratio},
         "scale": {"eps": config.znorm.eps},
-    }.get(config.transform, {})
-    return znorm.attach_rival(optimizer, model, config.transform, config.znorm, **numbers)
+    }.get(name, {})
+    return znorm.attach_rival(optimizer, model, name, config.znorm, **numbers)
 
 
-def _report(config: GradientConfig, handle: znorm.GradientHandle) -> str:
+def _report(name: str, reason: str, config: GradientConfig, handle: znorm.GradientHandle) -> str:
     words = {
         "none": "gradients as is",
         "clip": f"gradients clipped to norm {config.clip_norm:g}",
@@ -78,7 +92,7 @@ def _report(config: GradientConfig, handle: znorm.GradientHandle) -> str:
         "centralize": "gradients centralized by output channel",
         "adaptive-clip": f"gradients clipped by output channel to {config.adaptive_clip_ratio:g} of the weights",
     }
-    if config.transform in words:
-        return words[config.transform]
-    name = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[config.transform]
-    return f"{name} on these tensors:\n{handle.selection.report()}"
+    if name in words:
+        return words[name] + reason
+    title = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[name]
+    return f"{title}{reason} on these tensors:\n{handle.selection.report()}"
