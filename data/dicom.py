@@ -21,8 +21,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from data.dicom_contrasts import Choice, choose
-from data.dicom_files import DicomFile, dicom_files, quiet
-from data.dicom_series import Series, group, text
+from data.dicom_files import DicomFile, dicom_files, quiet, text
+from data.dicom_series import Series, group
 from data.dicom_voxels import read_volume_of, to_image
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
@@ -77,7 +77,8 @@ def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
         with quiet():
             _require_one_patient(path, files)
             chosen = _of_study(path, files, study_uid)
-        yield Study(uid=text(chosen[0].header, "StudyInstanceUID"), series=group(chosen))
+            study = Study(uid=text(chosen[0].header, "StudyInstanceUID"), series=group(chosen))
+        yield study
 
 
 def read_study(

@@ -7,6 +7,7 @@ A file counts as DICOM by its content - ``DICM`` after the preamble, or a data s
 from __future__ import annotations
 
 import io
+import logging
 import os
 import warnings
 import zipfile
@@ -15,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import pydicom
 from pydicom.filereader import read_partial
@@ -52,7 +53,8 @@ class DicomFile:
     @property
     def transfer_syntax(self) -> UID:
         """How the voxels are stored; files without a meta header are implicit little endian."""
-        return UID(str(self.header.file_meta.get("TransferSyntaxUID", pydicom.uid.ImplicitVRLittleEndian)))
+        with quiet():
+            return UID(text(self.header.file_meta, "TransferSyntaxUID") or pydicom.uid.ImplicitVRLittleEndian)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,10 +93,34 @@ def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep pydicom's warnings about odd values to ourselves: they may repeat what a header says of the patient."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    """Keep what the DICOM libraries say of odd values to ourselves: it may repeat what a header says of the patient."""
+    logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
+    levels = [log.level for log in logs]
+    for log in logs:
+        log.setLevel(logging.CRITICAL + 1)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
+
+
+def value(dataset: pydicom.Dataset, keyword: str) -> Any:
+    """A field; None where it is missing, empty, or not of its kind."""
+    try:
+        with quiet():
+            content = dataset.get(keyword)
+    except Exception:  # pydicom raises what it likes
+        return None
+    return None if content == "" else content
+
+
+def text(dataset: pydicom.Dataset, keyword: str) -> str:
+    """A field as text, empty where it is missing or cannot be read."""
+    content = value(dataset, keyword)
+    return "" if content is None else str(content).strip()
 
 
 def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
@@ -112,7 +138,7 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
             damaged.append(f"{entry.name}: {error}")
             continue
         if file is not None:
-            found.setdefault(str(file.header.get("SOPInstanceUID") or entry.name), file)
+            found.setdefault(text(file.header, "SOPInstanceUID") or entry.name, file)
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise DataError(
@@ -145,20 +171,19 @@ def _read_header(entry: _Entry) -> DicomFile | None:
         with quiet(), entry.open() as stream:
             header = read_partial(stream, stop_when=end, force=True)
             place = stream.tell()
-            kind = str(header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID") or "")
-            syntax = header.file_meta.get("TransferSyntaxUID")
-            study = header.get("StudyInstanceUID")
     except (MemoryError, DataError):
         raise
     except Exception as error:  # whatever a damaged header makes pydicom trip over
         if not marked:
             return None
         raise DataError(f"its header cannot be read ({type(error).__name__})") from error
+    kind = text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
+    study = text(header, "StudyInstanceUID")
     if kind == MediaStorageDirectoryStorage or (not marked and not (kind and study)):
         return None
     if not kind or not study:
         raise DataError("cut short or damaged: it does not say what it is and to which study it belongs")
-    deflated = syntax == pydicom.uid.DeflatedExplicitVRLittleEndian
+    deflated = text(header.file_meta, "TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian
     if end.bytes is not None and not deflated and place + _ELEMENT_BYTES + end.bytes > entry.bytes:
         raise DataError(f"cut short: {end.bytes} bytes of voxels are announced, the file has {entry.bytes} in all")
     return DicomFile(name=entry.name, header=header, has_voxels=end.found, open=entry.open)

@@ -13,6 +13,7 @@ from typing import Final
 import highdicom as hd
 import numpy as np
 import numpy.typing as npt
+import pydicom
 from pydicom.sr.codedict import codes
 
 from data.dicom_files import quiet
@@ -112,12 +113,11 @@ def write_dicom_seg(
         )
         for number, (_, label, kind, colour) in enumerate(present, start=1)
     ]
-    headers = list({id(frame.file): frame.file.header for frame in source.frames}.values())
     planes = numbers[label_codes].transpose(2, 1, 0)
     try:
         with quiet():
             segmentation = hd.seg.Segmentation(
-                source_images=headers,
+                source_images=_headers(source),
                 pixel_array=np.ascontiguousarray(planes),
                 segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
                 segment_descriptions=descriptions,
@@ -140,8 +140,27 @@ def write_dicom_seg(
         raise DataError(
             f"series {source.key}: its headers do not allow a segmentation to refer to them ({error})."
         ) from error
+    shared = segmentation.SharedFunctionalGroupsSequence[0]
+    shared.PixelMeasuresSequence = _measures(source)  # where the headers' own claims were taken over
     with replacing(path) as beside, quiet():
         segmentation.save_as(beside)
+
+
+def _headers(source: Series) -> list[pydicom.Dataset]:
+    """The headers that are referred to: one a slice, or that of the one file that holds them all.
+
+    Slices of a stack may differ in the last digit of their orientation; here they have that of the first.
+    """
+    first = source.frames[0].file.header
+    if len({id(frame.file) for frame in source.frames}) == 1 and len(source.frames) > 1:
+        return [first]
+    headers = []
+    for frame in source.frames:
+        header = pydicom.Dataset()
+        header.update(frame.file.header)
+        header.ImageOrientationPatient = first.ImageOrientationPatient
+        headers.append(header)
+    return headers
 
 
 def _measures(source: Series) -> hd.PixelMeasuresSequence:

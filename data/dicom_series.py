@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import pydicom
 
-from data.dicom_files import DicomFile, quiet
+from data.dicom_files import DicomFile, quiet, text, value
 from data.nifti import MAX_VOXELS, VOXEL_SIZE_MM
 
 #: Direction cosines and spacings that agree to this are the same.
@@ -136,36 +136,31 @@ def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
     One SeriesInstanceUID may hold several: they are told apart by matrix, orientation and voxel size, and where images
     lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves one image at each.
     """
+    with quiet():
+        return tuple(_grouped(files))
+
+
+def _grouped(files: Iterable[DicomFile]) -> Iterator[Series]:
     by_uid: dict[str, list[DicomFile]] = defaultdict(list)
     for file in files:
         by_uid[text(file.header, "SeriesInstanceUID")].append(file)
     numbers = {uid: _whole(file[0].header, "SeriesNumber") for uid, file in by_uid.items()}
     used = Counter(numbers.values())
-    found = []
-    with quiet():
-        for uid in sorted(by_uid, key=lambda uid: (numbers[uid] is None, numbers[uid] or 0, uid)):
-            number = numbers[uid]
-            name = uid if number is None or used[number] > 1 else str(number)
-            volumes = _volumes([frame for file in by_uid[uid] for frame in _frames(file)])
-            for place, frames in enumerate(volumes, start=1):
-                ordered = _in_order(frames)
-                series = Series(
-                    key=name if len(volumes) == 1 else f"{name}/{place}",
-                    uid=uid,
-                    number=number,
-                    volumes_in_series=len(volumes),
-                    frames=ordered,
-                    acquisition=_acquisition(ordered[0]),
-                    problems=tuple(_problems(ordered)),
-                )
-                found.append(series)
-    return tuple(found)
-
-
-def text(dataset: pydicom.Dataset, keyword: str) -> str:
-    """A field as text, empty where it is missing or cannot be read."""
-    value = _value([dataset], keyword)
-    return "" if value is None else str(value).strip()
+    for uid in sorted(by_uid, key=lambda uid: (numbers[uid] is None, numbers[uid] or 0, uid)):
+        number = numbers[uid]
+        name = uid if number is None or used[number] > 1 else str(number)
+        volumes = _volumes([frame for file in by_uid[uid] for frame in _frames(file)])
+        for place, frames in enumerate(volumes, start=1):
+            ordered = _in_order(frames)
+            yield Series(
+                key=name if len(volumes) == 1 else f"{name}/{place}",
+                uid=uid,
+                number=number,
+                volumes_in_series=len(volumes),
+                frames=ordered,
+                acquisition=_acquisition(ordered[0]),
+                problems=tuple(_problems(ordered)),
+            )
 
 
 def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
@@ -174,31 +169,29 @@ def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
     These are the frame's own functional groups, those shared by all frames, and the header itself.
     """
     header = file.header
-    shared = header.get("SharedFunctionalGroupsSequence") or []
-    own = header.get("PerFrameFunctionalGroupsSequence") or []
-    groups = [*([own[number]] if number < len(own) else []), *([shared[0]] if shared else [])]
-    inside = [element.value[0] for group in groups for element in group if element.VR == "SQ" and element.value]
-    return [*inside, header]
+    shared = _items(header, "SharedFunctionalGroupsSequence")
+    own = _items(header, "PerFrameFunctionalGroupsSequence")
+    groups = [*own[number : number + 1], *shared[:1]]
+    return [*(item for group in groups for keyword in group.dir() for item in _items(group, keyword)[:1]), header]
+
+
+def _items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
+    """The items of a sequence; none where the field is missing or no sequence."""
+    content = value(dataset, keyword)
+    return list(content) if isinstance(content, pydicom.Sequence) else []
 
 
 def _value(places: Sequence[pydicom.Dataset], keyword: str) -> Any:
     """The first value there is; None where there is none that can be read."""
-    for place in places:
-        try:
-            value = place.get(keyword)
-        except Exception:  # noqa: S112 - a value that is not of its kind; pydicom raises what it likes
-            continue
-        if value is not None and value != "":
-            return value
-    return None
+    return next((content for place in places if (content := value(place, keyword)) is not None), None)
 
 
 def _numbers(places: Sequence[pydicom.Dataset], keyword: str) -> Vector | None:
     """Finite numbers, or None."""
-    value = _value(places, keyword)
-    if value is None:
+    content = _value(places, keyword)
+    if content is None:
         return None
-    several = value if isinstance(value, (list, tuple, pydicom.multival.MultiValue)) else [value]
+    several = content if isinstance(content, (list, tuple, pydicom.multival.MultiValue)) else [content]
     try:
         numbers = tuple(float(one) for one in several)
     except (TypeError, ValueError):
@@ -223,9 +216,9 @@ def _whole(dataset: pydicom.Dataset, keyword: str) -> int | None:
 def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]:
     """A field of several words, in capitals."""
     for keyword in keywords:
-        value = _value(places, keyword)
-        if value is not None:
-            several = [value] if isinstance(value, str) else value
+        content = _value(places, keyword)
+        if content is not None:
+            several = content if isinstance(content, (list, pydicom.multival.MultiValue)) else [content]
             return tuple(str(word).strip().upper() for word in several)
     return ()
 
@@ -433,7 +426,7 @@ def _acquisition(frame: Frame) -> Acquisition:
     """How a frame was acquired."""
     header = frame.file.header
     places = frame_groups(frame.file, frame.number)
-    agents = header.get("ContrastBolusAgentSequence") or []
+    agents = _items(header, "ContrastBolusAgentSequence")
     agent = _value([header, *agents], "ContrastBolusAgent")
     if agent is None and agents:
         agent = _value(agents, "CodeMeaning") or "given"

@@ -85,10 +85,11 @@ def _decode(file: DicomFile, series: Series) -> _Decoded:
     """
     where = f"series {series.key}, file {file.name}"
     syntax = file.transfer_syntax
+    is_compressed = _is_compressed(syntax)
     with file.open() as stream:
         content = stream.read()
     reason = "no decoder for it is installed"
-    if not syntax.is_compressed or _has_decoder(syntax):
+    if not is_compressed or _has_decoder(syntax):
         try:
             with quiet():
                 dataset = pydicom.dcmread(io.BytesIO(content), force=True)
@@ -101,16 +102,24 @@ def _decode(file: DicomFile, series: Series) -> _Decoded:
             reason = f"{type(error).__name__}: {error}"
         else:
             return _Decoded(pixels if pixels.ndim == 3 else pixels[None])
-    if syntax.is_compressed and len({frame.number for frame in series.frames}) == 1:
+    if is_compressed and len({frame.number for frame in series.frames}) == 1:
         pixels = _decoded_by_itk(content)
         if pixels is not None:
             return _Decoded(pixels, is_rescaled=True)
-    if not syntax.is_compressed:
+    if not is_compressed:
         raise DataError(f"{where}: its voxels cannot be read ({reason}). It is damaged; export it again.")
     raise DataError(
         f"{where}: its voxels are compressed as {syntax.name} ({syntax}) and cannot be decoded ({reason}). "
         "Install pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, or export the study uncompressed."
     )
+
+
+def _is_compressed(syntax: pydicom.uid.UID) -> bool:
+    """Whether a transfer syntax is known to be a compressed one."""
+    try:
+        return syntax.is_compressed
+    except ValueError:  # no transfer syntax at all
+        return False
 
 
 def _has_decoder(syntax: pydicom.uid.UID) -> bool:

@@ -228,3 +228,64 @@ def dicom_study(write_series: Callable[..., list[Path]], tmp_path_factory: pytes
     add(8, (16, 16, 12), straight, "t1_mprage_sag KM MPR tra", **mprage(), **reformatted)
     (folder / "README.txt").write_text("no image")
     return folder
+
+
+@pytest.fixture(scope="session")
+def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder with one enhanced (multi-frame) T1c, oblique, frames in no order; its voxels and affine (RAS)."""
+    import numpy as np
+    import pydicom
+    from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
+    from scipy.spatial.transform import Rotation
+
+    def of(**fields: Any) -> pydicom.Sequence:
+        item = pydicom.Dataset()
+        for keyword, value in fields.items():
+            setattr(item, keyword, value)
+        return pydicom.Sequence([item])
+
+    random = np.random.default_rng(3)
+    voxels = random.integers(0, 4000, (7, 9, 6))
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [10, 15, -5], degrees=True).as_matrix() @ np.diag([-1.5, -2.0, 4.0])
+    affine[:3, 3] = (12, 7, -30)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    image = pydicom.Dataset()
+    image.file_meta = pydicom.dataset.FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = EnhancedMRImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = generate_uid()
+    for keyword in ("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "PatientSex", "PatientBirthDate"):
+        setattr(image, keyword, "")
+    image.PatientName, image.PatientID, image.Modality = "Mustermann^Erika", "PID-4711", "MR"
+    image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = (generate_uid() for _ in range(3))
+    image.ReferringPhysicianName = image.Manufacturer = image.PositionReferenceIndicator = ""
+    image.SeriesNumber, image.InstanceNumber, image.SeriesDescription = 11, 1, "WIP T1 3D TFE Gd"
+    image.ContrastBolusAgentSequence = of(ContrastBolusAgentNumber=1)
+    shared = pydicom.Dataset()
+    shared.PlaneOrientationSequence = of(
+        ImageOrientationPatient=[f"{c:.9g}" for c in (lps[:3, :2] / (1.5, 2.0)).T.ravel()]
+    )
+    shared.PixelMeasuresSequence = of(PixelSpacing=[2.0, 1.5], SliceThickness=4.0)
+    shared.MRTimingAndRelatedParametersSequence = of(RepetitionTime=8.1, FlipAngle=8)
+    shared.MREchoSequence = of(EffectiveEchoTime=3.7)
+    image.EchoPulseSequence = "GRADIENT"
+    image.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    order = random.permutation(voxels.shape[2])
+    frames = []
+    for place in order:
+        frame = pydicom.Dataset()
+        frame.PlanePositionSequence = of(
+            ImagePositionPatient=[f"{mm:.9g}" for mm in (lps @ [0, 0, place, 1])[:3]]
+        )
+        frame.FrameContentSequence = of(DimensionIndexValues=[int(place) + 1])
+        frame.PixelValueTransformationSequence = of(RescaleSlope=int(place) + 1, RescaleIntercept=-5, RescaleType="US")
+        frames.append(frame)
+    image.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    image.NumberOfFrames, image.Rows, image.Columns = len(frames), voxels.shape[1], voxels.shape[0]
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 12, 11, 0
+    image.PixelData = np.ascontiguousarray(voxels[:, :, order].transpose(2, 1, 0)).astype("<u2").tobytes()
+    folder = tmp_path_factory.mktemp("enhanced")
+    image.save_as(folder / "IM_0001", enforce_file_format=True)
+    return folder, voxels * (np.arange(voxels.shape[2]) + 1.0) - 5, affine
