@@ -18,7 +18,7 @@ from typing import Final
 
 import nibabel as nib
 import numpy as np
-import SimpleITK as sitk
+import SimpleITK
 
 from data.dicom_contrasts import Choice, choose
 from data.dicom_files import DicomFile, dicom_files, quiet, text
@@ -57,7 +57,7 @@ class StudyImages:
     """Series of each contrast; what :func:`data.dicom_seg.write_dicom_seg` refers to."""
 
     @property
-    def images(self) -> dict[Contrast, sitk.Image]:
+    def images(self) -> dict[Contrast, SimpleITK.Image]:
         """The same as ITK images (float32, LPS)."""
         return {contrast: to_image(volume) for contrast, volume in self.volumes.items()}
 
@@ -107,7 +107,7 @@ def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
 def write_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
     """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; all of them or none.
 
-    Whole numbers that fit are stored as int16, others as float32. Nothing of the DICOM headers but the geometry is kept.
+    Whole numbers that fit are stored as int16, others as float32. Of the DICOM headers the geometry alone is kept.
 
     Args:
         out: folder of the data set, made if missing.
@@ -157,7 +157,7 @@ def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:
 
     The message does not repeat what tells them apart.
     """
-    fields = ("PatientID", "PatientBirthDate")
+    fields: tuple[str, ...] = ("PatientID", "PatientBirthDate")
     if not any(text(file.header, "PatientID") for file in files):
         fields = ("PatientName", *fields)
     for field in fields:

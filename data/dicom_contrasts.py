@@ -1,9 +1,9 @@
 """Which series of a study is the T1, T1c, T2 and FLAIR, and why the others are none of them.
 
-The name of a series (SeriesDescription, else ProtocolName) and its timing are looked at apart; where they contradict each
-other nothing is decided. The limits in ms are those between the usual protocols of 1.5 and 3 T: T1 has a short echo
-and a short repetition or, as MPRAGE, an inversion below 1.5 s; T2 has a long echo; FLAIR a long echo and an inversion
-that nulls fluid, above 1.5 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapters 14 and 16).
+The name of a series (SeriesDescription, else ProtocolName) and its timing are looked at apart; where they contradict
+each other nothing is decided. The limits in ms are those between the usual protocols of 1.5 and 3 T: T1 has a short
+echo and a short repetition or, as MPRAGE, an inversion below 1.5 s; T2 has a long echo; FLAIR a long echo and an
+inversion that nulls fluid, above 1.5 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
 Names follow the habits of the vendors in English, German, French, Italian, Spanish and Portuguese.
 """
 
@@ -113,7 +113,9 @@ def choose(
         else:
             problems.append(f"no series is recognised as the {contrast}; if one is, name it with --{contrast} SERIES")
     if problems:
-        raise DataError("; ".join(problems) + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column.")
+        raise DataError(
+            "; ".join(problems) + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
+        )
     for contrast, choice in result.items():
         if choice.series.problems:
             raise DataError(
@@ -221,11 +223,14 @@ def _plain(name: str) -> str:
 _EXCLUDED_NAMES: Final = tuple(
     (re.compile(rf"\b(?:{pattern})\b"), reason)
     for pattern, reason in (
-        (r"loc|\w*locali[sz]\w*|lokali\w*|scout|\w*scout|survey|pilot|topogram\w*|[23] ?planes?|three planes?|3 ?pl", "a localizer"),
-        (r"dwi?|\w*diff\w*|dti|e?adc|trace\w*|tensor|ivim|dki|colfa|b ?(?:0|500|800|1000)", "diffusion"),
+        (
+            r"loc|\w*locali[sz]\w*|lokali\w*|scout|\w*scout|survey|pilot|topogram\w*|[23] ?planes?|three planes?|3 ?pl",
+            "a localizer",
+        ),
+        (r"\w*dwi\w*|dw|\w*diff\w*|dti|e?adc|trace\w*|tensor|ivim|dki|colfa|b ?(?:0|500|800|1000)", "diffusion"),
         (r"\w*perf\w*|pwi|dsc|dce|p?c?asl|r?cbf|r?cbv|mtt|ttp|tmax|twist|perfusie", "perfusion"),
         (r"swip?|swan\w*|venobold|t2star\w*|t2 star|\w*hemo\w*|qsm|pha images?", "susceptibility"),
-        (r"tof\w*|(?:ce ?)?mr[av]|\w*angio\w*|pca|phase contrast|venogra\w*", "angiography"),
+        (r"tof\w*|(?:ce ?)?mr[av]|\w*angio\w*|pca|[23]d ?pc|phase contrast|venogra\w*", "angiography"),
         (r"\w*spectro\w*|mrs|csi\w*|svs\w*", "spectroscopy"),
         (r"\w*fmri\w*|bold\w*|resting|moco\w*", "functional"),
         (r"mip|minip|mnip|mip images?", "a projection"),
@@ -272,7 +277,7 @@ _EXCLUDED_TYPES: Final = {
 }
 
 
-def _excluded(series: Series) -> str | None:
+def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reason
     """Why a series is none of the four contrasts, whatever its timing; None where it may be."""
     acquisition = series.acquisition
     if acquisition.modality != "MR":
@@ -367,12 +372,13 @@ _CONTRAST_WORD: Final = (
     r"magnevist|multihance|prohance|omniscan|clariscan|elucirem|vueway"
 )
 _BEFORE: Final = re.compile(
-    rf"\b(?:(?:without|wo|w o|ohne|vor|sans|avant|senza|sin|sem|no|non|pre|before|prima) ?(?:iv |i v )?(?:{_CONTRAST_WORD})"
+    r"\b(?:(?:without|wo|w o|ohne|vor|sans|avant|senza|sin|sem|no|non|pre|before|prima) ?(?:iv |i v )?"
+    rf"(?:{_CONTRAST_WORD})"
     r"|pre|vor|avant|antes|nativ\w*|plain|unenhanced|basal)\b"
 )
 _AFTER: Final = re.compile(
-    rf"\b(?:{_CONTRAST_WORD}|enhanced|post(?! ?(?:op\w*|surg\w*|rt|radi\w*|chemo\w*|treat\w*|proc\w*))|postcontrast|nach|"
-    r"apres|apr\u00e8s|dopo|despues|t1(?:c|ce|gd|km|post)|pc)\b"
+    rf"\b(?:{_CONTRAST_WORD}|enhanced|post(?! ?(?:op\w*|surg\w*|rt|radi\w*|chemo\w*|treat\w*|proc\w*))|postcontrast|"
+    r"nach|apres|apr\u00e8s|dopo|despues|t1(?:c|ce|gd|km|post))\b"
 )
 _NO_AGENT: Final = {"", "NO", "NONE", "N/A", "NA", "0", "OHNE", "NATIV", "WITHOUT", "NO CONTRAST", "KEIN", "KEINE"}
 

@@ -62,7 +62,7 @@ class _Entry:
     """A file that may be DICOM."""
 
     name: str
-    bytes: int
+    size: int
     head: Callable[[], bytes]
     open: Callable[[], BinaryIO]
 
@@ -158,14 +158,14 @@ def _read_header(entry: _Entry) -> DicomFile | None:
     Raises:
         DataError: it is DICOM but damaged; the message does not name the file.
     """
-    if entry.bytes == 0 and PurePosixPath(entry.name).suffix.lower() in _ENDINGS_OF_DICOM:
+    if entry.size == 0 and PurePosixPath(entry.name).suffix.lower() in _ENDINGS_OF_DICOM:
         raise DataError("the file is empty")
     head = entry.head()
     marked = head[128:_PREAMBLE] == b"DICM"
     if not marked and not _may_start_a_data_set(head):
         return None
-    if entry.bytes > MAX_FILE_BYTES:
-        raise DataError(f"{entry.bytes} bytes, more than the {MAX_FILE_BYTES} allowed")
+    if entry.size > MAX_FILE_BYTES:
+        raise DataError(f"{entry.size} bytes, more than the {MAX_FILE_BYTES} allowed")
     end = _Voxels()
     try:
         with quiet(), entry.open() as stream:
@@ -184,8 +184,8 @@ def _read_header(entry: _Entry) -> DicomFile | None:
     if not kind or not study:
         raise DataError("cut short or damaged: it does not say what it is and to which study it belongs")
     deflated = text(header.file_meta, "TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian
-    if end.bytes is not None and not deflated and place + _ELEMENT_BYTES + end.bytes > entry.bytes:
-        raise DataError(f"cut short: {end.bytes} bytes of voxels are announced, the file has {entry.bytes} in all")
+    if end.size is not None and not deflated and place + _ELEMENT_BYTES + end.size > entry.size:
+        raise DataError(f"cut short: {end.size} bytes of voxels are announced, the file has {entry.size} in all")
     return DicomFile(name=entry.name, header=header, has_voxels=end.found, open=entry.open)
 
 
@@ -194,13 +194,13 @@ class _Voxels:
 
     def __init__(self) -> None:
         self.found = False
-        self.bytes: int | None = None
+        self.size: int | None = None
 
-    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:
+    def __call__(self, tag: BaseTag, vr: str | None, length: int) -> bool:  # noqa: ARG002 - pydicom's signature
         if tag.group != _PIXEL_GROUP:
             return False
         self.found = tag.element == 0x0010
-        self.bytes = None if length == 0xFFFFFFFF else length
+        self.size = None if length == 0xFFFFFFFF else length
         return True
 
 
@@ -235,7 +235,7 @@ def _entry(path: Path, name: str) -> _Entry:
         with path.open("rb") as stream:
             return stream.read(_PREAMBLE)
 
-    return _Entry(name=name, bytes=path.stat().st_size, head=head, open=lambda: path.open("rb"))
+    return _Entry(name=name, size=path.stat().st_size, head=head, open=lambda: path.open("rb"))
 
 
 def _in_archive(path: Path, stack: ExitStack) -> Iterator[_Entry]:
@@ -269,7 +269,7 @@ def _in_archive(path: Path, stack: ExitStack) -> Iterator[_Entry]:
             with _unpacking(path):
                 return io.BytesIO(archive.read(member))
 
-        return _Entry(name=member.filename, bytes=member.file_size, head=head, open=whole)
+        return _Entry(name=member.filename, size=member.file_size, head=head, open=whole)
 
     return map(entry, sorted(members, key=lambda member: member.filename))
 

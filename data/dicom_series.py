@@ -1,15 +1,15 @@
 """DICOM images grouped into volumes: one orientation, one echo, one time point, one image at each place.
 
 Geometry after DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice lies at
-``position + i * row_direction * column_spacing + j * column_direction * row_spacing`` in LPS millimetres. Slices are put
-in order along the normal ``row_direction x column_direction``, as ITK does it. Enhanced (multi-frame) objects hold the
-same in functional groups (C.7.6.16).
+``position + i * row_direction * column_spacing + j * column_direction * row_spacing`` in LPS millimetres. Slices
+are put in order along the normal ``row_direction x column_direction``, as ITK does it. Enhanced (multi-frame)
+objects hold the same in functional groups (C.7.6.16).
 """
 
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -31,6 +31,7 @@ _IN_PLANE_TOLERANCE_MM: Final = 0.3
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Vector = tuple[float, ...]
+Part = float | tuple[float, ...] | tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,7 +52,7 @@ class Frame:
     thickness_mm: float | None
     slope: float
     intercept: float
-    parts: tuple[Hashable, ...]
+    parts: tuple[Part, ...]
     """What may tell apart volumes that one series holds, in the order of :data:`_PARTING`."""
 
     @property
@@ -261,26 +262,26 @@ def _directions(cosines: Vector | None) -> Vector | None:
     return (*map(float, row / lengths[0]), *map(float, column / lengths[1]))
 
 
-def _rounded(*keywords: str) -> Callable[[Sequence[pydicom.Dataset]], Hashable]:
+def _rounded(*keywords: str) -> Callable[[Sequence[pydicom.Dataset]], Part]:
     """A part told by a number."""
 
-    def part(places: Sequence[pydicom.Dataset]) -> Hashable:
+    def part(places: Sequence[pydicom.Dataset]) -> Part:
         number = _number(places, *keywords)
         return -1.0 if number is None else round(number, 2)
 
     return part
 
 
-def _gradient(places: Sequence[pydicom.Dataset]) -> Hashable:
+def _gradient(places: Sequence[pydicom.Dataset]) -> Part:
     return _numbers(places, "DiffusionGradientOrientation") or ()
 
 
-def _image_type(places: Sequence[pydicom.Dataset]) -> Hashable:
+def _image_type(places: Sequence[pydicom.Dataset]) -> Part:
     return _words(places, "FrameType", "ImageType")
 
 
 #: What may tell apart images at one place, in the order in which it is tried.
-_PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Hashable], ...]] = (
+_PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Part], ...]] = (
     _rounded("EffectiveEchoTime", "EchoTime"),
     _image_type,
     _rounded("DiffusionBValue"),
@@ -333,13 +334,17 @@ def _parted(frames: list[Frame]) -> list[list[Frame]]:
     if most < 2:
         return [frames]
     for part in range(len(_PARTING)):
-        volumes: dict[Hashable, list[Frame]] = defaultdict(list)
+        volumes: dict[Part, list[Frame]] = defaultdict(list)
         for frame in frames:
             volumes[frame.parts[part]].append(frame)
         if 1 < len(volumes) <= most and all(_most_at_one_place(volume) < most for volume in volumes.values()):
-            ordered = sorted(volumes.items(), key=lambda item: repr(item[0]) if part in (1, 3) else item[0])
+            ordered = sorted(volumes.items(), key=lambda item: _sortable(item[0]))
             return [smaller for _, volume in ordered for smaller in _parted(volume)]
     return [frames]
+
+
+def _sortable(part: Part) -> tuple[float | str, ...]:
+    return part if isinstance(part, tuple) else (part,)
 
 
 def _most_at_one_place(frames: Sequence[Frame]) -> int:
@@ -376,7 +381,8 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
         yield "it holds no image"
         return
     if first.directions is None or first.position_mm is None or first.spacing_mm is None:
-        yield "its header does not say where the voxels lie (ImagePositionPatient, ImageOrientationPatient, PixelSpacing)"
+        fields = "ImagePositionPatient, ImageOrientationPatient, PixelSpacing"
+        yield f"its header does not say where the voxels lie ({fields})"
         return
     if _whole(first.file.header, "SamplesPerPixel") not in (None, 1):
         yield "it is in colour"

@@ -10,8 +10,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import pydicom
-import SimpleITK as sitk
-from pydicom.pixels import get_decoder
+import SimpleITK
+from pydicom.pixels.decoders.base import get_decoder
 
 from data.dicom_files import DicomFile, quiet
 from data.dicom_series import Series
@@ -47,7 +47,7 @@ def read_volume_of(series: Series) -> Volume:
     return Volume(voxels=voxels, affine=series.affine, path=Path(f"series {series.key}"))
 
 
-def read_series(series: Series) -> sitk.Image:
+def read_series(series: Series) -> SimpleITK.Image:
     """The same as an ITK image (LPS), float32.
 
     Raises:
@@ -56,9 +56,9 @@ def read_series(series: Series) -> sitk.Image:
     return to_image(read_volume_of(series))
 
 
-def to_image(volume: Volume) -> sitk.Image:
+def to_image(volume: Volume) -> SimpleITK.Image:
     """A volume as an ITK image: every voxel at the same physical point, LPS instead of RAS."""
-    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.transpose(2, 1, 0)))
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(volume.voxels.transpose(2, 1, 0)))
     spacing = np.array(volume.spacing_mm)
     image.SetSpacing([float(mm) for mm in spacing])
     image.SetOrigin([float(mm) for mm in _RAS_TO_LPS @ volume.affine[:3, 3]])
@@ -103,9 +103,9 @@ def _decode(file: DicomFile, series: Series) -> _Decoded:
         else:
             return _Decoded(pixels if pixels.ndim == 3 else pixels[None])
     if is_compressed and len({frame.number for frame in series.frames}) == 1:
-        pixels = _decoded_by_itk(content)
-        if pixels is not None:
-            return _Decoded(pixels, is_rescaled=True)
+        rescaled = _decoded_by_itk(content)
+        if rescaled is not None:
+            return _Decoded(rescaled, is_rescaled=True)
     if not is_compressed:
         raise DataError(f"{where}: its voxels cannot be read ({reason}). It is damaged; export it again.")
     raise DataError(
@@ -125,7 +125,7 @@ def _is_compressed(syntax: pydicom.uid.UID) -> bool:
 def _has_decoder(syntax: pydicom.uid.UID) -> bool:
     """Whether pydicom knows the transfer syntax and has a plugin for it."""
     try:
-        return get_decoder(syntax).is_available
+        return bool(get_decoder(syntax).is_available)
     except NotImplementedError:
         return False
 
@@ -135,10 +135,10 @@ def _decoded_by_itk(content: bytes) -> npt.NDArray[Any] | None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "image.dcm")
         path.write_bytes(content)
-        reader = sitk.ImageFileReader()
+        reader = SimpleITK.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileName(str(path))
         try:
-            return np.asarray(sitk.GetArrayFromImage(reader.Execute()))
+            return np.asarray(SimpleITK.GetArrayFromImage(reader.Execute()))
         except RuntimeError:
             return None

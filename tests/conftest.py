@@ -137,7 +137,7 @@ def shell() -> Callable[..., Outcome]:
 def write_series() -> Callable[..., list[Path]]:
     """Write a volume as one DICOM file a slice, in no order and under names that say nothing.
 
-    ``write_series(folder, voxels, affine, Keyword=value, ...)``: voxels of shape (columns, rows, slices), affine to RAS.
+    ``write_series(folder, voxels, affine, Keyword=value)``: voxels of shape (columns, rows, slices), affine to RAS.
     """
     import numpy as np
     import pydicom
@@ -275,9 +275,7 @@ def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     frames = []
     for place in order:
         frame = pydicom.Dataset()
-        frame.PlanePositionSequence = of(
-            ImagePositionPatient=[f"{mm:.9g}" for mm in (lps @ [0, 0, place, 1])[:3]]
-        )
+        frame.PlanePositionSequence = of(ImagePositionPatient=[f"{mm:.9g}" for mm in (lps @ [0, 0, place, 1])[:3]])
         frame.FrameContentSequence = of(DimensionIndexValues=[int(place) + 1])
         frame.PixelValueTransformationSequence = of(RescaleSlope=int(place) + 1, RescaleIntercept=-5, RescaleType="US")
         frames.append(frame)
