@@ -20,6 +20,8 @@ from data.labels import CONTRASTS, Contrast
 
 #: Fewer slices are a localizer or a test, not a brain.
 FEWEST_SLICES: Final = 5
+#: More volumes than this in one series are time points or a ladder of echoes.
+MOST_VOLUMES: Final = 3
 
 _FLAIR_INVERSION_MS: Final = 1500.0
 _T1_INVERSION_MS: Final = 400.0
@@ -117,9 +119,12 @@ def choose(
             "; ".join(problems) + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
         )
     for contrast, choice in result.items():
-        if choice.series.problems:
+        modality = choice.series.acquisition.modality
+        problems = [] if modality == "MR" else [f"modality {modality or 'not told'}, not MR"]
+        problems += choice.series.problems
+        if problems:
             raise DataError(
-                f"{contrast}: series {describe(choice.series)}: {choice.series.problems[0]}. "
+                f"{contrast}: series {describe(choice.series)}: {problems[0]}. "
                 f"Export it again, or choose another with --{contrast} SERIES."
             )
     return result
@@ -299,6 +304,8 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
         return f"diffusion (b-value {acquisition.b_value:g} s/mm2)"
     if "EP" in acquisition.scanning:
         return "echo-planar: diffusion, perfusion or functional"
+    if series.volumes_in_series > MOST_VOLUMES:
+        return f"one of {series.volumes_in_series} volumes of its series: dynamic, or many echoes"
     if "SPINE" in acquisition.body_part:
         return "not the brain (BodyPartExamined)"
     if len(series.frames) < FEWEST_SLICES:

@@ -25,6 +25,8 @@ from pydicom.uid import UID, MediaStorageDirectoryStorage
 
 from data.errors import DataError
 
+log = logging.getLogger("znormseg")
+
 #: More files than this in one study are refused.
 MAX_FILES: Final = 200_000
 #: A file, and an archive's files together, may unpack to this many bytes.
@@ -88,7 +90,9 @@ def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
             entries = _in_folder(path.parent)
         else:
             entries = iter([_entry(path, path.name)])
-        yield _headers(path, entries)
+        with quiet():
+            files = _headers(path, entries)
+        yield files
 
 
 @contextmanager
@@ -110,8 +114,7 @@ def quiet() -> Iterator[None]:
 def value(dataset: pydicom.Dataset, keyword: str) -> Any:
     """A field; None where it is missing, empty, or not of its kind."""
     try:
-        with quiet():
-            content = dataset.get(keyword)
+        content = dataset.get(keyword)
     except Exception:  # pydicom raises what it likes
         return None
     return None if content == "" else content
@@ -127,17 +130,20 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
     """Every DICOM object once, in the order of their names."""
     found: dict[str, DicomFile] = {}
     damaged: list[str] = []
-    seen = 0
+    listed: set[str] = set()
+    seen: set[str] = set()
     for entry in entries:
-        seen += 1
-        if seen > MAX_FILES:
+        seen.add(entry.name.upper())
+        if len(seen) > MAX_FILES:
             raise DataError(f"{path}: more than {MAX_FILES} files. Give the folder of one study.")
         try:
             file = _read_header(entry)
         except DataError as error:
             damaged.append(f"{entry.name}: {error}")
             continue
-        if file is not None:
+        if file is not None and _kind(file.header) == MediaStorageDirectoryStorage:
+            listed.update(_listed_in(file))
+        elif file is not None:
             found.setdefault(text(file.header, "SOPInstanceUID") or entry.name, file)
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
@@ -146,10 +152,26 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
         )
     if not found:
         raise DataError(
-            f"{path}: no DICOM file among {seen} {'file' if seen == 1 else 'files'}. "
+            f"{path}: no DICOM file among {len(seen)} {'file' if len(seen) == 1 else 'files'}. "
             "Give the folder of a study, a .zip of it, or its DICOMDIR."
         )
+    if listed - seen:
+        log.warning(
+            "%s: its DICOMDIR lists %d files that are not there; is the copy complete?", path, len(listed - seen)
+        )
     return tuple(found.values())
+
+
+def _kind(header: pydicom.Dataset) -> str:
+    return text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
+
+
+def _listed_in(directory: DicomFile) -> set[str]:
+    """Files that a DICOMDIR names, in capitals, by their place in the study."""
+    folder = PurePosixPath(directory.name).parent
+    records = value(directory.header, "DirectoryRecordSequence")
+    names = [value(record, "ReferencedFileID") for record in records or []]
+    return {str(folder.joinpath(*([name] if isinstance(name, str) else name))).upper() for name in names if name}
 
 
 def _read_header(entry: _Entry) -> DicomFile | None:
@@ -168,7 +190,7 @@ def _read_header(entry: _Entry) -> DicomFile | None:
         raise DataError(f"{entry.size} bytes, more than the {MAX_FILE_BYTES} allowed")
     end = _Voxels()
     try:
-        with quiet(), entry.open() as stream:
+        with entry.open() as stream:
             header = read_partial(stream, stop_when=end, force=True)
             place = stream.tell()
     except (MemoryError, DataError):
@@ -177,11 +199,10 @@ def _read_header(entry: _Entry) -> DicomFile | None:
         if not marked:
             return None
         raise DataError(f"its header cannot be read ({type(error).__name__})") from error
-    kind = text(header, "SOPClassUID") or text(header.file_meta, "MediaStorageSOPClassUID")
-    study = text(header, "StudyInstanceUID")
-    if kind == MediaStorageDirectoryStorage or (not marked and not (kind and study)):
+    kind, study = _kind(header), text(header, "StudyInstanceUID")
+    if not marked and not (kind and study):
         return None
-    if not kind or not study:
+    if kind != MediaStorageDirectoryStorage and not (kind and study):
         raise DataError("cut short or damaged: it does not say what it is and to which study it belongs")
     deflated = text(header.file_meta, "TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian
     if end.size is not None and not deflated and place + _ELEMENT_BYTES + end.size > entry.size:

@@ -142,18 +142,37 @@ def write_dicom_seg(
         ) from error
     shared = segmentation.SharedFunctionalGroupsSequence[0]
     shared.PixelMeasuresSequence = _measures(source)  # where the headers' own claims were taken over
+    _refer_to_frames_of_(segmentation, source)
     with replacing(path) as beside, quiet():
         segmentation.save_as(beside)
+
+
+def _refer_to_frames_of_(segmentation: pydicom.Dataset, source: Series) -> None:
+    """Of an enhanced object that holds other volumes at the same places, keep references to this volume's frames."""
+    numbers = {frame.number + 1 for frame in source.frames}
+    for frame in segmentation.PerFrameFunctionalGroupsSequence:
+        for derivation in frame.get("DerivationImageSequence", []):
+            derivation.SourceImageSequence = [
+                image
+                for image in derivation.SourceImageSequence
+                if "ReferencedFrameNumber" not in image or int(image.ReferencedFrameNumber) in numbers
+            ]
 
 
 def _headers(source: Series) -> list[pydicom.Dataset]:
     """The headers that are referred to: one a slice, or that of the one file that holds them all.
 
-    Slices of a stack may differ in the last digit of their orientation; here they have that of the first.
+    Slices of a stack may differ in the last digit of their orientation, and frames of an enhanced object may each say
+    what is the same for all; here all have the first's, said once.
     """
     first = source.frames[0].file.header
-    if len({id(frame.file) for frame in source.frames}) == 1 and len(source.frames) > 1:
-        return [first]
+    if "SharedFunctionalGroupsSequence" in first:
+        shared, whole = pydicom.Dataset(), pydicom.Dataset()
+        shared.update(first.SharedFunctionalGroupsSequence[0])
+        shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = _orientation(source), _measures(source)
+        whole.update(first)
+        whole.SharedFunctionalGroupsSequence = [shared]
+        return [whole]
     headers = []
     for frame in source.frames:
         header = pydicom.Dataset()

@@ -259,10 +259,21 @@ def test_a_dicomdir_stands_for_its_folder() -> None:
         assert len(files) == 50
 
 
-def test_the_localizers_of_a_disc_are_known() -> None:
-    folder = PYDICOM_FILES / "dicomdirtests" / "98892003"
-    with open_study(folder / "MR1") as study:
-        assert {identify(series).reason for series in study.series} == {"a localizer (name 'FAST LOCALIZER')"}
+def test_files_that_a_dicomdir_lists_and_that_are_not_there_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(PYDICOM_FILES / "dicomdirtests" / "TINY_ALPHA", tmp_path / "disc")
+    with dicom_files.dicom_files(tmp_path / "disc"):
+        assert caplog.text == ""
+    for path in sorted((tmp_path / "disc").rglob("IM*"))[:3]:
+        path.unlink()
+    with dicom_files.dicom_files(tmp_path / "disc"):
+        assert "its DICOMDIR lists 3 files that are not there" in caplog.text
+
+
+def test_a_single_file_is_a_study_too() -> None:
+    with open_study(PYDICOM_FILES / "dicomdirtests" / "98892003" / "MR1" / "4919") as study:
+        assert identify(study.series[0]).reason == "a localizer (name 'FAST LOCALIZER')"
 
 
 def test_a_disc_of_several_patients_is_refused() -> None:

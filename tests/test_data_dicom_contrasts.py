@@ -24,6 +24,7 @@ UNKNOWN: dict[str, Any] = {}
 
 def series(name: str = "", timed: dict[str, Any] = UNKNOWN, *, key: str = "1", slices: int = 20, **more: Any) -> Series:
     problems, has_voxels = more.pop("problems", ()), more.pop("has_voxels", True)
+    volumes = more.pop("volumes", 1)
     file = DicomFile(name="a", header=pydicom.Dataset(), has_voxels=has_voxels, open=io.BytesIO)
     frame = Frame(
         file=file,
@@ -43,7 +44,7 @@ def series(name: str = "", timed: dict[str, Any] = UNKNOWN, *, key: str = "1", s
         key=key,
         uid=f"1.2.{key}",
         number=int(key.partition("/")[0]),
-        volumes_in_series=1,
+        volumes_in_series=volumes,
         frames=(frame,) * slices,
         acquisition=Acquisition(**fields),
         problems=problems,
@@ -173,6 +174,15 @@ def four() -> list[Series]:
         series("t2", T2, key="3"),
         series("flair", FLAIR, key="4"),
     ]
+
+
+def test_time_points_of_a_dynamic_series_are_no_candidates() -> None:
+    assert "one of 60 volumes" in identify(series("T1 dyn", SPIN_T1, volumes=60)).reason
+
+
+def test_another_modality_is_not_taken_even_by_hand() -> None:
+    with pytest.raises(DataError, match=r"t1: series 7 .*modality CT, not MR"):
+        choose([*four(), series("head", UNKNOWN, key="7", modality="CT")], {"t1": "7"})
 
 
 def test_each_choice_has_a_reason() -> None:

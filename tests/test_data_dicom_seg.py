@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,6 +130,31 @@ def test_each_frame_refers_to_the_slice_it_lies_on(source: Series, written: Path
         image = frame.DerivationImageSequence[0].SourceImageSequence[0]
         key = (str(image.ReferencedSOPInstanceUID), int(image.get("ReferencedFrameNumber", 1)))
         assert np.allclose(positions[key], np.array(frame.PlanePositionSequence[0].ImagePositionPatient), atol=1e-4)
+
+
+def test_of_two_echoes_in_one_enhanced_object_the_right_one_is_referred_to(
+    enhanced: tuple[Path, Any, Any], tmp_path: Path
+) -> None:
+    image = pydicom.dcmread(enhanced[0] / "IM_0001")
+    directions = image.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
+    del image.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence  # some scanners say it of each frame
+    del image.SharedFunctionalGroupsSequence[0].MREchoSequence
+    frames = []
+    for echo, frame in itertools.product((10, 100), image.PerFrameFunctionalGroupsSequence):
+        frames.append(copy.deepcopy(frame))
+        frames[-1].PlaneOrientationSequence = copy.deepcopy(directions)
+        frames[-1].MREchoSequence = [pydicom.Dataset()]
+        frames[-1].MREchoSequence[0].EffectiveEchoTime = echo
+    image.PerFrameFunctionalGroupsSequence, image.NumberOfFrames = frames, len(frames)
+    image.PixelData *= 2
+    (tmp_path / "in").mkdir()
+    image.save_as(tmp_path / "in" / "a")
+    with open_study(tmp_path / "in") as study:
+        second = series_of(study.series, "11/2")
+        write_dicom_seg(tmp_path / "seg.dcm", lesion(second.shape), second, version="1")
+    for frame in pydicom.dcmread(tmp_path / "seg.dcm").PerFrameFunctionalGroupsSequence:
+        images = frame.DerivationImageSequence[0].SourceImageSequence
+        assert [int(one.ReferencedFrameNumber) > len(frames) // 2 for one in images] == [True]
 
 
 def test_segments_are_coded_and_say_who_made_them(written: Path) -> None:

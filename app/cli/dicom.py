@@ -37,7 +37,7 @@ def dicom(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Recognise T1, T1c, T2 and FLAIR in a DICOM study and write them as NIfTI, each on its own grid."""
+    """Find T1, T1c, T2 and FLAIR in a DICOM study and write them as NIfTI on their own grids."""
     from data.dicom import open_study, read_chosen, write_case  # noqa: PLC0415 - not needed for the help
     from data.dicom_contrasts import choose  # noqa: PLC0415
     from data.errors import DataError  # noqa: PLC0415
@@ -109,7 +109,7 @@ def _taken(choices: dict[Contrast, Choice], key: str) -> str:
 
 def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     """The series as a table, and below it why each was taken or not."""
-    from data.dicom_contrasts import identify  # noqa: PLC0415 - not needed for the help
+    from data.dicom_contrasts import MOST_VOLUMES, identify  # noqa: PLC0415 - not needed for the help
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -117,6 +117,12 @@ def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     rows = [["series", "description", "slices", "spacing mm", "TE", "TR", "TI", "taken as"]]
     reasons = []
     for series in study.series:
+        if (
+            series.volumes_in_series > MOST_VOLUMES
+            and not series.key.endswith("/1")
+            and not _taken(choices, series.key)
+        ):
+            continue  # time points: the first stands for all
         acquisition, spacing = series.acquisition, series.spacing_mm
         finding = identify(series)
         rows.append(
