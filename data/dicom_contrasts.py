@@ -2,8 +2,8 @@
 
 The name of a series (SeriesDescription, else ProtocolName) and its timing are looked at apart; where they contradict
 each other nothing is decided. The limits in ms are those between the usual protocols of 1.5 and 3 T: T1 has a short
-echo and a short repetition or, as MPRAGE, an inversion below 1.5 s; T2 has a long echo; FLAIR a long echo and an
-inversion that nulls fluid, above 1.5 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
+echo and a short repetition or, as MPRAGE, an inversion below 1.3 s; T2 has a long echo; FLAIR a long echo and an
+inversion that nulls fluid, above 1.3 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
 Names follow the habits of the vendors in English, German, French, Italian, Spanish and Portuguese.
 """
 
@@ -23,7 +23,7 @@ FEWEST_SLICES: Final = 5
 #: More volumes than this in one series are time points or a ladder of echoes.
 MOST_VOLUMES: Final = 3
 
-_FLAIR_INVERSION_MS: Final = 1500.0
+_FLAIR_INVERSION_MS: Final = 1300.0
 _T1_INVERSION_MS: Final = 400.0
 _LONG_ECHO_MS: Final = 60.0
 _SHORT_ECHO_MS: Final = 40.0
@@ -221,6 +221,7 @@ def _plain(name: str) -> str:
     plain = name.lower()
     for sign, word in (("t2*", " t2star "), ("w/o", " without "), ("s/c", " sem contraste "), ("+/-", " ")):
         plain = plain.replace(sign, word)
+    plain = re.sub(r"(?<![a-z])c-(?![a-z0-9])|(?<!\S)-c(?![a-z0-9])", " without contrast ", plain)
     plain = re.sub(r"\+ ?(c|km|gd|gad|ce|mdc|contrast|k)(?![a-z])|(?<![a-z])c\+", " contrast ", plain)
     return " ".join(re.findall(r"[^\W_]+", plain))
 
@@ -313,8 +314,10 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
     return None
 
 
-_T1_NAME: Final = re.compile(r"\b(?:3d|2d)?t1|\b(?:mp ?rage|mp2rage|bravo|f?spgr|tfe|vibe|tfl\w*|fl[23]d\w*|flash)\b")
-_T2_NAME: Final = re.compile(r"\b(?:3d|2d)?t2")
+_T1_NAME: Final = re.compile(
+    r"\b[a-z]?(?:[23]d)?t1|\b(?:mp ?rage|mp2rage|bravo|\w*spgr|tfe|vibe|tfl\w*|fl[23]d\w*|flash)\b"
+)
+_T2_NAME: Final = re.compile(r"\b[a-z]?(?:[23]d)?t2")
 _FLAIR_NAME: Final = re.compile(r"flair|dark ?fl|\bda ?fl\b|\btirm\b|\btir[23]d|\bt2f\b")
 _PD_NAME: Final = re.compile(r"\b(?:pdw?|proton density|dp|rho)\b|densit")
 
@@ -375,17 +378,17 @@ def _agreed(named: str | None, timed: str | None, acquisition: Acquisition) -> s
 
 
 _CONTRAST_WORD: Final = (
-    r"contrast\w*|kontrast\w*|contraste|km|gd\w*|gad\w*|ce|mdc|mezzo di contrasto|inject\w*|inyec\w*|dotarem|"
+    r"contrast\w*|kontr\w*|enhanced|km|gd\w*|gad\w*|ce|mdc|mezzo di contrasto|inject\w*|inyec\w*|dotarem|"
     r"magnevist|multihance|prohance|omniscan|clariscan|elucirem|vueway"
 )
 _BEFORE: Final = re.compile(
-    r"\b(?:(?:without|wo|w o|ohne|vor|sans|avant|senza|sin|sem|no|non|pre|before|prima) ?(?:iv |i v )?"
+    r"\b(?:(?:without|wo|w o|ohne|vor|voor|zonder|sans|avant|senza|sin|sem|no|non|pre|before|prima) ?(?:iv |i v )?"
     rf"(?:{_CONTRAST_WORD})"
-    r"|pre|vor|avant|antes|nativ\w*|plain|unenhanced|basal)\b"
+    r"|kontrastsiz\w*|pre|vor|avant|antes|nativ\w*|plain|unenhanced|basal)\b"
 )
 _AFTER: Final = re.compile(
-    rf"\b(?:{_CONTRAST_WORD}|enhanced|post(?! ?(?:op\w*|surg\w*|rt|radi\w*|chemo\w*|treat\w*|proc\w*))|postcontrast|"
-    r"nach|apres|apr\u00e8s|dopo|despues|t1(?:c|ce|gd|km|post))\b"
+    rf"\b(?:{_CONTRAST_WORD}|post(?! ?(?:op\w*|surg\w*|rt|radi\w*|chemo\w*|treat\w*|proc\w*))|postcontrast|"
+    r"nach|apres|apr\u00e8s|dopo|despues|t1w?(?:c|ce|gd|km|post))\b"
 )
 _NO_AGENT: Final = {"", "NO", "NONE", "N/A", "NA", "0", "OHNE", "NATIV", "WITHOUT", "NO CONTRAST", "KEIN", "KEINE"}
 

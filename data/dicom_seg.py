@@ -26,6 +26,11 @@ MANUFACTURER: Final = "znormseg"
 #: At most 64 characters, the limit of the field.
 CONTENT: Final = "Brain tumour tissues. Research use only, not for diagnosis."
 _SERIES_NUMBER: Final = 9000
+#: Fields of type 2: a segmentation has them, with or without content (DICOM PS3.3, C.7.1.1, C.7.2.1).
+_MAY_BE_EMPTY: Final = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
+    *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
+)
 
 #: Code of the program, label, type and CIELab colour of each segment; segment numbers are 1, 2, 3 in this order.
 _SEGMENTS: Final = (
@@ -172,14 +177,23 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
         shared.PlaneOrientationSequence, shared.PixelMeasuresSequence = _orientation(source), _measures(source)
         whole.update(first)
         whole.SharedFunctionalGroupsSequence = [shared]
-        return [whole]
+        return [_filled_(whole)]
     headers = []
     for frame in source.frames:
         header = pydicom.Dataset()
         header.update(frame.file.header)
         header.ImageOrientationPatient = first.ImageOrientationPatient
-        headers.append(header)
+        header.SliceThickness = _thickness_mm(source)
+        headers.append(_filled_(header))
     return headers
+
+
+def _filled_(header: pydicom.Dataset) -> pydicom.Dataset:
+    """The header with the fields that a segmentation must have, empty where de-identifying took them."""
+    for keyword in _MAY_BE_EMPTY:
+        if keyword not in header:
+            setattr(header, keyword, "")
+    return header
 
 
 def _measures(source: Series) -> hd.PixelMeasuresSequence:
@@ -190,9 +204,15 @@ def _measures(source: Series) -> hd.PixelMeasuresSequence:
     assert spacing is not None
     return hd.PixelMeasuresSequence(
         pixel_spacing=first.spacing_mm,
-        slice_thickness=first.thickness_mm or spacing[2],
+        slice_thickness=_thickness_mm(source),
         spacing_between_slices=spacing[2],
     )
+
+
+def _thickness_mm(source: Series) -> float:
+    spacing = source.spacing_mm
+    assert spacing is not None
+    return source.frames[0].thickness_mm or spacing[2]
 
 
 def _orientation(source: Series) -> hd.PlaneOrientationSequence:

@@ -356,6 +356,11 @@ def test_an_image_with_flipped_bytes_is_read_or_refused_in_words(
         assert str(error)  # noqa: PT017 - reading it is as good
 
 
+def test_a_header_that_announces_other_voxels_than_there_are_is_refused(stack: list[Path]) -> None:
+    change(stack[2], Rows=9, NumberOfFrames=2)
+    assert refusal(stack[0].parent)
+
+
 def test_an_object_without_voxels_is_listed_and_not_read(tmp_path: Path) -> None:
     shutil.copy(PYDICOM_FILES / "rtplan.dcm", tmp_path)
     series = only_series(tmp_path)
@@ -388,6 +393,15 @@ def zipped(path: Path, files: dict[str, bytes]) -> Path:
 def test_an_archive_that_points_out_of_itself_is_refused(name: str, tmp_path: Path) -> None:
     content = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
     assert "points out of the archive" in refusal(zipped(tmp_path / "a.zip", {name: content}))
+
+
+def test_an_archive_with_a_password_is_refused(tmp_path: Path) -> None:
+    archive = zipped(tmp_path / "a.zip", {"a.dcm": bytes(200)})
+    content = bytearray(archive.read_bytes())
+    content[6] |= 1  # the flag, in the file's own entry and in the directory at the end
+    content[content.index(b"PK\x01\x02") + 8] |= 1
+    archive.write_bytes(content)
+    assert "protected by a password" in refusal(archive)
 
 
 def test_an_archive_that_would_fill_the_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -186,6 +186,41 @@ def test_spacing_is_that_of_the_stack_and_not_what_a_header_claims(
     assert shared.PixelMeasuresSequence[0].SpacingBetweenSlices == 2.5
 
 
+def change_all(folder: Path, change: Callable[[pydicom.Dataset], None]) -> None:
+    for path in folder.iterdir():
+        image = pydicom.dcmread(path)
+        change(image)
+        image.save_as(path)
+
+
+@pytest.mark.parametrize(
+    "field", ["PatientName", "PatientID", "PatientSex", "StudyDate", "StudyID", "AccessionNumber", "SliceThickness"]
+)
+def test_fields_that_de_identifying_took_are_written_empty(
+    field: str, tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    codes = lesion((6, 7, 8))
+    write_series(tmp_path / "in", codes, np.diag([-1.0, -1.0, 2.5, 1.0]))
+    change_all(tmp_path / "in", lambda image: image.__delattr__(field))
+    with open_study(tmp_path / "in") as study:
+        write_dicom_seg(tmp_path / "seg.dcm", codes, study.series[0], version="1")
+    assert pydicom.dcmread(tmp_path / "seg.dcm").get(field, "") == ""
+
+
+def test_images_without_a_frame_of_reference_cannot_be_referred_to(
+    tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    codes = lesion((6, 7, 8))
+    write_series(tmp_path / "in", codes, np.diag([-1.0, -1.0, 2.5, 1.0]))
+    change_all(tmp_path / "in", lambda image: image.__delattr__("FrameOfReferenceUID"))
+    with (
+        open_study(tmp_path / "in") as study,
+        pytest.raises(DataError, match=r"do not allow a segmentation .*Frame Of Reference"),
+    ):
+        write_dicom_seg(tmp_path / "seg.dcm", codes, study.series[0], version="1")
+    assert not (tmp_path / "seg.dcm").exists()
+
+
 def test_slices_may_differ_in_the_last_digit_of_their_orientation(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
