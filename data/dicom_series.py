@@ -28,6 +28,8 @@ SLICE_TOLERANCE_MM: Final = 0.1
 _SLICE_TOLERANCE_SHARE: Final = 0.02
 #: How far the last slice may be shifted in plane against the first.
 _IN_PLANE_TOLERANCE_MM: Final = 0.3
+#: More frames in one object are refused.
+_MOST_FRAMES: Final = 20_000
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Vector = tuple[float, ...]
@@ -226,10 +228,8 @@ def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]
 
 def _frames(file: DicomFile) -> Iterator[Frame]:
     """Every frame of a file; an object without voxels counts as one."""
-    count = (_whole(file.header, "NumberOfFrames") or 1) if file.has_voxels else 1
     rows, columns = _whole(file.header, "Rows") or 0, _whole(file.header, "Columns") or 0
-    if not 0 < count * rows * columns <= MAX_VOXELS:
-        count = 1
+    count = 1 if not file.has_voxels or _claims_too_much(file.header) else _frame_count(file.header)
     for number in range(count):
         places = frame_groups(file, number)
         yield Frame(
@@ -245,6 +245,17 @@ def _frames(file: DicomFile) -> Iterator[Frame]:
             intercept=_number(places, "RescaleIntercept") or 0.0,
             parts=tuple(part(places) for part in _PARTING),
         )
+
+
+def _frame_count(header: pydicom.Dataset) -> int:
+    return max(_whole(header, "NumberOfFrames") or 1, 1)
+
+
+def _claims_too_much(header: pydicom.Dataset) -> bool:
+    """Whether a header announces more than is ever decoded, be there as many bytes or not."""
+    frames = _frame_count(header)
+    size = frames * (_whole(header, "Rows") or 0) * (_whole(header, "Columns") or 0)
+    return frames > _MOST_FRAMES or size > MAX_VOXELS
 
 
 def _of_length(length: int, numbers: Vector | None) -> Vector | None:
@@ -386,6 +397,9 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
         return
     if _whole(first.file.header, "SamplesPerPixel") not in (None, 1):
         yield "it is in colour"
+        return
+    if any(_claims_too_much(frame.file.header) for frame in frames if frame.number == 0):
+        yield f"its header announces more than {MAX_VOXELS} voxels or {_MOST_FRAMES} frames"
         return
     if first.rows * first.columns * len(frames) > MAX_VOXELS:
         yield f"{first.columns}x{first.rows}x{len(frames)} voxels, more than the {MAX_VOXELS} allowed"

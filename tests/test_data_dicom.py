@@ -361,6 +361,13 @@ def test_a_header_that_announces_other_voxels_than_there_are_is_refused(stack: l
     assert refusal(stack[0].parent)
 
 
+@pytest.mark.parametrize("fields", [{"NumberOfFrames": 10**9}, {"Rows": 60000, "Columns": 60000}])
+def test_a_small_file_that_announces_a_large_image_is_not_decoded(fields: dict[str, int], tmp_path: Path) -> None:
+    shutil.copy(PYDICOM_FILES / "MR_small_RLE.dcm", tmp_path / "a")
+    change(tmp_path / "a", **fields)
+    assert "announces more than 1073741824 voxels or 20000 frames" in refusal(tmp_path)
+
+
 def test_an_object_without_voxels_is_listed_and_not_read(tmp_path: Path) -> None:
     shutil.copy(PYDICOM_FILES / "rtplan.dcm", tmp_path)
     series = only_series(tmp_path)
