@@ -189,7 +189,10 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
 
 
 def _filled_(header: pydicom.Dataset) -> pydicom.Dataset:
-    """The header with the fields that a segmentation must have, empty where de-identifying took them."""
+    """The header with the fields that a segmentation must have, empty where de-identifying took them; text as UTF-8."""
+    if "SpecificCharacterSet" in header:
+        header.decode()
+        header.SpecificCharacterSet = "ISO_IR 192"
     for keyword in _MAY_BE_EMPTY:
         if keyword not in header:
             setattr(header, keyword, "")

@@ -452,8 +452,8 @@ def _acquisition(frame: Frame) -> Acquisition:
         agent = _value(agents, "CodeMeaning") or "given"
     return Acquisition(
         modality=text(header, "Modality"),
-        description=" ".join(text(header, "SeriesDescription").split()),
-        protocol=" ".join(text(header, "ProtocolName").split()),
+        description=_line(text(header, "SeriesDescription")),
+        protocol=_line(text(header, "ProtocolName")),
         repetition_ms=_number(places, "RepetitionTime"),
         echo_ms=_number(places, "EffectiveEchoTime", "EchoTime"),
         inversion_ms=_number(places, "InversionTimes", "InversionTime"),
@@ -465,6 +465,11 @@ def _acquisition(frame: Frame) -> Acquisition:
         b_value=_number(places, "DiffusionBValue"),
         body_part=text(header, "BodyPartExamined").upper(),
     )
+
+
+def _line(content: str) -> str:
+    """A text on one line, without what a terminal would take as a command."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in content).split())
 
 
 def _scanning_of_enhanced(places: Sequence[pydicom.Dataset]) -> Iterator[str]:

@@ -169,6 +169,12 @@ def test_orientations_in_one_series_are_volumes(tmp_path: Path, voxels: Any, wri
         assert [series.problems for series in study.series] == [(), ()]
 
 
+def test_a_name_cannot_command_a_terminal(stack: list[Path]) -> None:
+    for path in stack:
+        change(path, SeriesDescription="t1\x1b[2J\tse")
+    assert only_series(stack[0].parent).acquisition.description == "t1 [2J se"
+
+
 def test_a_second_copy_of_an_image_is_passed_over(stack: list[Path]) -> None:
     shutil.copy(stack[3], stack[3].with_name("copy.dcm"))
     assert only_series(stack[0].parent).problems == ()

@@ -207,6 +207,25 @@ def test_fields_that_de_identifying_took_are_written_empty(
     assert pydicom.dcmread(tmp_path / "seg.dcm").get(field, "") == ""
 
 
+@pytest.mark.parametrize(
+    ("characters", "name"),
+    [
+        ("ISO_IR 100", "M\u00fcller^J\u00fcrgen"),
+        ("ISO_IR 192", "\u042f\u043c\u0430\u0434\u0430^\u592a\u90ce"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"),
+    ],
+)
+def test_a_name_in_any_script_is_kept(
+    characters: Any, name: str, tmp_path: Path, write_series: Callable[..., list[Path]]
+) -> None:
+    codes = lesion((6, 7, 8))
+    more = {"SpecificCharacterSet": characters, "PatientName": name}
+    write_series(tmp_path / "in", codes, np.diag([-1.0, -1.0, 2.5, 1.0]), **more)
+    with open_study(tmp_path / "in") as study:
+        write_dicom_seg(tmp_path / "seg.dcm", codes, study.series[0], version="1")
+    assert pydicom.dcmread(tmp_path / "seg.dcm").PatientName == name
+
+
 def test_images_without_a_frame_of_reference_cannot_be_referred_to(
     tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:

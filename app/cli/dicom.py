@@ -37,7 +37,7 @@ def dicom(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Find T1, T1c, T2 and FLAIR in a DICOM study and write them as NIfTI on their own grids."""
+    """Find T1, T1c, T2, FLAIR in a DICOM study and write them as NIfTI, each on its grid."""
     from data.dicom import open_study, read_chosen, write_case  # noqa: PLC0415 - not needed for the help
     from data.dicom_contrasts import choose  # noqa: PLC0415
     from data.errors import DataError  # noqa: PLC0415
