@@ -72,6 +72,15 @@ def test_without_a_place_to_write_the_series_are_listed(dicom_study: Path, znorm
     assert "contrasts in" not in ended.out
 
 
+def test_the_time_points_of_a_series_are_one_line(znormseg: Call, write_series: Call, tmp_path: Path) -> None:
+    for time in range(5):
+        more = {"SeriesInstanceUID": "1.2.3", "SeriesNumber": 20, "TemporalPositionIdentifier": time}
+        write_series(tmp_path / "in", np.full((8, 8, 6), time), np.diag([-2.0, -2, 2, 1]), **more)
+    ended = znormseg("data", "dicom", tmp_path / "in")
+    assert [line.split()[0] for line in ended.out.splitlines() if line.startswith("20")] == ["20/1-5", "20/1:"]
+    assert "20/1: one of 5 volumes of its series: dynamic, or many echoes" in ended.out
+
+
 def test_two_candidates_are_listed_with_the_option_that_settles_it(
     ambiguous: Path, znormseg: Call, tmp_path: Path
 ) -> None:

@@ -117,17 +117,14 @@ def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     rows = [["series", "description", "slices", "spacing mm", "TE", "TR", "TI", "taken as"]]
     reasons = []
     for series in study.series:
-        if (
-            series.volumes_in_series > MOST_VOLUMES
-            and not series.key.endswith("/1")
-            and not _taken(choices, series.key)
-        ):
+        is_one_of_many = series.volumes_in_series > MOST_VOLUMES and not _taken(choices, series.key)
+        if is_one_of_many and not series.key.endswith("/1"):
             continue  # time points: the first stands for all
         acquisition, spacing = series.acquisition, series.spacing_mm
         finding = identify(series)
         rows.append(
             [
-                series.key,
+                f"{series.key}-{series.volumes_in_series}" if is_one_of_many else series.key,
                 acquisition.description or acquisition.protocol or "-",
                 str(len(series.frames)),
                 "-" if spacing is None else "x".join(f"{mm:.4g}" for mm in spacing),
