@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -131,3 +131,159 @@ def shell() -> Callable[..., Outcome]:
         return Outcome(ended.returncode, ended.stdout, ended.stderr)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def write_series() -> Callable[..., list[Path]]:
+    """Write a volume as one DICOM file a slice, in no order and under names that say nothing.
+
+    ``write_series(folder, voxels, affine, Keyword=value)``: voxels of shape (columns, rows, slices), affine to RAS.
+    """
+    import numpy as np
+    import pydicom
+    from pydicom.uid import UID, ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    def write(folder: Path, voxels: Any, affine: Any, **fields: Any) -> list[Path]:
+        folder.mkdir(parents=True, exist_ok=True)
+        lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+        spacing = np.linalg.norm(lps[:3, :3], axis=0)
+        directions = lps[:3, :3] / spacing
+        header = {
+            "PatientName": "Mustermann^Erika",
+            "PatientID": "PID-4711",
+            "PatientBirthDate": "19640812",
+            "StudyInstanceUID": "1.2.826.0.1.3680043.8.498.1",
+            "SeriesInstanceUID": str(generate_uid()),
+            "FrameOfReferenceUID": "1.2.826.0.1.3680043.8.498.2",
+            "Modality": "MR",
+            "ImageType": ["ORIGINAL", "PRIMARY", "M", "ND"],
+            **dict.fromkeys(("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "PatientSex"), ""),
+            **dict.fromkeys(("ReferringPhysicianName", "Manufacturer", "PositionReferenceIndicator"), ""),
+            **fields,
+        }
+        written = []
+        for place in np.random.default_rng(voxels.shape[2]).permutation(voxels.shape[2]):
+            meta = pydicom.dataset.FileMetaDataset()
+            meta.TransferSyntaxUID = ExplicitVRLittleEndian
+            meta.MediaStorageSOPClassUID = MRImageStorage
+            image = pydicom.Dataset()
+            image.file_meta = meta
+            for keyword, value in header.items():
+                setattr(image, keyword, value)
+            image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, UID(generate_uid())
+            meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID
+            image.InstanceNumber = len(written) + 1
+            image.ImagePositionPatient = [f"{mm:.9g}" for mm in (lps @ [0, 0, place, 1])[:3]]
+            image.ImageOrientationPatient = [f"{c:.9g}" for c in directions[:, :2].T.ravel()]
+            image.PixelSpacing = [f"{spacing[1]:.9g}", f"{spacing[0]:.9g}"]
+            image.SliceThickness = f"{spacing[2]:.9g}"
+            image.Rows, image.Columns = voxels.shape[1], voxels.shape[0]
+            image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+            image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 0
+            image.PixelData = np.ascontiguousarray(voxels[:, :, place].T).astype("<u2").tobytes()
+            written.append(folder / f"{abs(hash(str(image.SOPInstanceUID))):x}")
+            image.save_as(written[-1], enforce_file_format=True)
+        return written
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def dicom_study(write_series: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A study of four contrasts and five distractors, nested, oblique in part; tests leave it as it is."""
+    import numpy as np
+    from scipy.spatial.transform import Rotation
+
+    folder = tmp_path_factory.mktemp("study")
+    random = np.random.default_rng(0)
+    straight = np.array([[-2.0, 0, 0, 30], [0, -2.0, 0, 40], [0, 0, 3.0, -20], [0, 0, 0, 1]])
+    oblique = np.eye(4)
+    oblique[:3, :3] = Rotation.from_euler("xyz", [12, -8, 20], degrees=True).as_matrix() @ straight[:3, :3]
+    oblique[:3, 3] = (25, 33, -18)
+    sagittal = np.array([[0, 0, 1.5, -10], [-1.5, 0, 0, 25], [0, -1.5, 0, 22], [0, 0, 0, 1]])
+
+    def voxels(*shape: int) -> Any:
+        return random.integers(0, 1000, shape)
+
+    def spin(echo: float, repetition: float) -> dict[str, Any]:
+        return {"EchoTime": echo, "RepetitionTime": repetition, "ScanningSequence": "SE", "SequenceVariant": "SK"}
+
+    def mprage(**more: Any) -> dict[str, Any]:
+        timing = {"EchoTime": 2.9, "RepetitionTime": 1900, "InversionTime": 900, "MRAcquisitionType": "3D"}
+        return {**timing, "ScanningSequence": ["GR", "IR"], "SequenceVariant": ["SP", "MP"], **more}
+
+    def add(number: int, shape: tuple[int, int, int], affine: Any, name: str, **more: Any) -> None:
+        place = folder / "A" / f"S{number}"
+        write_series(place, voxels(*shape), affine, SeriesNumber=number, SeriesDescription=name, **more)
+
+    add(1, (16, 16, 3), straight, "localizer", **mprage())
+    add(2, (20, 22, 24), sagittal, "t1_mprage_sag", **mprage())
+    add(3, (18, 20, 12), oblique, "t2_tirm_tra_dark-fluid", **spin(94, 9000), InversionTime=2500)
+    double = {"SeriesInstanceUID": "1.2.826.0.1.3680043.8.498.3"}
+    add(4, (18, 20, 12), oblique, "pd+t2_tse_tra", **double, **spin(12, 3500), EchoNumbers=1)
+    add(4, (18, 20, 12), oblique, "pd+t2_tse_tra", **double, **spin(96, 3500), EchoNumbers=2)
+    add(5, (16, 16, 12), straight, "ep2d_diff_b1000", EchoTime=80, RepetitionTime=5000, ScanningSequence="EP")
+    add(7, (20, 22, 24), sagittal, "t1_mprage_sag KM", **mprage(ContrastBolusAgent="Gadovist"))
+    reformatted = {"ImageType": ["DERIVED", "SECONDARY", "MPR"]}
+    add(8, (16, 16, 12), straight, "t1_mprage_sag KM MPR tra", **mprage(), **reformatted)
+    (folder / "README.txt").write_text("no image")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A folder with one enhanced (multi-frame) T1c, oblique, frames in no order; its voxels and affine (RAS)."""
+    import numpy as np
+    import pydicom
+    from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
+    from scipy.spatial.transform import Rotation
+
+    def of(**fields: Any) -> pydicom.Sequence:
+        item = pydicom.Dataset()
+        for keyword, value in fields.items():
+            setattr(item, keyword, value)
+        return pydicom.Sequence([item])
+
+    random = np.random.default_rng(3)
+    voxels = random.integers(0, 4000, (8, 9, 6))  # a multiple of 8: GDCM misreads the last bits of other masks
+    affine = np.eye(4)
+    affine[:3, :3] = Rotation.from_euler("xyz", [10, 15, -5], degrees=True).as_matrix() @ np.diag([-1.5, -2.0, 4.0])
+    affine[:3, 3] = (12, 7, -30)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    image = pydicom.Dataset()
+    image.file_meta = pydicom.dataset.FileMetaDataset()
+    image.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = EnhancedMRImageStorage
+    image.file_meta.MediaStorageSOPInstanceUID = image.SOPInstanceUID = generate_uid()
+    for keyword in ("StudyID", "StudyDate", "StudyTime", "AccessionNumber", "PatientSex", "PatientBirthDate"):
+        setattr(image, keyword, "")
+    image.PatientName, image.PatientID, image.Modality = "Mustermann^Erika", "PID-4711", "MR"
+    image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = (generate_uid() for _ in range(3))
+    image.ReferringPhysicianName = image.Manufacturer = image.PositionReferenceIndicator = ""
+    image.SeriesNumber, image.InstanceNumber, image.SeriesDescription = 11, 1, "WIP T1 3D TFE Gd"
+    image.ContrastBolusAgentSequence = of(ContrastBolusAgentNumber=1)
+    shared = pydicom.Dataset()
+    shared.PlaneOrientationSequence = of(
+        ImageOrientationPatient=[f"{c:.9g}" for c in (lps[:3, :2] / (1.5, 2.0)).T.ravel()]
+    )
+    shared.PixelMeasuresSequence = of(PixelSpacing=[2.0, 1.5], SliceThickness=4.0)
+    shared.MRTimingAndRelatedParametersSequence = of(RepetitionTime=8.1, FlipAngle=8)
+    shared.MREchoSequence = of(EffectiveEchoTime=3.7)
+    image.EchoPulseSequence = "GRADIENT"
+    image.SharedFunctionalGroupsSequence = pydicom.Sequence([shared])
+    order = random.permutation(voxels.shape[2])
+    frames = []
+    for place in order:
+        frame = pydicom.Dataset()
+        frame.PlanePositionSequence = of(ImagePositionPatient=[f"{mm:.9g}" for mm in (lps @ [0, 0, place, 1])[:3]])
+        frame.FrameContentSequence = of(DimensionIndexValues=[int(place) + 1])
+        frame.PixelValueTransformationSequence = of(RescaleSlope=int(place) + 1, RescaleIntercept=-5, RescaleType="US")
+        frames.append(frame)
+    image.PerFrameFunctionalGroupsSequence = pydicom.Sequence(frames)
+    image.NumberOfFrames, image.Rows, image.Columns = len(frames), voxels.shape[1], voxels.shape[0]
+    image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+    image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 12, 11, 0
+    image.PixelData = np.ascontiguousarray(voxels[:, :, order].transpose(2, 1, 0)).astype("<u2").tobytes()
+    folder = tmp_path_factory.mktemp("enhanced")
+    image.save_as(folder / "IM_0001", enforce_file_format=True)
+    return folder, voxels * (np.arange(voxels.shape[2]) + 1.0) - 5, affine

@@ -27,6 +27,8 @@ VERBS = [
     ["demo"],
     ["data"],
     ["data", "check"],
+    ["data", "dicom"],
+    ["data", "dicom-seg"],
     ["data", "phantom"],
 ]
 #: A terminal of fixed width, without colours.

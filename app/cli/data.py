@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, make phantoms."""
+"""``znormseg data``: look data sets over, make phantoms; its DICOM verbs are in :mod:`app.cli.dicom`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Annotated
 
 import typer
 
-from app.cli import terminal
+from app.cli import dicom, terminal
 
-app = typer.Typer(help="Check data sets, make phantoms.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    help="Check data sets, take DICOM studies in and segmentations out, make phantoms.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
 
 
 @app.command()
@@ -89,3 +93,7 @@ def phantom(
         terminal.json_result({"folder": str(out), "cases": [case.name for case in done]})
     else:
         terminal.result(f"{len(done)} cases in {out}")
+
+
+app.command(name="dicom")(dicom.dicom)
+app.command(name="dicom-seg")(dicom.dicom_seg)

@@ -1,0 +1,154 @@
+"""``znormseg data dicom``, a study in; ``znormseg data dicom-seg``, a label map out as a segmentation object."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.cli import terminal
+
+if TYPE_CHECKING:
+    from data.dicom import Study
+    from data.dicom_contrasts import Choice
+    from data.labels import Contrast
+
+_HELP = "Its series, by number or UID, where it is not recognised."
+
+
+def dicom(
+    *,
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, a .zip of one, or a DICOMDIR.")
+    ],
+    out: Annotated[
+        Path | None, typer.Argument(metavar="OUT", help="Folder for the case; without, the series are listed.")
+    ] = None,
+    t1: Annotated[str | None, typer.Option("--t1", metavar="SERIES", help=_HELP)] = None,
+    t1c: Annotated[str | None, typer.Option("--t1c", metavar="SERIES", help=_HELP)] = None,
+    t2: Annotated[str | None, typer.Option("--t2", metavar="SERIES", help=_HELP)] = None,
+    flair: Annotated[str | None, typer.Option("--flair", metavar="SERIES", help=_HELP)] = None,
+    case_id: Annotated[
+        str | None, typer.Option("--id", metavar="ID", help="Name of the case; else a hash of the study's UID.")
+    ] = None,
+    study_uid: Annotated[
+        str | None, typer.Option("--study", metavar="UID", help="Which study, where several lie there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+) -> None:
+    """Find T1, T1c, T2, FLAIR in a DICOM study and write them as NIfTI, each on its grid."""
+    from data.dicom import open_study, read_chosen, write_case  # noqa: PLC0415 - not needed for the help
+    from data.dicom_contrasts import choose  # noqa: PLC0415
+    from data.errors import DataError  # noqa: PLC0415
+
+    named: tuple[tuple[Contrast, str | None], ...] = (("t1", t1), ("t1c", t1c), ("t2", t2), ("flair", flair))
+    chosen: dict[Contrast, str] = {contrast: key for contrast, key in named if key is not None}
+    with terminal.watched(), open_study(study, study_uid=study_uid) as opened:
+        case = opened.case_id if case_id is None else case_id
+        choices, problem, folder = {}, None, None
+        try:
+            choices = choose(opened.series, chosen)
+        except DataError as error:
+            problem = error
+        if not as_json:
+            terminal.result(_listed(opened, choices))
+        if problem is None and out is not None:
+            folder = write_case(out, read_chosen(opened, choices), case_id=case)
+        if as_json:
+            terminal.json_result(_content(opened, choices, case=case, folder=folder, problem=problem))
+        elif folder is not None:
+            terminal.result(f"{len(choices)} contrasts in {folder}")
+    if problem is not None:
+        raise problem
+
+
+def dicom_seg(
+    *,
+    label_map: Annotated[Path, typer.Argument(metavar="LABELMAP", help="NIfTI on the grid of the series.")],
+    study: Annotated[
+        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, a .zip of one, or a DICOMDIR.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT.dcm", help="File to write.")],
+    reference: Annotated[
+        str, typer.Option(metavar="SERIES", help="t1, t1c, t2, flair, or a series by number or UID.")
+    ] = "t1c",
+    study_uid: Annotated[
+        str | None, typer.Option("--study", metavar="UID", help="Which study, where several lie there.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Write a label map as a DICOM segmentation (SEG) on the series that it was made on."""
+    from importlib import metadata  # noqa: PLC0415 - not needed for the help
+
+    from data.dicom import open_study  # noqa: PLC0415
+    from data.dicom_contrasts import describe, series_of  # noqa: PLC0415
+    from data.dicom_seg import on_grid_of, write_dicom_seg  # noqa: PLC0415
+    from data.errors import DataError  # noqa: PLC0415
+    from data.labels import decide_convention, decode  # noqa: PLC0415
+    from data.nifti import read_label_map  # noqa: PLC0415
+
+    if out.exists():
+        raise DataError(f"{out}: already exists and is not overwritten. Remove it or choose another name.")
+    with terminal.watched():
+        labels = read_label_map(label_map)
+        with open_study(study, study_uid=study_uid) as opened:
+            series = series_of(opened.series, reference)
+            ordered = on_grid_of(series, labels)
+            codes = decode(ordered, decide_convention(set(ordered.ravel().tolist())))
+            write_dicom_seg(out, codes, series, version=metadata.version("znormseg"))
+    if as_json:
+        terminal.json_result({"file": str(out), "series": series.key, "series_uid": series.uid})
+    else:
+        terminal.result(f"{out}: on series {describe(series)}")
+
+
+def _taken(choices: dict[Contrast, Choice], key: str) -> str:
+    return " ".join(contrast for contrast, choice in choices.items() if choice.series.key == key)
+
+
+def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
+    """The series as a table, and below it why each was taken or not."""
+    from data.dicom_contrasts import MOST_VOLUMES, identify  # noqa: PLC0415 - not needed for the help
+
+    def number(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4g}"
+
+    rows = [["series", "description", "slices", "spacing mm", "TE", "TR", "TI", "taken as"]]
+    reasons = []
+    for series in study.series:
+        is_one_of_many = series.volumes_in_series > MOST_VOLUMES and not _taken(choices, series.key)
+        if is_one_of_many and not series.key.endswith("/1"):
+            continue  # time points: the first stands for all
+        acquisition, spacing = series.acquisition, series.spacing_mm
+        finding = identify(series)
+        rows.append(
+            [
+                f"{series.key}-{series.volumes_in_series}" if is_one_of_many else series.key,
+                acquisition.description or acquisition.protocol or "-",
+                str(len(series.frames)),
+                "-" if spacing is None else "x".join(f"{mm:.4g}" for mm in spacing),
+                *(number(ms) for ms in (acquisition.echo_ms, acquisition.repetition_ms, acquisition.inversion_ms)),
+                _taken(choices, series.key) or (f"{finding.contrast}?" if finding.contrast and not choices else "-"),
+            ]
+        )
+        by_hand = [choice.reason for choice in choices.values() if choice.series is series]
+        reasons += [f"{series.key}: {(by_hand or [finding.reason])[0]}"]
+        reasons += [f"{series.key}: {problem}" for problem in series.problems]
+    return "\n".join([terminal.table(rows), "", *reasons, ""])
+
+
+def _content(
+    study: Study, choices: dict[Contrast, Choice], *, case: str, folder: Path | None, problem: Exception | None
+) -> dict[str, Any]:
+    """The same as plain data."""
+    from data.dicom_contrasts import identify, to_json  # noqa: PLC0415 - not needed for the help
+
+    return {
+        "study": study.uid,
+        "case": case,
+        "folder": None if folder is None else str(folder),
+        "taken": {contrast: {"series": c.series.key, "reason": c.reason} for contrast, c in choices.items()},
+        "problem": None if problem is None else str(problem),
+        "series": [to_json(series, identify(series)) for series in study.series],
+    }
