@@ -44,14 +44,14 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
     if p > SIGNIFICANCE:
         return (
             f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice ({interval}), but "
-            f"the signed-rank test gives p = {_p(p)}."
+            f"the signed-rank test gives p {_p(p)}."
         )
     if difference.seeds == 1:
         return (
-            f"{arm} was {direction} than {baseline} by {size} ({interval}; signed-rank p = {_p(p)}) under {optimizer} "
+            f"{arm} was {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer} "
             "in the one seed that was trained; another seed may say something else."
         )
-    return f"{arm} is {direction} than {baseline} by {size} ({interval}; signed-rank p = {_p(p)}) under {optimizer}."
+    return f"{arm} is {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer}."
 
 
 def caveats(*, seeds: int, cases: int, tested: bool, at_border: Sequence[str], same_start: bool) -> list[str]:
@@ -90,4 +90,4 @@ def _short(value: float) -> str:
 
 
 def _p(value: float) -> str:
-    return f"{value:.3f}" if value >= 0.001 else "below 0.001"
+    return f"= {value:.3f}" if value >= 0.001 else "below 0.001"
