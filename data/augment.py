@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
+
+_PROBABILITIES: Final = ("flip_probability", "affine_probability", "gamma_probability", "noise_probability")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,9 +37,12 @@ class AugmentConfig:
     """Chance of adding Gaussian noise."""
     noise: float = 0.3
     """Largest standard deviation of the Gaussian noise, in standard deviations of the brain."""
+    contrast_dropout: float = 0.0
+    """Chance that a patch loses contrasts: one, two or three of them, each of the fourteen subsets equally often. Above
+    0 the network is told which contrasts are there, and ``predict`` takes cases that lack some."""
 
     def __post_init__(self) -> None:
-        for name in ("flip_probability", "affine_probability", "gamma_probability", "noise_probability"):
+        for name in (*_PROBABILITIES, "contrast_dropout"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"augment.{name}: a probability from 0 to 1, got {getattr(self, name)}")
         if not 0 <= self.rotation_degrees <= 180:
@@ -61,10 +67,16 @@ class Variation:
     noise: float
     """Standard deviation; 0 adds none."""
     noise_seed: int
+    present: tuple[bool, ...]
+    """One truth value a contrast; those that are not there become 0."""
 
 
 def draw(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Variation:
-    """Draw a variation; the same generator state gives the same one."""
+    """Draw a variation; the same generator state gives the same one.
+
+    As many numbers are drawn whatever the config, in an order that stays: what is newer comes later. So switching
+    something on changes nothing else about a patch.
+    """
     flips = rng.random(3) < config.flip_probability
     moved = rng.random() < config.affine_probability
     angles = np.deg2rad(rng.uniform(-config.rotation_degrees, config.rotation_degrees, 3))
@@ -80,6 +92,7 @@ def draw(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Var
         gamma=np.exp(rng.uniform(-log_gamma, log_gamma, contrasts) * bent).astype(np.float32),
         noise=float(rng.uniform(0, config.noise)) * noisy,
         noise_seed=int(rng.integers(2**63)),
+        present=_draw_present(config.contrast_dropout, contrasts, rng),
     )
 
 
@@ -103,8 +116,20 @@ def apply(
     return _change_intensities(variation, image), np.ascontiguousarray(codes)
 
 
+def _draw_present(probability: float, contrasts: int, rng: np.random.Generator) -> tuple[bool, ...]:
+    """Which contrasts a patch keeps; a loss leaves each proper subset equally likely.
+
+    Dropping each contrast by itself would make single contrasts rare, or losses of one, as the chance goes; cases come
+    with any.
+    """
+    loses = rng.random() < probability and contrasts > 1
+    subset = 1 + int(rng.integers(max(1, 2**contrasts - 2)))  # one bit a contrast, neither none nor all of them
+    return tuple(not loses or bool(subset >> number & 1) for number in range(contrasts))
+
+
 def _change_intensities(variation: Variation, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     brain = image != 0
+    brain[~np.array(variation.present)] = False
     changed = np.empty(image.shape, dtype=np.float32)
     for channel, values in enumerate(image):
         exponent = variation.gamma[channel]

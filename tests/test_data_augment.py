@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -205,10 +206,56 @@ def test_noise_has_the_standard_deviation_that_was_drawn() -> None:
     assert float(noise.std()) == pytest.approx(variation.noise, rel=0.02)
 
 
+# Contrast dropout
+
+
+@properties
+@given(seeds)
+def test_a_lost_contrast_is_0_and_the_others_are_as_without_the_loss(seed: int) -> None:
+    image, codes = patch(seed)
+    whole, whole_codes = varied(STRONG, image, codes, seed)
+    settings = replace(STRONG, contrast_dropout=1.0)
+    present = draw(settings, 4, np.random.default_rng(seed)).present
+    lossy, lossy_codes = varied(settings, image, codes, seed)
+    assert 0 < sum(present) < 4
+    np.testing.assert_array_equal(lossy, whole * np.array(present, dtype=np.float32)[:, None, None, None])
+    np.testing.assert_array_equal(lossy_codes, whole_codes)
+
+
+def test_each_of_the_fourteen_proper_subsets_is_drawn_equally_often() -> None:
+    rng = np.random.default_rng(0)
+    counts = Counter(draw(config(contrast_dropout=1.0), 4, rng).present for _ in range(2800))
+    assert len(counts) == 14
+    assert min(counts.values()) > 150
+    assert max(counts.values()) < 250
+
+
+def test_contrasts_are_lost_as_often_as_the_config_says() -> None:
+    rng = np.random.default_rng(0)
+    lossy = [not all(draw(config(contrast_dropout=0.3), 4, rng).present) for _ in range(1000)]
+    assert np.mean(lossy) == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_single_contrast_is_never_lost() -> None:
+    rng = np.random.default_rng(0)
+    assert {draw(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
+
+
+def test_what_was_drawn_before_is_drawn_in_the_same_order_still() -> None:
+    variation = draw(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
+    assert variation.noise_seed == 5716919709022709471
+    assert variation.flips == (False, True, False)
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        *((name, bad) for name in NOTHING if name.endswith("probability") for bad in (-0.1, 1.1, float("nan"))),
+        *(
+            (name, bad)
+            for name in NOTHING
+            if name.endswith(("probability", "dropout"))
+            for bad in (-0.1, 1.1, float("nan"))
+        ),
         *(
             (name, bad)
             for name in ("rotation_degrees", "scale", "gain", "shift", "gamma", "noise")
