@@ -213,8 +213,8 @@ def apply(
 def _draw_present(probability: float, contrasts: int, rng: np.random.Generator) -> tuple[bool, ...]:
     """Which contrasts a patch keeps; a loss leaves each proper subset equally likely.
 
-    Dropping each contrast by itself would make single contrasts rare, or losses of one, as the chance goes; cases come
-    with any.
+    Were each dropped by itself, one number would decide both how many patches are incomplete and which subsets are
+    rare.
     """
     loses = rng.random() < probability and contrasts > 1
     subset = 1 + int(rng.integers(max(1, 2**contrasts - 2)))  # one bit a contrast, neither none nor all of them
