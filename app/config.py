@@ -66,7 +66,7 @@ class RunConfig:
 
     @property
     def takes_missing_contrasts(self) -> bool:
-        """Whether the network is told which contrasts are there, by one constant channel for each."""
+        """Whether the network is told which contrasts are there, by one channel more for each."""
         return self.augment.contrast_dropout > 0
 
     @property

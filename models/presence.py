@@ -1,7 +1,8 @@
-"""Telling a network which of its contrasts are there: one constant channel more for each.
+"""Telling a network which of its contrasts are there: one channel more for each, 1 in the brain where it is there.
 
 A missing contrast is all 0, and so is the background of one that is there, and so is its average brain (z-scored). The
-constant channels tell these apart.
+channels tell these apart. They are 0 outside the brain, as the contrasts are: what is constant over a whole patch, the
+instance norm after the first convolution takes away again.
 """
 
 from __future__ import annotations
@@ -13,24 +14,21 @@ from torch import Tensor, nn
 
 
 def with_presence(image: Tensor, present: Tensor) -> Tensor:
-    """Append to each contrast's channel one that is 1 everywhere where the contrast is there, else 0.
+    """Append a channel for each contrast: 1 in the brain where the contrast is there, else 0.
 
     Args:
-        image: shape (N, contrasts, X, Y, Z).
+        image: shape (N, contrasts, X, Y, Z); the brain is where any contrast is not 0.
         present: 0 and 1, or bool, shape (N, contrasts).
 
     Returns:
         shape (N, 2 * contrasts, X, Y, Z), device and type as of ``image``: the contrasts, then their presence.
     """
-    constant = present.to(image)[:, :, None, None, None]
-    return torch.cat([image, constant.expand_as(image)], dim=1)
+    brain = (image != 0).any(dim=1, keepdim=True).to(image)
+    return torch.cat([image, brain * present.to(image)[:, :, None, None, None]], dim=1)
 
 
 class GivenPresence(nn.Module):
-    """A network of ``2 * contrasts`` input channels as one of ``contrasts``, for input of which all lacks the same.
-
-    Windows over a volume stay 0 outside the brain that way, and can be left out.
-    """
+    """A network of ``2 * contrasts`` input channels as one of ``contrasts``, for input of which all lacks the same."""
 
     def __init__(self, network: nn.Module, present: Sequence[bool]) -> None:
         """Take the network as it is; ``present`` has one truth value a contrast."""

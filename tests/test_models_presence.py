@@ -1,6 +1,8 @@
-"""Presence channels: constant, after the contrasts, of the image's own type."""
+"""Presence channels: 1 in the brain, after the contrasts, of the image's own type."""
 
 from __future__ import annotations
+
+from typing import Literal
 
 import pytest
 import torch
@@ -16,11 +18,26 @@ def test_the_contrasts_come_first_unchanged() -> None:
     assert torch.equal(with_presence(IMAGE, PRESENT)[:, :4], IMAGE)
 
 
-def test_the_presence_of_each_contrast_is_constant_over_the_patch() -> None:
-    channels = with_presence(IMAGE, PRESENT)[:, 4:]
+def test_the_presence_of_each_contrast_is_told_in_the_brain_and_nowhere_else() -> None:
+    image = IMAGE.clone()
+    image[:, :, :, 0] = 0
+    image[:, 1:, :, 1] = 0  # one contrast is enough to be brain
+    channels = with_presence(image, PRESENT)[:, 4:]
     assert channels.shape == IMAGE.shape
-    assert torch.equal(channels.amin((2, 3, 4)), PRESENT.float())
-    assert torch.equal(channels.amax((2, 3, 4)), PRESENT.float())
+    assert not channels[:, :, :, 0].any()
+    assert torch.equal(channels[:, :, :, 1:].amin((2, 3, 4)), PRESENT.float())
+    assert torch.equal(channels[:, :, :, 1:].amax((2, 3, 4)), PRESENT.float())
+
+
+@pytest.mark.parametrize("architecture", ["unet", "resunet", "segresnet"])
+def test_the_norm_after_the_first_convolution_does_not_wipe_it_out(architecture: Literal["unet", "resunet"]) -> None:
+    torch.manual_seed(0)
+    network = build_network(NetworkConfig(architecture=architecture, channels=(8, 16)), in_channels=8, out_channels=3)
+    image = torch.randn(1, 4, 32, 32, 32)
+    image[..., :12], image[:, 3] = 0, 0
+    some, all_there = (GivenPresence(network.eval(), (True, True, True, last))(image) for last in (False, True))
+    inner = (slice(None), slice(None), slice(8, 24), slice(8, 24), slice(16, 24))  # far from the padding of the patch
+    assert float((some - all_there)[inner].detach().abs().mean()) > 0.02 * float(all_there[inner].detach().std())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
