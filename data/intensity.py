@@ -110,10 +110,10 @@ def low_resolution(values: Tensor, brain: Tensor, share: float) -> Tensor:
         brain: bool, same shape.
         share: of the voxels along each axis that are left, above 0 to 1.
     """
-    coarse = [max(1, round(side * share)) for side in values.shape]
-    if tuple(coarse) == tuple(values.shape):
+    x, y, z = (max(1, round(side * share)) for side in values.shape)
+    if (x, y, z) == tuple(values.shape):
         return values
-    averaged = functional.adaptive_avg_pool3d(torch.stack([values, brain.to(values)])[None], coarse)
+    averaged = functional.adaptive_avg_pool3d(torch.stack([values, brain.to(values)])[None], (x, y, z))
     back = functional.interpolate(averaged, tuple(values.shape), mode="trilinear", align_corners=False)
     return back[0, 0] / back[0, 1].clamp_min(_LEAST_WEIGHT) * brain
 
