@@ -25,7 +25,7 @@ from data.labels import CONTRASTS, REGIONS, Contrast
 from data.layouts import Case, find_cases
 from data.phantoms import write_phantoms
 
-#: What the goal speaks of, then each contrast alone missing.
+#: Nothing, each contrast by itself, all but T1c.
 MISSING: tuple[tuple[Contrast, ...], ...] = ((), ("flair",), ("t1c",), ("t2",), ("t1",), ("t1", "t2", "flair"))
 ROWS = ("mean", *REGIONS)
 #: Mean Dice over cases, by what is missing, then by region; ``mean`` is over the regions.
@@ -33,7 +33,7 @@ Table = dict[tuple[Contrast, ...], dict[str, float]]
 
 
 def main() -> None:
-    """Train the pairs, print a table row by row, then what the goal asks."""
+    """Train the pairs, print a table row by row, then the differences between them."""
     options = _options()
     print(f"{machine()}; {options.train} cases train, {options.test} test, {options.steps} steps")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
