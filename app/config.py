@@ -24,6 +24,7 @@ from app.runtime import RuntimeConfig
 from app.training.gradient import GradientConfig
 from app.training.settings import TrainingConfig
 from data.augment import AugmentConfig
+from data.labels import CONTRASTS
 from models import NetworkConfig, patch_divisor
 
 
@@ -62,6 +63,16 @@ class RunConfig:
                 f"{len(self.network.channels)} levels (network.channels) every side must be a multiple of {divisor}, "
                 f"and at least {2 * divisor}"
             )
+
+    @property
+    def takes_missing_contrasts(self) -> bool:
+        """Whether the network is told which contrasts are there, by one channel more for each."""
+        return self.augment.contrast_dropout > 0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: the contrasts, and their presence where it is told."""
+        return len(CONTRASTS) * (2 if self.takes_missing_contrasts else 1)
 
 
 class _Document(BaseModel):

@@ -20,6 +20,7 @@ import numpy as np
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast, LabelConvention, decide_convention
 from data.nifti import read_label_map, strip_nifti_ending
+from data.presence import missing_contrasts, reference_contrast
 
 NAMING_RULES: Final = (
     "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2018-2021) or <case>-t1n, -t1c, -t2w, -t2f "
@@ -65,14 +66,26 @@ class Case:
     problems: tuple[str, ...] = ()
     """One sentence each; an empty tuple where all contrasts are there once."""
 
-    def require(self) -> Case:
+    @property
+    def reference(self) -> Contrast:
+        """The contrast whose file lends its grid to label maps; there must be one."""
+        return reference_contrast(self.contrasts)
+
+    def require(self, *, all_contrasts: bool = True) -> Case:
         """Return the case itself.
+
+        Args:
+            all_contrasts: False takes a case with one contrast or more; those missing are then no problem.
 
         Raises:
             DataError: a contrast is missing, there twice or behind a link out of the data folder, or the id is no
                 file name.
         """
-        problems = self.problems or tuple(_id_problems(self.id))
+        problems = self.problems
+        if not all_contrasts and self.contrasts:
+            absent = _missing(self.contrasts)
+            problems = tuple(problem for problem in problems if problem not in absent)
+        problems = problems or tuple(_id_problems(self.id))
         if problems:
             name = self.id if self.id.isprintable() else repr(self.id)
             raise DataError(f"case {name}: " + "; ".join(problems))
@@ -106,25 +119,29 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
     return tuple(sorted(cases, key=lambda case: case.id))
 
 
-def case_from_files(files: dict[Contrast, Path]) -> Case:
-    """A case from four files named one by one, as ``predict --t1 --t1c --t2 --flair`` has them.
+def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) -> Case:
+    """A case from files named one by one, as ``predict --t1 --t1c --t2 --flair`` has them.
 
-    The id is what the T1c file's name says before its contrast, or the whole name without its ending.
+    The id is what the name of the T1c file - without one, of the first file in project order - says before its
+    contrast, or the whole name without its ending.
+
+    Args:
+        files: at least one.
+        all_contrasts: False takes fewer than four.
 
     Raises:
         DataError: a contrast was not given, or the id is no file name.
     """
-    problems = _missing(files)
-    if problems:
-        raise DataError("; ".join(problems))
-    name = strip_nifti_ending(files["t1c"].name) or files["t1c"].stem
+    reference = files[reference_contrast(files)]
+    name = strip_nifti_ending(reference.name) or reference.stem
     match = _ENDING.match(name)
     return Case(
         id=match["case"] if match is not None else name,
-        folder=files["t1c"].parent,
-        contrasts={contrast: files[contrast] for contrast in CONTRASTS},
+        folder=reference.parent,
+        contrasts={contrast: files[contrast] for contrast in CONTRASTS if contrast in files},
         naming=_naming({match["ending"].lower()}) if match is not None else None,
-    ).require()
+        problems=tuple(_missing(files)),
+    ).require(all_contrasts=all_contrasts)
 
 
 def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Path]:
@@ -337,7 +354,7 @@ def _id_problems(case_id: str) -> list[str]:
 
 def _missing(contrasts: Iterable[Contrast]) -> list[str]:
     """One sentence for the contrasts that are not there, or none."""
-    absent = [contrast for contrast in CONTRASTS if contrast not in set(contrasts)]
+    absent = missing_contrasts(set(contrasts))
     return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"] if absent else []
 
 

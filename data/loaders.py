@@ -65,6 +65,8 @@ class Batch:
     """float32, shape (N, contrasts, X, Y, Z)."""
     masks: torch.Tensor
     """float32, 0 or 1, shape (N, regions, X, Y, Z)."""
+    present: torch.Tensor
+    """bool, shape (N, contrasts): which contrasts each patch has; the others are 0 in ``image``."""
     cases: tuple[str, ...]
 
 
@@ -125,6 +127,13 @@ class PatchSource:
 
     def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
         """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one patch, augmented."""
+        image, codes, case_id, _ = self._patch_and_presence(number)
+        return image, codes, case_id
+
+    def _patch_and_presence(
+        self, number: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
+        """The same, and which contrasts the patch has."""
         epoch, position = divmod(number, len(self._cases))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
         index = int(order[position])
@@ -134,17 +143,23 @@ class PatchSource:
         image = cut(case.image(), centre, self._patch).astype(np.float32)
         codes = cut(case.codes(), centre, self._patch)
         variation = augment.draw(self._augmentation, image.shape[0], rng)
-        return *augment.apply(variation, image, codes), case.id
+        return *augment.apply(variation, image, codes), case.id, variation.present
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch where steps are accumulated."""
-        images, masks, ids = [], [], []
+        images, masks, present, ids = [], [], [], []
         for number in range(step * size, (step + 1) * size):
-            image, codes, case_id = self.patch(number)
+            image, codes, case_id, there = self._patch_and_presence(number)
             images.append(torch.from_numpy(image))
             masks.append(torch.from_numpy(to_regions(codes)))
+            present.append(there)
             ids.append(case_id)
-        return Batch(image=torch.stack(images), masks=torch.stack(masks).float(), cases=tuple(ids))
+        return Batch(
+            image=torch.stack(images),
+            masks=torch.stack(masks).float(),
+            present=torch.tensor(present),
+            cases=tuple(ids),
+        )
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
         """A tumour voxel, each tissue the case has being as likely as the others, or any voxel of the box."""

@@ -46,7 +46,9 @@ class Prepared:
     """A case as the network sees it, with what is needed to go back."""
 
     image: npt.NDArray[np.float32]
-    """Shape (4, X, Y, Z), order of :data:`data.labels.CONTRASTS`; brain z-scored, 0 outside."""
+    """Shape (4, X, Y, Z), order of :data:`data.labels.CONTRASTS`; brain z-scored, 0 outside; 0 where it is missing."""
+    present: tuple[Contrast, ...]
+    """The contrasts that are there, in project order."""
     brain: npt.NDArray[np.bool_]
     """Where any contrast is non-zero in the box, at the files' own spacing."""
     codes: npt.NDArray[np.uint8] | None
@@ -75,26 +77,30 @@ def prepare(
     spacing_mm: Spacing | None = None,
     convention: LabelConvention | None = None,
     nan_to_zero: bool = False,
+    all_contrasts: bool = True,
 ) -> Prepared:
     """Read and prepare one case.
 
     Args:
-        case: all four contrasts present.
+        case: what to read.
         spacing_mm: spacing the network works at; None keeps the file's own.
         convention: read the label map too, its numbers meaning this; None leaves it.
         nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
+        all_contrasts: False takes a case with one contrast or more; box and brain are then those of the contrasts that
+            are there.
 
     Raises:
         DataError: a contrast is missing or unreadable, the contrasts lie on different grids, one of them is zero
             everywhere, constant or not skull-stripped, or the label map is missing, on another grid or outside the
             convention.
     """
-    case.require()
+    case.require(all_contrasts=all_contrasts)
+    present = tuple(contrast for contrast in CONTRASTS if all_contrasts or contrast in case.contrasts)
     volumes: dict[Contrast, Volume] = {}
-    for contrast in CONTRASTS:
+    for contrast in present:
         with _naming(case, f"contrast {contrast}"):
             volumes[contrast] = read_volume(case.contrasts[contrast], nan_to_zero=nan_to_zero)
-    reference = volumes["t1c"]
+    reference = volumes[case.reference]
     native_affine = reference.affine
     canonical = reorient(reference)
     for contrast, volume in volumes.items():
@@ -103,7 +109,7 @@ def prepare(
     zeroed = {contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed}
     image = np.stack([volume.voxels for volume in volumes.values()])
     del volumes
-    for contrast, voxels in zip(CONTRASTS, image, strict=True):
+    for contrast, voxels in zip(present, image, strict=True):
         if (problem := image_problem(voxels)) is not None:
             raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: {problem}.")
     box = brain_box(image)
@@ -118,7 +124,8 @@ def prepare(
         image = np.stack([resample(voxels, shape) for voxels in image])
         codes = None if codes is None else resample_codes(codes, shape)
     return Prepared(
-        image=image,
+        image=image if present == CONTRASTS else _at_their_places(image, present),
+        present=present,
         brain=brain,
         codes=codes,
         spacing_mm=target,
@@ -246,12 +253,19 @@ def resample_codes(codes: npt.NDArray[np.uint8], shape: tuple[int, int, int]) ->
     return from_regions(fractions >= 0.5)
 
 
+def _at_their_places(image: npt.NDArray[np.float32], present: tuple[Contrast, ...]) -> npt.NDArray[np.float32]:
+    """All contrasts of an image that has some of them; those missing are 0."""
+    complete = np.zeros((len(CONTRASTS), *image.shape[1:]), dtype=np.float32)
+    complete[[CONTRASTS.index(contrast) for contrast in present]] = image
+    return complete
+
+
 def _require_same_grid(case: Case, reference: Volume, volume: Volume, name: str) -> None:
     difference = grid_difference(reference, volume)
     if difference is not None:
         raise DataError(
-            f"case {case.id}: {name} is not on the grid of t1c: {difference} ({volume.path} against {reference.path}). "
-            "Register and resample the contrasts to one grid first."
+            f"case {case.id}: {name} is not on the grid of {case.reference}: {difference} "
+            f"({volume.path} against {reference.path}). Register and resample the contrasts to one grid first."
         )
 
 

@@ -2,5 +2,14 @@
 
 from models.losses import RegionLoss
 from models.networks import ARCHITECTURES, NetworkConfig, build_network, patch_divisor
+from models.presence import GivenPresence, with_presence
 
-__all__ = ["ARCHITECTURES", "NetworkConfig", "RegionLoss", "build_network", "patch_divisor"]
+__all__ = [
+    "ARCHITECTURES",
+    "GivenPresence",
+    "NetworkConfig",
+    "RegionLoss",
+    "build_network",
+    "patch_divisor",
+    "with_presence",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from collections import Counter
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,38 @@ seeds = st.integers(0, 10_000)
 SHAPE = (20, 24, 16)
 NOTHING = dict.fromkeys((field.name for field in fields(AugmentConfig)), 0.0)
 IDENTITY = AugmentConfig(**NOTHING)
-STRONG = AugmentConfig(affine_probability=1.0, gamma_probability=1.0, noise_probability=1.0)
+STRONG = AugmentConfig(
+    affine_probability=1.0,
+    gamma_probability=1.0,
+    noise_probability=1.0,
+    rotation_probability=1.0,
+    scaling_probability=1.0,
+    stretch_probability=1.0,
+    range_gamma_probability=1.0,
+    inverted_gamma_probability=1.0,
+    bias_field_probability=1.0,
+    blur_probability=1.0,
+    low_resolution_probability=1.0,
+)
+#: Each thing that can be switched on by itself: its probability, and its strength where that has another name.
+INTENSITIES = {
+    "gain": {"gain": 0.3, "gain_probability": 1},
+    "shift": {"shift": 0.3, "shift_probability": 1},
+    "gamma": {"gamma": 0.5, "gamma_probability": 1},
+    "noise": {"noise": 0.3, "noise_probability": 1},
+    "stretch": {"stretch": 0.25, "stretch_probability": 1},
+    "range_gamma": {"range_gamma": 0.5, "range_gamma_probability": 1},
+    "inverted_gamma": {"range_gamma": 0.5, "inverted_gamma_probability": 1},
+    "bias_field": {"bias_field": 0.3, "bias_field_probability": 1},
+    "blur": {"blur_voxels": 1, "blur_probability": 1},
+    "low_resolution": {"low_resolution": 0.5, "low_resolution_probability": 1},
+}
+GEOMETRY = {
+    "flip": {"flip_probability": 0.5},
+    "affine": {"affine_probability": 1, "rotation_degrees": 20, "scale": 0.2},
+    "rotation": {"rotation_probability": 1, "rotation_degrees": 30},
+    "scaling": {"scaling_probability": 1, "scaling": 0.4},
+}
 
 Image = npt.NDArray[np.float32]
 Codes = npt.NDArray[np.uint8]
@@ -85,7 +117,8 @@ def test_the_patch_given_is_not_changed(seed: int) -> None:
 @given(seeds)
 def test_outside_of_the_brain_stays_0_where_nothing_moves(seed: int) -> None:
     image, codes = patch()
-    settings = AugmentConfig(flip_probability=0, affine_probability=0, gamma_probability=1, noise_probability=1)
+    still = {"flip": 0.0, "affine": 0.0, "rotation": 0.0, "scaling": 0.0}
+    settings = replace(STRONG, **{f"{name}_probability": chance for name, chance in still.items()})
     changed, _ = varied(settings, image, codes, seed)
     assert not changed[image == 0].any()
     assert (changed[image != 0] != image[image != 0]).mean() > 0.99
@@ -96,7 +129,14 @@ def test_outside_of_the_brain_stays_0_where_nothing_moves(seed: int) -> None:
 def test_a_moved_patch_is_0_outside_of_the_moved_brain(seed: int) -> None:
     image, codes = blob()
     moved, _ = varied(config(affine_probability=1, rotation_degrees=180), image, codes, seed)
-    changed, _ = varied(config(affine_probability=1, rotation_degrees=180, shift=10, noise=10), image, codes, seed)
+    changed, _ = varied(
+        config(
+            affine_probability=1, rotation_degrees=180, shift_probability=1, shift=10, noise_probability=1, noise=10
+        ),
+        image,
+        codes,
+        seed,
+    )
     assert not changed[moved == 0].any()
     assert not np.array_equal(changed, moved)
 
@@ -174,7 +214,12 @@ def test_scale_makes_things_at_most_so_much_larger_or_smaller(seed: int) -> None
 
 
 @pytest.mark.parametrize(
-    ("settings", "low", "high"), [({"gain": 0.3}, 0.7, 1.3), ({"shift": 0.4}, 0.6, 1.4)], ids=["gain", "shift"]
+    ("settings", "low", "high"),
+    [
+        ({"gain_probability": 1, "gain": 0.3}, 0.7, 1.3),
+        ({"shift_probability": 1, "shift": 0.4}, 0.6, 1.4),
+    ],
+    ids=["gain", "shift"],
 )
 def test_each_contrast_is_changed_by_its_own_amount_within_bounds(
     settings: dict[str, float], low: float, high: float
@@ -205,15 +250,145 @@ def test_noise_has_the_standard_deviation_that_was_drawn() -> None:
     assert float(noise.std()) == pytest.approx(variation.noise, rel=0.02)
 
 
+# One thing at a time
+
+
+@pytest.mark.parametrize("name", INTENSITIES)
+@properties
+@given(seeds)
+def test_an_intensity_changes_within_the_brain_and_no_code_changes(name: str, seed: int) -> None:
+    image, codes = patch(seed)
+    changed, same = varied(config(**INTENSITIES[name]), image, codes, seed)
+    np.testing.assert_array_equal(same, codes)
+    assert not changed[image == 0].any()
+    assert not np.array_equal(changed, image)
+    assert np.isfinite(changed).all()
+    assert (changed.dtype, changed.shape) == (np.float32, image.shape)
+
+
+@pytest.mark.parametrize("name", GEOMETRY)
+@properties
+@given(seeds)
+def test_geometry_moves_codes_and_image_and_changes_no_intensity(name: str, seed: int) -> None:
+    codes = patch(seed)[1]
+    image = np.repeat((codes > 0)[None], 4, axis=0).astype(np.float32)
+    moved, labels = varied(config(**GEOMETRY[name]), image, codes, seed)
+    assert moved.min() >= 0
+    assert moved.max() <= 1 + 1e-5
+    # A code is the nearest voxel's, and that voxel weighs an eighth or more in the interpolated image.
+    assert (moved[0][labels > 0] >= 0.124).all()
+    assert (moved[0][labels == 0] <= 0.876).all()
+
+
+@pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
+def test_a_probability_of_0_leaves_the_patch_whatever_the_strength(name: str) -> None:
+    settings = {**INTENSITIES, **GEOMETRY}[name]
+    off = {key: 0.0 if key.endswith("probability") else value for key, value in settings.items()}
+    image, codes = patch()
+    same_image, same_codes = varied(config(**off), image, codes)
+    np.testing.assert_array_equal(same_image, image)
+    np.testing.assert_array_equal(same_codes, codes)
+
+
+@pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
+def test_the_same_seed_gives_the_same_change(name: str) -> None:
+    settings = config(**{**INTENSITIES, **GEOMETRY}[name])
+    for one, other in zip(varied(settings, *patch(), 3), varied(settings, *patch(), 3), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("name", [name for name in INTENSITIES if name != "noise"])
+def test_a_probability_counts_for_each_contrast_by_itself(name: str) -> None:
+    settings = {k: 0.3 if k.endswith("probability") else v for k, v in INTENSITIES[name].items()}
+    image, codes = patch(shape=(8, 8, 8))
+    changed = [
+        (after != before).any()
+        for seed in range(150)
+        for after, before in zip(varied(config(**settings), image, codes, seed)[0], image, strict=True)
+    ]
+    assert np.mean(changed) == pytest.approx(0.3, abs=0.07)
+
+
+@pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
+def test_switching_one_on_changes_what_is_drawn_for_no_other(name: str) -> None:
+    settings = {**INTENSITIES, **GEOMETRY}[name]
+    plain = draw(STRONG, 4, np.random.default_rng(5))
+    other = draw(replace(STRONG, **dict.fromkeys(settings, 0.0)), 4, np.random.default_rng(5))
+    same = [np.array_equal(getattr(plain, f.name), getattr(other, f.name)) for f in fields(plain)]
+    assert same.count(False) <= (2 if "range_gamma" in settings else 1)
+
+
+@properties
+@given(seeds, st.sampled_from([{"rotation_probability": 1.0}, {"scaling_probability": 1.0}]))
+def test_rotation_and_scaling_have_a_strength_of_their_own(seed: int, on: dict[str, float]) -> None:
+    settings = config(**on, rotation_degrees=30, scaling=0.4)
+    matrix = draw(settings, 4, np.random.default_rng(seed)).matrix
+    assert matrix is not None
+    size = np.linalg.det(matrix) ** (1 / 3)
+    np.testing.assert_allclose(matrix @ matrix.T, size**2 * np.eye(3), atol=1e-5)
+    if "rotation_probability" in on:
+        assert size == pytest.approx(1, abs=1e-5)
+    else:
+        np.testing.assert_allclose(matrix, size * np.eye(3), atol=1e-6)
+        assert 1 / 1.4 - 1e-5 <= size <= 1.4 + 1e-5
+
+
+def test_augmentation_of_a_patch_without_brain_leaves_it_empty() -> None:
+    image, codes = np.zeros((4, 8, 8, 8), np.float32), np.zeros((8, 8, 8), np.uint8)
+    assert not varied(STRONG, image, codes)[0].any()
+
+
+# Contrast dropout
+
+
+@properties
+@given(seeds)
+def test_a_lost_contrast_is_0_and_the_others_are_as_without_the_loss(seed: int) -> None:
+    image, codes = patch(seed)
+    whole, whole_codes = varied(STRONG, image, codes, seed)
+    settings = replace(STRONG, contrast_dropout=1.0)
+    present = draw(settings, 4, np.random.default_rng(seed)).present
+    lossy, lossy_codes = varied(settings, image, codes, seed)
+    assert 0 < sum(present) < 4
+    np.testing.assert_array_equal(lossy, whole * np.array(present, dtype=np.float32)[:, None, None, None])
+    np.testing.assert_array_equal(lossy_codes, whole_codes)
+
+
+def test_each_of_the_fourteen_proper_subsets_is_drawn_equally_often() -> None:
+    rng = np.random.default_rng(0)
+    counts = Counter(draw(config(contrast_dropout=1.0), 4, rng).present for _ in range(2800))
+    assert len(counts) == 14
+    assert min(counts.values()) > 150
+    assert max(counts.values()) < 250
+
+
+def test_contrasts_are_lost_as_often_as_the_config_says() -> None:
+    rng = np.random.default_rng(0)
+    lossy = [not all(draw(config(contrast_dropout=0.3), 4, rng).present) for _ in range(1000)]
+    assert np.mean(lossy) == pytest.approx(0.3, abs=0.04)
+
+
+def test_a_single_contrast_is_never_lost() -> None:
+    rng = np.random.default_rng(0)
+    assert {draw(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
+
+
+def test_what_was_drawn_before_is_drawn_in_the_same_order_still() -> None:
+    variation = draw(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
+    assert variation.noise_seed == 5716919709022709471
+    assert variation.flips == (False, True, False)
+
+
 @pytest.mark.parametrize(
     ("name", "bad"),
     [
-        *((name, bad) for name in NOTHING if name.endswith("probability") for bad in (-0.1, 1.1, float("nan"))),
         *(
             (name, bad)
-            for name in ("rotation_degrees", "scale", "gain", "shift", "gamma", "noise")
-            for bad in (-1, 181)
+            for name in NOTHING
+            if name.endswith(("probability", "dropout"))
+            for bad in (-0.1, 1.1, float("nan"))
         ),
+        *((name, bad) for name in NOTHING if not name.endswith(("probability", "dropout")) for bad in (-1, 181)),
     ],
 )
 def test_a_bad_config_is_refused_with_its_key_and_value(name: str, bad: Any) -> None:

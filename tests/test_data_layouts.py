@@ -166,6 +166,22 @@ def test_three_single_files_are_refused_with_the_contrast_that_lacks() -> None:
         case_from_files({"t1": Path("1.nii"), "t1c": Path("c.nii"), "flair": Path("f.nii")})
 
 
+def test_fewer_single_files_do_where_that_is_asked_for_and_the_first_lends_its_name() -> None:
+    files: dict[Contrast, Path] = {"flair": Path("in/b_flair.nii"), "t2": Path("in/a_t2.nii")}
+    case = case_from_files(files, all_contrasts=False)
+    assert (case.id, case.reference, case.contrasts) == ("a", "t2", files)
+    with pytest.raises(DataError, match="contrast t1, t1c is missing"):
+        case.require()
+
+
+def test_a_case_that_lacks_contrasts_fits_where_not_all_are_needed(tmp_path: Path) -> None:
+    make_case(tmp_path / "a", NAMES_2021[2:])
+    (case,) = find_cases(tmp_path)
+    assert case.require(all_contrasts=False) is case
+    with pytest.raises(DataError, match="contrast t1, t1c is missing"):
+        case.require()
+
+
 @pytest.mark.parametrize(
     ("case_id", "patient"),
     [

@@ -40,6 +40,30 @@ GUARDS: dict[str, Guard] = {
     "a contrast missing": Guard(
         LAYOUTS, "    problems = _missing(contrasts)\n", "    problems = []\n", f"{TRAIN}[missing]"
     ),
+    "a contrast missing where the run needs it": Guard(
+        "app/inference/predict.py",
+        "    require_contrasts(case, model)\n",
+        "",
+        "test_app_missing_contrasts.py::test_a_run_that_needs_all_contrasts_says_which_kind_does_not",
+    ),
+    "subsets of contrasts where the run needs all": Guard(
+        "app/inference/subsets.py",
+        "    if not model.takes_missing_contrasts:",
+        "    if False:",
+        "test_app_missing_contrasts.py::test_a_run_that_needs_all_contrasts_has_no_subsets",
+    ),
+    "a checkpoint that contradicts its config": Guard(
+        "app/inference/model.py",
+        'if details.get("takes_missing_contrasts", False) != config.takes_missing_contrasts:',
+        "if False:",
+        "test_app_missing_contrasts.py::test_a_checkpoint_that_contradicts_its_config_is_refused",
+    ),
+    "cases the run trained on": Guard(
+        "app/inference/subsets.py",
+        "else case.id not in trained",
+        "else True",
+        "test_app_missing_contrasts.py::test_cases_of_the_training_are_left_out_unless_asked_for",
+    ),
     "two files for one contrast": Guard(LAYOUTS, "if len(paths) > 1:", "if False:", f"{TRAIN}[two files]"),
     "contrasts on other grids": Guard(
         PREPARE, "    if difference is not None:", "    if False:", f"{TRAIN}[other origin]"
@@ -100,8 +124,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "a case id that leads elsewhere": Guard(
         LAYOUTS,
-        "problems = self.problems or tuple(_id_problems(self.id))",
-        "problems = self.problems",
+        "problems = problems or tuple(_id_problems(self.id))",
+        "problems = problems",
         "test_bad_input.py::test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused",
     ),
     "a case id with dots": Guard(

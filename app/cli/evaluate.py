@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, cast
 
 import typer
 
@@ -14,10 +14,17 @@ def evaluate(
     *,
     predictions: Annotated[
         Path,
-        typer.Argument(metavar="PREDICTIONS", help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders."),
+        typer.Argument(
+            metavar="PREDICTIONS",
+            help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders. With --contrast-subsets: RUN.",
+        ),
     ],
     references: Annotated[
-        Path, typer.Argument(metavar="REFERENCES", help="Folder of expert label maps, named in any of these ways.")
+        Path,
+        typer.Argument(
+            metavar="REFERENCES",
+            help="Folder of expert label maps, named in any of these ways. With --contrast-subsets: DATA.",
+        ),
     ],
     resample: Annotated[
         bool, typer.Option("--resample", help="Bring predictions on other grids to those of their references.")
@@ -25,10 +32,39 @@ def evaluate(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
+    contrast_subsets: Annotated[
+        bool,
+        typer.Option(
+            "--contrast-subsets",
+            help="Predict the cases of DATA with RUN from each subset of the contrasts; mean Dice.",
+        ),
+    ] = False,
+    cases: Annotated[
+        str | None,
+        typer.Option(
+            "--cases", help="With --contrast-subsets: unseen (by the training of RUN; default), validation or all."
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", help="With --contrast-subsets: auto (default), cpu, cuda or cuda:N.")
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
-    """Score predictions against references: Dice, HD95, sensitivity, specificity, volumes by region and case."""
+    """Score predictions against references: Dice, HD95, sensitivity, specificity, volumes by region and case.
+
+    Or see what a run loses when contrasts are missing: znormseg evaluate RUN DATA --contrast-subsets
+    """
+    if contrast_subsets:
+        if resample:
+            raise typer.BadParameter(
+                "--resample goes with PREDICTIONS; predictions of --contrast-subsets lie on the grid"
+            )
+        _subsets(predictions, references, cases, device, follow_links=follow_links, out=out, as_json=as_json)
+        return
+    for option, value in (("--cases", cases), ("--device", device)):
+        if value is not None:
+            raise typer.BadParameter(f"{option} goes with --contrast-subsets")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
 
@@ -51,6 +87,50 @@ def evaluate(
     if scores.failures:
         from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
 
+        raise typer.Exit(EXIT_SOME_FAILED)
+
+
+def _subsets(
+    run: Path,
+    data: Path,
+    which: str | None,
+    device: str | None,
+    *,
+    follow_links: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """The table of ``--contrast-subsets``."""
+    if which not in {None, "unseen", "validation", "all"}:
+        raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
+    from app.errors import EXIT_SOME_FAILED, ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415
+    from app.inference.model import load_model  # noqa: PLC0415
+    from app.inference.subsets import Which, choose_cases, rows, score_subsets, write_table  # noqa: PLC0415
+    from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
+    from data.layouts import find_cases  # noqa: PLC0415
+
+    if out is not None:
+        require_table_place(out)
+    try:
+        runtime = choose_runtime(RuntimeConfig(device=device or "auto"))
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from error
+    with terminal.watched() as on_progress:
+        model = load_model(run, runtime)
+        chosen = choose_cases(run, find_cases(data, follow_links=follow_links), cast("Which", which or "unseen"))
+        table = score_subsets(
+            model, chosen, runtime, nan_to_zero=model.config.data.nan_to_zero, on_progress=on_progress
+        )
+    if as_json:
+        terminal.json_result(table.to_json())
+    else:
+        terminal.result(terminal.table(rows(table)))
+    if out is not None:
+        write_table(table, out)
+    for case, text in table.failures.items():
+        terminal.say(f"znormseg: {case}: {text}")
+    if table.failures:
         raise typer.Exit(EXIT_SOME_FAILED)
 
 

@@ -42,7 +42,8 @@ def predict(
 ) -> None:
     """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
 
-    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D
+    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D.
+    A run trained with augment.contrast_dropout above 0 takes cases in which some of them are missing.
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -84,7 +85,9 @@ def predict(
 def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:
     from data.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
 
-    return (case_from_files(files),) if files else find_cases(source, follow_links=follow_links)
+    if files:
+        return (case_from_files(files, all_contrasts=False),)  # whether that is enough, the run will tell
+    return find_cases(source, follow_links=follow_links)
 
 
 def _show(done: tuple[object, ...], output: Path) -> None:

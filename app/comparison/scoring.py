@@ -6,16 +6,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from app.config import RunConfig
-from app.evaluation.metrics import dice
 from app.inference.model import load_model
-from app.inference.predict import predict_codes
+from app.inference.scoring import CaseDice, case_dice
 from app.runtime import choose_runtime
-from data.labels import REGIONS, Region, decode, to_regions
 from data.layouts import Case
-from data.nifti import read_label_map, reorient, to_native_order
-from data.preprocess import prepare
-
-CaseDice = dict[Region, float]
 
 
 def score_run(
@@ -40,16 +34,6 @@ def score_run(
     model = load_model(run, runtime)
     scores: dict[str, CaseDice] = {}
     for case in cases:
-        # With the convention the label map's grid is checked too; its codes are at the network's spacing, not used.
-        prepared = prepare(
-            case, spacing_mm=model.spacing_mm, convention=model.convention, nan_to_zero=config.data.nan_to_zero
-        )
-        predicted = to_regions(predict_codes(model, prepared, runtime))
-        assert case.label is not None
-        codes = decode(reorient(read_label_map(case.label)).voxels, model.convention)
-        expected = to_regions(to_native_order(codes, prepared.native_affine))
-        scores[case.id] = {
-            region: dice(one, other) for region, one, other in zip(REGIONS, predicted, expected, strict=True)
-        }
+        scores[case.id] = case_dice(model, case.require(), runtime, nan_to_zero=config.data.nan_to_zero)
         on_case(case.id)
     return model.sha256, scores

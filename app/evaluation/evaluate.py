@@ -215,15 +215,24 @@ def write_table(evaluation: Evaluation, path: Path) -> None:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
         OSError: the disk is full or the folder cannot be written to.
     """
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
-    if not path.parent.is_dir():
-        raise DataError(f"{path}: the folder {path.parent} does not exist. Create it first.")
+    require_table_place(path)
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", *(f"{region}_{metric}" for region in REGIONS for metric in METRICS)])
         for name, values in _named_values(evaluation):
             writer.writerow([name, *(values[region][metric] for region in REGIONS for metric in METRICS)])
+
+
+def require_table_place(path: Path) -> None:
+    """Make sure that a table can be written to a path.
+
+    Raises:
+        DataError: its folder does not exist, or it is a folder itself.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
+    if not path.parent.is_dir():
+        raise DataError(f"{path}: the folder {path.parent} does not exist. Create it first.")
 
 
 def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, dict[str, float]]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from app.checkpoints import load_newest
 from app.config import RunConfig, from_plain
 from app.errors import ConfigError, RunError
 from app.runtime import Runtime
-from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
+from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention
 from data.nifti import Spacing
-from models import build_network
+from data.presence import presence_mask
+from models import GivenPresence, build_network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,17 @@ class Model:
     sha256: str
     """Of the weights' file."""
     step: int
+
+    @property
+    def takes_missing_contrasts(self) -> bool:
+        """Whether it was trained to do without some contrasts."""
+        return self.config.takes_missing_contrasts
+
+    def given(self, present: Collection[Contrast]) -> nn.Module:
+        """The network for images of all contrasts of which these are there, the others 0."""
+        if not self.takes_missing_contrasts:
+            return self.network
+        return GivenPresence(self.network, presence_mask(present)).eval()
 
 
 def load_model(run: Path, runtime: Runtime) -> Model:
@@ -53,9 +66,11 @@ def load_model(run: Path, runtime: Runtime) -> Model:
                 f"{run}: trained for other contrasts or regions: {details['contrasts']}, {details['regions']}"
             )
         config = from_plain(details["config"], str(run))
+        if details.get("takes_missing_contrasts", False) != config.takes_missing_contrasts:
+            raise ValueError("takes_missing_contrasts and augment.contrast_dropout contradict each other")
         convention = CONVENTIONS[details["labels"]]
         x, y, z = details["spacing_mm"]
-        network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
+        network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
         network.load_state_dict(checkpoint.weights)
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         if isinstance(error, RunError):

@@ -24,6 +24,7 @@ from data.labels import CONVENTIONS, REGIONS, LabelConvention, encode, from_regi
 from data.layouts import Case
 from data.nifti import spacing_of, write_label_map
 from data.preprocess import Prepared, prepare, to_native_grid
+from data.presence import missing_contrasts
 
 DISCLAIMER = "Research use only; not a medical device."
 
@@ -102,7 +103,7 @@ def predict(
 def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
     """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
     logits = sliding_logits(
-        model.network,
+        model.given(prepared.present),
         torch.from_numpy(prepared.image),
         window=model.config.training.patch_voxels,
         overlap=model.config.inference.overlap,
@@ -127,14 +128,17 @@ def _predict_case(
     label_map = output / f"{case.id}.nii.gz"
     _refuse_overwriting_input(case, label_map)
     began = time.monotonic()
-    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=nan_to_zero)
+    require_contrasts(case, model)
+    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=nan_to_zero, all_contrasts=False)
+    if absent := missing_contrasts(prepared.present):
+        LOG.warning("case %s: predicted without %s, which is missing", case.id, ", ".join(absent))
     for contrast, count in prepared.zeroed.items():
         LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
     convention = labels or CONVENTIONS.get(case.naming or "", model.convention)
-    write_label_map(label_map, encode(codes, convention), case.contrasts["t1c"])
+    write_label_map(label_map, encode(codes, convention), case.contrasts[case.reference])
     seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
     voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
     volumes = [float(mask.sum()) * voxel_ml for mask in to_regions(codes)]
@@ -150,6 +154,7 @@ def _predict_case(
         },
         "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
         "nan_to_zero": prepared.zeroed,
+        "missing_contrasts": list(absent),
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         "weights_sha256": model.sha256,
         "weights_step": model.step,
@@ -159,6 +164,23 @@ def _predict_case(
     }
     write_json(output / f"{case.id}.json", content)
     return Prediction(case=case.id, label_map=label_map, content=content)
+
+
+def require_contrasts(case: Case, model: Model) -> None:
+    """Make sure that a case has what a network needs.
+
+    Raises:
+        DataError: as :meth:`data.layouts.Case.require`; a contrast may be missing where the network was trained so.
+    """
+    if model.takes_missing_contrasts or not missing_contrasts(case.contrasts):
+        case.require(all_contrasts=False)
+        return
+    try:
+        case.require()
+    except DataError as error:
+        raise DataError(
+            f"{error}. This run needs all four; one trained with augment.contrast_dropout above 0 takes cases without."
+        ) from error
 
 
 def _refuse_overwriting_input(case: Case, label_map: Path) -> None:

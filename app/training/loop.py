@@ -21,8 +21,10 @@ from app.training.state import State, to_checkpoint
 from app.training.stopping import StopRequest
 from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
+from data.labels import CONTRASTS
 from data.loaders import Batch, CachedCase, PatchSource, batches
-from models import RegionLoss
+from data.presence import presence_mask
+from models import GivenPresence, RegionLoss, with_presence
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
@@ -107,6 +109,8 @@ class Loop:
             batch: Batch = next(made)
             image = batch.image.to(self.runtime.device, non_blocking=True)
             masks = batch.masks.to(self.runtime.device, non_blocking=True)
+            if self.config.takes_missing_contrasts:
+                image = with_presence(image, batch.present)
             with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
                 with self.runtime.autocast():
                     logits = state.network(image.contiguous(memory_format=self.runtime.memory_format))
@@ -124,8 +128,11 @@ class Loop:
         """Score the validation cases; keep the weights when they are the best so far."""
         state, settings = self.state, self.config.training
         before = time.monotonic()
+        network = state.network
+        if self.config.takes_missing_contrasts:
+            network = GivenPresence(network, presence_mask(CONTRASTS))
         dice = validation_dice(
-            state.network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
+            network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
         )
         state.validations += 1
         state.validated_step = state.step
@@ -147,6 +154,7 @@ class Loop:
             {
                 "dice": dice,
                 "contrasts": facts["contrasts"],
+                "takes_missing_contrasts": self.config.takes_missing_contrasts,
                 "regions": facts["regions"],
                 "labels": facts["labels"],
                 "spacing_mm": facts["spacing_mm"],

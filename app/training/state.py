@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from app import checkpoints
 from app.config import RunConfig
 from app.runtime import Runtime
-from data.labels import CONTRASTS, REGIONS
+from data.labels import REGIONS
 from models import build_network
 
 
@@ -36,7 +36,7 @@ class State:
 
 def new_state(config: RunConfig, runtime: Runtime) -> State:
     """A network with random weights and its optimiser, before the first step."""
-    network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
+    network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
     network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
     return State(network=network, optimizer=_optimizer(config, network))
 

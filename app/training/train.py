@@ -110,6 +110,7 @@ def start(
                     "fold": fold if split_file is None else None,
                     "split_file": None if split_file is None else str(split_file.resolve()),
                     "contrasts": list(CONTRASTS),
+                    "takes_missing_contrasts": config.takes_missing_contrasts,
                     "regions": list(REGIONS),
                     "labels": convention.name,
                     "spacing_mm": list(spacing_mm),

@@ -1,0 +1,189 @@
+"""How well a run does without some of the contrasts: Dice for each of the fifteen subsets."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Literal
+
+from app.errors import RunError
+from app.evaluation.evaluate import require_table_place
+from app.inference.model import Model
+from app.inference.scoring import CaseDice, case_dice
+from app.progress import LOG, OnProgress, Progress, silent
+from app.runlog import read_json
+from app.runtime import Runtime
+from data.errors import DataError
+from data.labels import REGIONS, Contrast, Region
+from data.layouts import Case
+from data.nifti import replacing
+from data.presence import SUBSETS
+
+#: Which cases of a data set are scored: those the run did not train on, those it validated on, or all.
+Which = Literal["unseen", "validation", "all"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetScores:
+    """What a run reaches with some contrasts."""
+
+    contrasts: tuple[Contrast, ...]
+    """Those given to the network, in project order."""
+    cases: Mapping[str, CaseDice]
+    """Dice by case id and region; cases that have these contrasts."""
+
+    @property
+    def name(self) -> str:
+        """As in ``t1+t1c``."""
+        return "+".join(self.contrasts)
+
+    def dice(self) -> dict[Region, float]:
+        """Mean over cases, by region."""
+        return {region: fmean(scores[region] for scores in self.cases.values()) for region in REGIONS}
+
+    def mean_dice(self) -> float:
+        """Mean over cases and regions."""
+        return fmean(self.dice().values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetEvaluation:
+    """The table: a row a subset for which there was a case."""
+
+    subsets: tuple[SubsetScores, ...]
+    weights_sha256: str
+    failures: Mapping[str, str]
+    """Case id to message; such a case counts in no row."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "subsets": [
+                {
+                    "contrasts": list(scores.contrasts),
+                    "n": len(scores.cases),
+                    "dice": scores.dice(),
+                    "mean_dice": scores.mean_dice(),
+                    "cases": dict(scores.cases),
+                }
+                for scores in self.subsets
+            ],
+            "weights_sha256": self.weights_sha256,
+            "failures": dict(self.failures),
+        }
+
+
+def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, ...]:
+    """The labelled cases of a data set that are scored.
+
+    Args:
+        run: folder of the run; its split says what it has seen, by case id.
+        cases: all of the data set.
+        which: part of them.
+
+    Raises:
+        DataError: none is left.
+        RunError: the run has no split.
+    """
+    labelled = [case for case in cases if case.label is not None]
+    if not labelled:
+        raise DataError(f"none of {len(cases)} cases has a label map (a file that ends in seg) to score against")
+    split = read_json(run / "split.json")
+    trained, validated = set(split["train"]), set(split["validation"])
+    chosen = tuple(
+        case
+        for case in labelled
+        if which == "all" or (case.id in validated if which == "validation" else case.id not in trained)
+    )
+    if not chosen:
+        what = "validated on none of them" if which == "validation" else "trained on all of them"
+        raise DataError(f"{run} {what}, going by the ids of the {len(labelled)} cases. Give others, or --cases all.")
+    if which == "unseen" and len(chosen) < len(labelled):
+        LOG.info("%d cases are left out, as the run trained on cases of their ids", len(labelled) - len(chosen))
+    return chosen
+
+
+def score_subsets(
+    model: Model,
+    cases: Sequence[Case],
+    runtime: Runtime,
+    *,
+    nan_to_zero: bool = False,
+    on_progress: OnProgress = silent,
+) -> SubsetEvaluation:
+    """Predict cases with every subset of their contrasts, as if the other files were not there, and score them.
+
+    Args:
+        model: of a run that takes cases without some contrasts.
+        cases: with label maps; one that lacks contrasts itself counts in the rows it has the contrasts for.
+        runtime: as the model was loaded for.
+        nan_to_zero: take voxels that are NaN or infinite as 0.
+        on_progress: told which case is being worked on.
+
+    Raises:
+        RunError: the run needs all contrasts.
+        DataError: not one case could be scored.
+    """
+    if not model.takes_missing_contrasts:
+        raise RunError(
+            "this run was trained with all four contrasts always, so there are no subsets to score. Train one that "
+            "does without some: znormseg train ... --set augment.contrast_dropout=0.5"
+        )
+    found: dict[tuple[Contrast, ...], dict[str, CaseDice]] = {subset: {} for subset in SUBSETS}
+    failures: dict[str, str] = {}
+    for number, case in enumerate(cases):
+        try:
+            case.require(all_contrasts=False)
+            subsets = [subset for subset in SUBSETS if set(subset) <= set(case.contrasts)]
+            scores: dict[tuple[Contrast, ...], CaseDice] = {}
+            for position, subset in enumerate(subsets):
+                share = (number + position / len(subsets)) / len(cases)
+                on_progress(Progress(job="scoring", share=share, detail=f"{case.id}: {'+'.join(subset)}"))
+                given = replace(case, contrasts={c: case.contrasts[c] for c in subset}, problems=())
+                scores[subset] = case_dice(model, given, runtime, nan_to_zero=nan_to_zero)
+        except DataError as error:
+            failures[case.id] = str(error)
+            continue
+        for subset, dice in scores.items():
+            found[subset][case.id] = dice
+    if len(failures) == len(cases):
+        raise DataError(f"not one of {len(cases)} cases could be scored. {next(iter(failures.values()))}")
+    on_progress(Progress(job="scoring", share=1.0, detail=f"{len(cases) - len(failures)} of {len(cases)} cases"))
+    return SubsetEvaluation(
+        subsets=tuple(SubsetScores(contrasts=subset, cases=scores) for subset, scores in found.items() if scores),
+        weights_sha256=model.sha256,
+        failures=failures,
+    )
+
+
+def rows(evaluation: SubsetEvaluation) -> list[list[str]]:
+    """The table for the terminal: header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
+    return [
+        ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
+        *(
+            [scores.name, str(len(scores.cases)), *(f"{value:.3f}" for value in _values(scores))]
+            for scores in evaluation.subsets
+        ),
+    ]
+
+
+def write_table(evaluation: SubsetEvaluation, path: Path) -> None:
+    """Write the table as CSV, numbers in full precision; the file is there whole or not at all.
+
+    Raises:
+        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
+        OSError: it cannot be written.
+    """
+    require_table_place(path)
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"])
+        for scores in evaluation.subsets:
+            writer.writerow([scores.name, len(scores.cases), *_values(scores)])
+
+
+def _values(scores: SubsetScores) -> list[float]:
+    return [*scores.dice().values(), scores.mean_dice()]

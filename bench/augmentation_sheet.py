@@ -1,0 +1,108 @@
+"""Every augmentation on one phantom, as a picture: a row each, the original on the left, three draws beside it.
+
+    python bench/augmentation_sheet.py docs/images/augmentation.png
+
+FLAIR, in the axial slice with most tumour, and the tumour's outline; strengths are those of resunet, and the defaults
+for what resunet leaves out. The rows are those of docs/how-to/augmentation.md.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.config import load_config
+from app.reporting.overlay import OUTLINE_COLOURS
+from app.reporting.planes import PLANES, largest_slice
+from app.reporting.png import encode_png
+from data.augment import AugmentConfig, apply, draw
+from data.labels import CONTRASTS
+from data.phantoms import make_phantom
+from data.preprocess import brain_box, zscore_nonzero
+
+#: The rows: which probability is 1 while all others are 0.
+ROWS: Final = (
+    "flip_probability",
+    "affine_probability",
+    "rotation_probability",
+    "scaling_probability",
+    "gain_probability",
+    "shift_probability",
+    "stretch_probability",
+    "gamma_probability",
+    "range_gamma_probability",
+    "inverted_gamma_probability",
+    "bias_field_probability",
+    "blur_probability",
+    "low_resolution_probability",
+    "noise_probability",
+)
+DRAWS: Final = 3
+SPACING_MM: Final = 2.0
+#: Pixels of the picture along a voxel.
+ZOOM: Final = 2
+GAP_PX: Final = 3
+#: Standard deviations of the brain that are black and white.
+WINDOW: Final = (-3.0, 3.5)
+
+Picture = npt.NDArray[np.uint8]
+
+
+def main(path: Path) -> None:
+    """Write the sheet."""
+    image, codes = patch()
+    config = replace(load_config("resunet").augment, scale=AugmentConfig().scale, shift=AugmentConfig().shift)
+    rows = []
+    for row in ROWS:
+        variations = [draw(only(config, row), len(CONTRASTS), np.random.default_rng([7, n])) for n in range(DRAWS)]
+        varied = [(image, codes), *(apply(variation, image, codes) for variation in variations)]
+        rows.append(beside([tile(*one) for one in varied]))
+    path.write_bytes(encode_png(np.concatenate([line for row in rows for line in (row, gap(row))][:-1])))
+
+
+def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
+    """The brain of a phantom as a network sees it, with some room around it."""
+    phantom = make_phantom(0, spacing_mm=SPACING_MM)
+    image = np.stack([phantom.images[contrast] for contrast in CONTRASTS]).astype(np.float32)
+    box = brain_box(image)
+    image = np.stack([zscore_nonzero(contrast[box]) for contrast in image])
+    room = ((4, 4),) * 3
+    return np.pad(image, ((0, 0), *room)), np.pad(phantom.codes[box], room)
+
+
+def only(config: AugmentConfig, wanted: str) -> AugmentConfig:
+    """All probabilities 0 but one, which is 1; mirroring stays a matter of chance for each axis."""
+    off = {field.name: 0.0 for field in fields(config) if field.name.endswith("_probability")}
+    return replace(config, **{**off, wanted: 0.5 if wanted == "flip_probability" else 1.0})
+
+
+def tile(image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> Picture:
+    """One slice in grey, the tumour outlined; x runs to the right, y down."""
+    index = largest_slice(codes > 0, PLANES[0])
+    values, tumour = image[CONTRASTS.index("flair"), :, :, index], codes[:, :, index] > 0
+    low, high = WINDOW
+    grey = np.where(values == 0, 0, np.clip((values - low) / (high - low), 0, 1) * 255).astype(np.uint8)
+    picture = np.repeat(grey[..., None], 3, axis=2)
+    picture[tumour & ~ndimage.binary_erosion(tumour)] = OUTLINE_COLOURS["WT"]
+    return picture.transpose(1, 0, 2).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
+
+
+def beside(tiles: list[Picture]) -> Picture:
+    """Tiles in a row, a gap between them."""
+    space = np.full((tiles[0].shape[0], GAP_PX, 3), 255, np.uint8)
+    return np.concatenate([part for one in tiles for part in (one, space)][:-1], axis=1)
+
+
+def gap(row: Picture) -> Picture:
+    """White below a row."""
+    return np.full((GAP_PX, row.shape[1], 3), 255, np.uint8)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
