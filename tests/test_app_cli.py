@@ -27,6 +27,7 @@ VERBS = [
     ["demo"],
     ["data"],
     ["data", "check"],
+    ["data", "export"],
     ["data", "phantom"],
 ]
 #: A terminal of fixed width, without colours.

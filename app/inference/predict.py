@@ -20,7 +20,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import write_json
 from app.runtime import Runtime, versions
 from data.errors import DataError
-from data.labels import CONVENTIONS, REGIONS, LabelConvention, encode, from_regions, to_regions
+from data.labels import REGIONS, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case
 from data.nifti import spacing_of, write_label_map
 from data.preprocess import Prepared, prepare, to_native_grid
@@ -133,7 +133,7 @@ def _predict_case(
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
-    convention = labels or CONVENTIONS.get(case.naming or "", model.convention)
+    convention = labels or case.written_convention or model.convention
     write_label_map(label_map, encode(codes, convention), case.contrasts["t1c"])
     seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
     voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
