@@ -20,7 +20,7 @@ from typing import Any, Final
 from data.errors import DataError
 from data.labels import CONVENTIONS, MSD, Contrast, convention_of_names
 from data.names import contrast_of, split_name
-from data.nifti import nifti_files, strip_nifti_ending
+from data.nifti import nifti_files, read_grid, strip_nifti_ending
 
 DESCRIPTION: Final = "dataset.json"
 _PARTS: Final = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
@@ -291,10 +291,18 @@ def _has_a_file_a_channel(paths: list[Path], channels: Mapping[int, Contrast], l
     """Whether images are named as nnU-Net does, and not 4D files whose own names end in four digits."""
     stems = [strip_nifti_ending(path.name) or "" for path in paths]
     matches = [_CHANNEL.match(stem) for stem in stems]
-    if any(stem in label_maps for stem in stems):
+    if any(stem in label_maps for stem in stems) or (paths and _is_4d(paths[0])):
         return False
     most = max(channels) + 8  # channels that are no contrast may follow
     return all(match is not None and int(match["channel"]) <= most for match in matches)
+
+
+def _is_4d(path: Path) -> bool:
+    try:
+        read_grid(path, 0)
+    except DataError:
+        return False
+    return True
 
 
 def _one_file_a_channel(

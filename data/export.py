@@ -122,7 +122,8 @@ def export(
         writer.describe(cases)
         if {case.id for case in find_cases(folder)} != {case.id for case in cases}:
             raise DataError(
-                f"the case ids of {root} cannot be told from channel numbers in the layout {layout}. Rename them."
+                f"{root}: not every case id is read back as it is in the layout {layout}: are there blanks around one? "
+                "Rename the cases, or take another layout."
             )
     rewritten = convention is not None and layout != "csv"
     dropped = ", ".join(str(value) for value in convention.also_background) if convention and rewritten else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from collections.abc import Callable
 from itertools import product
 from pathlib import Path
@@ -161,6 +162,24 @@ def test_a_place_that_is_not_free_is_refused(render: Render, tmp_path: Path) -> 
             export(root, tmp_path / place, "csv")
     (tmp_path / "empty").mkdir()
     assert export(root, tmp_path / "empty", "csv").cases == 2
+
+
+def test_ids_that_a_layout_cannot_hold_are_refused(render: Render, tmp_path: Path) -> None:
+    root = render(tmp_path / "in", "case folders").root
+    for path in (root / "a").iterdir():
+        path.rename(path.with_name(f" {path.name}"))
+    with pytest.raises(DataError, match=r"not every case id is read back as it is in the layout csv"):
+        export(root, tmp_path / "out", "csv")
+    assert export(root, tmp_path / "out", "msd").cases == 2
+
+
+def test_ids_that_end_like_a_channel_of_nnunet_are_kept(render: Render, tmp_path: Path) -> None:
+    root = render(tmp_path / "in", "manifest").root
+    root.write_text(root.read_text().replace("\na,", "\nscan_0001,").replace("\nb,", "\nscan_0002,"))
+    for layout in LAYOUTS:
+        export(root, tmp_path / layout, layout)
+        shutil.rmtree(tmp_path / layout / "labelsTr", ignore_errors=True)
+        assert [case.id for case in find_cases(tmp_path / layout)] == ["scan_0001", "scan_0002"]
 
 
 def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:

@@ -162,8 +162,6 @@ def _predict_case(
 
 
 def _refuse_overwriting_input(case: Case, label_map: Path) -> None:
-    for contrast, path in case.contrasts.items():
-        if path.resolve() == label_map.resolve():
-            raise DataError(
-                f"case {case.id}: the label map would replace its own {contrast}, {path}. Give another OUTPUT."
-            )
+    for what, path in [*case.contrasts.items(), ("label map", case.label)]:
+        if path is not None and path.resolve() == label_map.resolve():
+            raise DataError(f"case {case.id}: the label map would replace its own {what}, {path}. Give another OUTPUT.")
