@@ -232,7 +232,13 @@ def convention_of_names(names: Mapping[str, tuple[int, ...]]) -> LabelConvention
         if set(found) != set(REGIONS):
             return None
         return next(
-            (c for c in CONVENTIONS.values() if all(found[region] == _numbers(c, region) for region in REGIONS)), None
+            (
+                c
+                for c in CONVENTIONS.values()
+                if all(found[region] == _numbers(c, region) for region in REGIONS)
+                and all(set(numbers) <= c.codes.keys() for numbers in words.values())
+            ),
+            None,
         )
     codes: dict[int, int] = {}
     for name, numbers in words.items():

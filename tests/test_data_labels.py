@@ -212,6 +212,7 @@ def test_outside_of_case_folders_a_3_or_no_4_is_not_guessed_at(values: list[int]
         ({"background": (0,), "edema": (1,), "non-enhancing tumor": (2,), "enhancing tumour": (3,)}, "msd"),
         ({"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}, "msd"),
         ({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}, "brats2023"),
+        ({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,), "RC": (4,)}, "brats2024"),
         ({"NCR/NET": (1,), "ED": (2,), "ET": (4,)}, "brats2021"),
         ({"NETC": (1,), "SNFH": (2,), "ET": (3,), "RC": (4,)}, "brats2024"),
         ({"ET": (1,), "NET": (2,), "CC": (3,), "ED": (4,)}, "brats2024-ped"),
