@@ -157,7 +157,7 @@ def _make_phantoms(folder: Path, count: int, on_progress: OnProgress) -> tuple[C
 def _page_case(case: Case, out: Path, evaluation: Evaluation, convention: LabelConvention) -> PageCase:
     """Scores and overlay picture of one held-out case."""
     assert case.label is not None
-    background = reorient(read_volume(case.contrasts["flair"]))
+    background = reorient(read_volume(case.contrasts["flair"], case.volumes.get("flair")))
     overlay = OverlayCase(
         case=case.id,
         background=background.voxels,

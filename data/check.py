@@ -69,12 +69,19 @@ class CheckedDataSet:
         }
 
 
-def check(root: Path, *, follow_links: bool = False, on_case: Callable[[str], None] | None = None) -> CheckedDataSet:
+def check(
+    root: Path,
+    *,
+    follow_links: bool = False,
+    labels: str | None = None,
+    on_case: Callable[[str], None] | None = None,
+) -> CheckedDataSet:
     """Read every file of a data set once and say what was found.
 
     Args:
-        root: a case folder or a folder of them.
+        root: a data set in any layout of :func:`data.layouts.find_cases`.
         follow_links: accept symbolic links that lead out of ``root``.
+        labels: name of the label convention, where the data set does not tell.
         on_case: called with the id of each case that is done.
 
     Raises:
@@ -94,7 +101,7 @@ def check(root: Path, *, follow_links: bool = False, on_case: Callable[[str], No
     convention, problems = None, []
     if values:
         try:
-            convention = decide_for(values, cases).name
+            convention = decide_for(values, cases, labels=labels).name
         except DataError as error:
             problems.append(str(error))
     return CheckedDataSet(
@@ -114,7 +121,7 @@ def check_case(case: Case) -> CheckedCase:
         if contrast not in case.contrasts:
             continue
         try:
-            volume = read_volume(case.contrasts[contrast])
+            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast))
         except DataError as error:
             problems.append(f"{contrast}: {error}")
             continue

@@ -1,13 +1,15 @@
 """Label numbers and regions: the only place where a BraTS label number is written down.
 
 Inside the program a label map uses the codes of :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use
-whatever their :class:`LabelConvention` says. Sources: the BraTS 2018 and 2019 task pages (upenn.edu) and the scoring
-scripts of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py).
+whatever their :class:`LabelConvention` says. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring
+scripts of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py) and 2024 (metrics_GLI.py, metrics_PED.py), the
+dataset.json of the Medical Segmentation Decathlon, nnU-Net's conversions (nnunetv2/dataset_conversion).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -49,55 +51,210 @@ class LabelConvention:
     """Oedema / invaded tissue."""
     enhancing: int
     """Enhancing tumour."""
+    also_necrosis: tuple[int, ...] = ()
+    """Further numbers of the core that does not enhance; read as necrosis, never written."""
+    also_background: tuple[int, ...] = ()
+    """Numbers of what is in none of the three regions (resection cavity); read as background, never written."""
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The numbers of the three tissues, in the order of the program's own codes 1, 2, 3."""
+        """The numbers of the three tissues, in the order of the program's own codes 1, 2, 3; those that are written."""
         return (self.necrosis, self.oedema, self.enhancing)
 
+    @property
+    def codes(self) -> dict[int, int]:
+        """The program's code of every number that may be read."""
+        return {
+            BACKGROUND: BACKGROUND,
+            **dict.fromkeys(self.also_background, BACKGROUND),
+            **dict.fromkeys(self.also_necrosis, NECROSIS),
+            **dict(zip(self.values, (NECROSIS, OEDEMA, ENHANCING), strict=True)),
+        }
 
+
+#: BraTS 2017 to 2022, UCSF-PDGM.
 BRATS2021: Final = LabelConvention(name="brats2021", necrosis=1, oedema=2, enhancing=4)
+#: BraTS 2023; also 2024 where nothing was resected.
 BRATS2023: Final = LabelConvention(name="brats2023", necrosis=1, oedema=2, enhancing=3)
-CONVENTIONS: Final[dict[str, LabelConvention]] = {c.name: c for c in (BRATS2021, BRATS2023)}
+#: BraTS 2024 GLI and MET after treatment: 4 is the resection cavity, which is no part of the whole tumour.
+BRATS2024: Final = LabelConvention(name="brats2024", necrosis=1, oedema=2, enhancing=3, also_background=(4,))
+#: BraTS 2024 PED: 2 is the core that does not enhance, 3 the cysts, which the tumour core contains.
+BRATS2024_PED: Final = LabelConvention(name="brats2024-ped", necrosis=2, oedema=4, enhancing=1, also_necrosis=(3,))
+#: BRATS 2012 to 2016: 1 necrosis, 3 the core that does not enhance.
+BRATS2015: Final = LabelConvention(name="brats2015", necrosis=1, oedema=2, enhancing=4, also_necrosis=(3,))
+#: Medical Segmentation Decathlon, Task01, and nnU-Net's conversions of BraTS.
+MSD: Final = LabelConvention(name="msd", necrosis=2, oedema=1, enhancing=3)
+CONVENTIONS: Final[dict[str, LabelConvention]] = {
+    c.name: c for c in (BRATS2021, BRATS2023, BRATS2024, BRATS2024_PED, BRATS2015, MSD)
+}
+
+#: What the names and the layout of a data set say of its label numbers:
+#: ``brats2021``, ``brats2023``: the files are named as in these years; ``gli``: case ids of the tasks GLI and MET, in
+#: which a 4 is a resection cavity; ``ped``, ``brats2015``, ``msd``: case ids or the layout of these sets.
+Naming = Literal["brats2021", "brats2023", "gli", "ped", "brats2015", "msd"]
 
 
-def decide_convention(values: Iterable[int], *, naming: str | None = None) -> LabelConvention:
-    """Decide the label convention from every value that a whole data set uses.
+def written_convention(naming: Naming | None) -> LabelConvention | None:
+    """The convention in which a prediction of a case so named is written, or None where its names do not tell."""
+    return CONVENTIONS["brats2023" if naming == "gli" else naming] if naming not in {None, "ped"} else None
 
-    A single case may lack enhancing tumour, so the values of all cases go in together: a 4 means BraTS 2018-2021, a 3
-    means BraTS 2023. With neither, ``naming`` decides: the convention that the file names of the data set belong to.
+
+def convention_named(name: str) -> LabelConvention:
+    """The convention of a name as ``--labels`` takes it.
+
+    Raises:
+        DataError: there is none of this name; the message lists those there are.
+    """
+    if name not in CONVENTIONS:
+        raise DataError(f"no label convention is named {name!r}; there are {', '.join(CONVENTIONS)}. Give one of them.")
+    return CONVENTIONS[name]
+
+
+def decide_convention(
+    values: Iterable[int], *, naming: Naming | None = None, case_folders: bool = True
+) -> LabelConvention:
+    """Decide the label convention from every value that a whole data set uses, and from its names.
+
+    A single case may lack enhancing tumour, so the values of all cases go in together. In BraTS case folders a 4 means
+    BraTS 2017-2022, a 3 means BraTS 2023; with neither, the file names decide. Elsewhere 1, 2, 3 may as well be those
+    of the Medical Segmentation Decathlon, with oedema and core swapped, and nothing is guessed.
 
     Args:
         values: all label values seen, 0 allowed.
-        naming: name of the convention that the file names suggest, or None.
+        naming: what the names say, None where they do not tell.
+        case_folders: whether each case has a folder of its own, as BraTS publishes it.
 
     Returns:
         the convention.
 
     Raises:
-        DataError: values outside both conventions, or 3 and 4 together.
+        DataError: values outside of every convention, or values that fit several with different meanings.
 
     Example:
         >>> decide_convention([0, 1, 2, 4]).enhancing
         4
+        >>> decide_convention([0, 1, 2, 3], naming="msd").oedema
+        1
     """
     seen = {int(v) for v in values}
-    foreign = seen - {0, 1, 2, 3, 4}
+    require_known_values(seen)
+    if not seen - {BACKGROUND}:
+        return written_convention(naming) or BRATS2021
+    if naming in ("gli", "ped", "brats2015", "msd"):
+        return _of_family(seen, naming)
+    if {3, 4} <= seen:
+        raise DataError(
+            "label values 3 and 4 occur together, so enhancing tumour cannot be told: BraTS 2017-2022 writes it as 4, "
+            "BraTS 2023 as 3. Keep data sets of different years in different folders; if it is one data set, "
+            f"{_flag(BRATS2024, BRATS2024_PED, BRATS2015)}."
+        )
+    if not case_folders and 4 not in seen and (naming is None or (naming == "brats2021" and 3 in seen)):
+        raise _ambiguous(seen, "without names or a description that tell the data set", BRATS2023, MSD, BRATS2021)
+    by_number = BRATS2021 if 4 in seen else BRATS2023 if 3 in seen else None
+    return by_number or written_convention(naming) or BRATS2021
+
+
+def require_known_values(values: Iterable[int]) -> None:
+    """Refuse values that no convention has.
+
+    Raises:
+        DataError: there are some; they are named.
+    """
+    foreign = set(values) - {0, 1, 2, 3, 4}
     if foreign:
         raise DataError(
             f"label values {sorted(foreign)} belong to no known convention; allowed are 0, 1, 2 and 4 "
-            "(BraTS 2018-2021) or 0, 1, 2 and 3 (BraTS 2023). Convert the label maps first."
+            "(BraTS 2017-2022), 0, 1, 2 and 3 (BraTS 2023, MSD) or 0 to 4 (BraTS 2024, BRATS 2012-2016). Convert the "
+            "label maps first."
         )
-    if {3, 4} <= seen:
-        raise DataError(
-            "label values 3 and 4 occur together, so enhancing tumour cannot be told: BraTS 2018-2021 writes it as 4, "
-            "BraTS 2023 as 3. Keep data sets of different years in different folders."
+
+
+def _of_family(seen: set[int], family: Naming) -> LabelConvention:
+    """The convention of a data set whose case ids or layout say which it is; only the year may be open."""
+    if family == "brats2015":
+        return BRATS2015
+    if family == "msd" and {3, 4} <= seen:
+        raise _ambiguous(seen, "under the names of the Decathlon, whose labels are 1, 2 and 3,", *CONVENTIONS.values())
+    if family == "msd":
+        return BRATS2021 if 4 in seen else MSD
+    if family == "ped" and 4 not in seen:
+        raise _ambiguous(seen, "of the PED task, without a 4 anywhere,", BRATS2023, BRATS2024_PED)
+    if family == "ped":
+        return BRATS2024_PED
+    if 4 in seen and 3 not in seen:
+        raise _ambiguous(seen, "with a 4 and no 3 under names of GLI or MET", BRATS2021, BRATS2024)
+    return BRATS2024 if 4 in seen else BRATS2023
+
+
+def _ambiguous(seen: set[int], where: str, *possible: LabelConvention) -> DataError:
+    values = ", ".join(str(value) for value in sorted(seen))
+    return DataError(f"label values {values} {where} can be read in several ways: {_flag(*possible)}.")
+
+
+def _flag(*possible: LabelConvention) -> str:
+    """The way out, with what each convention makes of the numbers."""
+    ways = ", ".join(f"{c.name} (necrosis {c.necrosis}, oedema {c.oedema}, enhancing {c.enhancing})" for c in possible)
+    return f"say which it is with --labels, one of {ways}"
+
+
+_TISSUE_WORDS: Final = (
+    # First match counts: "non-enhancing" before "enhancing", "whole tumor" before any tissue.
+    (BACKGROUND, re.compile(r"background|cavity|\brc\b|unlabel")),
+    (NECROSIS, re.compile(r"necro|non.?enh|\bncr|\bnetc?\b|cyst|\bcc\b|\bncr/net\b")),
+    (OEDEMA, re.compile(r"o?edema|\bed\b|snfh|flair|invaded|infiltrat")),
+    (ENHANCING, re.compile(r"enhanc|\bet\b|\bat\b|active")),
+)
+_REGION_WORDS: Final[tuple[tuple[Region, re.Pattern[str]], ...]] = (
+    ("WT", re.compile(r"whole|\bwt\b")),
+    ("TC", re.compile(r"core|\btc\b")),
+    ("ET", re.compile(r"(?<!non.)(?<!non)enhanc|\bet\b")),
+)
+
+
+def convention_of_names(names: Mapping[str, tuple[int, ...]]) -> LabelConvention | None:
+    """The convention that names of labels or of regions tell, as a dataset.json has them.
+
+    Args:
+        names: the numbers of each name, such as ``{"edema": (1,), ...}`` or ``{"whole tumor": (1, 2, 3), ...}``.
+
+    Returns:
+        the convention; None where the names tell no tissue (``"label 1"``) or what they tell is none that we know.
+
+    Example:
+        >>> convention_of_names({"background": (0,), "NCR": (1,), "ED": (2,), "ET": (3,)}).name
+        'brats2023'
+        >>> convention_of_names({"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}).name
+        'msd'
+    """
+    words = {re.sub(r"[_\s]+", " ", name.lower()): numbers for name, numbers in names.items()}
+    if any(len(numbers) > 1 for numbers in words.values()):
+        found = {region: set(n) for region, word in _REGION_WORDS for name, n in words.items() if word.search(name)}
+        if set(found) != set(REGIONS):
+            return None
+        return next(
+            (
+                c
+                for c in CONVENTIONS.values()
+                if all(found[region] == _numbers(c, region) for region in REGIONS)
+                and all(set(numbers) <= c.codes.keys() for numbers in words.values())
+            ),
+            None,
         )
-    if 4 in seen:
-        return BRATS2021
-    if 3 in seen:
-        return BRATS2023
-    return CONVENTIONS[naming] if naming is not None else BRATS2021
+    codes: dict[int, int] = {}
+    for name, numbers in words.items():
+        code = next((code for code, word in _TISSUE_WORDS if word.search(name)), None)
+        if code is None:
+            return None
+        codes |= dict.fromkeys(numbers, code)
+    if not {NECROSIS, OEDEMA, ENHANCING} <= set(codes.values()):
+        return None
+    codes.setdefault(BACKGROUND, BACKGROUND)
+    fitting = [c for c in CONVENTIONS.values() if codes.items() <= c.codes.items()]
+    return next((c for c in fitting if c.codes == codes), fitting[0] if fitting else None)
+
+
+def _numbers(convention: LabelConvention, region: Region) -> set[int]:
+    return {number for number, code in convention.codes.items() if code in _REGION_CODES[region]}
 
 
 def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> npt.NDArray[np.uint8]:
@@ -118,7 +275,7 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
         [0, 3, 2]
     """
     seen = np.unique(label_map)
-    allowed = {0, *convention.values}
+    allowed = convention.codes
     foreign = [float(v) for v in seen if float(v) not in allowed]
     if foreign:
         shown = ", ".join(f"{v:g}" for v in foreign[:8])
@@ -127,13 +284,13 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
             f"{', '.join(str(v) for v in sorted(allowed))}. Convert the label map, or leave the case out."
         )
     codes = np.zeros(label_map.shape, dtype=np.uint8)
-    for code, value in enumerate(convention.values, start=1):
+    for value, code in allowed.items():
         codes[label_map == value] = code
     return codes
 
 
 def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDArray[np.uint8]:
-    """Translate the program's codes to a file's label numbers; the inverse of :func:`decode`.
+    """Translate the program's codes to a file's label numbers; ``decode(encode(codes, c), c)`` is ``codes``.
 
     Example:
         >>> encode(np.array([0, 3, 2], dtype=np.uint8), BRATS2021).tolist()

@@ -1,13 +1,14 @@
-"""Recognise a data set: folders of cases in BraTS naming, label maps beside them, who is whose patient.
+"""Recognise a data set: BraTS case folders of every year, flat folders, MSD, nnU-Net, a manifest; and label maps alone.
 
-File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2018-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
-(sources: the data set conversions of nnU-Net, the BraTS 2023 data description). Case does not matter.
+File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2017-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
+and later (sources: see data/names.py; what a dataset.json or a manifest describes is read in data/described.py). Case
+does not matter.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,37 +18,53 @@ from typing import Final
 
 import numpy as np
 
+from data.described import (
+    DescribedCase,
+    declared_convention,
+    description_of,
+    find_manifest,
+    read_description,
+    read_manifest,
+)
 from data.errors import DataError
-from data.labels import CONTRASTS, Contrast, LabelConvention, decide_convention
-from data.nifti import read_label_map, strip_nifti_ending
+from data.labels import (
+    BACKGROUND,
+    BRATS2021,
+    BRATS2024,
+    CONTRASTS,
+    CONVENTIONS,
+    Contrast,
+    LabelConvention,
+    Naming,
+    convention_named,
+    decide_convention,
+    written_convention,
+)
+from data.names import FileName, naming_of, patient_of, split_name
+from data.nifti import nifti_files, read_label_map, strip_nifti_ending
 from data.presence import missing_contrasts, reference_contrast
 
+__all__ = [
+    "Case",
+    "case_from_files",
+    "convention_of",
+    "decide_for",
+    "find_cases",
+    "find_label_cases",
+    "find_label_maps",
+    "patient_of",
+]
+
 NAMING_RULES: Final = (
-    "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2018-2021) or <case>-t1n, -t1c, -t2w, -t2f "
-    "(BraTS 2023), each .nii or .nii.gz; its label map ends in seg"
+    "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2017-2021) or <case>-t1n, -t1c, -t2w, -t2f "
+    "(BraTS 2023 and later), each .nii or .nii.gz; its label map ends in seg. All cases may lie in one folder; "
+    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
 )
 
-_CONTRAST_ENDINGS: Final[dict[str, Contrast]] = {
-    "t1": "t1",
-    "t1n": "t1",
-    "t1ce": "t1c",
-    "t1c": "t1c",
-    "t1gd": "t1c",
-    "t2": "t2",
-    "t2w": "t2",
-    "flair": "flair",
-    "t2f": "flair",
-}
-_NAMES_OF_2021: Final = {"t1ce", "flair"}
-_NAMES_OF_2023: Final = {"t1n", "t1c", "t2w", "t2f"}
-_ENDING: Final = re.compile(
-    r"^(?P<case>.+)[_-](?P<ending>t1ce|t1c|t1gd|t1n|t1|t2w|t2f|t2|flair|seg)$", re.IGNORECASE | re.DOTALL
-)
-_PATIENT: Final = (
-    re.compile(r"^(?P<patient>BraTS-[A-Z]+(?:-RT)?-\d+)-\d+$", re.IGNORECASE),  # 2023 and later: patient, time point
-    re.compile(r"^(?P<patient>Brats1[789]_.+)_\d+$", re.IGNORECASE),  # 2017 to 2019: site, patient, scan
-)
+#: Endings that tell the year also where a case has no folder of its own; t1c, t2w and flair are used by everybody.
+_TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
+_SHOWN: Final = 6
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,12 +76,23 @@ class Case:
     folder: Path
     contrasts: dict[Contrast, Path] = field(default_factory=dict)
     """File of each contrast that was found."""
+    volumes: dict[Contrast, int] = field(default_factory=dict)
+    """Which volume a contrast is, of those whose file is 4D."""
     label: Path | None = None
     """The label map, where there is one."""
-    naming: str | None = None
-    """Name of the label convention that goes with the file names, where they tell."""
+    naming: Naming | None = None
+    """What the file names tell of the label numbers, where they do."""
+    declared: str | None = None
+    """Name of the label convention that a description of the data set states."""
+    case_folder: bool = True
+    """Whether the case has a folder of its own, as BraTS publishes cases."""
     problems: tuple[str, ...] = ()
     """One sentence each; an empty tuple where all contrasts are there once."""
+
+    @property
+    def written_convention(self) -> LabelConvention | None:
+        """The convention that goes with the case when a label map is written for it, where that is told."""
+        return CONVENTIONS[self.declared] if self.declared is not None else written_convention(self.naming)
 
     @property
     def reference(self) -> Contrast:
@@ -93,20 +121,25 @@ class Case:
 
 
 def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
-    """Find every case below a folder, sorted by id.
+    """Find every case of a data set, sorted by id.
 
     Args:
-        root: a case folder, or a folder of them, up to three levels deep (as ``HGG/<case>`` in BraTS 2018).
+        root: a case folder, or a folder of them, up to three levels deep (as ``HGG/<case>`` in BraTS 2018); one folder
+            with the files of all cases; a folder with dataset.json and imagesTr (MSD, nnU-Net), or that imagesTr; a
+            manifest in CSV, or the folder that holds it.
         follow_links: accept symbolic links that lead out of ``root``; without, a case behind one has a problem.
 
     Raises:
-        DataError: there is no such folder, no case in it, or one id in two folders.
+        DataError: there is no such folder, no case in it, one id in two folders, or a description of the data set that
+            cannot be understood.
     """
-    if not root.is_dir():
-        what = "is a file; give the folder that holds the case" if root.exists() else "does not exist"
-        raise DataError(f"{root}: {what}")
-    links = _Links(root, follow=follow_links)
-    cases = [case for folder in _folders(root, links) if (case := _case_in(folder, links)) is not None]
+    manifest = _manifest_at(root, "is a file; give the folder that holds the case, or a manifest that ends in .csv")
+    links = _Links(root if manifest != root else root.parent, follow=follow_links)
+    cases = (
+        [_from_description(row, links) for row in read_manifest(manifest)]
+        if manifest is not None
+        else [case for folder in _folders(root, links) for case in _cases_in(folder, links)]
+    )
     if not cases:
         rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
         raise DataError(" ".join([f"{root}: no case found.", rules, *links.not_followed()]))
@@ -134,18 +167,18 @@ def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) 
     """
     reference = files[reference_contrast(files)]
     name = strip_nifti_ending(reference.name) or reference.stem
-    match = _ENDING.match(name)
+    match = split_name(name)
     return Case(
-        id=match["case"] if match is not None else name,
+        id=match.case if match is not None else name,
         folder=reference.parent,
         contrasts={contrast: files[contrast] for contrast in CONTRASTS if contrast in files},
-        naming=_naming({match["ending"].lower()}) if match is not None else None,
+        naming=naming_of(match.case, {match.ending}) if match is not None else None,
         problems=tuple(_missing(files)),
     ).require(all_contrasts=all_contrasts)
 
 
 def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Path]:
-    """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or case folders that hold a seg.
+    """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or those of a whole data set.
 
     Args:
         folder: where to look.
@@ -154,73 +187,123 @@ def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Pa
     Raises:
         DataError: there is no such folder, no label map in it, two for one case, or one behind a link out of it.
     """
-    if not folder.is_dir():
-        what = "is a file; give the folder that holds the label maps" if folder.exists() else "does not exist"
-        raise DataError(f"{folder}: {what}")
-    found: dict[str, Path] = {}
-    links = _Links(folder, follow=follow_links)
-    for path in _label_files(folder, links):
-        if problems := links.problems(path):
-            raise DataError(f"label map {path}: {problems[0]}")
-        name = strip_nifti_ending(path.name) or path.name
-        match = _ENDING.match(name)
-        case_id = match["case"] if match is not None else name
-        if case_id in found:
-            raise DataError(f"case {case_id} has two label maps: {found[case_id]} and {path}. Keep one of them.")
-        found[case_id] = path
+    cases = find_label_cases(folder, follow_links=follow_links)
+    return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
+
+
+def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, Case]:
+    """The same as cases of which only the label map and what tells its numbers are known, sorted by id.
+
+    Raises:
+        DataError: as :func:`find_label_maps`.
+    """
+    manifest = _manifest_at(folder, "is a file; give the folder that holds the label maps")
+    links = _Links(folder if manifest != folder else folder.parent, follow=follow_links)
+    found: dict[str, Case] = {}
+    for case in (
+        (_from_description(row, links) for row in read_manifest(manifest))
+        if manifest is not None
+        else _label_cases(folder, links)
+    ):
+        if case.label is None:
+            continue
+        if problems := links.problems(case.label):
+            raise DataError(f"label map {case.label}: {problems[0]}")
+        if case.id in found:
+            both = f"{found[case.id].label} and {case.label}"
+            raise DataError(f"case {case.id} has two label maps: {both}. Keep one of them.")
+        found[case.id] = case
     if not found:
         expected = "<case>.nii.gz, <case>-seg.nii.gz, <case>_seg.nii.gz, or case folders that hold one"
         raise DataError(" ".join([f"{folder}: no label map found; expected {expected}.", *links.not_followed()]))
     return dict(sorted(found.items()))
 
 
-def patient_of(case_id: str) -> str:
-    """The patient a case belongs to; cases of one patient never part in a split.
-
-    Example:
-        >>> patient_of("BraTS-GLI-00012-001")
-        'BraTS-GLI-00012'
-    """
-    for pattern in _PATIENT:
-        match = pattern.match(case_id)
-        if match is not None:
-            return match["patient"]
-    return case_id
-
-
-def convention_of(cases: Sequence[Case]) -> LabelConvention:
-    """Decide the label convention from all label maps of a data set; where they leave it open, from the file names.
+def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
+    """Decide the label convention from all label maps of a data set, its names and its description.
 
     A label map that cannot be read has no say; whoever uses its case will be told.
 
+    Args:
+        cases: all of the data set.
+        labels: name of a convention that settles it, as ``--labels`` gives it.
+
     Raises:
-        DataError: the values fit no convention; the message names a case for each that is in question.
+        DataError: the values fit no convention, or several; the message names a case for each value.
     """
+    if labels is not None:
+        return convention_named(labels)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         values = list(pool.map(lambda case: _label_values(case.label), cases))
     return decide_for({case.id: found for case, found in zip(cases, values, strict=True)}, cases)
 
 
-def decide_for(values: Mapping[str, tuple[int, ...]], cases: Sequence[Case]) -> LabelConvention:
+def decide_for(
+    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
+) -> LabelConvention:
     """The same from label values that are known already, by case id.
 
     Raises:
-        DataError: as :func:`convention_of`.
+        DataError: as :func:`convention_of`, or values that the convention named by ``labels`` has not.
     """
-    namings = {case.naming for case in cases}
+    seen: dict[int, str] = {}
+    for case_id, found in values.items():
+        for value in found:
+            seen.setdefault(value, case_id)
+    labelled = [case for case in cases if case.id in values and set(values[case.id]) - {BACKGROUND}]
+    told = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
+        (None, None, True): ""
+    }
     try:
-        return decide_convention(
-            (value for found in values.values() for value in found), naming=namings.pop() if len(namings) == 1 else None
-        )
+        if labels is not None:
+            return _require_fit(convention_named(labels), seen, "--labels")
+        decided: dict[str, LabelConvention] = {}
+        for (declared, naming, case_folder), case_id in told.items():
+            if declared is not None:
+                decided[case_id] = _require_fit(CONVENTIONS[declared], seen, "the data set's description")
+            else:
+                decided[case_id] = decide_convention(seen, naming=naming, case_folders=case_folder)
+            if naming == "gli" and decided[case_id] is BRATS2024:
+                _require_cavities(values)
+        return _only_one(decided, seen)
     except DataError as error:
-        usual = {0, 1, 2}
-        odd: dict[int, str] = {}
-        for case_id, found in values.items():
-            for value in found:
-                if value not in usual:
-                    odd.setdefault(value, case_id)
-        where = ", ".join(f"{value} in {case_id}" for value, case_id in sorted(odd.items())[:5])
+        # Numbers that no convention has come first.
+        shown = sorted(seen.keys() - {BACKGROUND}, key=lambda value: (value in range(5), value))[:_SHOWN]
+        where = ", ".join(f"{value} in {seen[value]}" for value in shown)
         raise DataError(f"{error} Seen: {where}.") from error
+
+
+def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) -> LabelConvention:
+    foreign = sorted(set(seen) - convention.codes.keys())
+    if foreign:
+        raise DataError(
+            f"label values {foreign} do not belong to {convention.name}, which {source} says they are; it has "
+            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or say what they are with "
+            f"--labels, one of {', '.join(CONVENTIONS)}."
+        )
+    return convention
+
+
+def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
+    """Tell 2024's cavities (4) beside enhancing tumour (3) from cases of two years thrown together."""
+    if not any({3, 4} <= set(found) for found in values.values()):
+        raise DataError(
+            "label values 3 and 4 occur together in the data set, and in no case: are cases with the numbers of "
+            "BraTS 2021 (enhancing tumour 4) among those of 2023 (3)? Then keep them in different folders; if 4 is the "
+            f"resection cavity of 2024, say so with --labels {BRATS2024.name}."
+        )
+
+
+def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> LabelConvention:
+    """The convention of all parts of a data set, or the first of several that mean the same by the values seen."""
+    conventions = [c for c in CONVENTIONS.values() if c in decided.values()]
+    if len({tuple(c.codes.get(value) for value in seen) for c in conventions}) > 1:
+        parts = ", ".join(f"{convention.name} goes with {case_id}" for case_id, convention in decided.items())
+        raise DataError(
+            f"names and descriptions of the cases tell different label conventions: {parts}. Keep such data sets in "
+            f"different folders, or say which it is with --labels, one of {', '.join(CONVENTIONS)}."
+        )
+    return BRATS2021 if BRATS2021 in conventions else conventions[0]
 
 
 def _label_values(path: Path | None) -> tuple[int, ...]:
@@ -280,68 +363,114 @@ _LINK_REMEDY: Final = "Copy the files, or accept such links with --follow-links.
 def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
     """The folder itself and those below it, hidden ones left out."""
     yield folder
-    if depth == _DEEPEST_FOLDER or not links.looks_below(folder):
+    if depth == _DEEPEST_FOLDER or not links.looks_below(folder) or _is_described(folder):
         return
     for below in sorted(folder.iterdir()):
         if not below.name.startswith(".") and below.is_dir() and links.enters(below):
             yield from _folders(below, links, depth + 1)
 
 
-def _nifti_files(folder: Path) -> list[Path]:
-    """NIfTI files of one folder, sorted; hidden ones (among them the ``._`` files macOS leaves) are left out.
+def _manifest_at(root: Path, not_a_folder: str) -> Path | None:
+    """The manifest that a data set is given as or that its folder holds."""
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return root
+    if not root.is_dir():
+        raise DataError(f"{root}: {not_a_folder if root.exists() else 'does not exist'}")
+    return find_manifest(root)
 
-    Links that lead nowhere are in it, to be complained of.
-    """
-    return sorted(
-        p
-        for p in folder.iterdir()
-        if not p.name.startswith(".") and strip_nifti_ending(p.name) and (p.is_file() or not p.exists())
+
+def _is_described(folder: Path) -> bool:
+    """Whether the images of a folder are listed in a dataset.json."""
+    return description_of(folder) is not None and not folder.absolute().name.startswith("labels")
+
+
+def _described_in(folder: Path, links: _Links) -> list[Case]:
+    """The cases of a data set with a dataset.json, or of one of its folders of images."""
+    description = description_of(folder)
+    if description is None or not _is_described(folder):
+        return []
+    only = None if description.parent == folder else folder.absolute().name
+    return [_from_description(row, links) for row in read_description(description, only)]
+
+
+def _from_description(row: DescribedCase, links: _Links) -> Case:
+    """A case as a description has it, with what is wrong."""
+    problems = [*_missing(row.contrasts), *row.problems, *_id_problems(row.id)]
+    files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
+    problems += [problem for path in files for problem in links.problems(path)]
+    return Case(
+        id=row.id,
+        folder=row.folder,
+        contrasts={contrast: row.contrasts[contrast] for contrast in CONTRASTS if contrast in row.contrasts},
+        volumes=row.volumes,
+        label=row.label,
+        naming=naming_of(row.id, row.endings & _TELLING) if row.id_tells else None,
+        declared=row.declared,
+        case_folder=False,
+        problems=tuple(problems),
     )
 
 
-def _case_in(folder: Path, links: _Links) -> Case | None:
-    """The case whose files lie in a folder, or None where no file is named like a contrast."""
+def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
+    """The files of a folder that are named like a contrast or a label map."""
+    names = [(path, split_name(strip_nifti_ending(path.name) or "")) for path in nifti_files(folder)]
+    return [(path, name) for path, name in names if name is not None]
+
+
+def _cases_in(folder: Path, links: _Links) -> list[Case]:
+    """The cases whose files lie in a folder: one, or all of a flat data set; none where nothing is so named."""
+    if _is_described(folder):
+        return _described_in(folder, links)
+    files = _named_files(folder)
+    by_id: dict[str, list[tuple[Path, FileName]]] = defaultdict(list)
+    for path, name in files:
+        by_id[name.case].append((path, name))
+    contrasts = {case_id: {name.contrast for _, name in own} - {None} for case_id, own in by_id.items()}
+    if sum(len(own) > 1 for own in contrasts.values()) > 1:
+        return [_case_of(folder, by_id[case_id], links, flat=True) for case_id, own in contrasts.items() if own]
+    return [_case_of(folder, files, links)] if any(contrasts.values()) else []
+
+
+def _case_of(folder: Path, files: list[tuple[Path, FileName]], links: _Links, *, flat: bool = False) -> Case:
+    """The case that files in a folder make."""
     contrasts: dict[Contrast, list[Path]] = defaultdict(list)
-    labels: list[Path] = []
-    ids: dict[str, None] = {}
-    endings: set[str] = set()
-    for path in _nifti_files(folder):
-        match = _ENDING.match(strip_nifti_ending(path.name) or "")
-        if match is None:
-            continue
-        ending = match["ending"].lower()
-        ids.setdefault(match["case"])
-        if ending == "seg":
-            labels.append(path)
-            continue
-        contrasts[_CONTRAST_ENDINGS[ending]].append(path)
-        endings.add(ending)
-    if not contrasts:
-        return None
+    # Where UCSF-PDGM has an image with and without correction of the bias field, the one without is taken: BraTS
+    # publishes its images uncorrected.
+    plain = {name.contrast for _, name in files if not name.corrected}
+    for path, name in files:
+        if name.contrast is not None and not (name.corrected and name.contrast in plain):
+            contrasts[name.contrast].append(path)
+    labels = [path for path, name in files if name.is_label]
+    # One label map of BraTS 2020 has the name of another system, W39_1998.09.19_Segm.
+    ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
     problems = _missing(contrasts)
     for what, paths in [*contrasts.items(), ("label map", labels)]:
         if len(paths) > 1:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
     if len(ids) > 1:
         problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
-    case_id = next(iter(ids)) if len(ids) == 1 else folder.name
+    case_id = ids[0] if len(ids) == 1 else folder.name
     problems += _id_problems(case_id)
-    files = [path for paths in [*contrasts.values(), labels] for path in paths]
-    problems += links.problems(folder) or [problem for path in files for problem in links.problems(path)]
+    if any(name.is_target for _, name in files) or case_id.upper().startswith("BRATS-MEN-RT-"):
+        problems.append(_RADIOTHERAPY)
+    paths = [path for paths in [*contrasts.values(), labels] for path in paths]
+    problems += links.problems(folder) or [problem for path in paths for problem in links.problems(path)]
+    endings = {name.ending for _, name in files}
     return Case(
         id=case_id,
         folder=folder,
         contrasts={contrast: contrasts[contrast][0] for contrast in CONTRASTS if contrast in contrasts},
         label=labels[0] if labels else None,
-        naming=_naming(endings),
+        naming=naming_of(case_id, endings & _TELLING if flat else endings),
+        case_folder=not flat,
         problems=tuple(problems),
     )
 
 
-def _naming(endings: set[str]) -> str | None:
-    """The label convention that goes with contrasts so named, or None where the names do not tell or contradict."""
-    years = {year for year, names in (("brats2021", _NAMES_OF_2021), ("brats2023", _NAMES_OF_2023)) if names & endings}
-    return years.pop() if len(years) == 1 else None
+_RADIOTHERAPY: Final = (
+    "a case of meningioma radiotherapy (BraTS MEN-RT) has one contrast and a target volume (gtv), and none of the "
+    "regions that this program learns: whole tumour, core, enhancing tumour. Leave such cases out"
+)
 
 
 def _id_problems(case_id: str) -> list[str]:
@@ -358,17 +487,41 @@ def _missing(contrasts: Iterable[Contrast]) -> list[str]:
     return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"] if absent else []
 
 
-def _label_files(folder: Path, links: _Links) -> Iterator[Path]:
-    """Label maps of a flat folder or of case folders; an image beside them is no label map."""
+def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
+    """Label maps of a flat folder, of case folders or of a described data set; an image beside them is none."""
     for place in _folders(folder, links):
-        files = _nifti_files(place)
-        endings = {path: match["ending"].lower() for path in files if (match := _match(path)) is not None}
-        has_images = any(ending != "seg" for ending in endings.values())
-        for path in files:
-            if endings.get(path) == "seg" or (path not in endings and not has_images):
-                yield path
+        if _is_described(place):
+            yield from _described_in(place, links)
+            continue
+        named = dict(_named_files(place))
+        images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
+        described = description_of(place) or (place / "dataset.json" if (place / "dataset.json").is_file() else None)
+        declared = declared_convention(described) if described is not None else None
+        renumbered = not images and (described is not None or place.absolute().name in ("labelsTr", "labelsTs"))
+        for path in nifti_files(place):
+            name = named.get(path)
+            if not (name.is_label if name is not None else not images):
+                continue
+            case_id = name.case if name is not None else strip_nifti_ending(path.name) or path.name
+            if name is not None and name.ending == "segm" and len(images) == 1:
+                case_id = images[0]
+            endings = {name.ending for name in named.values()}
+            yield Case(
+                id=case_id,
+                folder=place,
+                label=path,
+                # nnU-Net keeps the ids of BraTS and renumbers: there the names do not tell.
+                naming=None if renumbered else naming_of(case_id, endings if len(images) == 1 else endings & _TELLING),
+                declared=declared or _declared_beside(path),
+                case_folder=len(images) == 1,
+            )
 
 
-def _match(path: Path) -> re.Match[str] | None:
-    """The parts of a file name that ends in a contrast or in seg."""
-    return _ENDING.match(strip_nifti_ending(path.name) or "")
+def _declared_beside(label_map: Path) -> str | None:
+    """The convention that the JSON beside a predicted label map states, where there is one."""
+    try:
+        path = label_map.with_name(f"{strip_nifti_ending(label_map.name)}.json")
+        name = json.loads(path.read_text(encoding="utf-8"))["labels"]["convention"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and name in CONVENTIONS else None

@@ -267,6 +267,7 @@ def _fingerprint(case: Case, spacing_mm: Spacing, convention: LabelConvention, n
         "spacing_mm": list(spacing_mm),
         "labels": list(convention.values),
         "nan_to_zero": nan_to_zero,
+        "volumes": case.volumes,
         "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
     }
 

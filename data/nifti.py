@@ -7,6 +7,7 @@ of a reference file: same shape, affine, qform and sform with their codes, units
 from __future__ import annotations
 
 import gzip
+import math
 import os
 import zlib
 from collections.abc import Iterator
@@ -92,11 +93,24 @@ def strip_nifti_ending(name: str) -> str | None:
     return None
 
 
-def read_volume(path: Path, *, nan_to_zero: bool = False) -> Volume:
+def nifti_files(folder: Path) -> list[Path]:
+    """NIfTI files of one folder, sorted; hidden ones (among them the ``._`` files macOS leaves) are left out.
+
+    Links that lead nowhere are in it, to be complained of.
+    """
+    return sorted(
+        p
+        for p in folder.iterdir()
+        if not p.name.startswith(".") and strip_nifti_ending(p.name) and (p.is_file() or not p.exists())
+    )
+
+
+def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = False) -> Volume:
     """Read one image as float32, scaled by the header's slope and intercept.
 
     Args:
         path: a 3D NIfTI file (``.nii`` or ``.nii.gz``); a trailing axis of length one is dropped.
+        volume: which volume of a 4D file, from 0; None for a 3D file.
         nan_to_zero: set voxels that are NaN or infinite to 0 instead of refusing the file.
 
     Returns:
@@ -108,9 +122,9 @@ def read_volume(path: Path, *, nan_to_zero: bool = False) -> Volume:
     """
     with _reading(path):
         image = _open(path)
-        shape = _shape_3d(image, path)
-        _require_room(path, int(np.prod(shape)) * image.get_data_dtype().itemsize)
-        voxels = _voxels(image, path).reshape(shape)
+        shape = _shape_3d(image, path, volume)
+        _require_room(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
+        voxels = _voxels(image, path, volume).reshape(shape)
     zeroed = 0
     if not np.isfinite(voxels).all():
         bad = ~np.isfinite(voxels)
@@ -141,15 +155,15 @@ def read_label_map(path: Path) -> Volume:
     return Volume(voxels=labels.astype(np.uint8), affine=volume.affine, path=path)
 
 
-def read_grid(path: Path) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
-    """Shape and affine from the header alone.
+def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
+    """Shape and affine from the header alone, of a 3D file or of one volume of a 4D file.
 
     Raises:
         DataError: as :func:`read_volume`, but for what only the voxels tell.
     """
     with _reading(path):
         image = _open(path)
-        return _shape_3d(image, path), _affine(image, path)
+        return _shape_3d(image, path, volume), _affine(image, path)
 
 
 def reorient(volume: Volume) -> Volume:
@@ -203,28 +217,56 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
     Args:
         path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
         labels: uint8, shape (X, Y, Z) in the reference's own voxel order.
-        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept; of a 4D file those
+            of its space.
 
     Raises:
         DataError: the reference cannot be read, or its shape is not that of ``labels``.
         OSError: the disk is full or the folder cannot be written to.
     """
+    _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map")
+
+
+def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) -> None:
+    """Write a volume, or several in one 4D file, with the grid of a reference file, whole or not at all.
+
+    The file holds 16-bit integers where all values are such, else float32; read back, they are ``voxels`` exactly.
+
+    Args:
+        path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
+        voxels: shape (X, Y, Z) or (X, Y, Z, volumes), in the reference's own voxel order.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+
+    Raises:
+        DataError, OSError: as :func:`write_label_map`.
+    """
+    with np.errstate(invalid="ignore"):
+        whole = voxels.astype(np.int16)
+    _write_like(path, whole if np.array_equal(whole, voxels) else voxels, reference, b"")
+
+
+def _write_like(path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes) -> None:
+    """Write voxels in their own type on the grid of a reference file."""
     with _reading(reference):
         image = _open(reference)
-        shape = _shape_3d(image, reference)
-    if shape != labels.shape:
-        raise DataError(f"{reference}: its grid is {_times(shape)} voxels, the label map's {_times(labels.shape)}")
+        shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
+    if shape != voxels.shape[:3]:
+        raise DataError(
+            f"{reference}: its grid is {_times(shape)} voxels, that of what is written {_times(voxels.shape)}"
+        )
     header = image.header.copy()
     header.extensions.clear()  # they may hold patient data, and describe the image
-    header.set_data_dtype(np.uint8)
-    header.set_data_shape(shape)
+    header.set_data_dtype(voxels.dtype)
+    header.set_data_shape(voxels.shape)
     header.set_intent("none")
     header["cal_min"], header["cal_max"] = 0, 0
-    header["descrip"] = b"znormseg label map"
+    header["descrip"] = description
     header["aux_file"] = b""
     kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
-    result = kind(np.ascontiguousarray(labels, dtype=np.uint8), image.affine, header)
+    result = kind(voxels, image.affine, header)
     result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
+    if voxels.ndim > 3:
+        result.header["pixdim"][4] = 1.0  # a spacing of 0 between volumes is refused by ITK
     with replacing(path) as beside:
         nib.save(result, beside)
 
@@ -288,21 +330,37 @@ def _claims_cifti(image: Any) -> bool:
     return isinstance(image, nib.Nifti1Pair) and 3000 <= int(image.header["intent_code"]) < 3100
 
 
-def _voxels(image: Any, path: Path) -> npt.NDArray[np.float32]:
-    """The scaled voxels; of a compressed file the checksum is verified too."""
+def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float32]:
+    """The scaled voxels, of a 4D file those of one volume; of a compressed file the checksum is verified too."""
+    part = ... if volume is None else (..., volume)
     if not path.name.lower().endswith(".gz"):
-        return np.asanyarray(image.dataobj, dtype=np.float32)
+        return _scaled(image.dataobj, part)
     with gzip.open(path) as stream:
-        voxels = np.asanyarray(type(image).from_stream(stream).dataobj, dtype=np.float32)
+        voxels = _scaled(type(image).from_stream(stream).dataobj, part)
         # gzip compares its checksum at the end of the stream, which nibabel does not reach.
         while stream.read(1 << 20):
             pass
     return voxels
 
 
-def _shape_3d(image: Any, path: Path) -> tuple[int, int, int]:
+def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
+    """Voxels as float32; what is not asked for of a 4D file takes no memory."""
+    if part is ...:
+        return np.asanyarray(stored, dtype=np.float32)
+    voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
+    return voxels
+
+
+def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, int, int]:
     """The three spatial sizes, or a DataError that says what came."""
     shape = tuple(int(n) for n in image.shape)
+    if volume is not None:
+        if len(shape) != 4 or volume >= shape[3]:
+            raise DataError(
+                f"{path}: {len(shape)}D with shape {_times(shape)}; volume {volume} (counted from 0) of a 4D file is "
+                "needed. Does the description of the data set belong to it?"
+            )
+        shape = shape[:3]
     while len(shape) > 3 and shape[-1] == 1:
         shape = shape[:-1]
     if len(shape) != 3 or min(shape) < 1:

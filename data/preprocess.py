@@ -99,7 +99,9 @@ def prepare(
     volumes: dict[Contrast, Volume] = {}
     for contrast in present:
         with _naming(case, f"contrast {contrast}"):
-            volumes[contrast] = read_volume(case.contrasts[contrast], nan_to_zero=nan_to_zero)
+            volumes[contrast] = read_volume(
+                case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
+            )
     reference = volumes[case.reference]
     native_affine = reference.affine
     canonical = reorient(reference)

@@ -5,6 +5,7 @@ Under ``--import-mode=importlib`` test files cannot import each other; everythin
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
@@ -287,3 +288,154 @@ def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     folder = tmp_path_factory.mktemp("enhanced")
     image.save_as(folder / "IM_0001", enforce_file_format=True)
     return folder, voxels * (np.arange(voxels.shape[2]) + 1.0) - 5, affine
+
+
+# Tiny data sets in every layout
+
+_EARLY, _LATE, _PLAIN = ("t1", "t1ce", "t2", "flair"), ("t1n", "t1c", "t2w", "t2f"), ("t1", "t1c", "t2", "flair")
+_UCSF = ("T1", "T1c", "T2", "FLAIR")
+
+
+class _Names(NamedTuple):
+    """How a layout names files."""
+
+    ids: tuple[str, str]
+    endings: tuple[str, ...]
+    convention: str
+    pattern: str = "{id}/{id}-{end}.nii.gz"
+    seg: str = "seg"
+
+
+_BY_NAME = {
+    "2015": _Names(("brats_2013_pat0001_1", "brats_tcia_pat105_1"), _EARLY, "brats2015"),
+    "2018": _Names(("Brats18_2013_11_1", "Brats18_CBICA_AAB_1"), _EARLY, "brats2021", "HGG/{id}/{id}_{end}.nii.gz"),
+    "2019": _Names(("BraTS19_2013_0_1", "BraTS19_TMC_2_1"), _EARLY, "brats2021", "LGG/{id}/{id}_{end}.nii.gz"),
+    "2020": _Names(("BraTS20_Training_001", "BraTS20_Training_355"), _EARLY, "brats2021", "{id}/{id}_{end}.nii"),
+    "2021": _Names(("BraTS2021_00000", "BraTS2021_00002"), _EARLY, "brats2021", "{id}/{id}_{end}.nii.gz"),
+    "2023 GLI": _Names(("BraTS-GLI-00001-000", "BraTS-GLI-00002-000"), _LATE, "brats2023"),
+    "2023 SSA": _Names(("BraTS-SSA-00001-000", "BraTS-SSA-00002-000"), _LATE, "brats2023"),
+    "2023 MET": _Names(("BraTS-MET-00001-000", "BraTS-MET-00002-000"), _LATE, "brats2023"),
+    "2023 MEN": _Names(("BraTS-MEN-00001-000", "BraTS-MEN-00002-000"), _LATE, "brats2023"),
+    "2023 odd": _Names(("BraTS-GLI-00001-000", "b"), ("t1n", "T1C", "t2W", "t2f"), "brats2023"),
+    "2024 GLI": _Names(("BraTS-GLI-02405-100", "BraTS-GLI-02405-101"), _LATE, "brats2024"),
+    "2024 MET": _Names(("BraTS-MET-00001-000", "BraTS-MET-00002-000"), _LATE, "brats2024"),
+    "2024 PED": _Names(("BraTS-PED-00001-000", "BraTS-PED-00002-000"), _LATE, "brats2024-ped"),
+    "UCSF-PDGM": _Names(
+        ("UCSF-PDGM-0004", "UCSF-PDGM-0005"), _UCSF, "brats2021", "{id}_nifti/{id}_{end}.nii.gz", "tumor_segmentation"
+    ),
+    "case folders": _Names(("a", "b"), _PLAIN, "brats2023"),
+    "flat": _Names(("a", "b"), _PLAIN, "msd", "{id}_{end}.nii.gz"),
+    "flat 2021": _Names(("BraTS2021_00000", "BraTS2021_00002"), _EARLY, "brats2021", "{id}_{end}.nii.gz"),
+    "flat 2023": _Names(("BraTS-GLI-00001-000", "BraTS-GLI-00002-000"), _LATE, "brats2023", "{id}-{end}.nii.gz"),
+}
+
+
+class Rendered(NamedTuple):
+    """A tiny data set as one layout stores it, and what must be read from it."""
+
+    root: Path
+    """What the program is given."""
+    images: dict[str, dict[str, Any]]
+    """By case and contrast: the voxels."""
+    codes: dict[str, Any]
+    """By case: the label map in the program's codes."""
+    maps: dict[str, Any]
+    """By case: the label map as it is in the file."""
+
+
+@pytest.fixture(scope="session")
+def render() -> Callable[[Path, str], Rendered]:
+    """Write two cases of 8x8x8 voxels in a layout: ``render(folder, "2021")``; :data:`_BY_NAME` and below name them."""
+
+    def write(root: Path, layout: str) -> Rendered:
+        if layout in _BY_NAME:
+            return _write_by_name(root, _BY_NAME[layout])
+        if layout == "MSD":
+            return _write_msd(root, _two_cases("BRATS_001", "BRATS_457", "msd"))
+        if layout == "nnU-Net":
+            regions = {"background": 0, "whole tumor": [1, 2, 3], "tumor core": [2, 3], "enhancing tumor": [3]}
+            return _write_nnunet(root, _two_cases("BraTS2021_00000", "BraTS2021_00002", "msd"), regions)
+        if layout == "nnU-Net labels":
+            return _write_nnunet(root, _two_cases("a", "b", "brats2023"), {"background": 0, "NCR": 1, "ED": 2, "ET": 3})
+        return _write_manifest(root, _two_cases("a", "b", "msd"))
+
+    return write
+
+
+def _two_cases(first: str, second: str, convention: str) -> Rendered:
+    """Images and tumours; the second without enhancing tumour. A label map has every number of its convention."""
+    import numpy as np
+
+    from data.labels import CONTRASTS, CONVENTIONS, encode
+
+    given = Rendered(Path(), {}, {}, {})
+    brain = np.pad(np.arange(1, 217).reshape(6, 6, 6), 1)
+    for number, case in enumerate((first, second)):
+        given.images[case] = {
+            contrast: brain * (number + 1) + 1000 * step * (brain > 0) for step, contrast in enumerate(CONTRASTS)
+        }
+        codes = np.zeros((8, 8, 8), dtype=np.uint8)
+        codes[2:6, 2:6, 2:6] = 2
+        codes[3:5, 3:5, 3:5] = 1
+        codes[5, 3:6, 3] = 3 if number == 0 else 1
+        labels = encode(codes, CONVENTIONS[convention])
+        for value in CONVENTIONS[convention].also_necrosis:
+            labels[3, 3, 3:5] = value
+        for value in CONVENTIONS[convention].also_background:
+            labels[2, 2, 5], codes[2, 2, 5] = value, 0
+        given.codes[case], given.maps[case] = codes, labels
+    return given
+
+
+def _save(path: Path, voxels: Any, dtype: str = "int16") -> None:
+    import nibabel as nib
+    import numpy as np
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.asarray(voxels, dtype=dtype), np.diag([-1.0, -1.0, 2.0, 1.0])), path)
+
+
+def _write_by_name(root: Path, names: _Names) -> Rendered:
+    given = _two_cases(*names.ids, names.convention)
+    for case, images in given.images.items():
+        for voxels, end in zip(images.values(), names.endings, strict=True):
+            _save(root / names.pattern.format(id=case, end=end), voxels)
+        seg = names.pattern.format(id=case, end=names.seg)
+        _save(root / (f"{case}/W39_1998.09.19_Segm.nii" if case.endswith("_355") else seg), given.maps[case], "uint8")
+    return given._replace(root=root)
+
+
+def _write_msd(root: Path, given: Rendered) -> Rendered:
+    import numpy as np
+
+    for case, images in given.images.items():
+        _save(root / f"imagesTr/{case}.nii.gz", np.stack([images[c] for c in ("flair", "t1", "t1c", "t2")], axis=3))
+        _save(root / f"labelsTr/{case}.nii.gz", given.maps[case], "uint8")
+        (root / f"imagesTr/._{case}.nii.gz").write_bytes(b"macOS")
+    labels = {"0": "background", "1": "edema", "2": "non-enhancing tumor", "3": "enhancing tumour"}
+    modality = {"0": "FLAIR", "1": "T1w", "2": "t1gd", "3": "T2w"}
+    (root / "dataset.json").write_text(json.dumps({"modality": modality, "labels": labels}))
+    return given._replace(root=root)
+
+
+def _write_nnunet(root: Path, given: Rendered, labels: dict[str, Any]) -> Rendered:
+    channels = {"t2": "T2", "t1c": "T1ce", "flair": "FLAIR", "t1": "T1"}
+    for case, images in given.images.items():
+        for number, contrast in enumerate(channels):
+            _save(root / f"imagesTr/{case}_{number:04d}.nii.gz", images[contrast])
+        _save(root / f"labelsTr/{case}.nii.gz", given.maps[case], "uint8")
+    names = dict(enumerate(channels.values()))
+    (root / "dataset.json").write_text(json.dumps({"channel_names": names, "labels": labels, "file_ending": ".nii.gz"}))
+    return given._replace(root=root)
+
+
+def _write_manifest(root: Path, given: Rendered) -> Rendered:
+    rows = ["id,FLAIR,t1,t1gd,T2w,label,labels,age"]
+    for case, images in given.images.items():
+        for contrast, voxels in images.items():
+            _save(root / f"any/{case}/{contrast}.nii", voxels)
+        _save(root / f"any/{case}/truth.nii", given.maps[case], "uint8")
+        files = [f"any/{case}/{name}.nii" for name in ("flair", "t1", "t1c", "t2", "truth")]
+        rows.append(",".join([case, *files, "msd", "50"]))
+    (root / "cases.csv").write_text("\n".join([*rows, ""]))
+    return given._replace(root=root / "cases.csv")

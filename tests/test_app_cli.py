@@ -29,6 +29,7 @@ VERBS = [
     ["data", "check"],
     ["data", "dicom"],
     ["data", "dicom-seg"],
+    ["data", "export"],
     ["data", "phantom"],
 ]
 #: A terminal of fixed width, without colours.

@@ -42,8 +42,8 @@ def save(path: Path, labels: npt.NDArray[Any], affine: npt.NDArray[np.float64] =
 def sides(tmp_path: Path) -> tuple[Path, Path]:
     """A folder for predictions and one for references, each with the cases a and b, without any error."""
     for case in ("a", "b"):
-        save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(3))
-        save(tmp_path / "expected" / f"{case}.nii.gz", tumour(3))
+        save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(4))
+        save(tmp_path / "expected" / f"{case}.nii.gz", tumour(4))
     return tmp_path / "predicted", tmp_path / "expected"
 
 
@@ -53,8 +53,8 @@ def dice_of(evaluation: Evaluation) -> list[list[float]]:
 
 @pytest.mark.parametrize(("prediction", "reference"), [(3, 4), (4, 3), (4, 4), (3, 3)])
 def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction: int, reference: int) -> None:
-    save(tmp_path / "predicted" / "a.nii.gz", tumour(prediction))
-    save(tmp_path / "expected" / "a.nii.gz", tumour(reference))
+    save(tmp_path / "predicted" / "BraTS-SSA-00001-000.nii.gz", tumour(prediction))
+    save(tmp_path / "expected" / "BraTS-SSA-00001-000.nii.gz", tumour(reference))
     evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected")
     assert dice_of(evaluation) == [[1, 1, 1]]
     assert evaluation.reference_convention == {3: "brats2023", 4: "brats2021"}[reference]
@@ -63,12 +63,30 @@ def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction:
 def test_a_case_without_enhancing_tumour_takes_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(2))
     evaluation = evaluate(*sides)
-    assert evaluation.prediction_convention == "brats2023"
+    assert evaluation.prediction_convention == "brats2021"
     assert evaluation.cases[0].regions["ET"].dice == 0
 
 
+def test_label_maps_without_a_name_that_tells_their_numbers_are_refused_with_the_flag(sides: tuple[Path, Path]) -> None:
+    save(sides[1] / "a.nii.gz", tumour(3))
+    save(sides[1] / "b.nii.gz", tumour(3))
+    with pytest.raises(
+        DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels, one of brats2023 .* msd .*3 in a"
+    ):
+        evaluate(*sides)
+    assert dice_of(evaluate(*sides, labels=(None, "brats2023"))) == [[1, 1, 1], [1, 1, 1]]
+    assert dice_of(evaluate(*sides, labels=(None, "msd")))[0] != [1, 1, 1]
+
+
+def test_a_prediction_says_beside_itself_what_its_numbers_are(sides: tuple[Path, Path]) -> None:
+    for case in ("a", "b"):
+        save(sides[0] / f"{case}.nii.gz", tumour(3))
+        (sides[0] / f"{case}.json").write_text(json.dumps({"labels": {"convention": "brats2023"}}))
+    assert evaluate(*sides).prediction_convention == "brats2023"
+
+
 def test_two_storage_orders_of_one_grid_score_1(sides: tuple[Path, Path]) -> None:
-    stored = nib.Nifti1Image(tumour(3), AFFINE).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
+    stored = nib.Nifti1Image(tumour(4), AFFINE).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
     nib.save(stored, sides[0] / "a.nii.gz")
     evaluation = evaluate(*sides)
     assert dice_of(evaluation) == [[1, 1, 1], [1, 1, 1]]
@@ -87,8 +105,8 @@ def rotation(degrees: float, axis: int) -> npt.NDArray[np.float64]:
 def test_all_storage_orders_of_one_grid_score_1(tmp_path: Path, degrees: float, resample: bool) -> None:
     """At 45 degrees rounding decides which of two axes is nearest to one of the world's."""
     for number, order in enumerate(ORDERS):
-        image = nib.Nifti1Image(tumour(3), rotation(degrees, number % 3) @ AFFINE)
-        save(tmp_path / "expected" / f"{number}.nii", tumour(3), image.affine)
+        image = nib.Nifti1Image(tumour(4), rotation(degrees, number % 3) @ AFFINE)
+        save(tmp_path / "expected" / f"{number}.nii", tumour(4), image.affine)
         stored = image.as_reoriented(order)
         save(tmp_path / "predicted" / f"{number}.nii", np.asarray(stored.dataobj), stored.affine)
     evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected", resample=resample)
@@ -97,7 +115,7 @@ def test_all_storage_orders_of_one_grid_score_1(tmp_path: Path, degrees: float, 
 
 
 def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
     scores = evaluate(*sides).cases[0].regions["WT"]
     assert scores.hd95_mm == 2.0
     assert scores.reference_volume_ml == pytest.approx(7 * 6 * 6 * 2 / 1000)
@@ -106,7 +124,7 @@ def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Pa
 def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tuple[Path, Path]) -> None:
     shifted = AFFINE.copy()
     shifted[1, 3] = 3.0
-    path = save(sides[0] / "a.nii.gz", tumour(3), shifted)
+    path = save(sides[0] / "a.nii.gz", tumour(4), shifted)
     failure = evaluate(*sides).failures["a"]
     assert "3.00 mm on axis y" in failure
     assert failure.startswith("case a: ")
@@ -115,12 +133,12 @@ def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tup
 
 
 def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     assert "11x10x8 against 12x10x8" in evaluate(*sides).failures["a"]
 
 
 def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     evaluation = evaluate(*sides)
     assert "Give --resample to bring the prediction to the grid of the reference." in evaluation.failures["a"]
     assert evaluation.resampled == ()
@@ -155,9 +173,9 @@ def test_cases_on_the_grid_of_their_reference_are_not_resampled(sides: tuple[Pat
 def test_a_resampled_case_has_the_volumes_and_distances_of_its_reference(sides: tuple[Path, Path]) -> None:
     finer = AFFINE @ np.diag([1, 1, 0.5, 1])
     finer[2, 3] = -0.5
-    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2).repeat(2, axis=2), finer)
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2).repeat(2, axis=2), finer)
     resampled = evaluate(*sides, resample=True).cases[0]
-    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
     assert resampled.resampled
     assert resampled.regions == evaluate(*sides).cases[0].regions
 
@@ -165,7 +183,7 @@ def test_a_resampled_case_has_the_volumes_and_distances_of_its_reference(sides: 
 def test_a_finer_map_of_the_same_tumour_scores_1_when_resampled(sides: tuple[Path, Path]) -> None:
     finer = AFFINE @ np.diag([0.5, 0.5, 0.5, 1])
     finer[:3, 3] = (0.25, 0.25, -0.5)
-    save(sides[0] / "a.nii.gz", tumour(3).repeat(2, 0).repeat(2, 1).repeat(2, 2), finer)
+    save(sides[0] / "a.nii.gz", tumour(4).repeat(2, 0).repeat(2, 1).repeat(2, 2), finer)
     evaluation = evaluate(*sides, resample=True)
     assert evaluation.resampled == ("a",)
     assert dice_of(evaluation)[0] == [1, 1, 1]
@@ -174,7 +192,7 @@ def test_a_finer_map_of_the_same_tumour_scores_1_when_resampled(sides: tuple[Pat
 def big_ball(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
     """Shells of 24, 18 and 12 mm around the world's origin."""
     places = np.tensordot(affine[:3, :3], np.indices((64, 64, 32)), 1) + affine[:3, 3].reshape(3, 1, 1, 1)
-    return np.select([np.linalg.norm(places, axis=0) < mm for mm in (12, 18, 24)], [3, 1, 2]).astype(np.uint8)
+    return np.select([np.linalg.norm(places, axis=0) < mm for mm in (12, 18, 24)], [4, 1, 2]).astype(np.uint8)
 
 
 @pytest.mark.parametrize("axis", [0, 1, 2])
@@ -192,7 +210,7 @@ def test_a_ball_on_a_grid_turned_by_15_degrees_scores_high_when_resampled(tmp_pa
 def test_fields_of_view_without_a_voxel_in_common_are_a_failure_and_no_score_of_0(sides: tuple[Path, Path]) -> None:
     away = AFFINE.copy()
     away[0, 3] = 400
-    path = save(sides[0] / "a.nii.gz", tumour(3), away)
+    path = save(sides[0] / "a.nii.gz", tumour(4), away)
     evaluation = evaluate(*sides, resample=True)
     assert [scores.case for scores in evaluation.cases] == ["b"]
     assert f"case a: {path} and {sides[1] / 'a.nii.gz'}: the grids do not overlap" in evaluation.failures["a"]
@@ -214,7 +232,7 @@ def test_the_command_line_says_which_cases_were_resampled(
 def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     for number in range(7):
         save_shifted(tmp_path / "predicted" / f"{number}.nii.gz")
-        save(tmp_path / "expected" / f"{number}.nii.gz", tumour(3))
+        save(tmp_path / "expected" / f"{number}.nii.gz", tumour(4))
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--resample")
     assert "7 predictions were resampled to their reference's grid: 0, 1, 2, 3, 4 ...\n" in ended.err
     assert "resampled" not in ended.out
@@ -223,7 +241,7 @@ def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path
 def test_the_command_line_refuses_other_grids_without_the_flag(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
-    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     ended = znormseg("evaluate", *sides, "--json")
     assert ended.code == 6
     assert "Give --resample" in ended.err
@@ -251,21 +269,21 @@ def test_one_file_with_a_foreign_label_does_not_hide_the_others(sides: tuple[Pat
 
 
 def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: tuple[Path, Path]) -> None:
-    save(sides[1] / "a.nii.gz", tumour(4))
-    with pytest.raises(DataError, match=r"expected: label values 3 and 4 .*3 in .*b\.nii\.gz, 4 in .*a\.nii\.gz"):
+    save(sides[1] / "a.nii.gz", tumour(3))
+    with pytest.raises(DataError, match=r"expected: label values 3 and 4 .*3 in a, 4 in b"):
         evaluate(*sides)
 
 
 def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
-        save(sides[0] / f"{case}.nii.gz", tumour(3)[:-1])
+        save(sides[0] / f"{case}.nii.gz", tumour(4)[:-1])
     with pytest.raises(DataError, match=r"not one of the 2 cases.*case a: .*11x10x8.*case b: "):
         evaluate(*sides)
 
 
 def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "only_predicted.nii.gz", tumour(3))
-    save(sides[1] / "only_expected.nii.gz", tumour(3))
+    save(sides[0] / "only_predicted.nii.gz", tumour(4))
+    save(sides[1] / "only_expected.nii.gz", tumour(4))
     evaluation = evaluate(*sides)
     assert evaluation.missing_predictions == ("only_expected",)
     assert evaluation.missing_references == ("only_predicted",)
@@ -274,8 +292,8 @@ def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
 
 def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: Path) -> None:
     for number in range(5):
-        save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(3))
-    save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(3))
+        save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(4))
+    save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(4))
     with pytest.raises(DataError, match=r"holds p0, p1, p2 and 2 more; .* holds e0\. .*<case>-seg\.nii\.gz"):
         evaluate(tmp_path / "predicted", tmp_path / "expected")
 
@@ -288,7 +306,7 @@ def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path)
 
 
 def test_each_case_is_announced_once_and_in_order(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "a.nii.gz", tumour(3)[:-1])
+    save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     announced: list[str] = []
     evaluate(*sides, on_case=announced.append)
     assert announced == ["a", "b"]
@@ -297,7 +315,7 @@ def test_each_case_is_announced_once_and_in_order(sides: tuple[Path, Path]) -> N
 def test_the_summary_is_the_mean_and_the_medians_are_medians(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "b.nii.gz", tumour(2))
     for side in sides:
-        save(side / "c.nii.gz", tumour(3))
+        save(side / "c.nii.gz", tumour(4))
     evaluation = evaluate(*sides)
     assert evaluation.summary()["ET"]["dice"] == pytest.approx(2 / 3)
     assert evaluation.summary()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
@@ -318,7 +336,7 @@ def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path,
 
 
 def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Path, Path], tmp_path: Path) -> None:
-    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=0))
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
     evaluation = evaluate(*sides)
     write_table(evaluation, tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -350,7 +368,7 @@ def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tm
 
 
 def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[Path, Path]) -> None:
-    save(sides[0] / "a.nii.gz", np.roll(tumour(3), 1, axis=2))
+    save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
     table = rows(evaluate(*sides))
     assert table[0] == ["case", "WT Dice", "WT HD95 mm", "TC Dice", "TC HD95 mm", "ET Dice", "ET HD95 mm"]
     assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]

@@ -23,6 +23,8 @@ from data.labels import (
     OEDEMA,
     REGIONS,
     LabelConvention,
+    Naming,
+    convention_of_names,
     decide_convention,
     decode,
     encode,
@@ -145,6 +147,87 @@ def test_numbers_of_no_convention_are_refused_by_name(values: list[int]) -> None
 def test_decode_names_the_values_it_refuses(values: list[float], convention: LabelConvention, named: str) -> None:
     with pytest.raises(DataError, match=named):
         decode(np.array(values), convention)
+
+
+@pytest.mark.parametrize(
+    ("convention", "whole", "core", "enhancing"),
+    [
+        ("brats2021", {1, 2, 4}, {1, 4}, {4}),
+        ("brats2023", {1, 2, 3}, {1, 3}, {3}),
+        ("brats2024", {1, 2, 3}, {1, 3}, {3}),
+        ("brats2024-ped", {1, 2, 3, 4}, {1, 2, 3}, {1}),
+        ("brats2015", {1, 2, 3, 4}, {1, 3, 4}, {4}),
+        ("msd", {1, 2, 3}, {2, 3}, {3}),
+    ],
+)
+def test_the_regions_of_every_convention_are_those_of_its_challenge(
+    convention: str, whole: set[int], core: set[int], enhancing: set[int]
+) -> None:
+    numbers = np.array(sorted(CONVENTIONS[convention].codes), dtype=np.uint8)
+    masks = to_regions(decode(numbers, CONVENTIONS[convention]))
+    assert [set(numbers[mask].tolist()) for mask in masks] == [whole, core, enhancing]
+
+
+@properties
+@given(shapes, conventions, st.data())
+def test_numbers_that_are_read_and_not_written_keep_their_region(
+    shape: Any, convention: LabelConvention, data: st.DataObject
+) -> None:
+    label_map = data.draw(hnp.arrays(np.uint8, shape, elements=st.sampled_from(sorted(convention.codes))))
+    codes = decode(label_map, convention)
+    written = encode(codes, convention)
+    assert set(np.unique(written)) <= {0, *convention.values}
+    np.testing.assert_array_equal(decode(written, convention), codes)
+
+
+@pytest.mark.parametrize(
+    ("values", "naming", "expected"),
+    [
+        ([1, 2, 3], "msd", "msd"),
+        ([1, 2, 3], "gli", "brats2023"),
+        ([1, 2, 3, 4], "gli", "brats2024"),
+        ([1, 2, 3, 4], "ped", "brats2024-ped"),
+        ([1, 2, 3, 4], "brats2015", "brats2015"),
+        ([0], "ped", "brats2021"),
+        ([0], "gli", "brats2023"),
+    ],
+)
+def test_a_family_of_data_sets_has_its_own_numbers(values: list[int], naming: Naming, expected: str) -> None:
+    assert decide_convention(values, naming=naming).name == expected
+
+
+@pytest.mark.parametrize("values", [[1], [2], [1, 2], [3], [1, 2, 3]])
+@pytest.mark.parametrize("naming", [None, "brats2021"])
+def test_outside_of_case_folders_a_3_or_no_4_is_not_guessed_at(values: list[int], naming: Naming | None) -> None:
+    if naming is None or 3 in values:
+        with pytest.raises(DataError, match=r"--labels, one of brats2023 .* msd"):
+            decide_convention(values, naming=naming, case_folders=False)
+    else:
+        assert decide_convention(values, naming=naming, case_folders=False) is BRATS2021
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ({"background": (0,), "edema": (1,), "non-enhancing tumor": (2,), "enhancing tumour": (3,)}, "msd"),
+        ({"whole tumor": (1, 2, 3), "tumor core": (2, 3), "enhancing tumor": (3,)}, "msd"),
+        ({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,)}, "brats2023"),
+        ({"WT": (1, 2, 3), "TC": (1, 3), "ET": (3,), "RC": (4,)}, "brats2024"),
+        ({"NCR/NET": (1,), "ED": (2,), "ET": (4,)}, "brats2021"),
+        ({"NETC": (1,), "SNFH": (2,), "ET": (3,), "RC": (4,)}, "brats2024"),
+        ({"ET": (1,), "NET": (2,), "CC": (3,), "ED": (4,)}, "brats2024-ped"),
+        ({"necrotic_core": (1,), "peritumoral_edema": (2,), "GD-enhancing": (3,)}, "brats2023"),
+        ({"enhancing": (1,), "edema": (2,), "necrosis": (3,)}, None),
+        ({"label 1": (1,), "label 2": (2,), "label 3": (3,)}, None),
+        ({"edema": (1,)}, None),
+        ({}, None),
+    ],
+)
+def test_names_of_labels_tell_their_convention_or_nothing(
+    names: dict[str, tuple[int, ...]], expected: str | None
+) -> None:
+    found = convention_of_names(names)
+    assert (found and found.name) == expected
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

@@ -41,7 +41,7 @@ def write_labels(path: Path, values: list[int]) -> Path:
     ("names", "seg", "naming"), [(NAMES_2021, "_seg", "brats2021"), (NAMES_2023, "-seg", "brats2023")]
 )
 def test_a_case_of_either_naming_is_found(tmp_path: Path, names: list[str], seg: str, naming: str, ending: str) -> None:
-    folder = make_case(tmp_path / "BraTS-GLI-00012-001", names, ending, seg)
+    folder = make_case(tmp_path / "case-001", names, ending, seg)
     (case,) = find_cases(tmp_path)
     expected = {c: folder / f"{folder.name}{n}{ending}" for c, n in zip(CONTRASTS, names, strict=True)}
     assert case.require().contrasts == expected
@@ -149,7 +149,8 @@ def test_a_folder_named_like_a_contrast_is_no_file_of_a_case(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("t1c", "case_id", "naming"),
     [
-        ("BraTS-GLI-00012-001-t1c.nii.gz", "BraTS-GLI-00012-001", "brats2023"),
+        ("BraTS-GLI-00012-001-t1c.nii.gz", "BraTS-GLI-00012-001", "gli"),
+        ("7-t1c.nii.gz", "7", "brats2023"),
         ("a_b_T1CE.nii", "a_b", "brats2021"),
         ("contrast.nii.gz", "contrast", None),
     ],
@@ -253,7 +254,10 @@ def test_a_label_map_that_cannot_be_read_has_no_say_in_the_convention(tmp_path: 
 
 @pytest.mark.parametrize(
     ("values", "seen"),
-    [({"a": (0, 1, 3), "b": (0, 2), "c": (0, 4)}, "Seen: 3 in a, 4 in c"), ({"a": (0, 1), "b": (0, 9)}, "9 in b")],
+    [
+        ({"a": (0, 1, 3), "b": (0, 2), "c": (0, 4)}, "Seen: 1 in a, 2 in b, 3 in a, 4 in c"),
+        ({"a": (0, 1), "b": (0, 9)}, "Seen: 9 in b, 1 in a"),
+    ],
 )
 def test_odd_label_values_are_refused_with_a_case_for_each(values: dict[str, tuple[int, ...]], seen: str) -> None:
     with pytest.raises(DataError, match=seen):

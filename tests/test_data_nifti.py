@@ -30,6 +30,7 @@ from data.nifti import (
     replacing,
     spacing_of,
     to_native_order,
+    write_image,
     write_label_map,
 )
 
@@ -151,7 +152,7 @@ def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp
 
 def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
-    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, the label map's 6x5x4"):
+    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, that of what is written 6x5x4"):
         write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.nii"]
 
@@ -337,7 +338,7 @@ def test_the_header_alone_shows_what_is_bad_about_a_grid(tmp_path: Path, name: s
         read_grid(tmp_path / "a.nii.gz")
 
 
-@pytest.mark.parametrize("name", ["missing", "empty", "text", "4D", "huge"])
+@pytest.mark.parametrize("name", ["missing", "empty", "text", "2D", "huge"])
 def test_a_bad_reference_is_refused_before_anything_is_written(tmp_path: Path, name: str) -> None:
     make, words = BAD_FILES[name]
     make(tmp_path / "a.nii.gz")
@@ -434,3 +435,37 @@ def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) ->
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(nifti).failed == 0
+
+
+def test_one_volume_of_a_4d_file_is_read_alone(tmp_path: Path) -> None:
+    voxels = np.stack([numbered(), 7 * numbered()], axis=3).astype(np.float32)
+    for name in ("a.nii", "a.nii.gz"):
+        path = save(tmp_path / name, voxels)
+        np.testing.assert_array_equal(read_volume(path, 1).voxels, voxels[..., 1])
+        assert read_grid(path, 1)[0] == SHAPE
+
+
+@pytest.mark.parametrize(("shape", "volume"), [((*SHAPE, 2), 2), (SHAPE, 0), ((*SHAPE, 2, 1), 0)])
+def test_a_volume_that_is_not_in_the_file_is_refused_with_its_shape(
+    tmp_path: Path, shape: tuple[int, ...], volume: int
+) -> None:
+    path = save(tmp_path / "a.nii.gz", np.ones(shape, dtype=np.float32))
+    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(counted from 0\)"):
+        read_volume(path, volume)
+
+
+def test_a_label_map_on_the_grid_of_a_4d_file_is_3d(tmp_path: Path) -> None:
+    source = save(tmp_path / "reference.nii.gz", np.ones((*SHAPE, 4), dtype=np.float32))
+    labels = (numbered() % 4).astype(np.uint8)
+    write_label_map(tmp_path / "labels.nii.gz", labels, source)
+    written = nib.load(tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(written.dataobj, labels)
+    np.testing.assert_array_equal(written.affine, nib.load(source).affine)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0, 32767.0], [0.0, 0.5, -3.25], [0.0, 1.0, 40000.0], [0.0, 1e30, 1.0]])
+def test_an_image_that_is_written_holds_the_values_that_it_was_given(tmp_path: Path, values: list[float]) -> None:
+    source = save(tmp_path / "reference.nii.gz", np.ones((3, 1, 1), dtype=np.uint8))
+    voxels = np.array(values, dtype=np.float32).reshape(3, 1, 1)
+    write_image(tmp_path / "image.nii.gz", voxels, source)
+    np.testing.assert_array_equal(read_volume(tmp_path / "image.nii.gz").voxels, voxels)

@@ -115,7 +115,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a link to a folder elsewhere": Guard(
         LAYOUTS,
-        "problems += links.problems(folder) or [problem for path in files for problem in links.problems(path)]",
+        "problems += links.problems(folder) or [problem for path in paths for problem in links.problems(path)]",
         "problems += []",
         "test_bad_input.py::test_a_link_to_a_folder_elsewhere_is_refused_by_name",
     ),
@@ -149,6 +149,30 @@ GUARDS: dict[str, Guard] = {
         f"{LABEL}[outside the convention]",
     ),
     "3 and 4 together": Guard("data/labels.py", "if {3, 4} <= seen:", "if False:", f"{LABEL}[3 and 4 together]"),
+    "label numbers that nothing tells": Guard(
+        "data/labels.py",
+        "if not case_folders and 4 not in seen",
+        "if False and 4 not in seen",
+        "test_data_described.py::test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag",
+    ),
+    "a cavity that may be enhancing tumour": Guard(
+        "data/labels.py",
+        "    if 4 in seen and 3 not in seen:",
+        "    if False:",
+        "test_data_described.py::test_values_that_do_not_tell_the_year_are_refused_with_the_flag",
+    ),
+    "two years taken for a cavity": Guard(
+        LAYOUTS,
+        "    if not any({3, 4} <= set(found) for found in values.values()):",
+        "    if False:",
+        "test_data_described.py::test_cases_of_two_years_thrown_together_are_not_taken_for_cavities",
+    ),
+    "a path of a manifest out of the data": Guard(
+        LAYOUTS,
+        "    problems += [problem for path in files for problem in links.problems(path)]\n",
+        "",
+        "test_data_described.py::test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem",
+    ),
     "a label map on another grid": Guard(
         PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
     ),

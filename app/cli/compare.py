@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def compare(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of cases with label maps.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder for the comparison; the same command goes on in it.")
     ],
@@ -74,6 +74,7 @@ def compare(
         Path | None,
         typer.Option("--split", help='JSON instead of a fold: {"train": [ids], "validation": [ids], "test": [ids]}.'),
     ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
     ] = False,
@@ -110,6 +111,7 @@ def compare(
             plan,
             fold=fold or 0,
             split_file=split,
+            labels=labels,
             follow_links=follow_links,
             on_progress=on_progress,
         )

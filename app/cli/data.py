@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, make phantoms; its DICOM verbs are in :mod:`app.cli.dicom`."""
+"""``znormseg data``: look data sets over, export them, make phantoms; its DICOM verbs are in :mod:`app.cli.dicom`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 from app.cli import dicom, terminal
 
 app = typer.Typer(
-    help="Check data sets, take DICOM studies in and segmentations out, make phantoms.",
+    help="Check data sets, export them, take DICOM studies in and segmentations out, make phantoms.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -19,7 +19,15 @@ app = typer.Typer(
 @app.command()
 def check(
     *,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A case folder or a folder of cases.")],
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="A case folder, a folder of cases (BraTS of any year, UCSF-PDGM), a flat folder, MSD, nnU-Net raw, "
+            "or a manifest (.csv: case, t1, t1c, t2, flair, seg).",
+        ),
+    ],
+    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DIR.")
     ] = False,
@@ -39,7 +47,7 @@ def check(
             done.append(case)
             on_progress(Progress(job="checking", share=len(done) / count, detail=case))
 
-        found = look(folder, follow_links=follow_links, on_case=ready)
+        found = look(folder, follow_links=follow_links, labels=labels, on_case=ready)
     if as_json:
         terminal.json_result(found.to_json())
     else:
@@ -65,6 +73,42 @@ def check(
         terminal.result("nothing wrong found" if found.is_clean else "fix these, or leave the cases out with --split")
     if not found.is_clean:
         raise typer.Exit(EXIT_DATA)
+
+
+@app.command()
+def export(
+    *,
+    source: Annotated[Path, typer.Argument(metavar="DATA", help="Data set in any layout that data check recognises.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to; empty or not there yet.")],
+    layout: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            help="nnunet (OUT/Dataset001_BraTS, for nnU-Net v2), msd (4D files), csv (manifest.csv, files beside it).",
+        ),
+    ],
+    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Write a data set in another layout; grids and voxel values are kept, files are copied."""
+    from app.progress import Progress  # noqa: PLC0415 - not needed for the help
+    from data.export import export as write  # noqa: PLC0415
+
+    with terminal.watched() as on_progress:
+
+        def ready(case: str, share: float) -> None:
+            on_progress(Progress(job="exporting", share=share, detail=case))
+
+        done = write(source, out, layout, labels=labels, follow_links=follow_links, on_case=ready)
+    if as_json:
+        terminal.json_result(done.to_json())
+        return
+    terminal.result(f"{done.cases} cases, {done.labelled} with a label map ({done.labels or 'none'}), in {done.out}")
+    for note in done.notes:
+        terminal.result(note)
 
 
 @app.command()

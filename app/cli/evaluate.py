@@ -29,6 +29,12 @@ def evaluate(
     resample: Annotated[
         bool, typer.Option("--resample", help="Bring predictions on other grids to those of their references.")
     ] = False,
+    labels: Annotated[
+        str | None,
+        typer.Option(
+            "--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Two: of PREDICTIONS and of REFERENCES."
+        ),
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
@@ -68,7 +74,9 @@ def evaluate(
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
 
-    scores = score(predictions, references, resample=resample, follow_links=follow_links)
+    first, comma, second = (labels or "").partition(",")
+    conventions = (first or None, (second if comma else first) or None)
+    scores = score(predictions, references, resample=resample, labels=conventions, follow_links=follow_links)
     if as_json:
         terminal.json_result(scores.to_json())
     else:

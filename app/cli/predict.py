@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     from data.labels import Contrast
     from data.layouts import Case
 
+_LABELS_HELP = (
+    "Label numbers to write: brats2021 (ET 4), brats2023 (ET 3), brats2024, brats2024-ped, brats2015 or msd; "
+    "default as the input's, where its names tell, else as the training data's."
+)
 _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
 
@@ -29,7 +33,7 @@ def predict(
     flair: Annotated[Path | None, typer.Option("--flair", help=_CONTRAST_HELP)] = None,
     labels: Annotated[
         str | None,
-        typer.Option("--labels", help="Label numbers: brats2021 (ET 4) or brats2023 (ET 3); default as the input's."),
+        typer.Option("--labels", metavar="NAME", help=_LABELS_HELP),
     ] = None,
     nan_to_zero: Annotated[
         bool, typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0 instead of refusing the case.")

@@ -40,6 +40,12 @@ class Settings:
 
 settings = Settings()
 
+#: The same in every command that reads label maps.
+LABELS_HELP = (
+    "Where the data set does not tell what its label numbers mean: brats2021, brats2023, brats2024, brats2024-ped, "
+    "brats2015 or msd."
+)
+
 #: Without a terminal, progress becomes a line at most this often.
 _SECONDS_BETWEEN_LINES = 15.0
 

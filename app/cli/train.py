@@ -12,7 +12,7 @@ from app.cli import terminal
 
 def train(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder of cases with label maps.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the run; empty or not there yet.")],
     config: Annotated[
         str | None,
@@ -38,6 +38,7 @@ def train(
         bool,
         typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0; same as --set data.nan_to_zero=true."),
     ] = False,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
     ] = False,
@@ -53,6 +54,8 @@ def train(
         raise typer.BadParameter("give either --fold or --split")
     if resume and (split is not None or fold is not None):
         raise typer.BadParameter("a resumed run keeps its split; leave out --fold and --split")
+    if resume and labels is not None:
+        raise typer.BadParameter("a resumed run keeps its label convention; leave out --labels")
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
@@ -69,6 +72,7 @@ def train(
                 settings,
                 fold=number,
                 split_file=split,
+                labels=labels,
                 follow_links=follow_links,
                 on_progress=on_progress,
             )

@@ -56,6 +56,7 @@ def compare(
     *,
     fold: int = 0,
     split_file: Path | None = None,
+    labels: str | None = None,
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Comparison:
@@ -67,6 +68,7 @@ def compare(
         plan: what is compared.
         fold: 0 to 4; the fold that tests, the next one validates.
         split_file: JSON with the lists ``train``, ``validation`` and ``test``, instead of a fold.
+        labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
         on_progress: told how far the whole comparison is.
 
@@ -79,6 +81,7 @@ def compare(
         plan,
         fold=fold,
         split_file=split_file,
+        labels=labels,
         follow_links=follow_links,
         on_progress=on_progress,
     )

@@ -33,6 +33,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import LOCK, locked, read_json, write_json
 from app.training.train import TrainResult, resume, start
 from data.errors import DataError
+from data.labels import convention_named
 from data.layouts import Case, convention_of, find_cases
 from data.loaders import PatchSource, cache_cases
 
@@ -58,6 +59,7 @@ def make_runs(
     *,
     fold: int = 0,
     split_file: Path | None = None,
+    labels: str | None = None,
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Results:
@@ -69,6 +71,7 @@ def make_runs(
         plan: what is compared.
         fold: the fold that tests; the next one validates.
         split_file: JSON with the lists ``train``, ``validation`` and ``test``, instead of a fold.
+        labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
         on_progress: told how far the whole comparison is.
 
@@ -83,7 +86,8 @@ def make_runs(
     _require_labels([cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)])
     _require_place(out)
     with locked(out):
-        _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json()})
+        settled = {} if labels is None else {"labels": convention_named(labels).name}
+        _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})
         write_json(out / "split.json", parts.split.to_json())
         work = _Work(
             data=data,
@@ -91,6 +95,7 @@ def make_runs(
             plan=plan,
             parts=parts,
             cases=cases,
+            labels=labels,
             follow_links=follow_links,
             on_progress=on_progress,
         )
@@ -114,6 +119,7 @@ class _Work:
     plan: Plan
     parts: Parts
     cases: Mapping[str, Case]
+    labels: str | None
     follow_links: bool
     on_progress: OnProgress
     position: int = 0
@@ -185,6 +191,7 @@ class _Work:
             run,
             config,
             split_file=self.out / "split.json",
+            labels=self.labels,
             follow_links=self.follow_links,
             on_progress=told,
         )
@@ -210,7 +217,7 @@ class _Work:
             [self.cases[case_id] for case_id in self.parts.train],
             run / "cache",
             spacing_mm=tuple(facts["spacing_mm"]),
-            convention=convention_of(list(self.cases.values())),
+            convention=convention_of(list(self.cases.values()), labels=self.labels),
             nan_to_zero=config.data.nan_to_zero,
         )
         source = PatchSource(

@@ -16,8 +16,8 @@ import numpy as np
 
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores, region_scores
 from data.errors import DataError
-from data.labels import REGIONS, LabelConvention, Region, decide_convention, decode
-from data.layouts import find_label_maps
+from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values
+from data.layouts import Case, decide_for, find_label_cases
 from data.nifti import grid_difference, in_order_of, read_label_map, reorient, replacing
 from data.preprocess import resample_codes_onto
 
@@ -116,6 +116,7 @@ def evaluate(
     references: Path,
     *,
     resample: bool = False,
+    labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> Evaluation:
@@ -129,6 +130,7 @@ def evaluate(
         predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
         resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
+        labels: names of the label conventions of predictions and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
         on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
             failed.
@@ -145,16 +147,17 @@ def evaluate(
         >>> evaluation.summary()["WT"]["dice"]  # doctest: +SKIP
         0.912
     """
-    predicted = find_label_maps(predictions, follow_links=follow_links)
-    expected = find_label_maps(references, follow_links=follow_links)
+    predicted_cases = find_label_cases(predictions, follow_links=follow_links)
+    expected_cases = find_label_cases(references, follow_links=follow_links)
+    predicted, expected = _label_maps(predicted_cases), _label_maps(expected_cases)
     common = sorted(predicted.keys() & expected.keys())
     if not common:
         raise DataError(
             f"no case is in both folders: {predictions} holds {_some(predicted)}; {references} holds "
             f"{_some(expected)}. {_NAMING_RULES}"
         )
-    prediction_convention, prediction_faults = _survey(predictions, predicted)
-    reference_convention, reference_faults = _survey(references, expected)
+    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0])
+    reference_convention, reference_faults = _survey(references, expected_cases, labels[1])
     faults = reference_faults | prediction_faults
 
     def score(case: str) -> CaseScores | str:
@@ -272,32 +275,33 @@ def _score_case(
     return CaseScores(case=case, regions=scores, resampled=difference is not None)
 
 
-def _survey(folder: Path, label_maps: dict[str, Path]) -> tuple[LabelConvention, dict[str, str]]:
+def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
+    return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
+
+
+def _survey(folder: Path, cases: Mapping[str, Case], labels: str | None) -> tuple[LabelConvention, dict[str, str]]:
     """Decide one side's convention from all of its files; the files that have no say come back by case, with reasons.
 
     Cases without a counterpart are read as well: they may hold the only 3 or 4 of the data set.
     """
+    label_maps = _label_maps(cases)
 
     def values(path: Path) -> set[int] | str:
         try:
             found = {int(value) for value in np.flatnonzero(np.bincount(read_label_map(path).voxels.ravel()))}
-            decide_convention(found)
+            require_known_values(found)
         except (DataError, OSError) as error:
             message = str(error)
             return message if str(path) in message else f"{path}: {message}"
         return found
 
-    seen: dict[int, Path] = {}
-    faults: dict[str, str] = {}
-    for (case, path), outcome in zip(label_maps.items(), _parallel(values, label_maps.values()), strict=True):
-        if isinstance(outcome, str):
-            faults[case] = outcome
-        else:
-            seen |= dict.fromkeys(outcome - seen.keys(), path)
+    outcomes = dict(zip(label_maps, _parallel(values, label_maps.values()), strict=True))
+    faults = {case: outcome for case, outcome in outcomes.items() if isinstance(outcome, str)}
+    seen = {case: outcome for case, outcome in outcomes.items() if not isinstance(outcome, str)}
     try:
-        return decide_convention(seen), faults
+        return decide_for(seen, list(cases.values()), labels=labels), faults
     except DataError as error:
-        raise DataError(f"{folder}: {error} (3 in {seen[3]}, 4 in {seen[4]})") from error
+        raise DataError(f"{folder}: {error}") from error
 
 
 def _parallel(

@@ -20,7 +20,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import write_json
 from app.runtime import Runtime, versions
 from data.errors import DataError
-from data.labels import CONVENTIONS, REGIONS, LabelConvention, encode, from_regions, to_regions
+from data.labels import REGIONS, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case
 from data.nifti import spacing_of, write_label_map
 from data.preprocess import Prepared, prepare, to_native_grid
@@ -137,7 +137,7 @@ def _predict_case(
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
-    convention = labels or CONVENTIONS.get(case.naming or "", model.convention)
+    convention = labels or case.written_convention or model.convention
     write_label_map(label_map, encode(codes, convention), case.contrasts[case.reference])
     seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
     voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
@@ -184,8 +184,6 @@ def require_contrasts(case: Case, model: Model) -> None:
 
 
 def _refuse_overwriting_input(case: Case, label_map: Path) -> None:
-    for contrast, path in case.contrasts.items():
-        if path.resolve() == label_map.resolve():
-            raise DataError(
-                f"case {case.id}: the label map would replace its own {contrast}, {path}. Give another OUTPUT."
-            )
+    for what, path in [*case.contrasts.items(), ("label map", case.label)]:
+        if path is not None and path.resolve() == label_map.resolve():
+            raise DataError(f"case {case.id}: the label map would replace its own {what}, {path}. Give another OUTPUT.")

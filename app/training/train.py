@@ -69,6 +69,7 @@ def start(
     *,
     fold: int | str = 0,
     split_file: Path | None = None,
+    labels: str | None = None,
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
@@ -80,6 +81,7 @@ def start(
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
+        labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
         on_progress: told where the run is.
 
@@ -95,7 +97,7 @@ def start(
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
     runtime = choose_runtime(config.runtime)
-    convention = convention_of(list(cases.values()))
+    convention = convention_of(list(cases.values()), labels=labels)
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with locked(run):
@@ -321,6 +323,6 @@ def _spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
     """The configured spacing, or the training cases' median along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    found = [canonical_spacing(read_grid(case.contrasts["t1c"])[1]) for case in cases]
+    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
     x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
     return (x, y, z)
