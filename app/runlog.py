@@ -4,11 +4,12 @@ A run folder holds::
 
     config.yaml     the resolved config
     split.json      case ids by part
+    labels.json     what the label maps hold, and their hash: a resumed run must find the same
     run.json        data, conventions, versions, machine
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     tensorboard/    the same for TensorBoard
     checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
-    cache/          prepared cases; may be deleted
+    cache/          prepared cases that the user's cache does not take; may be deleted
 """
 
 from __future__ import annotations

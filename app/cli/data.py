@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, make phantoms."""
+"""``znormseg data``: look data sets over, make phantoms, see to the cache."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from app.cli import terminal
+from app.cli import cache, terminal
 
-app = typer.Typer(help="Check data sets, make phantoms.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Check data sets, make phantoms, see to the cache.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="cache")(cache.cache)
 
 
 @app.command()
