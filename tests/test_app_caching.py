@@ -88,7 +88,13 @@ def test_a_cache_that_cannot_be_used_is_told_and_the_run_keeps_its_cases_itself(
 
 
 def test_cases_that_do_not_fit_are_kept_by_the_run_and_that_is_told(
-    phantoms: Path, tmp_path: Path, options: list[str], own_cache: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
+    *,
+    phantoms: Path,
+    tmp_path: Path,
+    options: list[str],
+    own_cache: Path,
+    znormseg: Call,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("ZNORMSEG_CACHE_GB", "0.001")
     ended = znormseg("train", phantoms, tmp_path / "run", *options)
