@@ -71,11 +71,14 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
     """Both sides in turn."""
     sides = {name: Side(name, places, options) for name in ("ours", "monai")}
     rates: dict[str, list[float]] = {name: [] for name in sides}
+    work: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(options.rounds + 1):
         for name, side in sides.items():
+            before = side.processor_seconds()
             seconds = side.ask(f"{number}")["seconds"]
             if number:  # warm by then
                 rates[name].append(options.patches / seconds)
+                work[name].append((side.processor_seconds() - before) / options.patches)
     for side in sides.values():
         side.end()
     print(
@@ -86,6 +89,7 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
         print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, of that imports {base_mb:.0f}")
     ours, monai = sides["ours"], sides["monai"]
     print(f"patches/s, ours over MONAI: {median(rates['ours']) / median(rates['monai']):.2f}")
+    print(f"processor time a patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
     print(f"memory, ours over MONAI: {ours.peak_bytes / monai.peak_bytes:.2f}; ", end="")
     print(f"without imports {(ours.peak_bytes - ours.base_bytes) / (monai.peak_bytes - monai.base_bytes):.2f}")
 
@@ -133,11 +137,17 @@ class Side:
         while not done.wait(0.1):
             self.peak_bytes = max(self.peak_bytes, self._bytes())
 
+    def processor_seconds(self) -> float:
+        """What it and its children have used so far; on a machine with other work this tells more than the clock."""
+        return sum(sum(process.cpu_times()[:2]) for process in self._tree())
+
+    def _tree(self) -> list[psutil.Process]:
+        process = psutil.Process(self._process.pid)
+        return [process, *process.children(recursive=True)]
+
     def _bytes(self) -> int:
-        tree = [psutil.Process(self._process.pid)]
-        tree += tree[0].children(recursive=True)
         total = 0
-        for process in tree:
+        for process in self._tree():
             try:
                 total += process.memory_full_info().pss
             except psutil.Error:
