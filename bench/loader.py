@@ -7,9 +7,9 @@ CASES is a folder of cases. Both sides read the same prepared cases, cut patches
 batches of two, nothing else. MONAI gets its best form: float32 cached in memory, centres precomputed (at most 2000 a
 class), no copy of the cache and no metadata a patch; its workers are processes, or one thread with --monai-threads.
 Each side is a process of its own, and they take turns; the median of the rounds counts. Memory is the proportional set
-size of a side and its children (pages that processes share are counted once, mapped files included), whole and without
-what the imports alone take. Files are in the system's page cache for both. --layouts compares how an image may lie on
-disk.
+size of a side and its children (pages that processes share are counted once): with the files that are mapped, and
+without those, which the system takes back when memory is short. Linux alone tells it. Files are in the system's page
+cache for both. --layouts compares how an image may lie on disk.
 """
 
 from __future__ import annotations
@@ -85,13 +85,13 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
         f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} patches a round"
     )
     for name, side in sides.items():
-        peak_mb, base_mb = side.peak_bytes / 1e6, side.base_bytes / 1e6
-        print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, of that imports {base_mb:.0f}")
+        peak_mb, kept_mb = side.peak_bytes / 1e6, side.peak_kept_bytes / 1e6
+        print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, without mapped files {kept_mb:.0f} MB")
     ours, monai = sides["ours"], sides["monai"]
     print(f"patches/s, ours over MONAI: {median(rates['ours']) / median(rates['monai']):.2f}")
     print(f"processor time a patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
     print(f"memory, ours over MONAI: {ours.peak_bytes / monai.peak_bytes:.2f}; ", end="")
-    print(f"without imports {(ours.peak_bytes - ours.base_bytes) / (monai.peak_bytes - monai.base_bytes):.2f}")
+    print(f"without mapped files {ours.peak_kept_bytes / monai.peak_kept_bytes:.2f}")
 
 
 class Side:
@@ -109,8 +109,7 @@ class Side:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
         self.ask("imports")
-        self.base_bytes = self._bytes()
-        self.peak_bytes = self.base_bytes
+        self.peak_bytes, self.peak_kept_bytes = self._bytes()
         self.ask(json.dumps(places))
 
     def ask(self, what: str) -> Any:
@@ -135,7 +134,8 @@ class Side:
 
     def _watch(self, done: threading.Event) -> None:
         while not done.wait(0.1):
-            self.peak_bytes = max(self.peak_bytes, self._bytes())
+            total, kept = self._bytes()
+            self.peak_bytes, self.peak_kept_bytes = max(self.peak_bytes, total), max(self.peak_kept_bytes, kept)
 
     def processor_seconds(self) -> float:
         """What it and its children have used so far; on a machine with other work this tells more than the clock."""
@@ -145,14 +145,18 @@ class Side:
         process = psutil.Process(self._process.pid)
         return [process, *process.children(recursive=True)]
 
-    def _bytes(self) -> int:
-        total = 0
+    def _bytes(self) -> tuple[int, int]:
+        """Proportional set size: all of it, and without mapped files, which the system takes back when it must."""
+        total = kept = 0
         for process in self._tree():
             try:
-                total += process.memory_full_info().pss
-            except psutil.Error:
+                rollup = Path(f"/proc/{process.pid}/smaps_rollup").read_text(encoding="ascii")
+            except OSError:
                 continue
-        return total
+            sizes = {words[0]: 1024 * int(words[1]) for words in map(str.split, rollup.splitlines()[1:])}
+            total += sizes["Pss:"]
+            kept += sizes["Pss_Anon:"] + sizes["Pss_Shmem:"]
+        return total, kept
 
 
 def serve(options: argparse.Namespace) -> None:
