@@ -4,11 +4,12 @@ A run folder holds::
 
     config.yaml     the resolved config
     split.json      case ids by part
+    labels.json     what the label maps hold, and their hash: a resumed run must find the same
     run.json        data, conventions, versions, machine
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     tensorboard/    the same for TensorBoard
     checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
-    cache/          prepared cases; may be deleted
+    cache/          prepared cases that the user's cache does not take; may be deleted
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Final
 
 from app.errors import RunError
-from data.nifti import replacing
+from data.nifti import naming_the_place, replacing
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -70,6 +71,8 @@ def require_new(run: Path) -> None:
         raise RunError(f"{run} is not empty. Go on with --resume, or give another folder.")
 
 
+#: What metrics and TensorBoard's events need at the very least.
+_LEAST_ROOM_BYTES: Final = 1 << 16
 #: Held while a process trains in the folder.
 LOCK = ".lock"
 
@@ -102,6 +105,7 @@ class MetricsLog:
         path = run / "metrics.jsonl"
         with replacing(path) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        _require_room(run)
         self._file: IO[str] = path.open("a", encoding="utf-8")
         self._board: SummaryWriter = _summary_writer(run / "tensorboard", keep_up_to_step)
 
@@ -164,6 +168,16 @@ def _finite(value: object) -> object:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _require_room(run: Path) -> None:
+    """Refuse a disk with next to nothing left: TensorBoard would meet it in a thread of its own, with a traceback."""
+    probe = run / f".partial-{os.getpid()}-room"
+    try:
+        with naming_the_place(run):
+            probe.write_bytes(bytes(_LEAST_ROOM_BYTES))
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 def _summary_writer(folder: Path, step: int) -> SummaryWriter:

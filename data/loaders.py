@@ -2,40 +2,48 @@
 
 Which patch is drawn depends only on the seed and the patch's number, so a resumed run sees what an uninterrupted one
 would have. Batches are made by threads: no worker processes, nothing in shared memory.
+
+An image lies on disk as float16 in C order of (contrasts, X, Y, Z), the order a network takes, and is mapped: its pages
+are the system's, shared by all processes and given back when memory is short. Contrasts last would put a patch into
+longer pieces, but turning it round costs more than those save. Maps stay open from patch to patch, and torch turns
+float16 into float32 while it cuts; mapping anew for each patch, or converting in a second step, takes longer too. All
+of that was measured on patches of 64 and 128 voxels a side: ``bench/loader.py --layouts``.
 """
 
 from __future__ import annotations
 
 import io
-import json
 import os
-import shutil
-from collections import deque
-from collections.abc import Callable, Generator, Sequence
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from threading import Lock
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from data import augment
+from data.cache import ARRAYS, CaseFolder, write_source
+from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
-from data.nifti import Spacing, naming_the_place
-from data.preprocess import prepare
+from data.nifti import Spacing
+from data.preprocess import Prepared, prepare
 
-#: Raised when what is stored changes its meaning, so that old caches are made anew.
-_CACHE_VERSION: Final = 1
 #: Voxels of each tissue that a case remembers as possible patch centres.
 _CENTRES_PER_TISSUE: Final = 2000
+#: Cases whose maps stay open, two files each; systems allow a process 1024 files or more.
+_MOST_OPEN: Final = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedCase:
-    """A prepared case on disk; arrays are mapped, not read."""
+    """A prepared case on disk; arrays are mapped, not read. Each method raises DataError where that cannot be."""
 
     id: str
     folder: Path
@@ -43,18 +51,33 @@ class CachedCase:
 
     def image(self) -> npt.NDArray[np.float16]:
         """Shape (contrasts, X, Y, Z)."""
-        array: npt.NDArray[np.float16] = np.load(self.folder / "image.npy", mmap_mode="r")
+        array: npt.NDArray[np.float16] = self._array("image.npy", "c")
         return array
 
     def codes(self) -> npt.NDArray[np.uint8]:
         """Shape (X, Y, Z), the program's label codes."""
-        array: npt.NDArray[np.uint8] = np.load(self.folder / "codes.npy", mmap_mode="r")
+        array: npt.NDArray[np.uint8] = self._array("codes.npy", "c")
         return array
 
     def centres(self) -> npt.NDArray[np.int16]:
         """Rows of (code, x, y, z): tumour voxels a patch may be centred on."""
-        array: npt.NDArray[np.int16] = np.load(self.folder / "centres.npy")
+        array: npt.NDArray[np.int16] = self._array("centres.npy", None)
         return array
+
+    def _array(self, name: str, mode: Literal["c"] | None) -> npt.NDArray[Any]:
+        # Mapped "c", copy on write: torch takes no read-only memory without a warning, and the file stays as it is.
+        try:
+            array: npt.NDArray[Any] = np.load(self.folder / name, mmap_mode=mode)
+        except (OSError, EOFError, ValueError) as error:
+            raise self.lost(error) from error
+        return array
+
+    def lost(self, why: object) -> DataError:
+        """The error that says that the prepared arrays went away or were changed under a run."""
+        return DataError(
+            f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
+            f"({why}). Go on with --resume; they are made anew."
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +95,18 @@ class Batch:
 
 def cache_cases(
     cases: Sequence[Case],
-    folder: Path,
+    store: CaseFolder | Path,
     *,
     spacing_mm: Spacing,
     convention: LabelConvention,
     nan_to_zero: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> list[CachedCase]:
-    """Prepare cases with their label maps into a folder; what is there already and still fits is kept.
+    """Prepare cases with their label maps; what is there already and still fits is kept.
 
     Args:
         cases: what to prepare.
-        folder: made where it is missing; holds one folder a case, 9 bytes a voxel of the brain's box.
+        store: where they are kept, or a folder for them alone; 9 bytes a voxel of the brain's box.
         spacing_mm: spacing the network works at.
         convention: what the label numbers mean.
         nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
@@ -92,17 +115,37 @@ def cache_cases(
     Raises:
         DataError: a case cannot be used.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    if isinstance(store, Path):
+        store.mkdir(parents=True, exist_ok=True)
+        store = CaseFolder(store)
+    settings = {
+        "spacing_mm": list(spacing_mm),
+        "labels": asdict(convention),
+        "nan_to_zero": nan_to_zero,
+        "centres": _CENTRES_PER_TISSUE,
+    }
 
-    def ready(case: Case) -> CachedCase:
-        cached = _cache_case(case, folder, spacing_mm, convention, nan_to_zero)
+    def key_of(case: Case) -> str | None:
+        try:
+            return store.key(case.require(), settings)
+        except OSError:
+            return None  # whoever reads the file for its voxels says it better
+
+    def ready(case: Case, key: str | None) -> CachedCase:
+        place = None if key is None else store.find(key)
+        if place is None:
+            prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+            place = store.add(key or secrets.token_hex(20), lambda folder: _write(folder, case, prepared, settings))
+        cached = CachedCase(id=case.id, folder=place, shape=_shape_in(place))
         if on_case is not None:
             on_case(case.id)
         return cached
 
     # At most four at once: preparing a case takes some 200 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        return list(pool.map(ready, cases))
+        keys = list(pool.map(key_of, cases))
+        store.hold([key for key in keys if key is not None])
+        return list(pool.map(ready, cases, keys))
 
 
 class PatchSource:
@@ -119,14 +162,20 @@ class PatchSource:
     ) -> None:
         """Args as in the run's config; ``tumour_probability`` is the share of patches centred on tumour."""
         self._cases = list(cases)
-        self._centres = [case.centres() for case in cases]
+        self._centres = [_by_tissue(case.centres()) for case in cases]
         self._patch = patch_voxels
         self._tumour_probability = tumour_probability
         self._augmentation = augmentation
         self._seed = seed
+        self._open: OrderedDict[int, _Mapped] = OrderedDict()
+        self._lock = Lock()
 
     def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
-        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one patch, augmented."""
+        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one patch, augmented.
+
+        Raises:
+            DataError: the prepared arrays of its case were removed or damaged.
+        """
         image, codes, case_id, _ = self._patch_and_presence(number)
         return image, codes, case_id
 
@@ -134,16 +183,20 @@ class PatchSource:
         self, number: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
         """The same, and which contrasts the patch has."""
+        image, codes, case_id, rng = self.piece(number)
+        variation = augment.draw(self._augmentation, image.shape[0], rng)
+        return *augment.apply(variation, image, codes), case_id, variation.present
+
+    def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
+        """The same as it was cut, not augmented, and the generator that draws its augmentation."""
         epoch, position = divmod(number, len(self._cases))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
         index = int(order[position])
-        case = self._cases[index]
         rng = np.random.default_rng([self._seed, 1, number])
         centre = self._centre(index, rng)
-        image = cut(case.image(), centre, self._patch).astype(np.float32)
-        codes = cut(case.codes(), centre, self._patch)
-        variation = augment.draw(self._augmentation, image.shape[0], rng)
-        return *augment.apply(variation, image, codes), case.id, variation.present
+        mapped = self._mapped(index)
+        image = cut_image(mapped.image, centre, self._patch)
+        return image, cut(mapped.codes, centre, self._patch), self._cases[index].id, rng
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch where steps are accumulated."""
@@ -165,11 +218,56 @@ class PatchSource:
         """A tumour voxel, each tissue the case has being as likely as the others, or any voxel of the box."""
         centres = self._centres[index]
         wanted = rng.random() < self._tumour_probability
-        tissues = np.unique(centres[:, 0])
-        if wanted and tissues.size:
-            of_tissue = centres[centres[:, 0] == rng.choice(tissues)]
-            return tuple(int(v) for v in of_tissue[rng.integers(len(of_tissue)), 1:])
+        if wanted and centres:
+            of_tissue = centres[int(rng.choice(list(centres)))]
+            return tuple(int(v) for v in of_tissue[rng.integers(len(of_tissue))])
         return tuple(int(rng.integers(side)) for side in self._cases[index].shape)
+
+    def _mapped(self, index: int) -> _Mapped:
+        """The arrays of a case, from those that are open or opened now."""
+        with self._lock:
+            mapped = self._open.pop(index, None)
+            if mapped is not None:
+                self._open[index] = mapped
+        if mapped is not None:
+            mapped.require_whole()
+            return mapped
+        mapped = _Mapped(self._cases[index])
+        with self._lock:
+            self._open[index] = mapped
+            while len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+        return mapped
+
+
+class _Mapped:
+    """The mapped arrays of one case. They stay readable when their files are deleted, not when they are cut short."""
+
+    def __init__(self, case: CachedCase) -> None:
+        self.image = case.image()
+        self.codes = case.codes()
+        self._case = case
+        self._sizes = self._sizes_now()
+
+    def require_whole(self) -> None:
+        """Raise DataError where a file was cut short: to touch what is gone would end the process without a word."""
+        now = self._sizes_now()
+        if any(size is not None and size != before for size, before in zip(now, self._sizes, strict=True)):
+            raise self._case.lost(f"file sizes were {self._sizes}, are {now}")
+
+    def _sizes_now(self) -> list[int | None]:
+        sizes: list[int | None] = []
+        for name in ("image.npy", "codes.npy"):
+            try:
+                sizes.append((self._case.folder / name).stat().st_size)
+            except OSError:
+                sizes.append(None)
+        return sizes
+
+
+def _by_tissue(centres: npt.NDArray[np.int16]) -> dict[int, npt.NDArray[np.int16]]:
+    """Rows of (x, y, z) by code."""
+    return {int(code): centres[centres[:, 0] == code, 1:] for code in np.unique(centres[:, 0])}
 
 
 def batches(source: PatchSource, *, first: int, size: int, threads: int, ahead: int = 4) -> Generator[Batch]:
@@ -198,14 +296,7 @@ def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int,
         centre: voxel that the patch's middle should be on; the patch moves where it would leave the volume.
         patch: shape of the result's last three axes.
     """
-    inside: list[slice] = []
-    outside: list[slice] = []
-    for size, middle, side in zip(array.shape[-3:], centre, patch, strict=True):
-        start = min(max(middle - side // 2, 0), max(size - side, 0))
-        taken = min(side, size)
-        pad = (side - taken) // 2
-        inside.append(slice(start, start + taken))
-        outside.append(slice(pad, pad + taken))
+    inside, outside = _where(array.shape[-3:], centre, patch)
     piece = array[..., inside[0], inside[1], inside[2]]
     if piece.shape[-3:] == tuple(patch):
         return np.array(piece)
@@ -214,31 +305,49 @@ def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int,
     return padded
 
 
-def _cache_case(
-    case: Case, folder: Path, spacing_mm: Spacing, convention: LabelConvention, nan_to_zero: bool
-) -> CachedCase:
-    place = folder / case.require().id
-    source = _fingerprint(case, spacing_mm, convention, nan_to_zero)
-    kept = _read_cached(case.id, place, source)
-    if kept is not None:
-        return kept
-    prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+def cut_image(
+    image: npt.NDArray[np.float16], centre: tuple[int, ...], patch: tuple[int, int, int]
+) -> npt.NDArray[np.float32]:
+    """As :func:`cut`, and from float16 to float32 on the way, which torch does faster than numpy."""
+    inside, outside = _where(image.shape[-3:], centre, patch)
+    piece = torch.from_numpy(image)[..., inside[0], inside[1], inside[2]]
+    make = torch.empty if piece.shape[-3:] == tuple(patch) else torch.zeros
+    result = make((*image.shape[:-3], *patch), dtype=torch.float32)
+    result[..., outside[0], outside[1], outside[2]].copy_(piece)
+    return result.numpy()
+
+
+def _where(
+    shape: tuple[int, ...], centre: tuple[int, ...], patch: tuple[int, int, int]
+) -> tuple[list[slice], list[slice]]:
+    """The part of a volume that a patch takes, and the part of the patch that it fills."""
+    inside: list[slice] = []
+    outside: list[slice] = []
+    for size, middle, side in zip(shape, centre, patch, strict=True):
+        start = min(max(middle - side // 2, 0), max(size - side, 0))
+        taken = min(side, size)
+        pad = (side - taken) // 2
+        inside.append(slice(start, start + taken))
+        outside.append(slice(pad, pad + taken))
+    return inside, outside
+
+
+def _write(folder: Path, case: Case, prepared: Prepared, settings: Mapping[str, Any]) -> None:
+    """Write a prepared case into an entry of the cache."""
     assert prepared.codes is not None
-    partial = folder / f".partial-{os.getpid()}-{case.id}"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
-        with naming_the_place(place):
-            _save_array(partial / "image.npy", prepared.image.astype(np.float16))
-            _save_array(partial / "codes.npy", prepared.codes)
-            _save_array(partial / "centres.npy", _centres(prepared.codes))
-            (partial / "source.json").write_text(json.dumps(source), encoding="utf-8")
-        shutil.rmtree(place, ignore_errors=True)
-        partial.rename(place)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    x, y, z = prepared.codes.shape
-    return CachedCase(id=case.id, folder=place, shape=(x, y, z))
+    arrays: list[npt.NDArray[Any]] = [
+        prepared.image.astype(np.float16),
+        prepared.codes,
+        _centres(prepared.codes),
+    ]
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        _save_array(folder / name, array)
+    write_source(folder, case, settings)
+
+
+def _shape_in(place: Path) -> tuple[int, int, int]:
+    x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
+    return (x, y, z)
 
 
 def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -246,30 +355,6 @@ def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
     buffer = io.BytesIO()
     np.save(buffer, array)
     path.write_bytes(buffer.getbuffer())
-
-
-def _read_cached(case_id: str, place: Path, source: dict[str, Any]) -> CachedCase | None:
-    """The case as cached earlier, or None where its files or its settings have changed."""
-    try:
-        same = json.loads((place / "source.json").read_text(encoding="utf-8")) == source
-        x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
-        for name in ("image.npy", "centres.npy"):
-            np.load(place / name, mmap_mode="r")
-    except (OSError, EOFError, ValueError):
-        return None
-    return CachedCase(id=case_id, folder=place, shape=(x, y, z)) if same else None
-
-
-def _fingerprint(case: Case, spacing_mm: Spacing, convention: LabelConvention, nan_to_zero: bool) -> dict[str, Any]:
-    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
-    return {
-        "version": _CACHE_VERSION,
-        "spacing_mm": list(spacing_mm),
-        "labels": list(convention.values),
-        "nan_to_zero": nan_to_zero,
-        "volumes": case.volumes,
-        "files": [[str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns] for path in files],
-    }
 
 
 def _centres(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:

@@ -1,9 +1,11 @@
-"""Which cases train and which validate: folds by patient, or a split the user gives."""
+"""Which cases train and which validate: folds by patient with like tumours, or a split the user gives."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -12,6 +14,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.layouts import patient_of
+from data.tumours import Tumour
 
 FOLDS: Final = 5
 
@@ -29,7 +32,7 @@ class Split:
 
 
 def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0) -> Split:
-    """One fold of a patient-wise cross-validation.
+    """One fold of a patient-wise cross-validation of cases of which nothing is known but their ids.
 
     All cases of one patient are in the same part. With fewer than five patients there are as many folds as patients.
 
@@ -42,16 +45,85 @@ def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0) -> Split:
         DataError: no such fold, or only one patient.
     """
     patients = sorted({patient_of(case_id) for case_id in case_ids})
-    folds = min(FOLDS, len(patients))
+    folds = _fold_count(len(patients), fold)
+    dealt = np.random.default_rng(seed).permutation(len(patients))
+    return _parts(case_ids, {patients[index] for index in dealt[fold::folds]})
+
+
+def stratified_split(tumours: Mapping[str, Tumour], fold: int, *, seed: int = 0) -> Split:
+    """One fold of a patient-wise cross-validation whose folds have like tumours.
+
+    All cases of one patient are in the same part; numbers of patients differ by one at most.
+
+    Args:
+        tumours: tumour by case id, of all cases, in any order.
+        fold: 0 to 4, less with fewer than five patients; the fold that validates.
+        seed: order among patients that are neighbours in volume.
+
+    Raises:
+        DataError: no such fold, or only one patient.
+    """
+    folds = stratified_folds(tumours, seed=seed)
+    _fold_count(len(folds), fold)
+    return _parts(list(tumours), {patient for patient, its_fold in folds.items() if its_fold == fold})
+
+
+def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0) -> dict[str, int]:
+    """The fold of each patient.
+
+    Patients stand in a row, those with enhancing tumour first, within both kinds by tumour volume (the largest of a
+    patient's cases). The row is cut into groups of as many as there are folds, and each group gives every fold one
+    patient. So folds have like volumes, and each has enhancing tumour where as many patients as folds do.
+
+    What is random comes from SHA-256 of seed and patient, and ties go by it and the patient's name: the same on every
+    machine and with every version of every library.
+
+    Args:
+        tumours: tumour by case id, of all cases, in any order.
+        seed: order among neighbours.
+
+    Example:
+        >>> tumours = {f"p{n}": Tumour(volume_um3=n, enhances=True) for n in range(4)}
+        >>> sorted(stratified_folds(tumours).values())
+        [0, 1, 2, 3]
+    """
+    of_patient: dict[str, list[Tumour]] = defaultdict(list)
+    for case_id, tumour in tumours.items():
+        of_patient[patient_of(case_id)].append(tumour)
+
+    def place(patient: str) -> tuple[bool, int, str, str]:
+        its = of_patient[patient]
+        volume = max(tumour.volume_um3 for tumour in its)
+        return not any(tumour.enhances for tumour in its), volume, _lot(seed, patient), patient
+
+    row = sorted(of_patient, key=place)
+    folds = min(FOLDS, len(row))
+    dealt: dict[str, int] = {}
+    for start in range(0, len(row), max(folds, 1)):
+        group = row[start : start + folds]
+        order = sorted(range(folds), key=lambda number: (_lot(seed, f"{group[0]} {number}"), number))
+        dealt.update(zip(group, order, strict=False))
+    return dealt
+
+
+def _lot(seed: int, name: str) -> str:
+    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+
+
+def _fold_count(patients: int, fold: int) -> int:
+    """How many folds so many patients give; DataError where there are none, or not this one."""
+    folds = min(FOLDS, patients)
     if folds < 2:
         raise DataError(
-            f"{len(patients)} patient cannot be split into training and validation; "
+            f"{patients} patient cannot be split into training and validation; "
             'give --fold all, or a split: {"train": [...], "validation": [...]} with --split FILE'
         )
     if not 0 <= fold < folds:
-        raise DataError(f"fold {fold} does not exist; {len(patients)} patients give the folds 0 to {folds - 1}")
-    dealt = np.random.default_rng(seed).permutation(len(patients))
-    validating = {patients[index] for index in dealt[fold::folds]}
+        raise DataError(f"fold {fold} does not exist; {patients} patients give the folds 0 to {folds - 1}")
+    return folds
+
+
+def _parts(case_ids: Sequence[str], validating: set[str]) -> Split:
     ordered = sorted(case_ids)
     return Split(
         train=tuple(c for c in ordered if patient_of(c) not in validating),

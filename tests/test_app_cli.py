@@ -26,6 +26,7 @@ VERBS = [
     ["compare"],
     ["demo"],
     ["data"],
+    ["data", "cache"],
     ["data", "check"],
     ["data", "dicom"],
     ["data", "dicom-seg"],

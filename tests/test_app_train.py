@@ -22,7 +22,10 @@ from safetensors.torch import load_file
 from app.config import load_config
 from app.runlog import read_metrics
 from app.training.train import resume, start
-from data.splits import fold_split
+from data.labels import BRATS2021
+from data.layouts import find_cases
+from data.splits import stratified_split
+from data.tumours import read_label_maps, tumours_of
 
 Call = Callable[..., Any]
 
@@ -281,6 +284,7 @@ def test_a_run_holds_these_files_and_no_others(tiny_run: Path) -> None:
     assert [name for name in ids_of(tiny_run) if not name.startswith(".")] == [
         "checkpoints",
         "config.yaml",
+        "labels.json",
         "metrics.jsonl",
         "run.json",
         "split.json",
@@ -403,7 +407,9 @@ def test_a_fold_validates_on_its_own_cases(
     given = [] if fold is None else ["--fold", str(fold)]
     ended = znormseg("train", phantoms, tmp_path / "run", *options, *given)
     assert ended.code == 0
-    assert read(tmp_path / "run" / "split.json") == fold_split(ids_of(phantoms), fold or 0).to_json()
+    cases = {case.id: case for case in find_cases(phantoms)}
+    tumours = tumours_of(cases, read_label_maps(cases.values()), BRATS2021)
+    assert read(tmp_path / "run" / "split.json") == stratified_split(tumours, fold or 0).to_json()
 
 
 def test_training_on_every_case_validates_on_none_and_can_predict(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import threading
 import time
 from contextlib import closing
@@ -16,11 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data import loaders
 from data.augment import AugmentConfig
 from data.errors import DataError
 from data.labels import BRATS2021, BRATS2023, CONTRASTS, ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
-from data.loaders import CachedCase, PatchSource, batches, cache_cases, cut
+from data.loaders import CachedCase, PatchSource, batches, cache_cases, cut, cut_image
 from data.nifti import Spacing
 from data.preprocess import prepare
 
@@ -114,6 +115,18 @@ def test_a_patch_has_its_shape_and_holds_the_voxel_it_is_centred_on(
     assert np.count_nonzero(piece) == np.prod(np.minimum(shape, patch))
 
 
+@properties
+@given(sides, sides, st.data())
+def test_an_image_is_cut_as_any_array_is_and_becomes_float32(
+    shape: tuple[int, int, int], patch: tuple[int, int, int], data: st.DataObject
+) -> None:
+    image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float16)
+    centre = tuple(data.draw(st.integers(0, side - 1)) for side in shape)
+    piece = cut_image(image, centre, patch)
+    assert piece.dtype == np.float32
+    np.testing.assert_array_equal(piece, cut(image, centre, patch).astype(np.float32))
+
+
 def test_a_patch_is_a_copy() -> None:
     volume = np.zeros((4, 4, 4))
     cut(volume, (2, 2, 2), (4, 4, 4))[:] = 1
@@ -175,14 +188,14 @@ def test_another_meaning_of_the_labels_makes_the_cache_anew(tmp_path: Path) -> N
 @pytest.mark.parametrize("what", ["t2", "label"])
 def test_a_file_that_changed_makes_its_case_anew_and_no_other(tmp_path: Path, what: str) -> None:
     cases = [write_case(tmp_path, name) for name in "ab"]
-    cache(cases, tmp_path / "cache")
-    before = stamps(tmp_path / "cache")
+    first = cache(cases, tmp_path / "cache")
     changed = cases[0].label if what == "label" else cases[0].contrasts["t2"]
     assert changed is not None
-    os.utime(changed, ns=(0, 12345))
-    cache(cases, tmp_path / "cache")
-    after = stamps(tmp_path / "cache")
-    assert {path for path in before if after[path] != before[path]} == {path for path in before if "cache/a/" in path}
+    stored = nib.load(changed)
+    nib.save(nib.Nifti1Image(np.roll(np.asarray(stored.dataobj), 1, axis=0), stored.affine), changed)
+    second = cache(cases, tmp_path / "cache")
+    assert second[0].folder != first[0].folder
+    assert second[1] == first[1]
 
 
 @pytest.mark.parametrize("file", ["source.json", "codes.npy", "image.npy", "centres.npy"])
@@ -320,6 +333,49 @@ def test_what_goes_wrong_in_a_thread_is_raised_where_the_batch_is_asked_for(tmp_
     (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
     source = patches([case])
     (case.folder / "image.npy").unlink()
-    with closing(batches(source, first=0, size=1, threads=1)) as made, pytest.raises(FileNotFoundError):
+    with closing(batches(source, first=0, size=1, threads=1)) as made, pytest.raises(DataError) as raised:
+        next(made)
+    assert f"case a: its prepared arrays in {case.folder} were removed or damaged" in str(raised.value)
+    assert "No such file" in str(raised.value)
+    assert not patch_threads()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("file", ["image.npy", "codes.npy"])
+def test_a_file_cut_short_while_it_is_in_use_is_told_with_its_case_and_nothing_hangs(
+    tmp_path: Path, file: str, threads: int
+) -> None:
+    (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
+    source = patches([case])
+    source.patch(0)
+    with (case.folder / file).open("r+b") as stored:
+        stored.truncate(200)
+    with closing(batches(source, first=0, size=1, threads=threads)) as made, pytest.raises(DataError, match="case a: "):
         next(made)
     assert not patch_threads()
+
+
+def test_a_file_that_is_no_array_is_told_with_its_case(tmp_path: Path) -> None:
+    (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
+    (case.folder / "image.npy").write_bytes(b"nothing like an array")
+    for ask in (case.image, lambda: patches([case]).patch(0)):
+        with pytest.raises(DataError, match=r"case a: its prepared arrays in .* were removed or damaged"):
+            ask()
+
+
+def test_cases_that_are_open_can_be_read_after_their_files_are_gone(cached: list[CachedCase], tmp_path: Path) -> None:
+    (case,) = cache([write_case(tmp_path, "a")], tmp_path / "cache")
+    source = patches([case])
+    before = source.patch(5)
+    shutil.rmtree(case.folder)
+    assert same_patch(source.patch(5), before)
+
+
+def test_with_more_cases_than_maps_that_stay_open_patches_are_the_same(
+    cached: list[CachedCase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = [patches(cached).patch(number) for number in range(15)]
+    monkeypatch.setattr(loaders, "_MOST_OPEN", 2)
+    source = patches(cached)
+    assert all(same_patch(source.patch(number), patch) for number, patch in enumerate(whole))
+    assert len(source._open) == 2

@@ -246,6 +246,61 @@ def test_volumes_of_every_real_type_are_read(tmp_path: Path, dtype: Any) -> None
     np.testing.assert_allclose(read.affine, OBLIQUE, atol=1e-5)
 
 
+@pytest.mark.parametrize("sides", [(64, 64, 31), (64, 64, 32), (127, 63, 33)])
+@pytest.mark.parametrize("dtype", ["u1", "<i2", ">i2", "<u4", ">i8", "<f4", ">f8"])
+@pytest.mark.parametrize("scaling", [(1, 0), (0.37, -5.5)])
+def test_a_compressed_volume_is_bit_for_bit_what_nibabel_reads(
+    tmp_path: Path, sides: tuple[int, ...], dtype: str, scaling: tuple[float, float]
+) -> None:
+    stored = np.random.default_rng(0).integers(0, 120, sides).astype(dtype)
+    image = nib.Nifti1Image(stored, LPS, dtype=stored.dtype)
+    image.header.set_slope_inter(*scaling)
+    nib.save(image, tmp_path / "image.nii.gz")
+    expected = np.asanyarray(nib.load(tmp_path / "image.nii.gz").dataobj, dtype=np.float32)
+    np.testing.assert_array_equal(read_volume(tmp_path / "image.nii.gz").voxels, expected)
+
+
+@properties
+@given(cut=st.floats(0, 1, exclude_max=True), seed=st.integers(0, 9))
+def test_a_compressed_volume_cut_short_anywhere_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, cut: float, seed: int
+) -> None:
+    path = save(tmp_path_factory.mktemp("cut") / "a.nii.gz", np.random.default_rng(seed).random((20, 20, 20)))
+    path.write_bytes(path.read_bytes()[: int(cut * path.stat().st_size)])
+    with pytest.raises(DataError, match=r"a\.nii\.gz: (damaged or cut short|the file is empty|cannot be read)"):
+        read_volume(path)
+
+
+@properties
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_flipped_bit_among_compressed_voxels_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
+) -> None:
+    path = save(tmp_path_factory.mktemp("bit") / "a.nii.gz", np.random.default_rng(0).random((20, 20, 20)))
+    packed = bytearray(path.read_bytes())
+    packed[1000 + int(place * (len(packed) - 1000))] ^= 1 << bit
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match=r"a\.nii\.gz: (damaged or cut short|cannot be read)"):
+        read_volume(path)
+
+
+def test_a_volume_compressed_in_several_pieces_is_read_whole(tmp_path: Path) -> None:
+    content = nib.Nifti1Image(np.tile(numbered((4, 4, 4)), (9, 9, 9)), LPS).to_bytes()
+    (tmp_path / "a.nii.gz").write_bytes(b"".join(gzip.compress(content[k : k + 7000]) for k in range(0, 99999, 7000)))
+    np.testing.assert_array_equal(read_volume(tmp_path / "a.nii.gz").voxels, np.tile(numbered((4, 4, 4)), (9, 9, 9)))
+
+
+def test_a_label_map_is_no_larger_than_zlib_makes_it_and_the_same_each_time(tmp_path: Path) -> None:
+    ball = (np.indices((60, 60, 60)) - 30) ** 2
+    labels = np.digitize(-ball.sum(axis=0), (-600, -300, -100)).astype(np.uint8)
+    source = save(tmp_path / "reference.nii.gz", np.ones(labels.shape, dtype=np.float32))
+    for name in ("one", "other"):
+        write_label_map(tmp_path / f"{name}.nii.gz", labels, source)
+    packed = (tmp_path / "one.nii.gz").read_bytes()
+    assert packed == (tmp_path / "other.nii.gz").read_bytes()
+    assert len(packed) <= len(gzip.compress(gzip.decompress(packed), 6))
+
+
 def test_a_trailing_axis_of_length_one_is_dropped(tmp_path: Path) -> None:
     assert read_volume(save(tmp_path / "a.nii", np.ones((*SHAPE, 1, 1), dtype=np.float32))).voxels.shape == SHAPE
 

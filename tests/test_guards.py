@@ -78,7 +78,10 @@ GUARDS: dict[str, Guard] = {
     "CIFTI": Guard(NIFTI, "if isinstance(image, nib.Cifti2Image) or", "if", f"{TRAIN}[CIFTI]"),
     "CIFTI, compressed": Guard(NIFTI, " or _claims_cifti(image)", "", f"{TRAIN}[CIFTI, compressed]"),
     "cut short": Guard(
-        NIFTI, "except (EOFError, zlib.error, gzip.BadGzipFile)", "except ZeroDivisionError", f"{TRAIN}[cut short]"
+        NIFTI,
+        "except (EOFError, zlib.error, _ZLIB_NG_ERROR, gzip.BadGzipFile)",
+        "except ZeroDivisionError",
+        f"{TRAIN}[cut short]",
     ),
     "a checksum that does not fit": Guard(
         NIFTI,
@@ -177,7 +180,7 @@ GUARDS: dict[str, Guard] = {
         PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
     ),
     "a label map of fractions": Guard(
-        NIFTI, "if not np.array_equal(labels, volume.voxels) or", "if", f"{LABEL}[fractions]"
+        NIFTI, "if not np.array_equal(labels, volume.voxels):", "if False:", f"{LABEL}[fractions]"
     ),
     "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),
     # Configs

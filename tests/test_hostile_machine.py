@@ -219,7 +219,7 @@ def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_aga
     run = tmp_path / "run"
     process = znormseg_process("train", large_case, run, *options)
     until = time.monotonic() + 120
-    while not (run / "cache").is_dir():
+    while not (run / "run.json").exists():
         assert process.poll() is None
         assert time.monotonic() < until
         time.sleep(0.001)

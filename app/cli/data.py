@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, export them, make phantoms; its DICOM verbs are in :mod:`app.cli.dicom`."""
+"""``znormseg data``: look data sets over, export them, make phantoms; other verbs are in files of their own."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from app.cli import dicom, terminal
+from app.cli import cache, dicom, terminal
 
 app = typer.Typer(
-    help="Check data sets, export them, take DICOM studies in and segmentations out, make phantoms.",
+    help="Check data sets, export them, take DICOM studies in and segmentations out, make phantoms, see to the cache.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command(name="cache")(cache.cache)
 
 
 @app.command()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from data.errors import DataError
 from data.layouts import patient_of
-from data.splits import FOLDS, Split, fold_split, read_split
+from data.splits import FOLDS, Split, fold_split, read_split, stratified_split
+from data.tumours import Tumour
 
 _LEAST_PATIENTS: Final = 3
 
@@ -40,7 +41,7 @@ class Parts:
         return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
 
 
-def fold_parts(case_ids: Sequence[str], fold: int) -> Parts:
+def fold_parts(case_ids: Sequence[str], fold: int, tumours: Mapping[str, Tumour] | None = None) -> Parts:
     """Fold ``fold`` tests, the next one validates, the others train.
 
     The folds are those of ``train``, so that every case is tested in one fold.
@@ -48,6 +49,7 @@ def fold_parts(case_ids: Sequence[str], fold: int) -> Parts:
     Args:
         case_ids: all cases.
         fold: 0 to 4, less with fewer than five patients.
+        tumours: of all cases; without, the folds are dealt by case id alone.
 
     Raises:
         DataError: fewer than three patients, or no such fold.
@@ -58,8 +60,10 @@ def fold_parts(case_ids: Sequence[str], fold: int) -> Parts:
             f"{patients} {'patient' if patients == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
             'one each to train, to choose and to test; or give --split with {"train": [...], "validation": [...]}'
         )
-    test = fold_split(case_ids, fold).validation
-    validation = fold_split(case_ids, (fold + 1) % min(FOLDS, patients)).validation
+    test, validation = (
+        (fold_split(case_ids, number) if tumours is None else stratified_split(tumours, number)).validation
+        for number in (fold, (fold + 1) % min(FOLDS, patients))
+    )
     left = tuple(case_id for case_id in sorted(case_ids) if case_id not in {*test, *validation})
     return Parts(train=left, validation=validation, test=test)
 

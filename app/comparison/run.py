@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app import checkpoints
+from app.caching import prepared_cases
 from app.comparison.parts import Parts, fold_parts, read_parts
 from app.comparison.plan import Plan, RunKey, differences, shared_settings
 from app.comparison.scoring import score_run
@@ -32,10 +33,12 @@ from app.errors import ConfigError, InterruptedRunError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import LOCK, locked, read_json, write_json
 from app.training.train import TrainResult, resume, start
+from data.cache import CaseFolder
 from data.errors import DataError
-from data.labels import convention_named
-from data.layouts import Case, convention_of, find_cases
+from data.labels import CONVENTIONS, convention_named
+from data.layouts import Case, decide_for, find_cases
 from data.loaders import PatchSource, cache_cases
+from data.tumours import Tumour, read_label_maps, tumours_of, values_of
 
 _VERSION: Final = 1
 
@@ -85,25 +88,32 @@ def make_runs(
     parts = fold_parts(list(cases), fold) if split_file is None else read_parts(split_file, list(cases))
     _require_labels([cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)])
     _require_place(out)
+    if split_file is None and not _began_with(out, parts):
+        parts = fold_parts(list(cases), fold, _tumours(cases, labels))
     with locked(out):
         settled = {} if labels is None else {"labels": convention_named(labels).name}
         _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})
         write_json(out / "split.json", parts.split.to_json())
-        work = _Work(
-            data=data,
-            out=out,
-            plan=plan,
-            parts=parts,
-            cases=cases,
-            labels=labels,
-            follow_links=follow_links,
-            on_progress=on_progress,
-        )
+        work: _Work | None = None
         try:
-            with _only_warnings():
-                return work.all_runs()
+            with _only_warnings(), prepared_cases(out / "cache") as store:
+                work = _Work(
+                    data=data,
+                    out=out,
+                    plan=plan,
+                    parts=parts,
+                    cases=cases,
+                    labels=labels,
+                    store=store,
+                    follow_links=follow_links,
+                    on_progress=on_progress,
+                )
+                results = work.all_runs()
+            shutil.rmtree(out / "cache", ignore_errors=True)
+            return results
         except (InterruptedRunError, KeyboardInterrupt) as error:
-            place = f"run {min(work.position + 1, plan.count())} of {plan.count()}"
+            behind = 0 if work is None else work.position
+            place = f"run {min(behind + 1, plan.count())} of {plan.count()}"
             raise InterruptedRunError(
                 f"{str(error).partition(';')[0] or 'interrupted'} in {place}; everything is saved in {out}. "
                 "The same command goes on there."
@@ -120,6 +130,8 @@ class _Work:
     parts: Parts
     cases: Mapping[str, Case]
     labels: str | None
+    store: CaseFolder
+    """Where prepared cases are kept, for all runs."""
     follow_links: bool
     on_progress: OnProgress
     position: int = 0
@@ -184,7 +196,7 @@ class _Work:
 
         if _is_whole(run):
             self._note_start(key)
-            return resume(self.data, run, config, follow_links=self.follow_links, on_progress=told)
+            return resume(self.data, run, config, follow_links=self.follow_links, store=self.store, on_progress=told)
         shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint
         return start(
             self.data,
@@ -193,6 +205,7 @@ class _Work:
             split_file=self.out / "split.json",
             labels=self.labels,
             follow_links=self.follow_links,
+            store=self.store,
             on_progress=told,
         )
 
@@ -215,9 +228,9 @@ class _Work:
         config, facts = self.plan.config_of(key), read_json(run / "run.json")
         prepared = cache_cases(
             [self.cases[case_id] for case_id in self.parts.train],
-            run / "cache",
+            self.store,
             spacing_mm=tuple(facts["spacing_mm"]),
-            convention=convention_of(list(self.cases.values()), labels=self.labels),
+            convention=CONVENTIONS[facts["labels"]],
             nan_to_zero=config.data.nan_to_zero,
         )
         source = PatchSource(
@@ -333,6 +346,17 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
             f"{out} holds another comparison; give another folder, or the settings it was begun with. "
             f"Different: {'; '.join(changed)}"
         )
+
+
+def _began_with(out: Path, parts: Parts) -> bool:
+    """Whether a comparison began with these parts, as those of older versions did with folds by case id alone."""
+    path = out / "plan.json"
+    return path.exists() and bool(_mapping(read_json(path), path).get("parts") == parts.to_json())
+
+
+def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, Tumour]:
+    held = read_label_maps(cases.values())
+    return tumours_of(cases, held, decide_for(values_of(cases, held), list(cases.values()), labels=labels))
 
 
 def _mapping(content: Any, path: Path) -> dict[str, Any]:

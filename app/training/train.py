@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -14,6 +14,7 @@ from typing import Any, Final
 import torch
 
 from app import checkpoints
+from app.caching import prepared_cases
 from app.config import RunConfig, differences, load_config, to_yaml
 from app.errors import ConfigError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
@@ -24,12 +25,22 @@ from app.training.loop import Loop
 from app.training.state import State, new_state, restore
 from app.training.stopping import stop_on_signals
 from app.training.telemetry import Telemetry
+from data.cache import CaseFolder
 from data.errors import DataError
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
-from data.layouts import Case, convention_of, find_cases
+from data.layouts import Case, decide_for, find_cases
 from data.loaders import CachedCase, PatchSource, cache_cases
 from data.nifti import Spacing, canonical_spacing, read_grid
-from data.splits import Split, fold_split, read_split
+from data.splits import Split, fold_split, read_split, stratified_split
+from data.tumours import (
+    LabelMap,
+    changed,
+    hash_of,
+    label_map_from_json,
+    read_label_maps,
+    tumours_of,
+    values_of,
+)
 
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
@@ -71,6 +82,7 @@ def start(
     split_file: Path | None = None,
     labels: str | None = None,
     follow_links: bool = False,
+    store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run.
@@ -83,6 +95,7 @@ def start(
         split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
         labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
+        store: where prepared cases are kept; default the user's cache.
         on_progress: told where the run is.
 
     Raises:
@@ -97,14 +110,18 @@ def start(
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
     runtime = choose_runtime(config.runtime)
-    convention = convention_of(list(cases.values()), labels=labels)
+    held = read_label_maps(cases.values())
+    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    if split_file is None and fold != ALL_CASES:
+        split = stratified_split(tumours_of(cases, held, convention), int(fold))
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
-    with locked(run):
+    with locked(run), _opened(store, run) as opened:
         require_new(run)  # once more: another process may have been here since
         with _removed_unless_started(run, keep_folder=was_there):
             (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             write_json(run / "split.json", split.to_json())
+            write_json(run / "labels.json", _labels_on_record(split, held))
             write_json(
                 run / "run.json",
                 {
@@ -130,6 +147,7 @@ def start(
                 state=state,
                 split=split,
                 cases=cases,
+                store=opened,
                 clock=clock,
                 on_progress=on_progress,
             )
@@ -141,6 +159,7 @@ def resume(
     config: RunConfig | None = None,
     *,
     follow_links: bool = False,
+    store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Go on with an interrupted run, as if it had not been interrupted.
@@ -150,12 +169,13 @@ def resume(
         run: the run's folder.
         config: the configuration asked for now, where one was; it must be the run's own.
         follow_links: accept symbolic links that lead out of ``data``.
+        store: where prepared cases are kept; default the user's cache.
         on_progress: told where the run is.
 
     Raises:
         RunError: there is nothing to resume, or another process trains there.
         ConfigError: ``config`` differs from the run's own.
-        DataError: a case of the run is gone or damaged.
+        DataError: a case of the run is gone or damaged, or its label map is another one than when the run began.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
@@ -167,7 +187,7 @@ def resume(
             f"{run} was started with another config; it resumes with its own only. Leave out --config and "
             f"--set, or start a new run. Different: {'; '.join(changed)}"
         )
-    with locked(run):
+    with locked(run), _opened(store, run) as opened:
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
@@ -178,6 +198,7 @@ def resume(
             raise DataError(
                 f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
             )
+        _require_same_labels(run, data, cases)
         state = new_state(own, choose_runtime(own.runtime))
         restore(state, checkpoint)
         LOG.info("resuming at step %d", state.step)
@@ -188,6 +209,7 @@ def resume(
             state=state,
             split=split,
             cases=cases,
+            store=opened,
             clock=clock,
             on_progress=on_progress,
         )
@@ -201,6 +223,7 @@ def _train(
     state: State,
     split: Split,
     cases: Mapping[str, Case],
+    store: CaseFolder,
     clock: float,
     on_progress: OnProgress,
 ) -> TrainResult:
@@ -215,7 +238,7 @@ def _train(
     used = [cases[case_id].require() for case_id in (*split.train, *split.validation)]
     prepared = _prepare(
         used,
-        run,
+        store,
         spacing_mm=tuple(facts["spacing_mm"]),
         convention=convention,
         nan_to_zero=config.data.nan_to_zero,
@@ -259,9 +282,38 @@ def _train(
     )
 
 
+def _labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
+    """What the label maps of a run hold when it begins."""
+    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
+    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+
+
+def _require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
+    """Refuse a data set whose label maps are not those that a run began with; runs of older versions have no record."""
+    path = run / "labels.json"
+    if not path.exists():
+        return
+    try:
+        before = {case_id: label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
+    others = changed(before, cases.values())
+    if others:
+        shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+        raise DataError(
+            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
+            "Put the old ones back, or start a new run."
+        )
+
+
+def _opened(store: CaseFolder | None, run: Path) -> AbstractContextManager[CaseFolder]:
+    """The store that was given, or the user's cache for as long as the block lasts."""
+    return prepared_cases(run / "cache") if store is None else nullcontext(store)
+
+
 def _prepare(
     cases: Sequence[Case],
-    run: Path,
+    store: CaseFolder,
     *,
     spacing_mm: Spacing,
     convention: LabelConvention,
@@ -274,14 +326,12 @@ def _prepare(
         done.append(case_id)
         on_progress(Progress(job="preparing cases", share=len(done) / len(cases), detail=case_id))
 
-    return cache_cases(
-        cases,
-        run / "cache",
-        spacing_mm=spacing_mm,
-        convention=convention,
-        nan_to_zero=nan_to_zero,
-        on_case=ready,
+    prepared = cache_cases(
+        cases, store, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero, on_case=ready
     )
+    if store.problem is not None:
+        LOG.warning("some prepared cases are in the run's own folder: %s", store.problem)
+    return prepared
 
 
 @contextmanager
