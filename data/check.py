@@ -1,8 +1,8 @@
 """Look a data set over before it is used: what was recognised, and what is wrong, case by case.
 
 Every file is read once; what is kept of it (:mod:`data.findings.digest`) is judged by the rules in
-:mod:`data.findings`. At most :data:`MOST_AT_ONCE` cases are read at a time, so that memory does not grow with the
-machine's cores.
+:mod:`data.findings`. At most :data:`MOST_AT_ONCE` cases are read at a time, and of large ones one, so that memory does
+not grow with the machine's cores.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -26,10 +29,12 @@ from data.findings.labels import LabelDigest, digest_labels, judge_labels
 from data.findings.volume import judge_volume
 from data.labels import CONTRASTS, Contrast
 from data.layouts import Case, decide_for, find_cases, patient_of
-from data.nifti import Volume, in_order_of, read_label_map, read_volume
+from data.nifti import Volume, in_order_of, read_grid, read_label_map, read_volume
 
-#: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155) and four coarse copies.
+#: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
 MOST_AT_ONCE: Final = 8
+#: Of cases with more voxels than this (512 x 512 x 256) one is read at a time.
+LARGE_VOXELS: Final = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +118,11 @@ def check(root: Path, *, follow_links: bool = False, on_case: Callable[[str], No
     """
     cases = find_cases(root, follow_links=follow_links)
 
+    large = Lock()
+
     def look(case: Case) -> tuple[CheckedCase, Prints]:
-        found = _look(case)
+        with large if _is_large(case) else nullcontext():
+            found = _look(case)
         if on_case is not None:
             on_case(case.id)
         return found
@@ -140,6 +148,15 @@ def check(root: Path, *, follow_links: bool = False, on_case: Callable[[str], No
         convention=convention,
         findings=tuple(findings),
     )
+
+
+def _is_large(case: Case) -> bool:
+    """Whether the header of any contrast that can be read claims more than :data:`LARGE_VOXELS`."""
+    for path in case.contrasts.values():
+        with suppress(DataError):
+            if prod(read_grid(path)[0]) > LARGE_VOXELS:
+                return True
+    return False
 
 
 def check_case(case: Case) -> CheckedCase:
