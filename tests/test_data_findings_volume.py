@@ -14,7 +14,7 @@ from data.findings.volume import judge_volume, thick_slices
 from data.labels import CONTRASTS
 from data.nifti import Volume
 from data.phantoms import Phantom, make_phantom
-from data.preprocess import smallest_box
+from data.preprocess import smallest_box, zscore_nonzero
 
 #: Brightness of fluid, skull and scalp as multiples of the brain's median.
 SHELL = {"t1": (0.4, 0.15, 1.6), "t1c": (0.4, 0.2, 1.7), "t2": (2.0, 0.15, 1.3), "flair": (0.3, 0.2, 1.4)}
@@ -48,6 +48,12 @@ def with_skull(phantom: Phantom, contrast: str, scalp_mm: float = 14.0) -> npt.N
 @pytest.mark.parametrize("contrast", CONTRASTS)
 def test_a_stripped_brain_raises_nothing(contrast: str, phantom: Phantom) -> None:
     assert kinds(phantom.images[contrast], phantom.affine) == []
+
+
+@pytest.mark.parametrize("contrast", CONTRASTS)
+def test_a_zscored_brain_raises_nothing_and_its_skull_is_found(contrast: str, phantom: Phantom) -> None:
+    assert kinds(zscore_nonzero(phantom.images[contrast].astype(np.float32)), phantom.affine) == []
+    assert "skull" in kinds(zscore_nonzero(with_skull(phantom, contrast)), phantom.affine)
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)

@@ -30,6 +30,8 @@ _INNER_MM: Final = 45.0
 _LONGEST_STEP_MM: Final = 6.0
 #: A skull's band is darker than rim and brain by this factor; sulci average out over many rays.
 _DARK_BAND: Final = 0.55
+#: Quantile that stands for the darkest tissue.
+_DARKEST: Final = 0.005
 #: Fewer rays into the head than this say nothing.
 _LEAST_RAYS: Final = 30
 
@@ -108,6 +110,8 @@ def has_dark_band(
 ) -> bool:
     """Whether most directions into the head cross bright, dark, bright within 45 mm.
 
+    Where there are negative numbers, as after z-scoring, dark is counted from the darkest tissue instead of from 0.
+
     Rays go in along both directions of each axis. Each direction's profile is the
     median over its rays, by depth below the first tissue, so that single sulci and vessels do not show.
 
@@ -116,6 +120,8 @@ def has_dark_band(
         tissue: where there is any, same shape.
         spacing_mm: voxel size.
     """
+    if voxels.min() < 0:
+        voxels = voxels - np.quantile(voxels[tissue], _DARKEST)
     verdicts = [
         _band_along(view, inside, spacing_mm[axis])
         for axis in range(3)
