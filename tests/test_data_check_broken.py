@@ -128,7 +128,7 @@ def look(damages: tuple[str, ...]) -> CheckedDataSet | str:
             return str(error)
 
 
-@settings(derandomize=True, deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow])
+@settings(derandomize=True, deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(st.tuples(*[st.sampled_from(sorted(DAMAGES))] * len(FILES)))
 @example(("huge numbers", "tiny numbers", "negative numbers", "far from 0", "label map"))
 @example(("two values", "two values", "a sheet", "ones", "zeros"))
