@@ -1,21 +1,40 @@
-"""Look a data set over before it is used: what was recognised, and what is wrong, case by case."""
+"""Look a data set over before it is used: what was recognised, and what is wrong, case by case.
+
+Every file is read once; what is kept of it (:mod:`data.findings.digest`) is judged by the rules in
+:mod:`data.findings`. At most :data:`MOST_AT_ONCE` cases are read at a time, and of large ones one, so that memory does
+not grow with the machine's cores.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
-from typing import Any
+from threading import Lock
+from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 
 from data.errors import DataError
-from data.labels import CONTRASTS
+from data.findings.cases import Prints, judge_cases, prints_of
+from data.findings.contrasts import judge_contrasts, judge_grids
+from data.findings.digest import Digest, digest
+from data.findings.finding import Finding, Kind, problem_from
+from data.findings.labels import LabelDigest, digest_labels, judge_labels
+from data.findings.volume import judge_volume
+from data.labels import CONTRASTS, Contrast
 from data.layouts import Case, decide_for, find_cases, patient_of
-from data.nifti import Volume, grid_difference, in_order_of, read_label_map, read_volume
-from data.preprocess import image_problem
+from data.nifti import Volume, in_order_of, read_grid, read_label_map, read_volume
+
+#: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
+MOST_AT_ONCE: Final = 8
+#: Of cases with more voxels than this (512 x 512 x 256) one is read at a time.
+LARGE_VOXELS: Final = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +47,17 @@ class CheckedCase:
     spacing_mm: tuple[float, float, float] | None
     labels: tuple[int, ...] | None
     """Values in the label map, 0 included; None without a readable one."""
-    problems: tuple[str, ...]
+    findings: tuple[Finding, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What makes the case unusable or wrong, a line each."""
+        return tuple(finding.sentence for finding in self.findings if finding.severity == "problem")
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is worth knowing, a line each."""
+        return tuple(finding.sentence for finding in self.findings if finding.severity == "note")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,12 +69,17 @@ class CheckedDataSet:
     patients: int
     convention: str | None
     """Name of the label convention, None where no label map was found or they contradict each other."""
-    problems: tuple[str, ...]
-    """What is wrong with the data set as a whole."""
+    findings: tuple[Finding, ...]
+    """What concerns the data set as a whole."""
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What is wrong with the data set as a whole."""
+        return tuple(finding.sentence for finding in self.findings if finding.severity == "problem")
 
     @property
     def is_clean(self) -> bool:
-        """Nothing wrong anywhere."""
+        """Nothing wrong anywhere; there may be notes."""
         return not self.problems and not any(case.problems for case in self.cases)
 
     def to_json(self) -> dict[str, Any]:
@@ -55,6 +89,7 @@ class CheckedDataSet:
             "convention": self.convention,
             "patients": self.patients,
             "problems": list(self.problems),
+            "findings": [finding.to_json() for finding in self.findings],
             "cases": [
                 {
                     "case": case.case,
@@ -63,6 +98,7 @@ class CheckedDataSet:
                     "spacing_mm": None if case.spacing_mm is None else list(case.spacing_mm),
                     "labels": None if case.labels is None else list(case.labels),
                     "problems": list(case.problems),
+                    "findings": [finding.to_json() for finding in case.findings],
                 }
                 for case in self.cases
             ],
@@ -89,63 +125,146 @@ def check(
     """
     cases = find_cases(root, follow_links=follow_links)
 
-    def look(case: Case) -> CheckedCase:
-        found = check_case(case)
+    large = Lock()
+
+    def look(case: Case) -> tuple[CheckedCase, Prints]:
+        with large if _is_large(case) else nullcontext():
+            found = _look(case)
         if on_case is not None:
             on_case(case.id)
         return found
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        checked = tuple(pool.map(look, cases))
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
+        looked = list(pool.map(look, cases))
+    between = judge_cases({case.case: prints for case, prints in looked})
+    checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in looked)
     values = {case.case: case.labels for case in checked if case.labels is not None}
-    convention, problems = None, []
+    convention, findings = None, []
     if values:
         try:
             convention = decide_for(values, cases, labels=labels).name
         except DataError as error:
-            problems.append(str(error))
+            findings.append(problem_from(str(error), kind="label values"))
+    without = [case.id for case in cases if case.label is None]
+    if without:
+        findings.append(_without_label(without, len(cases)))
     return CheckedDataSet(
         root=root,
         cases=checked,
         patients=len({patient_of(case.id) for case in cases}),
         convention=convention,
-        problems=tuple(problems),
+        findings=tuple(findings),
     )
+
+
+def _is_large(case: Case) -> bool:
+    """Whether the header of any contrast that can be read claims more than :data:`LARGE_VOXELS`."""
+    for contrast, path in case.contrasts.items():
+        with suppress(DataError):
+            if prod(read_grid(path, case.volumes.get(contrast))[0]) > LARGE_VOXELS:
+                return True
+    return False
 
 
 def check_case(case: Case) -> CheckedCase:
     """Read the files of one case; every problem is collected, none raised."""
-    problems = list(case.problems)
-    reference: Volume | None = None
-    for contrast in CONTRASTS:
-        if contrast not in case.contrasts:
-            continue
-        try:
-            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast))
-        except DataError as error:
-            problems.append(f"{contrast}: {error}")
-            continue
-        problems += [f"{contrast}: {problem}"] if (problem := image_problem(volume.voxels)) is not None else []
-        if reference is None:
-            reference = volume
-        elif (difference := grid_difference(reference, in_order_of(reference, volume))) is not None:
-            problems.append(f"{contrast}: {difference} (compared with {reference.path.name})")
-    labels = None
-    if case.label is not None:
-        try:
-            label = read_label_map(case.label)
-        except DataError as error:
-            problems.append(f"label map: {error}")
-        else:
-            labels = tuple(int(value) for value in np.unique(label.voxels))
-            difference = None if reference is None else grid_difference(reference, in_order_of(reference, label))
-            if reference is not None and difference is not None:
-                problems.append(f"label map: {difference} (compared with {reference.path.name})")
-    return CheckedCase(
+    return _look(case)[0]
+
+
+def _look(case: Case) -> tuple[CheckedCase, Prints]:
+    findings = [problem_from(text, kind=_kind_of(text)) for text in case.problems]
+    seen, nonzero, unread = _read_contrasts(case)
+    findings += unread
+    for contrast, one in seen.items():
+        findings += judge_volume(one, contrast)
+    together = judge_contrasts(seen)
+    findings += together
+    shared = judge_grids(seen)[1] if seen else {}
+    reference = next((one.grid for one in shared.values()), None)
+    label, unread = _read_label(case, next(iter(seen.values())).grid if seen else None)
+    findings += unread
+    if label is not None:
+        doubted = any(finding.kind in {"swapped contrasts", "another patient", "same image"} for finding in together)
+        flair = None if doubted else shared.get("flair")
+        findings += judge_labels(label, [nonzero[contrast] for contrast in shared], reference, flair)
+    images = {contrast: one for contrast, one in seen.items() if one.is_image}
+    checked = CheckedCase(
         case=case.id,
         contrasts=tuple(case.contrasts),
         shape=None if reference is None else reference.voxels.shape,
         spacing_mm=None if reference is None else reference.spacing_mm,
-        labels=labels,
-        problems=tuple(problems),
+        labels=None if label is None else label.values,
+        findings=tuple(findings),
     )
+    return checked, prints_of(images)
+
+
+def _read_contrasts(
+    case: Case,
+) -> tuple[dict[Contrast, Digest], dict[Contrast, npt.NDArray[np.bool_]], list[Finding]]:
+    """Read each contrast once, in the order of axes of the first: digests, where voxels are not 0, what failed."""
+    seen: dict[Contrast, Digest] = {}
+    nonzero: dict[Contrast, npt.NDArray[np.bool_]] = {}
+    findings = []
+    for contrast in CONTRASTS:
+        if contrast not in case.contrasts:
+            continue
+        try:
+            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
+        except DataError as error:
+            findings.append(problem_from(str(error), kind="unreadable", contrast=contrast))
+            continue
+        if volume.zeroed:
+            findings.append(_non_finite(contrast, volume.zeroed))
+        volume = _as_first(next(iter(seen.values())).grid if seen else None, volume)
+        seen[contrast] = digest(volume)
+        nonzero[contrast] = volume.voxels != 0
+    return seen, nonzero, findings
+
+
+def _read_label(case: Case, first: Volume | None) -> tuple[LabelDigest | None, list[Finding]]:
+    """Read the label map, where there is one, in the order of axes of the first contrast."""
+    if case.label is None:
+        return None, []
+    try:
+        label = read_label_map(case.label)
+    except DataError as error:
+        return None, [problem_from(str(error), kind="unreadable", contrast="label map")]
+    return digest_labels(_as_first(first, label)), []
+
+
+def _as_first(first: Volume | None, volume: Volume) -> Volume:
+    """The volume with its axes in the order of another's; as it is where the affines are the same already."""
+    if first is None or np.array_equal(first.affine, volume.affine):
+        return volume
+    return in_order_of(first, volume)
+
+
+def _non_finite(contrast: Contrast, count: int) -> Finding:
+    return Finding(
+        kind="non-finite voxels",
+        severity="problem",
+        contrast=contrast,
+        message=f"{count} {'voxel is' if count == 1 else 'voxels are'} NaN or infinite",
+        action="Repair the file, leave the case out, or take them as 0 with --nan-to-zero",
+    )
+
+
+def _without_label(cases: list[str], count: int) -> Finding:
+    """A note on cases that can be predicted and not be trained on."""
+    some = ", ".join(cases[:5]) + (" ..." if len(cases) > 5 else "")
+    return Finding(
+        kind="no label map",
+        severity="note",
+        message="no case has a label map"
+        if len(cases) == count
+        else f"{len(cases)} of {count} have no label map: {some}",
+        action="They can be predicted; to train, leave them out with --split or add the label maps",
+    )
+
+
+def _kind_of(text: str) -> Kind:
+    """The kind of a problem that the file names of a case have."""
+    if text.startswith("contrast ") and " missing" in text:
+        return "missing contrast"
+    return "duplicate contrast" if text.startswith("two files for ") else "names and links"

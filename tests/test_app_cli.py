@@ -231,6 +231,29 @@ def test_data_check_of_a_broken_set_names_the_problem_and_has_the_code_of_bad_da
     assert "contrast t2 is missing" in ended.out
 
 
+def test_data_check_tells_notes_and_ends_well(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    (data / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
+    ended = znormseg("data", "check", data)
+    assert ended.code == 0
+    assert "note, data set: no label map: 1 of 6 have no label map: BraTS2021_00002. They can be predicted" in ended.out
+
+
+def test_data_check_names_what_was_swapped_and_what_to_do(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    data = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    t2, flair = (data / "BraTS2021_00002" / f"BraTS2021_00002_{name}.nii.gz" for name in ("t2", "flair"))
+    t2.rename(tmp_path / "t2.nii.gz")
+    flair.rename(t2)
+    (tmp_path / "t2.nii.gz").rename(flair)
+    ended = znormseg("data", "check", data, "--json")
+    assert ended.code == 3
+    (case,) = [case for case in json.loads(ended.out)["cases"] if case["findings"]]
+    assert [(f["kind"], f["contrast"]) for f in case["findings"]] == [
+        ("swapped contrasts", "t2"),
+        ("swapped contrasts", "flair"),
+    ]
+
+
 def test_data_check_of_a_good_set_says_so(phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("data", "check", phantoms)
     assert ended.code == 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import nibabel as nib
@@ -16,7 +18,7 @@ LPS = np.diag([-1.0, -1.0, 2.0, 1.0])
 NAMES = ["t1", "t1ce", "t2", "flair"]
 
 
-def save(path: Path, values: list[float], affine: object = LPS) -> None:
+def save(path: Path, values: Sequence[float], affine: object = LPS) -> None:
     voxels = np.array(values, dtype=np.float32).reshape(2, -1, 1)
     nib.save(nib.Nifti1Image(np.pad(voxels, 3), affine), path)
 
@@ -25,7 +27,7 @@ def write_case(root: Path, case: str, labels: tuple[int, ...] = (0, 1, 2, 4)) ->
     folder = root / case
     folder.mkdir(parents=True)
     for name in NAMES:
-        save(folder / f"{case}_{name}.nii.gz", [0, 5, 7, 9])
+        save(folder / f"{case}_{name}.nii.gz", [0, 5, 7, zlib.crc32(f"{case}{name}".encode())])
     save(folder / f"{case}_seg.nii.gz", list(labels))
     return folder
 
@@ -50,7 +52,7 @@ def test_a_clean_case_is_described(tmp_path: Path) -> None:
         shape=(8, 8, 7),
         spacing_mm=(1.0, 1.0, 2.0),
         labels=(0, 1, 2, 4),
-        problems=(),
+        findings=(),
     )
 
 
@@ -83,7 +85,7 @@ def test_a_contrast_on_another_grid_is_a_problem(tmp_path: Path) -> None:
 def test_a_label_map_of_another_shape_is_a_problem(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 1, 2, 4, 4, 4])
     (problem,) = checked(tmp_path)["a"].problems
-    assert problem == "label map: shape 8x8x7 against 8x9x7 voxels (compared with a_t1.nii.gz)"
+    assert problem.startswith("label map: shape 8x8x7 against 8x9x7 voxels (compared with a_t1.nii.gz). Register")
 
 
 @pytest.mark.parametrize(("file", "what"), [("a_t1.nii.gz", "t1"), ("a_seg.nii.gz", "label map")])
@@ -130,6 +132,71 @@ def test_label_values_that_do_not_go_together_are_a_problem_of_the_whole_set(
     with pytest.raises(DataError, match=words):
         raise DataError(found.problems[0])
     assert f"{other[-1]} in b" in found.problems[0]
+
+
+def test_the_contrast_that_lies_elsewhere_is_named_also_where_it_is_the_first(tmp_path: Path) -> None:
+    affine = LPS.copy()
+    affine[0, 3] = 5
+    save(write_case(tmp_path, "a") / "a_t1.nii.gz", [0, 5, 7, 9], affine)
+    (problem,) = checked(tmp_path)["a"].problems
+    assert problem.startswith("t1: the origin differs by 5.00 mm on axis x (right-left) (compared with a_t1ce.nii.gz)")
+
+
+def test_voxels_that_are_not_finite_are_counted_and_the_rest_is_judged(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_t2.nii.gz", [np.nan, 7, np.inf, 7])
+    assert [finding.kind for finding in checked(tmp_path)["a"].findings] == ["non-finite voxels", "constant"]
+    assert checked(tmp_path)["a"].problems[0].startswith("t2: 2 voxels are NaN or infinite. Repair")
+
+
+def test_two_files_for_one_contrast_are_a_problem(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_t1c.nii.gz", [0, 5, 7, 9])
+    (finding,) = checked(tmp_path)["a"].findings
+    assert (finding.kind, finding.severity) == ("duplicate contrast", "problem")
+    assert finding.action == "Keep one of them"
+
+
+def test_cases_without_a_label_map_are_a_note_of_the_whole_set(tmp_path: Path) -> None:
+    write_case(tmp_path, "a")
+    (write_case(tmp_path, "b") / "b_seg.nii.gz").unlink()
+    found = check(tmp_path)
+    assert found.is_clean
+    assert [(finding.kind, finding.severity) for finding in found.findings] == [("no label map", "note")]
+    assert found.findings[0].message == "1 of 2 have no label map: b"
+
+
+def test_a_label_map_of_zeros_is_a_note(tmp_path: Path) -> None:
+    write_case(tmp_path, "a", (0, 0, 0, 0))
+    (finding,) = checked(tmp_path)["a"].findings
+    assert (finding.kind, finding.severity, checked(tmp_path)["a"].labels) == ("empty label map", "note", (0,))
+
+
+def test_one_image_under_two_ids_is_a_problem_of_both_cases(tmp_path: Path) -> None:
+    for case in "ab":
+        save(write_case(tmp_path, case) / f"{case}_t2.nii.gz", [0, 3, 7, 9])
+    first, second = checked(tmp_path).values()
+    assert first.problems[0].startswith("t2 holds the same voxels as in case b. ")
+    assert second.problems[0].startswith("t2 holds the same voxels as in case a. ")
+
+
+def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: Path) -> None:
+    folder = write_case(tmp_path, "a")
+    stored = nib.as_closest_canonical(nib.load(folder / "a_t1.nii.gz"))
+    nib.save(stored, folder / "a_flair.nii.gz")
+    (problem,) = checked(tmp_path)["a"].problems
+    assert problem.startswith("flair: the same voxels as t1. ")
+
+
+def test_findings_are_plain_data_with_what_to_do(tmp_path: Path) -> None:
+    save(write_case(tmp_path, "a") / "a_t1ce.nii.gz", [0, 0, 0, 0])
+    assert check(tmp_path).to_json()["cases"][0]["findings"] == [
+        {
+            "kind": "empty",
+            "severity": "problem",
+            "contrast": "t1c",
+            "message": "every voxel is 0",
+            "action": "Export the image again, or leave the case out",
+        }
+    ]
 
 
 def test_all_problems_of_a_case_are_told_at_once(tmp_path: Path) -> None:

@@ -34,7 +34,10 @@ def check(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Tell what was recognised in a data set and what is wrong with it, case by case."""
+    """Tell what was recognised in a data set and what is wrong with it, case by case.
+
+    Problems end with the exit code of bad data; notes are worth knowing and do not.
+    """
     from app.errors import EXIT_DATA  # noqa: PLC0415 - not needed for the help
     from app.progress import Progress  # noqa: PLC0415
     from data.check import check as look  # noqa: PLC0415
@@ -52,7 +55,7 @@ def check(
     if as_json:
         terminal.json_result(found.to_json())
     else:
-        rows = [["case", "contrasts", "shape", "spacing mm", "labels", "problems"]]
+        rows = [["case", "contrasts", "shape", "spacing mm", "labels", "problems", "notes"]]
         rows += [
             [
                 case.case,
@@ -60,18 +63,22 @@ def check(
                 "-" if case.shape is None else "x".join(str(n) for n in case.shape),
                 "-" if case.spacing_mm is None else "x".join(f"{mm:g}" for mm in case.spacing_mm),
                 "-" if case.labels is None else " ".join(str(value) for value in case.labels),
-                "none" if not case.problems else str(len(case.problems)),
+                str(len(case.problems) or "none"),
+                str(len(case.notes) or "none"),
             ]
             for case in found.cases
         ]
         terminal.result(terminal.table(rows))
         terminal.result(f"{len(found.cases)} cases of {found.patients} patients; labels: {found.convention or 'none'}")
-        for case in found.cases:
-            for problem in case.problems:
-                terminal.result(f"{case.case}: {problem}")
-        for problem in found.problems:
-            terminal.result(f"data set: {problem}")
-        terminal.result("nothing wrong found" if found.is_clean else "fix these, or leave the cases out with --split")
+        told = [(finding, case.case) for case in found.cases for finding in case.findings]
+        told += [(finding, "data set") for finding in found.findings]
+        for severity in ("note", "problem"):  # what matters most stands where a terminal ends
+            for finding, where in told:
+                if finding.severity == severity:
+                    terminal.result(f"{severity}, {where}: {finding.kind}: {finding.sentence}")
+        terminal.result(
+            "nothing wrong found" if found.is_clean else "fix the problems, or leave the cases out with --split"
+        )
     if not found.is_clean:
         raise typer.Exit(EXIT_DATA)
 

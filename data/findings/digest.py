@@ -1,0 +1,92 @@
+"""What is kept of a contrast once it was read: its grid, a coarse copy, a few numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.nifti import Spacing, Volume, spacing_of
+
+#: Statistics are taken on every n-th voxel along each axis, so that those lie about this far apart.
+COARSE_MM: Final = 2.0
+#: Of a volume with fewer voxels nothing is left out.
+_SMALL_VOXELS: Final = 100_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digest:
+    """A contrast as the judgements see it."""
+
+    grid: Volume
+    """Shape, affine and path; its voxels are zeros that take no memory."""
+    coarse: npt.NDArray[np.float32]
+    """Every n-th voxel along each axis, shape (X, Y, Z), C order."""
+    coarse_spacing_mm: Spacing
+    nonzero_faces: float
+    """Share of the voxels on the volume's six faces that are not 0."""
+    has_range: bool
+    """Whether voxels that are not 0 differ from one another."""
+    is_empty: bool
+    """Whether every voxel is 0."""
+    fingerprint: bytes
+    """Equal for equal voxels."""
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """Voxel size of the file along each axis of the array."""
+        return self.grid.spacing_mm
+
+    @property
+    def is_image(self) -> bool:
+        """Whether there is anything to judge."""
+        return self.has_range and not self.is_empty
+
+
+def grid_alone(volume: Volume) -> Volume:
+    """The volume without its voxels: zeros of its shape that take no memory."""
+    return Volume(voxels=np.broadcast_to(np.uint8(0), volume.voxels.shape), affine=volume.affine, path=volume.path)
+
+
+def strides(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[int, int, int]:
+    """How many voxels to step along each axis for voxels about :data:`COARSE_MM` apart; 1 in small volumes.
+
+    Example:
+        >>> strides((240, 240, 155), (1.0, 1.0, 1.0)), strides((512, 512, 24), (0.5, 0.5, 6.0))
+        ((2, 2, 2), (4, 4, 1))
+    """
+    if np.prod(shape) < _SMALL_VOXELS:
+        return (1, 1, 1)
+    x, y, z = (max(1, round(COARSE_MM / mm)) for mm in spacing_mm)
+    return (x, y, z)
+
+
+def digest(volume: Volume) -> Digest:
+    """Make the digest of a contrast whose voxels are finite."""
+    steps = strides(volume.voxels.shape, volume.spacing_mm)
+    coarse = np.ascontiguousarray(volume.voxels[tuple(slice(None, None, step) for step in steps)])
+    whole = coarse if _differ(coarse) else volume.voxels  # what differs in the coarse copy differs in the volume
+    # Indexed, as np.take copies a whole volume in Fortran order, which files have, for each face.
+    faces = [np.moveaxis(volume.voxels, axis, 0)[side] != 0 for axis in range(3) for side in (0, -1)]
+    return Digest(
+        grid=grid_alone(volume),
+        coarse=coarse,
+        coarse_spacing_mm=spacing_of(volume.affine @ np.diag([*steps, 1.0])),
+        nonzero_faces=sum(int(face.sum()) for face in faces) / sum(face.size for face in faces),
+        has_range=_differ(whole),
+        is_empty=not whole.any(),
+        fingerprint=_fingerprint(coarse, volume.voxels.shape),
+    )
+
+
+def _differ(voxels: npt.NDArray[np.float32]) -> bool:
+    """Whether the voxels that are not 0 differ."""
+    values = voxels[voxels != 0]
+    return bool(values.size) and bool(values.max() > values.min())
+
+
+def _fingerprint(coarse: npt.NDArray[np.float32], shape: tuple[int, ...]) -> bytes:
+    return hashlib.blake2b(coarse.tobytes(), digest_size=16, salt=np.array(shape, dtype=np.uint32).tobytes()).digest()

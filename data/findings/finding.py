@@ -1,0 +1,79 @@
+"""What a finding is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+#: ``problem``: the data cannot be used as they are, or would teach the wrong thing. ``note``: worth knowing, usable.
+Severity = Literal["problem", "note"]
+Kind = Literal[
+    "missing contrast",
+    "duplicate contrast",
+    "names and links",
+    "unreadable",
+    "another grid",
+    "non-finite voxels",
+    "empty",
+    "constant",
+    "background",
+    "skull",
+    "thick slices",
+    "cut field of view",
+    "swapped contrasts",
+    "another patient",
+    "same image",
+    "same patient",
+    "label values",
+    "no label map",
+    "empty label map",
+    "label outside the brain",
+    "label beside the tumour",
+    "one-voxel islands",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was noticed."""
+
+    kind: Kind
+    severity: Severity
+    contrast: str | None = None
+    """The contrast, or ``label map``; None where it concerns the case or the data set as a whole."""
+    message: str
+    """What came, as the beginning of a sentence without its full stop."""
+    action: str
+    """What will be done about it, or what to do; may be empty."""
+
+    @property
+    def sentence(self) -> str:
+        """All in one line.
+
+        Example:
+            >>> Finding(kind="empty", severity="problem", contrast="t2", message="no voxel", action="Add it").sentence
+            't2: no voxel. Add it'
+        """
+        parts = ". ".join(part for part in (self.message, self.action) if part)
+        return parts if self.contrast is None else f"{self.contrast}: {parts}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "kind": self.kind,
+            "severity": self.severity,
+            "contrast": self.contrast,
+            "message": self.message,
+            "action": self.action,
+        }
+
+
+def problem_from(text: str, *, kind: Kind, contrast: str | None = None) -> Finding:
+    """A problem from an error's text, whose first sentence says what came and whose others say what to do.
+
+    Example:
+        >>> problem_from("a.nii: the file is empty. Copy it again.", kind="unreadable").action
+        'Copy it again'
+    """
+    message, _, action = text.rstrip(".").partition(". ")
+    return Finding(kind=kind, severity="problem", contrast=contrast, message=message, action=action)
