@@ -251,7 +251,7 @@ def _require_same_grid(case: Case, reference: Volume, volume: Volume, name: str)
     if difference is not None:
         raise DataError(
             f"case {case.id}: {name} is not on the grid of t1c: {difference} ({volume.path} against {reference.path}). "
-            "Register and resample the contrasts to one grid first."
+            "Register and resample the contrasts to one grid first, or have it done: predict --prepare, data prepare."
         )
 
 

@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, make phantoms."""
+"""``znormseg data``: look data sets over, prepare them, make phantoms."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 
-from app.cli import terminal
+from app.cli import prepare, terminal
 
-app = typer.Typer(help="Check data sets, make phantoms.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(help="Check and prepare data sets, make phantoms.", no_args_is_help=True, rich_markup_mode=None)
+app.command(name="prepare")(prepare.prepare)
 
 
 @app.command()
