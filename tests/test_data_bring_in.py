@@ -1,0 +1,297 @@
+"""From native grids to one and back: a known motion is found again, and labels land where they were drawn.
+
+Every native case here is made of a case on one grid, by moves that are known; the fast tests take a phantom of 4 mm
+voxels, the slow ones the real cases of ``ZNORMSEG_CASES``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from nibabel import orientations
+from scipy import ndimage
+
+from data.bring_back import bring_back
+from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
+from data.brought_in_files import write_case
+from data.errors import DataError
+from data.itk import Grid, grid_of, to_itk, voxels_of
+from data.labels import BRATS2021, decode, from_regions, to_regions
+from data.layouts import find_cases
+from data.nifti import Volume
+from data.preprocess import prepare
+from data.register import linear_part
+
+Call = Callable[..., Any]
+Affine = npt.NDArray[np.float64]
+
+#: From RAS to LPS millimetres.
+LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+ENDINGS = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scan:
+    """How a contrast is scanned: the head's pose, and slices."""
+
+    degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    shift_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    tilt_degrees: float = 0.0
+    order: tuple[int, int, int] = (0, 1, 2)
+    flips: tuple[int, int, int] = (1, 1, 1)
+
+
+SCANS = {
+    "t1": Scan(
+        degrees=(12, -6, 4),
+        shift_mm=(8, -12, 5),
+        spacing_mm=(1, 1, 4),
+        tilt_degrees=6,
+        order=(1, 2, 0),
+        flips=(1, -1, 1),
+    ),
+    "t1c": Scan(degrees=(0, 0, 3), shift_mm=(2, 3, -4), flips=(-1, -1, 1)),
+    "t2": Scan(
+        degrees=(-9, 12, -7),
+        shift_mm=(-14, 6, 9),
+        spacing_mm=(0.8, 0.8, 5),
+        tilt_degrees=6,
+        order=(0, 2, 1),
+        flips=(-1, 1, 1),
+    ),
+    "flair": Scan(degrees=(5, 8, 15), shift_mm=(4, 15, -10), spacing_mm=(1, 1, 3), order=(2, 0, 1), flips=(1, 1, -1)),
+}
+FIELD_OF_VIEW_MM = (240.0, 240.0, 180.0)
+
+
+def rigid(degrees: tuple[float, ...], shift_mm: tuple[float, ...], centre: npt.NDArray[np.float64]) -> Affine:
+    """Rotation about a point, then a shift."""
+    from scipy.spatial.transform import Rotation
+
+    pose = np.eye(4)
+    pose[:3, :3] = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
+    pose[:3, 3] = centre + shift_mm - pose[:3, :3] @ centre
+    return pose
+
+
+def scanned(
+    voxels: npt.NDArray[Any], affine: Affine, scan: Scan, centre: npt.NDArray[np.float64], *, coarser: float
+) -> tuple[npt.NDArray[np.float32], Affine, Affine]:
+    """Voxels as this scan sees them - each the mean over its slice's thickness -, their affine, and the head's pose."""
+    pose = rigid(scan.degrees, scan.shift_mm, centre)
+    spacing = np.array(scan.spacing_mm) * coarser
+    counts = np.rint(np.array(FIELD_OF_VIEW_MM) / spacing).astype(int)
+    grid = np.diag([*spacing, 1.0])
+    grid[:3, 3] = (pose @ [*centre, 1])[:3] - spacing * (counts - 1) / 2 + 0.37
+    grid = rigid((scan.tilt_degrees, 0, 0), (0, 0, 0), (pose @ [*centre, 1])[:3]) @ grid
+    parts = max(1, round(spacing[2] / coarser))
+    total = np.zeros(tuple(counts), dtype=np.float32)
+    for part in range(parts):
+        within = np.eye(4)
+        within[2, 3] = (part + 0.5) / parts - 0.5
+        to_source = np.linalg.inv(affine) @ np.linalg.inv(pose) @ grid @ within
+        total += ndimage.affine_transform(
+            voxels.astype(np.float32), to_source[:3, :3], to_source[:3, 3], tuple(counts), order=1
+        )
+    change = np.column_stack([scan.order, scan.flips])
+    stored = orientations.apply_orientation(total / parts, change)
+    return np.ascontiguousarray(stored), grid @ orientations.inv_ornt_aff(change, total.shape), pose
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """A case on four grids, and what is known of it."""
+
+    case: NativeCase
+    poses: dict[str, Affine]
+    brain_ras: npt.NDArray[np.float64]
+    """200 places in the brain, before the head was moved, shape (4, 200)."""
+    truth: dict[str, npt.NDArray[np.uint8]]
+    """The label map as each scan would have it."""
+
+    def errors_mm(self, brought: BroughtIn, contrast: str) -> npt.NDArray[np.float64]:
+        """Distance of each place from where it should be."""
+        found = linear_part(brought.transform(contrast))  # type: ignore[arg-type]
+        there = LPS @ self.poses[contrast] @ self.brain_ras
+        gaps: npt.NDArray[np.float64] = np.linalg.norm(
+            (found @ LPS @ self.poses["t1c"] @ self.brain_ras - there)[:3], axis=0
+        )
+        return gaps
+
+
+def native_of(folder: Path, *, coarser: float) -> Native:
+    """Scan a case on one grid anew, contrast by contrast, with voxels ``coarser`` times as large."""
+    (case,) = find_cases(folder)
+    images = {c: nib.load(path) for c, path in case.contrasts.items()}
+    affine = images["t1c"].affine
+    brain = np.argwhere(np.asarray(images["t1c"].dataobj) != 0)
+    centre = (affine @ [*brain.mean(axis=0), 1])[:3]
+    codes = decode(np.asarray(nib.load(case.label).dataobj), BRATS2021)
+    chosen = brain[np.random.default_rng(0).choice(len(brain), 200, replace=False)]
+    made, poses, truth = {}, {}, {}
+    for contrast, scan in SCANS.items():
+        voxels, there, poses[contrast] = scanned(
+            np.asarray(images[contrast].dataobj), affine, scan, centre, coarser=coarser
+        )
+        made[contrast] = to_itk(Volume(voxels=voxels, affine=there, path=folder))
+        shares = [scanned(mask, affine, scan, centre, coarser=coarser)[0] for mask in to_regions(codes)]
+        truth[contrast] = from_regions(np.stack(shares) >= 0.5)
+        if contrast == "t1c":
+            label = to_itk(Volume(voxels=truth[contrast], affine=there, path=folder))
+    native = NativeCase(id=case.id, images=made, codes=label)  # type: ignore[arg-type]
+    return Native(case=native, poses=poses, brain_ras=affine @ np.c_[chosen, np.ones(200)].T, truth=truth)
+
+
+def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
+    return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
+
+
+def there_and_back(brought: BroughtIn, native: Native, contrast: str) -> dict[str, float]:
+    """Dice by region of the truth, put in the network's place, with the truth on a scan's own grid."""
+    assert brought.codes is not None
+    codes = bring_back(
+        to_regions(brought.codes).astype(np.float32),
+        brought.grid,
+        brought.transform(contrast),  # type: ignore[arg-type]
+        grid_of(native.case.images[contrast]),  # type: ignore[index]
+        source=Path("truth"),
+    )
+    regions = zip(("WT", "TC", "ET"), to_regions(codes), to_regions(native.truth[contrast]), strict=True)
+    return {region: dice(one, other) for region, one, other in regions}
+
+
+@pytest.fixture(scope="session")
+def native(phantoms: Path) -> Native:
+    return native_of(sorted(phantoms.iterdir())[0], coarser=2.5)
+
+
+@pytest.fixture(scope="session")
+def brought(native: Native) -> BroughtIn:
+    return bring_in(native.case, BringInConfig(spacing_mm=2.0))
+
+
+# On a phantom
+
+
+@pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
+def test_a_known_motion_is_found_again(contrast: str, native: Native, brought: BroughtIn) -> None:
+    # Voxels are 4 mm, slices up to 12 mm thick.
+    assert native.errors_mm(brought, contrast).mean() < 2.0
+
+
+@pytest.mark.parametrize("contrast", list(ENDINGS))
+def test_the_truth_comes_back_to_every_scan(contrast: str, native: Native, brought: BroughtIn) -> None:
+    assert there_and_back(brought, native, contrast)["WT"] > 0.85
+
+
+def test_the_grid_is_upright_in_the_order_of_brats(brought: BroughtIn) -> None:
+    assert np.array_equal(brought.grid.affine[:3, :3], np.diag([-2.0, -2.0, 2.0]))
+    assert {image.shape for image in brought.images.values()} == {brought.grid.size}
+
+
+def test_a_stripped_image_keeps_its_own_background(brought: BroughtIn) -> None:
+    assert (brought.mask.source, brought.mask.coarse) == ("own", False)
+    outside = [image == 0 for image in brought.images.values()]
+    assert np.mean(np.all(outside, axis=0)) > 0.5
+
+
+def test_what_is_written_is_a_case_that_can_be_trained_on(brought: BroughtIn, tmp_path: Path) -> None:
+    place = write_case(brought, tmp_path / "out")
+    (case,) = find_cases(tmp_path / "out")
+    prepared = prepare(case, convention=BRATS2021)
+    assert (case.id, case.naming, place) == (brought.id, "brats2021", tmp_path / "out" / brought.id)
+    assert prepared.codes is not None
+    assert set(np.unique(prepared.codes)) == {0, 1, 2, 3}
+    assert sorted(path.name for path in (place / "transforms").iterdir()) == sorted(f"{c}.tfm" for c in ENDINGS)
+    assert json.loads((place / "prepare.json").read_text())["mask"]["source"] == "own"
+
+
+def test_a_written_transform_is_the_one_found(brought: BroughtIn, tmp_path: Path) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    place = write_case(brought, tmp_path)
+    for contrast in ENDINGS:
+        stored = sitk.ReadTransform(str(place / "transforms" / f"{contrast}.tfm"))
+        assert np.allclose(linear_part(stored), linear_part(brought.transform(contrast)))  # type: ignore[arg-type]
+
+
+def test_a_case_is_not_written_over_another(brought: BroughtIn, tmp_path: Path) -> None:
+    write_case(brought, tmp_path)
+    with pytest.raises(DataError, match="already exists"):
+        write_case(brought, tmp_path)
+
+
+def test_the_same_scans_give_the_same_case_again(native: Native, brought: BroughtIn) -> None:
+    again = bring_in(native.case, BringInConfig(spacing_mm=2.0))
+    assert again.record == brought.record
+    assert all(np.array_equal(again.images[contrast], image) for contrast, image in brought.images.items())
+
+
+def test_a_scan_of_something_else_is_refused_by_name(native: Native) -> None:
+    noise = np.random.default_rng(0).random((60, 60, 40)).astype(np.float32)
+    image = to_itk(Volume(voxels=noise, affine=np.diag([4.0, 4.0, 4.0, 1.0]), path=Path("noise")))
+    spoilt = replace(native.case, images={**native.case.images, "t2": image})
+    with pytest.raises(DataError, match="t2 could not be registered to t1c"):
+        bring_in(spoilt, BringInConfig(spacing_mm=4.0))
+
+
+def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    codes = np.zeros((12, 10, 8), dtype=np.uint8)
+    codes[3:9, 2:7, 2:6] = 2
+    codes[4:7, 3:6, 3:5] = 3
+    grid = Grid(size=(12, 10, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    shares = to_regions(codes).astype(np.float32)
+    back = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("truth"))
+    assert np.array_equal(back, codes)
+
+
+def test_regions_that_are_not_nested_come_back_nested() -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    shares = np.random.default_rng(0).random((3, 8, 8, 8)).astype(np.float32)
+    grid = Grid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"))
+    whole, core, enhancing = shares >= 0.5
+    assert np.array_equal(codes > 0, whole)
+    assert np.array_equal(to_regions(codes)[2], whole & core & enhancing)
+
+
+def test_a_straight_image_of_the_wanted_spacing_is_not_interpolated(phantoms: Path) -> None:
+    (case,) = find_cases(sorted(phantoms.iterdir())[0])
+    native = read_native(case)
+    brought = bring_in(native, BringInConfig(spacing_mm=4.0))
+    assert np.allclose(brought.images["t1c"], voxels_of(native.images["t1c"]), atol=1e-3)
+    assert brought.codes is not None
+    assert native.codes is not None
+    assert np.array_equal(brought.codes, voxels_of(native.codes))
+
+
+# On real cases
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_real_case_on_four_grids_is_brought_in_and_back(number: int, real_cases: Path) -> None:
+    wanted = [folder for folder in sorted(real_cases.iterdir()) if folder.name in REAL_CASES][number]
+    native = native_of(wanted, coarser=1.0)
+    brought = bring_in(native.case, BringInConfig())
+    for contrast in ("t1", "t2", "flair"):
+        found = brought.registrations[contrast]  # type: ignore[index]
+        gaps = native.errors_mm(brought, contrast)
+        print(wanted.name, contrast, f"{gaps.mean():.2f} mm mean, {gaps.max():.2f} max, {found.cpu_seconds:.0f} CPU s")
+    for contrast in ENDINGS:
+        print(wanted.name, contrast, there_and_back(brought, native, contrast))
+    assert max(native.errors_mm(brought, contrast).mean() for contrast in ENDINGS) < 1.0
+    for contrast in ENDINGS:
+        assert there_and_back(brought, native, contrast)["WT"] >= 0.9
