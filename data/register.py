@@ -173,7 +173,7 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
             overlap=_inside(rim, other.mask, found),
             cpu_seconds=time.process_time() - began,
         )
-    _require_found(result, name, "the MNI152 template")
+    _require_found(result, name, "the MNI152 template", least_overlap=0.5)
     return result
 
 
@@ -260,6 +260,7 @@ class _Head:
         low, high = (float(np.percentile(values, share)) for share in (0.5, 99.5))
         low = min(low, 0.0) if low < 0.1 * high else low
         scaled = sitk.Clamp((coarse - low) / max(high - low, 1e-12), lowerBound=0.0, upperBound=1.0)
+        scaled = sitk.Cast(scaled, sitk.sitkFloat32)  # images of one kind are compared
         return cls(image=scaled, mask=mask, centre=_centre(mask))
 
     def upright(self) -> _Head:
@@ -402,7 +403,8 @@ def _information(fixed: sitk.Image, moving: sitk.Image, pose: Any, *, mask: sitk
     method.SetInitialTransform(pose)
     try:
         return -float(method.MetricEvaluate(fixed, moving))
-    except RuntimeError:  # ITK's way to say that no sample lies in the moving image
+    except RuntimeError as error:
+        _require_out_of_sight(error)
         return 0.0
 
 
@@ -430,9 +432,16 @@ def _descend(
     method.SetInitialTransform(pose, inPlace=True)
     try:
         method.Execute(fixed, moving)
-    except RuntimeError:
+    except RuntimeError as error:
+        _require_out_of_sight(error)
         return type(start)(start)
     return pose
+
+
+def _require_out_of_sight(error: RuntimeError) -> None:
+    """Pass ITK's word for images that do not overlap; raise any other again. It has one kind of error for all."""
+    if "samples map outside" not in str(error):
+        raise error
 
 
 def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
@@ -457,7 +466,7 @@ def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
     return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
 
 
-def _require_found(result: Registration, name: str, onto: str) -> None:
+def _require_found(result: Registration, name: str, onto: str, *, least_overlap: float = MIN_OVERLAP) -> None:
     """Refuse an answer that is none."""
     problem = None
     if result.metric_after < result.metric_before * 0.999:
@@ -470,8 +479,8 @@ def _require_found(result: Registration, name: str, onto: str) -> None:
             f"no pose stands out: mutual information {result.metric_after:.3f} is {result.contrast:.2f} times that of "
             "poses far off"
         )
-    elif result.overlap < MIN_OVERLAP:
-        problem = f"the heads overlap by a Dice of {result.overlap:.2f} alone"
+    elif result.overlap < least_overlap:
+        problem = f"the heads overlap by {result.overlap:.2f} alone; {least_overlap:g} is needed"
     if problem is not None:
         raise DataError(
             f"{name} could not be registered to {onto}: {problem}. Do both show one head? Register it yourself, or "

@@ -7,6 +7,7 @@ voxels, the slow ones the real cases of ``ZNORMSEG_CASES``.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,8 @@ from data.register import linear_part
 Call = Callable[..., Any]
 Affine = npt.NDArray[np.float64]
 
+#: Shown with ``-o log_cli=true -o log_cli_level=INFO``.
+LOG = logging.getLogger("tests.bring_in")
 #: From RAS to LPS millimetres.
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ENDINGS = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
@@ -70,6 +73,9 @@ SCANS = {
     ),
     "flair": Scan(degrees=(5, 8, 15), shift_mm=(4, 15, -10), spacing_mm=(1, 1, 3), order=(2, 0, 1), flips=(1, 1, -1)),
 }
+#: Where BraTS left a contrast a millimetre off the others, the known motion is not the truth: T2 of BraTS2021_01476 is
+#: found that far off also unmoved.
+REAL_CASES = ("BraTS2021_01479", "BraTS2021_01481")
 FIELD_OF_VIEW_MM = (240.0, 240.0, 180.0)
 
 
@@ -281,17 +287,15 @@ def test_a_straight_image_of_the_wanted_spacing_is_not_interpolated(phantoms: Pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [0, 1])
-def test_a_real_case_on_four_grids_is_brought_in_and_back(number: int, real_cases: Path) -> None:
-    wanted = [folder for folder in sorted(real_cases.iterdir()) if folder.name in REAL_CASES][number]
-    native = native_of(wanted, coarser=1.0)
+@pytest.mark.parametrize("name", REAL_CASES)
+def test_a_real_case_on_four_grids_is_brought_in_and_back(name: str, real_cases: Path) -> None:
+    native = native_of(real_cases / name, coarser=1.0)
     brought = bring_in(native.case, BringInConfig())
-    for contrast in ("t1", "t2", "flair"):
-        found = brought.registrations[contrast]  # type: ignore[index]
-        gaps = native.errors_mm(brought, contrast)
-        print(wanted.name, contrast, f"{gaps.mean():.2f} mm mean, {gaps.max():.2f} max, {found.cpu_seconds:.0f} CPU s")
+    scores = {contrast: there_and_back(brought, native, contrast) for contrast in ENDINGS}
+    gaps = {contrast: native.errors_mm(brought, contrast) for contrast in ENDINGS}
     for contrast in ENDINGS:
-        print(wanted.name, contrast, there_and_back(brought, native, contrast))
-    assert max(native.errors_mm(brought, contrast).mean() for contrast in ENDINGS) < 1.0
-    for contrast in ENDINGS:
-        assert there_and_back(brought, native, contrast)["WT"] >= 0.9
+        error = f"{gaps[contrast].mean():.2f} mm mean, {gaps[contrast].max():.2f} mm at most"
+        LOG.info("%s %s: %s; Dice %s", name, contrast, error, scores[contrast])
+    LOG.info("CPU s %s", {contrast: round(found.cpu_seconds, 1) for contrast, found in brought.registrations.items()})
+    assert max(gap.mean() for gap in gaps.values()) < 1.0
+    assert min(score["WT"] for score in scores.values()) >= 0.9
