@@ -63,6 +63,20 @@ def is_stripped(image: sitk.Image) -> bool:
     return BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]
 
 
+def require_mask(wanted: str) -> None:
+    """Make sure that a mask can be had, before time is spent on what comes before it.
+
+    Raises:
+        DataError: a tool that is not installed, or a word that is neither one of :data:`MASK_WORDS` nor a file.
+    """
+    if wanted == "hd-bet":
+        _require("hd-bet")
+    elif wanted == "synthstrip":
+        _require("synthstrip")
+    elif wanted not in MASK_WORDS and not Path(wanted).exists():
+        raise DataError(f"--mask {wanted}: no such file, and none of {', '.join(MASK_WORDS)}")
+
+
 def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str) -> BrainMask:
     """Decide which voxels of an image are brain.
 
@@ -146,7 +160,10 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
     brain = maps["brain"] > 0
     template = Volume(voxels=np.where(brain, brightness, 0).astype(np.float32), affine=affine, path=Path("MNI152"))
     marked = to_itk(Volume(voxels=brain.astype(np.float32), affine=affine, path=Path("MNI152")))
-    found = register_template(to_itk(template), marked, image, name=f"case {name}: t1c")
+    try:
+        found = register_template(to_itk(template), marked, image, name="t1c")
+    except DataError as error:
+        raise DataError(f"case {name}: {error}") from error
     return BrainMask(
         mask=_binary(resampled(marked, grid_of(image), found.transform.GetInverse())),
         source="atlas",

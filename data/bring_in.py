@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data.brain_mask import BRAIN_LITRES, BrainMask, find_brain
+from data.brain_mask import BRAIN_LITRES, BrainMask, find_brain, require_mask
 from data.errors import DataError
 from data.itk import Grid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
@@ -137,13 +137,16 @@ def bring_in(
     Raises:
         DataError: a contrast cannot be registered, or no brain mask be had as asked for; the message names it.
     """
+    require_mask(config.mask)
     fixed = native.images[REFERENCE]
     registrations: dict[Contrast, Registration] = {}
     for contrast in CONTRASTS:
         if contrast != REFERENCE:
             on_step(f"{native.id}: registering {contrast}")
-            name = f"case {native.id}: {contrast}"
-            registrations[contrast] = register_rigid(fixed, native.images[contrast], name=name)
+            try:
+                registrations[contrast] = register_rigid(fixed, native.images[contrast], name=contrast)
+            except DataError as error:
+                raise DataError(f"case {native.id}: {error}") from error
     grid = upright_grid(fixed, config.spacing_mm)
     made: dict[Contrast, sitk.Image] = {}
     for contrast in CONTRASTS:

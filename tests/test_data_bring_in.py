@@ -24,12 +24,12 @@ from data.bring_back import bring_back
 from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
 from data.brought_in_files import write_case
 from data.errors import DataError
-from data.itk import Grid, grid_of, to_itk, voxels_of
+from data.itk import Grid, grid_of, resampled, to_itk, upright_grid, voxels_of
 from data.labels import BRATS2021, decode, from_regions, to_regions
 from data.layouts import find_cases
 from data.nifti import Volume
 from data.preprocess import prepare
-from data.register import linear_part
+from data.register import linear_part, register_rigid
 
 Call = Callable[..., Any]
 Affine = npt.NDArray[np.float64]
@@ -236,17 +236,18 @@ def test_a_case_is_not_written_over_another(brought: BroughtIn, tmp_path: Path) 
         write_case(brought, tmp_path)
 
 
-def test_the_same_scans_give_the_same_case_again(native: Native, brought: BroughtIn) -> None:
-    again = bring_in(native.case, BringInConfig(spacing_mm=2.0))
-    assert again.record == brought.record
-    assert all(np.array_equal(again.images[contrast], image) for contrast, image in brought.images.items())
+def test_the_same_scans_give_the_same_transform_again(native: Native, brought: BroughtIn) -> None:
+    again = register_rigid(native.case.images["t1c"], native.case.images["t2"], name="t2")
+    first = brought.registrations["t2"]
+    assert replace(again, transform=None, cpu_seconds=0) == replace(first, transform=None, cpu_seconds=0)
+    assert again.transform.GetParameters() == first.transform.GetParameters()
 
 
 def test_a_scan_of_something_else_is_refused_by_name(native: Native) -> None:
     noise = np.random.default_rng(0).random((60, 60, 40)).astype(np.float32)
     image = to_itk(Volume(voxels=noise, affine=np.diag([4.0, 4.0, 4.0, 1.0]), path=Path("noise")))
-    spoilt = replace(native.case, images={**native.case.images, "t2": image})
-    with pytest.raises(DataError, match="t2 could not be registered to t1c"):
+    spoilt = replace(native.case, images={**native.case.images, "t1": image})
+    with pytest.raises(DataError, match="t1 could not be registered to t1c"):
         bring_in(spoilt, BringInConfig(spacing_mm=4.0))
 
 
@@ -276,11 +277,32 @@ def test_regions_that_are_not_nested_come_back_nested() -> None:
 def test_a_straight_image_of_the_wanted_spacing_is_not_interpolated(phantoms: Path) -> None:
     (case,) = find_cases(sorted(phantoms.iterdir())[0])
     native = read_native(case)
-    brought = bring_in(native, BringInConfig(spacing_mm=4.0))
-    assert np.allclose(brought.images["t1c"], voxels_of(native.images["t1c"]), atol=1e-3)
-    assert brought.codes is not None
-    assert native.codes is not None
-    assert np.array_equal(brought.codes, voxels_of(native.codes))
+    grid = upright_grid(native.images["t1c"], 4.0)
+    assert np.allclose(grid.affine, grid_of(native.images["t1c"]).affine)
+    assert np.allclose(voxels_of(resampled(native.images["t1c"], grid)), voxels_of(native.images["t1c"]), atol=1e-3)
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1), (1, 2, 0)])
+def test_a_grid_keeps_the_voxel_centres_of_a_straight_image_in_any_order(order: tuple[int, int, int]) -> None:
+    affine = np.diag([-1.0, -1.0, 1.0, 1.0])
+    affine[:3, 3] = (90.3, 120.7, -60.1)
+    change = np.column_stack([order, (1, -1, -1)])
+    stored = affine @ orientations.inv_ornt_aff(change, (20, 30, 10))
+    shape = orientations.apply_orientation(np.zeros((20, 30, 10)), change).shape
+    image = to_itk(Volume(voxels=np.zeros(shape, dtype=np.float32), affine=stored, path=Path("any")))
+    grid = upright_grid(image, 1.0)
+    assert grid.size == (20, 30, 10)
+    assert np.allclose(grid.affine, affine)
+
+
+def test_a_grid_covers_an_oblique_image() -> None:
+    affine = rigid((10, -20, 30), (5, 6, 7), np.zeros(3)) @ np.diag([0.8, 1.0, 4.0, 1.0])
+    image = to_itk(Volume(voxels=np.zeros((30, 20, 8), dtype=np.float32), affine=affine, path=Path("any")))
+    grid = upright_grid(image, 1.0)
+    corners = np.array([[x, y, z, 1] for x in (0, 29) for y in (0, 19) for z in (0, 7)]).T
+    places = (np.linalg.inv(grid.affine) @ affine @ corners)[:3]
+    assert places.min() >= -0.5
+    assert (places.max(axis=1) <= np.array(grid.size) - 0.5).all()
 
 
 # On real cases
