@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,28 +89,61 @@ def rigid(degrees: tuple[float, ...], shift_mm: tuple[float, ...], centre: npt.N
     return pose
 
 
-def scanned(
-    voxels: npt.NDArray[Any], affine: Affine, scan: Scan, centre: npt.NDArray[np.float64], *, coarser: float
-) -> tuple[npt.NDArray[np.float32], Affine, Affine]:
-    """Voxels as this scan sees them - each the mean over its slice's thickness -, their affine, and the head's pose."""
-    pose = rigid(scan.degrees, scan.shift_mm, centre)
-    spacing = np.array(scan.spacing_mm) * coarser
-    counts = np.rint(np.array(FIELD_OF_VIEW_MM) / spacing).astype(int)
-    grid = np.diag([*spacing, 1.0])
-    grid[:3, 3] = (pose @ [*centre, 1])[:3] - spacing * (counts - 1) / 2 + 0.37
-    grid = rigid((scan.tilt_degrees, 0, 0), (0, 0, 0), (pose @ [*centre, 1])[:3]) @ grid
-    parts = max(1, round(spacing[2] / coarser))
-    total = np.zeros(tuple(counts), dtype=np.float32)
-    for part in range(parts):
-        within = np.eye(4)
-        within[2, 3] = (part + 0.5) / parts - 0.5
-        to_source = np.linalg.inv(affine) @ np.linalg.inv(pose) @ grid @ within
-        total += ndimage.affine_transform(
-            voxels.astype(np.float32), to_source[:3, :3], to_source[:3, 3], tuple(counts), order=1
+@dataclass(frozen=True, kw_only=True)
+class Scanner:
+    """A scan's voxels, before they are stored: each looked at in some places across its slice's thickness."""
+
+    pose: Affine
+    """Of the head."""
+    grid: Affine
+    shape: tuple[int, ...]
+    parts: int
+    change: npt.NDArray[np.int_]
+    """From these axes to those stored, as nibabel has it."""
+
+    @classmethod
+    def of(cls, scan: Scan, centre: npt.NDArray[np.float64], *, coarser: float) -> Scanner:
+        """A field of view around the head, whose middle is given; voxels ``coarser`` times as large."""
+        pose = rigid(scan.degrees, scan.shift_mm, centre)
+        middle = (pose @ [*centre, 1])[:3]
+        spacing = np.array(scan.spacing_mm) * coarser
+        counts = np.rint(np.array(FIELD_OF_VIEW_MM) / spacing).astype(int)
+        grid = np.diag([*spacing, 1.0])
+        grid[:3, 3] = middle - spacing * (counts - 1) / 2 + 0.37
+        return cls(
+            pose=pose,
+            grid=rigid((scan.tilt_degrees, 0, 0), (0, 0, 0), middle) @ grid,
+            shape=tuple(counts.tolist()),
+            parts=max(1, round(spacing[2] / coarser)),
+            change=np.column_stack([scan.order, scan.flips]),
         )
-    change = np.column_stack([scan.order, scan.flips])
-    stored = orientations.apply_orientation(total / parts, change)
-    return np.ascontiguousarray(stored), grid @ orientations.inv_ornt_aff(change, total.shape), pose
+
+    @property
+    def affine(self) -> Affine:
+        """Of what is stored."""
+        stored: Affine = self.grid @ orientations.inv_ornt_aff(self.change, self.shape)
+        return stored
+
+    def image(self, voxels: npt.NDArray[Any], affine: Affine) -> npt.NDArray[np.float32]:
+        """Each voxel's mean over its slice's thickness."""
+        return self._stored(sum(self._looks(voxels.astype(np.float32), affine, order=1)) / self.parts)
+
+    def labels(self, codes: npt.NDArray[np.uint8], affine: Affine) -> npt.NDArray[np.uint8]:
+        """Regions that fill at least half of a voxel's thickness."""
+        counts = np.zeros((3, *self.shape), dtype=np.uint8)
+        for look in self._looks(codes, affine, order=0):
+            counts += to_regions(look)
+        return self._stored(from_regions(2 * counts >= self.parts))
+
+    def _looks(self, voxels: npt.NDArray[Any], affine: Affine, *, order: int) -> Iterator[npt.NDArray[Any]]:
+        for part in range(self.parts):
+            within = np.eye(4)
+            within[2, 3] = (part + 0.5) / self.parts - 0.5
+            place = np.linalg.inv(affine) @ np.linalg.inv(self.pose) @ self.grid @ within
+            yield ndimage.affine_transform(voxels, place[:3, :3], place[:3, 3], self.shape, order=order)
+
+    def _stored(self, voxels: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.ascontiguousarray(orientations.apply_orientation(voxels, self.change))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,14 +178,12 @@ def native_of(folder: Path, *, coarser: float) -> Native:
     chosen = brain[np.random.default_rng(0).choice(len(brain), 200, replace=False)]
     made, poses, truth = {}, {}, {}
     for contrast, scan in SCANS.items():
-        voxels, there, poses[contrast] = scanned(
-            np.asarray(images[contrast].dataobj), affine, scan, centre, coarser=coarser
-        )
-        made[contrast] = to_itk(Volume(voxels=voxels, affine=there, path=folder))
-        shares = [scanned(mask, affine, scan, centre, coarser=coarser)[0] for mask in to_regions(codes)]
-        truth[contrast] = from_regions(np.stack(shares) >= 0.5)
-        if contrast == "t1c":
-            label = to_itk(Volume(voxels=truth[contrast], affine=there, path=folder))
+        scanner = Scanner.of(scan, centre, coarser=coarser)
+        seen = scanner.image(np.asarray(images[contrast].dataobj), affine)
+        made[contrast] = to_itk(Volume(voxels=seen, affine=scanner.affine, path=folder))
+        poses[contrast] = scanner.pose
+        truth[contrast] = scanner.labels(codes, affine)
+    label = to_itk(Volume(voxels=truth["t1c"], affine=grid_of(made["t1c"]).affine, path=folder))
     native = NativeCase(id=case.id, images=made, codes=label)  # type: ignore[arg-type]
     return Native(case=native, poses=poses, brain_ras=affine @ np.c_[chosen, np.ones(200)].T, truth=truth)
 
