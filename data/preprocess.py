@@ -153,7 +153,8 @@ def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
         return "every voxel is 0. Export the image again, or leave the case out"
     if np.ptp(values) == 0:
         return "every voxel that is not 0 has the same value. Is it a mask? Give the image"
-    faces = [np.take(voxels, side, axis=axis) != 0 for axis in range(3) for side in (0, -1)]
+    # Not np.take, which copies the whole volume where its memory runs the other way, as in NIfTI files.
+    faces = [np.moveaxis(voxels, axis, 0)[side] != 0 for axis in range(3) for side in (0, -1)]
     share = sum(int(face.sum()) for face in faces) / sum(face.size for face in faces)
     if share <= MAX_NONZERO_FACES:
         return None
@@ -267,7 +268,8 @@ def _require_same_grid(case: Case, reference: Volume, volume: Volume, name: str)
     if difference is not None:
         raise DataError(
             f"case {case.id}: {name} is not on the grid of {case.reference}: {difference} "
-            f"({volume.path} against {reference.path}). Register and resample the contrasts to one grid first."
+            f"({volume.path} against {reference.path}). "
+            "Register and resample the contrasts to one grid first, or have it done: predict --prepare, data prepare."
         )
 
 

@@ -32,6 +32,7 @@ VERBS = [
     ["data", "dicom-seg"],
     ["data", "export"],
     ["data", "phantom"],
+    ["data", "prepare"],
 ]
 #: A terminal of fixed width, without colours.
 TERMINAL = {"COLUMNS": "100", "LINES": "40", "NO_COLOR": "1", "TERM": "dumb", "LC_ALL": "C.UTF-8"}

@@ -7,13 +7,15 @@ from typing import Annotated
 
 import typer
 
-from app.cli import cache, dicom, terminal
+from app.cli import cache, dicom, prepare, terminal
 
 app = typer.Typer(
-    help="Check data sets, export them, take DICOM studies in and segmentations out, make phantoms, see to the cache.",
+    help="Check, prepare and export data sets, take DICOM studies in and segmentations out, make phantoms, see to the "
+    "cache.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+app.command(name="prepare")(prepare.prepare)
 app.command(name="cache")(cache.cache)
 
 

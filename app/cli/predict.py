@@ -41,13 +41,28 @@ def predict(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of INPUT.")
     ] = False,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare", help="Register and resample the contrasts and remove the skull first, as data prepare does."
+        ),
+    ] = False,
+    space: Annotated[
+        str | None,
+        typer.Option("--space", help="With --prepare: contrast on whose grid to answer; default t1c."),
+    ] = None,
+    mask: Annotated[
+        str | None, typer.Option("--mask", help="With --prepare: brain mask, as of data prepare; default auto.")
+    ] = None,
+    n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the brightness by N4.")] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
 
-    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D.
-    A run trained with augment.contrast_dropout above 0 takes cases in which some of them are missing.
+    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D. With
+    --prepare the contrasts may come from the scanner: on different grids, with the skull on. A run trained with
+    augment.contrast_dropout above 0 takes cases in which some of them are missing.
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -55,12 +70,19 @@ def predict(
         raise typer.BadParameter(
             "with --t1, --t1c, --t2 and --flair give RUN and OUTPUT alone" if files else "give RUN, INPUT and OUTPUT"
         )
+    if not prepare and (space is not None or mask is not None or n4):
+        raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
     from app.inference.model import load_model  # noqa: PLC0415
+    from app.inference.native import predict_native  # noqa: PLC0415
     from app.inference.predict import predict as predict_cases  # noqa: PLC0415
     from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
-    from data.labels import CONVENTIONS  # noqa: PLC0415
+    from data.bring_in import BringInConfig  # noqa: PLC0415
+    from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
 
+    answer_on: Contrast | None = "t1c" if space is None else next((c for c in CONTRASTS if c == space), None)
+    if answer_on is None:
+        raise typer.BadParameter(f"--space takes {', '.join(CONTRASTS)}, got {space!r}")
     if labels is not None and labels not in CONVENTIONS:
         raise typer.BadParameter(f"--labels takes {' or '.join(CONVENTIONS)}, got {labels!r}")
     try:
@@ -70,15 +92,29 @@ def predict(
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         model = load_model(run, runtime)
-        outcome = predict_cases(
-            model,
-            cases,
-            places[-1],
-            runtime=runtime,
-            labels=None if labels is None else CONVENTIONS[labels],
-            nan_to_zero=nan_to_zero,
-            on_progress=on_progress,
-        )
+        chosen = None if labels is None else CONVENTIONS[labels]
+        if prepare:
+            outcome = predict_native(
+                model,
+                cases,
+                places[-1],
+                runtime=runtime,
+                config=BringInConfig(n4=n4, mask=mask or "auto"),
+                space=answer_on,
+                labels=chosen,
+                nan_to_zero=nan_to_zero,
+                on_progress=on_progress,
+            )
+        else:
+            outcome = predict_cases(
+                model,
+                cases,
+                places[-1],
+                runtime=runtime,
+                labels=chosen,
+                nan_to_zero=nan_to_zero,
+                on_progress=on_progress,
+            )
     if as_json:
         terminal.json_result(outcome.to_json())
     elif outcome.done:

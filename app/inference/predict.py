@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from app.runtime import Runtime, versions
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case
-from data.nifti import spacing_of, write_label_map
+from data.nifti import Spacing, spacing_of, write_label_map
 from data.preprocess import Prepared, prepare, to_native_grid
 from data.presence import missing_contrasts
 
@@ -78,6 +78,21 @@ def predict(
         OSError: ``output`` cannot be written to.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; what is written is whole.
     """
+
+    def one(case: Case) -> Prediction:
+        return _predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero)
+
+    return predict_each(cases, output, one, on_progress=on_progress)
+
+
+def predict_each(
+    cases: Sequence[Case], output: Path, one: Callable[[Case], Prediction], *, on_progress: OnProgress = silent
+) -> Predictions:
+    """Call ``one`` for each case; a case that it refuses is noted and does not stop the others.
+
+    Raises:
+        DataError, OSError, InterruptedRunError: as :func:`predict`.
+    """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file; give a folder for the label maps")
     done: list[Prediction] = []
@@ -87,7 +102,7 @@ def predict(
         for number, case in enumerate(cases):
             on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
             try:
-                done.append(_predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero))
+                done.append(one(case))
             except DataError as error:
                 failures[case.id] = str(error)
                 LOG.error("%s", error)
@@ -102,6 +117,25 @@ def predict(
 
 def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
     """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
+    masks = (_box_logits(model, prepared, runtime) > 0).cpu().numpy() & prepared.brain
+    return to_native_grid(from_regions(masks), prepared)
+
+
+def predict_shares(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
+    """Probabilities of the regions of a prepared case, in canonical (LPS) voxel order.
+
+    Returns:
+        float32, shape (3, X, Y, Z) of the whole canonical volume, order of :data:`data.labels.REGIONS`; 0 outside of
+        the brain.
+    """
+    inside = torch.sigmoid(_box_logits(model, prepared, runtime)).cpu().numpy() * prepared.brain
+    shares = np.zeros((len(REGIONS), *prepared.canonical_shape), dtype=np.float32)
+    shares[:, *prepared.box] = inside
+    return shares
+
+
+def _box_logits(model: Model, prepared: Prepared, runtime: Runtime) -> torch.Tensor:
+    """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing."""
     logits = sliding_logits(
         model.given(prepared.present),
         torch.from_numpy(prepared.image),
@@ -112,8 +146,7 @@ def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDA
     if tuple(logits.shape[1:]) != prepared.box_shape:
         # Logits, not labels, go to the finer grid: borders stay smooth.
         logits = functional.interpolate(logits[None], prepared.box_shape, mode="trilinear", align_corners=False)[0]
-    masks = (logits > 0).cpu().numpy() & prepared.brain
-    return to_native_grid(from_regions(masks), prepared)
+    return logits
 
 
 def _predict_case(
@@ -125,8 +158,7 @@ def _predict_case(
     labels: LabelConvention | None,
     nan_to_zero: bool,
 ) -> Prediction:
-    label_map = output / f"{case.id}.nii.gz"
-    _refuse_overwriting_input(case, label_map)
+    label_map = place_for(case, output)
     began = time.monotonic()
     require_contrasts(case, model)
     prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=nan_to_zero, all_contrasts=False)
@@ -139,8 +171,51 @@ def _predict_case(
     computed = time.monotonic()
     convention = labels or case.written_convention or model.convention
     write_label_map(label_map, encode(codes, convention), case.contrasts[case.reference])
-    seconds = {"read": was_read - began, "compute": computed - was_read, "write": time.monotonic() - computed}
-    voxel_ml = float(np.prod(spacing_of(prepared.native_affine))) / 1000
+    return finish(
+        model,
+        case,
+        codes,
+        output,
+        runtime,
+        convention=convention,
+        spacing_mm=spacing_of(prepared.native_affine),
+        notes={
+            "seconds": {
+                "read": round(was_read - began, 3),
+                "compute": round(computed - was_read, 3),
+                "write": round(time.monotonic() - computed, 3),
+            },
+            "nan_to_zero": prepared.zeroed,
+            "missing_contrasts": list(absent),
+        },
+    )
+
+
+def finish(
+    model: Model,
+    case: Case,
+    codes: npt.NDArray[np.uint8],
+    output: Path,
+    runtime: Runtime,
+    *,
+    convention: LabelConvention,
+    spacing_mm: Spacing,
+    notes: Mapping[str, Any],
+) -> Prediction:
+    """Write ``<case>.json`` beside a label map that is written.
+
+    Args:
+        model: what predicted.
+        case: what was predicted.
+        codes: the label map in the program's codes.
+        output: folder of both files.
+        runtime: as the model was loaded for.
+        convention: what the numbers in the file mean.
+        spacing_mm: of the label map's grid.
+        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0.
+    """
+    label_map = output / f"{case.id}.nii.gz"
+    voxel_ml = float(np.prod(spacing_mm)) / 1000
     volumes = [float(mask.sum()) * voxel_ml for mask in to_regions(codes)]
     content = {
         "case": case.id,
@@ -152,9 +227,7 @@ def _predict_case(
             "oedema": convention.oedema,
             "enhancing": convention.enhancing,
         },
-        "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
-        "nan_to_zero": prepared.zeroed,
-        "missing_contrasts": list(absent),
+        **notes,
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         "weights_sha256": model.sha256,
         "weights_step": model.step,
@@ -183,7 +256,14 @@ def require_contrasts(case: Case, model: Model) -> None:
         ) from error
 
 
-def _refuse_overwriting_input(case: Case, label_map: Path) -> None:
+def place_for(case: Case, output: Path) -> Path:
+    """Where a case's label map is written.
+
+    Raises:
+        DataError: one of the case's own files is there.
+    """
+    label_map = output / f"{case.id}.nii.gz"
     for what, path in [*case.contrasts.items(), ("label map", case.label)]:
         if path is not None and path.resolve() == label_map.resolve():
             raise DataError(f"case {case.id}: the label map would replace its own {what}, {path}. Give another OUTPUT.")
+    return label_map

@@ -1,0 +1,98 @@
+"""``znormseg data prepare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from app.cli import terminal
+
+if TYPE_CHECKING:
+    from data.bring_in import BroughtIn
+    from data.labels import Contrast
+
+_CONTRAST_HELP = "Image of this contrast, instead of CASE."
+
+
+def prepare(
+    *,
+    places: Annotated[
+        list[Path],
+        typer.Argument(metavar="[CASE] OUT", help="Case folder or folder of cases; then the folder to write to."),
+    ],
+    t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
+    t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,
+    t2: Annotated[Path | None, typer.Option("--t2", help=_CONTRAST_HELP)] = None,
+    flair: Annotated[Path | None, typer.Option("--flair", help=_CONTRAST_HELP)] = None,
+    mask: Annotated[
+        str, typer.Option("--mask", help="Brain mask: auto, hd-bet, synthstrip, atlas, none, or a file.")
+    ] = "auto",
+    n4: Annotated[bool, typer.Option("--n4", help="Correct each contrast's brightness by N4.")] = False,
+    nan_to_zero: Annotated[
+        bool, typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0 instead of refusing the case.")
+    ] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of CASE.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Make BraTS cases of scans: register to T1c, resample to 1 mm, remove the skull.
+
+    Writes OUT/<case>/ with the images, a label map where there was one, transforms/ and prepare.json. Give CASE, or
+    four files: znormseg data prepare OUT --t1 A --t1c B --t2 C --flair D. The mask of auto is, in this order: the
+    background of 0 of an image whose skull is off, HD-BET, SynthStrip, the MNI152 template's (coarse).
+    """
+    given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
+    files = {contrast: path for contrast, path in given.items() if path is not None}
+    if len(places) != (1 if files else 2):
+        raise typer.BadParameter("with --t1, --t1c, --t2 and --flair give OUT alone" if files else "give CASE and OUT")
+    from app.errors import EXIT_DATA, EXIT_SOME_FAILED  # noqa: PLC0415 - not needed for the help
+    from app.progress import LOG, Progress  # noqa: PLC0415
+    from data.bring_in import BringInConfig, bring_in, read_native  # noqa: PLC0415 - slow to import
+    from data.brought_in_files import require_empty, write_case  # noqa: PLC0415
+    from data.errors import DataError  # noqa: PLC0415
+    from data.layouts import case_from_files, find_cases  # noqa: PLC0415
+
+    out, config = places[-1], BringInConfig(n4=n4, mask=mask)
+    require_empty(out)
+    cases = (case_from_files(files),) if files else find_cases(places[0], follow_links=follow_links)
+    done: list[BroughtIn] = []
+    failures: dict[str, str] = {}
+    with terminal.watched() as on_progress:
+        for number, case in enumerate(cases):
+
+            def step(what: str, share: float = number / len(cases)) -> None:
+                on_progress(Progress(job="preparing", share=share, detail=what))
+
+            try:
+                brought = bring_in(read_native(case, nan_to_zero=nan_to_zero), config, on_step=step)
+                step(f"{case.id}: writing")
+                write_case(brought, out)
+            except DataError as error:
+                failures[case.id] = str(error)
+                LOG.error("%s", error)
+                continue
+            for warning in brought.warnings:
+                LOG.warning("case %s: %s", case.id, warning)
+            done.append(brought)
+        on_progress(Progress(job="preparing", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
+    if as_json:
+        terminal.json_result({"folder": str(out), "cases": [case.record for case in done], "failures": failures})
+    elif done:
+        _show(done, out)
+    if failures:
+        terminal.say(f"znormseg: {len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
+        raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_DATA)
+
+
+def _show(done: list[BroughtIn], out: Path) -> None:
+    rows = [["case", "contrast", "moved mm", "turned deg", "information", "head overlap", "CPU s", "mask"]]
+    for case in done:
+        for contrast, found in case.registrations.items():
+            numbers: list[Any] = [found.shift_mm, found.degrees, found.metric_after, found.overlap, found.cpu_seconds]
+            texts = [f"{value:.{places}f}" for value, places in zip(numbers, (1, 1, 3, 3, 1), strict=True)]
+            rows.append([case.id, contrast, *texts, f"{case.mask.source}{' (coarse)' if case.mask.coarse else ''}"])
+    terminal.result(terminal.table(rows))
+    terminal.result(f"{len(done)} cases in {out}; what was done is in prepare.json of each. Look at the images.")

@@ -1,0 +1,142 @@
+"""Label maps for scans as they come from the scanner: brought in, predicted, brought back to a scan's own grid."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from app.inference.model import Model
+from app.inference.predict import Prediction, Predictions, finish, place_for, predict_each, predict_shares
+from app.progress import LOG, OnProgress, Progress, silent
+from app.runtime import Runtime
+from data.bring_back import bring_back
+from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
+from data.brought_in_files import write_case
+from data.errors import DataError
+from data.itk import grid_of
+from data.labels import Contrast, LabelConvention, encode
+from data.layouts import Case, find_cases
+from data.nifti import spacing_of, write_label_map
+from data.preprocess import image_problem, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeAnswer:
+    """A label map on the grid of one scan, and how the case was brought in."""
+
+    codes: npt.NDArray[np.uint8]
+    """The program's codes, shape of the scan's image."""
+    brought: BroughtIn
+
+
+def predict_native(
+    model: Model,
+    cases: Sequence[Case],
+    output: Path,
+    *,
+    runtime: Runtime,
+    config: BringInConfig,
+    space: Contrast = "t1c",
+    labels: LabelConvention | None = None,
+    nan_to_zero: bool = False,
+    on_progress: OnProgress = silent,
+) -> Predictions:
+    """Predict cases whose contrasts lie on different grids; label maps are on the grid of ``space``.
+
+    Args:
+        model: the trained network.
+        cases: what to predict.
+        output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
+        runtime: as the model was loaded for.
+        config: how cases are brought in.
+        space: the contrast whose file the label map's grid and header are those of.
+        labels: numbers of the label maps; None takes those that go with each case's file names, else the model's.
+        nan_to_zero: take voxels that are NaN or infinite as 0.
+        on_progress: told what is being worked on.
+
+    Raises:
+        DataError, OSError, InterruptedRunError: as :func:`app.inference.predict.predict`.
+    """
+    shares_done = {case.id: number / len(cases) for number, case in enumerate(cases)}
+
+    def one(case: Case) -> Prediction:
+        place_for(case, output)
+        began = time.monotonic()
+        native = read_native(case, nan_to_zero=nan_to_zero)
+
+        def step(what: str) -> None:
+            on_progress(Progress(job="predicting", share=shares_done[case.id], detail=what))
+
+        answer = answer_for(model, native, runtime, config=config, space=space, on_step=step)
+        computed = time.monotonic()
+        for warning in answer.brought.warnings:
+            LOG.warning("case %s: %s", case.id, warning)
+        convention = labels or case.written_convention or model.convention
+        write_label_map(place_for(case, output), encode(answer.codes, convention), case.contrasts[space])
+        return finish(
+            model,
+            case,
+            answer.codes,
+            output,
+            runtime,
+            convention=convention,
+            spacing_mm=spacing_of(grid_of(native.images[space]).affine),
+            notes={
+                "seconds": {
+                    "prepare and compute": round(computed - began, 3),
+                    "write": round(time.monotonic() - computed, 3),
+                },
+                "nan_to_zero": dict(native.zeroed),
+                "missing_contrasts": [],
+                "space": space,
+                "prepare": answer.brought.record,
+            },
+        )
+
+    return predict_each(cases, output, one, on_progress=on_progress)
+
+
+def answer_for(
+    model: Model,
+    native: NativeCase,
+    runtime: Runtime,
+    *,
+    config: BringInConfig,
+    space: Contrast = "t1c",
+    on_step: Callable[[str], None] = lambda _: None,
+) -> NativeAnswer:
+    """Bring one case in, predict it and bring the answer back.
+
+    Args:
+        model: the trained network.
+        native: the four contrasts, from files or any other source.
+        runtime: as the model was loaded for.
+        config: how the case is brought in.
+        space: the contrast on whose grid the answer is wanted.
+        on_step: told what is being done.
+
+    Raises:
+        DataError: the case cannot be brought in, or is no skull-stripped brain then.
+    """
+    brought = bring_in(native, config, on_step=on_step)
+    for contrast, voxels in brought.images.items():
+        if (problem := image_problem(voxels)) is not None:
+            raise DataError(f"case {native.id}, contrast {contrast}, prepared: {problem}.")
+    on_step(f"{native.id}: network")
+    with tempfile.TemporaryDirectory(prefix="znormseg-") as folder:
+        write_case(brought, Path(folder))
+        (case,) = find_cases(Path(folder))
+        prepared = prepare(case, spacing_mm=model.spacing_mm)
+    # The case was written in canonical order, which is that of the shares.
+    shares = predict_shares(model, prepared, runtime)
+    on_step(f"{native.id}: back to the grid of {space}")
+    codes = bring_back(
+        shares, brought.grid, brought.transform(space), grid_of(native.images[space]), source=Path(native.id)
+    )
+    return NativeAnswer(codes=codes, brought=brought)

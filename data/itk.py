@@ -1,0 +1,173 @@
+"""Between the program's volumes and SimpleITK's images: the same voxels in the same place.
+
+The program counts millimetres to the right, anterior and superior (RAS, as NIfTI does) and stores (X, Y, Z); ITK counts
+to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). SimpleITK is imported where it is used, so that
+training does not load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.nifti import Volume
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+
+#: From RAS to LPS millimetres, and back.
+_RAS_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
+#: A direction cosine this close to 0 or 1 is one: what float32 headers leave of a straight axis.
+_STRAIGHT: Final = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """Where the voxels of an image lie: as many as ``size`` says, placed by a 4x4 affine to RAS millimetres."""
+
+    size: tuple[int, int, int]
+    affine: npt.NDArray[np.float64]
+
+
+def to_itk(volume: Volume) -> sitk.Image:
+    """A volume as a SimpleITK image of the same voxels (float32, or uint8 for a label map) in the same place."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))
+    spacing, origin, direction = _geometry(volume.affine)
+    image.SetSpacing(spacing)
+    image.SetOrigin(origin)
+    image.SetDirection(direction)
+    return image
+
+
+def grid_of(image: sitk.Image) -> Grid:
+    """Where an image's voxels lie."""
+    lps = np.eye(4)
+    lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    lps[:3, 3] = image.GetOrigin()
+    x, y, z = image.GetSize()
+    return Grid(size=(x, y, z), affine=_RAS_LPS @ lps)
+
+
+def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
+    """The voxels of an image, shape (X, Y, Z)."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    return np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
+
+
+def upright_grid(image: sitk.Image, spacing_mm: float) -> Grid:
+    """Isotropic grid along the world's own axes, in LPS voxel order, that covers an image's field of view.
+
+    An image that is stored straight and at this spacing keeps its voxel centres, whatever its axis order.
+
+    Args:
+        image: what to cover.
+        spacing_mm: edge of a voxel.
+    """
+    own = grid_of(image)
+    return _cover(own.affine, np.zeros(3), np.array(own.size) - 1.0, spacing_mm)
+
+
+def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float) -> Grid:
+    """The same that covers the marked voxels of a mask, at least one, and a margin."""
+    marked = np.argwhere(voxels_of(mask))
+    around = _cover(grid_of(mask).affine, marked.min(axis=0), marked.max(axis=0).astype(float), spacing_mm)
+    more = int(np.ceil(margin_mm / spacing_mm))
+    affine = around.affine.copy()
+    affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(more))
+    x, y, z = (n + 2 * more for n in around.size)
+    return Grid(size=(x, y, z), affine=affine)
+
+
+def refined(grid: Grid, factors: tuple[int, int, int]) -> Grid:
+    """The same field of view with each voxel cut into ``factors`` equal parts along the three axes."""
+    parts = np.array(factors, dtype=np.float64)
+    affine = grid.affine.copy()
+    affine[:3, :3] /= parts
+    affine[:3, 3] = (grid.affine @ [*((1 / parts - 1) / 2), 1.0])[:3]
+    x, y, z = (n * k for n, k in zip(grid.size, factors, strict=True))
+    return Grid(size=(x, y, z), affine=affine)
+
+
+def resampled(
+    image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None, *, nearest: bool = False
+) -> sitk.Image:
+    """An image on another grid, interpolated linearly; what lies outside of its field of view is 0.
+
+    Args:
+        image: float32 or uint8.
+        grid: where the result's voxels lie.
+        transform: from the grid's LPS millimetres to those of the image; None leaves them as they are.
+        nearest: take the nearest voxel instead.
+
+    Returns:
+        an image of the same kind of voxel. One thread computes it, so that it is the same on every machine.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    spacing, origin, direction = _geometry(grid.affine)
+    resample = sitk.ResampleImageFilter()
+    resample.SetSize(grid.size)
+    resample.SetOutputSpacing(spacing)
+    resample.SetOutputOrigin(origin)
+    resample.SetOutputDirection(direction)
+    resample.SetTransform(sitk.Transform(3, sitk.sitkIdentity) if transform is None else transform)
+    resample.SetInterpolator(sitk.sitkNearestNeighbor if nearest else sitk.sitkLinear)
+    resample.SetDefaultPixelValue(0)
+    resample.SetNumberOfThreads(1)
+    made: sitk.Image = resample.Execute(image)
+    return made
+
+
+def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
+    """An image smoothed along the axes on which it is finer than a spacing, so that sampling at it aliases nothing.
+
+    The Gaussian's standard deviation is half of what the voxel lacks, as in :func:`data.preprocess.resample`.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    # Differences below a hundredth are the rounding of headers.
+    lacks = [max(0.0, spacing_mm - own) for own in image.GetSpacing()]
+    if max(lacks) < 0.01 * spacing_mm:
+        return image
+    gaussian = sitk.DiscreteGaussianImageFilter()
+    gaussian.SetVariance([(lack / 2) ** 2 for lack in lacks])
+    gaussian.SetUseImageSpacing(True)
+    gaussian.SetNumberOfThreads(1)
+    smooth: sitk.Image = gaussian.Execute(image)
+    return smooth
+
+
+def _cover(
+    affine: npt.NDArray[np.float64], low: npt.NDArray[np.floating], high: npt.NDArray[np.floating], spacing_mm: float
+) -> Grid:
+    """Upright grid in LPS order whose voxel centres span those of a box of another grid."""
+    lps = _RAS_LPS @ affine
+    unit = lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)
+    straight = bool(np.all((np.abs(unit) < _STRAIGHT) | (np.abs(unit) > 1 - _STRAIGHT)))
+    corners = np.array([[*corner, 1.0] for corner in product(*zip(low, high, strict=True))]).T
+    places = (lps @ corners)[:3]
+    start, stop = places.min(axis=1), places.max(axis=1)
+    steps = (stop - start) / spacing_mm
+    # A whole number of steps is one up to the rounding of headers.
+    counts = np.where(np.abs(steps - np.rint(steps)) < 0.02, np.rint(steps), np.ceil(steps)).astype(int)
+    if not straight or np.any(np.abs(steps - counts) >= 0.02):
+        start = start - (counts - steps) * spacing_mm / 2  # what is too much goes to both sides
+    result = np.eye(4)
+    result[:3, :3] *= spacing_mm
+    result[:3, 3] = start
+    x, y, z = (int(count) + 1 for count in counts)
+    return Grid(size=(x, y, z), affine=_RAS_LPS @ result)
+
+
+def _geometry(affine: npt.NDArray[np.float64]) -> tuple[list[float], list[float], list[float]]:
+    """Spacing, origin and direction of an ITK image, of an affine to RAS millimetres."""
+    lps = _RAS_LPS @ affine
+    spacing = np.linalg.norm(lps[:3, :3], axis=0)
+    return spacing.tolist(), lps[:3, 3].tolist(), (lps[:3, :3] / spacing).ravel().tolist()
