@@ -104,7 +104,9 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
     volumes: dict[Contrast, Volume] = {}
     for contrast in CONTRASTS:
         try:
-            volumes[contrast] = read_volume(case.contrasts[contrast], nan_to_zero=nan_to_zero)
+            volumes[contrast] = read_volume(
+                case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
+            )
         except DataError as error:
             raise DataError(f"case {case.id}, contrast {contrast}: {error}") from error
         if not volumes[contrast].voxels.any():

@@ -95,6 +95,30 @@ def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
         yield files
 
 
+def is_study(path: Path) -> bool:
+    """Whether a path is taken for DICOM rather than for NIfTI cases.
+
+    That is an archive, a DICOMDIR or a single DICOM file, or a folder in which DICOM files lie and no NIfTI file.
+    """
+    if path.is_file():
+        return zipfile.is_zipfile(path) or path.name.upper() == "DICOMDIR" or _has_prefix(path)
+    found = False
+    for folder, _, names in os.walk(path):
+        if any(name.lower().endswith((".nii", ".nii.gz")) for name in names):
+            return False
+        found = found or any(_has_prefix(Path(folder) / name) for name in sorted(names))
+    return found
+
+
+def _has_prefix(path: Path) -> bool:
+    """Whether a file says of itself that it is DICOM."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(_PREAMBLE)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep what the DICOM libraries say of odd values to ourselves: it may repeat what a header says of the patient."""

@@ -10,8 +10,9 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from data.bring_in import BroughtIn
+    from data.bring_in import BroughtIn, NativeCase
     from data.labels import Contrast
+    from data.layouts import Case
 
 _CONTRAST_HELP = "Image of this contrast, instead of CASE."
 
@@ -20,7 +21,10 @@ def prepare(
     *,
     places: Annotated[
         list[Path],
-        typer.Argument(metavar="[CASE] OUT", help="Case folder or folder of cases; then the folder to write to."),
+        typer.Argument(
+            metavar="[CASE] OUT",
+            help="Case folder, folder of cases or DICOM study (folder or .zip); then the folder to write to.",
+        ),
     ],
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
     t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,
@@ -40,9 +44,10 @@ def prepare(
 ) -> None:
     """Make BraTS cases of scans: register to T1c, resample to 1 mm, remove the skull.
 
-    Writes OUT/<case>/ with the images, a label map where there was one, transforms/ and prepare.json. Give CASE, or
-    four files: znormseg data prepare OUT --t1 A --t1c B --t2 C --flair D. The mask of auto is, in this order: the
-    background of 0 of an image whose skull is off, HD-BET, SynthStrip, the MNI152 template's (coarse).
+    Of a DICOM study the contrasts are recognised; where they are not, see data dicom. Writes OUT/<case>/ with the
+    images, a label map where there was one, transforms/ and prepare.json. Give CASE, or four files: znormseg data
+    prepare OUT --t1 A --t1c B --t2 C --flair D. The mask of auto is, in this order: the background of 0 of an image
+    whose skull is off, HD-BET, SynthStrip, the MNI152 template's (coarse).
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -53,11 +58,11 @@ def prepare(
     from data.bring_in import BringInConfig, bring_in, read_native  # noqa: PLC0415 - slow to import
     from data.brought_in_files import require_empty, write_case  # noqa: PLC0415
     from data.errors import DataError  # noqa: PLC0415
-    from data.layouts import case_from_files, find_cases  # noqa: PLC0415
+    from data.layouts import Case, case_from_files  # noqa: PLC0415
 
     out, config = places[-1], BringInConfig(n4=n4, mask=mask)
     require_empty(out)
-    cases = (case_from_files(files),) if files else find_cases(places[0], follow_links=follow_links)
+    cases = (case_from_files(files),) if files else _found(places[0], follow_links=follow_links)
     done: list[BroughtIn] = []
     failures: dict[str, str] = {}
     with terminal.watched() as on_progress:
@@ -67,7 +72,8 @@ def prepare(
                 on_progress(Progress(job="preparing", share=share, detail=what))
 
             try:
-                brought = bring_in(read_native(case, nan_to_zero=nan_to_zero), config, on_step=step)
+                native = read_native(case, nan_to_zero=nan_to_zero) if isinstance(case, Case) else case
+                brought = bring_in(native, config, on_step=step)
                 step(f"{case.id}: writing")
                 write_case(brought, out)
             except DataError as error:
@@ -85,6 +91,19 @@ def prepare(
     if failures:
         terminal.say(f"znormseg: {len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
         raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_DATA)
+
+
+def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
+    """NIfTI cases, or where there are none the one study of DICOM files."""
+    from data.bring_in import NativeCase  # noqa: PLC0415 - slow to import
+    from data.dicom import read_study  # noqa: PLC0415
+    from data.dicom_files import is_study  # noqa: PLC0415
+    from data.layouts import find_cases  # noqa: PLC0415
+
+    if not is_study(place):
+        return find_cases(place, follow_links=follow_links)
+    images = read_study(place)
+    return (NativeCase(id=images.case_id, images=images.images),)
 
 
 def _show(done: list[BroughtIn], out: Path) -> None:
