@@ -339,7 +339,7 @@ def test_the_log_tells_what_the_gradients_go_through(
     phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "znorm", *options)
-    assert "ZNorm on these tensors" in ended.err
+    assert "ZNorm (auto: under AdamW" in ended.err
     assert "model.0.conv.unit0.conv.weight" in ended.err
     ended = znormseg("train", phantoms, tmp_path / "clip", *options, "--set", "gradient.transform=clip")
     assert "gradients clipped to norm 1" in ended.err

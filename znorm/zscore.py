@@ -67,14 +67,15 @@ def zscore_(
     """
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
-    dims = channel_dims if channel_dims is not None else [0] * len(gradients)
-    chosen = [(gradient, dim) for gradient, dim in zip(gradients, dims, strict=True) if gradient.numel() > 0]
     if scope == "channel":
-        return _by_channel(chosen, eps, mode)
-    tensors = [gradient for gradient, _ in chosen if scope == "global" or gradient.numel() > 1]
+        dims = channel_dims if channel_dims is not None else [0] * len(gradients)
+        chosen = zip(gradients, dims, strict=True)
+        return _by_channel([(gradient, dim) for gradient, dim in chosen if gradient.numel() > 0], eps, mode)
+    fewest = 1 if scope == "global" else 2
+    tensors = [gradient for gradient in gradients if gradient.numel() >= fewest]
     if not tensors:
         return True
-    if all(tensor.device.type == "cpu" for tensor in tensors):
+    if all(tensor.is_cpu for tensor in tensors):
         return _on_cpu([[tensor] for tensor in tensors] if scope == "layer" else [tensors], eps, mode)
     return _on_device(tensors, eps, mode, together=scope == "global")
 
