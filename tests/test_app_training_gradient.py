@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,3 +50,13 @@ def test_laptop_leaves_the_rule_to_the_evidence() -> None:
 def test_a_limit_of_zero_for_znorms_size_is_refused_by_name() -> None:
     with pytest.raises(Exception, match=r"gradient\.znorm\.clip_norm: above 0"):
         load_config("laptop", ["gradient.znorm.clip_norm=0"])
+
+
+@pytest.mark.parametrize("setting", ["only=['nothing*']", "leave_out=['*']", "modules=[Conv9d]", "output_block=head"])
+def test_a_choice_that_fits_no_tensor_of_the_network_is_a_wrong_config(
+    setting: str, phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    options = [word for override in [*tiny_settings, f"gradient.znorm.{setting}"] for word in ("--set", override)]
+    ended = znormseg("train", phantoms, tmp_path / "run", *options)
+    assert (ended.code, (tmp_path / "run").exists()) == (4, False)
+    assert "znormseg: gradient.znorm: " in ended.err

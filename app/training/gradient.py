@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 import znorm
+from app.errors import ConfigError
 
 #: The name that stands for a choice, no rule of its own.
 AUTO: Final = "auto"
@@ -57,9 +58,16 @@ class AttachedTransform:
 
 
 def attach(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
-    """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped."""
+    """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped.
+
+    Raises:
+        ConfigError: what ``gradient.znorm`` chooses is not in the model, or leaves nothing to normalise.
+    """
     name, reason = choose_transform(config, optimizer)
-    handle = _handle(name, config, optimizer, model)
+    try:
+        handle = _handle(name, config, optimizer, model)
+    except ValueError as error:
+        raise ConfigError(f"gradient.znorm: {error}") from error
     return AttachedTransform(report=_report(name, reason, config, handle), skipped_steps=lambda: handle.skipped_steps)
 
 
