@@ -190,7 +190,8 @@ class Mirrored(PatchSource):
             images.append(torch.from_numpy(np.ascontiguousarray(np.flip(image, tuple(axes + 1)))))
             codes.append(torch.from_numpy(np.ascontiguousarray(np.flip(labels, tuple(axes)))))
             ids.append(case_id)
-        return Batch(image=torch.stack(images), masks=torch.stack(codes), cases=tuple(ids))
+        present = torch.ones(size, images[0].shape[0], dtype=torch.bool)
+        return Batch(image=torch.stack(images), masks=torch.stack(codes), present=present, cases=tuple(ids))
 
 
 def ours(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tensor]:
