@@ -221,24 +221,28 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
         EnsureTyped,
         RandCropByLabelClassesd,
         RandFlipd,
+        Transform,
     )
 
     set_track_meta(False)
 
-    def load(entry: dict[str, Any]) -> dict[str, Any]:
-        codes = np.load(entry["place"] / "codes.npy")[None]
-        image = np.load(entry["place"] / "image.npy").astype(np.float32)
-        return {"image": image, "label": codes, "tumour": (codes > 0).astype(np.uint8)}
+    # CacheDataset keeps what comes before the first transform that is random or not of MONAI's class.
+    class Load(Transform):  # type: ignore[misc]
+        def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
+            codes = np.load(entry["place"] / "codes.npy")[None]
+            image = np.load(entry["place"] / "image.npy").astype(np.float32)
+            return {"image": image, "label": codes, "tumour": (codes > 0).astype(np.uint8)}
 
-    def drop(entry: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in entry.items() if key != "tumour"}
+    class Drop(Transform):  # type: ignore[misc]
+        def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
+            return {key: value for key, value in entry.items() if key != "tumour"}
 
     both = ("image", "label")
     transform = Compose(
         [
-            load,
+            Load(),
             ClassesToIndicesd("tumour", num_classes=2, max_samples_per_class=2000),
-            drop,
+            Drop(),
             EnsureTyped("image", dtype=torch.float32, track_meta=False),
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
             RandCropByLabelClassesd(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from app import checkpoints
 from app.config import RunConfig, to_plain
@@ -18,13 +18,14 @@ from app.runtime import Runtime
 from app.training import gradient
 from app.training.schedule import learning_rate
 from app.training.state import State, to_checkpoint
+from app.training.step import Stepper
 from app.training.stopping import StopRequest
 from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
 from data.labels import CONTRASTS
-from data.loaders import Batch, CachedCase, PatchSource, batches
+from data.loaders import CachedCase, PatchSource, batches
 from data.presence import presence_mask
-from models import GivenPresence, RegionLoss, with_presence
+from models import GivenPresence, RegionLoss
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
@@ -53,7 +54,9 @@ class Loop:
             InterruptedRunError: a stop was asked for; everything is saved.
         """
         settings, state = self.config.training, self.state
-        loss_of = RegionLoss()
+        stepper = Stepper(
+            config=self.config, runtime=self.runtime, state=state, telemetry=self.telemetry, loss_of=RegionLoss()
+        )
         losses: list[float] = []
         if state.step == 0:
             self._save_last()
@@ -68,7 +71,7 @@ class Loop:
             state.network.train()
             while (progress := self._progress()) < 1:
                 rate = learning_rate(settings, progress)
-                loss = self._step(made, loss_of, rate)
+                loss = stepper.step(made, rate).loss
                 state.step += 1
                 losses.append(loss)
                 self.log.train(
@@ -99,30 +102,6 @@ class Loop:
             self._validate(validating)
         self._save_last()
         return losses
-
-    def _step(self, made: Any, loss_of: RegionLoss, rate: float) -> float:
-        """One optimiser step; returns the mean loss of its micro-batches."""
-        state, settings = self.state, self.config.training
-        total = 0.0
-        measured = self.telemetry.is_due(state.step + 1)
-        for number in range(settings.accumulate):
-            batch: Batch = next(made)
-            image = batch.image.to(self.runtime.device, non_blocking=True)
-            masks = batch.masks.to(self.runtime.device, non_blocking=True)
-            if self.config.takes_missing_contrasts:
-                image = with_presence(image, batch.present)
-            with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
-                with self.runtime.autocast():
-                    logits = state.network(image.contiguous(memory_format=self.runtime.memory_format))
-                loss = loss_of(logits, masks)
-                (loss / settings.accumulate).backward()
-            total += float(loss.detach()) / settings.accumulate
-        for group in state.optimizer.param_groups:
-            group["lr"] = rate
-        with self.telemetry.step(measured=measured):
-            state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
-        return total
 
     def _validate(self, cases: Sequence[CachedCase]) -> None:
         """Score the validation cases; keep the weights when they are the best so far."""
