@@ -1,6 +1,6 @@
 """What training with contrast dropout costs where all contrasts are there, and brings where one is missing.
 
-    python bench/contrast_dropout.py [--seeds 3] [--steps 300] [--probability 0.5] [--folder DIR]
+    python bench/contrast_dropout.py [--seeds 3] [--steps 1500] [--probability 0.5] [--folder DIR]
 
 Phantoms at 2 mm, the laptop network, patches of 2 x 48^3; per seed one run without and one with dropout: same cases,
 same patches. Mean Dice on test cases that chose nothing. A run without dropout is given zeros for what is missing;
@@ -109,7 +109,7 @@ def show(seed: str, probability: float, table: Table) -> None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--probability", type=float, default=0.5)
     parser.add_argument("--train", type=int, default=20)
     parser.add_argument("--test", type=int, default=10)
