@@ -10,6 +10,7 @@ import typer
 
 from app.cli import compare, data, demo, evaluate, predict, terminal, train
 from app.errors import EXIT_INTERRUPTED
+from app.process import sleep_while_waiting
 
 app = typer.Typer(
     name="znormseg",
@@ -47,6 +48,7 @@ def options(
 
 def run() -> None:
     """Entry point of the console script."""
+    sleep_while_waiting()
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)

@@ -17,6 +17,7 @@ from app import checkpoints
 from app.caching import prepared_cases
 from app.config import RunConfig, differences, load_config, to_yaml
 from app.errors import ConfigError, RunError
+from app.process import keep_freed_memory
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import LOCK, MetricsLog, locked, read_json, require_new, write_json
 from app.runtime import choose_runtime, machine, versions
@@ -228,6 +229,7 @@ def _train(
     on_progress: OnProgress,
 ) -> TrainResult:
     """Prepare the cases, train until the budget is spent, tidy up; what :func:`start` and :func:`resume` share."""
+    keep_freed_memory()
     facts = read_json(run / "run.json")
     runtime, convention = choose_runtime(config.runtime), CONVENTIONS[facts["labels"]]
     for reason in runtime.reasons:

@@ -1,0 +1,275 @@
+"""Training steps beside the loop of MONAI's BraTS tutorial: samples a second, ratios of one run on one machine.
+
+    python bench/train_step.py [CASES] [--config resunet] [--patch 64] [--batch 2] [--steps 4] [--rounds 5]
+
+Both sides train the same network on patches of the same prepared cases (CASES, or phantoms made for it), loader and
+optimiser included. Ours is the trainer's own step, with the config's optimiser and gradient transform, once in float32
+and, where the machine multiplies it, once in bfloat16. MONAI's side is the tutorial's (brats_segmentation_3d in
+Project-MONAI/tutorials): CacheDataset, random crop, three flips, z-score, scale and shift of intensities, DataLoader,
+DiceLoss, Adam, loss read at every step; on a GPU with its autocast and scaler. Ours draws the same kinds of
+augmentation. Each side is a process of its own; they take turns, and the median of the rounds counts. Also printed:
+the share of our step that waits for data, and the share of the measured peak of matrix products.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from app.config import load_config
+from app.process import keep_freed_memory, sleep_while_waiting
+from app.runtime import RuntimeConfig, choose_runtime, machine
+from app.training import gradient
+from app.training.state import new_state
+from app.training.step import Stepper
+from app.training.telemetry import Telemetry
+from data.labels import REGIONS, to_regions
+from data.layouts import convention_of, find_cases
+from data.loaders import CachedCase, PatchSource, batches, cache_cases
+from data.phantoms import write_phantoms
+from models import RegionLoss, build_network
+
+#: What the tutorial's loop draws: flips, a factor and a shift for each contrast.
+AUGMENTATION = {"gain": 0.1, "shift": 0.1, "flip_probability": 0.5}
+
+
+def main() -> None:
+    """Measure and print."""
+    options = _options()
+    if options.side:
+        serve(options)
+        return
+    fast = choose_runtime(RuntimeConfig()).precision is torch.bfloat16
+    print(f"{machine()}; torch {torch.__version__}; {options.config}, {options.batch} x {options.patch}^3")
+    with tempfile.TemporaryDirectory(prefix="znormseg-bench-") as scratch:
+        if options.cases is None:
+            options.cases = Path(scratch) / "phantoms"
+            write_phantoms(options.cases, 6, seed=0)
+        cases = find_cases(options.cases)
+        cached = cache_cases(
+            cases,
+            Path(scratch) / "cache",
+            spacing_mm=(1.0, 1.0, 1.0),
+            convention=convention_of(cases),
+            nan_to_zero=True,
+        )
+        sides = {name: Side(name, cached, options) for name in ("monai", "float32", *(["bfloat16"] if fast else []))}
+        answers: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        for number in range(options.rounds + 1):
+            for name, side in sides.items():
+                answer = side.ask()
+                if number:  # warm by then
+                    answers[name].append(answer)
+        for side in sides.values():
+            side.end()
+    seconds = {name: median(answer["seconds"] for answer in several) for name, several in answers.items()}
+    for name, of_step in seconds.items():
+        line = f"  {name}: {options.batch / of_step:.3f} samples/s"
+        if name != "monai":
+            waited = median(answer["waited"] / answer["seconds"] for answer in answers[name])
+            peak = answers[name][0]["flops"] / of_step / peak_flops(getattr(torch, name), options.device)
+            line += f"; over MONAI {seconds['monai'] / of_step:.2f}; waits for data {waited:.1%}; {peak:.0%} of peak"
+        print(line)
+
+
+class Side:
+    """A process that makes steps when it is asked to."""
+
+    def __init__(self, name: str, cases: list[CachedCase], options: argparse.Namespace) -> None:
+        words = [sys.executable, __file__, "--side", name, "--config", options.config, "--device", options.device]
+        words += ["--patch", str(options.patch), "--batch", str(options.batch), "--steps", str(options.steps)]
+        words += ["--workers", str(options.workers)]
+        self._process = subprocess.Popen(words, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._send(json.dumps([str(case.folder) for case in cases]))
+
+    def ask(self) -> dict[str, float]:
+        """Let it make steps."""
+        self._send("go")
+        assert self._process.stdout is not None
+        answer: dict[str, float] = json.loads(self._process.stdout.readline())
+        return answer
+
+    def end(self) -> None:
+        """Let the process end."""
+        self._process.communicate("\n")
+
+    def _send(self, line: str) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{line}\n")
+        self._process.stdin.flush()
+
+
+def serve(options: argparse.Namespace) -> None:
+    """One side: make steps for each line that comes in."""
+    places = [Path(place) for place in json.loads(sys.stdin.readline())]
+    steps = monai_steps(places, options) if options.side == "monai" else our_steps(places, options)
+    while sys.stdin.readline().strip():
+        began, waited, flops = time.perf_counter(), 0.0, 0.0
+        for _ in range(options.steps):
+            of_step, flops = next(steps)
+            waited += of_step
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        spent = time.perf_counter() - began
+        print(json.dumps({"seconds": spent / options.steps, "waited": waited / options.steps, "flops": flops}))
+        sys.stdout.flush()
+
+
+def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
+    """Steps by this project; seconds waited for data, and operations of a step."""
+    keep_freed_memory()
+    settings = {"training.patch_voxels": [options.patch] * 3, "training.batch_size": options.batch}
+    settings |= {f"augment.{key}": value for key, value in AUGMENTATION.items()}
+    settings |= {"runtime.precision": options.side, "runtime.device": options.device}
+    # Of what the config augments beyond that, nothing.
+    plain = load_config(options.config)
+    off = [name for name in vars(plain.augment) if name.endswith("_probability") and name not in AUGMENTATION]
+    settings |= {f"augment.{name}": 0 for name in off if not name.startswith(("gain", "shift"))}
+    settings |= {"augment.gain_probability": 1, "augment.shift_probability": 1}
+    config = load_config(options.config, [f"{key}={value}" for key, value in settings.items()])
+    runtime = choose_runtime(config.runtime)
+    state = new_state(config, runtime)
+    state.network.train()
+    gradient.attach(config.gradient, state.optimizer, state.network)
+    stepper = Stepper(
+        config=config,
+        runtime=runtime,
+        state=state,
+        telemetry=Telemetry(0, state.network, state.optimizer),
+        loss_of=RegionLoss(),
+    )
+    cached = []
+    for place in places:
+        x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
+        cached.append(CachedCase(id=place.name, folder=place, shape=(x, y, z)))
+    source = PatchSource(
+        cached,
+        patch_voxels=config.training.patch_voxels,
+        tumour_probability=config.training.tumour_probability,
+        augmentation=config.augment,
+        seed=0,
+    )
+    made = batches(source, first=0, size=options.batch, threads=config.runtime.loader_threads)
+    flops = operations(config, options)
+    while True:
+        result = stepper.step(made, config.training.learning_rate)
+        state.step += 1
+        yield result.waited_seconds, flops
+
+
+def operations(config: Any, options: argparse.Namespace) -> float:
+    """Floating-point operations of one step, counted by torch."""
+    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+
+    network = build_network(config.network, in_channels=4, out_channels=len(REGIONS))
+    with FlopCounterMode(display=False) as counter:
+        network(torch.zeros(options.batch, 4, *(options.patch,) * 3)).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of a large matrix product."""
+    place = choose_runtime(RuntimeConfig(device=device)).device
+    side = 2048 if place.type == "cpu" else 8192
+    one = torch.randn(side, side, dtype=dtype, device=place)
+    spent = []
+    for _ in range(8):
+        began = time.perf_counter()
+        product = one @ one
+        if place.type == "cuda":
+            torch.cuda.synchronize()
+        spent.append(time.perf_counter() - began)
+    del product
+    return 2 * side**3 / min(spent)
+
+
+def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
+    """Steps as the tutorial makes them."""
+    from monai.data import CacheDataset, DataLoader, set_track_meta  # noqa: PLC0415
+    from monai.losses import DiceLoss  # noqa: PLC0415
+    from monai.transforms import (  # noqa: PLC0415
+        Compose,
+        EnsureTyped,
+        NormalizeIntensityd,
+        RandFlipd,
+        RandScaleIntensityd,
+        RandShiftIntensityd,
+        RandSpatialCropd,
+        SpatialPadd,
+        Transform,
+    )
+
+    set_track_meta(False)
+    both = ("image", "label")
+
+    class Load(Transform):  # type: ignore[misc]
+        def __call__(self, place: Path) -> dict[str, Any]:
+            image = np.load(place / "image.npy").astype(np.float32)
+            return {"image": image, "label": to_regions(np.load(place / "codes.npy")).astype(np.float32)}
+
+    size = (options.patch,) * 3
+    transform = Compose(
+        [
+            Load(),
+            EnsureTyped(both, track_meta=False),
+            SpatialPadd(both, spatial_size=size),
+            RandSpatialCropd(both, roi_size=size, random_size=False),
+            *(RandFlipd(both, prob=0.5, spatial_axis=axis) for axis in range(3)),
+            NormalizeIntensityd("image", nonzero=True, channel_wise=True),
+            RandScaleIntensityd("image", factors=0.1, prob=1.0),
+            RandShiftIntensityd("image", offsets=0.1, prob=1.0),
+        ]
+    )
+    data = CacheDataset(places, transform, progress=False, num_workers=1)
+    # One epoch without end: what an epoch costs to begin is left out.
+    sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**7)
+    loader = DataLoader(data, batch_size=options.batch, sampler=sampler, num_workers=options.workers)
+    device = choose_runtime(RuntimeConfig(device=options.device)).device
+    network = build_network(load_config(options.config).network, in_channels=4, out_channels=len(REGIONS)).to(device)
+    loss_of = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=False, sigmoid=True)
+    optimizer = torch.optim.Adam(network.parameters(), 1e-4, weight_decay=1e-5)
+    on_gpu = device.type == "cuda"
+    scaler = torch.amp.GradScaler(device.type, enabled=on_gpu)
+    torch.backends.cudnn.benchmark = on_gpu
+    network.train()
+    for batch in loader:
+        image, masks = batch["image"].to(device), batch["label"].to(device)
+        optimizer.zero_grad()
+        with torch.autocast(device.type, torch.float16, enabled=on_gpu):
+            loss = loss_of(network(image), masks)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        loss.item()
+        yield 0.0, 0.0
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="?", type=Path, help="default: phantoms made for it")
+    parser.add_argument("--config", default="resunet")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--patch", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=4, help="a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--workers", type=int, default=1, help="processes of MONAI's loader")
+    parser.add_argument("--side", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Both sides wait for work as the program does: asleep, not spinning on a processor the other needs.
+    sleep_while_waiting()
+    main()

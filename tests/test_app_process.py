@@ -1,0 +1,51 @@
+"""How the process waits and keeps memory."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from app.process import sleep_while_waiting
+
+GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
+
+
+def run(code: str, **environment: str) -> str:
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, env={**kept, **environment}, text=True, capture_output=True, check=True)
+    return done.stdout + done.stderr
+
+
+@GLIBC
+def test_torch_s_threads_sleep_while_they_wait():
+    code = "from app.process import sleep_while_waiting as s; s(); import torch; torch.ones(9).sum()"
+    assert "OMP_WAIT_POLICY = 'PASSIVE'" in run(code, OMP_DISPLAY_ENV="TRUE")
+
+
+def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    sleep_while_waiting()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+PAGES = """
+import resource
+from app.process import keep_freed_memory
+import torch
+if {keep}:
+    assert keep_freed_memory()
+for _ in range(20):
+    torch.empty(1 << 24).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    torch.empty(1 << 24).fill_(1)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@GLIBC
+def test_freed_memory_is_used_again_without_new_pages():
+    fresh, kept = (int(run(PAGES.replace("{keep}", str(keep)))) for keep in (False, True))
+    assert kept < fresh / 5
