@@ -284,7 +284,7 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches(
     spoil_batches(monkeypatch, lambda number: number == 4)
     result = start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
     assert result.steps == 8
-    (line,) = (line for line in messages if "its loss is nan" in line)
+    (line,) = (line for line in messages() if "its loss is nan" in line)
     assert line.startswith("step 5: ")
     assert "Going back to the checkpoint of step 4" in line
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 9))
@@ -330,7 +330,7 @@ def test_a_run_that_went_back_too_often_ends_and_names_every_time(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_batches(monkeypatch, lambda number: number >= 4)
-    with pytest.raises(RunError, match="step 5: its loss is nan.*back 2 times before") as raised:
+    with pytest.raises(RunError, match=r"step 5: its loss is nan.*back 2 times before") as raised:
         start(phantoms, tmp_path / "run", load_config("laptop", [*eight_steps, "training.max_rollbacks=2"]))
     assert str(raised.value).count("batch in ") == 3
     assert max(steps_saved(tmp_path / "run")) == 4
@@ -387,7 +387,7 @@ def test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room(
     fill = full_for(3, checkpoints.write_durably)
     at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(checkpoints, "write_durably", fill))
     start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
-    (line,) = (line for line in messages if "Training waits" in line)
+    (line,) = (line for line in messages() if "Training waits" in line)
     assert "The checkpoint of step 4 needs 0." in line
     assert_same_weights(tmp_path / "run", straight)
 

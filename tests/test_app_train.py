@@ -178,7 +178,7 @@ def test_resuming_with_another_config_is_refused_with_the_key(phantoms: Path, ti
         "train", phantoms, tiny_run, "--resume", "-c", tiny_run / "config.yaml", "--set", "training.seed=7"
     )
     assert ended.code == 4
-    assert "Different: training.seed: 0 -> 7" in ended.err
+    assert "training.seed: 0 -> 7 (needs --allow training.seed)" in ended.err
 
 
 def test_resuming_with_the_config_of_the_run_is_accepted(
