@@ -1,8 +1,8 @@
 """Checkpoints: safetensors with a JSON beside it; nothing is pickled, nothing half-written counts.
 
 A checkpoint is two files, ``<kind>-<step>.safetensors`` and ``<kind>-<step>.json``. The JSON is written last and holds
-the SHA-256 of the other; a pair that is not complete is as good as not there. The older pair goes once the newer is
-whole.
+the SHA-256 of the other and of itself; a pair that is not complete is as good as not there. Both are on the disk before
+older pairs go, and the pair before the newest stays, so that there is one to go on from when the newest is damaged.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -21,12 +22,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from app.errors import RunError
-from app.runlog import write_json
-from data.nifti import replacing
+from app.progress import LOG
+from app.runlog import write_durably, write_json
 
 Kind = Literal["best", "last"]
 
-_NAME: Final = re.compile(r"^(?P<kind>best|last)-(?P<step>\d{9})\.json$")
+#: Pairs of a kind that are kept: the newest and the one before.
+GENERATIONS: Final = 2
+
+_NAME: Final = re.compile(r"^(?P<kind>best|last)-(?P<step>\d{9})\.(json|safetensors)$")
+#: Key of the JSON's own SHA-256, taken over all its other keys.
+_OWN_DIGEST: Final = "json_sha256"
 _WEIGHTS: Final = "weights."
 _OPTIMIZER: Final = "optimizer."
 _RNG: Final = "rng."
@@ -49,7 +55,9 @@ class Checkpoint:
 
 
 def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
-    """Save a checkpoint, then remove the older ones of its kind.
+    """Save a checkpoint, durably, then remove what is neither it nor the one before.
+
+    Pairs of later steps go too: they are damaged, or of a run that went back.
 
     Args:
         folder: made where it is missing.
@@ -61,39 +69,89 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{step:09d}.safetensors"
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-    with replacing(path) as beside:
-        beside.write_bytes(content)
-    write_json(path.with_suffix(".json"), {"kind": kind, "step": step, "sha256": _sha256(content), **details})
-    for old_step, old in _saved(folder, kind):
-        if old_step != step:
-            old.unlink(missing_ok=True)
-            old.with_suffix(".safetensors").unlink(missing_ok=True)
+    digest = _sha256(content)
+    facts = json.loads(json.dumps({"kind": kind, "step": step, "sha256": digest, **details}))
+    # The same tensors saved again, with other details: then the pair is whole at every moment.
+    is_there = path.is_file() and _sha256(path.read_bytes()) == digest
+    try:
+        if not is_there:
+            write_durably(path, content)
+        write_json(path.with_suffix(".json"), {**facts, _OWN_DIGEST: _own_digest(facts)})
+    except BaseException:
+        if not is_there:
+            path.unlink(missing_ok=True)
+        raise
+    before = sorted((other for other in _saved(folder, kind) if other < step), reverse=True)
+    kept = {step, *before[: GENERATIONS - 1]}
+    for other, stem in _saved(folder, kind).items():
+        if other not in kept:
+            stem.with_suffix(".json").unlink(missing_ok=True)
+            stem.with_suffix(".safetensors").unlink(missing_ok=True)
 
 
-def load_newest(folder: Path, kind: Kind) -> Checkpoint | None:
-    """The newest checkpoint of a kind, or None where there is none.
+def size_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Room on disk that tensors take, but for names and details."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def load_newest(
+    folder: Path, kind: Kind, *, unfit: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
+    """The newest checkpoint of a kind that can be used, or None where there is none.
+
+    Where it is not the newest of all, a warning says which files were not used, and why.
+
+    Args:
+        folder: of checkpoints.
+        kind: ``best`` or ``last``.
+        unfit: says why a whole checkpoint is not to be used, or None.
 
     Raises:
-        RunError: its tensors are missing, damaged, or not those it was saved with.
+        RunError: there are checkpoints, and each is damaged or not fit.
     """
-    saved = _saved(folder, kind)
-    if not saved:
+    refused: list[str] = []
+    for step, stem in sorted(_saved(folder, kind).items(), reverse=True):
+        if not stem.with_suffix(".json").exists():
+            # What an interruption while it was written leaves behind; not to be told where nothing else is there.
+            refused.append(f"{stem.with_suffix('.safetensors')}: its JSON is missing")
+            continue
+        try:
+            found = _load(stem, step)
+            if (reason := unfit(found)) is not None:
+                raise RunError(f"{stem.with_suffix('.safetensors')}: {reason}")
+        except RunError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            LOG.warning("%s Not used; the checkpoint of step %d is.", _sentence(reason), step)
+        return found
+    if not any(stem.with_suffix(".json").exists() for stem in _saved(folder, kind).values()):
         return None
-    step, path = max(saved)
-    tensors_path = path.with_suffix(".safetensors")
+    raise RunError(" ".join(_sentence(reason) for reason in refused) + " Restore both from a copy, or train again.")
+
+
+def _load(stem: Path, step: int) -> Checkpoint:
+    """One pair.
+
+    Raises:
+        RunError: a part is missing, damaged, or not that it was saved with.
+    """
+    path, tensors_path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
     try:
         details = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(details, dict):
             raise ValueError(f"{path.name} holds no JSON object")
         content = tensors_path.read_bytes()
     except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{tensors_path}: cannot be read ({error}). Restore it from a copy, or train again.") from error
+        raise RunError(f"{tensors_path}: cannot be read ({error})") from error
     digest = _sha256(content)
     if digest != details.get("sha256"):
         raise RunError(
-            f"{tensors_path}: its SHA-256 is not the one in {path.name}: the file was changed or damaged since "
-            "training. Restore both from a copy, or train again."
+            f"{tensors_path}: its SHA-256 is not the one in {path.name}: the file was changed or damaged since training"
         )
+    # Checkpoints of older versions have no digest of the JSON.
+    if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
+        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
     try:
         tensors = safetensors.torch.load(content)
     except SafetensorError as error:
@@ -157,14 +215,22 @@ def restore_rng(checkpoint: Checkpoint) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _saved(folder: Path, kind: Kind) -> list[tuple[int, Path]]:
-    """Steps and JSON files of the complete checkpoints of a kind."""
-    found = []
-    for path in folder.glob(f"{kind}-*.json"):
+def _saved(folder: Path, kind: Kind) -> dict[int, Path]:
+    """Steps of a kind of which at least one file is there, with the path of both but for the ending."""
+    found = {}
+    for path in folder.glob(f"{kind}-*"):
         match = _NAME.match(path.name)
         if match is not None:
-            found.append((int(match["step"]), path))
+            found[int(match["step"])] = path.with_suffix("")
     return found
+
+
+def _own_digest(details: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(details, sort_keys=True).encode())
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
 
 
 def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

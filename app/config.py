@@ -142,8 +142,19 @@ def to_yaml(config: RunConfig) -> str:
 
 def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Keys in which two configs differ, each as ``section.key: old -> new``."""
-    before, after = _flatten(to_plain(old)), _flatten(to_plain(new))
-    return [f"{key}: {before[key]} -> {after[key]}" for key in before if before[key] != after[key]]
+    before, after = flat(old), flat(new)
+    return [f"{key}: {before[key]} -> {after[key]}" for key in differing_keys(old, new)]
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every value of a config as plain data, by ``section.key``."""
+    return _flatten(to_plain(config))
+
+
+def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """``section.key`` of the values in which two configs differ."""
+    before, after = flat(old), flat(new)
+    return [key for key in before if before[key] != after[key]]
 
 
 def _read(name_or_path: str) -> tuple[str, str]:

@@ -57,7 +57,7 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
 
 def exit_code(error: BaseException) -> int:
     """Exit code for an exception, from the table above."""
-    if _is_out_of_memory(error):
+    if _is_out_of_memory(error) or _has_no_deterministic_form(error):
         return EXIT_MACHINE
     for kinds, code in _CODES:
         if isinstance(error, kinds):
@@ -77,6 +77,9 @@ def message(error: BaseException) -> str:
         return f"{place}{error.strerror or error}. {advice}".rstrip()
     if _is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
+    if _has_no_deterministic_form(error):
+        operation = str(error).partition(" does not ")[0]
+        return f"{operation}: the device has no deterministic form of it. Set runtime.deterministic=false."
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     return str(error)
@@ -87,3 +90,8 @@ def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def _has_no_deterministic_form(error: BaseException) -> bool:
+    """Whether torch refused an operation because of ``runtime.deterministic``; it tells so in the text alone."""
+    return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

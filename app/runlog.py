@@ -7,6 +7,7 @@ A run folder holds::
     labels.json     what the label maps hold, and their hash: a resumed run must find the same
     run.json        data, conventions, versions, machine
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
+    nonfinite/      batches whose loss was not finite, where there were any
     tensorboard/    the same for TensorBoard
     checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
     cache/          prepared cases that the user's cache does not take; may be deleted
@@ -17,22 +18,43 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final
 
 from app.errors import RunError
 from data.nifti import naming_the_place, replacing
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     from torch.utils.tensorboard import SummaryWriter
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON, whole or not at all."""
-    with replacing(path) as beside:
-        beside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    """Write JSON as :func:`write_durably`."""
+    write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; when this returns, a power cut takes neither the file nor its name away."""
+    with replacing(path) as beside, beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def remove_partial_files(run: Path) -> None:
+    """Remove what a process that was killed while it wrote left in a run. Holds for a locked run."""
+    for path in [*run.glob(".partial-*"), *(run / "checkpoints").glob(".partial-*")]:
+        path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
@@ -72,7 +94,7 @@ def require_new(run: Path) -> None:
 
 
 #: What metrics and TensorBoard's events need at the very least.
-_LEAST_ROOM_BYTES: Final = 1 << 16
+LEAST_ROOM_BYTES: Final = 1 << 16
 #: Held while a process trains in the folder.
 LOCK = ".lock"
 
@@ -95,33 +117,99 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
+def _at_once(write: Callable[[], None]) -> None:
+    write()
+
+
 class MetricsLog:
     """Appends records to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, run: Path, *, keep_up_to_step: int, keep_validations_up_to_step: int) -> None:
-        """Open the log; records of steps and validations that will be done again are dropped."""
-        last = {"validation": keep_validations_up_to_step}
-        kept = [r for r in read_metrics(run) if r["step"] <= last.get(r["kind"], keep_up_to_step)]
-        path = run / "metrics.jsonl"
-        with replacing(path) as beside:
-            beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
-        _require_room(run)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-        self._board: SummaryWriter = _summary_writer(run / "tensorboard", keep_up_to_step)
+    def __init__(
+        self,
+        run: Path,
+        *,
+        keep_up_to_step: int,
+        keep_validations_up_to_step: int,
+        patiently: Callable[[Callable[[], None]], None] = _at_once,
+    ) -> None:
+        """Open the log; records of steps and validations that will be done again are dropped.
 
-    def train(self, *, step: int, loss: float, learning_rate: float, seconds: float, skipped_steps: int) -> None:
-        """Record one training step; ``seconds`` since the run began."""
-        self._write(kind="train", step=step, loss=loss, learning_rate=learning_rate, seconds=seconds)
-        self._board.add_scalar("train/loss", loss, step)
-        self._board.add_scalar("train/learning_rate", learning_rate, step)
-        self._board.add_scalar("train/skipped_steps", skipped_steps, step)
+        Args:
+            run: the run's folder.
+            keep_up_to_step: records of later steps go.
+            keep_validations_up_to_step: validations of later steps go.
+            patiently: calls what it is given, and again while the disk is full.
+        """
+        self._run = run
+        self._patiently = patiently
+        self._open(keep_up_to_step, keep_validations_up_to_step)
+
+    def _open(self, step: int, validated_step: int) -> None:
+        last = {"validation": validated_step}
+        kept = [r for r in read_metrics(self._run) if r["step"] <= last.get(r["kind"], step)]
+        path = self._run / "metrics.jsonl"
+        write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+        _require_room(self._run)
+        # Not buffered: what a full disk did not take is known to the byte, and written again.
+        self._file: BinaryIO = path.open("ab", buffering=0)
+        self._board: SummaryWriter = _summary_writer(self._run / "tensorboard", step)
+
+    def go_back(self, *, step: int, validated_step: int) -> None:
+        """Drop the records of steps and validations that will be done again."""
+        self.close()
+        self._patiently(lambda: self._open(step, validated_step))
+
+    def train(
+        self,
+        *,
+        step: int,
+        loss: float,
+        learning_rate: float,
+        seconds: float,
+        skipped_steps: int,
+        waited_seconds: float,
+        step_seconds: float,
+        gradient_norm: float | None = None,
+    ) -> None:
+        """Record one training step.
+
+        Args:
+            step: its number, from 1.
+            loss: mean over its micro-batches.
+            learning_rate: at this step.
+            seconds: since the run began.
+            skipped_steps: of the run so far.
+            waited_seconds: of this step, for batches that were not ready.
+            step_seconds: that the step took, waiting included.
+            gradient_norm: global, before the gradient rule, where it was measured.
+        """
+        measured = {} if gradient_norm is None else {"gradient_norm": gradient_norm}
+        self._write(
+            kind="train",
+            step=step,
+            loss=loss,
+            learning_rate=learning_rate,
+            seconds=seconds,
+            waited_seconds=waited_seconds,
+            **measured,
+        )
+        self._scalar("train/loss", loss, step)
+        self._scalar("train/learning_rate", learning_rate, step)
+        self._scalar("train/skipped_steps", skipped_steps, step)
+        self._scalar("train/data_wait_share", waited_seconds / max(step_seconds, 1e-9), step)
+        if gradient_norm is not None:
+            self._scalar("train/gradient_norm", gradient_norm, step)
 
     def validation(self, *, step: int, dice: dict[str, float], mean_dice: float, seconds: float) -> None:
         """Record a validation: Dice by region, their mean."""
         self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds)
         for region, value in dice.items():
-            self._board.add_scalar(f"validation/dice_{region}", value, step)
-        self._board.add_scalar("validation/mean_dice", mean_dice, step)
+            self._scalar(f"validation/dice_{region}", value, step)
+        self._scalar("validation/mean_dice", mean_dice, step)
+
+    def picture(self, *, step: int, rgb: npt.NDArray[np.uint8]) -> None:
+        """Show a validation case in TensorBoard; uint8 of shape (height, width, 3)."""
+        self._to_board(lambda board: board.add_image("validation/first_case", rgb, step, dataformats="HWC"))
 
     def gradients(self, *, step: int, layers: Mapping[str, Mapping[str, float | None]], skipped_steps: int) -> None:
         """Record each layer's gradient at one step.
@@ -146,6 +234,10 @@ class MetricsLog:
         self._write(kind="overlap", step=step, junctions=junctions)
         self._scalars("overlap", junctions, step)
 
+    def sync(self) -> None:
+        """Have what was recorded on the disk, so that a power cut does not take what a checkpoint counts on."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Flush and close."""
         self._file.close()
@@ -153,14 +245,34 @@ class MetricsLog:
 
     def _write(self, **record: object) -> None:
         # JSON has no NaN or infinity; a number that is not finite becomes null.
-        self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
-        self._file.flush()
+        left = memoryview((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
+
+        def write() -> None:
+            nonlocal left
+            with naming_the_place(self._run / "metrics.jsonl"):
+                while left:
+                    left = left[self._file.write(left) :]
+            if shutil.disk_usage(self._run).free < LEAST_ROOM_BYTES:
+                _require_room(self._run)  # for TensorBoard
+
+        self._patiently(write)
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._to_board(lambda board: board.add_scalar(name, value, step))
+
+    def _to_board(self, add: Callable[[SummaryWriter], None]) -> None:
+        try:
+            add(self._board)
+        except OSError:
+            # Its thread met a full disk and is gone, and the events of up to two minutes; metrics.jsonl has them.
+            self._board = _summary_writer(self._run / "tensorboard", 0)
+            add(self._board)
 
     def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
         for row, values in table.items():
             for name, value in values.items():
                 if value is not None and math.isfinite(value):
-                    self._board.add_scalar(f"{group}/{row}/{name}", value, step)
+                    self._scalar(f"{group}/{row}/{name}", value, step)
 
 
 def _finite(value: object) -> object:
@@ -175,7 +287,7 @@ def _require_room(run: Path) -> None:
     probe = run / f".partial-{os.getpid()}-room"
     try:
         with naming_the_place(run):
-            probe.write_bytes(bytes(_LEAST_ROOM_BYTES))
+            probe.write_bytes(bytes(LEAST_ROOM_BYTES))
     finally:
         probe.unlink(missing_ok=True)
 

@@ -29,6 +29,8 @@ class RuntimeConfig:
     """Keep channels innermost in memory; faster for small 3D U-Nets on CPU."""
     loader_threads: int = 2
     """Threads that make batches."""
+    deterministic: bool = False
+    """On a GPU, only operations that give the same numbers each time, slower; a CPU does so anyway."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.loader_threads <= 256:
@@ -62,6 +64,7 @@ def choose_runtime(config: RuntimeConfig) -> Runtime:
     Raises:
         DeviceError: the device asked for is not there.
     """
+    _set_deterministic(on=config.deterministic)
     device, device_reason = _choose_device(config.device)
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
@@ -70,6 +73,18 @@ def choose_runtime(config: RuntimeConfig) -> Runtime:
         channels_last=config.channels_last,
         reasons=(device_reason, precision_reason),
     )
+
+
+def _set_deterministic(*, on: bool) -> None:
+    """Have torch take operations whose result does not depend on the order in which a GPU's threads end, or not.
+
+    Source: PyTorch's notes on reproducibility.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.deterministic = on
 
 
 def versions() -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit, what is damaged is refused by name, nothing is a pickle."""
+"""Checkpoints: what is saved comes back bit for bit; for what is damaged the one before is taken, and it is named."""
 
 from __future__ import annotations
 
@@ -45,6 +45,13 @@ def folder(tmp_path: Path) -> Path:
     """A folder with one checkpoint of three numbers."""
     save(tmp_path, "last", 5, {"weights.a": torch.tensor([1.0, 2.0, 3.0])}, {"note": "five"})
     return tmp_path
+
+
+@pytest.fixture
+def two(folder: Path) -> Path:
+    """The same with a newer one."""
+    save(folder, "last", 9, {"weights.a": torch.tensor([4.0, 5.0, 6.0])}, {"note": "nine"})
+    return folder
 
 
 def newest(folder: Path) -> Checkpoint:
@@ -103,9 +110,17 @@ def test_weights_are_a_state_dict_of_the_network(tmp_path: Path) -> None:
     assert same(newest(tmp_path).weights, network.state_dict())
 
 
-def test_saving_leaves_two_files_and_the_older_pair_goes(folder: Path) -> None:
-    save(folder, "last", 12, {"weights.a": torch.zeros(1)}, {})
-    assert sorted(path.name for path in folder.iterdir()) == ["last-000000012.json", "last-000000012.safetensors"]
+def test_saving_keeps_the_pair_before_and_no_older_one(folder: Path) -> None:
+    for step in (12, 20):
+        save(folder, "last", step, {"weights.a": torch.zeros(1)}, {})
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"last-{step:09d}.{ending}" for step in (12, 20) for ending in ("json", "safetensors")
+    ]
+
+
+def test_saving_removes_pairs_of_later_steps_that_a_run_has_left_behind(two: Path) -> None:
+    save(two, "last", 7, {"weights.a": torch.zeros(1)}, {})
+    assert sorted(path.name for path in two.glob("*.json")) == ["last-000000005.json", "last-000000007.json"]
 
 
 def test_the_older_pair_of_the_other_kind_stays(folder: Path) -> None:
@@ -183,6 +198,112 @@ def test_a_damaged_json_is_refused_by_name(folder: Path, content: str) -> None:
         load_newest(folder, "last")
 
 
+def flip(path: Path, bit: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[bit // 8 % len(content)] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+#: What may have become of the newest pair, and the words of the warning.
+DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "truncated": (lambda t, j: t.write_bytes(t.read_bytes()[:-5]), "its SHA-256 is not the one"),
+    "empty": (lambda t, j: t.write_bytes(b""), "its SHA-256 is not the one"),
+    "a bit of the tensors": (lambda t, j: flip(t, 8 * t.stat().st_size - 3), "its SHA-256 is not the one"),
+    "half a JSON": (lambda t, j: j.write_bytes(j.read_bytes()[:20]), "cannot be read"),
+    "a changed number in the JSON": (
+        lambda t, j: j.write_text(j.read_text().replace('"nine"', '"mine"')),
+        "its own SHA-256 does not fit",
+    ),
+    "no tensors": (lambda t, j: t.unlink(), "cannot be read"),
+    "no JSON": (lambda t, j: j.unlink(), "its JSON is missing"),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), list(DAMAGES.values()), ids=list(DAMAGES))
+def test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why(
+    damage: Callable[[Path, Path], object], words: str, two: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damage(two / "last-000000009.safetensors", two / "last-000000009.json")
+    with caplog.at_level("WARNING", logger="znormseg"):
+        assert newest(two).details["note"] == "five"
+    (line,) = caplog.messages
+    assert str(two / "last-000000009.") in line
+    assert words in line
+    assert "Not used; the checkpoint of step 5 is." in line
+
+
+@given(st.integers(0, 100_000))
+@settings(max_examples=60, derandomize=True, deadline=None)
+def test_no_flipped_bit_of_the_json_changes_what_comes_back(tmp_path_factory: pytest.TempPathFactory, bit: int) -> None:
+    folder = tmp_path_factory.mktemp("flipped")
+    for step in (5, 9):
+        save(folder, "last", step, {"weights.a": torch.full((3,), float(step))}, {"n": step, "list": [1.5, None]})
+    flip(folder / "last-000000009.json", bit)
+    found = newest(folder)
+    assert found.details["n"] == found.step == found.tensors["weights.a"][0].item()
+    assert found.details["list"] == [1.5, None]
+
+
+def test_where_every_pair_is_damaged_the_error_names_them_all(two: Path) -> None:
+    for path in two.glob("*.safetensors"):
+        path.write_bytes(b"")
+    with pytest.raises(RunError, match=r"last-000000009\.safetensors.*last-000000005\.safetensors.*Restore both"):
+        load_newest(two, "last")
+
+
+def test_a_checkpoint_without_a_digest_of_its_json_is_of_an_older_version_and_is_read(folder: Path) -> None:
+    path = folder / "last-000000005.json"
+    details = json.loads(path.read_text())
+    del details["json_sha256"]
+    path.write_text(json.dumps({**details, "note": "old"}))
+    assert newest(folder).details["note"] == "old"
+
+
+def test_a_whole_checkpoint_that_does_not_fit_is_passed_over(two: Path) -> None:
+    found = load_newest(two, "last", unfit=lambda c: "odd" if c.step == 9 else None)
+    assert found is not None
+    assert found.step == 5
+
+
+def test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes(
+    two: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import os
+
+    done: list[str] = []
+    fsync, unlink = os.fsync, Path.unlink
+
+    def noted_fsync(number: int) -> None:
+        done.append(f"sync {Path(f'/proc/self/fd/{number}').readlink().name}")
+        fsync(number)
+
+    def noted_unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.exists():
+            done.append(f"remove {path.name}")
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(os, "fsync", noted_fsync)
+    monkeypatch.setattr(Path, "unlink", noted_unlink)
+    save(two, "last", 12, {"weights.a": torch.zeros(1)}, {})
+    beside = f".partial-{os.getpid()}-last-000000012"
+    written = [f"sync {beside}.safetensors", f"sync {two.name}", f"sync {beside}.json", f"sync {two.name}"]
+    assert done == [*written, "remove last-000000005.json", "remove last-000000005.safetensors"]
+
+
+def test_the_same_tensors_saved_with_other_details_are_whole_at_every_moment(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app import checkpoints
+
+    def cut_off(path: Path, content: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoints, "write_json", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        save(folder, "last", 5, {"weights.a": torch.tensor([1.0, 2.0, 3.0])}, {"note": "again"})
+    assert newest(folder).details["note"] == "five"
+
+
 def test_a_pickle_is_not_read_even_with_the_right_digest(folder: Path) -> None:
     import hashlib
 
@@ -197,8 +318,7 @@ def test_a_pickle_is_not_read_even_with_the_right_digest(folder: Path) -> None:
 def test_an_error_while_saving_leaves_the_older_pair_and_nothing_beside(folder: Path) -> None:
     with pytest.raises(TypeError):
         save(folder, "last", 6, {"weights.a": torch.zeros(1)}, {"no JSON": object()})
-    assert newest(folder).step == 5
-    assert not [path for path in folder.iterdir() if path.name.startswith(".partial")]
+    assert sorted(path.name for path in folder.iterdir()) == ["last-000000005.json", "last-000000005.safetensors"]
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d], ids=str)
@@ -247,10 +367,7 @@ def test_everything_in_the_checkpoints_of_a_run_is_json_or_safetensors(tiny_run:
         return json.loads(path.read_text()) if path.suffix == ".json" else load_file(path)
 
     files = sorted((tiny_run / "checkpoints").iterdir())
-    assert [(path.name.split("-")[0], path.suffix) for path in files] == [
-        ("best", ".json"),
-        ("best", ".safetensors"),
-        ("last", ".json"),
-        ("last", ".safetensors"),
-    ]
+    assert {(path.name.split("-")[0], path.suffix) for path in files} == {
+        (kind, ending) for kind in ("best", "last") for ending in (".json", ".safetensors")
+    }
     assert all(read(path) for path in files)

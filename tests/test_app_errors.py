@@ -51,6 +51,17 @@ def test_main_memory_that_runs_out_in_torch_is_a_matter_of_the_machine() -> None
     assert exit_code(raised.value) == 7
 
 
+def test_an_operation_that_is_not_deterministic_is_named_with_the_way_out() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(RuntimeError) as raised:
+            torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert exit_code(raised.value) == 7
+    assert message(raised.value).startswith("put_: the device has no deterministic form of it.")
+
+
 @pytest.mark.parametrize(
     ("number", "advice"),
     [

@@ -72,7 +72,7 @@ def test_run_and_checkpoint_say_whether_contrasts_may_be_missing(
     fixture: str, expected: bool, request: pytest.FixtureRequest
 ) -> None:
     run = request.getfixturevalue(fixture)
-    (best,) = (run / "checkpoints").glob("best-*.json")
+    best = max((run / "checkpoints").glob("best-*.json"))
     for path in (run / "run.json", best):
         assert json.loads(path.read_text())["takes_missing_contrasts"] is expected
 
@@ -81,8 +81,9 @@ def test_a_checkpoint_that_contradicts_its_config_is_refused(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     shutil.copytree(dropout_run, tmp_path / "run")
-    (best,) = (tmp_path / "run" / "checkpoints").glob("best-*.json")
-    best.write_text(best.read_text().replace('"takes_missing_contrasts": true', '"takes_missing_contrasts": false'))
+    for best in (tmp_path / "run" / "checkpoints").glob("best-*.json"):
+        details = {**json.loads(best.read_text()), "takes_missing_contrasts": False, "json_sha256": None}
+        best.write_text(json.dumps(details))
     ended = znormseg("predict", tmp_path / "run", phantoms / CASE, tmp_path / "out")
     assert ended.code == 5
     assert "contradict each other" in ended.err
@@ -103,21 +104,22 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     from app.checkpoints import load_newest
     from app.config import load_config
     from app.errors import InterruptedRunError
-    from app.training.loop import Loop
+    from app.training.step import Stepper, StepResult
     from app.training.train import resume, start
 
-    config = load_config("laptop", [*tiny_settings, "augment.contrast_dropout=0.5"])
+    # A checkpoint after nearly every step.
+    frequent = ["training.checkpoint_minutes=0.001"]
+    config = load_config("laptop", [*tiny_settings, *frequent, "augment.contrast_dropout=0.5"])
     start(phantoms, tmp_path / "whole", config)
-    steps = Loop._step
+    steps = Stepper.step
 
-    def stopping(self: Loop, *arguments: Any) -> float:
+    def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
         if self.state.step == 2:
-            self._save_last()
             raise InterruptedRunError("stopped")
-        return steps(self, *arguments)
+        return steps(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Loop, "_step", stopping)
+        patch.setattr(Stepper, "step", stopping)
         with pytest.raises(InterruptedRunError):
             start(phantoms, tmp_path / "parts", config)
     resume(phantoms, tmp_path / "parts")

@@ -15,7 +15,8 @@ from app.runlog import MetricsLog, read_json, read_metrics
 def write_steps(run: Path, first: int, last: int, *, keep: int = 0, loss: float = 0.5) -> None:
     log = MetricsLog(run, keep_up_to_step=keep, keep_validations_up_to_step=keep)
     for step in range(first, last + 1):
-        log.train(step=step, loss=loss, learning_rate=0.1, seconds=1.0, skipped_steps=0)
+        spent = {"waited_seconds": 0.1, "step_seconds": 0.4}
+        log.train(step=step, loss=loss, learning_rate=0.1, seconds=1.0, skipped_steps=0, **spent)
     log.close()
 
 

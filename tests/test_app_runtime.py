@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -85,3 +87,15 @@ def test_versions_name_every_package_that_a_result_depends_on() -> None:
 def test_the_machine_is_told_in_one_line_with_its_cores() -> None:
     assert " cores" in machine()
     assert "\n" not in machine()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_operations_are_deterministic_where_that_is_asked_for(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        choose_runtime(RuntimeConfig(device="cpu", deterministic=wanted))
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert torch.backends.cudnn.deterministic is wanted
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
+    finally:
+        choose_runtime(RuntimeConfig(device="cpu"))

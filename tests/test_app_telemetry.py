@@ -41,7 +41,7 @@ def records(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    (path,) = (run / "checkpoints").glob("last-*.safetensors")
+    path = max((run / "checkpoints").glob("last-*.safetensors"))
     return load_file(path)
 
 

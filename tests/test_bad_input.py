@@ -433,11 +433,17 @@ def test_a_split_nested_without_end_is_refused(data: Path, tmp_path: Path, optio
 
 
 def best(run: Path, ending: str) -> Path:
-    (path,) = (run / "checkpoints").glob(f"best-*.{ending}")
-    return path
+    return max((run / "checkpoints").glob(f"best-*.{ending}"))
+
+
+def alone(run: Path) -> None:
+    """Take away the best weights before the newest, so that there is nothing else to take."""
+    for path in set((run / "checkpoints").glob("best-*")) - {best(run, "json"), best(run, "safetensors")}:
+        path.unlink()
 
 
 def flip_a_bit(run: Path) -> None:
+    alone(run)
     content = bytearray(best(run, "safetensors").read_bytes())
     content[-1] ^= 1
     best(run, "safetensors").write_bytes(content)
@@ -447,14 +453,23 @@ def pickle_weights(run: Path) -> None:
     """A pickle with the right digest: the digest is no protection against who can write both files."""
     import hashlib
 
+    alone(run)
     content = pickle.dumps({"weights": [1.0]})
     best(run, "safetensors").write_bytes(content)
     details = json.loads(best(run, "json").read_text())
-    best(run, "json").write_text(json.dumps({**details, "sha256": hashlib.sha256(content).hexdigest()}))
+    details = {**details, "sha256": hashlib.sha256(content).hexdigest(), "json_sha256": None}
+    best(run, "json").write_text(json.dumps(details))
 
 
 def rewrite(old: str, new: str) -> Callable[[Path], None]:
-    return lambda run: (p := best(run, "json")).write_text(p.read_text().replace(old, new)) and None
+    """Write another JSON, and leave out its own digest, which would be in the way."""
+
+    def spoil(run: Path) -> None:
+        alone(run)
+        details = {**json.loads(best(run, "json").read_text()), "json_sha256": None}
+        best(run, "json").write_text(json.dumps(details).replace(old, new))
+
+    return spoil
 
 
 #: What a run may be that cannot predict, and the words of the message.

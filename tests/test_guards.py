@@ -210,6 +210,66 @@ GUARDS: dict[str, Guard] = {
     "changed weights": Guard(
         "app/checkpoints.py", '    if digest != details.get("sha256"):', "    if False:", f"{RUN}[a changed bit]"
     ),
+    "a damaged checkpoint is not the end": Guard(
+        "app/checkpoints.py",
+        "            refused.append(str(error))\n            continue\n",
+        "            raise\n",
+        "test_app_checkpoints.py::test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why",
+    ),
+    "a changed JSON of a checkpoint": Guard(
+        "app/checkpoints.py",
+        "    if details.pop(_OWN_DIGEST, None) not in",
+        "    if details.pop(_OWN_DIGEST, None) and None not in",
+        "test_app_checkpoints.py::test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_says_why",
+    ),
+    "the disk has it before an older pair goes": Guard(
+        "app/runlog.py",
+        "        os.fsync(file.fileno())\n    folder",
+        "    folder",
+        "test_app_checkpoints.py::test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes",
+    ),
+    "a loss that is not finite": Guard(
+        "app/training/loop.py",
+        "        if not math.isfinite(result.loss):",
+        "        if False:",
+        "test_app_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
+    ),
+    "weights that are not finite": Guard(
+        "app/training/loop.py",
+        "        if not rollback.weights_are_finite(self.state.network):",
+        "        if False:",
+        "test_app_never_lost.py::test_weights_that_are_not_finite_are_never_saved",
+    ),
+    "other patches after a return": Guard(
+        "app/training/loop.py",
+        "        state.batch_offset = after - state.step * settings.accumulate\n",
+        "",
+        "test_app_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
+    ),
+    "a disk that is full for a while": Guard(
+        "app/room.py",
+        "if error.errno not in _FULL or self.stopped():",
+        "if True:",
+        "test_app_never_lost.py::test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room",
+    ),
+    "SIGUSR1 before training": Guard(
+        "app/training/train.py",
+        "@not_ended_by_sigusr1()\ndef start(",
+        "def start(",
+        "test_app_never_lost.py::test_sigusr1_while_cases_are_prepared_ends_nothing",
+    ),
+    "a changed config of a resumed run": Guard(
+        "app/training/changes.py",
+        "    if not fixed and not lacking:",
+        "    if not fixed:",
+        "test_app_never_lost.py::test_a_change_of_what_is_learned_is_shown_and_refused_unless_it_is_allowed",
+    ),
+    "a change that does not fit the weights": Guard(
+        "app/training/changes.py",
+        "    if not fixed and not lacking:",
+        "    if not lacking:",
+        "test_app_never_lost.py::test_what_cannot_change_is_refused_with_the_reason_also_where_it_is_allowed",
+    ),
     "pickled weights": Guard(
         "app/checkpoints.py",
         "    except SafetensorError as error:",

@@ -6,6 +6,7 @@ the command runs without the capabilities that let root write anywhere.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -94,8 +95,8 @@ def test_predict_on_a_full_disk_leaves_no_half_label_map(
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("kilobytes", [16, 300, 700, 1100])
-def test_train_on_a_full_disk_says_so_and_leaves_no_half_file(
+@pytest.mark.parametrize("kilobytes", [16, 300])
+def test_train_that_cannot_begin_on_a_full_disk_says_so_and_leaves_no_half_file(
     *, kilobytes: int, phantoms: Path, tmp_path: Path, options: list[str], small_disk: Call, shell: Call
 ) -> None:
     place = tmp_path / "disk"
@@ -104,6 +105,57 @@ def test_train_on_a_full_disk_says_so_and_leaves_no_half_file(
     ended = shell([*small_disk(place, kilobytes), *listing, *command])
     assert_the_machine_is_blamed(ended, place, "No space left on device", "Free some space")
     assert "left:.partial" not in ended.err
+
+
+#: Trains in $1/run, fills the disk $1 once the second step is there, and does $2 when training has said that it waits.
+FILLED_MEANWHILE = """
+place=$1; then=$2; shift 2
+"$@" 2>"$place/../err" & pid=$!
+until grep -q '"step": 2' "$place/run/metrics.jsonl" 2>/dev/null; do kill -0 $pid || exit 99; sleep 0.01; done
+head -c 100000000 /dev/zero >"$place/big" 2>/dev/null
+until grep -q 'Training waits' "$place/../err"; do kill -0 $pid || break; sleep 0.05; done
+eval "$then"
+wait $pid; code=$?
+cat "$place/../err" >&2
+cp -r "$place/run" "$place/../copy"
+exit $code
+"""
+
+
+@pytest.fixture
+def filled_meanwhile(
+    *, phantoms: Path, tmp_path: Path, options: list[str], small_disk: Call, shell: Call
+) -> Callable[[str], Any]:
+    """Train 40 steps on a disk that is full from the second on: ``filled_meanwhile("what to do then")``."""
+
+    def call(then: str) -> Any:
+        place = tmp_path / "disk"
+        settings = ["training.steps=40", "training.checkpoint_minutes=0.001", "training.batch_size=4"]
+        more = [word for setting in settings for word in ("--set", setting)]
+        command = ["znormseg", "train", phantoms, place / "run", *options, *more]
+        return shell([*small_disk(place, 3000), "sh", "-c", FILLED_MEANWHILE, "sh", place, then, *command])
+
+    return call
+
+
+def test_training_waits_while_a_disk_is_full_and_ends_well_when_there_is_room(
+    filled_meanwhile: Call, tmp_path: Path
+) -> None:
+    ended = filled_meanwhile('rm "$place/big"')
+    assert ended.code == 0, ended.err
+    assert "No space left on device" in ended.err
+    assert " needs " in ended.err
+    records = [json.loads(line) for line in (tmp_path / "copy" / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 41))
+
+
+def test_training_stopped_while_a_disk_is_full_ends_with_the_error_and_an_old_checkpoint(
+    filled_meanwhile: Call, phantoms: Path, tmp_path: Path, shell: Call
+) -> None:
+    ended = filled_meanwhile("kill -TERM $pid")
+    assert_the_machine_is_blamed(ended, tmp_path / "disk", "No space left on device", "Free some space")
+    resumed = shell(["znormseg", "train", phantoms, tmp_path / "copy", "--resume"])
+    assert resumed.code == 0, resumed.err
 
 
 def test_evaluate_on_a_full_disk_leaves_no_half_table(

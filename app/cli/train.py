@@ -42,7 +42,15 @@ def train(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run, or a finished one with a longer budget.")
+    ] = False,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow", metavar="SECTION.KEY", help="Let --resume change this key of the config; may be repeated."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Train a network on a folder of cases.
@@ -56,14 +64,19 @@ def train(
         raise typer.BadParameter("a resumed run keeps its split; leave out --fold and --split")
     if resume and labels is not None:
         raise typer.BadParameter("a resumed run keeps its label convention; leave out --labels")
+    if allow and not resume:
+        raise typer.BadParameter("--allow is for --resume; a new run takes any config")
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         if resume:
-            asked = load_config(config or "laptop", overrides) if config or overrides else None
-            outcome = training.resume(data, run, asked, follow_links=follow_links, on_progress=on_progress)
+            base = config or str(run / "config.yaml")
+            asked = load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None
+            outcome = training.resume(
+                data, run, asked, allow=allow or (), follow_links=follow_links, on_progress=on_progress
+            )
         else:
             settings = load_config(config or "laptop", overrides)
             outcome = training.start(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -10,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from app.reporting.planes import PLANES, Cut, fit_view, largest_slice, sample
+from app.reporting.planes import PLANES, Cut, Plane, fit_view, largest_slice, sample
 from app.reporting.png import encode_png
 from data.labels import REGIONS, Region, to_regions
 
@@ -86,18 +87,23 @@ def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
     Raises:
         ValueError: ``height_px`` below 64.
     """
-    if height_px < _LEAST_PANEL_PX:
-        raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
-    grey = _to_grey(case.background)
-    margin_px = 8 * _letter_scale(height_px) + 2
-    view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)
-    rows = []
-    for plane, index in zip(PLANES, shown_slices(case), strict=True):
-        cut = Cut(plane=plane, index=index, view=view)
-        bare = _marked(sample(grey, cut, smooth=True), plane.marks)
-        reference = bare if case.reference is None else _outlined(bare, case.reference, cut)
-        rows.append(_join([reference, _outlined(bare, case.prediction, cut)], axis=1))
-    return encode_png(_join(rows, axis=0))
+    return encode_png(_join(_rows(case, PLANES, height_px), axis=0))
+
+
+def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
+    """The axial row of :func:`overlay_png` alone, as an array.
+
+    Args:
+        case: arrays and spacing.
+        height_px: side of one panel in pixels, 64 or more; default 220.
+
+    Returns:
+        uint8, shape (``height_px``, ``2 * height_px + GAP_PX``, 3).
+
+    Raises:
+        ValueError: ``height_px`` below 64.
+    """
+    return _rows(case, PLANES[:1], height_px)[0]
 
 
 def shown_slices(case: OverlayCase) -> tuple[int, int, int]:
@@ -118,6 +124,22 @@ def overlay_caption(case: OverlayCase) -> str:
     axial, coronal, sagittal = shown_slices(case)
     where = f"axial slice z = {axial}, coronal y = {coronal}, sagittal x = {sagittal}"
     return f"{case.background_name}; {where} (voxel index from 0)."
+
+
+def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:
+    """The reference, or the bare image, beside the prediction, by plane; ``planes`` are the first of PLANES."""
+    if height_px < _LEAST_PANEL_PX:
+        raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
+    grey = _to_grey(case.background)
+    margin_px = 8 * _letter_scale(height_px) + 2
+    view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)
+    rows = []
+    for plane, index in zip(planes, shown_slices(case), strict=False):
+        cut = Cut(plane=plane, index=index, view=view)
+        bare = _marked(sample(grey, cut, smooth=True), plane.marks)
+        reference = bare if case.reference is None else _outlined(bare, case.reference, cut)
+        rows.append(_join([reference, _outlined(bare, case.prediction, cut)], axis=1))
+    return rows
 
 
 def _shown(case: OverlayCase) -> npt.NDArray[np.bool_]:

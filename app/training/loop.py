@@ -2,33 +2,96 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
 
 from app import checkpoints
 from app.config import RunConfig, to_plain
-from app.errors import InterruptedRunError
+from app.errors import InterruptedRunError, RunError
 from app.progress import LOG, OnProgress, Progress
+from app.reporting.overlay import OverlayCase, axial_picture
+from app.room import RoomWait
 from app.runlog import MetricsLog, read_json
 from app.runtime import Runtime
-from app.training import gradient
-from app.training.schedule import learning_rate
-from app.training.state import State, to_checkpoint
-from app.training.step import Stepper
+from app.training import gradient, rollback
+from app.training.schedule import learning_rate, spent_share
+from app.training.state import State, restore, to_checkpoint
+from app.training.step import Stepper, StepResult
 from app.training.stopping import StopRequest
 from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
 from data.labels import CONTRASTS
-from data.loaders import CachedCase, PatchSource, batches
+from data.loaders import Batch, CachedCase, PatchSource, batches
 from data.presence import presence_mask
 from models import GivenPresence, RegionLoss
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
+#: Steps from one measurement of the gradient's norm to the next.
+_NORM_EVERY: Final = 10
+#: The norm and the waiting time that progress shows are taken over this many steps.
+_RECENT_STEPS: Final = 20
+
+
+class _WentBackError(Exception):
+    """The run went back to a checkpoint; batches are to be made from there."""
+
+
+@dataclass
+class _View:
+    """What progress shows beside the step."""
+
+    first_step: int = 0
+    """Where this process took over, or went back to."""
+    began: float = field(default_factory=time.monotonic)
+    losses: list[float] = field(default_factory=list)
+    """Of this process, one a step."""
+    times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
+    """Seconds of the latest steps: waited for batches, and in all."""
+    gradient_norm: float | None = None
+    dice: dict[str, float] | None = None
+    """Of the latest validation."""
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        self.losses.append(result.loss)
+        self.times.append((result.waited_seconds, seconds))
+        if result.gradient_norm is not None:
+            self.gradient_norm = result.gradient_norm
+
+    def go_back(self, step: int) -> None:
+        """Forget what came after a step."""
+        del self.losses[max(0, step - self.first_step) :]
+        self.first_step = min(self.first_step, step)
+
+    def seconds_a_step(self) -> float:
+        """Validations and checkpoints included."""
+        return (time.monotonic() - self.began) / max(len(self.losses), 1)
+
+    def in_words(self, rate: float, best_dice: float) -> str:
+        waited, spent = (sum(column) for column in zip(*self.times, strict=True))
+        recent = self.losses[-_RECENT_STEPS:]
+        parts = [
+            f"loss {sum(recent) / len(recent):.3f}",
+            f"lr {rate:.3g}",
+            f"data wait {waited / max(spent, 1e-9):.0%}",
+        ]
+        if self.gradient_norm is not None:
+            parts.append(f"gradient norm {self.gradient_norm:.3g}")
+        if self.dice is not None:
+            parts.append(f"Dice {_in_words(self.dice)}")
+        if best_dice >= 0:
+            parts.append(f"best Dice {best_dice:.3f}")
+        return "  ".join(parts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,63 +108,187 @@ class Loop:
     transform: gradient.AttachedTransform
     telemetry: Telemetry
     log: MetricsLog
+    stop: StopRequest
+    room: RoomWait
     on_progress: OnProgress
+    view: _View = field(default_factory=_View)
 
-    def train(self, source: PatchSource, validating: Sequence[CachedCase], stop: StopRequest) -> list[float]:
+    def train(self, source: PatchSource, validating: Sequence[CachedCase]) -> list[float]:
         """Train until the budget is spent; returns the losses of this process.
 
         Raises:
             InterruptedRunError: a stop was asked for; everything is saved.
+            RunError: losses were not finite more often than ``training.max_rollbacks`` allows.
+            OSError: the disk is full, and a stop was asked for.
         """
-        settings, state = self.config.training, self.state
+        self.view.first_step, self.view.began = self.state.step, time.monotonic()
+        if self.state.step == 0:
+            self._save_last()
+        done = False
+        while not done:
+            try:
+                self._train_on(source, validating)
+                done = True
+            except _WentBackError:
+                continue
+        return self.view.losses
+
+    def _train_on(self, source: PatchSource, validating: Sequence[CachedCase]) -> None:
+        """Train from where the state is.
+
+        Raises:
+            _WentBackError: the state is an earlier one now.
+        """
+        settings, state, stop = self.config.training, self.state, self.stop
         stepper = Stepper(
             config=self.config, runtime=self.runtime, state=state, telemetry=self.telemetry, loss_of=RegionLoss()
         )
-        losses: list[float] = []
-        if state.step == 0:
-            self._save_last()
-        began = saved_at = time.monotonic()
+        saved_at = time.monotonic()
         made = batches(
             source,
-            first=state.step * settings.accumulate,
+            first=state.first_batch(settings.accumulate),
             size=settings.batch_size,
             threads=self.config.runtime.loader_threads,
         )
         with closing(made):
             state.network.train()
-            while (progress := self._progress()) < 1:
-                rate = learning_rate(settings, progress)
-                loss = stepper.step(made, rate).loss
-                state.step += 1
-                losses.append(loss)
-                self.log.train(
-                    step=state.step,
-                    loss=loss,
-                    learning_rate=rate,
-                    seconds=self.seconds(),
-                    skipped_steps=self.skipped_steps(),
-                )
-                self.telemetry.write(self.log, step=state.step, skipped_steps=self.skipped_steps())
-                self._report(losses, time.monotonic() - began)
-                if self._validation_is_due() and validating and self._progress() < 1:
+            if self._validation_is_due(validating):  # a stop came while it went on
+                self._validate(validating)
+                self._save_last()
+            while self._progress() < 1:
+                self._step(stepper, made, source)
+                if self._validation_is_due(validating):
+                    self._require_finite_weights(source)
                     self._validate(validating)
                     self._save_last()
                     saved_at = time.monotonic()
                 if stop.signal_name is not None:
+                    self._require_finite_weights(source)
                     self._save_last()
-                    raise InterruptedRunError(
-                        f"stopped by {stop.signal_name} after step {state.step}; everything is saved. "
-                        f"Go on with: znormseg train {self.data} {self.run} --resume"
-                    )
-                if time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
-                    self._save_last()
+                    raise self._stopped()
+                if stop.save or time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
+                    self._require_finite_weights(source)
+                    self._save_as_asked()
                     saved_at = time.monotonic()
+            self._require_finite_weights(source)
         if not validating:
             self._save_best(None)
         elif state.validated_step < state.step:
             self._validate(validating)
         self._save_last()
-        return losses
+
+    def _step(self, stepper: Stepper, made: Iterator[Batch], source: PatchSource) -> None:
+        """One step, recorded.
+
+        Raises:
+            _WentBackError: its loss was not finite.
+        """
+        state = self.state
+        began = time.monotonic()
+        rate = learning_rate(self.config.training, self._progress())
+        result = stepper.step(made, rate, with_norm=state.step % _NORM_EVERY == 0)
+        state.step += 1
+        if not math.isfinite(result.loss):
+            self._go_back(f"its loss is {result.loss}", result.loss, source)
+        spent = time.monotonic() - began
+        self.view.add(result, spent)
+        self.log.train(
+            step=state.step,
+            loss=result.loss,
+            learning_rate=rate,
+            seconds=self.seconds(),
+            skipped_steps=self.skipped_steps(),
+            waited_seconds=result.waited_seconds,
+            step_seconds=spent,
+            gradient_norm=result.gradient_norm,
+        )
+        self.telemetry.write(self.log, step=state.step, skipped_steps=self.skipped_steps())
+        self._report(rate)
+
+    def _require_finite_weights(self, source: PatchSource) -> None:
+        """Go back where the weights of a finite loss are not finite themselves, before they are saved."""
+        if not rollback.weights_are_finite(self.state.network):
+            self._go_back("it left weights that are not finite", self.view.losses[-1], source)
+
+    def _go_back(self, why: str, loss: float, source: PatchSource) -> None:
+        """From a step that failed to the last good checkpoint, with other patches from there on.
+
+        Raises:
+            _WentBackError: always, but for the next.
+            RunError: there were too many of these, or no checkpoint is good.
+        """
+        state, settings = self.state, self.config.training
+        failed, after = state.step, state.first_batch(settings.accumulate)
+        numbers = range(after - settings.accumulate, after)
+        seen = [source.batch(number, settings.batch_size) for number in numbers]
+        cases = sorted({case for batch in seen for case in batch.cases})
+        good = checkpoints.load_newest(self.run / "checkpoints", "last", unfit=rollback.unfit_to_go_on)
+        facts = {
+            "why": why,
+            "loss": rollback.plain_number(loss),
+            "cases": cases,
+            "batch_numbers": list(numbers),
+            "batch_size": settings.batch_size,
+            "last_good_step": None if good is None else good.step,
+        }
+        kept: list[Path] = []
+        self.room.write(
+            lambda: kept.append(rollback.keep_batch(self.run, failed, seen, facts)),
+            what=f"the batch of step {failed}",
+            needed_bytes=sum(batch.image.nbytes + batch.masks.nbytes for batch in seen),
+            folder=self.run,
+        )
+        if good is None:
+            raise RunError(f"{self.run}: step {failed}: {why}, and there is no checkpoint to go back to")
+        record: dict[str, Any] = {"step": failed, "back_to": good.step, "cases": cases, "file": str(kept[0])}
+        every = [*state.rollbacks, record]
+        if len(state.rollbacks) >= settings.max_rollbacks:
+            raise RunError(
+                f"{self.run}: step {failed}: {why}. The run went back {len(state.rollbacks)} times before "
+                f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.in_words(every)}. The last good "
+                f"checkpoint is that of step {good.step}. Look at these cases, or resume with a lower learning rate: "
+                "--resume --set training.learning_rate=... --allow training.learning_rate --set training.max_rollbacks="
+                f"{settings.max_rollbacks + 3}"
+            )
+        LOG.warning(
+            "step %d: %s; cases %s; the batch is in %s. Going back to the checkpoint of step %d, and on with other "
+            "patches (%d of %d)",
+            *(failed, why, ", ".join(cases), kept[0], good.step, len(every), settings.max_rollbacks),
+        )
+        seconds = state.seconds
+        restore(state, good)
+        state.seconds = seconds  # the clock went on
+        state.skipped_before -= self.transform.skipped_steps()
+        # The next step takes the batch after the one that failed.
+        state.batch_offset = after - state.step * settings.accumulate
+        state.rollbacks = every
+        state.optimizer.zero_grad(set_to_none=True)
+        self.telemetry.forget()
+        self.view.go_back(state.step)
+        self.log.go_back(step=state.step, validated_step=state.validated_step)
+        self._save_last()
+        raise _WentBackError
+
+    def _save_as_asked(self) -> None:
+        """Save; say so where SIGUSR1 asked for it."""
+        asked, self.stop.save = self.stop.save, False
+        self._save_last()
+        if asked:
+            LOG.info("SIGUSR1: step %d is saved; going on", self.state.step)
+
+    def _stopped(self) -> InterruptedRunError:
+        return InterruptedRunError(
+            f"stopped by {self.stop.signal_name} after step {self.state.step}; everything is saved. "
+            f"Go on with: znormseg train {self.data} {self.run} --resume"
+        )
+
+    def _while_validating(self) -> None:
+        """Between two windows: a validation may take longer than who sent a signal waits."""
+        if self.stop.signal_name is not None:
+            self._save_last()
+            raise self._stopped()
+        if self.stop.save:
+            self._save_as_asked()
 
     def _validate(self, cases: Sequence[CachedCase]) -> None:
         """Score the validation cases; keep the weights when they are the best so far."""
@@ -110,25 +297,46 @@ class Loop:
         network = state.network
         if self.config.takes_missing_contrasts:
             network = GivenPresence(network, presence_mask(CONTRASTS))
+        first: list[tuple[CachedCase, npt.NDArray[np.uint8]]] = []
         dice = validation_dice(
-            network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
+            network,
+            cases,
+            window=settings.patch_voxels,
+            config=self.config.inference,
+            runtime=self.runtime,
+            between_windows=self._while_validating,
+            on_case=lambda case, codes: first.append((case, codes)) if not first else None,
         )
         state.validations += 1
         state.validated_step = state.step
         state.validation_seconds = time.monotonic() - before
         mean = sum(dice.values()) / len(dice)
         self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
+        self.log.picture(step=state.step, rgb=self._picture(*first[0]))
+        self.view.dice = dice
         LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
         if mean > state.best_dice:
             state.best_dice, state.best_step = mean, state.step
             self._save_best(dice)
 
+    def _picture(self, case: CachedCase, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """Axial slice through the tumour: reference on the left, prediction on the right."""
+        contrast = CONTRASTS[-1]
+        x, y, z = read_json(self.run / "run.json")["spacing_mm"]
+        shown = OverlayCase(
+            case=case.id,
+            background=case.image()[CONTRASTS.index(contrast)].astype(np.float32),
+            background_name=contrast.upper(),
+            prediction=codes,
+            reference=np.asarray(case.codes()),
+            spacing_mm=(x, y, z),
+        )
+        return axial_picture(shown)
+
     def _save_best(self, dice: dict[str, float] | None) -> None:
         facts = read_json(self.run / "run.json")
-        checkpoints.save(
-            self.run / "checkpoints",
+        self._save(
             "best",
-            self.state.step,
             checkpoints.weight_tensors(self.state.network),
             {
                 "dice": dice,
@@ -143,28 +351,42 @@ class Loop:
         )
 
     def _save_last(self) -> None:
+        self.log.sync()
         tensors, details = to_checkpoint(self.state)
-        checkpoints.save(
-            self.run / "checkpoints",
-            "last",
-            self.state.step,
-            tensors,
-            {**details, "seconds": self.seconds(), "skipped_steps": self.skipped_steps()},
+        self._save("last", tensors, {**details, "seconds": self.seconds(), "skipped_steps": self.skipped_steps()})
+
+    def _save(self, kind: checkpoints.Kind, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
+        folder, step = self.run / "checkpoints", self.state.step
+
+        def save() -> None:
+            checkpoints.save(folder, kind, step, tensors, details)
+
+        if step == 0 and not self.state.rollbacks:
+            save()  # nothing is lost yet: who started the run should know at once
+            return
+        self.room.write(
+            save,
+            what=f"the checkpoint of step {step}",
+            needed_bytes=checkpoints.size_bytes(tensors),
+            folder=self.run,
         )
 
     def _progress(self) -> float:
-        """Share of the budget that is spent. A budget in hours keeps the time of one validation for the last one."""
-        settings, state = self.config.training, self.state
-        if settings.steps is not None:
-            return state.step / settings.steps
-        assert settings.hours is not None
-        budget = settings.hours * 3600
-        return self.seconds() / max(budget - state.validation_seconds, 0.5 * budget)
+        """Share of the budget that is spent."""
+        return spent_share(
+            self.config.training,
+            step=self.state.step,
+            seconds=self.seconds(),
+            validation_seconds=self.state.validation_seconds,
+        )
 
-    def _validation_is_due(self) -> bool:
+    def _validation_is_due(self, validating: Sequence[CachedCase]) -> bool:
         """By steps: at even distances, whatever the clock says. By hours: only while validation stays cheap."""
         settings, state = self.config.training, self.state
-        due = self._progress() * settings.validations >= state.validations + 1
+        progress = self._progress()
+        if not validating or progress >= 1 or state.validated_step == state.step:
+            return False
+        due = progress * settings.validations >= state.validations + 1
         if settings.steps is not None or not due:
             return due
         spent = state.validations * state.validation_seconds
@@ -175,16 +397,13 @@ class Loop:
         return self.state.skipped_before + self.transform.skipped_steps()
 
     def seconds(self) -> float:
-        """Wall-clock time of the run so far, over all its processes."""
-        return self.state.seconds + time.monotonic() - self.clock
+        """Wall-clock time of the run so far, over all its processes, but for waiting on a full disk."""
+        return self.state.seconds + time.monotonic() - self.clock - self.room.waited_seconds
 
-    def _report(self, losses: list[float], spent: float) -> None:
-        progress = self._progress()
-        recent = losses[-20:]
-        best = f"  best Dice {self.state.best_dice:.3f}" if self.state.best_dice >= 0 else ""
-        steps = self.config.training.steps
+    def _report(self, rate: float) -> None:
+        progress, state, steps = self._progress(), self.state, self.config.training.steps
         left = (
-            (steps - self.state.step) * spent / len(losses)
+            (steps - state.step) * self.view.seconds_a_step()
             if steps is not None
             else self.seconds() * (1 / progress - 1)
         )
@@ -192,7 +411,7 @@ class Loop:
             Progress(
                 job="training",
                 share=min(progress, 1.0),
-                detail=f"step {self.state.step}  loss {sum(recent) / len(recent):.3f}{best}",
+                detail=f"step {state.step}  {self.view.in_words(rate, state.best_dice)}",
                 eta_seconds=max(0.0, left),
             )
         )

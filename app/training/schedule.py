@@ -1,10 +1,26 @@
-"""The learning rate as a pure function of progress."""
+"""Progress, and the learning rate as a pure function of it."""
 
 from __future__ import annotations
 
 import math
 
 from app.training.settings import TrainingConfig
+
+
+def spent_share(config: TrainingConfig, *, step: int, seconds: float, validation_seconds: float) -> float:
+    """Share of the budget that is spent; 1 or more at its end.
+
+    Args:
+        config: budget in steps or hours; one in hours keeps the time of one validation for the last one.
+        step: optimiser steps done.
+        seconds: since the run began.
+        validation_seconds: that the latest validation took.
+    """
+    if config.steps is not None:
+        return step / config.steps
+    assert config.hours is not None
+    budget = config.hours * 3600
+    return seconds / max(budget - validation_seconds, 0.5 * budget)
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:

@@ -38,6 +38,8 @@ class TrainingConfig:
     """How often the validation cases are predicted, spread evenly, the last at the end."""
     checkpoint_minutes: float = 10.0
     """Time between checkpoints; one is also saved at the start, at each validation and on interruption."""
+    max_rollbacks: int = 3
+    """How often a run may go back to its last checkpoint because of a loss that is not finite."""
     telemetry_steps: int = 0
     """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none."""
     seed: int = 0
@@ -66,6 +68,7 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "warmup": (0, 0.9),
     "validations": (1, 10_000),
     "checkpoint_minutes": (0.001, 10_000),
+    "max_rollbacks": (0, 10_000),
     "telemetry_steps": (0, 10**9),
     "seed": (0, 2**31),
 }

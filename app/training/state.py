@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -32,6 +32,14 @@ class State:
     """Step of the latest validation."""
     validation_seconds: float = 0.0
     skipped_before: int = 0
+    batch_offset: int = 0
+    """Micro-batches that were left out so far: those from a checkpoint to a loss that was not finite."""
+    rollbacks: list[dict[str, Any]] = field(default_factory=list)
+    """By return to a checkpoint: ``step``, ``back_to``, ``cases`` and ``file``."""
+
+    def first_batch(self, accumulate: int) -> int:
+        """Number of the micro-batch that the next step begins with."""
+        return self.step * accumulate + self.batch_offset
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> State:
@@ -67,6 +75,8 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
     state.validations, state.validated_step = details["validations"], details["validated_step"]
     state.validation_seconds = details["validation_seconds"]
     state.skipped_before = details["skipped_steps"]
+    state.batch_offset = details.get("batch_offset", 0)  # older versions never went back
+    state.rollbacks = list(details.get("rollbacks", []))
 
 
 def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -80,6 +90,8 @@ def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "validations": state.validations,
             "validated_step": state.validated_step,
             "validation_seconds": state.validation_seconds,
+            "batch_offset": state.batch_offset,
+            "rollbacks": state.rollbacks,
             "optimizer": plain,
         },
     )

@@ -26,6 +26,8 @@ class StepResult:
     """For batches that were not ready."""
     cases: tuple[str, ...]
     """Ids of the cases whose patches were in it."""
+    gradient_norm: float | None = None
+    """Global norm before the gradient rule, where it was asked for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,12 +40,13 @@ class Stepper:
     telemetry: Telemetry
     loss_of: RegionLoss
 
-    def step(self, batches: Iterator[Batch], rate: float) -> StepResult:
+    def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
         """One optimiser step.
 
         Args:
             batches: ``training.accumulate`` micro-batches are taken from it.
             rate: learning rate.
+            with_norm: measure the gradient's norm.
         """
         state, settings = self.state, self.config.training
         measured = self.telemetry.is_due(state.step + 1)
@@ -58,12 +61,17 @@ class Stepper:
                 loss = self._loss(batch)
                 (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) / settings.accumulate
+        norm = self._gradient_norm() if with_norm else None
         for group in state.optimizer.param_groups:
             group["lr"] = rate
         with self.telemetry.step(measured=measured):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=total, waited_seconds=waited, cases=tuple(cases))
+        return StepResult(loss=total, waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)
+
+    def _gradient_norm(self) -> float:
+        gradients = [p.grad for p in self.state.network.parameters() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)

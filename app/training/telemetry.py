@@ -67,6 +67,10 @@ class Telemetry:
             log.gradients(step=step, layers=layers, skipped_steps=skipped_steps)
         if self._overlap is not None and (overlap := self._overlap.read()):
             log.overlap(step=step, junctions={name: asdict(values) for name, values in overlap.items()})
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was measured and is not recorded yet."""
         self._step = self._overlap = None
 
 

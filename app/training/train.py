@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,16 +15,27 @@ import torch
 
 from app import checkpoints
 from app.caching import prepared_cases
-from app.config import RunConfig, differences, load_config, to_yaml
-from app.errors import ConfigError, RunError
+from app.config import RunConfig, load_config, to_yaml
+from app.errors import RunError
 from app.process import keep_freed_memory
 from app.progress import LOG, OnProgress, Progress, silent
-from app.runlog import LOCK, MetricsLog, locked, read_json, require_new, write_json
+from app.room import RoomWait
+from app.runlog import (
+    LEAST_ROOM_BYTES,
+    LOCK,
+    MetricsLog,
+    locked,
+    read_json,
+    remove_partial_files,
+    require_new,
+    write_durably,
+    write_json,
+)
 from app.runtime import choose_runtime, machine, versions
-from app.training import gradient
+from app.training import changes, gradient
 from app.training.loop import Loop
 from app.training.state import State, new_state, restore
-from app.training.stopping import stop_on_signals
+from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
 from app.training.telemetry import Telemetry
 from data.cache import CaseFolder
 from data.errors import DataError
@@ -74,6 +85,7 @@ class TrainResult:
         }
 
 
+@not_ended_by_sigusr1()
 def start(
     data: Path,
     run: Path,
@@ -120,7 +132,7 @@ def start(
     with locked(run), _opened(store, run) as opened:
         require_new(run)  # once more: another process may have been here since
         with _removed_unless_started(run, keep_folder=was_there):
-            (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+            write_durably(run / "config.yaml", to_yaml(config).encode())
             write_json(run / "split.json", split.to_json())
             write_json(run / "labels.json", _labels_on_record(split, held))
             write_json(
@@ -154,11 +166,13 @@ def start(
             )
 
 
+@not_ended_by_sigusr1()
 def resume(
     data: Path,
     run: Path,
     config: RunConfig | None = None,
     *,
+    allow: Collection[str] = (),
     follow_links: bool = False,
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
@@ -168,14 +182,16 @@ def resume(
     Args:
         data: the folder of cases it was started with.
         run: the run's folder.
-        config: the configuration asked for now, where one was; it must be the run's own.
+        config: the configuration asked for now, where one was.
+        allow: keys in which it may differ from the run's own although they change what is learned; without, it may in
+            those of :data:`app.training.changes.HARMLESS`.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
         on_progress: told where the run is.
 
     Raises:
         RunError: there is nothing to resume, or another process trains there.
-        ConfigError: ``config`` differs from the run's own.
+        ConfigError: ``config`` differs from the run's own in a key that cannot change, or that ``allow`` lacks.
         DataError: a case of the run is gone or damaged, or its label map is another one than when the run began.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
@@ -183,12 +199,10 @@ def resume(
     if not (run / "checkpoints").is_dir():
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
-    if config is not None and (changed := differences(own, config)):
-        raise ConfigError(
-            f"{run} was started with another config; it resumes with its own only. Leave out --config and "
-            f"--set, or start a new run. Different: {'; '.join(changed)}"
-        )
+    config = own if config is None else config
+    changed = changes.require_allowed(run, own, config, allow)
     with locked(run), _opened(store, run) as opened:
+        remove_partial_files(run)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
@@ -200,13 +214,15 @@ def resume(
                 f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
             )
         _require_same_labels(run, data, cases)
-        state = new_state(own, choose_runtime(own.runtime))
+        state = new_state(config, choose_runtime(config.runtime))
         restore(state, checkpoint)
+        _require_best(run, state)
         LOG.info("resuming at step %d", state.step)
+        changes.apply_changes(run, own, config, changed, state)
         return _train(
             data=data,
             run=run,
-            config=own,
+            config=config,
             state=state,
             split=split,
             cases=cases,
@@ -255,21 +271,32 @@ def _train(
     )
     transform = gradient.attach(config.gradient, state.optimizer, state.network)
     LOG.info("%s", transform.report)
-    log = MetricsLog(run, keep_up_to_step=state.step, keep_validations_up_to_step=state.validated_step)
-    loop = Loop(
-        run=run,
-        data=data,
-        config=config,
-        runtime=runtime,
-        state=state,
-        clock=clock,
-        transform=transform,
-        telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
-        log=log,
-        on_progress=on_progress,
-    )
-    with closing(log), stop_on_signals() as stop:
-        losses = loop.train(source, prepared[len(split.train) :], stop)
+    with stop_on_signals() as stop:
+        room = RoomWait(stopped=lambda: stop.signal_name is not None)
+        log = MetricsLog(
+            run,
+            keep_up_to_step=state.step,
+            keep_validations_up_to_step=state.validated_step,
+            patiently=lambda write: room.write(
+                write, what="a line of metrics.jsonl", needed_bytes=LEAST_ROOM_BYTES, folder=run
+            ),
+        )
+        with closing(log):
+            loop = Loop(
+                run=run,
+                data=data,
+                config=config,
+                runtime=runtime,
+                state=state,
+                clock=clock,
+                transform=transform,
+                telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
+                log=log,
+                stop=stop,
+                room=room,
+                on_progress=on_progress,
+            )
+            losses = loop.train(source, prepared[len(split.train) :])
     shutil.rmtree(run / "cache", ignore_errors=True)
     best = checkpoints.load_newest(run / "checkpoints", "best")
     assert best is not None
@@ -282,6 +309,19 @@ def _train(
         best_step=best.step,
         skipped_steps=loop.skipped_steps(),
     )
+
+
+def _require_best(run: Path, state: State) -> None:
+    """Have the best Dice of a state be that of weights that can be loaded, so that lost ones are replaced."""
+    try:
+        best = checkpoints.load_newest(run / "checkpoints", "best")
+    except RunError as error:
+        LOG.warning("%s The next validation saves new best weights.", error)
+        best = None
+    if state.best_dice >= 0 and (best is None or best.step < state.best_step):
+        dice = None if best is None else best.details["dice"]
+        state.best_dice = sum(dice.values()) / len(dice) if dice else -1.0
+        state.best_step = best.step if best is not None else 0
 
 
 def _labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -24,6 +25,7 @@ def validation_dice(
     config: InferenceConfig,
     runtime: Runtime,
     between_windows: Callable[[], None] = lambda: None,
+    on_case: Callable[[CachedCase, npt.NDArray[np.uint8]], None] = lambda *_: None,
 ) -> dict[str, float]:
     """Mean Dice by region over cases, at the spacing the network works at; a region empty in both counts 1.
 
@@ -34,6 +36,7 @@ def validation_dice(
         config: overlap.
         runtime: device and precision.
         between_windows: called before each window; may raise to stop.
+        on_case: called with each case and its prediction, label codes of shape (X, Y, Z).
     """
     was_training = network.training
     network.eval()
@@ -48,7 +51,9 @@ def validation_dice(
             runtime=runtime,
             between_windows=between_windows,
         )
-        predicted = to_regions(from_regions((logits > 0).cpu().numpy()))
+        codes = from_regions((logits > 0).cpu().numpy())
+        on_case(case, codes)
+        predicted = to_regions(codes)
         expected = to_regions(np.asarray(case.codes()))
         scores.append([dice(one, other) for one, other in zip(predicted, expected, strict=True)])
     network.train(was_training)
