@@ -53,7 +53,7 @@ def verdict(text: str, *overrides: str) -> str:
 
 
 def test_there_is_a_config_for_a_laptop_and_for_each_network() -> None:
-    assert {"laptop", "unet", "resunet", "resunet-znorm"} <= set(config_names())
+    assert {"laptop", "unet", "resunet", "resunet-znorm", "large"} <= set(config_names())
 
 
 @pytest.mark.parametrize("name", config_names())

@@ -25,7 +25,7 @@ from app.training.validate import validation_dice
 from data.labels import CONTRASTS
 from data.loaders import CachedCase, PatchSource, batches
 from data.presence import presence_mask
-from models import GivenPresence, RegionLoss
+from models import DeepLoss, GivenPresence, RegionLoss
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
@@ -55,7 +55,11 @@ class Loop:
         """
         settings, state = self.config.training, self.state
         stepper = Stepper(
-            config=self.config, runtime=self.runtime, state=state, telemetry=self.telemetry, loss_of=RegionLoss()
+            config=self.config,
+            runtime=self.runtime,
+            state=state,
+            telemetry=self.telemetry,
+            loss_of=DeepLoss(RegionLoss()) if self.config.network.deep_supervision else RegionLoss(),
         )
         losses: list[float] = []
         if state.step == 0:
@@ -69,7 +73,7 @@ class Loop:
         )
         with closing(made):
             state.network.train()
-            while (progress := self._progress()) < 1:
+            while (progress := self._progress()) < 1 and not self._has_stalled():
                 rate = learning_rate(settings, progress)
                 loss = stepper.step(made, rate).loss
                 state.step += 1
@@ -107,7 +111,7 @@ class Loop:
         """Score the validation cases; keep the weights when they are the best so far."""
         state, settings = self.state, self.config.training
         before = time.monotonic()
-        network = state.network
+        network = state.evaluated
         if self.config.takes_missing_contrasts:
             network = GivenPresence(network, presence_mask(CONTRASTS))
         dice = validation_dice(
@@ -120,7 +124,7 @@ class Loop:
         self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
         LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
         if mean > state.best_dice:
-            state.best_dice, state.best_step = mean, state.step
+            state.best_dice, state.best_step, state.best_validation = mean, state.step, state.validations
             self._save_best(dice)
 
     def _save_best(self, dice: dict[str, float] | None) -> None:
@@ -129,7 +133,7 @@ class Loop:
             self.run / "checkpoints",
             "best",
             self.state.step,
-            checkpoints.weight_tensors(self.state.network),
+            checkpoints.weight_tensors(self.state.evaluated),
             {
                 "dice": dice,
                 "contrasts": facts["contrasts"],
@@ -160,6 +164,15 @@ class Loop:
         assert settings.hours is not None
         budget = settings.hours * 3600
         return self.seconds() / max(budget - state.validation_seconds, 0.5 * budget)
+
+    def _has_stalled(self) -> bool:
+        """Whether the latest ``training.patience`` validations brought no better mean Dice."""
+        patience, state = self.config.training.patience, self.state
+        return patience is not None and state.validations - state.best_validation >= patience
+
+    def stopped_early(self) -> bool:
+        """Whether the run ended with budget left, since validation got no better."""
+        return self._has_stalled() and self._progress() < 1
 
     def _validation_is_due(self) -> bool:
         """By steps: at even distances, whatever the clock says. By hours: only while validation stays cheap."""
