@@ -56,11 +56,13 @@ class ResEncUNet(nn.Module):
         super().__init__()
         common: dict[str, Any] = {"spatial_dims": 3, "kernel_size": 3, "bias": False}
         adn: dict[str, Any] = {"norm": _NORM, "act": _ACTIVATION}
-        self.stem = Convolution(in_channels=in_channels, out_channels=channels[0], **common, **adn)
+        self.stem = Convolution(
+            in_channels=in_channels, out_channels=channels[0], strides=first_stride, **common, **adn
+        )
         stages = []
         before = channels[0]
         for level, (features, count) in enumerate(zip(channels, blocks, strict=True)):
-            strides = [first_stride if level == 0 else 2, *(1,) * (count - 1)]
+            strides = [1 if level == 0 else 2, *(1,) * (count - 1)]
             stages.append(
                 nn.Sequential(
                     *(
