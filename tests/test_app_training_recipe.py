@@ -132,7 +132,7 @@ def test_the_average_changes_what_is_kept_and_not_what_is_trained(train: Train, 
     assert not same(kept, section(averaged, "weights."))
 
 
-@pytest.mark.parametrize("more", [(), RESENC, ("runtime.precision=float16",)], ids=["resunet", "resenc", "float16"])
+@pytest.mark.parametrize("more", [RESENC, ("runtime.precision=float16",)], ids=["resenc", "float16"])
 def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result(
     more: tuple[str, ...], train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,7 +45,8 @@ class TrainingConfig:
     checkpoint_minutes: float = 10.0
     """Time between checkpoints; one is also saved at the start, at each validation and on interruption."""
     telemetry_steps: int = 0
-    """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none."""
+    """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none.
+    In float16 the norms of the overlap are those of the scaled loss."""
     seed: int = 0
     """Initial weights, patches and their augmentation."""
 
