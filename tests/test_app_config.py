@@ -198,7 +198,11 @@ def test_a_patch_that_does_not_fit_the_network_is_refused_with_key_value_and_div
         "augment.flip_probability=1.5",
         "inference.overlap=1",
         "runtime.device=gpu",
-        "runtime.precision=float16",
+        "runtime.precision=float64",
+        "training.ema_decay=1",
+        "training.ema_decay=-0.1",
+        "training.patience=0",
+        "training.enhancing_probability=1.5",
         "runtime.loader_threads=0",
     ],
 )
