@@ -9,7 +9,7 @@ import dataclasses
 import difflib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -87,22 +87,31 @@ def config_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in resources.files("app.configs").iterdir() if _is_yaml(entry.name))
 
 
-def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load_config(
+    name_or_path: str, overrides: Sequence[str] = (), *, sections: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunConfig:
     """Read a config and apply overrides.
 
     Args:
         name_or_path: one of :func:`config_names`, or the path of a YAML file.
         overrides: ``section.key=value``, the value in YAML. Setting one of ``training.steps`` and ``training.hours``
             clears the other.
+        sections: values by section and key that replace those of the file, before the overrides.
 
     Raises:
         ConfigError: no such config, not YAML, an unknown key, a value of the wrong type or out of range.
     """
     text, origin = _read(name_or_path)
-    return parse_config(text, origin, overrides)
+    return parse_config(text, origin, overrides, sections=sections)
 
 
-def parse_config(text: str, origin: str, overrides: Sequence[str] = ()) -> RunConfig:
+def parse_config(
+    text: str,
+    origin: str,
+    overrides: Sequence[str] = (),
+    *,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
     """The same from text; ``origin`` is what messages call it.
 
     Raises:
@@ -116,6 +125,8 @@ def parse_config(text: str, origin: str, overrides: Sequence[str] = ()) -> RunCo
         content = {}
     if not isinstance(content, dict):
         raise ConfigError(f"{origin}: a config is a mapping of sections, this is a {type(content).__name__}")
+    for section, values in (sections or {}).items():
+        content[section] = {**(content.get(section) or {}), **values}
     for override in overrides:
         _apply(content, override)
     return _validate(content, origin)

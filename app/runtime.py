@@ -16,6 +16,9 @@ from app.errors import DeviceError
 #: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
 _BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
+#: Compute capability from which on GPUs multiply float16 faster than float32.
+_TENSOR_CORES: Final = (7, 0)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -23,8 +26,8 @@ class RuntimeConfig:
 
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """``auto`` takes bfloat16 autocast where the hardware multiplies it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """``auto`` takes bfloat16 autocast where the hardware multiplies it, else float16 on a GPU with tensor cores."""
     channels_last: bool = True
     """Keep channels innermost in memory; faster for small 3D U-Nets on CPU."""
     loader_threads: int = 2
@@ -50,7 +53,13 @@ class Runtime:
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision is torch.bfloat16)
+        lower = torch.bfloat16 if self.precision is torch.float32 else self.precision
+        return torch.autocast(self.device.type, lower, enabled=self.precision is not torch.float32)
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether training scales its loss: small gradients are 0 in float16."""
+        return self.precision is torch.float16
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -124,7 +133,9 @@ def _choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, s
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "precision bfloat16: the GPU has it"
-        return torch.float32, "precision float32: the GPU has no bfloat16"
+        if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
+            return torch.float16, "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
+        return torch.float32, "precision float32: the GPU has neither bfloat16 nor tensor cores"
     if found := sorted(_BF16_FLAGS & _cpu_flags()):
         return torch.bfloat16, f"precision bfloat16: the CPU has {', '.join(found)}"
     return torch.float32, "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"

@@ -159,12 +159,18 @@ class PatchSource:
         tumour_probability: float,
         augmentation: augment.AugmentConfig,
         seed: int,
+        enhancing_probability: float | None = None,
     ) -> None:
-        """Args as in the run's config; ``tumour_probability`` is the share of patches centred on tumour."""
+        """Args as in the run's config.
+
+        ``tumour_probability`` is the share of patches centred on tumour, ``enhancing_probability`` the share of those
+        centred on enhancing tumour in cases that have some; None: each tissue equally often.
+        """
         self._cases = list(cases)
         self._centres = [_by_tissue(case.centres()) for case in cases]
         self._patch = patch_voxels
         self._tumour_probability = tumour_probability
+        self._enhancing_probability = enhancing_probability
         self._augmentation = augmentation
         self._seed = seed
         self._open: OrderedDict[int, _Mapped] = OrderedDict()
@@ -215,13 +221,22 @@ class PatchSource:
         )
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """A tumour voxel, each tissue the case has being as likely as the others, or any voxel of the box."""
+        """A tumour voxel, or any voxel of the box."""
         centres = self._centres[index]
         wanted = rng.random() < self._tumour_probability
         if wanted and centres:
-            of_tissue = centres[int(rng.choice(list(centres)))]
+            of_tissue = centres[self._tissue(list(centres), rng)]
             return tuple(int(v) for v in of_tissue[rng.integers(len(of_tissue))])
         return tuple(int(rng.integers(side)) for side in self._cases[index].shape)
+
+    def _tissue(self, tissues: list[int], rng: np.random.Generator) -> int:
+        """One of the tissues that a case has: each as likely as the others, or enhancing tumour as often as asked."""
+        if self._enhancing_probability is None or ENHANCING not in tissues:
+            return int(rng.choice(tissues))
+        others = [tissue for tissue in tissues if tissue != ENHANCING]
+        if not others or rng.random() < self._enhancing_probability:
+            return ENHANCING
+        return int(rng.choice(others))
 
     def _mapped(self, index: int) -> _Mapped:
         """The arrays of a case, from those that are open or opened now."""

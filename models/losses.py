@@ -1,6 +1,8 @@
-"""The loss over region channels."""
+"""The loss over region channels, at one resolution or at several."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -38,3 +40,54 @@ class RegionLoss(nn.Module):
         sizes = probabilities.sum(axes) + masks.sum(axes)
         dice = (2 * overlap + self.smooth) / (sizes + self.smooth)
         return bce + (1 - dice).mean()
+
+
+class DeepLoss(nn.Module):
+    """A loss at several resolutions: the finest weighs 1, each coarser one half of the one before; weights sum to 1.
+
+    Coarser masks take the voxel in the middle of each block. So they stay 0 or 1 and nested, and a region keeps its
+    volume on average; the maximum would show the coarse logits tumours several times too large, and what is too small
+    for a coarse grid is in the finer ones.
+
+    Args:
+        loss: of logits and masks at one resolution.
+
+    Example:
+        >>> logits, masks = torch.full((1, 1, 4, 4, 4), 50.0), torch.ones(1, 1, 4, 4, 4)
+        >>> deep = DeepLoss(RegionLoss())
+        >>> round(float(deep([logits, -logits[..., ::2, ::2, ::2]], masks)) / 50, 1)
+        0.3
+
+    Source: deep supervision as in nnU-Net (Isensee et al. 2021), whose coarsest head weighs 0.
+    """
+
+    def __init__(self, loss: RegionLoss) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, logits: Tensor | Sequence[Tensor], masks: Tensor) -> Tensor:
+        """Weighted mean of the losses of logits, finest first, against masks at the resolution of the first.
+
+        Args:
+            logits: one tensor, or several, each of shape (N, regions, x, y, z); sides divide those of the first.
+            masks: shape (N, regions, X, Y, Z), in 0..1.
+        """
+        if isinstance(logits, Tensor):
+            return self.loss(logits, masks)  # type: ignore[no-any-return]
+        weights = [0.5**level for level in range(len(logits))]
+        losses = [
+            weight * self.loss(at_level, coarser(masks, at_level.shape[2:]))
+            for weight, at_level in zip(weights, logits, strict=True)
+        ]
+        return torch.stack(losses).sum() / sum(weights)
+
+
+def coarser(masks: Tensor, shape: Sequence[int]) -> Tensor:
+    """Masks on a coarser grid: of each block the voxel in its middle.
+
+    Args:
+        masks: shape (N, regions, X, Y, Z).
+        shape: of the coarser grid; its sides divide X, Y and Z.
+    """
+    x, y, z = (side // coarse for side, coarse in zip(masks.shape[2:], shape, strict=True))
+    return masks[:, :, x // 2 :: x, y // 2 :: y, z // 2 :: z]

@@ -12,7 +12,10 @@ from torch import nn
 #: Of each region, before training.
 _FIRST_PROBABILITY: Final = 0.05
 
-Architecture = Literal["unet", "resunet", "segresnet"]
+#: Blocks of ``resenc`` by level where none are given; further levels have as many as the last.
+_BLOCKS: Final = (1, 3, 4, 6, 6, 6)
+
+Architecture = Literal["unet", "resunet", "segresnet", "resenc"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +23,19 @@ class NetworkConfig:
     """Which network, and how large."""
 
     architecture: Architecture = "resunet"
-    """``unet``: MONAI UNet; ``resunet``: the same with residual units; ``segresnet``: MONAI SegResNet."""
+    """``unet``: MONAI UNet; ``resunet``: the same with residual units; ``segresnet``: MONAI SegResNet; ``resenc``: deep
+    residual encoder and light decoder, after nnU-Net's ResEnc."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 320)
     """Feature channels by level, finest first; each level halves the resolution of the one before. For ``segresnet``
     only the first counts: it doubles from level to level, and the number of entries is the number of levels."""
     residual_units: int = 2
     """Convolutions in each residual unit of ``resunet``."""
     first_stride: Literal[1, 2] = 2
-    """Of ``unet`` and ``resunet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
+    """Of all but ``segresnet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
+    blocks: tuple[int, ...] | None = None
+    """Of ``resenc``: residual blocks of the encoder by level, finest first; null takes 1, 3, 4, 6, 6, 6."""
+    deep_supervision: bool = False
+    """Of ``resenc``: the loss also sees logits at the coarser resolutions; prediction uses the finest alone."""
     dropout: float = 0.0
     """Probability of dropping a channel."""
 
@@ -47,6 +55,34 @@ class NetworkConfig:
             raise ValueError(f"network.residual_units: from 1 to 8, got {self.residual_units}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"network.dropout: a probability from 0 to below 1, got {self.dropout}")
+        if self.blocks is not None:
+            self._check_blocks(self.blocks)
+        if self.deep_supervision and self.architecture != "resenc":
+            raise ValueError(
+                f"network.deep_supervision: {self.architecture} has no logits at coarser resolutions; set "
+                "network.architecture to resenc, or leave it out"
+            )
+        if self.deep_supervision and len(self.channels) == 2 and self.first_stride == 1:
+            raise ValueError(
+                "network.deep_supervision: two levels at first_stride 1 have no coarser logits; add a level"
+            )
+
+    def _check_blocks(self, blocks: tuple[int, ...]) -> None:
+        if self.architecture != "resenc":
+            raise ValueError(f"network.blocks: of resenc alone, {self.architecture} has none; leave it out")
+        if len(blocks) != len(self.channels):
+            raise ValueError(
+                f"network.blocks: one number a level (network.channels has {len(self.channels)}), got {list(blocks)}"
+            )
+        if min(blocks) < 1 or max(blocks) > 32:
+            raise ValueError(f"network.blocks: from 1 to 32 a level, got {list(blocks)}")
+
+    @property
+    def blocks_by_level(self) -> tuple[int, ...]:
+        """Residual blocks of the encoder of ``resenc``, one number a level."""
+        if self.blocks is not None:
+            return self.blocks
+        return (*_BLOCKS, *(_BLOCKS[-1:] * len(self.channels)))[: len(self.channels)]
 
 
 def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int) -> nn.Module:
@@ -55,12 +91,14 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
     Args:
         config: which one.
         in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
-        out_channels: regions of the output, logits of shape (N, out_channels, X, Y, Z).
+        out_channels: regions of the output, logits of shape (N, out_channels, X, Y, Z); with ``deep_supervision`` a
+            network in training mode answers with a list of logits, finest first, each half as fine as the one before.
 
     Raises:
         ValueError: unknown architecture.
 
-    Source: Kerfoot et al. 2019 (MONAI UNet); Myronenko 2018, arXiv 1810.11654 (SegResNet).
+    Source: Kerfoot et al. 2019 (MONAI UNet); Myronenko 2018, arXiv 1810.11654 (SegResNet); Isensee et al. 2024,
+    arXiv 2404.09556 (ResEnc).
     """
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"network.architecture: {config.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
@@ -79,19 +117,23 @@ def patch_divisor(config: NetworkConfig) -> int:
         8
     """
     halvings = len(config.channels) - 1
-    if config.architecture != "segresnet" and config.first_stride == 1:
+    if config.architecture == "resenc":
+        halvings += config.first_stride - 1
+    elif config.architecture != "segresnet" and config.first_stride == 1:
         halvings -= 1
     return int(2**halvings)
 
 
 def _start_from_background(network: nn.Module, out_channels: int) -> None:
-    """Set the last bias so that an untrained network calls each voxel tumour with a small probability.
+    """Set the bias of the logits so that an untrained network calls each voxel tumour with a small probability.
 
     Tumour fills a few per cent of a head; starting from one half wastes the first steps on learning just that.
     Source: the bias initialisation of RetinaNet (Lin et al., arXiv 1708.02002).
     """
     biases = [p for name, p in network.named_parameters() if name.endswith("bias") and p.numel() == out_channels]
-    nn.init.constant_(biases[-1], math.log(_FIRST_PROBABILITY / (1 - _FIRST_PROBABILITY)))
+    heads = getattr(network, "heads", None)
+    for bias in biases[-1:] if heads is None else [head.conv.bias for head in heads]:
+        nn.init.constant_(bias, math.log(_FIRST_PROBABILITY / (1 - _FIRST_PROBABILITY)))
 
 
 def _unet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
@@ -133,8 +175,23 @@ def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn
     )
 
 
+def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    from models.resenc import ResEncUNet  # noqa: PLC0415 - takes seconds to import
+
+    return ResEncUNet(
+        in_channels,
+        out_channels,
+        channels=config.channels,
+        blocks=config.blocks_by_level,
+        first_stride=config.first_stride,
+        dropout=config.dropout,
+        deep_supervision=config.deep_supervision,
+    )
+
+
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
     "resunet": _resunet,
     "segresnet": _segresnet,
+    "resenc": _resenc,
 }

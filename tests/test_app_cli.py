@@ -122,7 +122,8 @@ def test_a_wrong_command_line_has_its_own_code(arguments: list[str], znormseg: C
 
 def test_train_prints_one_json_object(phantoms: Path, tmp_path: Path, options: list[str], znormseg: Call) -> None:
     content = only_object(znormseg("train", phantoms, tmp_path / "run", *options, "--json"))
-    assert set(content) == {"run", "steps", "seconds", "loss", "validation_dice", "best_step", "skipped_steps"}
+    known = {"run", "steps", "seconds", "loss", "validation_dice", "best_step", "skipped_steps", "stopped_early"}
+    assert set(content) == known
     assert (content["run"], content["steps"], content["best_step"]) == (str(tmp_path / "run"), 4, 4)
     assert set(content["validation_dice"]) == {"WT", "TC", "ET"}
 

@@ -53,7 +53,7 @@ def verdict(text: str, *overrides: str) -> str:
 
 
 def test_there_is_a_config_for_a_laptop_and_for_each_network() -> None:
-    assert {"laptop", "unet", "resunet", "resunet-znorm"} <= set(config_names())
+    assert {"laptop", "unet", "resunet", "resunet-znorm", "large"} <= set(config_names())
 
 
 @pytest.mark.parametrize("name", config_names())
@@ -198,7 +198,11 @@ def test_a_patch_that_does_not_fit_the_network_is_refused_with_key_value_and_div
         "augment.flip_probability=1.5",
         "inference.overlap=1",
         "runtime.device=gpu",
-        "runtime.precision=float16",
+        "runtime.precision=float64",
+        "training.ema_decay=1",
+        "training.ema_decay=-0.1",
+        "training.patience=0",
+        "training.enhancing_probability=1.5",
         "runtime.loader_threads=0",
     ],
 )

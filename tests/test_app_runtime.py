@@ -47,7 +47,7 @@ def test_a_cuda_device_beyond_the_last_is_refused_with_their_number() -> None:
         choose_runtime(RuntimeConfig(device="cuda:99"))
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_precision_asked_for_is_taken(precision: str) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     assert runtime.precision is getattr(torch, precision)
@@ -60,11 +60,32 @@ def test_the_precision_chosen_comes_with_its_reason() -> None:
     assert runtime.reasons[1].startswith(f"precision {name}: the CPU has ")
 
 
-@pytest.mark.parametrize(("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+@pytest.mark.parametrize(
+    ("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
 def test_a_matrix_product_under_autocast_has_the_precision(precision: str, result: torch.dtype) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     with runtime.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is result
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "precision"),
+    [(True, (8, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)],
+)
+def test_on_a_gpu_auto_takes_what_it_multiplies_fast(
+    *, bfloat16: bool, capability: tuple[int, int], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("is_available", True),
+        ("get_device_name", "a GPU"),
+        ("is_bf16_supported", bfloat16),
+        ("get_device_capability", capability),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.precision is precision
+    assert runtime.scales_gradients == (precision is torch.float16)
 
 
 @pytest.mark.parametrize(("wanted", "format_"), [(True, torch.channels_last_3d), (False, torch.contiguous_format)])

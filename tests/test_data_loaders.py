@@ -259,6 +259,26 @@ def test_with_tumour_probability_1_the_centre_of_every_patch_is_tumour(cached: l
     assert set(seen) == {NECROSIS, OEDEMA, ENHANCING}
 
 
+@pytest.mark.parametrize(
+    ("probability", "tissues"), [(1.0, {ENHANCING}), (0.0, {NECROSIS, OEDEMA}), (0.5, {NECROSIS, OEDEMA, ENHANCING})]
+)
+def test_enhancing_probability_decides_how_many_centres_enhance(
+    cached: list[CachedCase], probability: float, tissues: set[int]
+) -> None:
+    source = patches(cached, tumour_probability=1.0, enhancing_probability=probability, augmentation=STILL)
+    assert {int(source.patch(number)[1][4, 3, 2]) for number in range(40)} == tissues
+
+
+@pytest.mark.parametrize(("labels", "tissues"), [((1, 2), {NECROSIS, OEDEMA}), ((4,), {ENHANCING})])
+def test_enhancing_probability_leaves_a_case_the_tissues_it_has(
+    labels: tuple[int, ...], tissues: set[int], tmp_path: Path
+) -> None:
+    cases = cache([write_case(tmp_path, "some", labels)], tmp_path / "cache")
+    for probability in (0.0, 1.0):
+        source = patches(cases, tumour_probability=1.0, enhancing_probability=probability, augmentation=STILL)
+        assert {int(source.patch(number)[1][4, 3, 2]) for number in range(20)} == tissues
+
+
 def test_with_tumour_probability_0_centres_lie_anywhere(cached: list[CachedCase]) -> None:
     source = patches(cached, tumour_probability=0.0, augmentation=STILL)
     assert sum(int(source.patch(number)[1][4, 3, 2]) > 0 for number in range(40)) < 4

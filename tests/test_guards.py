@@ -143,6 +143,37 @@ GUARDS: dict[str, Guard] = {
         "    if False:",
         "test_bad_input.py::test_a_split_with_an_id_that_is_no_case_is_refused",
     ),
+    # Fine-tuning
+    "weights of another network": Guard(
+        "app/training/initial.py",
+        "    if others:",
+        "    if False:",
+        "test_app_init_from.py::test_a_network_that_does_not_fit_is_refused_and_leaves_no_run[channels]",
+    ),
+    "weights for other contrasts": Guard(
+        "app/training/initial.py",
+        "    if model.takes_missing_contrasts != config.takes_missing_contrasts:",
+        "    if False:",
+        "test_app_init_from.py::test_a_network_that_does_not_fit_is_refused_and_leaves_no_run[contrasts]",
+    ),
+    "weights of what is no run": Guard(
+        "app/training/initial.py",
+        'if not (run / "run.json").is_file():',
+        "if False:",
+        "test_app_init_from.py::test_what_is_no_run_is_refused_with_what_is_one",
+    ),
+    "patience without validation cases": Guard(
+        "app/training/train.py",
+        "if config.training.patience is not None and not split.validation:",
+        "if False:",
+        "test_app_training_recipe.py::test_patience_without_validation_cases_is_refused_before_a_folder_is_made",
+    ),
+    "gradients still scaled": Guard(
+        "app/training/step.py",
+        "        state.scaler.unscale_(state.optimizer)\n",
+        "",
+        "test_app_training_recipe.py::test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale",
+    ),
     # Label maps
     "no label map": Guard("app/training/train.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
     "labels outside the convention": Guard(

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import binary_cross_entropy_with_logits as bce
 
-from models import RegionLoss, losses
+from models import DeepLoss, RegionLoss, losses
+from models.losses import coarser
 
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 seeds = st.integers(0, 10_000)
@@ -128,6 +129,55 @@ def test_sums_beyond_the_largest_half_precision_number_do_not_overflow() -> None
 def test_boolean_masks_are_accepted() -> None:
     logits, masks = drawn(2)
     assert torch.equal(RegionLoss()(logits, masks.bool()), RegionLoss()(logits, masks))
+
+
+# Several resolutions
+
+
+def pyramid(seed: int, levels: int = 3) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits of one patch, each half as fine as the one before, and masks of the finest."""
+    random = torch.Generator().manual_seed(seed)
+    sides = [(1, 3, 8 >> i, 16 >> i, 8 >> i) for i in range(levels)]
+    return [torch.randn(s, generator=random) for s in sides], (torch.rand(sides[0], generator=random) < 0.3).float()
+
+
+def test_one_resolution_costs_what_it_costs_alone() -> None:
+    logits, masks = drawn(1)
+    assert torch.equal(DeepLoss(RegionLoss())(logits, masks), RegionLoss()(logits, masks))
+    assert torch.equal(DeepLoss(RegionLoss())([logits], masks), RegionLoss()(logits, masks))
+
+
+@properties
+@given(seeds)
+def test_weights_halve_from_resolution_to_resolution_and_sum_to_1(seed: int) -> None:
+    logits, masks = pyramid(seed)
+    one, two, three = (float(RegionLoss()(each, coarser(masks, each.shape[2:]))) for each in logits)
+    assert float(DeepLoss(RegionLoss())(logits, masks)) == pytest.approx((4 * one + 2 * two + three) / 7, rel=1e-5)
+
+
+@properties
+@given(seeds)
+def test_coarser_masks_are_0_or_1_and_nested_as_the_finer(seed: int) -> None:
+    inner, more = pyramid(seed)[1], pyramid(seed + 1)[1]
+    small, large = coarser(inner, (4, 8, 4)), coarser(torch.maximum(inner, more), (4, 8, 4))
+    assert set(small.unique().tolist()) <= {0.0, 1.0}
+    assert (small <= large).all()
+
+
+def test_coarser_masks_have_the_shape_asked_for_and_a_block_keeps_its_place() -> None:
+    masks = torch.zeros(1, 1, 8, 8, 8)
+    masks[..., 4:, :4, :4] = 1
+    found = coarser(masks, (2, 2, 2))
+    assert found.shape == (1, 1, 2, 2, 2)
+    assert found.flatten().nonzero().tolist() == [[4]]
+
+
+def test_every_resolution_gets_a_gradient() -> None:
+    logits, masks = pyramid(0)
+    for each in logits:
+        each.requires_grad_(True)
+    DeepLoss(RegionLoss())(logits, masks).backward()
+    assert all(each.grad is not None and bool(each.grad.abs().sum() > 0) for each in logits)
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+import models.resenc
 from models import ARCHITECTURES, NetworkConfig, build_network, networks, patch_divisor
 from models.networks import Architecture
 
@@ -70,7 +71,9 @@ def test_the_same_seed_gives_the_same_network(architecture: Architecture) -> Non
 @architectures
 def test_a_network_answers_each_case_of_a_batch_on_its_own(architecture: Architecture) -> None:
     network = build_network(config(architecture), in_channels=4, out_channels=3).eval()
-    batch = torch.randn(2, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    batch = torch.randn(
+        2, 4, *(2 * patch_divisor(config(architecture)),) * 3, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad():
         torch.testing.assert_close(network(batch)[:1], network(batch[:1]), rtol=1e-4, atol=1e-5)
 
@@ -86,8 +89,9 @@ def test_the_two_unets_differ_in_their_residual_units_alone() -> None:
 @architectures
 def test_numbers_of_channels_in_and_out_are_free(architecture: Architecture) -> None:
     network = build_network(config(architecture), in_channels=2, out_channels=5).eval()
+    side = 2 * patch_divisor(config(architecture))
     with torch.no_grad():
-        assert network(torch.ones(1, 2, 8, 8, 8)).shape == (1, 5, 8, 8, 8)
+        assert network(torch.ones(1, 2, side, side, side)).shape == (1, 5, side, side, side)
 
 
 @architectures
@@ -99,7 +103,9 @@ def test_an_untrained_network_calls_few_voxels_tumour(architecture: Architecture
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_only_dropout_makes_two_answers_in_training_differ(architecture: Architecture, dropout: float) -> None:
     network = build_network(config(architecture, dropout=dropout), in_channels=4, out_channels=3).train()
-    patch = torch.randn(1, 4, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    patch = torch.randn(
+        1, 4, *(2 * patch_divisor(config(architecture)),) * 3, generator=torch.Generator().manual_seed(0)
+    )
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(0)
         assert torch.equal(network(patch), network(patch)) == (dropout == 0)
@@ -115,6 +121,16 @@ def test_only_dropout_makes_two_answers_in_training_differ(architecture: Archite
         ("network.channels", {"architecture": "segresnet", "channels": (12, 24)}),
         ("network.residual_units", {"residual_units": 0}),
         ("network.residual_units", {"residual_units": 9}),
+        ("network.blocks", {"blocks": (1,) * 5}),
+        ("network.blocks", {"architecture": "resenc", "blocks": (1, 2)}),
+        ("network.blocks", {"architecture": "resenc", "blocks": (1, 2, 3, 4, 0)}),
+        ("network.blocks", {"architecture": "resenc", "blocks": (1, 2, 3, 4, 33)}),
+        ("network.deep_supervision", {"architecture": "resunet", "deep_supervision": True}),
+        ("network.deep_supervision", {"architecture": "segresnet", "deep_supervision": True}),
+        (
+            "network.deep_supervision",
+            {"architecture": "resenc", "deep_supervision": True, "channels": (8, 8), "first_stride": 1},
+        ),
         ("network.dropout", {"dropout": 1.0}),
         ("network.dropout", {"dropout": -0.1}),
         ("network.dropout", {"dropout": float("nan")}),
@@ -126,9 +142,59 @@ def test_a_bad_config_is_refused_with_its_key(key: str, bad: dict[str, Any]) -> 
 
 
 def test_an_unknown_architecture_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match=r"network.architecture: 'vnet' is not one of unet, resunet, segresnet"):
+    with pytest.raises(
+        ValueError, match=r"network.architecture: 'vnet' is not one of unet, resunet, segresnet, resenc"
+    ):
         build_network(NetworkConfig(architecture="vnet"), in_channels=4, out_channels=3)  # type: ignore[arg-type]
+
+
+# The deep residual encoder
+
+
+def resenc(**settings: Any) -> torch.nn.Module:
+    return build_network(config("resenc", **settings), in_channels=4, out_channels=3)
+
+
+def test_the_encoder_has_the_blocks_asked_for() -> None:
+    encoder = resenc(channels=(8, 8, 16), blocks=(2, 1, 3)).get_submodule("encoder")
+    assert [len(stage) for stage in encoder.children()] == [2, 1, 3]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("levels", "blocks"), [(2, (1, 3)), (6, (1, 3, 4, 6, 6, 6)), (8, (1, 3, 4, 6, 6, 6, 6, 6))])
+def test_deeper_levels_have_more_blocks_unless_told_otherwise(levels: int, blocks: tuple[int, ...]) -> None:
+    assert config("resenc", channels=(8,) * levels).blocks_by_level == blocks
+
+
+@first_strides
+def test_deep_supervision_adds_heads_to_the_weights_and_nothing_else(first_stride: int) -> None:
+    plain, deep = (resenc(first_stride=first_stride, deep_supervision=d).state_dict() for d in (False, True))
+    more = {name: tensor for name, tensor in deep.items() if name not in plain}
+    assert [name for name in plain if name not in deep] == []
+    assert more
+    assert all(name.startswith("heads.") for name in more)
+
+
+@first_strides
+def test_deep_supervision_answers_at_halving_resolutions_in_training_alone(first_stride: int) -> None:
+    network = resenc(first_stride=first_stride, deep_supervision=True).train()
+    side = 2 * patch_divisor(config("resenc", first_stride=first_stride))
+    patch = torch.randn(1, 4, side, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        answers, finest = network(patch), network.eval()(patch)
+    assert [answer.shape[2:] for answer in answers] == [(side // 2**i,) * 3 for i in range(1 + first_stride)]
+    assert torch.equal(answers[0], finest)
+
+
+def test_each_head_starts_from_background() -> None:
+    with torch.no_grad():
+        answers = resenc(deep_supervision=True).train()(torch.zeros(1, 4, 16, 16, 16))
+    assert all(float((answer > 0).float().mean()) < 0.1 for answer in answers)
+
+
+def test_the_heads_together_are_the_output_block() -> None:
+    assert list(dict(resenc(deep_supervision=True).named_children()))[-1] == "heads"
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(networks).failed == 0
+    assert doctest.testmod(models.resenc).failed == 0

@@ -60,7 +60,7 @@ def compare(
         typer.Option("--target-dice", help="Validation Dice to count steps to; default 90% of the best arm's last."),
     ] = None,
     config: Annotated[
-        str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, or a YAML file.")
+        str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, large, or a YAML file.")
     ] = "laptop",
     overrides: Annotated[
         list[str] | None,

@@ -16,7 +16,7 @@ def train(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the run; empty or not there yet.")],
     config: Annotated[
         str | None,
-        typer.Option("--config", "-c", help="laptop (default), unet, resunet, resunet-znorm, or a YAML file."),
+        typer.Option("--config", "-c", help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
@@ -39,6 +39,14 @@ def train(
         typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0; same as --set data.nan_to_zero=true."),
     ] = False,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            "--init-from",
+            metavar="RUN",
+            help="Start from the best weights of another run; without --config with its network and patch size.",
+        ),
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
     ] = False,
@@ -66,9 +74,12 @@ def train(
         raise typer.BadParameter("a resumed run keeps its label convention; leave out --labels")
     if allow and not resume:
         raise typer.BadParameter("--allow is for --resume; a new run takes any config")
+    if resume and init_from is not None:
+        raise typer.BadParameter("a resumed run goes on from its own weights; leave out --init-from")
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
+    from app.training.initial import sections_of  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         if resume:
@@ -78,7 +89,8 @@ def train(
                 data, run, asked, allow=allow or (), follow_links=follow_links, on_progress=on_progress
             )
         else:
-            settings = load_config(config or "laptop", overrides)
+            sections = sections_of(init_from) if init_from is not None and config is None else None
+            settings = load_config(config or "laptop", overrides, sections=sections)
             outcome = training.start(
                 data,
                 run,
@@ -86,6 +98,7 @@ def train(
                 fold=number,
                 split_file=split,
                 labels=labels,
+                init_from=init_from,
                 follow_links=follow_links,
                 on_progress=on_progress,
             )
@@ -95,6 +108,8 @@ def train(
     dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.dice or {}).items())
     terminal.result(f"{outcome.steps} steps in {outcome.seconds:.0f} s; weights of step {outcome.best_step} in {run}")
     terminal.result(f"validation Dice: {dice or 'no validation cases'}")
+    if outcome.stopped_early:
+        terminal.result("stopped early: the latest validations brought no better mean Dice (training.patience)")
     if outcome.skipped_steps:
         terminal.result(f"{outcome.skipped_steps} steps were skipped because a gradient was not finite")
     terminal.result(f"next: znormseg predict {run} CASES OUTPUT")

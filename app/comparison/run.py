@@ -237,6 +237,7 @@ class _Work:
             prepared,
             patch_voxels=config.training.patch_voxels,
             tumour_probability=config.training.tumour_probability,
+            enhancing_probability=config.training.enhancing_probability,
             augmentation=config.augment,
             seed=config.training.seed,
         )

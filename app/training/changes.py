@@ -31,6 +31,7 @@ HARMLESS: Final = (
 FIXED: Final = {
     "network.": "the saved weights would not fit another network",
     "training.optimizer": "the saved state of the optimiser is of another kind",
+    "training.ema_decay": "the average of the weights began with the run",
     "data.spacing_mm": "the run's spacing was decided when it began",
 }
 _NEW_CHANNELS: Final = "the network was made with other input channels"

@@ -33,7 +33,7 @@ from app.training.validate import validation_dice
 from data.labels import CONTRASTS
 from data.loaders import Batch, CachedCase, PatchSource, batches
 from data.presence import presence_mask
-from models import GivenPresence, RegionLoss
+from models import DeepLoss, GivenPresence, RegionLoss
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
@@ -141,7 +141,11 @@ class Loop:
         """
         settings, state, stop = self.config.training, self.state, self.stop
         stepper = Stepper(
-            config=self.config, runtime=self.runtime, state=state, telemetry=self.telemetry, loss_of=RegionLoss()
+            config=self.config,
+            runtime=self.runtime,
+            state=state,
+            telemetry=self.telemetry,
+            loss_of=DeepLoss(RegionLoss()) if self.config.network.deep_supervision else RegionLoss(),
         )
         saved_at = time.monotonic()
         made = batches(
@@ -155,7 +159,7 @@ class Loop:
             if self._validation_is_due(validating):  # a stop came while it went on
                 self._validate(validating)
                 self._save_last()
-            while self._progress() < 1:
+            while self._progress() < 1 and not self._has_stalled():
                 self._step(stepper, made, source)
                 if self._validation_is_due(validating):
                     self._require_finite_weights(source)
@@ -294,7 +298,7 @@ class Loop:
         """Score the validation cases; keep the weights when they are the best so far."""
         state, settings = self.state, self.config.training
         before = time.monotonic()
-        network = state.network
+        network = state.evaluated
         if self.config.takes_missing_contrasts:
             network = GivenPresence(network, presence_mask(CONTRASTS))
         first: list[tuple[CachedCase, npt.NDArray[np.uint8]]] = []
@@ -316,7 +320,7 @@ class Loop:
         self.view.dice = dice
         LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
         if mean > state.best_dice:
-            state.best_dice, state.best_step = mean, state.step
+            state.best_dice, state.best_step, state.best_validation = mean, state.step, state.validations
             self._save_best(dice)
 
     def _picture(self, case: CachedCase, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
@@ -337,7 +341,7 @@ class Loop:
         facts = read_json(self.run / "run.json")
         self._save(
             "best",
-            checkpoints.weight_tensors(self.state.network),
+            checkpoints.weight_tensors(self.state.evaluated),
             {
                 "dice": dice,
                 "contrasts": facts["contrasts"],
@@ -379,6 +383,15 @@ class Loop:
             seconds=self.seconds(),
             validation_seconds=self.state.validation_seconds,
         )
+
+    def _has_stalled(self) -> bool:
+        """Whether the latest ``training.patience`` validations brought no better mean Dice."""
+        patience, state = self.config.training.patience, self.state
+        return patience is not None and state.validations - state.best_validation >= patience
+
+    def stopped_early(self) -> bool:
+        """Whether the run ended with budget left, since validation got no better."""
+        return self._has_stalled() and self._progress() < 1
 
     def _validation_is_due(self, validating: Sequence[CachedCase]) -> bool:
         """By steps: at even distances, whatever the clock says. By hours: only while validation stays cheap."""

@@ -22,6 +22,8 @@ class TrainingConfig:
     """Forward passes whose gradients are summed before a step."""
     tumour_probability: float = 0.5
     """Share of patches that are centred on a tumour voxel, each tissue equally often."""
+    enhancing_probability: float | None = None
+    """Share of those that are centred on enhancing tumour where the case has some; null: each tissue equally often."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """``sgd`` has Nesterov momentum."""
     learning_rate: float = 1e-3
@@ -34,14 +36,19 @@ class TrainingConfig:
     """How the learning rate falls after the warm-up; poly has exponent 0.9."""
     warmup: float = 0.05
     """Share of the budget in which the learning rate rises from 0."""
+    ema_decay: float = 0.0
+    """Above 0, such as 0.999: validation, the best weights and so prediction use a moving average of the weights."""
     validations: int = 10
     """How often the validation cases are predicted, spread evenly, the last at the end."""
+    patience: int | None = None
+    """Validations without a better mean Dice that end the run early; null: the budget alone ends it."""
     checkpoint_minutes: float = 10.0
     """Time between checkpoints; one is also saved at the start, at each validation and on interruption."""
     max_rollbacks: int = 3
     """How often a run may go back to its last checkpoint because of a loss that is not finite."""
     telemetry_steps: int = 0
-    """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none."""
+    """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none.
+    In float16 the norms of the overlap are those of the scaled loss."""
     seed: int = 0
     """Initial weights, patches and their augmentation."""
 
@@ -62,11 +69,14 @@ _RANGES: Final[dict[str, tuple[float, float]]] = {
     "batch_size": (1, 1024),
     "accumulate": (1, 1024),
     "tumour_probability": (0, 1),
+    "enhancing_probability": (0, 1),
     "learning_rate": (1e-9, 100),
     "weight_decay": (0, 10),
     "momentum": (0, 0.9999),
     "warmup": (0, 0.9),
+    "ema_decay": (0, 0.999999),
     "validations": (1, 10_000),
+    "patience": (1, 10_000),
     "checkpoint_minutes": (0.001, 10_000),
     "max_rollbacks": (0, 10_000),
     "telemetry_steps": (0, 10**9),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,11 @@ from torch.optim import Optimizer
 from app import checkpoints
 from app.config import RunConfig
 from app.runtime import Runtime
+from app.training.average import WeightAverage
 from data.labels import REGIONS
 from models import build_network
+
+_AVERAGE: Final = "average."
 
 
 @dataclass
@@ -22,11 +25,17 @@ class State:
 
     network: nn.Module
     optimizer: Optimizer
+    scaler: torch.amp.GradScaler
+    """Scales the loss where the run computes in float16; else it does nothing."""
+    average: WeightAverage | None = None
+    """Of the weights, where ``training.ema_decay`` is above 0."""
     step: int = 0
     seconds: float = 0.0
     """Spent by this run before the present process took over."""
     best_dice: float = -1.0
     best_step: int = 0
+    best_validation: int = 0
+    """Number of the validation that was the best, from 1."""
     validations: int = 0
     validated_step: int = 0
     """Step of the latest validation."""
@@ -41,12 +50,29 @@ class State:
         """Number of the micro-batch that the next step begins with."""
         return self.step * accumulate + self.batch_offset
 
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is validated and kept as the best: the average of the weights where there is one."""
+        return self.network if self.average is None else self.average.network
+
+    def start_from(self, weights: dict[str, Tensor]) -> None:
+        """Take other weights before the first step: a state dict of the network."""
+        self.network.load_state_dict(weights)
+        if self.average is not None:
+            self.average.load(weights)
+
 
 def new_state(config: RunConfig, runtime: Runtime) -> State:
     """A network with random weights and its optimiser, before the first step."""
     network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
     network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
-    return State(network=network, optimizer=_optimizer(config, network))
+    decay = config.training.ema_decay
+    return State(
+        network=network,
+        optimizer=_optimizer(config, network),
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
+        average=WeightAverage(network, decay) if decay > 0 else None,
+    )
 
 
 def _optimizer(config: RunConfig, network: nn.Module) -> Optimizer:
@@ -68,11 +94,17 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
     state.network.load_state_dict(checkpoint.weights)
     checkpoints.restore_optimizer(state.optimizer, checkpoint)
     checkpoints.restore_rng(checkpoint)
+    if state.average is not None:
+        tensors = checkpoint.tensors.items()
+        state.average.load({n.removeprefix(_AVERAGE): tensor for n, tensor in tensors if n.startswith(_AVERAGE)})
     details = checkpoint.details
+    if details.get("scaler"):
+        state.scaler.load_state_dict(details["scaler"])
     state.step = checkpoint.step
     state.seconds = details["seconds"]
     state.best_dice, state.best_step = details["best_dice"], details["best_step"]
     state.validations, state.validated_step = details["validations"], details["validated_step"]
+    state.best_validation = details.get("best_validation", state.validations)  # runs of older versions lack it
     state.validation_seconds = details["validation_seconds"]
     state.skipped_before = details["skipped_steps"]
     state.batch_offset = details.get("batch_offset", 0)  # older versions never went back
@@ -82,16 +114,20 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
 def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and plain data of a ``last`` checkpoint; ``seconds`` and ``skipped_steps`` are the caller's to add."""
     tensors, plain = checkpoints.optimizer_tensors(state.optimizer)
+    if state.average is not None:
+        tensors |= {_AVERAGE + name: tensor for name, tensor in state.average.network.state_dict().items()}
     return (
         {**checkpoints.weight_tensors(state.network), **tensors, **checkpoints.rng_tensors()},
         {
             "best_dice": state.best_dice,
             "best_step": state.best_step,
+            "best_validation": state.best_validation,
             "validations": state.validations,
             "validated_step": state.validated_step,
             "validation_seconds": state.validation_seconds,
             "batch_offset": state.batch_offset,
             "rollbacks": state.rollbacks,
             "optimizer": plain,
+            "scaler": state.scaler.state_dict(),
         },
     )

@@ -13,7 +13,7 @@ from app.runtime import Runtime
 from app.training.state import State
 from app.training.telemetry import Telemetry
 from data.loaders import Batch
-from models import RegionLoss, with_presence
+from models import DeepLoss, RegionLoss, with_presence
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ class Stepper:
     runtime: Runtime
     state: State
     telemetry: Telemetry
-    loss_of: RegionLoss
+    loss_of: RegionLoss | DeepLoss
 
     def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
         """One optimiser step.
@@ -50,7 +50,8 @@ class Stepper:
         """
         state, settings = self.state, self.config.training
         measured = self.telemetry.is_due(state.step + 1)
-        total, waited = 0.0, 0.0
+        waited = 0.0
+        losses: list[torch.Tensor] = []
         cases: list[str] = []
         for number in range(settings.accumulate):
             asked = time.perf_counter()
@@ -59,14 +60,21 @@ class Stepper:
             cases.extend(batch.cases)
             with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
                 loss = self._loss(batch)
-                (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach()) / settings.accumulate
-        norm = self._gradient_norm() if with_norm else None
+                state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
         for group in state.optimizer.param_groups:
             group["lr"] = rate
+        # The gradient rule runs at the beginning of the optimiser's step and must see gradients as they are.
+        state.scaler.unscale_(state.optimizer)
+        norm = self._gradient_norm() if with_norm else None
         with self.telemetry.step(measured=measured):
-            state.optimizer.step()
+            state.scaler.step(state.optimizer)
+        state.scaler.update()
         state.optimizer.zero_grad(set_to_none=True)
+        if state.average is not None:
+            state.average.update(state.network, state.step + 1)
+        # Read after the step, so that a GPU has it queued before the host waits.
+        total = sum(float(loss) / settings.accumulate for loss in losses)
         return StepResult(loss=total, waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)
 
     def _gradient_norm(self) -> float:

@@ -16,7 +16,7 @@ import torch
 from app import checkpoints
 from app.caching import prepared_cases
 from app.config import RunConfig, load_config, to_yaml
-from app.errors import RunError
+from app.errors import ConfigError, RunError
 from app.process import keep_freed_memory
 from app.progress import LOG, OnProgress, Progress, silent
 from app.room import RoomWait
@@ -33,6 +33,7 @@ from app.runlog import (
 )
 from app.runtime import choose_runtime, machine, versions
 from app.training import changes, gradient
+from app.training.initial import InitialWeights, initial_weights
 from app.training.loop import Loop
 from app.training.state import State, new_state, restore
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
@@ -71,6 +72,8 @@ class TrainResult:
     """Dice by region of the checkpoint that ``predict`` takes; None without validation cases."""
     best_step: int
     skipped_steps: int
+    stopped_early: bool = False
+    """Whether ``training.patience`` ended it with budget left."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -82,11 +85,12 @@ class TrainResult:
             "validation_dice": self.dice,
             "best_step": self.best_step,
             "skipped_steps": self.skipped_steps,
+            "stopped_early": self.stopped_early,
         }
 
 
 @not_ended_by_sigusr1()
-def start(
+def start(  # noqa: PLR0913 - each is an option of the command
     data: Path,
     run: Path,
     config: RunConfig,
@@ -94,6 +98,7 @@ def start(
     fold: int | str = 0,
     split_file: Path | None = None,
     labels: str | None = None,
+    init_from: Path | None = None,
     follow_links: bool = False,
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
@@ -107,13 +112,15 @@ def start(
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
         labels: name of the label convention, where the data set does not tell.
+        init_from: folder of a run whose best weights this one starts from instead of random ones.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
         on_progress: told where the run is.
 
     Raises:
+        ConfigError: ``init_from`` has another network; ``training.patience`` without validation cases.
         DataError: the data cannot be used.
-        RunError: the run folder is not empty, or in use.
+        RunError: the run folder is not empty, or in use; ``init_from`` is no run, or has no weights.
         DeviceError: the device asked for is not there.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
@@ -122,7 +129,13 @@ def start(
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
+    if config.training.patience is not None and not split.validation:
+        raise ConfigError(
+            "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
+            "with validation cases"
+        )
     runtime = choose_runtime(config.runtime)
+    initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
     if split_file is None and fold != ALL_CASES:
@@ -149,10 +162,13 @@ def start(
                     "versions": versions(),
                     "machine": machine(),
                     "runtime": list(runtime.reasons),
+                    "init_from": None if initial is None else initial.to_json(),
                 },
             )
             torch.manual_seed(config.training.seed)
             state = new_state(config, runtime)
+            if initial is not None:
+                _start_from(initial, state, spacing_mm)
             return _train(
                 data=data,
                 run=run,
@@ -266,6 +282,7 @@ def _train(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,
         tumour_probability=config.training.tumour_probability,
+        enhancing_probability=config.training.enhancing_probability,
         augmentation=config.augment,
         seed=config.training.seed,
     )
@@ -308,6 +325,7 @@ def _train(
         dice=best.details["dice"],
         best_step=best.step,
         skipped_steps=loop.skipped_steps(),
+        stopped_early=loop.stopped_early(),
     )
 
 
@@ -322,6 +340,17 @@ def _require_best(run: Path, state: State) -> None:
         dice = None if best is None else best.details["dice"]
         state.best_dice = sum(dice.values()) / len(dice) if dice else -1.0
         state.best_step = best.step if best is not None else 0
+
+
+def _start_from(initial: InitialWeights, state: State, spacing_mm: Spacing) -> None:
+    """Put weights of another run into a new state, and say so."""
+    state.start_from(initial.weights)
+    LOG.info("weights of %s, step %d, sha256 %s", initial.run, initial.step, initial.sha256)
+    if any(abs(here - there) > 0.05 * there for here, there in zip(spacing_mm, initial.spacing_mm, strict=True)):
+        there, here = ("x".join(f"{mm:g}" for mm in spacing) for spacing in (initial.spacing_mm, spacing_mm))
+        LOG.warning(
+            "the weights are of %s mm, this run works at %s mm; data.spacing_mm takes the cases there", there, here
+        )
 
 
 def _labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:

@@ -1,0 +1,132 @@
+"""A U-Net with a deep residual encoder and a light decoder, from MONAI's blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from monai.networks.blocks.convolutions import Convolution
+from monai.networks.blocks.dynunet_block import UnetResBlock
+from torch import Tensor, cat, nn
+
+_NORM: Final = ("INSTANCE", {"affine": True})
+_ACTIVATION: Final = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
+
+
+class ResEncUNet(nn.Module):
+    """A U-Net whose encoder has any number of residual blocks a level, and whose decoder has one convolution a level.
+
+    Level i has half the resolution of level i - 1: strided convolutions lead down, transposed ones up. Norms are
+    instance norms, activations LeakyReLU. The 1x1 convolutions that make logits are the last child, ``heads``, finest
+    first: what looks for the output block by place (``znorm.select``) finds all of them.
+
+    Args:
+        in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
+        out_channels: regions of the output.
+        channels: features by level, finest first, at least two.
+        blocks: residual blocks of the encoder by level, as many numbers as ``channels``.
+        first_stride: 1 keeps the first level at full resolution; 2 halves it, and a last transposed convolution leads
+            back.
+        dropout: probability of dropping a value after a convolution of the encoder.
+        deep_supervision: heads at every resolution of the decoder instead of the finest alone.
+
+    Example:
+        >>> import torch
+        >>> network = ResEncUNet(4, 3, channels=(8, 16, 32), blocks=(1, 2, 2), first_stride=1, deep_supervision=True)
+        >>> [tuple(logits.shape) for logits in network(torch.zeros(1, 4, 16, 16, 16))]
+        [(1, 3, 16, 16, 16), (1, 3, 8, 8, 8)]
+        >>> tuple(network.eval()(torch.zeros(1, 4, 16, 16, 16)).shape)
+        (1, 3, 16, 16, 16)
+
+    Source: the ResEnc presets of nnU-Net (Isensee et al. 2024, arXiv 2404.09556), whose strided shortcuts average
+    before their 1x1 convolution; MONAI's take every second voxel.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        *,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        first_stride: int = 1,
+        dropout: float = 0.0,
+        deep_supervision: bool = False,
+    ) -> None:
+        super().__init__()
+        common: dict[str, Any] = {"spatial_dims": 3, "kernel_size": 3, "bias": False}
+        adn: dict[str, Any] = {"norm": _NORM, "act": _ACTIVATION}
+        self.stem = Convolution(
+            in_channels=in_channels, out_channels=channels[0], strides=first_stride, **common, **adn
+        )
+        stages = []
+        before = channels[0]
+        for level, (features, count) in enumerate(zip(channels, blocks, strict=True)):
+            strides = [1 if level == 0 else 2, *(1,) * (count - 1)]
+            stages.append(
+                nn.Sequential(
+                    *(
+                        UnetResBlock(
+                            3,
+                            before if number == 0 else features,
+                            features,
+                            kernel_size=3,
+                            stride=stride,
+                            norm_name=_NORM,
+                            act_name=_ACTIVATION,
+                            dropout=dropout or None,
+                        )
+                        for number, stride in enumerate(strides)
+                    )
+                )
+            )
+            before = features
+        self.encoder = nn.ModuleList(stages)
+        #: Coarsest first, as they are used.
+        finer = list(reversed(channels[:-1]))
+        self.ups = nn.ModuleList(_up(deep, fine) for deep, fine in zip(reversed(channels), finer, strict=False))
+        self.decoder = nn.ModuleList(
+            Convolution(in_channels=2 * fine, out_channels=fine, **common, **adn) for fine in finer
+        )
+        self.to_full = _up(channels[0], channels[0]) if first_stride == 2 else None
+        widths = [*([channels[0]] if first_stride == 2 else []), *channels[:-1]]
+        if not deep_supervision:
+            widths = widths[:1]
+        self.heads = nn.ModuleList(
+            Convolution(3, width, out_channels, kernel_size=1, conv_only=True) for width in widths
+        )
+
+    def forward(self, image: Tensor) -> Tensor | list[Tensor]:
+        """Logits at full resolution; in training mode, with deep supervision, those of all heads, finest first."""
+        features = self.stem(image)
+        skips = []
+        for stage in self.encoder:
+            features = stage(features)
+            skips.append(features)
+        skips.pop()
+        found = []
+        for up, block in zip(self.ups, self.decoder, strict=True):
+            features = block(cat([up(features), skips.pop()], dim=1))
+            found.append(features)
+        if self.to_full is not None:
+            found.append(self.to_full(features))
+        if self.training and len(self.heads) > 1:
+            return [head(features) for head, features in zip(self.heads, reversed(found), strict=True)]
+        logits: Tensor = self.heads[0](found[-1])
+        return logits
+
+
+def _up(deep: int, fine: int) -> nn.Module:
+    """A transposed convolution that doubles the resolution."""
+    return Convolution(
+        3,
+        deep,
+        fine,
+        kernel_size=2,
+        strides=2,
+        padding=0,
+        output_padding=0,
+        bias=False,
+        is_transposed=True,
+        conv_only=True,
+    )
