@@ -22,7 +22,6 @@ from app.training.average import WeightAverage
 from app.training.loop import Loop
 from app.training.state import State, new_state
 from app.training.step import Stepper
-from app.training.stopping import StopRequest
 from app.training.telemetry import Telemetry
 from app.training.train import TrainResult, resume, start
 from data.loaders import Batch
@@ -43,12 +42,11 @@ def train(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> Train:
 
 
 def tensors_of(run: Path, kind: str) -> dict[str, torch.Tensor]:
-    (path,) = (run / "checkpoints").glob(f"{kind}-*.safetensors")
-    return load_file(path)
+    return load_file(max((run / "checkpoints").glob(f"{kind}-*.safetensors")))
 
 
 def details_of(run: Path, kind: str) -> Any:
-    (path,) = (run / "checkpoints").glob(f"{kind}-*.json")
+    path = max((run / "checkpoints").glob(f"{kind}-*.json"))
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -68,16 +66,16 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask a run to stop as a signal does, after a step."""
     train = Loop.train
 
-    def stopped(self: Loop, source: Any, validating: Any, stop: StopRequest) -> list[float]:
+    def stopped(self: Loop, source: Any, validating: Any) -> list[float]:
         write = self.telemetry.write
 
         def note(log: Any, **record: Any) -> None:
             write(log, **record)
             if record["step"] == step:
-                stop.signal_name = "SIGTERM"
+                self.stop.signal_name = "SIGTERM"
 
         monkeypatch.setattr(self.telemetry, "write", note)
-        return train(self, source, validating, stop)
+        return train(self, source, validating)
 
     monkeypatch.setattr(Loop, "train", stopped)
 
