@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,9 +11,10 @@ from typing import Final, Literal
 import torch
 
 from app.errors import DeviceError
+from app.machine import cores
 
 #: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
-_BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
+BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,8 +81,7 @@ def versions() -> dict[str, str]:
 def machine() -> str:
     """Processor, cores and GPU, in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores{gpu}"
+    return f"{processor()}, {cores()} cores{gpu}"
 
 
 def _choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -110,19 +109,21 @@ def _choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, s
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "precision bfloat16: the GPU has it"
         return torch.float32, "precision float32: the GPU has no bfloat16"
-    if found := sorted(_BF16_FLAGS & _cpu_flags()):
+    if found := sorted(BF16_FLAGS & cpu_flags()):
         return torch.bfloat16, f"precision bfloat16: the CPU has {', '.join(found)}"
     return torch.float32, "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Instruction sets of the CPU, as Linux names them; empty where they are not told."""
     for line in _cpuinfo():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
     return set()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
