@@ -14,7 +14,7 @@ def doctor(
     *,
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[FOLDER]...", help="Data set, folder for runs: their disk is looked at too."),
+        typer.Argument(metavar="FOLDER", help="Data set, folder for runs: their disk is looked at too."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:

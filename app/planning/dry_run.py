@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
@@ -66,13 +66,19 @@ def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | Too
         return ended
     content, samples = ended
     told = told_from_json(content["told"])
-    own = max((sample.own for sample in samples), default=None)
-    needed = Needed(told=told, own_bytes=None if own is None else own + (told.program_files_bytes or 0))
+    needed = Needed(told=told, own_bytes=_needed(told, samples))
     if most_bytes is not None and needed.own_bytes is not None and needed.own_bytes > SHARE * most_bytes:
         return TooMuch(why=_over(needed.own_bytes, most_bytes), needed_bytes=needed.own_bytes)
     if told.gpu_bytes is not None and told.gpu_free_bytes is not None and told.gpu_bytes > SHARE * told.gpu_free_bytes:
         return TooMuch(why=_over(told.gpu_bytes, told.gpu_free_bytes, "of GPU memory "), needed_bytes=needed.own_bytes)
     return needed
+
+
+def _needed(told: Told, samples: Sequence[Memory]) -> int | None:
+    """RAM that the trial could not do without. Looks from outside may miss a short peak, the system's own does not."""
+    looks = [sample.own for sample in samples]
+    own = max([*looks, *([told.own_bytes] if told.own_bytes is not None else [])], default=None)
+    return None if own is None else own + (told.program_files_bytes or 0)
 
 
 def prepare(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:

@@ -446,7 +446,7 @@ def _dry_run_lines(planned: PlannedRun) -> list[str]:
 
 
 def _duration(hours: float) -> str:
-    return f"{hours:.1f} hours" if hours >= 1 else f"{ceil(60 * hours)} minutes"
+    return f"{hours:.1f} h" if hours >= 1 else f"{ceil(60 * hours)} min"
 
 
 def _mm(sides: Sequence[float] | None) -> str:

@@ -153,7 +153,7 @@ def smaller(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, st
         fewer = max(_LEAST_BATCH, batch // 2)
         return _training(config, batch_size=fewer), f"batch {batch} -> {fewer}"
     divisor = patch_divisor(network)
-    floor = max(2 * divisor, ceil(SMALLEST_SIDE / divisor) * divisor)
+    floor = _smallest_side(divisor)
     shorter = tuple(min(side, max(floor, int(0.75 * side) // divisor * divisor)) for side in patch)
     if "training.patch_voxels" not in fixed and shorter != patch:
         x, y, z = shorter
@@ -225,7 +225,9 @@ def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collecti
             levels -= 1
             network = replace(network, channels=network.channels[:levels])
     # A patch that any number of levels takes, until one is chosen; the user's fits fewer levels too.
-    patch = config.training.patch_voxels if "training.patch_voxels" in fixed else (2 * patch_divisor(network),) * 3
+    patch = (
+        config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
+    )
     config = replace(config, network=network, training=replace(config.training, patch_voxels=patch))
     return config, f"{levels} levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
 
@@ -235,7 +237,8 @@ def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], 
     if "training.patch_voxels" in bounds.fixed:
         return config, ""
     divisor = patch_divisor(config.network)
-    sides = [max(2 * divisor, ceil(side / divisor) * divisor) for side in bounds.brain]
+    floor = _smallest_side(divisor)
+    sides = [max(_least_side(divisor), ceil(side / divisor) * divisor) for side in bounds.brain]
     batch = config.training.batch_size if "training.batch_size" in bounds.fixed else _LEAST_BATCH
     most = CPU_STEP_VOXELS if bounds.hardware.device == "cpu" else None
     why = "the median brain's box, rounded up to what the network takes"
@@ -245,7 +248,7 @@ def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], 
         return _training(config, patch_voxels=(x, y, z), batch_size=batch)
 
     while (slow := most is not None and batch * prod(sides) > most) or not fits(tried()):
-        longest = [axis for axis in range(3) if sides[axis] > 2 * divisor]
+        longest = [axis for axis in range(3) if sides[axis] > floor]
         if not longest:
             break
         sides[max(longest, key=lambda axis: (sides[axis] * bounds.spacing_mm[axis], axis))] -= divisor
@@ -283,6 +286,16 @@ def _with_threads(config: RunConfig, hardware: Hardware, fixed: Collection[str])
         why = f"a quarter of the processors ({hardware.cores}), 1 to 4; the network takes the others"
     why += "; threads, so /dev/shm is not used"
     return replace(config, runtime=replace(config.runtime, loader_threads=threads)), why
+
+
+def _smallest_side(divisor: int) -> int:
+    """Of a patch that is made smaller to save memory, in voxels."""
+    return max(2 * divisor, ceil(SMALLEST_SIDE / divisor) * divisor)
+
+
+def _least_side(divisor: int) -> int:
+    """Shortest side of a patch that a config takes, in voxels."""
+    return max(2 * divisor, 8)
 
 
 def _training(config: RunConfig, **changes: object) -> RunConfig:

@@ -81,6 +81,8 @@ class Told:
     window_seconds: float | None
     program_files_bytes: int | None
     """Of the program's files in RAM, before the first step."""
+    own_bytes: int | None
+    """Own memory at its peak: the peak of all that was resident, less what was of files at the end of the steps."""
     case_files_bytes: int | None
     """Of one case's prepared arrays, kept mapped by a long run; on average. The system takes them back when it must."""
     gpu_bytes: int | None
@@ -152,6 +154,7 @@ def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[C
     if asked.validation is not None:
         window_seconds = _window(config, runtime, state, prepared[-1])
     saved = _save(state, config, folder)
+    after = memory_of()
     return Told(
         device=str(runtime.device),
         reasons=runtime.reasons,
@@ -159,6 +162,7 @@ def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[C
         loader_seconds=mean(source.seconds) * config.training.accumulate / config.runtime.loader_threads,
         window_seconds=window_seconds,
         program_files_bytes=None if before is None else before.files,
+        own_bytes=None if after is None else after.peak - after.files,
         case_files_bytes=_mapped_by_a_long_run(config, prepared[: len(asked.training)]),
         gpu_bytes=int(torch.cuda.max_memory_reserved(runtime.device)) if runtime.device.type == "cuda" else None,
         gpu_free_bytes=gpu_free,
