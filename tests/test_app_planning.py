@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from app.planning.fingerprint import Extent, Fingerprint, read_data_set
 from app.planning.fit import fit
 from app.planning.plan import plan_run
 from app.planning.rules import CPU_STEP_VOXELS, Hardware, Plan, make_plan, smaller
-from app.planning.trial import Asked, Told
+from app.planning.trial import Asked, Told, run_trial, told_from_json
 from data.errors import DataError
 from models import patch_divisor
 
@@ -392,6 +393,75 @@ def test_a_trial_that_holds_too_much_is_ended(asked: Asked, tmp_path: Path) -> N
     assert "it was ended when it held" in ended.why
 
 
+@pytest.mark.parametrize("settings", [[], ["training.telemetry_steps=10"], ["augment.contrast_dropout=0.5"]])
+def test_a_trial_times_three_steps_a_window_and_the_loader(asked: Asked, settings: list[str]) -> None:
+    plain = to_plain(load_config("laptop", settings))
+    training = {**asked.config["training"], "telemetry_steps": plain["training"]["telemetry_steps"]}
+    own = {**asked.config, "training": training, "augment": plain["augment"]}
+    told = run_trial(replace(asked, config=own))
+    assert told is not None
+    assert len(told.step_seconds) == 3
+    assert min(*told.step_seconds, told.loader_seconds, told.window_seconds or 0) > 0
+    on_disk = sum(path.stat().st_size for path in (Path(asked.folder) / "checkpoints").iterdir())
+    assert told.checkpoint_bytes == on_disk > 4 * told.parameters
+    assert told_from_json(json.loads(json.dumps(told.to_json()))) == told
+
+
+def test_a_trial_without_validation_cases_has_no_window(asked: Asked) -> None:
+    told = run_trial(replace(asked, validation=None))
+    assert told is not None
+    assert told.window_seconds is None
+
+
+def test_two_windows_of_a_validation_case_are_computed(asked: Asked, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.planning import trial
+
+    windows: list[int] = []
+    forward = trial.new_state
+
+    def counting(*arguments: Any) -> Any:
+        state = forward(*arguments)
+        state.network.register_forward_hook(lambda network, *_: windows.append(1) if not network.training else None)
+        return state
+
+    monkeypatch.setattr(trial, "new_state", counting)
+    run_trial(asked)
+    assert len(windows) == 2
+
+
+@pytest.mark.parametrize(
+    ("script", "why"),
+    [
+        ("kill -9 $$", r"it was killed \(SIGKILL\) when it held"),
+        ("kill -6 $$", r"it was killed \(SIGABRT\)"),
+        ("echo terminate called after throwing std::bad_alloc; exit 1", "memory ran out when it held"),
+    ],
+)
+def test_a_trial_that_memory_ended_is_too_much(
+    script: str, why: str, asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in(script, tmp_path, monkeypatch)
+    ended = try_out(asked, tmp_path, most_bytes=None)
+    assert isinstance(ended, TooMuch)
+    assert re.match(why, ended.why)
+
+
+def test_a_trial_that_ends_for_another_reason_is_a_fault_with_its_last_words(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stands_in("echo no such thing >&2; exit 9", tmp_path, monkeypatch)
+    with pytest.raises(RuntimeError, match="ended with code 9: no such thing"):
+        try_out(asked, tmp_path, most_bytes=None)
+
+
+def stands_in(script: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have trials run a shell script instead of the program."""
+    program = folder / "python"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(program))
+
+
 @pytest.mark.slow
 def test_a_fault_of_the_data_is_told_as_such(asked: Asked, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="convention"):
@@ -441,9 +511,7 @@ def test_in_2_gb_a_plan_is_found_that_trains(fine: Path, tmp_path: Path, shell: 
 
 @pytest.mark.slow
 def test_a_real_trial_that_does_not_fit_becomes_smaller(asked: Asked, tmp_path: Path) -> None:
-    large = load_config(
-        "laptop", ["training.patch_voxels=[112, 112, 112]", "training.batch_size=6", "runtime.device=cpu"]
-    )
+    large = load_config("laptop", ["training.patch_voxels=[96, 96, 96]", "training.batch_size=4", "runtime.device=cpu"])
     most = 1_100_000_000
     fitted = fit(
         large,

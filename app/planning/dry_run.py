@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Final
 
+import app
 from app.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, ConfigError, DeviceError
 from app.machine import Memory, memory_of
 from app.planning.trial import Asked, Told, told_from_json
@@ -100,7 +102,7 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
     with log_path.open("w", encoding="utf-8") as log:
         # -P: the current folder's own data/ or models.py must not stand in for ours.
         command = [sys.executable, "-P", "-m", "app.planning.trial", str(asked_path), str(told_path)]
-        with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log) as trial:  # noqa: S603
+        with subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log) as trial:  # noqa: S603
             try:
                 while trial.poll() is None:
                     if (sample := memory_of(trial.pid)) is not None:
@@ -125,6 +127,12 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
     if content.get("memory") or "bad_alloc" in log_path.read_text(encoding="utf-8", errors="replace"):
         return TooMuch(why=f"memory ran out when it held {held_words(held)}", needed_bytes=held)
     raise _fault(content, trial.returncode, log_path)
+
+
+def _environment() -> dict[str, str]:
+    """This process's environment, by which the trial finds the same program wherever it lies."""
+    paths = [str(Path(app.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def _fault(content: Mapping[str, Any], code: int, log: Path) -> Exception:

@@ -13,7 +13,7 @@ import torch
 
 from app.caching import cache_bytes, cache_folder
 from app.config import RunConfig, load_config, to_plain, to_yaml
-from app.errors import ConfigError
+from app.errors import ConfigError, MemoryShortError
 from app.inference.windows import window_starts
 from app.machine import MemoryLimit, cores, free_disk, memory_limits
 from app.planning.dry_run import TooMuch, held_words, prepare, try_out
@@ -253,7 +253,10 @@ def _tried(
         on_progress(Progress(job="preparing cases", share=0.0, detail="for the dry run"))
         prepare_seconds = prepare(asked(plan.config), work, most_bytes=most)
         if isinstance(prepare_seconds, TooMuch):
-            raise MemoryError(f"preparing cases: {prepare_seconds.why}")
+            raise MemoryShortError(
+                f"preparing cases for the dry run does not fit into memory: {prepare_seconds.why}. "
+                "Free some memory, or allow more with --max-memory-gb."
+            )
         on_progress(Progress(job="preparing cases", share=1.0, detail="for the dry run"))
         fitted = fit(
             plan.config,

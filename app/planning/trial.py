@@ -187,25 +187,27 @@ class _Timed(PatchSource):
 
 
 def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSource) -> list[float]:
-    """Seconds of each step after the warm-up."""
+    """Seconds of each step after the warm-up; where a run measures gradients, one more step does."""
+    timed = WARM_UP + STEPS
+    every = timed + 1 if config.training.telemetry_steps else 0
     stepper = Stepper(
         config=config,
         runtime=runtime,
         state=state,
-        telemetry=Telemetry(0, state.network, state.optimizer),
+        telemetry=Telemetry(every, state.network, state.optimizer),
         loss_of=RegionLoss(),
     )
     made = batches(source, first=0, size=config.training.batch_size, threads=config.runtime.loader_threads)
     seconds = []
     with closing(made):
         state.network.train()
-        for _ in range(WARM_UP + STEPS):
+        for _ in range(max(timed, every)):
             began = time.perf_counter()
             stepper.step(made, learning_rate(config.training, 0.5))
             _wait_for(runtime)
             state.step += 1
             seconds.append(time.perf_counter() - began)
-    return seconds[WARM_UP:]
+    return seconds[WARM_UP:timed]
 
 
 def _window(config: RunConfig, runtime: Runtime, state: State, case: CachedCase) -> float:
