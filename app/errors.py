@@ -42,6 +42,10 @@ class DeviceError(RuntimeError):
     """The device asked for is not there. The message names it and what is there."""
 
 
+class MemoryShortError(RuntimeError):
+    """Nothing that could be planned fits into the memory there is. The message says what the least of it needed."""
+
+
 class InterruptedRunError(Exception):
     """A job was interrupted and what it had is whole. The message says how to go on."""
 
@@ -50,14 +54,14 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((DataError,), EXIT_DATA),
     ((ConfigError,), EXIT_CONFIG),
     ((RunError,), EXIT_RUN),
-    ((DeviceError, OSError), EXIT_MACHINE),
+    ((DeviceError, MemoryShortError, OSError), EXIT_MACHINE),
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
 
 def exit_code(error: BaseException) -> int:
     """Exit code for an exception, from the table above."""
-    if _is_out_of_memory(error) or _has_no_deterministic_form(error):
+    if is_out_of_memory(error) or _has_no_deterministic_form(error):
         return EXIT_MACHINE
     for kinds, code in _CODES:
         if isinstance(error, kinds):
@@ -75,7 +79,7 @@ def message(error: BaseException) -> str:
             errno.EROFS: "The file system is read-only; choose another folder.",
         }.get(error.errno or 0, "")
         return f"{place}{error.strerror or error}. {advice}".rstrip()
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if _has_no_deterministic_form(error):
         operation = str(error).partition(" does not ")[0]
@@ -85,7 +89,7 @@ def message(error: BaseException) -> str:
     return str(error)
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out; torch has an exception of its own for it on a GPU, and on a CPU only a text."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True

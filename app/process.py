@@ -1,4 +1,4 @@
-"""How this process waits and keeps memory. Imports nothing slow: the first has to come before torch."""
+"""How this process uses processors and memory. Imports nothing slow: the first has to come before torch."""
 
 from __future__ import annotations
 
@@ -7,19 +7,26 @@ import os
 import sys
 from typing import Final
 
+from app.machine import cores, processor_quota
+
 #: mallopt's parameters, of glibc's malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_INT: Final = 2**31 - 1
 
 
-def sleep_while_waiting() -> None:
-    """Let OpenMP threads sleep, not spin, while they wait for each other; what the user has set stays.
+def share_processors() -> None:
+    """Settle how OpenMP's threads wait and how many there are; what the user has set stays.
 
-    A spinning thread holds a processor that whoever it waits for may need: beside another job, a step that takes half
-    a second alone then takes several. It counts only before torch is imported.
+    Threads sleep while they wait for each other: one that spins holds a processor that whoever it waits for may need,
+    and beside another job a step takes two to three times as long. Where a control group grants less than the
+    processors that are visible (``docker run --cpus``), there are as many threads as it grants: more would stop each
+    other. It counts only before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    quota = processor_quota()
+    if quota is not None and quota < cores():
+        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, round(quota))))
 
 
 def keep_freed_memory() -> bool:

@@ -12,9 +12,10 @@ from typing import Final, Literal
 import torch
 
 from app.errors import DeviceError
+from app.machine import cores
 
 #: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
-_BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
+BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
 #: Compute capability from which on GPUs multiply float16 faster than float32.
 _TENSOR_CORES: Final = (7, 0)
@@ -105,8 +106,7 @@ def versions() -> dict[str, str]:
 def machine() -> str:
     """Processor, cores and GPU, in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"{_processor()}, {cores} cores{gpu}"
+    return f"{processor()}, {cores()} cores{gpu}"
 
 
 def _choose_device(wanted: str) -> tuple[torch.device, str]:
@@ -136,19 +136,21 @@ def _choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, s
         if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
             return torch.float16, "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
         return torch.float32, "precision float32: the GPU has neither bfloat16 nor tensor cores"
-    if found := sorted(_BF16_FLAGS & _cpu_flags()):
+    if found := sorted(BF16_FLAGS & cpu_flags()):
         return torch.bfloat16, f"precision bfloat16: the CPU has {', '.join(found)}"
     return torch.float32, "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
 
 
-def _cpu_flags() -> set[str]:
+def cpu_flags() -> set[str]:
+    """Instruction sets of the CPU, as Linux names them; empty where they are not told."""
     for line in _cpuinfo():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
     return set()
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Name of the CPU."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

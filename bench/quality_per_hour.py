@@ -41,7 +41,7 @@ import torch
 from app.checkpoints import load_newest
 from app.config import load_config
 from app.inference.settings import InferenceConfig
-from app.process import keep_freed_memory, sleep_while_waiting
+from app.process import keep_freed_memory, share_processors
 from app.runlog import write_json
 from app.runtime import RuntimeConfig, choose_runtime, machine, versions
 from app.training.validate import validation_dice
@@ -342,5 +342,5 @@ def _options() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    sleep_while_waiting()
+    share_processors()
     main()

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from app.config import load_config
-from app.process import keep_freed_memory, sleep_while_waiting
+from app.process import keep_freed_memory, share_processors
 from app.runtime import RuntimeConfig, choose_runtime, machine
 from app.training import gradient
 from app.training.state import new_state
@@ -271,5 +271,5 @@ def _options() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Both sides wait for work as the program does: asleep, not spinning on a processor the other needs.
-    sleep_while_waiting()
+    share_processors()
     main()

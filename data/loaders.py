@@ -38,7 +38,7 @@ from data.preprocess import Prepared, prepare
 #: Voxels of each tissue that a case remembers as possible patch centres.
 _CENTRES_PER_TISSUE: Final = 2000
 #: Cases whose maps stay open, two files each; systems allow a process 1024 files or more.
-_MOST_OPEN: Final = 128
+MOST_OPEN: Final = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,7 +250,7 @@ class PatchSource:
         mapped = _Mapped(self._cases[index])
         with self._lock:
             self._open[index] = mapped
-            while len(self._open) > _MOST_OPEN:
+            while len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
         return mapped
 

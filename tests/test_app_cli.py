@@ -20,11 +20,13 @@ Call = Callable[..., Any]
 GOLDEN = Path(__file__).parent / "golden"
 VERBS = [
     [],
+    ["plan"],
     ["train"],
     ["predict"],
     ["evaluate"],
     ["compare"],
     ["demo"],
+    ["doctor"],
     ["data"],
     ["data", "cache"],
     ["data", "check"],

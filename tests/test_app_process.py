@@ -1,4 +1,4 @@
-"""How the process waits and keeps memory."""
+"""How the process uses processors and memory."""
 
 import os
 import subprocess
@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from app.process import sleep_while_waiting
+from app import process
+from app.process import share_processors
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
 
@@ -20,14 +21,24 @@ def run(code: str, **environment: str) -> str:
 
 @GLIBC
 def test_torch_s_threads_sleep_while_they_wait():
-    code = "from app.process import sleep_while_waiting as s; s(); import torch; torch.ones(9).sum()"
+    code = "from app.process import share_processors as s; s(); import torch; torch.ones(9).sum()"
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in run(code, OMP_DISPLAY_ENV="TRUE")
 
 
 def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch):
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
-    sleep_while_waiting()
+    share_processors()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(1.5, "2"), (0.5, "1"), (4.0, None), (None, None)])
+def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, quota, threads):
+    monkeypatch.setattr(process, "processor_quota", lambda: quota)
+    monkeypatch.setattr(process, "cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is put back after the test
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    share_processors()
+    assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
 PAGES = """

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from app.errors import InterruptedRunError
 from app.inference.model import load_model
 from app.runlog import read_metrics
 from app.runtime import RuntimeConfig, choose_runtime
-from app.training import gradient
+from app.training import gradient, loop
 from app.training.average import WeightAverage
 from app.training.loop import Loop
 from app.training.state import State, new_state
@@ -78,6 +79,17 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
         return train(self, source, validating)
 
     monkeypatch.setattr(Loop, "train", stopped)
+
+
+def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
+    """Let validations find these Dice, whatever the network predicts."""
+    validate, given = loop.validation_dice, iter(values)
+
+    def validation_dice(*arguments: Any, **options: Any) -> dict[str, float]:
+        validate(*arguments, **options)
+        return {"WT": next(given)}
+
+    monkeypatch.setattr(loop, "validation_dice", validation_dice)
 
 
 # Averaged weights
@@ -154,8 +166,7 @@ def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result
 def test_a_run_ends_after_so_many_validations_without_a_better_one(
     train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    given = iter([0.3, 0.5, 0.5, 0.4, 0.9])
-    monkeypatch.setattr("app.training.loop.validation_dice", lambda *_, **__: {"WT": next(given)})
+    score(monkeypatch, [0.3, 0.5, 0.5, 0.4, 0.9])
     settings = ("training.steps=20", "training.validations=10", "training.patience=2")
     outcome = train("run", *settings)
     assert (outcome.steps, outcome.best_step, outcome.stopped_early) == (8, 4, True)
@@ -167,7 +178,7 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one(
 def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
     train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("app.training.loop.validation_dice", lambda *_, **__: {"WT": 0.5})
+    score(monkeypatch, repeat(0.5))
     for name, patience in (("patient", "null"), ("impatient", "1")):
         train(name, "training.steps=8", "training.validations=4", f"training.patience={patience}")
     patient, impatient = (losses_of(tmp_path / name) for name in ("patient", "impatient"))
@@ -176,7 +187,7 @@ def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
 
 
 def test_a_run_that_spends_its_budget_did_not_stop_early(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("app.training.loop.validation_dice", lambda *_, **__: {"WT": 0.5})
+    score(monkeypatch, repeat(0.5))
     assert not train("run", "training.validations=2", "training.patience=1").stopped_early
 
 

@@ -395,7 +395,7 @@ def test_with_more_cases_than_maps_that_stay_open_patches_are_the_same(
     cached: list[CachedCase], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = [patches(cached).patch(number) for number in range(15)]
-    monkeypatch.setattr(loaders, "_MOST_OPEN", 2)
+    monkeypatch.setattr(loaders, "MOST_OPEN", 2)
     source = patches(cached)
     assert all(same_patch(source.patch(number), patch) for number, patch in enumerate(whole))
     assert len(source._open) == 2

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, data, demo, evaluate, predict, terminal, train
+from app.cli import compare, data, demo, doctor, evaluate, plan, predict, terminal, train
 from app.errors import EXIT_INTERRUPTED
-from app.process import sleep_while_waiting
+from app.process import share_processors
 
 app = typer.Typer(
     name="znormseg",
@@ -21,11 +21,13 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(data.app, name="data")
+app.command(name="plan")(plan.plan)
 app.command(name="train")(train.train)
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="compare")(compare.compare)
 app.command(name="demo")(demo.demo)
+app.command(name="doctor")(doctor.doctor)
 
 
 def _show_version(wanted: bool) -> None:
@@ -48,7 +50,7 @@ def options(
 
 def run() -> None:
     """Entry point of the console script."""
-    sleep_while_waiting()
+    share_processors()
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)

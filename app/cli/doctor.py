@@ -1,0 +1,40 @@
+"""``znormseg doctor``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+
+def doctor(
+    *,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Argument(metavar="FOLDER", help="Data set, folder for runs: their disk is looked at too."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Say what on this machine is in the way of training, and what to do about it.
+
+    GPU driver against torch, bfloat16, memory and processors that are allowed, threads, disk, versions of packages.
+    Each finding is ok, a note, a warning or a problem; with a problem the exit code is 7.
+    """
+    from app.doctor.findings import examine  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.doctor.probe import probe  # noqa: PLC0415
+    from app.errors import EXIT_MACHINE  # noqa: PLC0415
+
+    findings = examine(probe(folders or ()))
+    healthy = all(finding.level != "problem" for finding in findings)
+    if as_json:
+        terminal.json_result({"ok": healthy, "findings": [finding.to_json() for finding in findings]})
+    else:
+        for finding in findings:
+            terminal.result(f"{finding.level:<8} {finding.topic}: {finding.found}")
+            if finding.remedy:
+                terminal.result(f"{'':<8} -> {finding.remedy}")
+    if not healthy:
+        raise typer.Exit(EXIT_MACHINE)

@@ -1,0 +1,254 @@
+"""What facts about a machine mean: pure functions of a probe."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from app.doctor.probe import Gpu, Package, Place, Probe
+
+Level = Literal["ok", "note", "warning", "problem"]
+
+#: Memory below which next to nothing trains, and below which a plan should be tried out.
+_LITTLE_MEMORY: Final = 2_000_000_000
+_SOME_MEMORY: Final = 6_000_000_000
+_LITTLE_DISK: Final = 1_000_000_000
+_SOME_DISK: Final = 10_000_000_000
+#: The first compute capability with bfloat16.
+_BF16_CAPABILITY: Final = (8, 0)
+_SHM: Final = "/dev/shm"  # noqa: S108 - its name, nothing is written there
+_INSTALL: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu128 make setup installs another build of torch"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One thing that was looked at."""
+
+    topic: str
+    level: Level
+    found: str
+    remedy: str = ""
+    """What to do; empty where nothing need be done."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+def examine(probe: Probe) -> list[Finding]:
+    """Every finding, in the order they are told."""
+    return [
+        _gpu(probe),
+        *(_architecture(probe, gpu) for gpu in probe.gpus),
+        _bfloat16(probe),
+        _memory(probe),
+        _processors(probe),
+        _threads(probe),
+        *_waiting(probe),
+        _shm(probe),
+        *(_disk(place) for place in probe.places),
+        *_torch_2_9(probe),
+        *_packages(probe.packages),
+    ]
+
+
+def _gpu(probe: Probe) -> Finding:
+    """A GPU, and whether torch can use it."""
+    topic = "GPU"
+    if not probe.gpu_in_machine and not probe.gpus:
+        return _note(topic, f"none; torch {probe.torch} computes on the CPU", "znormseg plan chooses what a CPU can do")
+    if probe.torch_cuda is None:
+        return _problem(topic, f"an NVIDIA GPU is there, and torch {probe.torch} is built without CUDA", _INSTALL)
+    if probe.driver_cuda is None:
+        return _problem(
+            topic,
+            "an NVIDIA GPU is there, and no driver (libcuda.so.1)",
+            "install the NVIDIA driver; in a container pass the GPU: --gpus all, --device nvidia.com/gpu=all, --nv",
+        )
+    return _driver(probe, probe.torch_cuda, probe.driver_cuda)
+
+
+def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> Finding:
+    """The driver's CUDA against that of torch: within a major version any driver does, by CUDA's own rule."""
+    topic, built = "GPU", _numbers(torch_cuda)
+    driver = f"driver {probe.driver or 'of unknown version'} takes CUDA {_dotted(driver_cuda)}"
+    versions = f"{driver}, torch {probe.torch} is built for {torch_cuda}"
+    if built[0] > driver_cuda[0]:
+        return _problem(topic, versions, f"install a newer driver, or an older build of torch: {_INSTALL}")
+    if not probe.gpus:
+        hidden = probe.environment.get("CUDA_VISIBLE_DEVICES")
+        why = f"CUDA_VISIBLE_DEVICES={hidden}" if hidden is not None else "torch sees none"
+        return _problem(topic, f"{versions}; {why}", "unset CUDA_VISIBLE_DEVICES; see whether nvidia-smi works")
+    names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB)" for gpu in probe.gpus)
+    if built > driver_cuda:
+        return _note(topic, f"{names}; {versions}", "works within a major version; a newer driver is safer")
+    return _ok(topic, f"{names}; {versions}")
+
+
+def _architecture(probe: Probe, gpu: Gpu) -> Finding:
+    """Whether torch has machine code for a GPU, or code that its driver can compile."""
+    major, minor = gpu.capability
+    topic, name = "GPU architecture", f"{gpu.name} has compute capability {major}.{minor}"
+    for architecture in probe.torch_architectures:
+        if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)) is None:
+            continue
+        its = int(match[2]), int(match[3])
+        exact = architecture[-1] in "af"
+        if its == gpu.capability or (
+            not exact and its <= gpu.capability and (match[1] == "compute" or its[0] == major)
+        ):
+            return _ok(topic, f"{name}; torch has {architecture}")
+    return _problem(
+        topic,
+        f"{name}; torch is built for {', '.join(probe.torch_architectures) or 'none'}",
+        "older GPUs: TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup; newer ones: a newer torch",
+    )
+
+
+def _bfloat16(probe: Probe) -> Finding:
+    topic = "bfloat16"
+    if probe.gpus:
+        gpu = probe.gpus[0]
+        if gpu.capability >= _BF16_CAPABILITY:
+            return _ok(topic, f"{gpu.name} multiplies it, precision auto takes it")
+        return _note(
+            topic, f"{gpu.name} does not multiply it, precision auto takes float32", "plan for twice the memory"
+        )
+    if probe.bf16_flags:
+        return _ok(topic, f"the CPU has {', '.join(probe.bf16_flags)}, precision auto takes it")
+    return _note(topic, f"{probe.processor} does not multiply it, precision auto takes float32", "")
+
+
+def _memory(probe: Probe) -> Finding:
+    topic = "memory"
+    if not probe.memory:
+        return _note(topic, "the system does not tell", "")
+    tightest = probe.memory[0]
+    found = f"{tightest.free_bytes / 1e9:.1f} GB, by {tightest.name}"
+    others = [f"{limit.free_bytes / 1e9:.1f} by {limit.name}" for limit in probe.memory[1:]]
+    found += f" ({', '.join(others)})" if others else ""
+    if tightest.free_bytes < _LITTLE_MEMORY:
+        return _warning(topic, found, "znormseg plan DATA --dry-run finds out what fits; or raise the bound")
+    if tightest.free_bytes < _SOME_MEMORY:
+        return _note(topic, found, "znormseg plan DATA --dry-run finds out what fits")
+    return _ok(topic, found)
+
+
+def _processors(probe: Probe) -> Finding:
+    found = f"{probe.processor}, {probe.cores} cores"
+    if probe.quota is None:
+        return _ok("processors", found)
+    return _ok("processors", f"{found}, the control group gives the time of {probe.quota:g}")
+
+
+def _threads(probe: Probe) -> Finding:
+    """Threads of the network against the processors there are."""
+    topic = "threads"
+    share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
+    asked = probe.environment.get("OMP_NUM_THREADS")
+    found = f"torch uses {probe.torch_threads}" + (f", OMP_NUM_THREADS={asked}" if asked is not None else "")
+    if asked is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", asked):
+        return _warning(topic, f"{found}, which is no number", f"export OMP_NUM_THREADS={share}")
+    if probe.torch_threads > share:
+        return _warning(
+            topic, f"{found}, of {share} processors: they wait for each other", f"export OMP_NUM_THREADS={share}"
+        )
+    if probe.torch_threads < share and not probe.gpus:
+        return _note(
+            topic, f"{found}, of {share} processors", f"export OMP_NUM_THREADS={share} where nothing else runs"
+        )
+    return _ok(topic, f"{found}, of {share} processors")
+
+
+def _waiting(probe: Probe) -> list[Finding]:
+    policy = probe.environment.get("OMP_WAIT_POLICY")
+    if policy is None or policy.lower() != "active":
+        return []
+    return [
+        _warning(
+            "OMP_WAIT_POLICY",
+            f"{policy}: threads that wait keep their processors busy, and the loader's starve",
+            "export OMP_WAIT_POLICY=passive",
+        )
+    ]
+
+
+def _shm(probe: Probe) -> Finding:
+    if probe.shm_bytes is None:
+        return _ok(_SHM, "not there, and not needed: batches are made by threads")
+    return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, and none of it needed: batches are made by threads")
+
+
+def _disk(place: Place) -> Finding:
+    topic = {"cache": "cache", "current folder": "disk", "given": "disk"}[place.role]
+    free = "unknown space" if place.free_bytes is None else f"{place.free_bytes / 1e9:.1f} GB"
+    found = f"{place.path}: {free} free"
+    if not place.writable:
+        remedy = "set ZNORMSEG_CACHE to a folder that can be written to"
+        if place.role == "cache":
+            return _warning(topic, f"{found}, cannot be written to; each run keeps its prepared cases itself", remedy)
+        return _note(topic, f"{found}, cannot be written to", "runs and predictions need another folder")
+    if place.free_bytes is not None and place.free_bytes < _LITTLE_DISK:
+        return _problem(topic, found, "free some space, or choose another folder")
+    if place.free_bytes is not None and place.free_bytes < _SOME_DISK:
+        return _warning(topic, found, "znormseg plan DATA says what prepared cases and checkpoints take")
+    return _ok(topic, found)
+
+
+def _torch_2_9(probe: Probe) -> list[Finding]:
+    if _numbers(probe.torch)[:2] != (2, 9):
+        return []
+    return [
+        _warning(
+            "torch 2.9",
+            "3D convolutions are slow and take much memory in it (pytorch/pytorch#166122)",
+            "install torch 2.10 or newer: make setup",
+        )
+    ]
+
+
+def _packages(packages: tuple[Package, ...]) -> list[Finding]:
+    """Versions against those that are supported."""
+    if not packages:
+        return [_note("packages", "znormseg is not installed as a package, so its needs are not known", "make setup")]
+    bad = [
+        f"{package.name} {package.installed or 'is missing'} (needed: {package.least} or newer)"
+        for package in packages
+        if package.installed is None or _numbers(package.installed) < _numbers(package.least)
+    ]
+    if bad:
+        return [_problem("packages", ", ".join(bad), "make setup, or pip install --upgrade with these names")]
+    return [_ok("packages", f"all {len(packages)} are there and new enough")]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """The numbers a version begins with.
+
+    Example:
+        >>> _numbers("2.10.0+cu128")
+        (2, 10, 0)
+    """
+    match = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(number) for number in match[0].split(".")) if match else ()
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version))
+
+
+def _ok(topic: str, found: str) -> Finding:
+    return Finding(topic=topic, level="ok", found=found)
+
+
+def _note(topic: str, found: str, remedy: str) -> Finding:
+    return Finding(topic=topic, level="note", found=found, remedy=remedy)
+
+
+def _warning(topic: str, found: str, remedy: str) -> Finding:
+    return Finding(topic=topic, level="warning", found=found, remedy=remedy)
+
+
+def _problem(topic: str, found: str, remedy: str) -> Finding:
+    return Finding(topic=topic, level="problem", found=found, remedy=remedy)

@@ -1,0 +1,193 @@
+"""The facts that the doctor judges, and how they are found on this machine."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Final
+
+import torch
+
+from app.caching import cache_folder
+from app.machine import MemoryLimit, cores, free_disk, memory_limits, processor_quota
+from app.runtime import BF16_FLAGS, cpu_flags, processor
+
+#: The vendor's number on the PCI bus.
+_NVIDIA: Final = "0x10de"
+_REQUIREMENT: Final = re.compile(r"^([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)\s*$")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One GPU as torch sees it."""
+
+    name: str
+    capability: tuple[int, int]
+    memory_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder that is read or written."""
+
+    role: str
+    """``cache``, ``current folder`` or ``given``."""
+    path: str
+    free_bytes: int | None
+    writable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Package:
+    """A package that is needed."""
+
+    name: str
+    least: str
+    """Oldest version that does."""
+    installed: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Probe:
+    """What was found on a machine."""
+
+    python: str
+    torch: str
+    torch_cuda: str | None
+    """CUDA that torch was built for; None for a build without."""
+    torch_architectures: tuple[str, ...] = ()
+    """Such as ``sm_90``, ``compute_90``; empty for a build without CUDA."""
+    gpu_in_machine: bool = False
+    """Whether the system has an NVIDIA GPU, seen without torch."""
+    driver: str | None = None
+    """Version of the NVIDIA driver."""
+    driver_cuda: tuple[int, int] | None = None
+    """Newest CUDA that the driver takes; None without a driver."""
+    gpus: tuple[Gpu, ...] = ()
+    """Those torch can use."""
+    processor: str
+    bf16_flags: tuple[str, ...]
+    """Instruction sets of the CPU that multiply bfloat16."""
+    cores: int
+    quota: float | None
+    """Processors' worth of time of the control group."""
+    memory: tuple[MemoryLimit, ...]
+    """Bounds, the tightest first."""
+    shm_bytes: int | None
+    torch_threads: int
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Those of OMP_NUM_THREADS, OMP_WAIT_POLICY, CUDA_VISIBLE_DEVICES that are set."""
+    places: tuple[Place, ...] = ()
+    packages: tuple[Package, ...] = ()
+
+
+def probe(given: Sequence[Path] = ()) -> Probe:
+    """Look at this machine.
+
+    Args:
+        given: folders to look at beside the cache and the current one.
+    """
+    places = [("current folder", Path.cwd()), *(("given", path) for path in given)]
+    with suppress(OSError):
+        places.insert(0, ("cache", cache_folder()))
+    usable = torch.cuda.is_available()
+    names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+    return Probe(
+        python=platform.python_version(),
+        torch=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        torch_architectures=tuple(torch.cuda.get_arch_list()) if usable else (),
+        gpu_in_machine=_gpu_in_machine(),
+        driver=_driver(),
+        driver_cuda=_driver_cuda(),
+        gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())) if usable else (),
+        processor=processor(),
+        bf16_flags=tuple(sorted(BF16_FLAGS & cpu_flags())),
+        cores=cores(),
+        quota=processor_quota(),
+        memory=tuple(memory_limits()),
+        shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,  # noqa: S108 - its size
+        torch_threads=torch.get_num_threads(),
+        environment={name: os.environ[name] for name in names if name in os.environ},
+        places=tuple(_place(role, path) for role, path in places),
+        packages=tuple(_packages()),
+    )
+
+
+def _gpu(index: int) -> Gpu:
+    found = torch.cuda.get_device_properties(index)
+    return Gpu(name=found.name, capability=(found.major, found.minor), memory_bytes=found.total_memory)
+
+
+def _gpu_in_machine() -> bool:
+    """Whether there is a device of NVIDIA's: a node of its driver, or a display controller on the PCI bus."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    for device in Path("/sys/bus/pci/devices").glob("*"):
+        with suppress(OSError):
+            vendor, kind = ((device / name).read_text(encoding="ascii").strip() for name in ("vendor", "class"))
+            if vendor == _NVIDIA and kind.startswith("0x03"):
+                return True
+    return False
+
+
+def _driver() -> str | None:
+    with suppress(OSError):
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
+        if found := re.search(r"\b(\d{3,}\.\d+(\.\d+)?)\b", text):
+            return found[1]
+    return None
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """What libcuda, which comes with the driver, says."""
+    try:
+        library = ctypes.CDLL("libcuda.so.1")
+        number = ctypes.c_int()
+        if library.cuDriverGetVersion(ctypes.byref(number)) != 0:
+            return None
+    except (OSError, AttributeError):
+        return None
+    return (number.value // 1000, number.value % 1000 // 10)
+
+
+def _place(role: str, path: Path) -> Place:
+    there = path
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        free: int | None = free_disk(there)
+    except OSError:
+        free = None
+    return Place(role=role, path=str(path), free_bytes=free, writable=_is_writable(there))
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a file can be made there; permissions alone do not tell on read-only and remote file systems."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError:
+        return False
+
+
+def _packages() -> list[Package]:
+    """What this program needs, by its own metadata."""
+    needs = [_REQUIREMENT.match(line) for line in metadata.requires("znormseg") or []]
+    return [Package(name=need[1], least=need[2], installed=_installed(need[1])) for need in needs if need is not None]
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,203 @@
+"""What a data set is like, as far as a plan depends on it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+import numpy as np
+
+from data.errors import DataError
+from data.labels import LabelConvention
+from data.layouts import Case, decide_for, find_cases, patient_of
+from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_label_map, read_volume, reorient
+from data.preprocess import smallest_box
+from data.tumours import LabelMap, read_label_maps, tumours_of, values_of
+
+#: Cases whose images are read for the sizes of brain and tumour; more take minutes and change a median little.
+SAMPLE: Final = 24
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """Boxes of one case, in millimetres along the canonical axes."""
+
+    brain_mm: Spacing
+    """Of the voxels that are not 0 in any contrast."""
+    tumour_mm: Spacing | None
+    """Of the whole tumour; None where there is none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fingerprint:
+    """What a data set is like. Cases without a label map count, those alone that have one can train."""
+
+    cases: int
+    with_label_map: int
+    patients: int
+    labels: str
+    """Name of the label convention."""
+    spacing_mm: Spacing
+    """Median along each canonical axis."""
+    spacing_percentiles_mm: tuple[Spacing, Spacing]
+    """The 10th and the 90th."""
+    extents: Mapping[str, Extent]
+    """By case id, of a sample spread evenly over the ids."""
+    tumour_ml: tuple[float, float, float]
+    """Whole tumour: 10th percentile, median, 90th."""
+    enhancing_share: float
+    """Share of the cases with a label map that have enhancing tumour."""
+    bytes_on_disk: int
+
+    @property
+    def brain_mm(self) -> Spacing:
+        """Median brain box of the sample."""
+        return _median([extent.brain_mm for extent in self.extents.values()])
+
+    @property
+    def tumour_mm(self) -> Spacing | None:
+        """Median tumour box of the sample; None where no case has a tumour."""
+        boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
+        return _median(boxes) if boxes else None
+
+    def brain_voxels(self, spacing_mm: Spacing) -> tuple[int, int, int]:
+        """Median brain box at a spacing, in voxels."""
+        x, y, z = (max(1, round(mm / step)) for mm, step in zip(self.brain_mm, spacing_mm, strict=True))
+        return (x, y, z)
+
+    def tumours_inside(self, side_mm: Sequence[float]) -> float:
+        """Share of the sample's tumours whose box is no longer than these sides."""
+        boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
+        inside = sum(all(mm <= side for mm, side in zip(box, side_mm, strict=True)) for box in boxes)
+        return inside / len(boxes) if boxes else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        content = asdict(self)
+        del content["extents"]
+        return {
+            **content,
+            "sampled_cases": len(self.extents),
+            "brain_mm": [round(mm, 1) for mm in self.brain_mm],
+            "tumour_mm": None if self.tumour_mm is None else [round(mm, 1) for mm in self.tumour_mm],
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """Cases, and what was read of them to take their fingerprint."""
+
+    cases: Mapping[str, Case]
+    """All that have a label map, by id."""
+    held: Mapping[str, LabelMap]
+    convention: LabelConvention
+    fingerprint: Fingerprint
+
+
+def read_data_set(
+    root: Path,
+    *,
+    labels: str | None = None,
+    follow_links: bool = False,
+    on_case: Callable[[str, float], None] | None = None,
+) -> DataSet:
+    """Take the fingerprint of a data set: every header and label map, and the images of a sample.
+
+    Args:
+        root: a data set in any layout of :func:`data.layouts.find_cases`.
+        labels: name of the label convention, where the data set does not tell.
+        follow_links: accept symbolic links that lead out of ``root``.
+        on_case: called with the id of each case of the sample that was read, and the share of the sample that is done.
+
+    Raises:
+        DataError: no data set, no case with a label map, ambiguous labels, or a case of the sample cannot be read.
+    """
+    found = find_cases(root, follow_links=follow_links)
+    cases = {case.id: case.require() for case in found if case.label is not None}
+    if not cases:
+        raise DataError(f"{root}: no case has a label map (a file that ends in seg); training needs them")
+    held = read_label_maps(cases.values())
+    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    tumours = tumours_of(cases, held, convention).values()
+    sample = _spread(list(cases.values()), SAMPLE)
+    done: list[str] = []
+
+    def look(case: Case) -> Extent:
+        extent = _extent(case)
+        done.append(case.id)
+        if on_case is not None:
+            on_case(case.id, len(done) / len(sample))
+        return extent
+
+    # A case takes some 100 MB while it is read.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        extents = dict(zip((case.id for case in sample), pool.map(look, sample), strict=True))
+    spacings = np.array([_spacing(case) for case in cases.values()])
+    low, high = np.percentile(spacings, [10, 90], axis=0).round(4).tolist()
+    volumes = np.percentile([tumour.volume_um3 / 1e12 for tumour in tumours], [10, 50, 90]).round(2).tolist()
+    fingerprint = Fingerprint(
+        cases=len(found),
+        with_label_map=len(cases),
+        patients=len({patient_of(case_id) for case_id in cases}),
+        labels=convention.name,
+        spacing_mm=_median([(x, y, z) for x, y, z in spacings.tolist()]),
+        spacing_percentiles_mm=(tuple(low), tuple(high)),
+        extents=extents,
+        tumour_ml=tuple(volumes),
+        enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
+        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in _files(case)),
+    )
+    return DataSet(cases=cases, held=held, convention=convention, fingerprint=fingerprint)
+
+
+def _extent(case: Case) -> Extent:
+    """Read the images and the label map of a case, and measure."""
+    reference = reorient(read_volume(case.contrasts["t1c"], case.volumes.get("t1c"), nan_to_zero=True))
+    inside = reference.voxels != 0
+    for contrast, path in case.contrasts.items():
+        if contrast != "t1c":
+            volume = in_order_of(reference, read_volume(path, case.volumes.get(contrast), nan_to_zero=True))
+            if volume.voxels.shape != inside.shape:
+                raise DataError(
+                    f"case {case.id}: {contrast} and t1c have different shapes; znormseg data check says more"
+                )
+            inside |= volume.voxels != 0
+    if not inside.any():
+        raise DataError(f"case {case.id}: all images are zero everywhere; znormseg data check says more")
+    assert case.label is not None
+    tumour = in_order_of(reference, read_label_map(case.label)).voxels != 0
+    return Extent(
+        brain_mm=_sides(inside, reference.spacing_mm),
+        tumour_mm=_sides(tumour, reference.spacing_mm) if tumour.any() else None,
+    )
+
+
+def _sides(mask: Any, spacing_mm: Spacing) -> Spacing:
+    box = smallest_box(mask)
+    x, y, z = ((part.stop - part.start) * mm for part, mm in zip(box, spacing_mm, strict=True))
+    return (x, y, z)
+
+
+def _spacing(case: Case) -> Spacing:
+    return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
+
+
+def _files(case: Case) -> set[Path]:
+    return {*case.contrasts.values(), *([case.label] if case.label is not None else [])}
+
+
+def _spread(cases: Sequence[Case], count: int) -> list[Case]:
+    """So many cases, evenly spaced; all where there are no more."""
+    if len(cases) <= count:
+        return list(cases)
+    return [cases[round(place)] for place in np.linspace(0, len(cases) - 1, count)]
+
+
+def _median(sides: Sequence[Spacing]) -> Spacing:
+    x, y, z = (round(median(along), 4) for along in zip(*sides, strict=True))
+    return (x, y, z)

@@ -1,0 +1,122 @@
+"""Try a plan out, and make it smaller until it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from app.config import RunConfig
+from app.errors import MemoryShortError
+from app.planning.dry_run import Needed, TooMuch, held_words
+from app.planning.estimate import Estimate, estimate
+from app.planning.rules import PROGRAM_BYTES, smaller
+
+#: Attempts at most; the halvings of a plan are fewer.
+_MOST_ATTEMPTS: Final = 12
+#: What an estimate may be off by, as a share, when smaller configs are passed over.
+_MARGIN: Final = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """One config that was tried out."""
+
+    patch_voxels: tuple[int, int, int]
+    batch_size: int
+    channels: tuple[int, ...]
+    changed: str
+    """Against the attempt before; empty for the first."""
+    outcome: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """A config that ran, and what it took."""
+
+    config: RunConfig
+    needed: Needed
+    attempts: tuple[Attempt, ...]
+
+
+def fit(
+    config: RunConfig,
+    try_out: Callable[[RunConfig], Needed | TooMuch],
+    *,
+    most_bytes: int | None,
+    half: bool,
+    gpu: bool,
+    fixed: Collection[str],
+    on_attempt: Callable[[RunConfig, int], None] = lambda *_: None,
+) -> Fitted:
+    """Try a config, then smaller ones (:func:`app.planning.rules.smaller`), until one fits.
+
+    Where an attempt's memory is known, those that by estimate need too much as well are passed over.
+
+    Args:
+        config: the plan's.
+        try_out: does three steps of a config.
+        most_bytes: RAM that may be taken; None where it is not known.
+        half: whether activations are bfloat16.
+        gpu: whether steps are made on a GPU.
+        fixed: keys that may not be changed.
+        on_attempt: told the config and the number of each attempt.
+
+    Raises:
+        MemoryShortError: nothing fits; the message says what the smallest attempt needed.
+    """
+    attempts: list[Attempt] = []
+    changed = ""
+    while True:
+        on_attempt(config, len(attempts) + 1)
+        outcome = try_out(config)
+        words = f"fits, with {held_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
+        attempts.append(_attempt(config, changed, words))
+        if isinstance(outcome, Needed):
+            return Fitted(config=config, needed=outcome, attempts=tuple(attempts))
+        held = estimate(config, half=half, gpu=gpu)
+        target = _target(outcome, held, most_bytes)
+        steps = []
+        following = smaller(config, fixed=fixed)
+        while following is not None and len(attempts) < _MOST_ATTEMPTS:
+            config, step = following
+            steps.append(step)
+            now = estimate(config, half=half, gpu=gpu)
+            following = smaller(config, fixed=fixed)
+            if now.host + now.gpu <= target or following is None:
+                break
+        if not steps:
+            kept = f" The settings {', '.join(sorted(fixed))} were not touched." if fixed else ""
+            raise MemoryShortError(
+                f"no plan fits into memory. The smallest attempt, {_in_words(attempts[-1])}: {words}.{kept} Free some "
+                "memory, allow more with --max-memory-gb, or plan on another machine."
+            )
+        changed = ", ".join(steps)
+
+
+def _target(outcome: TooMuch, held: Estimate, most_bytes: int | None) -> float:
+    """Estimate that the next attempt should have at most: in proportion, where the bound was RAM."""
+    now = held.host + held.gpu
+    if most_bytes is None or outcome.needed_bytes is None or held.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
+        return _MARGIN * now
+    share = (most_bytes - PROGRAM_BYTES) / (outcome.needed_bytes - PROGRAM_BYTES)
+    return now * min(_MARGIN, _MARGIN * max(share, 0.0))
+
+
+def _attempt(config: RunConfig, changed: str, outcome: str) -> Attempt:
+    return Attempt(
+        patch_voxels=config.training.patch_voxels,
+        batch_size=config.training.batch_size,
+        channels=config.network.channels,
+        changed=changed,
+        outcome=outcome,
+    )
+
+
+def _in_words(attempt: Attempt) -> str:
+    patch = "x".join(str(side) for side in attempt.patch_voxels)
+    return f"patch {patch}, batch {attempt.batch_size}, channels {list(attempt.channels)}"

@@ -1,0 +1,468 @@
+"""Plan a run: look at the data and the machine, choose, and, where it is asked for, try it out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from math import ceil, prod
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from app.caching import cache_bytes, cache_folder
+from app.config import RunConfig, load_config, to_plain, to_yaml
+from app.errors import ConfigError, MemoryShortError
+from app.inference.windows import window_starts
+from app.machine import MemoryLimit, cores, free_disk, memory_limits
+from app.planning.dry_run import TooMuch, held_words, prepare, try_out
+from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
+from app.planning.fit import Attempt, Fitted, fit
+from app.planning.rules import (
+    CACHE_BYTES_A_VOXEL,
+    Choice,
+    Hardware,
+    Plan,
+    make_plan,
+    with_steps,
+)
+from app.planning.trial import Asked
+from app.progress import OnProgress, Progress, silent
+from app.runtime import choose_runtime
+from data.loaders import MOST_OPEN
+from data.splits import Split, stratified_split
+from data.tumours import tumours_of
+
+#: Training cases that a dry run prepares and draws patches from.
+_TRIAL_CASES: Final = 8
+#: On a CPU a plan is cut to what this many hours hold, once the pace is known.
+_CPU_HOURS: Final = 12.0
+#: Share of RLIMIT_AS and RLIMIT_DATA that a trial is given.
+_SHARE_OF_LIMITS: Final = 0.9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Disk:
+    """Disk that a run needs, and what is free; bytes."""
+
+    cache_bytes: int
+    cache_folder: str
+    cache_free_bytes: int | None
+    cache_limit_bytes: int
+    checkpoint_bytes: int | None
+    """Both kinds, old and new beside each other while they are replaced; known from a dry run."""
+    here_free_bytes: int | None
+    """Free in the current folder."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """What does not fit, and what to do."""
+        found = []
+        if self.cache_free_bytes is not None and self.cache_bytes > self.cache_free_bytes:
+            found.append(
+                f"prepared cases take up to {self.cache_bytes / 1e9:.1f} GB and {self.cache_folder} has "
+                f"{self.cache_free_bytes / 1e9:.1f} GB free; point $ZNORMSEG_CACHE to a larger disk"
+            )
+        if self.cache_bytes > self.cache_limit_bytes:
+            found.append(
+                f"prepared cases take {self.cache_bytes / 1e9:.1f} GB and the cache is bounded to "
+                f"{self.cache_limit_bytes / 1e9:.1f} GB; raise $ZNORMSEG_CACHE_GB, or runs keep the rest themselves"
+            )
+        if None not in (self.checkpoint_bytes, self.here_free_bytes):
+            assert self.checkpoint_bytes is not None
+            assert self.here_free_bytes is not None
+            if self.checkpoint_bytes > self.here_free_bytes:
+                found.append(f"checkpoints take up to {self.checkpoint_bytes / 1e9:.2f} GB, more than is free here")
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class DryRun:
+    """What a dry run found; bytes and seconds of the planned run."""
+
+    device: str
+    own_bytes: int | None
+    """RAM that a run needs."""
+    mapped_bytes: int | None
+    """On top of it, pages of prepared cases that the system takes back when it must; tools count them as memory."""
+    gpu_bytes: int | None
+    step_seconds: float
+    window_seconds: float | None
+    prepare_seconds: float
+    """To prepare the cases of the dry run; next to none where they were in the cache."""
+    validation_seconds: float
+    """Of all validations; windows without brain would be left out, so at most."""
+    seconds: float
+    """Of the whole budget, without preparing cases."""
+    steps: int
+    attempts: tuple[Attempt, ...]
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Peak resident memory that tools will show for a long run."""
+        return None if self.own_bytes is None or self.mapped_bytes is None else self.own_bytes + self.mapped_bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedRun:
+    """A plan with what it rests on."""
+
+    data: Path
+    fingerprint: Fingerprint
+    split: Split
+    limits: tuple[MemoryLimit, ...]
+    config: RunConfig
+    choices: tuple[Choice, ...]
+    disk: Disk
+    dry_run: DryRun | None
+
+    def lines(self) -> list[str]:
+        """The plan in words."""
+        return _lines(self)
+
+    def to_yaml(self) -> str:
+        """The complete config, the reasons before it as comments."""
+        return "".join(f"# {line}".rstrip() + "\n" for line in self.lines()) + to_yaml(self.config)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "data": str(self.data),
+            "fingerprint": self.fingerprint.to_json(),
+            "training_cases": len(self.split.train),
+            "validation_cases": len(self.split.validation),
+            "memory": [asdict(limit) for limit in self.limits],
+            "choices": [asdict(choice) for choice in self.choices],
+            "config": to_plain(self.config),
+            "disk": {**asdict(self.disk), "warnings": self.disk.warnings},
+            "dry_run": None
+            if self.dry_run is None
+            else {**asdict(self.dry_run), "resident_bytes": self.dry_run.resident_bytes, "shm_bytes": 0},
+        }
+
+
+def plan_run(
+    data: Path,
+    *,
+    config: str | None = None,
+    overrides: Sequence[str] = (),
+    labels: str | None = None,
+    follow_links: bool = False,
+    with_dry_run: bool = False,
+    max_memory_bytes: int | None = None,
+    on_progress: OnProgress = silent,
+) -> PlannedRun:
+    """Plan a run on fold 0 of a data set.
+
+    Args:
+        data: a data set with label maps.
+        config: what is not planned is taken from it; default ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
+        overrides: ``section.key=value``; these keys are kept.
+        labels: name of the label convention, where the data set does not tell.
+        follow_links: accept symbolic links that lead out of ``data``.
+        with_dry_run: try the plan out, and make it smaller where it does not fit.
+        max_memory_bytes: RAM that may be taken, where it is less than what is free.
+        on_progress: told where the job is.
+
+    Raises:
+        DataError: the data set cannot be used.
+        ConfigError: the config cannot be used.
+        DeviceError: the device asked for is not there.
+        MemoryShortError: a dry run found nothing that fits.
+    """
+    base = load_config(config or "laptop", overrides)
+    runtime = choose_runtime(base.runtime)
+    if config is None and runtime.device.type == "cuda":
+        base = load_config("resunet-znorm", overrides)
+    fixed = {override.partition("=")[0].strip() for override in overrides}
+    read = read_data_set(
+        data,
+        labels=labels,
+        follow_links=follow_links,
+        on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id)),
+    )
+    tumours = tumours_of(read.cases, read.held, read.convention)
+    one = read.fingerprint.patients < 2
+    split = Split(train=tuple(read.cases), validation=()) if one else stratified_split(tumours, 0)
+    limits = memory_limits()
+    if max_memory_bytes is not None:
+        limits = [*limits, MemoryLimit(name="--max-memory-gb", free_bytes=max_memory_bytes)]
+    limits.sort(key=lambda limit: limit.free_bytes)
+    hardware = Hardware(
+        device=runtime.device.type,
+        half=runtime.precision is torch.bfloat16,
+        memory_bytes=limits[0].free_bytes if limits else 1 << 62,
+        gpu_bytes=torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0,
+        cores=cores(),
+    )
+    plan = make_plan(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)
+    disk = _disk(read.fingerprint, plan, split)
+    planned = PlannedRun(
+        data=data,
+        fingerprint=read.fingerprint,
+        split=split,
+        limits=tuple(limits),
+        config=plan.config,
+        choices=plan.choices,
+        disk=disk,
+        dry_run=None,
+    )
+    if not with_dry_run:
+        return planned
+    return _tried(
+        planned, plan, read, hardware=hardware, fixed=fixed, follow_links=follow_links, on_progress=on_progress
+    )
+
+
+def _tried(
+    planned: PlannedRun,
+    plan: Plan,
+    read: DataSet,
+    *,
+    hardware: Hardware,
+    fixed: set[str],
+    follow_links: bool,
+    on_progress: OnProgress,
+) -> PlannedRun:
+    """The same, tried out: smaller where it must be, with what it takes."""
+    split, brain = planned.split, read.fingerprint.brain_voxels(plan.spacing_mm)
+    validating = _largest(split.validation, read) if split.validation else None
+    # Bounds of the process itself are the child's too; it meets them by itself.
+    outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
+    most = min(outer, default=None)
+    with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
+        work = Path(folder)
+        run = work / "run"
+        run.mkdir()
+
+        def asked(config: RunConfig) -> Asked:
+            return Asked(
+                data=str(planned.data.resolve()),
+                folder=str(run),
+                config=to_plain(config),
+                prepare_only=False,
+                training=_some(split.train, read),
+                validation=validating,
+                labels=read.convention.name,
+                spacing_mm=plan.spacing_mm,
+                follow_links=follow_links,
+                most_share_of_limits=_SHARE_OF_LIMITS,
+            )
+
+        on_progress(Progress(job="preparing cases", share=0.0, detail="for the dry run"))
+        prepare_seconds = prepare(asked(plan.config), work, most_bytes=most)
+        if isinstance(prepare_seconds, TooMuch):
+            raise MemoryShortError(
+                f"preparing cases for the dry run does not fit into memory: {prepare_seconds.why}. "
+                "Free some memory, or allow more with --max-memory-gb."
+            )
+        on_progress(Progress(job="preparing cases", share=1.0, detail="for the dry run"))
+        fitted = fit(
+            plan.config,
+            lambda config: try_out(asked(config), work, most_bytes=most),
+            most_bytes=hardware.memory_bytes,
+            half=hardware.half,
+            gpu=hardware.device == "cuda",
+            fixed=fixed,
+            on_attempt=lambda config, number: on_progress(
+                Progress(job=f"dry run, attempt {number}", share=0.0, detail=_shape_of(config))
+            ),
+        )
+    config, why = with_steps(fitted.config, brain, len(split.train), hardware=hardware, fixed=fixed)
+    dry_run = _foreseen(config, fitted, split, brain, prepare_seconds)
+    if hardware.device == "cpu" and "training.steps" not in fixed and config.training.steps is not None:
+        config, dry_run, why = _cut_to_hours(config, dry_run, why)
+    choices = [_after_trial(choice, config, why) for choice in plan.choices]
+    disk = replace(planned.disk, checkpoint_bytes=2 * fitted.needed.told.checkpoint_bytes)
+    return replace(planned, config=config, choices=tuple(choices), disk=disk, dry_run=dry_run)
+
+
+def _foreseen(
+    config: RunConfig,
+    fitted: Fitted,
+    split: Split,
+    brain: tuple[int, int, int],
+    prepare_seconds: float,
+) -> DryRun:
+    """What a whole run takes, from what a few steps took."""
+    needed, settings = fitted.needed, config.training
+    told = needed.told
+    windows = prod(
+        len(window_starts(size, side, config.inference.overlap))
+        for size, side in zip(brain, settings.patch_voxels, strict=True)
+    )
+    each = (told.window_seconds or 0.0) * windows * len(split.validation)
+    validation = each * settings.validations
+    if settings.steps is not None:
+        steps = settings.steps
+    else:
+        assert settings.hours is not None
+        steps = max(1, int((settings.hours * 3600 - each) / needed.step_seconds))
+    mapped = None
+    if told.case_files_bytes is not None:
+        mapped = told.case_files_bytes * min(MOST_OPEN, len(split.train))
+    return DryRun(
+        device=told.device,
+        own_bytes=needed.own_bytes,
+        mapped_bytes=mapped,
+        gpu_bytes=told.gpu_bytes,
+        step_seconds=needed.step_seconds,
+        window_seconds=told.window_seconds,
+        prepare_seconds=prepare_seconds,
+        validation_seconds=validation,
+        seconds=steps * needed.step_seconds + validation if settings.hours is None else settings.hours * 3600,
+        steps=steps,
+        attempts=fitted.attempts,
+    )
+
+
+def _cut_to_hours(config: RunConfig, dry_run: DryRun, why: str) -> tuple[RunConfig, DryRun, str]:
+    """Fewer steps where they would take more than :data:`_CPU_HOURS`."""
+    left = 3600 * _CPU_HOURS - dry_run.validation_seconds
+    steps = max(1, int(left / dry_run.step_seconds))
+    if steps >= dry_run.steps:
+        return config, dry_run, why
+    config = replace(config, training=replace(config.training, steps=steps))
+    seconds = steps * dry_run.step_seconds + dry_run.validation_seconds
+    return config, replace(dry_run, steps=steps, seconds=seconds), f"{why}; cut to {_CPU_HOURS:g} hours on this CPU"
+
+
+def _after_trial(choice: Choice, config: RunConfig, steps_why: str) -> Choice:
+    """A choice with the value it has after the dry run."""
+    if choice.key == "training.steps":
+        return replace(choice, value=str(config.training.steps), reason=steps_why)
+    values = {
+        "training.patch_voxels": "x".join(map(str, config.training.patch_voxels)),
+        "training.batch_size": str(config.training.batch_size),
+        "network.channels": "x".join(map(str, config.network.channels)),
+    }
+    now = values.get(choice.key, choice.value)
+    if now == choice.value:
+        return choice
+    return replace(choice, value=now, reason=f"{choice.value} did not fit in the dry run")
+
+
+def _disk(fingerprint: Fingerprint, plan: Plan, split: Split) -> Disk:
+    voxels = prod(fingerprint.brain_voxels(plan.spacing_mm))
+    folder = cache_folder()
+    return Disk(
+        cache_bytes=CACHE_BYTES_A_VOXEL * voxels * (len(split.train) + len(split.validation)),
+        cache_folder=str(folder),
+        cache_free_bytes=_free(folder),
+        cache_limit_bytes=cache_bytes(),
+        checkpoint_bytes=None,
+        here_free_bytes=_free(Path.cwd()),
+    )
+
+
+def _free(place: Path) -> int | None:
+    try:
+        return free_disk(place)
+    except OSError:
+        return None
+
+
+def _some(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
+    """Up to :data:`_TRIAL_CASES` ids, the largest among those whose size is known first."""
+    known = sorted(
+        (case_id for case_id in ids if case_id in read.fingerprint.extents), key=lambda c: -_brain_volume(read, c)
+    )
+    others = [case_id for case_id in ids if case_id not in read.fingerprint.extents]
+    return tuple([*known, *others][:_TRIAL_CASES])
+
+
+def _largest(ids: Sequence[str], read: DataSet) -> str:
+    return _some(ids, read)[0]
+
+
+def _brain_volume(read: DataSet, case_id: str) -> float:
+    return prod(read.fingerprint.extents[case_id].brain_mm)
+
+
+def _shape_of(config: RunConfig) -> str:
+    patch = "x".join(map(str, config.training.patch_voxels))
+    return f"patch {patch}, batch {config.training.batch_size}, channels {list(config.network.channels)}"
+
+
+def _lines(planned: PlannedRun) -> list[str]:
+    fingerprint = planned.fingerprint
+    spacing = "x".join(f"{mm:g}" for mm in fingerprint.spacing_mm)
+    low, high = ("x".join(f"{mm:g}" for mm in along) for along in fingerprint.spacing_percentiles_mm)
+    small, middle, large = fingerprint.tumour_ml
+    lines = [
+        f"Plan for {planned.data}",
+        "",
+        f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
+        f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
+        f"  fold 0: {len(planned.split.train)} train, {len(planned.split.validation)} validate",
+        f"  spacing: median {spacing} mm (10 % to 90 %: {low} to {high})",
+        f"  brain's box: median {_mm(fingerprint.brain_mm)} mm; tumour's: {_mm(fingerprint.tumour_mm)} mm "
+        f"(of {len(fingerprint.extents)} cases)",
+        f"  tumour: median {middle:g} ml (10 % to 90 %: {small:g} to {large:g}); "
+        f"{fingerprint.enhancing_share:.0%} have enhancing tumour",
+    ]
+    if fingerprint.with_label_map < fingerprint.cases:
+        lines.append("  training needs a label map of every case it uses: leave the others out with --split")
+    if planned.limits:
+        lines.append(f"Memory: {planned.limits[0].free_bytes / 1e9:.1f} GB, by {planned.limits[0].name}")
+    lines += ["", "Choices:", *(f"  {one.key} = {one.value}: {one.reason}" for one in planned.choices), ""]
+    disk = planned.disk
+    free = f", {disk.cache_free_bytes / 1e9:.1f} GB free" if disk.cache_free_bytes is not None else ""
+    lines.append(
+        f"Disk: prepared cases {disk.cache_bytes / 1e9:.2f} GB in {disk.cache_folder}{free} "
+        f"(at most {disk.cache_limit_bytes / 1e9:g} GB)"
+    )
+    if disk.checkpoint_bytes is not None:
+        here = f"; {disk.here_free_bytes / 1e9:.1f} GB free in this folder" if disk.here_free_bytes is not None else ""
+        lines.append(f"  checkpoints up to {disk.checkpoint_bytes / 1e9:.3f} GB{here}")
+    lines += [f"  warning: {warning}" for warning in disk.warnings]
+    lines += _dry_run_lines(planned) if planned.dry_run is not None else ["", "Not tried out: --dry-run does."]
+    return lines
+
+
+def _dry_run_lines(planned: PlannedRun) -> list[str]:
+    found = planned.dry_run
+    assert found is not None
+    lines = ["", f"Dry run on {found.device}: three steps after one, a validation window, checkpoints"]
+    lines += [
+        f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
+        for number, one in enumerate(found.attempts, start=1)
+    ]
+    lines.append(f"  memory: {held_words(found.own_bytes)} needed")
+    if found.mapped_bytes is not None:
+        lines[-1] += (
+            f"; tools will show up to {held_words(found.resident_bytes)}, as prepared cases are mapped: "
+            "the system takes those pages back when it must"
+        )
+    if found.gpu_bytes is not None:
+        lines.append(f"  GPU memory: {found.gpu_bytes / 1e9:.2f} GB, and what the driver takes")
+    window = f"; {found.window_seconds:.3g} s a validation window" if found.window_seconds is not None else ""
+    lines.append(f"  pace: {found.step_seconds:.3g} s a step{window}")
+    hours = found.seconds / 3600
+    lines.append(
+        f"  the budget: {found.steps} steps, {_duration(hours)}, of which validation takes at most "
+        f"{_duration(found.validation_seconds / 3600)}; preparing the cases comes on top"
+    )
+    lines.append("  /dev/shm: none needed, batches are made by threads")
+    return lines
+
+
+def _duration(hours: float) -> str:
+    return f"{hours:.1f} h" if hours >= 1 else f"{ceil(60 * hours)} min"
+
+
+def _mm(sides: Sequence[float] | None) -> str:
+    return "none" if sides is None else "x".join(f"{side:.0f}" for side in sides)
+
+
+def require_new_file(path: Path) -> None:
+    """Make sure that a plan can be written.
+
+    Raises:
+        ConfigError: the name does not end in .yaml or .yml, or the file is there already.
+    """
+    if path.suffix not in (".yaml", ".yml"):
+        raise ConfigError(f"--out {path}: a config ends in .yaml or .yml; so train takes it")
+    if path.exists():
+        raise ConfigError(f"--out {path}: is there already. Delete it, or give another name.")

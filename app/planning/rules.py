@@ -1,0 +1,316 @@
+"""The rules of a plan: from a fingerprint and a machine to a config, with a reason for each choice.
+
+The ideas are nnU-Net's (Isensee et al., Nature Methods 18, 203, 2021): spacing and patch follow the data's medians, the
+patch is as large as memory allows, the batch has at least two patches. What differs: memory is what this machine has
+left instead of a fixed budget, a processor bounds the voxels of a step, and steps follow the number of cases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+from math import ceil, prod
+from typing import Final
+
+from app.config import RunConfig
+from app.planning.estimate import estimate
+from app.planning.fingerprint import Fingerprint
+from data.nifti import Spacing
+from models import patch_divisor
+
+#: On a CPU a step has at most this many voxels (two patches of 64 a side), so that a network trains in hours.
+CPU_STEP_VOXELS: Final = 2 * 64**3
+#: Axes whose spacings differ by no more than this share count as equal.
+_EQUAL: Final = 0.02
+#: The coarsest level of the network keeps at least this many voxels of a patch along each axis.
+_COARSEST_VOXELS: Final = 4
+_LEAST_BATCH: Final = 2
+_MOST_BATCH: Final = 8
+#: A batch has at most this share of the voxels of all training brains, as in nnU-Net.
+_BATCH_SHARE: Final = 0.05
+#: Every training brain is covered by patches this often.
+_COVERS: Final = 50
+_FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
+_MOST_STEPS: Final = {"cpu": 20_000, "cuda": 50_000}
+#: Shares of what is free that a plan may take; the rest is for what an estimate misses.
+_HOST_SHARE: Final = 0.8
+_GPU_SHARE: Final = 0.85
+#: What a training process holds before its first step; the driver's own on a GPU.
+PROGRAM_BYTES: Final = 600_000_000
+_GPU_PROGRAM_BYTES: Final = 600_000_000
+#: Sides below this, in voxels, are not made smaller to save memory.
+SMALLEST_SIDE: Final = 32
+_FEWEST_CHANNELS: Final = 8
+#: Bytes a voxel of the brain's box takes in the cache: four contrasts in float16, one label code.
+CACHE_BYTES_A_VOXEL: Final = 9
+
+
+@dataclass(frozen=True, kw_only=True)
+class Hardware:
+    """What a run may use."""
+
+    device: str
+    """``cpu`` or ``cuda``."""
+    half: bool
+    """Whether activations are bfloat16."""
+    memory_bytes: int
+    """RAM that is free for a run."""
+    gpu_bytes: int
+    """Free on the GPU; 0 without one."""
+    cores: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One decision of a plan."""
+
+    key: str
+    """Key of the config, or what it is about."""
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounds:
+    """What the sizes of a plan depend on, beside the config."""
+
+    brain: tuple[int, int, int]
+    """Median brain box in voxels of the network's spacing."""
+    spacing_mm: Spacing
+    training_cases: int
+    hardware: Hardware
+    fixed: Collection[str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A config for a data set on a machine."""
+
+    config: RunConfig
+    spacing_mm: Spacing
+    """Spacing the network works at."""
+    choices: tuple[Choice, ...]
+
+
+def make_plan(
+    fingerprint: Fingerprint, hardware: Hardware, base: RunConfig, *, training_cases: int, fixed: Collection[str]
+) -> Plan:
+    """Plan a run.
+
+    Args:
+        fingerprint: of the data set.
+        hardware: what may be used.
+        base: everything that is not planned stays as it is here: optimiser, gradient rule, augmentation and the rest.
+        training_cases: cases that train.
+        fixed: keys that the user set, such as ``training.batch_size``; they stay too.
+    """
+    choices: list[Choice] = []
+
+    def chosen(key: str, value: object, reason: str) -> None:
+        text = "x".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+        choices.append(Choice(key=key, value=text, reason="set by you" if key in fixed else reason))
+
+    spacing_mm, wanted_mm, why = _spacing(fingerprint, base, fixed)
+    config = replace(base, data=replace(base.data, spacing_mm=wanted_mm))
+    chosen("data.spacing_mm", spacing_mm, why)
+    fits = _fitter(hardware)
+    brain = fingerprint.brain_voxels(spacing_mm)
+    bounds = _Bounds(brain=brain, spacing_mm=spacing_mm, training_cases=training_cases, hardware=hardware, fixed=fixed)
+    config, levels_why = _with_levels(config, brain, fixed)
+    config, patch_why = _with_patch(config, bounds, fits)
+    patch = config.training.patch_voxels
+    chosen("network.channels", config.network.channels, levels_why)
+    sides_mm = [side * mm for side, mm in zip(patch, spacing_mm, strict=True)]
+    inside = f"the boxes of {fingerprint.tumours_inside(sides_mm):.0%} of the tumours are no larger"
+    chosen("training.patch_voxels", patch, f"{patch_why}; {inside}")
+    config, why = _with_batch(config, bounds, fits)
+    chosen("training.batch_size", config.training.batch_size, why)
+    config, why = with_steps(config, brain, training_cases, hardware=hardware, fixed=fixed)
+    budget = config.training.steps
+    chosen(
+        "training.steps" if budget is not None else "training.hours",
+        budget if budget is not None else config.training.hours,
+        why,
+    )
+    config, why = _with_threads(config, hardware, fixed)
+    chosen("runtime.loader_threads", config.runtime.loader_threads, why)
+    return Plan(config=config, spacing_mm=spacing_mm, choices=tuple(choices))
+
+
+def smaller(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
+    """The next smaller config, and what was changed; None where there is none.
+
+    A batch of more than two patches is halved; then patches get a quarter shorter, down to 32 voxels a side; then the
+    network's channels are halved, down to eight at the finest level; then the batch is one patch.
+
+    Args:
+        config: one that does not fit.
+        fixed: keys that may not be changed.
+    """
+    training, network = config.training, config.network
+    batch, patch = training.batch_size, training.patch_voxels
+    if "training.batch_size" not in fixed and batch > _LEAST_BATCH:
+        fewer = max(_LEAST_BATCH, batch // 2)
+        return _training(config, batch_size=fewer), f"batch {batch} -> {fewer}"
+    divisor = patch_divisor(network)
+    floor = _smallest_side(divisor)
+    shorter = tuple(min(side, max(floor, int(0.75 * side) // divisor * divisor)) for side in patch)
+    if "training.patch_voxels" not in fixed and shorter != patch:
+        x, y, z = shorter
+        return _training(config, patch_voxels=(x, y, z)), f"patch {_times(patch)} -> {_times(shorter)}"
+    step = 8 if network.architecture == "segresnet" else 4
+    fewest = min(_FEWEST_CHANNELS, network.channels[0])
+    thinner = tuple(max(fewest, count // 2 // step * step) for count in network.channels)
+    if "network.channels" not in fixed and network.channels[0] > fewest:
+        words = f"channels {list(network.channels)} -> {list(thinner)}"
+        return replace(config, network=replace(network, channels=thinner)), words
+    if "training.batch_size" not in fixed and batch > 1:
+        return _training(config, batch_size=1), f"batch {batch} -> 1"
+    return None
+
+
+def with_steps(
+    config: RunConfig,
+    brain_voxels: tuple[int, int, int],
+    training_cases: int,
+    *,
+    hardware: Hardware,
+    fixed: Collection[str],
+) -> tuple[RunConfig, str]:
+    """The config with its budget, and why."""
+    settings = config.training
+    if not {"training.steps", "training.hours"}.isdisjoint(fixed):
+        return config, "set by you"
+    covering = ceil(prod(brain_voxels) / prod(settings.patch_voxels))
+    patches = _COVERS * training_cases * covering
+    wanted = ceil(patches / (settings.batch_size * settings.accumulate))
+    low, high = _FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
+    steps = min(max(wanted, low), high)
+    why = f"{covering} patches cover a brain; {_COVERS} times, in {training_cases} training cases: {wanted} steps"
+    if steps != wanted:
+        why += f"; at least {low} and at most {high} on {_name(hardware)}"
+    return _training(config, steps=steps, hours=None), why
+
+
+def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) -> tuple[Spacing, float | None, str]:
+    """Spacing by axis, the config's value, why."""
+    if "data.spacing_mm" in fixed and base.data.spacing_mm is not None:
+        return (base.data.spacing_mm,) * 3, base.data.spacing_mm, ""
+    found = fingerprint.spacing_mm
+    if max(found) <= (1 + _EQUAL) * min(found):
+        equal = min(max(round(sum(found) / 3, 3), 0.25), 10.0)
+        return (equal,) * 3, equal, "median of the cases, the same along all axes"
+    return found, None, "median of the training cases along each axis (null in the config)"
+
+
+def _fitter(hardware: Hardware) -> Callable[[RunConfig], bool]:
+    """Whether a config fits by estimate."""
+
+    def fits(config: RunConfig) -> bool:
+        gpu = hardware.device == "cuda"
+        needed = estimate(config, half=hardware.half, gpu=gpu)
+        if gpu and needed.gpu > _GPU_SHARE * hardware.gpu_bytes - _GPU_PROGRAM_BYTES:
+            return False
+        return needed.host <= _HOST_SHARE * hardware.memory_bytes - PROGRAM_BYTES
+
+    return fits
+
+
+def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collection[str]) -> tuple[RunConfig, str]:
+    """Levels of the network that the brain has voxels for."""
+    network = config.network
+    levels = len(network.channels)
+    if "network.channels" not in fixed:
+        while levels > 2 and min(brain) < _COARSEST_VOXELS * patch_divisor(network):
+            levels -= 1
+            network = replace(network, channels=network.channels[:levels])
+    # A patch that any number of levels takes, until one is chosen; the user's fits fewer levels too.
+    patch = (
+        config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
+    )
+    config = replace(config, network=network, training=replace(config.training, patch_voxels=patch))
+    return config, f"{levels} levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
+
+
+def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
+    """The largest patch of a step of two that the machine takes, from the median brain's box down."""
+    if "training.patch_voxels" in bounds.fixed:
+        return config, ""
+    divisor = patch_divisor(config.network)
+    floor = _smallest_side(divisor)
+    sides = [max(_least_side(divisor), ceil(side / divisor) * divisor) for side in bounds.brain]
+    batch = config.training.batch_size if "training.batch_size" in bounds.fixed else _LEAST_BATCH
+    most = CPU_STEP_VOXELS if bounds.hardware.device == "cpu" else None
+    why = "the median brain's box, rounded up to what the network takes"
+
+    def tried() -> RunConfig:
+        x, y, z = sides
+        return _training(config, patch_voxels=(x, y, z), batch_size=batch)
+
+    while (slow := most is not None and batch * prod(sides) > most) or not fits(tried()):
+        longest = [axis for axis in range(3) if sides[axis] > floor]
+        if not longest:
+            break
+        sides[max(longest, key=lambda axis: (sides[axis] * bounds.spacing_mm[axis], axis))] -= divisor
+        reason = f"at most {most} voxels a step on a CPU" if slow else f"{batch} of them fit {_memory(bounds.hardware)}"
+        why = f"the median brain's box {_times(bounds.brain)}, its longest side cut until {reason}"
+    return tried(), why
+
+
+def _with_batch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
+    """As many patches as memory and data bear, two at least where they fit."""
+    if "training.batch_size" in bounds.fixed:
+        return config, ""
+    voxels = prod(config.training.patch_voxels)
+    most = int(_BATCH_SHARE * bounds.training_cases * prod(bounds.brain) / voxels)
+    if bounds.hardware.device == "cpu":
+        most = min(most, CPU_STEP_VOXELS // voxels)
+    batch = _LEAST_BATCH
+    while batch < min(most, _MOST_BATCH) and fits(_training(config, batch_size=batch + 1)):
+        batch += 1
+    why = (
+        f"from {_LEAST_BATCH} up to {_MOST_BATCH}, while it fits {_memory(bounds.hardware)}"
+        f"{', has no more voxels than a CPU should do in a step' if bounds.hardware.device == 'cpu' else ''}"
+        f" and no more than {_BATCH_SHARE:.0%} of the training brains"
+    )
+    return _training(config, batch_size=batch), why
+
+
+def _with_threads(config: RunConfig, hardware: Hardware, fixed: Collection[str]) -> tuple[RunConfig, str]:
+    if "runtime.loader_threads" in fixed:
+        return config, ""
+    if hardware.device == "cuda":
+        threads, why = min(8, hardware.cores), f"the processors ({hardware.cores}), up to 8"
+    else:
+        threads = min(4, max(1, hardware.cores // 4))
+        why = f"a quarter of the processors ({hardware.cores}), 1 to 4; the network takes the others"
+    why += "; threads, so /dev/shm is not used"
+    return replace(config, runtime=replace(config.runtime, loader_threads=threads)), why
+
+
+def _smallest_side(divisor: int) -> int:
+    """Of a patch that is made smaller to save memory, in voxels."""
+    return max(2 * divisor, ceil(SMALLEST_SIDE / divisor) * divisor)
+
+
+def _least_side(divisor: int) -> int:
+    """Shortest side of a patch that a config takes, in voxels."""
+    return max(2 * divisor, 8)
+
+
+def _training(config: RunConfig, **changes: object) -> RunConfig:
+    return replace(config, training=replace(config.training, **changes))  # type: ignore[arg-type]
+
+
+def _memory(hardware: Hardware) -> str:
+    if hardware.device == "cuda":
+        return f"{hardware.gpu_bytes / 1e9:.1f} GB of GPU memory by estimate"
+    return f"{hardware.memory_bytes / 1e9:.1f} GB of memory by estimate"
+
+
+def _name(hardware: Hardware) -> str:
+    return "a GPU" if hardware.device == "cuda" else "a CPU"
+
+
+def _times(sides: Collection[int]) -> str:
+    return "x".join(str(side) for side in sides)
