@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any, Final
 
 import app
@@ -37,8 +37,8 @@ class Needed:
 
     @property
     def step_seconds(self) -> float:
-        """Of one step of a long run: the steps' mean, or the loader's pace where that is slower."""
-        return max(mean(self.told.step_seconds), self.told.loader_seconds)
+        """Of one step of a long run: the steps' median, or the loader's pace where that is slower."""
+        return max(median(self.told.step_seconds), self.told.loader_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,7 @@ from data.labels import CONTRASTS, CONVENTIONS
 from data.layouts import find_cases
 from data.loaders import CachedCase, PatchSource, batches, cache_cases
 from data.presence import presence_mask
+from data.tumours import read_label_maps
 from models import GivenPresence, RegionLoss
 
 #: Steps before the ones that are timed: the first allocates, and chooses its kernels.
@@ -118,8 +119,11 @@ def run_trial(asked: Asked) -> Told | None:
     with prepared_cases(folder / "cache") as store:
         found = {case.id: case for case in find_cases(Path(asked.data), follow_links=asked.follow_links)}
         ids = [*asked.training, *([asked.validation] if asked.validation is not None else [])]
+        used = [found[case_id].require() for case_id in ids]
+        # As a run does; what it frees, the allocator keeps for later, so that it belongs to the run's memory.
+        read_label_maps(used)
         prepared = cache_cases(
-            [found[case_id].require() for case_id in ids],
+            used,
             store,
             spacing_mm=asked.spacing_mm,
             convention=CONVENTIONS[asked.labels],
