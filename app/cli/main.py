@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, data, demo, evaluate, predict, terminal, train
+from app.cli import compare, crossval, data, demo, evaluate, predict, terminal, train
 from app.errors import EXIT_INTERRUPTED
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app.command(name="train")(train.train)
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
 app.command(name="compare")(compare.compare)
+app.command(name="crossval")(crossval.crossval)
 app.command(name="demo")(demo.demo)
 
 
