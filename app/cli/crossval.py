@@ -79,8 +79,8 @@ def _show(outcome: CrossValidation) -> None:
     tuning = outcome.tuning
     terminal.result(f"post-processing: {tuning.chosen.sentence()}")
     terminal.result(
-        f"gain {tuning.after - tuning.before:+.4f} on the cases it was chosen on, estimated {tuning.estimated_gain:+.4f} "
-        "on others"
+        f"gain {tuning.after - tuning.before:+.4f} on the cases it was chosen on; "
+        f"estimated {tuning.estimated_gain:+.4f} on others"
     )
     terminal.result(f"the page with curves and worst cases: {outcome.page}")
     terminal.result(f"next: znormseg predict {outcome.ensemble} CASES OUTPUT")
