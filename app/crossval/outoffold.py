@@ -123,7 +123,7 @@ def read_answer(path: Path) -> Answer:
         RunError: missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             answers, reference = file["answers"], file["reference"]
             x, y, z = file["spacing_mm"].tolist()
             if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
@@ -138,7 +138,7 @@ def read_answer(path: Path) -> Answer:
 def is_of(path: Path, weights_sha256: str) -> bool:
     """Whether a file is there that network made; the voxels are not looked at."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return str(file["weights_sha256"]) == weights_sha256
     except _DAMAGE:
         return False
