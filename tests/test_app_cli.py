@@ -24,6 +24,7 @@ VERBS = [
     ["predict"],
     ["evaluate"],
     ["compare"],
+    ["crossval"],
     ["demo"],
     ["data"],
     ["data", "cache"],

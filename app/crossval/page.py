@@ -107,7 +107,12 @@ def _folds_html(raw: Summary, results: Sequence[Mapping[str, Any]]) -> str:
 def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
     steps = [[escape(step.rule), f"{step.value:g}", f"{step.gain:+.4f}", f"{step.best:+.4f}"] for step in tuning.steps]
     nested = [
-        [f"Fold {fold}", f"{gain:+.4f}", escape(rules.sentence())]
+        [
+            f"Fold {fold}",
+            f"{gain:+.4f}",
+            *(" / ".join(f"{value:g}" for value in values) for values in (rules.thresholds, rules.smallest_mm3)),
+            f"{rules.least_enhancing_mm3:g}",
+        ]
         for fold, (rules, gain) in enumerate(zip(tuning.nested, tuning.nested_gains, strict=True))
     ]
     before, after = raw.spread(), tuned.spread()
@@ -125,7 +130,8 @@ def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
             f"kept where it gains {MARGIN:g} or more."
         )
         + "<h3>Chosen without a fold, scored on it</h3>"
-        + table("tuning", ["Left out", "Gain", "Chosen on the others"], nested)
+        + table("tuning", ["Left out", "Gain", "Thresholds", "Smallest, mm3", "Least ET, mm3"], nested)
+        + note("Thresholds and smallest components: WT / TC / ET.")
         + "<h3>Scores without and with it</h3>"
         + table("tuning", ["", *_HEADS], scores)
         + note("The second row is of the cases that the rules were chosen on.")
