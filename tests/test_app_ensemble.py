@@ -124,6 +124,18 @@ def test_the_rules_are_applied_and_told(
     assert codes(tmp_path / "out" / f"{case.id}.nii.gz").any() == left_out
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("left_out", [False, True])
+def test_the_rules_are_applied_to_prepared_scans_too(
+    *, left_out: bool, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    rules = Postprocess(smallest_mm3=(1e9, 0.0, 0.0))
+    ensemble, case = packed(tmp_path / "ensemble", tiny_run, rules=rules), find_cases(phantoms)[0]
+    options = ["--device=cpu", "--prepare", *(["--no-postprocess"] if left_out else [])]
+    assert znormseg("predict", ensemble, case.folder, tmp_path / "out", *options).code == 0
+    assert codes(tmp_path / "out" / f"{case.id}.nii.gz").any() == left_out
+
+
 def test_a_run_has_no_rules_to_tell(tiny_run: Path) -> None:
     assert list(load_predictor(tiny_run, RUNTIME).record()) == ["weights_sha256", "weights_step"]
 
