@@ -197,7 +197,7 @@ class _Slot:
             try:
                 self._do(job)
             except Exception as error:
-                self.told.put((job, {"error": type(error).__name__, "message": str(error)}))
+                self.told.put((job, {"error": _name_of(error), "message": message(error)}))
             if self.stopping.is_set():
                 return
 
