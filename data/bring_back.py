@@ -22,13 +22,19 @@ _MOST_PARTS: Final = 16
 
 
 def bring_back(
-    shares: npt.NDArray[np.float32], grid: Grid, transform: sitk.Transform, native: Grid, *, source: Path
+    shares: npt.NDArray[np.float32],
+    grid: Grid,
+    transform: sitk.Transform,
+    native: Grid,
+    *,
+    source: Path,
+    thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5),
 ) -> npt.NDArray[np.uint8]:
     """Bring probabilities to a scan's own grid and make labels of them there.
 
     A native voxel takes each region's mean probability over its own extent - interpolated linearly at as many places
-    along each axis as voxels of ``grid`` fit in - and belongs to the region where that is one half or more. Labels are
-    never interpolated; the regions of the result are nested.
+    along each axis as voxels of ``grid`` fit in - and belongs to the region where that is the region's threshold or
+    more. Labels are never interpolated; the regions of the result are nested.
 
     Args:
         shares: float32, shape (3, X, Y, Z) on ``grid``, order of :data:`data.labels.REGIONS`, 0 to 1.
@@ -36,6 +42,7 @@ def bring_back(
         transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
         native: the scan's grid.
         source: of the shares, for messages.
+        thresholds: by region, as the shares.
 
     Returns:
         uint8, the program's codes, shape of ``native``; background outside of ``grid``.
@@ -51,4 +58,5 @@ def bring_back(
         x, y, z = native.size
         cells = there.reshape(x, factors[0], y, factors[1], z, factors[2])
         means.append(cells.mean(axis=(1, 3, 5)))
-    return from_regions(np.stack(means) >= 0.5 - TIE_TOLERANCE)
+    bounds = np.array(thresholds).reshape(3, 1, 1, 1)
+    return from_regions(np.stack(means) >= bounds - TIE_TOLERANCE)

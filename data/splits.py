@@ -31,44 +31,46 @@ class Split:
         return {"train": list(self.train), "validation": list(self.validation)}
 
 
-def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0) -> Split:
+def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
     """One fold of a patient-wise cross-validation of cases of which nothing is known but their ids.
 
-    All cases of one patient are in the same part. With fewer than five patients there are as many folds as patients.
+    All cases of one patient are in the same part. With fewer patients than folds there are as many folds as patients.
 
     Args:
         case_ids: all cases.
-        fold: 0 to 4; the fold that validates.
+        fold: from 0 and below ``folds``; the fold that validates.
         seed: order in which patients are dealt to folds.
+        folds: how many there are.
 
     Raises:
         DataError: no such fold, or only one patient.
     """
     patients = sorted({patient_of(case_id) for case_id in case_ids})
-    folds = _fold_count(len(patients), fold)
+    folds = _fold_count(len(patients), fold, folds)
     dealt = np.random.default_rng(seed).permutation(len(patients))
     return _parts(case_ids, {patients[index] for index in dealt[fold::folds]})
 
 
-def stratified_split(tumours: Mapping[str, Tumour], fold: int, *, seed: int = 0) -> Split:
+def stratified_split(tumours: Mapping[str, Tumour], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
     """One fold of a patient-wise cross-validation whose folds have like tumours.
 
     All cases of one patient are in the same part; numbers of patients differ by one at most.
 
     Args:
         tumours: tumour by case id, of all cases, in any order.
-        fold: 0 to 4, less with fewer than five patients; the fold that validates.
+        fold: from 0 and below ``folds``, less with fewer patients; the fold that validates.
         seed: order among patients that are neighbours in volume.
+        folds: how many there are.
 
     Raises:
         DataError: no such fold, or only one patient.
     """
-    folds = stratified_folds(tumours, seed=seed)
-    _fold_count(len(folds), fold)
-    return _parts(list(tumours), {patient for patient, its_fold in folds.items() if its_fold == fold})
+    fold_of = stratified_folds(tumours, seed=seed, folds=folds)
+    _fold_count(len(fold_of), fold, folds)
+    return _parts(list(tumours), {patient for patient, its_fold in fold_of.items() if its_fold == fold})
 
 
-def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0) -> dict[str, int]:
+def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0, folds: int = FOLDS) -> dict[str, int]:
     """The fold of each patient.
 
     Patients stand in a row, those with enhancing tumour first, within both kinds by tumour volume (the largest of a
@@ -81,6 +83,7 @@ def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0) -> dict[st
     Args:
         tumours: tumour by case id, of all cases, in any order.
         seed: order among neighbours.
+        folds: how many there are; less with fewer patients.
 
     Example:
         >>> tumours = {f"p{n}": Tumour(volume_um3=n, enhances=True) for n in range(4)}
@@ -97,7 +100,7 @@ def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0) -> dict[st
         return not any(tumour.enhances for tumour in its), volume, _lot(seed, patient), patient
 
     row = sorted(of_patient, key=place)
-    folds = min(FOLDS, len(row))
+    folds = min(folds, len(row))
     dealt: dict[str, int] = {}
     for start in range(0, len(row), max(folds, 1)):
         group = row[start : start + folds]
@@ -110,9 +113,9 @@ def _lot(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
 
-def _fold_count(patients: int, fold: int) -> int:
+def _fold_count(patients: int, fold: int, folds: int) -> int:
     """How many folds so many patients give; DataError where there are none, or not this one."""
-    folds = min(FOLDS, patients)
+    folds = min(folds, patients)
     if folds < 2:
         raise DataError(
             f"{patients} patient cannot be split into training and validation; "

@@ -25,6 +25,7 @@ VERBS = [
     ["predict"],
     ["evaluate"],
     ["compare"],
+    ["crossval"],
     ["demo"],
     ["doctor"],
     ["data"],

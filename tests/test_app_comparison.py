@@ -14,9 +14,10 @@ from typing import Any
 import pytest
 
 from app.comparison.parts import fold_parts, read_parts
-from app.comparison.plan import ARMS, Plan, RunKey, differences, make_plan
+from app.comparison.plan import ARMS, Plan, RunKey, make_plan
 from app.comparison.run import choose_rates
 from app.errors import ConfigError
+from app.severalruns import differences
 from data.errors import DataError
 from data.layouts import patient_of
 

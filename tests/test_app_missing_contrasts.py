@@ -288,6 +288,26 @@ def test_a_broken_case_is_told_and_the_others_are_scored(
     assert {row["n"] for row in content["subsets"]} == {1}
 
 
+def test_an_ensemble_of_one_run_has_the_table_of_the_run(
+    dropout_run: Path, subset_table: Any, phantoms: Path, tmp_path: Path
+) -> None:
+    from app.inference.ensemble import load_predictor
+    from app.inference.postprocess import Postprocess
+    from app.inference.subsets import score_subsets
+    from app.runtime import RuntimeConfig, choose_runtime
+    from data.layouts import find_cases
+
+    shutil.copytree(dropout_run / "checkpoints", tmp_path / "fold-0" / "checkpoints")
+    network = {"network": "fold-0", "weights_sha256": subset_table.weights_sha256, "step": 40}
+    content = {"version": 1, "networks": [network], "postprocess": Postprocess().to_json()}
+    (tmp_path / "ensemble.json").write_text(json.dumps(content))
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    cases = [case for case in find_cases(phantoms) if case.id in subset_table.subsets[0].cases]
+    table = score_subsets(load_predictor(tmp_path, runtime), cases[:1], runtime)
+    for one, other in zip(table.subsets, subset_table.subsets, strict=True):
+        assert one.cases[cases[0].id] == other.cases[cases[0].id]
+
+
 def test_a_run_that_needs_all_contrasts_has_no_subsets(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
     ended = znormseg("evaluate", tiny_run, phantoms, "--contrast-subsets")
     assert ended.code == 5

@@ -294,6 +294,16 @@ def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
     assert np.array_equal(back, codes)
 
 
+def test_each_region_has_its_threshold_on_the_way_back() -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
+    grid = Grid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"), thresholds=(0.3, 0.5, 0.7))
+    whole, core, enhancing = (share >= bound for share, bound in zip(shares, (0.3, 0.5, 0.7), strict=True))
+    assert np.array_equal(to_regions(codes), np.stack([whole, whole & core, whole & core & enhancing]))
+
+
 def test_regions_that_are_not_nested_come_back_nested() -> None:
     import SimpleITK as sitk  # noqa: N813
 

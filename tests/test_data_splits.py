@@ -134,6 +134,18 @@ def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict
 
 
 @properties
+@given(data_sets(), st.integers(2, 9))
+def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(tumours: dict[str, Tumour], folds: int) -> None:
+    count = min(folds, len(set(map(patient_of, tumours))))
+    splits_ = [stratified_split(tumours, fold, folds=folds) for fold in range(count)]
+    assert sorted(case for split in splits_ for case in split.validation) == sorted(tumours)
+    for split in splits_:
+        assert not set(map(patient_of, split.train)) & set(map(patient_of, split.validation))
+        assert split.train
+        assert split.validation
+
+
+@properties
 @given(data_sets(), seeds)
 def test_stratified_folds_differ_by_one_patient_at_most(tumours: dict[str, Tumour], seed: int) -> None:
     folds = list(stratified_folds(tumours, seed=seed).values())

@@ -113,7 +113,7 @@ def _subsets(
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
     from app.errors import EXIT_SOME_FAILED, ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415
-    from app.inference.model import load_model  # noqa: PLC0415
+    from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.subsets import Which, choose_cases, rows, score_subsets, write_table  # noqa: PLC0415
     from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
     from data.layouts import find_cases  # noqa: PLC0415
@@ -125,7 +125,7 @@ def _subsets(
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from error
     with terminal.watched() as on_progress:
-        model = load_model(run, runtime)
+        model = load_predictor(run, runtime)
         chosen = choose_cases(run, find_cases(data, follow_links=follow_links), cast("Which", which or "unseen"))
         table = score_subsets(
             model, chosen, runtime, nan_to_zero=model.config.data.nan_to_zero, on_progress=on_progress

@@ -22,7 +22,7 @@ _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
 def predict(
     *,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or an ensemble of crossval.")],
     places: Annotated[
         list[Path],
         typer.Argument(metavar="[INPUT] OUTPUT", help="Case folder or folder of cases; then the folder to write to."),
@@ -55,6 +55,10 @@ def predict(
         str | None, typer.Option("--mask", help="With --prepare: brain mask, as of data prepare; default auto.")
     ] = None,
     n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the brightness by N4.")] = False,
+    no_postprocess: Annotated[
+        bool,
+        typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
+    ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
@@ -73,7 +77,7 @@ def predict(
     if not prepare and (space is not None or mask is not None or n4):
         raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.inference.model import load_model  # noqa: PLC0415
+    from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.native import predict_native  # noqa: PLC0415
     from app.inference.predict import predict as predict_cases  # noqa: PLC0415
     from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
@@ -91,7 +95,7 @@ def predict(
         raise ConfigError(f"--device: {error}") from error
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
-        model = load_model(run, runtime)
+        model = load_predictor(run, runtime, postprocess=not no_postprocess)
         chosen = None if labels is None else CONVENTIONS[labels]
         if prepare:
             outcome = predict_native(

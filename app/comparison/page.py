@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Final
+from typing import Any
 
 from app.comparison.analysis import MEASURES, Analysis, ArmSummary, final_keys
-from app.comparison.curves import figures_html
 from app.comparison.plan import RunKey
 from app.comparison.run import Results
 from app.evaluation.metrics import DICE_DEFINITION
+from app.reporting.bands import figures_html
+from app.reporting.parts import DASH, document, note, number, section, table
 from app.reporting.scores import REGION_NAMES
 from app.runtime import machine, versions
 from data.nifti import replacing
 
 Records = Sequence[Mapping[str, Any]]
-
-_RESEARCH_ONLY: Final = "Research use only; not a medical device."
-_POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
-_DASH: Final = '<span aria-label="none">&ndash;</span>'
 
 
 def write_page(path: Path, results: Results, analysis: Analysis, metrics: Mapping[RunKey, Records]) -> None:
@@ -40,10 +36,6 @@ def write_page(path: Path, results: Results, analysis: Analysis, metrics: Mappin
 
 def render(results: Results, analysis: Analysis, metrics: Mapping[RunKey, Records]) -> str:
     """The page as one HTML document; every string from outside is escaped."""
-    style = "".join(
-        resources.files(package).joinpath(name).read_text(encoding="utf-8")
-        for package, name in (("app.reporting", "page.css"), ("app.comparison", "compare.css"))
-    )
     plan = results.plan
     curves = "".join(
         f"<h3>{optimizer}</h3>"
@@ -53,35 +45,31 @@ def render(results: Results, analysis: Analysis, metrics: Mapping[RunKey, Record
         )
         for optimizer in plan.optimizers
     )
-    title = f"{', '.join(plan.arms)}: a comparison"
     sections = [
-        _section("verdict", "Verdict", _verdict_html(analysis)),
-        _section("dice", "Final Dice", _dice_html(results, analysis)),
-        _section("differences", f"Differences from {plan.baseline}", _differences_html(analysis)),
-        _section("curves", "Learning curves", curves),
-        _section("steps", f"Steps to a validation Dice of {analysis.target_dice:.3f}", _steps_html(results, analysis)),
-        _section("sweep", "Learning rates", _sweep_html(results, analysis)),
-        _section("seconds", "Seconds", _seconds_html(analysis)),
+        section("verdict", "Verdict", _verdict_html(analysis)),
+        section("dice", "Final Dice", _dice_html(results, analysis)),
+        section("differences", f"Differences from {plan.baseline}", _differences_html(analysis)),
+        section("curves", "Learning curves", curves),
+        section("steps", f"Steps to a validation Dice of {analysis.target_dice:.3f}", _steps_html(results, analysis)),
+        section("sweep", "Learning rates", _sweep_html(results, analysis)),
+        section("seconds", "Seconds", _seconds_html(analysis)),
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{_header(title, results, analysis)}\n<main>\n{''.join(sections)}</main>\n"
-        f"<footer><p>{_RESEARCH_ONLY}</p></footer>\n</body>\n</html>\n"
-    )
-
-
-def _header(title: str, results: Results, analysis: Analysis) -> str:
-    plan, parts = results.plan, results.parts
-    steps = plan.config.training.steps
     lead = (
-        f"{len(results.runs)} runs of {steps} steps: the same cases, and for each seed the same initial weights and "
-        "batches in every arm; every arm had as many learning rates to choose from."
+        f"{len(results.runs)} runs of {plan.config.training.steps} steps: the same cases, and for each seed the same "
+        "initial weights and batches in every arm; every arm had as many learning rates to choose from."
     )
-    facts = (
+    return document(
+        title=f"{', '.join(plan.arms)}: a comparison",
+        lead=lead,
+        facts=_facts(results, analysis),
+        sections=sections,
+        styles=("page.css", "arms.css"),
+    )
+
+
+def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
+    plan, parts = results.plan, results.parts
+    return [
         ("optimizers", ", ".join(plan.optimizers)),
         ("seeds", f"{plan.seeds}, from {plan.first_seed}"),
         ("cases", f"{len(parts.train)} train, {len(parts.validation)} validate, {len(parts.test)} test"),
@@ -90,12 +78,7 @@ def _header(title: str, results: Results, analysis: Analysis) -> str:
         ("Dice", DICE_DEFINITION),
         ("machine", machine()),
         ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
-    )
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return (
-        f'<header><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
-        f'<p class="warning"><strong>{_RESEARCH_ONLY}</strong></p>\n<dl>{listed}</dl></header>'
-    )
+    ]
 
 
 def _verdict_html(analysis: Analysis) -> str:
@@ -114,7 +97,7 @@ def _dice_html(results: Results, analysis: Analysis) -> str:
             f"{arm.rate:g}",
             f"{arm.dice['mean']:.3f}",
             f"{arm.low:.3f} to {arm.high:.3f}",
-            _number(arm.between_seeds),
+            number(arm.between_seeds),
             *(f"{arm.dice[region]:.3f}" for region in MEASURES[1:]),
         ]
         for arm in analysis.arms
@@ -122,7 +105,7 @@ def _dice_html(results: Results, analysis: Analysis) -> str:
     scored = len(results.parts.scored)
     regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     part = "test cases, on which nothing was chosen" if analysis.tested else "validation cases; there is no third part"
-    return _table("dice", heads, rows) + _note(
+    return table("dice", heads, rows) + note(
         f"Dice of {scored} {part}, by the weights that were best on validation, on each case's own grid; mean over "
         f"regions ({regions}), seeds and cases. Interval: bootstrap over seeds and cases; it holds the differences "
         "between cases, which the paired differences below do not."
@@ -137,15 +120,15 @@ def _differences_html(analysis: Analysis) -> str:
             measure,
             f"{difference.mean:+.3f}",
             f"{difference.low:+.3f} to {difference.high:+.3f}",
-            _number(difference.p),
-            _number(difference.p_holm),
+            number(difference.p),
+            number(difference.p_holm),
         ]
         for arm in analysis.arms
         for measure, difference in arm.differences.items()
     ]
     why = sorted({d.no_test for arm in analysis.arms for d in arm.differences.values() if d.no_test})
-    missing = f" {_DASH}: {escape('; '.join(why))}." if why else ""
-    return _table("differences", heads, rows) + (
+    missing = f" {DASH}: {escape('; '.join(why))}." if why else ""
+    return table("differences", heads, rows) + (
         '<p class="note">Positive: the arm has the higher Dice. Pairs of one seed and one case; interval: percentile '
         "bootstrap, seeds and cases drawn each with replacement, 10,000 times. p: Wilcoxon signed-rank test over cases "
         f"after the mean over seeds; Holm's correction over the arms of one optimizer.{missing}</p>"
@@ -161,13 +144,13 @@ def _steps_html(results: Results, analysis: Analysis) -> str:
         rows.append(
             [
                 _name(arm),
-                *(_DASH if step is None else f"{step:,}" for step in arm.steps_to_target),
+                *(DASH if step is None else f"{step:,}" for step in arm.steps_to_target),
                 f"{len(reached)} of {len(arm.steps_to_target)}",
-                f"{fmean(reached):,.0f}" if len(reached) == len(seeds) else _DASH,
+                f"{fmean(reached):,.0f}" if len(reached) == len(seeds) else DASH,
             ]
         )
     how = "the one given" if results.plan.target_dice else "90 % of the best arm's last mean"
-    return _table("steps", heads, rows) + _note(
+    return table("steps", heads, rows) + note(
         f"First validation whose mean Dice is at or above the target ({how}). There are "
         f"{results.plan.config.training.validations} validations in a run; between them nothing is seen. "
         "A mean stands there where every seed reached the target."
@@ -182,8 +165,8 @@ def _sweep_html(results: Results, analysis: Analysis) -> str:
             [arm, *(_chosen(dice[rate], rate == results.chosen[optimizer, arm]) for rate in rates)]
             for arm, dice in arms.items()
         ]
-        parts.append(f"<h3>{optimizer}</h3>" + _table("sweep", ["Arm", *(f"{rate:g}" for rate in rates)], rows))
-    return "".join(parts) + _note(
+        parts.append(f"<h3>{optimizer}</h3>" + table("sweep", ["Arm", *(f"{rate:g}" for rate in rates)], rows))
+    return "".join(parts) + note(
         "Best mean validation Dice of the first seed by peak learning rate; ▲ was chosen, of equals the lowest. The "
         "other seeds ran at that rate alone."
     )
@@ -195,12 +178,12 @@ def _seconds_html(analysis: Analysis) -> str:
         [
             _name(arm),
             f"{arm.seconds:.1f}",
-            _DASH if arm.seconds_per_step is None else f"{1000 * arm.seconds_per_step:.0f}",
+            DASH if arm.seconds_per_step is None else f"{1000 * arm.seconds_per_step:.0f}",
             str(arm.skipped_steps),
         ]
         for arm in analysis.arms
     ]
-    return _table("seconds", heads, rows) + _note(
+    return table("seconds", heads, rows) + note(
         "A run: mean over seeds, preparation and validation included. A step: median over all steps of all seeds. "
         "Other work on the machine slows arms down as it comes. A step is skipped when a gradient is not finite."
     )
@@ -212,27 +195,3 @@ def _name(arm: ArmSummary) -> str:
 
 def _chosen(dice: float, chosen: bool) -> str:
     return f'<span class="best" role="img" aria-label="chosen">▲</span>{dice:.3f}' if chosen else f"{dice:.3f}"
-
-
-def _number(value: float | None) -> str:
-    return _DASH if value is None else f"{value:.3f}"
-
-
-def _table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; cells are HTML."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    return (
-        f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _note(text: str) -> str:
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'

@@ -222,18 +222,6 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
     return plain
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two plans in plain data differ, each as ``key: old -> new``."""
-    found = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: {before} -> {after}")
-    return found
-
-
 def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
     """Overrides by the name of the variant."""
     changes: dict[str, list[str]] = {}

@@ -14,11 +14,9 @@ The folder of a comparison holds::
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,21 +24,31 @@ from typing import Any, Final
 from app import checkpoints
 from app.caching import prepared_cases
 from app.comparison.parts import Parts, fold_parts, read_parts
-from app.comparison.plan import Plan, RunKey, differences, shared_settings
+from app.comparison.plan import Plan, RunKey, shared_settings
 from app.comparison.scoring import score_run
 from app.config import from_plain
-from app.errors import ConfigError, InterruptedRunError, RunError
+from app.errors import ConfigError, InterruptedRunError
 from app.progress import LOG, OnProgress, Progress, silent
-from app.runlog import LOCK, locked, read_json, write_json
-from app.training.train import TrainResult, resume, start
+from app.runlog import locked, read_json, write_json
+from app.severalruns import (
+    differences,
+    has_begun,
+    json_object,
+    only_warnings,
+    require_labels,
+    require_place,
+    start_or_resume,
+)
+from app.training.train import TrainResult
 from data.cache import CaseFolder
-from data.errors import DataError
 from data.labels import CONVENTIONS, convention_named
 from data.layouts import Case, decide_for, find_cases
 from data.loaders import PatchSource, cache_cases
 from data.tumours import Tumour, read_label_maps, tumours_of, values_of
 
 _VERSION: Final = 1
+#: Says what is compared.
+_PLAN: Final = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +94,9 @@ def make_runs(
     """
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     parts = fold_parts(list(cases), fold) if split_file is None else read_parts(split_file, list(cases))
-    _require_labels([cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)])
-    _require_place(out)
+    used = [cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)]
+    require_labels(used, advice="Add them, or leave the cases out with --split.")
+    require_place(out, _PLAN, "comparison")
     if split_file is None and not _began_with(out, parts):
         parts = fold_parts(list(cases), fold, _tumours(cases, labels))
     with locked(out):
@@ -96,7 +105,7 @@ def make_runs(
         write_json(out / "split.json", parts.split.to_json())
         work: _Work | None = None
         try:
-            with _only_warnings(), prepared_cases(out / "cache") as store:
+            with only_warnings(__file__), prepared_cases(out / "cache") as store:
                 work = _Work(
                     data=data,
                     out=out,
@@ -159,10 +168,10 @@ class _Work:
         """Make one run, or read what it gave."""
         path = self._result_path(key)
         known = read_json(path) if path.exists() else {}
-        if "steps" in known and _is_whole(self._run(key)):
+        if "steps" in known and has_begun(self._run(key)):
             self.position += 1
             self.kept += 1
-            return _mapping(known, path)
+            return json_object(known, path)
         outcome = self._train(key)
         result = {
             "run": f"runs/{key.name}",
@@ -194,11 +203,9 @@ class _Work:
                 progress.share if progress.job == "training" else 0.0, f"{self._place()}  {key.name}  {progress.detail}"
             )
 
-        if _is_whole(run):
+        if has_begun(run):
             self._note_start(key)
-            return resume(self.data, run, config, follow_links=self.follow_links, store=self.store, on_progress=told)
-        shutil.rmtree(run, ignore_errors=True)  # killed before its first checkpoint
-        return start(
+        return start_or_resume(
             self.data,
             run,
             config,
@@ -315,29 +322,13 @@ def _mean(dice: Mapping[str, float] | None) -> float:
     return sum(dice.values()) / len(dice) if dice else -1.0
 
 
-def _require_labels(cases: Sequence[Case]) -> None:
-    without = [case.id for case in cases if case.label is None]
-    if without:
-        raise DataError(
-            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. "
-            "Add them, or leave the cases out with --split."
-        )
-
-
-def _require_place(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise RunError(f"{out} is a file; give a folder for the comparison")
-    if out.is_dir() and not (out / "plan.json").exists() and any(entry.name != LOCK for entry in out.iterdir()):
-        raise RunError(f"{out} is not empty and holds no comparison; give another folder")
-
-
 def _require_same(out: Path, plan: dict[str, Any]) -> None:
     """Write the plan, or compare it with the one that is there."""
-    path = out / "plan.json"
+    path = out / _PLAN
     if not path.exists():
         write_json(path, plan)
         return
-    there = _mapping(read_json(path), path)
+    there = json_object(read_json(path), path)
     # Keys that came with a later version are at their defaults.
     there = {"variants": {}, "first_seed": 0, **there}
     there["config"] = shared_settings(from_plain(there.get("config", {}), str(path)))
@@ -351,24 +342,13 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
 
 def _began_with(out: Path, parts: Parts) -> bool:
     """Whether a comparison began with these parts, as those of older versions did with folds by case id alone."""
-    path = out / "plan.json"
-    return path.exists() and bool(_mapping(read_json(path), path).get("parts") == parts.to_json())
+    path = out / _PLAN
+    return path.exists() and bool(json_object(read_json(path), path).get("parts") == parts.to_json())
 
 
 def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, Tumour]:
     held = read_label_maps(cases.values())
     return tumours_of(cases, held, decide_for(values_of(cases, held), list(cases.values()), labels=labels))
-
-
-def _mapping(content: Any, path: Path) -> dict[str, Any]:
-    if not isinstance(content, dict):
-        raise RunError(f"{path}: damaged, it holds no JSON object. Delete it, and its run is made again.")
-    return content
-
-
-def _is_whole(run: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
-    return any((run / "checkpoints").glob("last-*.json"))
 
 
 def _weights_sha256(checkpoint: checkpoints.Checkpoint) -> str:
@@ -377,17 +357,3 @@ def _weights_sha256(checkpoint: checkpoints.Checkpoint) -> str:
         digest.update(name.encode())
         digest.update(tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _only_warnings() -> Iterator[None]:
-    """Keep what every single run would say out of the log; the comparison says one line a run."""
-
-    def wanted(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or record.module == Path(__file__).stem
-
-    LOG.addFilter(wanted)
-    try:
-        yield
-    finally:
-        LOG.removeFilter(wanted)

@@ -1,21 +1,65 @@
-"""A trained network, read from its run folder: weights, and all that is needed to apply them."""
+"""A trained network, read from its run folder: weights, and all that is needed to apply them; or several of them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 from torch import nn
 
 from app.checkpoints import load_newest
 from app.config import RunConfig, from_plain
 from app.errors import ConfigError, RunError
+from app.inference.postprocess import Postprocess
 from app.runtime import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention
 from data.nifti import Spacing
 from data.presence import presence_mask
 from models import GivenPresence, build_network
+
+
+class Predictor(Protocol):
+    """What label maps are made with: one network, or the mean of several."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the training."""
+        ...
+
+    @property
+    def spacing_mm(self) -> Spacing:
+        """What the networks work at."""
+        ...
+
+    @property
+    def convention(self) -> LabelConvention:
+        """What the training data's label numbers mean."""
+        ...
+
+    @property
+    def sha256(self) -> str:
+        """Of the weights."""
+        ...
+
+    @property
+    def postprocess(self) -> Postprocess:
+        """What is done with the probabilities."""
+        ...
+
+    @property
+    def takes_missing_contrasts(self) -> bool:
+        """Whether it was trained to do without some contrasts."""
+        ...
+
+    def members(self) -> Iterator[Model]:
+        """The networks, one after the other; whoever lets go of one before the next holds one at a time."""
+        ...
+
+    def record(self) -> dict[str, Any]:
+        """What a result file says of the weights and of post-processing."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +77,22 @@ class Model:
     step: int
 
     @property
+    def postprocess(self) -> Postprocess:
+        """None: probabilities are cut at one half."""
+        return Postprocess()
+
+    @property
     def takes_missing_contrasts(self) -> bool:
         """Whether it was trained to do without some contrasts."""
         return self.config.takes_missing_contrasts
+
+    def members(self) -> Iterator[Model]:
+        """Itself."""
+        yield self
+
+    def record(self) -> dict[str, Any]:
+        """SHA-256 and step of the weights."""
+        return {"weights_sha256": self.sha256, "weights_step": self.step}
 
     def given(self, present: Collection[Contrast]) -> nn.Module:
         """The network for images of all contrasts of which these are there, the others 0."""

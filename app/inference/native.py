@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from app.inference.model import Model
+from app.inference.model import Predictor
 from app.inference.predict import Prediction, Predictions, finish, place_for, predict_each, predict_shares
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runtime import Runtime
@@ -20,7 +20,7 @@ from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_n
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
-from data.labels import Contrast, LabelConvention, encode
+from data.labels import Contrast, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case, find_cases
 from data.nifti import spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
@@ -36,7 +36,7 @@ class NativeAnswer:
 
 
 def predict_native(
-    model: Model,
+    model: Predictor,
     cases: Sequence[Case],
     output: Path,
     *,
@@ -103,7 +103,7 @@ def predict_native(
 
 
 def answer_for(
-    model: Model,
+    model: Predictor,
     native: NativeCase,
     runtime: Runtime,
     *,
@@ -136,7 +136,14 @@ def answer_for(
     # The case was written in canonical order, which is that of the shares.
     shares = predict_shares(model, prepared, runtime)
     on_step(f"{native.id}: back to the grid of {space}")
+    target = grid_of(native.images[space])
     codes = bring_back(
-        shares, brought.grid, brought.transform(space), grid_of(native.images[space]), source=Path(native.id)
+        shares,
+        brought.grid,
+        brought.transform(space),
+        target,
+        source=Path(native.id),
+        thresholds=model.postprocess.thresholds,
     )
+    codes = from_regions(model.postprocess.clean(to_regions(codes), spacing_of(target.affine)))
     return NativeAnswer(codes=codes, brought=brought)

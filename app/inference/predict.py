@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional
 
 from app.errors import InterruptedRunError
-from app.inference.model import Model
+from app.inference.model import Model, Predictor
 from app.inference.windows import sliding_logits
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import write_json
@@ -22,7 +22,7 @@ from app.runtime import Runtime, versions
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case
-from data.nifti import Spacing, spacing_of, write_label_map
+from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map
 from data.preprocess import Prepared, prepare, to_native_grid
 from data.presence import missing_contrasts
 
@@ -53,7 +53,7 @@ class Predictions:
 
 
 def predict(
-    model: Model,
+    model: Predictor,
     cases: Sequence[Case],
     output: Path,
     *,
@@ -115,23 +115,43 @@ def predict_each(
     return Predictions(done=tuple(done), failures=failures)
 
 
-def predict_codes(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
+def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
     """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
-    masks = (_box_logits(model, prepared, runtime) > 0).cpu().numpy() & prepared.brain
-    return to_native_grid(from_regions(masks), prepared)
+    masks = model.postprocess.cut(predict_centred(model, prepared, runtime))
+    cleaned = model.postprocess.clean(masks, canonical_spacing(prepared.native_affine))
+    return to_native_grid(from_regions(cleaned), prepared)
 
 
-def predict_shares(model: Model, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
-    """Probabilities of the regions of a prepared case, in canonical (LPS) voxel order.
+def predict_shares(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
+    """Probabilities of the regions of a prepared case, in canonical (LPS) voxel order, before post-processing.
 
     Returns:
         float32, shape (3, X, Y, Z) of the whole canonical volume, order of :data:`data.labels.REGIONS`; 0 outside of
         the brain.
     """
-    inside = torch.sigmoid(_box_logits(model, prepared, runtime)).cpu().numpy() * prepared.brain
     shares = np.zeros((len(REGIONS), *prepared.canonical_shape), dtype=np.float32)
-    shares[:, *prepared.box] = inside
+    shares[:, *prepared.box] = predict_centred(model, prepared, runtime) + np.float32(0.5)
     return shares
+
+
+@torch.inference_mode()
+def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
+    """Probabilities less one half over the brain box, at the files' own spacing; the mean over the networks.
+
+    The mean runs along, so that memory holds one answer beside it; and that of equal answers is exactly theirs.
+
+    Returns:
+        float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside of the brain.
+    """
+    mean: torch.Tensor | None = None
+    for number, member in enumerate(model.members(), 1):
+        # The sigmoid less one half; unlike it, it does not round a small logit to one half.
+        answer = _box_logits(member, prepared, runtime).mul(0.5).tanh_().mul_(0.5)
+        mean = answer if mean is None else mean.add_(answer.sub_(mean).div_(number))
+        del member, answer
+    assert mean is not None
+    centred: npt.NDArray[np.float32] = mean.cpu().numpy()
+    return np.where(prepared.brain, centred, np.float32(-0.5))
 
 
 def _box_logits(model: Model, prepared: Prepared, runtime: Runtime) -> torch.Tensor:
@@ -150,7 +170,7 @@ def _box_logits(model: Model, prepared: Prepared, runtime: Runtime) -> torch.Ten
 
 
 def _predict_case(
-    model: Model,
+    model: Predictor,
     case: Case,
     output: Path,
     runtime: Runtime,
@@ -192,7 +212,7 @@ def _predict_case(
 
 
 def finish(
-    model: Model,
+    model: Predictor,
     case: Case,
     codes: npt.NDArray[np.uint8],
     output: Path,
@@ -229,8 +249,7 @@ def finish(
         },
         **notes,
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
-        "weights_sha256": model.sha256,
-        "weights_step": model.step,
+        **model.record(),
         "runtime": list(runtime.reasons),
         "versions": versions(),
         "notice": DISCLAIMER,
@@ -239,7 +258,7 @@ def finish(
     return Prediction(case=case.id, label_map=label_map, content=content)
 
 
-def require_contrasts(case: Case, model: Model) -> None:
+def require_contrasts(case: Case, model: Predictor) -> None:
     """Make sure that a case has what a network needs.
 
     Raises:

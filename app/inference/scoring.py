@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from app.evaluation.metrics import dice
-from app.inference.model import Model
+from app.inference.model import Predictor
 from app.inference.predict import predict_codes
 from app.runtime import Runtime
 from data.labels import REGIONS, Region, decode, to_regions
@@ -14,7 +14,7 @@ from data.preprocess import prepare
 CaseDice = dict[Region, float]
 
 
-def case_dice(model: Model, case: Case, runtime: Runtime, *, nan_to_zero: bool = False) -> CaseDice:
+def case_dice(model: Predictor, case: Case, runtime: Runtime, *, nan_to_zero: bool = False) -> CaseDice:
     """Predict a case from the contrasts it has, and score it against its label map.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from app.errors import RunError
 from app.evaluation.evaluate import require_table_place
-from app.inference.model import Model
+from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import read_json
@@ -107,7 +107,7 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
 
 
 def score_subsets(
-    model: Model,
+    model: Predictor,
     cases: Sequence[Case],
     runtime: Runtime,
     *,

@@ -9,17 +9,12 @@ import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from pathlib import Path
-from typing import Final
 
 from app.reporting.curves import curves_html, gradients_html
+from app.reporting.parts import document, section
 from app.reporting.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
 from data.labels import REGIONS, Region
-
-_RESEARCH_ONLY: Final = "Research use only; not a medical device."
-# The page may use what it carries and nothing else, whatever a string in it contains.
-_POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,25 +51,16 @@ class Page:
 
 def render(page: Page) -> str:
     """The page as one HTML document; every string from outside is escaped, every picture is inside."""
-    style = resources.files("app.reporting").joinpath("page.css").read_text(encoding="utf-8")
     scores = [case.scores for case in page.cases]
     gradients = gradients_html(page.metrics)
     sections = [
-        _section("scores", "Scores", summary_html(scores) + scores_table_html([c.case for c in page.cases], scores)),
-        _section("curves", "Learning curves", curves_html(page.metrics)),
-        _section("gradients", "Gradients", gradients) if gradients else "",
-        _section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
-        _section("next", "What next", _commands_html(page.commands)) if page.commands else "",
+        section("scores", "Scores", summary_html(scores) + scores_table_html([c.case for c in page.cases], scores)),
+        section("curves", "Learning curves", curves_html(page.metrics)),
+        section("gradients", "Gradients", gradients) if gradients else "",
+        section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
+        section("next", "What next", _commands_html(page.commands)) if page.commands else "",
     ]
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(page.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f"{_header(page)}\n<main>\n{''.join(sections)}</main>\n"
-        f"<footer><p>{_RESEARCH_ONLY}</p></footer>\n</body>\n</html>\n"
-    )
+    return document(title=page.title, lead=page.lead, facts=page.provenance, sections=sections, styles=("page.css",))
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -94,18 +80,6 @@ def write_page(path: Path, page: Page) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _header(page: Page) -> str:
-    facts = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in page.provenance)
-    return (
-        f'<header><h1>{escape(page.title)}</h1>\n<p class="lead">{escape(page.lead)}</p>\n'
-        f'<p class="warning"><strong>{_RESEARCH_ONLY}</strong></p>\n{f"<dl>{facts}</dl>" if facts else ""}</header>'
-    )
-
-
-def _section(name: str, heading: str, body: str) -> str:
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'
 
 
 def _cases_html(cases: Sequence[PageCase]) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from app.comparison.curves import bands, figures_html
+from app.reporting.bands import bands, figures_html
 
 
 def train(*losses: float | None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Curves of a comparison: for each arm the mean over seeds, and a band from the lowest to the highest seed."""
+"""Curves of several runs: for each arm the mean over seeds, and a band from the lowest to the highest seed."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ Series = Mapping[int, float]
 """Value by step."""
 
 _MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
+_STYLES: Final = 7  # arms in arms.css
 _MOST_POINTS: Final = 250  # of a line; a band has twice as many, still below what a chart thins
 
 
-def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float) -> str:
-    """Charts of one optimiser: loss, validation Dice, and the overlap of skip connections where it was recorded.
+def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> str:
+    """Charts of runs to compare: loss, validation Dice, and the overlap of skip connections where it was recorded.
 
     Args:
         arms: by arm, the metric records of each of its seeds.
-        target_dice: drawn as a line across the validation chart.
+        target_dice: drawn as a line across the validation chart; None draws none.
     """
     loss = {arm: [_losses(records) for records in seeds] for arm, seeds in arms.items()}
     dice = {arm: [_validations(records) for records in seeds] for arm, seeds in arms.items()}
@@ -36,7 +37,8 @@ def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float) -
             "mean Dice",
             "Validation Dice",
             dice,
-            f"Dice of the validation cases, mean over the regions; the dashed line is {target_dice:.3f}.",
+            "Dice of the validation cases, mean over the regions"
+            + ("." if target_dice is None else f"; the dashed line is {target_dice:.3f}."),
             y_range=(0.0, 1.0),
             level=target_dice,
         ),
@@ -80,13 +82,14 @@ def _figure(
     several = any(len(seeds) > 1 for seeds in arms.values())
     for number, (arm, seeds) in enumerate(arms.items()):
         steps, mean, low, high = (_every(array) for array in bands(seeds))
+        style = f"arm{number % _STYLES}"
         if several:
             # A closed outline: forth along the highest, back along the lowest.
             around = np.concatenate([steps, steps[::-1]])
             outline = np.concatenate([high, low[::-1]])
-            back.append(Line(label="", style=f"band arm{number}", x=around, y=outline))
+            back.append(Line(label="", style=f"band {style}", x=around, y=outline))
         marker = _MARKERS[number % len(_MARKERS)]
-        front.append(Line(label=arm, style=f"arm{number}", x=steps, y=mean, marker=marker))
+        front.append(Line(label=arm, style=style, x=steps, y=mean, marker=marker))
     if level is not None and front and len(front[0].x):
         ends = np.array([min(line.x[0] for line in front if len(line.x)), max(line.x[-1] for line in front)])
         back.append(Line(label="", style="level", x=ends, y=np.array([level, level])))

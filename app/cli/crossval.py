@@ -1,0 +1,86 @@
+"""``znormseg crossval``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from app.cli import terminal
+
+if TYPE_CHECKING:
+    from app.crossval.run import CrossValidation
+
+
+def crossval(
+    *,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the folds; the same command goes on in it.")],
+    folds: Annotated[int, typer.Option("--folds", "-k", help="How many, split by patient; 2 to 20.")] = 5,
+    config: Annotated[
+        str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, or a YAML file.")
+    ] = "laptop",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the config; may be repeated."),
+    ] = None,
+    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+    ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option("--devices", help="Such as cuda:0,cuda:1: a fold on each at once, in processes of their own."),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="So many folds at once on the config's device; default one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+) -> None:
+    """Cross-validate: train a network for each fold, tune post-processing, make an ensemble.
+
+    Every case is predicted by the network that has not trained on it; on these predictions thresholds, smallest
+    components and the least enhancing tumour are chosen. Writes OUT/ensemble, which predict takes like a run,
+    OUT/crossval.html, crossval.json and crossval.csv. Interrupted, the same command goes on where it was.
+    """
+    from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.crossval.run import cross_validate  # noqa: PLC0415
+
+    with terminal.watched() as on_progress:
+        outcome = cross_validate(
+            data,
+            out,
+            load_config(config, overrides or ()),
+            folds=folds,
+            labels=labels,
+            follow_links=follow_links,
+            devices=devices,
+            jobs=jobs,
+            on_progress=on_progress,
+        )
+    if as_json:
+        terminal.json_result(outcome.content)
+    else:
+        _show(outcome)
+
+
+def _show(outcome: CrossValidation) -> None:
+    keys = ("mean", "WT", "TC", "ET")
+    spread = outcome.raw.spread()
+    rows = [["fold", *keys]]
+    for fold in range(len(outcome.content["folds"])):
+        means = outcome.raw.fold_means(fold)
+        rows.append([f"fold {fold}", *(f"{means[key]:.3f}" for key in keys)])
+    rows.append(["all", *(f"{spread[key].mean:.3f}" for key in keys)])
+    rows.append(["SD of cases", *("-" if (sd := spread[key].sd_cases) is None else f"{sd:.3f}" for key in keys)])
+    terminal.result("Dice of cases that a fold's network has not trained on, without post-processing")
+    terminal.result(terminal.table(rows))
+    tuning = outcome.tuning
+    terminal.result(f"post-processing: {tuning.chosen.sentence()}")
+    terminal.result(
+        f"gain {tuning.after - tuning.before:+.4f} on the cases it was chosen on; "
+        f"estimated {tuning.estimated_gain:+.4f} on others"
+    )
+    terminal.result(f"the page with curves and worst cases: {outcome.page}")
+    terminal.result(f"next: znormseg predict {outcome.ensemble} CASES OUTPUT")

@@ -1,0 +1,1 @@
+"""Cross-validation: a network for each fold, tuned post-processing, one ensemble of them."""

@@ -1,0 +1,144 @@
+"""Out-of-fold probabilities: what a network that has not trained on a case says of it, kept in one byte a voxel.
+
+A file is a compressed npz of the smallest box that holds the brain and the reference::
+
+    answers         uint8, shape (3, X, Y, Z), order of data.labels.REGIONS
+    reference       uint8, shape (X, Y, Z), the program's codes
+    spacing_mm      float64, shape (3,)
+    weights_sha256  of the network, as text
+
+A probability is above k/256 exactly where its byte is k or more (k from 1 to 255), so that thresholds which are whole
+256ths cut the bytes as they would have cut the probabilities.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import RunError
+from app.inference.model import Model
+from app.inference.postprocess import Masks, Postprocess
+from app.inference.predict import predict_centred
+from app.runtime import Runtime
+from data.errors import DataError
+from data.labels import LabelConvention, decode
+from data.layouts import Case
+from data.nifti import Spacing, canonical_spacing, read_label_map, reorient, replacing
+from data.preprocess import prepare, smallest_box
+
+Bytes = npt.NDArray[np.uint8]
+
+_STEPS: Final = 256
+_DAMAGE: Final = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a network says of a case, and what is right."""
+
+    answers: Bytes
+    """Shape (3, X, Y, Z)."""
+    reference: Bytes
+    """Shape (X, Y, Z), the program's codes."""
+    spacing_mm: Spacing
+    weights_sha256: str
+
+    def cut(self, rules: Postprocess) -> Masks:
+        """As :meth:`app.inference.postprocess.Postprocess.cut`, of thresholds that are whole 256ths."""
+        bounds = [threshold * _STEPS for threshold in rules.thresholds]
+        assert all(bound == int(bound) for bound in bounds)
+        return np.asarray(self.answers >= np.array(bounds).reshape(3, 1, 1, 1))
+
+
+def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
+    """Probabilities less one half in one byte each.
+
+    Example:
+        >>> to_bytes(np.array([-0.5, 0.0, 1e-9, 0.5], dtype=np.float32)).tolist()
+        [0, 127, 128, 255]
+    """
+    values: Bytes = np.clip(np.ceil(centred * _STEPS) + (_STEPS // 2 - 1), 0, _STEPS - 1).astype(np.uint8)
+    return values
+
+
+def answer_of(
+    model: Model, case: Case, runtime: Runtime, *, convention: LabelConvention, nan_to_zero: bool = False
+) -> Answer:
+    """Predict a case and read its reference.
+
+    Args:
+        model: that has not trained on the case.
+        case: with a label map.
+        runtime: as the model was loaded for.
+        convention: of the label map.
+        nan_to_zero: take voxels that are NaN or infinite as 0.
+
+    Raises:
+        DataError: the case cannot be used.
+    """
+    prepared = prepare(case, spacing_mm=model.spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+    assert case.label is not None
+    reference = decode(reorient(read_label_map(case.label)).voxels, convention)
+    if reference.shape != prepared.canonical_shape:
+        raise DataError(
+            f"case {case.id}: the label map has the shape {reference.shape}, not {prepared.canonical_shape}"
+        )
+    whole = np.zeros((3, *prepared.canonical_shape), dtype=np.uint8)
+    whole[:, *prepared.box] = to_bytes(predict_centred(model, prepared, runtime))
+    held = reference != 0
+    held[prepared.box] = True
+    box = smallest_box(held)
+    return Answer(
+        answers=np.ascontiguousarray(whole[:, *box]),
+        reference=np.ascontiguousarray(reference[box]),
+        spacing_mm=canonical_spacing(prepared.native_affine),
+        weights_sha256=model.sha256,
+    )
+
+
+def write_answer(path: Path, answer: Answer) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(
+            file,
+            answers=answer.answers,
+            reference=answer.reference,
+            spacing_mm=np.array(answer.spacing_mm, dtype=np.float64),
+            weights_sha256=np.array(answer.weights_sha256),
+        )
+
+
+def read_answer(path: Path) -> Answer:
+    """Read a file.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            answers, reference = file["answers"], file["reference"]
+            x, y, z = file["spacing_mm"].tolist()
+            if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
+                raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
+            return Answer(
+                answers=answers, reference=reference, spacing_mm=(x, y, z), weights_sha256=str(file["weights_sha256"])
+            )
+    except _DAMAGE as error:
+        raise RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.") from error
+
+
+def is_of(path: Path, weights_sha256: str) -> bool:
+    """Whether a file is there that network made; the voxels are not looked at."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return str(file["weights_sha256"]) == weights_sha256
+    except _DAMAGE:
+        return False

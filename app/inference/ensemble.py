@@ -1,0 +1,192 @@
+"""Several trained networks as one: the mean of their probabilities, post-processed.
+
+The folder of an ensemble holds all it needs::
+
+    ensemble.json   the networks and their SHA-256, post-processing, what is in them, where they come from
+    split.json      the case ids that trained them, all under ``train``
+    fold-0/checkpoints/best-*   weights with their JSON, as of a run; and so on
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from app.config import RunConfig
+from app.errors import RunError
+from app.inference.model import Model, Predictor, load_model
+from app.inference.postprocess import Postprocess, postprocess_from_json
+from app.runlog import read_json
+from app.runtime import Runtime
+from data.labels import LabelConvention
+from data.nifti import Spacing
+from data.preprocess import SPACING_TOLERANCE
+
+#: Describes an ensemble, in its folder.
+ENSEMBLE_FILE: Final = "ensemble.json"
+#: Describes a cross-validation, in its folder.
+CROSSVAL_FILE: Final = "folds.json"
+#: Where a cross-validation writes its ensemble.
+ENSEMBLE_FOLDER: Final = "ensemble"
+VERSION: Final = 1
+#: Ensembles whose weights are smaller are held in memory whole; of others each network is read anew for each case.
+_MOST_HELD_BYTES: Final = 1 << 30
+_ANEW: Final = "Put the folder back from a copy, or delete it and give the znormseg crossval command again."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Networks that predict together."""
+
+    folder: Path
+    names: tuple[str, ...]
+    """Folders of the networks in ``folder``."""
+    steps: Mapping[str, int]
+    """By name: the optimiser step of the weights."""
+    weights: Mapping[str, str]
+    """By name: SHA-256 of the weights' file."""
+    runtime: Runtime
+    config: RunConfig
+    """Of the first network; the others differ in their cases alone."""
+    spacing_mm: Spacing
+    convention: LabelConvention
+    postprocess: Postprocess
+    postprocess_was_left_out: bool
+    held: tuple[Model, ...]
+    """The networks, where they are small together; else empty."""
+
+    @property
+    def sha256(self) -> str:
+        """Over those of the weights, in the order of the networks."""
+        return hashlib.sha256(" ".join(self.weights[name] for name in self.names).encode()).hexdigest()
+
+    @property
+    def takes_missing_contrasts(self) -> bool:
+        """Whether its networks were trained to do without some contrasts."""
+        return self.config.takes_missing_contrasts
+
+    def members(self) -> Iterator[Model]:
+        """The networks; where they are not held, each is read when its turn comes and is not kept.
+
+        Raises:
+            RunError: as :func:`app.inference.model.load_model`, where a file changed since.
+        """
+        if self.held:
+            yield from self.held
+            return
+        for name in self.names:
+            yield load_model(self.folder / name, self.runtime)
+
+    def record(self) -> dict[str, Any]:
+        """SHA-256 over all weights, those of each network, and the rules that were applied."""
+        return {
+            "weights_sha256": self.sha256,
+            "ensemble": [
+                {"network": name, "weights_sha256": self.weights[name], "weights_step": self.steps[name]}
+                for name in self.names
+            ],
+            "postprocess": None if self.postprocess_was_left_out else self.postprocess.to_json(),
+        }
+
+
+def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) -> Predictor:
+    """A run's network, or the networks of an ensemble.
+
+    Args:
+        folder: of a run or of an ensemble.
+        runtime: where the networks go.
+        postprocess: False cuts probabilities at one half and leaves it at that.
+
+    Raises:
+        RunError: as :func:`app.inference.model.load_model` and :func:`load_ensemble`; or the folder is that of a
+            cross-validation.
+    """
+    if (folder / ENSEMBLE_FILE).exists():
+        return load_ensemble(folder, runtime, postprocess=postprocess)
+    if (folder / CROSSVAL_FILE).exists():
+        inner = folder / ENSEMBLE_FOLDER
+        if (inner / ENSEMBLE_FILE).exists():
+            raise RunError(f"{folder}: a cross-validation, not a run. Give its ensemble, {inner}, or one of its folds.")
+        raise RunError(
+            f"{folder}: a cross-validation that is not done, so there is no ensemble yet. Go on with the command that "
+            "began it: znormseg crossval"
+        )
+    return load_model(folder, runtime)
+
+
+def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -> Ensemble:
+    """Read an ensemble, and make sure that every network is the one that was put in.
+
+    Args:
+        folder: with an ``ensemble.json``.
+        runtime: where the networks go.
+        postprocess: False cuts probabilities at one half and leaves it at that.
+
+    Raises:
+        RunError: ``ensemble.json`` is damaged; weights are missing, damaged or others; networks that do not go
+            together.
+    """
+    content = read_json(folder / ENSEMBLE_FILE)
+    try:
+        listed = {str(one["network"]): (str(one["weights_sha256"]), int(one["step"])) for one in content["networks"]}
+        rules = postprocess_from_json(content["postprocess"])
+        if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
+            raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {_ANEW}") from error
+    small = sum(path.stat().st_size for path in folder.glob("*/checkpoints/*.safetensors")) <= _MOST_HELD_BYTES
+    held: list[Model] = []
+    first: Model | None = None
+    for name, (sha256, _) in listed.items():
+        try:
+            model = load_model(folder / name, runtime)
+        except RunError as error:
+            raise RunError(f"{folder}: network {name}: {error} {_ANEW}") from error
+        if model.sha256 != sha256:
+            raise RunError(
+                f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
+                f"{_ANEW}"
+            )
+        first = first or (model if small else replace(model, network=nn.Identity()))
+        require_alike(folder, first, model)
+        if small:
+            held.append(model)
+        del model
+    assert first is not None
+    return Ensemble(
+        folder=folder,
+        names=tuple(listed),
+        steps={name: step for name, (_, step) in listed.items()},
+        weights={name: sha256 for name, (sha256, _) in listed.items()},
+        runtime=runtime,
+        config=first.config,
+        spacing_mm=first.spacing_mm,
+        convention=first.convention,
+        postprocess=rules if postprocess else Postprocess(),
+        postprocess_was_left_out=not postprocess,
+        held=tuple(held),
+    )
+
+
+def require_alike(folder: Path, first: Model, model: Model) -> None:
+    """Make sure that probabilities of networks may be averaged.
+
+    Raises:
+        RunError: they work at another spacing, or were trained on other label numbers, or differ in the contrasts
+            that they need.
+    """
+    pairs = zip(first.spacing_mm, model.spacing_mm, strict=True)
+    if any(abs(one - other) > SPACING_TOLERANCE * other for one, other in pairs):
+        what = f"spacing {first.spacing_mm} and {model.spacing_mm} mm"
+    elif model.convention != first.convention:
+        what = f"label conventions {first.convention.name} and {model.convention.name}"
+    elif model.takes_missing_contrasts != first.takes_missing_contrasts:
+        what = "augment.contrast_dropout above 0 and 0"
+    else:
+        return
+    raise RunError(f"{folder}: networks that do not go together: {what}. {_ANEW}")

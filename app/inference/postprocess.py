@@ -1,0 +1,148 @@
+"""From probabilities to masks: thresholds, small components, enhancing tumour too small to be one.
+
+Probabilities are taken less one half ("centred", -0.5 to 0.5), so that what lies close to one half keeps its side.
+Sources: smallest components are in every BraTS pipeline; that little enhancing tumour is called necrosis is from
+nnU-Net's BraTS 2020 entry (Isensee et al., arXiv 2011.00848).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from data.labels import REGIONS
+from data.nifti import Spacing
+from data.preprocess import smallest_box
+
+Masks = npt.NDArray[np.bool_]
+ByRegion = tuple[float, float, float]
+
+#: Voxels that share a face, an edge or a corner are of one component.
+_CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
+#: Voxel sizes come from affines; a component this close to the bound, relative, is as large as it.
+_TOLERANCE: Final = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Postprocess:
+    """Rules between a network's answer and a label map; the defaults change nothing."""
+
+    thresholds: ByRegion = (0.5, 0.5, 0.5)
+    """By region: a voxel belongs to it where the probability is above."""
+    smallest_mm3: ByRegion = (0.0, 0.0, 0.0)
+    """By region: 26-connected components of less volume are taken away."""
+    least_enhancing_mm3: float = 0.0
+    """A case with less enhancing tumour than this in all has none: its voxels stay in the core, as necrosis."""
+
+    def __post_init__(self) -> None:
+        if not all(0 < threshold < 1 for threshold in self.thresholds):
+            raise ValueError(f"thresholds: above 0 and below 1, got {self.thresholds}")
+        if not all(0 <= volume < np.inf for volume in (*self.smallest_mm3, self.least_enhancing_mm3)):
+            raise ValueError(f"volumes: 0 or more mm3, got {self.smallest_mm3}, {self.least_enhancing_mm3}")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether these are the defaults."""
+        return self == Postprocess()
+
+    def cut(self, centred: npt.NDArray[np.float32]) -> Masks:
+        """Masks of probabilities.
+
+        Args:
+            centred: probabilities less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
+
+        Returns:
+            bool, the same shape; not yet nested.
+        """
+        bounds = np.array(self.thresholds, dtype=np.float64).reshape(3, 1, 1, 1) - 0.5
+        return centred > bounds.astype(np.float32)
+
+    def clean(self, masks: Masks, spacing_mm: Spacing) -> Masks:
+        """Nested masks without what is too small; never a voxel that is not in ``masks``.
+
+        From the largest region to the smallest: what WT loses, TC and ET lose too.
+
+        Args:
+            masks: bool, shape (3, X, Y, Z), nested or not; a larger region decides, as in ``data.labels.from_regions``.
+            spacing_mm: of the grid.
+
+        Returns:
+            bool, the same shape; WT contains TC contains ET.
+        """
+        voxel_mm3 = float(np.prod(spacing_mm))
+        cleaned = np.zeros_like(masks)
+        around = np.ones(masks.shape[1:], dtype=bool)
+        for number, smallest_mm3 in enumerate(self.smallest_mm3):
+            around = without_small(masks[number] & around, smallest_mm3 / voxel_mm3)
+            cleaned[number] = around
+        if np.count_nonzero(around) * voxel_mm3 < self.least_enhancing_mm3 * (1 - _TOLERANCE):
+            cleaned[-1] = False
+        return cleaned
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as :func:`postprocess_from_json` takes it."""
+        return {
+            "thresholds": dict(zip(REGIONS, self.thresholds, strict=True)),
+            "smallest_mm3": dict(zip(REGIONS, self.smallest_mm3, strict=True)),
+            "least_enhancing_mm3": self.least_enhancing_mm3,
+        }
+
+    def sentence(self) -> str:
+        """The rules that are not at their defaults, in words."""
+        said = [
+            f"{region} above {threshold:g}"
+            for region, threshold in zip(REGIONS, self.thresholds, strict=True)
+            if threshold != 0.5
+        ]
+        said += [
+            f"{region} components of {volume:g} mm3 or more"
+            for region, volume in zip(REGIONS, self.smallest_mm3, strict=True)
+            if volume
+        ]
+        if self.least_enhancing_mm3:
+            said.append(f"enhancing tumour below {self.least_enhancing_mm3:g} mm3 is necrosis")
+        return "; ".join(said) or "none: probabilities are cut at one half"
+
+
+def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
+    """Undo :meth:`Postprocess.to_json`.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is not of that form.
+    """
+    thresholds, smallest = (
+        [float(content[key][region]) for region in REGIONS] for key in ("thresholds", "smallest_mm3")
+    )
+    return Postprocess(
+        thresholds=(thresholds[0], thresholds[1], thresholds[2]),
+        smallest_mm3=(smallest[0], smallest[1], smallest[2]),
+        least_enhancing_mm3=float(content["least_enhancing_mm3"]),
+    )
+
+
+def without_small(mask: Masks, least_voxels: float) -> Masks:
+    """A mask without its 26-connected components of fewer voxels.
+
+    Args:
+        mask: bool, shape (X, Y, Z).
+        least_voxels: the size that stays, not necessarily a whole number.
+
+    Example:
+        >>> without_small(np.array([[[True, False, True, True]]]), 2).tolist()
+        [[[False, False, True, True]]]
+    """
+    if least_voxels * (1 - _TOLERANCE) <= 1 or not mask.any():
+        return mask
+    box = smallest_box(mask)
+    labels, _ = ndimage.label(mask[box], structure=_CONNECTED)
+    sizes = np.bincount(labels.ravel())
+    stays = sizes >= least_voxels * (1 - _TOLERANCE)
+    stays[0] = False
+    kept = np.zeros_like(mask)
+    kept[box] = stays[labels]
+    return kept
