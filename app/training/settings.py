@@ -37,7 +37,8 @@ class TrainingConfig:
     warmup: float = 0.05
     """Share of the budget in which the learning rate rises from 0."""
     ema_decay: float = 0.0
-    """Above 0, such as 0.999: validation, the best weights and so prediction use a moving average of the weights."""
+    """Above 0, such as 0.999: validation, the best weights and so prediction use a moving average of the weights.
+    After step t the decay is at most (1 + t) / (10 + t), so that 0.99 and more are the same up to step 890."""
     validations: int = 10
     """How often the validation cases are predicted, spread evenly, the last at the end."""
     patience: int | None = None
