@@ -174,8 +174,15 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
         return prepare(*arguments, **options)
 
     monkeypatch.setattr(train, "cache_cases", signalled)
-    assert start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings)).steps == 4
-    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+    reached: list[int] = []
+    before = signal.signal(signal.SIGUSR1, lambda number, _: reached.append(number))  # else it would end this process
+    try:
+        start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings))
+        assert reached == []
+        signal.raise_signal(signal.SIGUSR1)
+        assert reached == [signal.SIGUSR1]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(

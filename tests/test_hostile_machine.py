@@ -138,6 +138,7 @@ def filled_meanwhile(
     return call
 
 
+@pytest.mark.slow
 def test_training_waits_while_a_disk_is_full_and_ends_well_when_there_is_room(
     filled_meanwhile: Call, tmp_path: Path
 ) -> None:
@@ -149,6 +150,7 @@ def test_training_waits_while_a_disk_is_full_and_ends_well_when_there_is_room(
     assert [record["step"] for record in records if record["kind"] == "train"] == list(range(1, 41))
 
 
+@pytest.mark.slow
 def test_training_stopped_while_a_disk_is_full_ends_with_the_error_and_an_old_checkpoint(
     filled_meanwhile: Call, phantoms: Path, tmp_path: Path, shell: Call
 ) -> None:

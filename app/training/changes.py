@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from app import checkpoints
 from app.config import RunConfig, differing_keys, flat, to_yaml
 from app.errors import ConfigError
 from app.progress import LOG
 from app.runlog import read_json, write_durably, write_json
 from app.training.schedule import learning_rate, spent_share
-from app.training.state import State
+from app.training.state import State, to_checkpoint
 
 #: Keys, and sections with a dot at the end, that may change without a word. They cannot change what is learned, but
 #: for its length: the budget, when to validate and save, when to give up, what is measured beside, and what computes -
@@ -110,6 +111,10 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
         )
     if before != now or own.training.validations != settings.validations:
         state.validations = int(min(now, 1) * settings.validations)
+        # Saved before the config is: who is interrupted in between does the same again.
+        tensors, details = to_checkpoint(state)
+        counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
+        checkpoints.save(run / "checkpoints", "last", state.step, tensors, {**details, **counts})
     facts = read_json(run / "run.json")
     record = {"step": state.step, "changes": [str(change) for change in changes]}
     if facts.get("config_changes", [])[-1:] != [record]:  # else noted before an interruption

@@ -226,14 +226,12 @@ class Loop:
         numbers = range(after - settings.accumulate, after)
         seen = [source.batch(number, settings.batch_size) for number in numbers]
         cases = sorted({case for batch in seen for case in batch.cases})
-        good = checkpoints.load_newest(self.run / "checkpoints", "last", unfit=rollback.unfit_to_go_on)
         facts = {
             "why": why,
             "loss": rollback.plain_number(loss),
             "cases": cases,
             "batch_numbers": list(numbers),
             "batch_size": settings.batch_size,
-            "last_good_step": None if good is None else good.step,
         }
         kept: list[Path] = []
         self.room.write(
@@ -242,6 +240,7 @@ class Loop:
             needed_bytes=sum(batch.image.nbytes + batch.masks.nbytes for batch in seen),
             folder=self.run,
         )
+        good = checkpoints.load_newest(self.run / "checkpoints", "last", unfit=rollback.unfit_to_go_on)
         if good is None:
             raise RunError(f"{self.run}: step {failed}: {why}, and there is no checkpoint to go back to")
         record: dict[str, Any] = {"step": failed, "back_to": good.step, "cases": cases, "file": str(kept[0])}
