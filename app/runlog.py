@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -78,8 +79,13 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, *, job: str = "", wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends.
+
+    Args:
+        run: made where it is missing.
+        job: what :func:`job_of` tells from now on.
+        wait_seconds: for another process to let go of it.
 
     Raises:
         RunError: another process trains there.
@@ -87,41 +93,68 @@ def locked(run: Path) -> Iterator[None]:
     import fcntl  # noqa: PLC0415 - not on every system
 
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{run}: another process is training there. Wait for it, or give another folder.") from None
+    until = time.monotonic() + wait_seconds
+    with (run / LOCK).open("a", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"{run}: another process is training there. Wait for it, or give another folder."
+                    ) from None
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(job)
+        file.flush()
         yield
+
+
+def job_of(run: Path) -> str:
+    """The job of the process that held a run folder last; empty where there is none."""
+    try:
+        return (run / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 class MetricsLog:
     """Appends records to metrics.jsonl and TensorBoard."""
 
-    def __init__(self, run: Path, *, keep_up_to_step: int, keep_validations_up_to_step: int) -> None:
-        """Open the log; records of steps and validations that will be done again are dropped."""
+    def __init__(
+        self, run: Path, *, keep_up_to_step: int, keep_validations_up_to_step: int, writes: bool = True
+    ) -> None:
+        """Open the log; records of steps and validations that will be done again are dropped.
+
+        Without ``writes`` it takes records and forgets them, for a process that is not the one to write.
+        """
+        self._board: SummaryWriter | None = None
+        self._file: IO[str] | None = None
+        if not writes:
+            return
         last = {"validation": keep_validations_up_to_step}
         kept = [r for r in read_metrics(run) if r["step"] <= last.get(r["kind"], keep_up_to_step)]
         path = run / "metrics.jsonl"
         with replacing(path) as beside:
             beside.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
         _require_room(run)
-        self._file: IO[str] = path.open("a", encoding="utf-8")
-        self._board: SummaryWriter = _summary_writer(run / "tensorboard", keep_up_to_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(run / "tensorboard", keep_up_to_step)
 
     def train(self, *, step: int, loss: float, learning_rate: float, seconds: float, skipped_steps: int) -> None:
         """Record one training step; ``seconds`` since the run began."""
         self._write(kind="train", step=step, loss=loss, learning_rate=learning_rate, seconds=seconds)
-        self._board.add_scalar("train/loss", loss, step)
-        self._board.add_scalar("train/learning_rate", learning_rate, step)
-        self._board.add_scalar("train/skipped_steps", skipped_steps, step)
+        self._scalar("train/loss", loss, step)
+        self._scalar("train/learning_rate", learning_rate, step)
+        self._scalar("train/skipped_steps", skipped_steps, step)
 
     def validation(self, *, step: int, dice: dict[str, float], mean_dice: float, seconds: float) -> None:
         """Record a validation: Dice by region, their mean."""
         self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds)
         for region, value in dice.items():
-            self._board.add_scalar(f"validation/dice_{region}", value, step)
-        self._board.add_scalar("validation/mean_dice", mean_dice, step)
+            self._scalar(f"validation/dice_{region}", value, step)
+        self._scalar("validation/mean_dice", mean_dice, step)
 
     def gradients(self, *, step: int, layers: Mapping[str, Mapping[str, float | None]], skipped_steps: int) -> None:
         """Record each layer's gradient at one step.
@@ -148,19 +181,26 @@ class MetricsLog:
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
 
     def _write(self, **record: object) -> None:
+        if self._file is None:
+            return
         # JSON has no NaN or infinity; a number that is not finite becomes null.
         self._file.write(json.dumps(_finite(record), allow_nan=False) + "\n")
         self._file.flush()
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        if self._board is not None:
+            self._board.add_scalar(name, value, step)
 
     def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
         for row, values in table.items():
             for name, value in values.items():
                 if value is not None and math.isfinite(value):
-                    self._board.add_scalar(f"{group}/{row}/{name}", value, step)
+                    self._scalar(f"{group}/{row}/{name}", value, step)
 
 
 def _finite(value: object) -> object:

@@ -59,11 +59,12 @@ def train(
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
+    from app.training.distributed import joined  # noqa: PLC0415
 
-    with terminal.watched() as on_progress:
+    with terminal.watched() as on_progress, joined() as world:
         if resume:
             asked = load_config(config or "laptop", overrides) if config or overrides else None
-            outcome = training.resume(data, run, asked, follow_links=follow_links, on_progress=on_progress)
+            outcome = training.resume(data, run, asked, follow_links=follow_links, world=world, on_progress=on_progress)
         else:
             settings = load_config(config or "laptop", overrides)
             outcome = training.start(
@@ -74,8 +75,11 @@ def train(
                 split_file=split,
                 labels=labels,
                 follow_links=follow_links,
+                world=world,
                 on_progress=on_progress,
             )
+    if not world.is_first:
+        return
     if as_json:
         terminal.json_result(outcome.to_json())
         return

@@ -16,6 +16,7 @@ from app.progress import LOG, OnProgress, Progress
 from app.runlog import MetricsLog, read_json
 from app.runtime import Runtime
 from app.training import gradient
+from app.training.distributed import World
 from app.training.schedule import learning_rate
 from app.training.state import State, to_checkpoint
 from app.training.step import Stepper
@@ -46,6 +47,7 @@ class Loop:
     telemetry: Telemetry
     log: MetricsLog
     on_progress: OnProgress
+    world: World
 
     def train(self, source: PatchSource, validating: Sequence[CachedCase], stop: StopRequest) -> list[float]:
         """Train until the budget is spent; returns the losses of this process.
@@ -53,9 +55,15 @@ class Loop:
         Raises:
             InterruptedRunError: a stop was asked for; everything is saved.
         """
-        settings, state = self.config.training, self.state
+        settings, state, world = self.config.training, self.state, self.world
         stepper = Stepper(
-            config=self.config, runtime=self.runtime, state=state, telemetry=self.telemetry, loss_of=RegionLoss()
+            config=self.config,
+            runtime=self.runtime,
+            state=state,
+            telemetry=self.telemetry,
+            loss_of=RegionLoss(total=world.total if world.size > 1 else None),
+            world=world,
+            replica=world.replica(state.network),
         )
         losses: list[float] = []
         if state.step == 0:
@@ -63,17 +71,20 @@ class Loop:
         began = saved_at = time.monotonic()
         made = batches(
             source,
-            first=state.step * settings.accumulate,
+            first=state.patches // settings.batch_size + world.rank,
+            every=world.size,
             size=settings.batch_size,
             threads=self.config.runtime.loader_threads,
         )
         with closing(made):
             state.network.train()
+            self._agree(stop)
             while (progress := self._progress()) < 1:
                 rate = learning_rate(settings, progress)
                 loss = stepper.step(made, rate).loss
                 state.step += 1
                 losses.append(loss)
+                asked = self._agree(stop)
                 self.log.train(
                     step=state.step,
                     loss=loss,
@@ -87,10 +98,12 @@ class Loop:
                     self._validate(validating)
                     self._save_last()
                     saved_at = time.monotonic()
-                if stop.signal_name is not None:
+                    asked = self._agree(stop)
+                if asked is not None:
                     self._save_last()
+                    world.wait()
                     raise InterruptedRunError(
-                        f"stopped by {stop.signal_name} after step {state.step}; everything is saved. "
+                        f"stopped by {asked} after step {state.step}; everything is saved. "
                         f"Go on with: znormseg train {self.data} {self.run} --resume"
                     )
                 if time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
@@ -111,11 +124,16 @@ class Loop:
         if self.config.takes_missing_contrasts:
             network = GivenPresence(network, presence_mask(CONTRASTS))
         dice = validation_dice(
-            network, cases, window=settings.patch_voxels, config=self.config.inference, runtime=self.runtime
+            network,
+            cases,
+            window=settings.patch_voxels,
+            config=self.config.inference,
+            runtime=self.runtime,
+            world=self.world,
         )
         state.validations += 1
         state.validated_step = state.step
-        state.validation_seconds = time.monotonic() - before
+        state.validation_seconds = self.world.largest(time.monotonic() - before)
         mean = sum(dice.values()) / len(dice)
         self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
         LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
@@ -124,6 +142,8 @@ class Loop:
             self._save_best(dice)
 
     def _save_best(self, dice: dict[str, float] | None) -> None:
+        if not self.world.is_first:
+            return
         facts = read_json(self.run / "run.json")
         checkpoints.save(
             self.run / "checkpoints",
@@ -143,13 +163,20 @@ class Loop:
         )
 
     def _save_last(self) -> None:
+        if not self.world.is_first:
+            return
         tensors, details = to_checkpoint(self.state)
         checkpoints.save(
             self.run / "checkpoints",
             "last",
             self.state.step,
             tensors,
-            {**details, "seconds": self.seconds(), "skipped_steps": self.skipped_steps()},
+            {
+                **details,
+                "processes": self.world.size,
+                "seconds": self._own_seconds(),
+                "skipped_steps": self.skipped_steps(),
+            },
         )
 
     def _progress(self) -> float:
@@ -176,7 +203,14 @@ class Loop:
 
     def seconds(self) -> float:
         """Wall-clock time of the run so far, over all its processes."""
+        return self.world.seconds(self._own_seconds())
+
+    def _own_seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.clock
+
+    def _agree(self, stop: StopRequest) -> str | None:
+        """Make all processes go by one clock; the name of the signal that asked any of them to stop, or None."""
+        return self.world.agree(seconds=self._own_seconds(), signal_name=stop.signal_name)
 
     def _report(self, losses: list[float], spent: float) -> None:
         progress = self._progress()

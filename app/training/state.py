@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from app import checkpoints
 from app.config import RunConfig
 from app.runtime import Runtime
+from app.training.settings import TrainingConfig
 from data.labels import REGIONS
 from models import build_network
 
@@ -23,6 +24,8 @@ class State:
     network: nn.Module
     optimizer: Optimizer
     step: int = 0
+    patches: int = 0
+    """How many were trained on, and the number of the next one."""
     seconds: float = 0.0
     """Spent by this run before the present process took over."""
     best_dice: float = -1.0
@@ -55,13 +58,14 @@ def _optimizer(config: RunConfig, network: nn.Module) -> Optimizer:
     )
 
 
-def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
-    """Put back what :func:`to_checkpoint` took."""
+def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: TrainingConfig) -> None:
+    """Put back what :func:`to_checkpoint` took; checkpoints of older versions count no patches."""
     state.network.load_state_dict(checkpoint.weights)
     checkpoints.restore_optimizer(state.optimizer, checkpoint)
     checkpoints.restore_rng(checkpoint)
     details = checkpoint.details
     state.step = checkpoint.step
+    state.patches = details.get("patches", checkpoint.step * settings.accumulate * settings.batch_size)
     state.seconds = details["seconds"]
     state.best_dice, state.best_step = details["best_dice"], details["best_step"]
     state.validations, state.validated_step = details["validations"], details["validated_step"]
@@ -75,6 +79,7 @@ def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return (
         {**checkpoints.weight_tensors(state.network), **tensors, **checkpoints.rng_tensors()},
         {
+            "patches": state.patches,
             "best_dice": state.best_dice,
             "best_step": state.best_step,
             "validations": state.validations,

@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from app.config import RunConfig
 from app.runtime import Runtime
+from app.training.distributed import World
 from app.training.state import State
 from app.training.telemetry import Telemetry
 from data.loaders import Batch
@@ -21,7 +23,7 @@ class StepResult:
     """What one optimiser step came to."""
 
     loss: float
-    """Mean over its micro-batches."""
+    """Mean over its micro-batches, and over the processes."""
     waited_seconds: float
     """For batches that were not ready."""
     cases: tuple[str, ...]
@@ -37,6 +39,9 @@ class Stepper:
     state: State
     telemetry: Telemetry
     loss_of: RegionLoss
+    world: World
+    replica: nn.Module
+    """The network as :meth:`World.replica` gives it."""
 
     def step(self, batches: Iterator[Batch], rate: float) -> StepResult:
         """One optimiser step.
@@ -47,6 +52,7 @@ class Stepper:
         """
         state, settings = self.state, self.config.training
         measured = self.telemetry.is_due(state.step + 1)
+        self.world.seed_step(settings.seed, state.step)
         total, waited = 0.0, 0.0
         cases: list[str] = []
         for number in range(settings.accumulate):
@@ -54,7 +60,8 @@ class Stepper:
             batch = next(batches)
             waited += time.perf_counter() - asked
             cases.extend(batch.cases)
-            with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
+            last = number == settings.accumulate - 1
+            with self.telemetry.backward(measured=measured and last), self.world.gradients(self.replica, last=last):
                 loss = self._loss(batch)
                 (loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach()) / settings.accumulate
@@ -63,7 +70,8 @@ class Stepper:
         with self.telemetry.step(measured=measured):
             state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        return StepResult(loss=total, waited_seconds=waited, cases=tuple(cases))
+        state.patches += settings.accumulate * settings.batch_size * self.world.size
+        return StepResult(loss=self.world.mean(total), waited_seconds=waited, cases=tuple(cases))
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)
@@ -71,6 +79,6 @@ class Stepper:
         if self.config.takes_missing_contrasts:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
-            logits = self.state.network(image.contiguous(memory_format=self.runtime.memory_format))
+            logits = self.replica(image.contiguous(memory_format=self.runtime.memory_format))
         loss: torch.Tensor = self.loss_of(logits, masks)
         return loss

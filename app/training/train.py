@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -18,11 +19,12 @@ from app.caching import prepared_cases
 from app.config import RunConfig, differences, load_config, to_yaml
 from app.errors import ConfigError, RunError
 from app.progress import LOG, OnProgress, Progress, silent
-from app.runlog import LOCK, MetricsLog, locked, read_json, require_new, write_json
+from app.runlog import LOCK, MetricsLog, job_of, locked, read_json, require_new, write_json
 from app.runtime import choose_runtime, machine, versions
 from app.training import gradient
+from app.training.distributed import ALONE, World
 from app.training.loop import Loop
-from app.training.state import State, new_state, restore
+from app.training.state import new_state, restore
 from app.training.stopping import stop_on_signals
 from app.training.telemetry import Telemetry
 from data.cache import CaseFolder
@@ -44,6 +46,8 @@ from data.tumours import (
 
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
+#: A network file system gives the locks of a host that died back after some 90 seconds.
+_LOCK_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,7 @@ class TrainResult:
         }
 
 
-def start(
+def start(  # noqa: PLR0913 - one argument an option of the command
     data: Path,
     run: Path,
     config: RunConfig,
@@ -83,6 +87,7 @@ def start(
     labels: str | None = None,
     follow_links: bool = False,
     store: CaseFolder | None = None,
+    world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run.
@@ -96,6 +101,7 @@ def start(
         labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
+        world: the processes that train together; each calls this, the first one alone writes to ``run``.
         on_progress: told where the run is.
 
     Raises:
@@ -105,51 +111,49 @@ def start(
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
-    require_new(run)
+    if not world.is_first:
+        return _follow(data, run, world, follow_links=follow_links, store=store)
+    again = world.restarts > 0 and world.launch.job != "" and job_of(run) == world.launch.job
+    if again and checkpoints.load_newest(run / "checkpoints", "last") is not None:
+        return resume(data, run, config, follow_links=follow_links, store=store, world=world, on_progress=on_progress)
+    if not again:
+        require_new(run)
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
-    runtime = choose_runtime(config.runtime)
+    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     held = read_label_maps(cases.values())
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
     if split_file is None and fold != ALL_CASES:
         split = stratified_split(tumours_of(cases, held, convention), int(fold))
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
-    with locked(run), _opened(store, run) as opened:
+    with _locked(run, world), _opened(store, run) as opened:
+        if again:
+            _empty(run)  # killed before its first checkpoint
         require_new(run)  # once more: another process may have been here since
         with _removed_unless_started(run, keep_folder=was_there):
             (run / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
             write_json(run / "split.json", split.to_json())
             write_json(run / "labels.json", _labels_on_record(split, held))
-            write_json(
-                run / "run.json",
-                {
-                    "data": str(data.resolve()),
-                    "fold": fold if split_file is None else None,
-                    "split_file": None if split_file is None else str(split_file.resolve()),
-                    "contrasts": list(CONTRASTS),
-                    "takes_missing_contrasts": config.takes_missing_contrasts,
-                    "regions": list(REGIONS),
-                    "labels": convention.name,
-                    "spacing_mm": list(spacing_mm),
-                    "versions": versions(),
-                    "machine": machine(),
-                    "runtime": list(runtime.reasons),
-                },
-            )
-            torch.manual_seed(config.training.seed)
-            state = new_state(config, runtime)
+            facts = {
+                "data": str(data.resolve()),
+                "fold": fold if split_file is None else None,
+                "split_file": None if split_file is None else str(split_file.resolve()),
+                "contrasts": list(CONTRASTS),
+                "takes_missing_contrasts": config.takes_missing_contrasts,
+                "regions": list(REGIONS),
+                "labels": convention.name,
+                "spacing_mm": list(spacing_mm),
+                "versions": versions(),
+                "machine": machine(),
+                "processes": world.size,
+                "runtime": list(runtime.reasons),
+            }
+            write_json(run / "run.json", facts)
+            begun = world.tell(_Begun(config=config, split=split, facts=facts, checkpoint=None))
             return _train(
-                data=data,
-                run=run,
-                config=config,
-                state=state,
-                split=split,
-                cases=cases,
-                store=opened,
-                clock=clock,
-                on_progress=on_progress,
+                data=data, run=run, begun=begun, cases=cases, store=opened, clock=clock, world=world, told=on_progress
             )
 
 
@@ -160,6 +164,7 @@ def resume(
     *,
     follow_links: bool = False,
     store: CaseFolder | None = None,
+    world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Go on with an interrupted run, as if it had not been interrupted.
@@ -170,6 +175,7 @@ def resume(
         config: the configuration asked for now, where one was; it must be the run's own.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
+        world: the processes that train together; each calls this, the first one alone writes to ``run``.
         on_progress: told where the run is.
 
     Raises:
@@ -179,6 +185,8 @@ def resume(
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
+    if not world.is_first:
+        return _follow(data, run, world, follow_links=follow_links, store=store)
     if not (run / "checkpoints").is_dir():
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
@@ -187,63 +195,105 @@ def resume(
             f"{run} was started with another config; it resumes with its own only. Leave out --config and "
             f"--set, or start a new run. Different: {'; '.join(changed)}"
         )
-    with locked(run), _opened(store, run) as opened:
+    with _locked(run, world), _opened(store, run) as opened:
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
-        cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-        gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
-        if gone:
-            raise DataError(
-                f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
-            )
+        cases = _cases_of(split, data, follow_links=follow_links)
         _require_same_labels(run, data, cases)
-        state = new_state(own, choose_runtime(own.runtime))
-        restore(state, checkpoint)
-        LOG.info("resuming at step %d", state.step)
+        LOG.info("resuming at step %d", checkpoint.step)
+        before = checkpoint.details.get("processes", 1)
+        if before != world.size:
+            LOG.info("%d processes now, %d before: a step takes as many patches more or less", world.size, before)
+        facts = read_json(run / "run.json")
+        begun = world.tell(_Begun(config=own, split=split, facts=facts, checkpoint=checkpoint))
         return _train(
-            data=data,
-            run=run,
-            config=own,
-            state=state,
-            split=split,
-            cases=cases,
-            store=opened,
-            clock=clock,
-            on_progress=on_progress,
+            data=data, run=run, begun=begun, cases=cases, store=opened, clock=clock, world=world, told=on_progress
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What all processes of a run must know, as the first one found or decided it."""
+
+    config: RunConfig
+    split: Split
+    facts: dict[str, Any]
+    """Content of ``run.json``."""
+    checkpoint: checkpoints.Checkpoint | None
+
+
+def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: CaseFolder | None) -> TrainResult:
+    """Take part in a run that the first process starts or resumes."""
+    clock = time.monotonic()
+    begun: _Begun = world.tell()
+    cases = _cases_of(begun.split, data, follow_links=follow_links)
+    with _opened(store, run) as opened:
+        return _train(data=data, run=run, begun=begun, cases=cases, store=opened, clock=clock, world=world, told=silent)
+
+
+def _cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+    """The cases of a data set by id, those of a split among them."""
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    if gone:
+        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+    return cases
+
+
+def _locked(run: Path, world: World) -> AbstractContextManager[None]:
+    """Hold the run folder; after a restart, what was killed on another host may take a while to let go of it."""
+    return locked(run, job=world.launch.job, wait_seconds=_LOCK_SECONDS if world.restarts else 0.0)
 
 
 def _train(
     *,
     data: Path,
     run: Path,
-    config: RunConfig,
-    state: State,
-    split: Split,
+    begun: _Begun,
     cases: Mapping[str, Case],
     store: CaseFolder,
     clock: float,
-    on_progress: OnProgress,
+    world: World,
+    told: OnProgress,
 ) -> TrainResult:
-    """Prepare the cases, train until the budget is spent, tidy up; what :func:`start` and :func:`resume` share."""
-    facts = read_json(run / "run.json")
-    runtime, convention = choose_runtime(config.runtime), CONVENTIONS[facts["labels"]]
+    """Prepare the cases, train until the budget is spent, tidy up; what every process of every run does."""
+    config, split, facts = begun.config, begun.split, begun.facts
+    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
+    convention = CONVENTIONS[facts["labels"]]
+    world.require_same(
+        {
+            "the version of torch": torch.__version__,
+            "the device": runtime.device.type,
+            "the precision": runtime.precision,
+        }
+    )
+    torch.manual_seed(config.training.seed)
+    state = new_state(config, runtime)
+    if begun.checkpoint is not None:
+        restore(state, begun.checkpoint, config.training)
     for reason in runtime.reasons:
         LOG.info("%s", reason)
     spacing = "x".join(f"{mm:g}" for mm in facts["spacing_mm"])
     counts = len(split.train), len(split.validation)
     LOG.info("%d cases train, %d validate; labels %s; spacing %s mm", *counts, convention.name, spacing)
+    if world.size > 1:
+        alone = config.training.batch_size
+        LOG.info("%d processes, %d patches each: batches of %d", world.size, alone, world.size * alone)
     used = [cases[case_id].require() for case_id in (*split.train, *split.validation)]
-    prepared = _prepare(
-        used,
-        store,
+    prepare = partial(
+        _prepare,
+        store=store,
         spacing_mm=tuple(facts["spacing_mm"]),
         convention=convention,
         nan_to_zero=config.data.nan_to_zero,
-        on_progress=on_progress,
+        on_progress=told,
     )
+    for share in world.shares(used):
+        prepare(share)
+        world.wait()
+    prepared = prepare(used)
     source = PatchSource(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,
@@ -253,7 +303,12 @@ def _train(
     )
     transform = gradient.attach(config.gradient, state.optimizer, state.network)
     LOG.info("%s", transform.report)
-    log = MetricsLog(run, keep_up_to_step=state.step, keep_validations_up_to_step=state.validated_step)
+    log = MetricsLog(
+        run,
+        keep_up_to_step=state.step,
+        keep_validations_up_to_step=state.validated_step,
+        writes=world.is_first,
+    )
     loop = Loop(
         run=run,
         data=data,
@@ -262,23 +317,29 @@ def _train(
         state=state,
         clock=clock,
         transform=transform,
-        telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
+        telemetry=Telemetry(config.training.telemetry_steps if world.is_first else 0, state.network, state.optimizer),
         log=log,
-        on_progress=on_progress,
+        on_progress=told,
+        world=world,
     )
-    with closing(log), stop_on_signals() as stop:
+    with closing(log), stop_on_signals(patient=world.size > 1) as stop:
         losses = loop.train(source, prepared[len(split.train) :], stop)
+    world.wait()
     shutil.rmtree(run / "cache", ignore_errors=True)
+    if not world.is_first:
+        return world.tell()
     best = checkpoints.load_newest(run / "checkpoints", "best")
     assert best is not None
-    return TrainResult(
-        run=run,
-        steps=state.step,
-        seconds=loop.seconds(),
-        loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
-        dice=best.details["dice"],
-        best_step=best.step,
-        skipped_steps=loop.skipped_steps(),
+    return world.tell(
+        TrainResult(
+            run=run,
+            steps=state.step,
+            seconds=loop.seconds(),
+            loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
+            dice=best.details["dice"],
+            best_step=best.step,
+            skipped_steps=loop.skipped_steps(),
+        )
     )
 
 
@@ -341,15 +402,20 @@ def _removed_unless_started(run: Path, *, keep_folder: bool) -> Iterator[None]:
         yield
     except BaseException:
         if not any((run / "checkpoints").glob("*.json")):
-            for entry in run.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                elif entry.name != LOCK:
-                    entry.unlink()
+            _empty(run)
             if not keep_folder:
                 (run / LOCK).unlink()
                 run.rmdir()
         raise
+
+
+def _empty(run: Path) -> None:
+    """Delete everything in a locked run folder."""
+    for entry in run.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:
