@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import socket
+import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -234,6 +237,8 @@ def joined() -> Iterator[World]:
     _set_up(launch)
     level = LOG.level
     try:
+        # The strides of 1x1x1 weights with channels innermost are ambiguous; torch copies them, and need not say so.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         try:
             restarts = torch.tensor(launch.restarts)
             dist.all_reduce(restarts, dist.ReduceOp.MAX)
@@ -275,7 +280,8 @@ def _set_up(launch: Launch) -> None:
             torch.cuda.set_device(launch.local_rank)
     try:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_PATIENCE)
+        place = _fresh_place(store, rank=rank, size=size)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DeviceError(
@@ -283,6 +289,42 @@ def _set_up(launch: Launch) -> None:
             f"{os.environ['MASTER_PORT']} ({first}). Hosts must reach each other's ports; GLOO_SOCKET_IFNAME and "
             "NCCL_SOCKET_IFNAME name the network interface."
         ) from error
+
+
+def _fresh_place(store: dist.Store, *, rank: int, size: int) -> dist.Store:
+    """A part of the launch's store that is empty, the same in all processes.
+
+    The store may outlive a restart, and then holds the addresses of processes that are gone. Restarts are not counted
+    alike on all hosts, so the first process makes a name up and hands it to those who ask; nobody answers the dead.
+
+    Raises:
+        TimeoutError: some process did not come.
+    """
+    until = time.monotonic() + _MEETING.total_seconds()
+
+    def pause() -> None:
+        if time.monotonic() > until:
+            raise TimeoutError("not all processes came")
+        time.sleep(0.02)
+
+    if rank > 0:
+        question = secrets.token_hex(8)
+        store.set(f"znormseg/asks/{rank}", question)
+        while not store.check([f"znormseg/name/{question}"]):
+            pause()
+        name = store.get(f"znormseg/name/{question}").decode()
+        store.set(f"znormseg/came/{name}/{rank}", "")
+        return dist.PrefixStore(name, store)
+    name = secrets.token_hex(8)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"znormseg/came/{name}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"znormseg/asks/{other}"]):
+                store.set(f"znormseg/name/{store.get(f'znormseg/asks/{other}').decode()}", name)
+        pause()
+    return dist.PrefixStore(name, store)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

@@ -280,7 +280,7 @@ def _train(
     LOG.info("%d cases train, %d validate; labels %s; spacing %s mm", *counts, convention.name, spacing)
     if world.size > 1:
         alone = config.training.batch_size
-        LOG.info("%d processes, %d patches each: batches of %d", world.size, alone, world.size * alone)
+        LOG.info("%d processes with batches of %d: %d patches together", world.size, alone, world.size * alone)
     used = [cases[case_id].require() for case_id in (*split.train, *split.validation)]
     prepare = partial(
         _prepare,
