@@ -22,6 +22,7 @@ from app.config import load_config
 from app.errors import DeviceError, RunError
 from app.runlog import read_metrics
 from app.training.distributed import ALONE, Launch, World, joined, launched
+from app.training.stopping import stop_on_signals
 from app.training.train import resume, start
 
 ROOT = Path(__file__).parents[1]
@@ -190,6 +191,26 @@ def test_the_first_process_keeps_its_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("verb", ["predict", "compare"])
+def test_only_train_takes_several_processes(
+    verb: str, znormseg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in TOLD.items():
+        monkeypatch.setenv(name, value)
+    ended = znormseg(verb, tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    assert ended.code == 2
+    assert f"torchrun starts {verb} several times" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_second_signal_does_not_end_what_has_to_stop_with_others() -> None:
+    with stop_on_signals(patient=True) as stop:
+        for _ in range(3):
+            signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGINT)
+    assert stop.signal_name == "SIGINT"
+
+
 # After a restart
 
 
@@ -238,7 +259,7 @@ def test_a_run_of_other_processes_goes_on_with_the_next_patch(
     path.write_text(json.dumps({**details, "processes": 3}))
     with caplog.at_level("INFO", logger="znormseg"):
         resume(phantoms, run)
-    assert "1 processes now, 3 before" in caplog.text
+    assert "world size 1, before 3" in caplog.text
 
 
 # Two real processes
@@ -344,5 +365,5 @@ def test_training_completes_when_one_of_two_launchers_is_killed(
     assert status == 0, said
     words = (said, second.said.read_text(encoding="utf-8"))
     assert any("2 processes with batches of 2" in text for text in words)
-    assert "1 processes now, 2 before" in said
+    assert "world size 1, before 2" in said
     assert last_step(run) == 60

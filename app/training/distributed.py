@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -291,7 +292,7 @@ def _set_up(launch: Launch) -> None:
         ) from error
 
 
-def _fresh_place(store: dist.Store, *, rank: int, size: int) -> dist.Store:
+def _fresh_place(store: Store, *, rank: int, size: int) -> Store:
     """A part of the launch's store that is empty, the same in all processes.
 
     The store may outlive a restart, and then holds the addresses of processes that are gone. Restarts are not counted
@@ -314,7 +315,7 @@ def _fresh_place(store: dist.Store, *, rank: int, size: int) -> dist.Store:
             pause()
         name = store.get(f"znormseg/name/{question}").decode()
         store.set(f"znormseg/came/{name}/{rank}", "")
-        return dist.PrefixStore(name, store)
+        return PrefixStore(name, store)
     name = secrets.token_hex(8)
     missing = set(range(1, size))
     while missing:
@@ -324,7 +325,7 @@ def _fresh_place(store: dist.Store, *, rank: int, size: int) -> dist.Store:
             elif store.check([f"znormseg/asks/{other}"]):
                 store.set(f"znormseg/name/{store.get(f'znormseg/asks/{other}').decode()}", name)
         pause()
-    return dist.PrefixStore(name, store)
+    return PrefixStore(name, store)
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:

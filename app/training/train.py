@@ -205,7 +205,7 @@ def resume(
         LOG.info("resuming at step %d", checkpoint.step)
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
-            LOG.info("%d processes now, %d before: a step takes as many patches more or less", world.size, before)
+            LOG.info("world size %d, before %d: the batch of all processes changes with it", world.size, before)
         facts = read_json(run / "run.json")
         begun = world.tell(_Begun(config=own, split=split, facts=facts, checkpoint=checkpoint))
         return _train(
