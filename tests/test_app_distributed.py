@@ -367,3 +367,18 @@ def test_training_completes_when_one_of_two_launchers_is_killed(
     assert any("2 processes with batches of 2" in text for text in words)
     assert "world size 1, before 2" in said
     assert last_step(run) == 60
+
+
+@pytest.mark.slow
+def test_a_launcher_that_joins_later_takes_part(
+    phantoms: Path, torchrun: Callable[..., Torchrun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")  # else torchrun of torch 2.13 itself gives up
+    run, port = tmp_path / "run", free_port()
+    first = torchrun(*two_hosts(port, "1:2", 0), phantoms, run, *settings_of(300, 2))
+    wait_for_step(run, 5, first)
+    second = torchrun(*two_hosts(port, "1:2", 1), phantoms, run, *settings_of(300, 2))
+    said = [launch.ended(280) for launch in (first, second)]
+    assert [status for status, _ in said] == [0, 0], said
+    assert any("world size 2, before 1" in text for _, text in said)
+    assert last_step(run) == 300

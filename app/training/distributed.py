@@ -251,7 +251,7 @@ def joined() -> Iterator[World]:
                 raise
             raise DeviceError(
                 f"process {launch.rank} of {launch.size}: another process ended, or cannot be reached. The reason is "
-                "in the messages of the one that ended first; the run can be resumed from its newest checkpoint."
+                "in the messages of the one that ended first; a run that has a checkpoint can be resumed."
             ) from error
     finally:
         LOG.setLevel(level)
