@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from safetensors.torch import load_file
 from app.config import load_config
 from app.errors import DeviceError, RunError
 from app.runlog import read_metrics
-from app.training.distributed import ALONE, Launch, World, joined, launched
+from app.training.distributed import ALONE, Launch, World, fresh_place, joined, launched
 from app.training.stopping import stop_on_signals
 from app.training.train import resume, start
 
@@ -209,6 +210,30 @@ def test_a_second_signal_does_not_end_what_has_to_stop_with_others() -> None:
             signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGINT)
     assert stop.signal_name == "SIGINT"
+
+
+def test_processes_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gather(table: list[Any], own: dict[str, object]) -> None:
+        table[:] = [own, {**own, "the precision": torch.bfloat16}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    world = World(Launch(size=2))
+    world.require_same({"the device": "cpu", "the precision": torch.bfloat16})
+    with pytest.raises(
+        DeviceError, match=r"the precision is torch.float32 in process 0 and torch.bfloat16 in process 1"
+    ):
+        world.require_same({"the device": "cpu", "the precision": torch.float32})
+
+
+def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
+    store = torch.distributed.HashStore()
+    with ThreadPoolExecutor(3) as pool:
+        for _ in range(2):  # the second meets what the first one left
+            meeting = [pool.submit(fresh_place, store, rank=rank, size=3) for rank in (1, 0, 2)]
+            places = [one.result(timeout=30) for one in meeting]
+            assert not any(place.check(["address"]) for place in places)
+            places[0].set("address", "here")
+            assert [place.get("address") for place in places] == [b"here"] * 3
 
 
 # After a restart

@@ -281,7 +281,7 @@ def _set_up(launch: Launch) -> None:
             torch.cuda.set_device(launch.local_rank)
     try:
         store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-        place = _fresh_place(store, rank=rank, size=size)
+        place = fresh_place(store, rank=rank, size=size)
         dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_PATIENCE)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
@@ -292,7 +292,7 @@ def _set_up(launch: Launch) -> None:
         ) from error
 
 
-def _fresh_place(store: Store, *, rank: int, size: int) -> Store:
+def fresh_place(store: Store, *, rank: int, size: int) -> Store:
     """A part of the launch's store that is empty, the same in all processes.
 
     The store may outlive a restart, and then holds the addresses of processes that are gone. Restarts are not counted
