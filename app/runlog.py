@@ -19,6 +19,7 @@ import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -100,8 +101,13 @@ LOCK = ".lock"
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run: Path, *, job: str = "", wait_seconds: float = 0.0) -> Iterator[None]:
     """Hold a run folder for this process; the lock goes with the process, however it ends.
+
+    Args:
+        run: made where it is missing.
+        job: what :func:`job_of` tells from now on.
+        wait_seconds: for another process to let go of it.
 
     Raises:
         RunError: another process trains there.
@@ -109,12 +115,30 @@ def locked(run: Path) -> Iterator[None]:
     import fcntl  # noqa: PLC0415 - not on every system
 
     run.mkdir(parents=True, exist_ok=True)
-    with (run / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RunError(f"{run}: another process is training there. Wait for it, or give another folder.") from None
+    until = time.monotonic() + wait_seconds
+    with (run / LOCK).open("a", encoding="utf-8") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= until:
+                    raise RunError(
+                        f"{run}: another process is training there. Wait for it, or give another folder."
+                    ) from None
+            time.sleep(0.2)
+        file.truncate(0)
+        file.write(job)
+        file.flush()
         yield
+
+
+def job_of(run: Path) -> str:
+    """The job of the process that held a run folder last; empty where there is none."""
+    try:
+        return (run / LOCK).read_text(encoding="utf-8")
+    except OSError:
+        return ""
 
 
 def _at_once(write: Callable[[], None]) -> None:
@@ -131,6 +155,7 @@ class MetricsLog:
         keep_up_to_step: int,
         keep_validations_up_to_step: int,
         patiently: Callable[[Callable[[], None]], None] = _at_once,
+        writes: bool = True,
     ) -> None:
         """Open the log; records of steps and validations that will be done again are dropped.
 
@@ -139,10 +164,14 @@ class MetricsLog:
             keep_up_to_step: records of later steps go.
             keep_validations_up_to_step: validations of later steps go.
             patiently: calls what it is given, and again while the disk is full.
+            writes: without, records are taken and forgotten, for a process that is not the one to write.
         """
         self._run = run
         self._patiently = patiently
-        self._open(keep_up_to_step, keep_validations_up_to_step)
+        self._file: BinaryIO | None = None
+        self._board: SummaryWriter | None = None
+        if writes:
+            self._open(keep_up_to_step, keep_validations_up_to_step)
 
     def _open(self, step: int, validated_step: int) -> None:
         last = {"validation": validated_step}
@@ -151,13 +180,14 @@ class MetricsLog:
         write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         _require_room(self._run)
         # Not buffered: what a full disk did not take is known to the byte, and written again.
-        self._file: BinaryIO = path.open("ab", buffering=0)
-        self._board: SummaryWriter = _summary_writer(self._run / "tensorboard", step)
+        self._file = path.open("ab", buffering=0)
+        self._board = _summary_writer(self._run / "tensorboard", step)
 
     def go_back(self, *, step: int, validated_step: int) -> None:
         """Drop the records of steps and validations that will be done again."""
-        self.close()
-        self._patiently(lambda: self._open(step, validated_step))
+        if self._file is not None:
+            self.close()
+            self._patiently(lambda: self._open(step, validated_step))
 
     def train(
         self,
@@ -236,14 +266,18 @@ class MetricsLog:
 
     def sync(self) -> None:
         """Have what was recorded on the disk, so that a power cut does not take what a checkpoint counts on."""
-        os.fsync(self._file.fileno())
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
 
     def _write(self, **record: object) -> None:
+        if (file := self._file) is None:
+            return
         # JSON has no NaN or infinity; a number that is not finite becomes null.
         left = memoryview((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
 
@@ -251,7 +285,7 @@ class MetricsLog:
             nonlocal left
             with naming_the_place(self._run / "metrics.jsonl"):
                 while left:
-                    left = left[self._file.write(left) :]
+                    left = left[file.write(left) :]
             if shutil.disk_usage(self._run).free < LEAST_ROOM_BYTES:
                 _require_room(self._run)  # for TensorBoard
 
@@ -261,6 +295,8 @@ class MetricsLog:
         self._to_board(lambda board: board.add_scalar(name, value, step))
 
     def _to_board(self, add: Callable[[SummaryWriter], None]) -> None:
+        if self._board is None:
+            return
         try:
             add(self._board)
         except OSError:

@@ -68,14 +68,21 @@ class Runtime:
         return torch.channels_last_3d if self.channels_last else torch.contiguous_format
 
 
-def choose_runtime(config: RuntimeConfig) -> Runtime:
+def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> Runtime:
     """Choose device and precision.
 
+    Args:
+        config: what is asked for.
+        local_rank: number of this process among those of a training on this host: it takes the GPU of that number.
+            None: there are no others.
+
     Raises:
-        DeviceError: the device asked for is not there.
+        DeviceError: the device asked for is not there, or is one for several processes.
     """
     _set_deterministic(on=config.deterministic)
-    device, device_reason = _choose_device(config.device)
+    device, device_reason = _choose_device(_own_device(config.device, local_rank))
+    if local_rank is not None and device.type == "cuda":
+        device_reason = f"device {device}: the GPU of process {local_rank} of this host"
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
         device=device,
@@ -107,6 +114,23 @@ def machine() -> str:
     """Processor, cores and GPU, in one line."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor()}, {cores()} cores{gpu}"
+
+
+def _own_device(wanted: str, local_rank: int | None) -> str:
+    """The device that one of several processes on a host takes."""
+    if local_rank is None or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+        return wanted
+    if _is_cuda_index(wanted):
+        raise DeviceError(
+            f"device {wanted}: each process that torchrun starts takes a GPU of its own. Use --set runtime.device=cuda."
+        )
+    count = torch.cuda.device_count()
+    if torch.cuda.is_available() and local_rank >= count:
+        raise DeviceError(
+            f"process {local_rank} of this host has no GPU: there are {count}, counted from 0. Start as many processes "
+            "(torchrun --nproc-per-node), or use --set runtime.device=cpu."
+        )
+    return f"cuda:{local_rank}"
 
 
 def _choose_device(wanted: str) -> tuple[torch.device, str]:

@@ -285,8 +285,10 @@ def _by_tissue(centres: npt.NDArray[np.int16]) -> dict[int, npt.NDArray[np.int16
     return {int(code): centres[centres[:, 0] == code, 1:] for code in np.unique(centres[:, 0])}
 
 
-def batches(source: PatchSource, *, first: int, size: int, threads: int, ahead: int = 4) -> Generator[Batch]:
-    """Batches from number ``first`` on, without end, made ahead of their use by threads.
+def batches(
+    source: PatchSource, *, first: int, size: int, threads: int, ahead: int = 4, every: int = 1
+) -> Generator[Batch]:
+    """Batches from number ``first`` on, without end, made ahead of their use by threads; only each ``every``-th.
 
     Close the iterator (``contextlib.closing``) to end the threads.
     """
@@ -297,7 +299,7 @@ def batches(source: PatchSource, *, first: int, size: int, threads: int, ahead: 
         while True:
             while len(waiting) < max(ahead, threads):
                 waiting.append(pool.submit(source.batch, number, size))
-                number += 1
+                number += every
             yield waiting.popleft().result()
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

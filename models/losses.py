@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ class RegionLoss(nn.Module):
 
     Args:
         smooth: s above, in voxels; default 1.
+        total: takes the regions' sums of this process to those of all processes that share the batch; gradients flow
+            through it. Default: the process is alone.
 
     Example:
         >>> logits, masks = torch.full((1, 1, 2, 2, 2), 50.0), torch.ones(1, 1, 2, 2, 2)
@@ -26,18 +28,25 @@ class RegionLoss(nn.Module):
     Source: the region loss of nnU-Net's BraTS 2020 entry (Isensee et al., arXiv 2011.00848).
     """
 
-    def __init__(self, smooth: float = 1.0) -> None:
+    def __init__(self, smooth: float = 1.0, *, total: Callable[[Tensor], Tensor] | None = None) -> None:
         super().__init__()
         self.smooth = smooth
+        self._total = total
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Loss of logits against masks, both of shape (N, regions, X, Y, Z); masks in 0..1. Computed in float32."""
-        logits, masks = logits.float(), masks.float()
+        """Loss of logits against masks, both of shape (N, regions, X, Y, Z); masks in 0..1.
+
+        Computed in float32, in float64 where the logits are.
+        """
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        logits, masks = logits.to(precision), masks.to(precision)
         bce = functional.binary_cross_entropy_with_logits(logits, masks)
         probabilities = torch.sigmoid(logits)
         axes = (0, 2, 3, 4)
         overlap = (probabilities * masks).sum(axes)
         sizes = probabilities.sum(axes) + masks.sum(axes)
+        if self._total is not None:
+            overlap, sizes = self._total(torch.stack([overlap, sizes]))
         dice = (2 * overlap + self.smooth) / (sizes + self.smooth)
         return bce + (1 - dice).mean()
 

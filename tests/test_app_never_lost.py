@@ -88,13 +88,18 @@ def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Stepper],
     monkeypatch.setattr(Stepper, "step", acting)
 
 
+def next_batch(stepper: Stepper) -> int:
+    """Number of the micro-batch that a step of one micro-batch takes."""
+    return stepper.state.patches // stepper.config.training.batch_size
+
+
 def spoil_batches(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Have the loss of some micro-batches, chosen by number, be NaN."""
     loss_of = Stepper._loss
 
-    def spoilt(self: Stepper, batch: Any) -> torch.Tensor:
-        loss = loss_of(self, batch)
-        return loss * float("nan") if bad(self.state.first_batch(1)) else loss
+    def spoilt(self: Stepper, network: Any, batch: Any) -> torch.Tensor:
+        loss = loss_of(self, network, batch)
+        return loss * float("nan") if bad(next_batch(self)) else loss
 
     monkeypatch.setattr(Stepper, "_loss", spoilt)
 
@@ -306,9 +311,9 @@ def test_the_batch_of_such_a_loss_is_kept_for_study(
     batches: dict[int, Any] = {}
     loss_of = Stepper._loss
 
-    def spoilt(self: Stepper, batch: Any) -> torch.Tensor:
-        batches[self.state.first_batch(1)] = batch
-        return loss_of(self, batch) * (float("inf") if self.state.first_batch(1) == 4 else 1.0)
+    def spoilt(self: Stepper, network: Any, batch: Any) -> torch.Tensor:
+        batches[next_batch(self)] = batch
+        return loss_of(self, network, batch) * (float("inf") if next_batch(self) == 4 else 1.0)
 
     monkeypatch.setattr(Stepper, "_loss", spoilt)
     start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import pytest
 
 from app.errors import RunError
-from app.runlog import MetricsLog, read_json, read_metrics
+from app.runlog import MetricsLog, job_of, locked, read_json, read_metrics
 
 
 def write_steps(run: Path, first: int, last: int, *, keep: int = 0, loss: float = 0.5) -> None:
@@ -24,6 +26,45 @@ def test_records_of_steps_that_are_done_again_are_dropped(tmp_path: Path) -> Non
     write_steps(tmp_path, 1, 5)
     write_steps(tmp_path, 4, 6, keep=3)
     assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_log_that_does_not_write_leaves_the_run_as_it_is(tmp_path: Path) -> None:
+    write_steps(tmp_path, 1, 2)
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    log = MetricsLog(tmp_path, keep_up_to_step=0, keep_validations_up_to_step=0, writes=False)
+    log.train(step=3, loss=0.5, learning_rate=0.1, seconds=1.0, skipped_steps=0)
+    log.validation(step=3, dice={"WT": 0.5}, mean_dice=0.5, seconds=1.0)
+    log.gradients(step=3, layers={"a.weight": {"norm_before": 1.0}}, skipped_steps=0)
+    log.close()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_run_folder_remembers_the_job_that_held_it_last(tmp_path: Path) -> None:
+    assert job_of(tmp_path) == ""
+    with locked(tmp_path, job="a longer name"):
+        pass
+    with locked(tmp_path, job="7"):
+        assert job_of(tmp_path) == "7"
+    assert job_of(tmp_path) == "7"
+
+
+def test_a_lock_is_waited_for(tmp_path: Path) -> None:
+    held, let_go = Event(), Event()
+
+    def hold() -> None:
+        with locked(tmp_path):
+            held.set()
+            let_go.wait(20)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(hold)
+        assert held.wait(20)
+        with pytest.raises(RunError, match="another process"), locked(tmp_path, wait_seconds=0.3):
+            pass
+        let_go.set()
+        with locked(tmp_path, wait_seconds=20):
+            pass
 
 
 def write_telemetry(run: Path, steps: list[int], *, keep: int = 0, keep_validations: int = 0) -> None:

@@ -47,6 +47,34 @@ def test_a_cuda_device_beyond_the_last_is_refused_with_their_number() -> None:
         choose_runtime(RuntimeConfig(device="cuda:99"))
 
 
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have four."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_of_a_host_takes_its_own_gpu(device: str) -> None:
+    runtime = choose_runtime(RuntimeConfig(device=device), local_rank=3)
+    assert runtime.device == torch.device("cuda", 3)
+    assert runtime.reasons[0] == "device cuda:3: the GPU of process 3 of this host"
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_process_without_a_gpu_of_its_own_is_refused_with_their_number() -> None:
+    with pytest.raises(DeviceError, match="process 4 of this host has no GPU: there are 4"):
+        choose_runtime(RuntimeConfig(), local_rank=4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_one_gpu_for_several_processes_is_refused() -> None:
+    with pytest.raises(DeviceError, match="device cuda:1: each process"):
+        choose_runtime(RuntimeConfig(device="cuda:1"), local_rank=0)
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
 def test_the_precision_asked_for_is_taken(precision: str) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))

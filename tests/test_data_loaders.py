@@ -325,6 +325,16 @@ def test_batches_come_in_order_whoever_makes_them(cached: list[CachedCase], thre
             assert torch.equal(batch.masks, source.batch(step, 2).masks)
 
 
+def test_processes_together_see_the_patches_of_one_with_the_joined_batch(cached: list[CachedCase]) -> None:
+    with (
+        closing(batches(patches(cached), first=2, size=4, threads=1)) as joined,
+        closing(batches(patches(cached), first=4, size=2, threads=2, every=2)) as one,
+        closing(batches(patches(cached), first=5, size=2, threads=1, every=2)) as other,
+    ):
+        for _ in range(5):
+            assert torch.equal(torch.cat([next(one).image, next(other).image]), next(joined).image)
+
+
 def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(cached: list[CachedCase]) -> None:
     with closing(batches(patches(cached), first=0, size=2, threads=2)) as whole:
         seen = [next(whole) for _ in range(8)]

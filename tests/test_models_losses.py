@@ -182,3 +182,26 @@ def test_every_resolution_gets_a_gradient() -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(losses).failed == 0
+
+
+def test_the_loss_of_processes_that_share_a_batch_is_that_of_the_joined_batch() -> None:
+    logits, masks = drawn(5)
+    whole = logits.clone().requires_grad_()
+    RegionLoss()(whole, masks).backward()
+    halves = [logits[:1].clone().requires_grad_(), logits[1:].clone().requires_grad_()]
+    sums: list[torch.Tensor] = []
+    for half, mask in zip(halves, masks.split(1), strict=True):
+        RegionLoss(total=lambda values: (sums.append(values), values)[1])(half, mask)
+    both = sum(sums)
+    losses_of = [
+        RegionLoss(total=lambda values: both)(half, mask) for half, mask in zip(halves, masks.split(1), strict=True)
+    ]
+    (sum(losses_of) / 2).backward()
+    assert torch.allclose(torch.cat([half.grad for half in halves]), whole.grad, atol=1e-7)
+
+
+def test_the_loss_of_float64_is_float64() -> None:
+    logits, masks = drawn(3)
+    loss = RegionLoss()(logits.double(), masks.double())
+    assert loss.dtype is torch.float64
+    assert float(loss) == pytest.approx(by_hand(logits.numpy(), masks.numpy(), 1.0), rel=1e-12)

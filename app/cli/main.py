@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import metadata
 from typing import Annotated
@@ -39,6 +40,7 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     *,
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
@@ -47,6 +49,11 @@ def options(
 ) -> None:
     """Take the options that stand before the verb."""
     terminal.settings.debug = debug
+    several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and context.invoked_subcommand != "train":
+        raise typer.BadParameter(
+            f"torchrun starts {context.invoked_subcommand} several times; only train is made for it"
+        )
 
 
 def run() -> None:

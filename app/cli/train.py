@@ -79,14 +79,21 @@ def train(
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.training import train as training  # noqa: PLC0415
+    from app.training.distributed import joined  # noqa: PLC0415
     from app.training.initial import sections_of  # noqa: PLC0415
 
-    with terminal.watched() as on_progress:
+    with terminal.watched() as on_progress, joined() as world:
         if resume:
             base = config or str(run / "config.yaml")
             asked = load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None
             outcome = training.resume(
-                data, run, asked, allow=allow or (), follow_links=follow_links, on_progress=on_progress
+                data,
+                run,
+                asked,
+                allow=allow or (),
+                follow_links=follow_links,
+                world=world,
+                on_progress=on_progress,
             )
         else:
             sections = sections_of(init_from) if init_from is not None and config is None else None
@@ -100,8 +107,11 @@ def train(
                 labels=labels,
                 init_from=init_from,
                 follow_links=follow_links,
+                world=world,
                 on_progress=on_progress,
             )
+    if not world.is_first:
+        return
     if as_json:
         terminal.json_result(outcome.to_json())
         return

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor
+from torch import Tensor, nn
 
 from app import checkpoints
 from app.config import RunConfig, to_plain
@@ -24,6 +24,7 @@ from app.room import RoomWait
 from app.runlog import MetricsLog, read_json
 from app.runtime import Runtime
 from app.training import gradient, rollback
+from app.training.distributed import World
 from app.training.schedule import learning_rate, spent_share
 from app.training.state import State, restore, to_checkpoint
 from app.training.step import Stepper, StepResult
@@ -111,6 +112,7 @@ class Loop:
     stop: StopRequest
     room: RoomWait
     on_progress: OnProgress
+    world: World
     view: _View = field(default_factory=_View)
 
     def train(self, source: PatchSource, validating: Sequence[CachedCase]) -> list[float]:
@@ -124,53 +126,62 @@ class Loop:
         self.view.first_step, self.view.began = self.state.step, time.monotonic()
         if self.state.step == 0:
             self._save_last()
+        replica = self.world.replica(self.state.network)
         done = False
         while not done:
             try:
-                self._train_on(source, validating)
+                self._train_on(replica, source, validating)
                 done = True
             except _WentBackError:
                 continue
         return self.view.losses
 
-    def _train_on(self, source: PatchSource, validating: Sequence[CachedCase]) -> None:
+    def _train_on(self, replica: nn.Module, source: PatchSource, validating: Sequence[CachedCase]) -> None:
         """Train from where the state is.
 
         Raises:
             _WentBackError: the state is an earlier one now.
         """
-        settings, state, stop = self.config.training, self.state, self.stop
+        settings, state, world = self.config.training, self.state, self.world
+        loss_of = RegionLoss(total=world.total if world.size > 1 else None)
         stepper = Stepper(
             config=self.config,
             runtime=self.runtime,
             state=state,
             telemetry=self.telemetry,
-            loss_of=DeepLoss(RegionLoss()) if self.config.network.deep_supervision else RegionLoss(),
+            loss_of=DeepLoss(loss_of) if self.config.network.deep_supervision else loss_of,
+            world=world,
+            replica=replica,
         )
         saved_at = time.monotonic()
         made = batches(
             source,
-            first=state.first_batch(settings.accumulate),
+            first=state.patches // settings.batch_size + world.rank,
+            every=world.size,
             size=settings.batch_size,
             threads=self.config.runtime.loader_threads,
         )
         with closing(made):
             state.network.train()
+            self._agree(saved_at)
             if self._validation_is_due(validating):  # a stop came while it went on
                 self._validate(validating)
                 self._save_last()
             while self._progress() < 1 and not self._has_stalled():
                 self._step(stepper, made, source)
+                stop, save = self._agree(saved_at)
                 if self._validation_is_due(validating):
                     self._require_finite_weights(source)
                     self._validate(validating)
                     self._save_last()
                     saved_at = time.monotonic()
-                if stop.signal_name is not None:
+                    stop, save = self._agree(saved_at)
+                if stop is not None:
                     self._require_finite_weights(source)
                     self._save_last()
-                    raise self._stopped()
-                if stop.save or time.monotonic() - saved_at >= 60 * settings.checkpoint_minutes:
+                    world.wait()
+                    raise self._stopped(stop)
+                if save:
                     self._require_finite_weights(source)
                     self._save_as_asked()
                     saved_at = time.monotonic()
@@ -222,8 +233,44 @@ class Loop:
             RunError: there were too many of these, or no checkpoint is good.
         """
         state, settings = self.state, self.config.training
-        failed, after = state.step, state.first_batch(settings.accumulate)
-        numbers = range(after - settings.accumulate, after)
+        failed, after = state.step, state.patches
+        good, record = self.world.tell(self._last_good(why, loss, source) if self.world.is_first else None)
+        every = [*state.rollbacks, record]
+        if len(state.rollbacks) >= settings.max_rollbacks:
+            raise RunError(
+                f"{self.run}: step {failed}: {why}. The run went back {len(state.rollbacks)} times before "
+                f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.in_words(every)}. The last good "
+                f"checkpoint is that of step {good.step}. Look at these cases, or resume with a lower learning rate: "
+                "--resume --set training.learning_rate=... --allow training.learning_rate --set training.max_rollbacks="
+                f"{settings.max_rollbacks + 3}"
+            )
+        LOG.warning(
+            "step %d: %s; cases %s; the batch is in %s. Going back to the checkpoint of step %d, and on with other "
+            "patches (%d of %d)",
+            *(failed, why, ", ".join(record["cases"]), record["file"], good.step, len(every), settings.max_rollbacks),
+        )
+        seconds = state.seconds
+        restore(state, good, settings)
+        state.seconds = seconds  # the clock went on
+        state.skipped_before -= self.transform.skipped_steps()
+        state.patches = after
+        state.rollbacks = every
+        state.optimizer.zero_grad(set_to_none=True)
+        self.telemetry.forget()
+        self.view.go_back(state.step)
+        self.log.go_back(step=state.step, validated_step=state.validated_step)
+        self._save_last()
+        raise _WentBackError
+
+    def _last_good(self, why: str, loss: float, source: PatchSource) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
+        """The checkpoint to go back to, and the record of why; the batch of the step that failed is kept beside.
+
+        Raises:
+            RunError: no checkpoint is good.
+        """
+        state, settings = self.state, self.config.training
+        failed, after = state.step, state.patches // settings.batch_size
+        numbers = range(after - settings.accumulate * self.world.size, after)
         seen = [source.batch(number, settings.batch_size) for number in numbers]
         cases = sorted({case for batch in seen for case in batch.cases})
         facts = {
@@ -244,33 +291,14 @@ class Loop:
         if good is None:
             raise RunError(f"{self.run}: step {failed}: {why}, and there is no checkpoint to go back to")
         record: dict[str, Any] = {"step": failed, "back_to": good.step, "cases": cases, "file": str(kept[0])}
-        every = [*state.rollbacks, record]
-        if len(state.rollbacks) >= settings.max_rollbacks:
-            raise RunError(
-                f"{self.run}: step {failed}: {why}. The run went back {len(state.rollbacks)} times before "
-                f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.in_words(every)}. The last good "
-                f"checkpoint is that of step {good.step}. Look at these cases, or resume with a lower learning rate: "
-                "--resume --set training.learning_rate=... --allow training.learning_rate --set training.max_rollbacks="
-                f"{settings.max_rollbacks + 3}"
-            )
-        LOG.warning(
-            "step %d: %s; cases %s; the batch is in %s. Going back to the checkpoint of step %d, and on with other "
-            "patches (%d of %d)",
-            *(failed, why, ", ".join(cases), kept[0], good.step, len(every), settings.max_rollbacks),
+        return good, record
+
+    def _agree(self, saved_at: float) -> tuple[str | None, bool]:
+        """Make all processes go by one clock; which signal asked any of them to stop, and whether to save now."""
+        late = time.monotonic() - saved_at >= 60 * self.config.training.checkpoint_minutes
+        return self.world.agree(
+            seconds=self._own_seconds(), signal_name=self.stop.signal_name, save=late or self.stop.save
         )
-        seconds = state.seconds
-        restore(state, good)
-        state.seconds = seconds  # the clock went on
-        state.skipped_before -= self.transform.skipped_steps()
-        # The next step takes the batch after the one that failed.
-        state.batch_offset = after - state.step * settings.accumulate
-        state.rollbacks = every
-        state.optimizer.zero_grad(set_to_none=True)
-        self.telemetry.forget()
-        self.view.go_back(state.step)
-        self.log.go_back(step=state.step, validated_step=state.validated_step)
-        self._save_last()
-        raise _WentBackError
 
     def _save_as_asked(self) -> None:
         """Save; say so where SIGUSR1 asked for it."""
@@ -279,17 +307,19 @@ class Loop:
         if asked:
             LOG.info("SIGUSR1: step %d is saved; going on", self.state.step)
 
-    def _stopped(self) -> InterruptedRunError:
+    def _stopped(self, signal_name: str) -> InterruptedRunError:
         return InterruptedRunError(
-            f"stopped by {self.stop.signal_name} after step {self.state.step}; everything is saved. "
+            f"stopped by {signal_name} after step {self.state.step}; everything is saved. "
             f"Go on with: znormseg train {self.data} {self.run} --resume"
         )
 
     def _while_validating(self) -> None:
         """Between two windows: a validation may take longer than who sent a signal waits."""
+        if self.world.size > 1:
+            return  # several processes stop together, between two steps
         if self.stop.signal_name is not None:
             self._save_last()
-            raise self._stopped()
+            raise self._stopped(self.stop.signal_name)
         if self.stop.save:
             self._save_as_asked()
 
@@ -308,14 +338,16 @@ class Loop:
             config=self.config.inference,
             runtime=self.runtime,
             between_windows=self._while_validating,
+            world=self.world,
             on_case=lambda case, codes: first.append((case, codes)) if not first else None,
         )
         state.validations += 1
         state.validated_step = state.step
-        state.validation_seconds = time.monotonic() - before
+        state.validation_seconds = self.world.largest(time.monotonic() - before)
         mean = sum(dice.values()) / len(dice)
         self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
-        self.log.picture(step=state.step, rgb=self._picture(*first[0]))
+        if self.world.is_first:
+            self.log.picture(step=state.step, rgb=self._picture(*first[0]))
         self.view.dice = dice
         LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
         if mean > state.best_dice:
@@ -337,6 +369,8 @@ class Loop:
         return axial_picture(shown)
 
     def _save_best(self, dice: dict[str, float] | None) -> None:
+        if not self.world.is_first:
+            return
         facts = read_json(self.run / "run.json")
         self._save(
             "best",
@@ -354,9 +388,12 @@ class Loop:
         )
 
     def _save_last(self) -> None:
+        if not self.world.is_first:
+            return
         self.log.sync()
         tensors, details = to_checkpoint(self.state)
-        self._save("last", tensors, {**details, "seconds": self.seconds(), "skipped_steps": self.skipped_steps()})
+        counts = {"seconds": self._own_seconds(), "skipped_steps": self.skipped_steps()}
+        self._save("last", tensors, {**details, **counts, "processes": self.world.size})
 
     def _save(self, kind: checkpoints.Kind, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
         folder, step = self.run / "checkpoints", self.state.step
@@ -410,6 +447,9 @@ class Loop:
 
     def seconds(self) -> float:
         """Wall-clock time of the run so far, over all its processes, but for waiting on a full disk."""
+        return self.world.seconds(self._own_seconds())
+
+    def _own_seconds(self) -> float:
         return self.state.seconds + time.monotonic() - self.clock - self.room.waited_seconds
 
     def _report(self, rate: float) -> None:

@@ -17,7 +17,7 @@ class TrainingConfig:
     patch_voxels: tuple[int, int, int] = (128, 128, 128)
     """Size of training patches and of inference windows."""
     batch_size: int = 2
-    """Patches in one forward pass."""
+    """Patches in one forward pass, of each process."""
     accumulate: int = 1
     """Forward passes whose gradients are summed before a step."""
     tumour_probability: float = 0.5

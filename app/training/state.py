@@ -13,6 +13,7 @@ from app import checkpoints
 from app.config import RunConfig
 from app.runtime import Runtime
 from app.training.average import WeightAverage
+from app.training.settings import TrainingConfig
 from data.labels import REGIONS
 from models import build_network
 
@@ -30,6 +31,8 @@ class State:
     average: WeightAverage | None = None
     """Of the weights, where ``training.ema_decay`` is above 0."""
     step: int = 0
+    patches: int = 0
+    """Number of the next patch; it does not go back where the run does, after a loss that was not finite."""
     seconds: float = 0.0
     """Spent by this run before the present process took over."""
     best_dice: float = -1.0
@@ -41,14 +44,8 @@ class State:
     """Step of the latest validation."""
     validation_seconds: float = 0.0
     skipped_before: int = 0
-    batch_offset: int = 0
-    """Micro-batches that were left out so far: those from a checkpoint to a loss that was not finite."""
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
     """By return to a checkpoint: ``step``, ``back_to``, ``cases`` and ``file``."""
-
-    def first_batch(self, accumulate: int) -> int:
-        """Number of the micro-batch that the next step begins with."""
-        return self.step * accumulate + self.batch_offset
 
     @property
     def evaluated(self) -> nn.Module:
@@ -89,8 +86,8 @@ def _optimizer(config: RunConfig, network: nn.Module) -> Optimizer:
     )
 
 
-def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
-    """Put back what :func:`to_checkpoint` took."""
+def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: TrainingConfig) -> None:
+    """Put back what :func:`to_checkpoint` took; checkpoints of older versions count no patches."""
     state.network.load_state_dict(checkpoint.weights)
     checkpoints.restore_optimizer(state.optimizer, checkpoint)
     checkpoints.restore_rng(checkpoint)
@@ -101,14 +98,14 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint) -> None:
     if details.get("scaler"):
         state.scaler.load_state_dict(details["scaler"])
     state.step = checkpoint.step
+    state.patches = details.get("patches", checkpoint.step * settings.accumulate * settings.batch_size)
     state.seconds = details["seconds"]
     state.best_dice, state.best_step = details["best_dice"], details["best_step"]
     state.validations, state.validated_step = details["validations"], details["validated_step"]
     state.best_validation = details.get("best_validation", state.validations)  # runs of older versions lack it
     state.validation_seconds = details["validation_seconds"]
     state.skipped_before = details["skipped_steps"]
-    state.batch_offset = details.get("batch_offset", 0)  # older versions never went back
-    state.rollbacks = list(details.get("rollbacks", []))
+    state.rollbacks = list(details.get("rollbacks", []))  # older versions never went back
 
 
 def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -125,7 +122,7 @@ def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "validations": state.validations,
             "validated_step": state.validated_step,
             "validation_seconds": state.validation_seconds,
-            "batch_offset": state.batch_offset,
+            "patches": state.patches,
             "rollbacks": state.rollbacks,
             "optimizer": plain,
             "scaler": state.scaler.state_dict(),

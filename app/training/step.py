@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from app.config import RunConfig
 from app.runtime import Runtime
+from app.training.distributed import ALONE, World
 from app.training.state import State
 from app.training.telemetry import Telemetry
 from data.loaders import Batch
@@ -21,7 +23,7 @@ class StepResult:
     """What one optimiser step came to."""
 
     loss: float
-    """Mean over its micro-batches."""
+    """Mean over its micro-batches, and over the processes."""
     waited_seconds: float
     """For batches that were not ready."""
     cases: tuple[str, ...]
@@ -39,6 +41,9 @@ class Stepper:
     state: State
     telemetry: Telemetry
     loss_of: RegionLoss | DeepLoss
+    world: World = ALONE
+    replica: nn.Module | None = None
+    """The network as :meth:`World.replica` gives it; None for a process alone."""
 
     def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
         """One optimiser step.
@@ -50,6 +55,8 @@ class Stepper:
         """
         state, settings = self.state, self.config.training
         measured = self.telemetry.is_due(state.step + 1)
+        network = state.network if self.replica is None else self.replica
+        self.world.seed_step(settings.seed, state.step)
         waited = 0.0
         losses: list[torch.Tensor] = []
         cases: list[str] = []
@@ -58,8 +65,9 @@ class Stepper:
             batch = next(batches)
             waited += time.perf_counter() - asked
             cases.extend(batch.cases)
-            with self.telemetry.backward(measured=measured and number == settings.accumulate - 1):
-                loss = self._loss(batch)
+            last = number == settings.accumulate - 1
+            with self.telemetry.backward(measured=measured and last), self.world.gradients(network, last=last):
+                loss = self._loss(network, batch)
                 state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
             losses.append(loss.detach())
         for group in state.optimizer.param_groups:
@@ -75,18 +83,19 @@ class Stepper:
             state.average.update(state.network, state.step + 1)
         # Read after the step, so that a GPU has it queued before the host waits.
         total = sum(float(loss) / settings.accumulate for loss in losses)
-        return StepResult(loss=total, waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)
+        state.patches += settings.accumulate * settings.batch_size * self.world.size
+        return StepResult(loss=self.world.mean(total), waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)
 
     def _gradient_norm(self) -> float:
         gradients = [p.grad for p in self.state.network.parameters() if p.grad is not None]
         return float(torch.nn.utils.get_total_norm(gradients))
 
-    def _loss(self, batch: Batch) -> torch.Tensor:
+    def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)
         masks = batch.masks.to(self.runtime.device, non_blocking=True)
         if self.config.takes_missing_contrasts:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
-            logits = self.state.network(image.contiguous(memory_format=self.runtime.memory_format))
+            logits = network(image.contiguous(memory_format=self.runtime.memory_format))
         loss: torch.Tensor = self.loss_of(logits, masks)
         return loss

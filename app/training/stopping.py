@@ -24,10 +24,14 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
+def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     """Note SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of ending at once; the old handlers come back afterwards.
 
     A second SIGINT or SIGTERM of the same kind ends the process as usual. Outside the main thread nothing is caught.
+
+    Args:
+        patient: take second signals as the first: a batch system sends one to every process, and torchrun hands its own
+            on to them.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -39,7 +43,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
         request.signal_name = signal.Signals(number).name
-        signal.signal(number, before[signal.Signals(number)])
+        if not patient:
+            signal.signal(number, before[signal.Signals(number)])
 
     def note_save(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         request.save = True

@@ -7,6 +7,7 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -24,6 +25,7 @@ from app.runlog import (
     LEAST_ROOM_BYTES,
     LOCK,
     MetricsLog,
+    job_of,
     locked,
     read_json,
     remove_partial_files,
@@ -33,9 +35,10 @@ from app.runlog import (
 )
 from app.runtime import choose_runtime, machine, versions
 from app.training import changes, gradient
+from app.training.distributed import ALONE, World
 from app.training.initial import InitialWeights, initial_weights
 from app.training.loop import Loop
-from app.training.state import State, new_state, restore
+from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
 from app.training.telemetry import Telemetry
 from data.cache import CaseFolder
@@ -57,6 +60,8 @@ from data.tumours import (
 
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
+#: For a process that was killed on another host to let go of the run folder.
+_LOCK_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
     init_from: Path | None = None,
     follow_links: bool = False,
     store: CaseFolder | None = None,
+    world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run.
@@ -115,6 +121,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
         init_from: folder of a run whose best weights this one starts from instead of random ones.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
+        world: the processes that train together; each calls this, the first one alone writes to ``run``.
         on_progress: told where the run is.
 
     Raises:
@@ -125,7 +132,13 @@ def start(  # noqa: PLR0913 - each is an option of the command
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
-    require_new(run)
+    if not world.is_first:
+        return _follow(data, run, world, follow_links=follow_links, store=store)
+    again = world.restarts > 0 and world.launch.job != "" and job_of(run) == world.launch.job
+    if again and checkpoints.load_newest(run / "checkpoints", "last") is not None:
+        return resume(data, run, config, follow_links=follow_links, store=store, world=world, on_progress=on_progress)
+    if not again:
+        require_new(run)
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     split = _split(list(cases), fold, split_file)
     _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
@@ -134,7 +147,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
             "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
             "with validation cases"
         )
-    runtime = choose_runtime(config.runtime)
+    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
@@ -142,7 +155,9 @@ def start(  # noqa: PLR0913 - each is an option of the command
         split = stratified_split(tumours_of(cases, held, convention), int(fold))
     spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
-    with locked(run), _opened(store, run) as opened:
+    with _locked(run, world), _opened(store, run) as opened:
+        if again:
+            _empty(run)  # killed before its first checkpoint
         require_new(run)  # once more: another process may have been here since
         with _removed_unless_started(run, keep_folder=was_there):
             write_durably(run / "config.yaml", to_yaml(config).encode())
@@ -161,6 +176,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
                     "spacing_mm": list(spacing_mm),
                     "versions": versions(),
                     "machine": machine(),
+                    "processes": world.size,
                     "runtime": list(runtime.reasons),
                     "init_from": None if initial is None else initial.to_json(),
                 },
@@ -169,15 +185,21 @@ def start(  # noqa: PLR0913 - each is an option of the command
             state = new_state(config, runtime)
             if initial is not None:
                 _start_from(initial, state, spacing_mm)
+            begun = _Begun(
+                config=config,
+                split=split,
+                facts=read_json(run / "run.json"),
+                checkpoint=None if initial is None else _as_checkpoint(state),
+            )
             return _train(
                 data=data,
                 run=run,
-                config=config,
+                begun=world.tell(begun),
                 state=state,
-                split=split,
                 cases=cases,
                 store=opened,
                 clock=clock,
+                world=world,
                 on_progress=on_progress,
             )
 
@@ -191,6 +213,7 @@ def resume(
     allow: Collection[str] = (),
     follow_links: bool = False,
     store: CaseFolder | None = None,
+    world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Go on with an interrupted run, as if it had not been interrupted.
@@ -203,6 +226,7 @@ def resume(
             those of :data:`app.training.changes.HARMLESS`.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
+        world: the processes that train together; each calls this, the first one alone writes to ``run``.
         on_progress: told where the run is.
 
     Raises:
@@ -212,72 +236,144 @@ def resume(
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
+    if not world.is_first:
+        return _follow(data, run, world, follow_links=follow_links, store=store)
     if not (run / "checkpoints").is_dir():
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
     config = own if config is None else config
     changed = changes.require_allowed(run, own, config, allow)
-    with locked(run), _opened(store, run) as opened:
+    with _locked(run, world), _opened(store, run) as opened:
         remove_partial_files(run)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
-        cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-        gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
-        if gone:
-            raise DataError(
-                f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
-            )
+        cases = _cases_of(split, data, follow_links=follow_links)
         _require_same_labels(run, data, cases)
-        state = new_state(config, choose_runtime(config.runtime))
-        restore(state, checkpoint)
+        state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
+        restore(state, checkpoint, config.training)
         _require_best(run, state)
         LOG.info("resuming at step %d", state.step)
+        before = checkpoint.details.get("processes", 1)
+        if before != world.size:
+            LOG.info("world size %d, before %d: the batch of all processes changes with it", world.size, before)
         changes.apply_changes(run, own, config, changed, state)
+        begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"), checkpoint=_as_checkpoint(state))
         return _train(
             data=data,
             run=run,
-            config=config,
+            begun=world.tell(begun),
             state=state,
-            split=split,
             cases=cases,
             store=opened,
             clock=clock,
+            world=world,
             on_progress=on_progress,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Begun:
+    """What all processes of a run must know, as the first one found or decided it."""
+
+    config: RunConfig
+    split: Split
+    facts: dict[str, Any]
+    """Content of ``run.json``."""
+    checkpoint: checkpoints.Checkpoint | None
+    """The state to begin with, unless it follows from the seed."""
+
+
+def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
+    """A state as one that other processes can restore."""
+    tensors, details = to_checkpoint(state)
+    counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
+    return checkpoints.Checkpoint(step=state.step, tensors=tensors, details={**details, **counts}, sha256="")
+
+
+def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: CaseFolder | None) -> TrainResult:
+    """Take part in a run that the first process starts or resumes."""
+    clock = time.monotonic()
+    begun: _Begun = world.tell()
+    cases = _cases_of(begun.split, data, follow_links=follow_links)
+    torch.manual_seed(begun.config.training.seed)
+    state = new_state(begun.config, choose_runtime(begun.config.runtime, local_rank=world.launch.local_rank))
+    if begun.checkpoint is not None:
+        restore(state, begun.checkpoint, begun.config.training)
+    with _opened(store, run) as opened:
+        return _train(
+            data=data,
+            run=run,
+            begun=begun,
+            state=state,
+            cases=cases,
+            store=opened,
+            clock=clock,
+            world=world,
+            on_progress=silent,
+        )
+
+
+def _cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+    """The cases of a data set by id, those of a split among them."""
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    if gone:
+        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+    return cases
+
+
+def _locked(run: Path, world: World) -> AbstractContextManager[None]:
+    """Hold the run folder; after a restart, what was killed on another host may take a while to let go of it."""
+    return locked(run, job=world.launch.job, wait_seconds=_LOCK_SECONDS if world.restarts else 0.0)
 
 
 def _train(
     *,
     data: Path,
     run: Path,
-    config: RunConfig,
+    begun: _Begun,
     state: State,
-    split: Split,
     cases: Mapping[str, Case],
     store: CaseFolder,
     clock: float,
+    world: World,
     on_progress: OnProgress,
 ) -> TrainResult:
-    """Prepare the cases, train until the budget is spent, tidy up; what :func:`start` and :func:`resume` share."""
+    """Prepare the cases, train until the budget is spent, tidy up; what every process of every run does."""
     keep_freed_memory()
-    facts = read_json(run / "run.json")
-    runtime, convention = choose_runtime(config.runtime), CONVENTIONS[facts["labels"]]
+    config, split, facts = begun.config, begun.split, begun.facts
+    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
+    convention = CONVENTIONS[facts["labels"]]
+    world.require_same(
+        {
+            "the version of torch": torch.__version__,
+            "the device": runtime.device.type,
+            "the precision": runtime.precision,
+        }
+    )
     for reason in runtime.reasons:
         LOG.info("%s", reason)
     spacing = "x".join(f"{mm:g}" for mm in facts["spacing_mm"])
     counts = len(split.train), len(split.validation)
     LOG.info("%d cases train, %d validate; labels %s; spacing %s mm", *counts, convention.name, spacing)
+    if world.size > 1:
+        alone = config.training.batch_size
+        LOG.info("%d processes with batches of %d: %d patches together", world.size, alone, world.size * alone)
     used = [cases[case_id].require() for case_id in (*split.train, *split.validation)]
-    prepared = _prepare(
-        used,
-        store,
+    prepare = partial(
+        _prepare,
+        store=store,
         spacing_mm=tuple(facts["spacing_mm"]),
         convention=convention,
         nan_to_zero=config.data.nan_to_zero,
         on_progress=on_progress,
     )
+    for share in world.shares(used):
+        prepare(share)
+        world.wait()
+    prepared = prepare(used)
     source = PatchSource(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,
@@ -288,7 +384,7 @@ def _train(
     )
     transform = gradient.attach(config.gradient, state.optimizer, state.network)
     LOG.info("%s", transform.report)
-    with stop_on_signals() as stop:
+    with stop_on_signals(patient=world.size > 1) as stop:
         room = RoomWait(stopped=lambda: stop.signal_name is not None)
         log = MetricsLog(
             run,
@@ -297,7 +393,9 @@ def _train(
             patiently=lambda write: room.write(
                 write, what="a line of metrics.jsonl", needed_bytes=LEAST_ROOM_BYTES, folder=run
             ),
+            writes=world.is_first,
         )
+        telemetry_steps = config.training.telemetry_steps if world.is_first else 0
         with closing(log):
             loop = Loop(
                 run=run,
@@ -307,25 +405,31 @@ def _train(
                 state=state,
                 clock=clock,
                 transform=transform,
-                telemetry=Telemetry(config.training.telemetry_steps, state.network, state.optimizer),
+                telemetry=Telemetry(telemetry_steps, state.network, state.optimizer),
                 log=log,
                 stop=stop,
                 room=room,
                 on_progress=on_progress,
+                world=world,
             )
             losses = loop.train(source, prepared[len(split.train) :])
+    world.wait()
     shutil.rmtree(run / "cache", ignore_errors=True)
+    if not world.is_first:
+        return world.tell()
     best = checkpoints.load_newest(run / "checkpoints", "best")
     assert best is not None
-    return TrainResult(
-        run=run,
-        steps=state.step,
-        seconds=loop.seconds(),
-        loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
-        dice=best.details["dice"],
-        best_step=best.step,
-        skipped_steps=loop.skipped_steps(),
-        stopped_early=loop.stopped_early(),
+    return world.tell(
+        TrainResult(
+            run=run,
+            steps=state.step,
+            seconds=loop.seconds(),
+            loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
+            dice=best.details["dice"],
+            best_step=best.step,
+            skipped_steps=loop.skipped_steps(),
+            stopped_early=loop.stopped_early(),
+        )
     )
 
 
@@ -412,15 +516,20 @@ def _removed_unless_started(run: Path, *, keep_folder: bool) -> Iterator[None]:
         yield
     except BaseException:
         if not any((run / "checkpoints").glob("*.json")):
-            for entry in run.iterdir():
-                if entry.is_dir():
-                    shutil.rmtree(entry, ignore_errors=True)
-                elif entry.name != LOCK:
-                    entry.unlink()
+            _empty(run)
             if not keep_folder:
                 (run / LOCK).unlink()
                 run.rmdir()
         raise
+
+
+def _empty(run: Path) -> None:
+    """Delete everything in a locked run folder."""
+    for entry in run.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)
+        elif entry.name != LOCK:
+            entry.unlink()
 
 
 def _split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:

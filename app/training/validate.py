@@ -13,6 +13,7 @@ from app.evaluation.metrics import dice
 from app.inference.settings import InferenceConfig
 from app.inference.windows import Size, sliding_logits
 from app.runtime import Runtime
+from app.training.distributed import ALONE, World
 from data.labels import REGIONS, from_regions, to_regions
 from data.loaders import CachedCase
 
@@ -24,6 +25,7 @@ def validation_dice(
     window: Size,
     config: InferenceConfig,
     runtime: Runtime,
+    world: World = ALONE,
     between_windows: Callable[[], None] = lambda: None,
     on_case: Callable[[CachedCase, npt.NDArray[np.uint8]], None] = lambda *_: None,
 ) -> dict[str, float]:
@@ -35,13 +37,15 @@ def validation_dice(
         window: size of the windows in voxels.
         config: overlap.
         runtime: device and precision.
+        world: the processes that share the cases.
         between_windows: called before each window; may raise to stop.
         on_case: called with each case and its prediction, label codes of shape (X, Y, Z).
     """
     was_training = network.training
     network.eval()
-    scores = []
-    for case in cases:
+
+    def score(number: int) -> list[float]:
+        case = cases[number]
         image = torch.from_numpy(case.image().astype(np.float32))
         logits = sliding_logits(
             network,
@@ -55,6 +59,8 @@ def validation_dice(
         on_case(case, codes)
         predicted = to_regions(codes)
         expected = to_regions(np.asarray(case.codes()))
-        scores.append([dice(one, other) for one, other in zip(predicted, expected, strict=True)])
+        return [dice(one, other) for one, other in zip(predicted, expected, strict=True)]
+
+    scores = world.rows(len(cases), score)
     network.train(was_training)
     return {region: float(mean) for region, mean in zip(REGIONS, np.mean(scores, axis=0), strict=True)}

@@ -1,0 +1,345 @@
+"""One training by several processes, as ``torchrun`` starts them; a process alone is the case of one.
+
+Every process holds the whole network and takes its share of each batch. Gradients are averaged once a step, in the
+backward pass of its last micro-batch; whatever is decided (a stop, the end of a budget in hours) is decided by all
+together, and the first process alone writes. Control goes over gloo, tensors on GPUs over nccl.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Final, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch._C._distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
+
+from app.errors import DeviceError
+from app.progress import LOG
+
+T = TypeVar("T")
+
+#: For the processes to find each other; torchrun starts them when all hosts are there.
+_MEETING: Final = timedelta(minutes=5)
+#: For what one process does while the others wait, such as preparing the cases of a large data set.
+_PATIENCE: Final = timedelta(hours=12)
+#: What ``torchrun`` sets for each process it starts.
+_VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """What ``torchrun`` told a process."""
+
+    rank: int = 0
+    """Number of the process, from 0."""
+    size: int = 1
+    """How many processes there are."""
+    local_rank: int | None = None
+    """Number of the process on its host, and of its GPU; None where nothing was launched."""
+    local_size: int = 1
+    """How many processes its host has."""
+    restarts: int = 0
+    """How often the processes were started anew."""
+    job: str = ""
+    """What tells this launch from others, the same after a restart; empty where nothing was launched."""
+
+
+def launched(environment: Mapping[str, str]) -> Launch:
+    """What the environment variables of ``torchrun`` say; a process alone where any of them is missing.
+
+    Raises:
+        DeviceError: one of them is not the number it should be.
+    """
+    if any(not environment.get(name) for name in _VARIABLES):
+        return Launch()
+    rank, size, local = (_number(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if rank >= size:
+        raise DeviceError(f"RANK {rank} and WORLD_SIZE {size}: ranks are counted from 0. Start with torchrun.")
+    job = environment.get("TORCHELASTIC_RUN_ID", "")
+    return Launch(
+        rank=rank,
+        size=size,
+        local_rank=local,
+        local_size=_number(environment, "LOCAL_WORLD_SIZE", 1),
+        restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
+        # Without --rdzv-id all launches have one name; the launcher's process tells them apart.
+        job=job if job not in ("", "none") else f"{socket.gethostname()}:{os.getppid()}",
+    )
+
+
+class World:
+    """The processes of a training, as one of them sees them. What is alone waits for nobody."""
+
+    def __init__(self, launch: Launch | None = None, *, restarts: int = 0) -> None:
+        """``restarts`` is the largest of all processes, since a host that joined later counts from 0."""
+        self.launch = launch if launch is not None else Launch()
+        self.rank, self.size = self.launch.rank, self.launch.size
+        self.restarts = max(restarts, self.launch.restarts)
+        self._seconds = 0.0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes for all."""
+        return self.rank == 0
+
+    # What every process must call together
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of a tensor over all processes, through which gradients flow.
+
+        The gradients that arrive here are taken to be the same in each process, as they are where all compute the same
+        from the sum; each is multiplied by the number of processes, so that averaged parameter gradients are those of
+        one process with all the patches.
+        """
+        return values if self.size == 1 else _Total.apply(values, self.size)  # type: ignore[no-untyped-call]
+
+    def mean(self, value: float) -> float:
+        """Mean of a number over all processes; NaN where it is NaN in one."""
+        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.SUM)[0] / self.size
+
+    def largest(self, value: float) -> float:
+        """Largest of a number over all processes."""
+        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.MAX)[0]
+
+    def rows(self, count: int, row_of: Callable[[int], Sequence[float]]) -> list[list[float]]:
+        """A table whose rows the processes make in turns, whole in each of them.
+
+        Args:
+            count: number of rows, at least one.
+            row_of: makes the row of a number, all of one length.
+        """
+        mine = {index: list(row_of(index)) for index in range(self.rank, count, self.size)}
+        if self.size == 1:
+            return [mine[index] for index in range(count)]
+        width = int(self.largest(max(map(len, mine.values()), default=0)))
+        flat = [value for index in range(count) for value in mine.get(index, [0.0] * width)]
+        summed = self._reduced(flat, dist.ReduceOp.SUM)
+        return [summed[index * width : (index + 1) * width] for index in range(count)]
+
+    def agree(self, *, seconds: float, signal_name: str | None, save: bool) -> tuple[str | None, bool]:
+        """Take the first process's clock for all, and tell what any of them was asked.
+
+        Args:
+            seconds: time spent, by this process's clock.
+            signal_name: of the signal that asked this process to stop, or None.
+            save: whether it is to save.
+
+        Returns:
+            the signal that asked any of them to stop, or None, and whether any is to save.
+        """
+        if self.size == 1:
+            return signal_name, save
+        names = ("SIGINT", "SIGTERM")
+        asked = [float(save), *(float(signal_name == name) for name in names)]
+        summed = self._reduced([seconds if self.is_first else 0.0, *asked], dist.ReduceOp.SUM)
+        self._seconds, saving, *counts = summed
+        return next((name for name, count in zip(names, counts, strict=True) if count), None), saving > 0
+
+    def tell(self, content: T | None = None) -> T:
+        """What the first process gives, in all of them; the others give nothing and wait for it."""
+        box = [content]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
+        assert box[0] is not None
+        return box[0]
+
+    def wait(self) -> None:
+        """Go on when all are here."""
+        self.largest(0.0)
+
+    def require_same(self, facts: Mapping[str, object]) -> None:
+        """Make sure that something is the same in all processes.
+
+        Raises:
+            DeviceError: it is not; with its name and the first two values.
+        """
+        if self.size == 1:
+            return
+        table: list[Mapping[str, object]] = [{}] * self.size
+        dist.all_gather_object(table, dict(facts))
+        for name in facts:
+            for rank, other in enumerate(table):
+                if other[name] != table[0][name]:
+                    raise DeviceError(
+                        f"processes must agree: {name} is {table[0][name]} in process 0 and {other[name]} in process "
+                        f"{rank}. Use hosts of one kind with one installation, or set it in the config."
+                    )
+
+    # What each does by itself
+
+    def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
+        """What this process does of a work whose results all need, in two turns.
+
+        The first is for results that all hosts see, the second for those that each host needs for itself.
+        """
+        if self.size == 1:
+            return []
+        local = self.launch.local_rank or 0
+        return [items[self.rank :: self.size], items[local :: self.launch.local_size]]
+
+    def seconds(self, own: float) -> float:
+        """Time spent: this process's own where it is alone, else what was agreed on last."""
+        return own if self.size == 1 else self._seconds
+
+    def replica(self, network: nn.Module) -> nn.Module:
+        """What to call in training instead of the network: averages gradients over the processes in backward."""
+        if self.size == 1:
+            return network
+        device = next(network.parameters()).device
+        return DistributedDataParallel(
+            network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+        )
+
+    def gradients(self, replica: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+        """Around forward and backward of a micro-batch: gradients are averaged in the ``last`` one alone."""
+        if last or not isinstance(replica, DistributedDataParallel):
+            return nullcontext()
+        context: AbstractContextManager[None] = replica.no_sync()
+        return context
+
+    def seed_step(self, seed: int, step: int) -> None:
+        """Random numbers of a step (dropout): the first process keeps its sequence, the others get one of their own.
+
+        It depends on seed, rank and step alone, so a resumed run has the same.
+        """
+        if not self.is_first:
+            torch.manual_seed(int(np.random.SeedSequence([seed, self.rank, step]).generate_state(1)[0]))
+
+    def _reduced(self, values: Sequence[float], operation: Any) -> list[float]:
+        table = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(table, operation)
+        return table.tolist()
+
+
+#: A process that nothing launched.
+ALONE: Final = World()
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the other processes of a launch for as long as the block lasts; the first one alone logs.
+
+    Raises:
+        DeviceError: the others cannot be reached, or one of them ended while this one waited for it.
+    """
+    launch = launched(os.environ)
+    if launch.size == 1:
+        yield World(launch)
+        return
+    _set_up(launch)
+    level = LOG.level
+    try:
+        # The strides of 1x1x1 weights with channels innermost are ambiguous; torch copies them, and need not say so.
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+        try:
+            restarts = torch.tensor(launch.restarts)
+            dist.all_reduce(restarts, dist.ReduceOp.MAX)
+            if launch.rank > 0:
+                LOG.setLevel(logging.ERROR)
+            yield World(launch, restarts=int(restarts))
+        except RuntimeError as error:
+            if not _is_lost_connection(error):
+                raise
+            raise DeviceError(
+                f"process {launch.rank} of {launch.size}: another process ended, or cannot be reached. The reason is "
+                "in the messages of the one that ended first; a run that has a checkpoint can be resumed."
+            ) from error
+    finally:
+        LOG.setLevel(level)
+        dist.destroy_process_group()
+
+
+class _Total(torch.autograd.Function):
+    """All-reduce whose backward needs no second one: see :meth:`World.total`."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, size: int) -> Tensor:
+        ctx.size = size
+        summed = values.clone()
+        dist.all_reduce(summed)
+        return summed
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        return gradients[0] * ctx.size, None
+
+
+def _set_up(launch: Launch) -> None:
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        if launch.local_rank is not None and launch.local_rank < torch.cuda.device_count():
+            torch.cuda.set_device(launch.local_rank)
+    try:
+        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
+        place = fresh_place(store, rank=rank, size=size)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_PATIENCE)
+    except (RuntimeError, ValueError, OSError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise DeviceError(
+            f"process {launch.rank} of {launch.size} could not join the others at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} ({first}). Hosts must reach each other's ports; GLOO_SOCKET_IFNAME and "
+            "NCCL_SOCKET_IFNAME name the network interface."
+        ) from error
+
+
+def fresh_place(store: Store, *, rank: int, size: int) -> Store:
+    """A part of the launch's store that is empty, the same in all processes.
+
+    The store may outlive a restart, and then holds the addresses of processes that are gone. Restarts are not counted
+    alike on all hosts, so the first process makes a name up and hands it to those who ask; nobody answers the dead.
+
+    Raises:
+        TimeoutError: some process did not come.
+    """
+    until = time.monotonic() + _MEETING.total_seconds()
+
+    def pause() -> None:
+        if time.monotonic() > until:
+            raise TimeoutError("not all processes came")
+        time.sleep(0.02)
+
+    if rank > 0:
+        question = secrets.token_hex(8)
+        store.set(f"znormseg/asks/{rank}", question)
+        while not store.check([f"znormseg/name/{question}"]):
+            pause()
+        name = store.get(f"znormseg/name/{question}").decode()
+        store.set(f"znormseg/came/{name}/{rank}", "")
+        return PrefixStore(name, store)
+    name = secrets.token_hex(8)
+    missing = set(range(1, size))
+    while missing:
+        for other in sorted(missing):
+            if store.check([f"znormseg/came/{name}/{other}"]):
+                missing.discard(other)
+            elif store.check([f"znormseg/asks/{other}"]):
+                store.set(f"znormseg/name/{store.get(f'znormseg/asks/{other}').decode()}", name)
+        pause()
+    return PrefixStore(name, store)
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a process of the group is gone; gloo has no exception of its own for it, only a text."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name) or str(default)
+    if not text.isdecimal():
+        raise DeviceError(f"environment variable {name}: a number is expected, got {text!r}. Start with torchrun.")
+    return int(text)
