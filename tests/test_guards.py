@@ -406,7 +406,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "Ctrl-C and SIGTERM while training": Guard(
         "app/training/loop.py",
-        "if asked is not None:",
+        "if stop is not None:",
         "if False:",
         "test_app_train.py::test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result",
     ),
