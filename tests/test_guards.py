@@ -327,8 +327,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "Ctrl-C and SIGTERM while training": Guard(
         "app/training/loop.py",
-        "if stop.signal_name is not None:",
-        "if False:",
+        "stop.signal_name is not None:",
+        "stop is None:",
         "test_app_train.py::test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result",
     ),
     "a run that was stopped while it prepared": Guard(
