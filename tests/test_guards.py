@@ -405,9 +405,9 @@ GUARDS: dict[str, Guard] = {
         "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
     ),
     "Ctrl-C and SIGTERM while training": Guard(
-        "app/training/loop.py",
-        "if stop is not None:",
-        "if False:",
+        "app/training/stopping.py",
+        "        request.signal_name = signal.Signals(number).name\n",
+        "",
         "test_app_train.py::test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result",
     ),
     "a run that was stopped while it prepared": Guard(

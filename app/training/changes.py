@@ -103,11 +103,11 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
     )
     for change in changes:
         LOG.info("config changed at step %d: %s", state.step, change)
-    if before != now or own.training.schedule != settings.schedule or own.training.warmup != settings.warmup:
+    old_rate, new_rate = learning_rate(own.training, before), learning_rate(settings, now)
+    if before != now or old_rate != new_rate:
         LOG.info(
             "step %d is %.0f %% of the budget (before: %.0f %%); the learning rate goes on from %.3g (before: %.3g)",
-            *(state.step, 100 * min(now, 1), 100 * min(before, 1)),
-            *(learning_rate(settings, now), learning_rate(own.training, before)),
+            *(state.step, 100 * min(now, 1), 100 * min(before, 1), new_rate, old_rate),
         )
     if before != now or own.training.validations != settings.validations:
         state.validations = int(min(now, 1) * settings.validations)
