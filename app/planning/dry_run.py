@@ -24,6 +24,9 @@ from data.errors import DataError
 _SECONDS: Final = 0.005
 #: Share of a bound that a run may need; a long one varies a little.
 SHARE: Final = 0.9
+#: Own memory of a long run against that of a trial: allocators keep more with time. docs/how-to/plan-and-doctor.md has
+#: what was seen.
+_LONGER: Final = 1.05
 _LAST_LINES: Final = 5
 
 
@@ -33,7 +36,7 @@ class Needed:
 
     told: Told
     own_bytes: int | None
-    """RAM that the system cannot take back: own memory at its peak, and the program's own files."""
+    """RAM that a long run needs: own memory at its peak and a little more, and the program's own files."""
 
     @property
     def step_seconds(self) -> float:
@@ -77,10 +80,10 @@ def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | Too
 
 
 def _needed(told: Told, samples: Sequence[Memory]) -> int | None:
-    """RAM that the trial could not do without. Looks from outside may miss a short peak, the system's own does not."""
+    """RAM that a run cannot do without. Looks from outside may miss a short peak, the system's own does not."""
     looks = [sample.own for sample in samples]
     own = max([*looks, *([told.own_bytes] if told.own_bytes is not None else [])], default=None)
-    return None if own is None else own + (told.program_files_bytes or 0)
+    return None if own is None else int(_LONGER * own) + (told.program_files_bytes or 0)
 
 
 def prepare(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:
