@@ -281,6 +281,7 @@ def test_a_run_of_other_processes_goes_on_with_the_next_patch(
     path = run / "checkpoints" / "last-000000004.json"
     details = json.loads(path.read_text())
     assert (details["patches"], details["processes"]) == (4, 1)
+    del details["json_sha256"]  # as of a version that did not keep it
     path.write_text(json.dumps({**details, "processes": 3}))
     with caplog.at_level("INFO", logger="znormseg"):
         resume(phantoms, run)
