@@ -32,9 +32,11 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import IO, Any, Final
+from threading import Lock
+from typing import IO, Any, Final, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from data.layouts import Case
 from data.nifti import naming_the_place
@@ -47,6 +49,8 @@ _SOURCE: Final = "source.json"
 _STILL_SECONDS: Final = 2.0
 #: What a prepared case depends on beside this program.
 _LIBRARIES: Final = ("nibabel", "numpy", "scipy", "zlib-ng")
+
+_PARSING: Final = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -372,10 +376,24 @@ def _is_whole(place: Path) -> bool:
     try:
         json.loads((place / _SOURCE).read_text(encoding="utf-8"))
         for name in ARRAYS:
-            np.load(place / name, mmap_mode="r")
+            open_array(place / name, "r")
     except (OSError, EOFError, ValueError):
         return False
     return True
+
+
+def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
+    """An array of an entry, mapped in a mode of ``numpy.memmap``, or read where that is None.
+
+    One at a time: numpy parses the header as Python, and CPython 3.11 may fail at that in two threads at once
+    (SystemError: AST constructor recursion depth mismatch).
+
+    Raises:
+        OSError, EOFError, ValueError: it cannot be read, or is cut short.
+    """
+    with _PARSING:
+        array: npt.NDArray[Any] = np.load(path, mmap_mode=mode)
+    return array
 
 
 def write_source(folder: Path, case: Case, settings: Mapping[str, Any]) -> None:

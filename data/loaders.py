@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from data import augment
-from data.cache import ARRAYS, CaseFolder, write_source
+from data.cache import ARRAYS, CaseFolder, open_array, write_source
 from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
@@ -67,10 +67,9 @@ class CachedCase:
     def _array(self, name: str, mode: Literal["c"] | None) -> npt.NDArray[Any]:
         # Mapped "c", copy on write: torch takes no read-only memory without a warning, and the file stays as it is.
         try:
-            array: npt.NDArray[Any] = np.load(self.folder / name, mmap_mode=mode)
+            return open_array(self.folder / name, mode)
         except (OSError, EOFError, ValueError) as error:
             raise self.lost(error) from error
-        return array
 
     def lost(self, why: object) -> DataError:
         """The error that says that the prepared arrays went away or were changed under a run."""
@@ -363,7 +362,7 @@ def _write(folder: Path, case: Case, prepared: Prepared, settings: Mapping[str, 
 
 
 def _shape_in(place: Path) -> tuple[int, int, int]:
-    x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
+    x, y, z = open_array(place / "codes.npy", "r").shape
     return (x, y, z)
 
 

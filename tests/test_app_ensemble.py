@@ -31,9 +31,10 @@ def packed(place: Path, *runs: Path, rules: Postprocess | None = None) -> Path:
     for number, run in enumerate(runs):
         target = place / f"fold-{number}" / "checkpoints"
         target.mkdir(parents=True)
-        for path in (run / "checkpoints").glob("best-*"):
+        newest = max((run / "checkpoints").glob("best-*.json"))
+        for path in (newest, newest.with_suffix(".safetensors")):
             shutil.copy(path, target)
-        (details,) = target.glob("*.json")
+        details = max(target.glob("*.json"))
         told = json.loads(details.read_text())
         networks.append({"network": f"fold-{number}", "weights_sha256": told["sha256"], "step": told["step"]})
     content = {"version": 1, "networks": networks, "postprocess": (rules or Postprocess()).to_json()}
@@ -49,7 +50,9 @@ def centred(folder: Path, phantoms: Path) -> Any:
 
 
 def changed(path: Path, **changes: Any) -> None:
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    content = json.loads(path.read_text())
+    content.pop("json_sha256", None)
+    path.write_text(json.dumps({**content, **changes}))
 
 
 @pytest.fixture(scope="module")
@@ -151,7 +154,7 @@ def test_the_folder_of_a_cross_validation_points_to_its_ensemble(tiny_run: Path,
 
 def test_weights_that_were_changed_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
-    (weights,) = ensemble.glob("fold-1/checkpoints/*.safetensors")
+    weights = max(ensemble.glob("fold-1/checkpoints/*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     with pytest.raises(RunError, match=r"network fold-1: .*SHA-256 is not the one"):
         load_predictor(ensemble, RUNTIME)
@@ -199,7 +202,7 @@ def test_a_description_that_is_no_json_is_refused(tiny_run: Path, tmp_path: Path
 
 def test_networks_of_different_spacings_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
-    (details,) = ensemble.glob("fold-1/checkpoints/*.json")
+    details = max(ensemble.glob("fold-1/checkpoints/*.json"))
     changed(details, spacing_mm=[1.0, 4.0, 4.0])
     with pytest.raises(RunError, match="networks that do not go together: spacing"):
         load_predictor(ensemble, RUNTIME)
