@@ -223,7 +223,7 @@ GUARDS: dict[str, Guard] = {
         "test_app_training_recipe.py::test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale",
     ),
     # Label maps
-    "no label map": Guard("app/training/train.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
+    "no label map": Guard("app/training/material.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
     "labels outside the convention": Guard(
         "data/labels.py",
         '    if foreign:\n        raise DataError(\n            f"label values {sorted',

@@ -9,7 +9,6 @@ from contextlib import AbstractContextManager, closing, contextmanager, nullcont
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import torch
@@ -38,28 +37,26 @@ from app.training import changes, gradient
 from app.training.distributed import ALONE, World
 from app.training.initial import InitialWeights, initial_weights
 from app.training.loop import Loop
+from app.training.material import (
+    ALL_CASES,
+    cases_of,
+    choose_split,
+    labels_on_record,
+    require_labels,
+    require_same_labels,
+    spacing_of,
+)
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
 from app.training.telemetry import Telemetry
 from data.cache import CaseFolder
-from data.errors import DataError
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.layouts import Case, decide_for, find_cases
 from data.loaders import CachedCase, PatchSource, cache_cases
-from data.nifti import Spacing, canonical_spacing, read_grid
-from data.splits import Split, fold_split, read_split, stratified_split
-from data.tumours import (
-    LabelMap,
-    changed,
-    hash_of,
-    label_map_from_json,
-    read_label_maps,
-    tumours_of,
-    values_of,
-)
+from data.nifti import Spacing
+from data.splits import Split, stratified_split
+from data.tumours import read_label_maps, tumours_of, values_of
 
-#: The fold that means: train on every case, validate on none.
-ALL_CASES: Final = "all"
 #: For a process that was killed on another host to let go of the run folder.
 _LOCK_SECONDS: Final = 120.0
 
@@ -140,8 +137,8 @@ def start(  # noqa: PLR0913 - each is an option of the command
     if not again:
         require_new(run)
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    split = _split(list(cases), fold, split_file)
-    _require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
+    split = choose_split(list(cases), fold, split_file)
+    require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
     if config.training.patience is not None and not split.validation:
         raise ConfigError(
             "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
@@ -153,7 +150,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
     if split_file is None and fold != ALL_CASES:
         split = stratified_split(tumours_of(cases, held, convention), int(fold))
-    spacing_mm = _spacing(config, [cases[case_id] for case_id in split.train])
+    spacing_mm = spacing_of(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with _locked(run, world), _opened(store, run) as opened:
         if again:
@@ -162,7 +159,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
         with _removed_unless_started(run, keep_folder=was_there):
             write_durably(run / "config.yaml", to_yaml(config).encode())
             write_json(run / "split.json", split.to_json())
-            write_json(run / "labels.json", _labels_on_record(split, held))
+            write_json(run / "labels.json", labels_on_record(split, held))
             write_json(
                 run / "run.json",
                 {
@@ -249,8 +246,8 @@ def resume(
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
-        cases = _cases_of(split, data, follow_links=follow_links)
-        _require_same_labels(run, data, cases)
+        cases = cases_of(split, data, follow_links=follow_links)
+        require_same_labels(run, data, cases)
         state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
         restore(state, checkpoint, config.training)
         _require_best(run, state)
@@ -296,7 +293,7 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
     """Take part in a run that the first process starts or resumes."""
     clock = time.monotonic()
     begun: _Begun = world.tell()
-    cases = _cases_of(begun.split, data, follow_links=follow_links)
+    cases = cases_of(begun.split, data, follow_links=follow_links)
     torch.manual_seed(begun.config.training.seed)
     state = new_state(begun.config, choose_runtime(begun.config.runtime, local_rank=world.launch.local_rank))
     if begun.checkpoint is not None:
@@ -313,15 +310,6 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
             world=world,
             on_progress=silent,
         )
-
-
-def _cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
-    """The cases of a data set by id, those of a split among them."""
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
-    if gone:
-        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
-    return cases
 
 
 def _locked(run: Path, world: World) -> AbstractContextManager[None]:
@@ -457,30 +445,6 @@ def _start_from(initial: InitialWeights, state: State, spacing_mm: Spacing) -> N
         )
 
 
-def _labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
-    """What the label maps of a run hold when it begins."""
-    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
-    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
-
-
-def _require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
-    """Refuse a data set whose label maps are not those that a run began with; runs of older versions have no record."""
-    path = run / "labels.json"
-    if not path.exists():
-        return
-    try:
-        before = {case_id: label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
-    others = changed(before, cases.values())
-    if others:
-        shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
-        raise DataError(
-            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
-            "Put the old ones back, or start a new run."
-        )
-
-
 def _opened(store: CaseFolder | None, run: Path) -> AbstractContextManager[CaseFolder]:
     """The store that was given, or the user's cache for as long as the block lasts."""
     return prepared_cases(run / "cache") if store is None else nullcontext(store)
@@ -530,29 +494,3 @@ def _empty(run: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
         elif entry.name != LOCK:
             entry.unlink()
-
-
-def _split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:
-    if split_file is not None:
-        return read_split(split_file, case_ids)
-    if fold == ALL_CASES:
-        return Split(train=tuple(case_ids), validation=())
-    return fold_split(case_ids, int(fold))
-
-
-def _require_labels(cases: Sequence[Case]) -> None:
-    without = [case.id for case in cases if case.label is None]
-    if without:
-        raise DataError(
-            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. "
-            "Add them, or leave the cases out with --split."
-        )
-
-
-def _spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
-    """The configured spacing, or the training cases' median along each axis."""
-    if config.data.spacing_mm is not None:
-        return (config.data.spacing_mm,) * 3
-    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
-    x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
-    return (x, y, z)

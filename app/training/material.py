@@ -1,0 +1,98 @@
+"""What a run trains on: its cases, their split and spacing, and the record of their label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from app.config import RunConfig
+from app.errors import RunError
+from app.runlog import read_json
+from data.errors import DataError
+from data.layouts import Case, find_cases
+from data.nifti import Spacing, canonical_spacing, read_grid
+from data.splits import Split, fold_split, read_split
+from data.tumours import LabelMap, changed, hash_of, label_map_from_json
+
+#: The fold that means: train on every case, validate on none.
+ALL_CASES: Final = "all"
+
+
+def choose_split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:
+    """The cases that train and those that validate: of a file, or of a fold by patient; with ``all`` none validates.
+
+    Raises:
+        DataError: a case of the file is not there, or there are too few patients.
+    """
+    if split_file is not None:
+        return read_split(split_file, case_ids)
+    if fold == ALL_CASES:
+        return Split(train=tuple(case_ids), validation=())
+    return fold_split(case_ids, int(fold))
+
+
+def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+    """The cases of a data set by id, those of a split among them.
+
+    Raises:
+        DataError: one of those is not there.
+    """
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    if gone:
+        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+    return cases
+
+
+def require_labels(cases: Sequence[Case]) -> None:
+    """Make sure that every case has a label map.
+
+    Raises:
+        DataError: some have none.
+    """
+    without = [case.id for case in cases if case.label is None]
+    if without:
+        raise DataError(
+            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. "
+            "Add them, or leave the cases out with --split."
+        )
+
+
+def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
+    """What the label maps of a run hold when it begins."""
+    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
+    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+
+
+def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
+    """Refuse a data set whose label maps are not those that a run began with; runs of older versions have no record.
+
+    Raises:
+        DataError: label maps have changed.
+        RunError: the record is damaged.
+    """
+    path = run / "labels.json"
+    if not path.exists():
+        return
+    try:
+        before = {case_id: label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
+    others = changed(before, cases.values())
+    if others:
+        shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+        raise DataError(
+            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
+            "Put the old ones back, or start a new run."
+        )
+
+
+def spacing_of(config: RunConfig, cases: Sequence[Case]) -> Spacing:
+    """The configured spacing, or the training cases' median along each axis."""
+    if config.data.spacing_mm is not None:
+        return (config.data.spacing_mm,) * 3
+    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
+    x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
+    return (x, y, z)
