@@ -385,6 +385,18 @@ def test_a_bad_file_is_refused_by_name_and_reason(tmp_path: Path, make: Any, wor
         read(path)
 
 
+def test_the_checksum_of_a_4d_file_counts_whichever_volume_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "four.nii.gz"
+    voxels = np.random.default_rng(0).standard_normal((64, 64, 64, 4)).astype(np.float32)
+    save(path, voxels)
+    assert np.array_equal(read_volume(path, 0).voxels, voxels[..., 0])
+    content = bytearray(path.read_bytes())
+    content[-8] ^= 1  # of the checksum, after the voxels of all four
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"four\.nii\.gz"):
+        read_volume(path, 0)
+
+
 @pytest.mark.parametrize("name", ["missing", "empty", "4D", "colour", "huge", "no voxels", "no place", "sheared"])
 def test_the_header_alone_shows_what_is_bad_about_a_grid(tmp_path: Path, name: str) -> None:
     make, words = BAD_FILES[name]
