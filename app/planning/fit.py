@@ -59,7 +59,7 @@ def fit(
 
     Args:
         config: the plan's.
-        try_out: does three steps of a config.
+        try_out: does some steps of a config.
         most_bytes: RAM that may be taken; None where it is not known.
         half: whether activations are bfloat16.
         gpu: whether steps are made on a GPU.

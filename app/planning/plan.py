@@ -424,7 +424,7 @@ def _lines(planned: PlannedRun) -> list[str]:
 def _dry_run_lines(planned: PlannedRun) -> list[str]:
     found = planned.dry_run
     assert found is not None
-    lines = ["", f"Dry run on {found.device}: three steps after one, a validation window, checkpoints"]
+    lines = ["", f"Dry run on {found.device}: five steps after three, a validation window, checkpoints"]
     lines += [
         f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
         for number, one in enumerate(found.attempts, start=1)

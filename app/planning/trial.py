@@ -25,12 +25,13 @@ from app.caching import prepared_cases
 from app.config import RunConfig, from_plain, to_plain
 from app.errors import exit_code, is_out_of_memory, message
 from app.machine import memory_of
+from app.process import keep_freed_memory
 from app.runlog import MetricsLog, write_json
 from app.runtime import Runtime, choose_runtime
 from app.training import gradient
 from app.training.schedule import learning_rate
 from app.training.state import State, new_state, to_checkpoint
-from app.training.step import Stepper
+from app.training.step import Stepper, loss_for
 from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
 from data.labels import CONTRASTS, CONVENTIONS
@@ -38,12 +39,12 @@ from data.layouts import find_cases
 from data.loaders import CachedCase, PatchSource, batches, cache_cases
 from data.presence import presence_mask
 from data.tumours import read_label_maps
-from models import GivenPresence, RegionLoss
+from models import GivenPresence
 
 #: Steps before the ones that are timed: the first allocates, and chooses its kernels.
-WARM_UP: Final = 1
+WARM_UP: Final = 3
 #: Steps that are timed.
-STEPS: Final = 3
+STEPS: Final = 5
 #: Patches cut from each case, at most, to see how much of its files a long run keeps mapped.
 _WALKED_PER_CASE: Final = 60
 
@@ -114,6 +115,7 @@ def run_trial(asked: Asked) -> Told | None:
         DeviceError: the device of the config is not there.
         MemoryError, RuntimeError: memory ran out.
     """
+    keep_freed_memory()
     config, folder = from_plain(asked.config, "plan"), Path(asked.folder)
     runtime = choose_runtime(config.runtime)
     with prepared_cases(folder / "cache") as store:
@@ -199,7 +201,7 @@ def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSourc
         runtime=runtime,
         state=state,
         telemetry=Telemetry(every, state.network, state.optimizer),
-        loss_of=RegionLoss(),
+        loss_of=loss_for(config),
     )
     made = batches(source, first=0, size=config.training.batch_size, threads=config.runtime.loader_threads)
     seconds = []

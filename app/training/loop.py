@@ -27,14 +27,14 @@ from app.training import gradient, rollback
 from app.training.distributed import World
 from app.training.schedule import learning_rate, spent_share
 from app.training.state import State, restore, to_checkpoint
-from app.training.step import Stepper, StepResult
+from app.training.step import Stepper, StepResult, loss_for
 from app.training.stopping import StopRequest
 from app.training.telemetry import Telemetry
 from app.training.validate import validation_dice
 from data.labels import CONTRASTS
 from data.loaders import Batch, CachedCase, PatchSource, batches
 from data.presence import presence_mask
-from models import DeepLoss, GivenPresence, RegionLoss
+from models import GivenPresence
 
 #: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
 _VALIDATION_SHARE: Final = 0.1
@@ -143,13 +143,12 @@ class Loop:
             _WentBackError: the state is an earlier one now.
         """
         settings, state, world = self.config.training, self.state, self.world
-        loss_of = RegionLoss(total=world.total if world.size > 1 else None)
         stepper = Stepper(
             config=self.config,
             runtime=self.runtime,
             state=state,
             telemetry=self.telemetry,
-            loss_of=DeepLoss(loss_of) if self.config.network.deep_supervision else loss_of,
+            loss_of=loss_for(self.config, world),
             world=world,
             replica=replica,
         )

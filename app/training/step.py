@@ -18,6 +18,12 @@ from data.loaders import Batch
 from models import DeepLoss, RegionLoss, with_presence
 
 
+def loss_for(config: RunConfig, world: World = ALONE) -> RegionLoss | DeepLoss:
+    """The loss that a run trains with, over the batches of all processes."""
+    loss = RegionLoss(total=world.total if world.size > 1 else None)
+    return DeepLoss(loss) if config.network.deep_supervision else loss
+
+
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
     """What one optimiser step came to."""
