@@ -394,17 +394,25 @@ def test_a_trial_that_holds_too_much_is_ended(asked: Asked, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("settings", [[], ["training.telemetry_steps=10"], ["augment.contrast_dropout=0.5"]])
-def test_a_trial_times_three_steps_a_window_and_the_loader(asked: Asked, settings: list[str]) -> None:
+def test_a_trial_times_five_steps_a_window_and_the_loader(asked: Asked, settings: list[str]) -> None:
     plain = to_plain(load_config("laptop", settings))
     training = {**asked.config["training"], "telemetry_steps": plain["training"]["telemetry_steps"]}
     own = {**asked.config, "training": training, "augment": plain["augment"]}
     told = run_trial(replace(asked, config=own))
     assert told is not None
-    assert len(told.step_seconds) == 3
+    assert len(told.step_seconds) == 5
     assert min(*told.step_seconds, told.loader_seconds, told.window_seconds or 0) > 0
     on_disk = sum(path.stat().st_size for path in (Path(asked.folder) / "checkpoints").iterdir())
     assert told.checkpoint_bytes == on_disk > 4 * told.parameters
     assert told_from_json(json.loads(json.dumps(told.to_json()))) == told
+
+
+def test_a_trial_of_a_network_with_deep_supervision_takes_its_loss(asked: Asked) -> None:
+    settings = ["architecture=resenc", "channels=[4,8,16]", "deep_supervision=true"]
+    plain = to_plain(load_config("laptop", [f"network.{setting}" for setting in settings]))
+    told = run_trial(replace(asked, config={**asked.config, "network": plain["network"]}))
+    assert told is not None
+    assert len(told.step_seconds) == 5
 
 
 def test_a_trial_without_validation_cases_has_no_window(asked: Asked) -> None:
