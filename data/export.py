@@ -12,6 +12,7 @@ import gzip
 import json
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -108,8 +109,10 @@ def export(
     _require_place(root, out)
     cases = [case.require() for case in find_cases(root, follow_links=follow_links)]
     convention = convention_of(cases, labels=labels) if any(case.label is not None for case in cases) else None
+    writers: dict[Layout, Callable[[Path, LabelConvention | None], _Writer]]
+    writers = {"nnunet": _NNUNet, "msd": _Decathlon, "csv": _Manifest}
     with _folder_when_complete(out) as folder:
-        writer = {"nnunet": _NNUNet, "msd": _Decathlon, "csv": _Manifest}[layout](folder, convention)
+        writer = writers[layout](folder, convention)
         with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
             futures = [pool.submit(writer.write, case) for case in cases]
             try:
@@ -142,26 +145,27 @@ def export(
     )
 
 
-class _Writer:
+class _Writer(ABC):
     """One layout below a folder: the files of a case, and the description of all."""
 
     layout: Layout
+    within: str = ""
+    """Folder that holds all the others."""
+    folders: tuple[str, ...] = ()
+    """Made at the beginning."""
 
     def __init__(self, folder: Path, convention: LabelConvention | None) -> None:
-        self._folder = folder
+        self._root = folder / self.within
         self._convention = convention
-        self._prepare()
+        _make_folders(self._root, *self.folders)
 
-    def _prepare(self) -> None:
-        """Make the folders."""
-
+    @abstractmethod
     def write(self, case: Case) -> None:
         """Write the files of one case."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, cases: Sequence[Case]) -> None:
         """Write the description."""
-        raise NotImplementedError
 
     def _write_labels(self, case: Case, path: Path) -> None:
         """The label map in the numbers of MSD and nnU-Net, on the grid and in the voxel order of the T1c."""
@@ -180,10 +184,8 @@ class _NNUNet(_Writer):
     """nnU-Net raw: a file for each channel (nnU-Net, documentation/dataset_format.md)."""
 
     layout = "nnunet"
-
-    def _prepare(self) -> None:
-        self._root = self._folder / NNUNET_NAME
-        _make_folders(self._root, "imagesTr", "labelsTr", "imagesTs")
+    within = NNUNET_NAME
+    folders = ("imagesTr", "labelsTr", "imagesTs")
 
     def write(self, case: Case) -> None:
         images = self._root / ("imagesTs" if case.label is None else "imagesTr")
@@ -216,24 +218,22 @@ class _Decathlon(_Writer):
     """Medical Segmentation Decathlon: a 4D file for each case."""
 
     layout = "msd"
-
-    def _prepare(self) -> None:
-        _make_folders(self._folder, "imagesTr", "labelsTr", "imagesTs")
+    folders = ("imagesTr", "labelsTr", "imagesTs")
 
     def write(self, case: Case) -> None:
         reference = _grid_of(case, "t1c")
         volumes = [_on_grid(case, reference, _read(case, contrast), contrast).voxels for contrast in _MSD_CHANNELS]
-        images = self._folder / ("imagesTs" if case.label is None else "imagesTr")
+        images = self._root / ("imagesTs" if case.label is None else "imagesTr")
         write_image(images / f"{case.id}.nii.gz", np.stack(volumes, axis=3), reference.path)
         if case.label is not None:
-            self._write_labels(case, self._folder / "labelsTr" / f"{case.id}.nii.gz")
+            self._write_labels(case, self._root / "labelsTr" / f"{case.id}.nii.gz")
 
     def describe(self, cases: Sequence[Case]) -> None:
         labelled = [case.id for case in cases if case.label is not None]
         others = [case.id for case in cases if case.label is None]
         names = {MSD.oedema: "edema", MSD.necrosis: "non-enhancing tumor", MSD.enhancing: "enhancing tumour"}
         _write_json(
-            self._folder / DESCRIPTION,
+            self._root / DESCRIPTION,
             {
                 "name": "BRATS",
                 "tensorImageSize": "4D",
@@ -255,15 +255,15 @@ class _Manifest(_Writer):
     layout = "csv"
 
     def write(self, case: Case) -> None:
-        _make_folders(self._folder, case.id)
+        _make_folders(self._root, case.id)
         for contrast in CONTRASTS:
-            _store(case, contrast, self._folder / self._place(case, contrast))
+            _store(case, contrast, self._root / self._place(case, contrast))
         if case.label is not None:
             read_grid(case.label)
-            _copy(case.label, self._folder / self._place(case, "seg"))
+            _copy(case.label, self._root / self._place(case, "seg"))
 
     def describe(self, cases: Sequence[Case]) -> None:
-        with (self._folder / MANIFEST).open("w", newline="", encoding="utf-8") as file:
+        with (self._root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(["case", *CONTRASTS, "seg", "labels"])
             for case in cases:
