@@ -15,7 +15,7 @@ import pytest
 from app.errors import RunError
 from app.inference.ensemble import CROSSVAL_FILE, Ensemble, load_predictor
 from app.inference.postprocess import Postprocess
-from app.inference.predict import predict_centred
+from app.inference.probabilities import predict_centred
 from app.runtime import RuntimeConfig, choose_runtime
 from data.layouts import find_cases
 from data.preprocess import prepare

@@ -363,7 +363,7 @@ GUARDS: dict[str, Guard] = {
     ),
     # Output and machine
     "an output that is a file": Guard(
-        "app/inference/predict.py",
+        "app/inference/cohort.py",
         "    if output.exists() and not output.is_dir():",
         "    if False:",
         "test_bad_input.py::test_an_output_that_is_a_file_is_refused_and_kept",
@@ -399,7 +399,7 @@ GUARDS: dict[str, Guard] = {
         "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
     ),
     "Ctrl-C while predicting": Guard(
-        "app/inference/predict.py",
+        "app/inference/cohort.py",
         "    except KeyboardInterrupt as error:",
         "    except ZeroDivisionError as error:",
         "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",

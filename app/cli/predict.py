@@ -80,6 +80,7 @@ def predict(
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.native import predict_native  # noqa: PLC0415
     from app.inference.predict import predict as predict_cases  # noqa: PLC0415
+    from app.inference.settings import PredictOptions  # noqa: PLC0415
     from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
     from data.bring_in import BringInConfig  # noqa: PLC0415
     from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
@@ -96,7 +97,7 @@ def predict(
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime, postprocess=not no_postprocess)
-        chosen = None if labels is None else CONVENTIONS[labels]
+        options = PredictOptions(labels=None if labels is None else CONVENTIONS[labels], nan_to_zero=nan_to_zero)
         if prepare:
             outcome = predict_native(
                 model,
@@ -105,20 +106,11 @@ def predict(
                 runtime=runtime,
                 config=BringInConfig(n4=n4, mask=mask or "auto"),
                 space=answer_on,
-                labels=chosen,
-                nan_to_zero=nan_to_zero,
+                options=options,
                 on_progress=on_progress,
             )
         else:
-            outcome = predict_cases(
-                model,
-                cases,
-                places[-1],
-                runtime=runtime,
-                labels=chosen,
-                nan_to_zero=nan_to_zero,
-                on_progress=on_progress,
-            )
+            outcome = predict_cases(model, cases, places[-1], runtime=runtime, options=options, on_progress=on_progress)
     if as_json:
         terminal.json_result(outcome.to_json())
     elif outcome.done:
@@ -135,7 +127,8 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 
 def _show(done: tuple[object, ...], output: Path) -> None:
-    from app.inference.predict import DISCLAIMER, Prediction  # noqa: PLC0415 - slow to import
+    from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
+    from app.inference.predict import DISCLAIMER  # noqa: PLC0415 - slow to import
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s"]]
     for prediction in done:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from app.errors import RunError
 from app.inference.model import Model
 from app.inference.postprocess import Masks, Postprocess
-from app.inference.predict import predict_centred
+from app.inference.probabilities import predict_centred
 from app.runtime import Runtime
 from data.errors import DataError
 from data.labels import LabelConvention, decode

@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.model import Predictor
-from app.inference.predict import Prediction, Predictions, finish, place_for, predict_each, predict_shares
+from app.inference.predict import finish, place_for
+from app.inference.probabilities import predict_shares
+from app.inference.settings import DEFAULTS, PredictOptions
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runtime import Runtime
 from data.bring_back import bring_back
@@ -20,7 +23,7 @@ from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_n
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
-from data.labels import Contrast, LabelConvention, encode, from_regions, to_regions
+from data.labels import Contrast, encode, from_regions, to_regions
 from data.layouts import Case, find_cases
 from data.nifti import spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
@@ -43,8 +46,7 @@ def predict_native(
     runtime: Runtime,
     config: BringInConfig,
     space: Contrast = "t1c",
-    labels: LabelConvention | None = None,
-    nan_to_zero: bool = False,
+    options: PredictOptions = DEFAULTS,
     on_progress: OnProgress = silent,
 ) -> Predictions:
     """Predict cases whose contrasts lie on different grids; label maps are on the grid of ``space``.
@@ -56,8 +58,7 @@ def predict_native(
         runtime: as the model was loaded for.
         config: how cases are brought in.
         space: the contrast whose file the label map's grid and header are those of.
-        labels: numbers of the label maps; None takes those that go with each case's file names, else the model's.
-        nan_to_zero: take voxels that are NaN or infinite as 0.
+        options: what is asked for.
         on_progress: told what is being worked on.
 
     Raises:
@@ -68,7 +69,7 @@ def predict_native(
     def one(case: Case) -> Prediction:
         place_for(case, output)
         began = time.monotonic()
-        native = read_native(case, nan_to_zero=nan_to_zero)
+        native = read_native(case, nan_to_zero=options.nan_to_zero)
 
         def step(what: str) -> None:
             on_progress(Progress(job="predicting", share=shares_done[case.id], detail=what))
@@ -77,7 +78,7 @@ def predict_native(
         computed = time.monotonic()
         for warning in answer.brought.warnings:
             LOG.warning("case %s: %s", case.id, warning)
-        convention = labels or case.written_convention or model.convention
+        convention = options.labels or case.written_convention or model.convention
         write_label_map(place_for(case, output), encode(answer.codes, convention), case.contrasts[space])
         return finish(
             model,

@@ -3,53 +3,28 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch.nn import functional
 
-from app.errors import InterruptedRunError
-from app.inference.model import Model, Predictor
-from app.inference.windows import sliding_logits
-from app.progress import LOG, OnProgress, Progress, silent
+from app.inference.cohort import Prediction, Predictions, predict_each
+from app.inference.model import Predictor
+from app.inference.probabilities import predict_codes
+from app.inference.settings import DEFAULTS, PredictOptions
+from app.progress import LOG, OnProgress, silent
 from app.runlog import write_json
 from app.runtime import Runtime, versions
 from data.errors import DataError
-from data.labels import REGIONS, LabelConvention, encode, from_regions, to_regions
+from data.labels import REGIONS, LabelConvention, encode, to_regions
 from data.layouts import Case
-from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map
-from data.preprocess import Prepared, prepare, to_native_grid
+from data.nifti import Spacing, spacing_of, write_label_map
+from data.preprocess import prepare
 from data.presence import missing_contrasts
 
 DISCLAIMER = "Research use only; not a medical device."
-
-
-@dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """What was written for one case."""
-
-    case: str
-    label_map: Path
-    content: dict[str, Any]
-    """As in ``<case>.json``."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """What was written for all cases, and what could not be."""
-
-    done: tuple[Prediction, ...]
-    failures: dict[str, str]
-    """Case id to message."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return {"cases": [prediction.content for prediction in self.done], "failures": self.failures}
 
 
 def predict(
@@ -58,8 +33,7 @@ def predict(
     output: Path,
     *,
     runtime: Runtime,
-    labels: LabelConvention | None = None,
-    nan_to_zero: bool = False,
+    options: PredictOptions = DEFAULTS,
     on_progress: OnProgress = silent,
 ) -> Predictions:
     """Predict cases one after the other; a bad case is noted and does not stop the others.
@@ -69,8 +43,7 @@ def predict(
         cases: what to predict.
         output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
         runtime: as the model was loaded for.
-        labels: numbers of the label maps; None takes those that go with each case's file names, else the model's.
-        nan_to_zero: take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``.
+        options: what is asked for.
         on_progress: told which case is being worked on.
 
     Raises:
@@ -80,93 +53,9 @@ def predict(
     """
 
     def one(case: Case) -> Prediction:
-        return _predict_case(model, case, output, runtime, labels=labels, nan_to_zero=nan_to_zero)
+        return _predict_case(model, case, output, runtime, options)
 
     return predict_each(cases, output, one, on_progress=on_progress)
-
-
-def predict_each(
-    cases: Sequence[Case], output: Path, one: Callable[[Case], Prediction], *, on_progress: OnProgress = silent
-) -> Predictions:
-    """Call ``one`` for each case; a case that it refuses is noted and does not stop the others.
-
-    Raises:
-        DataError, OSError, InterruptedRunError: as :func:`predict`.
-    """
-    if output.exists() and not output.is_dir():
-        raise DataError(f"{output} is a file; give a folder for the label maps")
-    done: list[Prediction] = []
-    failures: dict[str, str] = {}
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        for number, case in enumerate(cases):
-            on_progress(Progress(job="predicting", share=number / len(cases), detail=case.id))
-            try:
-                done.append(one(case))
-            except DataError as error:
-                failures[case.id] = str(error)
-                LOG.error("%s", error)
-    except KeyboardInterrupt as error:
-        raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} while predicting; {len(done)} of {len(cases)} label maps are in {output}, "
-            "whole. The same command begins again."
-        ) from error
-    on_progress(Progress(job="predicting", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
-    return Predictions(done=tuple(done), failures=failures)
-
-
-def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
-    """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
-    masks = model.postprocess.cut(predict_centred(model, prepared, runtime))
-    cleaned = model.postprocess.clean(masks, canonical_spacing(prepared.native_affine))
-    return to_native_grid(from_regions(cleaned), prepared)
-
-
-def predict_shares(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
-    """Probabilities of the regions of a prepared case, in canonical (LPS) voxel order, before post-processing.
-
-    Returns:
-        float32, shape (3, X, Y, Z) of the whole canonical volume, order of :data:`data.labels.REGIONS`; 0 outside of
-        the brain.
-    """
-    shares = np.zeros((len(REGIONS), *prepared.canonical_shape), dtype=np.float32)
-    shares[:, *prepared.box] = predict_centred(model, prepared, runtime) + np.float32(0.5)
-    return shares
-
-
-@torch.inference_mode()
-def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.float32]:
-    """Probabilities less one half over the brain box, at the files' own spacing; the mean over the networks.
-
-    The mean runs along, so that memory holds one answer beside it; and that of equal answers is exactly theirs.
-
-    Returns:
-        float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside of the brain.
-    """
-    mean: torch.Tensor | None = None
-    for number, member in enumerate(model.members(), 1):
-        # The sigmoid less one half; unlike it, it does not round a small logit to one half.
-        answer = _box_logits(member, prepared, runtime).mul(0.5).tanh_().mul_(0.5)
-        mean = answer if mean is None else mean.add_(answer.sub_(mean).div_(number))
-        del member, answer
-    assert mean is not None
-    centred: npt.NDArray[np.float32] = mean.cpu().numpy()
-    return np.where(prepared.brain, centred, np.float32(-0.5))
-
-
-def _box_logits(model: Model, prepared: Prepared, runtime: Runtime) -> torch.Tensor:
-    """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing."""
-    logits = sliding_logits(
-        model.given(prepared.present),
-        torch.from_numpy(prepared.image),
-        window=model.config.training.patch_voxels,
-        overlap=model.config.inference.overlap,
-        runtime=runtime,
-    )
-    if tuple(logits.shape[1:]) != prepared.box_shape:
-        # Logits, not labels, go to the finer grid: borders stay smooth.
-        logits = functional.interpolate(logits[None], prepared.box_shape, mode="trilinear", align_corners=False)[0]
-    return logits
 
 
 def _predict_case(
@@ -174,14 +63,12 @@ def _predict_case(
     case: Case,
     output: Path,
     runtime: Runtime,
-    *,
-    labels: LabelConvention | None,
-    nan_to_zero: bool,
+    options: PredictOptions,
 ) -> Prediction:
     label_map = place_for(case, output)
     began = time.monotonic()
     require_contrasts(case, model)
-    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=nan_to_zero, all_contrasts=False)
+    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=options.nan_to_zero, all_contrasts=False)
     if absent := missing_contrasts(prepared.present):
         LOG.warning("case %s: predicted without %s, which is missing", case.id, ", ".join(absent))
     for contrast, count in prepared.zeroed.items():
@@ -189,7 +76,7 @@ def _predict_case(
     was_read = time.monotonic()
     codes = predict_codes(model, prepared, runtime)
     computed = time.monotonic()
-    convention = labels or case.written_convention or model.convention
+    convention = options.labels or case.written_convention or model.convention
     write_label_map(label_map, encode(codes, convention), case.contrasts[case.reference])
     return finish(
         model,

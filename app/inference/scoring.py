@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from app.evaluation.metrics import dice
 from app.inference.model import Predictor
-from app.inference.predict import predict_codes
+from app.inference.probabilities import predict_codes
 from app.runtime import Runtime
 from data.labels import REGIONS, Region, decode, to_regions
 from data.layouts import Case

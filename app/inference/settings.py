@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
+
+from data.labels import LabelConvention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,3 +18,17 @@ class InferenceConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:
             raise ValueError(f"inference.overlap: from 0 to 0.9, got {self.overlap:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictOptions:
+    """What may be asked of ``predict`` beside the network and the cases."""
+
+    labels: LabelConvention | None = None
+    """Numbers of the label maps; None takes those that go with each case's file names, else the model's."""
+    nan_to_zero: bool = False
+    """Take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``."""
+
+
+#: Nothing asked for.
+DEFAULTS: Final = PredictOptions()
