@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -85,6 +86,13 @@ class _Document(BaseModel):
 def config_names() -> list[str]:
     """Names that ``--config`` takes."""
     return sorted(Path(entry.name).stem for entry in resources.files("app.configs").iterdir() if _is_yaml(entry.name))
+
+
+def purpose(name: str) -> str:
+    """What a named config is for: the first sentence of the comment at the head of its file."""
+    text, _ = _read(name)
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in head).partition(". ")[0].rstrip(".")
 
 
 def load_config(
@@ -173,8 +181,10 @@ def _read(name_or_path: str) -> tuple[str, str]:
         return (resources.files("app.configs") / f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path
     path = Path(name_or_path)
     if not _is_yaml(path.name):
+        close = difflib.get_close_matches(name_or_path, config_names(), n=1)
         raise ConfigError(
             f"config {name_or_path!r} is neither a named one ({', '.join(config_names())}) nor the path of a .yaml file"
+            + (f"; did you mean {close[0]}?" if close else "")
         )
     try:
         return path.read_text(encoding="utf-8"), str(path)

@@ -25,6 +25,9 @@ VERBS = [
     ["predict"],
     ["evaluate"],
     ["compare"],
+    ["config"],
+    ["config", "list"],
+    ["config", "show"],
     ["crossval"],
     ["demo"],
     ["doctor"],
@@ -81,6 +84,61 @@ def test_the_help_fits_a_terminal_and_shows_no_markup(verb: list[str]) -> None:
     assert max(len(line) for line in text.splitlines()) <= 100
     assert "``" not in text
     assert "\x1b" not in text
+
+
+def test_without_a_word_the_five_things_people_come_for_are_shown(znormseg: Call) -> None:
+    ended = znormseg()
+    shown = [line.partition("  znormseg ")[2].split()[0] for line in ended.err.splitlines() if "  znormseg " in line]
+    assert shown == ["demo", "data", "train", "predict", "evaluate"]
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ([], ["data"], ["config"])], ids=" ".join)
+def test_the_help_of_every_verb_has_quiet_and_of_most_an_example(verb: list[str]) -> None:
+    text = (GOLDEN / f"help_{'_'.join(verb)}.txt").read_text(encoding="utf-8")
+    assert "-q, --quiet" in text
+    assert verb[0] == "data" or f"  znormseg {' '.join(verb)}" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "advice"),
+    [
+        (("predcit",), "Did you mean 'predict'?"),
+        (("train", "DATA", "RUN", "--conifg", "laptop"), "--config"),
+        (("config", "show", "laptp"), "did you mean laptop?"),
+        (("config", "show", "laptop", "--set", "training.stepps=3"), "did you mean training.steps?"),
+    ],
+    ids=str,
+)
+def test_a_near_miss_is_told_what_was_meant(words: tuple[str, ...], advice: str, znormseg: Call) -> None:
+    ended = znormseg(*words)
+    assert ended.code in (2, 4)
+    assert advice in ended.err
+
+
+def test_quiet_leaves_the_result_alone(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("predict", tiny_run, phantoms, tmp_path, "--quiet")
+    assert ended.err == ""
+    assert "Research use only" in ended.out
+
+
+def test_config_show_prints_what_train_takes(tmp_path: Path, znormseg: Call) -> None:
+    shown = znormseg("config", "show", "laptop", "--set", "training.steps=7")
+    (tmp_path / "mine.yaml").write_text(shown.out, encoding="utf-8")
+    again = znormseg("config", "show", tmp_path / "mine.yaml", "--json")
+    assert json.loads(again.out)["training"]["steps"] == 7
+
+
+def test_config_list_names_them_all(znormseg: Call) -> None:
+    from app.config import config_names
+
+    assert list(only_object(znormseg("config", "list", "--json"))) == config_names()
+
+
+def test_a_table_in_a_terminal_takes_no_id_for_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.cli import terminal
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert "[red]x[/red]" in terminal.table([["case", "ml"], ["[red]x[/red]", "1.0"]])
 
 
 def test_the_help_names_every_config(shell: Call) -> None:

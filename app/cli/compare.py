@@ -12,6 +12,8 @@ from app.cli import terminal
 if TYPE_CHECKING:
     from app.comparison.compare import Comparison
 
+EXAMPLES = "znormseg compare BraTS2021 OUT --arms none,clip,znorm --seeds 3"
+
 
 def compare(
     *,

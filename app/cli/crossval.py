@@ -12,6 +12,10 @@ from app.cli import terminal
 if TYPE_CHECKING:
     from app.crossval.run import CrossValidation
 
+EXAMPLES = """\
+znormseg crossval BraTS2021 OUT --folds 5 --config resunet
+znormseg predict OUT/ensemble NEW_CASES PREDICTIONS"""
+
 
 def crossval(
     *,

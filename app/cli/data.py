@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from app.cli import cache, dicom, prepare, terminal
+from app.cli.verbs import Verb, quietly
 
 app = typer.Typer(
     help="Check, prepare and export data sets, take DICOM studies in and segmentations out, make phantoms, see to the "
@@ -15,11 +16,12 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command(name="prepare")(prepare.prepare)
-app.command(name="cache")(cache.cache)
+app.command(name="prepare", cls=Verb)(quietly(prepare.prepare))
+app.command(name="cache", cls=Verb)(quietly(cache.cache))
 
 
-@app.command()
+@app.command(cls=Verb)
+@quietly
 def check(
     *,
     folder: Annotated[
@@ -85,7 +87,8 @@ def check(
         raise typer.Exit(EXIT_DATA)
 
 
-@app.command()
+@app.command(cls=Verb)
+@quietly
 def export(
     *,
     source: Annotated[Path, typer.Argument(metavar="DATA", help="Data set in any layout that data check recognises.")],
@@ -121,7 +124,8 @@ def export(
         terminal.result(note)
 
 
-@app.command()
+@app.command(cls=Verb)
+@quietly
 def phantom(
     *,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases.")],
@@ -149,5 +153,5 @@ def phantom(
         terminal.result(f"{len(done)} cases in {out}")
 
 
-app.command(name="dicom")(dicom.dicom)
-app.command(name="dicom-seg")(dicom.dicom_seg)
+app.command(name="dicom", cls=Verb)(quietly(dicom.dicom))
+app.command(name="dicom-seg", cls=Verb)(quietly(dicom.dicom_seg))

@@ -9,6 +9,8 @@ import typer
 
 from app.cli import terminal
 
+EXAMPLES = "znormseg demo --out demo"
+
 
 def demo(
     *,

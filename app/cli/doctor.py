@@ -9,6 +9,10 @@ import typer
 
 from app.cli import terminal
 
+EXAMPLES = """\
+znormseg doctor
+znormseg doctor --json"""
+
 
 def doctor(
     *,

@@ -9,6 +9,11 @@ import typer
 
 from app.cli import terminal
 
+EXAMPLES = """\
+znormseg evaluate PREDICTIONS REFERENCES
+znormseg evaluate PREDICTIONS REFERENCES --resample --out scores.csv
+znormseg evaluate RUN DATA --contrast-subsets"""
+
 
 def evaluate(
     *,

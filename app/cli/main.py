@@ -9,27 +9,47 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, crossval, data, demo, doctor, evaluate, plan, predict, terminal, train
+from app.cli import compare, config, crossval, data, demo, doctor, evaluate, plan, predict, terminal, train
+from app.cli.verbs import Verb, Verbs, quietly, verb
 from app.errors import EXIT_INTERRUPTED
 from app.process import share_processors
 
+_FIVE_THINGS = """\
+Usage: znormseg COMMAND ...
+
+Brain-tumour MRI segmentation. What people come for:
+
+  see it work             znormseg demo
+  look over a data set    znormseg data check DATA
+  train on it             znormseg train DATA RUN
+  segment scans with it   znormseg predict RUN SCANS OUTPUT
+  score the result        znormseg evaluate OUTPUT REFERENCES
+
+znormseg doctor says whether this machine is fit; znormseg --help lists all commands.
+Research use only; not a medical device."""
+
 app = typer.Typer(
     name="znormseg",
+    cls=Verbs,
     help="Brain-tumour MRI segmentation: train with ZNorm, predict NIfTI volumes, score them. Research use only.",
-    no_args_is_help=True,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-app.add_typer(data.app, name="data")
-app.command(name="plan")(plan.plan)
-app.command(name="train")(train.train)
-app.command(name="predict")(predict.predict)
-app.command(name="evaluate")(evaluate.evaluate)
-app.command(name="compare")(compare.compare)
-app.command(name="crossval")(crossval.crossval)
-app.command(name="demo")(demo.demo)
-app.command(name="doctor")(doctor.doctor)
+_BEGIN, _TRAIN, _USE = "Begin", "Train", "Predict and score"
+app.command(name="demo", cls=Verb, rich_help_panel=_BEGIN, epilog=demo.EXAMPLES)(quietly(demo.demo))
+app.command(name="doctor", cls=Verb, rich_help_panel=_BEGIN, epilog=doctor.EXAMPLES)(quietly(doctor.doctor))
+app.add_typer(data.app, name="data", rich_help_panel=_BEGIN)
+app.add_typer(config.app, name="config", rich_help_panel=_TRAIN)
+app.command(name="plan", cls=Verb, rich_help_panel=_TRAIN, epilog=plan.EXAMPLES)(quietly(plan.plan))
+app.command(name="train", cls=verb(train.PANELS), rich_help_panel=_TRAIN, epilog=train.EXAMPLES)(quietly(train.train))
+app.command(name="crossval", cls=Verb, rich_help_panel=_TRAIN, epilog=crossval.EXAMPLES)(quietly(crossval.crossval))
+app.command(name="compare", cls=Verb, rich_help_panel=_TRAIN, epilog=compare.EXAMPLES)(quietly(compare.compare))
+app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epilog=predict.EXAMPLES)(
+    quietly(predict.predict)
+)
+app.command(name="evaluate", cls=Verb, rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(quietly(evaluate.evaluate))
 
 
 def _show_version(wanted: bool) -> None:
@@ -49,6 +69,9 @@ def options(
 ) -> None:
     """Take the options that stand before the verb."""
     terminal.settings.debug = debug
+    if context.invoked_subcommand is None:
+        terminal.say(_FIVE_THINGS)
+        raise typer.Exit(2)
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     if several and context.invoked_subcommand != "train":
         raise typer.BadParameter(

@@ -9,6 +9,10 @@ import typer
 
 from app.cli import terminal
 
+EXAMPLES = """\
+znormseg plan BraTS2021 --out plan.yaml --dry-run
+znormseg train BraTS2021 RUN --config plan.yaml"""
+
 
 def plan(
     *,

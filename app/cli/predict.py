@@ -13,6 +13,19 @@ if TYPE_CHECKING:
     from data.labels import Contrast
     from data.layouts import Case
 
+EXAMPLES = """\
+znormseg predict RUN NEW_CASES PREDICTIONS
+znormseg predict RUN PREDICTIONS --t1 a.nii.gz --t1c b.nii.gz --t2 c.nii.gz --flair d.nii.gz
+znormseg predict RUN SCANS PREDICTIONS --prepare --space flair"""
+
+#: Options by task, as the help shows them.
+PANELS = {
+    "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
+    "Scans as they come from the scanner": ("prepare", "space", "mask", "n4"),
+    "How to predict": ("no_postprocess", "device"),
+    "Output": ("labels", "as_json"),
+}
+
 _LABELS_HELP = (
     "Label numbers to write: brats2021 (ET 4), brats2023 (ET 3), brats2024, brats2024-ped, brats2015 or msd; "
     "default as the input's, where its names tell, else as the training data's."

@@ -11,6 +11,8 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -34,6 +36,8 @@ class Settings:
     """Options that stand before the verb."""
 
     debug: bool = False
+    quiet: bool = False
+    """No progress and no notes; warnings and errors stay."""
     stopped_by: str = ""
     """What a signal did to the job, in words."""
 
@@ -65,14 +69,39 @@ def json_result(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1))
 
 
+def complete_config(incomplete: str) -> list[str]:
+    """Names of configs that begin so, for the shell; read from their folder: importing app.config takes seconds."""
+    names = (Path(entry.name).stem for entry in resources.files("app.configs").iterdir() if ".yaml" in entry.name)
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table, the first column to the left, the others to the right."""
+    """Rows of text as a table, the first column to the left, the others to the right; in a terminal with colour."""
+    if sys.stdout.isatty():
+        return _rich_table(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def _rich_table(rows: Sequence[Sequence[str]]) -> str:
+    from rich import box  # noqa: PLC0415 - slow to import, not needed for the help
+    from rich.console import Console  # noqa: PLC0415
+    from rich.table import Table  # noqa: PLC0415
+    from rich.text import Text  # noqa: PLC0415
+
+    drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for column, name in enumerate(rows[0]):
+        drawn.add_column(Text(name), justify="right" if column else "left", no_wrap=column > 0)
+    for row in rows[1:]:
+        drawn.add_row(*map(Text, row))  # as text: a case id is never markup
+    console = Console()
+    with console.capture() as caught:
+        console.print(drawn)
+    return caught.get().strip("\n")
 
 
 @contextmanager
@@ -115,12 +144,17 @@ def fail(error: BaseException) -> int:
 def watched() -> Iterator[OnProgress]:
     """Send the application's messages to stderr, and give a callback that draws its progress there."""
     log = logging.getLogger("znormseg")
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
     log.propagate = False
     # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     drawn: OnProgress
-    if sys.stderr.isatty():
+    if settings.quiet:
+        from app.progress import silent  # noqa: PLC0415
+
+        with _handling(log, logging.StreamHandler(sys.stderr)):
+            yield silent
+    elif sys.stderr.isatty():
         from rich.console import Console  # noqa: PLC0415
         from rich.logging import RichHandler  # noqa: PLC0415
 

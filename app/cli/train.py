@@ -9,6 +9,19 @@ import typer
 
 from app.cli import terminal
 
+EXAMPLES = """\
+znormseg train BraTS2021 RUN
+znormseg train BraTS2021 RUN --config resunet --set training.hours=12 --fold 1
+znormseg train BraTS2021 RUN --resume --set training.hours=24
+znormseg train MYCASES TUNED --init-from RUN --set training.hours=1"""
+
+#: Options by task, as the help shows them.
+PANELS = {
+    "Config": ("config", "overrides"),
+    "Cases": ("fold", "split", "labels", "nan_to_zero", "follow_links"),
+    "Going on from another run": ("resume", "allow", "init_from"),
+}
+
 
 def train(
     *,

@@ -1,0 +1,62 @@
+"""``znormseg config``: the named configs, and what each of their fields means."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+from app.cli.verbs import Verb, quietly
+
+app = typer.Typer(
+    help="Show the named configs, and what each field means.", no_args_is_help=True, rich_markup_mode=None
+)
+
+_OVERRIDE_HELP = "Change one key first; may be repeated."
+
+
+@app.command(
+    cls=Verb,
+    epilog="znormseg config show laptop\nznormseg config show resunet --set training.hours=8 > mine.yaml",
+)
+@quietly
+def show(
+    *,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A named config, or a YAML file.", autocompletion=terminal.complete_config
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help=_OVERRIDE_HELP)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON on stdout.")] = False,
+) -> None:
+    """Print every key of a config with its meaning, as YAML that train takes."""
+    from app.config import load_config, to_plain  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.fields import documented_yaml  # noqa: PLC0415
+
+    config = load_config(name, overrides or [])
+    if as_json:
+        terminal.json_result(to_plain(config))
+    else:
+        terminal.result(documented_yaml(config).rstrip("\n"))
+
+
+@app.command(name="list", cls=Verb, epilog="znormseg config list")
+@quietly
+def list_names(
+    *, as_json: Annotated[bool, typer.Option("--json", help="Print the names as JSON on stdout.")] = False
+) -> None:
+    """List the named configs."""
+    from app.config import config_names, purpose  # noqa: PLC0415 - slow to import, not needed for the help
+
+    purposes = {name: purpose(name) for name in config_names()}
+    if as_json:
+        terminal.json_result(purposes)
+        return
+    width = max(map(len, purposes))
+    for name, what in purposes.items():
+        terminal.result(f"{name:{width}}  {what}")
