@@ -58,13 +58,13 @@ format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# docs/docker.md says what these take: ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
+# docs/docker.md says what these take: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
 .PHONY: image image-test image-lint
 image: ## build the container image with docker, buildah or podman
 	@docker/build.sh
 
-image-test: ## build one and use it: unknown user, read-only, no network
-	@docker/test.sh
+image-test: ## build both targets and use them: unknown user, read-only, no network
+	@for target in $(or $(TARGET),cpu gpu); do TARGET=$$target docker/test.sh || exit 1; done
 
 image-lint: ## hadolint and shellcheck on Dockerfile and docker/
 	@set -e; hadolint=$$(command -v hadolint || echo build/lint/bin/hadolint); \

@@ -1,12 +1,14 @@
 #!/bin/sh
 # Builds the image; `make image` calls this. What it takes, from the environment:
 #   ENGINE          auto (default), docker, buildah or podman
-#   IMAGE           the name; default znormseg:latest
+#   TARGET          gpu (default) or cpu
+#   IMAGE           the name; default znormseg:latest, of cpu znormseg:cpu
 #   BASE_IMAGE      default as in Dockerfile; "debootstrap" makes one of Debian 12 with base.sh
 #   PIP_CERT        file with the certificates to trust, for a proxy that opens TLS
 #   PIP_INDEX_URL   package index instead of PyPI
 #   PIP_FIND_LINKS  folder with wheels, or the address of a page of links
-#   TORCH_INDEX     index of another torch build, as https://download.pytorch.org/whl/cu126
+#   TORCH_INDEX     index of another torch build, as https://download.pytorch.org/whl/cu126; of cpu PyTorch's own, or
+#                   none where PIP_FIND_LINKS is given
 #   IMAGE_WORK      folder for temporary files; default TMPDIR or /tmp
 # http_proxy, https_proxy and no_proxy are handed on. None of all this is left in the image.
 set -eu
@@ -14,7 +16,12 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
 
-IMAGE=${IMAGE:-znormseg:latest}
+TARGET=${TARGET:-gpu}
+case "$TARGET" in
+    gpu) IMAGE=${IMAGE:-znormseg:latest} base_argument=GPU_BASE ;;
+    cpu) IMAGE=${IMAGE:-znormseg:cpu} base_argument=CPU_BASE ;;
+    *) fail "TARGET=$TARGET; allowed are gpu and cpu" ;;
+esac
 [ -z "${PIP_CERT:-}" ] || [ -f "$PIP_CERT" ] || fail "PIP_CERT=$PIP_CERT is not a file"
 case "${PIP_FIND_LINKS:-}" in
     '' | http://* | https://*) ;;
@@ -44,9 +51,9 @@ nameless() { [ "$ENGINE" = docker ] || "$ENGINE" images --quiet --no-trunc --fil
 # its own; a second such build at the same time would suffer.
 undo() {
     [ "${building:-no}" = yes ] || return 0
-    base=${BASE_IMAGE:-$(sed -n 's/^ARG BASE_IMAGE=//p' "$here/../Dockerfile")}
+    base=${BASE_IMAGE:-$(sed -n "s/^ARG $base_argument=//p" "$here/../Dockerfile")}
     base=$("$ENGINE" images --quiet --no-trunc "$base" 2>/dev/null)
-    ours() { "$ENGINE" inspect --type image "$1" 2>/dev/null | grep -q /mnt/znormseg-certs; }
+    ours() { "$ENGINE" inspect --type image "$1" 2>/dev/null | grep -q /mnt/znormseg-scripts; }
     containers | while read -r container image; do
         if ! grep -q "^$container" "$work/containers" && { [ "${base#sha256:}" = "$image" ] || ours "$image"; }; then
             "$ENGINE" rm "$container" >/dev/null
@@ -64,8 +71,11 @@ if [ "${BASE_IMAGE:-}" = debootstrap ]; then
 fi
 
 # Values go through the environment (`--build-arg NAME` without a value), so that `ps` shows no password.
-set -- --file "$here/../Dockerfile" --tag "$IMAGE"
-[ -z "${BASE_IMAGE:-}" ] || set -- "$@" --build-arg "BASE_IMAGE=$BASE_IMAGE"
+set -- --file "$here/../Dockerfile" --target "$TARGET" --tag "$IMAGE"
+[ -z "${BASE_IMAGE:-}" ] || set -- "$@" --build-arg "$base_argument=$BASE_IMAGE"
+version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/../pyproject.toml")
+revision=$(git -C "$here/.." describe --always --dirty --abbrev=40 --match '' 2>/dev/null || :)
+set -- "$@" --build-arg "VERSION=$version" --build-arg "REVISION=$revision"
 if [ -n "${PIP_CERT:-}" ]; then
     mkdir "$work/certs"
     cp -- "$PIP_CERT" "$work/certs/ca.pem"
@@ -84,9 +94,13 @@ case "${PIP_FIND_LINKS:-}" in
         ;;
 esac
 [ -z "${PIP_INDEX_URL:-}" ] || set -- "$@" --build-arg PIP_INDEX_URL
-[ -z "${TORCH_INDEX:-}" ] || set -- "$@" --build-arg TORCH_INDEX
+if [ -n "${TORCH_INDEX:-}" ]; then
+    set -- "$@" --build-arg TORCH_INDEX
+elif [ -n "${PIP_FIND_LINKS:-}" ]; then
+    set -- "$@" --build-arg TORCH_INDEX=
+fi
 
-say "building $IMAGE with $ENGINE"
+say "building $IMAGE, target $TARGET, with $ENGINE"
 containers >"$work/containers"
 nameless >"$work/nameless"
 building=yes

@@ -1,7 +1,8 @@
 #!/bin/sh
 # Builds an image and uses it as a hospital would: a user it does not know, read-only root, no network, 64 MB /dev/shm.
 # `make image-test` calls this. Stops at the first check that fails. From the environment, besides what build.sh takes:
-#   TEST_IMAGE   name of the image it makes; default znormseg:image-test
+#   TARGET       gpu (default) or cpu; `make image-test` does one after the other
+#   TEST_IMAGE   name of the image it makes; default znormseg:image-test, of cpu znormseg:image-test-cpu
 #   BASE_IMAGE   default: Dockerfile's where docker builds, else "debootstrap"
 #   RUNNER       auto (default), docker, podman, or emulated (unshare, bind mounts, chroot; needs root and buildah)
 # "ok" is a check that passed, "note" a fact.
@@ -10,7 +11,12 @@ here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
 . "$here/lib.sh"
 
-IMAGE=${TEST_IMAGE:-znormseg:image-test}
+TARGET=${TARGET:-gpu}
+case "$TARGET" in
+    gpu) IMAGE=${TEST_IMAGE:-znormseg:image-test} ;;
+    cpu) IMAGE=${TEST_IMAGE:-znormseg:image-test-cpu} ;;
+    *) fail "TARGET=$TARGET; allowed are gpu and cpu" ;;
+esac
 RUNNER=${RUNNER:-auto}
 runner_flags='' run_flags=''
 caller=1234
@@ -180,10 +186,10 @@ fi
 if [ "${BASE_IMAGE:-}" = debootstrap ]; then
     BASE_IMAGE=$(ENGINE=$ENGINE "$here/base.sh")
 fi
-note "engine: $("$ENGINE" --version | head -n 1); base: ${BASE_IMAGE:-as in Dockerfile}"
+note "target: $TARGET; engine: $("$ENGINE" --version | head -n 1); base: ${BASE_IMAGE:-as in Dockerfile}"
 before=$(identity)
 started=$(date +%s)
-if ! ENGINE=$ENGINE IMAGE=$IMAGE BASE_IMAGE=${BASE_IMAGE:-} "$here/build.sh" >"$work/build.log" 2>&1; then
+if ! ENGINE=$ENGINE TARGET=$TARGET IMAGE=$IMAGE BASE_IMAGE=${BASE_IMAGE:-} "$here/build.sh" >"$work/build.log" 2>&1; then
     tail -n 40 "$work/build.log"
     broken "the build; above are the last lines of its log"
 fi
@@ -202,7 +208,11 @@ case "$(config User)" in
 esac
 ok "ENTRYPOINT $(config Entrypoint), WORKDIR $(config WorkingDir), USER $(config User)"
 
+wanted=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/../pyproject.toml")
 inspect >"$work/inspect"
+grep -qF "\"org.opencontainers.image.version\": \"$wanted\"" "$work/inspect" || broken "no label says version $wanted"
+ok "labels: version $wanted, revision $(sed -n 's/.*"org.opencontainers.image.revision": "\(.*\)".*/\1/p' "$work/inspect" | head -n 1)"
+
 for value in $given; do
     if [ "$value" != https://pypi.org/simple ] && grep -qF -e "$value" "$work/inspect"; then
         broken "config or history names $value"
@@ -246,6 +256,20 @@ print(len(have), "packages; in neither file:", rest)
 ' >"$work/pins" || broken "versions differ from constraints.txt or docker/constraints.txt"
 ok "versions are those of constraints.txt and docker/constraints.txt"
 note "$(cat "$work/pins")"
+
+if [ "$TARGET" = cpu ]; then
+    found=$(look python -c '
+import importlib.metadata as m, torch
+print(torch.version.cuda or "", *[d.metadata["Name"] for d in m.distributions() if d.metadata["Name"].startswith("nvidia")])')
+    [ -z "$found" ] || broken "a CPU image with CUDA: $found"
+    ok "torch without CUDA, no CUDA libraries"
+else
+    # shellcheck disable=SC2016 # the shell inside expands it
+    tool sh -c 'printf "#include <Python.h>\nint main(void) { return 0; }\n" >/tmp/probe.c &&
+        gcc $(python3 -c "import sysconfig; print(\"-I\" + sysconfig.get_path(\"include\"))") -o /tmp/probe /tmp/probe.c' ||
+        broken "gcc cannot compile against Python.h, which Triton needs"
+    ok "gcc compiles against Python.h, as Triton does"
+fi
 
 # ---- the container ----------------------------------------------------------------------------------------------
 

@@ -16,7 +16,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
-LAST_STAGE = DOCKERFILE[DOCKERFILE.rindex("\nFROM ") :]
+FINAL_STAGES = {
+    target: re.search(rf"^FROM \S+ AS {target}$.*?(?=^FROM |\Z)", DOCKERFILE, re.MULTILINE | re.DOTALL)[0]  # type: ignore[index]
+    for target in ("gpu", "cpu")
+}
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh"))
 HANDED_TO_THE_BUILD = ("PIP_CERT", "PIP_INDEX_URL", "PIP_FIND_LINKS", "TORCH_INDEX")
 
@@ -62,26 +65,32 @@ def test_no_version_is_pinned_twice() -> None:
     assert not set(pinned[0]) & set(pinned[1])
 
 
-def test_the_base_is_pinned_by_digest() -> None:
-    assert re.search(r"^ARG BASE_IMAGE=\S+:\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
+def test_the_gpu_base_is_pinned_by_digest() -> None:
+    assert re.search(r"^ARG GPU_BASE=\S+:\S+@sha256:[0-9a-f]{64}$", DOCKERFILE, re.MULTILINE)
 
 
-def test_the_image_starts_znormseg_as_a_plain_user_away_from_app() -> None:
-    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", LAST_STAGE, re.MULTILINE)[-1]) == ["znormseg"]
-    assert re.findall(r"^USER (.*)$", LAST_STAGE, re.MULTILINE) == ["1000:1000"]
-    assert re.findall(r"^WORKDIR (.*)$", LAST_STAGE, re.MULTILINE) == ["/workspace"]
+def test_where_no_target_is_named_the_gpu_image_is_built() -> None:
+    assert re.findall(r"^FROM \S+ AS (\S+)$", DOCKERFILE, re.MULTILINE)[-1] == "gpu"
 
 
-def test_home_and_caches_share_one_writable_place() -> None:
+@pytest.mark.parametrize("stage", FINAL_STAGES.values(), ids=FINAL_STAGES)
+def test_the_image_starts_znormseg_as_a_plain_user_away_from_app(stage: str) -> None:
+    assert json.loads(re.findall(r"^ENTRYPOINT (.*)$", stage, re.MULTILINE)[-1]) == ["znormseg"]
+    assert re.findall(r"^USER (.*)$", stage, re.MULTILINE) == ["1000:1000"]
+    assert re.findall(r"^WORKDIR (.*)$", stage, re.MULTILINE) == ["/workspace"]
+
+
+@pytest.mark.parametrize("stage", FINAL_STAGES.values(), ids=FINAL_STAGES)
+def test_home_and_caches_share_one_writable_place(stage: str) -> None:
     for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "NILEARN_DATA", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        assert re.search(rf"\b{name}=/tmp/znormseg/\w+", LAST_STAGE), name
-    assert re.search(r"\bHOME=/tmp/znormseg ", LAST_STAGE)
+        assert re.search(rf"\b{name}=/tmp/znormseg/\w+", stage), name
+    assert re.search(r"\bHOME=/tmp/znormseg ", stage)
 
 
 @pytest.mark.parametrize("name", HANDED_TO_THE_BUILD)
 def test_what_the_build_is_handed_is_an_argument_and_unknown_to_the_last_stage(name: str) -> None:
-    assert re.search(rf"^ARG {name}=$", DOCKERFILE, re.MULTILINE)
-    assert name not in LAST_STAGE
+    assert len(re.findall(rf"^ARG {name}=", DOCKERFILE, re.MULTILINE)) == len(FINAL_STAGES)
+    assert not any(name in stage for stage in FINAL_STAGES.values())
 
 
 def test_requirements_lists_what_pyproject_asks_for(shell: Callable[..., Any]) -> None:
@@ -111,6 +120,7 @@ def test_without_an_engine_one_line_says_what_to_install(script: str, without_en
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
+        ("TARGET", "tpu", "TARGET=tpu; allowed are gpu and cpu"),
         ("ENGINE", "nerdctl", "allowed are auto, docker, buildah, podman"),
         ("ENGINE", "buildah", "there is no buildah on PATH"),
         ("PIP_CERT", "/nowhere/ca.pem", "PIP_CERT=/nowhere/ca.pem is not a file"),

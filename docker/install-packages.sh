@@ -1,0 +1,20 @@
+#!/bin/sh
+# In the build of an image: what znormseg stands on, into /opt/venv; pip lives beside it, in /opt/pip, and stays behind.
+# From the environment: TORCH_INDEX, and what pip takes by itself.
+set -eu
+python3 -c 'import ensurepip' 2>/dev/null || "$(dirname "$0")/install-python.sh" python3-venv
+python3 -m venv /opt/pip
+python3 -m venv --without-pip /opt/venv
+python3 requirements.py build >build.txt
+python3 requirements.py run >run.txt
+# Wheels only: a source package would run code of its own.
+export PIP_ONLY_BINARY=:all:
+PIP_CONSTRAINT=/src/constraints.txt
+[ -n "$TORCH_INDEX" ] || PIP_CONSTRAINT="$PIP_CONSTRAINT /src/torch-constraints.txt"
+export PIP_CONSTRAINT
+/opt/pip/bin/pip install -r build.txt
+if [ -n "$TORCH_INDEX" ]; then
+    /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --index-url "$TORCH_INDEX" torch
+fi
+/opt/pip/bin/pip --python /opt/venv/bin/python install -r run.txt
+/opt/pip/bin/pip --python /opt/venv/bin/python check
