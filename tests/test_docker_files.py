@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text(encoding="utf-8")
@@ -137,3 +138,11 @@ def test_a_setting_that_cannot_work_is_refused_before_the_build(
     assert says in ended.stderr
     assert len(ended.stderr.splitlines()) == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["bin"]
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_calls_verbs_that_there_are(name: str, znormseg: Callable[..., Any]) -> None:
+    services = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))["services"]
+    assert set(services) == {"train", "predict"}
+    for service in services.values():
+        assert znormseg(service.get("command", ["predict"])[0], "--help").code == 0
