@@ -102,7 +102,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a checkpoint that contradicts its config": Guard(
         "app/inference/model.py",
-        'if details.get("takes_missing_contrasts", False) != config.takes_missing_contrasts:',
+        'if details.get("takes_missing_contrasts", False) != takes_missing_contrasts:',
         "if False:",
         "test_app_missing_contrasts.py::test_a_checkpoint_that_contradicts_its_config_is_refused",
     ),

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.model import Predictor
-from app.inference.probabilities import predict_codes
+from app.inference.probabilities import ladder_for, predict_codes
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.progress import LOG, OnProgress, silent
 from app.runlog import write_json
@@ -86,6 +86,8 @@ class ComputedCase:
     """By contrast: voxels that were NaN or infinite and were taken as 0."""
     missing: tuple[Contrast, ...]
     """Contrasts that the case lacks."""
+    ladder: tuple[str, ...]
+    """What was done where memory was short, in sentences."""
     seconds: Mapping[str, float]
     """Spent on ``read`` and ``compute``."""
 
@@ -110,7 +112,8 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
 def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
     """Predict a prepared case; the one of the three parts that uses the device."""
     began = time.monotonic()
-    codes = predict_codes(model, given.prepared, runtime)
+    ladder = ladder_for(given.options)
+    codes = predict_codes(model, given.prepared, runtime, options=given.options, ladder=ladder)
     return ComputedCase(
         case=given.case,
         codes=codes,
@@ -118,6 +121,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
         options=given.options,
         zeroed=given.prepared.zeroed,
         missing=missing_contrasts(given.prepared.present),
+        ladder=tuple(ladder.said),
         seconds={"read": given.seconds, "compute": time.monotonic() - began},
     )
 
@@ -146,6 +150,7 @@ def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: 
             "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
             "nan_to_zero": dict(computed.zeroed),
             "missing_contrasts": list(computed.missing),
+            "ladder": list(computed.ladder),
         },
     )
 
