@@ -223,3 +223,35 @@ def test_memory_that_runs_out_in_predict_stands_in_the_json(
         for window in ("16x16x16", "8x16x16", "8x8x16")
     ]
     assert len(list(tmp_path.glob("*.nii.gz"))) == 1
+
+
+@pytest.fixture
+def a_huge_case(tmp_path: Path) -> Path:
+    """A case of 512x512x512 voxels, most of them brain, at the spacing of the tiny run; its contrasts are one file."""
+    import nibabel as nib
+
+    voxels = np.zeros((512, 512, 512), dtype=np.uint8)
+    voxels[4:-4, 4:-4, 4:-4] = 1 + np.arange(504, dtype=np.uint8)[:, None] % 7
+    folder = tmp_path / "BraTS2021_00512"
+    folder.mkdir()
+    first = folder / "BraTS2021_00512_t1.nii"
+    nib.save(nib.Nifti1Image(voxels, np.diag([-4.0, -4.0, 4.0, 1.0])), first)
+    for contrast in ("t1ce", "t2", "flair"):
+        first.with_name(f"BraTS2021_00512_{contrast}.nii").hardlink_to(first)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_case_of_512_voxels_along_each_axis_stays_below_six_gigabytes(
+    tiny_run: Path, a_huge_case: Path, tmp_path: Path, shell: Call
+) -> None:
+    code = (
+        "from app.cli.main import run\nfrom app.machine import memory_of\n"
+        "try: run()\nexcept SystemExit as end: print(end.code, memory_of().peak)"
+    )
+    more = ["--window", "128,128,128", "--overlap", "0.1", "--max-memory-gb", "6", "--device", "cpu"]
+    ended = shell(["python", "-c", code, "predict", tiny_run, a_huge_case, tmp_path / "out", *more], timeout=900)
+    ended_with, peak = ended.out.splitlines()[-1].split()
+    assert ended_with == "0", ended.err
+    assert int(peak) < 6 * GB
+    assert (tmp_path / "out" / "BraTS2021_00512.nii.gz").is_file()
