@@ -9,10 +9,11 @@ Same weights, same case, every command a process of its own, timed from its star
 - MONAI as in its BraTS bundle: window 240x240x160, overlap 0.5, fp32, MONAI's transforms and SlidingWindowInferer;
 - MONAI with Gaussian windows of 128x128x128, overlap 0.5, fp32.
 
-RUN is the folder of a trained run; ``random-segresnet`` (16 filters, as the bundle) or ``random-resunet`` (as the config
-resunet-znorm) makes one of random weights. ``--small`` cuts the case to every third voxel and the windows to a third, to
-try this script itself. Reported: seconds and peak resident memory of each, parts of znormseg's, voxels of the brain with
-another label, Dice with the truth where the case has one, and what the network reaches of the machine's measured peak.
+RUN is the folder of a trained run; ``random-segresnet`` (16 filters, as the bundle) or ``random-resunet`` (as the
+config resunet-znorm) makes one of random weights. ``--small`` cuts the case to every third voxel and the windows to a
+third, to try this script itself. Reported: seconds and peak resident memory of each, parts of znormseg's, voxels of the
+brain with another label, Dice with the truth where the case has one, and what the network reaches of the machine's
+measured peak.
 """
 
 from __future__ import annotations

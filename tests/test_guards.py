@@ -60,7 +60,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "an ensemble of networks that do not go together": Guard(
         "app/inference/ensemble.py",
-        "        require_alike(folder, first, model)\n",
+        "        require_alike(folder, first, facts_of(model))\n",
         "",
         "test_app_ensemble.py::test_networks_of_different_spacings_are_refused",
     ),
