@@ -132,7 +132,7 @@ def prepare(
         own, voxels = parts.pop(contrast)
         inside = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(own, box, strict=True))
         brain[inside] |= voxels != 0
-        image[(number, *inside)] = zscore_nonzero(voxels)
+        image[number][inside] = zscore_nonzero(voxels)
         del voxels
     codes = _read_codes(case, canonical, convention)[box] if convention is not None else None
     target = spacing_mm if spacing_mm is not None and not _close(own_spacing, spacing_mm) else own_spacing
