@@ -13,17 +13,22 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
 
-import safetensors.torch
-import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from app.errors import RunError
 from app.progress import LOG
 from app.runlog import write_durably, write_json
+
+# torch is imported where it is used: predicting with OpenVINO reads arrays, and does without it.
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+T = TypeVar("T")
 
 Kind = Literal["best", "last"]
 
@@ -39,19 +44,23 @@ _RNG: Final = "rng."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Checkpoint:
-    """What a checkpoint holds, in memory."""
+class Saved(Generic[T]):
+    """What a checkpoint holds, in memory, as tensors or as arrays."""
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: dict[str, T]
     details: dict[str, Any]
     """The JSON beside the tensors."""
     sha256: str
 
     @property
-    def weights(self) -> dict[str, Tensor]:
+    def weights(self) -> dict[str, T]:
         """The network's state dict."""
         return _section(self.tensors, _WEIGHTS)
+
+
+class Checkpoint(Saved["Tensor"]):
+    """What a checkpoint holds, as torch's tensors."""
 
 
 def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
@@ -66,6 +75,8 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
         tensors: as of :func:`weight_tensors`, :func:`optimizer_tensors`.
         details: plain data that goes into the JSON.
     """
+    import safetensors.torch  # noqa: PLC0415 - see above
+
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{step:09d}.safetensors"
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
@@ -109,6 +120,39 @@ def load_newest(
     Raises:
         RunError: there are checkpoints, and each is damaged or not fit.
     """
+
+    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Checkpoint:
+        import safetensors.torch  # noqa: PLC0415 - see above
+
+        return Checkpoint(step=step, tensors=safetensors.torch.load(content), details=details, sha256=sha256)
+
+    return _newest(folder, kind, unpack, unfit)
+
+
+def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
+    """The same as numpy's arrays, without torch.
+
+    Raises:
+        RunError: as :func:`load_newest`.
+    """
+
+    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Saved[npt.NDArray[np.generic]]:
+        import safetensors.numpy  # noqa: PLC0415 - beside its sibling
+
+        return Saved(step=step, tensors=safetensors.numpy.load(content), details=details, sha256=sha256)
+
+    return _newest(folder, kind, unpack, lambda _: None)
+
+
+_Found = TypeVar("_Found", bound=Saved[Any])
+
+
+def _newest(
+    folder: Path,
+    kind: Kind,
+    unpack: Callable[[int, bytes, dict[str, Any], str], _Found],
+    unfit: Callable[[_Found], str | None],
+) -> _Found | None:
     refused: list[str] = []
     for step, stem in sorted(_saved(folder, kind).items(), reverse=True):
         if not stem.with_suffix(".json").exists():
@@ -116,7 +160,7 @@ def load_newest(
             refused.append(f"{stem.with_suffix('.safetensors')}: its JSON is missing")
             continue
         try:
-            found = _load(stem, step)
+            found = _load(stem, step, unpack)
             if (reason := unfit(found)) is not None:
                 raise RunError(f"{stem.with_suffix('.safetensors')}: {reason}")
         except RunError as error:
@@ -130,7 +174,7 @@ def load_newest(
     raise RunError(" ".join(_sentence(reason) for reason in refused) + " Restore both from a copy, or train again.")
 
 
-def _load(stem: Path, step: int) -> Checkpoint:
+def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], str], _Found]) -> _Found:
     """One pair.
 
     Raises:
@@ -153,10 +197,9 @@ def _load(stem: Path, step: int) -> Checkpoint:
     if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
         raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
     try:
-        tensors = safetensors.torch.load(content)
+        return unpack(step, content, details, digest)
     except SafetensorError as error:
         raise RunError(f"{tensors_path}: not a safetensors file ({error})") from error
-    return Checkpoint(step=step, tensors=tensors, details=details, sha256=digest)
 
 
 def weight_tensors(network: nn.Module) -> dict[str, Tensor]:
@@ -166,11 +209,13 @@ def weight_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state by parameter: its tensors, and what is no tensor as plain data."""
+    import torch  # noqa: PLC0415 - see above
+
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
     for index, state in optimizer.state_dict()["state"].items():
         for key, value in state.items():
-            if isinstance(value, Tensor):
+            if isinstance(value, torch.Tensor):
                 tensors[f"{_OPTIMIZER}{index}.{key}"] = value
             else:
                 plain[f"{index}.{key}"] = value
@@ -194,13 +239,17 @@ def _in_layout_of(parameter: Tensor, value: Any) -> Any:
 
     Fused optimisers walk both in memory order, whatever the strides.
     """
-    if not isinstance(value, Tensor) or value.shape != parameter.shape:
+    import torch  # noqa: PLC0415 - see above
+
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
     return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
 
 
 def rng_tensors() -> dict[str, Tensor]:
     """State of torch's random generators (dropout uses them)."""
+    import torch  # noqa: PLC0415 - see above
+
     tensors = {f"{_RNG}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors[f"{_RNG}cuda"] = torch.cuda.get_rng_state()
@@ -209,6 +258,8 @@ def rng_tensors() -> dict[str, Tensor]:
 
 def restore_rng(checkpoint: Checkpoint) -> None:
     """Put back what :func:`rng_tensors` took."""
+    import torch  # noqa: PLC0415 - see above
+
     states = _section(checkpoint.tensors, _RNG)
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
@@ -233,7 +284,7 @@ def _sentence(text: str) -> str:
     return text if text.endswith(".") else f"{text}."
 
 
-def _section(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def _section(tensors: dict[str, T], prefix: str) -> dict[str, T]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 

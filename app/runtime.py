@@ -7,12 +7,14 @@ import platform
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Final, Literal
-
-import torch
+from typing import TYPE_CHECKING, Final, Literal
 
 from app.errors import DeviceError
 from app.machine import cores
+
+# torch is imported where it is used: predicting with OpenVINO does without it, and it takes a second.
+if TYPE_CHECKING:
+    import torch
 
 #: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
@@ -47,24 +49,45 @@ class RuntimeConfig:
 class Runtime:
     """What is computed on, and why."""
 
-    device: torch.device
-    precision: torch.dtype
+    device_name: str
+    """``cpu`` or ``cuda:N``."""
+    precision_name: Literal["float32", "bfloat16", "float16"]
     channels_last: bool
     reasons: tuple[str, ...]
+    backend: Literal["torch", "openvino"] = "torch"
+    """What computes a trained network; only ``predict`` knows another than torch."""
+
+    @property
+    def device(self) -> torch.device:
+        """Of tensors."""
+        import torch  # noqa: PLC0415 - see above
+
+        return torch.device(self.device_name)
+
+    @property
+    def precision(self) -> torch.dtype:
+        """Of the matrix products."""
+        import torch  # noqa: PLC0415 - see above
+
+        return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.precision_name]
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
+        import torch  # noqa: PLC0415 - see above
+
         lower = torch.bfloat16 if self.precision is torch.float32 else self.precision
         return torch.autocast(self.device.type, lower, enabled=self.precision is not torch.float32)
 
     @property
     def scales_gradients(self) -> bool:
         """Whether training scales its loss: small gradients are 0 in float16."""
-        return self.precision is torch.float16
+        return self.precision_name == "float16"
 
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory layout of the network's weights and input."""
+        import torch  # noqa: PLC0415 - see above
+
         return torch.channels_last_3d if self.channels_last else torch.contiguous_format
 
 
@@ -85,8 +108,8 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
         device_reason = f"device {device}: the GPU of process {local_rank} of this host"
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
-        device=device,
-        precision=precision,
+        device_name=str(device),
+        precision_name=precision,
         channels_last=config.channels_last,
         reasons=(device_reason, precision_reason),
     )
@@ -97,6 +120,8 @@ def _set_deterministic(*, on: bool) -> None:
 
     Source: PyTorch's notes on reproducibility.
     """
+    import torch  # noqa: PLC0415 - see above
+
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
         torch.backends.cudnn.benchmark = False
@@ -106,18 +131,22 @@ def _set_deterministic(*, on: bool) -> None:
 
 def versions() -> dict[str, str]:
     """Versions that a result depends on."""
-    names = ("znormseg", "torch", "monai", "nibabel", "numpy")
+    names = ("znormseg", "torch", "monai", "openvino", "nibabel", "numpy")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
 def machine() -> str:
     """Processor, cores and GPU, in one line."""
+    import torch  # noqa: PLC0415 - see above
+
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor()}, {cores()} cores{gpu}"
 
 
 def _own_device(wanted: str, local_rank: int | None) -> str:
     """The device that one of several processes on a host takes."""
+    import torch  # noqa: PLC0415 - see above
+
     if local_rank is None or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
     if _is_cuda_index(wanted):
@@ -134,6 +163,8 @@ def _own_device(wanted: str, local_rank: int | None) -> str:
 
 
 def _choose_device(wanted: str) -> tuple[torch.device, str]:
+    import torch  # noqa: PLC0415 - see above
+
     cuda = torch.cuda.is_available()
     if wanted == "cpu":
         return torch.device("cpu"), "device cpu: asked for"
@@ -150,19 +181,28 @@ def _choose_device(wanted: str) -> tuple[torch.device, str]:
     return torch.device("cuda", device.index or 0), f"device {wanted}: asked for"
 
 
-def _choose_precision(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+def _choose_precision(
+    wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device
+) -> tuple[Literal["float32", "bfloat16", "float16"], str]:
     if wanted != "auto":
-        return getattr(torch, wanted), f"precision {wanted}: asked for"
+        return wanted, f"precision {wanted}: asked for"
     if device.type == "cuda":
+        import torch  # noqa: PLC0415 - see above
+
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "precision bfloat16: the GPU has it"
+            return "bfloat16", "precision bfloat16: the GPU has it"
         if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
-            return torch.float16, "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
-        return torch.float32, "precision float32: the GPU has neither bfloat16 nor tensor cores"
+            return "float16", "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
+        return "float32", "precision float32: the GPU has neither bfloat16 nor tensor cores"
+    return cpu_precision()
+
+
+def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
+    """What a CPU multiplies fastest, and why."""
     if found := sorted(BF16_FLAGS & cpu_flags()):
-        return torch.bfloat16, f"precision bfloat16: the CPU has {', '.join(found)}"
-    return torch.float32, "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
+        return "bfloat16", f"precision bfloat16: the CPU has {', '.join(found)}"
+    return "float32", "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
 
 
 def cpu_flags() -> set[str]:

@@ -7,9 +7,9 @@ whoever holds it (as probabilities, not labels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Final
 
@@ -39,6 +39,11 @@ MAX_NONZERO_FACES: Final = 0.5
 SPACING_TOLERANCE: Final = 0.02
 #: A share this close to one half counts as one half, so that the rounding of affines decides no tie.
 TIE_TOLERANCE: Final = 1e-3
+#: Voxels whose float64 copies may be held at once: more than any brain at 0.5 mm has, so that only larger volumes are
+#: summed part by part.
+_AT_ONCE: Final = 1 << 25
+
+Box = tuple[slice, slice, slice]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,29 +101,39 @@ def prepare(
     """
     case.require(all_contrasts=all_contrasts)
     present = tuple(contrast for contrast in CONTRASTS if all_contrasts or contrast in case.contrasts)
-    volumes: dict[Contrast, Volume] = {}
-    for contrast in present:
+    canonical: Volume | None = None
+    native_affine = np.eye(4)
+    # One whole volume at a time is held, and of each its own box: of large scans the four together would not fit.
+    parts: dict[Contrast, tuple[Box, npt.NDArray[np.float32]]] = {}
+    zeroed: dict[Contrast, int] = {}
+    for contrast in (case.reference, *(one for one in present if one != case.reference)):
         with _naming(case, f"contrast {contrast}"):
-            volumes[contrast] = read_volume(
-                case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
-            )
-    reference = volumes[case.reference]
-    native_affine = reference.affine
-    canonical = reorient(reference)
-    for contrast, volume in volumes.items():
-        volumes[contrast] = in_order_of(canonical, volume)
-        _require_same_grid(case, canonical, volumes[contrast], contrast)
-    zeroed = {contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed}
-    image = np.stack([volume.voxels for volume in volumes.values()])
-    del volumes
-    for contrast, voxels in zip(present, image, strict=True):
-        if (problem := image_problem(voxels)) is not None:
+            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
+        if canonical is None:
+            native_affine, volume = volume.affine, reorient(volume)
+            canonical = replace(volume, voxels=np.broadcast_to(np.float32(0), volume.voxels.shape))  # takes no memory
+        else:
+            volume = in_order_of(canonical, volume)
+            _require_same_grid(case, canonical, volume, contrast)
+        if volume.zeroed:
+            zeroed[contrast] = volume.zeroed
+        if (problem := image_problem(volume.voxels)) is not None:
             raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: {problem}.")
-    box = brain_box(image)
+        own = smallest_box(volume.voxels != 0)
+        parts[contrast] = (own, volume.voxels[own].copy())
+        del volume
+    assert canonical is not None
+    box = _around([own for own, _ in parts.values()])
     own_spacing = canonical_spacing(native_affine)
-    canonical_shape = (int(image.shape[1]), int(image.shape[2]), int(image.shape[3]))
-    brain = (image[:, *box] != 0).any(axis=0)
-    image = np.stack([zscore_nonzero(voxels[box]) for voxels in image])
+    canonical_shape = _shape_of(canonical.voxels)
+    image = np.zeros((len(present), *(part.stop - part.start for part in box)), dtype=np.float32)
+    brain = np.zeros(image.shape[1:], dtype=bool)
+    for number, contrast in enumerate(present):
+        own, voxels = parts.pop(contrast)
+        inside = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(own, box, strict=True))
+        brain[inside] |= voxels != 0
+        image[number][inside] = zscore_nonzero(voxels)
+        del voxels
     codes = _read_codes(case, canonical, convention)[box] if convention is not None else None
     target = spacing_mm if spacing_mm is not None and not _close(own_spacing, spacing_mm) else own_spacing
     if target is not own_spacing:
@@ -134,7 +149,7 @@ def prepare(
         box=box,
         canonical_shape=canonical_shape,
         native_affine=native_affine,
-        zeroed=zeroed,
+        zeroed={contrast: zeroed[contrast] for contrast in present if contrast in zeroed},
     )
 
 
@@ -190,13 +205,45 @@ def zscore_nonzero(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         [0.0, -1.0, 1.0]
     """
     brain = voxels != 0
-    values = voxels[brain].astype(np.float64)
-    if values.size == 0:
-        return np.zeros_like(voxels)
-    spread = values.std()
     scaled = np.zeros_like(voxels)
-    scaled[brain] = (values - values.mean()) / (spread if spread > 0 else 1.0)
+    if not brain.any():
+        return scaled
+    mean, spread = _mean_and_spread(voxels, brain)
+    for part in _parts(voxels.shape):
+        values = voxels[part][brain[part]].astype(np.float64)
+        scaled[part][brain[part]] = (values - mean) / (spread if spread > 0 else 1.0)
     return scaled
+
+
+def _mean_and_spread(voxels: npt.NDArray[np.float32], marked: npt.NDArray[np.bool_]) -> tuple[float, float]:
+    """Mean and standard deviation of the marked voxels, in float64; of very large volumes part by part."""
+    count = int(np.count_nonzero(marked))
+    if count <= _AT_ONCE:
+        values = voxels[marked].astype(np.float64)
+        return float(values.mean()), float(values.std())
+    mean = sum(float(voxels[part][marked[part]].sum(dtype=np.float64)) for part in _parts(voxels.shape)) / count
+    squares = sum(
+        float(((voxels[part][marked[part]].astype(np.float64) - mean) ** 2).sum()) for part in _parts(voxels.shape)
+    )
+    return mean, float(np.sqrt(squares / count))
+
+
+def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slabs along the first axis, of at most :data:`_AT_ONCE` voxels where one plane is less."""
+    planes = max(1, _AT_ONCE // 4 // max(1, int(np.prod(shape[1:]))))
+    for start in range(0, shape[0], planes):
+        yield slice(start, start + planes)
+
+
+def _around(boxes: Sequence[Box]) -> Box:
+    """The smallest box that holds several."""
+    x, y, z = (slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in range(3))
+    return (x, y, z)
+
+
+def _shape_of(voxels: npt.NDArray[np.float32]) -> tuple[int, int, int]:
+    x, y, z = voxels.shape
+    return (x, y, z)
 
 
 def brain_box(image: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:

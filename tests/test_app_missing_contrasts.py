@@ -38,12 +38,13 @@ def dropout_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pyte
 @pytest.fixture(scope="session")
 def subset_table(dropout_run: Path, phantoms: Path) -> Any:
     """The table of that run on its validation cases."""
+    from app.inference.backends.choose import choose_backend
     from app.inference.model import load_model
     from app.inference.subsets import choose_cases, score_subsets
-    from app.runtime import RuntimeConfig, choose_runtime
+    from app.runtime import RuntimeConfig
     from data.layouts import find_cases
 
-    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
     cases = choose_cases(dropout_run, find_cases(phantoms), "validation")
     return score_subsets(load_model(dropout_run, runtime), cases, runtime)
 
@@ -94,7 +95,7 @@ def test_only_a_run_with_dropout_has_presence_channels(tiny_run: Path, dropout_r
     from app.runtime import RuntimeConfig, choose_runtime
 
     runtime = choose_runtime(RuntimeConfig(device="cpu"))
-    channels = [next(load_model(run, runtime).network.parameters()).shape[1] for run in (tiny_run, dropout_run)]
+    channels = [load_model(run, runtime).engine.graph.in_channels for run in (tiny_run, dropout_run)]
     assert channels == [4, 8]
 
 

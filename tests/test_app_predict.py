@@ -54,12 +54,13 @@ def assert_same_grid(label_map: Path, image: Path) -> None:
 @pytest.fixture(scope="session")
 def label_maps(tiny_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What the tiny run predicts for all phantoms."""
+    from app.inference.backends.choose import choose_backend
     from app.inference.model import load_model
     from app.inference.predict import predict
-    from app.runtime import RuntimeConfig, choose_runtime
+    from app.runtime import RuntimeConfig
     from data.layouts import find_cases
 
-    runtime, folder = choose_runtime(RuntimeConfig(device="cpu")), tmp_path_factory.mktemp("label_maps")
+    runtime, folder = choose_backend("auto", RuntimeConfig(device="cpu")), tmp_path_factory.mktemp("label_maps")
     predict(load_model(tiny_run, runtime), find_cases(phantoms), folder, runtime=runtime)
     return folder
 

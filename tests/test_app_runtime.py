@@ -129,7 +129,7 @@ def test_a_device_of_no_known_kind_is_refused_with_those_allowed(device: str) ->
 
 def test_versions_name_every_package_that_a_result_depends_on() -> None:
     found = versions()
-    assert set(found) == {"python", "znormseg", "torch", "monai", "nibabel", "numpy"}
+    assert set(found) == {"python", "znormseg", "torch", "monai", "openvino", "nibabel", "numpy"}
     assert "unknown" not in found.values()
 
 

@@ -13,7 +13,8 @@ from monai.data.utils import compute_importance_map
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
 
-from app.inference.windows import gaussian_weights, sliding_logits, window_places, window_starts
+from app.inference.places import window_places, window_starts
+from app.inference.windows import gaussian_weights, sliding_logits
 from app.runtime import Runtime, RuntimeConfig, choose_runtime
 
 SIZES = st.integers(1, 120)

@@ -309,3 +309,11 @@ def test_outside_of_the_box_is_background(tmp_path: Path) -> None:
 
 def test_the_examples_in_the_docstrings_hold() -> None:
     assert doctest.testmod(preprocess).failed == 0
+
+
+def test_a_very_large_volume_is_scaled_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    voxels = np.random.default_rng(0).normal(5, 3, (24, 10, 10)).astype(np.float32)
+    voxels[:8] = 0
+    whole = zscore_nonzero(voxels)
+    monkeypatch.setattr("data.preprocess._AT_ONCE", 800)
+    np.testing.assert_allclose(zscore_nonzero(voxels), whole, atol=1e-6)

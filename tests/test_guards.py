@@ -60,7 +60,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "an ensemble of networks that do not go together": Guard(
         "app/inference/ensemble.py",
-        "        require_alike(folder, first, model)\n",
+        "        require_alike(folder, first, facts_of(model))\n",
         "",
         "test_app_ensemble.py::test_networks_of_different_spacings_are_refused",
     ),
@@ -102,7 +102,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a checkpoint that contradicts its config": Guard(
         "app/inference/model.py",
-        'if details.get("takes_missing_contrasts", False) != config.takes_missing_contrasts:',
+        'if details.get("takes_missing_contrasts", False) != takes_missing_contrasts:',
         "if False:",
         "test_app_missing_contrasts.py::test_a_checkpoint_that_contradicts_its_config_is_refused",
     ),

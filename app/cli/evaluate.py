@@ -118,15 +118,16 @@ def _subsets(
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
     from app.errors import EXIT_SOME_FAILED, ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415
+    from app.inference.backends.choose import choose_backend  # noqa: PLC0415
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.subsets import Which, choose_cases, rows, score_subsets, write_table  # noqa: PLC0415
-    from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
+    from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.layouts import find_cases  # noqa: PLC0415
 
     if out is not None:
         require_table_place(out)
     try:
-        runtime = choose_runtime(RuntimeConfig(device=device or "auto"))
+        runtime = choose_backend("auto", RuntimeConfig(device=device or "auto"))
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from error
     with terminal.watched() as on_progress:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -73,6 +73,28 @@ def predict(
         typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
     ] = False,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    backend: Annotated[
+        str, typer.Option("--backend", help="auto, torch or openvino; auto takes OpenVINO on a CPU, torch on a GPU.")
+    ] = "auto",
+    precision: Annotated[
+        str, typer.Option("--precision", help="auto, float32, bfloat16 or float16; auto takes what is fastest.")
+    ] = "auto",
+    window: Annotated[
+        str,
+        typer.Option("--window", help="trained, brain (one window around the brain) or X,Y,Z in voxels."),
+    ] = "trained",
+    overlap: Annotated[
+        float | None,
+        typer.Option(
+            "--overlap", min=0, max=0.9, help="Share of a window that the next covers too; default the run's."
+        ),
+    ] = None,
+    max_memory_gb: Annotated[
+        float | None,
+        typer.Option(
+            "--max-memory-gb", min=0.1, help="Plan for at most this much memory at the peak; default no bound."
+        ),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
@@ -90,12 +112,11 @@ def predict(
     if not prepare and (space is not None or mask is not None or n4):
         raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.inference.backends.choose import choose_backend  # noqa: PLC0415
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
-    from app.inference.native import predict_native  # noqa: PLC0415
     from app.inference.predict import predict as predict_cases  # noqa: PLC0415
     from app.inference.settings import PredictOptions  # noqa: PLC0415
-    from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415
-    from data.bring_in import BringInConfig  # noqa: PLC0415
+    from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
 
     answer_on: Contrast | None = "t1c" if space is None else next((c for c in CONTRASTS if c == space), None)
@@ -104,14 +125,23 @@ def predict(
     if labels is not None and labels not in CONVENTIONS:
         raise typer.BadParameter(f"--labels takes {' or '.join(CONVENTIONS)}, got {labels!r}")
     try:
-        runtime = choose_runtime(RuntimeConfig(device=device))
+        runtime = choose_backend(backend, RuntimeConfig(device=device, precision=_precision(precision)))
     except ValueError as error:
-        raise ConfigError(f"--device: {error}") from error
+        raise ConfigError(f"--device, --backend: {error}") from error
+    options = PredictOptions(
+        labels=None if labels is None else CONVENTIONS[labels],
+        nan_to_zero=nan_to_zero,
+        window=_window(window),
+        overlap=overlap,
+        max_memory_gb=max_memory_gb,
+    )
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime, postprocess=not no_postprocess)
-        options = PredictOptions(labels=None if labels is None else CONVENTIONS[labels], nan_to_zero=nan_to_zero)
         if prepare:
+            from app.inference.native import predict_native  # noqa: PLC0415 - slow to import
+            from data.bring_in import BringInConfig  # noqa: PLC0415 - slow to import
+
             outcome = predict_native(
                 model,
                 cases,
@@ -129,6 +159,22 @@ def predict(
     elif outcome.done:
         _show(outcome.done, places[-1])
     _exit(len(outcome.done), outcome.failures)
+
+
+def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
+    if text in ("trained", "brain"):
+        return "trained" if text == "trained" else "brain"
+    sides = text.split(",")
+    if len(sides) != 3 or not all(side.strip().isdecimal() and 1 <= int(side) <= 1024 for side in sides):
+        raise typer.BadParameter(f"--window takes trained, brain, or three numbers as in 128,128,128, got {text!r}")
+    x, y, z = (int(side) for side in sides)
+    return (x, y, z)
+
+
+def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
+    if text not in ("auto", "float32", "bfloat16", "float16"):
+        raise typer.BadParameter(f"--precision takes auto, float32, bfloat16 or float16, got {text!r}")
+    return text  # type: ignore[return-value]  # mypy does not narrow a string by membership
 
 
 def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:

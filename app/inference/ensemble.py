@@ -11,21 +11,21 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
-
-from app.config import RunConfig
 from app.errors import RunError
-from app.inference.model import Model, Predictor, load_model
+from app.inference.model import Facts, Model, Predictor, config_of, facts_of, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runlog import read_json
 from app.runtime import Runtime
 from data.labels import LabelConvention
 from data.nifti import Spacing
 from data.preprocess import SPACING_TOLERANCE
+
+if TYPE_CHECKING:
+    from app.config import RunConfig
 
 #: Describes an ensemble, in its folder.
 ENSEMBLE_FILE: Final = "ensemble.json"
@@ -51,8 +51,10 @@ class Ensemble:
     weights: Mapping[str, str]
     """By name: SHA-256 of the weights' file."""
     runtime: Runtime
-    config: RunConfig
-    """Of the first network; the others differ in their cases alone."""
+    plain_config: Mapping[str, Any]
+    """Of the first network, as it is in its checkpoint; the others differ in their cases alone."""
+    takes_missing_contrasts: bool
+    """Whether its networks were trained to do without some contrasts."""
     spacing_mm: Spacing
     convention: LabelConvention
     postprocess: Postprocess
@@ -66,9 +68,13 @@ class Ensemble:
         return hashlib.sha256(" ".join(self.weights[name] for name in self.names).encode()).hexdigest()
 
     @property
-    def takes_missing_contrasts(self) -> bool:
-        """Whether its networks were trained to do without some contrasts."""
-        return self.config.takes_missing_contrasts
+    def config(self) -> RunConfig:
+        """Of the first network; imports torch.
+
+        Raises:
+            RunError: it is not one of this version.
+        """
+        return config_of(self.plain_config, str(self.folder))
 
     def members(self) -> Iterator[Model]:
         """The networks; where they are not held, each is read when its turn comes and is not kept.
@@ -141,7 +147,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {_ANEW}") from error
     small = sum(path.stat().st_size for path in folder.glob("*/checkpoints/*.safetensors")) <= _MOST_HELD_BYTES
     held: list[Model] = []
-    first: Model | None = None
+    first: Facts | None = None
     for name, (sha256, _) in listed.items():
         try:
             model = load_model(folder / name, runtime)
@@ -152,8 +158,8 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
                 f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
                 f"{_ANEW}"
             )
-        first = first or (model if small else replace(model, network=nn.Identity()))
-        require_alike(folder, first, model)
+        first = first or facts_of(model)
+        require_alike(folder, first, facts_of(model))
         if small:
             held.append(model)
         del model
@@ -164,7 +170,8 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         steps={name: step for name, (_, step) in listed.items()},
         weights={name: sha256 for name, (sha256, _) in listed.items()},
         runtime=runtime,
-        config=first.config,
+        plain_config=first.plain_config,
+        takes_missing_contrasts=first.takes_missing_contrasts,
         spacing_mm=first.spacing_mm,
         convention=first.convention,
         postprocess=rules if postprocess else Postprocess(),
@@ -173,7 +180,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
     )
 
 
-def require_alike(folder: Path, first: Model, model: Model) -> None:
+def require_alike(folder: Path, first: Facts, model: Facts) -> None:
     """Make sure that probabilities of networks may be averaged.
 
     Raises:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import nn
-
-from app.checkpoints import load_newest
-from app.config import RunConfig, from_plain
+from app.checkpoints import Saved, load_newest, load_newest_arrays
 from app.errors import ConfigError, RunError
+from app.inference.backends.graph import GRAPH_KEY, Graph, graph_from_json
+from app.inference.engines import Engine, TorchEngine, make_engine
+from app.inference.places import Size
 from app.inference.postprocess import Postprocess
+from app.progress import LOG
 from app.runtime import Runtime
-from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention
+from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
-from data.presence import presence_mask
-from models import GivenPresence, build_network
+
+# What imports torch is imported where it is used: predicting with OpenVINO does without it.
+if TYPE_CHECKING:
+    from app.config import RunConfig
+    from app.inference.backends.torch_backend import GraphNetwork
 
 
 class Predictor(Protocol):
@@ -66,9 +71,18 @@ class Predictor(Protocol):
 class Model:
     """A network ready to predict."""
 
-    network: nn.Module
-    """In eval mode, on the runtime's device."""
-    config: RunConfig
+    engine: Engine
+    """Network and backend."""
+    plain_config: Mapping[str, Any]
+    """Of the training, as it is in the checkpoint."""
+    origin: str
+    """Folder of the run, for messages."""
+    window: Size
+    """The size the network was trained on, in voxels."""
+    overlap: float
+    """Share of a window that its neighbour covers too, as in the run's validations."""
+    takes_missing_contrasts: bool
+    """Whether it was trained to do without some contrasts."""
     spacing_mm: Spacing
     convention: LabelConvention
     """What the training data's label numbers mean."""
@@ -76,15 +90,25 @@ class Model:
     """Of the weights' file."""
     step: int
 
+    @cached_property
+    def config(self) -> RunConfig:
+        """Of the training; imports torch.
+
+        Raises:
+            RunError: it is not one of this version.
+        """
+        return config_of(self.plain_config, self.origin)
+
+    @property
+    def network(self) -> GraphNetwork:
+        """The network as a module of torch, in eval mode; its state dict is that of the network that was trained."""
+        assert isinstance(self.engine, TorchEngine), "loaded for another backend than torch"
+        return self.engine.network
+
     @property
     def postprocess(self) -> Postprocess:
         """None: probabilities are cut at one half."""
         return Postprocess()
-
-    @property
-    def takes_missing_contrasts(self) -> bool:
-        """Whether it was trained to do without some contrasts."""
-        return self.config.takes_missing_contrasts
 
     def members(self) -> Iterator[Model]:
         """Itself."""
@@ -94,11 +118,39 @@ class Model:
         """SHA-256 and step of the weights."""
         return {"weights_sha256": self.sha256, "weights_step": self.step}
 
-    def given(self, present: Collection[Contrast]) -> nn.Module:
-        """The network for images of all contrasts of which these are there, the others 0."""
-        if not self.takes_missing_contrasts:
-            return self.network
-        return GivenPresence(self.network, presence_mask(present)).eval()
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What must be the same of networks that predict together, without their weights."""
+
+    plain_config: Mapping[str, Any]
+    takes_missing_contrasts: bool
+    spacing_mm: Spacing
+    convention: LabelConvention
+
+
+def facts_of(model: Model) -> Facts:
+    """Of a network, so that it can be let go of."""
+    return Facts(
+        plain_config=model.plain_config,
+        takes_missing_contrasts=model.takes_missing_contrasts,
+        spacing_mm=model.spacing_mm,
+        convention=model.convention,
+    )
+
+
+def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
+    """The config of a checkpoint; imports torch.
+
+    Raises:
+        RunError: it is not one of this version.
+    """
+    from app.config import from_plain  # noqa: PLC0415 - see above
+
+    try:
+        return from_plain(dict(plain), origin)
+    except ConfigError as error:
+        raise RunError(f"{origin}: the weights do not fit this version ({error}). Train again.") from error
 
 
 def load_model(run: Path, runtime: Runtime) -> Model:
@@ -113,7 +165,11 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     """
     if not run.is_dir():
         raise RunError(f"{run}: {'not a folder' if run.exists() else 'does not exist'}; give the folder of a run")
-    checkpoint = load_newest(run / "checkpoints", "best")
+    checkpoint: Saved[Any] | None
+    if runtime.backend == "openvino":
+        checkpoint = load_newest_arrays(run / "checkpoints", "best")
+    else:
+        checkpoint = load_newest(run / "checkpoints", "best")
     if checkpoint is None:
         raise RunError(f"{run}: no weights there yet. Train it first, or wait for its first validation.")
     details = checkpoint.details
@@ -122,24 +178,46 @@ def load_model(run: Path, runtime: Runtime) -> Model:
             raise RunError(
                 f"{run}: trained for other contrasts or regions: {details['contrasts']}, {details['regions']}"
             )
-        config = from_plain(details["config"], str(run))
-        if details.get("takes_missing_contrasts", False) != config.takes_missing_contrasts:
+        plain = details["config"]
+        takes_missing_contrasts = float(plain.get("augment", {}).get("contrast_dropout", 0)) > 0
+        if details.get("takes_missing_contrasts", False) != takes_missing_contrasts:
             raise ValueError("takes_missing_contrasts and augment.contrast_dropout contradict each other")
         convention = CONVENTIONS[details["labels"]]
         x, y, z = details["spacing_mm"]
-        network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
-        network.load_state_dict(checkpoint.weights)
-    except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
+        width, depth, height = (int(side) for side in plain["training"]["patch_voxels"])
+        graph = graph_from_json(details[GRAPH_KEY]) if GRAPH_KEY in details else _traced(run, plain)
+        channels = len(CONTRASTS) * (2 if takes_missing_contrasts else 1)
+        if graph.in_channels != channels:
+            raise ValueError(f"its network takes {graph.in_channels} channels, {channels} are needed")
+        engine = make_engine(graph, checkpoint.weights, runtime)
+        overlap = float(plain["inference"]["overlap"])
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ConfigError) as error:
         if isinstance(error, RunError):
             raise
         raise RunError(f"{run}: the weights do not fit this version ({error}). Train again.") from error
-    network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
-    network.eval()
     return Model(
-        network=network,
-        config=config,
+        engine=engine,
+        plain_config=plain,
+        origin=str(run),
+        window=(width, depth, height),
+        overlap=overlap,
+        takes_missing_contrasts=takes_missing_contrasts,
         spacing_mm=(x, y, z),
         convention=convention,
         sha256=checkpoint.sha256,
         step=checkpoint.step,
     )
+
+
+def _traced(run: Path, plain: dict[str, Any]) -> Graph:
+    """The graph of a run of a version that did not write it, from the network's own code.
+
+    Raises:
+        ConfigError: its config is not one of this version.
+    """
+    from app.config import from_plain  # noqa: PLC0415 - see above
+    from app.inference.backends.trace import trace_of  # noqa: PLC0415 - see above
+
+    LOG.info("%s: of a version that kept no graph of the network; it is made from the code, which takes seconds", run)
+    config = from_plain(plain, str(run))
+    return trace_of(config.network, in_channels=config.input_channels)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.model import Predictor
 from app.inference.predict import finish, place_for
-from app.inference.probabilities import predict_shares
+from app.inference.probabilities import ladder_for, predict_shares
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runtime import Runtime
@@ -36,6 +36,8 @@ class NativeAnswer:
     codes: npt.NDArray[np.uint8]
     """The program's codes, shape of the scan's image."""
     brought: BroughtIn
+    ladder: tuple[str, ...]
+    """What was done where memory was short, in sentences."""
 
 
 def predict_native(
@@ -74,7 +76,7 @@ def predict_native(
         def step(what: str) -> None:
             on_progress(Progress(job="predicting", share=shares_done[case.id], detail=what))
 
-        answer = answer_for(model, native, runtime, config=config, space=space, on_step=step)
+        answer = answer_for(model, native, runtime, config=config, space=space, options=options, on_step=step)
         computed = time.monotonic()
         for warning in answer.brought.warnings:
             LOG.warning("case %s: %s", case.id, warning)
@@ -95,6 +97,7 @@ def predict_native(
                 },
                 "nan_to_zero": dict(native.zeroed),
                 "missing_contrasts": [],
+                "ladder": list(answer.ladder),
                 "space": space,
                 "prepare": answer.brought.record,
             },
@@ -110,6 +113,7 @@ def answer_for(
     *,
     config: BringInConfig,
     space: Contrast = "t1c",
+    options: PredictOptions = DEFAULTS,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> NativeAnswer:
     """Bring one case in, predict it and bring the answer back.
@@ -120,6 +124,7 @@ def answer_for(
         runtime: as the model was loaded for.
         config: how the case is brought in.
         space: the contrast on whose grid the answer is wanted.
+        options: window, overlap and the bound on memory.
         on_step: told what is being done.
 
     Raises:
@@ -135,7 +140,8 @@ def answer_for(
         (case,) = find_cases(Path(folder))
         prepared = prepare(case, spacing_mm=model.spacing_mm)
     # The case was written in canonical order, which is that of the shares.
-    shares = predict_shares(model, prepared, runtime)
+    ladder = ladder_for(options)
+    shares = predict_shares(model, prepared, runtime, options=options, ladder=ladder)
     on_step(f"{native.id}: back to the grid of {space}")
     target = grid_of(native.images[space])
     codes = bring_back(
@@ -147,4 +153,4 @@ def answer_for(
         thresholds=model.postprocess.thresholds,
     )
     codes = from_regions(model.postprocess.clean(to_regions(codes), spacing_of(target.affine)))
-    return NativeAnswer(codes=codes, brought=brought)
+    return NativeAnswer(codes=codes, brought=brought, ladder=tuple(ladder.said))

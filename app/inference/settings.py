@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from data.labels import LabelConvention
 
@@ -28,6 +28,21 @@ class PredictOptions:
     """Numbers of the label maps; None takes those that go with each case's file names, else the model's."""
     nan_to_zero: bool = False
     """Take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``."""
+    window: Literal["trained", "brain"] | tuple[int, int, int] = "trained"
+    """Size of the windows: ``trained`` as the network was trained on; ``brain`` one window around the whole brain; or
+    voxels along each axis. Sides are rounded up to what the network takes."""
+    overlap: float | None = None
+    """Share of a window that its neighbour covers too; None takes that of the run's validations."""
+    max_memory_gb: float | None = None
+    """Memory that the process may hold at its peak, in 10^9 bytes; None for no bound."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.window, tuple) and not all(1 <= side <= 1024 for side in self.window):
+            raise ValueError(f"window: from 1 to 1024 voxels along each axis, got {self.window}")
+        if self.overlap is not None and not 0 <= self.overlap <= 0.9:
+            raise ValueError(f"overlap: from 0 to 0.9, got {self.overlap:g}")
+        if self.max_memory_gb is not None and not 0 < self.max_memory_gb < float("inf"):
+            raise ValueError(f"max_memory_gb: above 0, got {self.max_memory_gb:g}")
 
 
 #: Nothing asked for.

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from itertools import product
-from math import ceil
-from typing import Final
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from app.inference.places import LEAST_WEIGHT, SIGMA, SURE_BACKGROUND, Place, Size, paddings, window_places
 from app.runtime import Runtime
-
-#: Width of the Gaussian weights as a share of the window, as in nnU-Net and MONAI.
-_SIGMA: Final = 0.125
-#: Logit of voxels that no window with brain in it covers.
-_SURE_BACKGROUND: Final = -30.0
-
-Size = tuple[int, int, int]
 
 
 @torch.inference_mode()
@@ -29,6 +20,8 @@ def sliding_logits(
     window: Size,
     overlap: float,
     runtime: Runtime,
+    batch: int = 1,
+    stitch_on: str | None = None,
     between_windows: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Logits of a whole volume.
@@ -42,64 +35,48 @@ def sliding_logits(
         window: the size the network was trained on, in voxels.
         overlap: 0 to below 1.
         runtime: device, precision, memory layout.
-        between_windows: called before each window; may raise to stop.
+        batch: windows in one forward pass.
+        stitch_on: device on which windows are put together; None takes the runtime's.
+        between_windows: called before each forward pass; may raise to stop.
 
     Returns:
-        float32 logits of shape (regions, X, Y, Z) on ``runtime.device``; -30 where there is no brain nearby.
+        float32 logits of shape (regions, X, Y, Z) on ``stitch_on``; -30 where there is no brain nearby.
     """
-    sizes = image.shape[1:]
-    padding = [
-        (max(0, side - size) // 2, max(0, side - size) - max(0, side - size) // 2)
-        for size, side in zip(sizes, window, strict=True)
-    ]
+    sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
+    padding = paddings(sizes, window)
     padded = functional.pad(image, [amount for pair in reversed(padding) for amount in pair])
-    weights = gaussian_weights(window).to(runtime.device)
+    device, stitched = runtime.device, torch.device(stitch_on or runtime.device_name)
+    weights = gaussian_weights(window).to(stitched)
     total: Tensor | None = None
-    weight_sum = torch.zeros(padded.shape[1:], device=runtime.device)
-    for place in window_places((padded.shape[1], padded.shape[2], padded.shape[3]), window, overlap):
-        patch = padded[(slice(None), *place)]
-        if not patch.any():
-            continue
+    weight_sum = torch.zeros(padded.shape[1:], device=stitched)
+    shape = (padded.shape[1], padded.shape[2], padded.shape[3])
+    places = [place for place in window_places(shape, window, overlap) if padded[(slice(None), *place)].any()]
+    for first in range(0, len(places), batch):
         between_windows()
-        batch = patch[None].to(runtime.device).contiguous(memory_format=runtime.memory_format)
+        some = places[first : first + batch]
+        patches = _patches(padded, some, device, runtime.memory_format)
         with runtime.autocast():
-            logits = network(batch)[0].float()
-        if total is None:
-            total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=runtime.device)
-        total[(slice(None), *place)].addcmul_(logits, weights)
-        weight_sum[place] += weights
+            answers = network(patches)
+        for place, answer in zip(some, answers, strict=True):
+            logits = answer.to(stitched, torch.float32)
+            if total is None:
+                total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=stitched)
+            total[(slice(None), *place)].addcmul_(logits, weights)
+            weight_sum[place] += weights
     if total is None:
         raise ValueError("the volume is zero everywhere")
     total.div_(weight_sum.clamp_min(1e-12))
-    total.masked_fill_(weight_sum == 0, _SURE_BACKGROUND)
+    total.masked_fill_(weight_sum == 0, SURE_BACKGROUND)
     inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
     return total[(slice(None), *inner)]
 
 
-def window_places(shape: Size, window: Size, overlap: float) -> Iterator[tuple[slice, slice, slice]]:
-    """Where the windows lie: evenly spread from border to border along each axis.
-
-    Args:
-        shape: of the volume, at least ``window`` along each axis.
-        window: size of each window.
-        overlap: the least share that neighbours have in common.
-    """
-    starts = [window_starts(size, side, overlap) for size, side in zip(shape, window, strict=True)]
-    for x, y, z in product(*starts):
-        yield (slice(x, x + window[0]), slice(y, y + window[1]), slice(z, z + window[2]))
-
-
-def window_starts(size: int, side: int, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis.
-
-    Example:
-        >>> window_starts(100, 64, 0.5)
-        [0, 18, 36]
-    """
-    if size <= side:
-        return [0]
-    steps = ceil((size - side) / max(1, side * (1 - overlap)))
-    return [round(step * (size - side) / steps) for step in range(steps + 1)]
+def _patches(image: Tensor, places: list[Place], device: torch.device, layout: torch.memory_format) -> Tensor:
+    """Windows of an image as a batch on the device; to a GPU by way of pinned memory."""
+    patches = torch.stack([image[(slice(None), *place)] for place in places])
+    if device.type == "cuda":
+        patches = patches.pin_memory().to(device, non_blocking=True)
+    return patches.contiguous(memory_format=layout)
 
 
 def gaussian_weights(window: Size) -> Tensor:
@@ -110,8 +87,7 @@ def gaussian_weights(window: Size) -> Tensor:
     weights = torch.ones(window)
     for axis, side in enumerate(window):
         distance = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
-        along = torch.exp(-0.5 * (distance / (_SIGMA * side)) ** 2)
+        along = torch.exp(-0.5 * (distance / (SIGMA * side)) ** 2)
         weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
     weights /= weights.max()
-    # Corners must not vanish, or a voxel that only they cover would be noise divided by noise.
-    return weights.clamp_min(1e-3)
+    return weights.clamp_min(LEAST_WEIGHT)

@@ -14,7 +14,7 @@ import torch
 from app.caching import cache_bytes, cache_folder
 from app.config import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
-from app.inference.windows import window_starts
+from app.inference.places import window_starts
 from app.machine import MemoryLimit, cores, free_disk, memory_limits
 from app.planning.dry_run import TooMuch, held_words, prepare, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from app import checkpoints
 from app.config import RunConfig, to_plain
 from app.errors import InterruptedRunError, RunError
+from app.inference.backends.graph import GRAPH_KEY
+from app.inference.backends.trace import trace
 from app.progress import LOG, OnProgress, Progress
 from app.reporting.overlay import OverlayCase, axial_picture
 from app.room import RoomWait
@@ -383,6 +385,7 @@ class Loop:
                 "spacing_mm": facts["spacing_mm"],
                 "versions": facts["versions"],
                 "config": to_plain(self.config),
+                GRAPH_KEY: trace(self.state.evaluated, in_channels=self.config.input_channels).to_json(),
             },
         )
 

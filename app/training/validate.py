@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from app.evaluation.metrics import dice
+from app.inference.places import Size
 from app.inference.settings import InferenceConfig
-from app.inference.windows import Size, sliding_logits
+from app.inference.windows import sliding_logits
 from app.runtime import Runtime
 from app.training.distributed import ALONE, World
 from data.labels import REGIONS, from_regions, to_regions

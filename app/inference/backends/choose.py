@@ -1,0 +1,91 @@
+"""Which backend computes a trained network, on what, and why."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import replace
+from pathlib import Path
+from typing import Final, Literal, get_args
+
+from app.errors import DeviceError
+from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision
+
+Backend = Literal["auto", "torch", "openvino"]
+
+#: Where drivers of GPUs that torch knows show themselves: NVIDIA, NVIDIA Tegra, AMD, and either under Windows' Linux.
+_DRIVERS: Final = ("nvidiactl", "nvidia0", "nvhost-gpu", "kfd", "dxg")
+
+
+def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("/dev")) -> Runtime:
+    """Choose what computes a trained network.
+
+    ``auto`` takes torch on a GPU, and on a CPU OpenVINO where it is installed: it is faster there, and it spares the
+    import of torch.
+
+    Args:
+        wanted: ``auto``, ``torch`` or ``openvino``.
+        config: device and precision that are asked for.
+        devices: where the system shows devices.
+
+    Raises:
+        DeviceError: what is asked for is not there.
+        ValueError: ``wanted`` is none of the three.
+    """
+    if wanted not in get_args(Backend):
+        raise ValueError(f"{wanted!r} is not one of {', '.join(get_args(Backend))}")
+    if wanted == "openvino":
+        _require_openvino(config)
+        return _by_openvino(config, "backend openvino: asked for")
+    if wanted == "torch":
+        reason = "asked for"
+    elif config.device not in ("auto", "cpu"):
+        reason = f"it computes on {config.device}"
+    elif config.precision == "float16":
+        reason = "float16 is asked for"
+    elif config.device == "auto" and may_have_gpu(devices) and choose_runtime(config).device_name != "cpu":
+        reason = "it computes on the GPU"
+    elif not _is_installed():
+        reason = "OpenVINO, faster on a CPU, is not installed"
+    else:
+        return _by_openvino(config, "backend openvino: on a CPU it is faster than torch")
+    runtime = choose_runtime(config)
+    return replace(runtime, reasons=(f"backend torch: {reason}", *runtime.reasons))
+
+
+def _require_openvino(config: RuntimeConfig) -> None:
+    if config.device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"device {config.device}: OpenVINO computes on the CPU here. Leave --device out, or --backend openvino."
+        )
+    if config.precision == "float16":
+        raise DeviceError("precision float16: OpenVINO computes in float32 or bfloat16 on a CPU. Use one of these.")
+    if not _is_installed():
+        raise DeviceError("backend openvino: the package is not installed. Use --backend torch, or install openvino.")
+
+
+def may_have_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether a driver of a GPU shows itself, so that it is worth while to import torch and ask it.
+
+    True on systems that show no devices.
+    """
+    return not devices.is_dir() or any((devices / name).exists() for name in _DRIVERS)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec("openvino") is not None
+
+
+def _by_openvino(config: RuntimeConfig, reason: str) -> Runtime:
+    device = "device cpu: " + ("asked for" if config.device == "cpu" else "no driver of a GPU found")
+    if config.precision == "auto":
+        precision, why = cpu_precision()
+    else:
+        assert config.precision != "float16"
+        precision, why = config.precision, f"precision {config.precision}: asked for"
+    return Runtime(
+        device_name="cpu",
+        precision_name=precision,
+        channels_last=False,
+        reasons=(reason, device, why),
+        backend="openvino",
+    )

@@ -1,0 +1,95 @@
+"""Where windows lie in a volume, and how they are weighted; numpy alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from math import ceil
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+#: Width of the Gaussian weights as a share of the window, as in nnU-Net and MONAI.
+SIGMA: Final = 0.125
+#: Least weight: corners must not vanish, or a voxel that only they cover would be noise divided by noise.
+LEAST_WEIGHT: Final = 1e-3
+#: Logit of voxels that no window with brain in it covers.
+SURE_BACKGROUND: Final = -30.0
+
+Size = tuple[int, int, int]
+Place = tuple[slice, slice, slice]
+
+
+def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
+    """Where the windows lie: evenly spread from border to border along each axis.
+
+    Args:
+        shape: of the volume, at least ``window`` along each axis.
+        window: size of each window.
+        overlap: the least share that neighbours have in common.
+    """
+    starts = [window_starts(size, side, overlap) for size, side in zip(shape, window, strict=True)]
+    for x, y, z in product(*starts):
+        yield (slice(x, x + window[0]), slice(y, y + window[1]), slice(z, z + window[2]))
+
+
+def window_starts(size: int, side: int, overlap: float) -> list[int]:
+    """First voxels of the windows along one axis.
+
+    Example:
+        >>> window_starts(100, 64, 0.5)
+        [0, 18, 36]
+    """
+    if size <= side:
+        return [0]
+    steps = ceil((size - side) / max(1, side * (1 - overlap)))
+    return [round(step * (size - side) / steps) for step in range(steps + 1)]
+
+
+def paddings(sizes: Size, window: Size) -> list[tuple[int, int]]:
+    """Voxels of 0 before and after a volume along each axis, so that a window fits."""
+    return [
+        (max(0, side - size) // 2, max(0, side - size) - max(0, side - size) // 2)
+        for size, side in zip(sizes, window, strict=True)
+    ]
+
+
+def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
+    """Weights that fall from the middle of a window to its borders; the largest is 1, none is 0.
+
+    Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
+    """
+    weights = np.ones(window, dtype=np.float32)
+    for axis, side in enumerate(window):
+        distance = np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2)
+        along = np.exp(np.float32(-0.5) * (distance / np.float32(SIGMA * side)) ** 2)
+        weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
+    weights /= weights.max()
+    return np.maximum(weights, np.float32(LEAST_WEIGHT))
+
+
+def rounded_up(sizes: Size, divisor: int) -> Size:
+    """The smallest window of a network that holds a volume: multiples of ``divisor``, at least twice that.
+
+    Example:
+        >>> rounded_up((141, 170, 9), 8)
+        (144, 176, 16)
+    """
+    x, y, z = (max(2 * divisor, ceil(size / divisor) * divisor) for size in sizes)
+    return (x, y, z)
+
+
+def smaller(window: Size, divisor: int) -> Size | None:
+    """About half a window: its longest side halved; None where no side can be.
+
+    Example:
+        >>> smaller((64, 64, 96), 8)
+        (64, 64, 48)
+    """
+    axis = max(range(3), key=lambda one: window[one])
+    half = ceil(window[axis] / 2 / divisor) * divisor
+    if half >= window[axis] or half < 2 * divisor:
+        return None
+    x, y, z = (half if a == axis else side for a, side in enumerate(window))
+    return (x, y, z)
