@@ -30,10 +30,13 @@ class Prediction:
     label_map: Path
     content: dict[str, Any]
     """As in ``<case>.json``."""
-    others: tuple[Path, ...] = ()
-    """Further files of the case, beside the label map and its JSON."""
     skipped: bool = False
     """Whether it was finished before."""
+
+    @property
+    def files(self) -> list[Path]:
+        """The label map, and what the JSON lists under ``files`` where that is there; all lie in one folder."""
+        return [self.label_map, *(Path(path) for path in self.content.get("files", {}).values() if path)]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -131,7 +131,7 @@ class InThisProcess(Generic[R, C]):
         except DataError as error:
             told.ended(self.failed(case, error))
             return
-        files = files_sha256([prediction.label_map, *prediction.others])
+        files = files_sha256(prediction.files)
         content = {**prediction.content, MADE_FROM: {**made, "files_sha256": files}}
         write_json(self.output / f"{case.id}.json", content)
         told.ended(Outcome(case=case.id, content=content, worker=self.worker))

@@ -139,7 +139,7 @@ def _connected(ray: Any) -> Iterator[None]:
     """Join the cluster of RAY_ADDRESS, else one that runs on this machine, else start one for now."""
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     before = signal.getsignal(signal.SIGTERM)
-    given = os.environ.get("RAY_ADDRESS")
+    given = os.environ.get("RAY_ADDRESS") or None
     try:
         ray.init(address=given or "auto", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
