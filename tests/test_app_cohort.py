@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -199,34 +198,74 @@ def test_partial_files_stay_while_somebody_else_is_at_work(tmp_path: Path) -> No
         assert not stale.exists()
 
 
-def killed_at_a_moment(process: subprocess.Popen[str], out: Path, wanted: int, delay: float) -> None:
-    """SIGKILL once so many results are there, and a moment later."""
-    until = time.monotonic() + 120
-    while process.poll() is None and len(list(out.glob("Bra*.json"))) < wanted:
-        assert time.monotonic() < until
+#: Runs a command ten times over, each ended by SIGKILL once one more result is there and a moment has passed; forked
+#: from a process that has loaded the program, so that the moments lie in the work.
+KILLED_TEN_TIMES = """
+import os, random, signal, sys, time
+from pathlib import Path
+import app.inference.job, app.inference.workers
+from app.cli.main import run
+out, moments = Path(sys.argv.pop(1)), random.Random(7)
+killed = 0
+for kill in range(10):
+    child = os.fork()
+    if child == 0:
+        run()
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        if len(list(out.glob("Bra*.json"))) >= kill:
+            time.sleep(moments.uniform(0, 0.2))
+            os.kill(child, signal.SIGKILL)
+            killed += os.WIFSIGNALED(os.waitpid(child, 0)[1])
+            break
         time.sleep(0.002)
-    time.sleep(delay)
-    process.kill()
-    process.communicate()
+print(killed)
+"""
+
+
+@pytest.fixture(scope="module")
+def twelve(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve small cases and their results, of a command that was not stopped."""
+    from data.phantoms import write_phantoms
+
+    folder = tmp_path_factory.mktemp("twelve")
+    write_phantoms(folder / "in", 12, seed=3, spacing_mm=5.0)
+    predict_all(tiny_run, folder)
+    return folder
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", [[], ["--workers", "2"]], ids=["one process", "two workers"])
 def test_a_cohort_killed_ten_times_ends_as_one_that_was_not(
-    engine: list[str], tiny_run: Path, tmp_path: Path, znormseg_process: Call, znormseg: Call
+    tiny_run: Path, twelve: Path, tmp_path: Path, shell: Call, znormseg: Call
 ) -> None:
-    from data.phantoms import write_phantoms
-
-    write_phantoms(tmp_path / "in", 12, seed=3, spacing_mm=5.0)
-    predict_all(tiny_run, tmp_path)
-    moments = random.Random(len(engine))
-    for kill in range(10):
-        process = znormseg_process("predict", tiny_run, tmp_path / "in", tmp_path / "killed", "--device=cpu", *engine)
-        killed_at_a_moment(process, tmp_path / "killed", kill, moments.uniform(0, 0.1))
-    ended = znormseg("predict", tiny_run, tmp_path / "in", tmp_path / "killed", "--device=cpu", *engine)
+    out = tmp_path / "out"
+    command = ["predict", tiny_run, twelve / "in", out, "--device", "cpu"]
+    killed = shell(["python", "-c", KILLED_TEN_TIMES, out, *command])
+    assert (killed.code, int(killed.out.split()[-1])) == (0, 10), killed.err
+    ended = znormseg(*command)
     assert ended.code == 0, ended.err
-    assert results(tmp_path / "killed") == results(tmp_path / "out")
-    assert "skipped" in statuses(tmp_path / "killed").values()
+    assert results(out) == results(twelve / "out")
+    assert [path.name for path in out.glob(".*")] == []
+    assert "skipped" in statuses(out).values()
+
+
+@pytest.mark.slow
+def test_a_cohort_of_several_processes_goes_on_after_a_kill(
+    tiny_run: Path, twelve: Path, tmp_path: Path, znormseg_process: Call
+) -> None:
+    command = ["predict", tiny_run, twelve / "in", tmp_path / "out", "--device=cpu", "--workers=2"]
+    process = znormseg_process(*command)
+    while not any((tmp_path / "out").glob("Bra*.json")):
+        assert process.poll() is None
+        time.sleep(0.002)
+    workers = psutil.Process(process.pid).children()
+    process.kill()
+    process.communicate()
+    _, alive = psutil.wait_procs(workers, timeout=60)
+    assert alive == []
+    again = znormseg_process(*command)
+    assert again.wait(timeout=240) == 0, again.communicate()
+    again.communicate()
+    assert results(tmp_path / "out") == results(twelve / "out")
 
 
 # Several processes
@@ -528,13 +567,10 @@ def test_without_a_cluster_ray_starts_one_and_stdout_is_json_alone(
 
 @pytest.mark.slow
 def test_a_node_of_ray_that_is_killed_leaves_its_cases_to_the_other(
-    tiny_run: Path, tmp_path: Path, znormseg_process: Call, monkeypatch: pytest.MonkeyPatch
+    tiny_run: Path, twelve: Path, tmp_path: Path, znormseg_process: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.inference.rayengine import ray_module
-    from data.phantoms import write_phantoms
 
-    write_phantoms(tmp_path / "in", 12, seed=3, spacing_mm=5.0)
-    predict_all(tiny_run, tmp_path)
     ray_module()
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
@@ -542,7 +578,7 @@ def test_a_node_of_ray_that_is_killed_leaves_its_cases_to_the_other(
     try:
         second = cluster.add_node(**node)
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        process = znormseg_process("predict", tiny_run, tmp_path / "in", tmp_path / "ray", "--engine=ray", "--json")
+        process = znormseg_process("predict", tiny_run, twelve / "in", tmp_path / "ray", "--engine=ray", "--json")
         until = time.monotonic() + 240
         while process.poll() is None and len(list((tmp_path / "ray").glob("Bra*.json"))) < 3:
             assert time.monotonic() < until
@@ -553,6 +589,5 @@ def test_a_node_of_ray_that_is_killed_leaves_its_cases_to_the_other(
         cluster.shutdown()
     assert process.returncode == 0, err
     assert len(json.loads(out)["cases"]) == 12
-    maps = {name: content for name, content in results(tmp_path / "ray").items() if name.endswith(".gz")}
-    assert maps == {name: content for name, content in results(tmp_path / "out").items() if name.endswith(".gz")}
+    assert results(tmp_path / "ray") == results(twelve / "out")
     assert set(statuses(tmp_path / "ray").values()) == {"done"}
