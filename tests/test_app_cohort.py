@@ -572,6 +572,7 @@ def test_a_node_of_ray_that_is_killed_leaves_its_cases_to_the_other(
     from app.inference.rayengine import ray_module
 
     ray_module()
+    monkeypatch.setenv("RAY_raylet_start_wait_time_s", "120")  # on a busy machine 30 s are too few
     cluster_utils = pytest.importorskip("ray.cluster_utils")
     node = {"num_cpus": 1, "object_store_memory": 80 << 20}
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
