@@ -7,12 +7,15 @@ of a reference file: same shape, affine, qform and sform with their codes, units
 from __future__ import annotations
 
 import gzip
+import hashlib
 import math
 import os
+import platform
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -43,6 +46,8 @@ _PIECE_BYTES: Final = 1 << 18
 #: zlib-ng's level for label maps: files no larger than zlib makes them at its own level 6, in a fraction of the time.
 _COMPRESSION_LEVEL: Final = 6
 _ZLIB_NG_ERROR: Final[type[Exception]] = zlib_ng.error  # type: ignore[assignment]  # its stub calls it an instance
+#: How the names of files begin that are being written.
+_PARTIAL: Final = ".partial-"
 #: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
@@ -110,6 +115,16 @@ def nifti_files(folder: Path) -> list[Path]:
         for p in folder.iterdir()
         if not p.name.startswith(".") and strip_nifti_ending(p.name) and (p.is_file() or not p.exists())
     )
+
+
+def voxel_count(path: Path) -> int:
+    """Voxels of one volume of a file, from its header alone.
+
+    Raises:
+        DataError: the header cannot be read.
+    """
+    with _reading(path):
+        return math.prod(int(n) for n in _open(path).shape[:3])
 
 
 def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = False) -> Volume:
@@ -294,13 +309,53 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     place = path.resolve()
-    beside = place.with_name(f".partial-{os.getpid()}-{place.name}")
+    beside = place.with_name(f"{partial_prefix(os.getpid())}{place.name}")
     try:
         with naming_the_place(path):
             yield beside
             beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> list[Path]:
+    """Remove the files that :func:`replacing` gave to processes of this host that were killed since.
+
+    Files of another host's processes stay: whether those live cannot be told. To be called while no process that this
+    one cannot see (one in a container) writes to the folder.
+
+    Returns:
+        what was removed.
+    """
+    removed = []
+    for path in folder.glob(f"{_PARTIAL}{_host_mark()}-*"):
+        process = path.name.removeprefix(f"{_PARTIAL}{_host_mark()}-").partition("-")[0]
+        if process.isdecimal() and not _lives(int(process)):
+            path.unlink(missing_ok=True)
+            removed.append(path)
+    return removed
+
+
+def _lives(process: int) -> bool:
+    """Whether a process of this host is there."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def partial_prefix(process: int) -> str:
+    """How the names of a process's partial files begin: they say whose they are."""
+    return f"{_PARTIAL}{_host_mark()}-{process}-"
+
+
+@cache
+def _host_mark() -> str:
+    """Stands for the name of this host, whatever its length and letters."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager
@@ -315,7 +370,7 @@ def naming_the_place(path: Path) -> Iterator[None]:
 
 
 def _is_partial(name: str) -> bool:
-    return Path(name).name.startswith(".partial-")
+    return Path(name).name.startswith(_PARTIAL)
 
 
 def _open(path: Path) -> Any:

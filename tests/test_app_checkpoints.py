@@ -26,6 +26,7 @@ from app.checkpoints import (
     weight_tensors,
 )
 from app.errors import RunError
+from data.nifti import partial_prefix
 
 Maker = Callable[[nn.Module], Optimizer]
 
@@ -285,7 +286,7 @@ def test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes(
     monkeypatch.setattr(os, "fsync", noted_fsync)
     monkeypatch.setattr(Path, "unlink", noted_unlink)
     save(two, "last", 12, {"weights.a": torch.zeros(1)}, {})
-    beside = f".partial-{os.getpid()}-last-000000012"
+    beside = f"{partial_prefix(os.getpid())}last-000000012"
     written = [f"sync {beside}.safetensors", f"sync {two.name}", f"sync {beside}.json", f"sync {two.name}"]
     assert done == [*written, "remove last-000000005.json", "remove last-000000005.safetensors"]
 

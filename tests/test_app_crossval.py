@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.childprocess import environment_of
 from app.crossval.folds import begun
 from app.crossval.outoffold import Answer, is_of, read_answer, write_answer
 from app.crossval.tune import MARGIN, Scores, choose, tune
-from app.crossval.workers import environment_of, slots_of
+from app.crossval.workers import slots_of
 from app.errors import ConfigError, RunError
 from app.inference.postprocess import Postprocess
 from app.runlog import read_metrics

@@ -166,7 +166,7 @@ def test_two_predictions_are_the_same_to_the_byte_also_from_another_process(
 
 def test_the_output_folder_holds_two_files_a_case_and_nothing_else(label_maps: Path, phantoms: Path) -> None:
     expected = [case.name + ending for case in phantoms.iterdir() for ending in (".json", ".nii.gz")]
-    assert sorted(path.name for path in label_maps.iterdir()) == sorted(expected)
+    assert sorted(path.name for path in label_maps.iterdir()) == sorted([*expected, "manifest.json"])
 
 
 def test_the_json_beside_a_label_map_tells_what_it_is_and_where_it_came_from(
@@ -308,6 +308,7 @@ def test_one_broken_case_does_not_stop_the_others(
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         "BraTS2021_00001.json",
         "BraTS2021_00001.nii.gz",
+        "manifest.json",
     ]
 
 

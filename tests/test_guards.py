@@ -363,7 +363,7 @@ GUARDS: dict[str, Guard] = {
     ),
     # Output and machine
     "an output that is a file": Guard(
-        "app/inference/cohort.py",
+        "app/inference/output.py",
         "    if output.exists() and not output.is_dir():",
         "    if False:",
         "test_bad_input.py::test_an_output_that_is_a_file_is_refused_and_kept",

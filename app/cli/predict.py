@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -10,6 +11,8 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
+    from app.inference.cohort import Engine
+    from app.inference.job import Job
     from data.labels import Contrast
     from data.layouts import Case
 
@@ -72,6 +75,23 @@ def predict(
         bool,
         typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
     ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Predict also cases that are finished, instead of keeping them.")
+    ] = False,
+    engine: Annotated[
+        str, typer.Option("--engine", metavar="NAME", help="local, or ray: the hosts of a Ray cluster.")
+    ] = "local",
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            help="GPUs at work at once, a process each: auto for all, a number, or such as cuda:0,cuda:1.",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", help="So many processes at once on --device; with ray, on the CPU of each host."),
+    ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     backend: Annotated[
         str, typer.Option("--backend", help="auto, torch or openvino; auto takes OpenVINO on a CPU, torch on a GPU.")
@@ -101,7 +121,8 @@ def predict(
 
     Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D. With
     --prepare the contrasts may come from the scanner: on different grids, with the skull on. A run trained with
-    augment.contrast_dropout above 0 takes cases in which some of them are missing.
+    augment.contrast_dropout above 0 takes cases in which some of them are missing. Cases that are finished - same
+    weights, options and files, by SHA-256 - are kept; interrupted, the same command goes on.
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -111,10 +132,13 @@ def predict(
         )
     if not prepare and (space is not None or mask is not None or n4):
         raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
+    if engine not in ("local", "ray"):
+        raise typer.BadParameter(f"--engine takes local or ray, got {engine!r}")
+    if devices is not None and (workers is not None or engine == "ray" or device != "auto"):
+        raise typer.BadParameter("--devices goes without --workers, --device and --engine ray")
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.inference.backends.choose import choose_backend  # noqa: PLC0415
-    from app.inference.ensemble import load_predictor  # noqa: PLC0415
-    from app.inference.predict import predict as predict_cases  # noqa: PLC0415
+    from app.inference.cohort import predict_each  # noqa: PLC0415
+    from app.inference.job import Job, Native  # noqa: PLC0415
     from app.inference.settings import PredictOptions  # noqa: PLC0415
     from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
@@ -125,35 +149,40 @@ def predict(
     if labels is not None and labels not in CONVENTIONS:
         raise typer.BadParameter(f"--labels takes {' or '.join(CONVENTIONS)}, got {labels!r}")
     try:
-        runtime = choose_backend(backend, RuntimeConfig(device=device, precision=_precision(precision)))
+        RuntimeConfig(device=device)
     except ValueError as error:
-        raise ConfigError(f"--device, --backend: {error}") from error
-    options = PredictOptions(
-        labels=None if labels is None else CONVENTIONS[labels],
-        nan_to_zero=nan_to_zero,
-        window=_window(window),
-        overlap=overlap,
-        max_memory_gb=max_memory_gb,
+        raise ConfigError(f"--device: {error}") from error
+    native = None
+    if prepare:
+        from data.bring_in import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
+
+        native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
+    job = Job(
+        run=run,
+        output=places[-1],
+        device=device,
+        backend=_backend(backend),
+        precision=_precision(precision),
+        options=PredictOptions(
+            labels=None if labels is None else CONVENTIONS[labels],
+            nan_to_zero=nan_to_zero,
+            window=_window(window),
+            overlap=overlap,
+            max_memory_gb=max_memory_gb,
+        ),
+        postprocess=not no_postprocess,
+        native=native,
     )
+    elsewhere = _elsewhere(job, engine, devices, workers)
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
-        model = load_predictor(run, runtime, postprocess=not no_postprocess)
-        if prepare:
-            from app.inference.native import predict_native  # noqa: PLC0415 - slow to import
-            from data.bring_in import BringInConfig  # noqa: PLC0415 - slow to import
-
-            outcome = predict_native(
-                model,
-                cases,
-                places[-1],
-                runtime=runtime,
-                config=BringInConfig(n4=n4, mask=mask or "auto"),
-                space=answer_on,
-                options=options,
-                on_progress=on_progress,
-            )
-        else:
-            outcome = predict_cases(model, cases, places[-1], runtime=runtime, options=options, on_progress=on_progress)
+        # Others load the network themselves; here only what it is counts.
+        model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()
+        settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
+        del model
+        outcome = predict_each(
+            cases, job.output, at_work, run=run, settings=settings, overwrite=overwrite, on_progress=on_progress
+        )
     if as_json:
         terminal.json_result(outcome.to_json())
     elif outcome.done:
@@ -171,10 +200,33 @@ def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
     return (x, y, z)
 
 
+def _backend(text: str) -> Literal["auto", "torch", "openvino"]:
+    if text not in ("auto", "torch", "openvino"):
+        raise typer.BadParameter(f"--backend takes auto, torch or openvino, got {text!r}")
+    return text  # type: ignore[return-value]  # mypy does not narrow a string by membership
+
+
 def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
     if text not in ("auto", "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"--precision takes auto, float32, bfloat16 or float16, got {text!r}")
     return text  # type: ignore[return-value]  # mypy does not narrow a string by membership
+
+
+def _elsewhere(job: Job, engine: str, devices: str | None, workers: int | None) -> Engine | None:
+    """The engine that starts other processes; None where this one does the work."""
+    from app.inference.workers import InProcesses, devices_of, slots_of  # noqa: PLC0415 - slow to import
+
+    slots = slots_of(1 if workers is None else workers)
+    if engine == "ray":
+        from app.inference.rayengine import OnRay, ray_module  # noqa: PLC0415
+
+        ray_module()
+        return OnRay(job=job, processes=len(slots))
+    if devices is not None:
+        import torch  # noqa: PLC0415
+
+        return InProcesses(job=job, devices=devices_of(devices, torch.cuda.device_count()))
+    return InProcesses(job=job, devices=slots) if len(slots) > 1 else None
 
 
 def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:
@@ -187,7 +239,7 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 def _show(done: tuple[object, ...], output: Path) -> None:
     from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
-    from app.inference.predict import DISCLAIMER  # noqa: PLC0415 - slow to import
+    from app.inference.manifest import DISCLAIMER  # noqa: PLC0415 - slow to import
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s"]]
     for prediction in done:

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import queue
-import re
 import signal
 import subprocess
 import sys
@@ -21,20 +20,22 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
-import app
-from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
+from app.childprocess import (
+    DEVICE,
+    Passing,
+    environment_of,
+    error_of,
+    event_of,
+    lines_in,
+    name_of,
+    stop_on_sigterm,
+    stop_when_alone,
+    teller,
+)
+from app.errors import ConfigError, DeviceError, message
 from app.progress import LOG, Progress
-from data.errors import DataError
-
-_DEVICE: Final = re.compile(r"^(cpu|cuda|cuda:(?P<index>\d+))$")
-#: Told by name; others are faults.
-_ERRORS: Final[dict[str, type[Exception]]] = {
-    kind.__name__: kind for kind in (DataError, ConfigError, RunError, DeviceError, InterruptedRunError, OSError)
-}
-#: What a process prints so that its line is not taken for something that a library printed.
-_MARK: Final = "znormseg-worker"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,40 +75,13 @@ def slots_of(devices: str | None, jobs: int | None, *, config_device: str) -> tu
             raise ConfigError(f"--jobs takes 1 to 64 processes, got {jobs}")
         return (None,) * (jobs or 1)
     names = tuple(name.strip() for name in devices.split(",") if name.strip())
-    if not names or not all(_DEVICE.match(name) for name in names):
+    if not names or not all(DEVICE.match(name) for name in names):
         raise ConfigError(f"--devices takes cpu, cuda and cuda:N with commas between, got {devices!r}")
     if config_device != "auto":
         raise ConfigError(
             f"--devices says where folds are worked on, and so does runtime.device: {config_device}. Leave one out."
         )
     return names
-
-
-def environment_of(device: str | None, processes: int, *, given: dict[str, str]) -> dict[str, str]:
-    """The environment of a worker: it sees its own GPU alone, so that runs do not depend on which one it is.
-
-    Args:
-        device: as of :func:`slots_of`.
-        processes: that work at once; they share the cores.
-        given: the environment of this process.
-
-    Raises:
-        ConfigError: ``CUDA_VISIBLE_DEVICES`` hides the device.
-    """
-    root = str(Path(app.__file__).resolve().parent.parent)
-    found = {**given, "PYTHONPATH": os.pathsep.join(part for part in (root, given.get("PYTHONPATH")) if part)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
-    match = _DEVICE.match(device or "")
-    if device == "cpu":
-        found["CUDA_VISIBLE_DEVICES"] = ""
-    elif match is not None and match["index"] is not None:
-        visible = [part for part in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
-        index = int(match["index"])
-        if visible and index >= len(visible):
-            raise ConfigError(f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)}, counted from 0")
-        found["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
-    return found
 
 
 def work_in_processes(
@@ -155,7 +129,7 @@ def work_in_processes(
             elif "log" in event:
                 LOG.log(event["level"], "fold %d: %s", job.fold, event["log"])
             elif "error" in event:
-                failure = _ERRORS.get(event["error"], RuntimeError)(f"fold {job.fold}: {event['message']}")
+                failure = error_of(event, f"fold {job.fold}")
             else:
                 left -= 1
                 on_done(job.fold)
@@ -197,7 +171,7 @@ class _Slot:
             try:
                 self._do(job)
             except Exception as error:
-                self.told.put((job, {"error": _name_of(error), "message": message(error)}))
+                self.told.put((job, {"error": name_of(error), "message": message(error)}))
             if self.stopping.is_set():
                 return
 
@@ -249,67 +223,31 @@ class _Slot:
             except BrokenPipeError:
                 return False
             for line in process.stdout:
-                event = _event(line)
+                event = event_of(line)
                 if event is not None:
                     ended = ended or bool({"error", "done"} & event.keys())
                     self.told.put((job, event))
         return ended
 
 
-def _event(line: str) -> dict[str, Any] | None:
-    mark, _, text = line.partition(" ")
-    try:
-        event = json.loads(text) if mark == _MARK else None
-    except ValueError:
-        return None
-    return event if isinstance(event, dict) else None
-
-
-class _Passing(logging.Handler):
-    """Log lines, for the process that started this one."""
-
-    def __init__(self, tell: Callable[[dict[str, Any]], None]) -> None:
-        super().__init__()
-        self._tell = tell
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._tell({"log": record.getMessage(), "level": record.levelno})
-
-
 def main() -> int:
     """Do the job on standard input; 0 when it is done."""
-    _stop_on_sigterm()
-    out = sys.stdout
-    writing = threading.Lock()
-
-    def tell(event: dict[str, Any]) -> None:
-        with writing:
-            out.write(f"{_MARK} {json.dumps(event)}\n")
-            out.flush()
-
+    stop_on_sigterm()
+    tell = teller()
     try:
-        job = Job(**json.loads(_first_line()))
-        threading.Thread(target=_stop_when_alone, daemon=True).start()
+        job = Job(**json.loads(next(lines_in())))
+        threading.Thread(target=stop_when_alone, daemon=True).start()
         LOG.setLevel(logging.WARNING)
         LOG.propagate = False
-        LOG.addHandler(_Passing(tell))
+        LOG.addHandler(Passing(tell))
         _do_job(job, tell)
     except BaseException as error:
         traceback.print_exc()
         with suppress(OSError):  # nobody may be listening any more
-            tell({"error": _name_of(error), "message": message(error)})
+            tell({"error": name_of(error), "message": message(error)})
         return 1
     tell({"done": True})
     return 0
-
-
-def _name_of(error: BaseException) -> str:
-    """How an error is told: by the kind that has its exit code."""
-    if isinstance(error, KeyboardInterrupt):
-        return InterruptedRunError.__name__
-    if exit_code(error) == EXIT_MACHINE and not isinstance(error, DeviceError):
-        return OSError.__name__
-    return next((name for name, kind in _ERRORS.items() if isinstance(error, kind)), type(error).__name__)
 
 
 def _do_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -327,31 +265,6 @@ def _do_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
         tell({"progress": {"share": progress.share, "detail": progress.detail}})
 
     work_on_fold(Path(job.data), folds, job.fold, follow_links=job.follow_links, on_progress=told)
-
-
-def _stop_on_sigterm() -> None:
-    """SIGTERM unwinds as Ctrl-C does; Ctrl-C itself is for the process that started this one."""
-
-    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - the shape of a handler
-        raise KeyboardInterrupt("stopped by SIGTERM")
-
-    signal.signal(signal.SIGTERM, interrupt)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _first_line() -> str:
-    """The first line of standard input; read without a buffer, whose lock a thread would still hold at the end."""
-    found = b""
-    while not found.endswith(b"\n") and (part := os.read(0, 1)):
-        found += part
-    return found.decode()
-
-
-def _stop_when_alone() -> None:
-    """Wait for the end of standard input, which is the end of the process that started this one; then stop."""
-    while os.read(0, 1):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -5,18 +5,22 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
+from app.inference.finished import settings_of
+from app.inference.manifest import this_worker
 from app.inference.model import Predictor
+from app.inference.pipeline import InThisProcess, Steps
 from app.inference.predict import finish, place_for
 from app.inference.probabilities import ladder_for, predict_shares
 from app.inference.settings import DEFAULTS, PredictOptions
-from app.progress import LOG, OnProgress, Progress, silent
+from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime
 from data.bring_back import bring_back
 from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
@@ -25,7 +29,7 @@ from data.errors import DataError
 from data.itk import grid_of
 from data.labels import Contrast, encode, from_regions, to_regions
 from data.layouts import Case, find_cases
-from data.nifti import spacing_of, write_label_map
+from data.nifti import Spacing, spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
 
 
@@ -49,6 +53,7 @@ def predict_native(
     config: BringInConfig,
     space: Contrast = "t1c",
     options: PredictOptions = DEFAULTS,
+    overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
     """Predict cases whose contrasts lie on different grids; label maps are on the grid of ``space``.
@@ -61,49 +66,105 @@ def predict_native(
         config: how cases are brought in.
         space: the contrast whose file the label map's grid and header are those of.
         options: what is asked for.
+        overwrite: predict also what is finished.
         on_progress: told what is being worked on.
 
     Raises:
         DataError, OSError, InterruptedRunError: as :func:`app.inference.predict.predict`.
     """
-    shares_done = {case.id: number / len(cases) for number, case in enumerate(cases)}
+    settings = native_settings(model, options, config, space)
+    engine = InThisProcess(
+        steps=native_steps(model, output, runtime, config=config, space=space, options=options),
+        output=output,
+        settings=settings,
+        worker=this_worker(runtime.device_name),
+    )
+    return predict_each(cases, output, engine, settings=settings, overwrite=overwrite, on_progress=on_progress)
 
-    def one(case: Case) -> Prediction:
+
+def native_settings(
+    model: Predictor, options: PredictOptions, config: BringInConfig, space: Contrast
+) -> dict[str, Any]:
+    """What decides a case's result beside its files, as :func:`app.inference.finished.settings_of`."""
+    return settings_of(model, options, prepare=asdict(config), space=space)
+
+
+def native_steps(
+    model: Predictor,
+    output: Path,
+    runtime: Runtime,
+    *,
+    config: BringInConfig,
+    space: Contrast = "t1c",
+    options: PredictOptions = DEFAULTS,
+) -> Steps[_Read, _Answered]:
+    """The three parts of each case for an engine: read the scans, bring in and predict, write."""
+
+    def read(case: Case) -> _Read:
         place_for(case, output)
         began = time.monotonic()
         native = read_native(case, nan_to_zero=options.nan_to_zero)
+        return _Read(case=case, native=native, seconds=time.monotonic() - began)
 
-        def step(what: str) -> None:
-            on_progress(Progress(job="predicting", share=shares_done[case.id], detail=what))
-
-        answer = answer_for(model, native, runtime, config=config, space=space, options=options, on_step=step)
-        computed = time.monotonic()
+    def compute(given: _Read, on_step: Callable[[str], None]) -> _Answered:
+        began = time.monotonic()
+        answer = answer_for(model, given.native, runtime, config=config, space=space, options=options, on_step=on_step)
         for warning in answer.brought.warnings:
-            LOG.warning("case %s: %s", case.id, warning)
+            LOG.warning("case %s: %s", given.case.id, warning)
+        return _Answered(
+            case=given.case,
+            answer=answer,
+            spacing_mm=spacing_of(grid_of(given.native.images[space]).affine),
+            zeroed=dict(given.native.zeroed),
+            seconds=given.seconds + time.monotonic() - began,
+        )
+
+    def write(answered: _Answered) -> Prediction:
+        case, began = answered.case, time.monotonic()
         convention = options.labels or case.written_convention or model.convention
-        write_label_map(place_for(case, output), encode(answer.codes, convention), case.contrasts[space])
+        write_label_map(place_for(case, output), encode(answered.answer.codes, convention), case.contrasts[space])
         return finish(
             model,
             case,
-            answer.codes,
+            answered.answer.codes,
             output,
             runtime,
             convention=convention,
-            spacing_mm=spacing_of(grid_of(native.images[space]).affine),
+            spacing_mm=answered.spacing_mm,
             notes={
                 "seconds": {
-                    "prepare and compute": round(computed - began, 3),
-                    "write": round(time.monotonic() - computed, 3),
+                    "prepare and compute": round(answered.seconds, 3),
+                    "write": round(time.monotonic() - began, 3),
                 },
-                "nan_to_zero": dict(native.zeroed),
+                "nan_to_zero": answered.zeroed,
                 "missing_contrasts": [],
-                "ladder": list(answer.ladder),
+                "ladder": list(answered.answer.ladder),
                 "space": space,
-                "prepare": answer.brought.record,
+                "prepare": answered.answer.brought.record,
             },
         )
 
-    return predict_each(cases, output, one, on_progress=on_progress)
+    return Steps(read=read, compute=compute, write=write)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """A case whose scans are read."""
+
+    case: Case
+    native: NativeCase
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Answered:
+    """A case that can be written."""
+
+    case: Case
+    answer: NativeAnswer
+    spacing_mm: Spacing
+    zeroed: dict[Contrast, int]
+    seconds: float
 
 
 def answer_for(

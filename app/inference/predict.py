@@ -12,11 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
+from app.inference.finished import settings_of
+from app.inference.manifest import DISCLAIMER, this_worker
 from app.inference.model import Predictor
+from app.inference.pipeline import InThisProcess, Steps
 from app.inference.probabilities import ladder_for, predict_codes
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.progress import LOG, OnProgress, silent
-from app.runlog import write_json
 from app.runtime import Runtime, versions
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, encode, to_regions
@@ -24,8 +26,6 @@ from data.layouts import Case
 from data.nifti import Spacing, spacing_of, write_label_map
 from data.preprocess import Prepared, prepare
 from data.presence import missing_contrasts
-
-DISCLAIMER = "Research use only; not a medical device."
 
 
 def predict(
@@ -35,16 +35,18 @@ def predict(
     *,
     runtime: Runtime,
     options: PredictOptions = DEFAULTS,
+    overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Predict cases one after the other; a bad case is noted and does not stop the others.
+    """Predict cases in this process; a bad case is noted and does not stop the others, a finished one is kept.
 
     Args:
         model: the trained network.
         cases: what to predict.
-        output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
+        output: folder, made where it is missing; gets ``<case>.nii.gz``, ``<case>.json`` and ``manifest.json``.
         runtime: as the model was loaded for.
         options: what is asked for.
+        overwrite: predict also what is finished.
         on_progress: told which case is being worked on.
 
     Raises:
@@ -52,13 +54,14 @@ def predict(
         OSError: ``output`` cannot be written to.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; what is written is whole.
     """
-
-    def one(case: Case) -> Prediction:
-        return write_case(
-            model, compute_case(model, prepare_case(model, case, output, options), runtime), output, runtime
-        )
-
-    return predict_each(cases, output, one, on_progress=on_progress)
+    settings = settings_of(model, options)
+    engine = InThisProcess(
+        steps=steps_of(model, output, runtime, options),
+        output=output,
+        settings=settings,
+        worker=this_worker(runtime.device_name),
+    )
+    return predict_each(cases, output, engine, settings=settings, overwrite=overwrite, on_progress=on_progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +93,17 @@ class ComputedCase:
     """What was done where memory was short, in sentences."""
     seconds: Mapping[str, float]
     """Spent on ``read`` and ``compute``."""
+
+
+def steps_of(
+    model: Predictor, output: Path, runtime: Runtime, options: PredictOptions = DEFAULTS
+) -> Steps[PreparedCase, ComputedCase]:
+    """The three parts of each case for an engine."""
+    return Steps(
+        read=lambda case: prepare_case(model, case, output, options),
+        compute=lambda given, _: compute_case(model, given, runtime),
+        write=lambda computed: write_case(model, computed, output, runtime),
+    )
 
 
 def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOptions = DEFAULTS) -> PreparedCase:
@@ -127,7 +141,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
 
 
 def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
-    """Write the label map and the JSON of a case; needs no device, so another thread may do it.
+    """Write the label map of a case; needs no device, so another thread may do it. The JSON is the engine's.
 
     Raises:
         DataError: the label map would replace a file of the case.
@@ -166,7 +180,7 @@ def finish(
     spacing_mm: Spacing,
     notes: Mapping[str, Any],
 ) -> Prediction:
-    """Write ``<case>.json`` beside a label map that is written.
+    """What ``<case>.json`` says of a label map that is written; the engine adds what it was made from, and writes it.
 
     Args:
         model: what predicted.
@@ -198,7 +212,6 @@ def finish(
         "versions": versions(),
         "notice": DISCLAIMER,
     }
-    write_json(output / f"{case.id}.json", content)
     return Prediction(case=case.id, label_map=label_map, content=content)
 
 

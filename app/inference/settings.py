@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
-from data.labels import LabelConvention
+from data.labels import CONVENTIONS, LabelConvention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +48,21 @@ class PredictOptions:
 
 #: Nothing asked for.
 DEFAULTS: Final = PredictOptions()
+
+
+def options_to_plain(options: PredictOptions) -> dict[str, Any]:
+    """Every option as plain data, a label convention by its name."""
+    plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "labels"}
+    return {**plain, "labels": None if options.labels is None else options.labels.name}
+
+
+def options_from_plain(content: Mapping[str, Any]) -> PredictOptions:
+    """Options from the plain data that :func:`options_to_plain` made, also after a way through JSON."""
+    labels, window = content["labels"], content["window"]
+    return PredictOptions(
+        **{
+            **content,
+            "labels": None if labels is None else CONVENTIONS[labels],
+            "window": window if isinstance(window, str) else tuple(window),
+        }
+    )

@@ -1,0 +1,108 @@
+"""Which cases need not be predicted again: what a label map was made from, told by SHA-256.
+
+Every ``<case>.json`` has ``made_from``: the SHA-256 of the settings (weights, rules, options), of each input file, and
+of each file that was written. A case is finished when all of them are what they were. Contents are hashed, not
+times compared: copies and restored backups count as what they hold.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from app.inference.model import Predictor
+from app.inference.settings import PredictOptions, options_to_plain
+from app.runtime import versions
+from data.labels import Contrast
+from data.layouts import Case
+
+#: The object in ``<case>.json``.
+MADE_FROM: Final = "made_from"
+
+
+def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
+    """What decides a case's result beside its files, as plain data.
+
+    Device, backend, precision and the bound on memory are not in it: a cohort may be begun on one machine and ended on
+    another.
+
+    Args:
+        model: what predicts.
+        options: what is asked for.
+        more: further settings, such as how scans are brought in.
+    """
+    return {
+        "weights_sha256": model.sha256,
+        "overlap": model.config.inference.overlap,
+        "postprocess": model.postprocess.to_json(),
+        "options": {name: value for name, value in options_to_plain(options).items() if name != "max_memory_gb"},
+        "znormseg": versions()["znormseg"],
+        **more,
+    }
+
+
+def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result of a case is made from; to be found out before the case is read, so that a change meanwhile shows.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    return {
+        "settings_sha256": _settings_sha256(case, settings),
+        "inputs_sha256": {contrast: file_sha256(path) for contrast, path in case.contrasts.items()},
+    }
+
+
+def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The content of ``<case>.json`` where the case is finished, else None.
+
+    It is not finished where anything is missing, damaged or other than it was: the JSON, the settings, an input, a
+    file that was written.
+
+    Args:
+        case: what is to be predicted.
+        output: folder of the results.
+        settings: as of :func:`settings_of`.
+    """
+    try:
+        content = json.loads((output / f"{case.id}.json").read_text(encoding="utf-8"))
+        noted = content[MADE_FROM]
+        if content["case"] != case.id or noted["settings_sha256"] != _settings_sha256(case, settings):
+            return None
+        files = dict(noted["files_sha256"])
+        if f"{case.id}.nii.gz" not in files or any(Path(name).name != name for name in files):
+            return None
+        if {name: file_sha256(output / name) for name in files} != files:
+            return None
+        if made_from(case, settings)["inputs_sha256"] != noted["inputs_sha256"]:
+            return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        return None
+    assert isinstance(content, dict)
+    return content
+
+
+def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
+    """SHA-256 of files, by name."""
+    return {path.name: file_sha256(path) for path in paths}
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of(content: Any) -> str:
+    """SHA-256 of plain data in a form that does not depend on the order of keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
+    """Over the settings and what the layout told of the case: label numbers, and which volume a contrast is."""
+    convention = case.written_convention
+    volumes: dict[Contrast, int] = dict(case.volumes)
+    return sha256_of([settings, volumes, None if convention is None else convention.name])

@@ -1,0 +1,46 @@
+"""The folder that ``predict`` writes to: who is at work there, and what killed ones left."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from data.errors import DataError
+from data.nifti import naming_the_place, remove_stale
+
+
+def make_output(output: Path) -> None:
+    """Make the folder where it is missing.
+
+    Raises:
+        DataError: it is a file.
+        OSError: it cannot be made.
+    """
+    if output.exists() and not output.is_dir():
+        raise DataError(f"{output} is a file; give a folder for the label maps")
+    with naming_the_place(output):
+        output.mkdir(parents=True, exist_ok=True)
+
+
+@contextmanager
+def at_work(output: Path) -> Iterator[None]:
+    """Be one of those who write to a folder; the first of them removes what killed ones left half written.
+
+    All hold a shared lock on the folder itself, which the kernel takes back when a process ends, however it ends. Who
+    gets it exclusively for a moment is alone on this machine, also beside containers; the names of partial files tell
+    those of other machines. Where the file system has no locks nothing is removed.
+    """
+    import fcntl  # noqa: PLC0415 - not on every system
+
+    folder = os.open(output, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            remove_stale(output)
+        with suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(folder)
