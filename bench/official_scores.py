@@ -62,7 +62,7 @@ COLUMNS = {
 
 #: Grid and size of the full pairs.
 FULL_SHAPE, FULL_SIZE = (240, 240, 155), 3.0
-FULL = (("brats2023", "GLI", 2003), ("brats2023", "MET", 2005), ("brats2024", "GLI", 2003), ("brats2024", "PED", 2006))
+FULL = (("brats2023", "GLI", 2003), ("brats2024", "GLI", 2003))
 
 
 def plan() -> list[tuple[str, str, int]]:

@@ -2,8 +2,8 @@
 
     python bench/scorer.py SCRIPTS PYTHON
 
-SCRIPTS as for bench/official_scores.py, PYTHON the interpreter of the environment in which they run. Both sides read the
-same files of 240 x 240 x 155 voxels; the time to start Python and import is left out on both. Every number is compared.
+SCRIPTS as for bench/official_scores.py, PYTHON the interpreter of the environment in which they run. Both sides read
+the same files of 240 x 240 x 155 voxels; the time to start Python and import is left out. Every number is compared.
 """
 
 from __future__ import annotations

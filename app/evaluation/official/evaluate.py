@@ -16,7 +16,7 @@ from app.evaluation.evaluate import Folders, match, require_table_place, score_e
 from app.evaluation.official.rules import Rules
 from app.evaluation.official.score import OfficialScores, official_scores
 from data.errors import DataError
-from data.labels import BRATS2023, decode_tissues
+from data.labels import BRATS2024, decode_tissues
 from data.nifti import grid_difference, in_order_of, read_label_map, replacing
 
 #: Columns of the terminal's table: metric, heading, format.
@@ -127,7 +127,7 @@ def evaluate_officially(
     """
     only_one_label = rules.task == "MEN-RT"
     if only_one_label:
-        labels = (BRATS2023.name, BRATS2023.name)
+        labels = (BRATS2024.name, BRATS2024.name)
     folders = match(predictions, references, labels=labels, follow_links=follow_links)
 
     def score(case: str) -> OfficialCase:
