@@ -15,7 +15,7 @@ def rank(
     sets: Annotated[
         list[Path],
         typer.Argument(
-            metavar="SETS...", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."
+            metavar="SETS", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."
         ),
     ],
     references: Annotated[

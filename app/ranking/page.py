@@ -10,7 +10,7 @@ import numpy as np
 
 from app.ranking.rank import Ranking, is_lower_better
 from app.reporting.chart import Chart, Line, Marker, draw
-from app.reporting.parts import DASH, document, note, number, section, table
+from app.reporting.parts import DASH, document, note, section, table
 from data.nifti import replacing
 
 _WORST: Final = 10
@@ -56,7 +56,7 @@ def _ranks_html(ranking: Ranking) -> str:
         for place in ranking.order
     ]
     tests = [
-        [escape(f"{test.first} - {test.second}"), f"{test.difference:+.2f}", number(test.p), number(test.p_holm)]
+        [escape(f"{test.first} - {test.second}"), f"{test.difference:+.2f}", _p(test.p), _p(test.p_holm)]
         for test in ranking.tests
     ]
     return (
@@ -77,8 +77,8 @@ def _differences_html(ranking: Ranking) -> str:
             d.metric,
             f"{d.mean:+.3f}",
             f"{d.low:+.3f} to {d.high:+.3f}",
-            number(d.p),
-            number(d.p_holm),
+            _p(d.p),
+            _p(d.p_holm),
         ]
         for d in ranking.differences
     ]
@@ -89,6 +89,11 @@ def _differences_html(ranking: Ranking) -> str:
         "10,000 times, seed 0. p: Wilcoxon signed-rank test over cases; Holm's correction over the pairs of one metric."
         f"{missing}</p>"
     )
+
+
+def _p(value: float | None) -> str:
+    """Three decimals, or that it is smaller; a dash where there is none."""
+    return DASH if value is None else f"{value:.3f}" if value >= 0.001 else "&lt; 0.001"
 
 
 def _charts_html(ranking: Ranking) -> str:

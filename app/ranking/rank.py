@@ -231,7 +231,7 @@ def rows(ranking: Ranking) -> list[list[str]]:
                 ranking.names[place],
                 f"{ranking.mean_ranks[place]:.2f}",
                 *(f"{ranking.by_case(metric)[place].mean():.3f}" for metric in ranking.metrics),
-                "-" if test is None else f"{test.p_holm:.4f}",
+                "-" if test is None else _p(test.p_holm),
             ]
         )
     return table
@@ -247,8 +247,8 @@ def difference_rows(ranking: Ranking) -> list[list[str]]:
                 d.metric,
                 f"{d.mean:+.3f}",
                 f"{d.low:+.3f} to {d.high:+.3f}",
-                "-" if d.p is None else f"{d.p:.4f}",
-                "-" if d.p_holm is None else f"{d.p_holm:.4f}",
+                _p(d.p),
+                _p(d.p_holm),
             ]
             for d in ranking.differences
         ),
@@ -323,6 +323,10 @@ def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[
             )
         )
     return found
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _some(cases: Sequence[str]) -> str:
