@@ -14,9 +14,7 @@ def rank(
     *,
     sets: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="SETS", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."
-        ),
+        typer.Argument(metavar="SETS", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."),
     ],
     references: Annotated[
         Path | None, typer.Option("--references", "-r", help="Folder of expert label maps, to score folders with.")
