@@ -1,4 +1,4 @@
-"""Seconds a case of the official scores: this project's against those of the challenges' own scripts, in one run.
+"""Processor seconds a case of the official scores: here, and by the scripts of the challenges, in one run.
 
     python bench/scorer.py SCRIPTS PYTHON
 
@@ -47,11 +47,11 @@ def main() -> None:
             for side, voxels in zip(sides, made, strict=True):
                 side.mkdir()
                 official.write(side / "case.nii.gz", voxels, (1.0, 1.0, 1.0))
-            start = time.perf_counter()
+            start = time.process_time()
             convention = "brats2024-ped" if row["task"] == "PED" else "brats2024"
             rules = rules_for(row["rules"], row["task"])
             scores = evaluate_officially(*sides, rules, labels=(convention, convention)).cases[0].values()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             columns = golden["columns"][f"{row['rules']} {row['task']}"]
             worst = max(
                 abs(scores[region][column] - value)

@@ -198,7 +198,8 @@ class _Case:
         )
 
     def _hd95_mm(self, prediction: Mask | Tissues, reference: Mask | Tissues) -> float:
-        return robust_distance_mm(corner_codes(prediction), corner_codes(reference), self.spacing_mm, self.areas_mm2)
+        codes = corner_codes(prediction), corner_codes(reference)
+        return robust_distance_mm(*codes, self.spacing_mm, self.areas_mm2, may_search=True)
 
     def _nsd(self, prediction: Mask, reference: Mask) -> tuple[float, ...]:
         if not self.rules.surface_dice:
