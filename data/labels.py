@@ -31,6 +31,9 @@ BACKGROUND: Final = 0
 NECROSIS: Final = 1
 OEDEMA: Final = 2
 ENHANCING: Final = 3
+#: Further codes of :func:`decode_tissues`, for what the three regions do not tell apart.
+CAVITY: Final = 4
+CYST: Final = 5
 
 _REGION_CODES: Final[dict[Region, tuple[int, ...]]] = {
     "WT": (NECROSIS, OEDEMA, ENHANCING),
@@ -53,6 +56,8 @@ class LabelConvention:
     """Enhancing tumour."""
     also_necrosis: tuple[int, ...] = ()
     """Further numbers of the core that does not enhance; read as necrosis, never written."""
+    cysts: tuple[int, ...] = ()
+    """Those of ``also_necrosis`` that are cysts."""
     also_background: tuple[int, ...] = ()
     """Numbers of what is in none of the three regions (resection cavity); read as background, never written."""
 
@@ -79,7 +84,9 @@ BRATS2023: Final = LabelConvention(name="brats2023", necrosis=1, oedema=2, enhan
 #: BraTS 2024 GLI and MET after treatment: 4 is the resection cavity, which is no part of the whole tumour.
 BRATS2024: Final = LabelConvention(name="brats2024", necrosis=1, oedema=2, enhancing=3, also_background=(4,))
 #: BraTS 2024 PED: 2 is the core that does not enhance, 3 the cysts, which the tumour core contains.
-BRATS2024_PED: Final = LabelConvention(name="brats2024-ped", necrosis=2, oedema=4, enhancing=1, also_necrosis=(3,))
+BRATS2024_PED: Final = LabelConvention(
+    name="brats2024-ped", necrosis=2, oedema=4, enhancing=1, also_necrosis=(3,), cysts=(3,)
+)
 #: BRATS 2012 to 2016: 1 necrosis, 3 the core that does not enhance.
 BRATS2015: Final = LabelConvention(name="brats2015", necrosis=1, oedema=2, enhancing=4, also_necrosis=(3,))
 #: Medical Segmentation Decathlon, Task01, and nnU-Net's conversions of BraTS.
@@ -286,6 +293,30 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
     codes = np.zeros(label_map.shape, dtype=np.uint8)
     for value, code in allowed.items():
         codes[label_map == value] = code
+    return codes
+
+
+def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> npt.NDArray[np.uint8]:
+    """As :func:`decode`, but with resection cavities and cysts told apart, as the rules of BraTS 2024 score them.
+
+    Args:
+        label_map: any shape, integer-valued.
+        convention: what the numbers mean.
+
+    Returns:
+        uint8 array of the same shape with the codes 0 to 3, :data:`CAVITY` and :data:`CYST`.
+
+    Raises:
+        DataError: as :func:`decode`.
+
+    Example:
+        >>> decode_tissues(np.array([4, 3, 0]), BRATS2024).tolist()
+        [4, 3, 0]
+    """
+    codes = decode(label_map, convention)
+    for numbers, code in ((convention.also_background, CAVITY), (convention.cysts, CYST)):
+        for number in numbers:
+            codes[label_map == number] = code
     return codes
 
 

@@ -24,6 +24,7 @@ VERBS = [
     ["train"],
     ["predict"],
     ["evaluate"],
+    ["rank"],
     ["compare"],
     ["config"],
     ["config", "list"],

@@ -24,6 +24,7 @@ from app.evaluation.metrics import (
     specificity,
     volume_ml,
 )
+from app.evaluation.surfaces import surface_areas_mm2
 
 MM = (1.0, 1.0, 1.0)
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "brats2023_legacy.json").read_text(encoding="utf-8"))
@@ -111,7 +112,7 @@ def test_the_surface_areas_are_those_of_monai() -> None:
     from monai.metrics.utils import get_code_to_measure_table
 
     expected = get_code_to_measure_table((0.7, 1.1, 3.1))[0].numpy()
-    np.testing.assert_allclose(metrics._surface_areas_mm2((0.7, 1.1, 3.1)), expected, rtol=1e-6)
+    np.testing.assert_allclose(surface_areas_mm2((0.7, 1.1, 3.1)), expected, rtol=1e-6)
 
 
 @properties

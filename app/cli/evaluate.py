@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -12,6 +13,7 @@ from app.cli import terminal
 EXAMPLES = """\
 znormseg evaluate PREDICTIONS REFERENCES
 znormseg evaluate PREDICTIONS REFERENCES --resample --out scores.csv
+znormseg evaluate PREDICTIONS REFERENCES --rules brats2023 --task GLI
 znormseg evaluate RUN DATA --contrast-subsets"""
 
 
@@ -43,6 +45,15 @@ def evaluate(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
+    rules: Annotated[
+        str | None,
+        typer.Option(
+            "--rules", metavar="YEAR", help="Score as a challenge's script: brats2023 or brats2024; lesion by lesion."
+        ),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="With --rules: GLI (default), PED, SSA, MEN, MET or MEN-RT.")
+    ] = None,
     contrast_subsets: Annotated[
         bool,
         typer.Option(
@@ -66,6 +77,10 @@ def evaluate(
 
     Or see what a run loses when contrasts are missing: znormseg evaluate RUN DATA --contrast-subsets
     """
+    if task is not None and rules is None:
+        raise typer.BadParameter("--task goes with --rules")
+    if rules is not None and (resample or contrast_subsets):
+        raise typer.BadParameter(f"--rules does not go with {'--resample' if resample else '--contrast-subsets'}")
     if contrast_subsets:
         if resample:
             raise typer.BadParameter(
@@ -81,6 +96,18 @@ def evaluate(
 
     first, comma, second = (labels or "").partition(",")
     conventions = (first or None, (second if comma else first) or None)
+    if rules is not None:
+        _official(
+            predictions,
+            references,
+            rules,
+            task or "GLI",
+            conventions,
+            follow_links=follow_links,
+            out=out,
+            as_json=as_json,
+        )
+        return
     scores = score(predictions, references, resample=resample, labels=conventions, follow_links=follow_links)
     if as_json:
         terminal.json_result(scores.to_json())
@@ -94,10 +121,47 @@ def evaluate(
         count = len(scores.resampled)
         what = "prediction was resampled to its" if count == 1 else "predictions were resampled to their"
         terminal.say(f"{count} {what} reference's grid: {_some(scores.resampled)}")
-    for what, ids in (("prediction", scores.missing_predictions), ("reference", scores.missing_references)):
+    _end(scores.failures, scores.missing_predictions, scores.missing_references)
+
+
+def _official(
+    predictions: Path,
+    references: Path,
+    year: str,
+    task: str,
+    labels: tuple[str | None, str | None],
+    *,
+    follow_links: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """The table of ``--rules``."""
+    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.evaluation.official.evaluate import evaluate_officially, rows, write_table  # noqa: PLC0415
+    from app.evaluation.official.rules import rules_for  # noqa: PLC0415
+
+    rules = rules_for(year, task)
+    if out is not None:
+        require_table_place(out)
+    scores = evaluate_officially(predictions, references, rules, labels=labels, follow_links=follow_links)
+    if as_json:
+        terminal.json_result(scores.to_json())
+    else:
+        terminal.result(terminal.table(rows(scores)))
+    if out is not None:
+        write_table(scores, out)
+    folders = scores.folders
+    for case, text in scores.failures.items():
+        terminal.say(f"znormseg: {case}: {text}")
+    _end(scores.failures, folders.missing_predictions, folders.missing_references)
+
+
+def _end(failures: Mapping[str, str], predictions: tuple[str, ...], references: tuple[str, ...]) -> None:
+    """Name the cases that one side lacks; exit with a code of its own where one failed."""
+    for what, ids in (("prediction", predictions), ("reference", references)):
         if ids:
             terminal.say(f"no {what} for {len(ids)} cases: {_some(ids)}")
-    if scores.failures:
+    if failures:
         from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
 
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, config, crossval, data, demo, doctor, evaluate, plan, predict, terminal, train
+from app.cli import compare, config, crossval, data, demo, doctor, evaluate, plan, predict, rank, terminal, train
 from app.cli.verbs import Verb, Verbs, quietly, verb
 from app.errors import EXIT_INTERRUPTED
 from app.process import share_processors
@@ -50,6 +50,7 @@ app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epil
     quietly(predict.predict)
 )
 app.command(name="evaluate", cls=Verb, rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(quietly(evaluate.evaluate))
+app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank))
 
 
 def _show_version(wanted: bool) -> None:

@@ -147,46 +147,132 @@ def evaluate(
         >>> evaluation.summary()["WT"]["dice"]  # doctest: +SKIP
         0.912
     """
+    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+
+    def score(case: str) -> CaseScores:
+        return _score_case(case, folders, resample=resample)
+
+    cases, failures = score_each(folders, score, on_case=on_case)
+    return Evaluation(
+        cases=tuple(cases),
+        missing_predictions=folders.missing_predictions,
+        missing_references=folders.missing_references,
+        failures=failures,
+        prediction_convention=folders.prediction_convention.name,
+        reference_convention=folders.reference_convention.name,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Folders:
+    """The label maps of two folders, matched by case."""
+
+    predicted: Mapping[str, Path]
+    """Label map of each case, by case id."""
+    expected: Mapping[str, Path]
+    """The references, likewise."""
+    prediction_convention: LabelConvention
+    """What the numbers of the predictions mean."""
+    reference_convention: LabelConvention
+    """What those of the references mean."""
+    faults: Mapping[str, str]
+    """Why a case that has both cannot be read, by case id."""
+
+    @property
+    def common(self) -> list[str]:
+        """Case ids that both folders have, sorted; at least one."""
+        return sorted(self.predicted.keys() & self.expected.keys())
+
+    @property
+    def missing_predictions(self) -> tuple[str, ...]:
+        """Case ids that have a reference but no prediction, sorted."""
+        return tuple(sorted(self.expected.keys() - self.predicted.keys()))
+
+    @property
+    def missing_references(self) -> tuple[str, ...]:
+        """Case ids that have a prediction but no reference, sorted."""
+        return tuple(sorted(self.predicted.keys() - self.expected.keys()))
+
+
+def match(
+    predictions: Path,
+    references: Path,
+    *,
+    labels: tuple[str | None, str | None] = (None, None),
+    follow_links: bool = False,
+) -> Folders:
+    """Find the label maps of both folders and decide what their numbers mean.
+
+    Args:
+        predictions: folder of predicted label maps.
+        references: folder of reference label maps.
+        labels: names of the label conventions of predictions and references, where the files do not tell.
+        follow_links: accept symbolic links that lead out of the folders.
+
+    Raises:
+        DataError: as :func:`evaluate`, but for what only scoring shows.
+    """
     predicted_cases = find_label_cases(predictions, follow_links=follow_links)
     expected_cases = find_label_cases(references, follow_links=follow_links)
     predicted, expected = _label_maps(predicted_cases), _label_maps(expected_cases)
-    common = sorted(predicted.keys() & expected.keys())
-    if not common:
+    if not predicted.keys() & expected.keys():
         raise DataError(
             f"no case is in both folders: {predictions} holds {_some(predicted)}; {references} holds "
             f"{_some(expected)}. {_NAMING_RULES}"
         )
     prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0])
     reference_convention, reference_faults = _survey(references, expected_cases, labels[1])
-    faults = reference_faults | prediction_faults
+    return Folders(
+        predicted=predicted,
+        expected=expected,
+        prediction_convention=prediction_convention,
+        reference_convention=reference_convention,
+        faults=reference_faults | prediction_faults,
+    )
 
-    def score(case: str) -> CaseScores | str:
-        if case in faults:
-            return faults[case]
+
+def score_each(
+    folders: Folders, score: Callable[[str], _Result], *, on_case: Callable[[str], None] | None = None
+) -> tuple[list[_Result], dict[str, str]]:
+    """Score the cases that both folders have, several at once.
+
+    Args:
+        folders: of :func:`match`.
+        score: scores the case of an id.
+        on_case: called with each case id, in order, when it is done.
+
+    Returns:
+        what ``score`` gave, in the order of the ids, without the cases that failed; and why those failed, by id.
+
+    Raises:
+        DataError: not one case could be scored; the message gives reasons.
+    """
+
+    def outcome(case: str) -> _Result | _Failure:
+        if case in folders.faults:
+            return _Failure(folders.faults[case])
         try:
-            conventions = prediction_convention, reference_convention
-            return _score_case(case, predicted[case], expected[case], *conventions, resample=resample)
+            return score(case)
         except (DataError, OSError) as error:
-            return str(error)
+            return _Failure(str(error))
 
-    cases: list[CaseScores] = []
+    common = folders.common
+    scored: list[_Result] = []
     failures: dict[str, str] = {}
-    for case, outcome in zip(common, _parallel(score, common, on_done=on_case), strict=True):
-        if isinstance(outcome, str):
-            failures[case] = outcome
+    for case, result in zip(common, _parallel(outcome, common, on_done=on_case), strict=True):
+        if isinstance(result, _Failure):
+            failures[case] = result.reason
         else:
-            cases.append(outcome)
-    if not cases:
+            scored.append(result)
+    if not scored:
         reasons = " ".join(list(failures.values())[:_SHOWN])
         raise DataError(f"not one of the {len(common)} cases in both folders could be scored. {reasons}")
-    return Evaluation(
-        cases=tuple(cases),
-        missing_predictions=tuple(sorted(expected.keys() - predicted.keys())),
-        missing_references=tuple(sorted(predicted.keys() - expected.keys())),
-        failures=failures,
-        prediction_convention=prediction_convention.name,
-        reference_convention=reference_convention.name,
-    )
+    return scored, failures
+
+
+@dataclass(frozen=True)
+class _Failure:
+    reason: str
 
 
 def rows(evaluation: Evaluation) -> list[list[str]]:
@@ -246,18 +332,12 @@ def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, di
     yield "median", evaluation.medians()
 
 
-def _score_case(
-    case: str,
-    prediction_path: Path,
-    reference_path: Path,
-    prediction_convention: LabelConvention,
-    reference_convention: LabelConvention,
-    *,
-    resample: bool,
-) -> CaseScores:
+def _score_case(case: str, folders: Folders, *, resample: bool) -> CaseScores:
+    prediction_path, reference_path = folders.predicted[case], folders.expected[case]
     reference = reorient(read_label_map(reference_path))
     prediction = in_order_of(reference, read_label_map(prediction_path))
-    codes, expected = decode(prediction.voxels, prediction_convention), decode(reference.voxels, reference_convention)
+    codes = decode(prediction.voxels, folders.prediction_convention)
+    expected = decode(reference.voxels, folders.reference_convention)
     difference = grid_difference(prediction, reference)
     if difference is not None:
         place = f"case {case}: {prediction_path} and {reference_path}"

@@ -8,19 +8,15 @@ distance.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from typing import Final, cast
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
+from app.evaluation.surfaces import Mask, Spacing, corner_codes, robust_distance_mm, surface_areas_mm2
 from data.labels import ENHANCING, REGIONS, Region, region_codes
 from data.preprocess import smallest_box
-
-Mask = npt.NDArray[np.bool_]
-Spacing = tuple[float, float, float]
 
 #: HD95 in mm when exactly one of two masks is empty: the diagonal of 240 x 240 x 155 mm, rounded up (BraTS 2023).
 ONE_EMPTY_HD95_MM: Final = 374.0
@@ -28,8 +24,6 @@ ONE_EMPTY_HD95_MM: Final = 374.0
 HD95_DEFINITION: Final = "surface-distance robust Hausdorff, 95 %; one mask empty 374 mm (BraTS 2023)"
 #: The same for Dice.
 DICE_DEFINITION: Final = "whole volume; both masks empty 1, one mask empty 0 (BraTS 2023)"
-
-_INSIDE_CODE: Final = 255
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,12 +170,8 @@ def hausdorff95_mm(prediction: Mask, reference: Mask, spacing_mm: Spacing) -> fl
     if not prediction.any() or not reference.any():
         return ONE_EMPTY_HD95_MM if prediction.any() or reference.any() else 0.0
     box = _joint_box(prediction, reference)
-    areas_mm2 = _surface_areas_mm2(spacing_mm)
-    prediction_codes, reference_codes = _corner_codes(prediction[box]), _corner_codes(reference[box])
-    return max(
-        _directed_hausdorff95_mm(prediction_codes, reference_codes, spacing_mm, areas_mm2),
-        _directed_hausdorff95_mm(reference_codes, prediction_codes, spacing_mm, areas_mm2),
-    )
+    codes = corner_codes(prediction[box]), corner_codes(reference[box])
+    return robust_distance_mm(*codes, spacing_mm, surface_areas_mm2(spacing_mm))
 
 
 def region_scores(
@@ -255,75 +245,7 @@ def _require_spacing(spacing_mm: Spacing) -> None:
 def _joint_box(prediction: Mask, reference: Mask) -> tuple[slice, slice, slice]:
     """Smallest box that holds both masks.
 
-    Cropping to it loses nothing: every voxel outside is outside both masks, as the border that ``_corner_codes`` adds,
+    Cropping to it loses nothing: every voxel outside is outside both masks, as the border that ``corner_codes`` adds,
     so both surfaces, and with them all distances between them, stay the same.
     """
     return smallest_box(prediction | reference)
-
-
-def _corner_codes(mask: Mask) -> npt.NDArray[np.uint8]:
-    """Which of the eight voxels around each grid corner are inside, one bit each.
-
-    Shape (X + 1, Y + 1, Z + 1). The voxel before the corner on all three axes has the highest bit, the one after it on
-    all three axes the lowest, Z running fastest: the bit order of the area table.
-    """
-    padded = np.pad(mask, 1).view(np.uint8)
-    codes = np.zeros(tuple(size + 1 for size in mask.shape), dtype=np.uint8)
-    x, y, z = mask.shape
-    for bit in range(8):
-        i, j, k = bit >> 2 & 1, bit >> 1 & 1, bit & 1
-        codes |= padded[i : i + x + 1, j : j + y + 1, k : k + z + 1] << (7 - bit)
-    return codes
-
-
-def _surface_areas_mm2(spacing_mm: Spacing) -> npt.NDArray[np.float64]:
-    """Area of the surface patch at a corner for each of the 256 codes, shape (256,), in mm^2.
-
-    A patch is up to four triangles. The table gives each as a normal as long as the triangle's area in voxels of unit
-    edges; on other voxels the area of the face perpendicular to each axis scales its component.
-    """
-    dx, dy, dz = spacing_mm
-    face_mm2 = np.array([dy * dz, dx * dz, dx * dy])
-    areas: npt.NDArray[np.float64] = np.linalg.norm(_surface_normals() * face_mm2, axis=-1).sum(axis=-1)
-    return areas
-
-
-@functools.cache
-def _surface_normals() -> npt.NDArray[np.float64]:
-    """MONAI's copy of the surface-distance table: shape (256, 4, 3), all components multiples of 1/8.
-
-    MONAI's public ``get_code_to_measure_table`` computes areas in single precision, whose error can move the 95 %
-    point to the next distance; the normals below it are exact in single precision, so the areas are made from them.
-    """
-    # Here and not above: importing monai takes seconds, which `--help` must not pay.
-    from monai.metrics.utils import _get_neighbour_code_to_normals_table  # noqa: PLC0415
-
-    return cast(npt.NDArray[np.float64], _get_neighbour_code_to_normals_table().double().numpy())
-
-
-def _directed_hausdorff95_mm(
-    from_codes: npt.NDArray[np.uint8],
-    to_codes: npt.NDArray[np.uint8],
-    spacing_mm: Spacing,
-    areas_mm2: npt.NDArray[np.float64],
-) -> float:
-    """The distance within which 95 % of the first surface's area lies of the second surface, in mm."""
-    start = np.nonzero(_on_surface(from_codes))
-    # Only the nearest corners are asked for, not the map of distances: half the memory, and the distances below are
-    # needed at the few corners of one surface only.
-    nearest = ndimage.distance_transform_edt(
-        ~_on_surface(to_codes), sampling=spacing_mm, return_distances=False, return_indices=True
-    )
-    steps_mm = [(nearest[axis][start] - start[axis]) * spacing_mm[axis] for axis in range(3)]
-    distances_mm = np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2)
-    weights_mm2 = areas_mm2[from_codes[start]]
-    # Area breaks ties of distance, as in the original: it fixes the rounding of the cumulative sum.
-    order = np.lexsort((weights_mm2, distances_mm))
-    reached = np.cumsum(weights_mm2[order]) / np.sum(weights_mm2[order])
-    position = min(int(np.searchsorted(reached, 0.95)), len(order) - 1)
-    return float(distances_mm[order[position]])
-
-
-def _on_surface(codes: npt.NDArray[np.uint8]) -> Mask:
-    surface: Mask = (codes != 0) & (codes != _INSIDE_CODE)
-    return surface

@@ -1,0 +1,77 @@
+"""``znormseg rank``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+EXAMPLES = """\
+znormseg rank OURS THEIRS --references REFERENCES --out ranking
+znormseg rank a.csv b.csv c.csv"""
+
+
+def rank(
+    *,
+    sets: Annotated[
+        list[Path],
+        typer.Argument(metavar="SETS", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."),
+    ],
+    references: Annotated[
+        Path | None, typer.Option("--references", "-r", help="Folder of expert label maps, to score folders with.")
+    ] = None,
+    rules: Annotated[
+        str | None, typer.Option("--rules", metavar="YEAR", help="Score folders as evaluate --rules does.")
+    ] = None,
+    task: Annotated[str | None, typer.Option("--task", help="With --rules: see evaluate; default GLI.")] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            "--metrics",
+            help="Rank by these, such as dice,sensitivity; default Dice and HD95, lesion-wise ones where there are.",
+        ),
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
+    ] = False,
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Write one HTML page: plots by case, worst cases.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write ranks and scores by case as CSV.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON on stdout.")] = False,
+) -> None:
+    """Rank several sets of predictions of the same cases: mean ranks as in BraTS, paired tests, bootstrap intervals."""
+    if task is not None and rules is None:
+        raise typer.BadParameter("--task goes with --rules")
+    if rules is not None and references is None:
+        raise typer.BadParameter("--rules goes with --references")
+    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.evaluation.official.rules import rules_for  # noqa: PLC0415
+    from app.ranking.page import write_page  # noqa: PLC0415
+    from app.ranking.rank import difference_rows, rows, write_table  # noqa: PLC0415
+    from app.ranking.rank import rank as rank_sets  # noqa: PLC0415
+    from app.ranking.scores import load  # noqa: PLC0415
+
+    chosen = None if rules is None else rules_for(rules, task or "GLI")
+    for place in (page, out):
+        if place is not None:
+            require_table_place(place)
+    ranking = rank_sets(
+        load(sets, references, chosen, follow_links=follow_links),
+        tuple(name.strip() for name in metrics.split(",")) if metrics else (),
+    )
+    if as_json:
+        terminal.json_result(ranking.to_json())
+    else:
+        terminal.result(terminal.table(rows(ranking)))
+        terminal.result("")
+        terminal.result(terminal.table(difference_rows(ranking)))
+    if out is not None:
+        write_table(ranking, out)
+    if page is not None:
+        write_page(page, ranking)
+    if ranking.left_out:
+        terminal.say(f"{ranking.left_out} cases are not in all of them and were left out")

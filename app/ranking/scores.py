@@ -1,0 +1,133 @@
+"""Scores of one set of predictions by case: computed from label maps, or read from a table of ``evaluate``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from app.evaluation.evaluate import evaluate
+from app.evaluation.official.evaluate import evaluate_officially
+from app.evaluation.official.rules import Rules
+from data.errors import DataError
+
+Measure = tuple[str, str]
+"""Region and metric, e.g. ``("WT", "dice")``."""
+_SUMMARY_ROWS: Final = {"mean", "median"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The scores of one set of predictions."""
+
+    name: str
+    """Short name, for tables."""
+    cases: Mapping[str, Mapping[Measure, float]]
+    """Numbers by case id."""
+
+
+def load(
+    sources: Sequence[Path], references: Path | None, rules: Rules | None, *, follow_links: bool = False
+) -> list[Scored]:
+    """The scores of every source, each under a name of its own.
+
+    Args:
+        sources: two or more folders of label maps, or tables of ``evaluate`` (.csv or .json), in any mix.
+        references: folder of reference label maps; for sources that are folders.
+        rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
+        follow_links: accept symbolic links that lead out of the folders.
+
+    Raises:
+        DataError: fewer than two sources, one of them twice or none that can be read, or a folder without references.
+    """
+    if len(sources) < 2:
+        raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
+    resolved = [source.resolve() for source in sources]
+    twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice}: is given twice. Give each folder or table once.")
+    return [
+        Scored(name=name, cases=_cases(source, references, rules, follow_links=follow_links))
+        for source, name in zip(sources, _names(resolved), strict=True)
+    ]
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """The last part of each path, and of those that are alike the part before as well."""
+    parts = 1
+    most = max(len(source.parts) for source in sources)
+    while True:
+        names = [
+            "/".join((*source.parts[-parts:-1], source.stem if source.is_file() else source.name)) for source in sources
+        ]
+        if len(set(names)) == len(names) or parts > most:
+            return names if len(set(names)) == len(names) else [str(source) for source in sources]
+        parts += 1
+
+
+def _cases(
+    source: Path, references: Path | None, rules: Rules | None, *, follow_links: bool
+) -> Mapping[str, Mapping[Measure, float]]:
+    if source.is_dir():
+        return _scored_folder(source, references, rules, follow_links=follow_links)
+    if not source.is_file():
+        raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
+    try:
+        text = source.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{source}: cannot be read as text ({error}). Give a table of evaluate, .csv or .json."
+        ) from error
+    try:
+        cases = _of_json(json.loads(text)) if source.suffix == ".json" else _of_csv(text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+        ) from error
+    if not cases:
+        raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
+    return cases
+
+
+def _scored_folder(
+    source: Path, references: Path | None, rules: Rules | None, *, follow_links: bool
+) -> Mapping[str, Mapping[Measure, float]]:
+    if references is None:
+        raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
+    if rules is not None:
+        return _of_json(evaluate_officially(source, references, rules, follow_links=follow_links).to_json())
+    return _of_json(evaluate(source, references, follow_links=follow_links).to_json())
+
+
+def _of_json(content: Any) -> dict[str, dict[Measure, float]]:
+    return {
+        str(case["case"]): {
+            (region, metric): _number(value)
+            for region, values in case.items()
+            if region != "case"
+            for metric, value in values.items()
+        }
+        for case in content["cases"]
+    }
+
+
+def _of_csv(text: str) -> dict[str, dict[Measure, float]]:
+    cases: dict[str, dict[Measure, float]] = {}
+    for row in csv.DictReader(text.splitlines()):
+        case = row.pop("case")
+        if case in _SUMMARY_ROWS:
+            continue
+        split = {column: column.partition("_") for column in row}
+        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items()}
+    return cases
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a score of {number}")
+    return number

@@ -1,0 +1,70 @@
+"""Processor seconds a case of the official scores: here, and by the scripts of the challenges, in one run.
+
+    python bench/scorer.py SCRIPTS PYTHON
+
+SCRIPTS as for bench/official_scores.py, PYTHON the interpreter of the environment in which they run. Both sides read
+the same files of 240 x 240 x 155 voxels; the time to start Python and import is left out. Every number is compared.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from app.evaluation.official.evaluate import evaluate_officially
+from app.evaluation.official.rules import rules_for
+from data.phantoms.pairs import lesion_pair
+
+HERE = Path(__file__).parent
+
+
+def main() -> None:
+    """Print one line a pair, and the ratios."""
+    spec = importlib.util.spec_from_file_location("official_scores", HERE / "official_scores.py")
+    assert spec is not None
+    assert spec.loader is not None
+    official = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(official)
+    print(f"{platform.platform()}, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        out = folder / "official.json"
+        command = [sys.argv[2], str(HERE / "official_scores.py"), sys.argv[1], str(out), "--full"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        golden = json.loads(out.read_text(encoding="utf-8"))
+        ratios = []
+        for number, row in enumerate(golden["pairs"]):
+            sides = folder / f"{number}p", folder / f"{number}r"
+            labels = official.labels_of(row["rules"], row["task"])
+            made = lesion_pair(row["seed"], official.FULL_SHAPE, labels, official.FULL_SIZE)
+            for side, voxels in zip(sides, made, strict=True):
+                side.mkdir()
+                official.write(side / "case.nii.gz", voxels, (1.0, 1.0, 1.0))
+            start = time.process_time()
+            convention = "brats2024-ped" if row["task"] == "PED" else "brats2024"
+            rules = rules_for(row["rules"], row["task"])
+            scores = evaluate_officially(*sides, rules, labels=(convention, convention)).cases[0].values()
+            seconds = time.process_time() - start
+            columns = golden["columns"][f"{row['rules']} {row['task']}"]
+            worst = max(
+                abs(scores[region][column] - value)
+                for region, values in row["regions"].items()
+                for column, value in zip(columns, values, strict=True)
+            )
+            ratios.append(row["seconds"] / seconds)
+            print(
+                f"{row['rules']} {row['task']}: script {row['seconds']:.2f} s, here {seconds:.2f} s, "
+                f"{ratios[-1]:.1f} x; largest difference {worst:.1e}"
+            )
+    print(f"least {min(ratios):.1f} x")
+
+
+if __name__ == "__main__":
+    main()

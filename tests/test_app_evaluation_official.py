@@ -1,0 +1,197 @@
+"""Scores by the rules of the challenges: equal to what their own scripts give, and what holds for any label maps."""
+
+from __future__ import annotations
+
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from app.evaluation.official.evaluate import evaluate_officially
+from app.evaluation.official.lesions import components, counted, joined_by, joined_components, touching
+from app.evaluation.official.rules import rules_for
+from app.evaluation.official.score import OfficialScores, official_scores
+from data.errors import DataError
+from data.labels import BRATS2024, BRATS2024_PED, decode_tissues
+from data.phantoms.pairs import lesion_pair
+
+FOLDER = Path(__file__).parent / "golden"
+GOLDEN = json.loads((FOLDER / "official_scores.json").read_text(encoding="utf-8"))
+TABLE = json.loads((FOLDER / "official_table.json").read_text(encoding="utf-8"))
+MM = (1.0, 1.0, 1.0)
+SPACINGS = (MM, MM, MM, (0.75, 1.5, 2.0))
+LABELS = {"PED": (1, 2, 3, 4), "MEN-RT": (1,)}
+
+
+def scores_of(row: Mapping[str, Any], golden: Mapping[str, Any], spacing_mm: tuple[float, float, float]) -> Any:
+    """Region by region, the number of every column of the golden file."""
+    year, task = row["rules"], row["task"]
+    of_2024 = (1, 2, 3, 4) if task == "GLI" else LABELS.get(task, (1, 2, 3))
+    labels = of_2024 if year == "brats2024" else (1, 2, 3)
+    convention = BRATS2024_PED if (year, task) == ("brats2024", "PED") else BRATS2024
+    pair = lesion_pair(row["seed"], tuple(golden["shape"]), labels, golden["size"])
+    prediction, reference = (decode_tissues(side, convention) for side in pair)
+    scores = official_scores(prediction, reference, spacing_mm, rules_for(year, task))
+    columns = golden["columns"][f"{year} {task}"]
+    return {region: [getattr(found, column) for column in columns] for region, found in scores.items()}
+
+
+def require_equal(row: Mapping[str, Any], golden: Mapping[str, Any], spacing_mm: tuple[float, float, float]) -> None:
+    found = scores_of(row, golden, spacing_mm)
+    assert list(found) == list(row["regions"])
+    for region, expected in row["regions"].items():
+        assert found[region] == pytest.approx(expected, abs=1e-9), (row["rules"], row["task"], row["seed"], region)
+
+
+@pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
+def test_200_random_pairs_have_the_scores_of_the_official_scripts(part: int) -> None:
+    rows = GOLDEN["pairs"][part::8]
+    assert len(rows) == 25
+    for row in rows:
+        require_equal(row, GOLDEN, SPACINGS[row["seed"] % 4])
+
+
+@pytest.mark.parametrize("year", ["brats2023", "brats2024"])
+@pytest.mark.parametrize("row", TABLE["rows"], ids=lambda row: row["case"])
+def test_the_golden_table_holds_in_every_column(row: dict[str, Any], year: str) -> None:
+    shape, expected = TABLE["shapes"][year], row[year]
+
+    def boxes(corners: list[list[int]]) -> npt.NDArray[np.uint8]:
+        codes = np.zeros(shape, dtype=np.uint8)
+        for x, y, z, size in corners:
+            codes[x : x + size, y : y + size, z : z + size] = 3
+        return codes
+
+    found = official_scores(boxes(row["prediction"]), boxes(row["reference"]), MM, rules_for(year, "GLI"))["ET"]
+    given = [found.lesion_dice, found.lesion_hd95_mm, found.dice, found.hd95_mm]
+    assert given == pytest.approx(expected, abs=5e-5)  # recorded with four decimals
+
+
+def test_the_sensitivity_of_2024_counts_lesion_numbers() -> None:
+    codes = np.zeros((40, 20, 20), dtype=np.uint8)
+    codes[2:8, 5:11, 5:11] = codes[28:34, 5:11, 5:11] = 3
+    both = official_scores(codes, codes, MM, rules_for("brats2024", "GLI"))["ET"]
+    assert both.sensitivity == pytest.approx(1 / 3)
+    assert official_scores(codes, codes, MM, rules_for("brats2023", "GLI"))["ET"].sensitivity == pytest.approx(1.0)
+
+
+def test_more_background_changes_nothing_but_specificity() -> None:
+    pair = [decode_tissues(side, BRATS2024) for side in lesion_pair(1003, labels=(1, 2, 3, 4))]
+    rules = rules_for("brats2024", "GLI")
+    small, large = (official_scores(*sides, MM, rules) for sides in (pair, [np.pad(side, 9) for side in pair]))
+    for region in small:
+        kept = [{**vars(scores[region]), "specificity": 0} for scores in (small, large)]
+        assert kept[0] == kept[1]
+
+
+def test_a_map_scored_against_itself_is_perfect_in_all_of_2023() -> None:
+    codes = decode_tissues(lesion_pair(5)[0], BRATS2024)
+    for found in official_scores(codes, codes, MM, rules_for("brats2023", "MET")).values():
+        assert (found.lesion_dice, found.lesion_hd95_mm, found.dice, found.hd95_mm) == (1, 0, 1, 0)
+        assert found.false_positives == found.false_negatives == 0
+
+
+def test_lesions_near_each_other_are_one_after_dilation() -> None:
+    mask = np.zeros((30, 9, 9), dtype=bool)
+    mask[4, 4, 4] = mask[10, 4, 4] = mask[24, 4, 4] = True
+    assert [joined_components(mask, steps).most for steps in (1, 2, 3)] == [3, 3, 2]
+
+
+def test_lesions_that_touch_the_same_other_lesion_become_one() -> None:
+    own, other = np.zeros((2, 20, 5, 5), dtype=bool)
+    own[2:4, 2, 2] = own[7:9, 2, 2] = own[15, 2, 2] = True
+    other[4:7, 2, 2] = True
+    joined = joined_by(components(own), components(other))
+    assert [len(np.unique(counted(found).numbers)) - 1 for found in (components(own), joined)] == [3, 2]
+
+
+def test_one_touching_pair_alone_joins_nothing() -> None:
+    own, other = np.zeros((2, 20, 5, 5), dtype=bool)
+    own[2:4, 2, 2] = other[4:7, 2, 2] = own[15, 2, 2] = True
+    lesions = components(own)
+    assert touching(lesions.numbers, components(other).numbers) == [(1, 1)]
+    assert joined_by(lesions, components(other)) is lesions
+
+
+def test_different_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="shape"):
+        official_scores(np.zeros((3, 3, 3), np.uint8), np.zeros((3, 3, 4), np.uint8), MM, rules_for("brats2023", "GLI"))
+
+
+def test_a_task_that_the_year_has_not_is_refused_with_those_it_has() -> None:
+    with pytest.raises(DataError, match=r"brats2023 has GLI, PED, SSA, MEN, MET\. Give one"):
+        rules_for("brats2023", "MEN-RT")
+
+
+def test_a_year_without_rules_is_refused() -> None:
+    with pytest.raises(DataError, match="brats2023 and brats2024"):
+        rules_for("brats2019", "GLI")
+
+
+@pytest.fixture
+def sides(tmp_path: Path) -> tuple[Path, Path]:
+    """Folders of two cases each, predictions with 3 and references with 4 for enhancing tumour."""
+    for seed, case in enumerate(("BraTS2021_00001", "BraTS2021_00002")):
+        for side, labels, voxels in zip(("p", "r"), ((1, 2, 3), (1, 2, 4)), lesion_pair(seed + 5), strict=True):
+            table = np.array([0, *labels], dtype=np.uint8)
+            (tmp_path / side).mkdir(exist_ok=True)
+            image = nib.nifti1.Nifti1Image(table[voxels], np.diag([-1.0, -1.0, 1.0, 1.0]))
+            nib.loadsave.save(image, tmp_path / side / f"{case}.nii.gz")
+    return tmp_path / "p", tmp_path / "r"
+
+
+def test_numbers_are_read_by_convention_before_the_rules(sides: tuple[Path, Path]) -> None:
+    rules = rules_for("brats2023", "GLI")
+    cases = evaluate_officially(*sides, rules, labels=("brats2023", None)).cases
+    expected = official_scores(*(decode_tissues(side, BRATS2024) for side in lesion_pair(5)), MM, rules)
+    assert cases[0].regions == expected
+
+
+def test_the_command_writes_every_number_of_the_script(
+    sides: tuple[Path, Path], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    out = tmp_path / "scores.csv"
+    common = ("--rules", "brats2024", "--task", "MEN", "--labels", "brats2023,brats2021")
+    done = znormseg("evaluate", *sides, *common, "--out", out, "--json")
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    with out.open(encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    assert [row["case"] for row in table] == ["BraTS2021_00001", "BraTS2021_00002", "mean", "median"]
+    assert {f"ET_{name}" for name in OfficialScores.__dataclass_fields__} <= set(table[0])
+    assert float(table[2]["ET_lesion_nsd_10"]) == told["regions"]["ET"]["lesion_nsd_10"]
+    assert (told["rules"], told["task"]) == ("brats2024", "MEN")
+
+
+def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Path]) -> None:
+    image = nib.nifti1.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.diag([-1.0, -1.0, 1.0, 1.0]))
+    for side in sides:
+        nib.loadsave.save(image, side / "BraTS2021_00002.nii.gz")
+    evaluation = evaluate_officially(*sides, rules_for("brats2024", "MEN-RT"))
+    assert [case.case for case in evaluation.cases] == ["BraTS2021_00002"]
+    assert "MEN-RT hold 0 and 1" in evaluation.failures["BraTS2021_00001"]
+
+
+@pytest.mark.parametrize("flags", [["--task", "PED"], ["--rules", "brats2023", "--resample"]])
+def test_options_that_do_not_go_together_are_a_usage_error(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any], flags: list[str]
+) -> None:
+    assert znormseg("evaluate", *sides, *flags).code == 2
+
+
+def test_scoring_loads_neither_monai_nor_torch() -> None:
+    code = (
+        "import sys, numpy as np; from app.evaluation import evaluate, metrics; "
+        "from app.evaluation.official import evaluate; "
+        "m = np.ones((3, 3, 3), bool); metrics.hausdorff95_mm(m, m, (1, 1, 1)); "
+        "assert not {'torch', 'monai'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

@@ -1,0 +1,156 @@
+"""Rankings of several sets of predictions: ranks, tests, tables read back, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from app.ranking.page import render
+from app.ranking.rank import permutation_p, rank, ranks
+from app.ranking.scores import Scored, load
+from data.errors import DataError
+from data.phantoms.pairs import lesion_pair
+
+
+def scored(name: str, dice: list[float], hd95_mm: list[float] | None = None) -> Scored:
+    hd95_mm = hd95_mm or [5.0] * len(dice)
+    cases = {
+        f"case{n}": {("WT", "dice"): d, ("WT", "hd95_mm"): h}
+        for n, (d, h) in enumerate(zip(dice, hd95_mm, strict=True))
+    }
+    return Scored(name=name, cases=cases)
+
+
+def test_high_dice_and_low_hd95_have_the_first_rank() -> None:
+    values = np.array([[[[0.9, 2.0]]], [[[0.5, 9.0]]]])
+    assert ranks(values, ("dice", "hd95_mm")).tolist() == [[[[1, 1]]], [[[2, 2]]]]
+
+
+def test_equal_sets_share_their_ranks_and_differ_in_nothing() -> None:
+    ranking = rank([scored("a", [0.5, 0.7]), scored("b", [0.5, 0.7])])
+    assert ranking.mean_ranks.tolist() == [1.5, 1.5]
+    assert (ranking.tests[0].p, ranking.differences[0].p, ranking.differences[0].mean) == (1.0, None, 0.0)
+
+
+def test_the_mean_ranks_of_all_sets_sum_to_those_of_their_places() -> None:
+    rng = np.random.default_rng(1)
+    ranking = rank([scored(name, rng.random(9).tolist(), rng.random(9).tolist()) for name in "abcd"])
+    assert ranking.mean_ranks.sum() == pytest.approx(1 + 2 + 3 + 4)
+
+
+def test_a_set_that_is_better_in_every_case_is_told_apart() -> None:
+    low = np.linspace(0.3, 0.6, 12)
+    ranking = rank([scored("low", low.tolist()), scored("high", (low + 0.2).tolist())])
+    assert [ranking.names[place] for place in ranking.order] == ["high", "low"]
+    difference = ranking.differences[0]
+    assert difference.p_holm is not None
+    assert max(ranking.tests[0].p, difference.p_holm) < 0.01
+    assert difference.low == pytest.approx(-0.2) == difference.high
+
+
+def test_exchanging_two_sets_turns_the_signs_of_their_differences() -> None:
+    one, other = scored("a", [0.1, 0.9, 0.4]), scored("b", [0.2, 0.5, 0.6])
+    forth, back = (rank(pair).differences[0] for pair in ([one, other], [other, one]))
+    assert (forth.mean, forth.low, forth.high) == pytest.approx((-back.mean, -back.high, -back.low), abs=0.02)
+
+
+def test_the_permutation_test_of_all_signs_alike_counts_two_in_two_to_the_n() -> None:
+    assert permutation_p(np.ones(4)) == pytest.approx(2 / 16, abs=0.01)
+
+
+def test_cases_that_some_sets_lack_are_left_out_and_counted() -> None:
+    ranking = rank([scored("a", [0.5, 0.7, 0.8]), scored("b", [0.5, 0.7])])
+    assert (ranking.cases, ranking.left_out) == (("case0", "case1"), 1)
+
+
+def test_sets_without_a_common_case_are_refused_with_ids_of_each() -> None:
+    other = Scored(name="b", cases={"x": {("WT", "dice"): 1.0}})
+    with pytest.raises(DataError, match="a holds case0; b holds x"):
+        rank([scored("a", [0.5]), other])
+
+
+def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
+    with pytest.raises(DataError, match=r"metric lesion_dice: .* dice, hd95_mm"):
+        rank([scored("a", [0.5]), scored("b", [0.5])], ("lesion_dice",))
+
+
+def test_names_from_outside_are_escaped_on_the_page_and_nothing_is_fetched() -> None:
+    page = render(rank([scored("<b>", [0.5, 0.6]), scored("b", [0.7, 0.2])]))
+    assert "<b>" not in page
+    assert not re.search(r"(?:src|href)=|url\(", page)
+    assert "case0" in page
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> dict[str, Path]:
+    """References and two sets of predictions of three cases, the first one of them perfect."""
+    for seed in range(3):
+        prediction, reference = lesion_pair(seed + 3, (32, 32, 24))
+        for name, voxels in (("refs", reference), ("best", reference), ("other", prediction)):
+            (tmp_path / name).mkdir(exist_ok=True)
+            image = nib.nifti1.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0]))
+            nib.loadsave.save(image, tmp_path / name / f"BraTS-GLI-0000{seed}-000.nii.gz")
+    return {name: tmp_path / name for name in ("refs", "best", "other")}
+
+
+def test_the_command_ranks_folders_and_writes_csv_and_page(
+    folders: dict[str, Path], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    out, page = tmp_path / "rank.csv", tmp_path / "rank.html"
+    files = ("--out", out, "--page", page, "--json")
+    done = znormseg(
+        "rank", folders["other"], folders["best"], "--references", folders["refs"], "--rules", "brats2023", *files
+    )
+    assert done.code == 0, done.err
+    told = json.loads(done.out)
+    assert [row["name"] for row in told["ranking"]] == ["best", "other"]
+    assert told["metrics"] == ["lesion_dice", "lesion_hd95_mm"]
+    with out.open(encoding="utf-8") as file:
+        assert len(list(csv.DictReader(file))) == 6
+    assert "Worst cases" in page.read_text(encoding="utf-8")
+
+
+def test_tables_of_evaluate_rank_as_their_folders_do(
+    folders: dict[str, Path], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    tables = []
+    for name in ("other", "best"):
+        tables.append(tmp_path / f"{name}.csv")
+        assert znormseg("evaluate", folders[name], folders["refs"], "--out", tables[-1]).code == 0
+    (tmp_path / "best.json").write_text(
+        znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8"
+    )
+    direct = rank(load([folders["other"], folders["best"]], folders["refs"], None))
+    for pair in (tables, [tables[0], tmp_path / "best.json"]):
+        read = rank(load(pair, None, None))
+        assert (read.values == direct.values).all()
+        assert read.names == ("other", "best")
+
+
+def test_a_folder_without_references_is_refused(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
+    done = znormseg("rank", folders["best"], folders["other"])
+    assert done.code == 3
+    assert "--references" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize("text", ["", "a,b\n1,2\n", "case,WT_dice\nx,nan\n", "case,WT_dice\nx,\n"])
+def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
+    good, bad = tmp_path / "good.csv", tmp_path / "bad.csv"
+    good.write_text("case,WT_dice\nx,1\n", encoding="utf-8")
+    bad.write_text(text, encoding="utf-8")
+    with pytest.raises(DataError, match=r"bad\.csv"):
+        load([good, bad], None, None)
+
+
+def test_a_set_given_twice_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="given twice"):
+        load([tmp_path, tmp_path], None, None)
