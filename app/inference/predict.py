@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from app.progress import LOG, OnProgress, silent
 from app.runlog import write_json
 from app.runtime import Runtime, versions
 from data.errors import DataError
-from data.labels import REGIONS, LabelConvention, encode, to_regions
+from data.labels import REGIONS, Contrast, LabelConvention, encode, to_regions
 from data.layouts import Case
 from data.nifti import Spacing, spacing_of, write_label_map
-from data.preprocess import prepare
+from data.preprocess import Prepared, prepare
 from data.presence import missing_contrasts
 
 DISCLAIMER = "Research use only; not a medical device."
@@ -53,19 +54,49 @@ def predict(
     """
 
     def one(case: Case) -> Prediction:
-        return _predict_case(model, case, output, runtime, options)
+        return write_case(
+            model, compute_case(model, prepare_case(model, case, output, options), runtime), output, runtime
+        )
 
     return predict_each(cases, output, one, on_progress=on_progress)
 
 
-def _predict_case(
-    model: Predictor,
-    case: Case,
-    output: Path,
-    runtime: Runtime,
-    options: PredictOptions,
-) -> Prediction:
-    label_map = place_for(case, output)
+@dataclass(frozen=True, kw_only=True)
+class PreparedCase:
+    """A case that is read and can be computed."""
+
+    case: Case
+    prepared: Prepared
+    options: PredictOptions
+    seconds: float
+    """Spent on reading and preparing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComputedCase:
+    """A case that is predicted and can be written; what the network saw of it is gone."""
+
+    case: Case
+    codes: npt.NDArray[np.uint8]
+    """Label map in the program's codes, on the grid and in the voxel order of the case's files."""
+    spacing_mm: Spacing
+    """Of the files' grid."""
+    options: PredictOptions
+    zeroed: Mapping[Contrast, int]
+    """By contrast: voxels that were NaN or infinite and were taken as 0."""
+    missing: tuple[Contrast, ...]
+    """Contrasts that the case lacks."""
+    seconds: Mapping[str, float]
+    """Spent on ``read`` and ``compute``."""
+
+
+def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOptions = DEFAULTS) -> PreparedCase:
+    """Read a case and prepare it for a network; needs no device, so another thread may do it for the next case.
+
+    Raises:
+        DataError: as :func:`data.preprocess.prepare`, :func:`require_contrasts` and :func:`place_for`.
+    """
+    place_for(case, output)
     began = time.monotonic()
     require_contrasts(case, model)
     prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=options.nan_to_zero, all_contrasts=False)
@@ -73,27 +104,48 @@ def _predict_case(
         LOG.warning("case %s: predicted without %s, which is missing", case.id, ", ".join(absent))
     for contrast, count in prepared.zeroed.items():
         LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
-    was_read = time.monotonic()
-    codes = predict_codes(model, prepared, runtime)
-    computed = time.monotonic()
-    convention = options.labels or case.written_convention or model.convention
-    write_label_map(label_map, encode(codes, convention), case.contrasts[case.reference])
+    return PreparedCase(case=case, prepared=prepared, options=options, seconds=time.monotonic() - began)
+
+
+def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
+    """Predict a prepared case; the one of the three parts that uses the device."""
+    began = time.monotonic()
+    codes = predict_codes(model, given.prepared, runtime)
+    return ComputedCase(
+        case=given.case,
+        codes=codes,
+        spacing_mm=spacing_of(given.prepared.native_affine),
+        options=given.options,
+        zeroed=given.prepared.zeroed,
+        missing=missing_contrasts(given.prepared.present),
+        seconds={"read": given.seconds, "compute": time.monotonic() - began},
+    )
+
+
+def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
+    """Write the label map and the JSON of a case; needs no device, so another thread may do it.
+
+    Raises:
+        DataError: the label map would replace a file of the case.
+        OSError: the folder cannot be written to.
+    """
+    case = computed.case
+    began = time.monotonic()
+    convention = computed.options.labels or case.written_convention or model.convention
+    write_label_map(place_for(case, output), encode(computed.codes, convention), case.contrasts[case.reference])
+    seconds = {**computed.seconds, "write": time.monotonic() - began}
     return finish(
         model,
         case,
-        codes,
+        computed.codes,
         output,
         runtime,
         convention=convention,
-        spacing_mm=spacing_of(prepared.native_affine),
+        spacing_mm=computed.spacing_mm,
         notes={
-            "seconds": {
-                "read": round(was_read - began, 3),
-                "compute": round(computed - was_read, 3),
-                "write": round(time.monotonic() - computed, 3),
-            },
-            "nan_to_zero": prepared.zeroed,
-            "missing_contrasts": list(absent),
+            "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
+            "nan_to_zero": dict(computed.zeroed),
+            "missing_contrasts": list(computed.missing),
         },
     )
 
