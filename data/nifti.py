@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -28,6 +28,7 @@ from zlib_ng import gzip_ng, zlib_ng
 from data.errors import DataError
 
 Spacing = tuple[float, float, float]
+_Number = TypeVar("_Number", bound=np.generic)
 
 NIFTI_ENDINGS: Final = (".nii.gz", ".nii")
 #: Voxel order inside the program: x grows to the patient's left, y to posterior, z to superior, as in BraTS files.
@@ -45,6 +46,10 @@ _COMPRESSION_LEVEL: Final = 6
 _ZLIB_NG_ERROR: Final[type[Exception]] = zlib_ng.error  # type: ignore[assignment]  # its stub calls it an instance
 #: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
+#: A share of 1 in :func:`write_shares`.
+SHARE_STEPS: Final = 65535
+#: In the description of every header, which holds 79 characters.
+_RESEARCH_ONLY: Final = b"Research use only; not a medical device."
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
 SHEAR_TOLERANCE: Final = 0.01
 
@@ -192,7 +197,7 @@ def in_order_of(reference: Volume, volume: Volume) -> Volume:
     return replace(seen, affine=frame @ seen.affine)
 
 
-def to_native_order(canonical: npt.NDArray[np.uint8], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+def to_native_order(canonical: npt.NDArray[_Number], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[_Number]:
     """Undo :func:`reorient` for an array: from the program's voxel order to that of ``native_affine``."""
     back = orientations.ornt_transform(
         orientations.axcodes2ornt(CANONICAL_AXES), orientations.io_orientation(native_affine)
@@ -232,7 +237,26 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
         DataError: the reference cannot be read, or its shape is not that of ``labels``.
         OSError: the disk is full or the folder cannot be written to.
     """
-    _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map")
+    _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map. " + _RESEARCH_ONLY)
+
+
+def write_shares(path: Path, shares: npt.NDArray[np.uint16], reference: Path, *, what: str) -> None:
+    """Write numbers from 0 to 1 with the grid of a reference file, whole or not at all.
+
+    They are stored as 16-bit integers, which readers multiply by the header's slope, 1/65535. NIfTI has no 16-bit
+    floats; float32 takes twice the room, and far more once compressed, for digits that mean nothing.
+
+    Args:
+        path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
+        shares: 65535ths, shape (X, Y, Z, volumes), in the reference's own voxel order.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+        what: the file is, for its header; plain ASCII.
+
+    Raises:
+        DataError, OSError: as :func:`write_label_map`.
+    """
+    description = f"znormseg {what}. ".encode() + _RESEARCH_ONLY
+    _write_like(path, np.ascontiguousarray(shares), reference, description, slope=1 / SHARE_STEPS)
 
 
 def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) -> None:
@@ -253,8 +277,10 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
     _write_like(path, whole if np.array_equal(whole, voxels) else voxels, reference, b"")
 
 
-def _write_like(path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes) -> None:
-    """Write voxels in their own type on the grid of a reference file."""
+def _write_like(
+    path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes, *, slope: float | None = None
+) -> None:
+    """Write voxels in their own type on the grid of a reference file; readers multiply them by the slope."""
     with _reading(reference):
         image = _open(reference)
         shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
@@ -272,6 +298,8 @@ def _write_like(path: Path, voxels: npt.NDArray[Any], reference: Path, descripti
     header["aux_file"] = b""
     kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     result = kind(voxels, image.affine, header)
+    if slope is not None:
+        result.header.set_slope_inter(slope, 0)  # nibabel then writes the voxels as they are
     result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
     if voxels.ndim > 3:
         result.header["pixdim"][4] = 1.0  # a spacing of 0 between volumes is refused by ITK

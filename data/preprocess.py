@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,8 @@ from data.nifti import (
     reorient,
     to_native_order,
 )
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 #: Where more of a volume's six faces than this share is not 0, the background was not removed. Brains cut by the field
 #: of view reach one or two faces; the noise around a head, or a background shifted by normalisation, reaches all.
@@ -177,6 +179,24 @@ def to_native_grid(codes: npt.NDArray[np.uint8], prepared: Prepared) -> npt.NDAr
     canonical = np.zeros(prepared.canonical_shape, dtype=np.uint8)
     canonical[prepared.box] = codes
     return to_native_order(canonical, prepared.native_affine)
+
+
+def values_to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDArray[_Number]:
+    """Put several arrays of the brain box back on the grid of the case's files, as the volumes of one 4D array.
+
+    Args:
+        values: shape (n, X, Y, Z) of the box at the files' own spacing.
+        prepared: what :func:`prepare` returned for the case.
+
+    Returns:
+        the same type in the files' own voxel order and shape, then n; 0 outside the box.
+    """
+    volumes = []
+    for one in values:
+        canonical = np.zeros(prepared.canonical_shape, dtype=values.dtype)
+        canonical[prepared.box] = one
+        volumes.append(to_native_order(canonical, prepared.native_affine))
+    return np.stack(volumes, axis=-1)
 
 
 def zscore_nonzero(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

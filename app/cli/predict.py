@@ -55,6 +55,20 @@ def predict(
         str | None, typer.Option("--mask", help="With --prepare: brain mask, as of data prepare; default auto.")
     ] = None,
     n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the brightness by N4.")] = False,
+    tta: Annotated[
+        bool,
+        typer.Option("--tta", help="Average over the image mirrored in all eight ways; eight times slower."),
+    ] = False,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Write OUTPUT/<case>_probabilities.nii.gz: WT, TC, ET, 0 to 1.")
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Write OUTPUT/<case>_uncertainty.nii.gz: WT, TC, ET; of several answers disagreement too.",
+        ),
+    ] = False,
     no_postprocess: Annotated[
         bool,
         typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
@@ -97,7 +111,13 @@ def predict(
     cases = _cases(files, places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime, postprocess=not no_postprocess)
-        options = PredictOptions(labels=None if labels is None else CONVENTIONS[labels], nan_to_zero=nan_to_zero)
+        options = PredictOptions(
+            labels=None if labels is None else CONVENTIONS[labels],
+            nan_to_zero=nan_to_zero,
+            tta=tta,
+            save_probabilities=save_probabilities,
+            uncertainty=uncertainty,
+        )
         if prepare:
             outcome = predict_native(
                 model,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,19 +13,20 @@ import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.model import Predictor
-from app.inference.predict import finish, place_for
-from app.inference.probabilities import predict_shares
+from app.inference.predict import finish, place_for, write_companions
+from app.inference.probabilities import on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
+from app.inference.trust import Companion, Steps, Trust, companions, measure, nested
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runtime import Runtime
-from data.bring_back import bring_back
+from data.bring_back import cut_back, means_back
 from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
 from data.labels import Contrast, encode, from_regions, to_regions
 from data.layouts import Case, find_cases
-from data.nifti import spacing_of, write_label_map
+from data.nifti import canonical_spacing, spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
 
 
@@ -36,6 +37,9 @@ class NativeAnswer:
     codes: npt.NDArray[np.uint8]
     """The program's codes, shape of the scan's image."""
     brought: BroughtIn
+    companions: Mapping[Companion, Steps]
+    """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
+    trust: Trust
 
 
 def predict_native(
@@ -74,12 +78,13 @@ def predict_native(
         def step(what: str) -> None:
             on_progress(Progress(job="predicting", share=shares_done[case.id], detail=what))
 
-        answer = answer_for(model, native, runtime, config=config, space=space, on_step=step)
+        answer = answer_for(model, native, runtime, config=config, space=space, options=options, on_step=step)
         computed = time.monotonic()
         for warning in answer.brought.warnings:
             LOG.warning("case %s: %s", case.id, warning)
         convention = options.labels or case.written_convention or model.convention
         write_label_map(place_for(case, output), encode(answer.codes, convention), case.contrasts[space])
+        write_companions(case, answer.companions, output, case.contrasts[space])
         return finish(
             model,
             case,
@@ -88,6 +93,8 @@ def predict_native(
             runtime,
             convention=convention,
             spacing_mm=spacing_of(grid_of(native.images[space]).affine),
+            trust=answer.trust,
+            companions=tuple(answer.companions),
             notes={
                 "seconds": {
                     "prepare and compute": round(computed - began, 3),
@@ -110,6 +117,7 @@ def answer_for(
     *,
     config: BringInConfig,
     space: Contrast = "t1c",
+    options: PredictOptions = DEFAULTS,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> NativeAnswer:
     """Bring one case in, predict it and bring the answer back.
@@ -120,6 +128,7 @@ def answer_for(
         runtime: as the model was loaded for.
         config: how the case is brought in.
         space: the contrast on whose grid the answer is wanted.
+        options: what is asked for beside the label map.
         on_step: told what is being done.
 
     Raises:
@@ -135,16 +144,32 @@ def answer_for(
         (case,) = find_cases(Path(folder))
         prepared = prepare(case, spacing_mm=model.spacing_mm)
     # The case was written in canonical order, which is that of the shares.
-    shares = predict_shares(model, prepared, runtime)
+    answer = predict_answer(model, prepared, runtime, tta=options.tta, disagreement=options.uncertainty)
     on_step(f"{native.id}: back to the grid of {space}")
     target = grid_of(native.images[space])
-    codes = bring_back(
-        shares,
-        brought.grid,
-        brought.transform(space),
-        target,
-        source=Path(native.id),
-        thresholds=model.postprocess.thresholds,
+
+    def back(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        whole = on_canonical_grid(values, prepared)
+        return means_back(whole, brought.grid, brought.transform(space), target, source=Path(native.id))
+
+    spacing_mm = spacing_of(target.affine)
+    shares = back(answer.centred + np.float32(0.5))
+    masks = model.postprocess.clean(to_regions(cut_back(shares, model.postprocess.thresholds)), spacing_mm)
+    shown = nested(shares - np.float32(0.5))
+    disagreement = None if answer.disagreement is None else np.clip(back(answer.disagreement), 0, 1)
+    return NativeAnswer(
+        codes=from_regions(masks),
+        brought=brought,
+        companions={
+            name: np.moveaxis(steps, 0, -1) for name, steps in companions(shown, disagreement, options).items()
+        },
+        trust=measure(
+            masks,
+            shown,
+            spacing_mm,
+            answer_voxels=answer.volumes_voxels,
+            answer_spacing_mm=canonical_spacing(prepared.native_affine),
+            networks=answer.networks,
+            flips=answer.flips,
+        ),
     )
-    codes = from_regions(model.postprocess.clean(to_regions(codes), spacing_of(target.affine)))
-    return NativeAnswer(codes=codes, brought=brought)

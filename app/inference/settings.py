@@ -28,6 +28,12 @@ class PredictOptions:
     """Numbers of the label maps; None takes those that go with each case's file names, else the model's."""
     nan_to_zero: bool = False
     """Take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``."""
+    tta: bool = False
+    """Test-time augmentation: the mean over the image mirrored along every subset of its axes; eight times the work."""
+    save_probabilities: bool = False
+    """Write ``<case>_probabilities.nii.gz``: WT, TC and ET in one 4D file on the label map's grid."""
+    uncertainty: bool = False
+    """Write ``<case>_uncertainty.nii.gz`` and, of several answers, ``<case>_disagreement.nii.gz``, likewise."""
 
 
 #: Nothing asked for.
