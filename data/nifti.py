@@ -37,6 +37,8 @@ CANONICAL_AXES: Final = ("L", "P", "S")
 MAX_VOXELS: Final = 1024**3
 #: Grids that agree to this many millimetres at every corner are the same grid.
 GRID_TOLERANCE_MM: Final = 0.01
+#: Where sform and qform of one header place a corner further apart than this, they say different things.
+FORM_TOLERANCE_MM: Final = 1.0
 #: What one byte of a compressed file can hold at most (zlib's documentation: a factor of 1032).
 _MOST_BYTES_PER_BYTE: Final = 1032
 #: Voxels are unpacked and converted in pieces of this many bytes, so that a piece is in the processor's cache for both.
@@ -66,6 +68,8 @@ class Volume:
     path: Path
     zeroed: int = 0
     """How many voxels were NaN or infinite in the file and are 0 here."""
+    doubt: str | None = None
+    """What of the geometry the header leaves open, in words; None where it is plain."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -82,6 +86,16 @@ def spacing_of(affine: npt.NDArray[np.float64]) -> Spacing:
     """
     x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     return (float(x), float(y), float(z))
+
+
+def voxel_order(affine: npt.NDArray[np.float64]) -> str:
+    """Where the axes of a grid point to.
+
+    Example:
+        >>> voxel_order(np.diag([-2.0, -1.0, 3.0, 1.0]))
+        'LPS'
+    """
+    return "".join(str(letter) for letter in nib.aff2axcodes(affine))
 
 
 def canonical_spacing(affine: npt.NDArray[np.float64]) -> Spacing:
@@ -147,7 +161,8 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
                 "with --nan-to-zero."
             )
         voxels = np.where(bad, np.float32(0), voxels)
-    return Volume(voxels=voxels, affine=_affine(image, path), path=path, zeroed=zeroed)
+    affine = _affine(image, path)
+    return Volume(voxels=voxels, affine=affine, path=path, zeroed=zeroed, doubt=_geometry_doubt(image, affine, shape))
 
 
 def read_label_map(path: Path) -> Volume:
@@ -213,7 +228,7 @@ def grid_difference(first: Volume, second: Volume) -> str | None:
     if first.voxels.shape != second.voxels.shape:
         return f"shape {_times(first.voxels.shape)} against {_times(second.voxels.shape)} voxels"
     shape = first.voxels.shape
-    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
+    corners = _corners(shape)
     gaps = ((first.affine - second.affine) @ corners)[:3]
     if np.abs(gaps).max() <= GRID_TOLERANCE_MM:
         return None
@@ -486,6 +501,30 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
             f"{path}: the affine is sheared (cosine {shear:.3f} between axes). Resample to a right-angled grid."
         )
     return affine
+
+
+def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[int, ...]) -> str | None:
+    """What a header leaves open about where its voxels lie."""
+    if not int(image.header["sform_code"]):
+        if int(image.header["qform_code"]):
+            return None
+        return "its header has neither sform nor qform; which side is left is nibabel's assumption"
+    if not int(image.header["qform_code"]):
+        return None
+    with np.errstate(all="ignore"):
+        try:
+            gaps = ((image.header.get_qform() - affine) @ _corners(shape))[:3]
+        except (ValueError, ArithmeticError, HeaderDataError):
+            return "its qform is invalid; the sform was taken"
+        gap = np.sqrt((gaps**2).sum(axis=0)).max()
+    if gap <= FORM_TOLERANCE_MM:
+        return None
+    return f"its sform and qform are up to {gap:.3g} mm apart; the sform was taken"
+
+
+def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int_]:
+    """The corners of a grid as columns of homogeneous voxel indices."""
+    return np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
 
 
 def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -30,6 +30,7 @@ from data.nifti import (
     read_volume,
     reorient,
     to_native_order,
+    voxel_order,
 )
 
 _Number = TypeVar("_Number", bound=np.generic)
@@ -65,6 +66,8 @@ class Prepared:
     """Affine of the reference contrast's file."""
     zeroed: dict[Contrast, int]
     """By contrast: how many voxels were NaN or infinite and were taken as 0; contrasts without any are not in it."""
+    repairs: tuple[str, ...] = ()
+    """What was done about the geometry of the files, a sentence each; empty where nothing had to be."""
 
     @property
     def box_shape(self) -> tuple[int, int, int]:
@@ -106,6 +109,7 @@ def prepare(
             )
     reference = volumes[case.reference]
     native_affine = reference.affine
+    repairs = _geometry_repairs(volumes, case.reference)
     canonical = reorient(reference)
     for contrast, volume in volumes.items():
         volumes[contrast] = in_order_of(canonical, volume)
@@ -137,6 +141,7 @@ def prepare(
         canonical_shape=canonical_shape,
         native_affine=native_affine,
         zeroed=zeroed,
+        repairs=repairs,
     )
 
 
@@ -274,6 +279,16 @@ def resample_codes(codes: npt.NDArray[np.uint8], shape: tuple[int, int, int]) ->
     """Bring a label map to another shape: each region interpolated as a fraction, then cut at one half."""
     fractions = np.stack([resample(mask.astype(np.float32), shape) for mask in to_regions(codes)])
     return from_regions(fractions >= 0.5)
+
+
+def _geometry_repairs(volumes: dict[Contrast, Volume], reference: Contrast) -> tuple[str, ...]:
+    """What of the files' geometry had to be chosen or changed to have the contrasts on one grid."""
+    found = [f"{contrast}: {volume.doubt}" for contrast, volume in volumes.items() if volume.doubt]
+    own_order = voxel_order(volumes[reference].affine)
+    for contrast, volume in volumes.items():
+        if (order := voxel_order(volume.affine)) != own_order:
+            found.append(f"{contrast} is stored in voxel order {order}, {reference} in {own_order}; it was reordered")
+    return tuple(found)
 
 
 def _at_their_places(image: npt.NDArray[np.float32], present: tuple[Contrast, ...]) -> npt.NDArray[np.float32]:

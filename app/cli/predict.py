@@ -92,6 +92,7 @@ def predict(
         raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
+    from app.inference.known import training_record  # noqa: PLC0415
     from app.inference.native import predict_native  # noqa: PLC0415
     from app.inference.predict import predict as predict_cases  # noqa: PLC0415
     from app.inference.settings import PredictOptions  # noqa: PLC0415
@@ -117,6 +118,7 @@ def predict(
             tta=tta,
             save_probabilities=save_probabilities,
             uncertainty=uncertainty,
+            training=training_record(run),
         )
         if prepare:
             outcome = predict_native(
@@ -150,13 +152,15 @@ def _show(done: tuple[object, ...], output: Path) -> None:
     from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
     from app.inference.predict import DISCLAIMER  # noqa: PLC0415 - slow to import
 
-    rows = [["case", "WT ml", "TC ml", "ET ml", "s"]]
+    rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for prediction in done:
         assert isinstance(prediction, Prediction)
         volumes, seconds = prediction.content["volumes_ml"], prediction.content["seconds"]
-        rows.append([prediction.case, *(f"{volumes[r]:.1f}" for r in volumes), f"{sum(seconds.values()):.1f}"])
+        codes = list(dict.fromkeys(flag["code"] for flag in prediction.content["flags"]))
+        shown = [f"{volumes[r]:.1f}" for r in volumes]
+        rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     terminal.result(terminal.table(rows))
-    terminal.result(f"label maps in {output}. {DISCLAIMER}")
+    terminal.result(f"label maps in {output}; <case>.json says what each flag means. {DISCLAIMER}")
 
 
 def _exit(done: int, failures: dict[str, str]) -> None:

@@ -12,15 +12,16 @@ import numpy as np
 import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
+from app.inference.flags import Facts, Flag, flags_of
 from app.inference.model import Predictor
-from app.inference.predict import finish, place_for, write_companions
+from app.inference.predict import finish, place_for, unusual_contrasts, write_companions
 from app.inference.probabilities import on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import Companion, Steps, Trust, companions, measure, nested
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runtime import Runtime
 from data.bring_back import cut_back, means_back
-from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
+from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native, zeroed_warnings
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
@@ -40,6 +41,7 @@ class NativeAnswer:
     companions: Mapping[Companion, Steps]
     """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
     trust: Trust
+    flags: tuple[Flag, ...]
 
 
 def predict_native(
@@ -95,6 +97,7 @@ def predict_native(
             spacing_mm=spacing_of(grid_of(native.images[space]).affine),
             trust=answer.trust,
             companions=tuple(answer.companions),
+            flags=answer.flags,
             notes={
                 "seconds": {
                     "prepare and compute": round(computed - began, 3),
@@ -157,19 +160,31 @@ def answer_for(
     masks = model.postprocess.clean(to_regions(cut_back(shares, model.postprocess.thresholds)), spacing_mm)
     shown = nested(shares - np.float32(0.5))
     disagreement = None if answer.disagreement is None else np.clip(back(answer.disagreement), 0, 1)
+    trust = measure(
+        masks,
+        shown,
+        spacing_mm,
+        answer_voxels=answer.volumes_voxels,
+        answer_spacing_mm=canonical_spacing(prepared.native_affine),
+        networks=answer.networks,
+        flips=answer.flips,
+    )
+    registered = [f"{contrast} was registered to t1c and resampled" for contrast in brought.registrations]
+    facts = Facts(
+        case=native.id,
+        trust=trust,
+        zeroed=native.zeroed,
+        repairs=(*native.doubts, *registered),
+        preparation=tuple(one for one in brought.warnings if one not in zeroed_warnings(native)),
+        unusual=unusual_contrasts(prepared, options.training),
+        training=options.training,
+    )
     return NativeAnswer(
         codes=from_regions(masks),
         brought=brought,
         companions={
             name: np.moveaxis(steps, 0, -1) for name, steps in companions(shown, disagreement, options).items()
         },
-        trust=measure(
-            masks,
-            shown,
-            spacing_mm,
-            answer_voxels=answer.volumes_voxels,
-            answer_spacing_mm=canonical_spacing(prepared.native_affine),
-            networks=answer.networks,
-            flips=answer.flips,
-        ),
+        trust=trust,
+        flags=flags_of(facts),
     )

@@ -12,6 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
+from app.inference.flags import Facts, Flag, flags_of
+from app.inference.known import TrainingRecord
 from app.inference.model import Predictor
 from app.inference.probabilities import predict_answer, predict_masks
 from app.inference.settings import DEFAULTS, PredictOptions
@@ -25,6 +27,7 @@ from data.layouts import Case
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
 from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
 from data.presence import missing_contrasts
+from data.ranges import quantiles_of
 
 DISCLAIMER = "Research use only; not a medical device."
 
@@ -85,6 +88,7 @@ class ComputedCase:
     companions: Mapping[Companion, Steps]
     """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
     trust: Trust
+    flags: tuple[Flag, ...]
     options: PredictOptions
     zeroed: Mapping[Contrast, int]
     """By contrast: voxels that were NaN or infinite and were taken as 0."""
@@ -121,23 +125,35 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     masks, shares = predict_masks(model, prepared, answer.centred), nested(answer.centred)
     spacing_mm = canonical_spacing(prepared.native_affine)
     found = companions(shares, answer.disagreement, options)
+    trust = measure(
+        masks,
+        shares,
+        spacing_mm,
+        answer_voxels=answer.volumes_voxels,
+        answer_spacing_mm=spacing_mm,
+        networks=answer.networks,
+        flips=answer.flips,
+    )
+    missing = missing_contrasts(prepared.present)
+    facts = Facts(
+        case=given.case.id,
+        trust=trust,
+        missing=missing,
+        zeroed=prepared.zeroed,
+        repairs=prepared.repairs,
+        unusual=unusual_contrasts(prepared, options.training),
+        training=options.training,
+    )
     return ComputedCase(
         case=given.case,
         codes=to_native_grid(from_regions(masks), prepared),
         spacing_mm=spacing_of(prepared.native_affine),
         companions={name: values_to_native_grid(steps, prepared) for name, steps in found.items()},
-        trust=measure(
-            masks,
-            shares,
-            spacing_mm,
-            answer_voxels=answer.volumes_voxels,
-            answer_spacing_mm=spacing_mm,
-            networks=answer.networks,
-            flips=answer.flips,
-        ),
+        trust=trust,
+        flags=flags_of(facts),
         options=given.options,
         zeroed=given.prepared.zeroed,
-        missing=missing_contrasts(given.prepared.present),
+        missing=missing,
         seconds={"read": given.seconds, "compute": time.monotonic() - began},
     )
 
@@ -165,12 +181,18 @@ def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: 
         spacing_mm=computed.spacing_mm,
         trust=computed.trust,
         companions=tuple(computed.companions),
+        flags=computed.flags,
         notes={
             "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
             "nan_to_zero": dict(computed.zeroed),
             "missing_contrasts": list(computed.missing),
         },
     )
+
+
+def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
+    """The contrasts of a case whose intensities are unlike those of the training cases, where these are known."""
+    return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
 
 
 def write_companions(case: Case, found: Mapping[Companion, Steps], output: Path, reference: Path) -> None:
@@ -202,6 +224,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
     spacing_mm: Spacing,
     trust: Trust,
     companions: Collection[Companion],
+    flags: Sequence[Flag],
     notes: Mapping[str, Any],
 ) -> Prediction:
     """Write ``<case>.json`` beside a label map that is written.
@@ -216,6 +239,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         spacing_mm: of the label map's grid.
         trust: what is known of the answer.
         companions: the files that were written beside the label map.
+        flags: what to know of the case.
         notes: what else belongs into the file: seconds by stage, voxels that were taken as 0.
     """
     label_map = output / f"{case.id}.nii.gz"
@@ -227,6 +251,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         "files": {name: str(companion_path(case, name, output)) if name in companions else None for name in COMPANIONS},
         "volumes_ml": {region: round(ml, 3) for region, ml in zip(REGIONS, volumes, strict=True)},
         **trust.to_json(),
+        "flags": [flag.to_json() for flag in flags],
         "labels": {
             "convention": convention.name,
             "necrosis": convention.necrosis,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
+from app.inference.known import UNKNOWN, TrainingRecord
 from data.labels import LabelConvention
 
 
@@ -34,6 +35,8 @@ class PredictOptions:
     """Write ``<case>_probabilities.nii.gz``: WT, TC and ET in one 4D file on the label map's grid."""
     uncertainty: bool = False
     """Write ``<case>_uncertainty.nii.gz`` and, of several answers, ``<case>_disagreement.nii.gz``, likewise."""
+    training: TrainingRecord = UNKNOWN
+    """What is known of the cases that the networks learnt from, for the flags of a case."""
 
 
 #: Nothing asked for.

@@ -103,6 +103,8 @@ def companions(centred: Floats, disagreement: Floats | None, options: PredictOpt
 class Trust:
     """What is known of an answer beside its label map."""
 
+    volumes_ml: Mapping[Region, float]
+    """By region: what is marked."""
     confidence: Mapping[Region, float | None]
     """By region: mean probability in the region as it is marked; None where nothing is."""
     soft_volumes_ml: Mapping[Region, float]
@@ -163,15 +165,18 @@ def measure(
         flips: mirrored images each answered for.
     """
     voxel_ml, answer_ml = (float(np.prod(spacing)) / 1000 for spacing in (spacing_mm, answer_spacing_mm))
+    volumes: dict[Region, float] = {}
     confidence: dict[Region, float | None] = {}
     soft: dict[Region, float] = {}
     components: dict[Region, int] = {}
     for region, mask, share in zip(REGIONS, masks, centred, strict=True):
+        volumes[region] = int(np.count_nonzero(mask)) * voxel_ml
         confidence[region] = float(share[mask].mean(dtype=np.float64)) + 0.5 if mask.any() else None
         soft[region] = float((share + np.float32(0.5)).sum(dtype=np.float64)) * voxel_ml
         components[region] = len(_component_sizes(mask))
     sizes = _component_sizes(masks[0])
     return Trust(
+        volumes_ml=volumes,
         confidence=confidence,
         soft_volumes_ml=soft,
         components=components,
