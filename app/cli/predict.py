@@ -150,7 +150,7 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 def _show(done: tuple[object, ...], output: Path) -> None:
     from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
-    from app.inference.predict import DISCLAIMER  # noqa: PLC0415 - slow to import
+    from app.notice import NOTICE  # noqa: PLC0415
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for prediction in done:
@@ -160,7 +160,7 @@ def _show(done: tuple[object, ...], output: Path) -> None:
         shown = [f"{volumes[r]:.1f}" for r in volumes]
         rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     terminal.result(terminal.table(rows))
-    terminal.result(f"label maps in {output}; <case>.json says what each flag means. {DISCLAIMER}")
+    terminal.result(f"label maps in {output}; <case>.json says what each flag means. {NOTICE}")
 
 
 def _exit(done: int, failures: dict[str, str]) -> None:

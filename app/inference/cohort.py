@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from app.errors import InterruptedRunError
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from data.errors import DataError
 from data.layouts import Case
@@ -33,7 +34,11 @@ class Predictions:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
-        return {"cases": [prediction.content for prediction in self.done], "failures": self.failures}
+        return {
+            "cases": [prediction.content for prediction in self.done],
+            "failures": self.failures,
+            "notice": NOTICE,
+        }
 
 
 def predict_each(

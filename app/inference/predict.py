@@ -18,6 +18,7 @@ from app.inference.model import Predictor
 from app.inference.probabilities import predict_answer, predict_masks
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import COMPANIONS, Companion, Steps, Trust, companions, measure, nested
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, silent
 from app.runlog import write_json
 from app.runtime import Runtime, versions
@@ -28,8 +29,6 @@ from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, 
 from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
 from data.presence import missing_contrasts
 from data.ranges import quantiles_of
-
-DISCLAIMER = "Research use only; not a medical device."
 
 
 def predict(
@@ -263,7 +262,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         **model.record(),
         "runtime": list(runtime.reasons),
         "versions": versions(),
-        "notice": DISCLAIMER,
+        "notice": NOTICE,
     }
     write_json(output / f"{case.id}.json", content)
     return Prediction(case=case.id, label_map=label_map, content=content)
