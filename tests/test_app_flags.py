@@ -16,6 +16,7 @@ import pytest
 from app.inference.flags import CODES, LEAST_IN_LARGEST, MANY_COMPONENTS, TINY_ML, Facts, flags_of
 from app.inference.known import UNKNOWN, TrainingRecord, training_record
 from app.inference.trust import Trust
+from app.training.material import record_intensities
 from data.labels import REGIONS
 from data.layouts import find_cases
 from data.preprocess import prepare
@@ -131,7 +132,7 @@ def test_scale_and_offset_of_a_scanner_do_not_move_the_quantiles(phantoms: Path,
 
 def test_a_case_of_the_range_is_not_unusual_and_an_inverted_contrast_is(phantoms: Path) -> None:
     images = [prepare(case).image for case in find_cases(phantoms)]
-    known = range_of(map(quantiles_of, images))
+    known = replace(range_of(map(quantiles_of, images)), cases=LEAST_CASES)
     assert [known.unusual(quantiles_of(image)) for image in images] == [()] * len(images)
     inverted = images[0].copy()
     inverted[2] *= -1
@@ -168,6 +169,20 @@ def test_ranges_join_to_that_of_all_their_cases() -> None:
 
 
 # What a run tells
+
+
+def test_the_range_of_a_run_is_written_once_and_stays(tiny_run: Path, tmp_path: Path) -> None:
+    class Even:
+        def image(self) -> Any:
+            return np.ones((4, 2, 2, 2), dtype=np.float16)
+
+    record_intensities(tmp_path, [Even(), Even()])  # type: ignore[list-item]  # all that is asked of a case
+    known = training_record(tmp_path).intensities
+    assert known is not None
+    assert (known.cases, known.least["t2"]) == (2, (1.0,) * 7)
+    shutil.copy(tiny_run / "intensities.json", tmp_path)
+    record_intensities(tmp_path, [Even()])  # type: ignore[list-item]
+    assert training_record(tmp_path).intensities == training_record(tiny_run).intensities
 
 
 def test_a_run_tells_its_cases_and_their_intensities(tiny_run: Path) -> None:
