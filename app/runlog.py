@@ -5,6 +5,7 @@ A run folder holds::
     config.yaml     the resolved config
     split.json      case ids by part
     labels.json     what the label maps hold, and their hash: a resumed run must find the same
+    intensities.json  range of the training cases' intensities, for the flags of predict
     run.json        data, conventions, versions, machine
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     nonfinite/      batches whose loss was not finite, where there were any

@@ -47,6 +47,32 @@ def bring_back(
     Returns:
         uint8, the program's codes, shape of ``native``; background outside of ``grid``.
     """
+    return cut_back(means_back(shares, grid, transform, native, source=source), thresholds)
+
+
+def cut_back(
+    means: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)
+) -> npt.NDArray[np.uint8]:
+    """The label map of what :func:`means_back` returned: a region where its share is the threshold or more, nested."""
+    bounds = np.array(thresholds).reshape(3, 1, 1, 1)
+    return from_regions(means >= bounds - TIE_TOLERANCE)
+
+
+def means_back(
+    shares: npt.NDArray[np.float32], grid: Grid, transform: sitk.Transform, native: Grid, *, source: Path
+) -> npt.NDArray[np.float32]:
+    """The shares on a scan's own grid: the mean over the extent of each of its voxels, as of :func:`bring_back`.
+
+    Args:
+        shares: float32, shape (n, X, Y, Z) on ``grid``.
+        grid: where the shares lie.
+        transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
+        native: the scan's grid.
+        source: of the shares, for messages.
+
+    Returns:
+        float32, shape of ``native`` after n; 0 outside of ``grid``.
+    """
     own = np.array(spacing_of(native.affine))
     parts = np.clip(np.rint(own / min(spacing_of(grid.affine))), 1, _MOST_PARTS).astype(int)
     factors = (int(parts[0]), int(parts[1]), int(parts[2]))
@@ -58,5 +84,4 @@ def bring_back(
         x, y, z = native.size
         cells = there.reshape(x, factors[0], y, factors[1], z, factors[2])
         means.append(cells.mean(axis=(1, 3, 5)))
-    bounds = np.array(thresholds).reshape(3, 1, 1, 1)
-    return from_regions(np.stack(means) >= bounds - TIE_TOLERANCE)
+    return np.stack(means)

@@ -63,6 +63,8 @@ class NativeCase:
     zeroed: Mapping[Contrast, int] = field(default_factory=dict)
     """By contrast: how many voxels were NaN or infinite and were taken as 0."""
     warnings: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    """What of the files' geometry had to be chosen, a sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
         codes_on=codes_on,
         sources={name: {"path": str(path), "sha256": _sha256(path)} for name, path in files.items()},
         zeroed={contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed},
+        doubts=tuple(f"{contrast}: {volume.doubt}" for contrast, volume in volumes.items() if volume.doubt),
     )
 
 
@@ -167,7 +170,7 @@ def bring_in(
         there = registrations.get(native.codes_on)
         codes = _resampled_codes(native.codes, grid, None if there is None else there.transform)
     litres = None if inside is None else float(inside.sum()) * config.spacing_mm**3 / 1e6
-    warnings = (*native.warnings, *_zeroed_warnings(native), *mask.warnings, *_litre_warnings(litres))
+    warnings = (*native.warnings, *zeroed_warnings(native), *mask.warnings, *_litre_warnings(litres))
     return BroughtIn(
         id=native.id,
         images=images,
@@ -232,7 +235,8 @@ def _masked(voxels: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_] | Non
     return voxels if inside is None else np.where(inside, voxels, np.float32(0))
 
 
-def _zeroed_warnings(native: NativeCase) -> list[str]:
+def zeroed_warnings(native: NativeCase) -> list[str]:
+    """A sentence for each contrast with voxels that were taken as 0; among the warnings of bringing in."""
     return [f"{count} voxels of {contrast} were NaN or infinite and are 0" for contrast, count in native.zeroed.items()]
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import nibabel as nib
 import numpy as np
@@ -31,6 +31,7 @@ from zlib_ng import gzip_ng, zlib_ng
 from data.errors import DataError
 
 Spacing = tuple[float, float, float]
+_Number = TypeVar("_Number", bound=np.generic)
 
 NIFTI_ENDINGS: Final = (".nii.gz", ".nii")
 #: Voxel order inside the program: x grows to the patient's left, y to posterior, z to superior, as in BraTS files.
@@ -39,6 +40,8 @@ CANONICAL_AXES: Final = ("L", "P", "S")
 MAX_VOXELS: Final = 1024**3
 #: Grids that agree to this many millimetres at every corner are the same grid.
 GRID_TOLERANCE_MM: Final = 0.01
+#: Where sform and qform of one header place a corner further apart than this, they say different things.
+FORM_TOLERANCE_MM: Final = 1.0
 #: What one byte of a compressed file can hold at most (zlib's documentation: a factor of 1032).
 _MOST_BYTES_PER_BYTE: Final = 1032
 #: Voxels are unpacked and converted in pieces of this many bytes, so that a piece is in the processor's cache for both.
@@ -50,6 +53,10 @@ _ZLIB_NG_ERROR: Final[type[Exception]] = zlib_ng.error  # type: ignore[assignmen
 _PARTIAL: Final = ".partial-"
 #: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
+#: A share of 1 in :func:`write_shares`.
+SHARE_STEPS: Final = 65535
+#: In the description of every header, which holds 79 characters.
+_RESEARCH_ONLY: Final = b"Research use only; not a medical device."
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
 SHEAR_TOLERANCE: Final = 0.01
 
@@ -66,6 +73,8 @@ class Volume:
     path: Path
     zeroed: int = 0
     """How many voxels were NaN or infinite in the file and are 0 here."""
+    doubt: str | None = None
+    """What of the geometry the header leaves open, in words; None where it is plain."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -82,6 +91,16 @@ def spacing_of(affine: npt.NDArray[np.float64]) -> Spacing:
     """
     x, y, z = np.sqrt((affine[:3, :3] ** 2).sum(axis=0))
     return (float(x), float(y), float(z))
+
+
+def voxel_order(affine: npt.NDArray[np.float64]) -> str:
+    """Where the axes of a grid point to.
+
+    Example:
+        >>> voxel_order(np.diag([-2.0, -1.0, 3.0, 1.0]))
+        'LPS'
+    """
+    return "".join(str(letter) for letter in nib.aff2axcodes(affine))
 
 
 def canonical_spacing(affine: npt.NDArray[np.float64]) -> Spacing:
@@ -157,7 +176,8 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
                 "with --nan-to-zero."
             )
         voxels = np.where(bad, np.float32(0), voxels)
-    return Volume(voxels=voxels, affine=_affine(image, path), path=path, zeroed=zeroed)
+    affine = _affine(image, path)
+    return Volume(voxels=voxels, affine=affine, path=path, zeroed=zeroed, doubt=_geometry_doubt(image, affine, shape))
 
 
 def read_label_map(path: Path) -> Volume:
@@ -207,7 +227,7 @@ def in_order_of(reference: Volume, volume: Volume) -> Volume:
     return replace(seen, affine=frame @ seen.affine)
 
 
-def to_native_order(canonical: npt.NDArray[np.uint8], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[np.uint8]:
+def to_native_order(canonical: npt.NDArray[_Number], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[_Number]:
     """Undo :func:`reorient` for an array: from the program's voxel order to that of ``native_affine``."""
     back = orientations.ornt_transform(
         orientations.axcodes2ornt(CANONICAL_AXES), orientations.io_orientation(native_affine)
@@ -223,7 +243,7 @@ def grid_difference(first: Volume, second: Volume) -> str | None:
     if first.voxels.shape != second.voxels.shape:
         return f"shape {_times(first.voxels.shape)} against {_times(second.voxels.shape)} voxels"
     shape = first.voxels.shape
-    corners = np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
+    corners = _corners(shape)
     gaps = ((first.affine - second.affine) @ corners)[:3]
     if np.abs(gaps).max() <= GRID_TOLERANCE_MM:
         return None
@@ -247,7 +267,26 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
         DataError: the reference cannot be read, or its shape is not that of ``labels``.
         OSError: the disk is full or the folder cannot be written to.
     """
-    _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map")
+    _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map. " + _RESEARCH_ONLY)
+
+
+def write_shares(path: Path, shares: npt.NDArray[np.uint16], reference: Path, *, what: str) -> None:
+    """Write numbers from 0 to 1 with the grid of a reference file, whole or not at all.
+
+    They are stored as 16-bit integers, which readers multiply by the header's slope, 1/65535. NIfTI has no 16-bit
+    floats; float32 takes twice the room, and far more once compressed, for digits that mean nothing.
+
+    Args:
+        path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
+        shares: 65535ths, shape (X, Y, Z, volumes), in the reference's own voxel order.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+        what: the file is, for its header; plain ASCII.
+
+    Raises:
+        DataError, OSError: as :func:`write_label_map`.
+    """
+    description = f"znormseg {what}. ".encode() + _RESEARCH_ONLY
+    _write_like(path, np.ascontiguousarray(shares), reference, description, slope=1 / SHARE_STEPS)
 
 
 def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) -> None:
@@ -268,8 +307,10 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
     _write_like(path, whole if np.array_equal(whole, voxels) else voxels, reference, b"")
 
 
-def _write_like(path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes) -> None:
-    """Write voxels in their own type on the grid of a reference file."""
+def _write_like(
+    path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes, *, slope: float | None = None
+) -> None:
+    """Write voxels in their own type on the grid of a reference file; readers multiply them by the slope."""
     with _reading(reference):
         image = _open(reference)
         shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
@@ -287,6 +328,8 @@ def _write_like(path: Path, voxels: npt.NDArray[Any], reference: Path, descripti
     header["aux_file"] = b""
     kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     result = kind(voxels, image.affine, header)
+    if slope is not None:
+        result.header.set_slope_inter(slope, 0)  # nibabel then writes the voxels as they are
     result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
     if voxels.ndim > 3:
         result.header["pixdim"][4] = 1.0  # a spacing of 0 between volumes is refused by ITK
@@ -513,6 +556,30 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
             f"{path}: the affine is sheared (cosine {shear:.3f} between axes). Resample to a right-angled grid."
         )
     return affine
+
+
+def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[int, ...]) -> str | None:
+    """What a header leaves open about where its voxels lie."""
+    if not int(image.header["sform_code"]):
+        if int(image.header["qform_code"]):
+            return None
+        return "its header has neither sform nor qform; which side is left is nibabel's assumption"
+    if not int(image.header["qform_code"]):
+        return None
+    with np.errstate(all="ignore"):
+        try:
+            gaps = ((image.header.get_qform() - affine) @ _corners(shape))[:3]
+        except (ValueError, ArithmeticError, HeaderDataError):
+            return "its qform is invalid; the sform was taken"
+        gap = np.sqrt((gaps**2).sum(axis=0)).max()
+    if gap <= FORM_TOLERANCE_MM:
+        return None
+    return f"its sform and qform are up to {gap:.3g} mm apart; the sform was taken"
+
+
+def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int_]:
+    """The corners of a grid as columns of homogeneous voxel indices."""
+    return np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
 
 
 def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

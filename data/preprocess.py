@@ -7,11 +7,11 @@ whoever holds it (as probabilities, not labels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import product
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +30,10 @@ from data.nifti import (
     read_volume,
     reorient,
     to_native_order,
+    voxel_order,
 )
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 #: Where more of a volume's six faces than this share is not 0, the background was not removed. Brains cut by the field
 #: of view reach one or two faces; the noise around a head, or a background shifted by normalisation, reaches all.
@@ -68,6 +71,8 @@ class Prepared:
     """Affine of the reference contrast's file."""
     zeroed: dict[Contrast, int]
     """By contrast: how many voxels were NaN or infinite and were taken as 0; contrasts without any are not in it."""
+    repairs: tuple[str, ...] = ()
+    """What was done about the geometry of the files, a sentence each; empty where nothing had to be."""
 
     @property
     def box_shape(self) -> tuple[int, int, int]:
@@ -106,9 +111,11 @@ def prepare(
     # One whole volume at a time is held, and of each its own box: of large scans the four together would not fit.
     parts: dict[Contrast, tuple[Box, npt.NDArray[np.float32]]] = {}
     zeroed: dict[Contrast, int] = {}
+    found: dict[Contrast, tuple[str, str]] = {}
     for contrast in (case.reference, *(one for one in present if one != case.reference)):
         with _naming(case, f"contrast {contrast}"):
             volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
+        found[contrast] = volume.doubt or "", voxel_order(volume.affine)
         if canonical is None:
             native_affine, volume = volume.affine, reorient(volume)
             canonical = replace(volume, voxels=np.broadcast_to(np.float32(0), volume.voxels.shape))  # takes no memory
@@ -150,6 +157,7 @@ def prepare(
         canonical_shape=canonical_shape,
         native_affine=native_affine,
         zeroed={contrast: zeroed[contrast] for contrast in present if contrast in zeroed},
+        repairs=_geometry_repairs({contrast: found[contrast] for contrast in present}, case.reference),
     )
 
 
@@ -192,6 +200,24 @@ def to_native_grid(codes: npt.NDArray[np.uint8], prepared: Prepared) -> npt.NDAr
     canonical = np.zeros(prepared.canonical_shape, dtype=np.uint8)
     canonical[prepared.box] = codes
     return to_native_order(canonical, prepared.native_affine)
+
+
+def values_to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDArray[_Number]:
+    """Put several arrays of the brain box back on the grid of the case's files, as the volumes of one 4D array.
+
+    Args:
+        values: shape (n, X, Y, Z) of the box at the files' own spacing.
+        prepared: what :func:`prepare` returned for the case.
+
+    Returns:
+        the same type in the files' own voxel order and shape, then n; 0 outside the box.
+    """
+    volumes = []
+    for one in values:
+        canonical = np.zeros(prepared.canonical_shape, dtype=values.dtype)
+        canonical[prepared.box] = one
+        volumes.append(to_native_order(canonical, prepared.native_affine))
+    return np.stack(volumes, axis=-1)
 
 
 def zscore_nonzero(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -301,6 +327,21 @@ def resample_codes(codes: npt.NDArray[np.uint8], shape: tuple[int, int, int]) ->
     """Bring a label map to another shape: each region interpolated as a fraction, then cut at one half."""
     fractions = np.stack([resample(mask.astype(np.float32), shape) for mask in to_regions(codes)])
     return from_regions(fractions >= 0.5)
+
+
+def _geometry_repairs(found: Mapping[Contrast, tuple[str, str]], reference: Contrast) -> tuple[str, ...]:
+    """What of the files' geometry had to be chosen or changed to have the contrasts on one grid.
+
+    Args:
+        found: by contrast: what was doubtful, empty where nothing was, and the voxel order of the file.
+        reference: the contrast that decides the order.
+    """
+    repairs = [f"{contrast}: {doubt}" for contrast, (doubt, _) in found.items() if doubt]
+    own_order = found[reference][1]
+    for contrast, (_, order) in found.items():
+        if order != own_order:
+            repairs.append(f"{contrast} is stored in voxel order {order}, {reference} in {own_order}; it was reordered")
+    return tuple(repairs)
 
 
 def _at_their_places(image: npt.NDArray[np.float32], present: tuple[Contrast, ...]) -> npt.NDArray[np.float32]:

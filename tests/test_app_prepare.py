@@ -159,11 +159,17 @@ def test_the_answer_lies_on_the_grid_of_the_scan_that_was_named(
     *, space: str | None, ending: str, scans: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     chosen = [] if space is None else ["--space", space]
-    ended = znormseg("predict", tiny_run, tmp_path, *options(scans), "--prepare", *chosen)
+    asked = [*chosen, "--save-probabilities", "--uncertainty"]
+    ended = znormseg("predict", tiny_run, tmp_path, *options(scans), "--prepare", *asked)
     assert ended.code == 0, ended.err
     assert same_grid(tmp_path / f"{CASE}.nii.gz", scans / f"{CASE}_{ending}.nii.gz")
     assert set(np.unique(np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj))) <= {0, 1, 2, 4}
     content = json.loads((tmp_path / f"{CASE}.json").read_text())
+    shares = nib.load(content["files"]["probabilities"])
+    assert np.array_equal(shares.affine, nib.load(scans / f"{CASE}_{ending}.nii.gz").affine)
+    # A share within 0.001 of one half counts as one half.
+    differ = (shares.get_fdata()[..., 0] > 0.5) != (np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj) > 0)
+    assert np.abs(shares.get_fdata()[..., 0][differ] - 0.5).max(initial=0) < 2e-3
     assert content["space"] == (space or "t1c")
     assert content["prepare"]["mask"]["source"] == "own"
 

@@ -285,6 +285,7 @@ def test_a_run_holds_these_files_and_no_others(tiny_run: Path) -> None:
     assert [name for name in ids_of(tiny_run) if not name.startswith(".")] == [
         "checkpoints",
         "config.yaml",
+        "intensities.json",
         "labels.json",
         "metrics.jsonl",
         "run.json",

@@ -93,6 +93,7 @@ def evaluate(
             raise typer.BadParameter(f"{option} goes with --contrast-subsets")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
+    from app.notice import NOTICE  # noqa: PLC0415
 
     first, comma, second = (labels or "").partition(",")
     conventions = (first or None, (second if comma else first) or None)
@@ -113,6 +114,7 @@ def evaluate(
         terminal.json_result(scores.to_json())
     else:
         terminal.result(terminal.table(rows(scores)))
+        terminal.result(NOTICE)
     if out is not None:
         write_table(scores, out)
     for case, text in scores.failures.items():
@@ -185,6 +187,7 @@ def _subsets(
     from app.inference.backends.choose import choose_backend  # noqa: PLC0415
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.subsets import Which, choose_cases, rows, score_subsets, write_table  # noqa: PLC0415
+    from app.notice import NOTICE  # noqa: PLC0415
     from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.layouts import find_cases  # noqa: PLC0415
 
@@ -204,6 +207,7 @@ def _subsets(
         terminal.json_result(table.to_json())
     else:
         terminal.result(terminal.table(rows(table)))
+        terminal.result(NOTICE)
     if out is not None:
         write_table(table, out)
     for case, text in table.failures.items():

@@ -25,8 +25,9 @@ znormseg predict RUN SCANS PREDICTIONS --prepare --space flair"""
 PANELS = {
     "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
     "Scans as they come from the scanner": ("prepare", "space", "mask", "n4"),
-    "How to predict": ("no_postprocess", "device"),
-    "Output": ("labels", "as_json"),
+    "How to predict": ("tta", "no_postprocess", "window", "overlap", "max_memory_gb"),
+    "What on": ("device", "backend", "precision", "engine", "devices", "workers"),
+    "Output": ("labels", "save_probabilities", "uncertainty", "overwrite", "as_json"),
 }
 
 _LABELS_HELP = (
@@ -71,6 +72,20 @@ def predict(
         str | None, typer.Option("--mask", help="With --prepare: brain mask, as of data prepare; default auto.")
     ] = None,
     n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the brightness by N4.")] = False,
+    tta: Annotated[
+        bool,
+        typer.Option("--tta", help="Average over the image mirrored in all eight ways; eight times slower."),
+    ] = False,
+    save_probabilities: Annotated[
+        bool, typer.Option("--save-probabilities", help="Write OUTPUT/<case>_probabilities.nii.gz: WT, TC, ET, 0 to 1.")
+    ] = False,
+    uncertainty: Annotated[
+        bool,
+        typer.Option(
+            "--uncertainty",
+            help="Write OUTPUT/<case>_uncertainty.nii.gz: WT, TC, ET; of several answers disagreement too.",
+        ),
+    ] = False,
     no_postprocess: Annotated[
         bool,
         typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
@@ -166,6 +181,9 @@ def predict(
         options=PredictOptions(
             labels=None if labels is None else CONVENTIONS[labels],
             nan_to_zero=nan_to_zero,
+            tta=tta,
+            save_probabilities=save_probabilities,
+            uncertainty=uncertainty,
             window=_window(window),
             overlap=overlap,
             max_memory_gb=max_memory_gb,
@@ -239,15 +257,17 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 def _show(done: tuple[object, ...], output: Path) -> None:
     from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
-    from app.inference.manifest import DISCLAIMER  # noqa: PLC0415 - slow to import
+    from app.notice import NOTICE  # noqa: PLC0415
 
-    rows = [["case", "WT ml", "TC ml", "ET ml", "s"]]
+    rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for prediction in done:
         assert isinstance(prediction, Prediction)
         volumes, seconds = prediction.content["volumes_ml"], prediction.content["seconds"]
-        rows.append([prediction.case, *(f"{volumes[r]:.1f}" for r in volumes), f"{sum(seconds.values()):.1f}"])
+        codes = list(dict.fromkeys(flag["code"] for flag in prediction.content["flags"]))
+        shown = [f"{volumes[r]:.1f}" for r in volumes]
+        rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     terminal.result(terminal.table(rows))
-    terminal.result(f"label maps in {output}. {DISCLAIMER}")
+    terminal.result(f"label maps in {output}; <case>.json says what each flag means. {NOTICE}")
 
 
 def _exit(done: int, failures: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from app.comparison.page import write_page
 from app.comparison.plan import Plan, RunKey
 from app.comparison.run import Results, make_runs
 from app.evaluation.metrics import DICE_DEFINITION
+from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runlog import read_metrics, write_json
 from app.runtime import machine, versions
@@ -94,6 +95,7 @@ def compare(
         "versions": versions(),
         "machine": machine(),
         "runs": [dict(result) for result in results.runs.values()],
+        "notice": NOTICE,
     }
     write_csv(out / "compare.csv", results)
     write_json(out / "compare.json", content)

@@ -13,6 +13,7 @@ from app.crossval.summary import Summary
 from app.crossval.tune import Tuning
 from app.errors import RunError
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION
+from app.inference.known import INTENSITIES_FILE
 from app.runlog import read_json, write_json
 from app.runtime import versions
 from data.labels import CONTRASTS, REGIONS
@@ -51,6 +52,8 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary) -> Path:
         for ending in ("safetensors", "json"):
             name = f"best-{checkpoint.step:09d}.{ending}"
             _link(run / "checkpoints" / name, target / name)
+        if (run / INTENSITIES_FILE).exists():
+            _link(run / INTENSITIES_FILE, target.parent / INTENSITIES_FILE)
         networks.append(
             {
                 "network": run.name,

@@ -25,6 +25,7 @@ from app.errors import InterruptedRunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import locked, read_json, read_metrics, write_json
 from app.runtime import RuntimeConfig, choose_runtime, machine, versions
@@ -197,6 +198,7 @@ class _Work:
             "label_maps_sha256": self.folds.label_maps_sha256,
             "versions": versions(),
             "machine": machine(),
+            "notice": NOTICE,
         }
         write_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
         write_json(out / "crossval.json", content)

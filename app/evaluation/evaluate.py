@@ -15,6 +15,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores, region_scores
+from app.notice import NOTICE
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values
 from data.layouts import Case, decide_for, find_label_cases
@@ -99,6 +100,7 @@ class Evaluation:
             "reference_convention": self.reference_convention,
             "dice_definition": DICE_DEFINITION,
             "hd95_definition": HD95_DEFINITION,
+            "notice": NOTICE,
         }
 
     def _over_cases(self, middle: Callable[[list[float]], float]) -> dict[Region, dict[str, float]]:

@@ -15,6 +15,7 @@ from app.errors import InterruptedRunError
 from app.inference.finished import finished_content
 from app.inference.manifest import MANIFEST_FILE, Cohort, Outcome, write_manifest
 from app.inference.output import at_work, make_output
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from data.layouts import Case
 
@@ -57,6 +58,7 @@ class Predictions:
             "skipped": [prediction.case for prediction in self.done if prediction.skipped],
             "failures": self.failures,
             "manifest": None if self.manifest is None else str(self.manifest),
+            "notice": NOTICE,
         }
 
 

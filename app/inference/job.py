@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from app.inference.backends.choose import Backend, choose_backend
 from app.inference.ensemble import load_predictor
 from app.inference.finished import settings_of
+from app.inference.known import training_record
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps
@@ -96,15 +97,14 @@ class Job:
             device: what the manifest calls the device, where this process sees it under another name.
         """
         steps: Steps[Any, Any]
+        options = replace(self.options, training=training_record(self.run))
         if self.native is None:
-            steps = steps_of(model, self.output, runtime, self.options)
+            steps = steps_of(model, self.output, runtime, options)
         else:
             from app.inference.native import native_steps  # noqa: PLC0415 - likewise
 
             native = self.native
-            steps = native_steps(
-                model, self.output, runtime, config=native.config, space=native.space, options=self.options
-            )
+            steps = native_steps(model, self.output, runtime, config=native.config, space=native.space, options=options)
         return InThisProcess(
             steps=steps,
             output=self.output,

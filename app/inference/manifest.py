@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from app.inference.finished import MADE_FROM, sha256_of
+from app.notice import NOTICE
 from app.runlog import write_json
 from app.runtime import versions
 
 MANIFEST_FILE: Final = "manifest.json"
 VERSION: Final = 1
-DISCLAIMER: Final = "Research use only; not a medical device."
 
 Status = Literal["done", "skipped", "failed", "left"]
 
@@ -104,7 +104,7 @@ def write_manifest(
         "counts": counts,
         "cases": listed,
         "versions": versions(),
-        "notice": DISCLAIMER,
+        "notice": NOTICE,
     }
     write_json(output / MANIFEST_FILE, content)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,22 +14,24 @@ import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.finished import settings_of
+from app.inference.flags import Facts, Flag, flags_of
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps
-from app.inference.predict import finish, place_for
-from app.inference.probabilities import ladder_for, predict_shares
+from app.inference.predict import finish, place_for, unusual_contrasts, write_companions
+from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
+from app.inference.trust import Companion, ShareSteps, Trust, companions, measure, nested
 from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime
-from data.bring_back import bring_back
-from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
+from data.bring_back import cut_back, means_back
+from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native, zeroed_warnings
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
 from data.labels import Contrast, encode, from_regions, to_regions
 from data.layouts import Case, find_cases
-from data.nifti import Spacing, spacing_of, write_label_map
+from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
 
 
@@ -40,6 +42,10 @@ class NativeAnswer:
     codes: npt.NDArray[np.uint8]
     """The program's codes, shape of the scan's image."""
     brought: BroughtIn
+    companions: Mapping[Companion, ShareSteps]
+    """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
+    trust: Trust
+    flags: tuple[Flag, ...]
     ladder: tuple[str, ...]
     """What was done where memory was short, in sentences."""
 
@@ -123,6 +129,7 @@ def native_steps(
         case, began = answered.case, time.monotonic()
         convention = options.labels or case.written_convention or model.convention
         write_label_map(place_for(case, output), encode(answered.answer.codes, convention), case.contrasts[space])
+        write_companions(case, answered.answer.companions, output, case.contrasts[space])
         return finish(
             model,
             case,
@@ -131,6 +138,9 @@ def native_steps(
             runtime,
             convention=convention,
             spacing_mm=answered.spacing_mm,
+            trust=answered.answer.trust,
+            companions=tuple(answered.answer.companions),
+            flags=answered.answer.flags,
             notes={
                 "seconds": {
                     "prepare and compute": round(answered.seconds, 3),
@@ -202,16 +212,45 @@ def answer_for(
         prepared = prepare(case, spacing_mm=model.spacing_mm)
     # The case was written in canonical order, which is that of the shares.
     ladder = ladder_for(options)
-    shares = predict_shares(model, prepared, runtime, options=options, ladder=ladder)
+    answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
     on_step(f"{native.id}: back to the grid of {space}")
     target = grid_of(native.images[space])
-    codes = bring_back(
-        shares,
-        brought.grid,
-        brought.transform(space),
-        target,
-        source=Path(native.id),
-        thresholds=model.postprocess.thresholds,
+
+    def back(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        whole = on_canonical_grid(values, prepared)
+        return means_back(whole, brought.grid, brought.transform(space), target, source=Path(native.id))
+
+    spacing_mm = spacing_of(target.affine)
+    shares = back(answer.centred + np.float32(0.5))
+    masks = model.postprocess.clean(to_regions(cut_back(shares, model.postprocess.thresholds)), spacing_mm)
+    shown = nested(shares - np.float32(0.5))
+    disagreement = None if answer.disagreement is None else np.clip(back(answer.disagreement), 0, 1)
+    trust = measure(
+        masks,
+        shown,
+        spacing_mm,
+        answer_voxels=answer.volumes_voxels,
+        answer_spacing_mm=canonical_spacing(prepared.native_affine),
+        networks=answer.networks,
+        flips=answer.flips,
     )
-    codes = from_regions(model.postprocess.clean(to_regions(codes), spacing_of(target.affine)))
-    return NativeAnswer(codes=codes, brought=brought, ladder=tuple(ladder.said))
+    registered = [f"{contrast} was registered to t1c and resampled" for contrast in brought.registrations]
+    facts = Facts(
+        case=native.id,
+        trust=trust,
+        zeroed=native.zeroed,
+        repairs=(*native.doubts, *registered),
+        preparation=tuple(one for one in brought.warnings if one not in zeroed_warnings(native)),
+        unusual=unusual_contrasts(prepared, options.training),
+        training=options.training,
+    )
+    return NativeAnswer(
+        codes=from_regions(masks),
+        brought=brought,
+        companions={
+            name: np.moveaxis(steps, 0, -1) for name, steps in companions(shown, disagreement, options).items()
+        },
+        trust=trust,
+        flags=flags_of(facts),
+        ladder=tuple(ladder.said),
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,24 @@ import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
 from app.inference.finished import settings_of
-from app.inference.manifest import DISCLAIMER, this_worker
+from app.inference.flags import Facts, Flag, flags_of
+from app.inference.known import TrainingRecord
+from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps
-from app.inference.probabilities import ladder_for, predict_codes
+from app.inference.probabilities import ladder_for, predict_answer, predict_masks
 from app.inference.settings import DEFAULTS, PredictOptions
+from app.inference.trust import COMPANIONS, Companion, ShareSteps, Trust, companions, measure, nested
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime, versions
 from data.errors import DataError
-from data.labels import REGIONS, Contrast, LabelConvention, encode, to_regions
+from data.labels import REGIONS, Contrast, LabelConvention, encode, from_regions, to_regions
 from data.layouts import Case
-from data.nifti import Spacing, spacing_of, write_label_map
-from data.preprocess import Prepared, prepare
+from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
+from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
 from data.presence import missing_contrasts
+from data.ranges import quantiles_of
 
 
 def predict(
@@ -84,6 +89,10 @@ class ComputedCase:
     """Label map in the program's codes, on the grid and in the voxel order of the case's files."""
     spacing_mm: Spacing
     """Of the files' grid."""
+    companions: Mapping[Companion, ShareSteps]
+    """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
+    trust: Trust
+    flags: tuple[Flag, ...]
     options: PredictOptions
     zeroed: Mapping[Contrast, int]
     """By contrast: voxels that were NaN or infinite and were taken as 0."""
@@ -126,15 +135,43 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
 def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
     """Predict a prepared case; the one of the three parts that uses the device."""
     began = time.monotonic()
-    ladder = ladder_for(given.options)
-    codes = predict_codes(model, given.prepared, runtime, options=given.options, ladder=ladder)
+    prepared, options = given.prepared, given.options
+    ladder = ladder_for(options)
+    answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
+    if options.uncertainty and answer.disagreement is None:
+        LOG.info("case %s: uncertainty of one answer alone; --tta or an ensemble give several", given.case.id)
+    masks, shares = predict_masks(model, prepared, answer.centred), nested(answer.centred)
+    spacing_mm = canonical_spacing(prepared.native_affine)
+    found = companions(shares, answer.disagreement, options)
+    trust = measure(
+        masks,
+        shares,
+        spacing_mm,
+        answer_voxels=answer.volumes_voxels,
+        answer_spacing_mm=spacing_mm,
+        networks=answer.networks,
+        flips=answer.flips,
+    )
+    missing = missing_contrasts(prepared.present)
+    facts = Facts(
+        case=given.case.id,
+        trust=trust,
+        missing=missing,
+        zeroed=prepared.zeroed,
+        repairs=prepared.repairs,
+        unusual=unusual_contrasts(prepared, options.training),
+        training=options.training,
+    )
     return ComputedCase(
         case=given.case,
-        codes=codes,
-        spacing_mm=spacing_of(given.prepared.native_affine),
+        codes=to_native_grid(from_regions(masks), prepared),
+        spacing_mm=spacing_of(prepared.native_affine),
+        companions={name: values_to_native_grid(steps, prepared) for name, steps in found.items()},
+        trust=trust,
+        flags=flags_of(facts),
         options=given.options,
         zeroed=given.prepared.zeroed,
-        missing=missing_contrasts(given.prepared.present),
+        missing=missing,
         ladder=tuple(ladder.said),
         seconds={"read": given.seconds, "compute": time.monotonic() - began},
     )
@@ -151,6 +188,7 @@ def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: 
     began = time.monotonic()
     convention = computed.options.labels or case.written_convention or model.convention
     write_label_map(place_for(case, output), encode(computed.codes, convention), case.contrasts[case.reference])
+    write_companions(case, computed.companions, output, case.contrasts[case.reference])
     seconds = {**computed.seconds, "write": time.monotonic() - began}
     return finish(
         model,
@@ -160,6 +198,9 @@ def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: 
         runtime,
         convention=convention,
         spacing_mm=computed.spacing_mm,
+        trust=computed.trust,
+        companions=tuple(computed.companions),
+        flags=computed.flags,
         notes={
             "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
             "nan_to_zero": dict(computed.zeroed),
@@ -169,7 +210,30 @@ def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: 
     )
 
 
-def finish(
+def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
+    """The contrasts of a case whose intensities are unlike those of the training cases, where these are known."""
+    return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
+
+
+def write_companions(case: Case, found: Mapping[Companion, ShareSteps], output: Path, reference: Path) -> None:
+    """Write what was asked for beside a label map.
+
+    Args:
+        case: what was predicted.
+        found: by name, in 65535ths, shape (X, Y, Z, 3).
+        output: folder of the label map.
+        reference: the file whose grid that is.
+    """
+    for name, steps in found.items():
+        write_shares(companion_path(case, name, output), steps, reference, what=f"{name} of {', '.join(REGIONS)}")
+
+
+def companion_path(case: Case, name: Companion, output: Path) -> Path:
+    """Where a file beside the label map is written."""
+    return output / f"{case.id}_{name}.nii.gz"
+
+
+def finish(  # noqa: PLR0913 - each goes into the file
     model: Predictor,
     case: Case,
     codes: npt.NDArray[np.uint8],
@@ -178,6 +242,9 @@ def finish(
     *,
     convention: LabelConvention,
     spacing_mm: Spacing,
+    trust: Trust,
+    companions: Collection[Companion],
+    flags: Sequence[Flag],
     notes: Mapping[str, Any],
 ) -> Prediction:
     """What ``<case>.json`` says of a label map that is written; the engine adds what it was made from, and writes it.
@@ -190,6 +257,9 @@ def finish(
         runtime: as the model was loaded for.
         convention: what the numbers in the file mean.
         spacing_mm: of the label map's grid.
+        trust: what is known of the answer.
+        companions: the files that were written beside the label map.
+        flags: what to know of the case.
         notes: what else belongs into the file: seconds by stage, voxels that were taken as 0.
     """
     label_map = output / f"{case.id}.nii.gz"
@@ -198,7 +268,10 @@ def finish(
     content = {
         "case": case.id,
         "label_map": str(label_map),
+        "files": {name: str(companion_path(case, name, output)) if name in companions else None for name in COMPANIONS},
         "volumes_ml": {region: round(ml, 3) for region, ml in zip(REGIONS, volumes, strict=True)},
+        **trust.to_json(),
+        "flags": [flag.to_json() for flag in flags],
         "labels": {
             "convention": convention.name,
             "necrosis": convention.necrosis,
@@ -210,7 +283,7 @@ def finish(
         **model.record(),
         "runtime": list(runtime.reasons),
         "versions": versions(),
-        "notice": DISCLAIMER,
+        "notice": NOTICE,
     }
     return Prediction(case=case.id, label_map=label_map, content=content)
 
@@ -236,10 +309,14 @@ def place_for(case: Case, output: Path) -> Path:
     """Where a case's label map is written.
 
     Raises:
-        DataError: one of the case's own files is there.
+        DataError: one of the case's own files is there, or where a file beside it may be written.
     """
     label_map = output / f"{case.id}.nii.gz"
+    places = {label_map: "label map"} | {companion_path(case, name, output): f"file of {name}" for name in COMPANIONS}
     for what, path in [*case.contrasts.items(), ("label map", case.label)]:
-        if path is not None and path.resolve() == label_map.resolve():
-            raise DataError(f"case {case.id}: the label map would replace its own {what}, {path}. Give another OUTPUT.")
+        for place, written in places.items():
+            if path is not None and path.resolve() == place.resolve():
+                raise DataError(
+                    f"case {case.id}: the {written} would replace its own {what}, {path}. Give another OUTPUT."
+                )
     return label_map

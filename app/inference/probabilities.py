@@ -1,8 +1,16 @@
-"""Probabilities of the regions for a prepared case: one network or the mean of several, over the brain box."""
+"""Probabilities of the regions for a prepared case: the mean over networks and, where asked for, over mirrored images.
+
+Test-time augmentation over the eight ways to mirror a volume is what nnU-Net does (Isensee et al., Nature Methods 18,
+203, 2021). That the answers differ tells how uncertain they are: over mirrored images Wang et al., Neurocomputing 338,
+34, 2019; over networks Lakshminarayanan et al., NeurIPS 2017 (arXiv 1612.01474).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -11,16 +19,37 @@ from app.inference.engines import needed_bytes, window_divisor
 from app.inference.ladder import GB, Ladder, Way
 from app.inference.model import Model, Predictor
 from app.inference.places import Size, rounded_up
+from app.inference.postprocess import ByRegion
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.stitch import resized
+from app.inference.trust import entropy_bits
 from app.runtime import Runtime
-from data.labels import REGIONS, from_regions
+from data.labels import from_regions
 from data.nifti import canonical_spacing
 from data.preprocess import Prepared, to_native_grid
 from data.presence import presence_mask
 
+#: The axes of the brain box (after that of contrasts or regions) that are mirrored, of every answer; the first of none.
+FLIPS: Final[tuple[tuple[int, ...], ...]] = tuple(axes for count in range(4) for axes in combinations((1, 2, 3), count))
 #: Planes that are turned from logits into probabilities at once, so that no second answer is held.
 _PLANES = 16
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Answer:
+    """What the answers of networks come to for a prepared case, over the brain box, at the files' own spacing."""
+
+    centred: npt.NDArray[Any]
+    """Mean probability less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside of the
+    brain. Float32, or float16 where memory is short."""
+    disagreement: npt.NDArray[np.float32] | None
+    """Same shape: entropy of the mean less the mean of the answers' entropies, in bits, 0 to 1; None if not asked for,
+    or of one answer."""
+    volumes_voxels: tuple[tuple[int, int, int], ...]
+    """By answer: voxels of each region, cut at the thresholds and nested, without further post-processing."""
+    networks: int
+    flips: int
+    """Mirrored images that each network saw, the image as it is among them: 1 or 8."""
 
 
 def ladder_for(options: PredictOptions) -> Ladder:
@@ -28,49 +57,43 @@ def ladder_for(options: PredictOptions) -> Ladder:
     return Ladder(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
 
 
-def predict_codes(
-    model: Predictor,
-    prepared: Prepared,
-    runtime: Runtime,
-    *,
-    options: PredictOptions = DEFAULTS,
-    ladder: Ladder | None = None,
-) -> npt.NDArray[np.uint8]:
+def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
     """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
-    masks = model.postprocess.cut(predict_centred(model, prepared, runtime, options=options, ladder=ladder))
-    cleaned = model.postprocess.clean(masks, canonical_spacing(prepared.native_affine))
-    return to_native_grid(from_regions(cleaned), prepared)
+    return to_native_grid(
+        from_regions(predict_masks(model, prepared, predict_centred(model, prepared, runtime))), prepared
+    )
 
 
-def predict_shares(
-    model: Predictor,
-    prepared: Prepared,
-    runtime: Runtime,
-    *,
-    options: PredictOptions = DEFAULTS,
-    ladder: Ladder | None = None,
-) -> npt.NDArray[np.float32]:
-    """Probabilities of the regions of a prepared case, in canonical (LPS) voxel order, before post-processing.
+def predict_masks(model: Predictor, prepared: Prepared, centred: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Nested masks of the brain box: probabilities less one half, cut and cleaned by the model's rules."""
+    return model.postprocess.clean(model.postprocess.cut(centred), canonical_spacing(prepared.native_affine))
+
+
+def on_canonical_grid(values: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[np.float32]:
+    """Values of the brain box, shape (n, X, Y, Z), in the whole canonical (LPS) volume; 0 around."""
+    whole = np.zeros((values.shape[0], *prepared.canonical_shape), dtype=np.float32)
+    whole[:, *prepared.box] = values
+    return whole
+
+
+def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[Any]:
+    """Probabilities less one half over the brain box, at the files' own spacing; the mean over the networks.
 
     Returns:
-        float32, shape (3, X, Y, Z) of the whole canonical volume, order of :data:`data.labels.REGIONS`; 0 outside of
-        the brain.
+        float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside of the brain.
     """
-    shares = np.zeros((len(REGIONS), *prepared.canonical_shape), dtype=np.float32)
-    shares[:, *prepared.box] = predict_centred(model, prepared, runtime, options=options, ladder=ladder)
-    shares[:, *prepared.box] += np.float32(0.5)
-    return shares
+    return predict_answer(model, prepared, runtime).centred
 
 
-def predict_centred(
+def predict_answer(
     model: Predictor,
     prepared: Prepared,
     runtime: Runtime,
     *,
     options: PredictOptions = DEFAULTS,
     ladder: Ladder | None = None,
-) -> npt.NDArray[Any]:
-    """Probabilities less one half over the brain box, at the files' own spacing; the mean over the networks.
+) -> Answer:
+    """Ask every network, with ``tta`` eight times each, and take the mean.
 
     The mean runs along, so that memory holds one answer beside it; and that of equal answers is exactly theirs.
 
@@ -78,31 +101,77 @@ def predict_centred(
         model: one network or several.
         prepared: the case.
         runtime: as the model was loaded for.
-        options: window, overlap and the bound on memory.
+        options: window, overlap, the bound on memory; ``tta``, with which each network sees the image mirrored along
+            every subset of the three axes, its answer mirrored back; ``uncertainty``, with which it is told where
+            answers differ, holding two arrays more.
         ladder: of the case; it tells afterwards what was done where memory was short.
-
-    Returns:
-        float32 (float16 where the ladder says so), shape (3, X, Y, Z) of the box, order of
-        :data:`data.labels.REGIONS`; -0.5 outside of the brain.
 
     Raises:
         DataError: memory is not enough.
     """
     ladder = ladder or ladder_for(options)
     mean: npt.NDArray[Any] | None = None
-    for number, member in enumerate(model.members(), 1):
-        answer = _centre_(_box_logits(member, prepared, runtime, options, ladder))
-        if mean is None:
-            mean = answer
-        else:
-            answer = answer.astype(mean.dtype, copy=False)
-            answer -= mean
-            answer /= number
-            mean += answer
-        del member, answer
+    entropy: npt.NDArray[Any] | None = None
+    volumes: list[tuple[int, int, int]] = []
+    for answer in _answers(model, prepared, runtime, options, ladder):
+        volumes.append(_volumes(answer, prepared.brain, model.postprocess.thresholds))
+        if options.uncertainty:
+            own = entropy_bits(answer)
+            entropy = own if entropy is None else _towards(entropy, own, len(volumes))
+        mean = answer if mean is None else _towards(mean, answer, len(volumes))
+        del answer
     assert mean is not None
+    spread: npt.NDArray[np.float32] | None = None
+    if entropy is not None and len(volumes) > 1:
+        spread = np.clip(entropy_bits(mean) - entropy, 0, 1).astype(np.float32, copy=False)
+        np.copyto(spread, np.float32(0), where=~prepared.brain)
     np.copyto(mean, mean.dtype.type(-0.5), where=~prepared.brain)
+    flips = len(FLIPS) if options.tta else 1
+    return Answer(
+        centred=mean, disagreement=spread, volumes_voxels=tuple(volumes), networks=len(volumes) // flips, flips=flips
+    )
+
+
+def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
+    """The mean of ``count`` values out of that of those before, in place; ``value`` is used up."""
+    value = value.astype(mean.dtype, copy=False)
+    value -= mean
+    value /= value.dtype.type(count)
+    mean += value
     return mean
+
+
+def _answers(
+    model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder
+) -> Iterator[npt.NDArray[Any]]:
+    """Probabilities less one half of every network for every mirrored image, mirrored back; one after the other."""
+    for member in model.members():
+        for axes in FLIPS if options.tta else FLIPS[:1]:
+            seen = prepared if not axes else _mirrored(prepared, axes)
+            answer = _centre_(_box_logits(member, seen, runtime, options, ladder))
+            del seen
+            yield np.flip(answer, axes) if axes else answer
+            del answer
+        del member
+
+
+def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
+    """A prepared case whose image is mirrored inside its box."""
+    return replace(
+        prepared,
+        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
+        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
+    )
+
+
+def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
+    """Voxels of the regions in one answer: above the threshold, nested, in the brain."""
+    counts = []
+    inside = brain
+    for share, threshold in zip(centred, thresholds, strict=True):
+        inside = inside & (share > share.dtype.type(threshold - 0.5))
+        counts.append(int(np.count_nonzero(inside)))
+    return (counts[0], counts[1], counts[2])
 
 
 def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:

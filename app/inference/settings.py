@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
+from app.inference.known import UNKNOWN, TrainingRecord
 from data.labels import CONVENTIONS, LabelConvention
 
 
@@ -37,6 +38,15 @@ class PredictOptions:
     max_memory_gb: float | None = None
     """Memory that the process may hold at its peak, in 10^9 bytes; None for no bound."""
 
+    tta: bool = False
+    """Test-time augmentation: the mean over the image mirrored along every subset of its axes; eight times the work."""
+    save_probabilities: bool = False
+    """Write ``<case>_probabilities.nii.gz``: WT, TC and ET in one 4D file on the label map's grid."""
+    uncertainty: bool = False
+    """Write ``<case>_uncertainty.nii.gz`` and, of several answers, ``<case>_disagreement.nii.gz``, likewise."""
+    training: TrainingRecord = UNKNOWN
+    """What is known of the cases that the networks learnt from, for the flags of a case."""
+
     def __post_init__(self) -> None:
         if isinstance(self.window, tuple) and not all(1 <= side <= 1024 for side in self.window):
             raise ValueError(f"window: from 1 to 1024 voxels along each axis, got {self.window}")
@@ -51,8 +61,9 @@ DEFAULTS: Final = PredictOptions()
 
 
 def options_to_plain(options: PredictOptions) -> dict[str, Any]:
-    """Every option as plain data, a label convention by its name."""
-    plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name != "labels"}
+    """Every option as plain data, a label convention by its name; but ``training``, which the run's folder tells."""
+    left_out = ("labels", "training")
+    plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in left_out}
     return {**plain, "labels": None if options.labels is None else options.labels.name}
 
 

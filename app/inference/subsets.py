@@ -13,6 +13,7 @@ from app.errors import RunError
 from app.evaluation.evaluate import require_table_place
 from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
+from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import read_json
 from app.runtime import Runtime
@@ -73,6 +74,7 @@ class SubsetEvaluation:
             ],
             "weights_sha256": self.weights_sha256,
             "failures": dict(self.failures),
+            "notice": NOTICE,
         }
 
 

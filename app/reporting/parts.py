@@ -7,7 +7,8 @@ from html import escape
 from importlib import resources
 from typing import Final
 
-RESEARCH_ONLY: Final = "Research use only; not a medical device."
+from app.notice import NOTICE
+
 #: In the place of a number that is not there.
 DASH: Final = '<span aria-label="none">&ndash;</span>'
 # A page may use what it carries and nothing else, whatever a string in it contains.
@@ -35,9 +36,9 @@ def document(
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
         f'<header><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
-        f'<p class="warning"><strong>{RESEARCH_ONLY}</strong></p>\n{f"<dl>{listed}</dl>" if listed else ""}</header>'
+        f'<p class="warning"><strong>{NOTICE}</strong></p>\n{f"<dl>{listed}</dl>" if listed else ""}</header>'
         f"\n<main>\n{''.join(sections)}</main>\n"
-        f"<footer><p>{RESEARCH_ONLY}</p></footer>\n</body>\n</html>\n"
+        f"<footer><p>{NOTICE}</p></footer>\n</body>\n</html>\n"
     )
 
 

@@ -9,15 +9,20 @@ from typing import Any, Final
 
 from app.config import RunConfig
 from app.errors import RunError
-from app.runlog import read_json
+from app.inference.known import INTENSITIES_FILE
+from app.runlog import read_json, write_json
 from data.errors import DataError
 from data.layouts import Case, find_cases
+from data.loaders import CachedCase
 from data.nifti import Spacing, canonical_spacing, read_grid
+from data.ranges import quantiles_of, range_of
 from data.splits import Split, fold_split, read_split
 from data.tumours import LabelMap, changed, hash_of, label_map_from_json
 
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
+#: Training cases whose intensities are looked at, or up to twice as many; each takes some hundredths of a second.
+_MOST_LOOKED_AT: Final = 100
 
 
 def choose_split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:
@@ -87,6 +92,19 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
             f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
             "Put the old ones back, or start a new run."
         )
+
+
+def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
+    """Write the range of the training cases' intensities into a run that has none yet, for the flags of ``predict``.
+
+    Args:
+        run: its folder.
+        prepared: the training cases; of very many, evenly spread ones stand for all.
+    """
+    path = run / INTENSITIES_FILE
+    if not path.exists():
+        looked_at = prepared[:: max(1, len(prepared) // _MOST_LOOKED_AT)]
+        write_json(path, range_of(quantiles_of(case.image()) for case in looked_at).to_json())
 
 
 def spacing_of(config: RunConfig, cases: Sequence[Case]) -> Spacing:

@@ -42,6 +42,7 @@ from app.training.material import (
     cases_of,
     choose_split,
     labels_on_record,
+    record_intensities,
     require_labels,
     require_same_labels,
     spacing_of,
@@ -362,6 +363,8 @@ def _train(
         prepare(share)
         world.wait()
     prepared = prepare(used)
+    if world.is_first:
+        record_intensities(run, prepared[: len(split.train)])
     source = PatchSource(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,

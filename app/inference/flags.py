@@ -1,0 +1,161 @@
+"""What a person should know before relying on a label map: rules that are pure functions of what was found."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from app.inference.known import UNKNOWN, TrainingRecord
+from app.inference.trust import Trust
+from data.labels import REGIONS, Contrast, Region
+from data.layouts import patient_of
+
+#: Whole tumours below this are tiny: a ball of 10 mm, the least that is measurable by the RANO criteria (Wen et al., J
+#: Clin Oncol 28, 1963, 2010). A few voxels more or less are much of it.
+TINY_ML: Final = math.pi / 6
+#: More components than this are scattered. Multifocal gliomas have two to a handful; chosen.
+MANY_COMPONENTS: Final = 10
+#: A largest component with less of the whole tumour than this is scattered too; chosen.
+LEAST_IN_LARGEST: Final = 0.5
+#: Volumes that differ by more than this share are uncertain: half of the 40 % by which a tumour has to grow to count as
+#: progressive by volume in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023), so that they may hide
+#: or feign half of it.
+UNCERTAIN_SHARE: Final = 0.2
+#: And by more than this: what a faint probability all over a brain adds up to; chosen.
+UNCERTAIN_ML: Final = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One thing to know."""
+
+    code: str
+    """One of :data:`CODES`; stays the same while sentences may change."""
+    sentence: str
+
+    def to_json(self) -> dict[str, str]:
+        """Plain data."""
+        return {"code": self.code, "sentence": self.sentence}
+
+
+#: Every code, with what it means.
+CODES: Final[Mapping[str, str]] = {
+    "missing_contrast": "a contrast was not there; the network answered without it",
+    "nan_to_zero": "voxels that were NaN or infinite were taken as 0",
+    "geometry_repaired": "where the voxels lie was not plain from the files: reordered, registered, or chosen",
+    "preparation": "bringing the scans in (--prepare) has something to say, such as a coarse brain mask",
+    "unusual_intensities": "the intensities of a contrast are unlike those of the training cases",
+    "no_tumour": "nothing is marked",
+    "tiny_tumour": "the whole tumour is smaller than a ball of 10 mm",
+    "scattered_tumour": "the whole tumour is in many pieces, or the largest holds less than half of it",
+    "uncertain_volume": "the sum of the probabilities, or single answers, give another volume than the label map",
+    "seen_in_training": "the networks, or the choice of their weights, know this case or another of its patient",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What was found of one case."""
+
+    case: str
+    """Its id."""
+    trust: Trust
+    missing: tuple[Contrast, ...] = ()
+    """Contrasts that were not there."""
+    zeroed: Mapping[Contrast, int]
+    """By contrast: voxels that were NaN or infinite and were taken as 0."""
+    repairs: tuple[str, ...] = ()
+    """What was done about the geometry, a sentence each."""
+    preparation: tuple[str, ...] = ()
+    """Warnings of bringing in, a sentence each."""
+    unusual: tuple[Contrast, ...] = ()
+    """Contrasts whose intensities are unlike those of the training cases."""
+    training: TrainingRecord = UNKNOWN
+
+
+def flags_of(facts: Facts) -> tuple[Flag, ...]:
+    """What to know of a case, in the order of :data:`CODES`."""
+    return tuple(_flags(facts))
+
+
+def _flags(facts: Facts) -> Iterator[Flag]:
+    if facts.missing:
+        yield Flag(code="missing_contrast", sentence=f"Predicted without {_and(facts.missing)}, which is missing.")
+    for contrast, count in facts.zeroed.items():
+        yield Flag(code="nan_to_zero", sentence=f"{count} voxels of {contrast} were NaN or infinite; taken as 0.")
+    for sentence in facts.repairs:
+        yield Flag(code="geometry_repaired", sentence=_sentence(sentence))
+    for sentence in facts.preparation:
+        yield Flag(code="preparation", sentence=_sentence(sentence))
+    if facts.unusual:
+        yield Flag(
+            code="unusual_intensities",
+            sentence=f"The intensities of {_and(facts.unusual)} are unlike those of the training cases.",
+        )
+    yield from _tumour_flags(facts.trust)
+    if (known := _seen(facts.case, facts.training)) is not None:
+        yield Flag(code="seen_in_training", sentence=known)
+
+
+def _tumour_flags(trust: Trust) -> Iterator[Flag]:
+    whole = trust.volumes_ml["WT"]
+    if not whole:
+        yield Flag(code="no_tumour", sentence="No tumour is marked.")
+    elif whole < TINY_ML:
+        yield Flag(
+            code="tiny_tumour",
+            sentence=f"The whole tumour has {whole:.2f} ml, less than a ball of 10 mm ({TINY_ML:.2f}).",
+        )
+    if trust.components["WT"] > MANY_COMPONENTS or 0 < trust.largest_component < LEAST_IN_LARGEST:
+        yield Flag(
+            code="scattered_tumour",
+            sentence=f"The whole tumour is in {trust.components['WT']} pieces; the largest holds "
+            f"{trust.largest_component:.0%} of it.",
+        )
+    for region in REGIONS:
+        if (sentence := _uncertain(region, trust)) is not None:
+            yield Flag(code="uncertain_volume", sentence=sentence)
+
+
+def _uncertain(region: Region, trust: Trust) -> str | None:
+    """Why a volume is uncertain, or None."""
+    marked, soft = trust.volumes_ml[region], trust.soft_volumes_ml[region]
+    if _apart(marked, soft):
+        return f"{region}: {marked:.1f} ml are marked, the probabilities add up to {soft:.1f} ml."
+    spread = trust.volume_range_ml
+    if spread is not None and _apart(*spread[region]):
+        least, largest = spread[region]
+        return f"{region}: single answers give from {least:.1f} to {largest:.1f} ml."
+    return None
+
+
+def _apart(one_ml: float, other_ml: float) -> bool:
+    difference = abs(one_ml - other_ml)
+    return difference > UNCERTAIN_ML and difference > UNCERTAIN_SHARE * max(one_ml, other_ml)
+
+
+def _seen(case: str, training: TrainingRecord) -> str | None:
+    """How the training knows a case, or None."""
+    if case in training.trained_on:
+        return "The networks were trained on this case; the label map says nothing of how they do on new ones."
+    if case in training.validated_on:
+        return "This case helped to choose the networks' weights; its label map flatters them."
+    if patient_of(case) in {patient_of(other) for other in (*training.trained_on, *training.validated_on)}:
+        return "The networks were trained with another scan of this patient."
+    return None
+
+
+def _and(names: tuple[str, ...]) -> str:
+    """Names in a row.
+
+    Example:
+        >>> _and(("t1", "t2", "flair"))
+        't1, t2 and flair'
+    """
+    return " and ".join(part for part in (", ".join(names[:-1]), names[-1]) if part)
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
