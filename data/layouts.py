@@ -40,7 +40,7 @@ from data.labels import (
     decide_convention,
     written_convention,
 )
-from data.names import FileName, naming_of, patient_of, split_name
+from data.names import COMPANION_ENDINGS, FileName, naming_of, patient_of, split_name
 from data.nifti import nifti_files, read_label_map, strip_nifti_ending
 from data.presence import missing_contrasts, reference_contrast
 
@@ -500,6 +500,8 @@ def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
         renumbered = not images and (described is not None or place.absolute().name in ("labelsTr", "labelsTs"))
         for path in nifti_files(place):
             name = named.get(path)
+            if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
+                continue
             if not (name.is_label if name is not None else not images):
                 continue
             case_id = name.case if name is not None else strip_nifti_ending(path.name) or path.name

@@ -54,6 +54,10 @@ _FAMILIES: Final[tuple[tuple[str, Naming], ...]] = (
 )
 
 
+#: What files beside a predicted label map are named after its case: no label maps.
+COMPANION_ENDINGS: Final = ("_probabilities", "_uncertainty", "_disagreement")
+
+
 @dataclass(frozen=True, kw_only=True)
 class FileName:
     """The parts of a file name without its ending: ``UCSF-PDGM-0004``, ``t1c``, corrected."""

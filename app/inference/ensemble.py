@@ -2,7 +2,7 @@
 
 The folder of an ensemble holds all it needs::
 
-    ensemble.json   the networks and their SHA-256, post-processing, what is in them, where they come from
+    ensemble.json   the networks and their SHA-256, post-processing, calibration, what is in them, where they come from
     split.json      the case ids that trained them, all under ``train``
     fold-0/checkpoints/best-*   weights with their JSON, as of a run; and so on
 """
@@ -19,6 +19,7 @@ from torch import nn
 
 from app.config import RunConfig
 from app.errors import RunError
+from app.inference.calibration import Calibration, calibration_from_json
 from app.inference.model import Model, Predictor, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runlog import read_json
@@ -57,6 +58,8 @@ class Ensemble:
     convention: LabelConvention
     postprocess: Postprocess
     postprocess_was_left_out: bool
+    calibration: Calibration
+    """Of probabilities before post-processing, and of volumes of masks that are post-processed or not, as here."""
     held: tuple[Model, ...]
     """The networks, where they are small together; else empty."""
 
@@ -135,6 +138,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
     try:
         listed = {str(one["network"]): (str(one["weights_sha256"]), int(one["step"])) for one in content["networks"]}
         rules = postprocess_from_json(content["postprocess"])
+        calibration = calibration_from_json(content.get("calibration"), postprocessed=postprocess)
         if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
             raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -169,6 +173,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         convention=first.convention,
         postprocess=rules if postprocess else Postprocess(),
         postprocess_was_left_out=not postprocess,
+        calibration=calibration,
         held=tuple(held),
     )
 

@@ -12,6 +12,7 @@ from torch import nn
 from app.checkpoints import load_newest
 from app.config import RunConfig, from_plain
 from app.errors import ConfigError, RunError
+from app.inference.calibration import NOT_CALIBRATED, Calibration
 from app.inference.postprocess import Postprocess
 from app.runtime import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention
@@ -49,6 +50,11 @@ class Predictor(Protocol):
         ...
 
     @property
+    def calibration(self) -> Calibration:
+        """How far probabilities and volumes can be trusted."""
+        ...
+
+    @property
     def takes_missing_contrasts(self) -> bool:
         """Whether it was trained to do without some contrasts."""
         ...
@@ -80,6 +86,11 @@ class Model:
     def postprocess(self) -> Postprocess:
         """None: probabilities are cut at one half."""
         return Postprocess()
+
+    @property
+    def calibration(self) -> Calibration:
+        """None: there are no cases that it was not chosen on."""
+        return NOT_CALIBRATED
 
     @property
     def takes_missing_contrasts(self) -> bool:

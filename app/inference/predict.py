@@ -119,7 +119,7 @@ def finish(
         runtime: as the model was loaded for.
         convention: what the numbers in the file mean.
         spacing_mm: of the label map's grid.
-        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0.
+        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0, ``missing_contrasts``.
     """
     label_map = output / f"{case.id}.nii.gz"
     voxel_ml = float(np.prod(spacing_mm)) / 1000
@@ -135,6 +135,7 @@ def finish(
             "enhancing": convention.enhancing,
         },
         **notes,
+        **model.calibration.record(volumes, complete=not notes["missing_contrasts"]),
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         **model.record(),
         "runtime": list(runtime.reasons),
