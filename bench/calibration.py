@@ -3,8 +3,7 @@
     python bench/calibration.py [--train 15] [--test 30] [--folds 3] [--steps 120] [--spacing 4] [--folder DIR]
 
 Phantoms; ``crossval`` makes an ensemble of the first, which predicts the others: their ECE and Brier score without and
-with the temperatures, for the ensemble and for the mean of its networks each by itself, and the share of their true
-volumes inside the intervals that ``predict`` writes.
+with the temperatures, and the share of their true volumes inside the intervals that ``predict`` writes.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from app.config import load_config
 from app.crossval.run import CrossValidation, cross_validate
 from app.evaluation.reliability import Reliability, case_reliability, pooled
 from app.inference.ensemble import Ensemble, load_ensemble
-from app.inference.model import Predictor
 from app.inference.predict import predict
 from app.inference.probabilities import predict_centred
 from app.runtime import RuntimeConfig, choose_runtime, machine
@@ -50,9 +48,7 @@ def main() -> None:
         show_out_of_fold(outcome)
         ensemble = load_ensemble(outcome.ensemble, RUNTIME)
         cases = find_cases(folder / "test")
-        show_probabilities("ensemble", errors_of(ensemble, ensemble, cases))
-        singles = [errors_of(member, ensemble, cases) for member in ensemble.members()]
-        show_probabilities("single networks", (pooled([a for a, _ in singles]), pooled([b for _, b in singles])))
+        show_probabilities(errors_of(ensemble, cases))
         show_volumes(ensemble, cases, folder / "predicted")
 
 
@@ -74,22 +70,23 @@ def show_out_of_fold(outcome: CrossValidation) -> None:
     for region, one in outcome.calibrated.regions.items():
         bound = one.log_ratio["postprocessed"]
         print(
-            f"  {region}: T {one.temperature:.3f} ({min(one.left_out):.3f} to {max(one.left_out):.3f}), "
-            f"ECE {one.before.ece:.4f} -> {one.after.ece:.4f}, Brier {one.before.brier:.4f} -> {one.after.brier:.4f}, "
+            f"  {region}: T {one.temperature:.3f}, fitted {one.fitted:.3f} ({min(one.left_out):.3f} to "
+            f"{max(one.left_out):.3f}), ECE {one.before.ece:.4f} -> {one.after.ece:.4f}, "
+            f"Brier {one.before.brier:.4f} -> {one.after.brier:.4f}, "
             f"NLL {one.nll[0]:.4f} -> {one.nll[1]:.4f}, interval "
             + ("none" if bound is None else f"factor {np.exp(bound):.2f}, coverage {one.coverage}")
         )
 
 
-def errors_of(model: Predictor, ensemble: Ensemble, cases: tuple[Case, ...]) -> Pair:
+def errors_of(ensemble: Ensemble, cases: tuple[Case, ...]) -> Pair:
     """Without and with the ensemble's temperatures; the same box around the tumour for both."""
     plain, calibrated = [], []
     for case in cases:
-        prepared = prepare(case, spacing_mm=model.spacing_mm)
+        prepared = prepare(case, spacing_mm=ensemble.spacing_mm)
         centred = np.full((len(REGIONS), *prepared.canonical_shape), -0.5, dtype=np.float32)
-        centred[:, *prepared.box] = predict_centred(model, prepared, RUNTIME)
+        centred[:, *prepared.box] = predict_centred(ensemble, prepared, RUNTIME)
         assert case.label is not None
-        codes = decode(reorient(read_label_map(case.label)).voxels, model.convention)
+        codes = decode(reorient(read_label_map(case.label)).voxels, ensemble.convention)
         spacing_mm = canonical_spacing(prepared.native_affine)
         for into, shares in ((plain, centred), (calibrated, ensemble.calibration.apply(centred))):
             found = case_reliability(shares + np.float32(0.5), codes, spacing_mm)
@@ -98,9 +95,9 @@ def errors_of(model: Predictor, ensemble: Ensemble, cases: tuple[Case, ...]) -> 
     return pooled(plain), pooled(calibrated)
 
 
-def show_probabilities(name: str, pair: Pair) -> None:
+def show_probabilities(pair: Pair) -> None:
     """ECE and Brier score by region."""
-    print(f"held out, {name}:")
+    print("held out:")
     for region, before, after in zip(REGIONS, *pair, strict=True):
         print(f"  {region}: ECE {before.ece:.4f} -> {after.ece:.4f}, Brier {before.brier:.4f} -> {after.brier:.4f}")
 

@@ -228,7 +228,19 @@ def test_what_is_reported_is_found_without_the_fold(many: Summary) -> None:
     after = [under_temperature(one[1], found.left_out[many.fold_of[case]]) for case, one in counts.items()]
     assert found.after.ece == pytest.approx(sum(after[1:], after[0]).ece)
     assert found.after.ece < found.before.ece
-    assert found.temperature == fit_temperature(np.sum([one[1] for one in counts.values()], axis=0))
+    assert found.temperature == found.fitted
+    assert found.fitted == fit_temperature(np.sum([one[1] for one in counts.values()], axis=0))
+
+
+def test_a_temperature_that_does_not_help_other_folds_is_not_kept(many: Summary) -> None:
+    # Right as often as it says, but for a few voxels that are surely wrong: the likelihood alone asks for more than 1.
+    centred, right = drawn(1.0, count=2000)
+    centred[:, :4], right[:, :4] = 0.4999999, False
+    found = calibrate(dict.fromkeys(many.cases, count_logits(centred, right)), many, many).regions["WT"]
+    assert found.fitted > 1.02
+    assert found.nll[1] < found.nll[0]
+    assert found.after.ece > found.before.ece
+    assert found.temperature == 1.0
 
 
 def test_intervals_come_from_the_volumes_and_coverage_from_the_other_folds(many: Summary) -> None:

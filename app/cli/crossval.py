@@ -85,8 +85,8 @@ def _show(outcome: CrossValidation) -> None:
     for region, one in outcome.calibrated.regions.items():
         covered = "" if one.coverage is None else f"; volume interval covers {one.coverage:.0%}"
         terminal.result(
-            f"calibration {region}: temperature {one.temperature:.2f}; ECE {one.before.ece:.4f} -> {one.after.ece:.4f} "
-            f"on folds it was not fitted on{covered}"
+            f"calibration {region}: temperature {one.temperature:.2f} (fitted {one.fitted:.2f}); "
+            f"ECE {one.before.ece:.4f} -> {one.after.ece:.4f} on folds it was not fitted on{covered}"
         )
     terminal.result(f"the page with curves and worst cases: {outcome.page}")
     terminal.result(f"next: znormseg predict {outcome.ensemble} CASES OUTPUT")

@@ -2,7 +2,9 @@
 
 A temperature has the least negative log likelihood over the voxels around the tumours of all cases (Guo et al. 2017,
 arXiv 1706.04599). What is reported of it is found without it: each fold's cases are scored under the temperature of the
-other folds, and their volumes compared with intervals from the other folds.
+other folds, and their volumes compared with intervals from the other folds. A temperature is kept where these scores,
+calibration error and likelihood, are both better than without; else it is 1. The likelihood alone does not tell: few
+voxels that are surely wrong can ask for a temperature that spoils a network which is right as often as it says.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ from data.labels import REGIONS, Region
 class RegionCalibration:
     """What a temperature brings to one region, on cases that it was not fitted on."""
 
-    temperature: float
-    """Fitted on all cases; what the ensemble gets."""
+    fitted: float
+    """The temperature fitted on all cases."""
     left_out: tuple[float, ...]
     """By fold: fitted without the fold's cases."""
     before: Reliability
@@ -48,10 +50,16 @@ class RegionCalibration:
     coverage: float | None
     """Share of cases whose true volume lies in the interval of the other folds; None where these are too few."""
 
+    @property
+    def temperature(self) -> float:
+        """What the ensemble gets: what was fitted, or 1 where that does not help cases it was not fitted on."""
+        return self.fitted if self.after.ece < self.before.ece and self.nll[1] < self.nll[0] else 1.0
+
     def to_json(self) -> dict[str, Any]:
         """Plain data."""
         return {
             "temperature": self.temperature,
+            "temperature_fitted": self.fitted,
             "temperature_without_fold": list(self.left_out),
             "ece_before": self.before.ece,
             "ece_after": self.after.ece,
@@ -129,7 +137,7 @@ def _region(
     before, ece_before, nll_before = _reliabilities(held, dict.fromkeys(held, 1.0))
     after, ece_after, nll_after = _reliabilities(held, {case_id: left_out[fold_of[case_id]] for case_id in held})
     return RegionCalibration(
-        temperature=_fit(list(held.values())),
+        fitted=_fit(list(held.values())),
         left_out=tuple(left_out),
         before=before,
         after=after,

@@ -157,7 +157,7 @@ def _calibration_html(calibrated: Calibrated) -> str:
             one.nll,
         ]
         numbers = [f"{before:.4f} / {after:.4f}" for before, after in pairs]
-        probabilities.append([region, f"{one.temperature:.2f}", spread, *numbers])
+        probabilities.append([region, f"{one.temperature:.2f}", f"{one.fitted:.2f}", spread, *numbers])
         bound, covered = one.log_ratio["postprocessed"], one.coverage
         volumes.append(
             [
@@ -166,15 +166,15 @@ def _calibration_html(calibrated: Calibrated) -> str:
                 "not known" if covered is None else f"{covered:.0%}",
             ]
         )
-    heads = ["Region", "Temperature", "Without a fold", "ECE", "ECE, mean of cases", "Brier", "NLL"]
+    heads = ["Region", "Temperature", "Fitted", "Without a fold", "ECE", "ECE, mean of cases", "Brier", "NLL"]
     least = fewest_cases(LEVEL)
     return (
         table("tuning", heads, probabilities)
         + note(
             "ECE, Brier score and negative log likelihood (NLL): before / after. Logits are divided by the temperature "
             "once masks are cut, so no mask changes. After: each fold's cases under the temperature fitted without "
-            "them; the ensemble gets the one fitted on all. The temperatures are of single networks; the mean of "
-            f"several is less sure by itself. ECE and Brier score: {DEFINITION}."
+            "them; the ensemble gets the one fitted on all where ECE and NLL both fall so, else 1. The temperatures "
+            f"are of single networks; the mean of several is less sure by itself. ECE and Brier score: {DEFINITION}."
         )
         + f"<h3>Volumes with an interval of {LEVEL:.0%}</h3>"
         + table("tuning", ["Region", "Factor", "Covered"], volumes)
