@@ -17,7 +17,8 @@ import pytest
 
 from app.childprocess import environment_of
 from app.crossval.folds import begun
-from app.crossval.outoffold import Answer, is_of, read_answer, write_answer
+from app.crossval.logits import no_counts
+from app.crossval.outoffold import Answer, is_of, read_answer, read_counts, write_answer
 from app.crossval.tune import MARGIN, Scores, choose, tune
 from app.crossval.workers import slots_of
 from app.errors import ConfigError, RunError
@@ -67,6 +68,7 @@ def answer(seed: int, *, shape: tuple[int, int, int] = (12, 12, 6)) -> Answer:
     return Answer(
         answers=(shares.clip(0, 1) * 255).astype(np.uint8),
         reference=reference,
+        logit_counts=no_counts(),
         spacing_mm=(2.0, 2.0, 2.0),
         weights_sha256=f"{seed}",
     )
@@ -109,6 +111,7 @@ def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
     kept = Answer(
         answers=(regions * 255).astype(np.uint8),
         reference=perfect.reference,
+        logit_counts=no_counts(),
         spacing_mm=perfect.spacing_mm,
         weights_sha256="",
     )
@@ -147,6 +150,7 @@ def test_answers_come_back_from_their_file(answers: dict[str, Path]) -> None:
     one, other = answer(2), read_answer(answers["case2"])
     assert np.array_equal(one.answers, other.answers)
     assert np.array_equal(one.reference, other.reference)
+    assert np.array_equal(one.logit_counts, read_counts(answers["case2"]))
     assert (one.spacing_mm, one.weights_sha256) == (other.spacing_mm, other.weights_sha256)
 
 
@@ -225,6 +229,45 @@ def test_the_table_has_every_case_without_and_with_rules(finished: Path, phantom
     assert read(finished / "crossval.json")["tuning"]["objective_before"] == pytest.approx(mean)
 
 
+def test_logits_are_counted_in_the_box_around_the_tumour(finished: Path, phantoms: Path) -> None:
+    from app.evaluation.reliability import box_around
+
+    for file in sorted((finished / "out-of-fold").iterdir())[:2]:
+        kept = read_answer(file)
+        box = box_around((kept.answers[0] >= 128) | (kept.reference != 0), kept.spacing_mm)
+        assert box is not None
+        # The kept box has all of the brain and may cut the box around the tumour, where there is nothing but 0.
+        voxels = np.prod(kept.reference[box].shape)
+        counted = kept.logit_counts.sum(axis=(1, 2))
+        assert (counted >= voxels).all()
+        assert (counted - kept.logit_counts[:, :, 0].sum(axis=1) <= voxels).all()
+        assert kept.logit_counts[0, 1].sum() == np.count_nonzero(kept.reference)
+
+
+def test_the_ensemble_is_calibrated_as_the_cross_validation_says(finished: Path) -> None:
+    told = read(finished / "crossval.json")["calibration"]
+    packed = read(finished / "ensemble" / "ensemble.json")["calibration"]
+    assert {key: told[key] for key in packed} == packed
+    assert packed["volume_interval"] == {
+        "level": 0.9,
+        "offset_ml": 1.0,
+        "cases": 6,
+        "log_ratio": {"plain": None, "postprocessed": None},
+    }
+    assert all(0.1 <= value <= 10 for value in packed["temperature"].values())
+
+
+def test_an_answer_without_counts_of_logits_is_made_anew(finished: Path, tmp_path: Path) -> None:
+    first = sorted((finished / "out-of-fold").iterdir())[0]
+    with np.load(first) as file:
+        older = {key: file[key] for key in file.files if key != "logit_counts"}
+    np.savez_compressed(tmp_path / "older.npz", **older)
+    weights = str(older["weights_sha256"])
+    assert (is_of(first, weights), is_of(tmp_path / "older.npz", weights)) == (True, False)
+    with pytest.raises(RunError, match="missing or damaged"):
+        read_counts(tmp_path / "older.npz")
+
+
 def test_scores_are_those_of_label_maps_that_predict_writes(
     finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
@@ -250,10 +293,10 @@ def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_pat
 
 def test_the_page_carries_all_it_shows(finished: Path) -> None:
     page = (finished / "crossval.html").read_text(encoding="utf-8")
-    assert page.count("<h2") == 4
+    assert page.count("<h2") == 5
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
-    for text in ("Fold 0", "Fold 1", "Worst cases", "Estimated gain on others", "Validation Dice"):
+    for text in ("Fold 0", "Fold 1", "Worst cases", "Estimated gain on others", "Validation Dice", "Temperature"):
         assert text in page
 
 
@@ -263,6 +306,7 @@ def test_the_command_prints_the_folds_and_what_is_next(
     ended = znormseg("crossval", phantoms, finished, *options)
     assert ended.code == 0, ended.err
     assert "fold 1 " in ended.out
+    assert "calibration ET: temperature " in ended.out
     assert f"next: znormseg predict {finished / 'ensemble'} CASES OUTPUT" in ended.out
 
 

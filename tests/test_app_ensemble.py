@@ -25,6 +25,20 @@ Call = Callable[..., Any]
 RUNTIME = choose_runtime(RuntimeConfig(device="cpu"))
 
 
+RATIOS = {"WT": 0.5, "TC": 0.0, "ET": 1.0}
+#: As crossval writes it.
+CALIBRATION = {
+    "version": 1,
+    "temperature": {"WT": 2.0, "TC": 0.5, "ET": 1.0},
+    "volume_interval": {
+        "level": 0.9,
+        "offset_ml": 1.0,
+        "cases": 12,
+        "log_ratio": {"plain": dict.fromkeys(RATIOS, 3.0), "postprocessed": RATIOS},
+    },
+}
+
+
 def packed(place: Path, *runs: Path, rules: Postprocess | None = None) -> Path:
     """An ensemble of runs."""
     networks = []
@@ -184,6 +198,11 @@ def test_a_network_that_is_gone_is_named(tiny_run: Path, tmp_path: Path) -> None
         {"networks": None},
         {"postprocess": {"thresholds": {"WT": 2.0}}},
         {"postprocess": Postprocess().to_json() | {"least_enhancing_mm3": -1}},
+        {"calibration": CALIBRATION | {"version": 2}},
+        {"calibration": CALIBRATION | {"temperature": {"WT": 1.0, "TC": 0.0, "ET": 1.0}}},
+        {"calibration": CALIBRATION | {"temperature": {"WT": 1.0, "TC": 1.0}}},
+        {"calibration": CALIBRATION | {"volume_interval": None}},
+        {"calibration": "none"},
     ],
 )
 def test_a_damaged_description_is_refused(changes: dict[str, Any], tiny_run: Path, tmp_path: Path) -> None:
@@ -198,6 +217,36 @@ def test_a_description_that_is_no_json_is_refused(tiny_run: Path, tmp_path: Path
     (ensemble / "ensemble.json").write_text("{")
     with pytest.raises(RunError, match=r"ensemble.json: missing or damaged"):
         load_predictor(ensemble, RUNTIME)
+
+
+def test_an_older_ensemble_is_loaded_and_says_that_it_is_not_calibrated(tiny_run: Path, tmp_path: Path) -> None:
+    calibration = load_predictor(packed(tmp_path / "ensemble", tiny_run), RUNTIME).calibration
+    told = calibration.record([1.0, 1.0, 1.0], complete=True)
+    assert told["calibration"] == {"state": "not calibrated", "temperature": None}
+    assert told["volume_interval_ml"] is None
+    assert "made before calibration" in told["volume_interval_note"]
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_predict_tells_temperatures_and_intervals_and_leaves_masks_as_they_are(
+    *, left_out: bool, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    plain, calibrated = packed(tmp_path / "plain", tiny_run), packed(tmp_path / "calibrated", tiny_run)
+    changed(calibrated / "ensemble.json", calibration=CALIBRATION)
+    case = find_cases(phantoms)[0]
+    options = ["--device=cpu", *(["--no-postprocess"] if left_out else [])]
+    for ensemble in (plain, calibrated):
+        assert znormseg("predict", ensemble, case.folder, tmp_path / "out" / ensemble.name, *options).code == 0
+    maps = [codes(tmp_path / "out" / name / f"{case.id}.nii.gz") for name in ("plain", "calibrated")]
+    assert np.array_equal(*maps)
+    told = json.loads((tmp_path / "out" / "calibrated" / f"{case.id}.json").read_text())
+    assert told["calibration"] == {"state": "calibrated", "temperature": CALIBRATION["temperature"]}
+    assert told["volume_interval_level"] == 0.9
+    ratios = dict.fromkeys(RATIOS, 3.0) if left_out else RATIOS
+    for region, (low, high) in told["volume_interval_ml"].items():
+        volume = told["volumes_ml"][region]
+        assert high == pytest.approx((volume + 1) * np.exp(ratios[region]) - 1, abs=0.1)
+        assert low == pytest.approx(max(0, (volume + 1) / np.exp(ratios[region]) - 1), abs=0.1)
 
 
 def test_networks_of_different_spacings_are_refused(tiny_run: Path, tmp_path: Path) -> None:

@@ -86,5 +86,11 @@ def _show(outcome: CrossValidation) -> None:
         f"gain {tuning.after - tuning.before:+.4f} on the cases it was chosen on; "
         f"estimated {tuning.estimated_gain:+.4f} on others"
     )
+    for region, one in outcome.calibrated.regions.items():
+        covered = "" if one.coverage is None else f"; volume interval covers {one.coverage:.0%}"
+        terminal.result(
+            f"calibration {region}: temperature {one.temperature:.2f} (fitted {one.fitted:.2f}); "
+            f"ECE {one.before.ece:.4f} -> {one.after.ece:.4f} on folds it was not fitted on{covered}"
+        )
     terminal.result(f"the page with curves and worst cases: {outcome.page}")
     terminal.result(f"next: znormseg predict {outcome.ensemble} CASES OUTPUT")

@@ -5,10 +5,12 @@ A file is a compressed npz of the smallest box that holds the brain and the refe
     answers         uint8, shape (3, X, Y, Z), order of data.labels.REGIONS
     reference       uint8, shape (X, Y, Z), the program's codes
     spacing_mm      float64, shape (3,)
+    logit_counts    int64, shape (3, 2, bins): voxels around the tumour by their logit (app.crossval.logits)
     weights_sha256  of the network, as text
 
 A probability is above k/256 exactly where its byte is k or more (k from 1 to 255), so that thresholds which are whole
-256ths cut the bytes as they would have cut the probabilities.
+256ths cut the bytes as they would have cut the probabilities. For temperatures bytes are too coarse: what is
+below 1/256 would be taken as 1/512, and most of the background lies far below.
 """
 
 from __future__ import annotations
@@ -22,13 +24,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from app.crossval.logits import Counts, count_logits, no_counts
 from app.errors import RunError
+from app.evaluation.reliability import box_around
 from app.inference.model import Model
 from app.inference.postprocess import Masks, Postprocess
 from app.inference.probabilities import predict_centred
 from app.runtime import Runtime
 from data.errors import DataError
-from data.labels import LabelConvention, decode
+from data.labels import LabelConvention, decode, to_regions
 from data.layouts import Case
 from data.nifti import Spacing, canonical_spacing, read_label_map, reorient, replacing
 from data.preprocess import prepare, smallest_box
@@ -47,6 +51,8 @@ class Answer:
     """Shape (3, X, Y, Z)."""
     reference: Bytes
     """Shape (X, Y, Z), the program's codes."""
+    logit_counts: Counts
+    """As of :func:`app.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there is none."""
     spacing_mm: Spacing
     weights_sha256: str
 
@@ -90,15 +96,20 @@ def answer_of(
         raise DataError(
             f"case {case.id}: the label map has the shape {reference.shape}, not {prepared.canonical_shape}"
         )
-    whole = np.zeros((3, *prepared.canonical_shape), dtype=np.uint8)
-    whole[:, *prepared.box] = to_bytes(predict_centred(model, prepared, runtime))
+    spacing_mm = canonical_spacing(prepared.native_affine)
+    centred = np.full((3, *prepared.canonical_shape), -0.5, dtype=np.float32)
+    centred[:, *prepared.box] = predict_centred(model, prepared, runtime)
+    around = box_around((centred[0] > 0) | (reference != 0), spacing_mm)
     held = reference != 0
     held[prepared.box] = True
     box = smallest_box(held)
     return Answer(
-        answers=np.ascontiguousarray(whole[:, *box]),
+        answers=to_bytes(centred[:, *box]),
         reference=np.ascontiguousarray(reference[box]),
-        spacing_mm=canonical_spacing(prepared.native_affine),
+        logit_counts=no_counts()
+        if around is None
+        else count_logits(centred[:, *around], to_regions(reference[around])),
+        spacing_mm=spacing_mm,
         weights_sha256=model.sha256,
     )
 
@@ -111,9 +122,23 @@ def write_answer(path: Path, answer: Answer) -> None:
             file,
             answers=answer.answers,
             reference=answer.reference,
+            logit_counts=answer.logit_counts,
             spacing_mm=np.array(answer.spacing_mm, dtype=np.float64),
             weights_sha256=np.array(answer.weights_sha256),
         )
+
+
+def read_counts(path: Path) -> Counts:
+    """The logit counts of a file alone.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _counts(file["logit_counts"])
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
 
 
 def read_answer(path: Path) -> Answer:
@@ -129,16 +154,30 @@ def read_answer(path: Path) -> Answer:
             if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
                 raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
             return Answer(
-                answers=answers, reference=reference, spacing_mm=(x, y, z), weights_sha256=str(file["weights_sha256"])
+                answers=answers,
+                reference=reference,
+                logit_counts=_counts(file["logit_counts"]),
+                spacing_mm=(x, y, z),
+                weights_sha256=str(file["weights_sha256"]),
             )
     except _DAMAGE as error:
-        raise RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.") from error
+        raise _damaged(path, error) from error
 
 
 def is_of(path: Path, weights_sha256: str) -> bool:
-    """Whether a file is there that network made; the voxels are not looked at."""
+    """Whether a file is there that network made, with all that belongs into it; the voxels are not looked at."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return str(file["weights_sha256"]) == weights_sha256
+            return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
     except _DAMAGE:
         return False
+
+
+def _counts(found: Counts) -> Counts:
+    if found.dtype != np.int64 or found.shape != no_counts().shape or found.min() < 0:
+        raise ValueError(f"it holds logit counts of {found.dtype} {found.shape}")
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app import checkpoints
+from app.crossval.calibrate import Calibrated
 from app.crossval.folds import Folds
 from app.crossval.summary import Summary
 from app.crossval.tune import Tuning
@@ -21,7 +22,7 @@ from data.labels import CONTRASTS, REGIONS
 _PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
 
 
-def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary) -> Path:
+def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: Calibrated) -> Path:
     """Write the ensemble beside its place, then put it there; an older one goes.
 
     Weights are hard links to those of the folds where the file system has them, else copies: a run never writes into
@@ -31,6 +32,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary) -> Path:
         folds: every fold is trained.
         tuning: its choice goes into the ensemble.
         summary: out-of-fold scores under that choice.
+        calibrated: temperatures and volume intervals.
 
     Returns:
         the ensemble's folder.
@@ -71,6 +73,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary) -> Path:
             "version": VERSION,
             "networks": networks,
             "postprocess": tuning.chosen.to_json(),
+            "calibration": calibrated.ensemble_json(),
             "contrasts": list(CONTRASTS),
             "regions": list(REGIONS),
             **{key: value for key, value in folds.to_json().items() if key not in {"version", "folds"}},

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any, Final
 
+from app.crossval.calibrate import Calibrated
 from app.crossval.summary import Summary
 from app.crossval.tune import MARGIN, OBJECTIVE, Tuning
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
+from app.evaluation.reliability import DEFINITION
+from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
 from app.reporting.bands import figures_html
 from app.reporting.parts import document, note, number, section, table
 from app.reporting.scores import REGION_NAMES
@@ -30,6 +34,7 @@ def write_page(
     raw: Summary,
     tuned: Summary,
     tuning: Tuning,
+    calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
 ) -> None:
@@ -40,10 +45,11 @@ def write_page(
         raw: scores without post-processing.
         tuned: scores with what was chosen.
         tuning: how that was chosen.
+        calibrated: temperatures and volume intervals.
         results: by fold, how training ended.
         metrics: by fold, records of ``metrics.jsonl``.
     """
-    page = render(raw=raw, tuned=tuned, tuning=tuning, results=results, metrics=metrics)
+    page = render(raw=raw, tuned=tuned, tuning=tuning, calibrated=calibrated, results=results, metrics=metrics)
     with replacing(path) as beside:
         beside.write_text(page, encoding="utf-8", errors="replace")
 
@@ -53,6 +59,7 @@ def render(
     raw: Summary,
     tuned: Summary,
     tuning: Tuning,
+    calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
 ) -> str:
@@ -64,6 +71,7 @@ def render(
         section("folds", "Folds", _folds_html(raw, results)),
         section("curves", "Learning curves", figures_html(arms)),
         section("tuning", "Post-processing", _tuning_html(raw, tuned, tuning)),
+        section("calibration", "Calibration", _calibration_html(calibrated)),
         section("worst", "Worst cases", _worst_html(raw, tuned)),
     ]
     return document(
@@ -135,6 +143,47 @@ def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
         + "<h3>Scores without and with it</h3>"
         + table("tuning", ["", *_HEADS], scores)
         + note("The second row is of the cases that the rules were chosen on.")
+    )
+
+
+def _calibration_html(calibrated: Calibrated) -> str:
+    probabilities, volumes = [], []
+    for region, one in calibrated.regions.items():
+        spread = f"{min(one.left_out):.2f} to {max(one.left_out):.2f}"
+        pairs = [
+            (one.before.ece, one.after.ece),
+            one.case_ece,
+            (one.before.brier, one.after.brier),
+            one.nll,
+        ]
+        numbers = [f"{before:.4f} / {after:.4f}" for before, after in pairs]
+        probabilities.append([region, f"{one.temperature:.2f}", f"{one.fitted:.2f}", spread, *numbers])
+        bound, covered = one.log_ratio["postprocessed"], one.coverage
+        volumes.append(
+            [
+                region,
+                "none" if bound is None else f"{math.exp(bound):.2f}",
+                "not known" if covered is None else f"{covered:.0%}",
+            ]
+        )
+    heads = ["Region", "Temperature", "Fitted", "Without a fold", "ECE", "ECE, mean of cases", "Brier", "NLL"]
+    least = fewest_cases(LEVEL)
+    return (
+        table("tuning", heads, probabilities)
+        + note(
+            "ECE, Brier score and negative log likelihood (NLL): before / after. Logits are divided by the temperature "
+            "once masks are cut, so no mask changes. After: each fold's cases under the temperature fitted without "
+            "them; the ensemble gets the one fitted on all where ECE and NLL both fall so, else 1. The temperatures "
+            f"are of single networks; the mean of several is less sure by itself. ECE and Brier score: {DEFINITION}."
+        )
+        + f"<h3>Volumes with an interval of {LEVEL:.0%}</h3>"
+        + table("tuning", ["Region", "Factor", "Covered"], volumes)
+        + note(
+            f"The true volume plus {OFFSET_ML:g} ml lies between the marked volume plus {OFFSET_ML:g} ml divided by "
+            f"the factor and times the factor in {LEVEL:.0%} of cases or more, where new cases are like these "
+            f"{calibrated.cases}. Covered: share of cases whose true volume lies in the interval of the other folds. "
+            f"An interval needs {least} cases; to know what it covers, each fold needs {least} cases in the others."
+        )
     )
 
 

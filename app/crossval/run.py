@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from app.config import RunConfig
+from app.crossval.calibrate import Calibrated, calibrate
 from app.crossval.fold import work_on_fold
 from app.crossval.folds import Folds, deal, require_same
-from app.crossval.outoffold import is_of
+from app.crossval.outoffold import is_of, read_counts
 from app.crossval.pack import write_ensemble
 from app.crossval.page import write_page
 from app.crossval.summary import Summary, summarise, write_table
@@ -46,6 +47,7 @@ class CrossValidation:
     tuned: Summary
     """Out-of-fold scores under what was chosen on the same cases."""
     tuning: Tuning
+    calibrated: Calibrated
     content: Mapping[str, Any]
     """As in ``crossval.json``."""
 
@@ -180,8 +182,11 @@ class _Work:
                 tuning.after - tuning.before,
                 tuning.estimated_gain,
             )
+        self.what = "the calibration"
+        counts = {case_id: read_counts(self.folds.answer_file(case_id)) for case_id in fold_of}
+        calibrated = calibrate(counts, raw, tuned)
         self.what = "the ensemble"
-        ensemble = write_ensemble(self.folds, tuning, tuned)
+        ensemble = write_ensemble(self.folds, tuning, tuned, calibrated)
         out = self.folds.out
         results = [read_json(self.folds.result_file(fold)) for fold in range(len(self.folds.splits))]
         content = {
@@ -193,6 +198,7 @@ class _Work:
             "raw": raw.to_json(),
             "tuned": tuned.to_json(),
             "tuning": tuning.to_json(),
+            "calibration": calibrated.to_json(),
             "dice": DICE_DEFINITION,
             "hd95": HD95_DEFINITION,
             "label_maps_sha256": self.folds.label_maps_sha256,
@@ -203,11 +209,27 @@ class _Work:
         write_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
         write_json(out / "crossval.json", content)
         metrics = [read_metrics(self.folds.run(fold)) for fold in range(len(self.folds.splits))]
-        write_page(out / "crossval.html", raw=raw, tuned=tuned, tuning=tuning, results=results, metrics=metrics)
+        write_page(
+            out / "crossval.html",
+            raw=raw,
+            tuned=tuned,
+            tuning=tuning,
+            calibrated=calibrated,
+            results=results,
+            metrics=metrics,
+        )
         self.on_progress(
             Progress(job="cross-validating", share=1.0, detail=f"{len(self.folds.splits)} folds", eta_seconds=0.0)
         )
-        return CrossValidation(out=out, ensemble=ensemble, raw=raw, tuned=tuned, tuning=tuning, content=content)
+        return CrossValidation(
+            out=out,
+            ensemble=ensemble,
+            raw=raw,
+            tuned=tuned,
+            tuning=tuning,
+            calibrated=calibrated,
+            content=content,
+        )
 
     def _is_done(self, fold: int) -> bool:
         """Whether a fold is trained and all its cases are predicted with the weights that are there."""

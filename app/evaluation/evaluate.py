@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import os
 import statistics
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +15,20 @@ from typing import Final, TypeVar
 import numpy as np
 
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores, region_scores
+from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
+from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values
 from data.layouts import Case, decide_for, find_label_cases
-from data.nifti import grid_difference, in_order_of, read_label_map, reorient, replacing
+from data.nifti import grid_difference, in_order_of, read_label_map, reorient, replacing, strip_nifti_ending
 from data.preprocess import resample_codes_onto
+
+#: What is known of each region beside :data:`METRICS` where there are probabilities.
+CALIBRATION: Final = ("ece", "brier")
+
+#: :data:`CALIBRATION` by region.
+CalibrationErrors = dict[Region, dict[str, float]]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -46,6 +54,8 @@ class CaseScores:
     """Scores of WT, TC and ET."""
     resampled: bool = False
     """Whether the prediction lay on another grid and was brought to that of the reference."""
+    reliability: tuple[Reliability, ...] | None = None
+    """By region; None without a file of probabilities on the reference's grid, or without any tumour."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +110,36 @@ class Evaluation:
             "reference_convention": self.reference_convention,
             "dice_definition": DICE_DEFINITION,
             "hd95_definition": HD95_DEFINITION,
+            **({"calibration": self._calibration_json()} if self.has_probabilities else {}),
             "notice": NOTICE,
+        }
+
+    @property
+    def has_probabilities(self) -> bool:
+        """Whether any case has ECE and Brier score."""
+        return any(scores.reliability is not None for scores in self.cases)
+
+    def calibration(self) -> dict[str, CalibrationErrors]:
+        """ECE and Brier score by row name: the cases that have them, then ``mean`` and ``median`` over these."""
+        cases = {scores.case: _errors(scores.reliability) for scores in self.cases if scores.reliability is not None}
+
+        def middle(of: Callable[[list[float]], float]) -> CalibrationErrors:
+            return {
+                region: {name: of([case[region][name] for case in cases.values()]) for name in CALIBRATION}
+                for region in REGIONS
+            }
+
+        return {**cases, "mean": middle(statistics.fmean), "median": middle(statistics.median)} if cases else {}
+
+    def _calibration_json(self) -> dict[str, object]:
+        found = self.calibration()
+        counted = [scores.reliability for scores in self.cases if scores.reliability is not None]
+        return {
+            "definition": RELIABILITY_DEFINITION,
+            "regions": found.pop("mean"),
+            "regions_median": found.pop("median"),
+            "regions_pooled": _errors(pooled(counted)),
+            "cases": [{"case": case, **errors} for case, errors in found.items()],
         }
 
     def _over_cases(self, middle: Callable[[list[float]], float]) -> dict[Region, dict[str, float]]:
@@ -282,12 +321,18 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
 
     Returns:
         rows of seven texts each: the case id, then Dice (3 decimals) and HD95 in mm (1 decimal) of WT, TC and ET,
-        e.g. ``["BraTS2021_00000", "0.912", "4.1", ...]``.
+        e.g. ``["BraTS2021_00000", "0.912", "4.1", ...]``; where a case has probabilities, three more: ECE (4 decimals).
     """
+    errors = evaluation.calibration()
+    ece = [f"{region} ECE" for region in REGIONS] if errors else []
     return [
-        ["case", *(f"{region} {metric}" for region in REGIONS for metric in ("Dice", "HD95 mm"))],
+        ["case", *(f"{region} {metric}" for region in REGIONS for metric in ("Dice", "HD95 mm")), *ece],
         *(
-            [name, *(f"{values[region][metric]:{form}}" for region in REGIONS for metric, form in _IN_TERMINAL.items())]
+            [
+                name,
+                *(f"{values[region][metric]:{form}}" for region in REGIONS for metric, form in _IN_TERMINAL.items()),
+                *(f"{errors[name][region]['ece']:.4f}" if name in errors else "-" for region in REGIONS if errors),
+            ]
             for name, values in _named_values(evaluation)
         ),
     ]
@@ -296,7 +341,8 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
 def write_table(evaluation: Evaluation, path: Path) -> None:
     """Write all numbers as CSV: columns ``case``, ``WT_dice``, ``WT_hd95_mm``, ...; rows: cases, ``mean``, ``median``.
 
-    Numbers are written in full precision. The file is there whole or not at all.
+    Where a case has probabilities ``WT_ece``, ``WT_brier``, ... follow; they are empty for cases without. Numbers are
+    written in full precision. The file is there whole or not at all.
 
     Args:
         evaluation: what to write.
@@ -309,9 +355,15 @@ def write_table(evaluation: Evaluation, path: Path) -> None:
     require_table_place(path)
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", *(f"{region}_{metric}" for region in REGIONS for metric in METRICS)])
-        for name, values in _named_values(evaluation):
-            writer.writerow([name, *(values[region][metric] for region in REGIONS for metric in METRICS)])
+        errors = evaluation.calibration()
+        more = [(region, name) for region in REGIONS for name in CALIBRATION] if errors else []
+        columns = [f"{region}_{metric}" for region in REGIONS for metric in METRICS]
+        writer.writerow(["case", *columns, *(f"{region}_{name}" for region, name in more)])
+        for row, values in _named_values(evaluation):
+            known = [values[region][metric] for region in REGIONS for metric in METRICS]
+            writer.writerow(
+                [row, *known, *(errors[row][region][name] if row in errors else "" for region, name in more)]
+            )
 
 
 def require_table_place(path: Path) -> None:
@@ -354,7 +406,15 @@ def _score_case(case: str, folders: Folders, *, resample: bool) -> CaseScores:
         except DataError as error:
             raise DataError(f"{place}: {error} ({difference}). Do they belong to the same scan?") from error
     scores = region_scores(codes, expected, reference.spacing_mm)
-    return CaseScores(case=case, regions=scores, resampled=difference is not None)
+    probabilities = prediction_path.with_name(f"{strip_nifti_ending(prediction_path.name)}{ENDING}")
+    counted = None
+    if difference is None and probabilities.exists():
+        counted = case_reliability(read_probabilities(probabilities, reference), expected, reference.spacing_mm)
+    return CaseScores(case=case, regions=scores, resampled=difference is not None, reliability=counted)
+
+
+def _errors(found: Sequence[Reliability]) -> CalibrationErrors:
+    return {region: {"ece": one.ece, "brier": one.brier} for region, one in zip(REGIONS, found, strict=True)}
 
 
 def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:

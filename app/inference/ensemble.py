@@ -2,7 +2,7 @@
 
 The folder of an ensemble holds all it needs::
 
-    ensemble.json   the networks and their SHA-256, post-processing, what is in them, where they come from
+    ensemble.json   the networks and their SHA-256, post-processing, calibration, what is in them, where they come from
     split.json      the case ids that trained them, all under ``train``
     fold-0/checkpoints/best-*   weights with their JSON, as of a run; and so on
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from app.errors import RunError
+from app.inference.calibration import Calibration, calibration_from_json
 from app.inference.model import Facts, Model, Predictor, config_of, facts_of, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runlog import read_json
@@ -59,6 +60,8 @@ class Ensemble:
     convention: LabelConvention
     postprocess: Postprocess
     postprocess_was_left_out: bool
+    calibration: Calibration
+    """Of probabilities before post-processing, and of volumes of masks that are post-processed or not, as here."""
     held: tuple[Model, ...]
     """The networks, where they are small together; else empty."""
 
@@ -141,6 +144,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
     try:
         listed = {str(one["network"]): (str(one["weights_sha256"]), int(one["step"])) for one in content["networks"]}
         rules = postprocess_from_json(content["postprocess"])
+        calibration = calibration_from_json(content.get("calibration"), postprocessed=postprocess)
         if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
             raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -176,6 +180,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         convention=first.convention,
         postprocess=rules if postprocess else Postprocess(),
         postprocess_was_left_out=not postprocess,
+        calibration=calibration,
         held=tuple(held),
     )
 

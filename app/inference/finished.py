@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[
         "weights_sha256": model.sha256,
         "overlap": model.config.inference.overlap,
         "postprocess": model.postprocess.to_json(),
+        "calibration": asdict(model.calibration),
         "options": {name: value for name, value in options_to_plain(options).items() if name != "max_memory_gb"},
         "znormseg": versions()["znormseg"],
         **more,

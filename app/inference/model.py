@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from app.checkpoints import Saved, load_newest, load_newest_arrays
 from app.errors import ConfigError, RunError
 from app.inference.backends.graph import GRAPH_KEY, Graph, graph_from_json
+from app.inference.calibration import NOT_CALIBRATED, Calibration
 from app.inference.engines import Engine, TorchEngine, make_engine
 from app.inference.places import Size
 from app.inference.postprocess import Postprocess
@@ -51,6 +52,11 @@ class Predictor(Protocol):
     @property
     def postprocess(self) -> Postprocess:
         """What is done with the probabilities."""
+        ...
+
+    @property
+    def calibration(self) -> Calibration:
+        """How far probabilities and volumes can be trusted."""
         ...
 
     @property
@@ -109,6 +115,11 @@ class Model:
     def postprocess(self) -> Postprocess:
         """None: probabilities are cut at one half."""
         return Postprocess()
+
+    @property
+    def calibration(self) -> Calibration:
+        """None: there are no cases that it was not chosen on."""
+        return NOT_CALIBRATED
 
     def members(self) -> Iterator[Model]:
         """Itself."""

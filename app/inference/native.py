@@ -223,7 +223,7 @@ def answer_for(
     spacing_mm = spacing_of(target.affine)
     shares = back(answer.centred + np.float32(0.5))
     masks = model.postprocess.clean(to_regions(cut_back(shares, model.postprocess.thresholds)), spacing_mm)
-    shown = nested(shares - np.float32(0.5))
+    shown = nested(model.calibration.apply(shares - np.float32(0.5)))
     disagreement = None if answer.disagreement is None else np.clip(back(answer.disagreement), 0, 1)
     trust = measure(
         masks,

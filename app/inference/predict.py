@@ -140,7 +140,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
     if options.uncertainty and answer.disagreement is None:
         LOG.info("case %s: uncertainty of one answer alone; --tta or an ensemble give several", given.case.id)
-    masks, shares = predict_masks(model, prepared, answer.centred), nested(answer.centred)
+    masks, shares = predict_masks(model, prepared, answer.centred), nested(model.calibration.apply(answer.centred))
     spacing_mm = canonical_spacing(prepared.native_affine)
     found = companions(shares, answer.disagreement, options)
     trust = measure(
@@ -260,7 +260,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         trust: what is known of the answer.
         companions: the files that were written beside the label map.
         flags: what to know of the case.
-        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0.
+        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0, ``missing_contrasts``.
     """
     label_map = output / f"{case.id}.nii.gz"
     voxel_ml = float(np.prod(spacing_mm)) / 1000
@@ -279,6 +279,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
             "enhancing": convention.enhancing,
         },
         **notes,
+        **model.calibration.record(volumes, complete=not notes["missing_contrasts"]),
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         **model.record(),
         "runtime": list(runtime.reasons),

@@ -71,10 +71,9 @@ def probability_steps(centred: Floats) -> ShareSteps:
         [0, 32767, 32768, 65535]
     """
     # Products and sums of whole numbers below 2^24 are exact in float32.
-    steps: ShareSteps = np.clip(np.ceil(centred * (SHARE_STEPS + 1)) + SHARE_STEPS // 2, 0, SHARE_STEPS).astype(
-        np.uint16
-    )
-    return steps
+    steps = np.ceil(centred.astype(np.float32, copy=False) * (SHARE_STEPS + 1)) + SHARE_STEPS // 2
+    found: ShareSteps = np.clip(steps, 0, SHARE_STEPS).astype(np.uint16)
+    return found
 
 
 def bit_steps(bits: Floats) -> ShareSteps:
