@@ -56,14 +56,40 @@ def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> n
 
 def _box_logits(model: Model, prepared: Prepared, runtime: Runtime) -> torch.Tensor:
     """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing."""
+    image = torch.from_numpy(prepared.image)
+    inner: tuple[slice, ...] = ()
+    if not model.config.inference.crop:
+        image, inner = in_whole_volume(image, prepared)
     logits = sliding_logits(
         model.given(prepared.present),
-        torch.from_numpy(prepared.image),
+        image,
         window=model.config.training.patch_voxels,
         overlap=model.config.inference.overlap,
         runtime=runtime,
-    )
+    )[inner]
     if tuple(logits.shape[1:]) != prepared.box_shape:
         # Logits, not labels, go to the finer grid: borders stay smooth.
         logits = functional.interpolate(logits[None], prepared.box_shape, mode="trilinear", align_corners=False)[0]
     return logits
+
+
+def in_whole_volume(image: torch.Tensor, prepared: Prepared) -> tuple[torch.Tensor, tuple[slice, ...]]:
+    """Put the brain box back into the empty space it was cut from.
+
+    Args:
+        image: shape (contrasts, X, Y, Z), of the box, at the network's spacing.
+        prepared: where the box lies.
+
+    Returns:
+        the canonical volume at the network's spacing, 0 around the box; and where the box lies in it, as an index of
+        any array (channels, X, Y, Z) of the volume. At the files' own spacing the place is exact, else to a voxel.
+    """
+    shape, places = [], [slice(None)]
+    for side, part, whole in zip(image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):
+        scale = side / (part.stop - part.start)
+        start = round(part.start * scale)
+        shape.append(max(start + side, round(whole * scale)))
+        places.append(slice(start, start + side))
+    volume = image.new_zeros((image.shape[0], *shape))
+    volume[tuple(places)] = image
+    return volume, tuple(places)
