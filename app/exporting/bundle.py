@@ -1,8 +1,9 @@
 """A network as a MONAI bundle: configs, weights, readme; MONAI alone runs it, with transforms of its own.
 
-The bundle's preprocessing and postprocessing do what ``predict`` does, step by step. Two things differ: MONAI lays
-windows from the near border and shifts the last one back, where ``predict`` spreads them evenly; and it smooths with
-zeros beyond the border where images are resampled to a coarser spacing.
+The bundle's preprocessing and postprocessing do what ``predict`` does, step by step. MONAI lays windows at one interval
+and shifts the last one back, where ``predict`` spreads them evenly; so the bundle takes for each volume the overlap at
+which the two are the same, but for the rounding of the interval to voxels. What still differs: MONAI smooths with zeros
+beyond the border where images are resampled to a coarser spacing.
 
 Source: MONAI's bundle specification (docs.monai.io, mb_specification).
 """
@@ -121,7 +122,7 @@ def _inference(model: Model) -> dict[str, Any]:
     necrosis, oedema, enhancing = convention.values
     low, high = 1 - SPACING_TOLERANCE, 1 + SPACING_TOLERANCE
     return {
-        "imports": ["$import glob"],
+        "imports": ["$import glob", "$import math"],
         "bundle_root": ".",
         "output_dir": "$@bundle_root + '/eval'",
         "dataset_dir": "$@bundle_root + '/case'",
@@ -182,14 +183,15 @@ def _inference(model: Model) -> dict[str, Any]:
             "shuffle": False,
             "num_workers": 0,
         },
-        "inferer": {
-            "_target_": "SlidingWindowInferer",
-            "roi_size": list(config.training.patch_voxels),
-            "sw_batch_size": 1,
-            "overlap": config.inference.overlap,
-            "mode": "gaussian",
-            "sigma_scale": 0.125,
-        },
+        "window_voxels": list(config.training.patch_voxels),
+        "overlap": config.inference.overlap,
+        # MONAI takes int(side * (1 - overlap)) as the interval; half a voxel more keeps it from falling to one less.
+        "overlaps": "$lambda shape: [1 - (max(1, math.ceil((size - side) / math.ceil((size - side) / "
+        "(side * (1 - @overlap))))) + 0.5) / side if size > side else 0.0 "
+        "for size, side in zip(shape, @window_voxels)]",
+        "inferer": "$lambda image, network, *args, **kwargs: monai.inferers.SlidingWindowInferer(@window_voxels, "
+        "sw_batch_size=1, overlap=@overlaps(image.shape[2:]), mode='gaussian', sigma_scale=0.125)"
+        "(image, network, *args, **kwargs)",
         "postprocessing": {
             "_target_": "Compose",
             "transforms": [
@@ -264,7 +266,6 @@ def _metadata(model: Model, description: Mapping[str, Any]) -> dict[str, Any]:
             "pytorch-ignite": "0.5.2",
             "fire": "0.6.0",
         },
-        "optional_packages_version": {},
         "supported_apps": {},
         "name": str(description["name"]),
         "task": "Brain tumour segmentation from multi-contrast MRI",

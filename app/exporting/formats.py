@@ -46,12 +46,20 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
     Returns:
         the network as OpenVINO computes it from these files.
     """
+    # Not openvino.convert_model, which tells Intel of each conversion unless the user has declined.
     import openvino as ov  # type: ignore[import-untyped]  # noqa: PLC0415 - slow to import
+    from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]  # noqa: PLC0415
+    from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        TorchScriptPythonDecoder,
+    )
 
-    shape = ov.PartialShape([-1, *window.shape[1:]])
+    frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's tracer, about shapes that are fixed here
-        model = ov.convert_model(network, example_input=window, input=[shape])
+        decoder = TorchScriptPythonDecoder(network, example_input=window)  # must live while it is converted
+        model = frontend.convert(frontend.load(decoder))
+    model.reshape(ov.PartialShape([-1, *window.shape[1:]]))
+    model.validate_nodes_and_infer_types()
     model.inputs[0].get_tensor().set_names({INPUT})
     model.outputs[0].get_tensor().set_names({OUTPUT})
     ov.save_model(model, folder / OPENVINO_FILE, compress_to_fp16=False)
