@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -218,7 +219,9 @@ def _weights(path: Path) -> dict[str, Tensor]:
             "python -m monai.bundle download_large_files --bundle_path BUNDLE"
         )
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about forms that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(
             f"{path}: holds more than tensors, or is damaged, and is not read: unpickling it could run any code. "
