@@ -138,6 +138,21 @@ def test_without_the_extra_onnx_the_message_names_it(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["openvino", "onnx"])
+def test_a_network_that_is_told_which_contrasts_are_there_takes_any_number_of_windows(
+    name: str, tmp_path: Path, windows: Any
+) -> None:
+    from app.exporting.formats import write_onnx, write_openvino
+    from models import GivenPresence, NetworkConfig, build_network
+
+    config = NetworkConfig(channels=(4, 8), residual_units=1)
+    network = GivenPresence(build_network(config, in_channels=8, out_channels=3), (True,) * 4).eval()
+    write = {"openvino": write_openvino, "onnx": write_onnx}[name]
+    answer = write(network, torch.from_numpy(windows[:1]), tmp_path)
+    with torch.inference_mode():
+        np.testing.assert_allclose(answer(windows), network(torch.from_numpy(windows)).numpy(), atol=1e-4)
+
+
 def test_an_ensemble_is_refused_with_its_networks(tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "ensemble.json").write_text(json.dumps({"networks": [{"network": "fold-0"}, {"network": "fold-1"}]}))
     ended = znormseg("export", tmp_path, tmp_path / "out", "--format", "onnx")
