@@ -10,6 +10,7 @@ A run folder holds::
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     nonfinite/      batches whose loss was not finite, where there were any
     tensorboard/    the same for TensorBoard
+    MODEL_CARD.md   data, configuration, metrics, limits; model.json has the same, SHA256SUMS sums of what predict takes
     checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
     cache/          prepared cases that the user's cache does not take; may be deleted
 """

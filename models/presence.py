@@ -18,7 +18,7 @@ def with_presence(image: Tensor, present: Tensor) -> Tensor:
 
     Args:
         image: shape (N, contrasts, X, Y, Z); the brain is where any contrast is not 0.
-        present: 0 and 1, or bool, shape (N, contrasts).
+        present: 0 and 1, or bool, shape (N, contrasts), or (1, contrasts) for all alike.
 
     Returns:
         shape (N, 2 * contrasts, X, Y, Z), device and type as of ``image``: the contrasts, then their presence.
@@ -38,6 +38,6 @@ class GivenPresence(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Logits of an image of shape (N, contrasts, X, Y, Z)."""
-        present = torch.tensor(self.present, device=image.device).expand(len(image), -1)
+        present = torch.tensor([self.present], device=image.device)
         logits: Tensor = self.network(with_presence(image, present))
         return logits

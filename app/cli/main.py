@@ -9,7 +9,22 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, config, crossval, data, demo, doctor, evaluate, plan, predict, rank, terminal, train
+from app.cli import (
+    compare,
+    config,
+    crossval,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    model,
+    plan,
+    predict,
+    rank,
+    terminal,
+    train,
+)
 from app.cli.verbs import Verb, Verbs, quietly, verb
 from app.errors import EXIT_INTERRUPTED
 from app.process import share_processors
@@ -37,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-_BEGIN, _TRAIN, _USE = "Begin", "Train", "Predict and score"
+_BEGIN, _TRAIN, _USE, _SHARE = "Begin", "Train", "Predict and score", "Share"
 app.command(name="demo", cls=Verb, rich_help_panel=_BEGIN, epilog=demo.EXAMPLES)(quietly(demo.demo))
 app.command(name="doctor", cls=Verb, rich_help_panel=_BEGIN, epilog=doctor.EXAMPLES)(quietly(doctor.doctor))
 app.add_typer(data.app, name="data", rich_help_panel=_BEGIN)
@@ -51,6 +66,8 @@ app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epil
 )
 app.command(name="evaluate", cls=Verb, rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(quietly(evaluate.evaluate))
 app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank))
+app.add_typer(model.app, name="model", rich_help_panel=_SHARE)
+app.command(name="export", cls=Verb, rich_help_panel=_SHARE, epilog=export.EXAMPLES)(quietly(export.export))
 
 
 def _show_version(wanted: bool) -> None:

@@ -15,6 +15,7 @@ from app.crossval.tune import Tuning
 from app.errors import RunError
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION
 from app.inference.known import INTENSITIES_FILE
+from app.modelfolder import describe, seal
 from app.runlog import read_json, write_json
 from app.runtime import versions
 from data.labels import CONTRASTS, REGIONS
@@ -82,6 +83,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
             "versions": versions(),
         },
     )
+    seal(beside, {**describe(beside), "name": ENSEMBLE_FOLDER})
     if place.exists():
         shutil.rmtree(place)
     beside.rename(place)

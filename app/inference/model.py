@@ -87,6 +87,8 @@ class Model:
     """The size the network was trained on, in voxels."""
     overlap: float
     """Share of a window that its neighbour covers too, as in the run's validations."""
+    crop: bool
+    """Whether it sees the brain's box alone, or the whole volume."""
     takes_missing_contrasts: bool
     """Whether it was trained to do without some contrasts."""
     spacing_mm: Spacing
@@ -202,6 +204,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
             raise ValueError(f"its network takes {graph.in_channels} channels, {channels} are needed")
         engine = make_engine(graph, checkpoint.weights, runtime)
         overlap = float(plain["inference"]["overlap"])
+        crop = bool(plain["inference"].get("crop", True))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ConfigError) as error:
         if isinstance(error, RunError):
             raise
@@ -212,6 +215,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
         origin=str(run),
         window=(width, depth, height),
         overlap=overlap,
+        crop=crop,
         takes_missing_contrasts=takes_missing_contrasts,
         spacing_mm=(x, y, z),
         convention=convention,

@@ -156,12 +156,22 @@ def _answers(
 
 
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
-    """A prepared case whose image is mirrored inside its box."""
+    """A prepared case whose image is mirrored, and with it the volume that its box lies in."""
     return replace(
         prepared,
         image=np.ascontiguousarray(np.flip(prepared.image, axes)),
         brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
+        box=_mirrored_box(prepared, axes),
     )
+
+
+def _mirrored_box(prepared: Prepared, axes: tuple[int, ...]) -> tuple[slice, slice, slice]:
+    """Where the box lies in the mirrored volume."""
+    x, y, z = (
+        slice(side - part.stop, side - part.start) if axis in axes else part
+        for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
+    )
+    return (x, y, z)
 
 
 def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
@@ -189,12 +199,13 @@ def _box_logits(
 ) -> npt.NDArray[Any]:
     """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing; the caller's own to change."""
     engine = model.engine
-    x, y, z = prepared.image.shape[1:]
+    image, inner = (prepared.image, ()) if model.crop else in_whole_volume(prepared.image, prepared)
+    x, y, z = image.shape[1:]
     present = presence_mask(prepared.present) if model.takes_missing_contrasts else None
     overlap = model.overlap if options.overlap is None else options.overlap
 
     def compute(way: Way) -> npt.NDArray[Any]:
-        logits = engine.logits(prepared.image, present, runtime, overlap=overlap, way=way)
+        logits = engine.logits(image, present, runtime, overlap=overlap, way=way)[inner]
         if logits.shape[1:] == prepared.box_shape:
             return logits
         # Logits, not labels, go to the finer grid: borders stay smooth.
@@ -206,6 +217,30 @@ def _box_logits(
         divisor=window_divisor(engine),
         needed_bytes=lambda way: needed_bytes(engine, way, runtime, (x, y, z), prepared.box_shape),
     )
+
+
+def in_whole_volume(
+    image: npt.NDArray[np.float32], prepared: Prepared
+) -> tuple[npt.NDArray[np.float32], tuple[slice, ...]]:
+    """Put the brain box back into the empty space it was cut from.
+
+    Args:
+        image: shape (contrasts, X, Y, Z), of the box, at the network's spacing.
+        prepared: where the box lies.
+
+    Returns:
+        the canonical volume at the network's spacing, 0 around the box; and where the box lies in it, as an index of
+        any array (channels, X, Y, Z) of the volume. At the files' own spacing the place is exact, else to a voxel.
+    """
+    shape, places = [], [slice(None)]
+    for side, part, whole in zip(image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):
+        scale = side / (part.stop - part.start)
+        start = round(part.start * scale)
+        shape.append(max(start + side, round(whole * scale)))
+        places.append(slice(start, start + side))
+    volume = np.zeros((image.shape[0], *shape), dtype=image.dtype)
+    volume[tuple(places)] = image
+    return volume, tuple(places)
 
 
 def _window(model: Model, image_shape: Size, options: PredictOptions) -> Size:

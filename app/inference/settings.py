@@ -16,6 +16,9 @@ class InferenceConfig:
 
     overlap: float = 0.5
     """Share of a window that its neighbour covers too."""
+    crop: bool = True
+    """Cut the volume to the brain before windows are laid over it. False leaves the empty space around it in, as
+    imported networks saw it: group norms count it. Training takes True alone."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:

@@ -17,6 +17,7 @@ from app import checkpoints
 from app.caching import prepared_cases
 from app.config import RunConfig, load_config, to_yaml
 from app.errors import ConfigError, RunError
+from app.modelfolder import seal, unseal
 from app.process import keep_freed_memory
 from app.progress import LOG, OnProgress, Progress, silent
 from app.room import RoomWait
@@ -123,7 +124,8 @@ def start(  # noqa: PLR0913 - each is an option of the command
         on_progress: told where the run is.
 
     Raises:
-        ConfigError: ``init_from`` has another network; ``training.patience`` without validation cases.
+        ConfigError: ``init_from`` has another network; ``training.patience`` without validation cases;
+            ``inference.crop`` is false.
         DataError: the data cannot be used.
         RunError: the run folder is not empty, or in use; ``init_from`` is no run, or has no weights.
         DeviceError: the device asked for is not there.
@@ -145,6 +147,8 @@ def start(  # noqa: PLR0913 - each is an option of the command
             "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
             "with validation cases"
         )
+    if not config.inference.crop:
+        raise ConfigError("inference.crop: false is for imported networks; training and its validation take true")
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
@@ -243,6 +247,7 @@ def resume(
     changed = changes.require_allowed(run, own, config, allow)
     with _locked(run, world), _opened(store, run) as opened:
         remove_partial_files(run)
+        unseal(run)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
@@ -410,6 +415,7 @@ def _train(
         return world.tell()
     best = checkpoints.load_newest(run / "checkpoints", "best")
     assert best is not None
+    _seal(run)
     return world.tell(
         TrainResult(
             run=run,
@@ -422,6 +428,15 @@ def _train(
             stopped_early=loop.stopped_early(),
         )
     )
+
+
+def _seal(run: Path) -> None:
+    """Write the model card and the sums; a full disk does not make a trained run a failed one."""
+    try:
+        seal(run)
+    except OSError as error:
+        unseal(run)
+        LOG.warning("%s: no model card and no SHA256SUMS (%s)", run, error)
 
 
 def _require_best(run: Path, state: State) -> None:

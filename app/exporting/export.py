@@ -1,0 +1,150 @@
+"""A run's network for other programs, with what is needed to apply it, and a proof that it is the same network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from torch import nn
+
+from app.errors import RunError
+from app.exporting import bundle, formats
+from app.exporting.parity import Answer, Parity, compare, windows_of
+from app.exporting.places import folder_when_complete, require_empty
+from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
+from app.inference.model import Model, load_model
+from app.modelfolder import SUMS_FILE, describe, seal
+from app.runlog import read_json, write_json
+from app.runtime import Runtime, versions
+from data.labels import CONTRASTS, REGIONS, region_codes
+from data.presence import presence_mask
+from models import GivenPresence, build_network
+
+FORMATS: Final = ("openvino", "onnx", "monai-bundle")
+PARITY_FILE: Final = "parity.json"
+PREPROCESSING_FILE: Final = "preprocessing.json"
+
+#: Parity is a matter of float32.
+_RUNTIME: Final = Runtime(
+    device_name="cpu", precision_name="float32", channels_last=False, reasons=("cpu, float32: for an export",)
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What an export wrote."""
+
+    folder: Path
+    file_format: str
+    files: tuple[str, ...]
+    parity: Parity
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "folder": str(self.folder),
+            "format": self.file_format,
+            "files": list(self.files),
+            "parity": self.parity.to_json(),
+        }
+
+
+def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = None) -> Exported:
+    """Write a network in another format, compare the two, and keep it only where they agree.
+
+    Args:
+        run: folder of a run, an import, or one network of an ensemble.
+        out: folder to make; empty or not there yet.
+        file_format: one of :data:`FORMATS`.
+        case: folder of a case whose windows are compared; None makes a phantom.
+
+    Raises:
+        ConfigError: an extra is not installed.
+        DataError: the case cannot be used.
+        RunError: ``run`` has no weights, is an ensemble, or has a network that the format has not; ``out`` holds
+            something; the exported network differs.
+        OSError: ``out`` cannot be written to.
+    """
+    require_empty(out)
+    if file_format == "onnx":
+        formats.require_onnx()
+    model = _one_network(run)
+    if file_format == "monai-bundle":
+        bundle.require_monai(model, run)
+    description = describe(run)
+    network = _network_of(model)
+    windows, source = windows_of(model, case)
+    with folder_when_complete(out) as beside:
+        writers: Mapping[str, Callable[[], Answer]] = {
+            "openvino": lambda: formats.write_openvino(network, windows[0], beside),
+            "onnx": lambda: formats.write_onnx(network, windows[0], beside),
+            "monai-bundle": lambda: bundle.write_bundle(model, description, beside),
+        }
+        parity = compare(network, writers[file_format](), windows, source)
+        parity.require(f"{run} as {file_format}")
+        write_json(beside / PARITY_FILE, {"format": file_format, **parity.to_json(), "versions": versions()})
+        write_json(beside / PREPROCESSING_FILE, preprocessing(model))
+        exported = {"format": file_format, "parity on": source, "largest difference": parity.largest_difference}
+        seal(beside, {**description, "kind": "export", "export": exported}, everything=True)
+        files = tuple(sorted(path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()))
+    return Exported(folder=out, file_format=file_format, files=files, parity=parity)
+
+
+def preprocessing(model: Model) -> dict[str, Any]:
+    """What whoever applies the network must do before and after it, as plain data."""
+    convention = model.convention
+    codes = dict(zip((1, 2, 3), convention.values, strict=True))
+    return {
+        "input": {"name": formats.INPUT, "contrasts": list(CONTRASTS), "layout": "NCXYZ", "dtype": "float32"},
+        "voxel_order": "LPS",
+        "crop": "to the smallest box with every voxel that is not 0 in any contrast"
+        if model.config.inference.crop
+        else None,
+        "normalisation": "each contrast: mean 0, population standard deviation 1 over its voxels other than 0",
+        "spacing_mm": list(model.spacing_mm),
+        "window_voxels": list(model.config.training.patch_voxels),
+        "overlap": model.config.inference.overlap,
+        "window_weights": {"kind": "gaussian", "sigma_share_of_window": 0.125},
+        "output": {"name": formats.OUTPUT, "regions": list(REGIONS), "layout": "NCXYZ", "values": "logits"},
+        "thresholds": dict(zip(REGIONS, model.postprocess.thresholds, strict=True)),
+        "threshold_of": "sigmoid of the logits",
+        "nesting": "a voxel outside of WT is background; one outside of TC is oedema, whatever ET says",
+        "labels": {
+            "convention": convention.name,
+            "necrosis": convention.necrosis,
+            "oedema": convention.oedema,
+            "enhancing": convention.enhancing,
+        },
+        "region_labels": {region: sorted(codes[code] for code in region_codes(region)) for region in REGIONS},
+    }
+
+
+def _network_of(model: Model) -> nn.Module:
+    """MONAI's network with the model's weights, which takes all four contrasts."""
+    config = model.config
+    network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
+    network.load_state_dict(model.network.state_dict())
+    if not model.takes_missing_contrasts:
+        return network.eval()
+    return GivenPresence(network, presence_mask(CONTRASTS)).eval()
+
+
+def _one_network(run: Path) -> Model:
+    """The network of a run.
+
+    Raises:
+        RunError: as :func:`app.inference.model.load_model`; or it is an ensemble, or a cross-validation.
+    """
+    if (run / ENSEMBLE_FILE).exists():
+        names = [str(one["network"]) for one in read_json(run / ENSEMBLE_FILE)["networks"]]
+        raise RunError(
+            f"{run}: an ensemble of {len(names)} networks; an export holds one. Export each: "
+            + ", ".join(str(run / name) for name in names)
+        )
+    if (run / SUMS_FILE).exists() and not (run / "checkpoints").exists():
+        raise RunError(f"{run}: an export, not a run. Give the folder of the run.")
+    if (run / CROSSVAL_FILE).exists():
+        raise RunError(f"{run}: a cross-validation, not a run. Give the folder of one of its folds.")
+    return load_model(run, _RUNTIME)

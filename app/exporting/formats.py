@@ -1,0 +1,116 @@
+"""A network as a file of OpenVINO or ONNX, and that file as a function of windows."""
+
+from __future__ import annotations
+
+import warnings
+from importlib import util
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch import nn
+
+from app.errors import ConfigError
+from app.exporting.parity import Answer, Floats
+
+#: Name of the input, shape (N, contrasts, X, Y, Z), and of the output, shape (N, regions, X, Y, Z); N is free.
+INPUT: Final = "image"
+OUTPUT: Final = "logits"
+#: ONNX operator set; 18 is the first with GroupNorm and Resize as the networks need them.
+OPSET: Final = 20
+OPENVINO_FILE: Final = "model.xml"
+ONNX_FILE: Final = "model.onnx"
+
+_ONNX_PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
+
+
+def require_onnx() -> None:
+    """Make sure that what writes and runs ONNX is installed.
+
+    Raises:
+        ConfigError: it is not; the message says how to install it.
+    """
+    if absent := [name for name in _ONNX_PACKAGES if util.find_spec(name) is None]:
+        raise ConfigError(f"--format onnx needs {', '.join(absent)}. Install them: pip install 'znormseg[onnx]'")
+
+
+def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer:
+    """Write ``model.xml`` and ``model.bin``, in float32, and read them back.
+
+    Args:
+        network: on the CPU, in eval mode.
+        window: of shape (1, contrasts, X, Y, Z).
+        folder: to write to.
+
+    Returns:
+        the network as OpenVINO computes it from these files.
+    """
+    # Not openvino.convert_model, which tells Intel of each conversion unless the user has declined.
+    import openvino as ov
+    from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]  # noqa: PLC0415
+    from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]  # noqa: PLC0415
+        TorchScriptPythonDecoder,
+    )
+
+    frontend = FrontEndManager().load_by_framework("pytorch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's tracer, about shapes that are fixed here
+        decoder = TorchScriptPythonDecoder(network, example_input=window)  # must live while it is converted
+        model = frontend.convert(frontend.load(decoder))
+    model.reshape(ov.PartialShape([-1, *window.shape[1:]]))
+    model.validate_nodes_and_infer_types()
+    model.inputs[0].get_tensor().set_names({INPUT})
+    model.outputs[0].get_tensor().set_names({OUTPUT})
+    ov.save_model(model, folder / OPENVINO_FILE, compress_to_fp16=False)
+    compiled: Any = ov.Core().compile_model(
+        folder / OPENVINO_FILE, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    )
+
+    def answer(image: Floats) -> Floats:
+        return np.array(compiled(image)[OUTPUT])
+
+    return answer
+
+
+def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer:
+    """Write ``model.onnx``, in float32, check it, and read it back.
+
+    Args:
+        network: on the CPU, in eval mode.
+        window: of shape (1, contrasts, X, Y, Z).
+        folder: to write to.
+
+    Returns:
+        the network as ONNX Runtime computes it from the file.
+
+    Raises:
+        ConfigError: as :func:`require_onnx`.
+    """
+    require_onnx()
+    import onnx  # noqa: PLC0415 - an extra
+    import onnxruntime  # type: ignore[import-untyped]  # noqa: PLC0415
+
+    path = folder / ONNX_FILE
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter, about its own parts
+        torch.onnx.export(
+            network,
+            # One window more: a batch of one would be taken as fixed.
+            (torch.cat([window, window]),),
+            path,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[INPUT],
+            output_names=[OUTPUT],
+            dynamic_shapes=({0: torch.export.Dim("windows")},),
+            external_data=False,
+            verbose=False,
+        )
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def answer(image: Floats) -> Floats:
+        return np.asarray(session.run([OUTPUT], {INPUT: image})[0])
+
+    return answer

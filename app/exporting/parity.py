@@ -1,0 +1,165 @@
+"""Whether an exported network says what the original says: on windows of a case, in float32."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.errors import RunError
+from app.inference.model import Model
+from app.inference.places import window_places
+from app.inference.predict import require_contrasts
+from app.inference.probabilities import in_whole_volume
+from data.errors import DataError
+from data.labels import from_regions
+from data.layouts import Case, find_cases
+from data.phantoms import write_phantoms
+from data.preprocess import prepare
+
+#: Windows that are compared.
+WINDOWS: Final = 3
+#: What rounding may change of a logit, relative to the largest one, or to 1 where that is less.
+LARGEST_DIFFERENCE: Final = 1e-3
+#: Share of the voxels whose label may differ: those whose logit is all but 0.
+LARGEST_LABEL_DISAGREEMENT: Final = 1e-4
+#: Of the phantom that is made where no case is given.
+_PHANTOM_MM: Final = 3.0
+
+Floats = npt.NDArray[np.float32]
+#: From windows of shape (N, contrasts, X, Y, Z) to logits of shape (N, regions, X, Y, Z).
+Answer = Callable[[Floats], Floats]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parity:
+    """How far the logits of two networks lie apart."""
+
+    source: str
+    """Whose windows, in words."""
+    windows: int
+    largest_difference: float
+    mean_difference: float
+    largest_logit: float
+    """Of the original, without sign."""
+    label_disagreement: float
+    """Share of the windows' voxels whose label differs, the logits cut at 0."""
+
+    @property
+    def holds(self) -> bool:
+        """Whether no more differs than rounding explains."""
+        allowed = LARGEST_DIFFERENCE * max(1.0, self.largest_logit)
+        return self.largest_difference <= allowed and self.label_disagreement <= LARGEST_LABEL_DISAGREEMENT
+
+    def require(self, what: str) -> None:
+        """Make sure that it holds.
+
+        Raises:
+            RunError: it does not; the message has the numbers.
+        """
+        if not self.holds:
+            raise RunError(
+                f"{what}: not the network it was made of, and not kept: on {self.windows} windows of {self.source} the "
+                f"logits differ by up to {self.largest_difference:.3g} (of {self.largest_logit:.3g}; allowed "
+                f"{LARGEST_DIFFERENCE:g} of it), the labels of {self.label_disagreement:.3%} of the voxels (allowed "
+                f"{LARGEST_LABEL_DISAGREEMENT:.3%})"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``parity.json``."""
+        return {
+            "source": self.source,
+            "windows": self.windows,
+            "precision": "float32",
+            "largest_difference": self.largest_difference,
+            "mean_difference": self.mean_difference,
+            "largest_logit": self.largest_logit,
+            "label_disagreement": self.label_disagreement,
+            "allowed": {
+                "difference_relative_to_largest_logit": LARGEST_DIFFERENCE,
+                "label_disagreement": LARGEST_LABEL_DISAGREEMENT,
+            },
+        }
+
+
+def compare(network: nn.Module, answer: Answer, windows: Sequence[Tensor], source: str) -> Parity:
+    """Compare the original's logits with an exported network's, window by window.
+
+    Args:
+        network: the original, on the CPU, in eval mode.
+        answer: the exported network as the program it is for computes it.
+        windows: each of shape (1, contrasts, X, Y, Z), at least one.
+        source: whose windows they are, in words.
+    """
+    largest = total = logit = 0.0
+    count = voxels = differing = 0
+    for window in windows:
+        with torch.inference_mode():
+            ours: Floats = network(window).float().numpy()
+        theirs = answer(window.numpy())
+        if theirs.shape != ours.shape:
+            raise RunError(f"the exported network answers in the shape {theirs.shape}, the original in {ours.shape}")
+        apart = np.abs(ours - theirs)
+        # A difference that is not a number is as large as any.
+        largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
+        total += float(apart.sum(dtype=np.float64))
+        logit = max(logit, float(np.abs(ours).max()))
+        labels = [from_regions(logits[0] > 0) for logits in (ours, theirs)]
+        differing += int(np.count_nonzero(labels[0] != labels[1]))
+        count, voxels = count + ours.size, voxels + labels[0].size
+    return Parity(
+        source=source,
+        windows=len(windows),
+        largest_difference=largest,
+        mean_difference=total / count,
+        largest_logit=logit,
+        label_disagreement=differing / voxels,
+    )
+
+
+def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
+    """Windows with brain in them, of a case or of a phantom that is made for it.
+
+    Args:
+        model: for its window and spacing.
+        folder: of the case, or None.
+
+    Returns:
+        at most :data:`WINDOWS` of shape (1, contrasts, X, Y, Z), spread over the volume; and whose they are, in words.
+
+    Raises:
+        DataError: the case cannot be used, or the folder has several.
+    """
+    if folder is not None:
+        cases = find_cases(folder)
+        if len(cases) != 1:
+            raise DataError(f"{folder}: holds {len(cases)} cases; give the folder of one")
+        return _windows(model, cases[0]), f"case {cases[0].id}"
+    with tempfile.TemporaryDirectory() as place:
+        write_phantoms(Path(place), 1, seed=0, spacing_mm=max(_PHANTOM_MM, *model.spacing_mm))
+        return _windows(model, find_cases(Path(place))[0]), "a phantom"
+
+
+def _windows(model: Model, case: Case) -> list[Tensor]:
+    require_contrasts(case, model)
+    case.require()
+    prepared = prepare(case, spacing_mm=model.spacing_mm)
+    image = torch.from_numpy(prepared.image if model.crop else in_whole_volume(prepared.image, prepared)[0])
+    window = model.window
+    for axis, side in enumerate(window):
+        missing = max(0, side - image.shape[axis + 1])
+        before_last = [0, 0] * (2 - axis)
+        image = functional.pad(image, [*before_last, missing // 2, missing - missing // 2])
+    shape = (image.shape[1], image.shape[2], image.shape[3])
+    patches = [image[(slice(None), *place)] for place in window_places(shape, window, model.overlap)]
+    filled = [patch for patch in patches if patch.any()]
+    chosen = np.unique(np.linspace(0, len(filled) - 1, WINDOWS).round().astype(int))
+    return [filled[number][None].contiguous() for number in chosen]
