@@ -47,7 +47,7 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
         the network as OpenVINO computes it from these files.
     """
     # Not openvino.convert_model, which tells Intel of each conversion unless the user has declined.
-    import openvino as ov
+    import openvino as ov  # noqa: PLC0415 - slow to import
     from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]  # noqa: PLC0415
     from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]  # noqa: PLC0415
         TorchScriptPythonDecoder,
