@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -19,7 +21,8 @@ if TYPE_CHECKING:
 EXAMPLES = """\
 znormseg predict RUN NEW_CASES PREDICTIONS
 znormseg predict RUN PREDICTIONS --t1 a.nii.gz --t1c b.nii.gz --t2 c.nii.gz --flair d.nii.gz
-znormseg predict RUN SCANS PREDICTIONS --prepare --space flair"""
+znormseg predict RUN SCANS PREDICTIONS --prepare --space flair
+znormseg predict --challenge"""
 
 #: Options by task, as the help shows them.
 PANELS = {
@@ -27,7 +30,7 @@ PANELS = {
     "Scans as they come from the scanner": ("prepare", "space", "mask", "n4"),
     "How to predict": ("tta", "no_postprocess", "window", "overlap", "max_memory_gb"),
     "What on": ("device", "backend", "precision", "engine", "devices", "workers"),
-    "Output": ("labels", "save_probabilities", "uncertainty", "overwrite", "as_json"),
+    "Output": ("labels", "save_probabilities", "uncertainty", "overwrite", "challenge", "as_json"),
 }
 
 _LABELS_HELP = (
@@ -39,11 +42,13 @@ _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
 def predict(
     *,
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or an ensemble of crossval.")],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="RUN", help="Folder of a trained run, or an ensemble of crossval.")
+    ] = None,
     places: Annotated[
-        list[Path],
+        list[Path] | None,
         typer.Argument(metavar="[INPUT] OUTPUT", help="Case folder or folder of cases; then the folder to write to."),
-    ],
+    ] = None,
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
     t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,
     t2: Annotated[Path | None, typer.Option("--t2", help=_CONTRAST_HELP)] = None,
@@ -130,6 +135,14 @@ def predict(
             "--max-memory-gb", min=0.1, help="Plan for at most this much memory at the peak; default no bound."
         ),
     ] = None,
+    challenge: Annotated[
+        bool,
+        typer.Option(
+            "--challenge",
+            help="As BraTS runs containers: RUN, INPUT, OUTPUT are /model, /input, /output where not given, and OUTPUT "
+            "gets <case>.nii.gz alone.",
+        ),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
@@ -141,10 +154,9 @@ def predict(
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
-    if len(places) != (1 if files else 2):
-        raise typer.BadParameter(
-            "with --t1, --t1c, --t2 and --flair give RUN and OUTPUT alone" if files else "give RUN, INPUT and OUTPUT"
-        )
+    run, source, wanted = _places(run, places or [], files=bool(files), challenge=challenge)
+    if challenge and (save_probabilities or uncertainty):
+        raise typer.BadParameter("--challenge writes label maps alone: no --save-probabilities, no --uncertainty")
     if not prepare and (space is not None or mask is not None or n4):
         raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
     if engine not in ("local", "ray"):
@@ -172,40 +184,62 @@ def predict(
         from data.bring_in import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
 
         native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
-    job = Job(
-        run=run,
-        output=places[-1],
-        device=device,
-        backend=_backend(backend),
-        precision=_precision(precision),
-        options=PredictOptions(
-            labels=None if labels is None else CONVENTIONS[labels],
-            nan_to_zero=nan_to_zero,
-            tta=tta,
-            save_probabilities=save_probabilities,
-            uncertainty=uncertainty,
-            window=_window(window),
-            overlap=overlap,
-            max_memory_gb=max_memory_gb,
-        ),
-        postprocess=not no_postprocess,
-        native=native,
-    )
-    elsewhere = _elsewhere(job, engine, devices, workers)
-    cases = _cases(files, places[0], follow_links=follow_links)
-    with terminal.watched() as on_progress:
-        # Others load the network themselves; here only what it is counts.
-        model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()
-        settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
-        del model
-        outcome = predict_each(
-            cases, job.output, at_work, run=run, settings=settings, overwrite=overwrite, on_progress=on_progress
+    held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
+    with held as output:
+        job = Job(
+            run=run,
+            output=Path(output),
+            device=device,
+            backend=_backend(backend),
+            precision=_precision(precision),
+            options=PredictOptions(
+                labels=None if labels is None else CONVENTIONS[labels],
+                nan_to_zero=nan_to_zero,
+                tta=tta,
+                save_probabilities=save_probabilities,
+                uncertainty=uncertainty,
+                window=_window(window),
+                overlap=overlap,
+                max_memory_gb=max_memory_gb,
+            ),
+            postprocess=not no_postprocess,
+            native=native,
         )
+        elsewhere = _elsewhere(job, engine, devices, workers)
+        cases = _cases(files, source, follow_links=follow_links)
+        with terminal.watched() as on_progress:
+            # Others load the network themselves; here only what it is counts.
+            model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()
+            settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
+            del model
+            outcome = predict_each(
+                cases, job.output, at_work, run=run, settings=settings, overwrite=overwrite, on_progress=on_progress
+            )
+        if challenge:
+            from app.inference.challenge import deliver  # noqa: PLC0415 - rarely needed
+
+            deliver(outcome.done, cases, wanted)
     if as_json:
         terminal.json_result(outcome.to_json())
     elif outcome.done:
-        _show(outcome.done, places[-1])
+        _show(outcome.done, wanted, alone=challenge)
     _exit(len(outcome.done), outcome.failures)
+
+
+def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
+    """RUN, INPUT (any where four files stand for it) and OUTPUT."""
+    if challenge:
+        from app.inference.challenge import INPUT, MODEL, OUTPUT  # noqa: PLC0415 - rarely needed
+
+        if files or len(places) not in (0, 2):
+            raise typer.BadParameter("with --challenge give nothing, RUN, or RUN, INPUT and OUTPUT")
+        source, output = places or (INPUT, OUTPUT)
+        return run or MODEL, source, output
+    if run is None or len(places) != (1 if files else 2):
+        raise typer.BadParameter(
+            "with --t1, --t1c, --t2 and --flair give RUN and OUTPUT alone" if files else "give RUN, INPUT and OUTPUT"
+        )
+    return run, places[0], places[-1]
 
 
 def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
@@ -255,7 +289,7 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
     return find_cases(source, follow_links=follow_links)
 
 
-def _show(done: tuple[object, ...], output: Path) -> None:
+def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
     from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
     from app.notice import NOTICE  # noqa: PLC0415
 
@@ -267,7 +301,8 @@ def _show(done: tuple[object, ...], output: Path) -> None:
         shown = [f"{volumes[r]:.1f}" for r in volumes]
         rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     terminal.result(terminal.table(rows))
-    terminal.result(f"label maps in {output}; <case>.json says what each flag means. {NOTICE}")
+    said = "" if alone else "; <case>.json says what each flag means"
+    terminal.result(f"label maps in {output}{said}. {NOTICE}")
 
 
 def _exit(done: int, failures: dict[str, str]) -> None:
