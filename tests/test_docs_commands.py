@@ -1,6 +1,6 @@
-"""Blocks of code in README.md and the other documents: every command in them exists, and every block runs or says why not.
+"""Blocks of code in the documents: every command in them exists, and every block runs or says why not.
 
-How a block is marked stands in CONTRIBUTING.md. A block that runs does so in an empty folder that has the things it names;
+How a block is marked stands in CONTRIBUTING.md. A block runs in a folder that has the things it names and no others;
 commands run as printed, but that a training is made small.
 """
 
@@ -24,7 +24,8 @@ ROOT = Path(__file__).parents[1]
 
 def _load(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    assert spec and spec.loader
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[path.stem] = module
     spec.loader.exec_module(module)
@@ -115,10 +116,18 @@ def test_every_target_of_make_that_a_block_shows_exists(block: Any) -> None:
 
 def test_marks_above_a_block_are_read(tmp_path: Path) -> None:
     document = tmp_path / "page.md"
-    document.write_text("x\n\n<!-- given: A=RUN, DATA -->\n```bash\nls\n```\n\n<!-- no-run: why not -->\n\n    make x\n")
+    document.write_text(
+        "x\n\n<!-- given: A=RUN, DATA -->\n```bash\nls\n```\n\n<!-- no-run: why not -->\n\n    make x\n"
+    )
     first, second = blocks.blocks(document, tmp_path)
     assert (first.place, first.given, first.runs) == ("page.md:5", {"A": "RUN", "DATA": "DATA"}, True)
     assert (second.language, second.code, second.no_run, second.runs) == ("bash", "make x\n", "why not", False)
+
+
+def test_a_mark_for_the_whole_page_holds_for_every_block_below(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    document.write_text("# A\n<!-- no-run, whole page: no GPU -->\n\n    make a\n\nb\n\n```bash\nmake b\n```\n")
+    assert [block.no_run for block in blocks.blocks(document, tmp_path)] == ["no GPU", "no GPU"]
 
 
 def test_commands_of_a_block_are_told_apart() -> None:

@@ -1,6 +1,7 @@
 """Blocks of code in the documents, and the marks above them; tests/test_docs_commands.py runs them.
 
 A mark is an HTML comment of its own line above a block: ``<!-- no-run: why -->`` or ``<!-- given: RUN, OTHER=RUN -->``.
+``<!-- no-run, whole page: why -->`` holds for every block below it.
 A block is fenced, or indented by four spaces. One that names no language is ``bash`` where it has a command, else
 ``text``.
 """
@@ -14,11 +15,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 #: Words that begin a line of commands.
-PROGRAMS = ("znormseg", "make", "python", "torchrun", "docker", "podman", "buildah", "apptainer", "sudo", "git", "source")
+PROGRAMS = (
+    "znormseg",
+    "make",
+    "python",
+    "torchrun",
+    "docker",
+    "podman",
+    "buildah",
+    "apptainer",
+    "sudo",
+    "git",
+    "source",
+)
 #: Languages whose blocks are for a shell or for Python, and so run.
 RUNNABLE = ("bash", "python")
 
-_MARK = re.compile(r"^<!-- (no-run|given): (.+?) -->$")
+_MARK = re.compile(r"^<!-- (no-run|given|no-run, whole page): (.+?) -->$")
 _FENCE = re.compile(r"^( *)```(\w*)")
 _SEPARATORS = {";", "&&", "||", "|", "&", "(", ")", ";;", "<", ">", ">>"}
 
@@ -45,7 +58,9 @@ def blocks(document: Path, root: Path) -> list[Block]:
     """Every block of a document, with its marks."""
     name = document.relative_to(root).as_posix()
     return [
-        Block(f"{name}:{number}", language or _language(code), code, marks.get("no-run"), _given(marks.get("given", "")))
+        Block(
+            f"{name}:{number}", language or _language(code), code, marks.get("no-run"), _given(marks.get("given", ""))
+        )
         for number, language, code, marks in _found(document.read_text(encoding="utf-8").splitlines())
     ]
 
@@ -77,6 +92,7 @@ def commands(code: str) -> Iterator[list[str]]:
 
 def _found(lines: list[str]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
     """Line number, language, code and marks of each block."""
+    of_page: dict[str, str] = {}
     marks: dict[str, str] = {}
     number, in_list = 0, False
     while number < len(lines):
@@ -85,15 +101,17 @@ def _found(lines: list[str]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
             indent = match[1]
             end = next(i for i in range(number + 1, len(lines)) if lines[i].startswith(f"{indent}```"))
             yield number + 2, match[2], _code(lines[number + 1 : end], len(indent)), marks
-            marks, number = {}, end
+            marks, number = dict(of_page), end
         elif line.startswith("    ") and not in_list and not (number and lines[number - 1].strip()):
             end = next((i for i in range(number, len(lines)) if lines[i].strip() and lines[i][:4].strip()), len(lines))
             yield number + 1, "", _code(lines[number:end], 4), marks
-            marks, number = {}, end - 1
+            marks, number = dict(of_page), end - 1
         elif match := _MARK.match(line):
-            marks[match[1]] = match[2]
+            if match[1] == "no-run, whole page":
+                of_page["no-run"] = match[2]
+            marks[match[1].partition(",")[0]] = match[2]
         elif line.strip():
-            marks = {}
+            marks = dict(of_page)
             in_list = bool(re.match(r"^\s*([-*]|\d+\.) ", line)) or (in_list and line.startswith(" "))
         number += 1
 

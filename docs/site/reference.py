@@ -97,8 +97,8 @@ def config() -> Page:
     lines = [
         "# Config",
         "",
-        "Every key that a config file or `--set SECTION.KEY=VALUE` may have; written from the code at build. The complete",
-        f"config of a run is in `RUN/config.yaml`. Named configs: {', '.join(f'`{name}`' for name in named)}.",
+        "Every key that a config file or `--set SECTION.KEY=VALUE` may have; written from the code at build. The",
+        f"complete config of a run is in `RUN/config.yaml`. Named configs: {', '.join(f'`{name}`' for name in named)}.",
         "",
     ]
     undocumented: list[str] = []
@@ -115,9 +115,7 @@ class _ConfigField(NamedTuple):
     meaning: str
 
 
-def _config_section(
-    path: str, owner: str, named: dict[str, Any], lines: list[str], undocumented: list[str]
-) -> None:
+def _config_section(path: str, owner: str, named: dict[str, Any], lines: list[str], undocumented: list[str]) -> None:
     """A section, then the sections inside of it."""
     lines += [f"## {path}", "", _text(ast.get_docstring(_class(owner)) or ""), ""]
     nested: list[tuple[str, str]] = []
@@ -160,7 +158,9 @@ def _config_fields(owner: str) -> dict[str, _ConfigField]:
     for line, under in zip(body, [*body[1:], None], strict=True):
         if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
             meaning = _literal(under) or ""
-            found[line.target.id] = _ConfigField(_spelt_out(line.annotation, package), _default(line.value, package), meaning)
+            found[line.target.id] = _ConfigField(
+                _spelt_out(line.annotation, package), _default(line.value, package), meaning
+            )
     return found
 
 
@@ -243,7 +243,16 @@ def _definition(name: str, place: Path, lines: list[str], *, level: int, with_fi
             meaning = ast.get_docstring(method) or ""
             if not meaning:
                 missing.append(f"{name}.{method.name} ({where}): no docstring")
-            lines += [f"**`{method.name}`**", "", "```text", _signature(method), "```", "", _docstring_text(meaning), ""]
+            lines += [
+                f"**`{method.name}`**",
+                "",
+                "```text",
+                _signature(method),
+                "```",
+                "",
+                _docstring_text(meaning),
+                "",
+            ]
     return missing
 
 
@@ -293,7 +302,13 @@ def _constant(name: str, place: Path) -> str:
     """The ``#:`` comment above a module's constant, or the string under it."""
     body = _tree(place).body
     for line, under in zip(body, [*body[1:], None], strict=True):
-        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        target = (
+            line.target
+            if isinstance(line, ast.AnnAssign)
+            else line.targets[0]
+            if isinstance(line, ast.Assign)
+            else None
+        )
         if isinstance(target, ast.Name) and target.id == name:
             above = place.read_text(encoding="utf-8").splitlines()[: line.lineno - 1]
             comment: list[str] = []
@@ -405,5 +420,3 @@ def _code(text: str) -> str:
 def undocumented(made: Iterable[Page] | None = None) -> list[str]:
     """Every public name, option or key without documentation."""
     return [what for page in made or pages().values() for what in page.undocumented]
-
-
