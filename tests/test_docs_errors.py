@@ -163,7 +163,7 @@ def further(options: list[str], render: Render) -> Iterator[tuple[str, list[Row]
         [
             Row("another grid", "evaluate OUT DATA", predictions(lambda path: bad.move(path, 1, 2)), 3),
             Row(
-                "nothing in common", "evaluate OUT DATA --resample", predictions(lambda path: bad.move(path, 1, 999)), 6
+                "nothing in common", "evaluate OUT DATA --resample", predictions(lambda path: bad.move(path, 1, 999)), 3
             ),
             Row("no prediction", "evaluate OUT DATA", lambda: Path("OUT").mkdir(), 3),
             Row("a run that needs all contrasts", "evaluate RUN DATA --contrast-subsets --cases all", nothing, 5),
@@ -234,6 +234,7 @@ def as_printed(ended: Any, place: Path) -> str:
     return re.sub(r"\b[0-9a-f]{12,}\b", "0123456789ab", text)
 
 
+@pytest.mark.slow
 def test_the_document_shows_errors_as_they_print(
     *,
     place: Path,
