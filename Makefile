@@ -7,7 +7,7 @@ STAMP := $(VENV)/.installed
 TORCH_INDEX ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types imports format clean
+.PHONY: help setup demo test test-slow lint types imports format docs clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -57,6 +57,10 @@ imports: $(STAMP) ## who may import whom
 format: $(STAMP) ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+docs: $(STAMP) ## the documentation site, in build/docs; strict, and nothing is loaded from elsewhere
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo "open build/docs/index.html"
 
 # docs/docker.md says what these take: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
 .PHONY: image image-test image-lint

@@ -189,6 +189,7 @@ def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Mo
     )
 
 
+#: What builds a network by its name: from a config, the number of input channels and that of outputs.
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
     "resunet": _resunet,

@@ -18,9 +18,13 @@ class TensorChoice:
     """What happens to the gradient of one parameter."""
 
     name: str
+    """As ``model.named_parameters()`` gives it."""
     shape: tuple[int, ...]
+    """Of the parameter, and so of its gradient."""
     normalised: bool
+    """Whether the gradient is z-scored."""
     reason: str
+    """Why it is or is not, in words."""
     channel_dim: int = 0
     """Dimension that holds the output channels: 1 for a transposed convolution."""
 
@@ -30,6 +34,7 @@ class Selection:
     """What happens to the gradient of every parameter of a model."""
 
     choices: tuple[TensorChoice, ...]
+    """One for each parameter, in the model's order."""
     output_block: str | None
     """Name of the module left out as the output block, None where none is."""
 

@@ -1,0 +1,61 @@
+"""What mkdocs calls while it builds the site: generated pages, pages of the repository's root, a place for every page.
+
+Anything public without documentation ends the build (reference.py says what counts).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
+
+import reference  # noqa: E402 - it lies beside this file, which mkdocs loads from its path
+
+#: Files of the root that are pages of the site.
+FROM_ROOT = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+
+#: A page that mkdocs.yml does not name comes last in the section of its folder.
+SECTIONS = {"how-to": "How-to", "reference": "Reference", "explanation": "Explanation"}
+
+
+def on_config(config: Any) -> Any:
+    """Put pages that the nav does not name into it; refuse one that belongs to no section."""
+    named = set(_named(config.nav))
+    for path in sorted((ROOT / "docs").rglob("*.md")):
+        page = path.relative_to(ROOT / "docs").as_posix()
+        if page in named:
+            continue
+        section = SECTIONS.get(page.partition("/")[0])
+        if section is None:
+            raise PluginError(f"docs/{page}: put it into nav of mkdocs.yml, or into a folder of {sorted(SECTIONS)}")
+        next(entry[section] for entry in config.nav if section in entry).append(page)
+    return config
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages that are written from the code, and those of the repository's root."""
+    made = reference.pages()
+    undocumented = reference.undocumented(made.values())
+    if undocumented:
+        raise PluginError("without documentation:\n  " + "\n  ".join(undocumented))
+    for path, page in made.items():
+        files.append(File.generated(config, path, content=page.text))
+    for name, path in FROM_ROOT.items():
+        text = (ROOT / name).read_text(encoding="utf-8")
+        files.append(File.generated(config, path, content=re.sub(r"\]\((?:docs/)", "](", text)))
+    return files
+
+
+def _named(nav: Any) -> list[str]:
+    """The pages of a nav, whatever they lie in."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in _named(part)]
