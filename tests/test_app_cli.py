@@ -24,6 +24,7 @@ VERBS = [
     ["train"],
     ["predict"],
     ["evaluate"],
+    ["report"],
     ["compare"],
     ["crossval"],
     ["demo"],

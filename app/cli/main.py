@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from app.cli import compare, crossval, data, demo, doctor, evaluate, plan, predict, terminal, train
+from app.cli import compare, crossval, data, demo, doctor, evaluate, plan, predict, report, terminal, train
 from app.errors import EXIT_INTERRUPTED
 from app.process import share_processors
 
@@ -26,6 +26,7 @@ app.command(name="plan")(plan.plan)
 app.command(name="train")(train.train)
 app.command(name="predict")(predict.predict)
 app.command(name="evaluate")(evaluate.evaluate)
+app.command(name="report")(report.report)
 app.command(name="compare")(compare.compare)
 app.command(name="crossval")(crossval.crossval)
 app.command(name="demo")(demo.demo)
