@@ -36,10 +36,10 @@ _CONTRAST_NAMES: Final[Mapping[Contrast, str]] = {"t1": "T1", "t1c": "T1c", "t2"
 _BEHIND: Final[tuple[Contrast, ...]] = ("flair", "t2", "t1c", "t1")
 _IN_VIEWER: Final[tuple[Contrast, ...]] = ("t1c", "flair", "t2", "t1")
 _MOST_SHOWN: Final = 2
-_PANEL_PX: Final = 240
+_PANEL_PX: Final = 300
 _THUMBNAIL_PX: Final = 96
 #: Fine coloured lines need more than scans do.
-_LINE_QUALITY: Final = 82
+_LINE_QUALITY: Final = 75
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,7 +74,7 @@ def table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
     return (
-        f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0"><table>'
+        f'<div class="scroll" role="group" aria-labelledby="{name}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
