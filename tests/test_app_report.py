@@ -240,7 +240,7 @@ def test_where_no_case_can_be_read_there_is_one_error_and_no_index(phantoms: Pat
     folder = predictions_of(phantoms, tmp_path / "p", labels={"convention": "mine"})
     with pytest.raises(DataError, match="not one case can be shown"):
         write_cohort(folder, tmp_path / "out")
-    assert not (tmp_path / "out" / "index.html").exists()
+    assert not (tmp_path / "out").exists()
 
 
 def predicted(**record: Any) -> Predicted:
@@ -381,3 +381,4 @@ def test_a_damaged_folder_is_one_error(name: str, told: str, tmp_path: Path, zno
     ended = znormseg("report", tmp_path / "what", tmp_path / "out")
     assert ended.code == 5, ended.err
     assert f"{name}: damaged" in ended.err
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ def write_page_again(out: Path, page: Path) -> None:
 
     Args:
         out: folder of the comparison.
-        page: file to write.
+        page: file to write; its folder is made where it is missing.
 
     Raises:
         RunError: the comparison has not ended, or a file of it is missing or damaged.
@@ -32,7 +32,9 @@ def write_page_again(out: Path, page: Path) -> None:
         key: read_metrics(out / "runs" / key.name) for key in results.plan.finals(results.chosen)
     }
     recorded = json_object(read_json(out / "compare.json"), out / "compare.json")
-    write_page(page, results, analyse(results, metrics), metrics, made=recorded)
+    analysis = analyse(results, metrics)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, results, analysis, metrics, made=recorded)
 
 
 def results_of(out: Path) -> Results:

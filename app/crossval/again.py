@@ -27,7 +27,7 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
 
     Args:
         out: folder of the cross-validation.
-        page: file to write.
+        page: file to write; its folder is made where it is missing.
         on_progress: told how far the scores are.
 
     Raises:
@@ -49,10 +49,12 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
     scores = Scores({case_id: folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
     tuning = tune(scores, list(fold_of.values()))
     raw = summarise(folds, Postprocess())
+    tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
+    page.parent.mkdir(parents=True, exist_ok=True)
     write_page(
         page,
         raw=raw,
-        tuned=raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen),
+        tuned=tuned,
         tuning=tuning,
         results=[read_json(folds.result_file(fold)) for fold in numbers],
         metrics=[read_metrics(folds.run(fold)) for fold in numbers],

@@ -111,7 +111,6 @@ def write_cohort(
             label_maps=find_label_maps(references, follow_links=follow_links),
         )
     grid_mm = grid_for(len(predicted))
-    (out / _FOLDER).mkdir(parents=True, exist_ok=True)
     rows: list[_Row] = []
     pages: dict[str, Path] = {}
     try:
@@ -438,6 +437,7 @@ def _command(one: Predicted) -> str:
 
 
 def _write(path: Path, page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
         # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
         beside.write_text(page, encoding="utf-8", errors="replace")

@@ -106,7 +106,6 @@ def report(
             folder, out, images=images, references=references, follow_links=follow_links, on_progress=on_progress
         )
         return Report(kind=kind, page=pages.index, cases=pages.cases, failures=pages.failures)
-    out.mkdir(parents=True, exist_ok=True)
     page = out / _PAGE
     if kind == "run":
         write_run(folder, page)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -28,13 +29,14 @@ def write_run(run: Path, page: Path) -> None:
 
     Args:
         run: folder that ``train`` made.
-        page: file to write.
+        page: file to write; its folder is made where it is missing.
 
     Raises:
         RunError: a file of the run is missing or damaged.
         OSError: ``page`` cannot be written.
     """
     html = render(run)
+    page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as beside:
         beside.write_text(html, encoding="utf-8", errors="replace")
 
@@ -99,8 +101,8 @@ def _scores_html(best: Mapping[str, Any] | None) -> str:
     regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     chart = distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice")
     return (
-        f'<div class="charts"><figure class="chart">{chart}<figcaption>Dice of each validation case by region: '
-        f"{regions}. Box: quartiles and median.</figcaption></figure></div>"
+        f'<figure class="chart alone">{chart}<figcaption>Dice of each validation case by region: '
+        f"{regions}. Box: quartiles and median.</figcaption></figure>"
         "<h3>Worst cases first</h3>"
         + table("scores", ["Case", "Mean", *REGIONS], rows)
         + note(
@@ -165,5 +167,6 @@ def _label_maps(run: Path) -> str:
 
 def _command(run: Path, facts: Mapping[str, Any]) -> str:
     fold = facts.get("fold")
-    part = f"--split {run / 'split.json'}" if fold is None else f"--fold {fold}"
-    return f"znormseg train {facts.get('data', 'DATA')} NEW_RUN --config {run / 'config.yaml'} {part}"
+    part = ["--split", str(run / "split.json")] if fold is None else ["--fold", str(fold)]
+    words = ["znormseg", "train", str(facts.get("data", "DATA")), "NEW_RUN", "--config", str(run / "config.yaml")]
+    return shlex.join([*words, *part])

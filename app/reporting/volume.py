@@ -19,10 +19,10 @@ from app.reporting.overlay import to_grey
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-#: WebP quality of scans, 0 to 100: at 62 slices of brain take a quarter of what they take as PNG.
+#: WebP quality of scans, 0 to 100: at 62 slices of brain take about a fifth of what they take as PNG.
 QUALITY: Final = 62
-#: Grids to choose from in mm, and the bytes that a page of a case takes with two contrasts on it; measured on brains
-#: of 1 mm, and rounded up.
+#: Grids to choose from in mm, and the bytes that a page of a case takes with two contrasts on it; measured on
+#: phantoms of 1 and 2 mm, and rounded up.
 _GRIDS: Final = ((1.0, 700_000), (1.5, 300_000), (2.0, 180_000))
 #: What all pages of a cohort should take at most.
 MOST_BYTES: Final = 38_000_000
