@@ -150,7 +150,7 @@ def test_a_row_is_sorted_by_the_number_itself(pages: CohortPages) -> None:
 
 def test_heads_are_buttons_in_heads_with_a_scope(pages: CohortPages) -> None:
     text = pages.index.read_text(encoding="utf-8")
-    heads = re.findall(r'<th scope="col"[^>]*data-kind="(\w+)"[^>]*><button type="button">([^<]+)</button>', text)
+    heads = re.findall(r'<th scope="col"[^>]* data-kind="(\w+)"[^>]*><button type="button">([^<]+)</button>', text)
     assert [name for _, name in heads] == [
         *("Case", "WT Dice", "TC Dice", "ET Dice", "WT ml", "TC ml", "ET ml", "Flags")
     ]
