@@ -158,6 +158,25 @@ def test_the_page_of_a_run_has_none_either(browser: Any, tiny_run: Path, tmp_pat
     assert browser.get_log("browser") == []
 
 
+def test_pages_of_several_runs_have_none_either(
+    browser: Any, phantoms: Path, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    from app.comparison.compare import compare
+    from app.comparison.plan import make_plan
+    from app.config import load_config
+    from app.crossval.run import cross_validate
+
+    own = ("training.steps", "training.learning_rate")
+    settings = [one for one in tiny_settings if not one.startswith(own)]
+    plan = make_plan(arms=["clip", "znorm"], overrides=settings, seeds=1, steps=4, rates=["1e-3,1e-2"])
+    compare(phantoms, tmp_path / "comparison", plan)
+    cross_validate(phantoms, tmp_path / "folds", load_config("laptop", tiny_settings), folds=2)
+    for name in ("comparison", "folds"):
+        show(browser, report(tmp_path / name, tmp_path / f"pages of {name}").page)
+        assert serious_faults(browser) == []
+        assert browser.get_log("browser") == []
+
+
 @pytest.mark.parametrize("plane", ["axial", "coronal", "sagittal"])
 def test_the_viewer_shows_the_overlay_at_the_lesion(browser: Any, pages: CohortPages, plane: str) -> None:
     colours = {"necrotic core": (240, 228, 66), "oedema": (86, 180, 233), "enhancing tumour": (255, 77, 77)}

@@ -44,7 +44,7 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
     fold_of = folds.fold_of()
 
     def told(share: float) -> None:
-        on_progress(Progress(job="scores", share=share, detail=f"{len(fold_of)} cases"))
+        on_progress(Progress(job="scores", share=0.99 * share, detail=f"{len(fold_of)} cases"))
 
     scores = Scores({case_id: folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
     tuning = tune(scores, list(fold_of.values()))
@@ -60,6 +60,7 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
         metrics=[read_metrics(folds.run(fold)) for fold in numbers],
         made=recorded,
     )
+    on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))
 
 
 def folds_on_record(out: Path) -> Folds:

@@ -12,7 +12,7 @@ from markupsafe import Markup
 from app.reporting.templates import fill, policy, source
 
 #: In the place of a number that is not there.
-DASH: Final = '<span aria-label="none">&ndash;</span>'
+DASH: Final = '<span role="img" aria-label="none">&ndash;</span>'
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from data.labels import REGIONS, Region
 Scores = Mapping[Region, Mapping[str, float]]
 
 REGION_NAMES: Final[dict[Region, str]] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
-_UNDEFINED: Final = '<span aria-label="not defined">&ndash;</span>'
+_UNDEFINED: Final = '<span role="img" aria-label="not defined">&ndash;</span>'
 
 
 @dataclass(frozen=True, kw_only=True)
