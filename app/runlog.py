@@ -232,9 +232,17 @@ class MetricsLog:
         if gradient_norm is not None:
             self._scalar("train/gradient_norm", gradient_norm, step)
 
-    def validation(self, *, step: int, dice: dict[str, float], mean_dice: float, seconds: float) -> None:
-        """Record a validation: Dice by region, their mean."""
-        self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds)
+    def validation(
+        self,
+        *,
+        step: int,
+        dice: dict[str, float],
+        mean_dice: float,
+        seconds: float,
+        cases: Mapping[str, Mapping[str, float]],
+    ) -> None:
+        """Record a validation: Dice by region, their mean, and Dice by region of each case."""
+        self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds, cases=cases)
         for region, value in dice.items():
             self._scalar(f"validation/dice_{region}", value, step)
         self._scalar("validation/mean_dice", mean_dice, step)

@@ -25,6 +25,7 @@ VERBS = [
     ["predict"],
     ["evaluate"],
     ["rank"],
+    ["report"],
     ["compare"],
     ["config"],
     ["config", "list"],

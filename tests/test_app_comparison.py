@@ -391,3 +391,22 @@ def test_the_help_names_every_arm_and_config() -> None:
 
     text = (Path(__file__).parent / "golden" / "help_compare.txt").read_text(encoding="utf-8")
     assert [name for name in (*ARMS, *config_names()) if name not in text] == []
+
+
+# The page made anew
+
+
+def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
+    from app.report.report import report
+
+    made = report(finished, tmp_path / "pages")
+    assert made.kind == "comparison"
+    assert made.page.read_text(encoding="utf-8") == (finished / "compare.html").read_text(encoding="utf-8")
+
+
+def test_a_comparison_that_has_not_ended_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
+    shutil.copytree(finished, tmp_path / "begun", ignore=shutil.ignore_patterns("runs"))
+    next((tmp_path / "begun" / "results").iterdir()).unlink()
+    ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
+    assert ended.code == 5
+    assert "the comparison has not ended" in ended.err

@@ -491,3 +491,22 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
     assert process.returncode == 7, said
     assert "its process was ended by SIGKILL and did not say why" in said
     assert not other.is_running()
+
+
+# The page made anew
+
+
+def test_the_page_made_anew_is_the_page(finished: Path, tmp_path: Path) -> None:
+    from app.report.report import report
+
+    made = report(finished, tmp_path / "pages")
+    assert made.kind == "cross-validation"
+    assert made.page.read_text(encoding="utf-8") == (finished / "crossval.html").read_text(encoding="utf-8")
+
+
+def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_path: Path, znormseg: Call) -> None:
+    (tmp_path / "begun").mkdir()
+    shutil.copy(finished / "folds.json", tmp_path / "begun")
+    ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
+    assert ended.code == 5
+    assert "the cross-validation has not ended" in ended.err

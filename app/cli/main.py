@@ -22,6 +22,7 @@ from app.cli import (
     plan,
     predict,
     rank,
+    report,
     terminal,
     train,
 )
@@ -66,6 +67,7 @@ app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epil
 )
 app.command(name="evaluate", cls=Verb, rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(quietly(evaluate.evaluate))
 app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank))
+app.command(name="report", cls=Verb, rich_help_panel=_USE, epilog=report.EXAMPLES)(quietly(report.report))
 app.add_typer(model.app, name="model", rich_help_panel=_SHARE)
 app.command(name="export", cls=Verb, rich_help_panel=_SHARE, epilog=export.EXAMPLES)(quietly(export.export))
 

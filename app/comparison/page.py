@@ -14,14 +14,21 @@ from app.comparison.run import Results
 from app.evaluation.metrics import DICE_DEFINITION
 from app.reporting.bands import figures_html
 from app.reporting.parts import DASH, document, note, number, section, table
+from app.reporting.provenance import made_by
 from app.reporting.scores import REGION_NAMES
-from app.runtime import machine, versions
 from data.nifti import replacing
 
 Records = Sequence[Mapping[str, Any]]
 
 
-def write_page(path: Path, results: Results, analysis: Analysis, metrics: Mapping[RunKey, Records]) -> None:
+def write_page(
+    path: Path,
+    results: Results,
+    analysis: Analysis,
+    metrics: Mapping[RunKey, Records],
+    *,
+    made: Mapping[str, Any] | None = None,
+) -> None:
     """Write the page, whole or not at all.
 
     Args:
@@ -29,13 +36,20 @@ def write_page(path: Path, results: Results, analysis: Analysis, metrics: Mappin
         results: of every run.
         analysis: what they say.
         metrics: records of ``metrics.jsonl`` of the final runs.
+        made: ``machine`` and ``versions`` that made it; default this machine.
     """
     with replacing(path) as beside:
-        beside.write_text(render(results, analysis, metrics), encoding="utf-8", errors="replace")
+        beside.write_text(render(results, analysis, metrics, made=made), encoding="utf-8", errors="replace")
 
 
-def render(results: Results, analysis: Analysis, metrics: Mapping[RunKey, Records]) -> str:
-    """The page as one HTML document; every string from outside is escaped."""
+def render(
+    results: Results,
+    analysis: Analysis,
+    metrics: Mapping[RunKey, Records],
+    *,
+    made: Mapping[str, Any] | None = None,
+) -> str:
+    """The page as one HTML document; every string from outside is escaped. Arguments as for :func:`write_page`."""
     plan = results.plan
     curves = "".join(
         f"<h3>{optimizer}</h3>"
@@ -61,7 +75,7 @@ def render(results: Results, analysis: Analysis, metrics: Mapping[RunKey, Record
     return document(
         title=f"{', '.join(plan.arms)}: a comparison",
         lead=lead,
-        facts=_facts(results, analysis),
+        facts=[*_facts(results, analysis), *made_by(made)],
         sections=sections,
         styles=("page.css", "arms.css"),
     )
@@ -76,8 +90,6 @@ def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
         *((name, "; ".join(plan.settings_of(name))) for name in plan.variants),
         ("same start in every arm", "on record (SHA-256)" if analysis.same_start else "not on record for every run"),
         ("Dice", DICE_DEFINITION),
-        ("machine", machine()),
-        ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
     ]
 
 

@@ -16,8 +16,8 @@ from app.evaluation.reliability import DEFINITION
 from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
 from app.reporting.bands import figures_html
 from app.reporting.parts import document, note, number, section, table
+from app.reporting.provenance import made_by
 from app.reporting.scores import REGION_NAMES
-from app.runtime import machine, versions
 from data.labels import REGIONS
 from data.nifti import replacing
 
@@ -37,6 +37,7 @@ def write_page(
     calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
+    made: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -48,8 +49,11 @@ def write_page(
         calibrated: temperatures and volume intervals.
         results: by fold, how training ended.
         metrics: by fold, records of ``metrics.jsonl``.
+        made: ``machine`` and ``versions`` that made it; default this machine.
     """
-    page = render(raw=raw, tuned=tuned, tuning=tuning, calibrated=calibrated, results=results, metrics=metrics)
+    page = render(
+        raw=raw, tuned=tuned, tuning=tuning, calibrated=calibrated, results=results, metrics=metrics, made=made
+    )
     with replacing(path) as beside:
         beside.write_text(page, encoding="utf-8", errors="replace")
 
@@ -62,6 +66,7 @@ def render(
     calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
+    made: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as one HTML document; every string from outside is escaped. Arguments as for :func:`write_page`."""
     count = len(results)
@@ -83,8 +88,7 @@ def render(
         facts=(
             ("Dice", DICE_DEFINITION),
             ("HD95", HD95_DEFINITION),
-            ("machine", machine()),
-            ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+            *made_by(made),
         ),
         sections=sections,
         styles=("page.css", "arms.css"),

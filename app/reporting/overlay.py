@@ -87,7 +87,23 @@ def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
     Raises:
         ValueError: ``height_px`` below 64.
     """
-    return encode_png(_join(_rows(case, PLANES, height_px), axis=0))
+    return encode_png(overlay_picture(case, height_px=height_px))
+
+
+def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
+    """What :func:`overlay_png` writes, as an array.
+
+    Args:
+        case: arrays and spacing.
+        height_px: side of one panel in pixels, 64 or more; default 220.
+
+    Returns:
+        uint8, shape (``3 * height_px + 2 * GAP_PX``, ``2 * height_px + GAP_PX``, 3).
+
+    Raises:
+        ValueError: ``height_px`` below 64.
+    """
+    return _join(_rows(case, PLANES, height_px), axis=0)
 
 
 def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
@@ -130,7 +146,7 @@ def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Pi
     """The reference, or the bare image, beside the prediction, by plane; ``planes`` are the first of PLANES."""
     if height_px < _LEAST_PANEL_PX:
         raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
-    grey = _to_grey(case.background)
+    grey = to_grey(case.background)
     margin_px = 8 * _letter_scale(height_px) + 2
     view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)
     rows = []
@@ -148,7 +164,7 @@ def _shown(case: OverlayCase) -> npt.NDArray[np.bool_]:
     return np.asarray(shown if case.reference is None else shown | (case.reference != 0), dtype=np.bool_)
 
 
-def _to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+def to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Window a contrast to grey between the 1st and 99.5th percentile of the brain; outside it is 0.
 
     The brain takes 20 to 210 of 0..255: its darkest part stands off the black outside, and a yellow line off its

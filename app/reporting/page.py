@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import base64
 import math
 import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
+
+from markupsafe import Markup
 
 from app.reporting.curves import curves_html, gradients_html
 from app.reporting.parts import document, section
 from app.reporting.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
+from app.reporting.templates import fill
+from app.reporting.volume import data_uri
 from data.labels import REGIONS, Region
 
 
@@ -58,7 +60,7 @@ def render(page: Page) -> str:
         section("curves", "Learning curves", curves_html(page.metrics)),
         section("gradients", "Gradients", gradients) if gradients else "",
         section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
-        section("next", "What next", _commands_html(page.commands)) if page.commands else "",
+        section("next", "What next", fill("commands.html", commands=page.commands)) if page.commands else "",
     ]
     return document(title=page.title, lead=page.lead, facts=page.provenance, sections=sections, styles=("page.css",))
 
@@ -83,8 +85,8 @@ def write_page(path: Path, page: Page) -> None:
 
 
 def _cases_html(cases: Sequence[PageCase]) -> str:
-    cards = "".join(_card(number, case) for number, case in enumerate(cases, 1))
-    return f'<p class="note">{_convention()}</p>\n<div class="cards">{cards}</div>'
+    cards = [_card(case) for case in cases]
+    return fill("cards.html", cards=cards, convention=_convention(), region_names=REGION_NAMES)
 
 
 def _convention() -> str:
@@ -95,44 +97,29 @@ def _convention() -> str:
     )
 
 
-def _card(number: int, case: PageCase) -> str:
-    return (
-        f'<article id="case-{number}" class="card"><h3>{escape(case.case)}</h3>\n'
-        f"{_overlay_html(case)}{case_table_html(case.scores)}</article>\n"
-    )
-
-
-def _overlay_html(case: PageCase) -> str:
+def _card(case: PageCase) -> dict[str, object]:
+    """What the template of the cards asks for."""
+    shown: dict[str, object] = {
+        "case": case.case,
+        "picture": None,
+        "caption": case.overlay_caption,
+        "table": Markup(case_table_html(case.scores)),  # noqa: S704 - numbers alone
+    }
     if case.overlay is None:
-        return '<p class="empty">No picture of this case.</p>'
+        return shown
     left = "Reference" if _has_reference(case) else "Image"
     width, height = struct.unpack(">II", case.overlay[16:24])  # of the PNG's IHDR chunk
-    legend = "".join(f'<li class="{r.lower()}">{r} <small>{REGION_NAMES[r]}</small></li>' for r in REGIONS)
-    planes = "".join(f"<span>{plane}</span>" for plane in ("axial", "coronal", "sagittal"))
-    data = base64.b64encode(case.overlay).decode("ascii")
-    caption = f"<figcaption>{escape(case.overlay_caption)}</figcaption>" if case.overlay_caption else ""
-    return (
-        f'<figure class="overlay"><div class="viewer"><ul class="legend">{legend}</ul>'
-        f'<div class="sides"><span>{left}</span><span>Prediction</span></div>'
-        f'<div class="picture" style="max-width:{width}px">'
-        f'<img width="{width}" height="{height}" alt="{_alt(case, left)}" src="data:image/png;base64,{data}">'
-        f'<div class="planes" aria-hidden="true">{planes}</div></div></div>'
-        f"{caption}</figure>"
-    )
+    picture = data_uri("png", case.overlay)
+    return {**shown, "picture": picture, "left": left, "width": width, "height": height, "alt": _alt(case, left)}
 
 
 def _alt(case: PageCase, left: str) -> str:
     dice = [(region, score(case.scores, region, "dice")) for region in REGIONS]
     said = ", ".join(f"{region} {value:.3f}" for region, value in dice if not math.isnan(value))
     text = f"Case {case.case}: {left.lower()} on the left, predicted outlines on the right, in three planes."
-    return escape(text + (f" Dice {said}." if said else ""))
+    return text + (f" Dice {said}." if said else "")
 
 
 def _has_reference(case: PageCase) -> bool:
     keys = ("dice", "reference_volume_ml")
     return any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
-
-
-def _commands_html(commands: Sequence[tuple[str, str]]) -> str:
-    items = "".join(f"<li><p>{escape(what)}</p><pre><code>{escape(line)}</code></pre></li>" for what, line in commands)
-    return f'<ol class="commands">{items}</ol>'

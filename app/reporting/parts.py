@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from html import escape
-from importlib import resources
 from typing import Final
 
-from app.notice import NOTICE
+from markupsafe import Markup
+
+from app.reporting.templates import fill, policy, source
 
 #: In the place of a number that is not there.
-DASH: Final = '<span aria-label="none">&ndash;</span>'
-# A page may use what it carries and nothing else, whatever a string in it contains.
-_POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+DASH: Final = '<span role="img" aria-label="none">&ndash;</span>'
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """A way to another page."""
+
+    href: str
+    """Relative address, percent-encoded."""
+    text: str
+    """What it says."""
 
 
 def document(
-    *, title: str, lead: str, facts: Sequence[tuple[str, str]], sections: Sequence[str], styles: Sequence[str]
+    *,
+    title: str,
+    lead: str,
+    facts: Sequence[tuple[str, str]],
+    sections: Sequence[str],
+    styles: Sequence[str],
+    scripts: Sequence[str] = (),
+    links: Sequence[Link] = (),
 ) -> str:
     """A page as one HTML document that needs nothing else.
 
@@ -26,19 +43,22 @@ def document(
         facts: name and value, told below the lead.
         sections: HTML, as of :func:`section`.
         styles: names of style sheets in ``app.reporting``.
+        scripts: names of scripts in ``app.reporting``; the page runs no others.
+        links: to other pages, above the heading.
     """
-    style = "".join(resources.files("app.reporting").joinpath(name).read_text(encoding="utf-8") for name in styles)
-    listed = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        '<meta name="color-scheme" content="light dark">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
-        f'<header><h1>{escape(title)}</h1>\n<p class="lead">{escape(lead)}</p>\n'
-        f'<p class="warning"><strong>{NOTICE}</strong></p>\n{f"<dl>{listed}</dl>" if listed else ""}</header>'
-        f"\n<main>\n{''.join(sections)}</main>\n"
-        f"<footer><p>{NOTICE}</p></footer>\n</body>\n</html>\n"
+    style = "".join(source(name) for name in styles)
+    script = "".join(source(name) for name in scripts)
+    return fill(
+        "page.html",
+        title=title,
+        lead=lead,
+        facts=facts,
+        links=links,
+        policy=policy(script),
+        # Ours, from files of this package: no text from outside is in them.
+        style=Markup(style),  # noqa: S704
+        script=Markup(script),  # noqa: S704
+        sections=[Markup(one) for one in sections if one],  # noqa: S704
     )
 
 
@@ -54,7 +74,7 @@ def table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
     )
     return (
-        f'<div class="scroll" role="region" aria-labelledby="{name}" tabindex="0"><table>'
+        f'<div class="scroll" role="group" aria-labelledby="{name}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 

@@ -15,7 +15,7 @@ from data.labels import REGIONS, Region
 Scores = Mapping[Region, Mapping[str, float]]
 
 REGION_NAMES: Final[dict[Region, str]] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
-_UNDEFINED: Final = '<span aria-label="not defined">&ndash;</span>'
+_UNDEFINED: Final = '<span role="img" aria-label="not defined">&ndash;</span>'
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +85,7 @@ def scores_table_html(names: Sequence[str], cases: Sequence[Scores]) -> str:
     ]
     summaries = [_summary_row("Mean", _mean, cases), _summary_row("Median", _median, cases)]
     return (
-        '<div class="scroll" role="region" aria-labelledby="scores" tabindex="0"><table>'
+        '<div class="scroll" role="group" aria-labelledby="scores" tabindex="0"><table>'
         f'<thead><tr><th rowspan="2" scope="col">Case</th>{groups}</tr><tr>{heads}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody><tfoot>{''.join(summaries)}</tfoot></table></div>"
         f'<p class="note">{_note(cases)}</p>'

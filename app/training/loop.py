@@ -332,6 +332,7 @@ class Loop:
         if self.config.takes_missing_contrasts:
             network = GivenPresence(network, presence_mask(CONTRASTS))
         first: list[tuple[CachedCase, npt.NDArray[np.uint8]]] = []
+        by_case: dict[str, dict[str, float]] = {}
         dice = validation_dice(
             network,
             cases,
@@ -341,12 +342,13 @@ class Loop:
             between_windows=self._while_validating,
             world=self.world,
             on_case=lambda case, codes: first.append((case, codes)) if not first else None,
+            on_scores=by_case.update,
         )
         state.validations += 1
         state.validated_step = state.step
         state.validation_seconds = self.world.largest(time.monotonic() - before)
         mean = sum(dice.values()) / len(dice)
-        self.log.validation(step=state.step, dice=dice, mean_dice=mean, seconds=self.seconds())
+        self.log.validation(step=state.step, dice=dice, mean_dice=mean, cases=by_case, seconds=self.seconds())
         if self.world.is_first:
             self.log.picture(step=state.step, rgb=self._picture(*first[0]))
         self.view.dice = dice

@@ -29,6 +29,7 @@ def validation_dice(
     world: World = ALONE,
     between_windows: Callable[[], None] = lambda: None,
     on_case: Callable[[CachedCase, npt.NDArray[np.uint8]], None] = lambda *_: None,
+    on_scores: Callable[[dict[str, dict[str, float]]], None] = lambda _: None,
 ) -> dict[str, float]:
     """Mean Dice by region over cases, at the spacing the network works at; a region empty in both counts 1.
 
@@ -41,6 +42,7 @@ def validation_dice(
         world: the processes that share the cases.
         between_windows: called before each window; may raise to stop.
         on_case: called with each case and its prediction, label codes of shape (X, Y, Z).
+        on_scores: called with the Dice of every case by region, by case id, in every process.
     """
     was_training = network.training
     network.eval()
@@ -64,4 +66,5 @@ def validation_dice(
 
     scores = world.rows(len(cases), score)
     network.train(was_training)
+    on_scores({case.id: dict(zip(REGIONS, row, strict=True)) for case, row in zip(cases, scores, strict=True)})
     return {region: float(mean) for region, mean in zip(REGIONS, np.mean(scores, axis=0), strict=True)}

@@ -1,0 +1,65 @@
+"""``znormseg report``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from app.cli import terminal
+
+EXAMPLES = """\
+znormseg report RUN PAGES
+znormseg report PREDICTIONS PAGES --references REFERENCES"""
+
+
+def report(
+    *,
+    what: Annotated[
+        Path,
+        typer.Argument(
+            metavar="WHAT", help="Folder of a run, of predictions, of a comparison or of a cross-validation."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pages; open OUT/index.html.")],
+    images: Annotated[
+        Path | None,
+        typer.Option(
+            "--images",
+            metavar="DATA",
+            help="Of predictions: data set with their scans; default where they were predicted from.",
+        ),
+    ] = None,
+    references: Annotated[
+        Path | None,
+        typer.Option(
+            "--references", metavar="DATA", help="Of predictions: expert label maps, for scores and outlines."
+        ),
+    ] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
+) -> None:
+    """Write pages to look at: HTML that opens offline, in any browser, on a phone, in print.
+
+    Of a run: curves, validation cases, gradients. Of predictions: a table that sorts and filters, and a page for each
+    case with pictures and a viewer. Of a comparison or a cross-validation: its page made anew.
+    """
+    from app.report.report import report as write_report  # noqa: PLC0415 - slow to import, not for the help
+
+    with terminal.watched() as on_progress:
+        written = write_report(
+            what, out, images=images, references=references, follow_links=follow_links, on_progress=on_progress
+        )
+    if as_json:
+        terminal.json_result(written.to_json())
+    else:
+        beside = f", with {len(written.cases)} case pages" if written.cases else ""
+        terminal.result(f"{written.kind}: {written.page}{beside}")
+    if written.failures:
+        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+
+        terminal.say(f"znormseg: {len(written.failures)} cases have no page: {', '.join(written.failures)}")
+        raise typer.Exit(EXIT_SOME_FAILED)
