@@ -41,7 +41,7 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
         given: the environment of this process.
 
     Raises:
-        ConfigError: ``CUDA_VISIBLEDEVICES`` hides the device.
+        ConfigError: ``CUDA_VISIBLE_DEVICES`` hides the device.
     """
     root = str(Path(app.__file__).resolve().parent.parent)
     found = {**given, "PYTHONPATH": os.pathsep.join(part for part in (root, given.get("PYTHONPATH")) if part)}
@@ -49,13 +49,13 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
     found.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     match = DEVICE.match(device or "")
     if device == "cpu":
-        found["CUDA_VISIBLEDEVICES"] = ""
+        found["CUDA_VISIBLE_DEVICES"] = ""
     elif match is not None and match["index"] is not None:
-        visible = [part for part in given.get("CUDA_VISIBLEDEVICES", "").split(",") if part]
+        visible = [part for part in given.get("CUDA_VISIBLE_DEVICES", "").split(",") if part]
         index = int(match["index"])
         if visible and index >= len(visible):
-            raise ConfigError(f"device {device}: CUDA_VISIBLEDEVICES leaves {len(visible)}, counted from 0")
-        found["CUDA_VISIBLEDEVICES"] = visible[index] if visible else str(index)
+            raise ConfigError(f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)}, counted from 0")
+        found["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return found
 
 

@@ -99,7 +99,9 @@ def test_without_a_word_the_five_things_people_come_for_are_shown(znormseg: Call
     assert shown == ["demo", "data", "train", "predict", "evaluate"]
 
 
-@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in ([], ["data"], ["config"])], ids=" ".join)
+@pytest.mark.parametrize(
+    "verb", [verb for verb in VERBS if verb not in ([], ["data"], ["config"], ["model"])], ids=" ".join
+)
 def test_the_help_of_every_verb_has_quiet_and_of_most_an_example(verb: list[str]) -> None:
     text = (GOLDEN / f"help_{'_'.join(verb)}.txt").read_text(encoding="utf-8")
     assert "-q, --quiet" in text

@@ -255,7 +255,7 @@ def test_the_final_dice_is_that_of_predict_and_evaluate(
 ) -> None:
     with (finished / "compare.csv").open() as file:
         row = next(csv.DictReader(file))
-    znormseg("predict", finished / row["run"], phantoms / row["case"], tmp_path)
+    znormseg("predict", finished / row["run"], phantoms / row["case"], tmp_path, "--backend", "torch")
     scores = json.loads(znormseg("evaluate", tmp_path, phantoms, "--json").out)
     assert float(row["dice_WT"]) == pytest.approx(scores["cases"][0]["WT"]["dice"])
 

@@ -294,17 +294,18 @@ def test_a_broken_case_is_told_and_the_others_are_scored(
 def test_an_ensemble_of_one_run_has_the_table_of_the_run(
     dropout_run: Path, subset_table: Any, phantoms: Path, tmp_path: Path
 ) -> None:
+    from app.inference.backends.choose import choose_backend
     from app.inference.ensemble import load_predictor
     from app.inference.postprocess import Postprocess
     from app.inference.subsets import score_subsets
-    from app.runtime import RuntimeConfig, choose_runtime
+    from app.runtime import RuntimeConfig
     from data.layouts import find_cases
 
     shutil.copytree(dropout_run / "checkpoints", tmp_path / "fold-0" / "checkpoints")
     network = {"network": "fold-0", "weights_sha256": subset_table.weights_sha256, "step": 40}
     content = {"version": 1, "networks": [network], "postprocess": Postprocess().to_json()}
     (tmp_path / "ensemble.json").write_text(json.dumps(content))
-    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
     cases = [case for case in find_cases(phantoms) if case.id in subset_table.subsets[0].cases]
     table = score_subsets(load_predictor(tmp_path, runtime), cases[:1], runtime)
     for one, other in zip(table.subsets, subset_table.subsets, strict=True):

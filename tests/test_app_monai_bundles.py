@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from app import checkpoints
+from app.config import to_plain
 from app.errors import RunError
 from app.exporting.bring_in import BUNDLE_CONTRASTS, import_bundle
 from app.exporting.export import _RUNTIME, export_run
@@ -169,7 +170,7 @@ def test_what_monai_does_not_have_is_refused(tiny_run: Path, section: str, key: 
     model = load_model(tiny_run, _RUNTIME)
     changed = replace(model.config, **{section: replace(getattr(model.config, section), **{key: value})})
     with pytest.raises(RunError, match=said):
-        require_monai(replace(model, config=changed), tiny_run)
+        require_monai(replace(model, plain_config=to_plain(changed)), tiny_run)
 
 
 # In

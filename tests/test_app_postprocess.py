@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from app.crossval.logits import no_counts
 from app.crossval.outoffold import Answer, to_bytes
 from app.inference.postprocess import Postprocess, postprocess_from_json, without_small
 from data.labels import from_regions, to_regions
@@ -64,7 +65,11 @@ def test_the_defaults_cut_at_one_half(centred: Any) -> None:
 @given(RULES, CENTRED)
 def test_kept_bytes_are_cut_as_the_probabilities_were(rules: Postprocess, centred: Any) -> None:
     kept = Answer(
-        answers=to_bytes(centred), reference=np.zeros(SHAPE[1:], np.uint8), spacing_mm=SPACING, weights_sha256=""
+        answers=to_bytes(centred),
+        reference=np.zeros(SHAPE[1:], np.uint8),
+        logit_counts=no_counts(),
+        spacing_mm=SPACING,
+        weights_sha256="",
     )
     assert np.array_equal(kept.cut(rules), rules.cut(centred))
 

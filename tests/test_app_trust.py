@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -18,8 +19,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from torch import nn
 
+from app.inference.engines import TorchEngine
 from app.inference.model import Model, load_model
 from app.inference.probabilities import FLIPS, predict_answer
+from app.inference.settings import PredictOptions
 from app.inference.trust import bit_steps, entropy_bits, measure, nested, probability_steps
 from app.runtime import RuntimeConfig, choose_runtime
 from data.labels import REGIONS
@@ -43,6 +46,14 @@ class Pointwise(nn.Module):
         return torch.stack([image[:, 0] - 0.5, image[:, 1], image[:, 2] + image[:, 3]], dim=1)
 
 
+def pointwise_model(model: Model) -> Model:
+    """A model whose network is that one."""
+    assert isinstance(model.engine, TorchEngine)
+    engine = copy.copy(model.engine)
+    engine.network = cast(Any, Pointwise().eval())
+    return replace(model, engine=engine)
+
+
 @pytest.fixture(scope="module")
 def model(tiny_run: Path) -> Model:
     return load_model(tiny_run, RUNTIME)
@@ -57,7 +68,6 @@ def prepared(phantoms: Path, model: Model) -> Prepared:
 def outcome(tiny_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What ``predict`` writes for one phantom with everything asked for."""
     from app.inference.predict import predict
-    from app.inference.settings import PredictOptions
 
     folder = tmp_path_factory.mktemp("everything")
     options = PredictOptions(tta=True, save_probabilities=True, uncertainty=True)
@@ -81,8 +91,10 @@ def test_there_are_eight_ways_to_mirror_a_volume_and_the_first_is_none() -> None
 def test_a_network_that_looks_at_single_voxels_says_the_same_with_mirrored_images(
     model: Model, prepared: Prepared
 ) -> None:
-    pointwise = replace(model, network=Pointwise())
-    once, eightfold = (predict_answer(pointwise, prepared, RUNTIME, tta=tta).centred for tta in (False, True))
+    pointwise = pointwise_model(model)
+    once, eightfold = (
+        predict_answer(pointwise, prepared, RUNTIME, options=PredictOptions(tta=tta)).centred for tta in (False, True)
+    )
     assert np.allclose(once, eightfold, atol=1e-6)
 
 
@@ -93,7 +105,9 @@ def test_the_answer_for_a_mirrored_case_is_the_mirrored_answer(axis: int, model:
         image=np.ascontiguousarray(np.flip(prepared.image, axis + 1)),
         brain=np.ascontiguousarray(np.flip(prepared.brain, axis)),
     )
-    one, other = (predict_answer(model, case, RUNTIME, tta=True).centred for case in (prepared, mirrored))
+    one, other = (
+        predict_answer(model, case, RUNTIME, options=PredictOptions(tta=True)).centred for case in (prepared, mirrored)
+    )
     assert np.allclose(np.flip(one, axis + 1), other, atol=1e-5)
     assert not np.allclose(one, other, atol=1e-2)
 
@@ -107,13 +121,13 @@ def test_the_answer_is_the_mean_over_mirrored_images(model: Model, prepared: Pre
             brain=np.flip(prepared.brain, tuple(axis - 1 for axis in axes)).copy(),
         )
         answers.append(np.flip(predict_answer(model, seen, RUNTIME).centred, axes))
-    eightfold = predict_answer(model, prepared, RUNTIME, tta=True)
+    eightfold = predict_answer(model, prepared, RUNTIME, options=PredictOptions(tta=True))
     assert np.allclose(np.mean(answers, axis=0), eightfold.centred, atol=1e-5)
     assert (eightfold.networks, eightfold.flips, len(eightfold.volumes_voxels)) == (1, 8, 8)
 
 
 def test_disagreement_is_the_entropy_that_single_answers_lack(model: Model, prepared: Prepared) -> None:
-    answer = predict_answer(model, prepared, RUNTIME, tta=True, disagreement=True)
+    answer = predict_answer(model, prepared, RUNTIME, options=PredictOptions(tta=True, uncertainty=True))
     assert answer.disagreement is not None
     assert 0 < answer.disagreement.max() <= 1
     assert (answer.disagreement <= entropy_bits(answer.centred) + 1e-5).all()
@@ -122,13 +136,13 @@ def test_disagreement_is_the_entropy_that_single_answers_lack(model: Model, prep
 
 def test_answers_that_are_equal_do_not_disagree(model: Model, prepared: Prepared) -> None:
     even = replace(prepared, image=np.broadcast_to(prepared.brain, prepared.image.shape).astype(np.float32))
-    answer = predict_answer(replace(model, network=Pointwise()), even, RUNTIME, tta=True, disagreement=True)
+    answer = predict_answer(pointwise_model(model), even, RUNTIME, options=PredictOptions(tta=True, uncertainty=True))
     assert answer.disagreement is not None
     assert answer.disagreement.max() < 1e-5
 
 
 def test_one_answer_has_no_disagreement(model: Model, prepared: Prepared) -> None:
-    answer = predict_answer(model, prepared, RUNTIME, disagreement=True)
+    answer = predict_answer(model, prepared, RUNTIME, options=PredictOptions(uncertainty=True))
     assert answer.disagreement is None
     assert len(answer.volumes_voxels) == 1
 
@@ -242,7 +256,8 @@ def test_files_beside_a_label_map_lie_on_its_grid(name: str, outcome: Path, phan
 
 def test_nothing_half_written_is_left(outcome: Path) -> None:
     endings = [".json", ".nii.gz", "_disagreement.nii.gz", "_probabilities.nii.gz", "_uncertainty.nii.gz"]
-    assert sorted(path.name for path in outcome.iterdir()) == sorted(CASE + ending for ending in endings)
+    wanted = [*(CASE + ending for ending in endings), "manifest.json"]
+    assert sorted(path.name for path in outcome.iterdir() if not path.name.startswith(".")) == sorted(wanted)
 
 
 def test_the_json_tells_of_files_and_answers(outcome: Path) -> None:

@@ -37,7 +37,7 @@ def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[
     """
     return {
         "weights_sha256": model.sha256,
-        "overlap": model.config.inference.overlap,
+        "overlap": model.plain_config["inference"]["overlap"],
         "postprocess": model.postprocess.to_json(),
         "calibration": asdict(model.calibration),
         "options": {name: value for name, value in options_to_plain(options).items() if name != "max_memory_gb"},

@@ -30,6 +30,11 @@ class Predictor(Protocol):
     """What label maps are made with: one network, or the mean of several."""
 
     @property
+    def plain_config(self) -> Mapping[str, Any]:
+        """Of the training, as it is in the checkpoint."""
+        ...
+
+    @property
     def config(self) -> RunConfig:
         """Of the training."""
         ...
