@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from app.checkpoints import Saved, load_newest, load_newest_arrays
 from app.errors import ConfigError, RunError
@@ -24,6 +24,10 @@ from data.nifti import Spacing
 if TYPE_CHECKING:
     from app.config import RunConfig
     from app.inference.backends.torch_backend import GraphNetwork
+
+
+#: What every version so far has in this section; the whole config is read with torch alone.
+_NETWORK_KEYS: Final = {"architecture", "channels", "dropout"}
 
 
 class Predictor(Protocol):
@@ -197,6 +201,8 @@ def load_model(run: Path, runtime: Runtime) -> Model:
                 f"{run}: trained for other contrasts or regions: {details['contrasts']}, {details['regions']}"
             )
         plain = details["config"]
+        if missing := _NETWORK_KEYS - plain["network"].keys():
+            raise ValueError(f"its config has no network.{', network.'.join(sorted(missing))}")
         takes_missing_contrasts = float(plain.get("augment", {}).get("contrast_dropout", 0)) > 0
         if details.get("takes_missing_contrasts", False) != takes_missing_contrasts:
             raise ValueError("takes_missing_contrasts and augment.contrast_dropout contradict each other")
