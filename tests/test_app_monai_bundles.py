@@ -170,7 +170,10 @@ def test_what_monai_does_not_have_is_refused(tiny_run: Path, section: str, key: 
     model = load_model(tiny_run, _RUNTIME)
     changed = replace(model.config, **{section: replace(getattr(model.config, section), **{key: value})})
     with pytest.raises(RunError, match=said):
-        require_monai(replace(model, plain_config=to_plain(changed)), tiny_run)
+        require_monai(
+            replace(model, plain_config=to_plain(changed), takes_missing_contrasts=changed.takes_missing_contrasts),
+            tiny_run,
+        )
 
 
 # In

@@ -247,7 +247,6 @@ def resume(
     changed = changes.require_allowed(run, own, config, allow)
     with _locked(run, world), _opened(store, run) as opened:
         remove_partial_files(run)
-        unseal(run)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
@@ -261,6 +260,7 @@ def resume(
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
             LOG.info("world size %d, before %d: the batch of all processes changes with it", world.size, before)
+        unseal(run)
         changes.apply_changes(run, own, config, changed, state)
         begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"), checkpoint=_as_checkpoint(state))
         return _train(
