@@ -114,9 +114,9 @@ def measure(run: Path, case: Path, out: Path, *, window: str, small: bool, repea
     maps: dict[str, Any] = {}
     for name, more in ways.items():
         place = out / name.replace(" ", "-").replace(",", "")
-        command = [sys.executable, "-m", "app", "predict", str(run), str(case), str(place), *more]
+        command = [sys.executable, "-m", "app", "predict", str(run), str(case), str(place), "--overwrite", *more]
         found[name] = _best(command, repeats)
-        content = json.loads(next(place.glob("*.json")).read_text())
+        content = json.loads((place / f"{case.name}.json").read_text())
         stages = content["seconds"]
         found[name]["parts"] = {
             **stages,

@@ -60,3 +60,18 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 def test_freed_memory_is_used_again_without_new_pages():
     fresh, kept = (int(run(PAGES.replace("{keep}", str(keep)))) for keep in (False, True))
     assert kept < fresh / 5
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    code = """
+import psutil
+from app.process import give_back_freed_memory
+small = [bytes(60_000) for _ in range(2000)]
+held = small[::100]  # stays between the others, so that the heap's end does not move
+del small
+before = psutil.Process().memory_info().rss
+assert give_back_freed_memory()
+assert psutil.Process().memory_info().rss < before - 80e6, before
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

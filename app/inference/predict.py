@@ -22,6 +22,7 @@ from app.inference.probabilities import ladder_for, predict_answer, predict_mask
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import COMPANIONS, Companion, ShareSteps, Trust, companions, measure, nested
 from app.notice import NOTICE
+from app.process import give_back_freed_memory
 from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime, versions
 from data.errors import DataError
@@ -137,6 +138,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     began = time.monotonic()
     prepared, options = given.prepared, given.options
     ladder = ladder_for(options)
+    give_back_freed_memory()
     answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
     if options.uncertainty and answer.disagreement is None:
         LOG.info("case %s: uncertainty of one answer alone; --tta or an ensemble give several", given.case.id)
