@@ -61,11 +61,14 @@ def done(predicted: Path, tmp_path: Path) -> Path:
 
 
 def predict_all(run: Path, folder: Path, **more: Any) -> Any:
+    from app.inference.backends.choose import choose_backend
+    from app.inference.known import training_record
     from app.inference.model import load_model
     from app.inference.predict import predict
-    from app.runtime import RuntimeConfig, choose_runtime
+    from app.runtime import RuntimeConfig
 
-    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
+    more.setdefault("options", PredictOptions(training=training_record(run)))  # as the command does
     return predict(load_model(run, runtime), find_cases(folder / "in"), folder / "out", runtime=runtime, **more)
 
 

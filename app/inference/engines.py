@@ -40,6 +40,14 @@ class Engine(Protocol):
         """How windows are computed where memory is enough."""
         ...
 
+    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+        """Do what can be done before there is an image, for windows of a way where that is known already.
+
+        Raises:
+            MemoryError, RuntimeError: it cannot be done; the same will come, and be handled, with the image.
+        """
+        ...
+
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
     ) -> npt.NDArray[Any]:
@@ -88,6 +96,9 @@ class TorchEngine:
         device = runtime.device_name
         batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
         return Way(window=window, batch=batch, device=device, stitch_on=device)
+
+    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+        """Nothing: torch needs no preparation."""
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
@@ -146,12 +157,18 @@ class OpenvinoEngine:
         """One window at once: all cores work on it."""
         return Way(window=window, device=runtime.device_name)
 
+    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+        """Import OpenVINO, and have it compile the network."""
+        from app.inference.backends import openvino_backend  # noqa: F401, PLC0415 - imports openvino
+
+        if way is not None:
+            self._compiled_for(way, runtime)
+
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
     ) -> npt.NDArray[Any]:
         """As of :class:`Engine`."""
-        bfloat16 = runtime.precision_name == "bfloat16"
-        network = self._network((way.batch, self.graph.in_channels, *way.window), bfloat16=bfloat16)
+        network = self._compiled_for(way, runtime)
 
         def compute(patches: Array) -> Array:
             return network(patches if present is None else _with_presence(patches, present))
@@ -161,6 +178,10 @@ class OpenvinoEngine:
     def window_bytes(self, way: Way, runtime: Runtime) -> int:
         """As of :class:`Engine`."""
         return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
+
+    def _compiled_for(self, way: Way, runtime: Runtime) -> CompiledNetwork:
+        shape = (way.batch, self.graph.in_channels, *way.window)
+        return self._network(shape, bfloat16=runtime.precision_name == "bfloat16")
 
     def _network(self, shape: tuple[int, int, int, int, int], *, bfloat16: bool) -> CompiledNetwork:
         """The network for one shape; the one for another shape goes before, with its memory."""

@@ -35,6 +35,8 @@ class Steps(Generic[R, C]):
     """Called on the thread that works through the cases, with a function to tell what is being done."""
     write: Callable[[C], Prediction]
     """Writes every file but ``<case>.json``; called on a thread of its own."""
+    warm_up: Callable[[], None] = lambda: None
+    """Called once on the thread that computes, while the first case is read."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,7 @@ class InThisProcess(Generic[R, C]):
         writer = ThreadPoolExecutor(1, "write")
         writing: Future[None] | None = None
         try:
+            self.steps.warm_up()
             while (took := ahead.take()) is not None:
                 told.begun(took.case.id)
                 try:

@@ -18,7 +18,7 @@ from app.inference.known import TrainingRecord
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps
-from app.inference.probabilities import ladder_for, predict_answer, predict_masks
+from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import COMPANIONS, Companion, ShareSteps, Trust, companions, measure, nested
 from app.notice import NOTICE
@@ -113,6 +113,7 @@ def steps_of(
         read=lambda case: prepare_case(model, case, output, options),
         compute=lambda given, _: compute_case(model, given, runtime),
         write=lambda computed: write_case(model, computed, output, runtime),
+        warm_up=lambda: warm_up(model, runtime, options),
     )
 
 

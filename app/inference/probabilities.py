@@ -8,6 +8,7 @@ Test-time augmentation over the eight ways to mirror a volume is what nnU-Net do
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any, Final
@@ -55,6 +56,20 @@ class Answer:
 def ladder_for(options: PredictOptions) -> Ladder:
     """A new case's ladder, with the bound that was asked for."""
     return Ladder(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
+
+
+def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None:
+    """Prepare a single network for its windows before there is a case; where it cannot be done, nothing happens.
+
+    Where memory is bounded, and for windows that depend on the case, only libraries are loaded.
+    """
+    if not isinstance(model, Model):
+        return
+    way = None
+    if options.window != "brain" and options.max_memory_gb is None:
+        way = model.engine.first_way(_window(model, model.window, options), runtime)
+    with suppress(MemoryError, RuntimeError):  # it will come again with the case, and the ladder answers it
+        model.engine.warm_up(way, runtime)
 
 
 def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
