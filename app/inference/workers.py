@@ -249,6 +249,7 @@ class _Slot:
 
     def start(self) -> None:
         """Start a process, and a thread that passes on what it tells."""
+        self._close_input()  # of the process before
         self.starts += 1
         self.error = None
         device = "cpu" if self.device == "cpu" else "cuda" if self.device else self.job.device
@@ -281,8 +282,12 @@ class _Slot:
             return
         if not at_once:
             self.tell({"end": True})
-        with suppress(OSError):
-            self.process.stdin.close()
+        self._close_input()
+
+    def _close_input(self) -> None:
+        if self.process is not None and self.process.stdin is not None:
+            with suppress(OSError):  # what it had not read yet is lost
+                self.process.stdin.close()
 
     def join(self) -> None:
         """Wait until the process has ended."""
