@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import signal
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -68,7 +69,7 @@ class OnRay:
         if not cases:
             return
         ray = ray_module()
-        with _connected(ray):
+        with _stdout_to_stderr(), _connected(ray):
             device, resources = _resources(ray, self.job.device, self.processes)
             job = replace(self.job, run=self.job.run.absolute(), output=self.job.output.absolute(), device=device)
             words = json.dumps(job.to_plain())
@@ -132,6 +133,20 @@ def ray_module() -> Any:
         raise ConfigError(
             "--engine ray: Ray is not installed. Install it, on every host: pip install 'znormseg[ray]'"
         ) from error
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What Ray prints of nodes that are lost, also from below Python, is no result of ours."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 @contextmanager
