@@ -255,3 +255,12 @@ def test_a_case_of_512_voxels_along_each_axis_stays_below_six_gigabytes(
     assert ended_with == "0", ended.err
     assert int(peak) < 6 * GB
     assert (tmp_path / "out" / "BraTS2021_00512.nii.gz").is_file()
+
+
+def test_a_case_that_the_bound_is_too_low_for_is_named(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Any
+) -> None:
+    case = sorted(phantoms.iterdir())[0]
+    ended = znormseg("predict", tiny_run, case, tmp_path / "out", "--max-memory-gb", "0.1")
+    assert ended.code == 3
+    assert f"case {case.name}: --max-memory-gb 0.1 is too little" in ended.err

@@ -135,12 +135,19 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
 
 
 def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
-    """Predict a prepared case; the one of the three parts that uses the device."""
+    """Predict a prepared case; the one of the three parts that uses the device.
+
+    Raises:
+        DataError: memory is not enough.
+    """
     began = time.monotonic()
     prepared, options = given.prepared, given.options
     ladder = ladder_for(options)
     give_back_freed_memory()
-    answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
+    try:
+        answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
+    except DataError as error:
+        raise DataError(f"case {given.case.id}: {error}") from error
     if options.uncertainty and answer.disagreement is None:
         LOG.info("case %s: uncertainty of one answer alone; --tta or an ensemble give several", given.case.id)
     masks, shares = predict_masks(model, prepared, answer.centred), nested(model.calibration.apply(answer.centred))
