@@ -1,6 +1,6 @@
 """What a number of minutes of training brings: this project beside MONAI's recipe, same data, same processor.
 
-    python bench/quality_per_hour.py OUT [CASES] [--minutes 5] [--seeds 3] [--splits 1] [--crop 96]
+    python bench/quality_per_hour.py OUT [CASES] [--minutes 5] [--seeds 3] [--sweep-minutes 5] [--splits 1] [--crop 96]
 
 CASES are real cases, each split holding out a third of them; without CASES, 24 phantoms at 2 mm train and 12 others
 are scored. Three sides:
@@ -95,18 +95,21 @@ def main() -> None:
     splits = [hold_out(ids, number) for number in range(options.splits)]
     sides = options.sides.split(",")
 
-    def job(side: str, rate: float, seed: int, split: tuple[list[str], list[str]], name: str) -> Job:
+    def job(
+        side: str, rate: float, seed: int, split: tuple[list[str], list[str]], name: str, minutes: float = options.minutes
+    ) -> Job:
         train, test = (tuple(part) for part in split)
-        shape = {"minutes": options.minutes, "crop": options.crop, "spacing_mm": SPACING[kind]}
+        shape = {"minutes": minutes, "crop": options.crop, "spacing_mm": SPACING[kind]}
         return Job(side=side, rate=rate, seed=seed, train=train, test=test, name=name, **shape)
 
     train = splits[0][0]
     inner = train[: -max(1, len(train) // 6)], train[-max(1, len(train) // 6) :]
-    tried = [job(side, rate, 0, inner, f"rate-{side}-{rate:g}") for side in sides for rate in RATES[side]]
+    sweep = options.sweep_minutes or options.minutes
+    tried = [job(side, rate, 0, inner, f"rate-{side}-{rate:g}", sweep) for side in sides for rate in RATES[side]]
     scores = run_all(tried, options)
     best = {side: max((mean_of(scores[one.name]), one.rate) for one in tried if one.side == side)[1] for side in sides}
     for one in tried:
-        print(f"  {one.side}, learning rate {one.rate:g}: {mean_of(scores[one.name]):.3f}")
+        print(f"  {one.side}, learning rate {one.rate:g}: {mean_of(scores[one.name]):.3f} after {sweep:g} minutes")
     final = [
         job(side, best[side], seed, split, f"{side}-split{number}-seed{seed}")
         for seed in range(options.seeds)
@@ -332,6 +335,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("out", type=Path, help="where runs and scores are kept")
     parser.add_argument("cases", nargs="?", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0)
+    parser.add_argument("--sweep-minutes", type=float, help="of the runs that choose the learning rate; as --minutes")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--splits", type=int, default=1, help="1 to 3")
     parser.add_argument("--crop", type=int, default=96, help="of MONAI's SegResNet; a multiple of 8")
