@@ -96,7 +96,13 @@ def main() -> None:
     sides = options.sides.split(",")
 
     def job(
-        side: str, rate: float, seed: int, split: tuple[list[str], list[str]], name: str, minutes: float = options.minutes
+        side: str,
+        rate: float,
+        seed: int,
+        split: tuple[list[str], list[str]],
+        name: str,
+        *,
+        minutes: float = options.minutes,
     ) -> Job:
         train, test = (tuple(part) for part in split)
         shape = {"minutes": minutes, "crop": options.crop, "spacing_mm": SPACING[kind]}
@@ -105,7 +111,9 @@ def main() -> None:
     train = splits[0][0]
     inner = train[: -max(1, len(train) // 6)], train[-max(1, len(train) // 6) :]
     sweep = options.sweep_minutes or options.minutes
-    tried = [job(side, rate, 0, inner, f"rate-{side}-{rate:g}", sweep) for side in sides for rate in RATES[side]]
+    tried = [
+        job(side, rate, 0, inner, f"rate-{side}-{rate:g}", minutes=sweep) for side in sides for rate in RATES[side]
+    ]
     scores = run_all(tried, options)
     best = {side: max((mean_of(scores[one.name]), one.rate) for one in tried if one.side == side)[1] for side in sides}
     for one in tried:

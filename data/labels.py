@@ -9,9 +9,9 @@ dataset.json of the Medical Segmentation Decathlon, nnU-Net's conversions (nnune
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -161,6 +161,20 @@ def decide_convention(
     return by_number or written_convention(naming) or BRATS2021
 
 
+def values_in(label_map: npt.NDArray[np.generic]) -> Sequence[float]:
+    """The values that occur, ascending.
+
+    Example:
+        >>> values_in(np.array([4, 0, 4], dtype=np.uint8))
+        [0, 4]
+    """
+    if label_map.dtype != np.uint8:
+        return cast("list[float]", np.unique(label_map).tolist())
+    there = np.zeros(256, dtype=np.bool_)
+    there[label_map] = True
+    return cast("list[float]", np.flatnonzero(there).tolist())
+
+
 def require_known_values(values: Iterable[int]) -> None:
     """Refuse values that no convention has.
 
@@ -281,19 +295,7 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
         >>> decode(np.array([0, 4, 2]), BRATS2021).tolist()
         [0, 3, 2]
     """
-    seen = np.unique(label_map)
-    allowed = convention.codes
-    foreign = [float(v) for v in seen if float(v) not in allowed]
-    if foreign:
-        shown = ", ".join(f"{v:g}" for v in foreign[:8])
-        raise DataError(
-            f"label values {shown} are not in the convention {convention.name}, which allows "
-            f"{', '.join(str(v) for v in sorted(allowed))}. Convert the label map, or leave the case out."
-        )
-    codes = np.zeros(label_map.shape, dtype=np.uint8)
-    for value, code in allowed.items():
-        codes[label_map == value] = code
-    return codes
+    return _translated(label_map, convention, convention.codes)
 
 
 def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> npt.NDArray[np.uint8]:
@@ -313,11 +315,35 @@ def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConventi
         >>> decode_tissues(np.array([4, 3, 0]), BRATS2024).tolist()
         [4, 3, 0]
     """
-    codes = decode(label_map, convention)
-    for numbers, code in ((convention.also_background, CAVITY), (convention.cysts, CYST)):
-        for number in numbers:
-            codes[label_map == number] = code
-    return codes
+    of_their_own = dict.fromkeys(convention.also_background, CAVITY) | dict.fromkeys(convention.cysts, CYST)
+    return _translated(label_map, convention, convention.codes | of_their_own)
+
+
+def _translated(
+    label_map: npt.NDArray[np.generic], convention: LabelConvention, codes: Mapping[int, int]
+) -> npt.NDArray[np.uint8]:
+    """The code of every voxel; a table translates bytes in one pass."""
+    foreign = [float(v) for v in values_in(label_map) if float(v) not in codes]
+    if foreign:
+        shown = ", ".join(f"{v:g}" for v in foreign[:8])
+        raise DataError(
+            f"label values {shown} are not in the convention {convention.name}, which allows "
+            f"{', '.join(str(v) for v in sorted(codes))}. Convert the label map, or leave the case out."
+        )
+    if label_map.dtype == np.uint8:
+        decoded: npt.NDArray[np.uint8] = _table_of(codes)[label_map]
+        return decoded
+    translated = np.zeros(label_map.shape, dtype=np.uint8)
+    for value, code in codes.items():
+        translated[label_map == value] = code
+    return translated
+
+
+def _table_of(codes: Mapping[int, int]) -> npt.NDArray[np.uint8]:
+    """The code of each byte, 0 for those that have none, shape (256,)."""
+    table = np.zeros(256, dtype=np.uint8)
+    table[list(codes)] = list(codes.values())
+    return table
 
 
 def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDArray[np.uint8]:

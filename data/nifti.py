@@ -162,9 +162,7 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
             NaN or infinity.
     """
     with _reading(path):
-        image = _open(path)
-        shape = _shape_3d(image, path, volume)
-        _require_room(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
+        image, shape = _checked(path, volume)
         voxels = _voxels(image, path, volume).reshape(shape)
     zeroed = 0
     if not _always_finite(image) and not np.isfinite(voxels).all():
@@ -186,6 +184,11 @@ def read_label_map(path: Path) -> Volume:
     Raises:
         DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
     """
+    with _reading(path):
+        image, shape = _checked(path)
+        stored = _byte_voxels(image, path)
+    if stored is not None:
+        return Volume(voxels=stored.reshape(shape), affine=_affine(image, path), path=path)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
@@ -434,6 +437,14 @@ def _open(path: Path) -> Any:
     return image
 
 
+def _checked(path: Path, volume: int | None = None) -> tuple[Any, tuple[int, int, int]]:
+    """The nibabel image of a file that can hold the voxels that its header claims, and their shape."""
+    image = _open(path)
+    shape = _shape_3d(image, path, volume)
+    _require_room(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
+    return image, shape
+
+
 def _claims_cifti(image: Any) -> bool:
     """Whether a header's intent is one of CIFTI, which nibabel does not look at in a compressed file."""
     return isinstance(image, nib.Nifti1Pair) and 3000 <= int(image.header["intent_code"]) < 3100
@@ -454,10 +465,26 @@ def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float3
             voxels = _unpacked(stream, image.dataobj)
         else:
             voxels = _scaled(type(image).from_stream(stream).dataobj, part)
-        # The checksum is compared at the end of the stream, which the voxels need not reach.
-        while stream.read(1 << 20):
-            pass
+        _read_to_end(stream)
     return voxels
+
+
+def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
+    """The voxels of a file that stores bytes unscaled, without a detour over float32; None of any other file."""
+    stored = image.dataobj
+    if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
+        return None
+    if not path.name.lower().endswith(".gz") or not isinstance(image, nib.Nifti1Image):
+        copied: npt.NDArray[np.uint8] = np.asanyarray(stored).astype(np.uint8)  # else a map of the file
+        return copied
+    with gzip_ng.open(path) as stream:
+        voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
+        _skip(stream, stored.offset)
+        read = _fill(stream, memoryview(voxels.data))
+        if read < voxels.size:
+            raise EOFError(f"{voxels.size} voxels expected, the file ends after {read}")
+        _read_to_end(stream)
+    return voxels.reshape(stored.shape, order="F")
 
 
 def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
@@ -477,24 +504,41 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
         stream: at the start of a NIfTI file.
         stored: nibabel's proxy of its voxels: where they begin, their type, shape, slope and intercept.
     """
-    skipped = stream.read(stored.offset)
-    if len(skipped) < stored.offset:
-        raise EOFError("the voxels are not there")
+    _skip(stream, stored.offset)
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
     voxels = np.empty(int(np.prod(stored.shape)), dtype=np.float32)
     piece = np.empty(max(1, _PIECE_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
     room = memoryview(piece.view(np.uint8).data)
     for start in range(0, voxels.size, piece.size):
         count = min(piece.size, voxels.size - start)
-        wanted, read = count * piece.itemsize, 0
-        while read < wanted:
-            got = stream.readinto(room[read:wanted])
-            if not got:
-                raise EOFError(f"{voxels.size} voxels expected, the file ends after {start + read // piece.itemsize}")
-            read += got
+        read = _fill(stream, room[: count * piece.itemsize])
+        if read < count * piece.itemsize:
+            raise EOFError(f"{voxels.size} voxels expected, the file ends after {start + read // piece.itemsize}")
         scaled = apply_read_scaling(piece[:count], slope, intercept)
         voxels[start : start + count] = scaled.astype(np.promote_types(scaled.dtype, np.float32), copy=False)
     return voxels.reshape(stored.shape, order="F")
+
+
+def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
+    if len(stream.read(count)) < count:
+        raise EOFError("the voxels are not there")
+
+
+def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:
+    """Read until the room is full or the stream ends; how many bytes came."""
+    read = 0
+    while read < len(room):
+        got = stream.readinto(room[read:])
+        if not got:
+            break
+        read += got
+    return read
+
+
+def _read_to_end(stream: gzip_ng.GzipNGFile) -> None:
+    """The checksum is compared at the end of the stream, which the voxels need not reach."""
+    while stream.read(1 << 20):
+        pass
 
 
 def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, int, int]:

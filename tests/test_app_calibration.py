@@ -207,6 +207,7 @@ def summary(volumes: dict[str, tuple[float, float]], folds: int) -> Summary:
             volume_ml=marked,
             reference_volume_ml=true,
             volume_error_ml=marked - true,
+            nsd=1.0,
         )
         found[case_id] = dict.fromkeys(REGIONS, scores)
     fold_of = {case_id: number % folds for number, case_id in enumerate(volumes)}

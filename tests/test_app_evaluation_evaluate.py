@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from app.evaluation.evaluate import METRICS, Evaluation, evaluate, rows, write_table
+from app.evaluation.evaluate import METRICS, Evaluation, LabelMapsOnce, evaluate, rows, write_table
 from data.errors import DataError
 
 #: x grows to the patient's left, y to posterior: the voxel order of BraTS files.
@@ -45,6 +45,34 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
         save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(4))
         save(tmp_path / "expected" / f"{case}.nii.gz", tumour(4))
     return tmp_path / "predicted", tmp_path / "expected"
+
+
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("room_bytes", [0, 1 << 20])
+def test_a_label_map_read_once_is_given_as_it_is_in_the_file(tmp_path: Path, order: Any, room_bytes: int) -> None:
+    path = save(tmp_path / "a.nii.gz", np.asarray(tumour(4), order=order))
+    maps = LabelMapsOnce(frozenset({path}), room_bytes=room_bytes)
+    assert maps.values(path) == {0, 1, 2, 4}
+    for _ in range(2):
+        np.testing.assert_array_equal(maps.give(path).voxels, tumour(4))
+
+
+def test_a_label_map_that_is_kept_is_not_read_again_and_then_forgotten(tmp_path: Path) -> None:
+    path = save(tmp_path / "a.nii.gz", tumour(4))
+    maps = LabelMapsOnce(frozenset({path}))
+    maps.values(path)
+    path.unlink()
+    assert maps.give(path).voxels.sum() == tumour(4).sum()
+    with pytest.raises(DataError, match="no such file"):
+        maps.give(path)
+
+
+@pytest.mark.parametrize(("labels", "values"), [(np.zeros((3, 3, 3)), {0}), (np.full((3, 3, 3), 2), {2})])
+def test_the_numbers_of_an_empty_and_of_a_full_label_map_are_told(tmp_path: Path, labels: Any, values: Any) -> None:
+    path = save(tmp_path / "a.nii.gz", labels.astype(np.uint8))
+    maps = LabelMapsOnce(frozenset({path}))
+    assert maps.values(path) == values
+    np.testing.assert_array_equal(maps.give(path).voxels, labels)
 
 
 def dice_of(evaluation: Evaluation) -> list[list[float]]:

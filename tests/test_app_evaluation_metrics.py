@@ -22,6 +22,7 @@ from app.evaluation.metrics import (
     region_scores,
     sensitivity,
     specificity,
+    surface_dice,
     volume_ml,
 )
 from app.evaluation.surfaces import surface_areas_mm2
@@ -53,30 +54,51 @@ def blobs(seed: int) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     return first, second
 
 
-def slow_hausdorff95_mm(
-    prediction: npt.NDArray[np.bool_], reference: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]
-) -> float:
-    """The definition, word by word: one corner at a time, all pairs of corners, no cropping."""
+def slow_surface(mask: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]) -> tuple[Any, Any]:
+    """Corners of the surface in mm and their areas in mm^2, word by word: one corner at a time."""
     from monai.metrics.utils import get_code_to_measure_table
 
     area_of = get_code_to_measure_table(spacing_mm)[0].double().numpy()
+    padded, corners, areas = np.pad(mask, 1), [], []
+    for corner in np.ndindex(*(n + 1 for n in mask.shape)):
+        around = padded[tuple(slice(c, c + 2) for c in corner)]
+        if around.any() and not around.all():
+            corners.append(np.array(corner) * spacing_mm)
+            areas.append(area_of[int("".join("01"[v] for v in around.ravel().astype(int)), 2)])
+    return np.array(corners), np.array(areas)
 
-    def surface(mask: npt.NDArray[np.bool_]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        padded, corners, areas = np.pad(mask, 1), [], []
-        for corner in np.ndindex(*(n + 1 for n in mask.shape)):
-            around = padded[tuple(slice(c, c + 2) for c in corner)]
-            if around.any() and not around.all():
-                corners.append(np.array(corner) * spacing_mm)
-                areas.append(area_of[int("".join("01"[v] for v in around.ravel().astype(int)), 2)])
-        return np.array(corners), np.array(areas)
+
+def slow_distances(start: Any, end: Any) -> Any:
+    """Of all pairs of corners, the nearest for each corner of the first surface, mm."""
+    return np.linalg.norm(start[0][:, None] - end[0][None], axis=-1).min(axis=1)
+
+
+def slow_hausdorff95_mm(
+    prediction: npt.NDArray[np.bool_], reference: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]
+) -> float:
+    """The definition, word by word, without cropping."""
 
     def directed(start: Any, end: Any) -> float:
-        distances = np.linalg.norm(start[0][:, None] - end[0][None], axis=-1).min(axis=1)
+        distances = slow_distances(start, end)
         below = [start[1][distances <= d].sum() / start[1].sum() for d in sorted(distances)]
         return float(sorted(distances)[next(i for i, share in enumerate(below) if share >= 0.95)])
 
-    first, second = surface(prediction), surface(reference)
+    first, second = (slow_surface(mask, spacing_mm) for mask in (prediction, reference))
     return max(directed(first, second), directed(second, first))
+
+
+def slow_surface_dice(
+    prediction: npt.NDArray[np.bool_],
+    reference: npt.NDArray[np.bool_],
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float,
+) -> float:
+    """The definition, word by word, without cropping."""
+    first, second = (slow_surface(mask, spacing_mm) for mask in (prediction, reference))
+    near = [
+        start[1][slow_distances(start, end) <= tolerance_mm].sum() for start, end in ((first, second), (second, first))
+    ]
+    return float(sum(near) / (first[1].sum() + second[1].sum()))
 
 
 @pytest.mark.parametrize("row", GOLDEN["rows"], ids=lambda row: row["case"])
@@ -179,6 +201,43 @@ def test_a_shift_is_measured_in_mm_along_its_axis() -> None:
     assert hausdorff95_mm(first, second, (1.5, 7.0, 9.0)) == pytest.approx(4.5)
 
 
+@properties
+@given(pairs, spacings, st.floats(0, 4), st.floats(0, 4))
+def test_a_larger_tolerance_never_lowers_the_surface_dice(pair: Any, spacing_mm: Any, one: float, other: float) -> None:
+    low, high = (surface_dice(*pair, spacing_mm, tolerance) for tolerance in sorted((one, other)))
+    assert 0 <= low <= high <= 1 + 1e-12
+
+
+@properties
+@given(pairs, spacings)
+def test_a_tolerance_of_the_whole_grid_forgives_all_but_an_empty_mask(pair: Any, spacing_mm: Any) -> None:
+    found = [bool(mask.any()) for mask in pair]
+    assert surface_dice(*pair, spacing_mm, 1000.0) == (1 if found[0] == found[1] else 0)
+
+
+def test_a_shifted_cube_agrees_where_its_surface_is_within_the_tolerance() -> None:
+    first, second = (boxes([[x, 3, 3, 8]], [20, 14, 14]) for x in (2, 4))
+    assert surface_dice(first, second, MM, 2.0) == 1
+    assert surface_dice(first, second, MM, 0.0) == pytest.approx(slow_surface_dice(first, second, MM, 0.0))
+    assert 0.5 < surface_dice(first, second, MM, 0.0) < surface_dice(first, second, MM, 1.0) < 1
+
+
+@pytest.mark.parametrize("tolerance_mm", [0.0, 1.0, 2.3])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fast_surface_dice_equals_the_slow_one(seed: int, tolerance_mm: float) -> None:
+    prediction, reference = blobs(seed)
+    expected = slow_surface_dice(prediction, reference, (0.9, 1.2, 2.0), tolerance_mm)
+    assert surface_dice(prediction, reference, (0.9, 1.2, 2.0), tolerance_mm) == pytest.approx(
+        expected, abs=1e-6
+    )  # of MONAI in single precision
+
+
+@pytest.mark.parametrize("tolerance_mm", [-1.0, float("nan"), float("inf")])
+def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None:
+    with pytest.raises(ValueError, match="tolerance"):
+        surface_dice(*blobs(0), MM, tolerance_mm)
+
+
 def test_a_stray_voxel_below_five_percent_of_the_surface_is_forgiven() -> None:
     cube = [[2, 2, 2, 8]]
     assert hausdorff95_mm(boxes([*cube, [30, 2, 2, 1]], [32, 12, 12]), boxes(cube, [32, 12, 12]), MM) == 0
@@ -187,8 +246,8 @@ def test_a_stray_voxel_below_five_percent_of_the_surface_is_forgiven() -> None:
 @pytest.mark.parametrize(
     ("prediction", "reference", "expected"),
     [
-        (0, 0, {"dice": 1.0, "hd95_mm": 0.0, "sensitivity": 1.0, "specificity": 1.0}),
-        (1, 0, {"dice": 0.0, "hd95_mm": ONE_EMPTY_HD95_MM, "sensitivity": 0.0, "specificity": 0.0}),
+        (0, 0, {"dice": 1.0, "hd95_mm": 0.0, "sensitivity": 1.0, "specificity": 1.0, "nsd": 1.0}),
+        (1, 0, {"dice": 0.0, "hd95_mm": ONE_EMPTY_HD95_MM, "sensitivity": 0.0, "specificity": 0.0, "nsd": 0.0}),
         (0, 1, {"dice": 0.0, "hd95_mm": ONE_EMPTY_HD95_MM, "sensitivity": 0.0, "specificity": 0.0}),
         (1, 1, {"dice": 1.0, "hd95_mm": 0.0, "sensitivity": 1.0, "specificity": 0.0}),
     ],

@@ -14,9 +14,11 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from scipy import ndimage
 
+from app.evaluation.official import score
 from app.evaluation.official.evaluate import evaluate_officially
-from app.evaluation.official.lesions import components, counted, joined_by, joined_components, touching
+from app.evaluation.official.lesions import components, counted, dilated, joined_by, joined_components, touching
 from app.evaluation.official.rules import rules_for
 from app.evaluation.official.score import OfficialScores, official_scores
 from data.errors import DataError
@@ -195,3 +197,21 @@ def test_scoring_loads_neither_monai_nor_torch() -> None:
         "assert not {'torch', 'monai'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 5])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_fast_dilation_equals_scipys(seed: int, steps: int) -> None:
+    mask = np.random.default_rng(seed).random((11, 9, 7)) < 0.02 * (seed + 1)
+    kept = mask.copy()
+    neighbours = ndimage.generate_binary_structure(3, 2)
+    expected = ndimage.binary_dilation(mask, neighbours, iterations=steps) if steps else mask
+    np.testing.assert_array_equal(dilated(mask, steps), expected)
+    np.testing.assert_array_equal(mask, kept)
+
+
+def test_cropping_to_each_region_does_not_change_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    pair = lesion_pair(5, (40, 44, 36), (1, 2, 3))
+    cropped = official_scores(*pair, MM, rules_for("brats2023", "GLI"))
+    monkeypatch.setattr(score, "_cropped", lambda masks, margin: masks)
+    assert official_scores(*pair, MM, rules_for("brats2023", "GLI")) == cropped

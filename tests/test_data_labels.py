@@ -27,6 +27,7 @@ from data.labels import (
     convention_of_names,
     decide_convention,
     decode,
+    decode_tissues,
     encode,
     from_regions,
     region_codes,
@@ -38,6 +39,13 @@ shapes = hnp.array_shapes(min_dims=3, max_dims=3, max_side=5)
 code_maps = hnp.arrays(np.uint8, shapes, elements=st.integers(0, 3))
 any_masks = shapes.flatmap(lambda shape: hnp.arrays(np.bool_, (3, *shape)))
 conventions = st.sampled_from(list(CONVENTIONS.values()))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS.values(), ids=lambda convention: convention.name)
+@pytest.mark.parametrize("read", [decode, decode_tissues])
+def test_bytes_are_decoded_as_other_whole_numbers_are(read: Any, convention: LabelConvention) -> None:
+    numbers = np.random.default_rng(0).choice(list(convention.codes), (9, 8, 7)).astype(np.uint8)
+    np.testing.assert_array_equal(read(numbers, convention), read(numbers.astype(np.int16), convention))
 
 
 @properties

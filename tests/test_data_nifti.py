@@ -447,6 +447,38 @@ def test_whole_numbers_stored_as_floats_make_a_label_map(tmp_path: Path) -> None
     np.testing.assert_array_equal(labels, numbered())
 
 
+@pytest.mark.parametrize("name", ["seg.nii", "seg.nii.gz"])
+def test_a_label_map_of_bytes_holds_what_the_same_numbers_as_floats_hold(tmp_path: Path, name: str) -> None:
+    stored = np.random.default_rng(0).integers(0, 256, (31, 20, 17)).astype(np.uint8)
+    found = read_label_map(save(tmp_path / name, stored))
+    np.testing.assert_array_equal(found.voxels, stored)
+    as_floats = read_label_map(save(tmp_path / f"float-{name}", stored.astype(np.float32)))
+    np.testing.assert_array_equal(found.voxels, as_floats.voxels)
+    np.testing.assert_array_equal(found.affine, as_floats.affine)
+
+
+def test_scaled_bytes_of_a_label_map_are_scaled(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(numbered().astype(np.uint8) // 2, LPS)
+    image.header.set_slope_inter(2, 0)
+    nib.save(image, tmp_path / "seg.nii.gz")
+    np.testing.assert_array_equal(read_label_map(tmp_path / "seg.nii.gz").voxels, numbered() // 2 * 2)
+
+
+@properties
+@given(place=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7))
+def test_a_label_map_of_bytes_that_is_cut_or_flipped_is_refused(
+    tmp_path_factory: pytest.TempPathFactory, place: float, bit: int
+) -> None:
+    labels = np.random.default_rng(0).integers(0, 4, (20, 20, 20)).astype(np.uint8)
+    path = save(tmp_path_factory.mktemp("bytes") / "a.nii.gz", labels)
+    packed = path.read_bytes()
+    at = 400 + int(place * (len(packed) - 400))
+    for content in (packed[:at], packed[:at] + bytes([packed[at] ^ 1 << bit]) + packed[at + 1 :]):
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"a\.nii\.gz: (damaged or cut short|cannot be read)"):
+            read_label_map(path)
+
+
 def test_replacing_puts_the_new_file_in_place_of_the_old(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("old")

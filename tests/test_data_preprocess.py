@@ -28,6 +28,7 @@ from data.preprocess import (
     resample,
     resample_codes,
     resampled_shape,
+    smallest_box,
     to_native_grid,
     zscore_nonzero,
 )
@@ -216,6 +217,17 @@ def test_nonzero_voxels_get_mean_0_and_standard_deviation_1(seed: int, exponent:
 @pytest.mark.parametrize("value", [0.0, 7.0])
 def test_a_contrast_without_spread_becomes_0(value: float) -> None:
     assert not zscore_nonzero(np.full((2, 2, 2), value, dtype=np.float32)).any()
+
+
+@properties
+@given(hnp.arrays(np.bool_, small), st.permutations(range(3)), st.sampled_from([1, -1]))
+def test_the_smallest_box_holds_all_that_is_marked_and_touches_it_on_every_side(
+    mask: Any, order: Any, step: int
+) -> None:
+    mask = mask.transpose(order)[::step]
+    if mask.any():
+        expected = tuple(slice(places.min(), places.max() + 1) for places in mask.nonzero())
+        assert smallest_box(mask) == expected
 
 
 @properties

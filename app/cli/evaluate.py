@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
@@ -45,6 +46,10 @@ def evaluate(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
+    nsd_mm: Annotated[
+        float | None,
+        typer.Option("--nsd-mm", min=0, metavar="MM", help="Tolerance of the surface Dice (nsd).  [default: 1]"),
+    ] = None,
     rules: Annotated[
         str | None,
         typer.Option(
@@ -79,20 +84,22 @@ def evaluate(
     """
     if task is not None and rules is None:
         raise typer.BadParameter("--task goes with --rules")
-    if rules is not None and (resample or contrast_subsets):
-        raise typer.BadParameter(f"--rules does not go with {'--resample' if resample else '--contrast-subsets'}")
+    chosen = {
+        "--resample": resample,
+        "--nsd-mm": nsd_mm is not None,
+        "--cases": cases is not None,
+        "--device": device is not None,
+        "--contrast-subsets": contrast_subsets,
+    }
+    _require_company({option for option, given in chosen.items() if given}, officially=rules is not None)
     if contrast_subsets:
-        if resample:
-            raise typer.BadParameter(
-                "--resample goes with PREDICTIONS; predictions of --contrast-subsets lie on the grid"
-            )
         _subsets(predictions, references, cases, device, follow_links=follow_links, out=out, as_json=as_json)
         return
-    for option, value in (("--cases", cases), ("--device", device)):
-        if value is not None:
-            raise typer.BadParameter(f"{option} goes with --contrast-subsets")
+    if nsd_mm is not None and not math.isfinite(nsd_mm):
+        raise typer.BadParameter("--nsd-mm is a distance in mm")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
+    from app.evaluation.metrics import NSD_MM  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
 
     first, comma, second = (labels or "").partition(",")
@@ -109,7 +116,14 @@ def evaluate(
             as_json=as_json,
         )
         return
-    scores = score(predictions, references, resample=resample, labels=conventions, follow_links=follow_links)
+    scores = score(
+        predictions,
+        references,
+        resample=resample,
+        nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
+        labels=conventions,
+        follow_links=follow_links,
+    )
     if as_json:
         terminal.json_result(scores.to_json())
     else:
@@ -124,6 +138,24 @@ def evaluate(
         what = "prediction was resampled to its" if count == 1 else "predictions were resampled to their"
         terminal.say(f"{count} {what} reference's grid: {_some(scores.resampled)}")
     _end(scores.failures, scores.missing_predictions, scores.missing_references)
+
+
+def _require_company(given: set[str], *, officially: bool) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        typer.BadParameter: two do not.
+    """
+    apart = sorted(given & {"--resample", "--nsd-mm", "--contrast-subsets"})
+    if officially and apart:
+        raise typer.BadParameter(f"--rules does not go with {apart[0]}")
+    if "--contrast-subsets" not in given:
+        for option in sorted(given & {"--cases", "--device"}):
+            raise typer.BadParameter(f"{option} goes with --contrast-subsets")
+    elif "--resample" in given:
+        raise typer.BadParameter("--resample goes with PREDICTIONS; predictions of --contrast-subsets lie on the grid")
+    elif "--nsd-mm" in given:
+        raise typer.BadParameter("--nsd-mm does not go with --contrast-subsets, which gives Dice")
 
 
 def _official(

@@ -8,21 +8,22 @@ import os
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Lock
 from typing import Final, TypeVar
 
 import numpy as np
 
-from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores, region_scores
+from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, NSD_MM, RegionScores, nsd_definition, region_scores
 from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
 from data.errors import DataError
-from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values
+from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values, values_in
 from data.layouts import Case, decide_for, find_label_cases
-from data.nifti import grid_difference, in_order_of, read_label_map, reorient, replacing, strip_nifti_ending
-from data.preprocess import resample_codes_onto
+from data.nifti import Volume, grid_difference, in_order_of, read_label_map, reorient, replacing, strip_nifti_ending
+from data.preprocess import resample_codes_onto, smallest_box
 
 #: What is known of each region beside :data:`METRICS` where there are probabilities.
 CALIBRATION: Final = ("ece", "brier")
@@ -41,6 +42,7 @@ _NAMING_RULES: Final = (
     "<case>.nii.gz, <case>-seg.nii.gz and <case>_seg.nii.gz all belong to <case>."
 )
 _SHOWN: Final = 3
+_KEPT_BYTES: Final = 1 << 29
 _IN_TERMINAL: Final = {"dice": ".3f", "hd95_mm": ".1f"}
 
 
@@ -74,6 +76,8 @@ class Evaluation:
     """Name of the label convention of the predictions, e.g. ``brats2023``."""
     reference_convention: str
     """The same for the references."""
+    nsd_mm: float = NSD_MM
+    """Tolerance of the surface Dice in mm."""
 
     def summary(self) -> dict[Region, dict[str, float]]:
         """Mean over cases of every number in :data:`METRICS`, by region, e.g. ``summary()["WT"]["dice"]``."""
@@ -110,6 +114,7 @@ class Evaluation:
             "reference_convention": self.reference_convention,
             "dice_definition": DICE_DEFINITION,
             "hd95_definition": HD95_DEFINITION,
+            "nsd_definition": nsd_definition(self.nsd_mm),
             **({"calibration": self._calibration_json()} if self.has_probabilities else {}),
             "notice": NOTICE,
         }
@@ -157,6 +162,7 @@ def evaluate(
     references: Path,
     *,
     resample: bool = False,
+    nsd_mm: float = NSD_MM,
     labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
     on_case: Callable[[str], None] | None = None,
@@ -171,6 +177,7 @@ def evaluate(
         predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
         resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
+        nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.
         labels: names of the label conventions of predictions and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
         on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
@@ -191,7 +198,7 @@ def evaluate(
     folders = match(predictions, references, labels=labels, follow_links=follow_links)
 
     def score(case: str) -> CaseScores:
-        return _score_case(case, folders, resample=resample)
+        return _score_case(case, folders, resample=resample, nsd_mm=nsd_mm)
 
     cases, failures = score_each(folders, score, on_case=on_case)
     return Evaluation(
@@ -201,6 +208,7 @@ def evaluate(
         failures=failures,
         prediction_convention=folders.prediction_convention.name,
         reference_convention=folders.reference_convention.name,
+        nsd_mm=nsd_mm,
     )
 
 
@@ -218,6 +226,8 @@ class Folders:
     """What those of the references mean."""
     faults: Mapping[str, str]
     """Why a case that has both cannot be read, by case id."""
+    read: Callable[[Path], Volume]
+    """Reads one of the label maps, or gives it again; see :class:`LabelMapsOnce`."""
 
     @property
     def common(self) -> list[str]:
@@ -261,15 +271,70 @@ def match(
             f"no case is in both folders: {predictions} holds {_some(predicted)}; {references} holds "
             f"{_some(expected)}. {_NAMING_RULES}"
         )
-    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0])
-    reference_convention, reference_faults = _survey(references, expected_cases, labels[1])
+    maps = LabelMapsOnce(
+        frozenset(side[case] for side in (predicted, expected) for case in predicted.keys() & expected)
+    )
+    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0], maps)
+    reference_convention, reference_faults = _survey(references, expected_cases, labels[1], maps)
     return Folders(
         predicted=predicted,
         expected=expected,
         prediction_convention=prediction_convention,
         reference_convention=reference_convention,
         faults=reference_faults | prediction_faults,
+        read=maps.give,
     )
+
+
+class LabelMapsOnce:
+    """Label maps that are asked for twice: first for the numbers in them, which settle the convention, then to score.
+
+    What was read is kept for the second time, cropped to what is not background, as long as there is room.
+    """
+
+    def __init__(self, paths: frozenset[Path], *, room_bytes: int = _KEPT_BYTES) -> None:
+        """Keep nothing yet.
+
+        Args:
+            paths: the label maps that will be asked for twice.
+            room_bytes: of those kept at a time, default 512 MiB.
+        """
+        self._paths, self._room_bytes, self._lock = paths, room_bytes, Lock()
+        self._kept: dict[Path, tuple[Volume, tuple[slice, slice, slice], tuple[int, ...]]] = {}
+
+    def values(self, path: Path) -> set[int]:
+        """The numbers in a label map.
+
+        Raises:
+            DataError: as :func:`data.nifti.read_label_map`.
+        """
+        volume = read_label_map(path)
+        mask = volume.voxels != 0
+        if not mask.any():
+            return {0}
+        box = smallest_box(mask)
+        inside = volume.voxels[box].copy(order="K")
+        with self._lock:
+            if path in self._paths and inside.nbytes <= self._room_bytes:
+                self._room_bytes -= inside.nbytes
+                self._kept[path] = replace(volume, voxels=inside), box, volume.voxels.shape
+        return {int(value) for value in values_in(inside)} | ({0} if inside.size < mask.size else set())
+
+    def give(self, path: Path) -> Volume:
+        """The label map as it was read the first time, which is then forgotten, or read anew.
+
+        Raises:
+            DataError: as :func:`data.nifti.read_label_map`.
+        """
+        with self._lock:
+            kept = self._kept.pop(path, None)
+            self._room_bytes += kept[0].voxels.nbytes if kept is not None else 0
+        if kept is None:
+            return read_label_map(path)
+        volume, box, shape = kept
+        voxels = np.zeros(shape, dtype=np.uint8, order="F" if volume.voxels.flags.f_contiguous else "C")
+        voxels[box] = volume.voxels
+        return replace(volume, voxels=voxels)
 
 
 def score_each(
@@ -386,10 +451,10 @@ def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, di
     yield "median", evaluation.medians()
 
 
-def _score_case(case: str, folders: Folders, *, resample: bool) -> CaseScores:
+def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -> CaseScores:
     prediction_path, reference_path = folders.predicted[case], folders.expected[case]
-    reference = reorient(read_label_map(reference_path))
-    prediction = in_order_of(reference, read_label_map(prediction_path))
+    reference = reorient(folders.read(reference_path))
+    prediction = in_order_of(reference, folders.read(prediction_path))
     codes = decode(prediction.voxels, folders.prediction_convention)
     expected = decode(reference.voxels, folders.reference_convention)
     difference = grid_difference(prediction, reference)
@@ -405,7 +470,7 @@ def _score_case(case: str, folders: Folders, *, resample: bool) -> CaseScores:
             codes = resample_codes_onto(codes, prediction.affine, (x, y, z), reference.affine)
         except DataError as error:
             raise DataError(f"{place}: {error} ({difference}). Do they belong to the same scan?") from error
-    scores = region_scores(codes, expected, reference.spacing_mm)
+    scores = region_scores(codes, expected, reference.spacing_mm, nsd_mm=nsd_mm)
     probabilities = prediction_path.with_name(f"{strip_nifti_ending(prediction_path.name)}{ENDING}")
     counted = None
     if difference is None and probabilities.exists():
@@ -421,7 +486,9 @@ def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
     return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
 
 
-def _survey(folder: Path, cases: Mapping[str, Case], labels: str | None) -> tuple[LabelConvention, dict[str, str]]:
+def _survey(
+    folder: Path, cases: Mapping[str, Case], labels: str | None, maps: LabelMapsOnce
+) -> tuple[LabelConvention, dict[str, str]]:
     """Decide one side's convention from all of its files; the files that have no say come back by case, with reasons.
 
     Cases without a counterpart are read as well: they may hold the only 3 or 4 of the data set.
@@ -430,7 +497,7 @@ def _survey(folder: Path, cases: Mapping[str, Case], labels: str | None) -> tupl
 
     def values(path: Path) -> set[int] | str:
         try:
-            found = {int(value) for value in np.flatnonzero(np.bincount(read_label_map(path).voxels.ravel()))}
+            found = maps.values(path)
             require_known_values(found)
         except (DataError, OSError) as error:
             message = str(error)

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from app.evaluation.surfaces import Mask, Spacing, corner_codes, robust_distance_mm, surface_areas_mm2
+from app.evaluation.surfaces import Mask, Spacing, corner_codes, surface_areas_mm2, surface_distances
 from data.labels import ENHANCING, REGIONS, Region, region_codes
 from data.preprocess import smallest_box
 
@@ -22,8 +22,15 @@ from data.preprocess import smallest_box
 ONE_EMPTY_HD95_MM: Final = 374.0
 #: One sentence that says which of several "HD95" this is; it goes into every result file.
 HD95_DEFINITION: Final = "surface-distance robust Hausdorff, 95 %; one mask empty 374 mm (BraTS 2023)"
+#: Distance in mm within which two surfaces agree, unless another is asked for; what BraTS 2024 reports beside 0.5 mm.
+NSD_MM: Final = 1.0
 #: The same for Dice.
 DICE_DEFINITION: Final = "whole volume; both masks empty 1, one mask empty 0 (BraTS 2023)"
+
+
+def nsd_definition(tolerance_mm: float) -> str:
+    """One sentence that says which normalised surface Dice this is."""
+    return f"surface-distance surface Dice at {tolerance_mm:g} mm, by area; both masks empty 1, one mask empty 0"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,8 @@ class RegionScores:
     """Reference volume in millilitres."""
     volume_error_ml: float
     """Predicted minus reference volume in millilitres: positive where too much was marked."""
+    nsd: float
+    """0 to 1, see :func:`surface_dice`."""
 
 
 def dice(prediction: Mask, reference: Mask) -> float:
@@ -165,17 +174,58 @@ def hausdorff95_mm(prediction: Mask, reference: Mask, spacing_mm: Spacing) -> fl
         >>> hausdorff95_mm(first, second, (1.5, 1.0, 1.0))
         3.0
     """
+    return _surface_scores(prediction, reference, spacing_mm, NSD_MM)[0]
+
+
+def surface_dice(prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float = NSD_MM) -> float:
+    """Surface Dice at a tolerance: the share of both surfaces' area that lies within it of the other surface.
+
+    Surfaces and areas are those of :func:`hausdorff95_mm`. nnU-Net and the script of BraTS 2024 count border voxels
+    instead of areas; ``evaluate --rules brats2024`` gives theirs.
+
+    Args:
+        prediction: bool, shape (X, Y, Z).
+        reference: bool, same shape.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z.
+        tolerance_mm: distance in mm up to which surfaces agree, default 1.
+
+    Returns:
+        0 to 1; 1 when both masks are empty, 0 when exactly one is.
+
+    Raises:
+        ValueError: shapes differ, a mask is not boolean, the spacing is not three positive finite numbers, or the
+            tolerance is negative or not finite.
+
+    Example:
+        >>> first, second = np.zeros((2, 9, 9, 9), dtype=bool)
+        >>> first[2:5, 2:5, 2:5] = second[4:7, 2:5, 2:5] = True
+        >>> surface_dice(first, second, (1.5, 1.0, 1.0), 3.0)
+        1.0
+    """
+    return _surface_scores(prediction, reference, spacing_mm, tolerance_mm)[1]
+
+
+def _surface_scores(prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float) -> tuple[float, float]:
+    """HD95 in mm and surface Dice."""
     _require_masks(prediction, reference)
     _require_spacing(spacing_mm)
+    if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
+        raise ValueError(f"the tolerance is a distance in mm of 0 or more, not {tolerance_mm}")
     if not prediction.any() or not reference.any():
-        return ONE_EMPTY_HD95_MM if prediction.any() or reference.any() else 0.0
+        return (ONE_EMPTY_HD95_MM, 0.0) if prediction.any() or reference.any() else (0.0, 1.0)
     box = _joint_box(prediction, reference)
     codes = corner_codes(prediction[box]), corner_codes(reference[box])
-    return robust_distance_mm(*codes, spacing_mm, surface_areas_mm2(spacing_mm))
+    found = surface_distances(*codes, spacing_mm, surface_areas_mm2(spacing_mm))
+    assert found is not None
+    return found.robust_mm, found.share_within(tolerance_mm)
 
 
 def region_scores(
-    prediction_codes: npt.NDArray[np.uint8], reference_codes: npt.NDArray[np.uint8], spacing_mm: Spacing
+    prediction_codes: npt.NDArray[np.uint8],
+    reference_codes: npt.NDArray[np.uint8],
+    spacing_mm: Spacing,
+    *,
+    nsd_mm: float = NSD_MM,
 ) -> dict[Region, RegionScores]:
     """All scores of one case, for whole tumour, tumour core and enhancing tumour.
 
@@ -183,12 +233,14 @@ def region_scores(
         prediction_codes: label map in the program's codes 0 to 3 (see ``data.labels``), shape (X, Y, Z).
         reference_codes: the same for the reference, same shape and grid.
         spacing_mm: voxel edge lengths in mm along X, Y, Z.
+        nsd_mm: tolerance of :func:`surface_dice` in mm, default 1.
 
     Returns:
         scores by region, in the order of ``data.labels.REGIONS``.
 
     Raises:
-        ValueError: shapes differ, a code above 3, or the spacing is not three positive finite numbers.
+        ValueError: shapes differ, a code above 3, the spacing is not three positive finite numbers, or the tolerance
+            is no distance.
 
     Example:
         >>> codes = np.full((10, 10, 10), 2, dtype=np.uint8)  # oedema everywhere: no core
@@ -200,14 +252,16 @@ def region_scores(
     for region in REGIONS:
         prediction, reference = _region_mask(prediction_codes, region), _region_mask(reference_codes, region)
         predicted_ml, reference_ml = volume_ml(prediction, spacing_mm), volume_ml(reference, spacing_mm)
+        hd95_mm, nsd = _surface_scores(prediction, reference, spacing_mm, nsd_mm)
         scores[region] = RegionScores(
             dice=dice(prediction, reference),
-            hd95_mm=hausdorff95_mm(prediction, reference, spacing_mm),
+            hd95_mm=hd95_mm,
             sensitivity=sensitivity(prediction, reference),
             specificity=specificity(prediction, reference),
             volume_ml=predicted_ml,
             reference_volume_ml=reference_ml,
             volume_error_ml=predicted_ml - reference_ml,
+            nsd=nsd,
         )
     return scores
 

@@ -7,6 +7,7 @@ radiotherapy", arXiv 1809.04430, and their package ``surface-distance``.
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Final, cast
 
 import numpy as np
@@ -109,6 +110,57 @@ def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, m
     return cast(FloatArray, np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2))
 
 
+@dataclass(frozen=True, kw_only=True)
+class SurfaceDistances:
+    """How far each of two surfaces lies from the other, corner by corner."""
+
+    there_mm: FloatArray
+    """From the first surface's corners to the second surface, mm."""
+    there_mm2: FloatArray
+    """Area that each of these corners stands for, mm^2."""
+    back_mm: FloatArray
+    """From the second to the first."""
+    back_mm2: FloatArray
+    """Area of the corners of the second."""
+
+    @property
+    def robust_mm(self) -> float:
+        """The larger of the two distances within which 95 % of one surface's area lies of the other surface."""
+        return max(_percentile_mm(self.there_mm, self.there_mm2), _percentile_mm(self.back_mm, self.back_mm2))
+
+    def share_within(self, tolerance_mm: float) -> float:
+        """Share of both surfaces' area that lies within a distance of the other surface, 0 to 1."""
+        near = (areas[mm <= tolerance_mm].sum() for mm, areas in self._both)
+        return float(sum(near) / sum(areas.sum() for _, areas in self._both))
+
+    @property
+    def _both(self) -> tuple[tuple[FloatArray, FloatArray], ...]:
+        return (self.there_mm, self.there_mm2), (self.back_mm, self.back_mm2)
+
+
+def surface_distances(
+    first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
+) -> SurfaceDistances | None:
+    """The distances of two surfaces from each other; None where one of them is empty.
+
+    Args:
+        first: codes of :func:`corner_codes`.
+        second: the same of the other mask, same shape.
+        spacing_mm: edge lengths in mm along X, Y, Z.
+        areas_mm2: of :func:`surface_areas_mm2`.
+        may_search: as for :func:`distances_mm`.
+    """
+    one, other = on_surface(first), on_surface(second)
+    if not one.any() or not other.any():
+        return None
+    return SurfaceDistances(
+        there_mm=distances_mm(one, other, spacing_mm, may_search=may_search),
+        there_mm2=areas_mm2[first[one]],
+        back_mm=distances_mm(other, one, spacing_mm, may_search=may_search),
+        back_mm2=areas_mm2[second[other]],
+    )
+
+
 def robust_distance_mm(
     first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
 ) -> float:
@@ -124,13 +176,8 @@ def robust_distance_mm(
     Returns:
         millimetres; infinite where exactly one has a surface.
     """
-    one, other = on_surface(first), on_surface(second)
-    if not one.any() or not other.any():
-        return float("inf")
-    return max(
-        _percentile_mm(distances_mm(one, other, spacing_mm, may_search=may_search), areas_mm2[first[one]]),
-        _percentile_mm(distances_mm(other, one, spacing_mm, may_search=may_search), areas_mm2[second[other]]),
-    )
+    found = surface_distances(first, second, spacing_mm, areas_mm2, may_search=may_search)
+    return float("inf") if found is None else found.robust_mm
 
 
 def _percentile_mm(distances: FloatArray, weights_mm2: FloatArray) -> float:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
 from app.evaluation.evaluate import Folders, match, require_table_place, score_each
 from app.evaluation.official.rules import Rules
 from app.evaluation.official.score import OfficialScores, official_scores
 from data.errors import DataError
 from data.labels import BRATS2024, decode_tissues
-from data.nifti import grid_difference, in_order_of, read_label_map, replacing
+from data.nifti import grid_difference, in_order_of, replacing
 
 #: Columns of the terminal's table: metric, heading, format.
 _IN_TERMINAL: Final = (("lesion_dice", "Dice", ".3f"), ("lesion_hd95_mm", "HD95", ".1f"))
@@ -131,8 +129,8 @@ def evaluate_officially(
     folders = match(predictions, references, labels=labels, follow_links=follow_links)
 
     def score(case: str) -> OfficialCase:
-        reference = read_label_map(folders.expected[case])
-        prediction = in_order_of(reference, read_label_map(folders.predicted[case]))
+        reference = folders.read(folders.expected[case])
+        prediction = in_order_of(reference, folders.read(folders.predicted[case]))
         difference = grid_difference(prediction, reference)
         if difference is not None:
             raise DataError(
@@ -146,8 +144,7 @@ def evaluate_officially(
             decode_tissues(prediction.voxels, folders.prediction_convention),
             decode_tissues(reference.voxels, folders.reference_convention),
         )
-        order = [np.ascontiguousarray(side) for side in tissues]
-        return OfficialCase(case=case, regions=official_scores(order[0], order[1], reference.spacing_mm, rules))
+        return OfficialCase(case=case, regions=official_scores(*tissues, reference.spacing_mm, rules))
 
     cases, failures = score_each(folders, score, on_case=on_case)
     return OfficialEvaluation(rules=rules, cases=tuple(cases), folders=folders, failures=failures)

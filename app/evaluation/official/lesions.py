@@ -13,7 +13,6 @@ from scipy import ndimage
 Mask = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.int32]
 
-_NEIGHBOURS_18: Final = ndimage.generate_binary_structure(3, 2)
 _NEIGHBOURS_26: Final = ndimage.generate_binary_structure(3, 3)
 _STEPS_18: Final = tuple(s for s in itertools.product((-1, 0, 1), repeat=3) if 0 < sum(map(abs, s)) <= 2)
 
@@ -54,9 +53,38 @@ def joined_components(mask: Mask, dilation: int) -> Lesions:
         mask: shape (X, Y, Z).
         dilation: steps with 18 neighbours.
     """
-    dilated = ndimage.binary_dilation(mask, _NEIGHBOURS_18, iterations=dilation)
-    grown = components(dilated).numbers
+    grown = components(dilated(mask, dilation)).numbers
     return Lesions(numbers=np.where(mask, grown, np.int32(0)), grown=grown)
+
+
+def dilated(mask: Mask, steps: int) -> Mask:
+    """The mask and, ``steps`` times over, the 18 neighbours of each of its voxels; outside of it is nothing.
+
+    The neighbourhood is three squares, one across each axis, and a square is a step along one of its axes after a step
+    along the other: ten passes over bytes, where scipy's ``binary_dilation`` visits 19 neighbours of each voxel.
+
+    Args:
+        mask: shape (X, Y, Z).
+        steps: 0 or more.
+    """
+    for _ in range(steps):
+        rows = [_spread(mask, axis) for axis in (0, 1)]
+        mask = _spread(rows[0], 1)
+        for row in rows:
+            _spread(row, 2, into=mask)
+    return mask
+
+
+def _spread(mask: Mask, axis: int, *, into: Mask | None = None) -> Mask:
+    """The voxels of a mask and those beside them along an axis, added to ``into`` where one is given."""
+    out = mask.copy() if into is None else into
+    if into is not None:
+        out |= mask
+    after, before = [slice(None)] * 3, [slice(None)] * 3
+    after[axis], before[axis] = slice(1, None), slice(None, -1)
+    out[tuple(after)] |= mask[tuple(before)]
+    out[tuple(before)] |= mask[tuple(after)]
+    return out
 
 
 def without_small(lesions: Lesions, most_voxels: float) -> Lesions:
@@ -102,7 +130,7 @@ def touching(first: Numbers, second: Numbers) -> list[tuple[int, int]]:
         first: shape (X, Y, Z), 0 where there is nothing.
         second: same shape, with no voxel in common.
     """
-    near = ndimage.binary_dilation(second > 0, _NEIGHBOURS_18) & (first > 0)
+    near = dilated(second > 0, 1) & (first > 0)
     places, padded = np.argwhere(near), np.pad(second, 1)
     numbers = first[near]
     found: set[tuple[int, int]] = set()

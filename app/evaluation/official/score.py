@@ -119,7 +119,9 @@ class _Case:
         margin = max(rule.dilation for rule in rules.regions) + 1
         box = _grown_box((prediction > 0) | (reference > 0), margin)
         pair = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
-        masks = {rule.name: tuple(_region_mask(side, rule) for side in pair) for rule in rules.regions}
+        masks = {rule.name: _region_masks(pair, rule) for rule in rules.regions}
+        if not any(rule.joins for rule in rules.regions):  # else regions are compared with each other
+            masks = {rule.name: _cropped(masks[rule.name], rule.dilation + 1) for rule in rules.regions}
         found = [
             {rule.name: self._lesions(masks[rule.name][side], rule, side) for rule in rules.regions} for side in (0, 1)
         ]
@@ -291,10 +293,16 @@ def _within(border: Mask, spacing_mm: Spacing, tolerance_mm: float) -> Mask:
     return close
 
 
-def _region_mask(tissues: Tissues, rule: RegionRule) -> Mask:
+def _region_masks(pair: tuple[Tissues, Tissues], rule: RegionRule) -> tuple[Mask, Mask]:
     inside = np.zeros(CYST + 1, dtype=np.bool_)
     inside[list(rule.tissues)] = True
-    return inside[tissues]
+    return inside[pair[0]], inside[pair[1]]
+
+
+def _cropped(masks: tuple[Mask, Mask], margin: int) -> tuple[Mask, Mask]:
+    """Both masks in their joint box and some voxels around it."""
+    box = _grown_box(masks[0] | masks[1], margin)
+    return np.ascontiguousarray(masks[0][box]), np.ascontiguousarray(masks[1][box])
 
 
 def _grown_box(mask: Mask, margin: int) -> Box:
@@ -324,9 +332,10 @@ def _matches(predicted: Lesions, expected: Lesions) -> dict[int, set[int]]:
 
 
 def _overlaps(predicted: Lesions, expected: Lesions) -> npt.NDArray[np.int64]:
-    """Voxels of each pair of numbers, shape (expected.most + 1, predicted.most + 1)."""
+    """Voxels of each pair of numbers, shape (expected.most + 1, predicted.most + 1); 0 and 0 are not counted."""
     width = predicted.most + 1
-    both = np.bincount((expected.numbers.astype(np.int64) * width + predicted.numbers).ravel(), minlength=width)
+    marked = (expected.numbers | predicted.numbers) != 0
+    both = np.bincount(expected.numbers[marked].astype(np.int64) * width + predicted.numbers[marked], minlength=width)
     full = np.zeros((expected.most + 1) * width, dtype=np.int64)
     full[: len(both)] = both
     return full.reshape(-1, width)
