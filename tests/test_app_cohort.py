@@ -22,7 +22,7 @@ from app.errors import DeviceError
 from app.inference.job import Job, Native, case_from_plain, case_to_plain, job_from_plain
 from app.inference.manifest import Outcome, this_worker
 from app.inference.pipeline import InThisProcess, Steps
-from app.inference.settings import PredictOptions
+from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.workers import devices_of
 from data.bring_in import BringInConfig
 from data.errors import DataError
@@ -402,7 +402,9 @@ def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
 
     happened: list[str] = []
 
-    def call(*, compute: Callable[[str, list[str]], None], voxels: int = 1) -> tuple[Noted, list[str]]:
+    def call(
+        *, compute: Callable[[str, list[str]], None], voxels: int = 1, options: PredictOptions = DEFAULTS
+    ) -> tuple[Noted, list[str]]:
         def read(case: Case) -> str:
             happened.append(f"read {case.id}")
             if case.id == "b":
@@ -421,7 +423,9 @@ def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
         monkeypatch.setattr(pipeline, "voxel_count", lambda path: voxels)
         monkeypatch.setattr(pipeline, "made_from", lambda case, settings: {})
         engine = InThisProcess(
-            steps=Steps(read=read, compute=computed, write=write),
+            steps=Steps(
+                read=read, compute=computed, write=write, most_voxels_ahead=pipeline.most_voxels_ahead(options)
+            ),
             output=tmp_path,
             settings={},
             worker=this_worker("cpu"),
@@ -462,6 +466,12 @@ def test_no_more_than_one_case_is_read_ahead(through: Call) -> None:
 
 def test_a_large_case_is_not_read_ahead(through: Call) -> None:
     _, happened = through(voxels=512**3, compute=lambda case, happened: time.sleep(0.02))
+    assert happened == ["read a", "computed a", "read b", "read c", "computed c", "read d", "computed d"]
+
+
+def test_nothing_is_read_ahead_where_memory_is_bounded(through: Call) -> None:
+    bounded = PredictOptions(max_memory_gb=6)
+    _, happened = through(options=bounded, compute=lambda case, happened: time.sleep(0.02))
     assert happened == ["read a", "computed a", "read b", "read c", "computed c", "read d", "computed d"]
 
 

@@ -17,7 +17,7 @@ from app.inference.finished import settings_of
 from app.inference.flags import Facts, Flag, flags_of
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
-from app.inference.pipeline import InThisProcess, Steps
+from app.inference.pipeline import InThisProcess, Steps, most_voxels_ahead
 from app.inference.predict import finish, place_for, unusual_contrasts, write_companions
 from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
@@ -154,7 +154,7 @@ def native_steps(
             },
         )
 
-    return Steps(read=read, compute=compute, write=write)
+    return Steps(read=read, compute=compute, write=write, most_voxels_ahead=most_voxels_ahead(options))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 from app.inference.cohort import Prediction, Told
 from app.inference.finished import MADE_FROM, files_sha256, made_from
 from app.inference.manifest import Outcome, Worker
+from app.inference.settings import PredictOptions
 from app.runlog import write_json
 from data.errors import DataError
 from data.layouts import Case
@@ -23,6 +24,11 @@ C = TypeVar("C")
 
 #: A case of more voxels is not read ahead: beside the one that is computed it would need too much memory.
 MOST_VOXELS_AHEAD: Final = 320**3
+
+
+def most_voxels_ahead(options: PredictOptions) -> int:
+    """Where memory is bounded nothing is read ahead: it would come on top of what is planned for the case before."""
+    return MOST_VOXELS_AHEAD if options.max_memory_gb is None else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +43,8 @@ class Steps(Generic[R, C]):
     """Writes every file but ``<case>.json``; called on a thread of its own."""
     warm_up: Callable[[], None] = lambda: None
     """Called once on the thread that computes, while the first case is read."""
+    most_voxels_ahead: int = MOST_VOXELS_AHEAD
+    """A case with a larger image is read once the one before it is computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,7 +186,7 @@ class _Ahead(Generic[R]):
     def _next(self) -> _Read[R] | None:
         for case in self._cases:
             try:
-                if any(voxel_count(path) > MOST_VOXELS_AHEAD for path in case.contrasts.values()):
+                if any(voxel_count(path) > self._engine.steps.most_voxels_ahead for path in case.contrasts.values()):
                     self._idle.wait()
             except DataError:  # told when it is read
                 self._idle.wait()

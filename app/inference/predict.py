@@ -17,7 +17,7 @@ from app.inference.flags import Facts, Flag, flags_of
 from app.inference.known import TrainingRecord
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
-from app.inference.pipeline import InThisProcess, Steps
+from app.inference.pipeline import InThisProcess, Steps, most_voxels_ahead
 from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import COMPANIONS, Companion, ShareSteps, Trust, companions, measure, nested
@@ -114,6 +114,7 @@ def steps_of(
         compute=lambda given, _: compute_case(model, given, runtime),
         write=lambda computed: write_case(model, computed, output, runtime),
         warm_up=lambda: warm_up(model, runtime, options),
+        most_voxels_ahead=most_voxels_ahead(options),
     )
 
 
