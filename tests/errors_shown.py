@@ -1316,8 +1316,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "`export`: an ensemble, or a network that the format has not": [
             Shown(command="znormseg export CROSSVAL/ensemble OUT --format openvino", code=5, prepare=crossval())
         ],
-        "`export`: the exported network differs": "no network is known to which it happens; tests/test_app_exporting.py "
-        "makes it up",
+        "`export`: the exported network differs": "no network is known to which it happens; "
+        "tests/test_app_exporting.py makes it up",
         "`export --format onnx` without its packages": [
             Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx)
         ],
