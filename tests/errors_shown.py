@@ -1159,8 +1159,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 possible=can_be_kept_out,
             ),
         ],
-        "`runtime.deterministic` and an operation that has no such form": "such operations are known on GPUs alone, "
-        "and which they are depends on the GPU and on torch",
+        "`runtime.deterministic` and an operation that has no such form": "on a CPU no operation of a training "
+        "lacks one",
         "`report`: a folder that is none of these, an ensemble, a comparison or cross-validation that has not ended, "
         "damaged files": [
             Shown(title="none of these", command="znormseg report DATA PAGES", code=5),

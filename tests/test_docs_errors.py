@@ -80,9 +80,20 @@ def test_every_row_of_every_table_is_shown_with_a_block_or_a_reason() -> None:
             assert "```text\n$ " in first or WHY_NOT in first, f"{section}: {row}"
 
 
+def every_command() -> list[Any]:
+    return [
+        one for rows in errors.ROWS.values() for shown in rows.values() if not isinstance(shown, str) for one in shown
+    ]
+
+
+def test_every_command_of_a_row_stands_in_the_document_with_what_it_prints() -> None:
+    _, document, _ = parts(DOCUMENT.read_text(encoding="utf-8"))
+    blocks = [kept(document, heading_of(shown)).removeprefix(heading_of(shown)) for shown in every_command()]
+    assert [shown.command for shown, block in zip(every_command(), blocks, strict=True) if block == "```\n"] == []
+
+
 def test_every_bad_input_of_the_tests_is_shown() -> None:
-    shown = [one for rows in errors.ROWS.values() for one in rows.values() if not isinstance(one, str)]
-    titles = {one.title for several in shown for one in several}
+    titles = {shown.title for shown in every_command()}
     bad = errors.bad
     assert {*bad.BAD_IMAGES, *bad.BAD_SETTINGS, *bad.BAD_RUNS} <= titles
     assert set(bad.BAD_LABELS) <= {title.removeprefix("label map: ") for title in titles}
