@@ -11,14 +11,18 @@ import logging
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Final
+from typing import IO, Any, Final
 
 import app
-from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code
+from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
+from app.progress import LOG
 from data.errors import DataError
 
 DEVICE: Final = re.compile(r"^(cpu|cuda|cuda:(?P<index>\d+))$")
@@ -57,6 +61,60 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
             raise ConfigError(f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)}, counted from 0")
         found["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return found
+
+
+def start_worker(module: str, environment: Mapping[str, str], stderr: IO[str]) -> subprocess.Popen[str]:
+    """Start a worker; its standard input and output are pipes of text.
+
+    Args:
+        module: whose ``__main__`` it is, such as ``app.inference.workers``.
+        environment: of :func:`environment_of`.
+        stderr: file for what it writes there.
+    """
+    # A session of its own: Ctrl-C reaches the process that starts it alone, which then stops it.
+    return subprocess.Popen(  # noqa: S603 - this program itself
+        [sys.executable, "-P", "-m", module],
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def how_it_ended(status: int) -> str:
+    """What became of a process, in words.
+
+    Example:
+        >>> how_it_ended(-9)
+        'was ended by SIGKILL'
+    """
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+
+
+def be_worker(work: Callable[[Iterator[str], Tell], None]) -> int:
+    """What a worker's process does: its work, telling warnings and the error that stops it.
+
+    Args:
+        work: given the lines of standard input and a function that tells an event.
+
+    Returns:
+        the exit status: 0, or 1 after an error.
+    """
+    stop_on_sigterm()
+    tell = teller()
+    LOG.setLevel(logging.WARNING)
+    LOG.propagate = False
+    LOG.addHandler(Passing(tell))
+    try:
+        work(lines_in(), tell)
+    except BaseException as error:
+        traceback.print_exc()
+        with suppress(OSError):  # nobody may be listening any more
+            tell({"error": name_of(error), "message": message(error)})
+        return 1
+    return 0
 
 
 def name_of(error: BaseException) -> str:

@@ -78,7 +78,7 @@ def message(error: BaseException) -> str:
             errno.EACCES: "Check who may read and write it, or choose another place.",
             errno.EROFS: "The file system is read-only; choose another folder.",
         }.get(error.errno or 0, "")
-        return f"{place}{error.strerror or error}. {advice}".rstrip()
+        return f"{place}{str(error.strerror or error).rstrip('.')}. {advice}".rstrip()
     if is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if _has_no_deterministic_form(error):

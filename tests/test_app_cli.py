@@ -99,6 +99,21 @@ def test_without_a_word_the_five_things_people_come_for_are_shown(znormseg: Call
     assert shown == ["demo", "data", "train", "predict", "evaluate"]
 
 
+@pytest.mark.parametrize("verb", ["train", "crossval", "compare", "predict", "evaluate", "data prepare"])
+def test_of_verbs_with_panels_every_option_has_its_panel(verb: str) -> None:
+    from typer.main import get_command
+
+    from app.cli.main import app
+
+    command: Any = get_command(app)
+    for word in verb.split():
+        command = command.commands[word]
+    named = [name for names in command.panels.values() for name in names]
+    there = {parameter.name for parameter in command.params if parameter.param_type_name == "option"}
+    assert len(named) == len(set(named))
+    assert there - {"quiet", "as_json"} <= set(named) <= there
+
+
 @pytest.mark.parametrize(
     "verb", [verb for verb in VERBS if verb not in ([], ["data"], ["config"], ["model"])], ids=" ".join
 )
@@ -185,6 +200,18 @@ def test_a_wrong_command_line_has_its_own_code(arguments: list[str], znormseg: C
     ended = znormseg(*arguments)
     assert ended.code == 2
     assert "Usage: " in ended.out + ended.err or "Error: " in ended.err
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "rank"])
+def test_what_scores_cases_tells_how_far_it_is_on_stderr_unless_quiet(
+    verb: str, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    shutil.copytree(phantoms, tmp_path / "others")
+    given = [phantoms, phantoms] if verb == "evaluate" else [phantoms, tmp_path / "others", "--references", phantoms]
+    last = f"{'' if verb == 'evaluate' else 'others: '}{max(path.name for path in phantoms.iterdir())}"
+    told, quiet = znormseg(verb, *given), znormseg(verb, *given, "--quiet")
+    assert told.err.splitlines()[-1] == f"scoring 100%  {last}"
+    assert (quiet.out, quiet.err) == (told.out, "")
 
 
 # JSON on stdout

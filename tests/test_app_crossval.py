@@ -296,6 +296,7 @@ def test_the_page_carries_all_it_shows(finished: Path) -> None:
     assert page.count("<h2") == 5
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "<script" not in page
+    assert '"></th>' not in page
     for text in ("Fold 0", "Fold 1", "Worst cases", "Estimated gain on others", "Validation Dice", "Temperature"):
         assert text in page
 

@@ -39,6 +39,11 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int) -
     assert exit_code(error) == code
 
 
+@pytest.mark.parametrize("error", [OSError("It broke."), OSError("It broke"), OSError(errno.EIO, "It broke.")])
+def test_a_message_of_the_machine_ends_with_one_full_stop(error: OSError) -> None:
+    assert message(error) == "It broke."
+
+
 def test_gpu_memory_that_runs_out_is_a_matter_of_the_machine() -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
     assert exit_code(error) == 7

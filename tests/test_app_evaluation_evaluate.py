@@ -333,11 +333,11 @@ def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path)
     assert [scores.case for scores in evaluate(tmp_path / "predicted", tmp_path / "expected").cases] == [case]
 
 
-def test_each_case_is_announced_once_and_in_order(sides: tuple[Path, Path]) -> None:
+def test_each_case_is_announced_once_and_in_order_with_the_share_that_is_done(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
-    announced: list[str] = []
-    evaluate(*sides, on_case=announced.append)
-    assert announced == ["a", "b"]
+    announced: list[tuple[str, float]] = []
+    evaluate(*sides, on_case=lambda case, share: announced.append((case, share)))
+    assert announced == [("a", 0.5), ("b", 1.0)]
 
 
 def test_the_summary_is_the_mean_and_the_medians_are_medians(sides: tuple[Path, Path]) -> None:

@@ -40,11 +40,18 @@ def options(tiny_settings: list[str]) -> list[str]:
     return [word for setting in tiny_settings for word in ("--set", setting)]
 
 
+def can_mount() -> bool:
+    """Whether a process may mount a disk that it alone sees."""
+    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
+    return (
+        shutil.which("unshare") is not None and not subprocess.run(probe, capture_output=True, check=False).returncode
+    )
+
+
 @pytest.fixture(scope="session")
 def small_disk() -> Callable[[Path, int], list[str]]:
     """Words that, put before a command, mount a small empty disk on a folder for that command alone."""
-    probe = ["unshare", "--mount", "sh", "-c", "mount -t tmpfs none /mnt"]
-    if shutil.which("unshare") is None or subprocess.run(probe, capture_output=True, check=False).returncode:
+    if not can_mount():
         pytest.skip("mounting is not allowed here")
 
     def words(folder: Path, kilobytes: int) -> list[str]:

@@ -14,6 +14,15 @@ if TYPE_CHECKING:
 
 EXAMPLES = "znormseg compare BraTS2021 OUT --arms none,clip,znorm --seeds 3"
 
+#: Options by task, as the help shows them.
+PANELS = {
+    "What is compared": ("arms", "variants", "optimizers", "baseline", "target_dice"),
+    "Runs": ("seeds", "first_seed", "steps", "learning_rates"),
+    "Config": ("config", "overrides"),
+    "Cases": ("fold", "split", "labels", "follow_links"),
+    "Output": ("as_json",),
+}
+
 
 def compare(
     *,

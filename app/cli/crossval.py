@@ -16,6 +16,14 @@ EXAMPLES = """\
 znormseg crossval BraTS2021 OUT --folds 5 --config resunet
 znormseg predict OUT/ensemble NEW_CASES PREDICTIONS"""
 
+#: Options by task, as the help shows them.
+PANELS = {
+    "Config": ("config", "overrides"),
+    "Cases": ("folds", "labels", "follow_links"),
+    "What on": ("devices", "jobs"),
+    "Output": ("as_json",),
+}
+
 
 def crossval(
     *,

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from app.cli import cache, dicom, prepare, terminal
-from app.cli.verbs import Verb, quietly
+from app.cli.verbs import Verb, quietly, verb
 
 app = typer.Typer(
     help="Check, prepare and export data sets, take DICOM studies in and segmentations out, make phantoms, see to the "
@@ -16,7 +16,7 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command(name="prepare", cls=Verb)(quietly(prepare.prepare))
+app.command(name="prepare", cls=verb(prepare.PANELS))(quietly(prepare.prepare))
 app.command(name="cache", cls=Verb)(quietly(cache.cache))
 
 
@@ -107,14 +107,10 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a data set in another layout; grids and voxel values are kept, files are copied."""
-    from app.progress import Progress  # noqa: PLC0415 - not needed for the help
-    from data.export import export as write  # noqa: PLC0415
+    from data.export import export as write  # noqa: PLC0415 - slow to import, not needed for the help
 
     with terminal.watched() as on_progress:
-
-        def ready(case: str, share: float) -> None:
-            on_progress(Progress(job="exporting", share=share, detail=case))
-
+        ready = terminal.by_case(on_progress, "exporting")
         done = write(source, out, layout, labels=labels, follow_links=follow_links, on_case=ready)
     if as_json:
         terminal.json_result(done.to_json())

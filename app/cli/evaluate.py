@@ -17,6 +17,14 @@ znormseg evaluate PREDICTIONS REFERENCES --resample --out scores.csv
 znormseg evaluate PREDICTIONS REFERENCES --rules brats2023 --task GLI
 znormseg evaluate RUN DATA --contrast-subsets"""
 
+#: Options by task, as the help shows them.
+PANELS = {
+    "Label maps": ("resample", "nsd_mm", "labels", "follow_links"),
+    "By the rules of a challenge": ("rules", "task"),
+    "Missing contrasts": ("contrast_subsets", "cases", "device"),
+    "Output": ("out", "as_json"),
+}
+
 
 def evaluate(
     *,
@@ -116,14 +124,16 @@ def evaluate(
             as_json=as_json,
         )
         return
-    scores = score(
-        predictions,
-        references,
-        resample=resample,
-        nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
-        labels=conventions,
-        follow_links=follow_links,
-    )
+    with terminal.watched() as on_progress:
+        scores = score(
+            predictions,
+            references,
+            resample=resample,
+            nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
+            labels=conventions,
+            follow_links=follow_links,
+            on_case=terminal.by_case(on_progress, "scoring"),
+        )
     if as_json:
         terminal.json_result(scores.to_json())
     else:
@@ -177,7 +187,11 @@ def _official(
     rules = rules_for(year, task)
     if out is not None:
         require_table_place(out)
-    scores = evaluate_officially(predictions, references, rules, labels=labels, follow_links=follow_links)
+    with terminal.watched() as on_progress:
+        ready = terminal.by_case(on_progress, "scoring")
+        scores = evaluate_officially(
+            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=ready
+        )
     if as_json:
         terminal.json_result(scores.to_json())
     else:

@@ -35,7 +35,8 @@ def export(
 
     if file_format not in FORMATS:
         raise typer.BadParameter(f"--format takes {', '.join(FORMATS)}, got {file_format!r}")
-    exported = export_run(run, out, file_format=file_format, case=case)
+    with terminal.watched() as on_progress:
+        exported = export_run(run, out, file_format=file_format, case=case, on_progress=on_progress)
     if as_json:
         terminal.json_result(exported.to_json())
         return

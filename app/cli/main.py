@@ -60,12 +60,18 @@ app.add_typer(data.app, name="data", rich_help_panel=_BEGIN)
 app.add_typer(config.app, name="config", rich_help_panel=_TRAIN)
 app.command(name="plan", cls=Verb, rich_help_panel=_TRAIN, epilog=plan.EXAMPLES)(quietly(plan.plan))
 app.command(name="train", cls=verb(train.PANELS), rich_help_panel=_TRAIN, epilog=train.EXAMPLES)(quietly(train.train))
-app.command(name="crossval", cls=Verb, rich_help_panel=_TRAIN, epilog=crossval.EXAMPLES)(quietly(crossval.crossval))
-app.command(name="compare", cls=Verb, rich_help_panel=_TRAIN, epilog=compare.EXAMPLES)(quietly(compare.compare))
+app.command(name="crossval", cls=verb(crossval.PANELS), rich_help_panel=_TRAIN, epilog=crossval.EXAMPLES)(
+    quietly(crossval.crossval)
+)
+app.command(name="compare", cls=verb(compare.PANELS), rich_help_panel=_TRAIN, epilog=compare.EXAMPLES)(
+    quietly(compare.compare)
+)
 app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epilog=predict.EXAMPLES)(
     quietly(predict.predict)
 )
-app.command(name="evaluate", cls=Verb, rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(quietly(evaluate.evaluate))
+app.command(name="evaluate", cls=verb(evaluate.PANELS), rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(
+    quietly(evaluate.evaluate)
+)
 app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank))
 app.command(name="report", cls=Verb, rich_help_panel=_USE, epilog=report.EXAMPLES)(quietly(report.report))
 app.add_typer(model.app, name="model", rich_help_panel=_SHARE)

@@ -14,6 +14,13 @@ if TYPE_CHECKING:
     from data.labels import Contrast
     from data.layouts import Case
 
+#: Options by task, as the help shows them.
+PANELS = {
+    "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
+    "How to prepare": ("mask", "n4"),
+    "Output": ("as_json",),
+}
+
 _CONTRAST_HELP = "Image of this contrast, instead of CASE."
 
 

@@ -59,10 +59,10 @@ def rank(
     for place in (page, out):
         if place is not None:
             require_table_place(place)
-    ranking = rank_sets(
-        load(sets, references, chosen, follow_links=follow_links),
-        tuple(name.strip() for name in metrics.split(",")) if metrics else (),
-    )
+    with terminal.watched() as on_progress:
+        ready = terminal.by_case(on_progress, "scoring")
+        scored = load(sets, references, chosen, follow_links=follow_links, on_case=ready)
+    ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())
     if as_json:
         terminal.json_result(ranking.to_json())
     else:

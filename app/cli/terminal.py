@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -166,6 +166,16 @@ def watched() -> Iterator[OnProgress]:
         handler = logging.StreamHandler(sys.stderr)
         with _handling(log, handler):
             yield _Lines()
+
+
+def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
+    """A callback for what tells each case that is done and the share of the cases that is."""
+    from app.progress import Progress  # noqa: PLC0415 - not needed for the help
+
+    def ready(case: str, share: float) -> None:
+        on_progress(Progress(job=job, share=share, detail=case))
+
+    return ready
 
 
 @contextmanager

@@ -108,7 +108,7 @@ def _folds_html(raw: Summary, results: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["SD of cases", "", *_cells({key: spread[key].sd_cases for key in _KEYS}), "", ""])
     rows.append(["SD of folds", "", *_cells({key: spread[key].sd_folds for key in _KEYS}), "", ""])
     regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
-    return table("folds", ["", "Cases", *_HEADS, "Step", "Seconds"], rows) + note(
+    return table("folds", ["Fold", "Cases", *_HEADS, "Step", "Seconds"], rows) + note(
         f"Dice and HD95 (mm) of cases that the fold's network has not trained on, on each case's own grid; {regions}. "
         "Probabilities are cut at one half, without post-processing. The network is the one of the step with the best "
         "validation Dice of the fold, chosen on these same cases: with several validations in a run the numbers are "
@@ -145,7 +145,7 @@ def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
         + table("tuning", ["Left out", "Gain", "Thresholds", "Smallest, mm3", "Least ET, mm3"], nested)
         + note("Thresholds and smallest components: WT / TC / ET.")
         + "<h3>Scores without and with it</h3>"
-        + table("tuning", ["", *_HEADS], scores)
+        + table("tuning", ["Post-processing", *_HEADS], scores)
         + note("The second row is of the cases that the rules were chosen on.")
     )
 

@@ -8,31 +8,28 @@ output has one JSON object a line: progress, warnings, and how it ended.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import queue
 import signal
 import subprocess
 import sys
 import threading
-import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from app.childprocess import (
     DEVICE,
-    Passing,
+    Tell,
+    be_worker,
     environment_of,
     error_of,
     event_of,
-    lines_in,
+    how_it_ended,
     name_of,
-    stop_on_sigterm,
+    start_worker,
     stop_when_alone,
-    teller,
 )
 from app.errors import ConfigError, DeviceError, message
 from app.progress import LOG, Progress
@@ -192,21 +189,12 @@ class _Slot:
             with self.starting:
                 if self.stopping.is_set():
                     return
-                # A session of its own: Ctrl-C reaches this process alone, which then stops the others.
-                self.process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "app.crossval.workers"],
-                    env=self.environment,
-                    stdin=subprocess.PIPE,
-                    stdout=subprocess.PIPE,
-                    stderr=stderr,
-                    text=True,
-                    start_new_session=True,
-                )
+                self.process = start_worker("app.crossval.workers", self.environment, stderr)
             process = self.process
             ended = self._told_by(process, job)
             status = process.wait()
         if not ended:
-            how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+            how = how_it_ended(status)
             text = f"its process {how} and did not say why; {log} has what it wrote. The same command goes on."
             self.told.put((job, {"error": "OSError", "message": text}))
 
@@ -232,25 +220,17 @@ class _Slot:
 
 def main() -> int:
     """Do the job on standard input; 0 when it is done."""
-    stop_on_sigterm()
-    tell = teller()
-    try:
-        job = Job(**json.loads(next(lines_in())))
-        threading.Thread(target=stop_when_alone, daemon=True).start()
-        LOG.setLevel(logging.WARNING)
-        LOG.propagate = False
-        LOG.addHandler(Passing(tell))
-        _do_job(job, tell)
-    except BaseException as error:
-        traceback.print_exc()
-        with suppress(OSError):  # nobody may be listening any more
-            tell({"error": name_of(error), "message": message(error)})
-        return 1
+    return be_worker(_work)
+
+
+def _work(lines: Iterator[str], tell: Tell) -> None:
+    job = Job(**json.loads(next(lines)))
+    threading.Thread(target=stop_when_alone, daemon=True).start()
+    _do_job(job, tell)
     tell({"done": True})
-    return 0
 
 
-def _do_job(job: Job, tell: Callable[[dict[str, Any]], None]) -> None:
+def _do_job(job: Job, tell: Tell) -> None:
     from app.crossval.fold import work_on_fold  # noqa: PLC0415 - torch is loaded once signals are caught
     from app.crossval.folds import begun  # noqa: PLC0415
 

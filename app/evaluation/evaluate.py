@@ -165,7 +165,7 @@ def evaluate(
     nsd_mm: float = NSD_MM,
     labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
-    on_case: Callable[[str], None] | None = None,
+    on_case: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
     """Score every case that has a label map in both folders.
 
@@ -181,7 +181,7 @@ def evaluate(
         labels: names of the label conventions of predictions and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
         on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
-            failed.
+            failed, and with the share of the cases that is done.
 
     Returns:
         the scores, and by name every case that is missing on one side or could not be scored.
@@ -338,14 +338,14 @@ class LabelMapsOnce:
 
 
 def score_each(
-    folders: Folders, score: Callable[[str], _Result], *, on_case: Callable[[str], None] | None = None
+    folders: Folders, score: Callable[[str], _Result], *, on_case: Callable[[str, float], None] | None = None
 ) -> tuple[list[_Result], dict[str, str]]:
     """Score the cases that both folders have, several at once.
 
     Args:
         folders: of :func:`match`.
         score: scores the case of an id.
-        on_case: called with each case id, in order, when it is done.
+        on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
 
     Returns:
         what ``score`` gave, in the order of the ids, without the cases that failed; and why those failed, by id.
@@ -365,7 +365,9 @@ def score_each(
     common = folders.common
     scored: list[_Result] = []
     failures: dict[str, str] = {}
-    for case, result in zip(common, _parallel(outcome, common, on_done=on_case), strict=True):
+    share_of = {case: number / len(common) for number, case in enumerate(common, 1)}
+    told = None if on_case is None else lambda case: on_case(case, share_of[case])
+    for case, result in zip(common, _parallel(outcome, common, on_done=told), strict=True):
         if isinstance(result, _Failure):
             failures[case] = result.reason
         else:

@@ -16,6 +16,7 @@ from app.exporting.places import folder_when_complete, require_empty
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
 from app.modelfolder import SUMS_FILE, describe, seal
+from app.progress import OnProgress, Progress, silent
 from app.runlog import read_json, write_json
 from app.runtime import Runtime, versions
 from data.labels import CONTRASTS, REGIONS, region_codes
@@ -51,7 +52,9 @@ class Exported:
         }
 
 
-def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = None) -> Exported:
+def export_run(
+    run: Path, out: Path, *, file_format: str, case: Path | None = None, on_progress: OnProgress = silent
+) -> Exported:
     """Write a network in another format, compare the two, and keep it only where they agree.
 
     Args:
@@ -59,6 +62,7 @@ def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = No
         out: folder to make; empty or not there yet.
         file_format: one of :data:`FORMATS`.
         case: folder of a case whose windows are compared; None makes a phantom.
+        on_progress: told what is being done.
 
     Raises:
         ConfigError: an extra is not installed.
@@ -67,6 +71,10 @@ def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = No
             something; the exported network differs.
         OSError: ``out`` cannot be written to.
     """
+
+    def told(share: float, detail: str) -> None:
+        on_progress(Progress(job="exporting", share=share, detail=detail))
+
     require_empty(out)
     if file_format == "onnx":
         formats.require_onnx()
@@ -75,7 +83,9 @@ def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = No
         bundle.require_monai(model, run)
     description = describe(run)
     network = _network_of(model)
+    told(0.1, "windows to compare on")
     windows, source = windows_of(model, case)
+    told(0.4, f"the network as {file_format}, compared on {source}")
     with folder_when_complete(out) as beside:
         writers: Mapping[str, Callable[[], Answer]] = {
             "openvino": lambda: formats.write_openvino(network, windows[0], beside),
@@ -89,6 +99,7 @@ def export_run(run: Path, out: Path, *, file_format: str, case: Path | None = No
         exported = {"format": file_format, "parity on": source, "largest difference": parity.largest_difference}
         seal(beside, {**description, "kind": "export", "export": exported}, everything=True)
         files = tuple(sorted(path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()))
+    told(1.0, f"{len(files)} files")
     return Exported(folder=out, file_format=file_format, files=files, parity=parity)
 
 

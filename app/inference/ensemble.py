@@ -156,7 +156,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         try:
             model = load_model(folder / name, runtime)
         except RunError as error:
-            raise RunError(f"{folder}: network {name}: {error} {_ANEW}") from error
+            raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
         if model.sha256 != sha256:
             raise RunError(
                 f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "

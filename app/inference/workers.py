@@ -8,7 +8,6 @@ became of each case, warnings, and what stopped it.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import queue
 import signal
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
@@ -26,17 +24,15 @@ from typing import Any, Final
 
 from app.childprocess import (
     DEVICE,
-    Passing,
     Tell,
+    be_worker,
     environment_of,
     error_of,
     event_of,
-    lines_in,
-    name_of,
-    stop_on_sigterm,
-    teller,
+    how_it_ended,
+    start_worker,
 )
-from app.errors import ConfigError, DeviceError, InterruptedRunError, message
+from app.errors import ConfigError, DeviceError, InterruptedRunError
 from app.inference.cohort import Told
 from app.inference.job import Job, case_from_plain, case_to_plain, job_from_plain
 from app.inference.manifest import Outcome, this_worker
@@ -207,16 +203,19 @@ class _Crew:
         stopped = slot.error is not None and slot.error["error"] == InterruptedRunError.__name__
         if slot.error is not None and was_ready and not stopped:
             raise error_of(slot.error, slot.name)
-        how = f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+        how = how_it_ended(status)
         lost, slot.held = list(slot.held.values()), {}
+        then = "what it had is done again" if any(todo.attempts < MOST_ATTEMPTS for todo in lost) else "another begins"
         for todo in reversed(lost):
             if todo.attempts < MOST_ATTEMPTS:
                 self._waiting.appendleft(todo)
             else:
                 text = f"case {todo.case.id}: its process {how}, {todo.attempts} times. {slot.last_words()}".rstrip()
                 self._end(slot, todo, content=None, message=text)
+        if self._left == 0:
+            return
         if was_ready:
-            LOG.warning("%s %s; what it had is done again", slot.name, how)
+            LOG.warning("%s %s; %s", slot.name, how, then)
             slot.start()
             return
         slot.retired = slot.error or {"error": "OSError", "message": f"its process {how}. {slot.last_words()}"}
@@ -254,16 +253,7 @@ class _Slot:
         self.error = None
         device = "cpu" if self.device == "cpu" else "cuda" if self.device else self.job.device
         with self.log.open("w", encoding="utf-8") as stderr:
-            # A session of its own: Ctrl-C reaches the process that started it alone, which then stops it.
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "app.inference.workers"],
-                env=self.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=stderr,
-                text=True,
-                start_new_session=True,
-            )
+            self.process = start_worker("app.inference.workers", self.environment, stderr)
         self.thread = threading.Thread(target=self._pass_on, args=(self.process, self.starts), daemon=True)
         self.thread.start()
         self.tell({"job": replace(self.job, device=device).to_plain(), "name": self.name, "device": self.device})
@@ -330,28 +320,19 @@ class _Telling:
 
 def main() -> int:
     """Do the job and the cases on standard input; 0 when it is told that there are no more."""
-    stop_on_sigterm()
-    tell = teller()
-    try:
-        lines = lines_in()
-        told = json.loads(next(lines, ""))
-        cases: queue.SimpleQueue[Case | None] = queue.SimpleQueue()
-        threading.Thread(target=_listen, args=(lines, cases), daemon=True).start()
-        LOG.setLevel(logging.WARNING)
-        LOG.propagate = False
-        LOG.addHandler(Passing(tell))
-        job = job_from_plain(told["job"])
-        model, runtime = job.load()
-        engine = job.engine(model, runtime, worker=told["name"], device=told["device"])
-        tell({"ready": runtime.device_name})
-        with at_work(job.output):
-            engine.work(iter(cases.get, None), _Telling(tell), stop_cases=lambda: cases.put(None))
-    except BaseException as error:
-        traceback.print_exc()
-        with suppress(OSError):  # nobody may be listening any more
-            tell({"error": name_of(error), "message": message(error)})
-        return 1
-    return 0
+    return be_worker(_work)
+
+
+def _work(lines: Iterator[str], tell: Tell) -> None:
+    told = json.loads(next(lines, ""))
+    cases: queue.SimpleQueue[Case | None] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(lines, cases), daemon=True).start()
+    job = job_from_plain(told["job"])
+    model, runtime = job.load()
+    engine = job.engine(model, runtime, worker=told["name"], device=told["device"])
+    tell({"ready": runtime.device_name})
+    with at_work(job.output):
+        engine.work(iter(cases.get, None), _Telling(tell), stop_cases=lambda: cases.put(None))
 
 
 def _listen(lines: Iterator[str], cases: queue.SimpleQueue[Case | None]) -> None:

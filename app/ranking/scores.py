@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -31,7 +31,12 @@ class Scored:
 
 
 def load(
-    sources: Sequence[Path], references: Path | None, rules: Rules | None, *, follow_links: bool = False
+    sources: Sequence[Path],
+    references: Path | None,
+    rules: Rules | None,
+    *,
+    follow_links: bool = False,
+    on_case: Callable[[str, float], None] | None = None,
 ) -> list[Scored]:
     """The scores of every source, each under a name of its own.
 
@@ -40,6 +45,8 @@ def load(
         references: folder of reference label maps; for sources that are folders.
         rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
         follow_links: accept symbolic links that lead out of the folders.
+        on_case: called with each case of a folder that is scored, its folder before it, and with the share of all
+            sources that is done.
 
     Raises:
         DataError: fewer than two sources, one of them twice or none that can be read, or a folder without references.
@@ -50,10 +57,17 @@ def load(
     twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
     if twice is not None:
         raise DataError(f"{twice}: is given twice. Give each folder or table once.")
-    return [
-        Scored(name=name, cases=_cases(source, references, rules, follow_links=follow_links))
-        for source, name in zip(sources, _names(resolved), strict=True)
-    ]
+    found = []
+    for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
+
+        def told(case: str, share: float, name: str = name, number: int = number) -> None:
+            if on_case is not None:
+                on_case(f"{name}: {case}", (number + share) / len(sources))
+
+        found.append(
+            Scored(name=name, cases=_cases(source, references, rules, follow_links=follow_links, on_case=told))
+        )
+    return found
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
@@ -70,10 +84,15 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
 
 def _cases(
-    source: Path, references: Path | None, rules: Rules | None, *, follow_links: bool
+    source: Path,
+    references: Path | None,
+    rules: Rules | None,
+    *,
+    follow_links: bool,
+    on_case: Callable[[str, float], None],
 ) -> Mapping[str, Mapping[Measure, float]]:
     if source.is_dir():
-        return _scored_folder(source, references, rules, follow_links=follow_links)
+        return _scored_folder(source, references, rules, follow_links=follow_links, on_case=on_case)
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
@@ -94,13 +113,19 @@ def _cases(
 
 
 def _scored_folder(
-    source: Path, references: Path | None, rules: Rules | None, *, follow_links: bool
+    source: Path,
+    references: Path | None,
+    rules: Rules | None,
+    *,
+    follow_links: bool,
+    on_case: Callable[[str, float], None],
 ) -> Mapping[str, Mapping[Measure, float]]:
     if references is None:
         raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
     if rules is not None:
-        return _of_json(evaluate_officially(source, references, rules, follow_links=follow_links).to_json())
-    return _of_json(evaluate(source, references, follow_links=follow_links).to_json())
+        scores = evaluate_officially(source, references, rules, follow_links=follow_links, on_case=on_case)
+        return _of_json(scores.to_json())
+    return _of_json(evaluate(source, references, follow_links=follow_links, on_case=on_case).to_json())
 
 
 def _of_json(content: Any) -> dict[str, dict[Measure, float]]:

@@ -105,7 +105,7 @@ def evaluate_officially(
     *,
     labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
-    on_case: Callable[[str], None] | None = None,
+    on_case: Callable[[str, float], None] | None = None,
 ) -> OfficialEvaluation:
     """Score every case that has a label map in both folders as the challenge's script does.
 
@@ -118,7 +118,7 @@ def evaluate_officially(
         rules: of :func:`app.evaluation.official.rules.rules_for`.
         labels: names of the label conventions of predictions and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
-        on_case: called with each case id, in order, when it is done.
+        on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
 
     Raises:
         DataError: as :func:`app.evaluation.evaluate.evaluate`.
