@@ -330,6 +330,15 @@ def test_probabilities_may_be_stored_in_another_voxel_order(sides: tuple[Path, P
         assert after["regions"][region] == pytest.approx(before["regions"][region], rel=1e-5)
 
 
+def test_probabilities_of_an_earlier_label_map_are_not_scored_with_a_later_one(
+    sides: tuple[Path, Path], znormseg: Call
+) -> None:
+    for path, counted in ((None, False), ("a_probabilities.nii.gz", True)):
+        (sides[0] / "a.json").write_text(json.dumps({"files": {"probabilities": path}}))
+        ended = znormseg("evaluate", *sides, "--json")
+        assert ("calibration" in json.loads(ended.out)) is counted
+
+
 def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, Path], znormseg: Call) -> None:
     assert "WT ECE" in znormseg("evaluate", *sides).out
     (sides[0] / "a_probabilities.nii.gz").unlink()

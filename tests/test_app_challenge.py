@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from app.inference.challenge import deliver
-from app.inference.cohort import Prediction
+from app.inference.challenge import Delivery
+from app.inference.pipeline import InThisProcess
 from data.errors import DataError
 from data.layouts import find_cases
 
@@ -47,12 +49,49 @@ def test_what_does_not_go_with_it_is_refused(words: list[str], znormseg: Call) -
     assert "--challenge" in ended.err
 
 
+def test_ray_does_not_go_with_it(znormseg: Call) -> None:
+    ended = znormseg("predict", "--challenge", "a", "b", "c", "--engine", "ray")
+    assert (ended.code, "one host" in ended.err) == (2, True)
+
+
 def test_a_file_of_a_case_is_not_replaced(phantoms: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(sorted(phantoms.iterdir())[0], tmp_path / "case")
     (case,) = find_cases(folder)
-    before = case.contrasts["t1"].read_bytes()
-    label_map = tmp_path / case.contrasts["t1"].name
-    label_map.write_bytes(b"another")
+    renamed = dataclasses.replace(case, id=case.contrasts["t1"].name.removesuffix(".nii.gz"))
     with pytest.raises(DataError, match="would replace its own file"):
-        deliver([Prediction(case=case.id, label_map=label_map, content={})], [case], folder)
-    assert case.contrasts["t1"].read_bytes() == before
+        Delivery(output=folder).make_place([renamed])
+
+
+def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(InThisProcess, "work", lambda *_: pytest.fail("a case was begun"))
+    (tmp_path / "output").touch()
+    ended = znormseg("predict", "--challenge", tiny_run, phantoms, tmp_path / "output")
+    assert (ended.code, "is a file" in ended.err) == (3, True)
+
+
+def test_what_is_done_before_a_stop_is_delivered_and_the_message_says_where(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = InThisProcess.work
+
+    def stopped(engine: Any, cases: Any, told: Any, **more: Any) -> None:
+        whole(engine, list(cases)[:1], told, **more)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InThisProcess, "work", stopped)
+    ended = znormseg("predict", "--challenge", tiny_run, phantoms, tmp_path / "output")
+    first = sorted(case.name for case in phantoms.iterdir())[0]
+    assert [path.name for path in (tmp_path / "output").iterdir()] == [f"{first}.nii.gz"]
+    assert f"are in {tmp_path / 'output'}" in ended.err
+
+
+def test_the_json_names_the_files_that_are_there(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    case = sorted(phantoms.iterdir())[0]
+    ended = znormseg("predict", "--challenge", "--json", tiny_run, case, tmp_path / "output")
+    content = json.loads(ended.out)
+    assert Path(content["cases"][0]["label_map"]).is_file()
+    assert content["manifest"] is None

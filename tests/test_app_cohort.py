@@ -147,6 +147,19 @@ def test_other_options_or_overwrite_do_every_case_again(more: dict[str, Any], ti
     assert set(statuses(done / "out").values()) == {"done"}
 
 
+def test_a_case_for_which_memory_was_short_is_done_again_with_another_bound_alone(tiny_run: Path, done: Path) -> None:
+    from app.inference.known import training_record
+
+    path = done / "out" / "BraTS2021_00000.json"
+    content = json.loads(path.read_text())
+    content["ladder"], content["made_from"]["max_memory_gb"] = ["planned for --max-memory-gb 3: smaller windows"], 3.0
+    path.write_text(json.dumps(content))
+    predict_all(tiny_run, done, options=PredictOptions(max_memory_gb=3, training=training_record(tiny_run)))
+    assert statuses(done / "out") == {"0": "skipped", "1": "skipped", "2": "skipped"}
+    predict_all(tiny_run, done)
+    assert statuses(done / "out") == {"0": "done", "1": "skipped", "2": "skipped"}
+
+
 def test_the_weights_decide_whether_a_case_is_finished(tiny_run: Path, done: Path) -> None:
     from app.inference.finished import finished_content, settings_of
     from app.inference.model import load_model
@@ -475,7 +488,22 @@ def test_nothing_is_read_ahead_where_memory_is_bounded(through: Call) -> None:
     assert happened == ["read a", "computed a", "read b", "read c", "computed c", "read d", "computed d"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("DefaultCPUAllocator: not enough memory")])
+def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_on(
+    error: Exception, through: Call
+) -> None:
+    def compute(case: str, happened: list[str]) -> None:
+        if case == "c":
+            raise error
+
+    told, happened = through(compute=compute)
+    messages = {outcome.case: outcome.message for outcome in told.outcomes}
+    assert "case c: memory is not enough to predict it" in (messages["c"] or "")
+    assert messages["a"] is messages["d"] is None
+    assert happened[-1] == "computed d"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
 def test_what_is_computed_before_the_end_is_written(error: type[BaseException], through: Call, tmp_path: Path) -> None:
     def compute(case: str, happened: list[str]) -> None:
         if case == "c":

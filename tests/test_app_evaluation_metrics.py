@@ -232,6 +232,11 @@ def test_the_fast_surface_dice_equals_the_slow_one(seed: int, tolerance_mm: floa
     )  # of MONAI in single precision
 
 
+def test_a_voxel_of_1_mm_in_single_precision_is_within_a_tolerance_of_1_mm() -> None:
+    first, second = (boxes([[x, 3, 3, 8]], [20, 14, 14]) for x in (2, 3))
+    assert surface_dice(first, second, (1.00000003, 0.99999998, 1.0), 1.0) == 1
+
+
 @pytest.mark.parametrize("tolerance_mm", [-1.0, float("nan"), float("inf")])
 def test_a_tolerance_that_is_no_distance_is_refused(tolerance_mm: float) -> None:
     with pytest.raises(ValueError, match="tolerance"):

@@ -65,6 +65,20 @@ def voxels(path: Path) -> npt.NDArray[np.uint8]:
     return np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
 
 
+def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
+    dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Any
+) -> None:
+    case = shutil.copytree(phantoms / CASE, tmp_path / "other" / CASE)
+    (label_map,) = case.glob("*seg.nii.gz")
+    image = nib.load(label_map)
+    swapped = np.array([0, 2, 1, 3, 3], dtype=np.uint8)[np.asarray(image.dataobj).astype(int)]  # as the Decathlon's
+    nib.save(nib.Nifti1Image(swapped, image.affine), label_map)
+    words = ["evaluate", dropout_run, tmp_path / "other", "--contrast-subsets", "--cases", "all", "--json"]
+    ended = znormseg(*words, "--labels", "msd")
+    same = znormseg("evaluate", dropout_run, phantoms / CASE, *words[3:])
+    assert json.loads(ended.out)["subsets"] == json.loads(same.out)["subsets"]
+
+
 # What a run records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -138,6 +139,38 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
     ended = znormseg("predict", tiny_run, scans, tmp_path / "out", "--prepare", "--mask", "none")
     assert ended.code == 3
     assert f"case {CASE}, contrast t1, prepared: the background is not 0" in ended.err
+
+
+def test_the_content_of_a_mask_decides_what_is_finished_and_its_place_does_not(tiny_run: Path, tmp_path: Path) -> None:
+    from app.inference.model import load_model
+    from app.inference.native import native_settings
+    from app.inference.settings import PredictOptions
+    from app.runtime import RuntimeConfig, choose_runtime
+    from data.bring_in import BringInConfig
+
+    model = load_model(tiny_run, choose_runtime(RuntimeConfig(device="cpu")))
+
+    def settings(name: str, content: bytes) -> Any:
+        (tmp_path / name).write_bytes(content)
+        return native_settings(model, PredictOptions(), BringInConfig(mask=str(tmp_path / name)), "t1c")
+
+    assert settings("a.nii", b"one") == settings("b.nii", b"one") != settings("a.nii", b"other")
+
+
+def test_predict_does_not_look_at_a_label_map_and_data_prepare_does(scans: Path, tmp_path: Path) -> None:
+    from app.inference.native import native_steps
+    from data.bring_in import BringInConfig, read_native
+    from data.errors import DataError
+    from data.layouts import find_cases
+
+    (case,) = find_cases(scans)
+    (tmp_path / "seg.nii.gz").write_bytes(b"no label map")
+    given = dataclasses.replace(case, label=tmp_path / "seg.nii.gz")
+    none: Any = None  # neither network nor device is needed to read
+    read = native_steps(none, tmp_path / "out", none, config=BringInConfig()).read(given)
+    assert read.native.codes is None
+    with pytest.raises(DataError, match="seg"):
+        read_native(given)
 
 
 @pytest.mark.slow

@@ -101,7 +101,9 @@ def evaluate(
     }
     _require_company({option for option, given in chosen.items() if given}, officially=rules is not None)
     if contrast_subsets:
-        _subsets(predictions, references, cases, device, follow_links=follow_links, out=out, as_json=as_json)
+        _subsets(
+            predictions, references, cases, device, labels=labels, follow_links=follow_links, out=out, as_json=as_json
+        )
         return
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
@@ -221,6 +223,7 @@ def _subsets(
     which: str | None,
     device: str | None,
     *,
+    labels: str | None,
     follow_links: bool,
     out: Path | None,
     as_json: bool,
@@ -232,7 +235,7 @@ def _subsets(
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415
     from app.inference.backends.choose import choose_backend  # noqa: PLC0415
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
-    from app.inference.subsets import Which, choose_cases, rows, score_subsets, write_table  # noqa: PLC0415
+    from app.inference.subsets import Which, choose_cases, convention_for, rows, score_subsets, write_table  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
     from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.layouts import find_cases  # noqa: PLC0415
@@ -245,9 +248,15 @@ def _subsets(
         raise ConfigError(f"--device: {error}") from error
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime)
-        chosen = choose_cases(run, find_cases(data, follow_links=follow_links), cast("Which", which or "unseen"))
+        cases = find_cases(data, follow_links=follow_links)
+        chosen = choose_cases(run, cases, cast("Which", which or "unseen"))
         table = score_subsets(
-            model, chosen, runtime, nan_to_zero=model.config.data.nan_to_zero, on_progress=on_progress
+            model,
+            chosen,
+            runtime,
+            nan_to_zero=model.config.data.nan_to_zero,
+            convention=convention_for(model, cases, labels=labels),
+            on_progress=on_progress,
         )
     if as_json:
         terminal.json_result(table.to_json())

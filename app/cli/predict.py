@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from contextlib import nullcontext
 from dataclasses import replace
@@ -155,15 +156,21 @@ def predict(
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
     run, source, wanted = _places(run, places or [], files=bool(files), challenge=challenge)
-    if challenge and (save_probabilities or uncertainty):
-        raise typer.BadParameter("--challenge writes label maps alone: no --save-probabilities, no --uncertainty")
-    if not prepare and (space is not None or mask is not None or n4):
-        raise typer.BadParameter("--space, --mask and --n4 go with --prepare")
-    if engine not in ("local", "ray"):
-        raise typer.BadParameter(f"--engine takes local or ray, got {engine!r}")
-    if devices is not None and (workers is not None or engine == "ray" or device != "auto"):
-        raise typer.BadParameter("--devices goes without --workers, --device and --engine ray")
+    refused = {
+        "--challenge writes label maps alone: no --save-probabilities, no --uncertainty": challenge
+        and (save_probabilities or uncertainty),
+        "--challenge goes without --engine ray: a container is one host": challenge and engine == "ray",
+        "--max-memory-gb is a number of gigabytes; for no bound leave it out": max_memory_gb == math.inf,
+        "--space, --mask and --n4 go with --prepare": not prepare and (space is not None or mask is not None or n4),
+        f"--engine takes local or ray, got {engine!r}": engine not in ("local", "ray"),
+        "--devices goes without --workers, --device and --engine ray": devices is not None
+        and (workers is not None or engine == "ray" or device != "auto"),
+    }
+    for sentence, applies in refused.items():
+        if applies:
+            raise typer.BadParameter(sentence)
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.inference.challenge import Delivery  # noqa: PLC0415
     from app.inference.cohort import predict_each  # noqa: PLC0415
     from app.inference.job import Job, Native  # noqa: PLC0415
     from app.inference.settings import PredictOptions  # noqa: PLC0415
@@ -213,12 +220,17 @@ def predict(
             settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
             del model
             outcome = predict_each(
-                cases, job.output, at_work, run=run, settings=settings, overwrite=overwrite, on_progress=on_progress
+                cases,
+                job.output,
+                at_work,
+                run=run,
+                settings=settings,
+                overwrite=overwrite,
+                delivery=Delivery(output=wanted) if challenge else None,
+                on_progress=on_progress,
             )
-        if challenge:
-            from app.inference.challenge import deliver  # noqa: PLC0415 - rarely needed
-
-            deliver(outcome.done, cases, wanted)
+    if challenge:
+        outcome = outcome.brought_to(wanted)
     if as_json:
         terminal.json_result(outcome.to_json())
     elif outcome.done:

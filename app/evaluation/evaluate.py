@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import json
 import os
 import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -473,11 +474,22 @@ def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -
         except DataError as error:
             raise DataError(f"{place}: {error} ({difference}). Do they belong to the same scan?") from error
     scores = region_scores(codes, expected, reference.spacing_mm, nsd_mm=nsd_mm)
-    probabilities = prediction_path.with_name(f"{strip_nifti_ending(prediction_path.name)}{ENDING}")
+    probabilities = _probabilities_of(case, prediction_path)
     counted = None
-    if difference is None and probabilities.exists():
+    if difference is None and probabilities is not None:
         counted = case_reliability(read_probabilities(probabilities, reference), expected, reference.spacing_mm)
     return CaseScores(case=case, regions=scores, resampled=difference is not None, reliability=counted)
+
+
+def _probabilities_of(case: str, label_map: Path) -> Path | None:
+    """The file of probabilities that belongs to a label map; where predict's JSON is there, if it says so."""
+    names = dict.fromkeys((strip_nifti_ending(label_map.name), case))
+    path = next((p for name in names if (p := label_map.with_name(f"{name}{ENDING}")).exists()), None)
+    try:
+        record = json.loads(label_map.with_name(f"{case}.json").read_text(encoding="utf-8"))
+        return path if record["files"]["probabilities"] is not None else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return path
 
 
 def _errors(found: Sequence[Reliability]) -> CalibrationErrors:

@@ -22,6 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 _INSIDE_CODE: Final = 255
 _SHARE: Final = 0.95
+_SLACK_MM: Final = 1e-4  # single precision makes 1.00000003 mm of a voxel of 1 mm; a distance is no longer for that
 _SPARSE: Final = 60  # voxels a corner from which on a search is faster than a distance transform
 #: The marching-cubes patch of the codes 0 to 127; 255 - c has that of c. Three digits a triangle: its area in eighths
 #: seen along X, Y and Z. These are the numbers of the table in surface-distance (Apache-2.0), without signs.
@@ -130,7 +131,7 @@ class SurfaceDistances:
 
     def share_within(self, tolerance_mm: float) -> float:
         """Share of both surfaces' area that lies within a distance of the other surface, 0 to 1."""
-        near = (areas[mm <= tolerance_mm].sum() for mm, areas in self._both)
+        near = (areas[mm <= tolerance_mm + _SLACK_MM].sum() for mm, areas in self._both)
         return float(sum(near) / sum(areas.sum() for _, areas in self._both))
 
     @property

@@ -7,11 +7,12 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from app.errors import InterruptedRunError
+from app.inference.challenge import Delivery
 from app.inference.finished import finished_content
 from app.inference.manifest import MANIFEST_FILE, Cohort, Outcome, write_manifest
 from app.inference.output import at_work, make_output
@@ -61,6 +62,15 @@ class Predictions:
             "notice": NOTICE,
         }
 
+    def brought_to(self, folder: Path) -> Predictions:
+        """The same, where the label maps alone have been brought to another folder."""
+
+        def brought(one: Prediction) -> Prediction:
+            place = folder / one.label_map.name
+            return replace(one, label_map=place, content={**one.content, "label_map": str(place)})
+
+        return replace(self, done=tuple(map(brought, self.done)), manifest=None)
+
 
 class Told(Protocol):
     """Who is told by an engine what becomes of the cases; from any thread."""
@@ -100,6 +110,7 @@ def predict_each(
     settings: Mapping[str, Any],
     run: Path | None = None,
     overwrite: bool = False,
+    delivery: Delivery | None = None,
     on_progress: OnProgress = silent,
 ) -> Predictions:
     """Have an engine do every case that is not finished; a case that it refuses does not stop the others.
@@ -111,14 +122,17 @@ def predict_each(
         settings: as of :func:`app.inference.finished.settings_of`.
         run: folder of the run or the ensemble, for the manifest.
         overwrite: do also what is finished.
+        delivery: where each label map is brought as well, once it is done.
         on_progress: told which case is being worked on.
 
     Raises:
         DataError, OSError, InterruptedRunError: as :func:`app.inference.predict.predict`.
     """
+    if delivery is not None:
+        delivery.make_place(cases)
     make_output(output)
     cohort = Cohort(run=run, settings=json.loads(json.dumps(settings)), engine=engine.name)
-    ledger = _Ledger(cases, output, cohort, on_progress)
+    ledger = _Ledger(cases, output, cohort, on_progress, delivery)
     try:
         with at_work(output):
             if not overwrite:
@@ -129,9 +143,10 @@ def predict_each(
     except KeyboardInterrupt as error:
         ledger.write_if_possible()
         done = sum(outcome.content is not None for outcome in ledger.outcomes.values())
+        place, again = (output, "goes on") if delivery is None else (delivery.output, "begins anew")
         raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} while predicting; {done} of {len(cases)} label maps are in {output}, "
-            "whole. The same command goes on."
+            f"{str(error) or 'interrupted'} while predicting; {done} of {len(cases)} label maps are in {place}, "
+            f"whole. The same command {again}."
         ) from error
     except BaseException:
         ledger.write_if_possible()
@@ -154,11 +169,19 @@ def _nameable(cases: Sequence[Case], told: Told) -> list[Case]:
 class _Ledger:
     """What became of each case so far."""
 
-    def __init__(self, cases: Sequence[Case], output: Path, cohort: Cohort, on_progress: OnProgress) -> None:
+    def __init__(
+        self,
+        cases: Sequence[Case],
+        output: Path,
+        cohort: Cohort,
+        on_progress: OnProgress,
+        delivery: Delivery | None = None,
+    ) -> None:
         self._cases = cases
         self._output = output
         self._cohort = cohort
         self._on_progress = on_progress
+        self._delivery = delivery
         self._began = time.monotonic()
         self.outcomes: dict[str, Outcome] = {}
         self.manifest: Path | None = None
@@ -183,9 +206,11 @@ class _Ledger:
         self._on_progress(Progress(job="predicting", share=share, detail=what or case))
 
     def ended(self, outcome: Outcome) -> None:
-        """Note what became of a case."""
+        """Note what became of a case, and deliver what is done."""
         if outcome.message is not None:
             LOG.error("%s", outcome.message)
+        elif self._delivery is not None:
+            self._delivery.bring(self._output / f"{outcome.case}.nii.gz")
         self.outcomes[outcome.case] = outcome
 
     def write(self, *, ended: bool) -> None:

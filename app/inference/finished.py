@@ -27,8 +27,8 @@ MADE_FROM: Final = "made_from"
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
     """What decides a case's result beside its files, as plain data.
 
-    Device, backend, precision and the bound on memory are not in it: a cohort may be begun on one machine and ended on
-    another.
+    Device, backend and precision are not in it: a cohort may be begun on one machine and ended on another. The bound on
+    memory is, but counts for those cases alone that were computed in another way because of it.
 
     Args:
         model: what predicts.
@@ -40,7 +40,7 @@ def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[
         "overlap": model.plain_config["inference"]["overlap"],
         "postprocess": model.postprocess.to_json(),
         "calibration": asdict(model.calibration),
-        "options": {name: value for name, value in options_to_plain(options).items() if name != "max_memory_gb"},
+        "options": options_to_plain(options),
         "znormseg": versions()["znormseg"],
         **more,
     }
@@ -55,6 +55,7 @@ def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings_sha256": _settings_sha256(case, settings),
         "inputs_sha256": {contrast: file_sha256(path) for contrast, path in case.contrasts.items()},
+        "max_memory_gb": _bound_of(settings),
     }
 
 
@@ -62,7 +63,7 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
     """The content of ``<case>.json`` where the case is finished, else None.
 
     It is not finished where anything is missing, damaged or other than it was: the JSON, the settings, an input, a
-    file that was written.
+    file that was written. Nor where memory was short and another bound is asked for now: the answer may be another.
 
     Args:
         case: what is to be predicted.
@@ -72,7 +73,8 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
     try:
         content = json.loads((output / f"{case.id}.json").read_text(encoding="utf-8"))
         noted = content[MADE_FROM]
-        if content["case"] != case.id or noted["settings_sha256"] != _settings_sha256(case, settings):
+        same = content["case"] == case.id and noted["settings_sha256"] == _settings_sha256(case, settings)
+        if not same or (content["ladder"] and noted.get("max_memory_gb") != _bound_of(settings)):
             return None
         files = dict(noted["files_sha256"])
         if f"{case.id}.nii.gz" not in files or any(Path(name).name != name for name in files):
@@ -107,4 +109,11 @@ def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
     """Over the settings and what the layout told of the case: label numbers, and which volume a contrast is."""
     convention = case.written_convention
     volumes: dict[Contrast, int] = dict(case.volumes)
-    return sha256_of([settings, volumes, None if convention is None else convention.name])
+    unbound = {**settings, "options": {k: v for k, v in settings["options"].items() if k != "max_memory_gb"}}
+    return sha256_of([unbound, volumes, None if convention is None else convention.name])
+
+
+def _bound_of(settings: Mapping[str, Any]) -> float | None:
+    """``--max-memory-gb`` of the settings."""
+    bound: float | None = settings["options"].get("max_memory_gb")
+    return bound

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.inference.cohort import Prediction, Predictions, predict_each
-from app.inference.finished import settings_of
+from app.inference.finished import file_sha256, settings_of
 from app.inference.flags import Facts, Flag, flags_of
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
@@ -24,6 +24,7 @@ from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import Companion, ShareSteps, Trust, companions, measure, nested
 from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime
+from data.brain_mask import MASK_WORDS
 from data.bring_back import cut_back, means_back
 from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native, zeroed_warnings
 from data.brought_in_files import write_case
@@ -92,7 +93,10 @@ def native_settings(
     model: Predictor, options: PredictOptions, config: BringInConfig, space: Contrast
 ) -> dict[str, Any]:
     """What decides a case's result beside its files, as :func:`app.inference.finished.settings_of`."""
-    return settings_of(model, options, prepare=asdict(config), space=space)
+    prepare = asdict(config)
+    if config.mask not in MASK_WORDS and (mask := Path(config.mask)).is_file():
+        prepare["mask"] = file_sha256(mask)
+    return settings_of(model, options, prepare=prepare, space=space)
 
 
 def native_steps(
@@ -109,7 +113,7 @@ def native_steps(
     def read(case: Case) -> _Read:
         place_for(case, output)
         began = time.monotonic()
-        native = read_native(case, nan_to_zero=options.nan_to_zero)
+        native = read_native(replace(case, label=None), nan_to_zero=options.nan_to_zero)
         return _Read(case=case, native=native, seconds=time.monotonic() - began)
 
     def compute(given: _Read, on_step: Callable[[str], None]) -> _Answered:

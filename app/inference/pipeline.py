@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any, Final, Generic, TypeVar
 
 from app.inference.cohort import Prediction, Told
 from app.inference.finished import MADE_FROM, files_sha256, made_from
+from app.inference.ladder import is_out_of_memory
 from app.inference.manifest import Outcome, Worker
 from app.inference.settings import PredictOptions
 from app.runlog import write_json
@@ -90,7 +92,8 @@ class InThisProcess(Generic[R, C]):
             while (took := ahead.take()) is not None:
                 told.begun(took.case.id)
                 try:
-                    computed = self.steps.compute(took.read, partial(told.begun, took.case.id))
+                    with _naming_memory(took.case, "predict"):
+                        computed = self.steps.compute(took.read, partial(told.begun, took.case.id))
                 except DataError as error:
                     told.ended(self.failed(took.case, error))
                     continue
@@ -115,7 +118,8 @@ class InThisProcess(Generic[R, C]):
         """
         try:
             took = self.read(case)
-            computed = self.steps.compute(took.read, partial(told.begun, case.id))
+            with _naming_memory(case, "predict"):
+                computed = self.steps.compute(took.read, partial(told.begun, case.id))
         except DataError as error:
             told.ended(self.failed(case, error))
             return
@@ -133,12 +137,14 @@ class InThisProcess(Generic[R, C]):
         except (OSError, DataError):
             self.steps.read(case)  # says in its own words what is wrong
             raise
-        return _Read(case=case, made=made, read=self.steps.read(case))
+        with _naming_memory(case, "read"):
+            return _Read(case=case, made=made, read=self.steps.read(case))
 
     def _write(self, case: Case, made: dict[str, Any], computed: C, told: Told) -> None:
         """The last part: first the files, then the JSON that says that they are whole."""
         try:
-            prediction = self.steps.write(computed)
+            with _naming_memory(case, "write"):
+                prediction = self.steps.write(computed)
         except DataError as error:
             told.ended(self.failed(case, error))
             return
@@ -150,6 +156,21 @@ class InThisProcess(Generic[R, C]):
     def failed(self, case: Case, error: DataError) -> Outcome:
         """A case that cannot be done."""
         return Outcome(case=case.id, message=str(error), worker=self.worker)
+
+
+@contextmanager
+def _naming_memory(case: Case, doing: str) -> Iterator[None]:
+    """Make a lack of memory the fault of one case, so that the others go on."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        said = " ".join(str(error).split())[:200] or type(error).__name__
+        raise DataError(
+            f"case {case.id}: memory is not enough to {doing} it ({said}). "
+            "Close other programs, or use a machine with more memory; the same command goes on."
+        ) from error
 
 
 class _Ahead(Generic[R]):

@@ -18,8 +18,8 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import read_json
 from app.runtime import Runtime
 from data.errors import DataError
-from data.labels import REGIONS, Contrast, Region
-from data.layouts import Case
+from data.labels import REGIONS, Contrast, LabelConvention, Region
+from data.layouts import Case, convention_of
 from data.nifti import replacing
 from data.presence import SUBSETS
 
@@ -108,12 +108,33 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
     return chosen
 
 
+def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
+    """What the numbers of a data set's label maps mean; as in the run's own data where the data set does not tell.
+
+    Args:
+        model: the run's network.
+        cases: all of the data set.
+        labels: name of a convention that settles it, as ``--labels`` gives it.
+
+    Raises:
+        DataError: there is no convention of this name.
+    """
+    try:
+        return convention_of(cases, labels=labels)
+    except DataError as error:
+        if labels is not None:
+            raise
+        LOG.info("label numbers are read as those that the run was trained on (%s): %s", model.convention.name, error)
+        return model.convention
+
+
 def score_subsets(
     model: Predictor,
     cases: Sequence[Case],
     runtime: Runtime,
     *,
     nan_to_zero: bool = False,
+    convention: LabelConvention | None = None,
     on_progress: OnProgress = silent,
 ) -> SubsetEvaluation:
     """Predict cases with every subset of their contrasts, as if the other files were not there, and score them.
@@ -123,6 +144,7 @@ def score_subsets(
         cases: with label maps; one that lacks contrasts itself counts in the rows it has the contrasts for.
         runtime: as the model was loaded for.
         nan_to_zero: take voxels that are NaN or infinite as 0.
+        convention: what the numbers of the label maps mean, default as in the run's own data.
         on_progress: told which case is being worked on.
 
     Raises:
@@ -145,7 +167,7 @@ def score_subsets(
                 share = (number + position / len(subsets)) / len(cases)
                 on_progress(Progress(job="scoring", share=share, detail=f"{case.id}: {'+'.join(subset)}"))
                 given = replace(case, contrasts={c: case.contrasts[c] for c in subset}, problems=())
-                scores[subset] = case_dice(model, given, runtime, nan_to_zero=nan_to_zero)
+                scores[subset] = case_dice(model, given, runtime, nan_to_zero=nan_to_zero, convention=convention)
         except DataError as error:
             failures[case.id] = str(error)
             continue

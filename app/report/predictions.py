@@ -133,11 +133,13 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
             continue
         images, volumes = _images(record, None if cases is None else cases.get(path.stem))
         beside = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
+        # A file that the JSON knows and does not have is of an earlier label map.
+        belongs = _mapping(record.get("files")).get("uncertainty", beside) is not None
         found.append(
             Predicted(
                 case=path.stem,
                 label_map=label_map,
-                uncertainty=beside if beside.is_file() else None,
+                uncertainty=beside if belongs and beside.is_file() else None,
                 record=record,
                 images=images,
                 volumes=volumes,
