@@ -133,7 +133,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a checksum that does not fit": Guard(
         NIFTI,
-        "        while stream.read(1 << 20):\n            pass\n",
+        "    while stream.read(1 << 20):\n        pass\n",
         "",
         "test_data_nifti.py::test_the_checksum_of_a_4d_file_counts_whichever_volume_is_read",
     ),
