@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -32,7 +33,8 @@ def meanings(owner: type[Any]) -> dict[str, str]:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
         if isinstance(under, ast.Expr) and isinstance(under.value, ast.Constant) and isinstance(under.value.value, str):
-            found[line.target.id] = " ".join(under.value.value.replace("``", "").split())
+            text = re.sub(r":[a-z]+:`~?([^`]*)`", r"\1", under.value.value)  # marks for a documentation program
+            found[line.target.id] = " ".join(text.replace("``", "").split())
     missing = [field.name for field in dataclasses.fields(owner) if field.name not in found]
     if missing:
         raise ValueError(f"{owner.__name__}: no documentation under {', '.join(missing)}")

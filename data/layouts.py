@@ -133,7 +133,10 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         DataError: there is no such folder, no case in it, one id in two folders, or a description of the data set that
             cannot be understood.
     """
-    manifest = _manifest_at(root, "is a file; give the folder that holds the case, or a manifest that ends in .csv")
+    manifest = _manifest_at(
+        root,
+        "is a file; give the folder that holds the case, a manifest that ends in .csv, or predict's --t1 ... --flair",
+    )
     links = _Links(root if manifest != root else root.parent, follow=follow_links)
     cases = (
         [_from_description(row, links) for row in read_manifest(manifest)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -30,5 +32,9 @@ def demo(
         return
     terminal.result(terminal.table(rows(outcome.evaluation)))
     terminal.result(f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:")
+    if shutil.which("znormseg") is None:
+        terminal.result(
+            f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n      makes the command known to this terminal"
+        )
     for what, command in COMMANDS:
         terminal.result(f"  {command}\n      {what}")

@@ -109,7 +109,7 @@ def evaluate(
         raise typer.BadParameter("--nsd-mm is a distance in mm")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
-    from app.evaluation.metrics import NSD_MM  # noqa: PLC0415
+    from app.evaluation.metrics import NSD_MM, ONE_EMPTY_HD95_MM  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
 
     first, comma, second = (labels or "").partition(",")
@@ -140,9 +140,17 @@ def evaluate(
         terminal.json_result(scores.to_json())
     else:
         terminal.result(terminal.table(rows(scores)))
+        if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in scores.cases for one in case.regions.values()):
+            terminal.result(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: marked by one side alone (the rule of BraTS 2023)")
+        if out is None:
+            terminal.result("sensitivity, specificity, surface Dice and volumes: --out scores.csv, or --json")
         terminal.result(NOTICE)
     if out is not None:
         write_table(scores, out)
+    if scores.made_by_us:
+        terminal.say(
+            f"znormseg predict wrote references: {_some(scores.made_by_us)}. Are PREDICTIONS and REFERENCES swapped?"
+        )
     for case, text in scores.failures.items():
         terminal.say(f"znormseg: {case}: {text}")
     if scores.resampled:
@@ -183,8 +191,9 @@ def _official(
 ) -> None:
     """The table of ``--rules``."""
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.official.evaluate import evaluate_officially, rows, write_table  # noqa: PLC0415
+    from app.evaluation.official.evaluate import evaluate_officially, remarks, rows, write_table  # noqa: PLC0415
     from app.evaluation.official.rules import rules_for  # noqa: PLC0415
+    from app.notice import NOTICE  # noqa: PLC0415
 
     rules = rules_for(year, task)
     if out is not None:
@@ -198,6 +207,9 @@ def _official(
         terminal.json_result(scores.to_json())
     else:
         terminal.result(terminal.table(rows(scores)))
+        for sentence in remarks(scores):
+            terminal.result(sentence)
+        terminal.result(NOTICE)
     if out is not None:
         write_table(scores, out)
     folders = scores.folders

@@ -34,7 +34,7 @@ def prepare(
         ),
     ],
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
-    t1c: Annotated[Path | None, typer.Option("--t1c", help=_CONTRAST_HELP)] = None,
+    t1c: Annotated[Path | None, typer.Option("--t1c", "--t1ce", help=_CONTRAST_HELP)] = None,
     t2: Annotated[Path | None, typer.Option("--t2", help=_CONTRAST_HELP)] = None,
     flair: Annotated[Path | None, typer.Option("--flair", help=_CONTRAST_HELP)] = None,
     mask: Annotated[

@@ -50,6 +50,9 @@ LABELS_HELP = (
     "brats2015 or msd."
 )
 
+#: Columns of a terminal up to which the bar is short.
+_NARROW = 100
+
 #: Without a terminal, progress becomes a line at most this often.
 _SECONDS_BETWEEN_LINES = 15.0
 
@@ -76,7 +79,10 @@ def complete_config(incomplete: str) -> list[str]:
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table, the first column to the left, the others to the right; in a terminal with colour."""
+    """Rows of text as a table, the first column to the left, the others to the right; in a terminal with colour.
+
+    Nothing is cut: where the terminal is narrower, lines run over.
+    """
     if sys.stdout.isatty():
         return _rich_table(rows)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
@@ -95,10 +101,11 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(rows[0]):
-        drawn.add_column(Text(name), justify="right" if column else "left", no_wrap=column > 0)
+        drawn.add_column(Text(name), justify="right" if column else "left", no_wrap=True)
     for row in rows[1:]:
         drawn.add_row(*map(Text, row))  # as text: a case id is never markup
     console = Console()
+    console.width = max(console.width, console.measure(drawn, options=console.options.update(max_width=10_000)).maximum)
     with console.capture() as caught:
         console.print(drawn)
     return caught.get().strip("\n")
@@ -144,7 +151,7 @@ def fail(error: BaseException) -> int:
 def watched() -> Iterator[OnProgress]:
     """Send the application's messages to stderr, and give a callback that draws its progress there."""
     log = logging.getLogger("znormseg")
-    log.setLevel(logging.WARNING if settings.quiet else logging.INFO)
+    log.setLevel(logging.DEBUG if settings.debug else logging.WARNING if settings.quiet else logging.INFO)
     log.propagate = False
     # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
@@ -192,16 +199,21 @@ def _bar(console: Any) -> Iterator[OnProgress]:
     """A progress bar with detail and remaining time."""
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
     from rich.progress import Progress as Bar  # noqa: PLC0415
+    from rich.table import Column  # noqa: PLC0415
+
+    # What a narrow terminal has no room for is the end of the detail, never the bar or the time.
+    def whole() -> Any:
+        return Column(no_wrap=True, overflow="ignore")
 
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        TaskProgressColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[eta]}"),
-        TextColumn("{task.fields[detail]}"),
+        TextColumn("{task.description}", table_column=whole()),
+        BarColumn(bar_width=24 if console.width > _NARROW else 8),
+        TaskProgressColumn(table_column=whole()),
+        TimeElapsedColumn(table_column=whole()),
+        TextColumn("{task.fields[eta]}", table_column=whole()),
+        TextColumn("{task.fields[detail]}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
     )
-    with Bar(*columns, console=console, refresh_per_second=4) as bar:
+    with Bar(*columns, console=console, refresh_per_second=4, expand=True) as bar:
         tasks: dict[str, Any] = {}
 
         def draw(progress: Progress) -> None:

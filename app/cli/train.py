@@ -129,7 +129,10 @@ def train(
         terminal.json_result(outcome.to_json())
         return
     dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.dice or {}).items())
-    terminal.result(f"{outcome.steps} steps in {outcome.seconds:.0f} s; weights of step {outcome.best_step} in {run}")
+    terminal.result(
+        f"{outcome.steps} steps in {outcome.seconds:.0f} s; of {run} predict takes the weights of step "
+        f"{outcome.best_step}, the best validation's"
+    )
     terminal.result(f"validation Dice: {dice or 'no validation cases'}")
     if outcome.stopped_early:
         terminal.result("stopped early: the latest validations brought no better mean Dice (training.patience)")

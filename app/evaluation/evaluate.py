@@ -79,6 +79,8 @@ class Evaluation:
     """The same for the references."""
     nsd_mm: float = NSD_MM
     """Tolerance of the surface Dice in mm."""
+    made_by_us: tuple[str, ...] = ()
+    """Case ids whose reference has the JSON of ``predict`` beside it: perhaps both sides are swapped."""
 
     def summary(self) -> dict[Region, dict[str, float]]:
         """Mean over cases of every number in :data:`METRICS`, by region, e.g. ``summary()["WT"]["dice"]``."""
@@ -210,6 +212,7 @@ def evaluate(
         prediction_convention=folders.prediction_convention.name,
         reference_convention=folders.reference_convention.name,
         nsd_mm=nsd_mm,
+        made_by_us=tuple(case for case in folders.common if folders.expected[case].with_name(f"{case}.json").exists()),
     )
 
 

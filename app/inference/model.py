@@ -193,7 +193,14 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     else:
         checkpoint = load_newest(run / "checkpoints", "best")
     if checkpoint is None:
-        raise RunError(f"{run}: no weights there yet. Train it first, or wait for its first validation.")
+        if not (run / "config.yaml").exists():
+            raise RunError(
+                f"{run}: not the folder of a run, a model or an ensemble. Give one that train or crossval made."
+            )
+        raise RunError(
+            f"{run}: no weights there yet. Wait for the run's first validation; if it was interrupted, go on with it: "
+            f"znormseg train DATA {run} --resume"
+        )
     details = checkpoint.details
     try:
         if details["contrasts"] != list(CONTRASTS) or details["regions"] != list(REGIONS):

@@ -379,7 +379,8 @@ def _train(
         seed=config.training.seed,
     )
     transform = gradient.attach(config.gradient, state.optimizer, state.network)
-    LOG.info("%s", transform.report)
+    LOG.info("%s", "\n".join(line for line in transform.report.splitlines() if not line.startswith(" ")))
+    LOG.debug("%s", transform.report)  # tensor by tensor
     with stop_on_signals(patient=world.size > 1) as stop:
         room = RoomWait(stopped=lambda: stop.signal_name is not None)
         log = MetricsLog(

@@ -18,7 +18,10 @@ from data.labels import BRATS2024, decode_tissues
 from data.nifti import grid_difference, in_order_of, replacing
 
 #: Columns of the terminal's table: metric, heading, format.
-_IN_TERMINAL: Final = (("lesion_dice", "Dice", ".3f"), ("lesion_hd95_mm", "HD95", ".1f"))
+_IN_TERMINAL: Final = (
+    ("lesion_dice", "lesion Dice", ".3f"),
+    ("lesion_hd95_mm", "lesion HD95 mm", ".1f"),
+)
 Values = Mapping[str, Mapping[str, float]]
 """Number by region and metric."""
 
@@ -160,6 +163,29 @@ def rows(evaluation: OfficialEvaluation) -> list[list[str]]:
             for name, values in evaluation.named_values()
         ),
     ]
+
+
+def remarks(evaluation: OfficialEvaluation) -> list[str]:
+    """What the numbers of the terminal's table turn on, a sentence each."""
+    found: dict[str, tuple[int, int]] = {}
+    for rule in evaluation.rules.scored:
+        scores = [case.regions[rule.name] for case in evaluation.cases]
+        found[rule.name] = sum(one.false_positives for one in scores), sum(one.false_negatives for one in scores)
+    said = ["means over lesions, by the rules of " + f"{evaluation.rules.year} {evaluation.rules.task}"]
+    invented = {name: count for name, (count, _) in found.items() if count}
+    missed = {name: count for name, (_, count) in found.items() if count}
+    if invented:
+        said.append(f"predicted lesions that touch none of the reference: {_counts(invented)}")
+    if missed:
+        said.append(f"lesions of the reference that were missed: {_counts(missed)}")
+    if (invented or missed) and evaluation.rules.penalty_mm is not None:
+        said.append(f"each has Dice 0 and HD95 {evaluation.rules.penalty_mm:g} mm in these means")
+    return said
+
+
+def _counts(numbers: Mapping[str, int]) -> str:
+    """As in ``WT 149, ET 3``."""
+    return ", ".join(f"{name} {count}" for name, count in numbers.items())
 
 
 def write_table(evaluation: OfficialEvaluation, path: Path) -> None:
