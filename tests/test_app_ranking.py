@@ -34,6 +34,12 @@ def test_high_dice_and_low_hd95_have_the_first_rank() -> None:
     assert ranks(values, ("dice", "hd95_mm")).tolist() == [[[[1, 1]]], [[[2, 2]]]]
 
 
+@pytest.mark.parametrize("metric", ["ece", "brier"])
+def test_low_errors_of_probabilities_have_the_first_rank(metric: str) -> None:
+    sure, wrong = (Scored(name=name, cases={"x": {("WT", metric): value}}) for name, value in (("a", 0.1), ("b", 0.4)))
+    assert rank([wrong, sure], (metric,)).order == [1, 0]
+
+
 def test_equal_sets_share_their_ranks_and_differ_in_nothing() -> None:
     ranking = rank([scored("a", [0.5, 0.7]), scored("b", [0.5, 0.7])])
     assert ranking.mean_ranks.tolist() == [1.5, 1.5]

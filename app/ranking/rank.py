@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from app.comparison.statistics import bootstrap_interval, holm, signed_rank
-from app.evaluation.evaluate import require_table_place
+from app.evaluation.evaluate import CALIBRATION, require_table_place
 from app.ranking.scores import Scored
 from data.errors import DataError
 from data.nifti import replacing
@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float64]
 #: Metrics that are ranked when none are asked for: the first of these pairs that all sets have.
 _USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("dice", "hd95_mm"))
 #: Metrics that are better the lower they are; of the others the higher is better.
-_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives")
+_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
 _SHOWN: Final = 3
