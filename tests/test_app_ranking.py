@@ -141,6 +141,16 @@ def test_tables_of_evaluate_rank_as_their_folders_do(
         assert read.names == ("other", "best")
 
 
+def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        text = "case,WT_dice,WT_hd95_mm,WT_ece\nx,0.9,2,0.1\ny,0.8,3,\n"
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8-sig")
+    tables = load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None)
+    assert rank(tables).cases == ("x", "y")
+    with pytest.raises(DataError, match="metric ece: is not in all of them"):
+        rank(tables, ("ece",))
+
+
 def test_a_folder_without_references_is_refused(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
     done = znormseg("rank", folders["best"], folders["other"])
     assert done.code == 3

@@ -96,7 +96,7 @@ def _cases(
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{source}: cannot be read as text ({error}). Give a table of evaluate, .csv or .json."
@@ -147,7 +147,10 @@ def _of_csv(text: str) -> dict[str, dict[Measure, float]]:
         if case in _SUMMARY_ROWS:
             continue
         split = {column: column.partition("_") for column in row}
-        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items()}
+        # ECE and Brier score are empty for a case without probabilities.
+        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items() if value != ""}
+        if not cases[case]:
+            raise ValueError(f"no score of {case}")
     return cases
 
 
