@@ -74,7 +74,7 @@ def test_the_permutation_test_of_all_signs_alike_counts_two_in_two_to_the_n() ->
 
 def test_cases_that_some_sets_lack_are_left_out_and_counted() -> None:
     ranking = rank([scored("a", [0.5, 0.7, 0.8]), scored("b", [0.5, 0.7])])
-    assert (ranking.cases, ranking.left_out) == (("case0", "case1"), 1)
+    assert (ranking.cases, ranking.left_out) == (("case0", "case1"), ("case2",))
 
 
 def test_sets_without_a_common_case_are_refused_with_ids_of_each() -> None:
@@ -149,6 +149,39 @@ def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_pat
     assert rank(tables).cases == ("x", "y")
     with pytest.raises(DataError, match="metric ece: is not in all of them"):
         rank(tables, ("ece",))
+
+
+def spoil(label_map: Path) -> None:
+    """Move a label map by 5 mm: it lies on another grid than its reference."""
+    image: Any = nib.loadsave.load(label_map)
+    moved = image.affine.copy()
+    moved[0, 3] += 5
+    nib.loadsave.save(nib.nifti1.Nifti1Image(np.asarray(image.dataobj), moved), label_map)
+
+
+@pytest.mark.parametrize("spoilt", [("best",), ("best", "other")])
+def test_a_case_that_cannot_be_scored_is_named_counted_and_an_exit_code(
+    spoilt: tuple[str, ...], folders: dict[str, Path], znormseg: Callable[..., Any]
+) -> None:
+    for name in spoilt:
+        spoil(folders[name] / "BraTS-GLI-00002-000.nii.gz")
+    (folders["other"] / "BraTS-GLI-00001-000.nii.gz").unlink()
+    done = znormseg("rank", folders["best"], folders["other"], "--references", folders["refs"], "--json")
+    assert done.code == 6
+    told = json.loads(done.out)
+    assert told["cases_left_out"] == 2
+    assert told["left_out"] == ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
+    assert set(told["failures"]) == set(spoilt)
+    assert all(f"znormseg: {name}: BraTS-GLI-00002-000: " in done.err for name in spoilt)
+    assert "2 cases: BraTS-GLI-00001-000, BraTS-GLI-00002-000" in done.err
+
+
+def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
+    spoil(folders["best"] / "BraTS-GLI-00002-000.nii.gz")
+    table = folders["best"] / "best.json"
+    table.write_text(znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8")
+    ranking = rank(load([table, folders["other"]], folders["refs"], None))
+    assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
 
 
 def test_a_folder_without_references_is_refused(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:

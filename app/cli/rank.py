@@ -13,6 +13,8 @@ EXAMPLES = """\
 znormseg rank OURS THEIRS --references REFERENCES --out ranking
 znormseg rank a.csv b.csv c.csv"""
 
+_SHOWN = 5
+
 
 def rank(
     *,
@@ -62,6 +64,10 @@ def rank(
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
         scored = load(sets, references, chosen, follow_links=follow_links, on_case=ready)
+    # Before they are ranked: where no case is left, these are the reasons.
+    for one in scored:
+        for case, text in one.failures.items():
+            terminal.say(f"znormseg: {one.name}: {case}: {text}")
     ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())
     if as_json:
         terminal.json_result(ranking.to_json())
@@ -74,4 +80,9 @@ def rank(
     if page is not None:
         write_page(page, ranking)
     if ranking.left_out:
-        terminal.say(f"{ranking.left_out} cases are not in all of them and were left out")
+        shown = ", ".join(ranking.left_out[:_SHOWN]) + (" ..." if len(ranking.left_out) > _SHOWN else "")
+        terminal.say(f"left out, not scored in all of them: {len(ranking.left_out)} cases: {shown}")
+    if ranking.failures:
+        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+
+        raise typer.Exit(EXIT_SOME_FAILED)

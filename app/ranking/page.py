@@ -42,7 +42,7 @@ def render(ranking: Ranking) -> str:
         section("cases", "Case by case", _charts_html(ranking)),
         section("worst", "Worst cases", _worst_html(ranking)),
     ]
-    facts = [("sets", ", ".join(ranking.names)), ("cases that some sets lack", str(ranking.left_out))]
+    facts = [("sets", ", ".join(ranking.names)), ("cases left out, not scored in all sets", str(len(ranking.left_out)))]
     return document(title="Ranking", lead=lead, facts=facts, sections=sections, styles=("page.css", "arms.css"))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -95,8 +95,10 @@ class Ranking:
     """Each two sets, in mean rank."""
     differences: tuple[Difference, ...]
     """Each two sets, in each metric."""
-    left_out: int
-    """Cases that some sets lack."""
+    left_out: tuple[str, ...]
+    """Case ids that are not scored in all sets, sorted."""
+    failures: Mapping[str, Mapping[str, str]]
+    """Why cases could not be scored, by name of the set and case id; sets without any are not in it."""
 
     @property
     def mean_ranks(self) -> FloatArray:
@@ -138,7 +140,9 @@ class Ranking:
                 }
                 for place, case in enumerate(self.cases)
             ],
-            "cases_left_out": self.left_out,
+            "cases_left_out": len(self.left_out),
+            "left_out": list(self.left_out),
+            "failures": {name: dict(reasons) for name, reasons in self.failures.items()},
         }
 
 
@@ -183,7 +187,10 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         differences=tuple(
             d for k, metric in enumerate(chosen) for d in _differences(names, metric, values[..., k].mean(axis=2))
         ),
-        left_out=len(set().union(*(scored.cases for scored in sets))) - len(cases),
+        left_out=tuple(
+            sorted(set().union(*(known for s in sets for known in (s.cases, s.failures, s.missing))) - set(cases))
+        ),
+        failures={scored.name: scored.failures for scored in sets if scored.failures},
     )
 
 

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,10 @@ class Scored:
     """Short name, for tables."""
     cases: Mapping[str, Mapping[Measure, float]]
     """Numbers by case id."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why other cases could not be scored, by case id."""
+    missing: tuple[str, ...] = ()
+    """Case ids of which there is a reference and no prediction."""
 
 
 def load(
@@ -64,9 +68,7 @@ def load(
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(
-            Scored(name=name, cases=_cases(source, references, rules, follow_links=follow_links, on_case=told))
-        )
+        found.append(_scored(source, name, references, rules, follow_links=follow_links, on_case=told))
     return found
 
 
@@ -83,16 +85,17 @@ def _names(sources: Sequence[Path]) -> list[str]:
         parts += 1
 
 
-def _cases(
+def _scored(
     source: Path,
+    name: str,
     references: Path | None,
     rules: Rules | None,
     *,
     follow_links: bool,
     on_case: Callable[[str, float], None],
-) -> Mapping[str, Mapping[Measure, float]]:
+) -> Scored:
     if source.is_dir():
-        return _scored_folder(source, references, rules, follow_links=follow_links, on_case=on_case)
+        return _scored_folder(source, name, references, rules, follow_links=follow_links, on_case=on_case)
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
@@ -102,34 +105,36 @@ def _cases(
             f"{source}: cannot be read as text ({error}). Give a table of evaluate, .csv or .json."
         ) from error
     try:
-        cases = _of_json(json.loads(text)) if source.suffix == ".json" else _of_csv(text)
+        found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
-    if not cases:
+    if not found.cases:
         raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
-    return cases
+    return found
 
 
 def _scored_folder(
     source: Path,
+    name: str,
     references: Path | None,
     rules: Rules | None,
     *,
     follow_links: bool,
     on_case: Callable[[str, float], None],
-) -> Mapping[str, Mapping[Measure, float]]:
+) -> Scored:
     if references is None:
         raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
     if rules is not None:
         scores = evaluate_officially(source, references, rules, follow_links=follow_links, on_case=on_case)
-        return _of_json(scores.to_json())
-    return _of_json(evaluate(source, references, follow_links=follow_links, on_case=on_case).to_json())
+        return _of_json(name, scores.to_json())
+    return _of_json(name, evaluate(source, references, follow_links=follow_links, on_case=on_case).to_json())
 
 
-def _of_json(content: Any) -> dict[str, dict[Measure, float]]:
-    return {
+def _of_json(name: str, content: Any) -> Scored:
+    """What ``evaluate --json`` prints; of older versions without the cases that failed."""
+    cases = {
         str(case["case"]): {
             (region, metric): _number(value)
             for region, values in case.items()
@@ -138,9 +143,15 @@ def _of_json(content: Any) -> dict[str, dict[Measure, float]]:
         }
         for case in content["cases"]
     }
+    return Scored(
+        name=name,
+        cases=cases,
+        failures={str(case): str(reason) for case, reason in content.get("failures", {}).items()},
+        missing=tuple(map(str, content.get("missing_predictions", ()))),
+    )
 
 
-def _of_csv(text: str) -> dict[str, dict[Measure, float]]:
+def _of_csv(name: str, text: str) -> Scored:
     cases: dict[str, dict[Measure, float]] = {}
     for row in csv.DictReader(text.splitlines()):
         case = row.pop("case")
@@ -151,7 +162,7 @@ def _of_csv(text: str) -> dict[str, dict[Measure, float]]:
         cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items() if value != ""}
         if not cases[case]:
             raise ValueError(f"no score of {case}")
-    return cases
+    return Scored(name=name, cases=cases)
 
 
 def _number(value: Any) -> float:
