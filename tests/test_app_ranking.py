@@ -184,6 +184,33 @@ def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], z
     assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
 
 
+def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
+    """A table in CSV, which does not tell how it was scored, and one in JSON for each of ``told``."""
+    (folder / "a.csv").write_text("case,WT_dice,WT_hd95_mm,WT_nsd\nx,1,0,1\n", encoding="utf-8")
+    files = [folder / "a.csv"]
+    for name, content in zip("bcd", told, strict=False):
+        cases = [{"case": "x", "WT": {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0}}]
+        files.append(folder / f"{name}.json")
+        files[-1].write_text(json.dumps({"cases": cases, **content}), encoding="utf-8")
+    return load(files, None, None)
+
+
+@pytest.mark.parametrize("other", [{}, {"rules": "brats2023", "task": "GLI"}, {"rules": "brats2024", "task": "PED"}])
+def test_scores_by_different_rules_are_refused_with_both(other: dict[str, str], tmp_path: Path) -> None:
+    first = {"rules": "brats2024", "task": "GLI"}
+    rank(json_tables(tmp_path, first, first))
+    shown = " ".join(other.values()) or "no rules"
+    with pytest.raises(DataError, match=rf"^b and c: .*: brats2024 GLI; {shown}\. .* --rules and --task"):
+        rank(json_tables(tmp_path, first, other))
+
+
+def test_surface_dice_at_two_tolerances_is_not_ranked(tmp_path: Path) -> None:
+    tables = json_tables(tmp_path, {"nsd_definition": "at 1 mm"}, {"nsd_definition": "at 2 mm"})
+    assert rank(tables).metrics == ("dice", "hd95_mm")
+    with pytest.raises(DataError, match=r"at 1 mm; at 2 mm\. .* --nsd-mm"):
+        rank(tables, ("dice", "nsd"))
+
+
 def test_a_folder_without_references_is_refused(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
     done = znormseg("rank", folders["best"], folders["other"])
     assert done.code == 3

@@ -159,8 +159,10 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         metrics: by which to rank; default lesion-wise Dice and HD95 where all sets have them, else Dice and HD95.
 
     Raises:
-        DataError: no case or no region is in all sets, or a metric is not.
+        DataError: no case or no region is in all sets, or a metric is not; or sets that tell how they were scored were
+            not scored alike.
     """
+    _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
         held = "; ".join(f"{scored.name} holds {_some(sorted(scored.cases))}" for scored in sets)
@@ -168,6 +170,8 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
     chosen = _chosen(metrics, {metric for _, metric in common})
+    if "nsd" in chosen:
+        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with another nsd", "--nsd-mm")
     regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
     if not regions:
         raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
@@ -275,6 +279,21 @@ def write_table(ranking: Ranking, path: Path) -> None:
         writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
         for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):
             writer.writerow([case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()])
+
+
+def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
+    """Refuse sets that were scored in different ways, by what each tells; those that tell nothing are taken.
+
+    Raises:
+        DataError: two tell different things.
+    """
+    known = [(name, text) for name, text in told.items() if text is not None]
+    for name, text in known[1:]:
+        if text != known[0][1]:
+            raise DataError(
+                f"{known[0][0]} and {name}: one was scored {how} than the other: {known[0][1]}; {text}. Score both by "
+                f"evaluate with the same {options}."
+            )
 
 
 def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:

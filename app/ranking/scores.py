@@ -32,6 +32,10 @@ class Scored:
     """Why other cases could not be scored, by case id."""
     missing: tuple[str, ...] = ()
     """Case ids of which there is a reference and no prediction."""
+    scored_by: str | None = None
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV."""
+    nsd_definition: str | None = None
+    """Which surface Dice ``nsd`` is, in words; None where that is not told."""
 
 
 def load(
@@ -148,6 +152,8 @@ def _of_json(name: str, content: Any) -> Scored:
         cases=cases,
         failures={str(case): str(reason) for case, reason in content.get("failures", {}).items()},
         missing=tuple(map(str, content.get("missing_predictions", ()))),
+        scored_by=f"{content['rules']} {content['task']}" if "rules" in content else "no rules",
+        nsd_definition=content.get("nsd_definition"),
     )
 
 
