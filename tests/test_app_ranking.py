@@ -184,6 +184,19 @@ def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], z
     assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
 
 
+def test_label_numbers_that_nothing_tells_are_settled_for_sets_and_references(
+    folders: dict[str, Path], znormseg: Callable[..., Any]
+) -> None:
+    for folder in folders.values():
+        for number, label_map in enumerate(sorted(folder.glob("*.nii.gz"))):
+            label_map.rename(folder / f"patient{number}_seg.nii.gz")
+    asked = ("rank", folders["best"], folders["other"], "--references", folders["refs"], "--json")
+    assert "--labels" in znormseg(*asked).err
+    done = znormseg(*asked, "--labels", "brats2023")
+    assert (done.code, json.loads(done.out)["ranking"][0]["name"]) == (0, "best"), done.err
+    assert json.loads(znormseg(*asked, "--labels", "brats2023,msd").out)["ranking"][0]["dice"] < 1
+
+
 def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
     """A table in CSV, which does not tell how it was scored, and one in JSON for each of ``told``."""
     (folder / "a.csv").write_text("case,WT_dice,WT_hd95_mm,WT_nsd\nx,1,0,1\n", encoding="utf-8")

@@ -199,6 +199,26 @@ def test_images_of_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> N
     assert all("viewer-data" in page.read_text(encoding="utf-8") for page in made.cases.values())
 
 
+def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
+    phantoms: Path, tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    case = find_cases(phantoms)[0]
+    assert case.label is not None
+    folder = predictions_of(phantoms, tmp_path / "p", ids=("patient1",))
+    image = nib.load(case.label)
+    voxels = np.asarray(image.dataobj).astype(np.uint8)
+    voxels[voxels == 4] = 3
+    (tmp_path / "refs" / "patient1").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
+    asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
+    refused = znormseg(*asked)
+    assert (refused.code, "say which it is with --labels" in refused.err) == (3, True)
+    assert znormseg(*asked, "--labels", "brats2023").code == 0
+    dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
+    assert dice
+    assert float(dice[0]) > 0.5
+
+
 def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
     image = nib.load(case.contrasts["flair"])

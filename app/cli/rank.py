@@ -36,6 +36,10 @@ def rank(
             help="Rank by these, such as dice,sensitivity; default Dice and HD95, lesion-wise ones where there are.",
         ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Two: of SETS and of REFERENCES."),
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
@@ -50,6 +54,8 @@ def rank(
         raise typer.BadParameter("--task goes with --rules")
     if rules is not None and references is None:
         raise typer.BadParameter("--rules goes with --references")
+    if labels is not None and references is None:
+        raise typer.BadParameter("--labels goes with --references")
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.official.rules import rules_for  # noqa: PLC0415
     from app.ranking.page import write_page  # noqa: PLC0415
@@ -63,7 +69,8 @@ def rank(
             require_table_place(place)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        scored = load(sets, references, chosen, follow_links=follow_links, on_case=ready)
+        conventions = terminal.conventions(labels)
+        scored = load(sets, references, chosen, labels=conventions, follow_links=follow_links, on_case=ready)
     # Before they are ranked: where no case is left, these are the reasons.
     for one in scored:
         for case, text in one.failures.items():

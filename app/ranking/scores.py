@@ -43,6 +43,7 @@ def load(
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> list[Scored]:
@@ -52,6 +53,7 @@ def load(
         sources: two or more folders of label maps, or tables of ``evaluate`` (.csv or .json), in any mix.
         references: folder of reference label maps; for sources that are folders.
         rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
+        labels: names of the label conventions of folders and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
         on_case: called with each case of a folder that is scored, its folder before it, and with the share of all
             sources that is done.
@@ -72,7 +74,7 @@ def load(
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(_scored(source, name, references, rules, follow_links=follow_links, on_case=told))
+        found.append(_scored(source, name, references, rules, labels=labels, follow_links=follow_links, on_case=told))
     return found
 
 
@@ -95,11 +97,14 @@ def _scored(
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None],
     follow_links: bool,
     on_case: Callable[[str, float], None],
 ) -> Scored:
     if source.is_dir():
-        return _scored_folder(source, name, references, rules, follow_links=follow_links, on_case=on_case)
+        return _scored_folder(
+            source, name, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
@@ -125,15 +130,19 @@ def _scored_folder(
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None],
     follow_links: bool,
     on_case: Callable[[str, float], None],
 ) -> Scored:
     if references is None:
         raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
     if rules is not None:
-        scores = evaluate_officially(source, references, rules, follow_links=follow_links, on_case=on_case)
-        return _of_json(name, scores.to_json())
-    return _of_json(name, evaluate(source, references, follow_links=follow_links, on_case=on_case).to_json())
+        official = evaluate_officially(
+            source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
+        return _of_json(name, official.to_json())
+    scores = evaluate(source, references, labels=labels, follow_links=follow_links, on_case=on_case)
+    return _of_json(name, scores.to_json())
 
 
 def _of_json(name: str, content: Any) -> Scored:
