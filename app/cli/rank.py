@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.cli import terminal
+
+if TYPE_CHECKING:
+    from app.ranking.rank import Ranking
+    from app.ranking.scores import Scored
 
 EXAMPLES = """\
 znormseg rank OURS THEIRS --references REFERENCES --out ranking
@@ -71,10 +76,7 @@ def rank(
         ready = terminal.by_case(on_progress, "scoring")
         conventions = terminal.conventions(labels)
         scored = load(sets, references, chosen, labels=conventions, follow_links=follow_links, on_case=ready)
-    # Before they are ranked: where no case is left, these are the reasons.
-    for one in scored:
-        for case, text in one.failures.items():
-            terminal.say(f"znormseg: {one.name}: {case}: {text}")
+    _tell_failures(scored)
     ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())
     if as_json:
         terminal.json_result(ranking.to_json())
@@ -86,6 +88,18 @@ def rank(
         write_table(ranking, out)
     if page is not None:
         write_page(page, ranking)
+    _end(ranking)
+
+
+def _tell_failures(scored: Sequence[Scored]) -> None:
+    """Say why cases could not be scored, before they are ranked: where no case is left, these are the reasons."""
+    for one in scored:
+        for case, text in one.failures.items():
+            terminal.say(f"znormseg: {one.name}: {case}: {text}")
+
+
+def _end(ranking: Ranking) -> None:
+    """Name the cases that were left out; exit with a code of its own where one could not be scored."""
     if ranking.left_out:
         shown = ", ".join(ranking.left_out[:_SHOWN]) + (" ..." if len(ranking.left_out) > _SHOWN else "")
         terminal.say(f"left out, not scored in all of them: {len(ranking.left_out)} cases: {shown}")
