@@ -97,7 +97,10 @@ def test_names_from_outside_are_escaped_on_the_page_and_nothing_is_fetched() -> 
 
 def test_metrics_and_regions_of_a_table_are_text_on_the_page() -> None:
     measure = ("<i>r", "<i>m")
-    sets = [Scored(name=name, cases={"x": {measure: value}, "y": {measure: value}}) for name, value in (("a", 1.0), ("b", 2.0))]
+    sets = [
+        Scored(name=name, cases={"x": {measure: value}, "y": {measure: value}})
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
     page = render(rank(sets, ("<i>m",)))
     assert "<i>" not in page
     assert "&lt;i&gt;m" in page

@@ -24,6 +24,7 @@ from app.reporting.distribution import distribution_svg
 from app.reporting.templates import policy
 from app.reporting.volume import MOST_BYTES, ViewerCase, grid_for, viewer_data
 from data.errors import DataError
+from data.export import export
 from data.layouts import find_cases
 
 HOSTILE = "<img src=x onerror=alert('1')>&"
@@ -217,6 +218,17 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
     assert dice
     assert float(dice[0]) > 0.5
+
+
+def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
+    case = find_cases(export(phantoms, tmp_path / "msd", "msd").out)[0]
+    assert case.volumes["t1c"] != case.volumes["flair"]
+    inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
+    told = {"inputs": inputs, "input_volumes": {**case.volumes, "t2": "2"}}
+    folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), **told)
+    images = viewer_of(write_cohort(folder, tmp_path / "out").cases[case.id])["images"]
+    assert set(images) == {"T1c", "FLAIR"}
+    assert images["T1c"] != images["FLAIR"]
 
 
 def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_path: Path) -> None:

@@ -428,12 +428,14 @@ def _provenance(one: Predicted) -> list[tuple[str, str]]:
 
 
 def _command(one: Predicted) -> str:
-    """The command that predicts the case again: that of the JSON, else one of its scans."""
+    """The command that predicts the case again: that of the JSON, else one of its scans; none of volumes of a file."""
     told = one.record.get("command")
     if isinstance(told, str) and told:
         return told
     if isinstance(told, list) and told:
         return shlex.join(map(str, told))
+    if one.volumes:
+        return ""
     scans = [word for contrast, path in one.images.items() for word in (f"--{contrast}", str(path))]
     return f"znormseg predict RUN OUTPUT {shlex.join(scans)}" if scans else ""
 

@@ -168,5 +168,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _images(record: Mapping[str, Any], case: Case | None) -> tuple[dict[Contrast, Path], dict[Contrast, int]]:
     if case is not None:
         return dict(case.contrasts), dict(case.volumes)
-    told = _mapping(record.get("inputs"))
-    return {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)}, {}
+    told, volumes = _mapping(record.get("inputs")), _mapping(record.get("input_volumes"))
+    return (
+        {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)},
+        {contrast: volumes[contrast] for contrast in CONTRASTS if isinstance(volumes.get(contrast), int)},
+    )
