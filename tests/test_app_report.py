@@ -16,7 +16,7 @@ import pytest
 
 from app.errors import ConfigError, RunError
 from app.report.cohort import CohortPages, write_cohort
-from app.report.predictions import Predicted
+from app.report.predictions import Predicted, find_predictions
 from app.report.report import recognise, report
 from app.report.run import best_validation
 from app.report.run import render as render_run
@@ -224,7 +224,7 @@ def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path:
     case = find_cases(export(phantoms, tmp_path / "msd", "msd").out)[0]
     assert case.volumes["t1c"] != case.volumes["flair"]
     inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
-    told = {"inputs": inputs, "input_volumes": {**case.volumes, "t2": "2"}}
+    told = {"inputs": inputs, "input_volumes": case.volumes}
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), **told)
     images = viewer_of(write_cohort(folder, tmp_path / "out").cases[case.id])["images"]
     assert set(images) == {"T1c", "FLAIR"}
@@ -294,6 +294,12 @@ def test_an_interval_goes_before_a_range_of_answers() -> None:
 def test_odd_json_is_passed_over(record: dict[str, Any]) -> None:
     one = predicted(**record)
     assert (one.flags, one.confidence, set(one.volumes_ml.values())) == ((), {}, {None})
+
+
+def test_odd_numbers_of_volumes_are_passed_over(phantoms: Path, tmp_path: Path) -> None:
+    told = {"t1": -1, "t1c": True, "t2": "2", "flair": 3}
+    found, _ = find_predictions(predictions_of(phantoms, tmp_path / "p", ids=("x",), input_volumes=told))
+    assert found[0].volumes == {"flair": 3}
 
 
 # Viewer data
