@@ -34,6 +34,12 @@ def test_high_dice_and_low_hd95_have_the_first_rank() -> None:
     assert ranks(values, ("dice", "hd95_mm")).tolist() == [[[[1, 1]]], [[[2, 2]]]]
 
 
+@pytest.mark.parametrize("metric", ["ece", "brier"])
+def test_low_errors_of_probabilities_have_the_first_rank(metric: str) -> None:
+    sure, wrong = (Scored(name=name, cases={"x": {("WT", metric): value}}) for name, value in (("a", 0.1), ("b", 0.4)))
+    assert rank([wrong, sure], (metric,)).order == [1, 0]
+
+
 def test_equal_sets_share_their_ranks_and_differ_in_nothing() -> None:
     ranking = rank([scored("a", [0.5, 0.7]), scored("b", [0.5, 0.7])])
     assert ranking.mean_ranks.tolist() == [1.5, 1.5]
@@ -68,7 +74,7 @@ def test_the_permutation_test_of_all_signs_alike_counts_two_in_two_to_the_n() ->
 
 def test_cases_that_some_sets_lack_are_left_out_and_counted() -> None:
     ranking = rank([scored("a", [0.5, 0.7, 0.8]), scored("b", [0.5, 0.7])])
-    assert (ranking.cases, ranking.left_out) == (("case0", "case1"), 1)
+    assert (ranking.cases, ranking.left_out) == (("case0", "case1"), ("case2",))
 
 
 def test_sets_without_a_common_case_are_refused_with_ids_of_each() -> None:
@@ -87,6 +93,17 @@ def test_names_from_outside_are_escaped_on_the_page_and_nothing_is_fetched() -> 
     assert "<b>" not in page
     assert not re.search(r"(?:src|href)=|url\(", page)
     assert "case0" in page
+
+
+def test_metrics_and_regions_of_a_table_are_text_on_the_page() -> None:
+    measure = ("<i>r", "<i>m")
+    sets = [
+        Scored(name=name, cases={"x": {measure: value}, "y": {measure: value}})
+        for name, value in (("a", 1.0), ("b", 2.0))
+    ]
+    page = render(rank(sets, ("<i>m",)))
+    assert "<i>" not in page
+    assert "&lt;i&gt;m" in page
 
 
 @pytest.fixture
@@ -133,6 +150,89 @@ def test_tables_of_evaluate_rank_as_their_folders_do(
         read = rank(load(pair, None, None))
         assert (read.values == direct.values).all()
         assert read.names == ("other", "best")
+
+
+def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        text = "case,WT_dice,WT_hd95_mm,WT_ece\nx,0.9,2,0.1\ny,0.8,3,\n"
+        (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8-sig")
+    tables = load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None)
+    assert rank(tables).cases == ("x", "y")
+    with pytest.raises(DataError, match="metric ece: is not in all of them"):
+        rank(tables, ("ece",))
+
+
+def spoil(label_map: Path) -> None:
+    """Move a label map by 5 mm: it lies on another grid than its reference."""
+    image: Any = nib.loadsave.load(label_map)
+    moved = image.affine.copy()
+    moved[0, 3] += 5
+    nib.loadsave.save(nib.nifti1.Nifti1Image(np.asarray(image.dataobj), moved), label_map)
+
+
+@pytest.mark.parametrize("spoilt", [("best",), ("best", "other")])
+def test_a_case_that_cannot_be_scored_is_named_counted_and_an_exit_code(
+    spoilt: tuple[str, ...], folders: dict[str, Path], znormseg: Callable[..., Any]
+) -> None:
+    for name in spoilt:
+        spoil(folders[name] / "BraTS-GLI-00002-000.nii.gz")
+    (folders["other"] / "BraTS-GLI-00001-000.nii.gz").unlink()
+    done = znormseg("rank", folders["best"], folders["other"], "--references", folders["refs"], "--json")
+    assert done.code == 6
+    told = json.loads(done.out)
+    assert told["cases_left_out"] == 2
+    assert told["left_out"] == ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
+    assert set(told["failures"]) == set(spoilt)
+    assert all(f"znormseg: {name}: BraTS-GLI-00002-000: " in done.err for name in spoilt)
+    assert "2 cases: BraTS-GLI-00001-000, BraTS-GLI-00002-000" in done.err
+
+
+def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
+    spoil(folders["best"] / "BraTS-GLI-00002-000.nii.gz")
+    table = folders["best"] / "best.json"
+    table.write_text(znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8")
+    ranking = rank(load([table, folders["other"]], folders["refs"], None))
+    assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
+
+
+def test_label_numbers_that_nothing_tells_are_settled_for_sets_and_references(
+    folders: dict[str, Path], znormseg: Callable[..., Any]
+) -> None:
+    for folder in folders.values():
+        for number, label_map in enumerate(sorted(folder.glob("*.nii.gz"))):
+            label_map.rename(folder / f"patient{number}_seg.nii.gz")
+    asked = ("rank", folders["best"], folders["other"], "--references", folders["refs"], "--json")
+    assert "--labels" in znormseg(*asked).err
+    done = znormseg(*asked, "--labels", "brats2023")
+    assert (done.code, json.loads(done.out)["ranking"][0]["name"]) == (0, "best"), done.err
+    assert json.loads(znormseg(*asked, "--labels", "brats2023,msd").out)["ranking"][0]["dice"] < 1
+
+
+def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
+    """A table in CSV, which does not tell how it was scored, and one in JSON for each of ``told``."""
+    (folder / "a.csv").write_text("case,WT_dice,WT_hd95_mm,WT_nsd\nx,1,0,1\n", encoding="utf-8")
+    files = [folder / "a.csv"]
+    for name, content in zip("bcd", told, strict=False):
+        cases = [{"case": "x", "WT": {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0}}]
+        files.append(folder / f"{name}.json")
+        files[-1].write_text(json.dumps({"cases": cases, **content}), encoding="utf-8")
+    return load(files, None, None)
+
+
+@pytest.mark.parametrize("other", [{}, {"rules": "brats2023", "task": "GLI"}, {"rules": "brats2024", "task": "PED"}])
+def test_scores_by_different_rules_are_refused_with_both(other: dict[str, str], tmp_path: Path) -> None:
+    first = {"rules": "brats2024", "task": "GLI"}
+    rank(json_tables(tmp_path, first, first))
+    shown = " ".join(other.values()) or "no rules"
+    with pytest.raises(DataError, match=rf"^b and c: .*: brats2024 GLI; {shown}\. .* --rules and --task"):
+        rank(json_tables(tmp_path, first, other))
+
+
+def test_surface_dice_at_two_tolerances_is_not_ranked(tmp_path: Path) -> None:
+    tables = json_tables(tmp_path, {"nsd_definition": "at 1 mm"}, {"nsd_definition": "at 2 mm"})
+    assert rank(tables).metrics == ("dice", "hd95_mm")
+    with pytest.raises(DataError, match=r"at 1 mm; at 2 mm\. .* --nsd-mm"):
+        rank(tables, ("dice", "nsd"))
 
 
 def test_a_folder_without_references_is_refused(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:

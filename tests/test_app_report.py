@@ -16,7 +16,7 @@ import pytest
 
 from app.errors import ConfigError, RunError
 from app.report.cohort import CohortPages, write_cohort
-from app.report.predictions import Predicted
+from app.report.predictions import Predicted, find_predictions
 from app.report.report import recognise, report
 from app.report.run import best_validation
 from app.report.run import render as render_run
@@ -24,6 +24,7 @@ from app.reporting.distribution import distribution_svg
 from app.reporting.templates import policy
 from app.reporting.volume import MOST_BYTES, ViewerCase, grid_for, viewer_data
 from data.errors import DataError
+from data.export import export
 from data.layouts import find_cases
 
 HOSTILE = "<img src=x onerror=alert('1')>&"
@@ -199,6 +200,37 @@ def test_images_of_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> N
     assert all("viewer-data" in page.read_text(encoding="utf-8") for page in made.cases.values())
 
 
+def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
+    phantoms: Path, tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    case = find_cases(phantoms)[0]
+    assert case.label is not None
+    folder = predictions_of(phantoms, tmp_path / "p", ids=("patient1",))
+    image = nib.load(case.label)
+    voxels = np.asarray(image.dataobj).astype(np.uint8)
+    voxels[voxels == 4] = 3
+    (tmp_path / "refs" / "patient1").mkdir(parents=True)
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
+    asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
+    refused = znormseg(*asked)
+    assert (refused.code, "say which it is with --labels" in refused.err) == (3, True)
+    assert znormseg(*asked, "--labels", "brats2023").code == 0
+    dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
+    assert dice
+    assert float(dice[0]) > 0.5
+
+
+def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
+    case = find_cases(export(phantoms, tmp_path / "msd", "msd").out)[0]
+    assert case.volumes["t1c"] != case.volumes["flair"]
+    inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
+    told = {"inputs": inputs, "input_volumes": case.volumes}
+    folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), **told)
+    images = viewer_of(write_cohort(folder, tmp_path / "out").cases[case.id])["images"]
+    assert set(images) == {"T1c", "FLAIR"}
+    assert images["T1c"] != images["FLAIR"]
+
+
 def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
     image = nib.load(case.contrasts["flair"])
@@ -262,6 +294,12 @@ def test_an_interval_goes_before_a_range_of_answers() -> None:
 def test_odd_json_is_passed_over(record: dict[str, Any]) -> None:
     one = predicted(**record)
     assert (one.flags, one.confidence, set(one.volumes_ml.values())) == ((), {}, {None})
+
+
+def test_odd_numbers_of_volumes_are_passed_over(phantoms: Path, tmp_path: Path) -> None:
+    told = {"t1": -1, "t1c": True, "t2": "2", "flair": 3}
+    found, _ = find_predictions(predictions_of(phantoms, tmp_path / "p", ids=("x",), input_volumes=told))
+    assert found[0].volumes == {"flair": 3}
 
 
 # Viewer data

@@ -112,8 +112,7 @@ def evaluate(
     from app.evaluation.metrics import NSD_MM, ONE_EMPTY_HD95_MM  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
 
-    first, comma, second = (labels or "").partition(",")
-    conventions = (first or None, (second if comma else first) or None)
+    conventions = terminal.conventions(labels)
     if rules is not None:
         _official(
             predictions,

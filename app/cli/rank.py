@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from app.cli import terminal
 
+if TYPE_CHECKING:
+    from app.ranking.rank import Ranking
+    from app.ranking.scores import Scored
+
 EXAMPLES = """\
 znormseg rank OURS THEIRS --references REFERENCES --out ranking
 znormseg rank a.csv b.csv c.csv"""
+
+_SHOWN = 5
 
 
 def rank(
@@ -34,6 +41,10 @@ def rank(
             help="Rank by these, such as dice,sensitivity; default Dice and HD95, lesion-wise ones where there are.",
         ),
     ] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option("--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Two: of SETS and of REFERENCES."),
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
     ] = False,
@@ -48,6 +59,8 @@ def rank(
         raise typer.BadParameter("--task goes with --rules")
     if rules is not None and references is None:
         raise typer.BadParameter("--rules goes with --references")
+    if labels is not None and references is None:
+        raise typer.BadParameter("--labels goes with --references")
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.official.rules import rules_for  # noqa: PLC0415
     from app.ranking.page import write_page  # noqa: PLC0415
@@ -61,7 +74,9 @@ def rank(
             require_table_place(place)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        scored = load(sets, references, chosen, follow_links=follow_links, on_case=ready)
+        conventions = terminal.conventions(labels)
+        scored = load(sets, references, chosen, labels=conventions, follow_links=follow_links, on_case=ready)
+    _tell_failures(scored)
     ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())
     if as_json:
         terminal.json_result(ranking.to_json())
@@ -73,5 +88,22 @@ def rank(
         write_table(ranking, out)
     if page is not None:
         write_page(page, ranking)
+    _end(ranking)
+
+
+def _tell_failures(scored: Sequence[Scored]) -> None:
+    """Say why cases could not be scored, before they are ranked: where no case is left, these are the reasons."""
+    for one in scored:
+        for case, text in one.failures.items():
+            terminal.say(f"znormseg: {one.name}: {case}: {text}")
+
+
+def _end(ranking: Ranking) -> None:
+    """Name the cases that were left out; exit with a code of its own where one could not be scored."""
     if ranking.left_out:
-        terminal.say(f"{ranking.left_out} cases are not in all of them and were left out")
+        shown = ", ".join(ranking.left_out[:_SHOWN]) + (" ..." if len(ranking.left_out) > _SHOWN else "")
+        terminal.say(f"left out, not scored in all of them: {len(ranking.left_out)} cases: {shown}")
+    if ranking.failures:
+        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+
+        raise typer.Exit(EXIT_SOME_FAILED)

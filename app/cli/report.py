@@ -37,6 +37,9 @@ def report(
             "--references", metavar="DATA", help="Of predictions: expert label maps, for scores and outlines."
         ),
     ] = None,
+    labels: Annotated[
+        str | None, typer.Option("--labels", metavar="NAME", help=f"{terminal.LABELS_HELP} With --references.")
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
     ] = False,
@@ -47,11 +50,19 @@ def report(
     Of a run: curves, validation cases, gradients. Of predictions: a table that sorts and filters, and a page for each
     case with pictures and a viewer. Of a comparison or a cross-validation: its page made anew.
     """
+    if labels is not None and references is None:
+        raise typer.BadParameter("--labels goes with --references")
     from app.report.report import report as write_report  # noqa: PLC0415 - slow to import, not for the help
 
     with terminal.watched() as on_progress:
         written = write_report(
-            what, out, images=images, references=references, follow_links=follow_links, on_progress=on_progress
+            what,
+            out,
+            images=images,
+            references=references,
+            labels=labels,
+            follow_links=follow_links,
+            on_progress=on_progress,
         )
     if as_json:
         terminal.json_result(written.to_json())

@@ -72,6 +72,17 @@ def json_result(content: Any) -> None:
     typer.echo(json.dumps(content, indent=1))
 
 
+def conventions(labels: str | None) -> tuple[str | None, str | None]:
+    """What ``--labels NAME[,NAME]`` says of two sides; one name is that of both.
+
+    Example:
+        >>> conventions("msd"), conventions("msd,brats2023"), conventions(None)
+        (('msd', 'msd'), ('msd', 'brats2023'), (None, None))
+    """
+    first, comma, second = (labels or "").partition(",")
+    return first or None, (second if comma else first) or None
+
+
 def complete_config(incomplete: str) -> list[str]:
     """Names of configs that begin so, for the shell; read from their folder: importing app.config takes seconds."""
     names = (Path(entry.name).stem for entry in resources.files("app.configs").iterdir() if ".yaml" in entry.name)

@@ -292,6 +292,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         **notes,
         **model.calibration.record(volumes, complete=not notes["missing_contrasts"]),
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
+        **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
         **model.record(),
         "runtime": list(runtime.reasons),
         "versions": versions(),

@@ -42,7 +42,7 @@ def render(ranking: Ranking) -> str:
         section("cases", "Case by case", _charts_html(ranking)),
         section("worst", "Worst cases", _worst_html(ranking)),
     ]
-    facts = [("sets", ", ".join(ranking.names)), ("cases that some sets lack", str(ranking.left_out))]
+    facts = [("sets", ", ".join(ranking.names)), ("cases left out, not scored in all sets", str(len(ranking.left_out)))]
     return document(title="Ranking", lead=lead, facts=facts, sections=sections, styles=("page.css", "arms.css"))
 
 
@@ -60,7 +60,7 @@ def _ranks_html(ranking: Ranking) -> str:
         for test in ranking.tests
     ]
     return (
-        table("ranks", ["Set", "Mean rank", *ranking.metrics], rows)
+        table("ranks", ["Set", "Mean rank", *map(escape, ranking.metrics)], rows)
         + note(
             "Ranked within each case, region and metric, 1 the best, ties shared; averaged over each case, then over "
             "cases. The other columns are means over regions and cases; hd95_mm is in mm, lower is better."
@@ -74,7 +74,7 @@ def _differences_html(ranking: Ranking) -> str:
     rows = [
         [
             escape(f"{d.first} - {d.second}"),
-            d.metric,
+            escape(d.metric),
             f"{d.mean:+.3f}",
             f"{d.low:+.3f} to {d.high:+.3f}",
             _p(d.p),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import csv
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 
 from app.comparison.statistics import bootstrap_interval, holm, signed_rank
-from app.evaluation.evaluate import require_table_place
+from app.evaluation.evaluate import CALIBRATION, require_table_place
 from app.ranking.scores import Scored
 from data.errors import DataError
 from data.nifti import replacing
@@ -29,7 +29,7 @@ FloatArray = npt.NDArray[np.float64]
 #: Metrics that are ranked when none are asked for: the first of these pairs that all sets have.
 _USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("dice", "hd95_mm"))
 #: Metrics that are better the lower they are; of the others the higher is better.
-_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives")
+_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
 _SHOWN: Final = 3
@@ -95,8 +95,10 @@ class Ranking:
     """Each two sets, in mean rank."""
     differences: tuple[Difference, ...]
     """Each two sets, in each metric."""
-    left_out: int
-    """Cases that some sets lack."""
+    left_out: tuple[str, ...]
+    """Case ids that are not scored in all sets, sorted."""
+    failures: Mapping[str, Mapping[str, str]]
+    """Why cases could not be scored, by name of the set and case id; sets without any are not in it."""
 
     @property
     def mean_ranks(self) -> FloatArray:
@@ -138,7 +140,9 @@ class Ranking:
                 }
                 for place, case in enumerate(self.cases)
             ],
-            "cases_left_out": self.left_out,
+            "cases_left_out": len(self.left_out),
+            "left_out": list(self.left_out),
+            "failures": {name: dict(reasons) for name, reasons in self.failures.items()},
         }
 
 
@@ -155,8 +159,10 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         metrics: by which to rank; default lesion-wise Dice and HD95 where all sets have them, else Dice and HD95.
 
     Raises:
-        DataError: no case or no region is in all sets, or a metric is not.
+        DataError: no case or no region is in all sets, or a metric is not; or sets that tell how they were scored were
+            not scored alike.
     """
+    _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
         held = "; ".join(f"{scored.name} holds {_some(sorted(scored.cases))}" for scored in sets)
@@ -164,6 +170,8 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
     chosen = _chosen(metrics, {metric for _, metric in common})
+    if "nsd" in chosen:
+        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with another nsd", "--nsd-mm")
     regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
     if not regions:
         raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
@@ -183,7 +191,10 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         differences=tuple(
             d for k, metric in enumerate(chosen) for d in _differences(names, metric, values[..., k].mean(axis=2))
         ),
-        left_out=len(set().union(*(scored.cases for scored in sets))) - len(cases),
+        left_out=tuple(
+            sorted(set().union(*(known for s in sets for known in (s.cases, s.failures, s.missing))) - set(cases))
+        ),
+        failures={scored.name: scored.failures for scored in sets if scored.failures},
     )
 
 
@@ -268,6 +279,21 @@ def write_table(ranking: Ranking, path: Path) -> None:
         writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
         for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):
             writer.writerow([case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()])
+
+
+def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
+    """Refuse sets that were scored in different ways, by what each tells; those that tell nothing are taken.
+
+    Raises:
+        DataError: two tell different things.
+    """
+    known = [(name, text) for name, text in told.items() if text is not None]
+    for name, text in known[1:]:
+        if text != known[0][1]:
+            raise DataError(
+                f"{known[0][0]} and {name}: one was scored {how} than the other: {known[0][1]}; {text}. Score both by "
+                f"evaluate with the same {options}."
+            )
 
 
 def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ import csv
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +28,14 @@ class Scored:
     """Short name, for tables."""
     cases: Mapping[str, Mapping[Measure, float]]
     """Numbers by case id."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why other cases could not be scored, by case id."""
+    missing: tuple[str, ...] = ()
+    """Case ids of which there is a reference and no prediction."""
+    scored_by: str | None = None
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV."""
+    nsd_definition: str | None = None
+    """Which surface Dice ``nsd`` is, in words; None where that is not told."""
 
 
 def load(
@@ -35,6 +43,7 @@ def load(
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> list[Scored]:
@@ -44,6 +53,7 @@ def load(
         sources: two or more folders of label maps, or tables of ``evaluate`` (.csv or .json), in any mix.
         references: folder of reference label maps; for sources that are folders.
         rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
+        labels: names of the label conventions of folders and references, where the files do not tell.
         follow_links: accept symbolic links that lead out of the folders.
         on_case: called with each case of a folder that is scored, its folder before it, and with the share of all
             sources that is done.
@@ -64,9 +74,7 @@ def load(
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(
-            Scored(name=name, cases=_cases(source, references, rules, follow_links=follow_links, on_case=told))
-        )
+        found.append(_scored(source, name, references, rules, labels=labels, follow_links=follow_links, on_case=told))
     return found
 
 
@@ -83,53 +91,63 @@ def _names(sources: Sequence[Path]) -> list[str]:
         parts += 1
 
 
-def _cases(
+def _scored(
     source: Path,
+    name: str,
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None],
     follow_links: bool,
     on_case: Callable[[str, float], None],
-) -> Mapping[str, Mapping[Measure, float]]:
+) -> Scored:
     if source.is_dir():
-        return _scored_folder(source, references, rules, follow_links=follow_links, on_case=on_case)
+        return _scored_folder(
+            source, name, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
-        text = source.read_text(encoding="utf-8")
+        text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"{source}: cannot be read as text ({error}). Give a table of evaluate, .csv or .json."
         ) from error
     try:
-        cases = _of_json(json.loads(text)) if source.suffix == ".json" else _of_csv(text)
+        found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
             f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
-    if not cases:
+    if not found.cases:
         raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
-    return cases
+    return found
 
 
 def _scored_folder(
     source: Path,
+    name: str,
     references: Path | None,
     rules: Rules | None,
     *,
+    labels: tuple[str | None, str | None],
     follow_links: bool,
     on_case: Callable[[str, float], None],
-) -> Mapping[str, Mapping[Measure, float]]:
+) -> Scored:
     if references is None:
         raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
     if rules is not None:
-        scores = evaluate_officially(source, references, rules, follow_links=follow_links, on_case=on_case)
-        return _of_json(scores.to_json())
-    return _of_json(evaluate(source, references, follow_links=follow_links, on_case=on_case).to_json())
+        official = evaluate_officially(
+            source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
+        return _of_json(name, official.to_json())
+    scores = evaluate(source, references, labels=labels, follow_links=follow_links, on_case=on_case)
+    return _of_json(name, scores.to_json())
 
 
-def _of_json(content: Any) -> dict[str, dict[Measure, float]]:
-    return {
+def _of_json(name: str, content: Any) -> Scored:
+    """What ``evaluate --json`` prints; of older versions without the cases that failed."""
+    cases = {
         str(case["case"]): {
             (region, metric): _number(value)
             for region, values in case.items()
@@ -138,17 +156,28 @@ def _of_json(content: Any) -> dict[str, dict[Measure, float]]:
         }
         for case in content["cases"]
     }
+    return Scored(
+        name=name,
+        cases=cases,
+        failures={str(case): str(reason) for case, reason in content.get("failures", {}).items()},
+        missing=tuple(map(str, content.get("missing_predictions", ()))),
+        scored_by=f"{content['rules']} {content['task']}" if "rules" in content else "no rules",
+        nsd_definition=content.get("nsd_definition"),
+    )
 
 
-def _of_csv(text: str) -> dict[str, dict[Measure, float]]:
+def _of_csv(name: str, text: str) -> Scored:
     cases: dict[str, dict[Measure, float]] = {}
     for row in csv.DictReader(text.splitlines()):
         case = row.pop("case")
         if case in _SUMMARY_ROWS:
             continue
         split = {column: column.partition("_") for column in row}
-        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items()}
-    return cases
+        # ECE and Brier score are empty for a case without probabilities.
+        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items() if value != ""}
+        if not cases[case]:
+            raise ValueError(f"no score of {case}")
+    return Scored(name=name, cases=cases)
 
 
 def _number(value: Any) -> float:

@@ -84,6 +84,7 @@ def write_cohort(
     *,
     images: Path | None = None,
     references: Path | None = None,
+    labels: str | None = None,
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> CohortPages:
@@ -94,6 +95,7 @@ def write_cohort(
         out: folder of the pages, made where it is missing.
         images: data set with the scans; default where the JSON of each case says they were.
         references: data set or folder with the expert's label maps; without, no scores and no outlines of the truth.
+        labels: name of the label convention of ``references``, where their files do not tell.
         follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: told which case is under way.
 
@@ -107,7 +109,7 @@ def write_cohort(
     truth = None
     if references is not None:
         truth = _Truth(
-            evaluation=evaluate(folder, references, follow_links=follow_links),
+            evaluation=evaluate(folder, references, labels=(None, labels), follow_links=follow_links),
             label_maps=find_label_maps(references, follow_links=follow_links),
         )
     grid_mm = grid_for(len(predicted))
@@ -426,12 +428,14 @@ def _provenance(one: Predicted) -> list[tuple[str, str]]:
 
 
 def _command(one: Predicted) -> str:
-    """The command that predicts the case again: that of the JSON, else one of its scans."""
+    """The command that predicts the case again: that of the JSON, else one of its scans; none of volumes of a file."""
     told = one.record.get("command")
     if isinstance(told, str) and told:
         return told
     if isinstance(told, list) and told:
         return shlex.join(map(str, told))
+    if one.volumes:
+        return ""
     scans = [word for contrast, path in one.images.items() for word in (f"--{contrast}", str(path))]
     return f"znormseg predict RUN OUTPUT {shlex.join(scans)}" if scans else ""
 

@@ -157,6 +157,11 @@ def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _is_place(value: object) -> bool:
+    """Whether a value of JSON can be the number of a volume."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -170,5 +175,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _images(record: Mapping[str, Any], case: Case | None) -> tuple[dict[Contrast, Path], dict[Contrast, int]]:
     if case is not None:
         return dict(case.contrasts), dict(case.volumes)
-    told = _mapping(record.get("inputs"))
-    return {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)}, {}
+    told, volumes = _mapping(record.get("inputs")), _mapping(record.get("input_volumes"))
+    return (
+        {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)},
+        {contrast: volumes[contrast] for contrast in CONTRASTS if _is_place(volumes.get(contrast))},
+    )

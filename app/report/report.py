@@ -73,6 +73,7 @@ def report(
     *,
     images: Path | None = None,
     references: Path | None = None,
+    labels: str | None = None,
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Report:
@@ -83,6 +84,7 @@ def report(
         out: folder of the pages, made where it is missing; pages of before are replaced.
         images: of predictions: data set with their scans.
         references: of predictions: data set or folder with the expert's label maps.
+        labels: name of the label convention of ``references``, where their files do not tell.
         follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: told how far the pages are.
 
@@ -103,7 +105,13 @@ def report(
         raise RunError(f"{out} is what the pages are of; give another folder for them")
     if kind == "predictions":
         pages = write_cohort(
-            folder, out, images=images, references=references, follow_links=follow_links, on_progress=on_progress
+            folder,
+            out,
+            images=images,
+            references=references,
+            labels=labels,
+            follow_links=follow_links,
+            on_progress=on_progress,
         )
         return Report(kind=kind, page=pages.index, cases=pages.cases, failures=pages.failures)
     page = out / _PAGE
