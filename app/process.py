@@ -24,9 +24,15 @@ def share_processors() -> None:
     other. It counts only before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    granted = granted_threads()
+    if granted is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(granted))
+
+
+def granted_threads() -> int | None:
+    """Threads for which the control group gives time; None where it grants all processors that are visible."""
     quota = processor_quota()
-    if quota is not None and quota < cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, round(quota))))
+    return max(1, round(quota)) if quota is not None and quota < cores() else None
 
 
 def give_back_freed_memory() -> bool:

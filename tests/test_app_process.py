@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from app import process
+from app import childprocess, process
+from app.childprocess import environment_of
 from app.process import share_processors
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
@@ -39,6 +40,18 @@ def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, qu
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
     assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
+@pytest.mark.parametrize(
+    ("quota", "asked", "threads"),
+    [(8.0, "8", "2"), (8.0, None, "2"), (8.0, "3", "3"), (None, None, "4"), (2.0, "2", "1")],
+)
+def test_processes_share_what_the_control_group_grants(monkeypatch, quota, asked, threads):
+    monkeypatch.setattr(process, "processor_quota", lambda: quota)
+    monkeypatch.setattr(process, "cores", lambda: 16)
+    monkeypatch.setattr(childprocess, "cores", lambda: 16)
+    given = {} if asked is None else {"OMP_NUM_THREADS": asked}
+    assert environment_of("cpu", 4, given=given)["OMP_NUM_THREADS"] == threads
 
 
 PAGES = """

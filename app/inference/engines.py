@@ -13,7 +13,7 @@ from app.inference.backends.graph import Graph, divisor, live_values
 from app.inference.ladder import Way
 from app.inference.places import Size
 from app.inference.stitch import Array, stitched_logits
-from app.machine import cores
+from app.machine import threads
 from app.runtime import Runtime
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ class OpenvinoEngine:
 
         if self._compiled is None or (self._compiled.shape, self._compiled.bfloat16) != (shape, bfloat16):
             self._compiled = None
-            self._compiled = CompiledNetwork(self.graph, self.weights, shape, bfloat16=bfloat16, threads=cores())
+            self._compiled = CompiledNetwork(self.graph, self.weights, shape, bfloat16=bfloat16, threads=threads())
         return self._compiled
 
 
