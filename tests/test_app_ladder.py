@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch.nn import functional
 
 from app.inference.backends.choose import choose_backend
-from app.inference.engines import OpenvinoEngine, TorchEngine
+from app.inference.engines import OpenvinoEngine, TorchEngine, needed_bytes
 from app.inference.ladder import GB, Ladder, Way, is_out_of_memory, next_way
+from app.inference.model import load_model
 from app.inference.places import rounded_up, smaller
 from app.inference.stitch import resized, stitched_logits
 from app.inference.windows import sliding_logits
@@ -190,6 +192,33 @@ def test_logits_in_float16_are_those_in_float32_but_for_rounding() -> None:
     np.testing.assert_allclose(half[covered], full[covered], atol=5e-3)
 
 
+def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_asked_for(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), Way(window=(16, 16, 16))
+    expected = engine.logits(image, None, runtime, overlap=0.5, way=way)
+    gpu = replace(runtime, device_name="cuda:0")
+    assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, way=way), expected)
+
+
+def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, made, zeros = load_model(tiny_run, runtime).engine, [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **more: made.append(zeros(*a, **more)) or made[-1])
+    answer = engine.logits(an_image(40, 36, 20), None, runtime, overlap=0.5, way=Way(window=(16, 16, 16), half=True))
+    assert answer.dtype == np.float16
+    assert {tensor.dtype for tensor in made} == {torch.float16}
+
+
+def test_an_image_that_must_be_padded_counts_twice(tiny_run: Path) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, way = load_model(tiny_run, runtime).engine, Way(window=(16, 16, 16))
+    padded, whole = (needed_bytes(engine, way, runtime, shape, (16, 16, 16)) for shape in ((15, 16, 16), (16, 16, 16)))
+    assert padded - whole == 4 * 16**3 * 4
+
+
 @pytest.mark.parametrize("shape", [(10, 14, 5), (3, 4, 9)], ids=["finer", "coarser and finer"])
 def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> None:
     values = np.random.default_rng(0).normal(size=(3, 5, 7, 4)).astype(np.float32)
@@ -203,7 +232,6 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 def test_memory_that_runs_out_in_predict_stands_in_the_json(
     *, backend: str, engine: type, tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.inference.model import load_model
     from app.inference.predict import predict
     from data.layouts import find_cases
 

@@ -14,7 +14,8 @@ from app.inference.ladder import Way
 from app.inference.places import Size
 from app.inference.stitch import Array, stitched_logits
 from app.machine import threads
-from app.runtime import Runtime
+from app.runtime import Runtime, below_gpu
+from data.labels import CONTRASTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -107,11 +108,10 @@ class TorchEngine:
         import torch  # noqa: PLC0415 - only this engine needs it
 
         from app.inference.windows import sliding_logits  # noqa: PLC0415 - imports torch
-        from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415 - the rung below a GPU alone
         from models import GivenPresence  # noqa: PLC0415 - imports torch
 
         if way.device != runtime.device_name:
-            runtime = choose_runtime(RuntimeConfig(device=way.device))
+            runtime = below_gpu(runtime)
         self._place(runtime)
         found = sliding_logits(
             self.network if present is None else GivenPresence(self.network, present).eval(),
@@ -121,8 +121,9 @@ class TorchEngine:
             runtime=runtime,
             batch=way.batch,
             stitch_on=way.stitch_on,
-        ).cpu()
-        answer: npt.NDArray[Any] = (found.half() if way.half else found).numpy()
+            half=way.half,
+        )
+        answer: npt.NDArray[Any] = found.cpu().numpy()
         return answer
 
     def window_bytes(self, way: Way, runtime: Runtime) -> int:
@@ -215,11 +216,12 @@ def needed_bytes(engine: Engine, way: Way, runtime: Runtime, image_shape: Size, 
         box_shape: of the answer.
     """
     number = 2 if way.half else 4
-    stitched = prod(max(side, size) for side, size in zip(way.window, image_shape, strict=True))
-    window = prod(way.window)
+    padded_shape = tuple(max(side, size) for side, size in zip(way.window, image_shape, strict=True))
+    stitched, window = prod(padded_shape), prod(way.window)
+    padded = 0 if padded_shape == image_shape else len(CONTRASTS) * stitched * 4
     logits, weight_sum, patches = 3 * stitched * number, stitched * number, (engine.graph.in_channels + 8) * window * 4
     on_cpu = logits if way.stitch_on != "cpu" else logits + weight_sum
-    computing = on_cpu + patches + engine.window_bytes(way, runtime)
+    computing = padded + on_cpu + patches + engine.window_bytes(way, runtime)
     other = image_shape != box_shape
     # Of the box: the answer (twice where it was resampled or averaged), masks before and after they are cleaned.
     answering = (logits if other else 0) + prod(box_shape) * (2 * 3 * number + 8)
