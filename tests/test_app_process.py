@@ -69,6 +69,27 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+BLOCKS = """
+from app.machine import memory_of
+from app.process import give_back_large_blocks
+if {at_once}:
+    assert give_back_large_blocks()
+first = b"x" * 4_000_000
+del first  # the C library takes blocks of this size from the heap from now on
+before = memory_of().own
+blocks = [block for _ in range(20) for block in (b"x" * 3_000_000, b"x" * 60_000)]
+del blocks[::2]
+print(memory_of().own - before)
+"""
+
+
+@GLIBC
+def test_large_blocks_go_back_to_the_system_when_they_are_freed():
+    kept, at_once = (int(run(BLOCKS.replace("{at_once}", str(one)))) for one in (False, True))
+    assert at_once < 5e6
+    assert kept > 30e6
+
+
 @GLIBC
 def test_freed_memory_is_used_again_without_new_pages():
     fresh, kept = (int(run(PAGES.replace("{keep}", str(keep)))) for keep in (False, True))
