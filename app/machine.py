@@ -76,6 +76,15 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def threads() -> int:
+    """Threads to compute with: one a processor of :func:`cores`, and no more than OMP_NUM_THREADS says.
+
+    Of a list, for nested levels, the first number counts; what is no whole number above 0 bounds nothing.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores(), int(asked)) if asked.isdecimal() and int(asked) > 0 else cores()
+
+
 def processor_quota(*, root: Path = Path("/")) -> float | None:
     """Processors' worth of time that the control group gives (cpu.max, cpu.cfs_quota_us); None without a bound."""
     found = []

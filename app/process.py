@@ -24,9 +24,15 @@ def share_processors() -> None:
     other. It counts only before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    granted = granted_threads()
+    if granted is not None:
+        os.environ.setdefault("OMP_NUM_THREADS", str(granted))
+
+
+def granted_threads() -> int | None:
+    """Threads for which the control group gives time; None where it grants all processors that are visible."""
     quota = processor_quota()
-    if quota is not None and quota < cores():
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, round(quota))))
+    return max(1, round(quota)) if quota is not None and quota < cores() else None
 
 
 def give_back_freed_memory() -> bool:
@@ -42,6 +48,23 @@ def give_back_freed_memory() -> bool:
         return False
     try:
         return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
+    except (OSError, AttributeError):
+        return False
+
+
+def give_back_large_blocks() -> bool:
+    """Let the C library give back each freed block of 128 KiB or more at once, for what is planned by memory.
+
+    It begins so, but raises that size with what is freed; blocks of other threads then stay with the process, tens of
+    megabytes more from case to case. With another C library than glibc nothing happens.
+
+    Returns:
+        Whether it took.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    try:
+        return bool(ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 128 << 10))
     except (OSError, AttributeError):
         return False
 

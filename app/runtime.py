@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
@@ -56,6 +56,8 @@ class Runtime:
     reasons: tuple[str, ...]
     backend: Literal["torch", "openvino"] = "torch"
     """What computes a trained network; only ``predict`` knows another than torch."""
+    precision_asked_for: bool = False
+    """Whether the precision was chosen by the user, not by the hardware."""
 
     @property
     def device(self) -> torch.device:
@@ -112,7 +114,18 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
         precision_name=precision,
         channels_last=config.channels_last,
         reasons=(device_reason, precision_reason),
+        precision_asked_for=config.precision != "auto",
     )
+
+
+def below_gpu(runtime: Runtime) -> Runtime:
+    """What computes on the CPU where a GPU's memory is not enough.
+
+    A precision that was asked for stays, and so does float32; else it is what the CPU multiplies fastest.
+    """
+    if runtime.precision_asked_for or runtime.precision_name == "float32":
+        return replace(runtime, device_name="cpu")
+    return replace(runtime, device_name="cpu", precision_name=cpu_precision()[0])
 
 
 def _set_deterministic(*, on: bool) -> None:

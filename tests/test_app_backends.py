@@ -260,6 +260,20 @@ def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.inference.backends import openvino_backend
+    from app.inference.model import load_model
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(openvino_backend, "CompiledNetwork", lambda *_, **settings: told.update(settings))
+    monkeypatch.setattr("app.machine.cores", lambda: 16)
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    runtime = choose_backend("openvino", RuntimeConfig())
+    engine = load_model(tiny_run, runtime).engine
+    engine.warm_up(engine.first_way((16, 16, 16), runtime), runtime)
+    assert told["threads"] == 3
+
+
 def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
     from app.inference.model import load_model
 

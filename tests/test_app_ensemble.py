@@ -114,6 +114,17 @@ def test_a_large_ensemble_reads_each_network_when_its_turn_comes(
     assert np.array_equal(centred(folder, phantoms), held)
 
 
+def test_a_network_that_is_another_when_its_turn_comes_is_refused(
+    tiny_run: Path, other_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.inference.ensemble._MOST_HELD_BYTES", 0)
+    folder = packed(tmp_path / "ensemble", tiny_run, tiny_run)
+    ensemble = load_predictor(folder, RUNTIME)
+    shutil.copytree(other_run / "checkpoints", folder / "fold-1" / "checkpoints", dirs_exist_ok=True)
+    with pytest.raises(RunError, match=r"the weights of fold-1 are not those that ensemble.json lists"):
+        list(ensemble.members())
+
+
 def codes(path: Path) -> Any:
     image: Any = nib.load(path)
     return np.asarray(image.dataobj)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,15 +16,22 @@ import torch
 from torch.nn import functional
 
 from app.inference.backends.choose import choose_backend
-from app.inference.engines import OpenvinoEngine, TorchEngine
+from app.inference.engines import OpenvinoEngine, TorchEngine, needed_bytes
 from app.inference.ladder import GB, Ladder, Way, is_out_of_memory, next_way
+from app.inference.model import Model, Predictor, load_model
 from app.inference.places import rounded_up, smaller
+from app.inference.probabilities import ladder_for, predict_answer
+from app.inference.settings import PredictOptions
 from app.inference.stitch import resized, stitched_logits
 from app.inference.windows import sliding_logits
+from app.machine import Memory
 from app.runtime import RuntimeConfig, choose_runtime
 from data.errors import DataError
+from data.layouts import find_cases
+from data.preprocess import Prepared, prepare
 
 Call = Callable[..., Any]
+OPENVINO = choose_backend("openvino", RuntimeConfig(device="cpu", precision="float32"))
 FIRST = Way(window=(64, 64, 64), batch=2, device="cuda:0", stitch_on="cuda:0")
 
 
@@ -190,6 +200,33 @@ def test_logits_in_float16_are_those_in_float32_but_for_rounding() -> None:
     np.testing.assert_allclose(half[covered], full[covered], atol=5e-3)
 
 
+def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_asked_for(
+    tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), Way(window=(16, 16, 16))
+    expected = engine.logits(image, None, runtime, overlap=0.5, way=way)
+    gpu = replace(runtime, device_name="cuda:0")
+    assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, way=way), expected)
+
+
+def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, made, zeros = load_model(tiny_run, runtime).engine, [], torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *a, **more: made.append(zeros(*a, **more)) or made[-1])
+    answer = engine.logits(an_image(40, 36, 20), None, runtime, overlap=0.5, way=Way(window=(16, 16, 16), half=True))
+    assert answer.dtype == np.float16
+    assert {tensor.dtype for tensor in made} == {torch.float16}
+
+
+def test_an_image_that_must_be_padded_counts_twice(tiny_run: Path) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    engine, way = load_model(tiny_run, runtime).engine, Way(window=(16, 16, 16))
+    padded, whole = (needed_bytes(engine, way, runtime, shape, (16, 16, 16)) for shape in ((15, 16, 16), (16, 16, 16)))
+    assert padded - whole == 4 * 16**3 * 4
+
+
 @pytest.mark.parametrize("shape", [(10, 14, 5), (3, 4, 9)], ids=["finer", "coarser and finer"])
 def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> None:
     values = np.random.default_rng(0).normal(size=(3, 5, 7, 4)).astype(np.float32)
@@ -203,9 +240,7 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 def test_memory_that_runs_out_in_predict_stands_in_the_json(
     *, backend: str, engine: type, tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.inference.model import load_model
     from app.inference.predict import predict
-    from data.layouts import find_cases
 
     real = engine.logits
 
@@ -223,6 +258,110 @@ def test_memory_that_runs_out_in_predict_stands_in_the_json(
         for window in ("16x16x16", "8x16x16", "8x8x16")
     ]
     assert len(list(tmp_path.glob("*.nii.gz"))) == 1
+
+
+BASE = 100_000_000
+
+
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The compiled networks that are held; what the process is told to hold is the base and 10 MB for each."""
+    from app.inference.backends import openvino_backend
+
+    alive: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    class Counted(openvino_backend.CompiledNetwork):
+        def __init__(self, *arguments: Any, **settings: Any) -> None:
+            super().__init__(*arguments, **settings)
+            alive.add(self)
+
+    def mock_of_memory() -> Memory:
+        resident = BASE + 10_000_000 * len(alive)
+        return Memory(resident=resident, peak=resident, own=resident, files=0)
+
+    monkeypatch.setattr(openvino_backend, "CompiledNetwork", Counted)
+    monkeypatch.setattr("app.inference.ladder.memory_of", mock_of_memory)
+    return alive
+
+
+def said_of(model: Predictor, prepared: Prepared, **options: Any) -> list[str]:
+    """What the ladder of a case says."""
+    asked = PredictOptions(**options)
+    ladder = ladder_for(asked)
+    predict_answer(model, prepared, OPENVINO, options=asked, ladder=ladder)
+    return ladder.said
+
+
+def room_for(model: Model, prepared: Prepared, **more: bool) -> float:
+    """GB that are just enough for the base and what a case needs."""
+    x, y, z = prepared.image.shape[1:]
+    way = model.engine.first_way(model.window, OPENVINO)
+    return (BASE + needed_bytes(model.engine, way, OPENVINO, (x, y, z), prepared.box_shape, **more)) / GB
+
+
+@pytest.fixture
+def model(tiny_run: Path) -> Model:
+    return load_model(tiny_run, OPENVINO)
+
+
+@pytest.fixture(scope="module")
+def prepared(phantoms: Path, tiny_run: Path) -> Prepared:
+    return prepare(find_cases(phantoms)[0], spacing_mm=load_model(tiny_run, OPENVINO).spacing_mm)
+
+
+def test_equal_cases_are_planned_alike(model: Model, prepared: Prepared, compiled: Any) -> None:
+    room = room_for(model, prepared)
+    assert [said_of(model, prepared, max_memory_gb=room) for _ in range(3)] == [[]] * 3
+    assert not compiled
+
+
+def test_an_ensemble_holds_one_compiled_network_where_memory_is_bounded(
+    model: Model, tiny_run: Path, prepared: Prepared, compiled: Any
+) -> None:
+    most, members = 0, [load_model(tiny_run, OPENVINO) for _ in range(3)]
+
+    def each() -> Iterator[Model]:
+        nonlocal most
+        for member in members:
+            yield member
+            most = max(most, len(compiled))
+
+    ensemble: Any = SimpleNamespace(members=each, postprocess=model.postprocess)
+    room = room_for(model, prepared, several=True)
+    assert [said_of(ensemble, prepared, max_memory_gb=room) for _ in range(2)] == [[]] * 2
+    assert (most, len(compiled)) == (0, 0)
+
+
+def test_without_a_bound_a_network_is_compiled_once(model: Model, prepared: Prepared, compiled: Any) -> None:
+    said_of(model, prepared)
+    first = list(compiled)
+    said_of(model, prepared)
+    assert len(first) == 1
+    assert list(compiled) == first
+
+
+@pytest.mark.parametrize(
+    ("option", "needs"),
+    [("tta", ("several", "mirrored")), ("uncertainty", ("uncertainty",))],
+    ids=["tta", "uncertainty"],
+)
+def test_what_an_option_holds_is_planned_for(
+    option: str, needs: tuple[str, ...], model: Model, prepared: Prepared, compiled: Any
+) -> None:
+    assert not compiled
+    room, little = room_for(model, prepared, **dict.fromkeys(needs, True)), 1e-6
+    assert room > room_for(model, prepared) + little
+    assert said_of(model, prepared, max_memory_gb=room, **{option: True}) == []
+    assert said_of(model, prepared, max_memory_gb=room - little, **{option: True}) != []
+
+
+def test_several_answers_need_their_mean_beside_the_next(model: Model) -> None:
+    way, shape = model.engine.first_way((32, 32, 32), OPENVINO), (32, 32, 32)
+    one, some, uncertain = (
+        needed_bytes(model.engine, way, OPENVINO, shape, shape, several=several, uncertainty=uncertainty)
+        for several, uncertainty in ((False, False), (True, False), (True, True))
+    )
+    assert (some - one, uncertain - some) == (3 * 32**3 * 4,) * 2
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from app.machine import cores, free_disk, memory_limits, memory_of, processor_quota
+from app.machine import cores, free_disk, memory_limits, memory_of, processor_quota, threads
 
 GB = 10**9
 
@@ -101,3 +101,14 @@ def test_a_process_that_is_gone_has_no_memory(tmp_path: Path) -> None:
 def test_the_disk_of_a_place_that_is_not_there_yet_is_that_of_its_folder(tmp_path: Path) -> None:
     assert free_disk(tmp_path / "a" / "b") == pytest.approx(free_disk(tmp_path), rel=0.01)
     assert cores() >= 1
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"), [("3", 3), ("9", 4), ("2,1", 2), ("0", 4), ("-1", 4), ("many", 4), ("", 4)]
+)
+def test_threads_are_bounded_by_cores_and_by_what_openmp_is_told(
+    asked: str, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.machine.cores", lambda: 4)
+    monkeypatch.setenv("OMP_NUM_THREADS", asked)
+    assert threads() == expected

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from app import process
+from app import childprocess, process
+from app.childprocess import environment_of
 from app.process import share_processors
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
@@ -41,6 +42,18 @@ def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, qu
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
+@pytest.mark.parametrize(
+    ("quota", "asked", "threads"),
+    [(8.0, "8", "2"), (8.0, None, "2"), (8.0, "3", "3"), (None, None, "4"), (2.0, "2", "1")],
+)
+def test_processes_share_what_the_control_group_grants(monkeypatch, quota, asked, threads):
+    monkeypatch.setattr(process, "processor_quota", lambda: quota)
+    monkeypatch.setattr(process, "cores", lambda: 16)
+    monkeypatch.setattr(childprocess, "cores", lambda: 16)
+    given = {} if asked is None else {"OMP_NUM_THREADS": asked}
+    assert environment_of("cpu", 4, given=given)["OMP_NUM_THREADS"] == threads
+
+
 PAGES = """
 import resource
 from app.process import keep_freed_memory
@@ -54,6 +67,27 @@ for _ in range(20):
     torch.empty(1 << 24).fill_(1)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
+
+
+BLOCKS = """
+from app.machine import memory_of
+from app.process import give_back_large_blocks
+if {at_once}:
+    assert give_back_large_blocks()
+first = b"x" * 4_000_000
+del first  # the C library takes blocks of this size from the heap from now on
+before = memory_of().own
+blocks = [block for _ in range(20) for block in (b"x" * 3_000_000, b"x" * 60_000)]
+del blocks[::2]
+print(memory_of().own - before)
+"""
+
+
+@GLIBC
+def test_large_blocks_go_back_to_the_system_when_they_are_freed():
+    kept, at_once = (int(run(BLOCKS.replace("{at_once}", str(one)))) for one in (False, True))
+    assert at_once < 5e6
+    assert kept > 30e6
 
 
 @GLIBC

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from app.errors import DeviceError
-from app.runtime import RuntimeConfig, choose_runtime, machine, versions
+from app.runtime import Runtime, RuntimeConfig, below_gpu, choose_runtime, machine, versions
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -80,6 +81,26 @@ def test_the_precision_asked_for_is_taken(precision: str) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     assert runtime.precision is getattr(torch, precision)
     assert runtime.reasons[1] == f"precision {precision}: asked for"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "asked_for", "on_cpu"),
+    [("float32", False, "float32"), ("float16", True, "float16"), ("float16", False, "bfloat16")],
+)
+def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less_than_float32(
+    *, on_gpu: Any, asked_for: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
+    given = Runtime(
+        device_name="cuda:0", precision_name=on_gpu, channels_last=True, reasons=(), precision_asked_for=asked_for
+    )
+    found = below_gpu(given)
+    assert (found.device_name, found.precision_name) == ("cpu", on_cpu)
+
+
+def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
+    assert choose_runtime(RuntimeConfig(device="cpu", precision="float32")).precision_asked_for
+    assert not choose_runtime(RuntimeConfig(device="cpu")).precision_asked_for
 
 
 def test_the_precision_chosen_comes_with_its_reason() -> None:

@@ -184,5 +184,15 @@ def test_bfloat16_gives_float32_logits_close_to_those_of_float32() -> None:
     torch.testing.assert_close(answer, logits_of(network, image), rtol=0, atol=0.05)
 
 
+def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> None:
+    image = noise(4, 40, 36, 20)
+    image[:, :24, :24] = 0
+    whole = logits_of(FirstThree(), image)
+    half = sliding_logits(FirstThree(), image, window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
+    assert half.dtype is torch.float16
+    assert torch.equal(half == -30, whole == -30)
+    torch.testing.assert_close(half.float(), whole, rtol=5e-3, atol=5e-3)
+
+
 def test_no_gradient_is_kept() -> None:
     assert not logits_of(nn.Conv3d(4, 3, 1).eval(), noise(4, 16, 16, 16)).requires_grad

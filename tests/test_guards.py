@@ -54,8 +54,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "an ensemble with weights of another run": Guard(
         "app/inference/ensemble.py",
-        "        if model.sha256 != sha256:",
-        "        if False:",
+        "    if model.sha256 != sha256:",
+        "    if False:",
         "test_app_ensemble.py::test_weights_of_another_run_are_refused",
     ),
     "an ensemble of networks that do not go together": Guard(

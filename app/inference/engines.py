@@ -13,8 +13,9 @@ from app.inference.backends.graph import Graph, divisor, live_values
 from app.inference.ladder import Way
 from app.inference.places import Size
 from app.inference.stitch import Array, stitched_logits
-from app.machine import cores
-from app.runtime import Runtime
+from app.machine import threads
+from app.runtime import Runtime, below_gpu
+from data.labels import CONTRASTS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,18 @@ class Engine(Protocol):
         Raises:
             MemoryError, RuntimeError: it cannot be done; the same will come, and be handled, with the image.
         """
+        ...
+
+    def settle(self, runtime: Runtime) -> None:
+        """Compute one small window, the first time, so that what stays in the process from then on is in its memory.
+
+        Raises:
+            MemoryError, RuntimeError: as of :meth:`warm_up`.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Give back what is held for the next volume alone."""
         ...
 
     def logits(
@@ -89,6 +102,7 @@ class TorchEngine:
         self.network: GraphNetwork = GraphNetwork(graph, weights)
         self._place(runtime)
         self.network.eval()
+        self._settled = False
         self._live = live_values(graph, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 
     def first_way(self, window: Size, runtime: Runtime) -> Way:
@@ -100,6 +114,20 @@ class TorchEngine:
     def warm_up(self, way: Way | None, runtime: Runtime) -> None:
         """Nothing: torch needs no preparation."""
 
+    def settle(self, runtime: Runtime) -> None:
+        """As of :class:`Engine`: torch's libraries, and those of a GPU."""
+        import torch  # noqa: PLC0415 - only this engine needs it
+
+        if self._settled:
+            return
+        self._settled = True
+        self._place(runtime)
+        with torch.inference_mode(), runtime.autocast():
+            self.network(torch.zeros(_small_shape(self.graph), device=runtime.device))
+
+    def forget(self) -> None:
+        """Nothing: torch keeps nothing of a volume on the CPU."""
+
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
     ) -> npt.NDArray[Any]:
@@ -107,11 +135,10 @@ class TorchEngine:
         import torch  # noqa: PLC0415 - only this engine needs it
 
         from app.inference.windows import sliding_logits  # noqa: PLC0415 - imports torch
-        from app.runtime import RuntimeConfig, choose_runtime  # noqa: PLC0415 - the rung below a GPU alone
         from models import GivenPresence  # noqa: PLC0415 - imports torch
 
         if way.device != runtime.device_name:
-            runtime = choose_runtime(RuntimeConfig(device=way.device))
+            runtime = below_gpu(runtime)
         self._place(runtime)
         found = sliding_logits(
             self.network if present is None else GivenPresence(self.network, present).eval(),
@@ -121,8 +148,9 @@ class TorchEngine:
             runtime=runtime,
             batch=way.batch,
             stitch_on=way.stitch_on,
-        ).cpu()
-        answer: npt.NDArray[Any] = (found.half() if way.half else found).numpy()
+            half=way.half,
+        )
+        answer: npt.NDArray[Any] = found.cpu().numpy()
         return answer
 
     def window_bytes(self, way: Way, runtime: Runtime) -> int:
@@ -151,6 +179,7 @@ class OpenvinoEngine:
         self.graph = graph
         self.weights = weights
         self._compiled: CompiledNetwork | None = None
+        self._settled = False
         self._live = live_values(graph, {name: array.shape for name, array in weights.items()})
 
     def first_way(self, window: Size, runtime: Runtime) -> Way:
@@ -163,6 +192,19 @@ class OpenvinoEngine:
 
         if way is not None:
             self._compiled_for(way, runtime)
+
+    def settle(self, runtime: Runtime) -> None:
+        """As of :class:`Engine`: OpenVINO's plugin for CPUs, and code that it makes for them."""
+        if self._settled:
+            return
+        self._settled = True
+        shape = _small_shape(self.graph)
+        self._network(shape, bfloat16=runtime.precision_name == "bfloat16")(np.zeros(shape, dtype=np.float32))
+        self.forget()
+
+    def forget(self) -> None:
+        """As of :class:`Engine`: the compiled network, which holds the values of its windows."""
+        self._compiled = None
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
@@ -189,7 +231,7 @@ class OpenvinoEngine:
 
         if self._compiled is None or (self._compiled.shape, self._compiled.bfloat16) != (shape, bfloat16):
             self._compiled = None
-            self._compiled = CompiledNetwork(self.graph, self.weights, shape, bfloat16=bfloat16, threads=cores())
+            self._compiled = CompiledNetwork(self.graph, self.weights, shape, bfloat16=bfloat16, threads=threads())
         return self._compiled
 
 
@@ -204,7 +246,17 @@ def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> E
     return TorchEngine(graph, weights, runtime)
 
 
-def needed_bytes(engine: Engine, way: Way, runtime: Runtime, image_shape: Size, box_shape: Size) -> int:
+def needed_bytes(
+    engine: Engine,
+    way: Way,
+    runtime: Runtime,
+    image_shape: Size,
+    box_shape: Size,
+    *,
+    several: bool = False,
+    uncertainty: bool = False,
+    mirrored: bool = False,
+) -> int:
     """Estimate of the memory that logits, their way to the files' spacing and masks take beside the image.
 
     Args:
@@ -213,22 +265,39 @@ def needed_bytes(engine: Engine, way: Way, runtime: Runtime, image_shape: Size, 
         runtime: as the network was loaded for.
         image_shape: of what the network sees.
         box_shape: of the answer.
+        several: whether the mean of the answers before is held while the next one is computed.
+        uncertainty: whether entropies are computed, in float32, and of several answers their mean is held too.
+        mirrored: whether a mirrored copy of the image is held.
     """
     number = 2 if way.half else 4
-    stitched = prod(max(side, size) for side, size in zip(way.window, image_shape, strict=True))
-    window = prod(way.window)
+    padded_shape = tuple(max(side, size) for side, size in zip(way.window, image_shape, strict=True))
+    stitched, window = prod(padded_shape), prod(way.window)
+    padded = 0 if padded_shape == image_shape else len(CONTRASTS) * stitched * 4
     logits, weight_sum, patches = 3 * stitched * number, stitched * number, (engine.graph.in_channels + 8) * window * 4
     on_cpu = logits if way.stitch_on != "cpu" else logits + weight_sum
-    computing = on_cpu + patches + engine.window_bytes(way, runtime)
+    of_box = 3 * prod(box_shape)
+    entropy = of_box * 4 if uncertainty else 0
+    before = of_box * number + entropy if several else 0
+    copy = len(CONTRASTS) * prod(image_shape) * 4 + prod(box_shape) if mirrored else 0
+    computing = before + copy + padded + on_cpu + patches + engine.window_bytes(way, runtime)
     other = image_shape != box_shape
-    # Of the box: the answer (twice where it was resampled or averaged), masks before and after they are cleaned.
-    answering = (logits if other else 0) + prod(box_shape) * (2 * 3 * number + 8)
+    # Of the box: the answer (twice where it was resampled or averaged), masks before and after they are cleaned; where
+    # entropies are computed, three arrays at once beside their mean.
+    answering = (logits if other else 0) + prod(box_shape) * (2 * 3 * number + 8) + 3 * entropy
+    if several:
+        answering += entropy
     return max(computing, answering)
 
 
 def window_divisor(engine: Engine) -> int:
     """What every side of a window must be a multiple of."""
     return divisor(engine.graph)
+
+
+def _small_shape(graph: Graph) -> tuple[int, int, int, int, int]:
+    """Of a batch of one window, the smallest that a network takes."""
+    side = 2 * divisor(graph)
+    return (1, graph.in_channels, side, side, side)
 
 
 def _item_bytes(runtime: Runtime) -> int:

@@ -83,13 +83,13 @@ class Ensemble:
         """The networks; where they are not held, each is read when its turn comes and is not kept.
 
         Raises:
-            RunError: as :func:`app.inference.model.load_model`, where a file changed since.
+            RunError: as :func:`load_ensemble`, where a file changed since.
         """
         if self.held:
             yield from self.held
             return
         for name in self.names:
-            yield load_model(self.folder / name, self.runtime)
+            yield _member(self.folder, name, self.weights[name], self.runtime)
 
     def record(self) -> dict[str, Any]:
         """SHA-256 over all weights, those of each network, and the rules that were applied."""
@@ -153,15 +153,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
     held: list[Model] = []
     first: Facts | None = None
     for name, (sha256, _) in listed.items():
-        try:
-            model = load_model(folder / name, runtime)
-        except RunError as error:
-            raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
-        if model.sha256 != sha256:
-            raise RunError(
-                f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
-                f"{_ANEW}"
-            )
+        model = _member(folder, name, sha256, runtime)
         first = first or facts_of(model)
         require_alike(folder, first, facts_of(model))
         if small:
@@ -183,6 +175,24 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         calibration=calibration,
         held=tuple(held),
     )
+
+
+def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
+    """Read one network, and make sure that it is the one that was put in.
+
+    Raises:
+        RunError: its weights are missing, damaged or others.
+    """
+    try:
+        model = load_model(folder / name, runtime)
+    except RunError as error:
+        raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
+    if model.sha256 != sha256:
+        raise RunError(
+            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
+            f"{_ANEW}"
+        )
+    return model
 
 
 def require_alike(folder: Path, first: Facts, model: Facts) -> None:

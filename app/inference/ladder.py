@@ -12,6 +12,7 @@ from typing import Final, TypeVar
 
 from app.inference.places import Size, smaller
 from app.machine import memory_of
+from app.process import give_back_freed_memory
 from app.progress import LOG
 from data.errors import DataError
 
@@ -110,6 +111,7 @@ class Ladder:
         """The first way that the bound has room for."""
         if self._max_bytes is None:
             return first
+        give_back_freed_memory()
         held = memory_of()
         free = self._max_bytes - (_PROGRAM_BYTES if held is None else held.resident)
         way: Way | None = first

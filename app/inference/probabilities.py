@@ -24,6 +24,7 @@ from app.inference.postprocess import ByRegion
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.stitch import resized
 from app.inference.trust import entropy_bits
+from app.process import give_back_large_blocks
 from app.runtime import Runtime
 from data.labels import from_regions
 from data.nifti import canonical_spacing
@@ -63,6 +64,8 @@ def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None
 
     Where memory is bounded, and for windows that depend on the case, only libraries are loaded.
     """
+    if options.max_memory_gb is not None:
+        give_back_large_blocks()
     if not isinstance(model, Model):
         return
     way = None
@@ -160,13 +163,18 @@ def _answers(
     model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder
 ) -> Iterator[npt.NDArray[Any]]:
     """Probabilities less one half of every network for every mirrored image, mirrored back; one after the other."""
+    several = options.tta or not isinstance(model, Model)
     for member in model.members():
-        for axes in FLIPS if options.tta else FLIPS[:1]:
-            seen = prepared if not axes else _mirrored(prepared, axes)
-            answer = _centre_(_box_logits(member, seen, runtime, options, ladder))
-            del seen
-            yield np.flip(answer, axes) if axes else answer
-            del answer
+        try:
+            for axes in FLIPS if options.tta else FLIPS[:1]:
+                seen = prepared if not axes else _mirrored(prepared, axes)
+                answer = _centre_(_box_logits(member, seen, runtime, options, ladder, several=several))
+                del seen
+                yield np.flip(answer, axes) if axes else answer
+                del answer
+        finally:
+            if options.max_memory_gb is not None:
+                member.engine.forget()  # else the next case's plan would count its windows twice
         del member
 
 
@@ -210,7 +218,7 @@ def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _box_logits(
-    model: Model, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder
+    model: Model, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder, *, several: bool
 ) -> npt.NDArray[Any]:
     """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing; the caller's own to change."""
     engine = model.engine
@@ -226,11 +234,27 @@ def _box_logits(
         # Logits, not labels, go to the finer grid: borders stay smooth.
         return resized(logits, prepared.box_shape)
 
+    def needed(way: Way) -> int:
+        return needed_bytes(
+            engine,
+            way,
+            runtime,
+            (x, y, z),
+            prepared.box_shape,
+            several=several,
+            uncertainty=options.uncertainty,
+            mirrored=options.tta,
+        )
+
+    if options.max_memory_gb is not None:
+        give_back_large_blocks()
+        with suppress(MemoryError, RuntimeError):  # it will come again, and the ladder answers it
+            engine.settle(runtime)
     return ladder.run(
         compute,
         engine.first_way(_window(model, (x, y, z), options), runtime),
         divisor=window_divisor(engine),
-        needed_bytes=lambda way: needed_bytes(engine, way, runtime, (x, y, z), prepared.box_shape),
+        needed_bytes=needed,
     )
 
 

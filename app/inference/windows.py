@@ -22,6 +22,7 @@ def sliding_logits(
     runtime: Runtime,
     batch: int = 1,
     stitch_on: str | None = None,
+    half: bool = False,
     between_windows: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Logits of a whole volume.
@@ -37,18 +38,23 @@ def sliding_logits(
         runtime: device, precision, memory layout.
         batch: windows in one forward pass.
         stitch_on: device on which windows are put together; None takes the runtime's.
+        half: blend in float16, for half the memory, as :func:`app.inference.stitch.stitched_logits` does.
         between_windows: called before each forward pass; may raise to stop.
 
     Returns:
-        float32 logits of shape (regions, X, Y, Z) on ``stitch_on``; -30 where there is no brain nearby.
+        logits of shape (regions, X, Y, Z) on ``stitch_on``, float32, or float16 with ``half``; -30 where there is no
+        brain nearby.
     """
     sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
     padding = paddings(sizes, window)
-    padded = functional.pad(image, [amount for pair in reversed(padding) for amount in pair])
+    padded = image
+    if any(map(any, padding)):
+        padded = functional.pad(image, [amount for pair in reversed(padding) for amount in pair])
     device, stitched = runtime.device, torch.device(stitch_on or runtime.device_name)
+    kept = torch.float16 if half else torch.float32
     weights = gaussian_weights(window).to(stitched)
     total: Tensor | None = None
-    weight_sum = torch.zeros(padded.shape[1:], device=stitched)
+    weight_sum = torch.zeros(padded.shape[1:], device=stitched, dtype=kept)
     shape = (padded.shape[1], padded.shape[2], padded.shape[3])
     places = [place for place in window_places(shape, window, overlap) if padded[(slice(None), *place)].any()]
     for first in range(0, len(places), batch):
@@ -60,13 +66,18 @@ def sliding_logits(
         for place, answer in zip(some, answers, strict=True):
             logits = answer.to(stitched, torch.float32)
             if total is None:
-                total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=stitched)
-            total[(slice(None), *place)].addcmul_(logits, weights)
-            weight_sum[place] += weights
+                total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=stitched, dtype=kept)
+            if half:
+                for region, values in zip(total, logits, strict=True):
+                    region[place] += (values * weights).to(kept)
+            else:
+                total[(slice(None), *place)].addcmul_(logits, weights)
+            weight_sum[place] += weights.to(kept)
     if total is None:
         raise ValueError("the volume is zero everywhere")
-    total.div_(weight_sum.clamp_min(1e-12))
-    total.masked_fill_(weight_sum == 0, SURE_BACKGROUND)
+    uncovered = weight_sum == 0
+    total.div_(weight_sum.masked_fill_(uncovered, 1))
+    total.masked_fill_(uncovered, SURE_BACKGROUND)
     inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
     return total[(slice(None), *inner)]
 

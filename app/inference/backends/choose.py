@@ -88,4 +88,5 @@ def _by_openvino(config: RuntimeConfig, reason: str) -> Runtime:
         channels_last=False,
         reasons=(reason, device, why),
         backend="openvino",
+        precision_asked_for=config.precision != "auto",
     )
