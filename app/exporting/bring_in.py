@@ -22,7 +22,7 @@ from torch import Tensor
 from app import checkpoints
 from app.config import RunConfig, to_plain, to_yaml
 from app.errors import RunError
-from app.exporting.places import folder_when_complete
+from app.exporting.places import folder_when_complete, require_empty
 from app.inference.settings import InferenceConfig
 from app.modelfolder import file_sha256, seal
 from app.runlog import read_json, write_durably
@@ -96,10 +96,11 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         out: folder to make; empty or not there yet.
 
     Raises:
-        RunError: ``out`` holds something; ``bundle`` is no bundle, or not the one that is understood; its weights are
-            missing, damaged, or would have to be unpickled.
+        RunError: ``out`` holds something, or is no place for a folder; ``bundle`` is no bundle, or not the one that is
+            understood; its weights are missing, damaged, or would have to be unpickled.
         OSError: ``out`` cannot be written to.
     """
+    require_empty(out)
     metadata, inference = (_json(bundle, f"configs/{name}.json") for name in ("metadata", "inference"))
     config = _config(bundle, metadata, inference)
     source = bundle / "models" / "model.pt"
