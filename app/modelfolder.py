@@ -68,7 +68,7 @@ def describe(folder: Path) -> dict[str, Any]:
         else:
             content = read_json(folder / DESCRIPTION_FILE)
         card(content)  # shows whether it has all that a description has
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise RunError(f"{folder}: its files are damaged, or of another version ({error!r})") from error
     return content
 

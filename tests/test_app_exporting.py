@@ -175,6 +175,14 @@ def test_an_ensemble_is_refused_with_its_networks(tmp_path: Path, znormseg: Call
     assert str(tmp_path / "fold-1") in ended.err
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"networks": 1}', '{"networks": ["fold-0"]}'])
+def test_a_damaged_ensemble_is_an_error_of_the_folder(text: str, tmp_path: Path, znormseg: Call) -> None:
+    (tmp_path / "ensemble.json").write_text(text)
+    ended = znormseg("export", tmp_path, tmp_path / "out", "--format", "onnx")
+    assert ended.code == 5
+    assert "ensemble.json: damaged" in ended.err
+
+
 def test_a_folder_that_holds_something_is_left_alone(tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "note.txt").write_text("mine")
     ended = znormseg("export", tiny_run, tmp_path, "--format", "openvino")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -139,6 +140,10 @@ def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: 
     assert "no model there" in ended.err
 
 
+def _deep(depth: int) -> Any:
+    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -147,8 +152,9 @@ def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: 
         {"licence": "MIT"},
         {"name": "n", "summary": "s", "notice": "n", "limits": 1, "licence": "l"},
         {"name": "n", "summary": "s", "notice": "n", "limits": [], "licence": "l", "data": ["BraTS"]},
+        {"name": "n", "summary": "s", "notice": "n", "limits": [], "licence": "l", "data": {"a": _deep(500)}},
     ],
-    ids=["a list", "a text", "keys missing", "limits that are a number", "data that are a list"],
+    ids=["a list", "a text", "keys missing", "limits that are a number", "data that are a list", "too deep"],
 )
 def test_info_of_another_programs_model_json_is_an_error(content: Any, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "model.json").write_text(json.dumps(content))
