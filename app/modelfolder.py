@@ -36,7 +36,7 @@ LIMITS: Final = (
     "Validation cases chose the weights, so their Dice is somewhat better than that of new cases.",
 )
 
-#: Of a run or an ensemble: what goes into the sums; metrics, TensorBoard and pages may change without changing it.
+#: Of a run, an ensemble or a network of it: what goes into the sums. Metrics, TensorBoard and pages may change.
 _PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
 _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 _BLOCK: Final = 1 << 20
@@ -58,15 +58,19 @@ def describe(folder: Path) -> dict[str, Any]:
             f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
         )
     best = newest_best(folder)
-    if best is None and not (folder / "ensemble.json").exists():
-        if (folder / DESCRIPTION_FILE).exists():
-            content: dict[str, Any] = read_json(folder / DESCRIPTION_FILE)
-            return content
+    if best is None and not (folder / "ensemble.json").exists() and not (folder / DESCRIPTION_FILE).exists():
         raise RunError(f"{folder}: no model there: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
     try:
-        return _of_ensemble(folder) if best is None else _of_run(folder, best)
-    except (KeyError, TypeError, AttributeError, IndexError) as error:
+        if best is not None:
+            content = _of_run(folder, best)
+        elif (folder / "ensemble.json").exists():
+            content = _of_ensemble(folder)
+        else:
+            content = read_json(folder / DESCRIPTION_FILE)
+        card(content)  # shows whether it has all that a description has
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise RunError(f"{folder}: its files are damaged, or of another version ({error!r})") from error
+    return content
 
 
 def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everything: bool = False) -> None:
@@ -170,10 +174,12 @@ def card(description: Mapping[str, Any]) -> str:
 
 
 def _own_files(folder: Path) -> Iterable[Path]:
-    for name in (*_PARTS, CARD_FILE, DESCRIPTION_FILE):
+    for name in (CARD_FILE, DESCRIPTION_FILE):
         if (folder / name).is_file():
             yield folder / name
-    for place in (folder, *(path.parent.parent for path in sorted(folder.glob("*/checkpoints/best-*.json")))):
+    networks = {path.parent.parent for path in folder.glob("*/checkpoints/best-*.json")}
+    for place in (folder, *networks):
+        yield from (place / name for name in _PARTS if (place / name).is_file())
         if (best := newest_best(place)) is not None:
             yield best
             yield best.with_suffix(".safetensors")

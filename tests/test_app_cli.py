@@ -298,6 +298,14 @@ def test_evaluate_writes_the_table_where_it_is_asked_to(phantoms: Path, tmp_path
     assert len((tmp_path / "scores.csv").read_text().splitlines()) == 1 + 6 + 2
 
 
+def test_evaluate_looks_at_the_place_of_the_table_before_it_scores(
+    phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg("evaluate", phantoms, phantoms, "--out", tmp_path / "missing" / "scores.csv")
+    assert (ended.code, ended.out) == (3, "")
+    assert "missing does not exist. Create it first." in ended.err
+
+
 def test_evaluate_tells_which_cases_lack_a_partner(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = sorted(phantoms.iterdir())[0]
     shutil.copytree(case, tmp_path / case.name)

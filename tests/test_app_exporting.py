@@ -15,6 +15,7 @@ from app.errors import RunError
 from app.exporting import export as exporting
 from app.exporting.export import FORMATS, export_run
 from app.exporting.parity import LARGEST_DIFFERENCE, Parity, compare
+from app.exporting.places import folder_when_complete
 from app.inference.model import load_model
 from app.modelfolder import verify
 
@@ -118,6 +119,20 @@ def test_a_logit_that_is_no_number_is_a_difference() -> None:
     assert not parity.holds
 
 
+@pytest.mark.parametrize("bias", [np.inf, -np.inf, np.nan])
+def test_an_original_whose_logits_are_not_finite_has_no_parity(bias: float) -> None:
+    network = torch.nn.Conv3d(4, 3, 1).eval()
+    torch.nn.init.constant_(network.bias, bias)  # type: ignore[arg-type]
+
+    def same(image: Any) -> Any:
+        return network(torch.from_numpy(image)).detach().numpy()
+
+    parity = compare(network, same, [torch.ones(1, 4, 2, 2, 2)], "a test")
+    with pytest.raises(RunError, match="gives logits that are not finite"):
+        parity.require("an export")
+    assert not parity.holds
+
+
 def test_labels_that_differ_in_too_many_voxels_are_refused() -> None:
     parity = Parity(
         source="a test", windows=1, largest_difference=0, mean_difference=0, largest_logit=1, label_disagreement=0.01
@@ -160,11 +175,72 @@ def test_an_ensemble_is_refused_with_its_networks(tmp_path: Path, znormseg: Call
     assert str(tmp_path / "fold-1") in ended.err
 
 
+@pytest.mark.parametrize("text", ["[]", "null", "{}", '{"networks": 1}', '{"networks": ["fold-0"]}'])
+def test_a_damaged_ensemble_is_an_error_of_the_folder(text: str, tmp_path: Path, znormseg: Call) -> None:
+    (tmp_path / "ensemble.json").write_text(text)
+    ended = znormseg("export", tmp_path, tmp_path / "out", "--format", "onnx")
+    assert ended.code == 5
+    assert "ensemble.json: damaged" in ended.err
+
+
 def test_a_folder_that_holds_something_is_left_alone(tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "note.txt").write_text("mine")
     ended = znormseg("export", tiny_run, tmp_path, "--format", "openvino")
     assert ended.code == 5
     assert [path.name for path in tmp_path.iterdir()] == ["note.txt"]
+
+
+def whole(folder: Path) -> bool:
+    """Whether a folder holds a file and its sums, and nothing else."""
+    return sorted(path.name for path in folder.iterdir()) == ["SHA256SUMS", "model.bin"]
+
+
+def filled(out: Path, before_the_end: Callable[[], object] = lambda: None) -> None:
+    with folder_when_complete(out) as partial:
+        (partial / "SHA256SUMS").write_text("sums")
+        (partial / "model.bin").write_text("weights")
+        before_the_end()
+
+
+def test_the_working_directory_takes_an_export_and_stays_the_same_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tmp_path.stat().st_ino
+    filled(Path())
+    assert whole(tmp_path)
+    assert tmp_path.stat().st_ino == before
+
+
+def test_a_link_to_an_empty_folder_takes_an_export_and_stays_a_link(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("folder")
+    filled(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert whole(tmp_path / "folder")
+
+
+def test_a_block_that_fails_leaves_an_empty_folder_empty(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError):
+        filled(tmp_path, lambda: 1 / 0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_put_into_the_folder_meanwhile_is_left_alone(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="not empty"):
+        filled(tmp_path, lambda: (tmp_path / "model.bin").write_text("mine"))
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("verb", ["export", "import"])
+def test_a_place_where_no_folder_can_be_is_refused_before_any_work(verb: str, tmp_path: Path, znormseg: Call) -> None:
+    (tmp_path / "link").symlink_to("gone")
+    (tmp_path / "file").write_text("mine")
+    words = {"export": ("export", "RUN"), "import": ("model", "import", "BUNDLE")}[verb]
+    more = ("--format", "openvino") if verb == "export" else ()
+    for name, said in (("link", "link: a link to gone, which is not there"), ("file/sub/out", "file is a file")):
+        ended = znormseg(*words, tmp_path / name, *more)
+        assert (ended.code, said in ended.err) == (5, True), ended.err
 
 
 def test_an_unknown_format_is_a_usage_error(tiny_run: Path, tmp_path: Path, znormseg: Call) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -66,6 +67,36 @@ def test_a_folder_without_sums_is_not_called_whole(run: Path, znormseg: Call) ->
     assert "no SHA256SUMS there" in ended.err
 
 
+@pytest.fixture
+def ensemble(tiny_run: Path, tmp_path: Path) -> Path:
+    """An ensemble of two copies of the tiny run's network, sealed."""
+    folder = tmp_path / "ensemble"
+    for name in ("fold-0", "fold-1"):
+        shutil.copytree(tiny_run / "checkpoints", folder / name / "checkpoints")
+        shutil.copy(tiny_run / "intensities.json", folder / name)
+    sha256 = json.loads(weights_of(tiny_run).with_suffix(".json").read_text())["sha256"]
+    networks = [{"network": f"fold-{k}", "out_of_fold_dice": 0.5, "weights_sha256": sha256} for k in (0, 1)]
+    (folder / "ensemble.json").write_text(json.dumps({"networks": networks}))
+    seal(folder)
+    return folder
+
+
+def test_intensities_of_a_fold_are_of_the_ensemble(ensemble: Path) -> None:
+    (ensemble / "fold-0" / "intensities.json").write_text("{}")
+    (ensemble / "fold-1" / "intensities.json").unlink()
+    with pytest.raises(RunError, match=r"fold-1/intensities\.json is missing; fold-0/intensities\.json was changed"):
+        verify(ensemble)
+
+
+def test_a_fold_with_older_weights_beside_the_best_is_listed_once(ensemble: Path) -> None:
+    for ending in (".json", ".safetensors"):
+        newest = weights_of(ensemble / "fold-0").with_suffix(ending)
+        shutil.copy(newest, newest.with_name(f"best-000000000{ending}"))
+    seal(ensemble)
+    lines = (ensemble / SUMS_FILE).read_text().splitlines()
+    assert len(lines) == len(set(lines))
+
+
 @pytest.mark.parametrize("text", ["", "nonsense\n", f"{'0' * 64}  ../elsewhere\n", f"{'0' * 64}  /etc/hostname\n"])
 def test_damaged_sums_are_refused(run: Path, text: str) -> None:
     (run / SUMS_FILE).write_text(text)
@@ -107,6 +138,29 @@ def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: 
     ended = znormseg("model", "info", tmp_path)
     assert ended.code == 5
     assert "no model there" in ended.err
+
+
+def _deep(depth: int) -> Any:
+    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [],
+        "a model",
+        {"licence": "MIT"},
+        {"name": "n", "summary": "s", "notice": "n", "limits": 1, "licence": "l"},
+        {"name": "n", "summary": "s", "notice": "n", "limits": [], "licence": "l", "data": ["BraTS"]},
+        {"name": "n", "summary": "s", "notice": "n", "limits": [], "licence": "l", "data": {"a": _deep(500)}},
+    ],
+    ids=["a list", "a text", "keys missing", "limits that are a number", "data that are a list", "too deep"],
+)
+def test_info_of_another_programs_model_json_is_an_error(content: Any, tmp_path: Path, znormseg: Call) -> None:
+    (tmp_path / "model.json").write_text(json.dumps(content))
+    ended = znormseg("model", "info", tmp_path)
+    assert ended.code == 5
+    assert "damaged, or of another version" in ended.err
 
 
 def test_sealing_twice_changes_nothing(run: Path) -> None:

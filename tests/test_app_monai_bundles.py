@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import pickle
 import shutil
@@ -288,6 +289,9 @@ def change(path: Path, edit: Callable[[Any], None]) -> None:
         ("inference", lambda c: c["preprocessing"]["transforms"].append({"_target_": "Spacingd"}), "Spacingd"),
         ("inference", lambda c: c["preprocessing"]["transforms"][1].update(nonzero=False), "non-zero voxels"),
         ("inference", lambda c: c["inferer"].update(roi_size=[60, 60, 60]), "patch_voxels"),
+        ("inference", lambda c: c["inferer"].update(roi_size=[math.inf, 64, 40]), "infinity"),
+        ("inference", lambda c: c["preprocessing"]["transforms"][0].update(_target_=1), "also has 1"),
+        ("metadata", lambda c: c["network_data_format"]["inputs"]["image"].update(channel_def=[1, 2]), "IndexError"),
         (
             "metadata",
             lambda c: c["network_data_format"]["inputs"]["image"]["channel_def"].update({"0": "T1", "1": "T1c"}),
@@ -322,6 +326,32 @@ def test_a_bundle_without_weights_says_how_to_get_them(changed: Path, tmp_path: 
     ended = znormseg("model", "import", changed, tmp_path / "model")
     assert ended.code == 5
     assert "download_large_files" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"abc" * 100, "cannot be read as weights"),
+        ({"conv_final.2.conv.bias": torch.tensor(1.0)}, "not of that network"),
+    ],
+    ids=["a text", "a number for a vector"],
+)
+def test_a_file_that_holds_no_such_weights_is_refused(changed: Path, tmp_path: Path, content: Any, said: str) -> None:
+    if isinstance(content, bytes):
+        (changed / "models" / "model.pt").write_bytes(content)
+    else:
+        torch.save(content, changed / "models" / "model.pt")
+    with pytest.raises(RunError, match=said):
+        import_bundle(changed, tmp_path / "model")
+
+
+def test_weights_that_are_not_finite_are_refused(changed: Path, tmp_path: Path) -> None:
+    weights = torch.load(changed / "models" / "model.pt", weights_only=True)
+    weights["convInit.conv.weight"][0] = torch.nan
+    torch.save(weights, changed / "models" / "model.pt")
+    with pytest.raises(RunError, match="NaN or infinite"):
+        import_bundle(changed, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
 
 
 def test_weights_of_another_network_are_refused(changed: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def evaluate(
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.evaluate import rows, write_table  # noqa: PLC0415
+    from app.evaluation.evaluate import require_table_place, rows, write_table  # noqa: PLC0415
     from app.evaluation.metrics import NSD_MM, ONE_EMPTY_HD95_MM  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
 
@@ -125,6 +125,8 @@ def evaluate(
             as_json=as_json,
         )
         return
+    if out is not None:
+        require_table_place(out)
     with terminal.watched() as on_progress:
         scores = score(
             predictions,

@@ -22,7 +22,7 @@ from torch import Tensor
 from app import checkpoints
 from app.config import RunConfig, to_plain, to_yaml
 from app.errors import RunError
-from app.exporting.places import folder_when_complete
+from app.exporting.places import folder_when_complete, require_empty
 from app.inference.settings import InferenceConfig
 from app.modelfolder import file_sha256, seal
 from app.runlog import read_json, write_durably
@@ -96,10 +96,11 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         out: folder to make; empty or not there yet.
 
     Raises:
-        RunError: ``out`` holds something; ``bundle`` is no bundle, or not the one that is understood; its weights are
-            missing, damaged, or would have to be unpickled.
+        RunError: ``out`` holds something, or is no place for a folder; ``bundle`` is no bundle, or not the one that is
+            understood; its weights are missing, damaged, not finite, or would have to be unpickled.
         OSError: ``out`` cannot be written to.
     """
+    require_empty(out)
     metadata, inference = (_json(bundle, f"configs/{name}.json") for name in ("metadata", "inference"))
     config = _config(bundle, metadata, inference)
     source = bundle / "models" / "model.pt"
@@ -111,6 +112,8 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         raise RunError(
             f"{source}: the weights are not of that network ({_first_line(error)}). {UNDERSTOOD}."
         ) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise RunError(f"{source}: some weights are NaN or infinite. Download them again.")
     name = str(metadata.get("name") or metadata.get("task") or bundle.resolve().name)
     facts = {
         "contrasts": list(CONTRASTS),
@@ -147,7 +150,7 @@ def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if _FIRST in ordered and ordered[_FIRST].ndim == 5 and ordered[_FIRST].shape[1] == len(channels):
         ordered[_FIRST] = ordered[_FIRST][:, channels]
     for name in _LAST:
-        if name in ordered and len(ordered[name]) == len(regions):
+        if name in ordered and ordered[name].shape[:1] == (len(regions),):
             ordered[name] = ordered[name][regions]
     return ordered
 
@@ -157,7 +160,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
     try:
         network = dict(inference["network_def"])
         inferer = dict(inference["inferer"])
-        steps = {step["_target_"]: step for step in inference["preprocessing"]["transforms"]}
+        steps = {str(step["_target_"]): step for step in inference["preprocessing"]["transforms"]}
         formats = metadata["network_data_format"]
         inputs, outputs = formats["inputs"]["image"]["channel_def"], formats["outputs"]["pred"]["channel_def"]
         contrasts = tuple(_CONTRAST_NAMES.get(str(inputs[key]).lower()) for key in sorted(inputs))
@@ -165,7 +168,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
         normalise = steps.get("NormalizeIntensityd", {})
         x, y, z = (int(side) for side in inferer["roi_size"])
         overlap = float(inferer["overlap"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise RunError(
             f"{bundle}: not the bundle that is understood ({error!r} in its configs). {UNDERSTOOD}."
         ) from error
@@ -227,7 +230,16 @@ def _weights(path: Path) -> dict[str, Tensor]:
             f"{path}: holds more than tensors, or is damaged, and is not read: unpickling it could run any code. "
             "Have whoever made it save the state dict alone."
         ) from error
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
         raise RunError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
     for key in _WRAPPINGS:
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):

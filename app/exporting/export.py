@@ -149,7 +149,10 @@ def _one_network(run: Path) -> Model:
         RunError: as :func:`app.inference.model.load_model`; or it is an ensemble, or a cross-validation.
     """
     if (run / ENSEMBLE_FILE).exists():
-        names = [str(one["network"]) for one in read_json(run / ENSEMBLE_FILE)["networks"]]
+        try:
+            names = [str(one["network"]) for one in read_json(run / ENSEMBLE_FILE)["networks"]]
+        except (KeyError, TypeError) as error:
+            raise RunError(f"{run / ENSEMBLE_FILE}: damaged ({error!r}). Restore the folder from a copy.") from error
         raise RunError(
             f"{run}: an ensemble of {len(names)} networks; an export holds one. Export each: "
             + ", ".join(str(run / name) for name in names)

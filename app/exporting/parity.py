@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,13 +50,15 @@ class Parity:
     largest_difference: float
     mean_difference: float
     largest_logit: float
-    """Of the original, without sign."""
+    """Of the original, without sign; infinite where one is no finite number."""
     label_disagreement: float
     """Share of the windows' voxels whose label differs, the logits cut at 0."""
 
     @property
     def holds(self) -> bool:
-        """Whether no more differs than rounding explains."""
+        """Whether no more differs than rounding explains; never where the original's logits are not finite."""
+        if not math.isfinite(self.largest_logit):
+            return False
         allowed = LARGEST_DIFFERENCE * max(1.0, self.largest_logit)
         return self.largest_difference <= allowed and self.label_disagreement <= LARGEST_LABEL_DISAGREEMENT
 
@@ -65,6 +68,11 @@ class Parity:
         Raises:
             RunError: it does not; the message has the numbers.
         """
+        if not math.isfinite(self.largest_logit):
+            raise RunError(
+                f"{what}: not kept, since nothing can be compared: on windows of {self.source} the network that it was "
+                "made of gives logits that are not finite. Its weights are of no use; take another run."
+            )
         if not self.holds:
             raise RunError(
                 f"{what}: not the network it was made of, and not kept: on {self.windows} windows of {self.source} the "
@@ -107,11 +115,12 @@ def compare(network: nn.Module, answer: Answer, windows: Sequence[Tensor], sourc
         theirs = answer(window.numpy())
         if theirs.shape != ours.shape:
             raise RunError(f"the exported network answers in the shape {theirs.shape}, the original in {ours.shape}")
-        apart = np.abs(ours - theirs)
+        with np.errstate(invalid="ignore"):  # infinite less infinite
+            apart = np.abs(ours - theirs)
         # A difference that is not a number is as large as any.
         largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
         total += float(apart.sum(dtype=np.float64))
-        logit = max(logit, float(np.abs(ours).max()))
+        logit = max(logit, float(np.abs(ours).max()) if np.isfinite(ours).all() else math.inf)
         labels = [from_regions(logits[0] > 0) for logits in (ours, theirs)]
         differing += int(np.count_nonzero(labels[0] != labels[1]))
         count, voxels = count + ours.size, voxels + labels[0].size
