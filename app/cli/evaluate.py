@@ -108,8 +108,8 @@ def evaluate(
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
     from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.evaluate import require_table_place, rows, write_table  # noqa: PLC0415
-    from app.evaluation.metrics import NSD_MM, ONE_EMPTY_HD95_MM  # noqa: PLC0415
+    from app.evaluation.evaluate import remarks, require_table_place, rows, write_table  # noqa: PLC0415
+    from app.evaluation.metrics import NSD_MM  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
 
     conventions = terminal.conventions(labels)
@@ -141,10 +141,8 @@ def evaluate(
         terminal.json_result(scores.to_json())
     else:
         terminal.result(terminal.table(rows(scores)))
-        if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in scores.cases for one in case.regions.values()):
-            terminal.result(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: marked by one side alone (the rule of BraTS 2023)")
-        if out is None:
-            terminal.result("sensitivity, specificity, surface Dice and volumes: --out scores.csv, or --json")
+        for sentence in remarks(scores):
+            terminal.result(sentence)
         terminal.result(NOTICE)
     if out is not None:
         write_table(scores, out)

@@ -16,7 +16,15 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, NSD_MM, RegionScores, nsd_definition, region_scores
+from app.evaluation.metrics import (
+    DICE_DEFINITION,
+    HD95_DEFINITION,
+    NSD_MM,
+    ONE_EMPTY_HD95_MM,
+    RegionScores,
+    nsd_definition,
+    region_scores,
+)
 from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
@@ -407,6 +415,14 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
             for name, values in _named_values(evaluation)
         ),
     ]
+
+
+def remarks(evaluation: Evaluation) -> list[str]:
+    """What the terminal's table does not tell by itself, a sentence each."""
+    said = ["sensitivity, specificity, surface Dice and volumes are in --out scores.csv and --json"]
+    if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in evaluation.cases for one in case.regions.values()):
+        said.append(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: marked by one side alone (the rule of BraTS 2023)")
+    return said
 
 
 def write_table(evaluation: Evaluation, path: Path) -> None:
