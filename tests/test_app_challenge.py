@@ -49,6 +49,18 @@ def test_what_does_not_go_with_it_is_refused(words: list[str], znormseg: Call) -
     assert "--challenge" in ended.err
 
 
+@pytest.mark.parametrize("place", ["run", "cases", "case"])
+def test_label_maps_are_not_written_among_scans_or_into_the_run(
+    place: str, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    run, cases = shutil.copytree(tiny_run, tmp_path / "run"), shutil.copytree(phantoms, tmp_path / "cases")
+    output = {"run": run, "cases": cases, "case": sorted(cases.iterdir())[0]}[place]
+    before = sorted(output.iterdir())
+    ended = znormseg("predict", run, cases, output)
+    assert (ended.code, "Give another OUTPUT" in ended.err) == (3, True)
+    assert sorted(output.iterdir()) == before
+
+
 def test_ray_does_not_go_with_it(znormseg: Call) -> None:
     ended = znormseg("predict", "--challenge", "a", "b", "c", "--engine", "ray")
     assert (ended.code, "one host" in ended.err) == (2, True)

@@ -173,6 +173,7 @@ def predict(
     from app.inference.challenge import Delivery  # noqa: PLC0415
     from app.inference.cohort import predict_each  # noqa: PLC0415
     from app.inference.job import Job, Native  # noqa: PLC0415
+    from app.inference.output import require_place_of_its_own  # noqa: PLC0415
     from app.inference.settings import PredictOptions  # noqa: PLC0415
     from app.runtime import RuntimeConfig  # noqa: PLC0415
     from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
@@ -214,6 +215,8 @@ def predict(
         )
         elsewhere = _elsewhere(job, engine, devices, workers)
         cases = _cases(files, source, follow_links=follow_links)
+        if not files:
+            require_place_of_its_own(wanted, run=run, source=source, cases=cases)
         with terminal.watched() as on_progress:
             # Others load the network themselves; here only what it is counts.
             model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()

@@ -18,7 +18,6 @@ from app.inference.manifest import MANIFEST_FILE, Cohort, Outcome, write_manifes
 from app.inference.output import at_work, make_output
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
-from data.errors import DataError
 from data.layouts import Case
 
 #: Threads that hash the files of cases that may be finished.
@@ -129,7 +128,6 @@ def predict_each(
     Raises:
         DataError, OSError, InterruptedRunError: as :func:`app.inference.predict.predict`.
     """
-    _require_place_of_its_own(output if delivery is None else delivery.output, run, cases)
     if delivery is not None:
         delivery.make_place(cases)
     make_output(output)
@@ -156,19 +154,6 @@ def predict_each(
     predictions = ledger.predictions()
     on_progress(Progress(job="predicting", share=1.0, detail=f"{len(predictions.done)} of {len(cases)} cases"))
     return predictions
-
-
-def _require_place_of_its_own(output: Path, run: Path | None, cases: Sequence[Case]) -> None:
-    """Refuse a folder in which label maps would lie among the files of the run or among scans."""
-    place = output.resolve()
-    if run is not None and place == run.resolve():
-        raise DataError(f"{output} is the folder of the run: give another OUTPUT for the label maps.")
-    for case in cases:
-        if any(path.parent.resolve() == place for path in case.contrasts.values()):
-            raise DataError(
-                f"{output} holds the scans of case {case.id}: among them a label map would be taken for the expert's. "
-                "Give another OUTPUT."
-            )
 
 
 def _nameable(cases: Sequence[Case], told: Told) -> list[Case]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.errors import DataError
+from data.layouts import Case
 from data.nifti import naming_the_place, remove_stale
 
 
@@ -22,6 +23,28 @@ def make_output(output: Path) -> None:
         raise DataError(f"{output} is a file; give a folder for the label maps")
     with naming_the_place(output):
         output.mkdir(parents=True, exist_ok=True)
+
+
+def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Sequence[Case]) -> None:
+    """Refuse a folder in which label maps would lie among the files of the run or among scans.
+
+    Args:
+        output: where label maps are to be written.
+        run: folder of the run, the model or the ensemble.
+        source: where the cases were found.
+        cases: those.
+
+    Raises:
+        DataError: it is such a folder.
+    """
+    place = output.resolve()
+    if place == run.resolve():
+        raise DataError(f"{output} is the folder of the run. Give another OUTPUT for the label maps.")
+    scans = {path.parent.resolve() for case in cases for path in case.contrasts.values()}
+    if place in {source.resolve(), *scans}:
+        raise DataError(
+            f"{output} holds the scans: among them label maps would be taken for the experts'. Give another OUTPUT."
+        )
 
 
 @contextmanager
