@@ -193,7 +193,7 @@ def test_soft_volumes_are_nested_and_no_larger_than_the_volume(centred: Any) -> 
     soft = [found.soft_volumes_ml[region] for region in REGIONS]
     assert soft == sorted(soft, reverse=True)
     assert 0 <= soft[2] <= soft[0] <= 0.08 + 1e-6
-    assert all(share is None or 0.5 <= share <= 1 for share in found.confidence.values())  # a share all but 0 rounds to one half
+    assert all(share is None or 0.5 <= share <= 1 for share in found.confidence.values())
     assert found.volume_range_ml is None
 
 
