@@ -99,6 +99,20 @@ def test_a_small_brain_gets_fewer_levels() -> None:
     assert coarse.data.spacing_mm == 4.0
 
 
+@pytest.mark.parametrize(
+    ("spacing", "fixed", "levels"),
+    [(1.0, (), 6), (4.0, (), 4), (10.0, (), 3), (4.0, ("network.blocks",), 6)],
+)
+def test_levels_go_with_their_blocks_and_leave_what_deep_supervision_needs(
+    spacing: float, fixed: tuple[str, ...], levels: int
+) -> None:
+    large = load_config("large")
+    config = planned(replace(GPU, gpu_bytes=80 * GB), large, spacing_mm=(spacing,) * 3, fixed=fixed).config
+    assert config.network.channels == large.network.channels[:levels]
+    assert config.network.blocks == (1, 3, 4, 6, 6, 6)[:levels]
+    assert load_config_of(config) == config
+
+
 def test_unequal_spacing_is_left_to_the_median_by_axis() -> None:
     plan = planned(spacing_mm=(0.5, 0.5, 5.0))
     assert (plan.config.data.spacing_mm, plan.spacing_mm) == (None, (0.5, 0.5, 5.0))
@@ -168,6 +182,14 @@ def test_an_estimate_grows_with_batch_patch_and_channels() -> None:
     assert step_bytes(LAPTOP, half=True) < step_bytes(LAPTOP, half=False)
 
 
+def test_an_estimate_has_the_coarser_logits_of_deep_supervision() -> None:
+    settings = ("network.architecture=resenc", "training.patch_voxels=[32, 32, 32]")
+    plain, deep = (
+        load_config("laptop", [*settings, f"network.deep_supervision={wanted}"]) for wanted in ("false", "true")
+    )
+    assert step_bytes(deep, half=False) > step_bytes(plain, half=False)
+
+
 def test_on_a_gpu_batches_alone_are_in_ram() -> None:
     there, here = estimate(LAPTOP, half=True, gpu=True), estimate(LAPTOP, half=True, gpu=False)
     assert (here.gpu, there.gpu > 0) == (0, True)
@@ -189,7 +211,7 @@ def test_smaller_is_smaller_each_time_and_comes_to_an_end() -> None:
     assert (config.training.patch_voxels, config.network.channels) == ((32, 32, 32), (8, 16, 32, 64))
 
 
-@pytest.mark.parametrize("config", ["laptop", "unet", "resunet"])
+@pytest.mark.parametrize("config", ["laptop", "unet", "resunet", "large"])
 def test_every_smaller_config_is_valid(config: str) -> None:
     following: Any = (load_config(config), "")
     while following is not None:
