@@ -186,6 +186,18 @@ def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
     assert impatient == patient[:4]
 
 
+def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_last_and_stays_ended(
+    train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(monkeypatch, [0.5, 0.4, 0.4])
+    train("run", "training.steps=8", "training.validations=4", "training.patience=1")
+    for path in (tmp_path / "run" / "checkpoints").glob("best-*"):
+        path.unlink()
+    for _ in range(2):
+        again = resume(phantoms, tmp_path / "run")
+        assert (again.steps, again.best_step, again.stopped_early) == (4, 4, True)
+
+
 @pytest.mark.parametrize(
     ("more", "validated"),
     [

@@ -442,7 +442,7 @@ def _require_best(run: Path, state: State) -> None:
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
-        LOG.warning("%s The next validation saves new best weights.", error)
+        LOG.warning("%s A validation of this run saves new best weights.", error)
         best = None
     if state.best_dice >= 0 and (best is None or best.step < state.best_step):
         dice = None if best is None else best.details["dice"]
