@@ -20,7 +20,7 @@ from app.planning.dry_run import Needed, TooMuch, try_out
 from app.planning.estimate import estimate, step_bytes
 from app.planning.fingerprint import Extent, Fingerprint, read_data_set
 from app.planning.fit import fit
-from app.planning.plan import plan_run
+from app.planning.plan import DryRun, cut_to_hours, plan_run
 from app.planning.rules import CPU_STEP_VOXELS, Hardware, Plan, make_plan, smaller
 from app.planning.trial import Asked, Told, run_trial, told_from_json
 from data.errors import DataError
@@ -389,6 +389,46 @@ def test_what_was_set_goes_through_a_dry_run_unchanged(tried: Any, tiny_settings
     own = load_config("laptop", [*tiny_settings, "training.steps=50"])
     assert tried.config.training == own.training
     assert tried.config.network == own.network
+
+
+def on_a_cpu(*, step_seconds: float, validation_hours: float, fixed: Any = ()) -> tuple[int, int, float, str]:
+    """Steps, validations, foreseen hours and reason of a plan of 5 000 steps and 10 validations, cut to 12 hours."""
+    found = DryRun(
+        device="cpu",
+        own_bytes=None,
+        mapped_bytes=None,
+        gpu_bytes=None,
+        step_seconds=step_seconds,
+        window_seconds=None,
+        prepare_seconds=0.0,
+        validation_seconds=10 * 3600 * validation_hours,
+        seconds=5_000 * step_seconds + 10 * 3600 * validation_hours,
+        steps=5_000,
+        attempts=(),
+    )
+    base = changed(LAPTOP, steps=5_000, hours=None, validations=10)
+    config, after, why = cut_to_hours(base, found, "why", fixed=fixed)
+    assert (config.training.steps, config.training.steps) == (after.steps, after.steps)
+    assert config.training.steps is not None
+    return config.training.steps, config.training.validations, after.seconds / 3600, why
+
+
+def test_a_plan_is_cut_to_the_hours_of_a_cpu() -> None:
+    assert on_a_cpu(step_seconds=1.0, validation_hours=0.1)[:2] == (5_000, 10)
+    assert on_a_cpu(step_seconds=18.0, validation_hours=0.2) == (2_000, 10, 12.0, "why; cut to 12 hours on this CPU")
+
+
+def test_where_validations_take_the_hours_there_are_fewer_of_them() -> None:
+    steps, validations, hours, why = on_a_cpu(step_seconds=3.6, validation_hours=2.0)
+    assert (steps, validations, hours) == (2_000, 5, 12.0)
+    assert why.endswith("cut to 12 hours on this CPU; 5 instead of 10 validations")
+
+
+@pytest.mark.parametrize(("fixed", "validations"), [((), 1), (("training.validations",), 10)])
+def test_the_fewest_steps_are_planned_also_where_they_take_longer(fixed: Any, validations: int) -> None:
+    steps, found, hours, why = on_a_cpu(step_seconds=36.0, validation_hours=3.0, fixed=fixed)
+    assert (steps, found, hours) == (1_000, validations, 10 + 3 * validations)
+    assert "h on this CPU, more than 12 h, with the fewest steps" in why
 
 
 @pytest.fixture

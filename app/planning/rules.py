@@ -30,7 +30,7 @@ _MOST_BATCH: Final = 8
 _BATCH_SHARE: Final = 0.05
 #: Every training brain is covered by patches this often.
 _COVERS: Final = 50
-_FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
+FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
 _MOST_STEPS: Final = {"cpu": 20_000, "cuda": 50_000}
 #: Shares of what is free that a plan may take; the rest is for what an estimate misses.
 _HOST_SHARE: Final = 0.8
@@ -184,7 +184,7 @@ def with_steps(
     covering = ceil(prod(brain_voxels) / prod(settings.patch_voxels))
     patches = _COVERS * training_cases * covering
     wanted = ceil(patches / (settings.batch_size * settings.accumulate))
-    low, high = _FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
+    low, high = FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
     steps = min(max(wanted, low), high)
     why = f"{covering} patches cover a brain; {_COVERS} times, in {training_cases} training cases: {wanted} steps"
     if steps != wanted:
