@@ -22,6 +22,7 @@ from typing import IO, Any, Final
 
 import app
 from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
+from app.process import threads_of_each
 from app.progress import LOG
 from data.errors import DataError
 
@@ -41,7 +42,7 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:N``, or None for that of the job.
-        processes: that work at once; they share the cores.
+        processes: that work at once; they share the processors, unless the user has set OMP_NUM_THREADS.
         given: the environment of this process.
 
     Raises:
@@ -49,8 +50,7 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
     """
     root = str(Path(app.__file__).resolve().parent.parent)
     found = {**given, "PYTHONPATH": os.pathsep.join(part for part in (root, given.get("PYTHONPATH")) if part)}
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    found.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    found["OMP_NUM_THREADS"] = threads_of_each(processes, given=given)
     match = DEVICE.match(device or "")
     if device == "cpu":
         found["CUDA_VISIBLE_DEVICES"] = ""
