@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
 #: Compute capability from which on GPUs multiply float16 faster than float32.
-_TENSOR_CORES: Final = (7, 0)
+TENSOR_CORES: Final = (7, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ def _choose_precision(
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "precision bfloat16: the GPU has it"
-        if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
+        if torch.cuda.get_device_capability(device) >= TENSOR_CORES:
             return "float16", "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
         return "float32", "precision float32: the GPU has neither bfloat16 nor tensor cores"
     return cpu_precision()

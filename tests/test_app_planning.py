@@ -363,6 +363,23 @@ def test_a_bound_of_nothing_is_a_wrong_command_line(phantoms: Path, znormseg: Ca
     assert znormseg("plan", phantoms, "--max-memory-gb", "0").code == 2
 
 
+@pytest.mark.parametrize(("precision", "half"), [("float16", True), ("bfloat16", True), ("float32", False)])
+def test_activations_of_two_bytes_are_planned_as_such(
+    *, precision: str, half: bool, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.planning import plan
+
+    given: list[Hardware] = []
+
+    def recorded(fingerprint: Fingerprint, hardware: Hardware, *arguments: Any, **options: Any) -> Plan:
+        given.append(hardware)
+        return make_plan(fingerprint, hardware, *arguments, **options)
+
+    monkeypatch.setattr(plan, "make_plan", recorded)
+    plan_run(phantoms, overrides=["runtime.device=cpu", f"runtime.precision={precision}"])
+    assert [hardware.half for hardware in given] == [half]
+
+
 # Dry runs
 
 

@@ -35,7 +35,7 @@ def estimate(config: RunConfig, *, half: bool, gpu: bool) -> Estimate:
 
     Args:
         config: network, patch and batch.
-        half: whether activations are bfloat16.
+        half: whether activations are bfloat16 or float16.
         gpu: whether the steps are made on a GPU; then batches alone are in RAM.
     """
     settings = config.training
@@ -55,7 +55,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
 
     Args:
         config: network, patch and batch.
-        half: whether activations are bfloat16 (autocast); weights and their moments are float32 in any case.
+        half: whether activations are bfloat16 or float16 (autocast); weights and their moments are float32 in any case.
     """
     settings = config.training
     with torch.device("meta"):
@@ -73,7 +73,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = network(image)
+        logits: Tensor | list[Tensor] = network(image)
         activations = _sum(saved) // (2 if half else 1)
         saved.clear()
         loss = DeepLoss(RegionLoss())(logits, masks)

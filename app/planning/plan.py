@@ -192,7 +192,7 @@ def plan_run(
     limits.sort(key=lambda limit: limit.free_bytes)
     hardware = Hardware(
         device=runtime.device.type,
-        half=runtime.precision is torch.bfloat16,
+        half=runtime.precision is not torch.float32,
         memory_bytes=limits[0].free_bytes if limits else 1 << 62,
         gpu_bytes=torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0,
         cores=cores(),

@@ -52,7 +52,7 @@ class Hardware:
     device: str
     """``cpu`` or ``cuda``."""
     half: bool
-    """Whether activations are bfloat16."""
+    """Whether activations are bfloat16 or float16."""
     memory_bytes: int
     """RAM that is free for a run."""
     gpu_bytes: int

@@ -295,6 +295,7 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
     """Take part in a run that the first process starts or resumes."""
     clock = time.monotonic()
     begun: _Begun
+    checkpoint: checkpoints.Checkpoint | None
     begun, checkpoint = world.tell()
     cases = cases_of(begun.split, data, follow_links=follow_links)
     torch.manual_seed(begun.config.training.seed)
