@@ -336,6 +336,17 @@ def test_a_lost_prediction_and_a_lost_fold_come_back_as_they_were(
     assert (out / "crossval.csv").read_text() == (finished / "crossval.csv").read_text()
 
 
+def test_one_that_was_killed_while_it_began_goes_on(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "splits", out / "splits")
+    (out / "splits" / "fold-1.json").unlink()
+    (out / ".partial-1-folds.json").write_text("{")
+    assert znormseg("crossval", phantoms, out, *options).code == 0
+    assert weights_of(out) == weights_of(finished)
+
+
 # What is refused
 
 

@@ -37,6 +37,8 @@ from data.tumours import hash_of, read_label_maps, tumours_of, values_of
 
 LEAST_FOLDS: Final = 2
 MOST_FOLDS: Final = 20
+#: Folder of the splits; its files are there before ``folds.json`` is.
+SPLITS: Final = "splits"
 _VERSION: Final = 1
 
 
@@ -60,7 +62,7 @@ class Folds:
 
     def split_file(self, fold: int) -> Path:
         """What the run of a fold is given."""
-        return self.out / "splits" / f"fold-{fold}.json"
+        return self.out / SPLITS / f"fold-{fold}.json"
 
     def result_file(self, fold: int) -> Path:
         """There once a fold is trained."""

@@ -15,7 +15,7 @@ from typing import Any
 from app.config import RunConfig
 from app.crossval.calibrate import Calibrated, calibrate
 from app.crossval.fold import work_on_fold
-from app.crossval.folds import Folds, deal, require_same
+from app.crossval.folds import SPLITS, Folds, deal, require_same
 from app.crossval.outoffold import is_of, read_counts
 from app.crossval.pack import write_ensemble
 from app.crossval.page import write_page
@@ -93,7 +93,7 @@ def cross_validate(
     slots = slots_of(devices, jobs, config_device=config.runtime.device)
     for device in slots:
         choose_runtime(RuntimeConfig(device=device or config.runtime.device, precision="float32"))
-    require_place(out, CROSSVAL_FILE, "cross-validation")
+    require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
     dealt = deal(data, out, config, folds=folds, labels=labels, follow_links=follow_links)
     with locked(out):
         require_same(dealt)
