@@ -92,7 +92,7 @@ class Runtime:
 
 
 def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> Runtime:
-    """Choose device and precision.
+    """Choose device and precision; a GPU that is chosen becomes torch's current one.
 
     Args:
         config: what is asked for.
@@ -106,6 +106,10 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
     device, device_reason = _choose_device(_own_device(config.device, local_rank))
     if local_rank is not None and device.type == "cuda":
         device_reason = f"device {device}: the GPU of process {local_rank} of this host"
+    if device.type == "cuda":
+        import torch  # noqa: PLC0415 - see above
+
+        torch.cuda.set_device(device)  # what is asked of "the" GPU from here on is asked of this one
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
         device_name=str(device),
@@ -113,6 +117,18 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
         channels_last=config.channels_last,
         reasons=(device_reason, precision_reason),
     )
+
+
+def require_device(name: str) -> None:
+    """Make sure that a device is there, without taking any of its memory.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        DeviceError: it is not.
+    """
+    _choose_device(name)
 
 
 def _set_deterministic(*, on: bool) -> None:

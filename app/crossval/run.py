@@ -29,7 +29,7 @@ from app.inference.postprocess import Postprocess
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import locked, read_json, read_metrics, write_json
-from app.runtime import RuntimeConfig, choose_runtime, machine, versions
+from app.runtime import machine, require_device, versions
 from app.severalruns import has_begun, json_object, only_warnings, require_place
 
 #: Share of the whole that training and prediction take, for the progress bar.
@@ -92,7 +92,7 @@ def cross_validate(
     """
     slots = slots_of(devices, jobs, config_device=config.runtime.device)
     for device in slots:
-        choose_runtime(RuntimeConfig(device=device or config.runtime.device, precision="float32"))
+        require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
     dealt = deal(data, out, config, folds=folds, labels=labels, follow_links=follow_links)
     with locked(out):
