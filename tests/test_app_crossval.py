@@ -347,6 +347,16 @@ def test_one_that_was_killed_while_it_began_goes_on(
     assert weights_of(out) == weights_of(finished)
 
 
+def test_damaged_best_weights_of_a_fold_are_passed_over_for_the_pair_before(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "fold-0" / "checkpoints" / "best-999999999.json").write_text("{")
+    ended = znormseg("crossval", phantoms, out, *options)
+    assert ended.code == 0, ended.err
+    assert weights_of(out) == weights_of(finished)
+
+
 # What is refused
 
 

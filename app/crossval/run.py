@@ -22,7 +22,7 @@ from app.crossval.page import write_page
 from app.crossval.summary import Summary, summarise, write_table
 from app.crossval.tune import Scores, Tuning, tune
 from app.crossval.workers import Job, slots_of, work_in_processes
-from app.errors import InterruptedRunError
+from app.errors import InterruptedRunError, RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
@@ -238,7 +238,10 @@ class _Work:
         saved = sorted((self.folds.run(fold) / "checkpoints").glob("best-*.json"))
         if not saved:
             return False
-        weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
+        try:
+            weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
+        except RunError:  # damaged: loading takes the pair before
+            return False
         return all(is_of(self.folds.answer_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
 
     def _note_done(self, fold: int) -> None:
