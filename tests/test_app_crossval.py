@@ -410,6 +410,13 @@ def test_cases_of_different_spacings_need_one_to_be_named(
     assert "from 4 to 6 mm" in ended.err
 
 
+def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phantoms: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "splits" / "fold-1.json").write_text('{"train": ["x"]}')
+    with pytest.raises(RunError, match=r"fold-1\.json: damaged"):
+        begun(phantoms, out)
+
+
 def test_a_folder_that_holds_something_else_is_refused(
     phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:

@@ -47,6 +47,7 @@ from app.training.material import (
     require_labels,
     require_same_labels,
     spacing_of,
+    split_on_record,
 )
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
@@ -246,7 +247,7 @@ def resume(
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
-        split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
+        split = split_on_record(run / "split.json")
         cases = cases_of(split, data, follow_links=follow_links)
         require_same_labels(run, data, cases)
         state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
