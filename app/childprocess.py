@@ -22,8 +22,7 @@ from typing import IO, Any, Final
 
 import app
 from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
-from app.machine import cores
-from app.process import granted_threads
+from app.process import threads_of_each
 from app.progress import LOG
 from data.errors import DataError
 
@@ -43,7 +42,7 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:N``, or None for that of the job.
-        processes: that work at once; they share the cores, or what the control group grants of them.
+        processes: that work at once; they share the processors, unless the user has set OMP_NUM_THREADS.
         given: the environment of this process.
 
     Raises:
@@ -51,10 +50,7 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
     """
     root = str(Path(app.__file__).resolve().parent.parent)
     found = {**given, "PYTHONPATH": os.pathsep.join(part for part in (root, given.get("PYTHONPATH")) if part)}
-    granted = granted_threads()
-    if granted is not None and found.get("OMP_NUM_THREADS") == str(granted):
-        del found["OMP_NUM_THREADS"]  # as share_processors sets it, for this process alone
-    found.setdefault("OMP_NUM_THREADS", str(max(1, (granted or cores()) // processes)))
+    found["OMP_NUM_THREADS"] = threads_of_each(processes, given=given)
     match = DEVICE.match(device or "")
     if device == "cpu":
         found["CUDA_VISIBLE_DEVICES"] = ""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Final
 
 from app.machine import cores, processor_quota
@@ -13,6 +15,24 @@ from app.machine import cores, processor_quota
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_INT: Final = 2**31 - 1
+#: OpenMP's variable for the number of threads.
+_THREADS: Final = "OMP_NUM_THREADS"
+
+
+@dataclass
+class _Set:
+    """What this process has set in its own environment."""
+
+    threads: str | None = None
+
+
+_SET: Final = _Set()
+
+
+def granted_processors() -> int:
+    """Processors this process may run on, and no more than its control group grants, rounded."""
+    quota = processor_quota()
+    return cores() if quota is None else min(cores(), max(1, round(quota)))
 
 
 def share_processors() -> None:
@@ -24,15 +44,22 @@ def share_processors() -> None:
     other. It counts only before torch is imported.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    granted = granted_threads()
-    if granted is not None:
-        os.environ.setdefault("OMP_NUM_THREADS", str(granted))
+    granted = granted_processors()
+    if granted < cores() and _THREADS not in os.environ:
+        os.environ[_THREADS] = _SET.threads = str(granted)
 
 
-def granted_threads() -> int | None:
-    """Threads for which the control group gives time; None where it grants all processors that are visible."""
-    quota = processor_quota()
-    return max(1, round(quota)) if quota is not None and quota < cores() else None
+def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
+    """``OMP_NUM_THREADS`` of processes that work at once: what the user has set, else their share of the processors.
+
+    Args:
+        processes: how many.
+        given: the environment of this process.
+    """
+    asked = given.get(_THREADS)
+    if asked is not None and asked != _SET.threads:
+        return asked
+    return str(max(1, granted_processors() // processes))
 
 
 def give_back_freed_memory() -> bool:

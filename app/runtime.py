@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
 #: Compute capability from which on GPUs multiply float16 faster than float32.
-_TENSOR_CORES: Final = (7, 0)
+TENSOR_CORES: Final = (7, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ class Runtime:
 
 
 def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> Runtime:
-    """Choose device and precision.
+    """Choose device and precision; a GPU that is chosen becomes torch's current one.
 
     Args:
         config: what is asked for.
@@ -108,6 +108,10 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
     device, device_reason = _choose_device(_own_device(config.device, local_rank))
     if local_rank is not None and device.type == "cuda":
         device_reason = f"device {device}: the GPU of process {local_rank} of this host"
+    if device.type == "cuda":
+        import torch  # noqa: PLC0415 - see above
+
+        torch.cuda.set_device(device)  # what is asked of "the" GPU from here on is asked of this one
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
         device_name=str(device),
@@ -126,6 +130,18 @@ def below_gpu(runtime: Runtime) -> Runtime:
     if runtime.precision_asked_for or runtime.precision_name == "float32":
         return replace(runtime, device_name="cpu")
     return replace(runtime, device_name="cpu", precision_name=cpu_precision()[0])
+
+
+def require_device(name: str) -> None:
+    """Make sure that a device is there, without taking any of its memory.
+
+    Args:
+        name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        DeviceError: it is not.
+    """
+    _choose_device(name)
 
 
 def _set_deterministic(*, on: bool) -> None:
@@ -205,7 +221,7 @@ def _choose_precision(
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bfloat16", "precision bfloat16: the GPU has it"
-        if torch.cuda.get_device_capability(device) >= _TENSOR_CORES:
+        if torch.cuda.get_device_capability(device) >= TENSOR_CORES:
             return "float16", "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
         return "float32", "precision float32: the GPU has neither bfloat16 nor tensor cores"
     return cpu_precision()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,25 @@ from data.errors import DataError
 from data.layouts import Case
 
 
-def require_place(out: Path, told_by: str, what: str) -> None:
+def require_place(out: Path, told_by: str, what: str, *, before: Collection[str] = ()) -> None:
     """Make sure that a folder can hold a job, or holds one.
 
     Args:
         out: the folder.
         told_by: name of the file that says what the job is.
         what: the job, in a word.
+        before: names of what the job writes before that file; a kill may have left it, or half of a file.
 
     Raises:
         RunError: it is a file, or holds something else.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; give a folder for the {what}")
-    if out.is_dir() and not (out / told_by).exists() and any(entry.name != LOCK for entry in out.iterdir()):
+    if (
+        out.is_dir()
+        and not (out / told_by).exists()
+        and any(entry.name not in (LOCK, *before) and not entry.name.startswith(".partial-") for entry in out.iterdir())
+    ):
         raise RunError(f"{out} is not empty and holds no {what}; give another folder")
 
 

@@ -336,6 +336,27 @@ def test_a_lost_prediction_and_a_lost_fold_come_back_as_they_were(
     assert (out / "crossval.csv").read_text() == (finished / "crossval.csv").read_text()
 
 
+def test_one_that_was_killed_while_it_began_goes_on(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished / "splits", out / "splits")
+    (out / "splits" / "fold-1.json").unlink()
+    (out / ".partial-1-folds.json").write_text("{")
+    assert znormseg("crossval", phantoms, out, *options).code == 0
+    assert weights_of(out) == weights_of(finished)
+
+
+def test_damaged_best_weights_of_a_fold_are_passed_over_for_the_pair_before(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "fold-0" / "checkpoints" / "best-999999999.json").write_text("{")
+    ended = znormseg("crossval", phantoms, out, *options)
+    assert ended.code == 0, ended.err
+    assert weights_of(out) == weights_of(finished)
+
+
 # What is refused
 
 
@@ -387,6 +408,13 @@ def test_cases_of_different_spacings_need_one_to_be_named(
     ended = znormseg("crossval", data, tmp_path / "out", *options)
     assert ended.code == 4
     assert "from 4 to 6 mm" in ended.err
+
+
+def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phantoms: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    (out / "splits" / "fold-1.json").write_text('{"train": ["x"]}')
+    with pytest.raises(RunError, match=r"fold-1\.json: damaged"):
+        begun(phantoms, out)
 
 
 def test_a_folder_that_holds_something_else_is_refused(

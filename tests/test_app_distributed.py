@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import psutil
@@ -234,6 +235,24 @@ def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
             assert not any(place.check(["address"]) for place in places)
             places[0].set("address", "here")
             assert [place.get("address") for place in places] == [b"here"] * 3
+
+
+class OnGpu:
+    """Stands in for a tensor on a GPU; what is pickled would come to every process on that GPU."""
+
+    def detach(self) -> OnGpu:
+        return self
+
+    def cpu(self) -> torch.Tensor:
+        return torch.ones(1)
+
+
+def test_a_state_is_handed_to_other_processes_in_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    from app.training import train
+
+    monkeypatch.setattr(train, "to_checkpoint", lambda _: ({"weights.a": OnGpu()}, {}))
+    state: Any = SimpleNamespace(step=1, seconds=0.0, skipped_before=0)
+    assert train._as_checkpoint(state).tensors == {"weights.a": torch.ones(1)}
 
 
 # After a restart

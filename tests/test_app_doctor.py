@@ -100,6 +100,16 @@ def test_bfloat16_is_where_the_hardware_multiplies_it(made_up: Probe, level: str
     assert finding(made_up, "bfloat16").level == level
 
 
+@pytest.mark.parametrize(
+    ("capability", "precision"),
+    [((9, 0), "it"), ((8, 0), "it"), ((7, 5), "float16"), ((7, 0), "float16"), ((6, 1), "float32")],
+)
+def test_the_precision_that_auto_takes_on_a_gpu_is_told(capability: tuple[int, int], precision: str) -> None:
+    found = finding(replace(MADE_UP, gpus=(replace(A100, capability=capability),)), "bfloat16")
+    assert found.found.endswith(f"precision auto takes {precision}")
+    assert ("twice the memory" in found.remedy) is (precision == "float32")
+
+
 @pytest.mark.parametrize(("gigabytes", "level"), [(1, "warning"), (4, "note"), (8, "ok")])
 def test_little_memory_is_told_with_what_bounds_it(gigabytes: int, level: str) -> None:
     limit = MemoryLimit(name="control group (memory.max)", free_bytes=gigabytes * 10**9)

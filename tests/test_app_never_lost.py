@@ -140,6 +140,19 @@ def test_best_weights_that_are_lost_are_saved_again(copied: Path, straight: Path
     assert max(steps_saved(copied, "best")) > 8
 
 
+@pytest.mark.parametrize("lose", [Path.unlink, lambda path: path.write_bytes(b"")], ids=["deleted", "damaged"])
+def test_a_finished_run_whose_best_weights_are_all_lost_saves_its_last(
+    lose: Callable[[Path], object], copied: Path, phantoms: Path
+) -> None:
+    for path in (copied / "checkpoints").glob("best-*"):
+        lose(path)
+    assert resume(phantoms, copied).best_step == 8
+    best = load_newest(copied / "checkpoints", "best")
+    assert best is not None
+    assert best.step == 8
+    assert [record["step"] for record in records(copied, "validation")] == [2, 4, 6, 8]
+
+
 def test_what_a_killed_process_left_half_written_goes_at_the_next_start(copied: Path, phantoms: Path) -> None:
     (copied / "checkpoints" / ".partial-1-last-000000009.safetensors").write_bytes(b"half")
     resume(phantoms, copied)

@@ -20,7 +20,7 @@ from app.planning.dry_run import Needed, TooMuch, try_out
 from app.planning.estimate import estimate, step_bytes
 from app.planning.fingerprint import Extent, Fingerprint, read_data_set
 from app.planning.fit import fit
-from app.planning.plan import plan_run
+from app.planning.plan import DryRun, cut_to_hours, plan_run
 from app.planning.rules import CPU_STEP_VOXELS, Hardware, Plan, make_plan, smaller
 from app.planning.trial import Asked, Told, run_trial, told_from_json
 from data.errors import DataError
@@ -99,6 +99,20 @@ def test_a_small_brain_gets_fewer_levels() -> None:
     assert coarse.data.spacing_mm == 4.0
 
 
+@pytest.mark.parametrize(
+    ("spacing", "fixed", "levels"),
+    [(1.0, (), 6), (4.0, (), 4), (10.0, (), 3), (4.0, ("network.blocks",), 6)],
+)
+def test_levels_go_with_their_blocks_and_leave_what_deep_supervision_needs(
+    spacing: float, fixed: tuple[str, ...], levels: int
+) -> None:
+    large = load_config("large")
+    config = planned(replace(GPU, gpu_bytes=80 * GB), large, spacing_mm=(spacing,) * 3, fixed=fixed).config
+    assert config.network.channels == large.network.channels[:levels]
+    assert config.network.blocks == (1, 3, 4, 6, 6, 6)[:levels]
+    assert load_config_of(config) == config
+
+
 def test_unequal_spacing_is_left_to_the_median_by_axis() -> None:
     plan = planned(spacing_mm=(0.5, 0.5, 5.0))
     assert (plan.config.data.spacing_mm, plan.spacing_mm) == (None, (0.5, 0.5, 5.0))
@@ -168,6 +182,14 @@ def test_an_estimate_grows_with_batch_patch_and_channels() -> None:
     assert step_bytes(LAPTOP, half=True) < step_bytes(LAPTOP, half=False)
 
 
+def test_an_estimate_has_the_coarser_logits_of_deep_supervision() -> None:
+    settings = ("network.architecture=resenc", "training.patch_voxels=[32, 32, 32]")
+    plain, deep = (
+        load_config("laptop", [*settings, f"network.deep_supervision={wanted}"]) for wanted in ("false", "true")
+    )
+    assert step_bytes(deep, half=False) > step_bytes(plain, half=False)
+
+
 def test_on_a_gpu_batches_alone_are_in_ram() -> None:
     there, here = estimate(LAPTOP, half=True, gpu=True), estimate(LAPTOP, half=True, gpu=False)
     assert (here.gpu, there.gpu > 0) == (0, True)
@@ -189,7 +211,7 @@ def test_smaller_is_smaller_each_time_and_comes_to_an_end() -> None:
     assert (config.training.patch_voxels, config.network.channels) == ((32, 32, 32), (8, 16, 32, 64))
 
 
-@pytest.mark.parametrize("config", ["laptop", "unet", "resunet"])
+@pytest.mark.parametrize("config", ["laptop", "unet", "resunet", "large"])
 def test_every_smaller_config_is_valid(config: str) -> None:
     following: Any = (load_config(config), "")
     while following is not None:
@@ -341,6 +363,23 @@ def test_a_bound_of_nothing_is_a_wrong_command_line(phantoms: Path, znormseg: Ca
     assert znormseg("plan", phantoms, "--max-memory-gb", "0").code == 2
 
 
+@pytest.mark.parametrize(("precision", "half"), [("float16", True), ("bfloat16", True), ("float32", False)])
+def test_activations_of_two_bytes_are_planned_as_such(
+    *, precision: str, half: bool, phantoms: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.planning import plan
+
+    given: list[Hardware] = []
+
+    def recorded(fingerprint: Fingerprint, hardware: Hardware, *arguments: Any, **options: Any) -> Plan:
+        given.append(hardware)
+        return make_plan(fingerprint, hardware, *arguments, **options)
+
+    monkeypatch.setattr(plan, "make_plan", recorded)
+    plan_run(phantoms, overrides=["runtime.device=cpu", f"runtime.precision={precision}"])
+    assert [hardware.half for hardware in given] == [half]
+
+
 # Dry runs
 
 
@@ -367,6 +406,46 @@ def test_what_was_set_goes_through_a_dry_run_unchanged(tried: Any, tiny_settings
     own = load_config("laptop", [*tiny_settings, "training.steps=50"])
     assert tried.config.training == own.training
     assert tried.config.network == own.network
+
+
+def on_a_cpu(*, step_seconds: float, validation_hours: float, fixed: Any = ()) -> tuple[int, int, float, str]:
+    """Steps, validations, foreseen hours and reason of a plan of 5 000 steps and 10 validations, cut to 12 hours."""
+    found = DryRun(
+        device="cpu",
+        own_bytes=None,
+        mapped_bytes=None,
+        gpu_bytes=None,
+        step_seconds=step_seconds,
+        window_seconds=None,
+        prepare_seconds=0.0,
+        validation_seconds=10 * 3600 * validation_hours,
+        seconds=5_000 * step_seconds + 10 * 3600 * validation_hours,
+        steps=5_000,
+        attempts=(),
+    )
+    base = changed(LAPTOP, steps=5_000, hours=None, validations=10)
+    config, after, why = cut_to_hours(base, found, "why", fixed=fixed)
+    assert (config.training.steps, config.training.steps) == (after.steps, after.steps)
+    assert config.training.steps is not None
+    return config.training.steps, config.training.validations, after.seconds / 3600, why
+
+
+def test_a_plan_is_cut_to_the_hours_of_a_cpu() -> None:
+    assert on_a_cpu(step_seconds=1.0, validation_hours=0.1)[:2] == (5_000, 10)
+    assert on_a_cpu(step_seconds=18.0, validation_hours=0.2) == (2_000, 10, 12.0, "why; cut to 12 hours on this CPU")
+
+
+def test_where_validations_take_the_hours_there_are_fewer_of_them() -> None:
+    steps, validations, hours, why = on_a_cpu(step_seconds=3.6, validation_hours=2.0)
+    assert (steps, validations, hours) == (2_000, 5, 12.0)
+    assert why.endswith("cut to 12 hours on this CPU; 5 instead of 10 validations")
+
+
+@pytest.mark.parametrize(("fixed", "validations"), [((), 1), (("training.validations",), 10)])
+def test_the_fewest_steps_are_planned_also_where_they_take_longer(fixed: Any, validations: int) -> None:
+    steps, found, hours, why = on_a_cpu(step_seconds=36.0, validation_hours=3.0, fixed=fixed)
+    assert (steps, found, hours) == (1_000, validations, 10 + 3 * validations)
+    assert "h on this CPU, more than 12 h, with the fewest steps" in why
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from app import childprocess, process
+from app import process
 from app.childprocess import environment_of
 from app.process import share_processors
 
@@ -36,22 +36,23 @@ def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch):
 def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, quota, threads):
     monkeypatch.setattr(process, "processor_quota", lambda: quota)
     monkeypatch.setattr(process, "cores", lambda: 4)
+    monkeypatch.setattr(process, "_SET", process._Set())
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is put back after the test
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
     assert os.environ.get("OMP_NUM_THREADS") == threads
 
 
-@pytest.mark.parametrize(
-    ("quota", "asked", "threads"),
-    [(8.0, "8", "2"), (8.0, None, "2"), (8.0, "3", "3"), (None, None, "4"), (2.0, "2", "1")],
-)
-def test_processes_share_what_the_control_group_grants(monkeypatch, quota, asked, threads):
-    monkeypatch.setattr(process, "processor_quota", lambda: quota)
+@pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("4", "4"), ("7", "7")])
+def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_threads(monkeypatch, asked, threads):
+    monkeypatch.setattr(process, "_SET", process._Set())
+    monkeypatch.setattr(process, "processor_quota", lambda: 4.0)
     monkeypatch.setattr(process, "cores", lambda: 16)
-    monkeypatch.setattr(childprocess, "cores", lambda: 16)
-    given = {} if asked is None else {"OMP_NUM_THREADS": asked}
-    assert environment_of("cpu", 4, given=given)["OMP_NUM_THREADS"] == threads
+    monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
+    if asked is None:
+        monkeypatch.delenv("OMP_NUM_THREADS")
+    share_processors()
+    assert environment_of(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
 
 
 PAGES = """

@@ -9,7 +9,15 @@ import pytest
 import torch
 
 from app.errors import DeviceError
-from app.runtime import Runtime, RuntimeConfig, below_gpu, choose_runtime, machine, versions
+from app.runtime import (
+    Runtime,
+    RuntimeConfig,
+    below_gpu,
+    choose_runtime,
+    machine,
+    require_device,
+    versions,
+)
 
 without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
@@ -53,6 +61,7 @@ def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that seems to have four."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
 
 
@@ -62,6 +71,28 @@ def test_each_process_of_a_host_takes_its_own_gpu(device: str) -> None:
     runtime = choose_runtime(RuntimeConfig(device=device), local_rank=3)
     assert runtime.device == torch.device("cuda", 3)
     assert runtime.reasons[0] == "device cuda:3: the GPU of process 3 of this host"
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("device", "local_rank", "index"), [("cuda:1", None, 1), ("cuda", None, 0), ("auto", 2, 2)])
+def test_the_gpu_that_is_chosen_is_the_current_one_before_it_is_asked_what_it_can(
+    device: str, local_rank: int | None, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: done.append("asked") or True)
+    choose_runtime(RuntimeConfig(device=device), local_rank=local_rank)
+    assert done == [torch.device("cuda", index), "asked"]
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_device_that_is_only_looked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    require_device("cuda:3")
+    with pytest.raises(DeviceError, match="device cuda:4: there are 4 CUDA devices"):
+        require_device("cuda:4")
+    assert taken == []
 
 
 @pytest.mark.usefixtures("four_gpus")
@@ -130,6 +161,7 @@ def test_on_a_gpu_auto_takes_what_it_multiplies_fast(
         ("get_device_name", "a GPU"),
         ("is_bf16_supported", bfloat16),
         ("get_device_capability", capability),
+        ("set_device", None),
     ):
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
     runtime = choose_runtime(RuntimeConfig())

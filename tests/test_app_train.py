@@ -173,6 +173,17 @@ def test_there_is_nothing_to_resume_where_nothing_was_started(phantoms: Path, tm
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("content", ['{"train": ["x"]}', "[]", '{"train": 1, "validation": []}'])
+def test_a_run_whose_split_is_damaged_is_refused_with_the_file(
+    content: str, phantoms: Path, tiny_run: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    (run / "split.json").write_text(content)
+    ended = znormseg("train", phantoms, run, "--resume")
+    assert ended.code == 5
+    assert f"{run / 'split.json'}: damaged" in ended.err
+
+
 def test_resuming_with_another_config_is_refused_with_the_key(phantoms: Path, tiny_run: Path, znormseg: Call) -> None:
     ended = znormseg(
         "train", phantoms, tiny_run, "--resume", "-c", tiny_run / "config.yaml", "--set", "training.seed=7"

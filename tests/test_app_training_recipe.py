@@ -186,6 +186,41 @@ def test_patience_leaves_the_steps_up_to_the_stop_as_they_are(
     assert impatient == patient[:4]
 
 
+def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_last_and_stays_ended(
+    train: Train, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score(monkeypatch, [0.5, 0.4, 0.4])
+    train("run", "training.steps=8", "training.validations=4", "training.patience=1")
+    for path in (tmp_path / "run" / "checkpoints").glob("best-*"):
+        path.unlink()
+    for _ in range(2):
+        again = resume(phantoms, tmp_path / "run")
+        assert (again.steps, again.best_step, again.stopped_early) == (4, 4, True)
+
+
+@pytest.mark.parametrize(
+    ("more", "validated"),
+    [
+        (("training.steps=16", "training.validations=16"), 9),
+        (("training.steps=32",), 16),
+    ],
+)
+def test_patience_counts_on_where_the_budget_is_changed(
+    *,
+    more: tuple[str, ...],
+    validated: int,
+    train: Train,
+    phantoms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    score(monkeypatch, [0.1, 0.5, *repeat(0.4, 20)])
+    train("run", "training.steps=8", "training.validations=4", "training.patience=3")  # two wasted
+    resume(phantoms, tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
+    records = read_metrics(tmp_path / "run")
+    assert [one["step"] for one in records if one["kind"] == "validation"] == [2, 4, 6, 8, validated]
+
+
 def test_a_run_that_spends_its_budget_did_not_stop_early(train: Train, monkeypatch: pytest.MonkeyPatch) -> None:
     score(monkeypatch, repeat(0.5))
     assert not train("run", "training.validations=2", "training.patience=1").stopped_early

@@ -27,6 +27,7 @@ from app.errors import ConfigError
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runlog import read_json, write_json
 from app.severalruns import differences, json_object, require_labels
+from app.training.material import split_on_record
 from data.errors import DataError
 from data.labels import CONVENTIONS, LabelConvention
 from data.layouts import Case, decide_for, find_cases, patient_of
@@ -37,6 +38,8 @@ from data.tumours import hash_of, read_label_maps, tumours_of, values_of
 
 LEAST_FOLDS: Final = 2
 MOST_FOLDS: Final = 20
+#: Folder of the splits; its files are there before ``folds.json`` is.
+SPLITS: Final = "splits"
 _VERSION: Final = 1
 
 
@@ -60,7 +63,7 @@ class Folds:
 
     def split_file(self, fold: int) -> Path:
         """What the run of a fold is given."""
-        return self.out / "splits" / f"fold-{fold}.json"
+        return self.out / SPLITS / f"fold-{fold}.json"
 
     def result_file(self, fold: int) -> Path:
         """There once a fold is trained."""
@@ -142,13 +145,13 @@ def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
         RunError: a file of the cross-validation is missing or damaged.
     """
     content = json_object(read_json(out / CROSSVAL_FILE), out / CROSSVAL_FILE)
-    found = [read_json(out / "splits" / f"fold-{fold}.json") for fold in range(len(content["folds"]))]
+    found = [split_on_record(out / SPLITS / f"fold-{fold}.json") for fold in range(len(content["folds"]))]
     return Folds(
         out=out,
         cases={case.id: case for case in find_cases(data, follow_links=follow_links)},
         config=from_plain(content["config"], str(out / CROSSVAL_FILE)),
         convention=CONVENTIONS[content["labels"]],
-        splits=tuple(Split(**{part: tuple(ids) for part, ids in one.items()}) for one in found),
+        splits=tuple(found),
         label_maps_sha256=content["label_maps_sha256"],
     )
 

@@ -15,21 +15,21 @@ from typing import Any
 from app.config import RunConfig
 from app.crossval.calibrate import Calibrated, calibrate
 from app.crossval.fold import work_on_fold
-from app.crossval.folds import Folds, deal, require_same
+from app.crossval.folds import SPLITS, Folds, deal, require_same
 from app.crossval.outoffold import is_of, read_counts
 from app.crossval.pack import write_ensemble
 from app.crossval.page import write_page
 from app.crossval.summary import Summary, summarise, write_table
 from app.crossval.tune import Scores, Tuning, tune
 from app.crossval.workers import Job, slots_of, work_in_processes
-from app.errors import InterruptedRunError
+from app.errors import InterruptedRunError, RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import locked, read_json, read_metrics, write_json
-from app.runtime import RuntimeConfig, choose_runtime, machine, versions
+from app.runtime import machine, require_device, versions
 from app.severalruns import has_begun, json_object, only_warnings, require_place
 
 #: Share of the whole that training and prediction take, for the progress bar.
@@ -92,8 +92,8 @@ def cross_validate(
     """
     slots = slots_of(devices, jobs, config_device=config.runtime.device)
     for device in slots:
-        choose_runtime(RuntimeConfig(device=device or config.runtime.device, precision="float32"))
-    require_place(out, CROSSVAL_FILE, "cross-validation")
+        require_device(device or config.runtime.device)
+    require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
     dealt = deal(data, out, config, folds=folds, labels=labels, follow_links=follow_links)
     with locked(out):
         require_same(dealt)
@@ -238,7 +238,10 @@ class _Work:
         saved = sorted((self.folds.run(fold) / "checkpoints").glob("best-*.json"))
         if not saved:
             return False
-        weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
+        try:
+            weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
+        except RunError:  # damaged: loading takes the pair before
+            return False
         return all(is_of(self.folds.answer_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
 
     def _note_done(self, fold: int) -> None:

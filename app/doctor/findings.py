@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from app.doctor.probe import Gpu, Package, Place, Probe
+from app.runtime import TENSOR_CORES
 
 Level = Literal["ok", "note", "warning", "problem"]
 
@@ -113,6 +114,8 @@ def _bfloat16(probe: Probe) -> Finding:
         gpu = probe.gpus[0]
         if gpu.capability >= _BF16_CAPABILITY:
             return _ok(topic, f"{gpu.name} multiplies it, precision auto takes it")
+        if gpu.capability >= TENSOR_CORES:
+            return _note(topic, f"{gpu.name} does not multiply it, precision auto takes float16", "")
         return _note(
             topic, f"{gpu.name} does not multiply it, precision auto takes float32", "plan for twice the memory"
         )

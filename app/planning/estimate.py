@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.config import RunConfig
 from data.labels import CONTRASTS, REGIONS
-from models import RegionLoss, build_network
+from models import DeepLoss, RegionLoss, build_network
 
 #: Kernels' scratch space and what allocators keep, as a factor on what is reckoned: runs of `laptop` with patches of 56
 #: and 96 voxels, batches of 3 and 6, in float32 and bfloat16 on a CPU took 1.28 to 1.36 times as much.
@@ -35,7 +35,7 @@ def estimate(config: RunConfig, *, half: bool, gpu: bool) -> Estimate:
 
     Args:
         config: network, patch and batch.
-        half: whether activations are bfloat16.
+        half: whether activations are bfloat16 or float16.
         gpu: whether the steps are made on a GPU; then batches alone are in RAM.
     """
     settings = config.training
@@ -55,7 +55,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
 
     Args:
         config: network, patch and batch.
-        half: whether activations are bfloat16 (autocast); weights and their moments are float32 in any case.
+        half: whether activations are bfloat16 or float16 (autocast); weights and their moments are float32 in any case.
     """
     settings = config.training
     with torch.device("meta"):
@@ -68,15 +68,17 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            saved[storage._cdata] = (storage, tensor.numel() * tensor.element_size())
+            _, before = saved.get(storage._cdata, (None, 0))  # a view of it may have fewer voxels
+            saved[storage._cdata] = (storage, max(before, tensor.numel() * tensor.element_size()))
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        logits = network(image)
+        logits: Tensor | list[Tensor] = network(image)
         activations = _sum(saved) // (2 if half else 1)
         saved.clear()
-        loss = RegionLoss()(logits, masks)
-    held = activations + _sum(saved) + sum(t.numel() * t.element_size() for t in (image, masks, logits))
+        loss = DeepLoss(RegionLoss())(logits, masks)
+    outputs = [logits] if isinstance(logits, Tensor) else logits  # several under deep supervision
+    held = activations + _sum(saved) + sum(t.numel() * t.element_size() for t in (image, masks, *outputs))
     del loss
     moments = 2 if settings.optimizer == "adamw" else 1
     return held + (2 + moments) * sum(p.numel() * p.element_size() for p in network.parameters())

@@ -61,7 +61,7 @@ def fit(
         config: the plan's.
         try_out: does some steps of a config.
         most_bytes: RAM that may be taken; None where it is not known.
-        half: whether activations are bfloat16.
+        half: whether activations are bfloat16 or float16.
         gpu: whether steps are made on a GPU.
         fixed: keys that may not be changed.
         on_attempt: told the config and the number of each attempt.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, replace
 from math import ceil, prod
 from pathlib import Path
@@ -21,6 +21,7 @@ from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
 from app.planning.fit import Attempt, Fitted, fit
 from app.planning.rules import (
     CACHE_BYTES_A_VOXEL,
+    FEWEST_STEPS,
     Choice,
     Hardware,
     Plan,
@@ -191,7 +192,7 @@ def plan_run(
     limits.sort(key=lambda limit: limit.free_bytes)
     hardware = Hardware(
         device=runtime.device.type,
-        half=runtime.precision is torch.bfloat16,
+        half=runtime.precision is not torch.float32,
         memory_bytes=limits[0].free_bytes if limits else 1 << 62,
         gpu_bytes=torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0,
         cores=cores(),
@@ -272,7 +273,7 @@ def _tried(
     config, why = with_steps(fitted.config, brain, len(split.train), hardware=hardware, fixed=fixed)
     dry_run = _foreseen(config, fitted, split, brain, prepare_seconds)
     if hardware.device == "cpu" and "training.steps" not in fixed and config.training.steps is not None:
-        config, dry_run, why = _cut_to_hours(config, dry_run, why)
+        config, dry_run, why = cut_to_hours(config, dry_run, why, fixed=fixed)
     choices = [_after_trial(choice, config, why) for choice in plan.choices]
     disk = replace(planned.disk, checkpoint_bytes=2 * fitted.needed.told.checkpoint_bytes)
     return replace(planned, config=config, choices=tuple(choices), disk=disk, dry_run=dry_run)
@@ -317,15 +318,36 @@ def _foreseen(
     )
 
 
-def _cut_to_hours(config: RunConfig, dry_run: DryRun, why: str) -> tuple[RunConfig, DryRun, str]:
-    """Fewer steps where they would take more than :data:`_CPU_HOURS`."""
-    left = 3600 * _CPU_HOURS - dry_run.validation_seconds
-    steps = max(1, int(left / dry_run.step_seconds))
-    if steps >= dry_run.steps:
-        return config, dry_run, why
-    config = replace(config, training=replace(config.training, steps=steps))
-    seconds = steps * dry_run.step_seconds + dry_run.validation_seconds
-    return config, replace(dry_run, steps=steps, seconds=seconds), f"{why}; cut to {_CPU_HOURS:g} hours on this CPU"
+def cut_to_hours(
+    config: RunConfig, dry_run: DryRun, why: str, *, fixed: Collection[str]
+) -> tuple[RunConfig, DryRun, str]:
+    """Fewer steps where they would take more than :data:`_CPU_HOURS`, and why.
+
+    Where that leaves too few steps, there are fewer validations, one at least. The steps a CPU makes at least are
+    planned in any case; the reason says so where they take longer.
+
+    Args:
+        config: with a budget in steps.
+        dry_run: what it takes.
+        why: the reason so far.
+        fixed: keys that may not be changed.
+    """
+    settings, most = config.training, 3600 * _CPU_HOURS
+    each = dry_run.validation_seconds / settings.validations
+    fewest = min(FEWEST_STEPS["cpu"], dry_run.steps)
+    validations = settings.validations
+    if "training.validations" not in fixed and each > 0:
+        validations = min(validations, max(1, int((most - fewest * dry_run.step_seconds) / each)))
+    steps = min(dry_run.steps, max(fewest, int((most - validations * each) / dry_run.step_seconds)))
+    seconds = steps * dry_run.step_seconds + validations * each
+    if seconds > most:
+        why += f"; {_duration(seconds / 3600)} on this CPU, more than {_CPU_HOURS:g} h, with the fewest steps"
+    elif steps < dry_run.steps:
+        why += f"; cut to {_CPU_HOURS:g} hours on this CPU"
+    if validations < settings.validations:
+        why += f"; {validations} instead of {settings.validations} validations"
+    config = replace(config, training=replace(settings, steps=steps, validations=validations))
+    return config, replace(dry_run, steps=steps, seconds=seconds, validation_seconds=validations * each), why
 
 
 def _after_trial(choice: Choice, config: RunConfig, steps_why: str) -> Choice:

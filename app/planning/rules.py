@@ -16,7 +16,7 @@ from app.config import RunConfig
 from app.planning.estimate import estimate
 from app.planning.fingerprint import Fingerprint
 from data.nifti import Spacing
-from models import patch_divisor
+from models import NetworkConfig, patch_divisor
 
 #: On a CPU a step has at most this many voxels (two patches of 64 a side), so that a network trains in hours.
 CPU_STEP_VOXELS: Final = 2 * 64**3
@@ -30,7 +30,7 @@ _MOST_BATCH: Final = 8
 _BATCH_SHARE: Final = 0.05
 #: Every training brain is covered by patches this often.
 _COVERS: Final = 50
-_FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
+FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
 _MOST_STEPS: Final = {"cpu": 20_000, "cuda": 50_000}
 #: Shares of what is free that a plan may take; the rest is for what an estimate misses.
 _HOST_SHARE: Final = 0.8
@@ -52,7 +52,7 @@ class Hardware:
     device: str
     """``cpu`` or ``cuda``."""
     half: bool
-    """Whether activations are bfloat16."""
+    """Whether activations are bfloat16 or float16."""
     memory_bytes: int
     """RAM that is free for a run."""
     gpu_bytes: int
@@ -184,7 +184,7 @@ def with_steps(
     covering = ceil(prod(brain_voxels) / prod(settings.patch_voxels))
     patches = _COVERS * training_cases * covering
     wanted = ceil(patches / (settings.batch_size * settings.accumulate))
-    low, high = _FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
+    low, high = FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
     steps = min(max(wanted, low), high)
     why = f"{covering} patches cover a brain; {_COVERS} times, in {training_cases} training cases: {wanted} steps"
     if steps != wanted:
@@ -220,16 +220,25 @@ def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collecti
     """Levels of the network that the brain has voxels for."""
     network = config.network
     levels = len(network.channels)
-    if "network.channels" not in fixed:
-        while levels > 2 and min(brain) < _COARSEST_VOXELS * patch_divisor(network):
+    why = f"levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
+    if "network.blocks" in fixed and network.blocks is not None:
+        why = "levels: as many as network.blocks has, set by you"
+    elif "network.channels" not in fixed:
+        while levels > _fewest_levels(network) and min(brain) < _COARSEST_VOXELS * patch_divisor(network):
             levels -= 1
-            network = replace(network, channels=network.channels[:levels])
+            blocks = None if network.blocks is None else network.blocks[:levels]
+            network = replace(network, channels=network.channels[:levels], blocks=blocks)
     # A patch that any number of levels takes, until one is chosen; the user's fits fewer levels too.
     patch = (
         config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
     )
     config = replace(config, network=network, training=replace(config.training, patch_voxels=patch))
-    return config, f"{levels} levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
+    return config, f"{levels} {why}"
+
+
+def _fewest_levels(network: NetworkConfig) -> int:
+    """Levels that a network has at least; deep supervision needs coarser logits."""
+    return 3 if network.deep_supervision and network.first_stride == 1 else 2
 
 
 def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:

@@ -110,7 +110,9 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
             *(state.step, 100 * min(now, 1), 100 * min(before, 1), new_rate, old_rate),
         )
     if before != now or own.training.validations != settings.validations:
+        since_best = state.validations - state.best_validation
         state.validations = int(min(now, 1) * settings.validations)
+        state.best_validation = state.validations - since_best  # patience goes on counting where it was
         # Saved before the config is: who is interrupted in between does the same again.
         tensors, details = to_checkpoint(state)
         counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}

@@ -191,6 +191,8 @@ class Loop:
             self._save_best(None)
         elif state.validated_step < state.step:
             self._validate(validating)
+        elif state.best_dice < 0:
+            self._validate_again(validating)
         self._save_last()
 
     def _step(self, stepper: Stepper, made: Iterator[Batch], source: PatchSource) -> None:
@@ -356,6 +358,18 @@ class Loop:
         if mean > state.best_dice:
             state.best_dice, state.best_step, state.best_validation = mean, state.step, state.validations
             self._save_best(dice)
+
+    def _validate_again(self, validating: Sequence[CachedCase]) -> None:
+        """Do the latest validation of a run that has ended once more: its best weights are lost.
+
+        ``training.patience`` counts as before, so that what it has ended stays ended.
+        """
+        state = self.state
+        since_best = state.validations - state.best_validation
+        self.log.go_back(step=state.step, validated_step=state.step - 1)
+        state.validations = max(0, state.validations - 1)
+        self._validate(validating)
+        state.best_validation = state.validations - since_best
 
     def _picture(self, case: CachedCase, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """Axial slice through the tumour: reference on the left, prediction on the right."""

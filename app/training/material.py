@@ -38,6 +38,20 @@ def choose_split(case_ids: Sequence[str], fold: int | str, split_file: Path | No
     return fold_split(case_ids, int(fold))
 
 
+def split_on_record(path: Path) -> Split:
+    """The split that a run or a fold has written down.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return Split(**{part: tuple(ids) for part, ids in read_json(path).items()})
+    except (TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: damaged, it does not hold the lists train and validation ({error}). Restore it from a copy."
+        ) from error
+
+
 def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
     """The cases of a data set by id, those of a split among them.
 

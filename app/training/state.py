@@ -38,7 +38,8 @@ class State:
     best_dice: float = -1.0
     best_step: int = 0
     best_validation: int = 0
-    """Number of the validation that was the best, from 1."""
+    """Number of the validation that was the best, from 1; counted anew with ``validations`` where the budget changes,
+    then it may be below 1."""
     validations: int = 0
     validated_step: int = 0
     """Step of the latest validation."""

@@ -47,6 +47,7 @@ from app.training.material import (
     require_labels,
     require_same_labels,
     spacing_of,
+    split_on_record,
 )
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
@@ -187,16 +188,12 @@ def start(  # noqa: PLR0913 - each is an option of the command
             state = new_state(config, runtime)
             if initial is not None:
                 _start_from(initial, state, spacing_mm)
-            begun = _Begun(
-                config=config,
-                split=split,
-                facts=read_json(run / "run.json"),
-                checkpoint=None if initial is None else _as_checkpoint(state),
-            )
+            begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"))
+            world.tell((begun, None if initial is None or world.size == 1 else _as_checkpoint(state)))
             return _train(
                 data=data,
                 run=run,
-                begun=world.tell(begun),
+                begun=begun,
                 state=state,
                 cases=cases,
                 store=opened,
@@ -250,7 +247,7 @@ def resume(
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
-        split = Split(**{part: tuple(ids) for part, ids in read_json(run / "split.json").items()})
+        split = split_on_record(run / "split.json")
         cases = cases_of(split, data, follow_links=follow_links)
         require_same_labels(run, data, cases)
         state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
@@ -262,11 +259,12 @@ def resume(
             LOG.info("world size %d, before %d: the batch of all processes changes with it", world.size, before)
         unseal(run)
         changes.apply_changes(run, own, config, changed, state)
-        begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"), checkpoint=_as_checkpoint(state))
+        begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"))
+        world.tell((begun, None if world.size == 1 else _as_checkpoint(state)))
         return _train(
             data=data,
             run=run,
-            begun=world.tell(begun),
+            begun=begun,
             state=state,
             cases=cases,
             store=opened,
@@ -284,13 +282,12 @@ class _Begun:
     split: Split
     facts: dict[str, Any]
     """Content of ``run.json``."""
-    checkpoint: checkpoints.Checkpoint | None
-    """The state to begin with, unless it follows from the seed."""
 
 
 def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
-    """A state as one that other processes can restore."""
-    tensors, details = to_checkpoint(state)
+    """A state as one that other processes can restore: in RAM, as a tensor of a GPU would come to them on that GPU."""
+    on_device, details = to_checkpoint(state)
+    tensors = {name: tensor.detach().cpu() for name, tensor in on_device.items()}
     counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
     return checkpoints.Checkpoint(step=state.step, tensors=tensors, details={**details, **counts}, sha256="")
 
@@ -298,12 +295,15 @@ def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
 def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: CaseFolder | None) -> TrainResult:
     """Take part in a run that the first process starts or resumes."""
     clock = time.monotonic()
-    begun: _Begun = world.tell()
+    begun: _Begun
+    checkpoint: checkpoints.Checkpoint | None
+    begun, checkpoint = world.tell()
     cases = cases_of(begun.split, data, follow_links=follow_links)
     torch.manual_seed(begun.config.training.seed)
     state = new_state(begun.config, choose_runtime(begun.config.runtime, local_rank=world.launch.local_rank))
-    if begun.checkpoint is not None:
-        restore(state, begun.checkpoint, begun.config.training)
+    if checkpoint is not None:  # else it follows from the seed
+        restore(state, checkpoint, begun.config.training)
+        del checkpoint
     with _opened(store, run) as opened:
         return _train(
             data=data,
@@ -445,7 +445,7 @@ def _require_best(run: Path, state: State) -> None:
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
-        LOG.warning("%s The next validation saves new best weights.", error)
+        LOG.warning("%s A validation of this run saves new best weights.", error)
         best = None
     if state.best_dice >= 0 and (best is None or best.step < state.best_step):
         dice = None if best is None else best.details["dice"]
