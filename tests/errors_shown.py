@@ -132,6 +132,13 @@ def run(name: str) -> Shown:
     return Shown(title=name, command=PREDICT, code=5, prepare=lambda _: spoil(Path("RUN").absolute()))
 
 
+def by_two_rules(scene: Scene) -> None:
+    """Scores of the predictions in OUT by the rules of two years."""
+    for name, rules in (("one", "brats2023"), ("other", "brats2024")):
+        ended = scene.znormseg("evaluate", "OUT", "DATA", "--rules", rules, "--json")
+        Path(f"{name}.json").write_text(ended.out)
+
+
 def written(name: str, text: str) -> Prepare:
     """Write a file of that text."""
     return lambda _: Path(name).write_text(text)
@@ -656,6 +663,10 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "a case id with `..`, a slash, a leading dot": [
             Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("up..up"))
         ],
+        "`predict`: OUTPUT that is INPUT, a case's folder or the run": [
+            Shown(title="INPUT", command="znormseg predict RUN DATA DATA", code=3),
+            Shown(title="the run", command="znormseg predict RUN DATA RUN", code=3),
+        ],
     },
     "Scans: `data prepare`, `predict --prepare`": {
         "a contrast that is not of the same head, or damaged": [
@@ -760,6 +771,9 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 code=3,
                 prepare=predictions(),
             ),
+        ],
+        "`rank`: sets scored by different rules": [
+            Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules))
         ],
         "`rank`: no common case, region or metric; one set alone or twice; no references; no table of `evaluate`": [
             Shown(
@@ -1107,7 +1121,12 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
             ),
         ],
         "`--init-from` with what is no run": [Shown(command=f"{TRAIN} --init-from DATA", code=5, small=True)],
-        "RUN that does not exist, is a file, has no weights": [run("not there"), run("a file"), run("without weights")],
+        "RUN that does not exist, is a file, is none, has no weights": [
+            run("not there"),
+            run("a file"),
+            Shown(title="a data set", command=f"znormseg predict DATA DATA/{CASE} OUT", code=5),
+            run("without weights"),
+        ],
         "weights that are not those that were saved (SHA-256), or pickled, and no earlier ones": [
             *(run(name) for name in ("a changed bit", "a pickle", "no digest", "other contrasts", "another version"))
         ],
