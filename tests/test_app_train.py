@@ -356,6 +356,9 @@ def test_the_log_tells_what_the_gradients_go_through(
 ) -> None:
     ended = znormseg("train", phantoms, tmp_path / "znorm", *options)
     assert "ZNorm (auto: under AdamW" in ended.err
+    assert "z-scored: " in ended.err
+    assert "model.0.conv.unit0.conv.weight" not in ended.err
+    ended = znormseg("--debug", "train", phantoms, tmp_path / "debug", *options)
     assert "model.0.conv.unit0.conv.weight" in ended.err
     ended = znormseg("train", phantoms, tmp_path / "clip", *options, "--set", "gradient.transform=clip")
     assert "gradients clipped to norm 1" in ended.err

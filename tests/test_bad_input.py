@@ -476,7 +476,7 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
 BAD_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not there": (shutil.rmtree, ["does not exist", "give the folder of a run"]),
     "a file": (lambda r: (shutil.rmtree(r), r.touch()), ["not a folder"]),
-    "without weights": (lambda r: shutil.rmtree(r / "checkpoints"), ["no weights there yet", "Train it first"]),
+    "without weights": (lambda r: shutil.rmtree(r / "checkpoints"), ["no weights there yet", "--resume"]),
     "a changed bit": (flip_a_bit, ["its SHA-256 is not the one", "Restore both from a copy"]),
     "a pickle": (pickle_weights, ["not a safetensors file"]),
     "no digest": (rewrite('"sha256"', '"sha"'), ["its SHA-256 is not the one"]),

@@ -128,12 +128,12 @@ def predict_each(
     Raises:
         DataError, OSError, InterruptedRunError: as :func:`app.inference.predict.predict`.
     """
-    if delivery is not None:
-        delivery.make_place(cases)
-    make_output(output)
     cohort = Cohort(run=run, settings=json.loads(json.dumps(settings)), engine=engine.name)
     ledger = _Ledger(cases, output, cohort, on_progress, delivery)
     try:
+        if delivery is not None:
+            delivery.make_place(cases)
+        make_output(output)
         with at_work(output):
             if not overwrite:
                 ledger.look_for_finished()
