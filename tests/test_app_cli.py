@@ -6,14 +6,20 @@ The texts of ``--help`` are kept in ``tests/golden/help_*.txt``. After a wanted 
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+
+from app.cli import terminal
+from app.progress import Progress
 
 Call = Callable[..., Any]
 
@@ -395,3 +401,38 @@ def test_a_reader_that_goes_away_is_no_fault(shell: Call, phantoms: Path) -> Non
     ended = shell(["bash", "-c", 'set -o pipefail; znormseg data check "$0" --json | head -c 1 > /dev/null', phantoms])
     assert "Traceback" not in ended.err
     assert "a fault of this program" not in ended.err
+
+
+# In a narrow terminal
+
+
+def test_a_table_is_never_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "40")
+    row = ["BraTS2021_01479", *(f"{number}.12345" for number in range(9))]
+    shown = terminal.table([["case", *(f"column {number}" for number in range(9))], row])
+    assert all(cell in shown for cell in row)
+
+
+def test_progress_keeps_its_bar_and_its_time() -> None:
+    console = Console(file=io.StringIO(), width=70, force_terminal=True, color_system=None)
+    with terminal._bar(console) as drawn:
+        drawn(Progress(job="training", share=0.5, detail="step 48  loss 0.792  " + "more " * 30, eta_seconds=266))
+    last = [line for line in console.file.getvalue().splitlines() if "training" in line][-1]  # type: ignore[attr-defined]
+    assert "50%" in last
+    assert "ETA 4:26 step 48" in last
+
+
+def test_a_config_is_shown_without_marks_of_a_documentation_program(znormseg: Call) -> None:
+    assert not re.search(r":[a-z]+:`", znormseg("config", "show", "laptop").out)
+
+
+def test_t1ce_is_another_word_for_t1c(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    case = phantoms / "BraTS2021_00000"
+    words = [word for end in ("t1", "t1ce", "t2", "flair") for word in (f"--{end}", case / f"{case.name}_{end}.nii.gz")]
+    assert znormseg("predict", tiny_run, tmp_path / "out", *words).code == 0
+
+
+def test_a_folder_that_is_no_run_is_called_so(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("predict", phantoms, phantoms, tmp_path / "out")
+    assert (ended.code, "not the folder of a run" in ended.err) == (5, True)

@@ -402,3 +402,20 @@ def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[
     assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]
     assert table[1][:3] == ["a", "0.833", "2.0"]
     assert table[2][:3] == ["b", "1.000", "0.0"]
+
+
+def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path], znormseg: Callable[..., Any]) -> None:
+    assert "swapped" not in znormseg("evaluate", *sides).err
+    (sides[1] / "a.json").write_text('{"made_from": {}}')
+    (sides[1] / "b.json").write_text('["of a scanner"]')
+    ended = znormseg("evaluate", *sides)
+    assert ended.code == 0
+    assert "predict wrote references: a. Are PREDICTIONS and REFERENCES swapped?" in ended.err
+
+
+def test_the_penalty_of_374_mm_is_explained_where_it_occurs_alone(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any]
+) -> None:
+    assert "HD95 374 mm: marked by one side alone" not in znormseg("evaluate", *sides).out
+    save(sides[0] / "a.nii.gz", np.where(tumour(4) == 4, 1, tumour(4)).astype(np.uint8))
+    assert "HD95 374 mm: marked by one side alone" in znormseg("evaluate", *sides).out

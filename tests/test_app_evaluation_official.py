@@ -215,3 +215,22 @@ def test_cropping_to_each_region_does_not_change_a_score(monkeypatch: pytest.Mon
     cropped = official_scores(*pair, MM, rules_for("brats2023", "GLI"))
     monkeypatch.setattr(score, "_cropped", lambda masks, margin: masks)
     assert official_scores(*pair, MM, rules_for("brats2023", "GLI")) == cropped
+
+
+def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg: Callable[..., Any]) -> None:
+    for side, place in (("predicted", 4), ("expected", 24)):
+        voxels = np.zeros((36, 20, 20), dtype=np.uint8)
+        voxels[place : place + 6, 4:10, 4:10] = 3
+        (tmp_path / side).mkdir()
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / side / "a.nii.gz")
+    words = [tmp_path / "predicted", tmp_path / "expected", "--rules", "brats2023", "--labels", "brats2023"]
+    shown = znormseg("evaluate", *words).out
+    assert "WT lesion Dice" in shown
+    assert "predicted lesions that touch none of the reference: WT 1, TC 1, ET 1" in shown
+    assert "lesions of the reference that were missed: WT 1, TC 1, ET 1" in shown
+    assert "each has Dice 0 and HD95 374 mm" in shown
+
+
+def test_the_rules_of_earlier_years_are_said_to_be_those_without_the_option() -> None:
+    with pytest.raises(DataError, match="up to 2022, are scored without --rules"):
+        rules_for("brats2021", "GLI")

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Lock
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 import numpy as np
 
@@ -220,7 +220,9 @@ def evaluate(
         prediction_convention=folders.prediction_convention.name,
         reference_convention=folders.reference_convention.name,
         nsd_mm=nsd_mm,
-        made_by_us=tuple(case for case in folders.common if folders.expected[case].with_name(f"{case}.json").exists()),
+        made_by_us=tuple(
+            case for case in folders.common if "made_from" in _record_beside(folders.expected[case], case)
+        ),
     )
 
 
@@ -504,11 +506,18 @@ def _probabilities_of(case: str, label_map: Path) -> Path | None:
     """The file of probabilities that belongs to a label map; where predict's JSON is there, if it says so."""
     names = dict.fromkeys((strip_nifti_ending(label_map.name), case))
     path = next((p for name in names if (p := label_map.with_name(f"{name}{ENDING}")).exists()), None)
+    files = _record_beside(label_map, case).get("files")
+    earlier = isinstance(files, dict) and files.get("probabilities", path) is None  # of an earlier label map
+    return None if earlier else path
+
+
+def _record_beside(label_map: Path, case: str) -> dict[str, Any]:
+    """The JSON of ``predict`` beside a label map; empty where there is none, or something else."""
     try:
         record = json.loads(label_map.with_name(f"{case}.json").read_text(encoding="utf-8"))
-        return path if record["files"]["probabilities"] is not None else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return path
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _errors(found: Sequence[Reliability]) -> CalibrationErrors:
