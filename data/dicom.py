@@ -21,9 +21,10 @@ import numpy as np
 import SimpleITK
 
 from data.dicom_contrasts import Choice, choose
+from data.dicom_copies import without_copies
 from data.dicom_files import DicomFile, dicom_files, quiet, text
 from data.dicom_series import Series, group
-from data.dicom_voxels import read_volume_of, to_image
+from data.dicom_voxels import read_with_notes, to_image
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 from data.layouts import Case
@@ -55,6 +56,8 @@ class StudyImages:
     volumes: dict[Contrast, Volume]
     choices: dict[Contrast, Choice]
     """Series of each contrast; what :func:`data.dicom_seg.write_dicom_seg` refers to."""
+    notes: dict[Contrast, tuple[str, ...]]
+    """By contrast: what its files get wrong and how they were read all the same, a sentence each."""
 
     @property
     def images(self) -> dict[Contrast, SimpleITK.Image]:
@@ -77,7 +80,7 @@ def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
         with quiet():
             _require_one_patient(path, files)
             chosen = _of_study(path, files, study_uid)
-            study = Study(uid=text(chosen[0].header, "StudyInstanceUID"), series=group(chosen))
+            study = Study(uid=text(chosen[0].header, "StudyInstanceUID"), series=group(without_copies(chosen)))
         yield study
 
 
@@ -100,8 +103,13 @@ def read_study(
 
 def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
     """Read the series that were chosen from an open study."""
-    volumes = {contrast: read_volume_of(choice.series) for contrast, choice in choices.items()}
-    return StudyImages(case_id=study.case_id, volumes=volumes, choices=choices)
+    readings = {contrast: read_with_notes(choice.series) for contrast, choice in choices.items()}
+    return StudyImages(
+        case_id=study.case_id,
+        volumes={contrast: reading.volume for contrast, reading in readings.items()},
+        choices=choices,
+        notes={contrast: (*choices[contrast].series.notes, *reading.notes) for contrast, reading in readings.items()},
+    )
 
 
 def write_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:

@@ -57,7 +57,9 @@ def identify(series: Series) -> Finding:
     named, timed = _named(acquisition), _timed(acquisition)
     kind = _agreed(named, timed, acquisition)
     said = f"name {_name(acquisition)!r}" if named is not None else ""
-    why = "; ".join(part for part in (said, timing(acquisition)) if part)
+    hint = _hint_of_reformat(acquisition)
+    doubt = "" if hint is None else f"{hint!r} in its name may mean a reformat, which its header does not confirm"
+    why = "; ".join(part for part in (said, timing(acquisition), doubt) if part)
     if kind is None:
         if named is None and timed is None:
             return Finding(contrast=None, reason=f"neither its name nor its timing tells a contrast ({why or 'empty'})")
@@ -116,7 +118,9 @@ def choose(
             problems.append(f"no series is recognised as the {contrast}; if one is, name it with --{contrast} SERIES")
     if problems:
         raise DataError(
-            "; ".join(problems) + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
+            "; ".join(problems)
+            + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
+            + _hint_of_scattered_slices(series)
         )
     for contrast, choice in result.items():
         modality = choice.series.acquisition.modality
@@ -128,6 +132,18 @@ def choose(
                 f"Export it again, or choose another with --{contrast} SERIES."
             )
     return result
+
+
+def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
+    """What to do where slices that may be one volume came as a series each, and could not be joined; else empty."""
+    single = [one for one in series if one.acquisition.modality == "MR" and len(one.frames) == 1]
+    if len(single) < FEWEST_SLICES:
+        return ""
+    return (
+        f" {len(single)} series hold one slice each; if these are slices of one volume, their SeriesInstanceUIDs differ, "
+        "and so do their series numbers, descriptions, timing or frames of reference: give the slices of a volume the "
+        "same SeriesInstanceUID, or export the study as enhanced DICOM."
+    )
 
 
 def series_of(series: Sequence[Series], name: str) -> Series:
@@ -150,7 +166,7 @@ def find(series: Sequence[Series], key: str, option: str) -> Series:
     """
     wanted = key.strip()
     found = [one for one in series if wanted == one.key] or [
-        one for one in series if wanted in (one.uid, str(one.number))
+        one for one in series if wanted in (one.uid, str(one.number), *filter(None, one.uids))
     ]
     if len(found) == 1:
         return found[0]
@@ -195,6 +211,7 @@ def to_json(series: Series, finding: Finding) -> dict[str, Any]:
         "recognised_as": finding.contrast,
         "reason": finding.reason,
         "problems": list(series.problems),
+        "notes": list(series.notes),
     }
 
 
@@ -207,9 +224,21 @@ _NO_CONTRASTS: Final = {
 
 
 def _best(candidates: list[tuple[Series, Finding]]) -> list[tuple[Series, Finding]]:
-    """Original images where there are any, else derived ones; whole volumes where there are any, else damaged ones."""
+    """Original images where there are any, else derived ones, of these those whose name does not hint at a reformat.
+
+    And whole volumes where there are any, else damaged ones.
+    """
     original = [one for one in candidates if "DERIVED" not in one[0].acquisition.image_type[:1]] or candidates
-    return [one for one in original if not one[0].problems] or original
+    plain = [one for one in original if _hint_of_reformat(one[0].acquisition) is None] or original
+    return [one for one in plain if not one[0].problems] or plain
+
+
+def _hint_of_reformat(acquisition: Acquisition) -> str | None:
+    """A word in the name of an image that may be reformatted as well as acquired so; None where there is none."""
+    if acquisition.image_type[:1] == ("ORIGINAL",):
+        return None
+    hint = _MAYBE_REFORMATTED_NAMES.search(_plain(_name(acquisition)))
+    return None if hint is None else hint[0]
 
 
 def _name(acquisition: Acquisition) -> str:
@@ -247,7 +276,18 @@ _EXCLUDED_NAMES: Final = tuple(
         (r"\w*spine\w*|[hbl]ws|lumbar|wirbel\w*|neck|hals", "not the brain"),
     )
 )
-_REFORMATTED_NAMES: Final = re.compile(r"\b(?:mpr\w*|reformat\w*|reko?\w*|recon\w*|curved)\b")
+#: Words for a reformat in the name of an image that does not claim to be original. ``mpr`` and ``recon`` are no proof:
+#: Siemens calls an MPRAGE ``t1_mpr``, and scanners reconstruct what they acquire.
+_REFORMATTED_NAMES: Final = re.compile(r"\b(?:reformat\w*|curved)\b")
+_MAYBE_REFORMATTED_NAMES: Final = re.compile(r"\b(?:mprs?|reko?\w*|recon\w*)\b")
+#: Context group 7203 (Image Derivation, DICOM PS3.16).
+_EXCLUDED_DERIVATIONS: Final = {
+    "113072": "reformatted",
+    "113073": "reformatted",
+    "113078": "a projection",
+    "113079": "a projection",
+    "113062": "a subtraction",
+}
 _EXCLUDED_TYPES: Final = {
     "LOCALIZER": "a localizer",
     "ADC": "diffusion",
@@ -278,6 +318,7 @@ _EXCLUDED_TYPES: Final = {
     "FMRI": "functional",
     "T1 MAP": "a map",
     "T2 MAP": "a map",
+    "MAP": "a map",
     "SWI": "susceptibility",
     "SCREEN SAVE": "a picture of a screen",
 }
@@ -293,6 +334,9 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
     kind = next((_EXCLUDED_TYPES[word] for word in acquisition.image_type[2:] if word in _EXCLUDED_TYPES), None)
     if kind is not None:
         return f"{kind} (ImageType {'/'.join(acquisition.image_type)})"
+    code = next((code for code in acquisition.derivation if code in _EXCLUDED_DERIVATIONS), None)
+    if code is not None:
+        return f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
     name = _plain(_name(acquisition))
     for pattern, reason in _EXCLUDED_NAMES:
         if pattern.search(name):

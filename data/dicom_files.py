@@ -73,8 +73,8 @@ class _Entry:
 def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
     """Headers of all DICOM files in a folder (however nested), a .zip of one, or of a single file.
 
-    Other files are passed over, and so are links that lead out of the folder and second copies of an object. A
-    ``DICOMDIR`` stands for the folder it lies in. The files can be opened inside of the ``with`` block.
+    Other files are passed over, and so are links that lead out of the folder. A ``DICOMDIR`` stands for the folder it
+    lies in. The files can be opened inside of the ``with`` block.
 
     Raises:
         DataError: nothing there, no DICOM file in it, a damaged one, or an archive that is not to be trusted.
@@ -151,8 +151,8 @@ def text(dataset: pydicom.Dataset, keyword: str) -> str:
 
 
 def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
-    """Every DICOM object once, in the order of their names."""
-    found: dict[str, DicomFile] = {}
+    """Every DICOM object, in the order of their names."""
+    found: list[DicomFile] = []
     damaged: list[str] = []
     listed: set[str] = set()
     seen: set[str] = set()
@@ -168,7 +168,7 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
         if file is not None and _kind(file.header) == MediaStorageDirectoryStorage:
             listed.update(_listed_in(file))
         elif file is not None:
-            found.setdefault(text(file.header, "SOPInstanceUID") or entry.name, file)
+            found.append(file)
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise DataError(
@@ -183,7 +183,7 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
         log.warning(
             "%s: its DICOMDIR lists %d files that are not there; is the copy complete?", path, len(listed - seen)
         )
-    return tuple(found.values())
+    return tuple(found)
 
 
 def _kind(header: pydicom.Dataset) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pydicom
 from pydicom.sr.codedict import codes
 
-from data.dicom_files import quiet
+from data.dicom_files import quiet, text
 from data.dicom_series import Series
 from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA
@@ -90,9 +90,15 @@ def write_dicom_seg(
         algorithm: its name.
 
     Raises:
-        DataError: no voxel is labelled, the shape is not that of the series, or its headers lack what a segmentation
-            must repeat.
+        DataError: no voxel is labelled, the shape is not that of the series, its headers lack what a segmentation must
+            repeat, or its images share their SOPInstanceUID with others.
     """
+    if source.shared_instances:
+        raise DataError(
+            f"series {source.key}: {source.shared_instances} of its files share their SOPInstanceUID with another image "
+            "of the study, so a segmentation cannot say which images it lies on. Export the study with one "
+            "SOPInstanceUID an image, or keep the label map as NIfTI."
+        )
     if label_codes.shape != source.shape:
         raise DataError(f"series {source.key}: its grid is {source.shape} voxels, the label map's {label_codes.shape}.")
     present = [segment for segment in _SEGMENTS if (label_codes == segment[0]).any()]
@@ -148,6 +154,7 @@ def write_dicom_seg(
     shared = segmentation.SharedFunctionalGroupsSequence[0]
     shared.PixelMeasuresSequence = _measures(source)  # where the headers' own claims were taken over
     _refer_to_frames_of_(segmentation, source)
+    _refer_to_series_of_(segmentation, source)
     with replacing(path) as beside, quiet():
         segmentation.save_as(beside)
 
@@ -162,6 +169,22 @@ def _refer_to_frames_of_(segmentation: pydicom.Dataset, source: Series) -> None:
                 for image in derivation.SourceImageSequence
                 if "ReferencedFrameNumber" not in image or int(image.ReferencedFrameNumber) in numbers
             ]
+
+
+def _refer_to_series_of_(segmentation: pydicom.Dataset, source: Series) -> None:
+    """Where the source was joined from several series, list each image under the one that it came in."""
+    homes = {
+        text(frame.file.header, "SOPInstanceUID"): text(frame.file.header, "SeriesInstanceUID")
+        for frame in source.frames
+    }
+    series: dict[str, pydicom.Dataset] = {}
+    for image in segmentation.ReferencedSeriesSequence[0].ReferencedInstanceSequence:
+        uid = homes[str(image.ReferencedSOPInstanceUID)]
+        if uid not in series:
+            series[uid] = pydicom.Dataset()
+            series[uid].SeriesInstanceUID, series[uid].ReferencedInstanceSequence = uid, []
+        series[uid].ReferencedInstanceSequence.append(image)
+    segmentation.ReferencedSeriesSequence = list(series.values())
 
 
 def _headers(source: Series) -> list[pydicom.Dataset]:
@@ -182,6 +205,7 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
     for frame in source.frames:
         header = pydicom.Dataset()
         header.update(frame.file.header)
+        header.SeriesInstanceUID = first.SeriesInstanceUID
         header.ImageOrientationPatient = first.ImageOrientationPatient
         header.SliceThickness = _thickness_mm(source)
         headers.append(_filled_(header))

@@ -8,6 +8,8 @@ objects hold the same in functional groups (C.7.6.16).
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,6 +32,10 @@ _SLICE_TOLERANCE_SHARE: Final = 0.02
 _IN_PLANE_TOLERANCE_MM: Final = 0.3
 #: More frames in one object are refused.
 _MOST_FRAMES: Final = 20_000
+#: A message names at most this many files.
+_MOST_NAMES: Final = 10
+#: Values of a field that holds nothing.
+_EMPTY: Final = (None, "", b"")
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 Vector = tuple[float, ...]
@@ -52,8 +58,12 @@ class Frame:
     spacing_mm: Vector | None
     """Between rows, between columns."""
     thickness_mm: float | None
-    slope: float
-    intercept: float
+    slope: float | None
+    """RescaleSlope; None where the header has none, NaN where it cannot be read."""
+    intercept: float | None
+    """RescaleIntercept, likewise."""
+    padding: tuple[int, int] | None
+    """Lowest and highest stored value that mark padding (DICOM PS3.3, C.7.5.1.1.2); None where none does."""
     parts: tuple[Part, ...]
     """What may tell apart volumes that one series holds, in the order of :data:`_PARTING`."""
 
@@ -81,6 +91,8 @@ class Acquisition:
     dimensions: str = ""
     """MRAcquisitionType: 2D or 3D."""
     image_type: tuple[str, ...] = ()
+    derivation: tuple[str, ...] = ()
+    """Codes of DerivationCodeSequence (scheme DCM): how it was made from other images."""
     agent: str | None = None
     """ContrastBolusAgent; None where the header has no such field."""
     b_value: float | None = None
@@ -94,7 +106,7 @@ class Series:
     key: str
     """What the command line calls it: the series number, ``/2`` and so on where one series holds several volumes."""
     uid: str
-    """SeriesInstanceUID."""
+    """SeriesInstanceUID; the first slice's where a series was joined from several."""
     number: int | None
     volumes_in_series: int
     frames: tuple[Frame, ...]
@@ -102,6 +114,29 @@ class Series:
     acquisition: Acquisition
     problems: tuple[str, ...] = ()
     """Why no volume can be made of it; empty where one can."""
+    shared_instances: int = 0
+    """How many of its files share their SOPInstanceUID with another image of the study."""
+
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """Every SeriesInstanceUID among its slices, in their order."""
+        return tuple(dict.fromkeys(text(frame.file.header, "SeriesInstanceUID") for frame in self.frames))
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What its headers get wrong and how it was read all the same, a sentence each."""
+        found = []
+        if len(self.uids) > 1:
+            found.append(
+                f"its {len(self.frames)} slices have {len(self.uids)} SeriesInstanceUIDs: joined by series number, "
+                "description, timing and frame of reference"
+            )
+        if self.shared_instances:
+            found.append(
+                f"{self.shared_instances} of its files share their SOPInstanceUID with another image, which an "
+                "anonymiser may cause: they differ in pixels or position, so all of them are kept"
+            )
+        return tuple(found)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -136,25 +171,29 @@ class Series:
 def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
     """All volumes of a study, by series number.
 
-    One SeriesInstanceUID may hold several: they are told apart by matrix, orientation and voxel size, and where images
-    lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves one image at each.
+    One SeriesInstanceUID may hold several: they are told apart by series number, matrix, orientation and voxel size,
+    and where images lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves
+    one image at each. Series that hold a single place each are joined where number, description, timing and frame of
+    reference agree: Canon's classic export gives every place its own SeriesInstanceUID.
     """
     with quiet():
-        return tuple(_grouped(files))
+        return tuple(_grouped(tuple(files)))
 
 
-def _grouped(files: Iterable[DicomFile]) -> Iterator[Series]:
-    by_uid: dict[str, list[DicomFile]] = defaultdict(list)
-    for file in files:
-        by_uid[text(file.header, "SeriesInstanceUID")].append(file)
-    numbers = {uid: _whole(file[0].header, "SeriesNumber") for uid, file in by_uid.items()}
-    used = Counter(numbers.values())
-    for uid in sorted(by_uid, key=lambda uid: (numbers[uid] is None, numbers[uid] or 0, uid)):
-        number = numbers[uid]
+def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
+    instances = Counter(text(file.header, "SOPInstanceUID") for file in files)
+    groups = _joined(_by_series(files))
+    firsts = [group[0].file.header for group in groups]
+    names = [(_whole(header, "SeriesNumber"), text(header, "SeriesInstanceUID")) for header in firsts]
+    used = Counter(number for number, _ in names)
+    for (number, uid), group in sorted(
+        zip(names, groups, strict=True), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
+    ):
         name = uid if number is None or used[number] > 1 else str(number)
-        volumes = _volumes([frame for file in by_uid[uid] for frame in _frames(file)])
+        volumes = _volumes(group)
         for place, frames in enumerate(volumes, start=1):
             ordered = _in_order(frames)
+            uids = [text(file.header, "SOPInstanceUID") for file in {frame.file: None for frame in ordered}]
             yield Series(
                 key=name if len(volumes) == 1 else f"{name}/{place}",
                 uid=uid,
@@ -163,7 +202,54 @@ def _grouped(files: Iterable[DicomFile]) -> Iterator[Series]:
                 frames=ordered,
                 acquisition=_acquisition(ordered[0]),
                 problems=tuple(_problems(ordered)),
+                shared_instances=sum(bool(one) and instances[one] > 1 for one in uids),
             )
+
+
+def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
+    """The frames of each SeriesInstanceUID, and of each SeriesNumber where anonymising left one UID for all."""
+    numbered: dict[str, dict[int | None, list[Frame]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        uid, number = text(file.header, "SeriesInstanceUID"), _whole(file.header, "SeriesNumber")
+        numbered[uid][number].extend(frames_of(file))
+    groups = []
+    for by_number in numbered.values():
+        if len(by_number) == 2 and None in by_number:  # a number that some of a series' files lack
+            groups.append(list(itertools.chain(*by_number.values())))
+        else:
+            groups.extend(by_number.values())
+    return groups
+
+
+def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
+    """The groups, with those of a single place joined where their headers describe one acquisition."""
+    result: list[list[Frame]] = []
+    homes: dict[tuple[object, ...], list[Frame]] = {}
+    for group in groups:
+        key = _acquired_as(group[0]) if _hold_one_place(group) else None
+        if key is None or key not in homes:
+            result.append(group)
+        if key is not None:
+            homes.setdefault(key, group)
+            if homes[key] is not group:
+                homes[key].extend(group)
+    return result
+
+
+def _hold_one_place(frames: Sequence[Frame]) -> bool:
+    places = {frame.position_mm for frame in frames}
+    return len(places) == 1 and None not in places and frames[0].file.has_voxels
+
+
+def _acquired_as(frame: Frame) -> tuple[object, ...]:
+    """What slices of one acquisition have in common, whatever their UIDs."""
+    header, how = frame.file.header, _acquisition(frame)
+    return (
+        _whole(header, "SeriesNumber"),
+        text(header, "FrameOfReferenceUID"),
+        *(how.modality, how.description, how.protocol, how.agent),
+        *(how.repetition_ms, how.inversion_ms, how.scanning),
+    )
 
 
 def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
@@ -226,7 +312,7 @@ def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]
     return ()
 
 
-def _frames(file: DicomFile) -> Iterator[Frame]:
+def frames_of(file: DicomFile) -> Iterator[Frame]:
     """Every frame of a file; an object without voxels counts as one."""
     rows, columns = _whole(file.header, "Rows") or 0, _whole(file.header, "Columns") or 0
     count = 1 if not file.has_voxels or _claims_too_much(file.header) else _frame_count(file.header)
@@ -241,10 +327,46 @@ def _frames(file: DicomFile) -> Iterator[Frame]:
             directions=_directions(_of_length(6, _numbers(places, "ImageOrientationPatient"))),
             spacing_mm=_of_length(2, _numbers(places, "PixelSpacing")),
             thickness_mm=_number(places, "SliceThickness"),
-            slope=1.0 if (slope := _number(places, "RescaleSlope")) is None else slope,
-            intercept=_number(places, "RescaleIntercept") or 0.0,
+            slope=_rescaling(places, "RescaleSlope"),
+            intercept=_rescaling(places, "RescaleIntercept"),
+            padding=_padding(places),
             parts=tuple(part(places) for part in _PARTING),
         )
+
+
+def _rescaling(places: Sequence[pydicom.Dataset], keyword: str) -> float | None:
+    """A slope or an intercept; None where there is none, NaN where it is no finite number."""
+    number = _number(places, keyword)
+    if number is not None:
+        return number
+    elements = [place.get_item(keyword) for place in places]
+    return math.nan if any(element is not None and element.value not in _EMPTY for element in elements) else None
+
+
+def _padding(places: Sequence[pydicom.Dataset]) -> tuple[int, int] | None:
+    """The range of stored values from Pixel Padding Value to Pixel Padding Range Limit, either of which may be less."""
+    value = _stored(places, "PixelPaddingValue")
+    if value is None:
+        return None
+    limit = _stored(places, "PixelPaddingRangeLimit")
+    return (value, value) if limit is None else (min(value, limit), max(value, limit))
+
+
+def _stored(places: Sequence[pydicom.Dataset], keyword: str) -> int | None:
+    """A stored voxel value that a header names, signed as the voxels are.
+
+    Its VR is US or SS, to match PixelRepresentation; files that mix them up (-2000 written as 63536) are common.
+    """
+    content = _value(places, keyword)
+    number = float(int.from_bytes(content[:2], "little")) if isinstance(content, bytes) else _number(places, keyword)
+    if number is None:
+        return None
+    header = places[-1]
+    allocated = _whole(header, "BitsAllocated") or 16
+    bits = min(allocated, 16) if -(2**15) <= number < 2**16 else allocated
+    span = 1 << bits
+    stored = int(number) % span
+    return stored - span if _whole(header, "PixelRepresentation") == 1 and 2 * stored >= span else stored
 
 
 def _frame_count(header: pydicom.Dataset) -> int:
@@ -408,8 +530,42 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
     if not low <= min(first.spacing_mm) <= max(first.spacing_mm) <= high:
         yield f"voxels of {first.spacing_mm[1]:g}x{first.spacing_mm[0]:g} mm; allowed are {low:g} to {high:g} mm"
         return
+    yield from _rescaling_problems(frames)
     if len(frames) > 1:
         yield from _stack_problems(np.array([frame.position_mm for frame in frames]), first.normal)
+
+
+def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
+    """Why the slices' values cannot be brought to one scale."""
+    for keyword, numbers in (
+        ("RescaleSlope", [frame.slope for frame in frames]),
+        ("RescaleIntercept", [frame.intercept for frame in frames]),
+    ):
+        without = [frame for frame, number in zip(frames, numbers, strict=True) if number is None]
+        if 0 < len(without) < len(frames):
+            lack = "lacks" if len(without) == 1 else "lack"
+            yield (
+                f"{len(without)} of its {len(frames)} slices {lack} the {keyword} that the others have, "
+                f"so their values may be on another scale: {_named(without)}"
+            )
+        broken = [
+            frame
+            for frame, number in zip(frames, numbers, strict=True)
+            if number is not None and (math.isnan(number) or (keyword == "RescaleSlope" and number == 0))
+        ]
+        if broken:
+            what = "a number other than 0" if keyword == "RescaleSlope" else "a number"
+            yield f"the {keyword} of {len(broken)} of its {len(frames)} slices is not {what}: {_named(broken)}"
+
+
+def _named(frames: Sequence[Frame]) -> str:
+    """Files of frames, and the number of the frame where a file holds several."""
+    names = sorted(
+        frame.file.name if _frame_count(frame.file.header) == 1 else f"frame {frame.number + 1} of {frame.file.name}"
+        for frame in frames
+    )
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def _stack_problems(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Iterator[str]:
@@ -461,10 +617,17 @@ def _acquisition(frame: Frame) -> Acquisition:
         variant=_words(places, "SequenceVariant"),
         dimensions=(_words(places, "MRAcquisitionType") or ("",))[0],
         image_type=_words(places, "FrameType", "ImageType"),
+        derivation=tuple(_derivation(places)),
         agent=None if agent is None else str(agent).strip(),
         b_value=_number(places, "DiffusionBValue"),
         body_part=text(header, "BodyPartExamined").upper(),
     )
+
+
+def _derivation(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
+    for item in (item for place in places for item in _items(place, "DerivationCodeSequence")):
+        if text(item, "CodingSchemeDesignator") == "DCM":
+            yield text(item, "CodeValue")
 
 
 def _line(content: str) -> str:

@@ -1,9 +1,16 @@
-"""Voxels of DICOM series: decoded, rescaled (DICOM PS3.3, C.11.1), as a volume with its affine or as an ITK image."""
+"""Voxels of DICOM series: decoded, rescaled (DICOM PS3.3, C.11.1), as a volume with its affine or as an ITK image.
+
+Padding (PS3.3, C.7.5.1.1.2) is told by stored values, before slope and intercept, and becomes 0 after them: 0 is what
+everything after this takes for background.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,38 +20,113 @@ import pydicom
 import SimpleITK
 from pydicom.pixels.decoders.base import get_decoder
 
-from data.dicom_files import DicomFile, quiet
+from data.dicom_files import DicomFile, quiet, value
 from data.dicom_series import Series
 from data.errors import DataError
 from data.nifti import Volume
 
+#: Fields by which ITK rescales what it reads, in the header and in functional groups.
+_RESCALING: Final = (
+    "RescaleSlope",
+    "RescaleIntercept",
+    "RealWorldValueMappingSequence",
+    "PixelValueTransformationSequence",
+)
 _RAS_TO_LPS: Final = np.diag([-1.0, -1.0, 1.0])
 
 
-def read_volume_of(series: Series) -> Volume:
-    """Voxels of a series as float32, shape (columns, rows, slices), with the affine to RAS millimetres.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Reading:
+    """A series with its voxels."""
+
+    volume: Volume
+    notes: tuple[str, ...] = ()
+    """What of the stored values was not taken as intensity, a sentence each."""
+
+
+def read_with_notes(series: Series) -> Reading:
+    """Voxels of a series as float32, shape (columns, rows, slices), with the affine to RAS millimetres; padding is 0.
 
     Raises:
-        DataError: the series is no volume (:attr:`data.dicom_series.Series.problems`), or its voxels cannot be decoded.
+        DataError: the series is no volume (:attr:`data.dicom_series.Series.problems`), all of it is padding, or its
+            voxels cannot be decoded.
     """
     if series.problems:
         raise DataError(f"series {series.key}: {series.problems[0]}. Export it again, or choose another series.")
     voxels = np.empty(series.shape, dtype=np.float32)
-    decoded: tuple[DicomFile, _Decoded] | None = None
+    padded = np.zeros(series.shape, dtype=np.bool_)
+    decoded: tuple[DicomFile, npt.NDArray[Any]] | None = None
     for place, frame in enumerate(series.frames):
         if decoded is None or decoded[0] is not frame.file:
-            decoded = (frame.file, _decode(frame.file, series))
-        stored = decoded[1].frames
-        if frame.number >= len(stored) or stored[frame.number].shape != (frame.rows, frame.columns):
+            several = len({frame.number for frame in series.frames}) > 1
+            decoded = (frame.file, _decoded(frame.file, f"series {series.key}, ", several=several))
+        frames = decoded[1]
+        if frame.number >= len(frames) or frames[frame.number].shape != (frame.rows, frame.columns):
             raise DataError(
                 f"series {series.key}, file {frame.file.name}: its header and its voxels disagree on how many there "
                 "are. It is damaged; export it again."
             )
-        slope, intercept = (1.0, 0.0) if decoded[1].is_rescaled else (frame.slope, frame.intercept)
-        voxels[:, :, place] = (stored[frame.number] * np.float64(slope) + intercept).T
+        raw = frames[frame.number]
+        stored = _used_bits(raw, frame.file)
+        if frame.padding is not None:
+            low, high = frame.padding
+            marked = ((raw >= low) & (raw <= high)) | ((stored >= low) & (stored <= high))
+            padded[:, :, place] = marked.T
+        slope = 1.0 if frame.slope is None else frame.slope
+        voxels[:, :, place] = (stored * np.float64(slope) + (frame.intercept or 0.0)).T
     if not np.isfinite(voxels).all():
         raise DataError(f"series {series.key}: holds voxels that are NaN or infinite. Export it again.")
-    return Volume(voxels=voxels, affine=series.affine, path=Path(f"series {series.key}"))
+    notes = tuple(_padding_notes(series, voxels, padded))
+    voxels[padded] = 0
+    return Reading(
+        volume=Volume(voxels=voxels, affine=series.affine, path=Path(f"series {series.key}")),
+        notes=notes,
+    )
+
+
+def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.NDArray[np.bool_]) -> Iterator[str]:
+    """What to know of padding, before it is set to 0; nothing where it is 0 already.
+
+    Raises:
+        DataError: every voxel is padding.
+    """
+    ranges = sorted({frame.padding for frame in series.frames if frame.padding is not None})
+    if not np.any(voxels[padded]):
+        return
+    said = ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in ranges)
+    if padded.all():
+        raise DataError(
+            f"series {series.key}: its headers call every voxel padding (stored values {said}). "
+            "Choose another series, or export it again with the right Pixel Padding Value."
+        )
+    share = 100 * float(padded.mean())
+    yield f"{share:.2g} % of its voxels are padding (stored values {said}): set to 0, the value of background"
+    inside = voxels[~padded]
+    zeros = int(np.count_nonzero(inside == 0))
+    if zeros and inside.min() < 0 < inside.max():
+        yield (
+            f"its values run from {inside.min():g} to {inside.max():g}, and {zeros} voxels that are not padding are 0: "
+            "they count as background too"
+        )
+
+
+def read_volume_of(series: Series) -> Volume:
+    """The volume of :func:`read_with_notes` without its notes."""
+    return read_with_notes(series).volume
+
+
+def stored_digest(file: DicomFile) -> str:
+    """A hash of a file's stored values, the same however they are compressed without loss; of its bytes without any."""
+    try:
+        frames = _decoded(file, "", several=False) if file.has_voxels else None
+    except DataError:
+        frames = None
+    if frames is not None:
+        content = str(frames.shape).encode() + np.ascontiguousarray(_used_bits(frames, file)).astype("<i8").tobytes()
+    else:
+        with file.open() as stream:
+            content = stream.read()
+    return hashlib.sha256(content).hexdigest()
 
 
 def read_series(series: Series) -> SimpleITK.Image:
@@ -66,24 +148,20 @@ def to_image(volume: Volume) -> SimpleITK.Image:
     return image
 
 
-class _Decoded:
-    """Voxels of one file, shape (frames, rows, columns)."""
-
-    def __init__(self, frames: npt.NDArray[Any], *, is_rescaled: bool = False) -> None:
-        self.frames = frames
-        self.is_rescaled = is_rescaled
-        """Slope and intercept are in already."""
-
-
-def _decode(file: DicomFile, series: Series) -> _Decoded:
-    """The stored values of all frames of a file.
+def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]:
+    """The stored values of all frames of a file, unused bits and all, shape (frames, rows, columns).
 
     pydicom decodes what its plugins can; ITK, whose build carries GDCM, the rest (JPEG lossless above all).
+
+    Args:
+        file: what to decode.
+        series: what a message says before the file's name.
+        several: whether more than one frame of it is needed, which is not left to ITK.
 
     Raises:
         DataError: neither can; the message names the transfer syntax.
     """
-    where = f"series {series.key}, file {file.name}"
+    where = f"{series}file {file.name}"
     syntax = file.transfer_syntax
     is_compressed = _is_compressed(syntax)
     with file.open() as stream:
@@ -95,23 +173,33 @@ def _decode(file: DicomFile, series: Series) -> _Decoded:
                 dataset = pydicom.dcmread(io.BytesIO(content), force=True)
                 if "TransferSyntaxUID" not in dataset.file_meta:
                     dataset.file_meta.TransferSyntaxUID = syntax
+                dataset.pixel_array_options(correct_unused_bits=False)  # padding may lie outside of the used ones
                 pixels = np.asarray(dataset.pixel_array)
         except MemoryError:
             raise
         except Exception as error:  # decoders raise what they like
             reason = f"{type(error).__name__}: {error}"
         else:
-            return _Decoded(pixels if pixels.ndim == 3 else pixels[None])
-    if is_compressed and len({frame.number for frame in series.frames}) == 1:
-        rescaled = _decoded_by_itk(content)
-        if rescaled is not None:
-            return _Decoded(rescaled, is_rescaled=True)
+            return pixels if pixels.ndim == 3 else pixels[None]
+    if is_compressed and not several:
+        pixels_of_itk = _decoded_by_itk(content)
+        if pixels_of_itk is not None:
+            return pixels_of_itk
     if not is_compressed:
         raise DataError(f"{where}: its voxels cannot be read ({reason}). It is damaged; export it again.")
     raise DataError(
         f"{where}: its voxels are compressed as {syntax.name} ({syntax}) and cannot be decoded ({reason}). "
         "Install pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg, or export the study uncompressed."
     )
+
+
+def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
+    """Stored values without the bits above BitsStored, which old files fill with overlays or leave unsigned."""
+    used = value(file.header, "BitsStored")
+    unused = 8 * pixels.dtype.itemsize - int(used) if isinstance(used, int) else 0
+    if unused <= 0 or pixels.dtype.kind not in "iu":
+        return pixels
+    return np.asarray((pixels << unused) >> unused)
 
 
 def _is_compressed(syntax: pydicom.uid.UID) -> bool:
@@ -131,10 +219,24 @@ def _has_decoder(syntax: pydicom.uid.UID) -> bool:
 
 
 def _decoded_by_itk(content: bytes) -> npt.NDArray[Any] | None:
-    """Rescaled voxels as ITK reads them from a file of its own, which is removed at once; None where it cannot."""
+    """Stored values as ITK reads them from a copy, which is removed at once; None where it cannot.
+
+    The copy has no slope and intercept: ITK would apply them, and padding is told by stored values.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "image.dcm")
-        path.write_bytes(content)
+        try:
+            with quiet():
+                dataset = pydicom.dcmread(io.BytesIO(content), force=True)
+                shared, own = "SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"
+                for place in (dataset, *dataset.get(shared, ()), *dataset.get(own, ())):
+                    for keyword in set(_RESCALING).intersection(place.dir()):
+                        delattr(place, keyword)
+                dataset.save_as(path)
+        except MemoryError:
+            raise
+        except Exception:  # whatever a damaged header makes pydicom trip over
+            return None
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")
         reader.SetFileName(str(path))

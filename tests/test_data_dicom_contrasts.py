@@ -37,6 +37,7 @@ def series(name: str = "", timed: dict[str, Any] = UNKNOWN, *, key: str = "1", s
         thickness_mm=1,
         slope=1,
         intercept=0,
+        padding=None,
         parts=(),
     )
     fields = {"modality": "MR", "image_type": ("ORIGINAL", "PRIMARY", "M"), "description": name, **timed, **more}

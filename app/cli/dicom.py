@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -46,7 +47,7 @@ def dicom(
     chosen: dict[Contrast, str] = {contrast: key for contrast, key in named if key is not None}
     with terminal.watched(), open_study(study, study_uid=study_uid) as opened:
         case = opened.case_id if case_id is None else case_id
-        choices, problem, folder = {}, None, None
+        choices, problem, folder, images = {}, None, None, None
         try:
             choices = choose(opened.series, chosen)
         except DataError as error:
@@ -54,10 +55,15 @@ def dicom(
         if not as_json:
             terminal.result(_listed(opened, choices))
         if problem is None and out is not None:
-            folder = write_case(out, read_chosen(opened, choices), case_id=case)
+            images = read_chosen(opened, choices)
+            folder = write_case(out, images, case_id=case)
+        notes = {} if images is None else images.notes
         if as_json:
-            terminal.json_result(_content(opened, choices, case=case, folder=folder, problem=problem))
+            terminal.json_result(_content(opened, choices, notes, case=case, folder=folder, problem=problem))
         elif folder is not None:
+            for contrast, choice in choices.items():
+                for note in notes[contrast]:
+                    terminal.result(f"note: {contrast}, series {choice.series.key}: {note}")
             terminal.result(f"{len(choices)} contrasts in {folder}")
     if problem is not None:
         raise problem
@@ -134,12 +140,18 @@ def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
         )
         by_hand = [choice.reason for choice in choices.values() if choice.series is series]
         reasons += [f"{series.key}: {(by_hand or [finding.reason])[0]}"]
-        reasons += [f"{series.key}: {problem}" for problem in series.problems]
+        reasons += [f"{series.key}: {problem}" for problem in (*series.problems, *series.notes)]
     return "\n".join([terminal.table(rows), "", *reasons, ""])
 
 
 def _content(
-    study: Study, choices: dict[Contrast, Choice], *, case: str, folder: Path | None, problem: Exception | None
+    study: Study,
+    choices: dict[Contrast, Choice],
+    notes: Mapping[Contrast, tuple[str, ...]],
+    *,
+    case: str,
+    folder: Path | None,
+    problem: Exception | None,
 ) -> dict[str, Any]:
     """The same as plain data."""
     from data.dicom_contrasts import identify, to_json  # noqa: PLC0415 - not needed for the help
@@ -148,7 +160,14 @@ def _content(
         "study": study.uid,
         "case": case,
         "folder": None if folder is None else str(folder),
-        "taken": {contrast: {"series": c.series.key, "reason": c.reason} for contrast, c in choices.items()},
+        "taken": {
+            contrast: {
+                "series": choice.series.key,
+                "reason": choice.reason,
+                "notes": list(notes.get(contrast, choice.series.notes)),
+            }
+            for contrast, choice in choices.items()
+        },
         "problem": None if problem is None else str(problem),
         "series": [to_json(series, identify(series)) for series in study.series],
     }

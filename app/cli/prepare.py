@@ -110,7 +110,8 @@ def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
     if not is_study(place):
         return find_cases(place, follow_links=follow_links)
     images = read_study(place)
-    return (NativeCase(id=images.case_id, images=images.images),)
+    warnings = tuple(f"{contrast}: {note}" for contrast, notes in images.notes.items() for note in notes)
+    return (NativeCase(id=images.case_id, images=images.images, warnings=warnings),)
 
 
 def _show(done: list[BroughtIn], out: Path) -> None:
