@@ -140,9 +140,9 @@ def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
     if len(single) < FEWEST_SLICES:
         return ""
     return (
-        f" {len(single)} series hold one slice each; if these are slices of one volume, their SeriesInstanceUIDs differ, "
-        "and so do their series numbers, descriptions, timing or frames of reference: give the slices of a volume the "
-        "same SeriesInstanceUID, or export the study as enhanced DICOM."
+        f" {len(single)} series hold one slice each. If these are slices of one volume, they could not be joined: "
+        "their SeriesInstanceUIDs differ, and so do their series numbers, descriptions, timing or frames of reference. "
+        "Give the slices of a volume one SeriesInstanceUID, or export the study as enhanced DICOM."
     )
 
 
@@ -331,12 +331,9 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
         return f"modality {acquisition.modality or 'not told'}, not MR"
     if not series.frames[0].file.has_voxels:
         return "it holds no image"
-    kind = next((_EXCLUDED_TYPES[word] for word in acquisition.image_type[2:] if word in _EXCLUDED_TYPES), None)
+    kind = _excluded_kind(acquisition)
     if kind is not None:
-        return f"{kind} (ImageType {'/'.join(acquisition.image_type)})"
-    code = next((code for code in acquisition.derivation if code in _EXCLUDED_DERIVATIONS), None)
-    if code is not None:
-        return f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
+        return kind
     name = _plain(_name(acquisition))
     for pattern, reason in _EXCLUDED_NAMES:
         if pattern.search(name):
@@ -355,6 +352,17 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
         return "not the brain (BodyPartExamined)"
     if len(series.frames) < FEWEST_SLICES:
         return f"{len(series.frames)} {'slice' if len(series.frames) == 1 else 'slices'}: a localizer or a test"
+    return None
+
+
+def _excluded_kind(acquisition: Acquisition) -> str | None:
+    """Why an image is none of the four contrasts by what its header says of its making; None where it may be."""
+    for word in acquisition.image_type[2:]:
+        if word in _EXCLUDED_TYPES:
+            return f"{_EXCLUDED_TYPES[word]} (ImageType {'/'.join(acquisition.image_type)})"
+    for code in acquisition.derivation:
+        if code in _EXCLUDED_DERIVATIONS:
+            return f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
     return None
 
 

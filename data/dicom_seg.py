@@ -95,9 +95,9 @@ def write_dicom_seg(
     """
     if source.shared_instances:
         raise DataError(
-            f"series {source.key}: {source.shared_instances} of its files share their SOPInstanceUID with another image "
-            "of the study, so a segmentation cannot say which images it lies on. Export the study with one "
-            "SOPInstanceUID an image, or keep the label map as NIfTI."
+            f"series {source.key}: {source.shared_instances} of its files share their SOPInstanceUID with another "
+            "image of the study, so a segmentation cannot say which images it lies on. Export the study with a "
+            "different SOPInstanceUID for each image, or keep the label map as NIfTI."
         )
     if label_codes.shape != source.shape:
         raise DataError(f"series {source.key}: its grid is {source.shape} voxels, the label map's {label_codes.shape}.")
@@ -205,7 +205,7 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
     for frame in source.frames:
         header = pydicom.Dataset()
         header.update(frame.file.header)
-        header.SeriesInstanceUID = first.SeriesInstanceUID
+        header.add_new("SeriesInstanceUID", "UI", first.SeriesInstanceUID)  # highdicom takes images of one series only
         header.ImageOrientationPatient = first.ImageOrientationPatient
         header.SliceThickness = _thickness_mm(source)
         headers.append(_filled_(header))

@@ -8,7 +8,6 @@ objects hold the same in functional groups (C.7.6.16).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,6 +113,8 @@ class Series:
     acquisition: Acquisition
     problems: tuple[str, ...] = ()
     """Why no volume can be made of it; empty where one can."""
+    notes: tuple[str, ...] = ()
+    """What its headers get wrong and how it was read all the same, a sentence each."""
     shared_instances: int = 0
     """How many of its files share their SOPInstanceUID with another image of the study."""
 
@@ -121,22 +122,6 @@ class Series:
     def uids(self) -> tuple[str, ...]:
         """Every SeriesInstanceUID among its slices, in their order."""
         return tuple(dict.fromkeys(text(frame.file.header, "SeriesInstanceUID") for frame in self.frames))
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What its headers get wrong and how it was read all the same, a sentence each."""
-        found = []
-        if len(self.uids) > 1:
-            found.append(
-                f"its {len(self.frames)} slices have {len(self.uids)} SeriesInstanceUIDs: joined by series number, "
-                "description, timing and frame of reference"
-            )
-        if self.shared_instances:
-            found.append(
-                f"{self.shared_instances} of its files share their SOPInstanceUID with another image, which an "
-                "anonymiser may cause: they differ in pixels or position, so all of them are kept"
-            )
-        return tuple(found)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -185,7 +170,7 @@ def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
     groups = _joined(_by_series(files))
     firsts = [group[0].file.header for group in groups]
     names = [(_whole(header, "SeriesNumber"), text(header, "SeriesInstanceUID")) for header in firsts]
-    used = Counter(number for number, _ in names)
+    used, homes = Counter(number for number, _ in names), Counter(uid for _, uid in names)
     for (number, uid), group in sorted(
         zip(names, groups, strict=True), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
     ):
@@ -194,6 +179,7 @@ def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
         for place, frames in enumerate(volumes, start=1):
             ordered = _in_order(frames)
             uids = [text(file.header, "SOPInstanceUID") for file in {frame.file: None for frame in ordered}]
+            shared = sum(bool(one) and instances[one] > 1 for one in uids)
             yield Series(
                 key=name if len(volumes) == 1 else f"{name}/{place}",
                 uid=uid,
@@ -202,8 +188,26 @@ def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
                 frames=ordered,
                 acquisition=_acquisition(ordered[0]),
                 problems=tuple(_problems(ordered)),
-                shared_instances=sum(bool(one) and instances[one] > 1 for one in uids),
+                notes=tuple(_notes(ordered, shared_instances=shared, shares_uid=bool(uid) and homes[uid] > 1)),
+                shared_instances=shared,
             )
+
+
+def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) -> Iterator[str]:
+    """What the headers get wrong about UIDs, and how the frames were grouped all the same."""
+    series = len({text(frame.file.header, "SeriesInstanceUID") for frame in frames})
+    if series > 1:
+        yield (
+            f"its {len(frames)} slices have {series} SeriesInstanceUIDs: joined by series number, description, timing "
+            "and frame of reference"
+        )
+    if shares_uid:
+        yield "it shares its SeriesInstanceUID with other series: told apart by series number"
+    if shared_instances:
+        yield (
+            f"{shared_instances} of its files share their SOPInstanceUID with another image, which an anonymiser may "
+            "cause: they differ in pixels or position, so all of them are kept"
+        )
 
 
 def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
@@ -212,10 +216,11 @@ def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
     for file in files:
         uid, number = text(file.header, "SeriesInstanceUID"), _whole(file.header, "SeriesNumber")
         numbered[uid][number].extend(frames_of(file))
-    groups = []
+    groups: list[list[Frame]] = []
     for by_number in numbered.values():
-        if len(by_number) == 2 and None in by_number:  # a number that some of a series' files lack
-            groups.append(list(itertools.chain(*by_number.values())))
+        if len(by_number) == 2 and None in by_number:  # a number that some files of a series lack
+            without = by_number.pop(None)
+            groups.extend([*frames, *without] for frames in by_number.values())
         else:
             groups.extend(by_number.values())
     return groups
@@ -237,7 +242,7 @@ def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
 
 
 def _hold_one_place(frames: Sequence[Frame]) -> bool:
-    places = {frame.position_mm for frame in frames}
+    places = {_place(frame) for frame in frames}
     return len(places) == 1 and None not in places and frames[0].file.has_voxels
 
 
@@ -482,10 +487,13 @@ def _sortable(part: Part) -> tuple[float | str, ...]:
 
 def _most_at_one_place(frames: Sequence[Frame]) -> int:
     """How many images the fullest place holds."""
-    places = Counter(
-        tuple(round(mm, 2) for mm in frame.position_mm) for frame in frames if frame.position_mm is not None
-    )
+    places = Counter(place for frame in frames if (place := _place(frame)) is not None)
     return max(places.values(), default=0)
+
+
+def _place(frame: Frame) -> Vector | None:
+    """The position of a frame, such that frames at one place have the same."""
+    return None if frame.position_mm is None else tuple(round(mm, 2) for mm in frame.position_mm)
 
 
 def _in_order(frames: Sequence[Frame]) -> tuple[Frame, ...]:
@@ -537,25 +545,26 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
 
 def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
     """Why the slices' values cannot be brought to one scale."""
-    for keyword, numbers in (
-        ("RescaleSlope", [frame.slope for frame in frames]),
-        ("RescaleIntercept", [frame.intercept for frame in frames]),
-    ):
-        without = [frame for frame, number in zip(frames, numbers, strict=True) if number is None]
-        if 0 < len(without) < len(frames):
-            lack = "lacks" if len(without) == 1 else "lack"
-            yield (
-                f"{len(without)} of its {len(frames)} slices {lack} the {keyword} that the others have, "
-                f"so their values may be on another scale: {_named(without)}"
-            )
-        broken = [
-            frame
-            for frame, number in zip(frames, numbers, strict=True)
-            if number is not None and (math.isnan(number) or (keyword == "RescaleSlope" and number == 0))
-        ]
-        if broken:
-            what = "a number other than 0" if keyword == "RescaleSlope" else "a number"
-            yield f"the {keyword} of {len(broken)} of its {len(frames)} slices is not {what}: {_named(broken)}"
+    keywords = ("RescaleSlope", "RescaleIntercept")
+    given = [(frame.slope, frame.intercept) for frame in frames]
+    partly = [place for place in (0, 1) if 0 < sum(pair[place] is None for pair in given) < len(frames)]
+    without = [frame for frame, pair in zip(frames, given, strict=True) if any(pair[place] is None for place in partly)]
+    if without:
+        lack = "lacks" if len(without) == 1 else "lack"
+        yield (
+            f"{len(without)} of its {len(frames)} slices {lack} the {' or '.join(keywords[place] for place in partly)} "
+            f"that the others have, so their values may be on another scale: {_named(without)}"
+        )
+    broken = [
+        frame
+        for frame, pair in zip(frames, given, strict=True)
+        if pair[0] == 0 or any(number is not None and math.isnan(number) for number in pair)
+    ]
+    if broken:
+        yield (
+            f"{len(broken)} of its {len(frames)} slices have a RescaleSlope or RescaleIntercept that is no number, "
+            f"or a slope of 0: {_named(broken)}"
+        )
 
 
 def _named(frames: Sequence[Frame]) -> str:

@@ -315,6 +315,17 @@ def film(data_set: Any) -> None:
     data_set.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
 
 
+def rescaled(data_set: Any) -> None:
+    """A slope and an intercept."""
+    data_set.RescaleSlope, data_set.RescaleIntercept = 2, 0
+
+
+def all_padding(data_set: Any) -> None:
+    """A range of padding that covers every voxel."""
+    data_set.add_new(0x00280120, "US", 0)
+    data_set.add_new(0x00280121, "US", 4095)
+
+
 def zipped(*, locked: bool) -> Prepare:
     """An archive that points out of itself, or with a password."""
 
@@ -873,6 +884,17 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "missing slices, two at one place, uneven spacing, a tilted gantry": [
             Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(slice_taken_out))
         ],
+        "RescaleSlope or RescaleIntercept in some slices only, or no number": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(rescaled, "S3", most=11)),
+                steady=_HEX,
+            )
+        ],
+        "a Pixel Padding Value that calls every voxel padding": [
+            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(all_padding, "S3")))
+        ],
         "images without position, orientation or pixel spacing": [
             Shown(
                 command="znormseg data dicom STUDY CASES",
@@ -930,6 +952,13 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 code=3,
                 prepare=both(study(), drawn(0)),
             ),
+        ],
+        "`dicom-seg`: images that share their SOPInstanceUID": [
+            Shown(
+                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=both(study(headers(lambda h: setattr(h, "SOPInstanceUID", "1.2.3"), "S7")), drawn(1)),
+            )
         ],
         "`dicom-seg`: headers without what a SEG must repeat": [
             Shown(

@@ -62,7 +62,7 @@ def dicom(
             terminal.json_result(_content(opened, choices, notes, case=case, folder=folder, problem=problem))
         elif folder is not None:
             for contrast, choice in choices.items():
-                for note in notes[contrast]:
+                for note in notes[contrast][len(choice.series.notes) :]:  # the list above has those of the series
                     terminal.result(f"note: {contrast}, series {choice.series.key}: {note}")
             terminal.result(f"{len(choices)} contrasts in {folder}")
     if problem is not None:
