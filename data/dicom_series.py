@@ -367,7 +367,7 @@ def _stored(places: Sequence[pydicom.Dataset], keyword: str) -> int | None:
     if number is None:
         return None
     header = places[-1]
-    allocated = _whole(header, "BitsAllocated") or 16
+    allocated = max(_whole(header, "BitsAllocated") or 16, 1)
     bits = min(allocated, 16) if -(2**15) <= number < 2**16 else allocated
     span = 1 << bits
     stored = int(number) % span

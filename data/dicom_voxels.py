@@ -195,10 +195,10 @@ def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]
 
 def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
     """Stored values without the bits above BitsStored, which old files fill with overlays or leave unsigned."""
-    used = value(file.header, "BitsStored")
-    unused = 8 * pixels.dtype.itemsize - int(used) if isinstance(used, int) else 0
-    if unused <= 0 or pixels.dtype.kind not in "iu":
+    used, size = value(file.header, "BitsStored"), 8 * pixels.dtype.itemsize
+    if not isinstance(used, int) or not 0 < used < size or pixels.dtype.kind not in "iu":
         return pixels
+    unused = size - used
     return np.asarray((pixels << unused) >> unused)
 
 

@@ -101,6 +101,52 @@ def test_json_of_an_undecided_study_has_the_series_and_the_problem(ambiguous: Pa
     assert len(content["series"]) == 10
 
 
+def changed(study: Path, place: Path, series: str, change: Callable[[pydicom.Dataset], Any]) -> Path:
+    """A copy of the study with the headers of one series changed."""
+    shutil.copytree(study, place)
+    for path in sorted((place / "A" / series).iterdir()):
+        image = pydicom.dcmread(path)
+        change(image)
+        image.save_as(path)
+    return place
+
+
+def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
+    def change(image: pydicom.Dataset) -> None:
+        image.add_new(0x00280120, "US", 0)
+        image.add_new(0x00280121, "US", 99)
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+
+    study = changed(dicom_study, tmp_path / "study", "S3", change)
+    shown = znormseg("data", "dicom", study, tmp_path / "out", "--id", "one")
+    told = json.loads(znormseg("data", "dicom", study, tmp_path / "out", "--id", "two", "--json").out)["taken"]["flair"]
+    uids, padding = told["notes"]
+    assert uids.startswith("12 of its files share their SOPInstanceUID")
+    assert padding.endswith("% of its voxels are padding (stored values 0 to 99): set to 0, the value of background")
+    assert f"\n3: {uids}\n" in shown.out
+    assert f"\nnote: flair, series 3: {padding}\n4 contrasts in" in shown.out
+    voxels = np.asanyarray(nib.load(tmp_path / "out" / "one" / "one_flair.nii.gz").dataobj)
+    assert voxels[voxels > 0].min() == 100
+
+
+def test_a_series_rescaled_in_part_is_refused_with_its_files_and_nothing_is_written(
+    dicom_study: Path, znormseg: Call, tmp_path: Path
+) -> None:
+    study = changed(dicom_study, tmp_path / "study", "S3", lambda image: setattr(image, "RescaleSlope", "3"))
+    path = max((study / "A" / "S3").iterdir())
+    image = pydicom.dcmread(path)
+    del image.RescaleSlope
+    image.save_as(path)
+    ended = znormseg("data", "dicom", study, tmp_path / "out")
+    assert ended.code == 3
+    assert "flair: series 3" in ended.err
+    assert (
+        f"1 of its 12 slices lacks the RescaleSlope that the others have, so their values may be on another scale: A/S3/{path.name}. Export it again"
+        in ended.err
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_label_map_becomes_a_segmentation_on_its_series(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
     znormseg("data", "dicom", dicom_study, tmp_path, "--id", "one")
     image = nib.load(tmp_path / "one" / "one_flair.nii.gz")
