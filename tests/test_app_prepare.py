@@ -243,8 +243,11 @@ def test_a_dicom_study_is_prepared_like_a_case(
             RepetitionTime=str(repetition),
             InversionTime="2500" if contrast == "flair" else "",
             ScanningSequence="SE",
+            **({"PixelPaddingValue": int(voxels.max())} if contrast == "t2" else {}),
         )
     ended = znormseg("data", "prepare", tmp_path / "study", tmp_path / "out")
     assert ended.code == 0, ended.err
+    assert ": t2: " in ended.err
+    assert "of its voxels are padding" in ended.err
     (made,) = find_cases(tmp_path / "out")
     assert set(made.require().contrasts) == {"t1", "t1c", "t2", "flair"}
