@@ -141,7 +141,8 @@ def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
         return ""
     return (
         f" {len(single)} series hold one slice each. If these are slices of one volume, they could not be joined: "
-        "their SeriesInstanceUIDs differ, and so do their series numbers, descriptions, timing or frames of reference. "
+        "their SeriesInstanceUIDs differ, and so do their series numbers, orientations, descriptions, timing or frames "
+        "of reference. "
         "Give the slices of a volume one SeriesInstanceUID, or export the study as enhanced DICOM."
     )
 

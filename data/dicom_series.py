@@ -158,8 +158,8 @@ def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
 
     One SeriesInstanceUID may hold several: they are told apart by series number, matrix, orientation and voxel size,
     and where images lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves
-    one image at each. Series that hold a single place each are joined where number, description, timing and frame of
-    reference agree: Canon's classic export gives every place its own SeriesInstanceUID.
+    one image at each. Series that hold a single place each are joined where number, orientation, description, timing
+    and frame of reference agree: Canon's classic export gives every place its own SeriesInstanceUID.
     """
     with quiet():
         return tuple(_grouped(tuple(files)))
@@ -198,8 +198,8 @@ def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) 
     series = len({text(frame.file.header, "SeriesInstanceUID") for frame in frames})
     if series > 1:
         yield (
-            f"its {len(frames)} slices have {series} SeriesInstanceUIDs: joined by series number, description, timing "
-            "and frame of reference"
+            f"its {len(frames)} slices have {series} SeriesInstanceUIDs: joined by series number, orientation, "
+            "description, timing and frame of reference"
         )
     if shares_uid:
         yield "it shares its SeriesInstanceUID with other series: told apart by series number"
@@ -229,15 +229,18 @@ def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
 def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
     """The groups, with those of a single place joined where their headers describe one acquisition."""
     result: list[list[Frame]] = []
-    homes: dict[tuple[object, ...], list[Frame]] = {}
+    joined: dict[tuple[object, ...], list[list[Frame]]] = defaultdict(list)
     for group in groups:
-        key = _acquired_as(group[0]) if _hold_one_place(group) else None
-        if key is None or key not in homes:
+        if not _hold_one_place(group):
             result.append(group)
-        if key is not None:
-            homes.setdefault(key, group)
-            if homes[key] is not group:
-                homes[key].extend(group)
+            continue
+        alike = joined[_acquired_as(group[0])]
+        home = next((other for other in alike if _same_grid(other[0], group[0])), None)
+        if home is None:
+            alike.append(group)
+            result.append(group)
+        else:
+            home.extend(group)
     return result
 
 

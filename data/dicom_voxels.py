@@ -1,7 +1,7 @@
 """Voxels of DICOM series: decoded, rescaled (DICOM PS3.3, C.11.1), as a volume with its affine or as an ITK image.
 
-Padding (PS3.3, C.7.5.1.1.2) is told by stored values, before slope and intercept, and becomes 0 after them: 0 is what
-everything after this takes for background.
+Padding (PS3.3, C.7.5.1.1.2) is recognised in stored values, before slope and intercept, and becomes 0 after them: the
+rest of the program takes 0 for background.
 """
 
 from __future__ import annotations
@@ -149,7 +149,7 @@ def to_image(volume: Volume) -> SimpleITK.Image:
 
 
 def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]:
-    """The stored values of all frames of a file, unused bits and all, shape (frames, rows, columns).
+    """The stored values of all frames of a file, including unused bits, shape (frames, rows, columns).
 
     pydicom decodes what its plugins can; ITK, whose build carries GDCM, the rest (JPEG lossless above all).
 
@@ -194,7 +194,7 @@ def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]
 
 
 def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
-    """Stored values without the bits above BitsStored, which old files fill with overlays or leave unsigned."""
+    """Stored values without the bits above BitsStored, which may hold overlays or lack the sign."""
     used, size = value(file.header, "BitsStored"), 8 * pixels.dtype.itemsize
     if not isinstance(used, int) or not 0 < used < size or pixels.dtype.kind not in "iu":
         return pixels
@@ -221,7 +221,7 @@ def _has_decoder(syntax: pydicom.uid.UID) -> bool:
 def _decoded_by_itk(content: bytes) -> npt.NDArray[Any] | None:
     """Stored values as ITK reads them from a copy, which is removed at once; None where it cannot.
 
-    The copy has no slope and intercept: ITK would apply them, and padding is told by stored values.
+    The copy has no slope and intercept: ITK would apply them, and padding is given in stored values.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "image.dcm")

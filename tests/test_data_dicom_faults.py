@@ -193,12 +193,15 @@ def test_padding_of_an_enhanced_object_is_0_whatever_slope_its_frames_have(
     assert np.allclose(read_only(tmp_path).volume.voxels, expected)
 
 
-def test_padding_above_the_bits_that_are_used_is_known(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
+@pytest.mark.parametrize(("vr", "value"), [("US", 63536), ("SS", -2000)])
+def test_padding_above_the_bits_that_are_used_is_known(
+    vr: str, value: int, tmp_path: Path, voxels: Voxels, write_series: Write
+) -> None:
     stored, expected = voxels.copy(), voxels.copy()
     stored[:2], expected[:2] = 63536, 0  # of 12 bits used; its lower 12 bits alone would be a likely intensity
     paths = write_series(tmp_path, stored, AFFINE)
     change_all(paths, set_fields(BitsStored=12, HighBit=11))
-    change_all(paths, lambda image: image.add_new(0x00280120, "US", 63536))
+    change_all(paths, lambda image: image.add_new(0x00280120, vr, value))
     assert np.array_equal(read_only(tmp_path).volume.voxels, expected)
 
 
@@ -401,7 +404,8 @@ def test_slices_that_are_a_series_each_are_joined_and_it_is_said(stack: list[Pat
     (series,) = series_in(stack[0].parent)
     assert (series.key, series.problems, identify(series).contrast) == ("1", (), "t1")
     assert series.notes == (
-        "its 6 slices have 6 SeriesInstanceUIDs: joined by series number, description, timing and frame of reference",
+        "its 6 slices have 6 SeriesInstanceUIDs: joined by series number, orientation, description, timing and frame of "
+        "reference",
     )
     assert np.array_equal(read_only(stack[0].parent).volume.voxels, voxels)
     for path in stack:
@@ -437,6 +441,14 @@ def test_slices_of_different_acquisitions_are_not_joined(other: dict[str, Any], 
     scatter(stack)
     change_all(by_place(stack)[3:], set_fields(**other))
     assert [len(series.frames) for series in series_in(stack[0].parent)] == [3, 3]
+
+
+def test_scattered_orientations_are_a_series_each(
+    stack: list[Path], tmp_path: Path, voxels: Voxels, write_series: Write
+) -> None:
+    scatter([*stack, *write_series(tmp_path / "in" / "b", voxels, AFFINE[:, [0, 2, 1, 3]], SeriesNumber=1, **SPIN_T1)])
+    found = series_in(tmp_path / "in")
+    assert [(len(series.frames), series.volumes_in_series, series.problems) for series in found] == [(6, 1, ())] * 2
 
 
 def test_whole_series_that_share_a_number_are_not_joined(
