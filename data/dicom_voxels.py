@@ -20,7 +20,7 @@ import pydicom
 import SimpleITK
 from pydicom.pixels.decoders.base import get_decoder
 
-from data.dicom_files import DicomFile, quiet, value
+from data.dicom_files import DicomFile, quiet, text, value
 from data.dicom_series import Series
 from data.errors import DataError
 from data.nifti import Volume
@@ -91,9 +91,15 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
         DataError: every voxel is padding.
     """
     ranges = sorted({frame.padding for frame in series.frames if frame.padding is not None})
+    said = ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in ranges)
+    is_lossy = any(text(frame.file.header, "LossyImageCompression") == "01" for frame in series.frames)
+    if is_lossy and any(limits != (0, 0) for limits in ranges):
+        yield (
+            f"its images were compressed with loss, which may have changed padding (stored values {said}) too: look "
+            "whether some of it is left"
+        )
     if not np.any(voxels[padded]):
         return
-    said = ", ".join(f"{low}" if low == high else f"{low} to {high}" for low, high in ranges)
     if padded.all():
         raise DataError(
             f"series {series.key}: its headers call every voxel padding (stored values {said}). "

@@ -248,6 +248,13 @@ def test_padding_that_changes_nothing_is_not_mentioned(
     assert reading.notes == ()
 
 
+def test_padding_of_images_compressed_with_loss_is_to_be_looked_at(padded: tuple[list[Path], Voxels]) -> None:
+    change_all(padded[0], set_fields(LossyImageCompression="01"))
+    assert "compressed with loss, which may have changed padding (stored values -2000) too" in str(
+        read_only(padded[0][0].parent).notes
+    )
+
+
 def test_a_series_that_is_all_padding_is_refused(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
     write_series(tmp_path, voxels, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
     with pytest.raises(DataError, match=r"its headers call every voxel padding \(stored values 0 to 4095\)"):
@@ -404,8 +411,8 @@ def test_slices_that_are_a_series_each_are_joined_and_it_is_said(stack: list[Pat
     (series,) = series_in(stack[0].parent)
     assert (series.key, series.problems, identify(series).contrast) == ("1", (), "t1")
     assert series.notes == (
-        "its 6 slices have 6 SeriesInstanceUIDs: joined by series number, orientation, description, timing and frame of "
-        "reference",
+        "its 6 slices have 6 SeriesInstanceUIDs: joined by series number, orientation, description, timing and frame "
+        "of reference",
     )
     assert np.array_equal(read_only(stack[0].parent).volume.voxels, voxels)
     for path in stack:
