@@ -43,16 +43,14 @@ COMMITS = {
     "brats2024 MEN-RT": "bc6308f2062c8e5dd124408cfb22a6c93eb2eaca",
 }
 SOURCE = "Output of the challenges' own scripts, see bench/official_scores.py; affine diag(-x, -y, z)"
-SOURCE_NSD = (
-    f"{SOURCE}. Of brats2024 the surface Dice alone; where commits say so, of scripts put together from several."
-)
+SOURCE_NSD = f"{SOURCE}. Of brats2024 the surface Dice only. Where two commits are named, put together from both."
 #: Of the scripts of the pairs of --nsd.
 COMMITS_NSD = {
     "brats2024 PED": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
     "brats2024 MEN-RT": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
     "brats2024 SSA": "f61f7de239c4a535118b10c31f8b1e75a3a593f7, with the NSD of 9e8879a",
     "brats2024 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a",
-    "brats2024-f1131e3 MET": "as brats2024 MET, with RC and the diagonal as penalty; see docs/how-to/scores.md",
+    "brats2024-f1131e3 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with NSD of 9e8879a, RC and the new penalty",
 }
 #: Name of each column in this project, by the names in the scripts' tables.
 COLUMNS = {
