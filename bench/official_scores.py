@@ -1,16 +1,19 @@
 """Run the challenges' own scripts on the random pairs of data.phantoms.pairs, and write what they give as JSON.
 
     python bench/official_scores.py SCRIPTS OUT.json          # 200 pairs of 64 x 64 x 48: tests/golden
+    python bench/official_scores.py SCRIPTS OUT.json --nsd    # 500 smaller, the scripts that give NSD: tests/golden
     python bench/official_scores.py SCRIPTS OUT.json --full   # a few of 240 x 240 x 155, with seconds: bench/scorer.py
 
-SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py and SCRIPTS/202?/surface_distance
-are what rachitsaluja/BraTS-2023-Metrics and -2024-Metrics publish; none of it is part of this project. This file needs
-numpy and nibabel alone beside what they need, so it runs in an environment made for them.
+SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py, for --nsd
+SCRIPTS/2024-f1131e3/metrics_MET.py, and the package surface_distance are what rachitsaluja/BraTS-2023-Metrics and
+-2024-Metrics publish; none of it is part of this project. This file needs numpy and nibabel alone beside what they
+need, so it runs in an environment made for them.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 import io
@@ -39,6 +42,16 @@ COMMITS = {
     "brats2024 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c",
     "brats2024 MEN-RT": "bc6308f2062c8e5dd124408cfb22a6c93eb2eaca",
 }
+SOURCE = "Output of the challenges' own scripts, see bench/official_scores.py; affine diag(-x, -y, z)"
+SOURCE_NSD = f"{SOURCE}. Of brats2024 the surface Dice only. Where two commits are named, put together from both."
+#: Of the scripts of the pairs of --nsd.
+COMMITS_NSD = {
+    "brats2024 PED": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
+    "brats2024 MEN-RT": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
+    "brats2024 SSA": "f61f7de239c4a535118b10c31f8b1e75a3a593f7, with the NSD of 9e8879a",
+    "brats2024 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a",
+    "brats2024-f1131e3 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with NSD of 9e8879a, RC and the new penalty",
+}
 #: Name of each column in this project, by the names in the scripts' tables.
 COLUMNS = {
     "Num_TP": "true_positives",
@@ -62,6 +75,8 @@ COLUMNS = {
 
 #: Grid and size of the full pairs.
 FULL_SHAPE, FULL_SIZE = (240, 240, 155), 3.0
+#: Of the pairs of --nsd.
+NSD_SHAPE, NSD_SIZE = (44, 40, 32), 0.8
 FULL = (("brats2023", "GLI", 2003), ("brats2024", "GLI", 2003))
 
 
@@ -75,11 +90,19 @@ def plan() -> list[tuple[str, str, int]]:
     return rows
 
 
+def plan_nsd() -> list[tuple[str, str, int]]:
+    """Year, task and seed of the pairs of --nsd: 100 of each script."""
+    rows = []
+    for year, task in (key.split() for key in COMMITS_NSD):
+        rows += [(year, task, 3000 + seed) for seed in range(100)]
+    return rows
+
+
 def labels_of(year: str, task: str) -> tuple[int, ...]:
     """Label numbers of the files of a task."""
     if year == "brats2023":
         return (1, 2, 3)
-    return (1, 2, 3, 4) if task == "GLI" else LABELS[task]
+    return (1, 2, 3, 4) if task == "GLI" or year == "brats2024-f1131e3" else LABELS[task]
 
 
 def spacing_of(seed: int) -> tuple[float, float, float]:
@@ -87,14 +110,20 @@ def spacing_of(seed: int) -> tuple[float, float, float]:
     return SPACINGS[seed % 4]
 
 
-def pairs() -> object:
-    """data.phantoms.pairs by its file: the package around it needs more than there is here."""
-    spec = importlib.util.spec_from_file_location("pairs", ROOT / "data" / "phantoms" / "pairs.py")
+@functools.cache
+def module_of(file: Path) -> object:
+    """A module by its file: two scripts have one name, and the package around a file needs more than there is here."""
+    spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def pairs() -> object:
+    """data.phantoms.pairs."""
+    return module_of(ROOT / "data" / "phantoms" / "pairs.py")
 
 
 def write(path: Path, voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> None:
@@ -105,16 +134,16 @@ def write(path: Path, voxels: np.ndarray, spacing_mm: tuple[float, float, float]
 
 def official(scripts: Path, year: str, task: str, prediction: Path, reference: Path) -> dict[str, dict[str, float]]:
     """The table of the script of a year and a task."""
-    folder = str((scripts / year[-4:]).resolve())
-    if folder not in sys.path:
-        sys.path.insert(0, folder)
+    folder = (scripts / year.removeprefix("brats")).resolve()
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if year == "brats2023":
             module = importlib.import_module("brats_metrics")
             table = module.get_lesion_wise_results(str(prediction), str(reference), f"BraTS-{task}")
         else:
-            module = importlib.import_module(f"metrics_{task.replace('-', '_')}")
+            module = module_of(folder / f"metrics_{task.replace('-', '_')}.py")
             table, _ = module.get_LesionWiseResults(str(prediction), str(reference), f"BraTS-{task}")
     rows = table.to_dict("records")
     return {
@@ -124,30 +153,34 @@ def official(scripts: Path, year: str, task: str, prediction: Path, reference: P
 
 def main() -> None:
     """Run them and write the file."""
-    scripts, out, full = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve(), "--full" in sys.argv[3:]
+    scripts, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
+    full, nsd = "--full" in sys.argv[3:], "--nsd" in sys.argv[3:]
     lesion_pair = pairs().lesion_pair
-    shape, size = (FULL_SHAPE, FULL_SIZE) if full else ((64, 64, 48), 1.0)
+    shape, size = (FULL_SHAPE, FULL_SIZE) if full else (NSD_SHAPE, NSD_SIZE) if nsd else ((64, 64, 48), 1.0)
     results, columns = [], {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        for number, (year, task, seed) in enumerate(FULL if full else plan()):
+        for number, (year, task, seed) in enumerate(FULL if full else plan_nsd() if nsd else plan()):
             files = Path(f"p{number}.nii.gz"), Path(f"r{number}.nii.gz")
             for path, voxels in zip(files, lesion_pair(seed, shape, labels_of(year, task), size), strict=True):
                 write(path, voxels, (1.0, 1.0, 1.0) if full else spacing_of(seed))
             start = time.process_time()
             table = official(scripts, year, task, *files)
             seconds = time.process_time() - start
-            names = columns.setdefault(f"{year} {task}", sorted({name for row in table.values() for name in row}))
-            values = {region: [row[name] for name in names] for region, row in table.items()}
+            kept = {name for row in table.values() for name in row if not nsd or year != "brats2024" or "nsd" in name}
+            names = columns.setdefault(f"{year} {task}", sorted(kept))
+            values = {
+                region: [round(row[name], 9) if nsd else row[name] for name in names] for region, row in table.items()
+            }
             row = {"rules": year, "task": task, "seed": seed, "regions": values}
             results.append({**row, "seconds": seconds} if full else row)
             print(number, year, task, seed, f"{seconds:.1f} s", flush=True)
     packages = ("numpy", "scipy", "pandas", "nibabel", "connected-components-3d", "MedPy")
     head = {
-        "source": "Output of the challenges' own scripts, see bench/official_scores.py; affine diag(-x, -y, z)",
+        "source": SOURCE_NSD if nsd else SOURCE,
         "shape": shape,
         "size": size,
-        "commits": COMMITS,
+        "commits": COMMITS_NSD if nsd else COMMITS,
         "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}},
         "columns": columns,
     }

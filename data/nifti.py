@@ -57,6 +57,8 @@ VOXEL_SIZE_MM: Final = (0.05, 50.0)
 SHARE_STEPS: Final = 65535
 #: In the description of every header, which holds 79 characters.
 _RESEARCH_ONLY: Final = b"Research use only; not a medical device."
+#: By this share pixdim and the affine may differ and still mean one voxel size: both are stored in single precision.
+_PIXDIM_TOLERANCE: Final = 1e-4
 #: Axes may deviate from right angles by this cosine before an affine counts as sheared.
 SHEAR_TOLERANCE: Final = 0.01
 
@@ -75,6 +77,9 @@ class Volume:
     """How many voxels were NaN or infinite in the file and are 0 here."""
     doubt: str | None = None
     """What of the geometry the header leaves open, in words; None where it is plain."""
+    pixdim_mm: Spacing | None = None
+    """The header's own voxel size (pixdim) where the affine has another, which is the one in use; else None. Kept of
+    label maps, since other programs measure by it."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -187,8 +192,9 @@ def read_label_map(path: Path) -> Volume:
     with _reading(path):
         image, shape = _checked(path)
         stored = _byte_voxels(image, path)
+    pixdim_mm = _other_pixdim(image)
     if stored is not None:
-        return Volume(voxels=stored.reshape(shape), affine=_affine(image, path), path=path)
+        return Volume(voxels=stored.reshape(shape), affine=_affine(image, path), path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
@@ -198,7 +204,7 @@ def read_label_map(path: Path) -> Volume:
         raise DataError(
             f"{path}: a label map holds whole numbers from 0 to 255, this file holds others. Is it an image?"
         )
-    return Volume(voxels=labels, affine=volume.affine, path=path)
+    return Volume(voxels=labels, affine=volume.affine, path=path, pixdim_mm=pixdim_mm)
 
 
 def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
@@ -619,6 +625,14 @@ def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[in
     if gap <= FORM_TOLERANCE_MM:
         return None
     return f"its sform and qform are up to {gap:.3g} mm apart; the sform was taken"
+
+
+def _other_pixdim(image: Any) -> Spacing | None:
+    """The voxel size that a header states where it is not that of the affine."""
+    x, y, z = (float(edge) for edge in image.header.get_zooms()[:3])
+    own_mm, used_mm = np.array([x, y, z]), np.array(spacing_of(np.asarray(image.affine, dtype=np.float64)))
+    same = bool((np.abs(own_mm - used_mm) <= _PIXDIM_TOLERANCE * used_mm).all())
+    return None if same else (x, y, z)
 
 
 def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int_]:

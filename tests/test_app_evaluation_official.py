@@ -20,13 +20,14 @@ from app.evaluation.official import score
 from app.evaluation.official.evaluate import evaluate_officially
 from app.evaluation.official.lesions import components, counted, dilated, joined_by, joined_components, touching
 from app.evaluation.official.rules import rules_for
-from app.evaluation.official.score import OfficialScores, official_scores
+from app.evaluation.official.score import OfficialScores, border_dice, official_scores
 from data.errors import DataError
-from data.labels import BRATS2024, BRATS2024_PED, decode_tissues
+from data.labels import BRATS2024, BRATS2024_PED, CAVITY, decode_tissues
 from data.phantoms.pairs import lesion_pair
 
 FOLDER = Path(__file__).parent / "golden"
 GOLDEN = json.loads((FOLDER / "official_scores.json").read_text(encoding="utf-8"))
+NSD = json.loads((FOLDER / "official_nsd.json").read_text(encoding="utf-8"))
 TABLE = json.loads((FOLDER / "official_table.json").read_text(encoding="utf-8"))
 MM = (1.0, 1.0, 1.0)
 SPACINGS = (MM, MM, MM, (0.75, 1.5, 2.0))
@@ -36,8 +37,8 @@ LABELS = {"PED": (1, 2, 3, 4), "MEN-RT": (1,)}
 def scores_of(row: Mapping[str, Any], golden: Mapping[str, Any], spacing_mm: tuple[float, float, float]) -> Any:
     """Region by region, the number of every column of the golden file."""
     year, task = row["rules"], row["task"]
-    of_2024 = (1, 2, 3, 4) if task == "GLI" else LABELS.get(task, (1, 2, 3))
-    labels = of_2024 if year == "brats2024" else (1, 2, 3)
+    of_2024 = (1, 2, 3, 4) if task == "GLI" or year == "brats2024-f1131e3" else LABELS.get(task, (1, 2, 3))
+    labels = (1, 2, 3) if year == "brats2023" else of_2024
     convention = BRATS2024_PED if (year, task) == ("brats2024", "PED") else BRATS2024
     pair = lesion_pair(row["seed"], tuple(golden["shape"]), labels, golden["size"])
     prediction, reference = (decode_tissues(side, convention) for side in pair)
@@ -46,11 +47,11 @@ def scores_of(row: Mapping[str, Any], golden: Mapping[str, Any], spacing_mm: tup
     return {region: [getattr(found, column) for column in columns] for region, found in scores.items()}
 
 
-def require_equal(row: Mapping[str, Any], golden: Mapping[str, Any], spacing_mm: tuple[float, float, float]) -> None:
-    found = scores_of(row, golden, spacing_mm)
+def require_equal(row: Mapping[str, Any], golden: Mapping[str, Any], within: float = 1e-9) -> None:
+    found = scores_of(row, golden, SPACINGS[row["seed"] % 4])
     assert list(found) == list(row["regions"])
     for region, expected in row["regions"].items():
-        assert found[region] == pytest.approx(expected, abs=1e-9), (row["rules"], row["task"], row["seed"], region)
+        assert found[region] == pytest.approx(expected, abs=within), (row["rules"], row["task"], row["seed"], region)
 
 
 @pytest.mark.parametrize("part", [0, *(pytest.param(part, marks=pytest.mark.slow) for part in range(1, 8))])
@@ -58,7 +59,15 @@ def test_200_random_pairs_have_the_scores_of_the_official_scripts(part: int) -> 
     rows = GOLDEN["pairs"][part::8]
     assert len(rows) == 25
     for row in rows:
-        require_equal(row, GOLDEN, SPACINGS[row["seed"] % 4])
+        require_equal(row, GOLDEN)
+
+
+@pytest.mark.parametrize("rules", NSD["columns"])
+def test_100_more_pairs_have_the_surface_dice_of_the_official_scripts(rules: str) -> None:
+    rows = [row for row in NSD["pairs"] if f"{row['rules']} {row['task']}" == rules]
+    assert len(rows) == 100
+    for row in rows:
+        require_equal(row, NSD, within=1e-6)  # written with nine decimals
 
 
 @pytest.mark.parametrize("year", ["brats2023", "brats2024"])
@@ -134,8 +143,38 @@ def test_a_task_that_the_year_has_not_is_refused_with_those_it_has() -> None:
 
 
 def test_a_year_without_rules_is_refused() -> None:
-    with pytest.raises(DataError, match="brats2023 and brats2024"):
+    with pytest.raises(DataError, match="brats2023, brats2024, brats2024-f1131e3"):
         rules_for("brats2019", "GLI")
+
+
+def test_the_later_script_of_met_scores_the_cavity_and_penalises_by_the_diagonal() -> None:
+    reference, prediction = np.zeros((2, 30, 40, 50), dtype=np.uint8)
+    reference[5:9, 5:9, 5:9], prediction[5:9, 5:9, 5:9], reference[20:24, 20:24, 20:24] = 3, 3, CAVITY
+    later = official_scores(prediction, reference, MM, rules_for("brats2024-f1131e3", "MET"))
+    assert list(later) == ["WT", "TC", "ET", "RC"]
+    assert (later["RC"].lesion_hd95_mm, later["RC"].hd95_mm) == pytest.approx((5000**0.5, 5000**0.5))
+    assert "RC" not in official_scores(prediction, reference, MM, rules_for("brats2024", "MET"))
+
+
+def test_met_is_scored_as_in_the_challenge_unless_the_later_script_is_asked_for() -> None:
+    assert rules_for("brats2024", "MET").penalty_mm == 374.0
+    with pytest.raises(DataError, match=r"brats2024-f1131e3 has MET\. Give"):
+        rules_for("brats2024-f1131e3", "GLI")
+
+
+def test_every_task_of_2024_has_the_surface_dice_and_none_of_2023() -> None:
+    codes = decode_tissues(lesion_pair(5, labels=(1,))[1], BRATS2024)
+    for year, task, has in (("brats2024", "MEN-RT", True), ("brats2024", "SSA", True), ("brats2023", "SSA", False)):
+        for found in official_scores(codes, codes, MM, rules_for(year, task)).values():
+            assert (found.nsd_10 is not None) == (found.lesion_nsd_05 is not None) == has
+
+
+def test_a_surface_half_a_millimetre_off_agrees_at_half_a_millimetre() -> None:
+    reference, prediction = np.zeros((2, 20, 20, 20), dtype=np.bool_)
+    reference[5:10, 5:10, 5:10] = prediction[6:11, 5:10, 5:10] = True
+    half, whole = border_dice(prediction, reference, (0.5, 2.0, 2.0), (0.5, 1.0))
+    assert half == pytest.approx(whole) == pytest.approx(1)  # all lie within the one step of 0.5 mm
+    assert border_dice(prediction, reference, (1.5, 2.0, 2.0), (0.5, 1.0))[1] < 1
 
 
 @pytest.fixture
@@ -180,6 +219,47 @@ def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Pat
     evaluation = evaluate_officially(*sides, rules_for("brats2024", "MEN-RT"))
     assert [case.case for case in evaluation.cases] == ["BraTS2021_00002"]
     assert "MEN-RT hold 0 and 1" in evaluation.failures["BraTS2021_00001"]
+
+
+def with_pixdim(sides: tuple[Path, Path], edge_mm: float, which: int) -> None:
+    """Give a label map of one side a header that says another voxel size than its affine."""
+    path = sides[which] / "BraTS2021_00001.nii.gz"
+    image = nib.nifti1.Nifti1Image.from_filename(path)
+    image.set_sform(image.affine, code=1)
+    image.set_qform(None, code=0)
+    image.header["pixdim"][3] = edge_mm
+    nib.loadsave.save(image, path)
+    assert nib.nifti1.Nifti1Image.from_filename(path).header.get_zooms()[2] == edge_mm
+
+
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any], side: int
+) -> None:
+    common = ("evaluate", *sides, "--rules", "brats2023", "--labels", "brats2023,brats2021", "--json")
+    before = json.loads(znormseg(*common).out)
+    with_pixdim(sides, 3.0, side)
+    done = znormseg(*common)
+    after = json.loads(done.out)
+    assert after["cases"] == before["cases"]
+    assert after["pixdim_not_followed_mm"] == {"BraTS2021_00001": [1.0, 1.0, 3.0]}
+    assert "BraTS2021_00001 pixdim is 1 x 1 x 3 mm. The affine is followed" in done.err
+
+
+def test_a_pixdim_rounded_to_single_precision_is_no_other(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any]
+) -> None:
+    with_pixdim(sides, float(np.float32(1 + 1e-6)), 0)
+    done = znormseg("evaluate", *sides, "--labels", "brats2023,brats2021")
+    assert done.code == 0
+    assert "pixdim" not in done.err
+
+
+def test_without_rules_another_pixdim_is_warned_of_as_well(
+    sides: tuple[Path, Path], znormseg: Callable[..., Any]
+) -> None:
+    with_pixdim(sides, 0.5, 1)
+    assert "1 x 1 x 0.5 mm" in znormseg("evaluate", *sides, "--labels", "brats2023,brats2021").err
 
 
 @pytest.mark.parametrize("flags", [["--task", "PED"], ["--rules", "brats2023", "--resample"]])
@@ -229,6 +309,25 @@ def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg
     assert "predicted lesions that touch none of the reference: WT 1, TC 1, ET 1" in shown
     assert "lesions of the reference that were missed: WT 1, TC 1, ET 1" in shown
     assert "each has Dice 0 and HD95 374 mm" in shown
+
+
+@pytest.mark.parametrize(
+    ("rules", "task", "said"),
+    [
+        ("brats2024-f1131e3", "MET", "each has Dice 0 and as HD95 the diagonal of the grid in voxels"),
+        ("brats2024", "MEN-RT", "each missed one has Dice 0 and as HD95 the diagonal"),
+    ],
+)
+def test_the_terminal_says_that_the_penalty_is_the_diagonal(
+    tmp_path: Path, znormseg: Callable[..., Any], rules: str, task: str, said: str
+) -> None:
+    for side, place in (("predicted", 4), ("expected", 24)):
+        voxels = np.zeros((36, 20, 20), dtype=np.uint8)
+        voxels[place : place + 6, 4:10, 4:10] = 1
+        (tmp_path / side).mkdir()
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / side / "a.nii.gz")
+    words = ["evaluate", tmp_path / "predicted", tmp_path / "expected", "--rules", rules, "--task", task]
+    assert said in znormseg(*words, "--labels", "brats2023").out
 
 
 def test_the_rules_of_earlier_years_are_said_to_be_those_without_the_option() -> None:

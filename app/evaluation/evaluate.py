@@ -28,10 +28,20 @@ from app.evaluation.metrics import (
 from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
+from app.progress import LOG
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values, values_in
 from data.layouts import Case, decide_for, find_label_cases
-from data.nifti import Volume, grid_difference, in_order_of, read_label_map, reorient, replacing, strip_nifti_ending
+from data.nifti import (
+    Spacing,
+    Volume,
+    grid_difference,
+    in_order_of,
+    read_label_map,
+    reorient,
+    replacing,
+    strip_nifti_ending,
+)
 from data.preprocess import resample_codes_onto, smallest_box
 
 #: What is known of each region beside :data:`METRICS` where there are probabilities.
@@ -242,6 +252,9 @@ class Folders:
     """Why a case that has both cannot be read, by case id."""
     read: Callable[[Path], Volume]
     """Reads one of the label maps, or gives it again; see :class:`LabelMapsOnce`."""
+    pixdim_mm: Mapping[str, Spacing]
+    """The voxel size in the header of the prediction (else of the reference) where the affine has another and is
+    followed, by id of the cases that have both."""
 
     @property
     def common(self) -> list[str]:
@@ -268,6 +281,8 @@ def match(
 ) -> Folders:
     """Find the label maps of both folders and decide what their numbers mean.
 
+    A header whose voxel size is not that of its affine is warned of: the affine is followed.
+
     Args:
         predictions: folder of predicted label maps.
         references: folder of reference label maps.
@@ -290,6 +305,14 @@ def match(
     )
     prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0], maps)
     reference_convention, reference_faults = _survey(references, expected_cases, labels[1], maps)
+    common = sorted(predicted.keys() & expected)
+    pixdim_mm = {
+        case: stated_mm
+        for case in common
+        if (stated_mm := maps.pixdim_mm.get(predicted[case]) or maps.pixdim_mm.get(expected[case])) is not None
+    }
+    if pixdim_mm:
+        LOG.warning(_about_pixdim(pixdim_mm))
     return Folders(
         predicted=predicted,
         expected=expected,
@@ -297,6 +320,17 @@ def match(
         reference_convention=reference_convention,
         faults=reference_faults | prediction_faults,
         read=maps.give,
+        pixdim_mm=pixdim_mm,
+    )
+
+
+def _about_pixdim(pixdim_mm: Mapping[str, Spacing]) -> str:
+    """The warning of headers that state two voxel sizes."""
+    first, (x, y, z) = next(iter(pixdim_mm.items()))
+    return (
+        f"the voxel size in the header (pixdim) is not that of the affine: {_some(pixdim_mm)}; in {first} pixdim is "
+        f"{x:g} x {y:g} x {z:g} mm. The affine is followed. Programs that follow pixdim, such as the scripts of BraTS "
+        "2023 and of MEN 2024, give other distances and volumes."
     )
 
 
@@ -315,6 +349,8 @@ class LabelMapsOnce:
         """
         self._paths, self._room_bytes, self._lock = paths, room_bytes, Lock()
         self._kept: dict[Path, tuple[Volume, tuple[slice, slice, slice], tuple[int, ...]]] = {}
+        #: The voxel size in the header of each label map read whose affine has another.
+        self.pixdim_mm: dict[Path, Spacing] = {}
 
     def values(self, path: Path) -> set[int]:
         """The numbers in a label map.
@@ -323,6 +359,9 @@ class LabelMapsOnce:
             DataError: as :func:`data.nifti.read_label_map`.
         """
         volume = read_label_map(path)
+        if volume.pixdim_mm is not None:
+            with self._lock:
+                self.pixdim_mm[path] = volume.pixdim_mm
         mask = volume.voxels != 0
         if not mask.any():
             return {0}
@@ -572,7 +611,7 @@ def _parallel(
     return results
 
 
-def _some(label_maps: dict[str, Path]) -> str:
+def _some(ids: Collection[str]) -> str:
     """The first few case ids: ``a, b, c and 7 more``."""
-    shown = ", ".join(list(label_maps)[:_SHOWN])
-    return shown if len(label_maps) <= _SHOWN else f"{shown} and {len(label_maps) - _SHOWN} more"
+    shown = ", ".join(list(ids)[:_SHOWN])
+    return shown if len(ids) <= _SHOWN else f"{shown} and {len(ids) - _SHOWN} more"

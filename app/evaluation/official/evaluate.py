@@ -87,6 +87,7 @@ class OfficialEvaluation:
             "missing_predictions": list(self.folders.missing_predictions),
             "missing_references": list(self.folders.missing_references),
             "failures": dict(self.failures),
+            "pixdim_not_followed_mm": {case: list(edges) for case, edges in self.folders.pixdim_mm.items()},
             "prediction_convention": self.folders.prediction_convention.name,
             "reference_convention": self.folders.reference_convention.name,
         }
@@ -178,8 +179,11 @@ def remarks(evaluation: OfficialEvaluation) -> list[str]:
         said.append(f"predicted lesions that touch none of the reference: {_counts(invented)}")
     if missed:
         said.append(f"lesions of the reference that were missed: {_counts(missed)}")
-    if (invented or missed) and evaluation.rules.penalty_mm is not None:
-        said.append(f"each has Dice 0 and HD95 {evaluation.rules.penalty_mm:g} mm in these means")
+    counted = evaluation.rules.counts_invented
+    if missed or (invented and counted):
+        penalty = evaluation.rules.penalty_mm
+        hd95 = "as HD95 the diagonal of the grid in voxels" if penalty is None else f"HD95 {penalty:g} mm"
+        said.append(f"{'each' if counted else 'each missed one'} has Dice 0 and {hd95} in these means")
     return said
 
 

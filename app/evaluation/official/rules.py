@@ -1,8 +1,9 @@
 """What the scripts of the challenges count as a lesion, by year and task: data, no computation.
 
 Sources: rachitsaluja/BraTS-2023-Metrics, brats_metrics.py at 0c603fc, and rachitsaluja/BraTS-2024-Metrics,
-metrics_GLI.py and metrics_MEN.py at 9e8879a, metrics_PED.py at 7fa0b9e, metrics_SSA.py at f61f7de, metrics_MET.py at
-b04e5a0, metrics_MEN_RT.py at bc6308f.
+metrics_GLI.py, metrics_MEN.py, metrics_PED.py and metrics_MEN_RT.py at 9e8879a, which adds the surface Dice to those of
+the challenge, metrics_SSA.py at f61f7de, metrics_MET.py at b04e5a0; what their later version f1131e3 changes, by
+comparison of its numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Final, Literal
 from data.errors import DataError
 from data.labels import CAVITY, CYST, ENHANCING, NECROSIS, OEDEMA
 
-Year = Literal["brats2023", "brats2024"]
+Year = Literal["brats2023", "brats2024", "brats2024-f1131e3"]
 Task = Literal["GLI", "PED", "SSA", "MEN", "MET", "MEN-RT"]
 
 
@@ -40,7 +41,7 @@ class Rules:
     """How one task of one year is scored."""
 
     year: Year
-    """``brats2023`` or ``brats2024``."""
+    """``brats2023`` or ``brats2024``; with a commit the later version of a script, where its numbers differ."""
     task: Task
     """Name of the task, e.g. ``GLI``."""
     regions: tuple[RegionRule, ...]
@@ -54,8 +55,8 @@ class Rules:
     """Whether predicted lesions are dropped by volume in mm^3 (MEN-RT); else by voxels."""
     counts_invented: bool = True
     """Whether invented lesions lower the lesion-wise means; MEN-RT leaves them out."""
-    surface_dice: bool = False
-    """Whether the script gives normalised surface Dice at 0.5 and 1 mm."""
+    surface_dice: bool = True
+    """Whether the script gives normalised surface Dice at 0.5 and 1 mm, as those of 2024 do."""
     least_denominator: float = 2.2250738585072014e-308
     """Added to the denominators of sensitivity and specificity; default the smallest normal float."""
 
@@ -113,6 +114,7 @@ def _of_2023(task: Task, dilation: int, threshold_mm3: float) -> Rules:
         task=task,
         regions=_three(dilation, threshold_mm3),
         joined_predictions=False,
+        surface_dice=False,
         least_denominator=2.220446049250313e-16,
     )
 
@@ -123,10 +125,10 @@ _ALL: Final = (
     _of_2023("SSA", 3, 50),
     _of_2023("MEN", 1, 50),
     _of_2023("MET", 1, 2),
-    Rules(year="brats2024", task="GLI", regions=_gli_2024(), penalty_mm=337.0, surface_dice=True),
+    Rules(year="brats2024", task="GLI", regions=_gli_2024(), penalty_mm=337.0),
     Rules(year="brats2024", task="PED", regions=_ped_2024()),
     Rules(year="brats2024", task="SSA", regions=_three(3, 50, joined=True)),
-    Rules(year="brats2024", task="MEN", regions=_three(1, 50), joined_predictions=False, surface_dice=True),
+    Rules(year="brats2024", task="MEN", regions=_three(1, 50), joined_predictions=False),
     Rules(year="brats2024", task="MET", regions=_three(1, 2, joined=True)),
     Rules(
         year="brats2024",
@@ -135,6 +137,15 @@ _ALL: Final = (
         penalty_mm=None,
         least_in_mm3=True,
         counts_invented=False,
+    ),
+    Rules(
+        year="brats2024-f1131e3",
+        task="MET",
+        regions=(
+            *_three(1, 2, joined=True),
+            RegionRule(name="RC", tissues=(CAVITY,), dilation=1, threshold_mm3=2),
+        ),
+        penalty_mm=None,
     ),
 )
 
@@ -152,7 +163,7 @@ def rules_for(year: str, task: str) -> Rules:
     years = tuple(dict.fromkeys(rules.year for rules in _ALL))
     if year not in years:
         raise DataError(
-            f"--rules {year}: there are the rules of {' and '.join(years)}. Give one of them; whole regions, as "
+            f"--rules {year}: there are the rules of {', '.join(years)}. Give one of them; whole regions, as "
             "up to 2022, are scored without --rules."
         )
     tasks = {rules.task: rules for rules in _ALL if rules.year == year}

@@ -59,7 +59,7 @@ class OfficialScores:
     reference_volume_mm3: float
     """Volume of the region in the reference, in mm^3."""
     nsd_05: float | None = None
-    """Normalised surface Dice at 0.5 mm of the whole region; None where the script has none."""
+    """Normalised surface Dice at 0.5 mm of the whole region; None in 2023, where the script has none."""
     nsd_10: float | None = None
     """At 1 mm."""
     lesion_nsd_05: float | None = None
@@ -206,7 +206,7 @@ class _Case:
     def _nsd(self, prediction: Mask, reference: Mask) -> tuple[float, ...]:
         if not self.rules.surface_dice:
             return ()
-        return tuple(border_dice(prediction, reference, self.spacing_mm, tolerance) for tolerance in TOLERANCES_MM)
+        return border_dice(prediction, reference, self.spacing_mm, TOLERANCES_MM)
 
     def _whole(self, rule: RegionRule, predicted: Lesions, expected: Lesions) -> _Whole:
         if self.rules.joined_predictions:
@@ -255,7 +255,9 @@ class _Whole:
     nsd: tuple[float, ...]
 
 
-def border_dice(prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float) -> float:
+def border_dice(
+    prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerances_mm: tuple[float, ...]
+) -> tuple[float, ...]:
     """Normalised surface Dice as nnU-Net and MedPy have it: on border voxels, each counted alike.
 
     A voxel is of the border when one of its six neighbours is outside. This is not the area-weighted surface Dice of
@@ -265,29 +267,33 @@ def border_dice(prediction: Mask, reference: Mask, spacing_mm: Spacing, toleranc
         prediction: shape (X, Y, Z), some voxel marked.
         reference: same shape, some voxel marked.
         spacing_mm: voxel edge lengths in mm.
-        tolerance_mm: distances up to it count as agreement.
+        tolerances_mm: distances up to each of them count as agreement.
 
     Returns:
-        0 to 1 less 5e-9: the original adds 1e-8 to the denominator.
+        for each tolerance 0 to 1 less 5e-9: the original adds 1e-8 to the denominator.
     """
-    borders = [
-        np.pad(mask ^ ndimage.binary_erosion(mask), _reach(spacing_mm, tolerance_mm))
-        for mask in (prediction, reference)
-    ]
-    close = [_within(border, spacing_mm, tolerance_mm) for border in borders]
-    shares = [np.count_nonzero(a & b) / np.count_nonzero(a) for a, b in zip(borders, reversed(close), strict=True)]
-    return float(sum(shares) / (2 + 1e-8))
+    reach = [(math.floor(max(tolerances_mm) / edge),) * 2 for edge in spacing_mm]
+    first, second = (np.pad(_border(mask), reach) for mask in (prediction, reference))
+    sizes = np.count_nonzero(first), np.count_nonzero(second)
+    found = []
+    for tolerance_mm in tolerances_mm:
+        pairs = (first, _within(second, spacing_mm, tolerance_mm)), (second, _within(first, spacing_mm, tolerance_mm))
+        shares = [np.count_nonzero(border & near) / size for (border, near), size in zip(pairs, sizes, strict=True)]
+        found.append(float(sum(shares) / (2 + 1e-8)))
+    return tuple(found)
 
 
-def _reach(spacing_mm: Spacing, tolerance_mm: float) -> list[tuple[int, int]]:
-    """Voxels along each axis, before and after, that a tolerance spans."""
-    return [(math.floor(tolerance_mm / edge),) * 2 for edge in spacing_mm]
+def _border(mask: Mask) -> Mask:
+    """The voxels of a mask of which one of the six neighbours is outside; beyond the grid is outside."""
+    border: Mask = mask ^ ndimage.binary_erosion(mask)
+    return border
 
 
 def _within(border: Mask, spacing_mm: Spacing, tolerance_mm: float) -> Mask:
-    """Voxels that lie within a tolerance of a border, which has :func:`_reach` around it."""
+    """Voxels that lie within a tolerance of a border, which has background that far around it."""
     close = border.copy()
-    for step in itertools.product(*(range(-before, after + 1) for before, after in _reach(spacing_mm, tolerance_mm))):
+    reach = [math.floor(tolerance_mm / edge) for edge in spacing_mm]
+    for step in itertools.product(*(range(-voxels, voxels + 1) for voxels in reach)):
         if math.sqrt(sum((n * edge) ** 2 for n, edge in zip(step, spacing_mm, strict=True))) <= tolerance_mm:
             close |= np.roll(border, step, axis=(0, 1, 2))
     return close
