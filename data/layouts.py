@@ -136,7 +136,9 @@ class Case:
             problems = tuple(problem for problem in problems if problem not in absent)
         problems = problems or tuple(_id_problems(self.id))
         if problems:
-            name = self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
+            name = (
+                self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
+            )
             raise DataError(f"case {name}: " + "; ".join(problems))
         return self
 
@@ -548,9 +550,10 @@ def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) ->
         return []
     if not unrecognised:
         return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
+    wanted = absent[0]
     return [
-        f"contrast {', '.join(absent)} is missing, and nothing tells the contrast of {_some(unrecognised)}. If it is one "
-        f"of these, rename it: a file ends in _{absent[0]}, a column or a channel is named {absent[0]}; or state the "
+        f"contrast {', '.join(absent)} is missing, and nothing tells the contrast of {_some(unrecognised)}. If it is "
+        f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
         "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
     ]
 

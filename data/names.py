@@ -113,10 +113,10 @@ class FileName:
 
 
 def composed(name: str) -> str:
-    """A name in the composed Unicode form (NFC), by which names are compared; macOS hands out the decomposed one.
+    r"""A name in the composed Unicode form (NFC), by which names are compared; macOS hands out the decomposed one.
 
     Example:
-        >>> composed("Jose\\u0301") == "Jos\\u00e9"
+        >>> composed("Jose\u0301") == "Jos\u00e9"
         True
     """
     return unicodedata.normalize("NFC", name)

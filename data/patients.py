@@ -89,8 +89,15 @@ def patient_of(case_id: str) -> str:
     return case_id
 
 
+def patient_by_older_versions(case_id: str) -> str:
+    """The patient as versions before 2026-12 told it: comparisons that were begun with them go on with their parts."""
+    patterns = (r"(BraTS-[A-Z]+(?:-RT)?-\d+)-\d+", r"(Brats1[789]_.+)_\d+", r"(UCSF-PDGM-\d+)_FU\d+d")
+    matches = (re.fullmatch(pattern, case_id, re.IGNORECASE) for pattern in patterns)
+    return next((match[1] for match in matches if match is not None), case_id)
+
+
 def grouped_by_words(case_ids: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Cases by patient where a word or a date in their ids makes them visits of one, not the naming of a known data set.
+    """Cases by patient where a word or a date in their ids makes them visits, not the naming of a known data set.
 
     Example:
         >>> grouped_by_words(["P7_tp1", "P7_tp2", "P8_tp1", "sub-01_ses-1", "sub-01_ses-2"])

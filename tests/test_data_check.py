@@ -48,6 +48,7 @@ def test_a_clean_case_is_described(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     assert checked(tmp_path)["a"] == CheckedCase(
         case="a",
+        patient="a",
         contrasts=("t1", "t1c", "t2", "flair"),
         shape=(8, 8, 7),
         spacing_mm=(1.0, 1.0, 2.0),
