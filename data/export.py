@@ -37,6 +37,7 @@ from data.nifti import (
     write_image,
     write_label_map,
 )
+from data.partial import partial_name
 
 Layout = Literal["nnunet", "msd", "csv"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
@@ -357,7 +358,7 @@ def _require_place(root: Path, out: Path) -> None:
 def _folder_when_complete(out: Path) -> Iterator[Path]:
     """Give a folder beside ``out`` to write to; it becomes ``out`` when the block ends well, else it goes."""
     place = out.resolve()
-    beside = place.with_name(f".partial-{os.getpid()}-{place.name}")
+    beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
     try:
         with naming_the_place(out):
             beside.mkdir(parents=True)

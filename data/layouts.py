@@ -42,6 +42,7 @@ from data.labels import (
 )
 from data.names import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
 from data.nifti import nifti_files, read_label_map, strip_nifti_ending
+from data.partial import MOST_NAME_BYTES
 from data.patients import patient_of, possible_visits
 from data.presence import missing_contrasts, reference_contrast
 
@@ -68,8 +69,6 @@ NAMING_RULES: Final = (
 #: Endings that tell the year also where a case has no folder of its own; t1c, t2w and flair are used by everybody.
 _TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
-#: What Linux, macOS and Windows take as the name of one file (macOS and Windows count otherwise, and take no less).
-MOST_NAME_BYTES: Final = 255
 MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
 _LONGEST_SHOWN: Final = 80
 _SHOWN: Final = 6

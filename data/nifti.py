@@ -29,6 +29,7 @@ from nibabel.volumeutils import apply_read_scaling
 from zlib_ng import gzip_ng, zlib_ng
 
 from data.errors import DataError
+from data.partial import partial_name
 
 Spacing = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
@@ -355,7 +356,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     place = path.resolve()
-    beside = place.with_name(f"{partial_prefix(os.getpid())}{place.name}")
+    beside = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
     try:
         with naming_the_place(path):
             yield beside

@@ -18,7 +18,7 @@ from app.inference.flags import Facts, Flag, flags_of
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps, most_voxels_ahead
-from app.inference.predict import finish, place_for, unusual_contrasts, write_companions
+from app.inference.predict import asked_for, finish, place_for, unusual_contrasts, write_companions
 from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import Companion, ShareSteps, Trust, companions, measure, nested
@@ -111,7 +111,7 @@ def native_steps(
     """The three parts of each case for an engine: read the scans, bring in and predict, write."""
 
     def read(case: Case) -> _Read:
-        place_for(case, output)
+        place_for(case, output, asked_for(options))
         began = time.monotonic()
         native = read_native(replace(case, label=None), nan_to_zero=options.nan_to_zero)
         return _Read(case=case, native=native, seconds=time.monotonic() - began)
