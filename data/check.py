@@ -28,7 +28,7 @@ from data.findings.finding import Finding, Kind, problem_from
 from data.findings.labels import LabelDigest, digest_labels, judge_labels
 from data.findings.volume import judge_volume
 from data.labels import CONTRASTS, Contrast
-from data.layouts import Case, decide_for, find_cases, look_like_visits, patients_of
+from data.layouts import Case, decide_for, find_cases, look_like_visits, misnamed_files, patients_of
 from data.nifti import Volume, in_order_of, read_grid, read_label_map, read_volume
 from data.patients import grouped_by_words
 
@@ -177,6 +177,7 @@ def check_case(case: Case) -> CheckedCase:
 
 def _look(case: Case) -> tuple[CheckedCase, Prints]:
     findings = [problem_from(text, kind=_kind_of(text)) for text in case.problems]
+    findings += [replace(problem_from(text, kind="names and links"), severity="note") for text in misnamed_files(case)]
     seen, nonzero, unread = _read_contrasts(case)
     findings += unread
     for contrast, one in seen.items():

@@ -30,6 +30,7 @@ from data.nifti import (
     Volume,
     grid_difference,
     in_order_of,
+    is_compressed,
     naming_the_place,
     read_grid,
     read_label_map,
@@ -324,7 +325,7 @@ def _store(case: Case, contrast: Contrast, path: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a NIfTI file to a compressed one, byte by byte where it is compressed already."""
-    if source.name.lower().endswith(".gz"):
+    if is_compressed(source):
         shutil.copyfile(source, target)
         return
     # Without name and time the same file is compressed to the same bytes.

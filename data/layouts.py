@@ -12,6 +12,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -41,7 +42,7 @@ from data.labels import (
     written_convention,
 )
 from data.names import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
-from data.nifti import nifti_files, read_label_map, strip_nifti_ending
+from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
 from data.partial import MOST_NAME_BYTES
 from data.patients import patient_of, possible_visits
 from data.presence import missing_contrasts, reference_contrast
@@ -55,6 +56,7 @@ __all__ = [
     "find_label_cases",
     "find_label_maps",
     "look_like_visits",
+    "misnamed_files",
     "patient_of",
     "patients_of",
 ]
@@ -180,6 +182,18 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
 def patients_of(cases: Iterable[Case]) -> dict[str, str]:
     """The patient of every case, by case id."""
     return {case.id: case.patient for case in cases}
+
+
+def misnamed_files(case: Case) -> list[str]:
+    """One sentence for each file of a case whose name says otherwise than its content whether it is compressed."""
+    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
+    found = []
+    for path in dict.fromkeys(files):
+        with suppress(OSError):  # said when it is read
+            if (what := name_misleads(path)) is not None:
+                ending = ".nii.gz" if is_compressed(path) else ".nii"
+                found.append(f"{path.name} is {what}; it is read by its content. Rename it to end in {ending}")
+    return found
 
 
 def look_like_visits(cases: Collection[Case]) -> tuple[tuple[str, ...], ...]:

@@ -40,7 +40,7 @@ from app.severalruns import (
     require_place,
     start_or_resume,
 )
-from app.training.material import tell_of_patients
+from app.training.material import tell_of_names, tell_of_patients
 from app.training.train import TrainResult
 from data.cache import CaseFolder
 from data.errors import DataError
@@ -105,6 +105,7 @@ def make_runs(
     if split_file is None:
         parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))
     tell_of_patients(cases.values(), (parts.train, parts.validation, parts.test))
+    tell_of_names(used)
     with locked(out):
         settled = {} if labels is None else {"labels": convention_named(labels).name}
         _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})

@@ -27,7 +27,7 @@ from app.errors import ConfigError, RunError
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runlog import read_json, write_json
 from app.severalruns import differences, json_object, require_labels
-from app.training.material import split_on_record, tell_of_patients
+from app.training.material import split_on_record, tell_of_names, tell_of_patients
 from data.errors import DataError
 from data.labels import CONVENTIONS, LabelConvention
 from data.layouts import Case, decide_for, find_cases, patients_of
@@ -128,6 +128,7 @@ def deal(
         tumours = tumours_of(cases, held, convention)
         splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
     tell_of_patients(cases.values(), [split.validation for split in splits])
+    tell_of_names(cases.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(

@@ -31,7 +31,7 @@ from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
 from data.labels import Contrast, encode, from_regions, to_regions
-from data.layouts import Case, find_cases
+from data.layouts import Case, find_cases, misnamed_files
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
 
@@ -113,6 +113,8 @@ def native_steps(
     def read(case: Case) -> _Read:
         place_for(case, output, asked_for(options))
         began = time.monotonic()
+        for text in misnamed_files(replace(case, label=None)):
+            LOG.warning("case %s: %s", case.id, text)
         native = read_native(replace(case, label=None), nan_to_zero=options.nan_to_zero)
         return _Read(case=case, native=native, seconds=time.monotonic() - began)
 

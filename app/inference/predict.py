@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime, versions
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, encode, from_regions, to_regions
-from data.layouts import Case
+from data.layouts import Case, misnamed_files
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
 from data.partial import most_name_bytes
 from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
@@ -133,6 +133,8 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
     if absent := missing_contrasts(prepared.present):
         hint = f"; nothing tells the contrast of {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
         LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
+    for text in misnamed_files(replace(case, label=None)):
+        LOG.warning("case %s: %s", case.id, text)
     for contrast, count in prepared.zeroed.items():
         LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
     return PreparedCase(case=case, prepared=prepared, options=options, seconds=time.monotonic() - began)

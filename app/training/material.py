@@ -13,7 +13,7 @@ from app.inference.known import INTENSITIES_FILE
 from app.progress import LOG
 from app.runlog import read_json, write_json
 from data.errors import DataError
-from data.layouts import Case, find_cases, look_like_visits, patients_of
+from data.layouts import Case, find_cases, look_like_visits, misnamed_files, patients_of
 from data.loaders import CachedCase
 from data.names import composed
 from data.nifti import Spacing, canonical_spacing, read_grid
@@ -80,6 +80,13 @@ def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]
             "keep their cases together with --split.",
             _some_groups([", ".join(ids) for ids in maybe]),
         )
+
+
+def tell_of_names(cases: Collection[Case]) -> None:
+    """Log a warning where the names of files say otherwise than their content whether they are compressed."""
+    found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
+    if found:
+        LOG.warning("%s", _some_groups(found))
 
 
 def _some_groups(groups: Sequence[str]) -> str:

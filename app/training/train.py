@@ -48,6 +48,7 @@ from app.training.material import (
     require_same_labels,
     spacing_of,
     split_on_record,
+    tell_of_names,
     tell_of_patients,
 )
 from app.training.state import State, new_state, restore, to_checkpoint
@@ -162,6 +163,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
         split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
     if not split_is_judged:
         tell_of_patients(cases.values(), (split.train, split.validation))
+        tell_of_names([cases[case_id] for case_id in (*split.train, *split.validation)])
     spacing_mm = spacing_of(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with _locked(run, world), _opened(store, run) as opened:
