@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import metadata
@@ -108,6 +109,8 @@ def options(
 def run() -> None:
     """Entry point of the console script."""
     share_processors()
+    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name that the terminal cannot show stops no result
+        sys.stdout.reconfigure(errors="backslashreplace")
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)
