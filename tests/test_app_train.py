@@ -428,7 +428,10 @@ def test_a_fold_validates_on_its_own_cases(
     assert ended.code == 0
     cases = {case.id: case for case in find_cases(phantoms)}
     tumours = tumours_of(cases, read_label_maps(cases.values()), BRATS2021)
-    assert read(tmp_path / "run" / "split.json") == stratified_split(tumours, fold or 0).to_json()
+    assert (
+        read(tmp_path / "run" / "split.json")
+        == stratified_split(tumours, {case_id: case_id for case_id in cases}, fold or 0).to_json()
+    )
 
 
 def test_training_on_every_case_validates_on_none_and_can_predict(

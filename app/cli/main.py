@@ -109,8 +109,9 @@ def options(
 def run() -> None:
     """Entry point of the console script."""
     share_processors()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # as stderr: a name that the terminal cannot show stops no result
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show stops no result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)
