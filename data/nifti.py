@@ -26,6 +26,7 @@ from nibabel import orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
+from nibabel.wrapstruct import WrapStructError
 from zlib_ng import gzip_ng, zlib_ng
 
 from data.errors import DataError
@@ -463,11 +464,12 @@ def name_misleads(path: Path) -> str | None:
     Raises:
         OSError: it cannot be opened.
     """
-    if is_compressed(path) == path.name.lower().endswith(".gz"):
+    if strip_nifti_ending(path.name) is None or is_compressed(path) == path.name.lower().endswith(".gz"):
         return None
     if is_compressed(path):
         return "compressed by gzip, though its name does not end in .gz"
-    return "not compressed, though its name ends in .gz" if _is_plain_nifti(path) else None
+    with path.open("rb") as file:
+        return "not compressed, though its name ends in .gz" if _header_size(file.read(4)) is not None else None
 
 
 def is_compressed(path: Path) -> bool:
@@ -476,19 +478,24 @@ def is_compressed(path: Path) -> bool:
         return file.read(2) == b"\x1f\x8b"
 
 
-def _is_plain_nifti(path: Path) -> bool:
-    with path.open("rb") as file:
-        start = file.read(4)
-    return any(int.from_bytes(start, order) in (348, 540) for order in ("little", "big"))
+def _header_size(start: bytes) -> int | None:
+    """What the first four bytes of NIfTI-1 (348) and NIfTI-2 (540) are, in either byte order; None of other files."""
+    sizes = (int.from_bytes(start, order) for order in ("little", "big"))
+    return next((size for size in sizes if size in (348, 540)), None)
 
 
 def _by_content(path: Path) -> Any:
     """The nibabel image of a file whose name misleads nibabel; its voxels are read by :func:`_opened`."""
     with _opened(path) as stream:
-        size = stream.read(4)
+        size = _header_size(stream.read(4))
+        if size is None:
+            raise ImageFileError("no header of NIfTI at its beginning")
         stream.seek(0)
-        kind: Any = nib.Nifti2Image if 540 in (int.from_bytes(size, order) for order in ("little", "big")) else None
-        return (kind or nib.Nifti1Image).from_stream(stream)
+        kind: Any = nib.Nifti2Image if size == 540 else nib.Nifti1Image
+        try:
+            return kind.from_stream(stream)
+        except WrapStructError as error:
+            raise EOFError("the header is cut short") from error
 
 
 def _opened(path: Path) -> Any:

@@ -423,7 +423,6 @@ def spoil(path: Path, data: st.DataObject) -> None:
         path.write_bytes(b"case,t1\n{}[]")
 
 
-@pytest.mark.parametrize("module", [described, names])
 # Patients and names of a manifest
 
 
@@ -481,5 +480,6 @@ def test_images_and_labels_of_nnunet_in_two_unicode_forms_belong_together(render
     assert (case.require().label is not None, len(case.contrasts)) == (True, 4)
 
 
+@pytest.mark.parametrize("module", [described, names])
 def test_the_examples_in_the_docstrings_hold(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
