@@ -102,7 +102,7 @@ def start_or_resume(
         data: folder of cases.
         run: folder of the run.
         config: the complete configuration.
-        split_file: JSON with the lists ``train`` and ``validation``.
+        split_file: JSON with the lists ``train`` and ``validation``, whose patients the caller has seen to.
         labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
@@ -113,13 +113,16 @@ def start_or_resume(
             :func:`app.training.train.resume`.
     """
     if has_begun(run):
-        return resume(data, run, config, follow_links=follow_links, store=store, on_progress=on_progress)
+        return resume(
+            data, run, config, split_is_judged=True, follow_links=follow_links, store=store, on_progress=on_progress
+        )
     shutil.rmtree(run, ignore_errors=True)
     return start(
         data,
         run,
         config,
         split_file=split_file,
+        split_is_judged=True,
         labels=labels,
         follow_links=follow_links,
         store=store,

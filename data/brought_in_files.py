@@ -23,6 +23,7 @@ from data.errors import DataError
 from data.itk import Grid
 from data.labels import BRATS2021, CONTRASTS, Contrast, encode
 from data.nifti import naming_the_place
+from data.partial import partial_name
 
 _ENDINGS: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
 
@@ -87,7 +88,7 @@ def _folder_when_complete(place: Path) -> Iterator[Path]:
     """A hidden folder to write into, renamed at the end, or removed after a failure."""
     if place.exists():
         raise DataError(f"{place} already exists and is not overwritten. Remove it, or give another folder.")
-    partial = place.with_name(f".partial-{os.getpid()}-{place.name}")
+    partial = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with naming_the_place(place):

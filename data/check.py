@@ -8,7 +8,7 @@ not grow with the machine's cores.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
@@ -28,8 +28,9 @@ from data.findings.finding import Finding, Kind, problem_from
 from data.findings.labels import LabelDigest, digest_labels, judge_labels
 from data.findings.volume import judge_volume
 from data.labels import CONTRASTS, Contrast
-from data.layouts import Case, decide_for, find_cases, patient_of
+from data.layouts import Case, decide_for, find_cases, look_like_visits, misnamed_files, patients_of
 from data.nifti import Volume, in_order_of, read_grid, read_label_map, read_volume
+from data.patients import grouped_by_words
 
 #: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
 MOST_AT_ONCE: Final = 8
@@ -42,6 +43,7 @@ class CheckedCase:
     """One case as it was found."""
 
     case: str
+    patient: str
     contrasts: tuple[str, ...]
     shape: tuple[int, ...] | None
     spacing_mm: tuple[float, float, float] | None
@@ -93,6 +95,7 @@ class CheckedDataSet:
             "cases": [
                 {
                     "case": case.case,
+                    "patient": case.patient,
                     "contrasts": list(case.contrasts),
                     "shape": None if case.shape is None else list(case.shape),
                     "spacing_mm": None if case.spacing_mm is None else list(case.spacing_mm),
@@ -136,7 +139,7 @@ def check(
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
         looked = list(pool.map(look, cases))
-    between = judge_cases({case.case: prints for case, prints in looked})
+    between = judge_cases({case.case: prints for case, prints in looked}, patients_of(cases))
     checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in looked)
     values = {case.case: case.labels for case in checked if case.labels is not None}
     convention, findings = None, []
@@ -148,10 +151,11 @@ def check(
     without = [case.id for case in cases if case.label is None]
     if without:
         findings.append(_without_label(without, len(cases)))
+    findings += _visits(cases)
     return CheckedDataSet(
         root=root,
         cases=checked,
-        patients=len({patient_of(case.id) for case in cases}),
+        patients=len({case.patient for case in cases}),
         convention=convention,
         findings=tuple(findings),
     )
@@ -173,6 +177,7 @@ def check_case(case: Case) -> CheckedCase:
 
 def _look(case: Case) -> tuple[CheckedCase, Prints]:
     findings = [problem_from(text, kind=_kind_of(text)) for text in case.problems]
+    findings += [replace(problem_from(text, kind="names and links"), severity="note") for text in misnamed_files(case)]
     seen, nonzero, unread = _read_contrasts(case)
     findings += unread
     for contrast, one in seen.items():
@@ -190,6 +195,7 @@ def _look(case: Case) -> tuple[CheckedCase, Prints]:
     images = {contrast: one for contrast, one in seen.items() if one.is_image}
     checked = CheckedCase(
         case=case.id,
+        patient=case.patient,
         contrasts=tuple(case.contrasts),
         shape=None if reference is None else reference.voxels.shape,
         spacing_mm=None if reference is None else reference.spacing_mm,
@@ -261,6 +267,40 @@ def _without_label(cases: list[str], count: int) -> Finding:
         else f"{len(cases)} of {count} have no label map: {some}",
         action="They can be predicted; to train, leave them out with --split or add the label maps",
     )
+
+
+def _visits(cases: Sequence[Case]) -> list[Finding]:
+    """Notes on what is taken for visits of one patient by words in the ids, and on what may be such and is not."""
+    findings = []
+    by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None])
+    if by_words:
+        shown = [f"{patient} ({', '.join(ids)})" for patient, ids in by_words.items()]
+        findings.append(
+            Finding(
+                kind="visits",
+                severity="note",
+                message=f"by words or dates in their ids these are visits of one patient: {_first(shown)}",
+                action="They stay in one part of a split. If they are not, name the patients in a manifest's column "
+                "patient",
+            )
+        )
+    maybe = look_like_visits(cases)
+    if maybe:
+        findings.append(
+            Finding(
+                kind="possible visits",
+                severity="note",
+                message="ids look like visits of one patient, and nothing says whether they are: "
+                f"{_first([', '.join(ids) for ids in maybe])}",
+                action="They count as different patients and may be parted by a split. If they are one patient's, say "
+                "so in a manifest's column patient, or keep them together with --split",
+            )
+        )
+    return findings
+
+
+def _first(groups: Sequence[str]) -> str:
+    return "; ".join(groups[:3]) + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
 
 
 def _kind_of(text: str) -> Kind:

@@ -4,7 +4,8 @@
 of one 4D file, nnU-Net in one file each, ``<case>_0000.nii.gz`` and so on; which is which say ``modality`` or
 ``channel_names`` (sources: the Decathlon's dataset.json, nnU-Net's documentation/dataset_format.md). A manifest has a
 row for each case and columns ``case``, ``t1``, ``t1c``, ``t2``, ``flair``, ``seg``, paths relative to the manifest;
-``file.nii.gz#2`` is the third volume of a 4D file, and a column ``labels`` may name the label convention.
+``file.nii.gz#2`` is the third volume of a 4D file; a column ``labels`` may name the label convention, a column
+``patient`` the patient.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from data.errors import DataError
 from data.labels import CONVENTIONS, MSD, Contrast, convention_of_names
-from data.names import contrast_of, split_name
+from data.names import composed, contrast_of, split_name
 from data.nifti import nifti_files, read_grid, strip_nifti_ending
 
 DESCRIPTION: Final = "dataset.json"
 _PARTS: Final = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 _CHANNEL: Final = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$", re.DOTALL)
 _VOLUME: Final = re.compile(r"^(?P<path>.+\.nii(?:\.gz)?)#(?P<volume>\d{1,4})$", re.IGNORECASE)
-_ID_COLUMNS: Final = {"case", "id", "case_id", "caseid", "case id", "subject", "subject_id"}
+_ID_COLUMNS: Final = {"case", "id", "case_id", "caseid", "case id"}
+#: Where a manifest has no other column for the case, these are it; else they name the patient.
+_SUBJECT_COLUMNS: Final = {"subject", "subject_id", "subject id", "subjectid"}
+_PATIENT_COLUMNS: Final = {
+    *("patient", "patient_id", "patient id", "patientid"),
+    *("participant", "participant_id", "participant id", "participantid"),
+}
 _LABEL_COLUMNS: Final = {"seg", "label", "label_map", "segmentation", "mask", "tumor_segmentation"}
 
 
@@ -46,6 +53,10 @@ class DescribedCase:
     """What the files' names end in, where that may tell the year."""
     id_tells: bool = True
     """Whether the label numbers may be told from the case's id."""
+    patient: str | None = None
+    """As a manifest states it."""
+    unrecognised: tuple[str, ...] = ()
+    """Columns or channels with an image that are named after no contrast."""
     problems: tuple[str, ...] = ()
 
 
@@ -83,6 +94,7 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
     """
     content = _read_json(description)
     channels = _channels(content, description)
+    others = _other_channels(content)
     declared = declared_convention(description)
     if declared is None and not _label_names(content):
         of_layout: str | None = MSD.name
@@ -95,12 +107,12 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
         paths = nifti_files(description.parent / images)
         label_folder = description.parent / labels
         named = nifti_files(label_folder) if label_folder.is_dir() and only is None else []
-        label_maps = {strip_nifti_ending(path.name) or "": path for path in named}
+        label_maps = {_stem(path): path for path in named}
         if _has_a_file_a_channel(paths, channels, label_maps):
             cases += _one_file_a_channel(paths, channels, label_maps, declared)
         else:
             cases += _one_file_a_case(paths, channels, label_maps, of_layout)
-    return tuple(cases)
+    return tuple(replace(case, unrecognised=others) for case in cases)
 
 
 def find_manifest(folder: Path) -> Path | None:
@@ -130,29 +142,38 @@ def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
             f"{path}: the manifest is empty. Its first row names the columns: case, t1, t1c, t2, flair, seg."
         )
     columns = _columns(rows[0][1], path)
-    contrasts = [column for column in columns if column not in ("case", "seg", "labels")]
+    contrasts = [column for column in columns if column not in ("case", "seg", "labels", "patient")]
     if "case" not in columns or not contrasts:
         raise DataError(
             f"{path}: no manifest: its first row must name the columns case, t1, t1c, t2, flair and, where there are "
             f"label maps, seg; it has {', '.join(rows[0][1])[:200]}."
         )
+    others = {at: text.strip() for at, text in enumerate(rows[0][1]) if at not in columns.values()}
     lines: dict[str, int] = {}
     cases = []
     for line, row in rows[1:]:
         cells = {name: row[at].strip() if at < len(row) else "" for name, at in columns.items()}
         if not any(cells.values()):
             continue
-        case_id = cells["case"]
+        case_id = composed(cells["case"])
         if not case_id:
             raise DataError(f"{path}, line {line}: no case id. Fill in the column of the case.")
         if case_id in lines:
             raise DataError(f"{path}: case {case_id} is there twice, in lines {lines[case_id]} and {line}. Keep one.")
         lines[case_id] = line
-        cases.append(_row_case(path, line, case_id, cells))
+        images = [name for at, name in others.items() if at < len(row) and _names_an_image(row[at])]
+        cases.append(_row_case(path, line, case_id, cells, [f"column {name}" for name in images]))
     return tuple(cases)
 
 
-def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str]) -> DescribedCase:
+def _names_an_image(cell: str) -> bool:
+    match = _VOLUME.match(cell.strip())
+    return strip_nifti_ending(cell.strip() if match is None else match["path"]) is not None
+
+
+def _row_case(
+    path: Path, line: int, case_id: str, cells: Mapping[str, str], unrecognised: Sequence[str]
+) -> DescribedCase:
     """One row of a manifest."""
     contrasts: dict[Contrast, Path] = {}
     volumes: dict[Contrast, int] = {}
@@ -165,7 +186,7 @@ def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str]) -> 
         if not text.isprintable():
             raise DataError(f"{path}, line {line}: {name} is {text!r}, which is no path. Repair the manifest.")
         match = _VOLUME.match(text)
-        file = path.parent / (match["path"] if match is not None else text)
+        file = as_on_disk(path.parent / (match["path"] if match is not None else text))
         if not file.is_symlink() and not file.exists():
             problems.append(f"{name}: {path.name}, line {line} names {file}, which does not exist")
         if contrast is None:
@@ -187,8 +208,23 @@ def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str]) -> 
         label=label,
         declared=declared,
         endings=frozenset(name.ending for name in names if name is not None),
+        patient=composed(cells.get("patient", "")) or None,
+        unrecognised=tuple(unrecognised),
         problems=tuple(problems),
     )
+
+
+def as_on_disk(path: Path) -> Path:
+    """The path as the disk spells it: a table from macOS may name a file in another Unicode form than it has."""
+    if path.is_symlink() or path.exists() or path.parent == path:
+        return path
+    folder = as_on_disk(path.parent)
+    wanted = composed(path.name)
+    try:
+        found = next((entry for entry in folder.iterdir() if composed(entry.name) == wanted), None)
+    except OSError:
+        found = None
+    return path if found is None else found
 
 
 def _is_manifest(path: Path) -> bool:
@@ -222,9 +258,15 @@ def _rows(path: Path, at_most: int | None = None) -> list[tuple[int, list[str]]]
 def _columns(header: list[str], path: Path) -> dict[str, int]:
     """Where the columns that we know are."""
     columns: dict[str, int] = {}
-    for at, text in enumerate(header):
-        word = text.strip().lower()
-        own = {**dict.fromkeys(_ID_COLUMNS, "case"), **dict.fromkeys(_LABEL_COLUMNS, "seg"), "labels": "labels"}
+    words = [text.strip().lower() for text in header]
+    own = {
+        **dict.fromkeys(_SUBJECT_COLUMNS, "patient" if _ID_COLUMNS & set(words) else "case"),
+        **dict.fromkeys(_ID_COLUMNS, "case"),
+        **dict.fromkeys(_PATIENT_COLUMNS, "patient"),
+        **dict.fromkeys(_LABEL_COLUMNS, "seg"),
+        "labels": "labels",
+    }
+    for at, (text, word) in enumerate(zip(header, words, strict=True)):
         name = own.get(word) or contrast_of(word)
         if name is None:
             continue
@@ -244,10 +286,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+def _channel_names(content: Mapping[str, Any]) -> Any:
+    told = content.get("channel_names", content.get("modality"))
+    return dict(enumerate(told)) if isinstance(told, list) else told
+
+
+def _other_channels(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """The channels that are named after no contrast."""
+    return tuple(f"channel {name}" for name in _channel_names(content).values() if contrast_of(name) is None)
+
+
 def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
     """The contrast of every channel that is one; others, as a diffusion map, are left alone."""
-    told = content.get("channel_names", content.get("modality"))
-    names = dict(enumerate(told)) if isinstance(told, list) else told
+    names = _channel_names(content)
     if not isinstance(names, dict) or not all(
         str(number).isdecimal() and len(str(number)) <= 4 and isinstance(name, str) for number, name in names.items()
     ):
@@ -287,9 +338,14 @@ def _label_names(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return names
 
 
+def _stem(path: Path) -> str:
+    """The name of an image or a label map by which the two are matched."""
+    return composed(strip_nifti_ending(path.name) or "")
+
+
 def _has_a_file_a_channel(paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path]) -> bool:
     """Whether images are named as nnU-Net does, and not 4D files whose own names end in four digits."""
-    stems = [strip_nifti_ending(path.name) or "" for path in paths]
+    stems = [_stem(path) for path in paths]
     matches = [_CHANNEL.match(stem) for stem in stems]
     if any(stem in label_maps for stem in stems) or (paths and _is_4d(paths[0])):
         return False
@@ -312,7 +368,7 @@ def _one_file_a_channel(
     files: dict[str, dict[Contrast, Path]] = {}
     twice: dict[str, list[str]] = {}
     for path in paths:
-        match = _CHANNEL.match(strip_nifti_ending(path.name) or "")
+        match = _CHANNEL.match(_stem(path))
         assert match is not None
         own = files.setdefault(match["case"], {})
         contrast = channels.get(int(match["channel"]))
@@ -339,7 +395,7 @@ def _one_file_a_case(
 ) -> Iterator[DescribedCase]:
     """Cases of the Decathlon: 4D files."""
     for path in paths:
-        case_id = strip_nifti_ending(path.name) or ""
+        case_id = _stem(path)
         yield DescribedCase(
             id=case_id,
             folder=path.parent,

@@ -29,6 +29,7 @@ from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 from data.layouts import Case
 from data.nifti import Volume, naming_the_place
+from data.partial import partial_name
 
 #: File names of a case as BraTS 2018-2021 has them.
 _SUFFIXES: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
@@ -135,7 +136,7 @@ def write_case(out: Path, images: StudyImages, *, case_id: str | None = None) ->
     folder = out / name
     if folder.exists():
         raise DataError(f"{folder}: already exists and is not overwritten. Remove it, or give another --id.")
-    partial = out / f".partial-{os.getpid()}-{name}"
+    partial = out / partial_name(f".partial-{os.getpid()}-", name)
     try:
         with naming_the_place(folder):
             partial.mkdir(parents=True)

@@ -25,11 +25,12 @@ import numpy as np
 from data.described import DESCRIPTION
 from data.errors import DataError
 from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
-from data.layouts import Case, convention_of, find_cases
+from data.layouts import Case, convention_of, find_cases, patient_of
 from data.nifti import (
     Volume,
     grid_difference,
     in_order_of,
+    is_compressed,
     naming_the_place,
     read_grid,
     read_label_map,
@@ -37,6 +38,7 @@ from data.nifti import (
     write_image,
     write_label_map,
 )
+from data.partial import partial_name
 
 Layout = Literal["nnunet", "msd", "csv"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
@@ -134,6 +136,7 @@ def export(
     notes = [
         *([f"label {dropped} (resection cavity) became background"] if dropped else []),
         *([f"label {merged} became part of the core that does not enhance"] if merged else []),
+        *([] if layout == "csv" else _patients_lost(cases, layout)),
     ]
     return Exported(
         out=out,
@@ -143,6 +146,16 @@ def export(
         labels=None if convention is None else MSD.name if rewritten else convention.name,
         notes=tuple(notes),
     )
+
+
+def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
+    """A note where a manifest states that cases are one patient's, and their ids do not tell it."""
+    by_id: dict[str, set[str]] = {}
+    for case in cases:
+        by_id.setdefault(case.patient, set()).add(patient_of(case.id))
+    parted = sum(len(ids) > 1 for ids in by_id.values())
+    told = f"{layout} has no place for patients: by their ids alone, the cases of {parted} would be parted"
+    return [told] if parted else []
 
 
 class _Writer(ABC):
@@ -265,12 +278,15 @@ class _Manifest(_Writer):
     def describe(self, cases: Sequence[Case]) -> None:
         with (self._root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(["case", *CONTRASTS, "seg", "labels"])
+            # Ids tell the other patients wherever the table is read.
+            stated = any(case.stated_patient is not None for case in cases)
+            writer.writerow(["case", *(["patient"] if stated else []), *CONTRASTS, "seg", "labels"])
             for case in cases:
                 named = self._convention is not None and case.label is not None
                 writer.writerow(
                     [
                         case.id,
+                        *([case.patient] if stated else []),
                         *(self._place(case, contrast) for contrast in CONTRASTS),
                         self._place(case, "seg") if case.label is not None else "",
                         self._convention.name if self._convention is not None and named else "",
@@ -323,7 +339,7 @@ def _store(case: Case, contrast: Contrast, path: Path) -> None:
 
 def _copy(source: Path, target: Path) -> None:
     """Copy a NIfTI file to a compressed one, byte by byte where it is compressed already."""
-    if source.name.lower().endswith(".gz"):
+    if is_compressed(source):
         shutil.copyfile(source, target)
         return
     # Without name and time the same file is compressed to the same bytes.
@@ -357,7 +373,7 @@ def _require_place(root: Path, out: Path) -> None:
 def _folder_when_complete(out: Path) -> Iterator[Path]:
     """Give a folder beside ``out`` to write to; it becomes ``out`` when the block ends well, else it goes."""
     place = out.resolve()
-    beside = place.with_name(f".partial-{os.getpid()}-{place.name}")
+    beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
     try:
         with naming_the_place(out):
             beside.mkdir(parents=True)

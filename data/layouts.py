@@ -10,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -40,8 +41,10 @@ from data.labels import (
     decide_convention,
     written_convention,
 )
-from data.names import COMPANION_ENDINGS, FileName, naming_of, patient_of, split_name
-from data.nifti import nifti_files, read_label_map, strip_nifti_ending
+from data.names import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
+from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
+from data.partial import MOST_NAME_BYTES
+from data.patients import patient_of, possible_visits
 from data.presence import missing_contrasts, reference_contrast
 
 __all__ = [
@@ -52,18 +55,24 @@ __all__ = [
     "find_cases",
     "find_label_cases",
     "find_label_maps",
+    "look_like_visits",
+    "misnamed_files",
     "patient_of",
+    "patients_of",
 ]
 
 NAMING_RULES: Final = (
     "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2017-2021) or <case>-t1n, -t1c, -t2w, -t2f "
-    "(BraTS 2023 and later), each .nii or .nii.gz; its label map ends in seg. All cases may lie in one folder; "
+    "(BraTS 2023 and later), each .nii or .nii.gz, or other usual names of the contrasts, such as _t1gd, _t1_post or "
+    "_fla; its label map ends in seg. All cases may lie in one folder; "
     "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
 )
 
 #: Endings that tell the year also where a case has no folder of its own; t1c, t2w and flair are used by everybody.
 _TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
+MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
+_LONGEST_SHOWN: Final = 80
 _SHOWN: Final = 6
 
 
@@ -72,7 +81,7 @@ class Case:
     """The files of one case, and what is wrong with their names."""
 
     id: str
-    """Case id: the file names before the contrast."""
+    """Case id: the file names before the contrast, in the composed Unicode form."""
     folder: Path
     contrasts: dict[Contrast, Path] = field(default_factory=dict)
     """File of each contrast that was found."""
@@ -86,8 +95,21 @@ class Case:
     """Name of the label convention that a description of the data set states."""
     case_folder: bool = True
     """Whether the case has a folder of its own, as BraTS publishes cases."""
+    stated_patient: str | None = None
+    """The patient that a manifest states."""
+    unrecognised: tuple[str, ...] = ()
+    """What may be a contrast that is missing: names of files, columns or channels that are named after none."""
     problems: tuple[str, ...] = ()
     """One sentence each; an empty tuple where all contrasts are there once."""
+
+    def __post_init__(self) -> None:
+        """One name has several Unicode forms; ids from files, manifests and splits are compared in one of them."""
+        object.__setattr__(self, "id", composed(self.id))
+
+    @property
+    def patient(self) -> str:
+        """The patient of the case: as a manifest states it, else by its id."""
+        return self.stated_patient if self.stated_patient is not None else patient_of(self.id)
 
     @property
     def written_convention(self) -> LabelConvention | None:
@@ -111,11 +133,13 @@ class Case:
         """
         problems = self.problems
         if not all_contrasts and self.contrasts:
-            absent = _missing(self.contrasts)
+            absent = _missing(self.contrasts, self.unrecognised)
             problems = tuple(problem for problem in problems if problem not in absent)
         problems = problems or tuple(_id_problems(self.id))
         if problems:
-            name = self.id if self.id.isprintable() else repr(self.id)
+            name = (
+                self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
+            )
             raise DataError(f"case {name}: " + "; ".join(problems))
         return self
 
@@ -145,7 +169,7 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
     )
     if not cases:
         rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
-        raise DataError(" ".join([f"{root}: no case found.", rules, *links.not_followed()]))
+        raise DataError(" ".join([f"{root}: no case found.", rules, *_not_taken(root, links), *links.not_followed()]))
     folders = defaultdict(list)
     for case in cases:
         folders[case.id].append(str(case.folder))
@@ -153,6 +177,28 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         if len(places) > 1:
             raise DataError(f"case {case_id} is there {len(places)} times: {', '.join(places)}. Keep one of them.")
     return tuple(sorted(cases, key=lambda case: case.id))
+
+
+def patients_of(cases: Iterable[Case]) -> dict[str, str]:
+    """The patient of every case, by case id."""
+    return {case.id: case.patient for case in cases}
+
+
+def misnamed_files(case: Case) -> list[str]:
+    """One sentence for each file of a case whose name says otherwise than its content whether it is compressed."""
+    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
+    found = []
+    for path in dict.fromkeys(files):
+        with suppress(OSError):  # said when it is read
+            if (what := name_misleads(path)) is not None:
+                ending = ".nii.gz" if is_compressed(path) else ".nii"
+                found.append(f"{path.name} is {what}; it is read by its content. Rename it to end in {ending}")
+    return found
+
+
+def look_like_visits(cases: Collection[Case]) -> tuple[tuple[str, ...], ...]:
+    """Groups of case ids that look like visits of one patient, where neither a manifest nor the naming decides."""
+    return possible_visits(patients_of(cases), {case.id for case in cases if case.stated_patient is not None})
 
 
 def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) -> Case:
@@ -398,7 +444,7 @@ def _described_in(folder: Path, links: _Links) -> list[Case]:
 
 def _from_description(row: DescribedCase, links: _Links) -> Case:
     """A case as a description has it, with what is wrong."""
-    problems = [*_missing(row.contrasts), *row.problems, *_id_problems(row.id)]
+    problems = [*_missing(row.contrasts, row.unrecognised), *row.problems, *_id_problems(row.id)]
     files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
     problems += [problem for path in files for problem in links.problems(path)]
     return Case(
@@ -410,14 +456,17 @@ def _from_description(row: DescribedCase, links: _Links) -> Case:
         naming=naming_of(row.id, row.endings & _TELLING) if row.id_tells else None,
         declared=row.declared,
         case_folder=False,
+        stated_patient=row.patient,
+        unrecognised=row.unrecognised,
         problems=tuple(problems),
     )
 
 
 def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
     """The files of a folder that are named like a contrast or a label map."""
-    names = [(path, split_name(strip_nifti_ending(path.name) or "")) for path in nifti_files(folder)]
-    return [(path, name) for path, name in names if name is not None]
+    paths = nifti_files(folder)
+    names = split_names([strip_nifti_ending(path.name) or "" for path in paths])
+    return [(path, name) for path, name in zip(paths, names, strict=True) if name is not None]
 
 
 def _cases_in(folder: Path, links: _Links) -> list[Case]:
@@ -429,13 +478,23 @@ def _cases_in(folder: Path, links: _Links) -> list[Case]:
     for path, name in files:
         by_id[name.case].append((path, name))
     contrasts = {case_id: {name.contrast for _, name in own} - {None} for case_id, own in by_id.items()}
+    if not any(contrasts.values()):
+        return []
+    named = {path for path, _ in files}
+    others = [path.name for path in nifti_files(folder) if path not in named]
     if sum(len(own) > 1 for own in contrasts.values()) > 1:
-        return [_case_of(folder, by_id[case_id], links, flat=True) for case_id, own in contrasts.items() if own]
-    return [_case_of(folder, files, links)] if any(contrasts.values()) else []
+        return [
+            _case_of(folder, by_id[case_id], links, [o for o in others if composed(o).startswith(case_id)], flat=True)
+            for case_id, own in contrasts.items()
+            if own
+        ]
+    return [_case_of(folder, files, links, others)]
 
 
-def _case_of(folder: Path, files: list[tuple[Path, FileName]], links: _Links, *, flat: bool = False) -> Case:
-    """The case that files in a folder make."""
+def _case_of(
+    folder: Path, files: list[tuple[Path, FileName]], links: _Links, others: Sequence[str], *, flat: bool = False
+) -> Case:
+    """The case that files in a folder make; ``others`` are its files that are named after no contrast."""
     contrasts: dict[Contrast, list[Path]] = defaultdict(list)
     # Where UCSF-PDGM has an image with and without correction of the bias field, the one without is taken: BraTS
     # publishes its images uncorrected.
@@ -446,7 +505,8 @@ def _case_of(folder: Path, files: list[tuple[Path, FileName]], links: _Links, *,
     labels = [path for path, name in files if name.is_label]
     # One label map of BraTS 2020 has the name of another system, W39_1998.09.19_Segm.
     ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
-    problems = _missing(contrasts)
+    unrecognised = tuple(others) if missing_contrasts(contrasts.keys()) else ()
+    problems = _missing(contrasts, unrecognised)
     for what, paths in [*contrasts.items(), ("label map", labels)]:
         if len(paths) > 1:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
@@ -466,6 +526,7 @@ def _case_of(folder: Path, files: list[tuple[Path, FileName]], links: _Links, *,
         label=labels[0] if labels else None,
         naming=naming_of(case_id, endings & _TELLING if flat else endings),
         case_folder=not flat,
+        unrecognised=unrecognised,
         problems=tuple(problems),
     )
 
@@ -478,16 +539,50 @@ _RADIOTHERAPY: Final = (
 
 def _id_problems(case_id: str) -> list[str]:
     """One sentence where a case id cannot be the name of a file: it becomes one in output and cache folders."""
+    if any("\udc80" <= sign <= "\udcff" for sign in case_id):
+        return [
+            f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
+            "Rename the files, for instance with convmv -f latin1 -t utf8 --notest"
+        ]
+    size = len(case_id.encode(errors="replace"))
+    if size > MOST_ID_BYTES:
+        return [
+            f"the id takes {size} bytes; file systems take {MOST_NAME_BYTES} for a name, which leaves {MOST_ID_BYTES} "
+            "for an id before .nii.gz. Give the case a shorter id"
+        ]
     bad = [part for part in ("..", "/", "\\") if part in case_id]
     if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
         return []
     return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
 
 
-def _missing(contrasts: Iterable[Contrast]) -> list[str]:
+def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:
     """One sentence for the contrasts that are not there, or none."""
     absent = missing_contrasts(set(contrasts))
-    return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"] if absent else []
+    if not absent:
+        return []
+    if not unrecognised:
+        return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
+    wanted = absent[0]
+    return [
+        f"contrast {', '.join(absent)} is missing, and nothing tells the contrast of {_some(unrecognised)}. If it is "
+        f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
+        "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
+    ]
+
+
+def _not_taken(root: Path, links: _Links) -> list[str]:
+    """One sentence where there are NIfTI files, and none is named after a contrast."""
+    if not root.is_dir():
+        return []
+    names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
+    return [f"Nothing tells the contrast of {_some(names)}."] if names else []
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names, printable, and how many more there are."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
@@ -507,7 +602,7 @@ def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
                 continue
             if not (name.is_label if name is not None else not images):
                 continue
-            case_id = name.case if name is not None else strip_nifti_ending(path.name) or path.name
+            case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
             if name is not None and name.ending == "segm" and len(images) == 1:
                 case_id = images[0]
             endings = {name.ending for name in named.values()}

@@ -13,7 +13,7 @@ import os
 import platform
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -26,9 +26,11 @@ from nibabel import orientations
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 from nibabel.volumeutils import apply_read_scaling
+from nibabel.wrapstruct import WrapStructError
 from zlib_ng import gzip_ng, zlib_ng
 
 from data.errors import DataError
+from data.partial import partial_name
 
 Spacing = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
@@ -361,7 +363,7 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     place = path.resolve()
-    beside = place.with_name(f"{partial_prefix(os.getpid())}{place.name}")
+    beside = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
     try:
         with naming_the_place(path):
             yield beside
@@ -435,12 +437,94 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
-    image = nib.load(path)
+    try:
+        image = nib.load(path) if name_misleads(path) is None else _by_content(path)
+    except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError):
+        _require_no_stranger(path)
+        raise
     if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
         raise DataError(f"{path}: a CIFTI file (surfaces and greyordinates), not a volume. Export the volume as NIfTI.")
     if not isinstance(image, nib.Nifti1Pair):
         raise DataError(f"{path}: a {type(image).__name__}, not a NIfTI volume. Convert it to .nii.gz first.")
     return image
+
+
+#: How files begin that are named .nii or .nii.gz and are something else.
+_FOREIGN: Final = (
+    (b"PK\x03\x04", "a ZIP archive", "Unpack it"),
+    (b"BZh", "a bzip2 file", "Unpack it, or compress it with gzip"),
+    (b"\xfd7zXZ", "an xz file", "Unpack it, or compress it with gzip"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it, or compress it with gzip"),
+    (b"\x1f\x9d", "a file of the old compress (.Z)", "Unpack it, or compress it with gzip"),
+    (b"version https://git-lfs", "a pointer of Git LFS", "Fetch the image with git lfs pull"),
+    (b"/annex/objects/", "a pointer of git-annex", "Fetch the image with git annex get, or datalad get"),
+    (b"<", "a web page or XML", "Download the image again; the server may have wanted a login"),
+    (b"NRRD", "an NRRD file", "Convert it to .nii.gz"),
+    (b"\x89HDF", "an HDF5 (MINC) file", "Convert it to .nii.gz"),
+)
+
+
+def name_misleads(path: Path) -> str | None:
+    """What a NIfTI file is where its name says otherwise, in words; such a file is read by its content.
+
+    Raises:
+        OSError: it cannot be opened.
+    """
+    if strip_nifti_ending(path.name) is None or is_compressed(path) == path.name.lower().endswith(".gz"):
+        return None
+    if is_compressed(path):
+        return "compressed by gzip, though its name does not end in .gz"
+    with path.open("rb") as file:
+        return "not compressed, though its name ends in .gz" if _header_size(file.read(4)) is not None else None
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the content is compressed by gzip, whatever the name says."""
+    with path.open("rb") as file:
+        return file.read(2) == b"\x1f\x8b"
+
+
+def _header_size(start: bytes) -> int | None:
+    """What the first four bytes of NIfTI-1 (348) and NIfTI-2 (540) are, in either byte order; None of other files."""
+    sizes = (int.from_bytes(start, order) for order in ("little", "big"))
+    return next((size for size in sizes if size in (348, 540)), None)
+
+
+def _by_content(path: Path) -> Any:
+    """The nibabel image of a file whose name misleads nibabel; its voxels are read by :func:`_opened`."""
+    with _opened(path) as stream:
+        size = _header_size(stream.read(4))
+        if size is None:
+            raise ImageFileError("no header of NIfTI at its beginning")
+        stream.seek(0)
+        kind: Any = nib.Nifti2Image if size == 540 else nib.Nifti1Image
+        try:
+            return kind.from_stream(stream)
+        except WrapStructError as error:
+            raise EOFError("the header is cut short") from error
+
+
+def _opened(path: Path) -> Any:
+    """A stream of the file's content, unpacked where it is compressed."""
+    return gzip_ng.open(path) if is_compressed(path) else path.open("rb")
+
+
+def _require_no_stranger(path: Path) -> None:
+    """Say of a file that is no NIfTI what it is; nothing of one that is damaged, or that nobody knows."""
+    with suppress(EOFError, zlib.error, _ZLIB_NG_ERROR, OSError), _opened(path) as stream:
+        start = stream.read(132)
+        _refuse(path, start)
+
+
+def _refuse(path: Path, start: bytes) -> None:
+    """Refuse a file by its first bytes, unpacked, where they tell what it is."""
+    if start[:2] == b"\x1f\x8b":
+        raise DataError(f"{path}: compressed twice. Unpack it once (gunzip).")
+    for sign, what, remedy in _FOREIGN:
+        if start.lstrip().startswith(sign):
+            raise DataError(f"{path}: {what}, not NIfTI. {remedy}.")
+    if start[128:132] == b"DICM":
+        raise DataError(f"{path}: a DICOM file, not NIfTI. Convert it, for instance with znormseg data dicom.")
 
 
 def _checked(path: Path, volume: int | None = None) -> tuple[Any, tuple[int, int, int]]:
@@ -464,8 +548,11 @@ def _always_finite(image: Any) -> bool:
 def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float32]:
     """The scaled voxels, of a 4D file those of one volume; of a compressed file the checksum is verified too."""
     part = ... if volume is None else (..., volume)
-    if not path.name.lower().endswith(".gz") or not isinstance(image, nib.Nifti1Image):
-        return _scaled(image.dataobj, part)
+    if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
+        if name_misleads(path) is None:
+            return _scaled(image.dataobj, part)
+        with path.open("rb") as plain:
+            return _scaled(type(image).from_stream(plain).dataobj, part)
     with gzip_ng.open(path) as stream:
         if volume is None:
             voxels = _unpacked(stream, image.dataobj)
@@ -480,7 +567,9 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
     stored = image.dataobj
     if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
         return None
-    if not path.name.lower().endswith(".gz") or not isinstance(image, nib.Nifti1Image):
+    if name_misleads(path) is not None and not is_compressed(path):
+        return None
+    if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
         copied: npt.NDArray[np.uint8] = np.asanyarray(stored).astype(np.uint8)  # else a map of the file
         return copied
     with gzip_ng.open(path) as stream:
@@ -577,7 +666,7 @@ def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, i
 def _require_room(path: Path, claimed: int) -> None:
     """Refuse a file that cannot hold the bytes its header claims, before memory is taken for them."""
     size = path.stat().st_size
-    most = size * _MOST_BYTES_PER_BYTE if path.name.lower().endswith(".gz") else size
+    most = size * _MOST_BYTES_PER_BYTE if is_compressed(path) else size
     if claimed > most:
         raise DataError(
             f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, the file can hold {most} at "

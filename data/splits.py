@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from data.errors import DataError
-from data.layouts import patient_of
+from data.names import composed
 from data.tumours import Tumour
 
 FOLDS: Final = 5
@@ -31,13 +31,13 @@ class Split:
         return {"train": list(self.train), "validation": list(self.validation)}
 
 
-def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
+def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
     """One fold of a patient-wise cross-validation of cases of which nothing is known but their ids.
 
     All cases of one patient are in the same part. With fewer patients than folds there are as many folds as patients.
 
     Args:
-        case_ids: all cases.
+        patients: the patient of every case, by case id, as :func:`data.layouts.patients_of` gives it.
         fold: from 0 and below ``folds``; the fold that validates.
         seed: order in which patients are dealt to folds.
         folds: how many there are.
@@ -45,19 +45,22 @@ def fold_split(case_ids: Sequence[str], fold: int, *, seed: int = 0, folds: int 
     Raises:
         DataError: no such fold, or only one patient.
     """
-    patients = sorted({patient_of(case_id) for case_id in case_ids})
-    folds = _fold_count(len(patients), fold, folds)
-    dealt = np.random.default_rng(seed).permutation(len(patients))
-    return _parts(case_ids, {patients[index] for index in dealt[fold::folds]})
+    row = sorted(set(patients.values()))
+    folds = _fold_count(len(row), fold, folds)
+    dealt = np.random.default_rng(seed).permutation(len(row))
+    return _parts(patients, {row[index] for index in dealt[fold::folds]})
 
 
-def stratified_split(tumours: Mapping[str, Tumour], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
+def stratified_split(
+    tumours: Mapping[str, Tumour], patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS
+) -> Split:
     """One fold of a patient-wise cross-validation whose folds have like tumours.
 
     All cases of one patient are in the same part; numbers of patients differ by one at most.
 
     Args:
         tumours: tumour by case id, of all cases, in any order.
+        patients: the patient of each of them, by case id.
         fold: from 0 and below ``folds``, less with fewer patients; the fold that validates.
         seed: order among patients that are neighbours in volume.
         folds: how many there are.
@@ -65,12 +68,15 @@ def stratified_split(tumours: Mapping[str, Tumour], fold: int, *, seed: int = 0,
     Raises:
         DataError: no such fold, or only one patient.
     """
-    fold_of = stratified_folds(tumours, seed=seed, folds=folds)
+    fold_of = stratified_folds(tumours, patients, seed=seed, folds=folds)
     _fold_count(len(fold_of), fold, folds)
-    return _parts(list(tumours), {patient for patient, its_fold in fold_of.items() if its_fold == fold})
+    validating = {patient for patient, its_fold in fold_of.items() if its_fold == fold}
+    return _parts({case_id: patients[case_id] for case_id in tumours}, validating)
 
 
-def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0, folds: int = FOLDS) -> dict[str, int]:
+def stratified_folds(
+    tumours: Mapping[str, Tumour], patients: Mapping[str, str], *, seed: int = 0, folds: int = FOLDS
+) -> dict[str, int]:
     """The fold of each patient.
 
     Patients stand in a row, those with enhancing tumour first, within both kinds by tumour volume (the largest of a
@@ -82,17 +88,18 @@ def stratified_folds(tumours: Mapping[str, Tumour], *, seed: int = 0, folds: int
 
     Args:
         tumours: tumour by case id, of all cases, in any order.
+        patients: the patient of each of them, by case id.
         seed: order among neighbours.
         folds: how many there are; less with fewer patients.
 
     Example:
         >>> tumours = {f"p{n}": Tumour(volume_um3=n, enhances=True) for n in range(4)}
-        >>> sorted(stratified_folds(tumours).values())
+        >>> sorted(stratified_folds(tumours, {case_id: case_id for case_id in tumours}).values())
         [0, 1, 2, 3]
     """
     of_patient: dict[str, list[Tumour]] = defaultdict(list)
     for case_id, tumour in tumours.items():
-        of_patient[patient_of(case_id)].append(tumour)
+        of_patient[patients[case_id]].append(tumour)
 
     def place(patient: str) -> tuple[bool, int, str, str]:
         its = of_patient[patient]
@@ -126,18 +133,33 @@ def _fold_count(patients: int, fold: int, folds: int) -> int:
     return folds
 
 
-def _parts(case_ids: Sequence[str], validating: set[str]) -> Split:
-    ordered = sorted(case_ids)
+def _parts(patients: Mapping[str, str], validating: set[str]) -> Split:
+    ordered = sorted(patients)
     return Split(
-        train=tuple(c for c in ordered if patient_of(c) not in validating),
-        validation=tuple(c for c in ordered if patient_of(c) in validating),
+        train=tuple(c for c in ordered if patients[c] not in validating),
+        validation=tuple(c for c in ordered if patients[c] in validating),
     )
 
 
-def read_split(path: Path, case_ids: Sequence[str]) -> Split:
+def parted(groups: Iterable[Collection[str]], parts: Iterable[Collection[str]]) -> list[Collection[str]]:
+    """Of groups of case ids those that stand in more than one part of a split.
+
+    Example:
+        >>> parted([("a1", "a2"), ("b1", "b2")], [("a1",), ("a2", "b1", "b2")])
+        [('a1', 'a2')]
+    """
+    sets = [set(part) for part in parts]
+    return [group for group in groups if sum(not part.isdisjoint(group) for part in sets) > 1]
+
+
+def read_split(path: Path, patients: Mapping[str, str]) -> Split:
     """Read a split: a JSON object with the lists ``train`` and ``validation`` (``val`` does too) of case ids.
 
     Cases of the data set in neither list are left out of the run. ``validation`` may be empty or absent.
+
+    Args:
+        path: the file; its ids may have any Unicode form.
+        patients: the patient of every case of the data set, by case id.
 
     Raises:
         DataError: not such a file, a case twice, in both lists or not in the data set, or one patient in both.
@@ -151,22 +173,43 @@ def read_split(path: Path, case_ids: Sequence[str]) -> Split:
         raise DataError(f"{form}; this file has something else")
     if {"validation", "val"} <= set(content):
         raise DataError(f"{form}; this file has both validation and val")
-    train = _ids(content.get("train"), f"{form}; train")
-    validation = _ids(content.get("validation", content.get("val", [])), f"{form}; validation")
+    train = ids_of(content.get("train"), f"{form}; train")
+    validation = ids_of(content.get("validation", content.get("val", [])), f"{form}; validation")
     if not train:
         raise DataError(f"{form}; train is empty")
-    unknown = sorted({*train, *validation} - set(case_ids))
+    unknown = sorted({*train, *validation} - set(patients))
     if unknown:
         raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
-    shared = {patient_of(c) for c in train} & {patient_of(c) for c in validation}
-    if shared:
-        raise DataError(f"{path}: patient {sorted(shared)[0]} is in train and in validation; keep each in one part")
+    require_apart(path, patients, {"train": train, "validation": validation})
     return Split(train=tuple(train), validation=tuple(validation))
 
 
-def _ids(listed: object, what: str) -> list[str]:
+def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, Collection[str]]) -> None:
+    """Make sure that no patient stands in two parts of a split.
+
+    Raises:
+        DataError: one does; the message names the parts, and a case in each.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for part, case_ids in parts.items():
+        for case_id in case_ids:
+            other, there = first.setdefault(patients[case_id], (part, case_id))
+            if other != part:
+                cases = f" (case {there}, case {case_id})" if there != case_id else ""
+                raise DataError(
+                    f"{path}: patient {patients[case_id]} is in {other} and in {part}{cases}; keep each in one part"
+                )
+
+
+def ids_of(listed: object, what: str) -> list[str]:
+    """The case ids of a list in a split, in the Unicode form of those of cases.
+
+    Raises:
+        DataError: it is no list of case ids, or names one twice; the message begins with ``what``.
+    """
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
         raise DataError(f"{what} must be a list of case ids")
-    if len(set(listed)) != len(listed):
+    case_ids = [composed(entry) for entry in listed]
+    if len(set(case_ids)) != len(case_ids):
         raise DataError(f"{what} names a case twice")
-    return listed
+    return case_ids

@@ -28,6 +28,11 @@ TAKEN = ("training.steps", "training.learning_rate")
 TEN = [f"BraTS2021_{number:05}" for number in range(10)]
 
 
+def alone(ids: list[str]) -> dict[str, str]:
+    """Each case with a patient of its name."""
+    return {case_id: case_id for case_id in ids}
+
+
 @pytest.fixture(scope="module")
 def options(tiny_settings: list[str]) -> list[str]:
     """Two arms, one seed, two rates, runs of a third of a second."""
@@ -67,29 +72,29 @@ def plan(**changes: Any) -> Plan:
 @pytest.mark.parametrize("fold", range(5))
 def test_the_three_parts_share_no_patient_and_leave_none_out(fold: int) -> None:
     ids = [f"BraTS-GLI-{patient:05}-{visit:03}" for patient in range(9) for visit in range(2)]
-    parts = fold_parts(ids, fold)
+    parts = fold_parts({case: patient_of(case) for case in ids}, fold)
     patients = [{patient_of(case) for case in part} for part in (parts.train, parts.validation, parts.test)]
     assert sum(map(len, patients)) == len(set.union(*patients)) == 9
     assert all(patients)
 
 
 def test_each_case_is_tested_in_one_fold() -> None:
-    assert sorted(case for fold in range(5) for case in fold_parts(TEN, fold).test) == TEN
+    assert sorted(case for fold in range(5) for case in fold_parts(alone(TEN), fold).test) == TEN
 
 
 def test_three_patients_are_enough() -> None:
-    parts = fold_parts(TEN[:3], 2)
+    parts = fold_parts(alone(TEN[:3]), 2)
     assert [len(parts.train), len(parts.validation), len(parts.test)] == [1, 1, 1]
 
 
 def test_two_patients_are_refused() -> None:
     with pytest.raises(DataError, match="2 patients: a comparison needs at least 3"):
-        fold_parts(TEN[:2], 0)
+        fold_parts(alone(TEN[:2]), 0)
 
 
 def test_a_split_without_test_cases_scores_the_validation_cases(tmp_path: Path) -> None:
     (tmp_path / "split.json").write_text(json.dumps({"train": TEN[:2], "validation": TEN[2:4]}))
-    assert read_parts(tmp_path / "split.json", TEN).scored == tuple(TEN[2:4])
+    assert read_parts(tmp_path / "split.json", alone(TEN)).scored == tuple(TEN[2:4])
 
 
 @pytest.mark.parametrize(
@@ -99,13 +104,13 @@ def test_a_split_without_test_cases_scores_the_validation_cases(tmp_path: Path) 
 def test_a_wrong_list_of_test_cases_is_refused(test: object, said: str, tmp_path: Path) -> None:
     (tmp_path / "split.json").write_text(json.dumps({"train": TEN[:2], "validation": TEN[2:4], "test": test}))
     with pytest.raises(DataError, match=said):
-        read_parts(tmp_path / "split.json", TEN)
+        read_parts(tmp_path / "split.json", alone(TEN))
 
 
 def test_a_split_without_validation_cases_is_refused(tmp_path: Path) -> None:
     (tmp_path / "split.json").write_text(json.dumps({"train": TEN}))
     with pytest.raises(DataError, match="validation is empty"):
-        read_parts(tmp_path / "split.json", TEN)
+        read_parts(tmp_path / "split.json", alone(TEN))
 
 
 # Plan

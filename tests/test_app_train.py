@@ -23,7 +23,7 @@ from app.config import load_config
 from app.runlog import read_metrics
 from app.training.train import resume, start
 from data.labels import BRATS2021
-from data.layouts import find_cases
+from data.layouts import find_cases, patients_of
 from data.splits import stratified_split
 from data.tumours import read_label_maps, tumours_of
 
@@ -428,7 +428,8 @@ def test_a_fold_validates_on_its_own_cases(
     assert ended.code == 0
     cases = {case.id: case for case in find_cases(phantoms)}
     tumours = tumours_of(cases, read_label_maps(cases.values()), BRATS2021)
-    assert read(tmp_path / "run" / "split.json") == stratified_split(tumours, fold or 0).to_json()
+    expected = stratified_split(tumours, patients_of(cases.values()), fold or 0)
+    assert read(tmp_path / "run" / "split.json") == expected.to_json()
 
 
 def test_training_on_every_case_validates_on_none_and_can_predict(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import zlib
 from collections.abc import Sequence
@@ -48,6 +49,7 @@ def test_a_clean_case_is_described(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     assert checked(tmp_path)["a"] == CheckedCase(
         case="a",
+        patient="a",
         contrasts=("t1", "t1c", "t2", "flair"),
         shape=(8, 8, 7),
         spacing_mm=(1.0, 1.0, 2.0),
@@ -234,3 +236,21 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
 def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
     write_case(tmp_path, "up..up")
     assert "'up..up' cannot name the files" in checked(tmp_path)["up..up"].problems[0]
+
+
+def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> None:
+    for case in ("P1_tp1", "P1_tp2", "P2_1", "P2_2"):
+        write_case(tmp_path, case)
+    found = check(tmp_path)
+    assert (found.patients, found.is_clean) == (3, True)
+    notes = {finding.kind: finding.sentence for finding in found.findings}
+    assert "P1 (P1_tp1, P1_tp2)" in notes["visits"]
+    assert "P2_1, P2_2" in notes["possible visits"]
+
+
+def test_a_file_whose_name_misleads_is_a_note_and_is_read(tmp_path: Path) -> None:
+    folder = write_case(tmp_path, "a")
+    (folder / "a_t1.nii.gz").write_bytes(gzip.decompress((folder / "a_t1.nii.gz").read_bytes()))
+    case = checked(tmp_path)["a"]
+    assert (case.problems, case.contrasts) == ((), ("t1", "t1c", "t2", "flair"))
+    assert any("a_t1.nii.gz is not compressed, though its name ends in .gz" in note for note in case.notes)

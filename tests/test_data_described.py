@@ -6,6 +6,7 @@ import doctest
 import json
 import shutil
 import tempfile
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -420,6 +421,63 @@ def spoil(path: Path, data: st.DataObject) -> None:
         path.symlink_to(data.draw(st.sampled_from(["/nowhere", "..", path.name])))
     elif way == "text":
         path.write_bytes(b"case,t1\n{}[]")
+
+
+# Patients and names of a manifest
+
+
+def table(folder: Path, head: str, *rows: str) -> Path:
+    for name in ("1", "c", "2", "f"):
+        (folder / f"{name}.nii.gz").touch()
+    path = folder / "m.csv"
+    path.write_text("\n".join([head, *rows]), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("head", ["case,patient", "id,Subject", "case_id,participant_id", "Case,Patient ID"])
+def test_a_manifest_states_the_patient_and_the_id_tells_where_it_does_not(tmp_path: Path, head: str) -> None:
+    path = table(
+        tmp_path,
+        f"{head},t1,t1c,t2,flair",
+        *(f"{row},1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz" for row in ("a,7", "b, 7", "P9_tp1,")),
+    )
+    assert {case.id: case.patient for case in find_cases(path)} == {"a": "7", "b": "7", "P9_tp1": "P9"}
+
+
+def test_a_subject_is_the_case_where_no_other_column_is(tmp_path: Path) -> None:
+    (case,) = find_cases(table(tmp_path, "subject,t1,t1c,t2,flair", "a,1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz"))
+    assert (case.id, case.stated_patient) == ("a", None)
+
+
+def test_two_columns_for_the_patient_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="two columns for patient: patient and participant"):
+        find_cases(table(tmp_path, "case,patient,participant,t1", "a,1,2,1.nii.gz"))
+
+
+def test_a_row_that_lacks_a_contrast_names_the_columns_that_tell_none(tmp_path: Path) -> None:
+    (case,) = find_cases(table(tmp_path, "case,t1,t1c,t2,dark,age", "a,1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz,61"))
+    with pytest.raises(DataError, match=r"contrast flair is missing, and nothing tells the contrast of column dark\. "):
+        case.require()
+
+
+@pytest.mark.parametrize("forms", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_manifest_may_name_files_and_cases_in_another_unicode_form(tmp_path: Path, forms: tuple[Any, Any]) -> None:
+    written, there = (unicodedata.normalize(form, "Zo\u00eb") for form in forms)
+    (tmp_path / there).mkdir()
+    (tmp_path / there / f"{there}_t1.nii.gz").touch()
+    (case,) = find_cases(table(tmp_path, "case,t1", f"{written},{written}/{written}_t1.nii.gz"))
+    assert case.id == "Zo\u00eb"
+    assert case.contrasts["t1"].exists()
+
+
+def test_images_and_labels_of_nnunet_in_two_unicode_forms_belong_together(render: Render, tmp_path: Path) -> None:
+    root = render(tmp_path, "nnU-Net").root
+    first = find_cases(root)[0].id
+    for folder, form in (("imagesTr", "NFD"), ("labelsTr", "NFC")):
+        for path in (root / folder).glob(f"{first}*"):
+            path.rename(path.with_name(path.name.replace(first, unicodedata.normalize(form, "Zo\u00eb"))))  # type: ignore[arg-type]  # a literal of four
+    (case,) = [case for case in find_cases(root) if case.id == "Zo\u00eb"]
+    assert (case.require().label is not None, len(case.contrasts)) == (True, 4)
 
 
 @pytest.mark.parametrize("module", [described, names])

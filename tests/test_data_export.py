@@ -182,6 +182,19 @@ def test_ids_that_end_like_a_channel_of_nnunet_are_kept(render: Render, tmp_path
         assert [case.id for case in find_cases(tmp_path / layout)] == ["scan_0001", "scan_0002"]
 
 
+@pytest.mark.parametrize(("layout", "kept"), [("csv", True), ("msd", False), ("nnunet", False)])
+def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
+    render: Render, tmp_path: Path, layout: str, kept: bool
+) -> None:
+    root = render(tmp_path / "in", "manifest").root
+    path = root if root.is_file() else next(root.glob("**/*.csv"))
+    head, *rows = path.read_text(encoding="utf-8").splitlines()
+    path.write_text("\n".join([f"patient,{head}", *(f"anna,{row}" for row in rows)]), encoding="utf-8")
+    done = export(root, tmp_path / "out", layout)
+    assert {case.patient == "anna" for case in find_cases(tmp_path / "out")} == {kept}
+    assert (f"{layout} has no place for patients" in " ".join(done.notes)) is not kept
+
+
 def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     root, out = render(tmp_path / "in", "2024 GLI").root, tmp_path / "out"
     ended = znormseg("data", "export", root, out, "--format", "msd", "--json")

@@ -9,7 +9,9 @@ import pytest
 
 from data.findings.cases import Prints, judge_cases, prints_of
 from data.findings.digest import digest
+from data.findings.finding import Finding
 from data.labels import CONTRASTS
+from data.layouts import patient_of
 from data.nifti import Volume
 from data.phantoms import make_phantom
 
@@ -26,17 +28,21 @@ def prints(index: int, gain: float = 1.0) -> Prints:
     )
 
 
+def judge(prints: dict[str, Prints]) -> dict[str, list[Finding]]:
+    return judge_cases(prints, {case_id: patient_of(case_id) for case_id in prints})
+
+
 @pytest.fixture(scope="module")
 def three() -> dict[str, Prints]:
     return {f"case{index}": prints(index) for index in range(3)}
 
 
 def test_different_patients_raise_nothing(three: dict[str, Prints]) -> None:
-    assert judge_cases(three) == {}
+    assert judge(three) == {}
 
 
 def test_the_same_images_under_another_id_are_a_problem_of_both(three: dict[str, Prints]) -> None:
-    findings = judge_cases({**three, "again": three["case1"]})
+    findings = judge({**three, "again": three["case1"]})
     assert sorted(findings) == ["again", "case1"]
     (finding,) = findings["again"]
     assert (finding.kind, finding.severity) == ("same image", "problem")
@@ -44,7 +50,7 @@ def test_the_same_images_under_another_id_are_a_problem_of_both(three: dict[str,
 
 
 def test_a_scan_that_was_scaled_anew_is_a_note_of_both(three: dict[str, Prints]) -> None:
-    findings = judge_cases({**three, "again": prints(1, gain=1.7)})
+    findings = judge({**three, "again": prints(1, gain=1.7)})
     assert {case: [(f.kind, f.severity) for f in found] for case, found in findings.items()} == {
         "case1": [("same patient", "note")],
         "again": [("same patient", "note")],
@@ -53,10 +59,10 @@ def test_a_scan_that_was_scaled_anew_is_a_note_of_both(three: dict[str, Prints])
 
 def test_time_points_of_one_patient_may_look_alike(three: dict[str, Prints]) -> None:
     ids = ("BraTS-GLI-00001-000", "BraTS-GLI-00001-001")
-    assert judge_cases({ids[0]: three["case0"], ids[1]: prints(0, gain=1.7)}) == {}
+    assert judge({ids[0]: three["case0"], ids[1]: prints(0, gain=1.7)}) == {}
 
 
 def test_no_case_and_empty_cases_are_no_fault() -> None:
     nothing = prints_of({})
-    assert judge_cases({}) == {}
-    assert judge_cases({"a": nothing, "b": nothing}) == {}
+    assert judge({}) == {}
+    assert judge({"a": nothing, "b": nothing}) == {}

@@ -12,7 +12,7 @@ import pytest
 from data import layouts
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
-from data.layouts import case_from_files, convention_of, decide_for, find_cases, find_label_maps, patient_of
+from data.layouts import Case, case_from_files, convention_of, decide_for, find_cases, find_label_maps, patient_of
 
 NAMES_2021 = ["_t1", "_t1ce", "_t2", "_flair"]
 NAMES_2023 = ["-t1n", "-t1c", "-t2w", "-t2f"]
@@ -269,6 +269,70 @@ def test_cases_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         write_labels(make_case(tmp_path / case_id) / f"{case_id}_seg.nii.gz", [0, value])
     with pytest.raises(DataError, match="3 and 4 occur together"):
         convention_of(find_cases(tmp_path))
+
+
+# Names in use
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["_t1", "_t1gd", "_t2", "_fla"],
+        ["_t1", "_t1km", "_t2", "_t2fl"],
+        ["-T1pre", "-T1post", "-T2", "-FLAIR"],
+        ["_t1_native", "_t1_mprage_post", "_t2_tse", "_t2_flair"],
+        ["_T1w", "_ce-gadolinium_T1w", "_T2w", "_FLAIR"],
+    ],
+)
+@pytest.mark.parametrize("place", ["folders", "flat"])
+def test_contrasts_are_found_as_people_name_them(tmp_path: Path, names: list[str], place: str) -> None:
+    for case_id in ("sub-01", "sub-02"):
+        touch(tmp_path / (case_id if place == "folders" else ""), *(f"{case_id}{name}.nii.gz" for name in names))
+    for case in find_cases(tmp_path):
+        files = [case.require().contrasts[contrast].name for contrast in CONTRASTS]
+        assert files == [f"{case.id}{name}.nii.gz" for name in names]
+
+
+def test_a_case_that_lacks_a_contrast_says_which_of_its_files_tell_none(tmp_path: Path) -> None:
+    touch(make_case(tmp_path / "a", NAMES_2021[:3]), "a_dunkel.nii.gz", "a_x.nii")
+    (case,) = find_cases(tmp_path)
+    with pytest.raises(
+        DataError, match=r"flair is missing, and nothing tells the contrast of a_dunkel\.nii\.gz, a_x\.nii"
+    ):
+        case.require()
+    assert case.require(all_contrasts=False) is case
+
+
+def test_in_a_flat_folder_only_files_of_the_case_are_named(tmp_path: Path) -> None:
+    touch(tmp_path, *(f"{case}{name}.nii.gz" for case in ("a", "b") for name in NAMES_2021[:3]), "a_dunkel.nii.gz")
+    assert [case.unrecognised for case in find_cases(tmp_path)] == [("a_dunkel.nii.gz",), ()]
+
+
+def test_where_no_file_tells_a_contrast_some_are_named(tmp_path: Path) -> None:
+    touch(tmp_path / "a", "brain.nii.gz", "pic.nii")
+    with pytest.raises(DataError, match=r"no case found.* Nothing tells the contrast of brain\.nii\.gz, pic\.nii\."):
+        find_cases(tmp_path)
+
+
+def test_files_of_one_case_in_two_unicode_forms_are_one_case(tmp_path: Path) -> None:
+    touch(tmp_path / "x", *(f"Zo\u00eb{name}.nii.gz" for name in NAMES_2021[:2]))
+    touch(tmp_path / "x", *(f"Zoe\u0308{name}.nii.gz" for name in [*NAMES_2021[2:], "_seg"]))
+    (case,) = find_cases(tmp_path)
+    assert (case.require().id, case.label is not None) == ("Zo\u00eb", True)
+
+
+def test_label_maps_are_found_under_the_composed_form(tmp_path: Path) -> None:
+    touch(tmp_path, "Zoe\u0308.nii.gz")
+    assert list(find_label_maps(tmp_path)) == ["Zo\u00eb"]
+
+
+@pytest.mark.parametrize(
+    ("case_id", "words"),
+    [("caf\udce9", "holds bytes that are no UTF-8"), ("x" * 249, "249 bytes"), ("\u00e4" * 125, "250 bytes")],
+)
+def test_an_id_that_no_file_can_have_is_refused_in_words(case_id: str, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        Case(id=case_id, folder=Path()).require()
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

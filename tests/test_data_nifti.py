@@ -33,6 +33,7 @@ from data.nifti import (
     write_image,
     write_label_map,
 )
+from data.partial import partial_name
 
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 Affine = npt.NDArray[np.float64]
@@ -530,6 +531,70 @@ def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) ->
         beside.touch()
     assert beside.parent == tmp_path
     assert beside.name.endswith("a.nii.gz")
+
+
+# Files whose names mislead
+
+
+@pytest.mark.parametrize(("name", "packed"), [("a.nii", True), ("a.nii.gz", False)])
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+def test_a_file_is_read_by_its_content_and_not_by_its_name(tmp_path: Path, kind: Any, name: str, packed: bool) -> None:
+    content = kind(numbered(), LPS).to_bytes()
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(content) if packed else content)
+    assert read_grid(path)[0] == SHAPE
+    np.testing.assert_array_equal(read_volume(path).voxels, numbered())
+    np.testing.assert_array_equal(read_label_map(path).voxels, numbered())
+    assert nifti.name_misleads(path) is not None
+
+
+@pytest.mark.parametrize(("name", "packed"), [("a.nii", False), ("a.nii.gz", True)])
+def test_a_name_that_is_right_misleads_nobody(tmp_path: Path, name: str, packed: bool) -> None:
+    content = nib.Nifti1Image(numbered(), LPS).to_bytes()
+    (tmp_path / name).write_bytes(gzip.compress(content) if packed else content)
+    assert nifti.name_misleads(tmp_path / name) is None
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(gzip.compress(b"x" * 400)), "compressed twice"),
+        (b"PK\x03\x04" + bytes(400), "a ZIP archive"),
+        (b"\n<!DOCTYPE html>" + bytes(400), "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),
+        (bytes(128) + b"DICM" + bytes(400), "a DICOM file"),
+    ],
+)
+def test_what_a_file_is_that_is_no_nifti_is_told(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"a\.nii.*: {words}"):
+        read_volume(tmp_path / name)
+
+
+def test_a_packed_file_named_nii_that_is_cut_short_is_refused(tmp_path: Path) -> None:
+    content = gzip.compress(nib.Nifti1Image(numbered(), LPS).to_bytes())
+    (tmp_path / "a.nii").write_bytes(content[:-12])
+    with pytest.raises(DataError, match="damaged or cut short"):
+        read_volume(tmp_path / "a.nii")
+
+
+# Names of files that are being written
+
+
+@pytest.mark.parametrize("stem", ["x" * 248, "\u00e4" * 124, "a"])
+def test_a_file_with_the_longest_name_there_may_be_is_written(tmp_path: Path, stem: str) -> None:
+    path = tmp_path / f"{stem}.nii.gz"
+    write_label_map(path, numbered(), save(tmp_path / "reference.nii.gz", numbered()))
+    np.testing.assert_array_equal(read_label_map(path).voxels, numbered())
+
+
+@pytest.mark.parametrize("name", ["x" * 143, "x" * 100 + ".nii.gz", "\u00e4" * 60 + ".json", "x." + "y" * 200])
+def test_a_name_beside_is_no_longer_than_the_name_and_keeps_its_ending(name: str) -> None:
+    beside = partial_name(nifti.partial_prefix(4_194_303), name)
+    assert len(os.fsencode(beside)) <= len(os.fsencode(name))
+    assert beside.endswith(".nii.gz") == name.endswith(".nii.gz")
+    assert partial_name("a-", name) != partial_name("a-", f"{name}x")
 
 
 def test_the_examples_in_the_docstrings_hold() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from importlib import metadata
@@ -108,6 +109,9 @@ def options(
 def run() -> None:
     """Entry point of the console script."""
     share_processors()
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show stops no result
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     with terminal.sigterm_unwinds():
         try:
             code = app(standalone_mode=False)

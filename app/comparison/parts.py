@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from data.errors import DataError
-from data.layouts import patient_of
-from data.splits import FOLDS, Split, fold_split, read_split, stratified_split
+from data.splits import FOLDS, Split, fold_split, ids_of, read_split, require_apart, stratified_split
 from data.tumours import Tumour
 
 _LEAST_PATIENTS: Final = 3
@@ -41,52 +40,46 @@ class Parts:
         return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
 
 
-def fold_parts(case_ids: Sequence[str], fold: int, tumours: Mapping[str, Tumour] | None = None) -> Parts:
+def fold_parts(patients: Mapping[str, str], fold: int, tumours: Mapping[str, Tumour] | None = None) -> Parts:
     """Fold ``fold`` tests, the next one validates, the others train.
 
     The folds are those of ``train``, so that every case is tested in one fold.
 
     Args:
-        case_ids: all cases.
+        patients: the patient of every case, by case id.
         fold: 0 to 4, less with fewer than five patients.
         tumours: of all cases; without, the folds are dealt by case id alone.
 
     Raises:
         DataError: fewer than three patients, or no such fold.
     """
-    patients = len({patient_of(case_id) for case_id in case_ids})
-    if patients < _LEAST_PATIENTS:
+    count = len(set(patients.values()))
+    if count < _LEAST_PATIENTS:
         raise DataError(
-            f"{patients} {'patient' if patients == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
+            f"{count} {'patient' if count == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
             'one each to train, to choose and to test; or give --split with {"train": [...], "validation": [...]}'
         )
     test, validation = (
-        (fold_split(case_ids, number) if tumours is None else stratified_split(tumours, number)).validation
-        for number in (fold, (fold + 1) % min(FOLDS, patients))
+        (fold_split(patients, number) if tumours is None else stratified_split(tumours, patients, number)).validation
+        for number in (fold, (fold + 1) % min(FOLDS, count))
     )
-    left = tuple(case_id for case_id in sorted(case_ids) if case_id not in {*test, *validation})
+    left = tuple(case_id for case_id in sorted(patients) if case_id not in {*test, *validation})
     return Parts(train=left, validation=validation, test=test)
 
 
-def read_parts(path: Path, case_ids: Sequence[str]) -> Parts:
+def read_parts(path: Path, patients: Mapping[str, str]) -> Parts:
     """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
 
     Raises:
         DataError: as :func:`data.splits.read_split`; nothing validates; ``test`` is no list of case ids, names one
             twice or that is not in the data set, or shares a patient with another part.
     """
-    split = read_split(path, case_ids)
+    split = read_split(path, patients)
     if not split.validation:
         raise DataError(f"{path}: a comparison chooses on validation cases; the list validation is empty")
-    test = json.loads(path.read_text(encoding="utf-8")).get("test", [])
-    if not isinstance(test, list) or not all(isinstance(entry, str) for entry in test):
-        raise DataError(f"{path}: test must be a list of case ids")
-    if len(set(test)) != len(test):
-        raise DataError(f"{path}: test names a case twice")
-    unknown = sorted(set(test) - set(case_ids))
+    test = ids_of(json.loads(path.read_text(encoding="utf-8")).get("test", []), f"{path}: test")
+    unknown = sorted(set(test) - set(patients))
     if unknown:
         raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
-    shared = {patient_of(c) for c in test} & {patient_of(c) for c in (*split.train, *split.validation)}
-    if shared:
-        raise DataError(f"{path}: patient {min(shared)} is in test and in another part; keep each in one part")
+    require_apart(path, patients, {"test": test, "another part": (*split.train, *split.validation)})
     return Parts(train=split.train, validation=split.validation, test=tuple(test))

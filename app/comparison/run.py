@@ -17,6 +17,7 @@ import hashlib
 import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -39,11 +40,14 @@ from app.severalruns import (
     require_place,
     start_or_resume,
 )
+from app.training.material import tell_of_names, tell_of_patients
 from app.training.train import TrainResult
 from data.cache import CaseFolder
+from data.errors import DataError
 from data.labels import CONVENTIONS, convention_named
-from data.layouts import Case, decide_for, find_cases
+from data.layouts import Case, decide_for, find_cases, patients_of
 from data.loaders import PatchSource, cache_cases
+from data.patients import patient_by_older_versions
 from data.tumours import Tumour, read_label_maps, tumours_of, values_of
 
 _VERSION: Final = 1
@@ -93,12 +97,15 @@ def make_runs(
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    parts = fold_parts(list(cases), fold) if split_file is None else read_parts(split_file, list(cases))
+    patients = patients_of(cases.values())
+    parts = fold_parts(patients, fold) if split_file is None else read_parts(split_file, patients)
     used = [cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)]
     require_labels(used, advice="Add them, or leave the cases out with --split.")
     require_place(out, _PLAN, "comparison")
-    if split_file is None and not _began_with(out, parts):
-        parts = fold_parts(list(cases), fold, _tumours(cases, labels))
+    if split_file is None:
+        parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))
+    tell_of_patients(cases.values(), (parts.train, parts.validation, parts.test))
+    tell_of_names(used)
     with locked(out):
         settled = {} if labels is None else {"labels": convention_named(labels).name}
         _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})
@@ -340,10 +347,27 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
         )
 
 
-def _began_with(out: Path, parts: Parts) -> bool:
-    """Whether a comparison began with these parts, as those of older versions did with folds by case id alone."""
+def _parts_on_record(out: Path) -> Any:
+    """The parts that a comparison was begun with, or None."""
     path = out / _PLAN
-    return path.exists() and bool(json_object(read_json(path), path).get("parts") == parts.to_json())
+    return json_object(read_json(path), path).get("parts") if path.exists() else None
+
+
+def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> Parts:
+    """The parts of a fold; those a comparison began with where an older version dealt them by its own rules."""
+    patients = patients_of(cases.values())
+    before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
+    tumours: dict[str, Tumour] | None = None
+    if begun is not None:
+        for known in (patients, before):  # by case id alone, as the oldest versions did
+            with suppress(DataError):
+                if (parts := fold_parts(known, fold)).to_json() == begun:
+                    return parts
+        tumours = _tumours(cases, labels)
+        with suppress(DataError):
+            if (parts := fold_parts(before, fold, tumours)).to_json() == begun:
+                return parts
+    return fold_parts(patients, fold, _tumours(cases, labels) if tumours is None else tumours)
 
 
 def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, Tumour]:

@@ -23,14 +23,15 @@ from statistics import median
 from typing import Any, Final
 
 from app.config import RunConfig, from_plain, to_plain
-from app.errors import ConfigError
+from app.errors import ConfigError, RunError
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runlog import read_json, write_json
 from app.severalruns import differences, json_object, require_labels
-from app.training.material import split_on_record
+from app.training.material import split_on_record, tell_of_names, tell_of_patients
 from data.errors import DataError
 from data.labels import CONVENTIONS, LabelConvention
-from data.layouts import Case, decide_for, find_cases, patient_of
+from data.layouts import Case, decide_for, find_cases, patients_of
+from data.names import composed
 from data.nifti import canonical_spacing, read_grid
 from data.preprocess import SPACING_TOLERANCE
 from data.splits import Split, stratified_split
@@ -92,7 +93,7 @@ class Folds:
 def deal(
     data: Path, out: Path, config: RunConfig, *, folds: int, labels: str | None = None, follow_links: bool = False
 ) -> Folds:
-    """Deal the cases of a data set to folds, by patient, with like tumours.
+    """Deal the cases of a data set to folds, by patient, with like tumours; folds that were begun stay as they are.
 
     Args:
         data: folder of cases.
@@ -104,22 +105,30 @@ def deal(
 
     Raises:
         DataError: the data cannot be used, or has fewer patients than folds.
+        RunError: ``folds.json`` is damaged.
         ConfigError: too many folds or too few; ``data.spacing_mm`` is open and the folds would work at different ones.
     """
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    patients = len({patient_of(case_id) for case_id in cases})
-    if patients < folds:
+    patients = patients_of(cases.values())
+    count = len(set(patients.values()))
+    recorded = _splits_on_record(out, cases)
+    if recorded is None and count < folds:
         raise DataError(
-            f"{data}: {patients} {'patient' if patients == 1 else 'patients'} for {folds} folds; every fold needs one. "
+            f"{data}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
             "Give fewer --folds, or more cases."
         )
     require_labels([case.require() for case in cases.values()], advice="Add them, or take the cases out.")
     held = read_label_maps(cases.values())
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
-    tumours = tumours_of(cases, held, convention)
-    splits = tuple(stratified_split(tumours, fold, folds=folds) for fold in range(folds))
+    if recorded is not None and len(recorded) == folds:
+        splits = recorded
+    else:
+        tumours = tumours_of(cases, held, convention)
+        splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
+    tell_of_patients(cases.values(), [split.validation for split in splits])
+    tell_of_names(cases.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(
@@ -184,16 +193,31 @@ def require_same(folds: Folds) -> None:
             f"{folds.out} holds another cross-validation; give another folder, or the settings it was begun with. "
             f"Different: {'; '.join(changed)}"
         )
-    before, now = set().union(*there["folds"]), set(folds.cases)
+    before, now = {composed(case_id) for fold in there["folds"] for case_id in fold}, set(folds.cases)
     if before != now:
         raise DataError(
             f"{folds.out} was begun with other cases: {_some(before - now)} gone, {_some(now - before)} new. Give the "
             "data set it was begun with, or another folder."
         )
-    if there["folds"] != plan["folds"] or there.get("label_maps_sha256") != plan["label_maps_sha256"]:
+    recorded = [sorted(map(composed, fold)) for fold in there["folds"]]
+    if recorded != plan["folds"] or there.get("label_maps_sha256") != plan["label_maps_sha256"]:
         raise DataError(
             f"label maps have changed since {folds.out} was begun. Put the old ones back, or give another folder."
         )
+
+
+def _splits_on_record(out: Path, cases: Mapping[str, Case]) -> tuple[Split, ...] | None:
+    """The splits that a cross-validation of these cases was begun with: a later version may know more patients."""
+    path = out / CROSSVAL_FILE
+    if not path.exists():
+        return None
+    try:
+        folds = [[composed(case_id) for case_id in fold] for fold in json_object(read_json(path), path)["folds"]]
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged, it does not hold the folds ({error}). Restore it from a copy.") from error
+    if sorted(case_id for fold in folds for case_id in fold) != sorted(cases):
+        return None  # other cases, which require_same names
+    return tuple(Split(train=tuple(sorted(cases.keys() - set(fold))), validation=tuple(sorted(fold))) for fold in folds)
 
 
 def _some(ids: set[str]) -> str:

@@ -481,7 +481,15 @@ def write_table(evaluation: Evaluation, path: Path) -> None:
         OSError: the disk is full or the folder cannot be written to.
     """
     require_table_place(path)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as beside,
+        beside.open(
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+        ) as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         errors = evaluation.calibration()
         more = [(region, name) for region in REGIONS for name in CALIBRATION] if errors else []

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from app.errors import RunError
 from app.modelfolder import SUMS_FILE
+from data.partial import partial_name
 
 
 @contextmanager
@@ -30,7 +31,7 @@ def folder_when_complete(out: Path) -> Iterator[Path]:
     there = out.exists()
     place = out if there else out.parent
     place.mkdir(parents=True, exist_ok=True)
-    partial = place / f".partial-{os.getpid()}-{out.name}"
+    partial = place / partial_name(f".partial-{os.getpid()}-", out.name)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:

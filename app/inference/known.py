@@ -9,6 +9,7 @@ from typing import Final
 from app.errors import RunError
 from app.progress import LOG
 from app.runlog import read_json
+from data.names import composed
 from data.ranges import IntensityRange, joined, range_from_json
 
 #: In the folder of a run.
@@ -45,7 +46,9 @@ def training_record(folder: Path) -> TrainingRecord:
     if split.exists():
         try:
             content = read_json(split)
-            trained, validated = (tuple(str(one) for one in content[part]) for part in ("train", "validation"))
+            trained, validated = (
+                tuple(composed(str(one)) for one in content[part]) for part in ("train", "validation")
+            )
         except (RunError, KeyError, TypeError) as error:
             LOG.warning("%s is damaged (%s); whether cases were trained on is not known", split, error)
     ranges: list[IntensityRange] = []

@@ -18,7 +18,7 @@ from app.inference.flags import Facts, Flag, flags_of
 from app.inference.manifest import this_worker
 from app.inference.model import Predictor
 from app.inference.pipeline import InThisProcess, Steps, most_voxels_ahead
-from app.inference.predict import finish, place_for, unusual_contrasts, write_companions
+from app.inference.predict import asked_for, finish, place_for, unusual_contrasts, write_companions
 from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
 from app.inference.settings import DEFAULTS, PredictOptions
 from app.inference.trust import Companion, ShareSteps, Trust, companions, measure, nested
@@ -31,7 +31,7 @@ from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
 from data.labels import Contrast, encode, from_regions, to_regions
-from data.layouts import Case, find_cases
+from data.layouts import Case, find_cases, misnamed_files
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map
 from data.preprocess import image_problem, prepare
 
@@ -111,8 +111,10 @@ def native_steps(
     """The three parts of each case for an engine: read the scans, bring in and predict, write."""
 
     def read(case: Case) -> _Read:
-        place_for(case, output)
+        place_for(case, output, asked_for(options))
         began = time.monotonic()
+        for text in misnamed_files(replace(case, label=None)):
+            LOG.warning("case %s: %s", case.id, text)
         native = read_native(replace(case, label=None), nan_to_zero=options.nan_to_zero)
         return _Read(case=case, native=native, seconds=time.monotonic() - began)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime, versions
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, encode, from_regions, to_regions
-from data.layouts import Case
+from data.layouts import Case, misnamed_files
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
+from data.partial import most_name_bytes
 from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
 from data.presence import missing_contrasts
 from data.ranges import quantiles_of
@@ -124,12 +126,15 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
     Raises:
         DataError: as :func:`data.preprocess.prepare`, :func:`require_contrasts` and :func:`place_for`.
     """
-    place_for(case, output)
+    place_for(case, output, asked_for(options))
     began = time.monotonic()
     require_contrasts(case, model)
     prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=options.nan_to_zero, all_contrasts=False)
     if absent := missing_contrasts(prepared.present):
-        LOG.warning("case %s: predicted without %s, which is missing", case.id, ", ".join(absent))
+        hint = f"; nothing tells the contrast of {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
+        LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
+    for text in misnamed_files(replace(case, label=None)):
+        LOG.warning("case %s: %s", case.id, text)
     for contrast, count in prepared.zeroed.items():
         LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
     return PreparedCase(case=case, prepared=prepared, options=options, seconds=time.monotonic() - began)
@@ -318,12 +323,33 @@ def require_contrasts(case: Case, model: Predictor) -> None:
         ) from error
 
 
-def place_for(case: Case, output: Path) -> Path:
+def asked_for(options: PredictOptions) -> tuple[Companion, ...]:
+    """The companions that may be written."""
+    return (
+        *(("probabilities",) if options.save_probabilities else ()),
+        *(("uncertainty", "disagreement") if options.uncertainty else ()),
+    )
+
+
+def place_for(case: Case, output: Path, companions: Collection[Companion] = ()) -> Path:
     """Where a case's label map is written.
 
+    Args:
+        case: what is predicted.
+        output: folder of the results.
+        companions: what may be written beside the label map.
+
     Raises:
-        DataError: one of the case's own files is there, or where a file beside it may be written.
+        DataError: one of the case's own files is there, or where a file beside it may be written; or the file system
+            takes no name that long.
     """
+    names = [f"{case.id}.nii.gz", *(companion_path(case, name, output).name for name in companions)]
+    longest, most = max(names, key=lambda name: len(os.fsencode(name))), most_name_bytes(output)
+    if len(os.fsencode(longest)) > most:
+        raise DataError(
+            f"case {case.id}: the name of its file ...{longest[len(case.id) :]} would have {len(os.fsencode(longest))} "
+            f"bytes, and the file system of {output} takes {most}. Give the case a shorter id."
+        )
     label_map = output / f"{case.id}.nii.gz"
     places = {label_map: "label map"} | {companion_path(case, name, output): f"file of {name}" for name in COMPANIONS}
     for what, path in [*case.contrasts.items(), ("label map", case.label)]:

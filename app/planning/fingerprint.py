@@ -14,7 +14,7 @@ import numpy as np
 
 from data.errors import DataError
 from data.labels import LabelConvention
-from data.layouts import Case, decide_for, find_cases, patient_of
+from data.layouts import Case, decide_for, find_cases
 from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_label_map, read_volume, reorient
 from data.preprocess import smallest_box
 from data.tumours import LabelMap, read_label_maps, tumours_of, values_of
@@ -143,7 +143,7 @@ def read_data_set(
     fingerprint = Fingerprint(
         cases=len(found),
         with_label_map=len(cases),
-        patients=len({patient_of(case_id) for case_id in cases}),
+        patients=len({case.patient for case in cases.values()}),
         labels=convention.name,
         spacing_mm=_median([(x, y, z) for x, y, z in spacings.tolist()]),
         spacing_percentiles_mm=(tuple(low), tuple(high)),

@@ -31,6 +31,7 @@ from app.planning.rules import (
 from app.planning.trial import Asked
 from app.progress import OnProgress, Progress, silent
 from app.runtime import choose_runtime
+from data.layouts import patients_of
 from data.loaders import MOST_OPEN
 from data.splits import Split, stratified_split
 from data.tumours import tumours_of
@@ -185,7 +186,11 @@ def plan_run(
     )
     tumours = tumours_of(read.cases, read.held, read.convention)
     one = read.fingerprint.patients < 2
-    split = Split(train=tuple(read.cases), validation=()) if one else stratified_split(tumours, 0)
+    split = (
+        Split(train=tuple(read.cases), validation=())
+        if one
+        else stratified_split(tumours, patients_of(read.cases.values()), 0)
+    )
     limits = memory_limits()
     if max_memory_bytes is not None:
         limits = [*limits, MemoryLimit(name="--max-memory-gb", free_bytes=max_memory_bytes)]

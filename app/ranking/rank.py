@@ -274,7 +274,15 @@ def write_table(ranking: Ranking, path: Path) -> None:
         OSError: the disk is full or the folder cannot be written to.
     """
     require_table_place(path)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as beside,
+        beside.open(
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+        ) as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
         for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):

@@ -17,6 +17,7 @@ from app.reporting.scores import REGION_NAMES, case_table_html, score, scores_ta
 from app.reporting.templates import fill
 from app.reporting.volume import data_uri
 from data.labels import REGIONS, Region
+from data.partial import partial_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,7 @@ def write_page(path: Path, page: Page) -> None:
     Raises:
         OSError: the folder is missing or cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(partial_name(f".partial-{os.getpid()}-", path.name))
     try:
         # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
         partial.write_text(render(page), encoding="utf-8", errors="replace")

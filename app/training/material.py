@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -10,32 +10,89 @@ from typing import Any, Final
 from app.config import RunConfig
 from app.errors import RunError
 from app.inference.known import INTENSITIES_FILE
+from app.progress import LOG
 from app.runlog import read_json, write_json
 from data.errors import DataError
-from data.layouts import Case, find_cases
+from data.layouts import Case, find_cases, look_like_visits, misnamed_files, patients_of
 from data.loaders import CachedCase
+from data.names import composed
 from data.nifti import Spacing, canonical_spacing, read_grid
+from data.patients import grouped_by_words
 from data.ranges import quantiles_of, range_of
-from data.splits import Split, fold_split, read_split
+from data.splits import Split, fold_split, parted, read_split
 from data.tumours import LabelMap, changed, hash_of, label_map_from_json
 
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
 #: Training cases whose intensities are looked at, or up to twice as many; each takes some hundredths of a second.
 _MOST_LOOKED_AT: Final = 100
+_GROUPS_SHOWN: Final = 3
 
 
-def choose_split(case_ids: Sequence[str], fold: int | str, split_file: Path | None) -> Split:
+def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path | None) -> Split:
     """The cases that train and those that validate: of a file, or of a fold by patient; with ``all`` none validates.
+
+    Args:
+        patients: the patient of every case, by case id.
+        fold: from 0 on, or :data:`ALL_CASES`.
+        split_file: JSON with the two lists, instead of a fold.
 
     Raises:
         DataError: a case of the file is not there, or there are too few patients.
     """
     if split_file is not None:
-        return read_split(split_file, case_ids)
+        return read_split(split_file, patients)
     if fold == ALL_CASES:
-        return Split(train=tuple(case_ids), validation=())
-    return fold_split(case_ids, int(fold))
+        return Split(train=tuple(patients), validation=())
+    return fold_split(patients, int(fold))
+
+
+def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
+    """Log by what cases count as visits of one patient, and warn where a patient, or what looks like one, is parted.
+
+    Args:
+        cases: all of the data set.
+        parts: case ids of each part of the split, e.g. of training and of validation.
+    """
+    used = {case_id for part in parts for case_id in part}
+    by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None and case.id in used])
+    if by_words:
+        LOG.info(
+            "by words or dates in their ids cases are visits of one patient, and stay in one part: %s",
+            _some_groups([f"{patient} ({', '.join(ids)})" for patient, ids in by_words.items()]),
+        )
+    patients = patients_of(cases)
+    of_patient: dict[str, list[str]] = {}
+    for case_id in sorted(used & patients.keys()):
+        of_patient.setdefault(patients[case_id], []).append(case_id)
+    known = parted(of_patient.values(), parts)
+    if known:
+        LOG.warning(
+            "the split on record has cases of one patient in several parts, as older versions did not know their "
+            "names: %s. It is kept; its scores flatter. A new run parts no patient.",
+            _some_groups([", ".join(ids) for ids in known]),
+        )
+    maybe = parted(look_like_visits(cases), parts)
+    if maybe:
+        LOG.warning(
+            "ids look like visits of one patient, nothing says whether they are, and they stand in several parts of "
+            "the split: %s. If they are, scores will flatter: state the patients in a manifest (column patient), or "
+            "keep their cases together with --split.",
+            _some_groups([", ".join(ids) for ids in maybe]),
+        )
+
+
+def tell_of_names(cases: Collection[Case]) -> None:
+    """Log a warning where the names of files say otherwise than their content whether they are compressed."""
+    found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
+    if found:
+        LOG.warning("%s", _some_groups(found))
+
+
+def _some_groups(groups: Sequence[str]) -> str:
+    """The first groups, and how many more there are."""
+    more = f"; and {len(groups) - _GROUPS_SHOWN} more" if len(groups) > _GROUPS_SHOWN else ""
+    return "; ".join(groups[:_GROUPS_SHOWN]) + more
 
 
 def split_on_record(path: Path) -> Split:
@@ -45,7 +102,7 @@ def split_on_record(path: Path) -> Split:
         RunError: the file is missing or damaged.
     """
     try:
-        return Split(**{part: tuple(ids) for part, ids in read_json(path).items()})
+        return Split(**{part: tuple(composed(case_id) for case_id in ids) for part, ids in read_json(path).items()})
     except (TypeError, AttributeError) as error:
         raise RunError(
             f"{path}: damaged, it does not hold the lists train and validation ({error}). Restore it from a copy."
@@ -96,7 +153,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
     if not path.exists():
         return
     try:
-        before = {case_id: label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
+        before = {composed(case_id): label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
     others = changed(before, cases.values())

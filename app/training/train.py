@@ -48,13 +48,15 @@ from app.training.material import (
     require_same_labels,
     spacing_of,
     split_on_record,
+    tell_of_names,
+    tell_of_patients,
 )
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.stopping import not_ended_by_sigusr1, stop_on_signals
 from app.training.telemetry import Telemetry
 from data.cache import CaseFolder
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
-from data.layouts import Case, decide_for, find_cases
+from data.layouts import Case, decide_for, find_cases, patients_of
 from data.loaders import CachedCase, PatchSource, cache_cases
 from data.nifti import Spacing
 from data.splits import Split, stratified_split
@@ -102,6 +104,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
     *,
     fold: int | str = 0,
     split_file: Path | None = None,
+    split_is_judged: bool = False,
     labels: str | None = None,
     init_from: Path | None = None,
     follow_links: bool = False,
@@ -117,6 +120,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
+        split_is_judged: the job that gives ``split_file`` has seen to its patients; they are not looked at again.
         labels: name of the label convention, where the data set does not tell.
         init_from: folder of a run whose best weights this one starts from instead of random ones.
         follow_links: accept symbolic links that lead out of ``data``.
@@ -141,7 +145,8 @@ def start(  # noqa: PLR0913 - each is an option of the command
     if not again:
         require_new(run)
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    split = choose_split(list(cases), fold, split_file)
+    patients = {case_id: case_id for case_id in cases} if split_is_judged else patients_of(cases.values())
+    split = choose_split(patients, fold, split_file)
     require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
     if config.training.patience is not None and not split.validation:
         raise ConfigError(
@@ -155,7 +160,10 @@ def start(  # noqa: PLR0913 - each is an option of the command
     held = read_label_maps(cases.values())
     convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
     if split_file is None and fold != ALL_CASES:
-        split = stratified_split(tumours_of(cases, held, convention), int(fold))
+        split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
+    if not split_is_judged:
+        tell_of_patients(cases.values(), (split.train, split.validation))
+        tell_of_names([cases[case_id] for case_id in (*split.train, *split.validation)])
     spacing_mm = spacing_of(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with _locked(run, world), _opened(store, run) as opened:
@@ -210,6 +218,7 @@ def resume(
     config: RunConfig | None = None,
     *,
     allow: Collection[str] = (),
+    split_is_judged: bool = False,
     follow_links: bool = False,
     store: CaseFolder | None = None,
     world: World = ALONE,
@@ -223,6 +232,7 @@ def resume(
         config: the configuration asked for now, where one was.
         allow: keys in which it may differ from the run's own although they change what is learned; without, it may in
             those of :data:`app.training.changes.HARMLESS`.
+        split_is_judged: as in :func:`start`.
         follow_links: accept symbolic links that lead out of ``data``.
         store: where prepared cases are kept; default the user's cache.
         world: the processes that train together; each calls this, the first one alone writes to ``run``.
@@ -250,6 +260,8 @@ def resume(
         split = split_on_record(run / "split.json")
         cases = cases_of(split, data, follow_links=follow_links)
         require_same_labels(run, data, cases)
+        if not split_is_judged:
+            tell_of_patients(cases.values(), (split.train, split.validation))
         state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
         restore(state, checkpoint, config.training)
         _require_best(run, state)

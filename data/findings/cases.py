@@ -13,7 +13,6 @@ import numpy.typing as npt
 from data.findings.digest import Digest
 from data.findings.finding import Finding
 from data.labels import Contrast
-from data.layouts import patient_of
 
 #: Pictures of two patients in one atlas correlate by 0.6 to 0.85; the same scan, exported or scaled anew, by 1.
 SAME_SCAN: Final = 0.985
@@ -53,8 +52,8 @@ def _unit(picture: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return np.asarray(values / max(float(np.linalg.norm(values)), 1e-12), dtype=np.float32)
 
 
-def judge_cases(prints: Mapping[str, Prints]) -> dict[str, list[Finding]]:
-    """Findings by case id; cases of one patient are not compared by their looks."""
+def judge_cases(prints: Mapping[str, Prints], patients: Mapping[str, str]) -> dict[str, list[Finding]]:
+    """Findings by case id; cases of one patient, by case id in ``patients``, are not compared by their looks."""
     findings: dict[str, list[Finding]] = defaultdict(list)
     same = _same_images(prints)
     for pair, contrasts in same.items():
@@ -68,13 +67,15 @@ def judge_cases(prints: Mapping[str, Prints]) -> dict[str, list[Finding]]:
                 )
             )
     for pair in sorted(_alike(prints) - set(same)):
+        if patients[pair[0]] == patients[pair[1]]:
+            continue
         for case, other in (pair, pair[::-1]):
             findings[case].append(
                 Finding(
                     kind="same patient",
                     severity="note",
                     message=f"looks like case {other}: may be the same scan, exported anew",
-                    action="Split by patient (--split) if it is, or give both ids of one patient",
+                    action="If it is, state one patient for both in a manifest's column patient, or keep one of them",
                 )
             )
     return findings
@@ -93,7 +94,7 @@ def _same_images(prints: Mapping[str, Prints]) -> dict[tuple[str, str], list[Con
 
 
 def _alike(prints: Mapping[str, Prints]) -> set[tuple[str, str]]:
-    """Pairs of cases of different patients whose pictures of one contrast on one shape of grid correlate."""
+    """Pairs of cases whose pictures of one contrast on one shape of grid correlate."""
     groups: dict[tuple[Contrast, tuple[int, ...]], list[str]] = defaultdict(list)
     for case, own in prints.items():
         for contrast, picture in own.pictures.items():
@@ -106,5 +107,4 @@ def _alike(prints: Mapping[str, Prints]) -> set[tuple[str, str]]:
 
 def _alike_in(cases: Sequence[str], pictures: npt.NDArray[np.float32]) -> set[tuple[str, str]]:
     correlation = np.triu(pictures @ pictures.T, k=1)
-    found = ((cases[a], cases[b]) for a, b in np.argwhere(correlation > SAME_SCAN))
-    return {(first, second) for first, second in found if patient_of(first) != patient_of(second)}
+    return {(cases[a], cases[b]) for a, b in np.argwhere(correlation > SAME_SCAN)}

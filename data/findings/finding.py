@@ -24,6 +24,8 @@ Kind = Literal[
     "another patient",
     "same image",
     "same patient",
+    "visits",
+    "possible visits",
     "label values",
     "no label map",
     "empty label map",

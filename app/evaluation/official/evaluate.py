@@ -205,7 +205,15 @@ def write_table(evaluation: OfficialEvaluation, path: Path) -> None:
     """
     require_table_place(path)
     regions = [rule.name for rule in evaluation.rules.scored]
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+    with (
+        replacing(path) as beside,
+        beside.open(
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+        ) as file,
+    ):
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["case", *(f"{region}_{metric}" for region in regions for metric in evaluation.metrics)])
         for name, values in evaluation.named_values():
