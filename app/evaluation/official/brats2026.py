@@ -262,8 +262,8 @@ def evaluate_by_package(
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
     if found.uneven:
         LOG.warning(
-            "%d cases have voxels that are no cubes of 1 mm: %s. %s gives whole-region distances in voxels, and those "
-            "of lesions with the spacings of x and z exchanged. Resample to 1 mm before, as the challenge does.",
+            "voxels are no cubes of 1 mm in %d of the cases: %s. %s gives whole-region distances in voxels, and those "
+            "of lesions with the spacings of x and z exchanged. Resample to 1 mm first, as the challenge does.",
             len(found.uneven),
             ", ".join(found.uneven[:_SHOWN]) + (" ..." if len(found.uneven) > _SHOWN else ""),
             COMMAND,

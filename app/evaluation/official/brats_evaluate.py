@@ -150,7 +150,7 @@ class Runner:
         said = _tail(err) or _tail(out) or "it said nothing"
         if status is None:
             raise DataError(
-                f"{COMMAND} was stopped after {self._timeout_s / 60:g} minutes without a result: {said}. "
+                f"{COMMAND} was stopped after {self._timeout_s:g} s without a result: {said}. "
                 "Are there thousands of small components? Clean the label map, or leave the case out."
             )
         if status != 0:
