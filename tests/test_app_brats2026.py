@@ -38,6 +38,8 @@ from app.evaluation.official.brats2026 import (
 )
 from app.evaluation.official.brats_evaluate import COMMAND, TESTED, Installed, Runner, find_installed, processes_at_once
 from app.evaluation.official.challenge import write_table
+from app.evaluation.official.evaluate import evaluate_officially
+from app.evaluation.official.rules import rules_for
 from app.ranking.rank import rank
 from app.ranking.scores import Scored, load
 from data.errors import DataError
@@ -335,7 +337,7 @@ def test_what_goes_wrong_with_one_case_stays_that_cases(kind: str, stand_in: Put
     told = json.loads(done.out)
     assert [case["case"] for case in told["cases"]] == ["case-00000", "case-00007"]
     assert message in told["failures"]["case-00003"]
-    assert "znormseg: case-00003: brats-evaluate" in done.err
+    assert "case case-00003: brats-evaluate" in done.err
     assert "Traceback (most" not in done.err
 
 
@@ -460,8 +462,8 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label 4 \(convention brats2024\), which is no part of task GOAT"),
-        ("MEN-RT", 2, r"holds label 2 .* task MEN-RT: its regions are GTV"),
+        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which is no part of task GOAT"),
+        ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
         ("PED", 4, "no part of task PED"),
     ],
 )
@@ -473,6 +475,20 @@ def test_a_tissue_that_the_task_has_no_number_for_is_refused(
         save(tmp_path / side / "a.nii.gz", np.full((4, 4, 4), label, np.uint8), np.eye(4))
     with pytest.raises(DataError, match=said):
         evaluate_by_package(tmp_path / "p", tmp_path / "r", package_rules(task), labels=("brats2024", None))
+
+
+def test_the_pair_on_the_page_has_the_numbers_of_each_year_that_the_page_gives(tmp_path: Path) -> None:
+    voxels = np.zeros((2, 200, 40, 40), dtype=np.uint8)
+    voxels[1, 5:25, 5:25, 5:25] = voxels[0, 6:26, 5:25, 5:25] = voxels[0, 165:170, 10:15, 10:15] = 3
+    for side, one in zip(("p", "r"), voxels, strict=True):
+        save(tmp_path / side / "a.nii.gz", one, np.diag([-1.0, -1.0, 1.0, 1.0]))
+    folders, labels = (tmp_path / "p", tmp_path / "r"), ("brats2023", "brats2023")
+    for year, lesions in (("brats2023", 187.5), ("brats2024", 169)):
+        (case,) = evaluate_officially(*folders, rules_for(year, "GLI"), labels=labels).cases
+        assert (case.regions["ET"].hd95_mm, case.regions["ET"].lesion_hd95_mm) == (140, lesions)
+    if shutil.which(COMMAND) is not None:
+        (found,) = evaluate_by_package(*folders, package_rules("GLI"), labels=labels).cases
+        assert (found.regions["ET"]["global_bin_hd95"], found.regions["ET"]["sq_hd95"]) == (1.0, 1.0)
 
 
 def test_other_grids_are_refused(stand_in: Put, sides: Write) -> None:

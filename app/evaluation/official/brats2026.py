@@ -256,7 +256,10 @@ def evaluate_by_package(
     with Runner(installed, rules.config, timeout_s=timeout_s) as runner:
 
         def score(case: str) -> PackageCase:
-            return _score_case(case, folders, rules, runner)
+            try:
+                return _score_case(case, folders, rules, runner)
+            except DataError as error:
+                raise DataError(f"case {case}: {error}") from error
 
         cases, failures = score_each(folders, score, on_case=on_case, workers=processes_at_once())
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
@@ -277,7 +280,7 @@ def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner
     difference = grid_difference(prediction, reference)
     if difference is not None:
         raise DataError(
-            f"case {case}: {prediction.path} and {reference.path} lie on different grids: {difference}. The "
+            f"{prediction.path} and {reference.path} lie on different grids: {difference}. The "
             "challenge compares voxel by voxel: bring the prediction to the grid of the reference first."
         )
     sides = {
@@ -314,7 +317,7 @@ def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvent
     ]
     if foreign:
         raise DataError(
-            f"{volume.path}: holds label {', '.join(map(str, foreign))} (convention {convention.name}), which is no "
+            f"{volume.path}: holds label values {', '.join(map(str, foreign))} (convention {convention.name}), which is no "
             f"part of task {rules.task}: its regions are {', '.join(rules.regions)}. Which task is it? Or say with "
             "--labels what the numbers mean."
         )
