@@ -462,7 +462,7 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which is no part of task GOAT"),
+        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are no part of task GOAT"),
         ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
         ("PED", 4, "no part of task PED"),
     ],

@@ -317,9 +317,9 @@ def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvent
     ]
     if foreign:
         raise DataError(
-            f"{volume.path}: holds label values {', '.join(map(str, foreign))} (convention {convention.name}), which is no "
-            f"part of task {rules.task}: its regions are {', '.join(rules.regions)}. Which task is it? Or say with "
-            "--labels what the numbers mean."
+            f"{volume.path}: holds label values {', '.join(map(str, foreign))} (convention {convention.name}), which "
+            f"are no part of task {rules.task}: its regions are {', '.join(rules.regions)}. Which task is it? Or say "
+            "with --labels what the numbers mean."
         )
     return table[tissues]
 
