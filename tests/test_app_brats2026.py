@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -347,11 +347,8 @@ def test_a_case_that_hangs_is_stopped_with_its_children(stand_in: Put, tmp_path:
     stand_in(f"os.execv('/bin/sh', ['sh', '-c', {shell!r}])")
     for side in ("prediction", "reference"):
         save(tmp_path / side / "00000.nii.gz", np.zeros((2, 2, 2), np.uint8), np.eye(4))
-    with (
-        Runner(find_installed(), "gli", timeout_s=3) as runner,
-        pytest.raises(DataError, match="was stopped after 3 s without a result: matching"),
-    ):
-        runner.score(tmp_path)
+    with pytest.raises(DataError, match="was stopped after 3 s without a result: matching"):
+        Runner(find_installed(), "gli", timeout_s=3).score(tmp_path)
     assert not lives(int(child.read_text()))
 
 
@@ -363,26 +360,24 @@ def lives(process: int) -> bool:
         return False
 
 
-def test_whoever_is_interrupted_leaves_no_process_behind(stand_in: Put, tmp_path: Path) -> None:
+def test_sigterm_ends_the_command_and_leaves_no_copies(
+    stand_in: Put, sides: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg_process: Call
+) -> None:
     stand_in(f"Path({str(tmp_path / 'pid')!r}).write_text(str(os.getpid()))\ntime.sleep(600)")
-    for side in ("prediction", "reference"):
-        save(tmp_path / side / "00000.nii.gz", np.zeros((2, 2, 2), np.uint8), np.eye(4))
-    errors: list[str] = []
-
-    def score() -> None:
-        try:
-            runner.score(tmp_path)
-        except DataError as error:
-            errors.append(str(error))
-
-    with Runner(find_installed(), "gli") as runner:
-        thread = threading.Thread(target=score)
-        thread.start()
-        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
-            threading.Event().wait(0.01)
-    thread.join(30)
-    assert "was ended by SIGKILL" in errors[0]
+    (tmp_path / "copies").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "copies"))
+    words = ("--rules", "brats2026", "--task", "GOAT", "--labels", "brats2023", "-q")
+    process = znormseg_process("evaluate", *sides("GOAT"), *words)
+    try:
+        while process.poll() is None and not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+            time.sleep(0.01)
+        process.terminate()
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert (process.returncode, "stopped by SIGTERM" in err) == (130, True), err
     assert not lives(int((tmp_path / "pid").read_text()))
+    assert list((tmp_path / "copies").iterdir()) == []
 
 
 def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put, sides: Write, znormseg: Call) -> None:

@@ -253,15 +253,15 @@ def evaluate_by_package(
     if rules.task == "MEN-RT":
         labels = (BRATS2024.name, BRATS2024.name)
     folders = match(predictions, references, labels=labels, follow_links=follow_links)
-    with Runner(installed, rules.config, timeout_s=timeout_s) as runner:
+    runner = Runner(installed, rules.config, timeout_s=timeout_s)
 
-        def score(case: str) -> PackageCase:
-            try:
-                return _score_case(case, folders, rules, runner)
-            except DataError as error:
-                raise DataError(f"case {case}: {error}") from error
+    def score(case: str) -> PackageCase:
+        try:
+            return _score_case(case, folders, rules, runner)
+        except DataError as error:
+            raise DataError(f"case {case}: {error}") from error
 
-        cases, failures = score_each(folders, score, on_case=on_case, workers=processes_at_once())
+    cases, failures = score_each(folders, score, on_case=on_case, workers=processes_at_once(), on_stop=runner.stop)
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
     if found.uneven:
         LOG.warning(

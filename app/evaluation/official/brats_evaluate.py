@@ -18,8 +18,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final
 
 from app.childprocess import how_it_ended
 from app.errors import MissingToolError
@@ -104,7 +103,7 @@ def processes_at_once() -> int:
 
 
 class Runner:
-    """Processes of the command; at the end of the ``with`` block those that still run are killed."""
+    """Processes of the command, each for one case."""
 
     def __init__(self, installed: Installed, config: str, *, timeout_s: float = TIMEOUT_S) -> None:
         """Start nothing yet.
@@ -118,12 +117,8 @@ class Runner:
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock, self._closed = Lock(), False
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Kill what still runs, and start nothing more; from any thread."""
         with self._lock:
             self._closed = True
             for process in self._running:
