@@ -9,7 +9,7 @@
 | 4 | the configuration is wrong |
 | 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
 | 6 | some cases failed, the others are done |
-| 7 | the machine: disk full, not writable, no such device, out of memory |
+| 7 | the machine: disk full, not writable, no such device, out of memory, a command not installed |
 | 130 | interrupted by Ctrl-C or SIGTERM |
 """
 
@@ -42,6 +42,10 @@ class DeviceError(RuntimeError):
     """The device asked for is not there. The message names it and what is there."""
 
 
+class MissingToolError(RuntimeError):
+    """A command of others is not installed, or cannot be started. The message says how to install it."""
+
+
 class MemoryShortError(RuntimeError):
     """Nothing that could be planned fits into the memory there is. The message says what the least of it needed."""
 
@@ -54,7 +58,7 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((DataError,), EXIT_DATA),
     ((ConfigError,), EXIT_CONFIG),
     ((RunError,), EXIT_RUN),
-    ((DeviceError, MemoryShortError, OSError), EXIT_MACHINE),
+    ((DeviceError, MissingToolError, MemoryShortError, OSError), EXIT_MACHINE),
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 

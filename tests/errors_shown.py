@@ -199,13 +199,13 @@ def noise(_: Scene) -> None:
     nib.save(nib.Nifti1Image(voxels, np.diag([4.0, 4, 4, 1])), IMAGE)
 
 
-def tool(script: str) -> Prepare:
-    """Install a command hd-bet."""
+def tool(script: str, *, name: str = "hd-bet") -> Prepare:
+    """Install a command, a shell script."""
 
     def install(scene: Scene) -> None:
         Path("BIN").mkdir()
-        Path("BIN/hd-bet").write_text(f"#!/bin/sh\n{script}\n")
-        Path("BIN/hd-bet").chmod(0o755)
+        Path("BIN", name).write_text(f"#!/bin/sh\n{script}\n")
+        Path("BIN", name).chmod(0o755)
         scene.patch.setenv("PATH", f"{scene.place / 'BIN'}{os.pathsep}{os.environ['PATH']}")
 
     return install
@@ -782,6 +782,30 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 code=3,
                 prepare=predictions(),
             ),
+        ],
+        "`--rules brats2026` without `brats-evaluate` (7)": [
+            Shown(
+                command="znormseg evaluate OUT DATA --rules brats2026",
+                code=7,
+                prepare=both(predictions(), lambda scene: scene.patch.setenv("PATH", str(scene.place))),
+            )
+        ],
+        "`--rules brats2026`: `brats-evaluate` crashes, hangs, refuses a case or writes something else (6)": [
+            Shown(
+                title="one case alone",
+                command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
+                code=3,
+                prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
+                only="^znormseg: not one",
+            )
+        ],
+        "`--rules brats2026`: a tissue that the task has no number for (6)": [
+            Shown(
+                command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
+                code=3,
+                prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
+                only="^znormseg: not one",
+            )
         ],
         "`rank`: sets scored by different rules": [
             Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules))

@@ -143,7 +143,7 @@ def test_a_task_that_the_year_has_not_is_refused_with_those_it_has() -> None:
 
 
 def test_a_year_without_rules_is_refused() -> None:
-    with pytest.raises(DataError, match="brats2023, brats2024, brats2024-f1131e3"):
+    with pytest.raises(DataError, match="brats2023, brats2024, brats2024-f1131e3 and brats2026"):
         rules_for("brats2019", "GLI")
 
 

@@ -61,11 +61,14 @@ def evaluate(
     rules: Annotated[
         str | None,
         typer.Option(
-            "--rules", metavar="YEAR", help="Score as a challenge's script: brats2023 or brats2024; lesion by lesion."
+            "--rules",
+            metavar="YEAR",
+            help="Score as a challenge, lesion by lesion: brats2023, brats2024 or brats2026 (runs brats-evaluate).",
         ),
     ] = None,
     task: Annotated[
-        str | None, typer.Option("--task", help="With --rules: GLI (default), PED, SSA, MEN, MET or MEN-RT.")
+        str | None,
+        typer.Option("--task", help="With --rules: GLI (default), PED, SSA, MEN, MET, MEN-RT; of 2026 MEN-PRE, GOAT."),
     ] = None,
     contrast_subsets: Annotated[
         bool,
@@ -190,16 +193,21 @@ def _official(
 ) -> None:
     """The table of ``--rules``."""
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.official.evaluate import evaluate_officially, remarks, rows, write_table  # noqa: PLC0415
-    from app.evaluation.official.rules import rules_for  # noqa: PLC0415
+    from app.evaluation.official.challenge import (  # noqa: PLC0415
+        challenge_rules,
+        evaluate_by_rules,
+        remarks,
+        rows,
+        write_table,
+    )
     from app.notice import NOTICE  # noqa: PLC0415
 
-    rules = rules_for(year, task)
+    rules = challenge_rules(year, task)
     if out is not None:
         require_table_place(out)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        scores = evaluate_officially(
+        scores = evaluate_by_rules(
             predictions, references, rules, labels=labels, follow_links=follow_links, on_case=ready
         )
     if as_json:

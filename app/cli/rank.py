@@ -62,13 +62,13 @@ def rank(
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.official.rules import rules_for  # noqa: PLC0415
+    from app.evaluation.official.challenge import challenge_rules  # noqa: PLC0415
     from app.ranking.page import write_page  # noqa: PLC0415
     from app.ranking.rank import difference_rows, rows, write_table  # noqa: PLC0415
     from app.ranking.rank import rank as rank_sets  # noqa: PLC0415
     from app.ranking.scores import load  # noqa: PLC0415
 
-    chosen = None if rules is None else rules_for(rules, task or "GLI")
+    chosen = None if rules is None else challenge_rules(rules, task or "GLI")
     for place in (page, out):
         if place is not None:
             require_table_place(place)

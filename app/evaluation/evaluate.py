@@ -391,7 +391,12 @@ class LabelMapsOnce:
 
 
 def score_each(
-    folders: Folders, score: Callable[[str], _Result], *, on_case: Callable[[str, float], None] | None = None
+    folders: Folders,
+    score: Callable[[str], _Result],
+    *,
+    on_case: Callable[[str, float], None] | None = None,
+    workers: int | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> tuple[list[_Result], dict[str, str]]:
     """Score the cases that both folders have, several at once.
 
@@ -399,6 +404,8 @@ def score_each(
         folders: of :func:`match`.
         score: scores the case of an id.
         on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
+        workers: cases at a time, default one a core.
+        on_stop: called when the job is interrupted or fails, to end what ``score`` is waiting for in other threads.
 
     Returns:
         what ``score`` gave, in the order of the ids, without the cases that failed; and why those failed, by id.
@@ -420,7 +427,9 @@ def score_each(
     failures: dict[str, str] = {}
     share_of = {case: number / len(common) for number, case in enumerate(common, 1)}
     told = None if on_case is None else lambda case: on_case(case, share_of[case])
-    for case, result in zip(common, _parallel(outcome, common, on_done=told), strict=True):
+    for case, result in zip(
+        common, _parallel(outcome, common, on_done=told, workers=workers, on_stop=on_stop), strict=True
+    ):
         if isinstance(result, _Failure):
             failures[case] = result.reason
         else:
@@ -603,17 +612,26 @@ def _survey(
 
 
 def _parallel(
-    function: Callable[[_Item], _Result], items: Collection[_Item], *, on_done: Callable[[_Item], None] | None = None
+    function: Callable[[_Item], _Result],
+    items: Collection[_Item],
+    *,
+    on_done: Callable[[_Item], None] | None = None,
+    workers: int | None = None,
+    on_stop: Callable[[], None] | None = None,
 ) -> list[_Result]:
     """Results in the order of the items, computed on all cores; an exception or Ctrl-C drops what has not begun."""
     results = []
-    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+    with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
         futures = [pool.submit(function, item) for item in items]
         try:
             for item, future in zip(items, futures, strict=True):
                 results.append(future.result())
                 if on_done is not None:
                     on_done(item)
+        except BaseException:
+            if on_stop is not None:
+                on_stop()  # before the pool waits for its threads
+            raise
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
     return results

@@ -63,7 +63,7 @@ def _ranks_html(ranking: Ranking) -> str:
         table("ranks", ["Set", "Mean rank", *map(escape, ranking.metrics)], rows)
         + note(
             "Ranked within each case, region and metric, 1 the best, ties shared; averaged over each case, then over "
-            "cases. The other columns are means over regions and cases; hd95_mm is in mm, lower is better."
+            "cases. The other columns are means over regions and cases; hd95_mm is in mm; of distances lower is better."
         )
         + table("ranks", ["Difference", "Mean rank", "p", "p, Holm"], tests)
         + note("p: permutation test, the ranks of two sets swapped case by case at random, 10,000 times, seed 0.")

@@ -20,16 +20,17 @@ from scipy import stats
 
 from app.comparison.statistics import bootstrap_interval, holm, signed_rank
 from app.evaluation.evaluate import CALIBRATION, require_table_place
+from app.evaluation.official import brats2026
 from app.ranking.scores import Scored
 from data.errors import DataError
 from data.nifti import replacing
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Metrics that are ranked when none are asked for: the first of these pairs that all sets have.
-_USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("dice", "hd95_mm"))
+#: Metrics that are ranked when none are asked for: the first of these groups that all sets have.
+_USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("sq_dsc", "sq_hd95", "rq"), ("dice", "hd95_mm"))
 #: Metrics that are better the lower they are; of the others the higher is better.
-_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION)
+_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION, *brats2026.LOWER)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
 _SHOWN: Final = 3
@@ -311,7 +312,7 @@ def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:
         if missing:
             raise DataError(f"metric {missing[0]}: is not in all of them; there are {', '.join(rankable) or 'none'}.")
         return tuple(metrics)
-    found = next((pair for pair in _USUAL if set(pair) <= there), None)
+    found = next((group for group in _USUAL if set(group) <= there), None)
     if found is None:
         raise DataError(
             "some have lesion-wise scores and others have not, or there is no Dice at all. Score all alike."

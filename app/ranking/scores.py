@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.evaluation.evaluate import evaluate
-from app.evaluation.official.evaluate import evaluate_officially
-from app.evaluation.official.rules import Rules
+from app.evaluation.official import brats2026
+from app.evaluation.official.challenge import ChallengeRules, evaluate_by_rules
 from data.errors import DataError
 
 Measure = tuple[str, str]
@@ -33,7 +33,7 @@ class Scored:
     missing: tuple[str, ...] = ()
     """Case ids of which there is a reference and no prediction."""
     scored_by: str | None = None
-    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV."""
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV before 2026."""
     nsd_definition: str | None = None
     """Which surface Dice ``nsd`` is, in words; None where that is not told."""
 
@@ -41,7 +41,7 @@ class Scored:
 def load(
     sources: Sequence[Path],
     references: Path | None,
-    rules: Rules | None,
+    rules: ChallengeRules | None,
     *,
     labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
@@ -95,7 +95,7 @@ def _scored(
     source: Path,
     name: str,
     references: Path | None,
-    rules: Rules | None,
+    rules: ChallengeRules | None,
     *,
     labels: tuple[str | None, str | None],
     follow_links: bool,
@@ -128,7 +128,7 @@ def _scored_folder(
     source: Path,
     name: str,
     references: Path | None,
-    rules: Rules | None,
+    rules: ChallengeRules | None,
     *,
     labels: tuple[str | None, str | None],
     follow_links: bool,
@@ -137,7 +137,7 @@ def _scored_folder(
     if references is None:
         raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
     if rules is not None:
-        official = evaluate_officially(
+        official = evaluate_by_rules(
             source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
         )
         return _of_json(name, official.to_json())
@@ -147,12 +147,13 @@ def _scored_folder(
 
 def _of_json(name: str, content: Any) -> Scored:
     """What ``evaluate --json`` prints; of older versions without the cases that failed."""
+    by_package = content.get("rules") == brats2026.YEAR
     cases = {
         str(case["case"]): {
-            (region, metric): _number(value)
+            (region, metric): value
             for region, values in case.items()
             if region != "case"
-            for metric, value in values.items()
+            for metric, value in (_of_package(values) if by_package else _finite(values)).items()
         }
         for case in content["cases"]
     }
@@ -161,23 +162,39 @@ def _of_json(name: str, content: Any) -> Scored:
         cases=cases,
         failures={str(case): str(reason) for case, reason in content.get("failures", {}).items()},
         missing=tuple(map(str, content.get("missing_predictions", ()))),
-        scored_by=f"{content['rules']} {content['task']}" if "rules" in content else "no rules",
+        scored_by=content.get("scored_by")
+        or (f"{content['rules']} {content['task']}" if "rules" in content else "no rules"),
         nsd_definition=content.get("nsd_definition"),
     )
 
 
 def _of_csv(name: str, text: str) -> Scored:
     cases: dict[str, dict[Measure, float]] = {}
+    told: str | None = None
     for row in csv.DictReader(text.splitlines()):
         case = row.pop("case")
+        told = row.pop("scored_by", told)
         if case in _SUMMARY_ROWS:
             continue
-        split = {column: column.partition("_") for column in row}
-        # ECE and Brier score are empty for a case without probabilities.
-        cases[case] = {(split[c][0], split[c][2]): _number(value) for c, value in row.items() if value != ""}
+        by_region: dict[str, dict[str, str]] = {}
+        for column, value in row.items():
+            if value != "":  # ECE and Brier score of a case without probabilities
+                region, _, metric = column.partition("_")
+                by_region.setdefault(region, {})[metric] = value
+        numbers = _of_package if (told or "").startswith(brats2026.YEAR) else _finite
+        cases[case] = {(r, metric): n for r, values in by_region.items() for metric, n in numbers(values).items()}
         if not cases[case]:
             raise ValueError(f"no score of {case}")
-    return Scored(name=name, cases=cases)
+    return Scored(name=name, cases=cases, scored_by=told)
+
+
+def _of_package(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a region by the rules of 2026, of which some are not finite."""
+    return brats2026.rankable({metric: math.nan if n is None else float(n) for metric, n in values.items()})
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {metric: _number(value) for metric, value in values.items()}
 
 
 def _number(value: Any) -> float:

@@ -1,1 +1,1 @@
-"""Scores as the scripts of the BraTS challenges of 2023 and 2024 give them: whole-volume and lesion by lesion."""
+"""Scores of the BraTS challenges from 2023 on: those of 2023 and 2024 computed here, those of 2026 by their package."""
