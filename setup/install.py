@@ -96,7 +96,7 @@ def pip_settings(listed: str) -> dict[str, str]:
         >>> pip_settings("global.find-links='/srv/wheels'\n:env:.no-index='1'\ndownload.index-url='X'")
         {'find-links': '/srv/wheels', 'no-index': '1'}
     """
-    found = re.findall(r"^(?:global|install|:env:)\.([\w-]+)='(.*)'$", listed, re.MULTILINE)
+    found = re.findall(r"^(?:global|install|:env:)\.([\w-]+)=['\"](.*)['\"]$", listed, re.MULTILINE)
     return {key: value.replace("\\n", " ").strip() for key, value in found if value.strip()}
 
 
@@ -136,20 +136,22 @@ def has_torch(*options: str) -> bool:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return False
-    return answer.returncode == 0 and re.search(rf"\b{re.escape(pinned('torch'))}(?!\.?\w)", answer.stdout) is not None
+    available = re.findall(r"^Available versions: (.*)$", answer.stdout, re.MULTILINE)
+    versions = {version.partition("+")[0] for line in available for version in line.split(", ")}
+    return answer.returncode == 0 and pinned("torch") in versions
 
 
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def pip_install(*arguments: str) -> None:
-    """Run ``pip install`` quietly; what it says is passed on, except for its hundreds of lines on one kind of thing."""
+    """Run ``pip install`` quietly; its warnings and errors are shown, those about one kind of thing as one line."""
     command = [*PIP, "install", "--quiet", *arguments]
     absent = 0
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stderr is not None
         for line in process.stderr:
-            # One for each package that a folder named as an index lacks.
+            # pip prints this for each package that a local index lacks.
             if line.startswith("WARNING: Location '") and "is ignored" in line:
                 absent += 1
             else:
@@ -189,7 +191,7 @@ def install_torch(locked: bool) -> None:
         lambda: has_torch("--index-url", CPU_INDEX),
     )
     say(f"torch {pinned('torch')}: {reason}")
-    what = ["--require-hashes", "-r", "locks/torch.txt"] if locked else ["--constraint", "constraints.txt", "torch"]
+    what = ["--require-hashes", "-r", "locks/torch.txt"] if locked else [f"torch=={pinned('torch')}"]
     source = ["--index-url", index] if index else []
     pip_install("--no-deps", *(["--force-reinstall"] if asked_anew else []), *source, *what)
     if wanted:
