@@ -56,7 +56,8 @@ def choose(
     if index := environment.get("TORCH_INDEX"):
         return Choice(index, "TORCH_INDEX is set")
     if own_source is not None:
-        return Choice(None, f"pip's setting {own_source} decides; TORCH_INDEX=URL overrides it")
+        mirror = f". A mirror of PyPI has the build with CUDA, {CUDA_COST}" if own_source == "index-url" else ""
+        return Choice(None, f"pip's setting {own_source} decides; TORCH_INDEX=URL overrides it{mirror}")
     if system != "Linux":
         return Choice(None, f"PyPI's build; on {system} it has no CUDA libraries")
     if shown_by := gpu():

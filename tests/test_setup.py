@@ -6,6 +6,7 @@ nvidia-smi is a stand-in too: a shell script. pip and virtual environments are r
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import hashlib
@@ -32,6 +33,7 @@ ROOT = Path(__file__).parents[1]
 PINS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if "==" in line
 )
+OURS = ("znorm", "models", "data", "app")
 NOTHING = {"PATH": os.environ["PATH"], "PIP_CONFIG_FILE": os.devnull, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
 
 _spec = importlib.util.spec_from_file_location("install", ROOT / "setup" / "install.py")
@@ -378,6 +380,23 @@ def test_a_lock_has_all_that_the_project_requires_here(extra: str, files: list[s
                         wanted.append(further)
     here = {canonical(name) for name, _ in seen} - {"znormseg"}
     assert here - {name for file in files for name in locked(file)} == set()
+
+
+def test_the_program_imports_nothing_that_running_does_not_install() -> None:
+    trees = [ast.parse(file.read_text("utf-8")) for name in OURS for file in (ROOT / name).rglob("*.py")]
+    names = {alias.name for node in walked(trees, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in walked(trees, ast.ImportFrom) if node.level == 0}
+    modules = {name.partition(".")[0] for name in names} - {*OURS, *sys.stdlib_module_names}
+    brought_by = importlib.metadata.packages_distributions()
+    extras = {"onnx", "onnxruntime", "onnxscript", "ray"}
+    needed = {module: {canonical(name) for name in brought_by.get(module, [module])} for module in modules - extras}
+    lock = locked("run") | locked("torch") | locked("cuda")
+    assert {"torch", "typer", "SimpleITK"} <= needed.keys()
+    assert {module: names for module, names in needed.items() if not names & lock.keys()} == {}
+
+
+def walked(trees: list[ast.Module], kind: type[Any]) -> list[Any]:
+    return [node for tree in trees for node in ast.walk(tree) if isinstance(node, kind)]
 
 
 def test_dev_adds_to_run() -> None:
