@@ -1,13 +1,18 @@
-# Set-up, demo, tests. Needs Python 3.11+ (with venv), git and make; everything goes into .venv.
-PYTHON ?= python3
+# Set-up, demo, tests. Needs Python 3.11 or newer, git and make; everything goes into .venv. uv is not needed.
 VENV := .venv
 BIN := $(VENV)/bin
-STAMP := $(VENV)/.installed
-# Another torch build: TORCH_INDEX=https://download.pytorch.org/whl/cu128 make setup
+# A .venv that exists, such as one that `uv venv` made, has its own Python.
+PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+# Another torch than setup/install.py would take: TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup
 TORCH_INDEX ?=
+# LOCKED=1 make setup: install only files whose hashes are in locks/.
+LOCKED ?=
+export LOCKED
+RUN := $(VENV)/.installed-run$(if $(LOCKED),-locked)
+DEV := $(VENV)/.installed-dev$(if $(LOCKED),-locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint types imports format docs clean
+.PHONY: help setup setup-dev demo test test-slow lint types imports format docs lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -15,52 +20,57 @@ help: ## show this list
 # A torch build that is not the one asked for last time is a reason to install again.
 ifneq ($(TORCH_INDEX),)
 ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/.torch-index 2>/dev/null))
-.PHONY: $(STAMP)
+.PHONY: $(RUN)
 endif
 endif
 
-setup: $(STAMP) ## make .venv and install the project into it
+setup: $(RUN) ## make .venv and install what running needs
 
-$(STAMP): pyproject.toml constraints.txt
+setup-dev: $(DEV) ## add what the tests and the documents need
+
+$(RUN): pyproject.toml constraints.txt setup/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
-		{ echo "znormseg needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=python3.12 or the like." >&2; exit 1; }
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
-		{ echo "python3 -m venv failed; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }
-ifneq ($(TORCH_INDEX),)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --force-reinstall \
-		--index-url $(TORCH_INDEX) --constraint constraints.txt torch
-	echo '$(TORCH_INDEX)' > $(VENV)/.torch-index
-endif
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
-	@touch $(STAMP)
+		{ echo "znormseg needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version 2>&1). Set PYTHON=python3.12 or the like;" \
+		"or, with uv: uv venv --python 3.12 $(VENV)" >&2; exit 1; }
+	@$(PYTHON) setup/install.py run
+	@touch $@
 
-demo: $(STAMP) ## phantoms, training, prediction, scores and a page, in about five minutes
+$(DEV): $(RUN)
+	@$(PYTHON) setup/install.py dev
+	@touch $@
+
+demo: $(RUN) ## phantoms, training, prediction, scores and a page, in about five minutes
 	@rm -rf znormseg-demo
 	$(BIN)/znormseg demo --out znormseg-demo
 
-test: $(STAMP) lint imports types ## every check but the slow tests
+test: $(DEV) lint imports types ## every check but the slow tests
 	$(BIN)/python -m pytest
 
-test-slow: $(STAMP) ## the slow tests alone
+test-slow: $(DEV) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow
 
-lint: $(STAMP) ## ruff
+lint: $(DEV) ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(STAMP) ## mypy, strict
+types: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
-imports: $(STAMP) ## who may import whom
+imports: $(DEV) ## who may import whom
 	$(BIN)/lint-imports
 
-format: $(STAMP) ## let ruff rewrite the code
+format: $(DEV) ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(STAMP) ## the documentation site, in build/docs; strict, and nothing is loaded from elsewhere
+docs: $(DEV) ## the documentation site, in build/docs; strict, and nothing is loaded from elsewhere
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/docs/index.html"
+
+lock: ## write locks/*.txt anew: after a change of constraints.txt or of pyproject.toml's packages
+	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && \
+		build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
+	PATH="$(CURDIR)/build/lock/bin:$$PATH" $(PYTHON) setup/lock.py
 
 # docs/docker.md says what these take: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
 .PHONY: image image-test image-lint

@@ -20,7 +20,9 @@ _SOME_DISK: Final = 10_000_000_000
 #: The first compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
 _SHM: Final = "/dev/shm"  # noqa: S108 - its name, nothing is written there
-_INSTALL: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu128 make setup installs another build of torch"
+#: Builds of torch; since 2.12 there are cu126, cu130 and cu132 (pytorch/pytorch#178665).
+_WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
+_OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +63,7 @@ def _gpu(probe: Probe) -> Finding:
     if not probe.gpu_in_machine and not probe.gpus:
         return _note(topic, f"none; torch {probe.torch} computes on the CPU", "znormseg plan chooses what a CPU can do")
     if probe.torch_cuda is None:
-        return _problem(topic, f"an NVIDIA GPU is there, and torch {probe.torch} is built without CUDA", _INSTALL)
+        return _problem(topic, f"an NVIDIA GPU is there, and torch {probe.torch} is built without CUDA", _WITH_CUDA)
     if probe.driver_cuda is None:
         return _problem(
             topic,
@@ -77,7 +79,7 @@ def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> Find
     driver = f"driver {probe.driver or 'of unknown version'} takes CUDA {_dotted(driver_cuda)}"
     versions = f"{driver}, torch {probe.torch} is built for {torch_cuda}"
     if built[0] > driver_cuda[0]:
-        return _problem(topic, versions, f"install a newer driver, or an older build of torch: {_INSTALL}")
+        return _problem(topic, versions, f"install a newer driver, or torch for an older CUDA: {_OLDER_CUDA}")
     if not probe.gpus:
         hidden = probe.environment.get("CUDA_VISIBLE_DEVICES")
         why = f"CUDA_VISIBLE_DEVICES={hidden}" if hidden is not None else "torch sees none"
@@ -104,7 +106,7 @@ def _architecture(probe: Probe, gpu: Gpu) -> Finding:
     return _problem(
         topic,
         f"{name}; torch is built for {', '.join(probe.torch_architectures) or 'none'}",
-        "older GPUs: TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup; newer ones: a newer torch",
+        f"older GPUs: {_OLDER_CUDA}; newer ones: a newer torch",
     )
 
 
