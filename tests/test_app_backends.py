@@ -175,6 +175,13 @@ def test_openvino_on_a_gpu_is_refused() -> None:
         choose_backend("openvino", RuntimeConfig(device="cuda"))
 
 
+@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "avx2_vnni"])
+def test_bfloat16_is_refused_where_onednn_may_not_use_avx512(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    with pytest.raises(DeviceError, match=f"ONEDNN_MAX_CPU_ISA={limit} switches that off"):
+        choose_backend("openvino", RuntimeConfig(device="cpu", precision="bfloat16"))
+
+
 def test_a_gpu_is_looked_for_where_its_driver_shows_itself(tmp_path: Path) -> None:
     assert not may_have_gpu(tmp_path)
     (tmp_path / "nvidiactl").touch()

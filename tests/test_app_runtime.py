@@ -14,6 +14,7 @@ from app.runtime import (
     RuntimeConfig,
     below_gpu,
     choose_runtime,
+    cpu_precision,
     machine,
     require_device,
     versions,
@@ -127,6 +128,22 @@ def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less
     )
     found = below_gpu(given)
     assert (found.device_name, found.precision_name) == ("cpu", on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("limit", "precision"),
+    [("SSE41", "float32"), ("avx2", "float32"), ("AVX512_CORE", "float32"), ("AVX512_CORE_BF16", "bfloat16")],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
+    variable: str, limit: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(variable, limit)
+    found, reason = cpu_precision()
+    assert found == precision
+    assert (f"{variable}={limit} switches bfloat16 arithmetic off" in reason) == (precision == "float32")
 
 
 def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
