@@ -28,7 +28,7 @@ from app.inference.backends.graph import (
 from app.inference.backends.openvino_backend import CompiledNetwork
 from app.inference.backends.torch_backend import GraphNetwork
 from app.inference.backends.trace import trace
-from app.runtime import RuntimeConfig
+from app.runtime import RuntimeConfig, limit_below_avx512
 from models import GivenPresence, NetworkConfig, build_network, patch_divisor
 
 Call = Callable[..., Any]
@@ -84,6 +84,7 @@ def test_openvino_in_float32_gives_the_logits_of_torch(config: NetworkConfig) ->
     assert np.abs(compiled(image.numpy()) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.skipif(limit_below_avx512() is not None, reason="OpenVINO needs AVX-512 for bfloat16")
 @torch.inference_mode()
 def test_openvino_in_bfloat16_calls_few_voxels_another_region() -> None:
     network, image = a_network(CONFIGS["segresnet"]), an_image()

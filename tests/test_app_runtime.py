@@ -122,6 +122,7 @@ def test_the_precision_asked_for_is_taken(precision: str) -> None:
 def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less_than_float32(
     *, on_gpu: Any, asked_for: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
     given = Runtime(
         device_name="cuda:0", precision_name=on_gpu, channels_last=True, reasons=(), precision_asked_for=asked_for
