@@ -17,7 +17,8 @@ Mode = Literal["zscore", "centre", "scale"]
 
 #: Relative to a gradient's root mean square: about float32's resolution, so that rounding noise is not blown up.
 EPS: Final = 1e-7
-#: Elements that are squared and summed in turn: 1 MB, so that the second reduction finds them in a core's cache.
+#: Elements for each thread that are squared and summed in turn: 1 MB, so that the second reduction finds them in a
+#: core's cache. Fewer would start the threads more often.
 _BLOCK: Final = 2**18
 #: Mean squares outside of this range have lost digits, or are about to (float32 sums of squares).
 _SAFE: Final = {torch.float32: (1e-30, 1e30), torch.float64: (1e-280, 1e280)}
@@ -101,9 +102,10 @@ class _Unit:
     def measure(self) -> None:
         """Sum and sum of squares of every element."""
         self.total = self.squares = 0.0
+        block = _BLOCK * torch.get_num_threads()
         for piece in self.pieces:
             flat = piece.flat
-            for part in (flat,) if flat.numel() <= _BLOCK else torch.split(flat, _BLOCK):
+            for part in (flat,) if flat.numel() <= block else torch.split(flat, block):
                 # The dot product first: it takes longer, and waiting for memory hides its arithmetic. The plain sum,
                 # the quickest pass there is, then reads the cache.
                 self.squares += torch.dot(part, part).item()
