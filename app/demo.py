@@ -13,13 +13,14 @@ import numpy as np
 from app.config import load_config
 from app.errors import RunError
 from app.evaluation.evaluate import CaseScores, Evaluation, evaluate, write_table
+from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model
 from app.inference.predict import predict
 from app.progress import LOG, OnProgress, Progress, silent
 from app.reporting.overlay import OverlayCase, overlay_caption, overlay_png
 from app.reporting.page import Page, PageCase, write_page
 from app.runlog import read_metrics, write_json
-from app.runtime import choose_runtime, machine, versions
+from app.runtime import machine, versions
 from app.training.train import start
 from data.labels import LabelConvention, Region, decode
 from data.layouts import Case, find_cases, find_label_maps
@@ -91,7 +92,7 @@ def run_demo(
     start(out / "phantoms", out / "run", config, split_file=out / "phantoms" / "split.json", on_progress=on_progress)
     clock.note("training")
 
-    runtime = choose_runtime(config.runtime)
+    runtime = choose_backend("auto", config.runtime)
     model = load_model(out / "run", runtime)
     unseen = cases[training + validating :]
     images_only = [Case(id=c.id, folder=c.folder, contrasts=c.contrasts, naming=c.naming) for c in unseen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 
 #: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
+
+#: Variables that limit oneDNN, which multiplies for torch and OpenVINO, to older instructions; the first one counts.
+ISA_VARIABLES: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+#: Their values that exclude AVX-512, and those that exclude products of bfloat16 (oneDNN, "CPU Dispatcher Control").
+_BELOW_AVX512: Final = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2"}
+_BELOW_BF16: Final = _BELOW_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
 
 #: Compute capability from which on GPUs multiply float16 faster than float32.
 TENSOR_CORES: Final = (7, 0)
@@ -58,6 +65,10 @@ class Runtime:
     """What computes a trained network; only ``predict`` knows another than torch."""
     precision_asked_for: bool = False
     """Whether the precision was chosen by the user, not by the hardware."""
+
+    def record(self) -> dict[str, str]:
+        """What results depend on, as plain data: ``backend``, ``precision`` and ``device``."""
+        return {"backend": self.backend, "precision": self.precision_name, "device": self.device_name}
 
     @property
     def device(self) -> torch.device:
@@ -229,9 +240,29 @@ def _choose_precision(
 
 def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
     """What a CPU multiplies fastest, and why."""
-    if found := sorted(BF16_FLAGS & cpu_flags()):
+    if found := sorted(bf16_flags()):
         return "bfloat16", f"precision bfloat16: the CPU has {', '.join(found)}"
+    if BF16_FLAGS & cpu_flags():
+        return "float32", f"precision float32: {_isa_limit()} switches bfloat16 arithmetic off"
     return "float32", "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
+
+
+def bf16_flags() -> set[str]:
+    """Instruction sets that multiply bfloat16, of those that the CPU has and oneDNN's environment variable allows."""
+    return set() if _isa_limit(_BELOW_BF16) else BF16_FLAGS & cpu_flags()
+
+
+def limit_below_avx512() -> str | None:
+    """The setting that keeps oneDNN from AVX-512, such as ``ONEDNN_MAX_CPU_ISA=AVX2``; None where there is none."""
+    return _isa_limit(_BELOW_AVX512)
+
+
+def _isa_limit(among: Collection[str] = frozenset(_BELOW_BF16)) -> str | None:
+    """The variable of oneDNN that is set, with its value, where that is one of some; oneDNN ignores upper case."""
+    for variable in ISA_VARIABLES:
+        if value := os.environ.get(variable):
+            return f"{variable}={value}" if value.upper() in among else None
+    return None
 
 
 def cpu_flags() -> set[str]:

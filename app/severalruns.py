@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,38 @@ def start_or_resume(
         store=store,
         on_progress=on_progress,
     )
+
+
+def count_backends(records: Iterable[Mapping[str, str] | None]) -> list[dict[str, str | int | None]]:
+    """How often networks were applied with each backend, precision and device, the most frequent first.
+
+    Args:
+        records: as of :meth:`app.runtime.Runtime.record`; None where a version that always took torch wrote none.
+
+    Returns:
+        objects of ``backend``, ``precision``, ``device`` (None where not recorded) and ``count``.
+    """
+    keys = ("backend", "precision", "device")
+    found = Counter(tuple((record or {}).get(key) for key in keys) for record in records)
+    return [{**dict(zip(keys, values, strict=True)), "count": count} for values, count in found.most_common()]
+
+
+def backends_sentence(counts: Sequence[Mapping[str, str | int | None]]) -> str:
+    """The counts of :func:`count_backends` in words.
+
+    Example:
+        >>> backends_sentence([{"backend": "openvino", "precision": "float32", "device": "cpu", "count": 6}])
+        'openvino, float32, cpu'
+    """
+    names = [
+        "torch, by an earlier version"
+        if one["backend"] is None
+        else f"{one['backend']}, {one['precision']}, {one['device']}"
+        for one in counts
+    ]
+    if len(names) == 1:
+        return names[0]
+    return "; ".join(f"{name}: {one['count']}" for one, name in zip(counts, names, strict=True))
 
 
 @contextmanager

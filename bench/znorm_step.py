@@ -1,9 +1,12 @@
 """What ZNorm costs: beside clipping, an optimiser step, a training step, and the memory it must move at least.
 
-    python bench/znorm_step.py [--device cuda] [--rounds 15] [--without-steps]
+    python bench/znorm_step.py [--device cuda] [--rounds 15] [--without-steps] [--processor-time]
 
-All ratios are measured side by side, round by round in turn, on one set of gradients; the median of the rounds counts.
-The floor is the time to read every gradient twice and write it once at the bandwidth measured in the same run.
+All jobs take turns, round by round, on one set of gradients, and another begins each round. Before each a block larger
+than the caches is read, since gradients come out of a backward pass that moves gigabytes. A ratio is the median of the
+rounds' ratios. On a machine shared with other jobs, ``OMP_NUM_THREADS=1`` with ``--processor-time`` leaves out the time
+in which others had the processor; that of a training step stays the time by the clock. The floor is the time to read
+every gradient twice and write it once at the bandwidth measured in the same run.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ def main() -> None:
     options = _options()
     device = torch.device(options.device)
     print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
+    clock = time.process_time if options.processor_time else time.perf_counter
     print("\n| network | parameters | tensors | ms | over clip | over AdamW | over a training step | over the floor |")
     print("|---|---|---|---|---|---|---|---|")
     for name in ("laptop", "unet", "resunet", "large"):
@@ -36,10 +40,18 @@ def main() -> None:
         network_config = LARGE if name == "large" else config.network
         network = build_network(network_config, in_channels=4, out_channels=3).to(device)
         step = None if options.without_steps else training_step_ms(network, config, device)
-        print(row(name, network, device, options.rounds, step), flush=True)
+        print(row(name, network, device, rounds=options.rounds, step_ms=step, clock=clock), flush=True)
 
 
-def row(name: str, network: nn.Module, device: torch.device, rounds: int, step_ms: float | None) -> str:
+def row(
+    name: str,
+    network: nn.Module,
+    device: torch.device,
+    *,
+    rounds: int,
+    step_ms: float | None,
+    clock: Callable[[], float],
+) -> str:
     """One line of the table: ZNorm on every weight of two or more dimensions, the rivals on every parameter."""
     parameters = list(network.parameters())
     for parameter in parameters:
@@ -55,12 +67,17 @@ def row(name: str, network: nn.Module, device: torch.device, rounds: int, step_m
         },
         device,
         rounds,
+        clock,
     )
     count = sum(p.numel() for p in parameters)
-    ratios = {rival: times["znorm"] / times[rival] for rival in ("clip", "adamw", "floor")}
-    over_step = "not measured" if step_ms is None else f"{times['znorm'] / step_ms:.1%}"
+    ours = times["znorm"]
+    ratios = {
+        rival: median(one / other for one, other in zip(ours, times[rival], strict=True))
+        for rival in ("clip", "adamw", "floor")
+    }
+    over_step = "not measured" if step_ms is None else f"{median(ours) / step_ms:.1%}"
     return (
-        f"| {name} | {count / 1e6:.1f} M | {len(gradients)} | {times['znorm']:.2f} | {ratios['clip']:.2f} "
+        f"| {name} | {count / 1e6:.1f} M | {len(gradients)} | {median(ours):.2f} | {ratios['clip']:.2f} "
         f"| {ratios['adamw']:.2f} | {over_step} | {ratios['floor']:.2f} |"
     )
 
@@ -77,16 +94,22 @@ def floor(gradients: list[Tensor]) -> Callable[[], object]:
     return move
 
 
-def side_by_side(jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, float]:
-    """Median milliseconds of each job; the jobs take turns."""
+def side_by_side(
+    jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
+    """Milliseconds of each job by round; the jobs take turns."""
     spent: dict[str, list[float]] = {name: [] for name in jobs}
+    larger_than_caches = torch.ones(2**24, device=device)
+    names = list(jobs)
     for number in range(rounds + 2):
-        for name, job in jobs.items():
-            began = _now(device)
-            job()
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            larger_than_caches.sum()
+            began = _now(device, clock)
+            jobs[name]()
             if number >= 2:  # warm by then
-                spent[name].append(1000 * (_now(device) - began))
-    return {name: median(values) for name, values in spent.items()}
+                spent[name].append(1000 * (_now(device, clock) - began))
+    return spent
 
 
 def training_step_ms(network: nn.Module, config: object, device: torch.device) -> float:
@@ -110,16 +133,17 @@ def training_step_ms(network: nn.Module, config: object, device: torch.device) -
     return spent
 
 
-def _now(device: torch.device) -> float:
+def _now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return clock()
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--processor-time", action="store_true", help="of this process, not by the clock")
     parser.add_argument("--without-steps", action="store_true", help="leave the training steps out")
     return parser.parse_args()
 

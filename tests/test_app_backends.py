@@ -28,7 +28,7 @@ from app.inference.backends.graph import (
 from app.inference.backends.openvino_backend import CompiledNetwork
 from app.inference.backends.torch_backend import GraphNetwork
 from app.inference.backends.trace import trace
-from app.runtime import RuntimeConfig
+from app.runtime import RuntimeConfig, limit_below_avx512
 from models import GivenPresence, NetworkConfig, build_network, patch_divisor
 
 Call = Callable[..., Any]
@@ -84,6 +84,7 @@ def test_openvino_in_float32_gives_the_logits_of_torch(config: NetworkConfig) ->
     assert np.abs(compiled(image.numpy()) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.skipif(limit_below_avx512() is not None, reason="OpenVINO needs AVX-512 for bfloat16")
 @torch.inference_mode()
 def test_openvino_in_bfloat16_calls_few_voxels_another_region() -> None:
     network, image = a_network(CONFIGS["segresnet"]), an_image()
@@ -173,6 +174,13 @@ def test_without_openvino_auto_takes_torch(monkeypatch: pytest.MonkeyPatch) -> N
 def test_openvino_on_a_gpu_is_refused() -> None:
     with pytest.raises(DeviceError, match="OpenVINO computes on the CPU"):
         choose_backend("openvino", RuntimeConfig(device="cuda"))
+
+
+@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "avx2_vnni"])
+def test_bfloat16_is_refused_where_onednn_may_not_use_avx512(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    with pytest.raises(DeviceError, match=f"ONEDNN_MAX_CPU_ISA={limit} switches that off"):
+        choose_backend("openvino", RuntimeConfig(device="cpu", precision="bfloat16"))
 
 
 def test_a_gpu_is_looked_for_where_its_driver_shows_itself(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ from app.comparison.parts import fold_parts, read_parts
 from app.comparison.plan import ARMS, Plan, RunKey, make_plan
 from app.comparison.run import choose_rates
 from app.errors import ConfigError
+from app.inference.backends.choose import choose_backend
+from app.runtime import RuntimeConfig
 from app.severalruns import differences
 from data.errors import DataError
 from data.layouts import patient_of
@@ -260,9 +262,29 @@ def test_the_final_dice_is_that_of_predict_and_evaluate(
 ) -> None:
     with (finished / "compare.csv").open() as file:
         row = next(csv.DictReader(file))
-    znormseg("predict", finished / row["run"], phantoms / row["case"], tmp_path, "--backend", "torch")
+    znormseg("predict", finished / row["run"], phantoms / row["case"], tmp_path)
     scores = json.loads(znormseg("evaluate", tmp_path, phantoms, "--json").out)
     assert float(row["dice_WT"]) == pytest.approx(scores["cases"][0]["WT"]["dice"])
+
+
+def test_a_comparison_says_what_computed_the_scores(finished: Path) -> None:
+    finals = [run for run in content(finished)["runs"] if "dice" in run]
+    records = [run["computed_by"] for run in finals]
+    assert records == [choose_backend("auto", RuntimeConfig(device="cpu")).record()] * len(finals)
+    assert ", ".join(records[0].values()) in (finished / "compare.html").read_text()
+
+
+def test_scores_of_an_earlier_version_stay_and_are_a_caveat_beside_others(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    path = next(path for path in sorted((out / "results").iterdir()) if "computed_by" in path.read_text())
+    older = json.loads(path.read_text())
+    del older["computed_by"]
+    path.write_text(json.dumps(older))
+    assert znormseg("compare", phantoms, out, *options).code == 0
+    assert json.loads(path.read_text()) == older
+    assert any("torch, by an earlier version" in sentence for sentence in content(out)["caveats"])
 
 
 def test_the_page_carries_all_it_shows(finished: Path) -> None:

@@ -180,7 +180,7 @@ def test_better_and_worse_need_interval_and_test(ends: list[float], p: float | N
 
 
 def test_a_comparison_of_enough_of_everything_has_no_caveat() -> None:
-    assert caveats(seeds=3, cases=10, tested=True, at_border=[], same_start=True) == []
+    assert caveats(seeds=3, cases=10, tested=True, at_border=[], same_start=True, backends=["torch"]) == []
 
 
 @pytest.mark.parametrize(
@@ -192,11 +192,12 @@ def test_a_comparison_of_enough_of_everything_has_no_caveat() -> None:
         ({"tested": False}, "No third part"),
         ({"at_border": ["znorm under adamw (0.01)"]}, "at the border of those tried for znorm under adamw (0.01)"),
         ({"same_start": False}, "not on record"),
+        ({"backends": ["torch", "openvino"]}, "not all computed alike (torch; openvino)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
 def test_each_limit_is_said(change: dict[str, object], said: str) -> None:
-    enough = {"seeds": 3, "cases": 10, "tested": True, "at_border": [], "same_start": True}
+    enough = {"seeds": 3, "cases": 10, "tested": True, "at_border": [], "same_start": True, "backends": ["torch"]}
     sentences = caveats(**{**enough, **change})  # type: ignore[arg-type]
     assert len(sentences) == 1
     assert said in sentences[0]

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ import pytest
 from app.childprocess import environment_of
 from app.crossval.folds import begun
 from app.crossval.logits import no_counts
-from app.crossval.outoffold import Answer, is_of, read_answer, read_counts, write_answer
+from app.crossval.outoffold import Answer, is_of, read_answer, read_computed_by, read_counts, write_answer
 from app.crossval.tune import MARGIN, Scores, choose, tune
 from app.crossval.workers import slots_of
 from app.errors import ConfigError, RunError
+from app.inference.backends.choose import choose_backend
 from app.inference.postprocess import Postprocess
 from app.runlog import read_metrics
+from app.runtime import RuntimeConfig
 from data.layouts import patient_of
 
 Call = Callable[..., Any]
@@ -277,9 +280,44 @@ def test_scores_are_those_of_label_maps_that_predict_writes(
         assert ended.code == 0
     scored = json.loads(znormseg("evaluate", tmp_path / "out", phantoms, "--json").out)["regions"]
     told = read(finished / "crossval.json")["raw"]["folds"][0]
-    for region in ("WT", "TC", "ET"):
+    for region in ("WT", "TC", "ET"):  # the same masks; the tolerance is that of a mean's order
         assert told[region] == pytest.approx(scored[region]["dice"])
         assert told[f"{region}_hd95_mm"] == pytest.approx(scored[region]["hd95_mm"])
+
+
+def test_the_table_says_what_computed_the_predictions(
+    finished: Path, phantoms: Path, options: list[str], znormseg: Call
+) -> None:
+    runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
+    assert runtime.backend == "openvino"
+    assert read(finished / "crossval.json")["out_of_fold"] == [{**runtime.record(), "count": 6}]
+    words = f"openvino, {runtime.precision_name}, cpu"
+    assert words in (finished / "crossval.html").read_text(encoding="utf-8")
+    assert f"predictions: {words}" in znormseg("crossval", phantoms, finished, *options).out
+
+
+def test_predictions_of_a_version_that_did_not_record_its_backend_stay_and_are_named(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out = shutil.copytree(finished, tmp_path / "out")
+    first, *others = sorted((out / "out-of-fold").iterdir())
+    write_answer(first, replace(read_answer(first), computed_by=None))
+    before = first.read_bytes()
+    ended = znormseg("crossval", phantoms, out, *options)
+    assert ended.code == 0
+    assert first.read_bytes() == before
+    assert "not all computed alike" in ended.err
+    assert "torch, by an earlier version: 1" in ended.err
+    assert [one["count"] for one in read(out / "crossval.json")["out_of_fold"]] == [len(others), 1]
+
+
+@pytest.mark.parametrize("told", ["[]", '{"backend": 3}', "torch"])
+def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: dict[str, Path], tmp_path: Path) -> None:
+    with np.load(answers["case1"]) as file:
+        np.savez_compressed(tmp_path / "odd.npz", **{**file, "computed_by": np.array(told)})
+    for read_one in (read_answer, read_computed_by):
+        with pytest.raises(RunError, match=r"odd.npz: missing or damaged .* Delete it"):
+            read_one(tmp_path / "odd.npz")
 
 
 def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:

@@ -203,6 +203,7 @@ def test_logits_in_float16_are_those_in_float32_but_for_rounding() -> None:
 def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_asked_for(
     tiny_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), Way(window=(16, 16, 16))

@@ -14,6 +14,7 @@ from app.runtime import (
     RuntimeConfig,
     below_gpu,
     choose_runtime,
+    cpu_precision,
     machine,
     require_device,
     versions,
@@ -121,12 +122,29 @@ def test_the_precision_asked_for_is_taken(precision: str) -> None:
 def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less_than_float32(
     *, on_gpu: Any, asked_for: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"amx_bf16"})
     given = Runtime(
         device_name="cuda:0", precision_name=on_gpu, channels_last=True, reasons=(), precision_asked_for=asked_for
     )
     found = below_gpu(given)
     assert (found.device_name, found.precision_name) == ("cpu", on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("limit", "precision"),
+    [("SSE41", "float32"), ("avx2", "float32"), ("AVX512_CORE", "float32"), ("AVX512_CORE_BF16", "bfloat16")],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
+    variable: str, limit: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(variable, limit)
+    found, reason = cpu_precision()
+    assert found == precision
+    assert (f"{variable}={limit} switches bfloat16 arithmetic off" in reason) == (precision == "float32")
 
 
 def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
@@ -137,7 +155,7 @@ def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
 def test_the_precision_chosen_comes_with_its_reason() -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu"))
     name = str(runtime.precision).removeprefix("torch.")
-    assert runtime.reasons[1].startswith(f"precision {name}: the CPU has ")
+    assert runtime.reasons[1].startswith(f"precision {name}: ")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,8 @@ Mode = Literal["zscore", "centre", "scale"]
 
 #: Relative to a gradient's root mean square: about float32's resolution, so that rounding noise is not blown up.
 EPS: Final = 1e-7
-#: Elements that are summed and squared in turn: 1 MB, so that the second sum finds them in a core's cache.
+#: Elements for each thread that are squared and summed in turn: 1 MB, so that the second reduction finds them in a
+#: core's cache. Fewer would start the threads more often.
 _BLOCK: Final = 2**18
 #: Mean squares outside of this range have lost digits, or are about to (float32 sums of squares).
 _SAFE: Final = {torch.float32: (1e-30, 1e30), torch.float64: (1e-280, 1e280)}
@@ -101,11 +102,14 @@ class _Unit:
     def measure(self) -> None:
         """Sum and sum of squares of every element."""
         self.total = self.squares = 0.0
+        block = _BLOCK * torch.get_num_threads()
         for piece in self.pieces:
             flat = piece.flat
-            for part in (flat,) if flat.numel() <= _BLOCK else torch.split(flat, _BLOCK):
-                self.total += part.sum().item()
+            for part in (flat,) if flat.numel() <= block else torch.split(flat, block):
+                # The dot product first: it takes longer, and waiting for memory hides its arithmetic. The plain sum,
+                # the quickest pass there is, then reads the cache.
                 self.squares += torch.dot(part, part).item()
+                self.total += part.sum().item()
 
     @property
     def mean(self) -> float:
@@ -121,7 +125,10 @@ class _Unit:
 
 
 def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
-    """Scalars are free to read on a CPU: two reductions, then one pass a * g + b."""
+    """Scalars are free to read on a CPU: two reductions, then one pass a * g + b.
+
+    That pass takes the tensors in reverse: those that were measured last are still in a shared cache.
+    """
     units = [_Unit([_piece(g) for g in group], sum(g.numel() for g in group)) for group in groups]
     for unit in units:
         unit.measure()
@@ -133,8 +140,9 @@ def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
     # One tensor of all offsets: for small gradients a tensor each takes as long as the pass itself.
     offsets = torch.tensor([line.offset for line in lines], dtype=torch.float64)
     of_dtype = {dtype: offsets.to(dtype).unbind() for dtype in {unit.pieces[0].flat.dtype for unit in units}}
-    for number, (unit, line) in enumerate(zip(units, lines, strict=True)):
-        for piece in unit.pieces:
+    for number in reversed(range(len(units))):
+        line = lines[number]
+        for piece in reversed(units[number].pieces):
             flat = piece.flat
             # One pass; two in-place operations would write it twice.
             torch.add(of_dtype[flat.dtype][number], flat, alpha=line.factor, out=flat)

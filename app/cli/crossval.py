@@ -78,6 +78,8 @@ def crossval(
 
 
 def _show(outcome: CrossValidation) -> None:
+    from app.severalruns import backends_sentence  # noqa: PLC0415 - slow to import, not needed for the help
+
     keys = ("mean", "WT", "TC", "ET")
     spread = outcome.raw.spread()
     rows = [["fold", *keys]]
@@ -88,6 +90,7 @@ def _show(outcome: CrossValidation) -> None:
     rows.append(["SD of cases", *("-" if (sd := spread[key].sd_cases) is None else f"{sd:.3f}" for key in keys)])
     terminal.result("Dice of cases that a fold's network has not trained on, without post-processing")
     terminal.result(terminal.table(rows))
+    terminal.result(f"predictions: {backends_sentence(outcome.content['out_of_fold'])}")
     tuning = outcome.tuning
     terminal.result(f"post-processing: {tuning.chosen.sentence()}")
     terminal.result(

@@ -22,6 +22,7 @@ from app.comparison.statistics import (
     spread,
 )
 from app.comparison.verdict import caveats, verdict
+from app.severalruns import backends_sentence, count_backends
 from data.labels import REGIONS
 
 #: The measure that verdicts are about; the others are the regions.
@@ -122,6 +123,7 @@ def analyse(results: Results, metrics: Mapping[RunKey, Records]) -> Analysis:
                 tested=bool(results.parts.test),
                 at_border=_at_border(results),
                 same_start=same_start,
+                backends=[backends_sentence([one]) for one in scored_by(results)],
             )
         ),
     )
@@ -136,6 +138,11 @@ def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
             None if start is None else (start["weights_sha256"], start["batch_sha256"])
         )
     return all(len(starts) == 1 and None not in starts for starts in by_seed.values())
+
+
+def scored_by(results: Results) -> list[dict[str, str | int | None]]:
+    """What computed the predictions of the final runs that are scored, as of :func:`app.severalruns.count_backends`."""
+    return count_backends(results.runs[key].get("computed_by") for key in results.plan.finals(results.chosen))
 
 
 def final_keys(results: Results, optimizer: str, arm: str) -> list[RunKey]:

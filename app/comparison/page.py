@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from app.comparison.analysis import MEASURES, Analysis, ArmSummary, final_keys
+from app.comparison.analysis import MEASURES, Analysis, ArmSummary, final_keys, scored_by
 from app.comparison.plan import RunKey
 from app.comparison.run import Results
 from app.evaluation.metrics import DICE_DEFINITION
@@ -16,6 +16,7 @@ from app.reporting.bands import figures_html
 from app.reporting.parts import DASH, document, note, number, section, table
 from app.reporting.provenance import made_by
 from app.reporting.scores import REGION_NAMES
+from app.severalruns import backends_sentence
 from data.nifti import replacing
 
 Records = Sequence[Mapping[str, Any]]
@@ -90,6 +91,7 @@ def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
         *((name, "; ".join(plan.settings_of(name))) for name in plan.variants),
         ("same start in every arm", "on record (SHA-256)" if analysis.same_start else "not on record for every run"),
         ("Dice", DICE_DEFINITION),
+        ("predictions", backends_sentence(scored_by(results))),
     ]
 
 

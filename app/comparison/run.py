@@ -267,7 +267,7 @@ class _Work:
         if list(result.get("dice", {})) == ids:
             return result
         began = time.monotonic()
-        sha256, dice = score_run(
+        runtime, sha256, dice = score_run(
             self._run(key),
             [self.cases[case_id] for case_id in ids],
             self.plan.config_of(key),
@@ -276,6 +276,7 @@ class _Work:
         scored = {
             **result,
             "weights_sha256": sha256,
+            "computed_by": runtime.record(),
             "scoring_seconds": round(time.monotonic() - began, 3),
             "dice": dice,
         }

@@ -54,7 +54,9 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
     return f"{arm} is {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer}."
 
 
-def caveats(*, seeds: int, cases: int, tested: bool, at_border: Sequence[str], same_start: bool) -> list[str]:
+def caveats(
+    *, seeds: int, cases: int, tested: bool, at_border: Sequence[str], same_start: bool, backends: Sequence[str]
+) -> list[str]:
     """What limits every verdict of a comparison, a sentence each.
 
     Args:
@@ -63,6 +65,7 @@ def caveats(*, seeds: int, cases: int, tested: bool, at_border: Sequence[str], s
         tested: whether these are test cases; False for validation cases.
         at_border: arms whose best learning rate is the lowest or highest that was tried, as texts.
         same_start: whether initial weights and first batch were recorded as the same in every arm.
+        backends: what computed the predictions that are scored, as texts; one where all were computed alike.
     """
     said = []
     if seeds == 1:
@@ -81,6 +84,10 @@ def caveats(*, seeds: int, cases: int, tested: bool, at_border: Sequence[str], s
         said.append(f"The best learning rate is at the border of those tried for {', '.join(at_border)}: try more.")
     if not same_start:
         said.append("It is not on record for every run that initial weights and first batch were those of its seed.")
+    if len(backends) > 1:
+        said.append(
+            f"The scored predictions were not all computed alike ({'; '.join(backends)}): arms may differ by rounding."
+        )
     return said
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from app.config import from_plain
 from app.crossval.calibrate import calibrate
 from app.crossval.folds import Folds
-from app.crossval.outoffold import read_counts
+from app.crossval.outoffold import read_computed_by, read_counts
 from app.crossval.page import write_page
 from app.crossval.summary import summarise
 from app.crossval.tune import Scores, tune
@@ -16,7 +16,7 @@ from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
 from app.progress import OnProgress, Progress, silent
 from app.runlog import read_json, read_metrics
-from app.severalruns import json_object
+from app.severalruns import backends_sentence, count_backends, json_object
 from data.labels import CONVENTIONS
 from data.layouts import Case
 from data.splits import Split
@@ -62,6 +62,7 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
         calibrated=calibrate(counts, raw, tuned),
         results=[read_json(folds.result_file(fold)) for fold in numbers],
         metrics=[read_metrics(folds.run(fold)) for fold in numbers],
+        backends=backends_sentence(count_backends(read_computed_by(folds.answer_file(case_id)) for case_id in fold_of)),
         made=recorded,
     )
     on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from app.crossval.folds import Folds
 from app.crossval.outoffold import answer_of, is_of, write_answer
+from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model
 from app.progress import OnProgress, Progress
 from app.runlog import read_json, write_json
-from app.runtime import choose_runtime
 from app.severalruns import has_begun, json_object, start_or_resume
 
 #: Share of a fold's time that training takes, for the progress bar.
@@ -50,7 +50,7 @@ def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_
         result.parent.mkdir(exist_ok=True)
         write_json(result, {**outcome.to_json(), "run": run.name})
     json_object(read_json(result), result)
-    runtime = choose_runtime(folds.config.runtime)
+    runtime = choose_backend("auto", folds.config.runtime)  # as predict, so that its label maps have these scores
     model = load_model(run, runtime)
     validation = folds.splits[fold].validation
     for number, case_id in enumerate(validation):

@@ -7,6 +7,7 @@ A file is a compressed npz of the smallest box that holds the brain and the refe
     spacing_mm      float64, shape (3,)
     logit_counts    int64, shape (3, 2, bins): voxels around the tumour by their logit (app.crossval.logits)
     weights_sha256  of the network, as text
+    computed_by     backend, precision and device, a JSON object as text (versions that always took torch lack it)
 
 A probability is above k/256 exactly where its byte is k or more (k from 1 to 255), so that thresholds which are whole
 256ths cut the bytes as they would have cut the probabilities. For temperatures bytes are too coarse: what is
@@ -15,11 +16,13 @@ below 1/256 would be taken as 1/512, and most of the background lies far below.
 
 from __future__ import annotations
 
+import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -55,6 +58,8 @@ class Answer:
     """As of :func:`app.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there is none."""
     spacing_mm: Spacing
     weights_sha256: str
+    computed_by: Mapping[str, str] | None = None
+    """As of :meth:`app.runtime.Runtime.record`; None in files of versions that did not record it."""
 
     def cut(self, rules: Postprocess) -> Masks:
         """As :meth:`app.inference.postprocess.Postprocess.cut`, of thresholds that are whole 256ths."""
@@ -111,21 +116,24 @@ def answer_of(
         else count_logits(centred[:, *around], to_regions(reference[around])),
         spacing_mm=spacing_mm,
         weights_sha256=model.sha256,
+        computed_by=runtime.record(),
     )
 
 
 def write_answer(path: Path, answer: Answer) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        "answers": answer.answers,
+        "reference": answer.reference,
+        "logit_counts": answer.logit_counts,
+        "spacing_mm": np.array(answer.spacing_mm, dtype=np.float64),
+        "weights_sha256": np.array(answer.weights_sha256),
+    }
+    if answer.computed_by is not None:
+        arrays["computed_by"] = np.array(json.dumps(dict(answer.computed_by)))
     with replacing(path) as beside, beside.open("wb") as file:
-        np.savez_compressed(
-            file,
-            answers=answer.answers,
-            reference=answer.reference,
-            logit_counts=answer.logit_counts,
-            spacing_mm=np.array(answer.spacing_mm, dtype=np.float64),
-            weights_sha256=np.array(answer.weights_sha256),
-        )
+        np.savez_compressed(file, **arrays)
 
 
 def read_counts(path: Path) -> Counts:
@@ -159,7 +167,21 @@ def read_answer(path: Path) -> Answer:
                 logit_counts=_counts(file["logit_counts"]),
                 spacing_mm=(x, y, z),
                 weights_sha256=str(file["weights_sha256"]),
+                computed_by=_computed_by(file),
             )
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def read_computed_by(path: Path) -> dict[str, str] | None:
+    """What computed the answer of a file, as of :meth:`app.runtime.Runtime.record`; None where it does not say.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _computed_by(file)
     except _DAMAGE as error:
         raise _damaged(path, error) from error
 
@@ -171,6 +193,15 @@ def is_of(path: Path, weights_sha256: str) -> bool:
             return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
     except _DAMAGE:
         return False
+
+
+def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
+    if "computed_by" not in file:
+        return None
+    told = json.loads(str(file["computed_by"]))
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise ValueError(f"computed_by is {told!r}")
+    return told
 
 
 def _counts(found: Counts) -> Counts:

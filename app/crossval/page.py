@@ -37,6 +37,7 @@ def write_page(
     calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
+    backends: str,
     made: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the page, whole or not at all.
@@ -49,10 +50,18 @@ def write_page(
         calibrated: temperatures and volume intervals.
         results: by fold, how training ended.
         metrics: by fold, records of ``metrics.jsonl``.
+        backends: what computed the out-of-fold predictions.
         made: ``machine`` and ``versions`` that made it; default this machine.
     """
     page = render(
-        raw=raw, tuned=tuned, tuning=tuning, calibrated=calibrated, results=results, metrics=metrics, made=made
+        raw=raw,
+        tuned=tuned,
+        tuning=tuning,
+        calibrated=calibrated,
+        results=results,
+        metrics=metrics,
+        backends=backends,
+        made=made,
     )
     with replacing(path) as beside:
         beside.write_text(page, encoding="utf-8", errors="replace")
@@ -66,6 +75,7 @@ def render(
     calibrated: Calibrated,
     results: Sequence[Mapping[str, Any]],
     metrics: Sequence[Records],
+    backends: str,
     made: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as one HTML document; every string from outside is escaped. Arguments as for :func:`write_page`."""
@@ -88,6 +98,7 @@ def render(
         facts=(
             ("Dice", DICE_DEFINITION),
             ("HD95", HD95_DEFINITION),
+            ("predictions", backends),
             *made_by(made),
         ),
         sections=sections,

@@ -16,7 +16,7 @@ from app.config import RunConfig
 from app.crossval.calibrate import Calibrated, calibrate
 from app.crossval.fold import work_on_fold
 from app.crossval.folds import SPLITS, Folds, deal, require_same
-from app.crossval.outoffold import is_of, read_counts
+from app.crossval.outoffold import is_of, read_computed_by, read_counts
 from app.crossval.pack import write_ensemble
 from app.crossval.page import write_page
 from app.crossval.summary import Summary, summarise, write_table
@@ -30,7 +30,14 @@ from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runlog import locked, read_json, read_metrics, write_json
 from app.runtime import machine, require_device, versions
-from app.severalruns import has_begun, json_object, only_warnings, require_place
+from app.severalruns import (
+    backends_sentence,
+    count_backends,
+    has_begun,
+    json_object,
+    only_warnings,
+    require_place,
+)
 
 #: Share of the whole that training and prediction take, for the progress bar.
 _FOLDS = 0.97
@@ -185,6 +192,14 @@ class _Work:
         self.what = "the calibration"
         counts = {case_id: read_counts(self.folds.answer_file(case_id)) for case_id in fold_of}
         calibrated = calibrate(counts, raw, tuned)
+        backends = count_backends(read_computed_by(self.folds.answer_file(case_id)) for case_id in fold_of)
+        if len(backends) > 1:
+            LOG.warning(
+                "out-of-fold predictions were not all computed alike (%s), so their scores differ by rounding. To "
+                "predict all of them here, delete %s and give the same command again.",
+                backends_sentence(backends),
+                self.folds.out / "out-of-fold",
+            )
         self.what = "the ensemble"
         ensemble = write_ensemble(self.folds, tuning, tuned, calibrated)
         out = self.folds.out
@@ -199,6 +214,7 @@ class _Work:
             "tuned": tuned.to_json(),
             "tuning": tuning.to_json(),
             "calibration": calibrated.to_json(),
+            "out_of_fold": backends,
             "dice": DICE_DEFINITION,
             "hd95": HD95_DEFINITION,
             "label_maps_sha256": self.folds.label_maps_sha256,
@@ -217,6 +233,7 @@ class _Work:
             calibrated=calibrated,
             results=results,
             metrics=metrics,
+            backends=backends_sentence(backends),
         )
         self.on_progress(
             Progress(job="cross-validating", share=1.0, detail=f"{len(self.folds.splits)} folds", eta_seconds=0.0)

@@ -19,7 +19,7 @@ import torch
 
 from app.caching import cache_folder
 from app.machine import MemoryLimit, cores, free_disk, memory_limits, processor_quota
-from app.runtime import BF16_FLAGS, cpu_flags, processor
+from app.runtime import bf16_flags, processor
 
 #: The vendor's number on the PCI bus.
 _NVIDIA: Final = "0x10de"
@@ -111,7 +111,7 @@ def probe(given: Sequence[Path] = ()) -> Probe:
         driver_cuda=_driver_cuda(),
         gpus=tuple(_gpu(index) for index in range(torch.cuda.device_count())) if usable else (),
         processor=processor(),
-        bf16_flags=tuple(sorted(BF16_FLAGS & cpu_flags())),
+        bf16_flags=tuple(sorted(bf16_flags())),
         cores=cores(),
         quota=processor_quota(),
         memory=tuple(memory_limits()),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from app.errors import DeviceError
-from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision
+from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision, limit_below_avx512
 
 Backend = Literal["auto", "torch", "openvino"]
 
@@ -20,7 +20,8 @@ def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("
     """Choose what computes a trained network.
 
     ``auto`` takes torch on a GPU, and on a CPU OpenVINO where it is installed: it is faster there, and it spares the
-    import of torch.
+    import of torch. Whatever scores a trained network asks here, as ``predict`` does, so that on one machine all of
+    them compute alike; backends and precisions round differently.
 
     Args:
         wanted: ``auto``, ``torch`` or ``openvino``.
@@ -81,6 +82,11 @@ def _by_openvino(config: RuntimeConfig, reason: str) -> Runtime:
         precision, why = cpu_precision()
     else:
         assert config.precision != "float16"
+        if config.precision == "bfloat16" and (limit := limit_below_avx512()):
+            raise DeviceError(
+                f"precision bfloat16: OpenVINO needs AVX-512 for it, and {limit} switches that off. Unset the "
+                "variable, or use float32."
+            )
         precision, why = config.precision, f"precision {config.precision}: asked for"
     return Runtime(
         device_name="cpu",
