@@ -25,6 +25,7 @@ Kind = Literal[
     "same image",
     "same patient",
     "label values",
+    "rounded labels",
     "no label map",
     "empty label map",
     "label outside the brain",
