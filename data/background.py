@@ -37,8 +37,10 @@ _EXCEPTIONS: Final = 0.005
 _DARKEST: Final = 0.005
 #: Interpolation mixes brain and background over so many voxels; what lies deeper is pure.
 _DEPTH_VOXELS: Final = 4
-#: Fewer voxels than this inside say nothing.
-_LEAST_INSIDE: Final = 1000
+#: Fewer voxels than this say nothing.
+_LEAST_VOXELS: Final = 1000
+#: A brain is no scatter of voxels: at least so much of it is left when its outermost voxels are taken off.
+_LEAST_SOLID: Final = 0.3
 #: A fill takes this share of the volume's faces at the least, besides a corner.
 _LEAST_FILL: Final = 0.01
 #: Where the darkest tissue is farther from a fill than this many times its distance from the middle of the brain's
@@ -108,7 +110,7 @@ def _may_have_one(voxels: _Voxels) -> bool:
     around = np.count_nonzero(magnitudes <= 5 * NEGLIGIBLE * bright) - near
     negative = np.count_nonzero(values < -NEGLIGIBLE * bright)
     # In z-scored images values about 0 are as frequent as those near them.
-    return near - around / 4 > few or few < negative < _MOST_NEGATIVE * values.size
+    return bool(near - around / 4 > few or few < negative < _MOST_NEGATIVE * values.size)
 
 
 def _without_fill(voxels: _Voxels) -> Cleaned | None:
@@ -129,7 +131,7 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
         return None
     same = np.abs(apart) <= _reach(near, tolerance)
     apart[same] = 0
-    if not any(same[corner] for corner in _corners()) or not (apart != 0).any():
+    if not any(same[corner] for corner in _corners()) or not _is_solid(apart != 0):
         return None
     background = same | _mixed_with_fill(apart) | _residue(apart)
     zero = voxels == 0
@@ -151,7 +153,7 @@ def _mixed_with_fill(apart: _Voxels) -> _Mask:
         apart: differences from the fill, 0 where there is nothing else.
     """
     inside = apart[_deep(apart != 0)]
-    if inside.size < _LEAST_INSIDE:
+    if inside.size < _LEAST_VOXELS:
         return np.zeros(apart.shape, dtype=bool)
     side = np.sign(np.median(inside))
     darkest, middle = np.quantile(side * inside, (_DARKEST, 0.5))
@@ -165,7 +167,7 @@ def _mixed_with_fill(apart: _Voxels) -> _Mask:
 def _without_residue(voxels: _Voxels) -> Cleaned | None:
     """Take for background what is almost 0 around a brain."""
     outside = _residue(voxels)
-    if not outside.any() or not (voxels[~outside] != 0).any():
+    if not outside.any():
         return None
     gone = voxels[outside]
     cleaned = voxels.copy(order="K")
@@ -182,7 +184,7 @@ def _without_residue(voxels: _Voxels) -> Cleaned | None:
 def _residue(voxels: _Voxels) -> _Mask:
     """What is almost 0 around a brain, and rings of interpolation; nothing where there is little of it."""
     there = voxels != 0
-    none = np.zeros_like(there)
+    none: _Mask = np.zeros(there.shape, dtype=bool)
     values = voxels[there]
     if not values.size:
         return none
@@ -199,8 +201,10 @@ def _residue(voxels: _Voxels) -> _Mask:
     outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & there
     if ringing:
         outside |= _faint_islands(voxels, there & ~outside, darkest)
-    # Noise in the air around a head, of which a part is small, is not what lies around a brain.
-    return none if on_faces and _share_of_faces(there & ~outside) > 0.5 else outside
+    left = there & ~outside
+    # Noise in the air around a head, of which a part is small, is not what lies around a brain; and where a few voxels
+    # are thousands of times as bright as the brain, it is not the brain that goes.
+    return none if (on_faces and _share_of_faces(left) > 0.5) or not _is_solid(left) else outside
 
 
 def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, float]:
@@ -210,7 +214,7 @@ def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, floa
     if not _LEAST_SHARE * count < negative < _MOST_NEGATIVE * count:
         return False, 0.0
     inside = voxels[_deep(large)]
-    if inside.size < _LEAST_INSIDE or np.count_nonzero(inside < 0) > _EXCEPTIONS * inside.size:
+    if inside.size < _LEAST_VOXELS or np.count_nonzero(inside < 0) > _EXCEPTIONS * inside.size:
         return False, 0.0
     return True, max(0.0, float(np.quantile(inside, _DARKEST)))
 
@@ -224,6 +228,13 @@ def _faint_islands(voxels: _Voxels, left: _Mask, darkest: float) -> _Mask:
     faint = brightest < darkest
     faint[0] = False
     return np.asarray(faint[numbers])
+
+
+def _is_solid(mask: _Mask) -> bool:
+    """Whether a mask may be a brain."""
+    count = int(np.count_nonzero(mask))
+    inner = ndimage.binary_erosion(mask, border_value=1)
+    return count >= _LEAST_VOXELS and int(np.count_nonzero(inner)) >= _LEAST_SOLID * count
 
 
 def _deep(mask: _Mask) -> _Mask:
