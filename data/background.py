@@ -24,11 +24,11 @@ _BRIGHT: Final = 0.99
 NEGLIGIBLE: Final = 5e-3
 #: ... and where they are not: noise in the air around a head is above it, so a head is not taken for a brain.
 _NEGLIGIBLE_ON_FACES: Final = 1e-3
-#: What is not 0 and negligible counts from this share of all that is not 0. Sixteen real cases have up to 0.1 % within
+#: What is not 0 and negligible counts from this share of all that is not 0. Sixteen real cases have up to 0.2 % within
 #: :data:`NEGLIGIBLE`, dark voxels of the rim; a shell one voxel thick has 5 %.
-_LEAST_SHARE: Final = 0.01
+_LEAST_SHARE: Final = 0.02
 #: A look at a part of the voxels may see less of it.
-_LEAST_SEEN: Final = 0.005
+_LEAST_SEEN: Final = 0.01
 #: Negative voxels of an image that is otherwise positive: more than these are there on purpose, as after z-scoring.
 _MOST_NEGATIVE: Final = 0.3
 #: Inside of a brain, so many values on the other side of the background are exceptions.
@@ -129,7 +129,7 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     near = off[off <= tolerance]
     if abs(fill) <= tolerance or near.size <= values.size / 2:
         return None
-    same = np.abs(apart) <= _reach(near, tolerance)
+    same = np.abs(apart) <= _reach(near)
     apart[same] = 0
     if not any(same[corner] for corner in _corners()) or not _is_solid(apart != 0):
         return None
@@ -176,7 +176,7 @@ def _without_residue(voxels: _Voxels) -> Cleaned | None:
         voxels=cleaned,
         sentence=(
             f"the background around the brain is not 0; {gone.size} voxels from {gone.min():.2g} to {gone.max():.2g}, "
-            f"where bright tissue has {_bright(voxels[voxels != 0]):.3g}, were taken as 0"
+            f"where bright tissue has {_bright(voxels[voxels != 0]):.4g}, were taken as 0"
         ),
     )
 
@@ -197,7 +197,7 @@ def _residue(voxels: _Voxels) -> _Mask:
         return none
     near = size[outside & (size <= limit)]
     if near.size:
-        limit = _reach(near, limit)
+        limit = _reach(near)
     outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & there
     if ringing:
         outside |= _faint_islands(voxels, there & ~outside, darkest)
@@ -252,9 +252,11 @@ def _connected(mask: _Mask) -> _Mask:
     return np.asarray(reached[numbers])
 
 
-def _reach(found: _Voxels, limit: np.float32) -> np.float32:
-    """How far from the background its values go, at most to a limit: dark tissue beyond is spared."""
-    return np.float32(min(limit, 2 * np.quantile(found, 0.99)))
+def _reach(found: _Voxels) -> np.float32:
+    """How far distances from the background go, up to a gap of a factor of 2: dark tissue beyond is spared."""
+    tail = np.sort(found)[int(0.9 * found.size) :]
+    gaps = np.flatnonzero(tail[1:] > 2 * tail[:-1])
+    return np.float32(tail[gaps[0]] if gaps.size else tail[-1])
 
 
 def _middle(values: _Voxels) -> np.float32:
