@@ -29,6 +29,8 @@ _NEGLIGIBLE_ON_FACES: Final = 1e-3
 _LEAST_SHARE: Final = 0.02
 #: A look at a part of the voxels may see less of it.
 _LEAST_SEEN: Final = 0.01
+#: Negative voxels of an image that is otherwise positive are rings from this share on; magnitudes have none.
+_LEAST_NEGATIVE: Final = 0.01
 #: Negative voxels of an image that is otherwise positive: more than these are there on purpose, as after z-scoring.
 _MOST_NEGATIVE: Final = 0.3
 #: Inside of a brain, so many values on the other side of the background are exceptions.
@@ -125,11 +127,10 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     if not others.size:
         return None
     tolerance = np.float32(_NEGLIGIBLE_ON_FACES * _bright(others))
-    off = np.abs(values - fill)
-    near = off[off <= tolerance]
-    if abs(fill) <= tolerance or near.size <= values.size / 2:
+    if abs(fill) <= tolerance or np.count_nonzero(np.abs(values - fill) <= tolerance) <= values.size / 2:
         return None
-    same = np.abs(apart) <= _reach(near)
+    off = np.abs(apart)
+    same = off <= _reach(off[_connected(off <= tolerance)])
     apart[same] = 0
     if not any(same[corner] for corner in _corners()) or not _is_solid(apart != 0):
         return None
@@ -211,7 +212,7 @@ def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, floa
     """Whether an image that is positive inside of the brain is negative at many places, and its darkest tissue."""
     negative = np.count_nonzero(voxels < -limit)
     count = np.count_nonzero(large)
-    if not _LEAST_SHARE * count < negative < _MOST_NEGATIVE * count:
+    if not _LEAST_NEGATIVE * count < negative < _MOST_NEGATIVE * count:
         return False, 0.0
     inside = voxels[_deep(large)]
     if inside.size < _LEAST_VOXELS or np.count_nonzero(inside < 0) > _EXCEPTIONS * inside.size:

@@ -247,8 +247,8 @@ def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[n
     if off.any():
         raise DataError(
             f"{path}: a label map holds whole numbers from 0 to 255, this file holds others: {_some(values[off])}. "
-            "Is it an image? If a label map was interpolated or saved with a scale, save it again as whole numbers (UINT8, "
-            f"slope 1; nearest neighbour). Only what is within {LABEL_TOLERANCE:g} of a whole number is rounded."
+            "Is it an image? If a label map was interpolated or saved with a scale, save it again as whole numbers "
+            f"(UINT8, slope 1; nearest neighbour). Only within {LABEL_TOLERANCE:g} of one it is rounded."
         )
     near = values != whole
     labels: npt.NDArray[np.uint8] = np.clip(np.rint(voxels), 0, 255).astype(np.uint8)

@@ -86,7 +86,7 @@ def test_what_is_almost_0_around_a_brain_is_background(residue: Callable[[], Vox
 
 
 KEPT = {
-    "a background of 0": lambda: brain(),
+    "a background of 0": brain,
     "z-scored": lambda: z_scored(brain()),
     "z-scored in whole numbers": lambda: np.rint(z_scored(brain()) * 1000),
     "from 0 to 1": lambda: brain() / brain().max(),
