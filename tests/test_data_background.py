@@ -252,3 +252,36 @@ def test_no_voxel_of_a_real_case_is_changed(real_cases: Path) -> None:
     for case in find_cases(real_cases)[::4]:
         for path in case.contrasts.values():
             assert read_image(path).background is None
+
+
+# Label maps that an editor saved with a scale
+
+
+@pytest.fixture
+def scaled(phantoms: Path, tmp_path: Path) -> Path:
+    """A case whose label map holds 1.0039, 1.9922 and 4."""
+    case = find_cases(phantoms)[0]
+    folder = with_background(case.folder, tmp_path / "scaled", lambda v: v)
+    (path,) = folder.rglob("*_seg.nii.gz")
+    image: Any = nib.load(path)
+    labels = np.array([0, 1.003922, 1.992157, 0, 4], dtype=np.float32)[np.asarray(image.dataobj).astype(int)]
+    nib.save(nib.Nifti1Image(labels, image.affine), path)
+    return folder
+
+
+def test_data_check_notes_rounded_labels_once(scaled: Path, znormseg: Call) -> None:
+    ended = znormseg("data", "check", scaled)
+    assert ended.code == 0, ended.out
+    assert (ended.out + ended.err).count("label values 1.003922, 1.992157 were rounded to 1, 2") == 1
+
+
+def test_evaluate_scores_rounded_labels_and_warns(scaled: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    label = find_cases(phantoms)[0].label
+    assert label is not None
+    (tmp_path / "sets").mkdir()
+    (tmp_path / "sets" / label.name).write_bytes(label.read_bytes())
+    ended = znormseg("evaluate", tmp_path / "sets", scaled, "--json")
+    assert ended.code == 0, ended.err
+    (case,) = json.loads(ended.out)["cases"]
+    assert [values["dice"] for values in case["regions"].values()] == [1.0, 1.0, 1.0]
+    assert "were rounded to 1, 2" in ended.err
