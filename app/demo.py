@@ -24,7 +24,7 @@ from app.runtime import machine, versions
 from app.training.train import start
 from data.labels import LabelConvention, Region, decode
 from data.layouts import Case, find_cases, find_label_maps
-from data.nifti import read_label_map, read_volume, reorient
+from data.nifti import read_image, read_label_map, reorient
 from data.phantoms import write_phantoms
 
 #: Phantoms that train, validate and are held out.
@@ -158,7 +158,7 @@ def _make_phantoms(folder: Path, count: int, on_progress: OnProgress) -> tuple[C
 def _page_case(case: Case, out: Path, evaluation: Evaluation, convention: LabelConvention) -> PageCase:
     """Scores and overlay picture of one held-out case."""
     assert case.label is not None
-    background = reorient(read_volume(case.contrasts["flair"], case.volumes.get("flair")))
+    background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
     overlay = OverlayCase(
         case=case.id,
         background=background.voxels,

@@ -6,6 +6,7 @@ A run folder holds::
     split.json      case ids by part
     labels.json     what the label maps hold, and their hash: a resumed run must find the same
     intensities.json  range of the training cases' intensities, for the flags of predict
+    backgrounds.json  cases whose background was not 0 in the files and was taken as 0, where there were any
     run.json        data, conventions, versions, machine
     metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
     nonfinite/      batches whose loss was not finite, where there were any

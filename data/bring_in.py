@@ -22,7 +22,7 @@ from data.errors import DataError
 from data.itk import Grid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
 from data.layouts import Case, convention_of
-from data.nifti import Volume, grid_difference, in_order_of, read_label_map, read_volume
+from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
 from data.register import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Registration, head_mask, register_rigid
 
 if TYPE_CHECKING:
@@ -62,6 +62,8 @@ class NativeCase:
     """By contrast and ``label``: where it came from, for the record, e.g. path and SHA-256."""
     zeroed: Mapping[Contrast, int] = field(default_factory=dict)
     """By contrast: how many voxels were NaN or infinite and were taken as 0."""
+    backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
+    """By contrast: what of it was background and not 0, in words."""
     warnings: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
     """What of the files' geometry had to be chosen, a sentence each."""
@@ -106,7 +108,7 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
     volumes: dict[Contrast, Volume] = {}
     for contrast in CONTRASTS:
         try:
-            volumes[contrast] = read_volume(
+            volumes[contrast] = read_image(
                 case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
             )
         except DataError as error:
@@ -125,6 +127,7 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
         codes_on=codes_on,
         sources={name: {"path": str(path), "sha256": _sha256(path)} for name, path in files.items()},
         zeroed={contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed},
+        backgrounds={contrast: volume.background for contrast, volume in volumes.items() if volume.background},
         doubts=tuple(f"{contrast}: {volume.doubt}" for contrast, volume in volumes.items() if volume.doubt),
     )
 
@@ -170,7 +173,13 @@ def bring_in(
         there = registrations.get(native.codes_on)
         codes = _resampled_codes(native.codes, grid, None if there is None else there.transform)
     litres = None if inside is None else float(inside.sum()) * config.spacing_mm**3 / 1e6
-    warnings = (*native.warnings, *zeroed_warnings(native), *mask.warnings, *_litre_warnings(litres))
+    warnings = (
+        *native.warnings,
+        *zeroed_warnings(native),
+        *background_warnings(native),
+        *mask.warnings,
+        *_litre_warnings(litres),
+    )
     return BroughtIn(
         id=native.id,
         images=images,
@@ -238,6 +247,11 @@ def _masked(voxels: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_] | Non
 def zeroed_warnings(native: NativeCase) -> list[str]:
     """A sentence for each contrast with voxels that were taken as 0; among the warnings of bringing in."""
     return [f"{count} voxels of {contrast} were NaN or infinite and are 0" for contrast, count in native.zeroed.items()]
+
+
+def background_warnings(native: NativeCase) -> list[str]:
+    """A sentence for each contrast whose background was not 0; among the warnings of bringing in."""
+    return [f"{contrast}: {sentence}" for contrast, sentence in native.backgrounds.items()]
 
 
 def _litre_warnings(litres: float | None) -> list[str]:

@@ -374,7 +374,7 @@ def _bytes_in(folder: Path) -> int:
 def _is_whole(place: Path) -> bool:
     """Whether every array of an entry is there in its full length."""
     try:
-        json.loads((place / _SOURCE).read_text(encoding="utf-8"))
+        _source_in(place)
         for name in ARRAYS:
             open_array(place / name, "r")
     except (OSError, EOFError, ValueError):
@@ -396,8 +396,29 @@ def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
     return array
 
 
-def write_source(folder: Path, case: Case, settings: Mapping[str, Any]) -> None:
-    """Say beside the arrays what they were made from; for people, the key says it to the program."""
+def write_source(folder: Path, case: Case, settings: Mapping[str, Any], backgrounds: Mapping[str, str]) -> None:
+    """Say beside the arrays what they were made from; for people, the key says it to the program.
+
+    Args:
+        folder: of the entry.
+        case: what was prepared.
+        settings: how, plain data.
+        backgrounds: by contrast, what of it was background and not 0; :func:`backgrounds_in` gives it back.
+    """
     files = [str(path) for path in (*case.contrasts.values(), *([case.label] if case.label is not None else []))]
     content = {"case": case.id, "files": files, "settings": dict(settings), "program": _program()}
+    content["backgrounds"] = dict(backgrounds)
     (folder / _SOURCE).write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def backgrounds_in(folder: Path) -> dict[str, str]:
+    """By contrast of a prepared case: what of it was background and not 0 in its file; none where it cannot be read."""
+    try:
+        return {str(name): str(said) for name, said in _source_in(folder).get("backgrounds", {}).items()}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _source_in(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / _SOURCE).read_text(encoding="utf-8"))
+    return content

@@ -29,7 +29,7 @@ from data.findings.labels import LabelDigest, digest_labels, judge_labels
 from data.findings.volume import judge_volume
 from data.labels import CONTRASTS, Contrast
 from data.layouts import Case, decide_for, find_cases, look_like_visits, misnamed_files, patients_of
-from data.nifti import Volume, in_order_of, read_grid, read_label_map, read_volume
+from data.nifti import Volume, in_order_of, read_grid, read_image, read_label_map
 from data.patients import grouped_by_words
 
 #: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
@@ -216,12 +216,14 @@ def _read_contrasts(
         if contrast not in case.contrasts:
             continue
         try:
-            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
+            volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
         except DataError as error:
             findings.append(problem_from(str(error), kind="unreadable", contrast=contrast))
             continue
         if volume.zeroed:
             findings.append(_non_finite(contrast, volume.zeroed))
+        if volume.background is not None:
+            findings.append(_background(contrast, volume.background))
         volume = _as_first(next(iter(seen.values())).grid if seen else None, volume)
         seen[contrast] = digest(volume)
         nonzero[contrast] = volume.voxels != 0
@@ -233,10 +235,10 @@ def _read_label(case: Case, first: Volume | None) -> tuple[LabelDigest | None, l
     if case.label is None:
         return None, []
     try:
-        label = read_label_map(case.label)
+        label = read_label_map(case.label, log=False)
     except DataError as error:
         return None, [problem_from(str(error), kind="unreadable", contrast="label map")]
-    return digest_labels(_as_first(first, label)), []
+    return digest_labels(_as_first(first, label)), [] if label.rounded is None else [_rounded(label.rounded)]
 
 
 def _as_first(first: Volume | None, volume: Volume) -> Volume:
@@ -254,6 +256,18 @@ def _non_finite(contrast: Contrast, count: int) -> Finding:
         message=f"{count} {'voxel is' if count == 1 else 'voxels are'} NaN or infinite",
         action="Repair the file, leave the case out, or take them as 0 with --nan-to-zero",
     )
+
+
+def _background(contrast: Contrast, message: str) -> Finding:
+    """A note on an image whose background was brought to 0; all else is judged with it at 0."""
+    action = "Usable; every command takes it as 0. Look whether the brain was cut out as you meant, or set it to 0"
+    return Finding(kind="background", severity="note", contrast=contrast, message=message, action=action)
+
+
+def _rounded(message: str) -> Finding:
+    """A note on a label map that an editor saved with a scale."""
+    action = "Usable; every command rounds them. Save the label map as whole numbers (UINT8, slope 1)"
+    return Finding(kind="rounded labels", severity="note", contrast="label map", message=message, action=action)
 
 
 def _without_label(cases: list[str], count: int) -> Finding:

@@ -27,14 +27,15 @@ from data.errors import DataError
 from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
 from data.layouts import Case, convention_of, find_cases, patient_of
 from data.nifti import (
+    LOG,
     Volume,
     grid_difference,
     in_order_of,
     is_compressed,
     naming_the_place,
     read_grid,
+    read_image,
     read_label_map,
-    read_volume,
     write_image,
     write_label_map,
 )
@@ -298,9 +299,20 @@ class _Manifest(_Writer):
 
 
 def _read(case: Case, contrast: Contrast) -> Volume:
-    """One contrast, refused where voxels are no numbers: they would have to be changed."""
-    path = case.contrasts[contrast]
-    volume = read_volume(path, case.volumes.get(contrast), nan_to_zero=True)
+    """One contrast, its background at 0; refused where voxels are no numbers: they would have to be changed."""
+    return _of_numbers(case, contrast, _look(case, contrast))
+
+
+def _look(case: Case, contrast: Contrast) -> Volume:
+    """One contrast, its background at 0, which is logged."""
+    volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
+    if volume.background is not None:
+        LOG.warning("case %s, contrast %s: %s", case.id, contrast, volume.background)
+    return volume
+
+
+def _of_numbers(case: Case, contrast: Contrast, volume: Volume) -> Volume:
+    path = volume.path
     if volume.zeroed:
         raise DataError(
             f"case {case.id}, contrast {contrast}: {path}: {volume.zeroed} voxels are NaN or infinite. Repair the "
@@ -329,12 +341,16 @@ def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume
 
 
 def _store(case: Case, contrast: Contrast, path: Path) -> None:
-    """A contrast as a file of its own: a copy where it is one in the T1c's voxel order, else written anew."""
-    reference, own = _grid_of(case, "t1c"), _grid_of(case, contrast)
-    if contrast not in case.volumes and grid_difference(reference, own) is None:
-        _copy(own.path, path)
+    """A contrast as a file of its own: a copy where it is one in the T1c's voxel order, else written anew.
+
+    So is one whose background is not 0, as programs that look for what is not 0 take the whole field for brain.
+    """
+    reference, volume = _grid_of(case, "t1c"), _look(case, contrast)
+    if contrast not in case.volumes and volume.background is None and grid_difference(reference, volume) is None:
+        _copy(volume.path, path)
     else:
-        write_image(path, _on_grid(case, reference, _read(case, contrast), contrast).voxels, reference.path)
+        volume = _of_numbers(case, contrast, volume)
+        write_image(path, _on_grid(case, reference, volume, contrast).voxels, reference.path)
 
 
 def _copy(source: Path, target: Path) -> None:

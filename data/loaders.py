@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from data import augment
-from data.cache import ARRAYS, CaseFolder, open_array, write_source
+from data.cache import ARRAYS, CaseFolder, backgrounds_in, open_array, write_source
 from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
@@ -63,6 +63,10 @@ class CachedCase:
         """Rows of (code, x, y, z): tumour voxels a patch may be centred on."""
         array: npt.NDArray[np.int16] = self._array("centres.npy", None)
         return array
+
+    def backgrounds(self) -> dict[str, str]:
+        """By contrast: what of it was background and not 0 in its file, in words."""
+        return backgrounds_in(self.folder)
 
     def _array(self, name: str, mode: Literal["c"] | None) -> npt.NDArray[Any]:
         # Mapped "c", copy on write: torch takes no read-only memory without a warning, and the file stays as it is.
@@ -358,7 +362,7 @@ def _write(folder: Path, case: Case, prepared: Prepared, settings: Mapping[str, 
     ]
     for name, array in zip(ARRAYS, arrays, strict=True):
         _save_array(folder / name, array)
-    write_source(folder, case, settings)
+    write_source(folder, case, settings, {str(name): said for name, said in prepared.backgrounds.items()})
 
 
 def _shape_in(place: Path) -> tuple[int, int, int]:

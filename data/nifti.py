@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import logging
 import math
 import os
 import platform
@@ -29,9 +30,12 @@ from nibabel.volumeutils import apply_read_scaling
 from nibabel.wrapstruct import WrapStructError
 from zlib_ng import gzip_ng, zlib_ng
 
+from data.background import clean_background
 from data.errors import DataError
 from data.partial import partial_name
 
+#: The program's own log.
+LOG: Final = logging.getLogger("znormseg")
 Spacing = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -57,6 +61,10 @@ _PARTIAL: Final = ".partial-"
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
 #: A share of 1 in :func:`write_shares`.
 SHARE_STEPS: Final = 65535
+#: Label values this close to a whole number are that number.
+LABEL_TOLERANCE: Final = 0.01
+#: Values that a message names.
+_MOST_SHOWN: Final = 6
 #: In the description of every header, which holds 79 characters.
 _RESEARCH_ONLY: Final = b"Research use only; not a medical device."
 #: By this share pixdim and the affine may differ and still mean one voxel size: both are stored in single precision.
@@ -82,6 +90,10 @@ class Volume:
     pixdim_mm: Spacing | None = None
     """The header's own voxel size (pixdim) where the affine has another, which is the one in use; else None. Kept of
     label maps, since other programs measure by it."""
+    background: str | None = None
+    """What of an image was background and not 0 in the file, in words; None where nothing was."""
+    rounded: str | None = None
+    """What of a label map was no whole number in the file, in words; None where nothing was."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -185,8 +197,33 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
     return Volume(voxels=voxels, affine=affine, path=path, zeroed=zeroed, doubt=_geometry_doubt(image, affine, shape))
 
 
-def read_label_map(path: Path) -> Volume:
+def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = False) -> Volume:
+    """Read one contrast: as :func:`read_volume`, with its background at 0 (:mod:`data.background`).
+
+    Args:
+        path: as for :func:`read_volume`.
+        volume: as for :func:`read_volume`.
+        nan_to_zero: as for :func:`read_volume`.
+
+    Returns:
+        the volume; ``background`` says what was taken as 0.
+
+    Raises:
+        DataError: as :func:`read_volume`.
+    """
+    image = read_volume(path, volume, nan_to_zero=nan_to_zero)
+    cleaned = clean_background(image.voxels)
+    return image if cleaned is None else replace(image, voxels=cleaned.voxels, background=cleaned.sentence)
+
+
+def read_label_map(path: Path, *, log: bool = True) -> Volume:
     """Read a label map with the file's own numbers, as uint8; whole numbers stored as floats are accepted.
+
+    So are numbers within :data:`LABEL_TOLERANCE` of whole ones, which editors write that store bytes with a slope.
+
+    Args:
+        path: a 3D NIfTI file.
+        log: warn of rounded values, once for each file; False where the caller says it.
 
     Raises:
         DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
@@ -202,11 +239,39 @@ def read_label_map(path: Path) -> Volume:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
     with np.errstate(invalid="ignore"):  # what does not fit becomes another number, and is seen by that
         labels = volume.voxels.astype(np.uint8)
-    if not np.array_equal(labels, volume.voxels):
+    if np.array_equal(labels, volume.voxels):
+        return Volume(voxels=labels, affine=volume.affine, path=path, pixdim_mm=pixdim_mm)
+    labels, rounded = _rounded(volume.voxels, path)
+    if log:
+        _warn_once(f"{path}: {rounded}")
+    return Volume(voxels=labels, affine=volume.affine, path=path, pixdim_mm=pixdim_mm, rounded=rounded)
+
+
+def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[np.uint8], str]:
+    """The nearest whole numbers, and what was rounded to what; refused where they are not near."""
+    values = np.unique(voxels)
+    whole = np.clip(np.rint(values), 0, 255)
+    off = np.abs(values - whole) > LABEL_TOLERANCE
+    if off.any():
         raise DataError(
-            f"{path}: a label map holds whole numbers from 0 to 255, this file holds others. Is it an image?"
+            f"{path}: a label map holds whole numbers from 0 to 255, this file holds others: {_some(values[off])}. "
+            "Is it an image? If a label map was interpolated or saved with a scale, save it again as whole numbers "
+            f"(UINT8, slope 1; nearest neighbour). Only within {LABEL_TOLERANCE:g} of one it is rounded."
         )
-    return Volume(voxels=labels, affine=volume.affine, path=path, pixdim_mm=pixdim_mm)
+    near = values != whole
+    labels: npt.NDArray[np.uint8] = np.clip(np.rint(voxels), 0, 255).astype(np.uint8)
+    return labels, f"label values {_some(values[near])} were rounded to {_some(np.unique(whole[near]))}"
+
+
+def _some(values: npt.NDArray[np.float32]) -> str:
+    """The first values of several, apart from one another."""
+    shown = [f"{value:.7g}" for value in values[:_MOST_SHOWN]]
+    return ", ".join(shown) + (f" and {values.size - _MOST_SHOWN} more" if values.size > _MOST_SHOWN else "")
+
+
+@cache
+def _warn_once(sentence: str) -> None:
+    LOG.warning("%s", sentence)
 
 
 def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
@@ -225,7 +290,7 @@ def reorient(volume: Volume) -> Volume:
     to_canonical = _orientation_change(volume.affine)
     affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
     voxels = orientations.apply_orientation(volume.voxels, to_canonical)
-    return Volume(voxels=np.ascontiguousarray(voxels), affine=affine, path=volume.path, zeroed=volume.zeroed)
+    return replace(volume, voxels=np.ascontiguousarray(voxels), affine=affine, doubt=None)
 
 
 def in_order_of(reference: Volume, volume: Volume) -> Volume:

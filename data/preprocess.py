@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Final, TypeVar
 
@@ -26,8 +26,8 @@ from data.nifti import (
     canonical_spacing,
     grid_difference,
     in_order_of,
+    read_image,
     read_label_map,
-    read_volume,
     reorient,
     to_native_order,
     voxel_order,
@@ -71,6 +71,8 @@ class Prepared:
     """Affine of the reference contrast's file."""
     zeroed: dict[Contrast, int]
     """By contrast: how many voxels were NaN or infinite and were taken as 0; contrasts without any are not in it."""
+    backgrounds: dict[Contrast, str] = field(default_factory=dict)
+    """By contrast: what of it was background and not 0 in the file, in words; contrasts without any are not in it."""
     repairs: tuple[str, ...] = ()
     """What was done about the geometry of the files, a sentence each; empty where nothing had to be."""
 
@@ -111,10 +113,11 @@ def prepare(
     # One whole volume at a time is held, and of each its own box: of large scans the four together would not fit.
     parts: dict[Contrast, tuple[Box, npt.NDArray[np.float32]]] = {}
     zeroed: dict[Contrast, int] = {}
+    backgrounds: dict[Contrast, str] = {}
     found: dict[Contrast, tuple[str, str]] = {}
     for contrast in (case.reference, *(one for one in present if one != case.reference)):
         with _naming(case, f"contrast {contrast}"):
-            volume = read_volume(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
+            volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
         found[contrast] = volume.doubt or "", voxel_order(volume.affine)
         if canonical is None:
             native_affine, volume = volume.affine, reorient(volume)
@@ -124,6 +127,8 @@ def prepare(
             _require_same_grid(case, canonical, volume, contrast)
         if volume.zeroed:
             zeroed[contrast] = volume.zeroed
+        if volume.background is not None:
+            backgrounds[contrast] = volume.background
         if (problem := image_problem(volume.voxels)) is not None:
             raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: {problem}.")
         own = smallest_box(volume.voxels != 0)
@@ -157,6 +162,7 @@ def prepare(
         canonical_shape=canonical_shape,
         native_affine=native_affine,
         zeroed={contrast: zeroed[contrast] for contrast in present if contrast in zeroed},
+        backgrounds={contrast: backgrounds[contrast] for contrast in present if contrast in backgrounds},
         repairs=_geometry_repairs({contrast: found[contrast] for contrast in present}, case.reference),
     )
 

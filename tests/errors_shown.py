@@ -736,7 +736,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
             )
         ],
         "another grid than the images": [label("another grid"), label("another shape")],
-        "fractions, negative numbers, NaN": [
+        "fractions beyond 0.01, negative numbers, NaN": [
             label("fractions"),
             label("NaN"),
             Shown(
@@ -1111,6 +1111,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "same image": [found("same image", 3, lambda _: shutil.copy(IMAGE, IMAGE.replace("t2", "flair")))],
         "same patient": [found("same patient", 0, again)],
         "skull": [found("skull", 3, skull)],
+        "background": [found("background", 0, change(IMAGE, lambda v: np.where(v == 0, -1024, v)))],
+        "rounded labels": [found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002)))],
         "label outside the brain": [
             found("label outside the brain", 3, change(LABEL, lambda v: np.roll(v, 40, axis=0), np.uint8))
         ],

@@ -61,6 +61,11 @@ def test_a_plain_case_has_no_flag() -> None:
     [
         (replace(FACTS, missing=("t1", "t2", "flair")), "missing_contrast", "t1, t2 and flair"),
         (replace(FACTS, zeroed={"t2": 3}), "nan_to_zero", "3 voxels of t2"),
+        (
+            replace(FACTS, backgrounds={"t2": "the background is -1024"}),
+            "background_not_zero",
+            "t2: the background is -1024.",
+        ),
         (replace(FACTS, repairs=("t2 was reordered",)), "geometry_repaired", "t2 was reordered."),
         (replace(FACTS, preparation=("a coarse mask.",)), "preparation", "a coarse mask."),
         (replace(FACTS, unusual=("t1c",)), "unusual_intensities", "of t1c are unlike"),

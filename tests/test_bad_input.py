@@ -148,7 +148,7 @@ BAD_IMAGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     ),
     "a mask": (lambda p: change(p, lambda v: v > 0), ["contrast t2", "has the same value", "Is it a mask?"]),
     "skull": (
-        lambda p: change(p, lambda v: v + 20),
+        lambda p: change(p, lambda v: v + np.random.default_rng(0).integers(5, 40, v.shape)),
         ["contrast t2", "background is not 0", "skull-stripped", "HD-BET"],
     ),
     "in metres": (lambda p: scale(p, 1e-3), ["contrast t2", "voxels of 0.004", "Convert it to mm"]),

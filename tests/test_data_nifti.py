@@ -8,6 +8,7 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import nibabel as nib
@@ -446,6 +447,40 @@ def test_whole_numbers_stored_as_floats_make_a_label_map(tmp_path: Path) -> None
     labels = read_label_map(save(tmp_path / "seg.nii", numbered().astype(np.float64))).voxels
     assert labels.dtype == np.uint8
     np.testing.assert_array_equal(labels, numbered())
+
+
+SCALED = {
+    "an editor's slope": [1.004, 1.992, 4.0],
+    "an editor's slope on its own": [1.003922, 1.992157, 4.0000002],
+    "an intercept": [-0.004, 1.004, 3.996],
+    "a float16 on its way": [0.0, 0.9995, 3.998],
+}
+
+
+@pytest.mark.parametrize("values", SCALED.values(), ids=SCALED)
+def test_label_values_within_a_hundredth_of_whole_numbers_are_rounded(
+    tmp_path: Path, values: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = save(tmp_path / "seg.nii.gz", np.array(values, dtype=np.float32).reshape(3, 1, 1))
+    found = read_label_map(path)
+    assert found.voxels.ravel().tolist() == np.rint(values).tolist()
+    assert found.rounded is not None
+    assert read_label_map(path).rounded == found.rounded
+    assert [record.message for record in caplog.records] == [f"{path}: {found.rounded}"]
+
+
+def test_the_values_that_a_label_map_may_not_have_are_named_with_the_remedy(tmp_path: Path) -> None:
+    path = save(tmp_path / "seg.nii", np.array([0, 1.004, 1.02, 2.5], dtype=np.float32).reshape(4, 1, 1))
+    with pytest.raises(DataError, match=r"holds others: 1\.02, 2\.5\. .*save it again as whole numbers"):
+        read_label_map(path)
+
+
+@given(st.lists(st.tuples(st.integers(0, 255), st.floats(-0.009, 0.009)), min_size=1, max_size=20))
+def test_rounding_gives_the_nearest_label(pairs: list[tuple[int, float]]) -> None:
+    voxels = np.array([whole + off for whole, off in pairs], dtype=np.float32).reshape(-1, 1, 1)
+    with TemporaryDirectory() as folder:
+        found = read_label_map(save(Path(folder) / "seg.nii", voxels), log=False)
+    assert found.voxels.ravel().tolist() == [whole for whole, _ in pairs]
 
 
 @pytest.mark.parametrize("name", ["seg.nii", "seg.nii.gz"])

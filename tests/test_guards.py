@@ -258,9 +258,7 @@ GUARDS: dict[str, Guard] = {
     "a label map on another grid": Guard(
         PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
     ),
-    "a label map of fractions": Guard(
-        NIFTI, "if not np.array_equal(labels, volume.voxels):", "if False:", f"{LABEL}[fractions]"
-    ),
+    "a label map of fractions": Guard(NIFTI, "    if off.any():", "    if False:", f"{LABEL}[fractions]"),
     "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),
     # Configs
     "a mistyped key": Guard(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from app.inference.known import UNKNOWN, TrainingRecord
@@ -44,6 +44,7 @@ class Flag:
 CODES: Final[Mapping[str, str]] = {
     "missing_contrast": "a contrast was not there; the network answered without it",
     "nan_to_zero": "voxels that were NaN or infinite were taken as 0",
+    "background_not_zero": "what lies around the brain was not 0: a fill such as -1024, or values near 0; taken as 0",
     "geometry_repaired": "where the voxels lie was not plain from the files: reordered, registered, or chosen",
     "preparation": "bringing the scans in (--prepare) has something to say, such as a coarse brain mask",
     "unusual_intensities": "the intensities of a contrast are unlike those of the training cases",
@@ -66,6 +67,8 @@ class Facts:
     """Contrasts that were not there."""
     zeroed: Mapping[Contrast, int]
     """By contrast: voxels that were NaN or infinite and were taken as 0."""
+    backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
+    """By contrast: what of it was background and not 0, in words."""
     repairs: tuple[str, ...] = ()
     """What was done about the geometry, a sentence each."""
     preparation: tuple[str, ...] = ()
@@ -85,6 +88,8 @@ def _flags(facts: Facts) -> Iterator[Flag]:
         yield Flag(code="missing_contrast", sentence=f"Predicted without {_and(facts.missing)}, which is missing.")
     for contrast, count in facts.zeroed.items():
         yield Flag(code="nan_to_zero", sentence=f"{count} voxels of {contrast} were NaN or infinite; taken as 0.")
+    for contrast, sentence in facts.backgrounds.items():
+        yield Flag(code="background_not_zero", sentence=_sentence(f"{contrast}: {sentence}"))
     for sentence in facts.repairs:
         yield Flag(code="geometry_repaired", sentence=_sentence(sentence))
     for sentence in facts.preparation:

@@ -26,7 +26,15 @@ from app.progress import LOG, OnProgress, silent
 from app.runtime import Runtime
 from data.brain_mask import MASK_WORDS
 from data.bring_back import cut_back, means_back
-from data.bring_in import BringInConfig, BroughtIn, NativeCase, bring_in, read_native, zeroed_warnings
+from data.bring_in import (
+    BringInConfig,
+    BroughtIn,
+    NativeCase,
+    background_warnings,
+    bring_in,
+    read_native,
+    zeroed_warnings,
+)
 from data.brought_in_files import write_case
 from data.errors import DataError
 from data.itk import grid_of
@@ -240,13 +248,15 @@ def answer_for(
         networks=answer.networks,
         flips=answer.flips,
     )
+    flagged = {*zeroed_warnings(native), *background_warnings(native)}
     registered = [f"{contrast} was registered to t1c and resampled" for contrast in brought.registrations]
     facts = Facts(
         case=native.id,
         trust=trust,
         zeroed=native.zeroed,
+        backgrounds=native.backgrounds,
         repairs=(*native.doubts, *registered),
-        preparation=tuple(one for one in brought.warnings if one not in zeroed_warnings(native)),
+        preparation=tuple(one for one in brought.warnings if one not in flagged),
         unusual=unusual_contrasts(prepared, options.training),
         training=options.training,
     )

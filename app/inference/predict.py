@@ -137,6 +137,8 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
         LOG.warning("case %s: %s", case.id, text)
     for contrast, count in prepared.zeroed.items():
         LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
+    for contrast, sentence in prepared.backgrounds.items():
+        LOG.warning("case %s, contrast %s: %s", case.id, contrast, sentence)
     return PreparedCase(case=case, prepared=prepared, options=options, seconds=time.monotonic() - began)
 
 
@@ -174,6 +176,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
         trust=trust,
         missing=missing,
         zeroed=prepared.zeroed,
+        backgrounds=prepared.backgrounds,
         repairs=prepared.repairs,
         unusual=unusual_contrasts(prepared, options.training),
         training=options.training,

@@ -15,7 +15,7 @@ import numpy as np
 from data.errors import DataError
 from data.labels import LabelConvention
 from data.layouts import Case, decide_for, find_cases
-from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_label_map, read_volume, reorient
+from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_image, read_label_map, reorient
 from data.preprocess import smallest_box
 from data.tumours import LabelMap, read_label_maps, tumours_of, values_of
 
@@ -157,11 +157,11 @@ def read_data_set(
 
 def _extent(case: Case) -> Extent:
     """Read the images and the label map of a case, and measure."""
-    reference = reorient(read_volume(case.contrasts["t1c"], case.volumes.get("t1c"), nan_to_zero=True))
+    reference = reorient(read_image(case.contrasts["t1c"], case.volumes.get("t1c"), nan_to_zero=True))
     inside = reference.voxels != 0
     for contrast, path in case.contrasts.items():
         if contrast != "t1c":
-            volume = in_order_of(reference, read_volume(path, case.volumes.get(contrast), nan_to_zero=True))
+            volume = in_order_of(reference, read_image(path, case.volumes.get(contrast), nan_to_zero=True))
             if volume.voxels.shape != inside.shape:
                 raise DataError(
                     f"case {case.id}: {contrast} and t1c have different shapes; znormseg data check says more"

@@ -26,7 +26,16 @@ from app.reporting.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, Region, convention_named, decode
 from data.layouts import find_cases, find_label_maps
-from data.nifti import Volume, grid_difference, in_order_of, read_label_map, read_volume, reorient, replacing
+from data.nifti import (
+    Volume,
+    grid_difference,
+    in_order_of,
+    read_image,
+    read_label_map,
+    read_volume,
+    reorient,
+    replacing,
+)
 
 Codes = npt.NDArray[np.uint8]
 
@@ -223,7 +232,7 @@ def _read_images(
             absent.append(name)
             continue
         try:
-            volume = reorient(read_volume(path, predicted.volumes.get(contrast), nan_to_zero=True))
+            volume = reorient(read_image(path, predicted.volumes.get(contrast), nan_to_zero=True))
         except DataError as error:
             remarks.append(f"{name} is not shown: {error}")
             continue

@@ -22,6 +22,10 @@ from data.ranges import quantiles_of, range_of
 from data.splits import Split, fold_split, parted, read_split
 from data.tumours import LabelMap, changed, hash_of, label_map_from_json
 
+#: In the folder of a run.
+BACKGROUNDS_FILE: Final = "backgrounds.json"
+#: Cases that are named in the log.
+_MOST_WARNED: Final = 5
 #: The fold that means: train on every case, validate on none.
 ALL_CASES: Final = "all"
 #: Training cases whose intensities are looked at, or up to twice as many; each takes some hundredths of a second.
@@ -176,6 +180,25 @@ def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
     if not path.exists():
         looked_at = prepared[:: max(1, len(prepared) // _MOST_LOOKED_AT)]
         write_json(path, range_of(quantiles_of(case.image()) for case in looked_at).to_json())
+
+
+def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
+    """Write of which cases the background was not 0 in the files, and warn of it; nothing where there are none.
+
+    Args:
+        run: its folder.
+        prepared: all cases of the run.
+    """
+    found = {case.id: said for case in prepared if (said := case.backgrounds())}
+    if not found:
+        return
+    write_json(run / BACKGROUNDS_FILE, found)
+    for case_id, said in list(found.items())[:_MOST_WARNED]:
+        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in said.items()))
+    if len(found) > _MOST_WARNED:
+        LOG.warning(
+            "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE
+        )
 
 
 def spacing_of(config: RunConfig, cases: Sequence[Case]) -> Spacing:

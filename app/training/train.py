@@ -43,6 +43,7 @@ from app.training.material import (
     cases_of,
     choose_split,
     labels_on_record,
+    record_backgrounds,
     record_intensities,
     require_labels,
     require_same_labels,
@@ -382,6 +383,7 @@ def _train(
     prepared = prepare(used)
     if world.is_first:
         record_intensities(run, prepared[: len(split.train)])
+        record_backgrounds(run, prepared)
     source = PatchSource(
         prepared[: len(split.train)],
         patch_voxels=config.training.patch_voxels,

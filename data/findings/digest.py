@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.nifti import Spacing, Volume, spacing_of
+from data.preprocess import MAX_NONZERO_FACES
 
 #: Statistics are taken on every n-th voxel along each axis, so that those lie about this far apart.
 COARSE_MM: Final = 2.0
@@ -42,8 +43,13 @@ class Digest:
 
     @property
     def is_image(self) -> bool:
-        """Whether there is anything to judge."""
-        return self.has_range and not self.is_empty
+        """Whether there is a brain to judge: not where the background is not 0, which would be taken for brain."""
+        return self.has_range and not self.is_empty and not self.has_background
+
+    @property
+    def has_background(self) -> bool:
+        """Whether the background is not 0."""
+        return self.nonzero_faces > MAX_NONZERO_FACES
 
 
 def grid_alone(volume: Volume) -> Volume:

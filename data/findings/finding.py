@@ -27,6 +27,7 @@ Kind = Literal[
     "visits",
     "possible visits",
     "label values",
+    "rounded labels",
     "no label map",
     "empty label map",
     "label outside the brain",

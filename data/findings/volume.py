@@ -10,7 +10,6 @@ import numpy.typing as npt
 from data.findings.digest import Digest
 from data.findings.finding import Finding
 from data.nifti import Spacing
-from data.preprocess import MAX_NONZERO_FACES
 
 #: Spacing along one axis from which slices are called thick, if it is also this many times the finest.
 THICK_MM: Final = 3.0
@@ -52,7 +51,9 @@ def judge_volume(seen: Digest, contrast: str) -> list[Finding]:
     if not seen.has_range:
         message, action = "every voxel that is not 0 has the same value", "Is it a mask? Give the image"
         return [Finding(kind="constant", severity="problem", contrast=contrast, message=message, action=action)]
-    findings = [thick_slices(seen.spacing_mm, contrast), skull(seen, contrast), cut(seen, contrast)]
+    findings = [thick_slices(seen.spacing_mm, contrast), skull(seen, contrast)]
+    if not seen.has_background:
+        findings.append(cut(seen, contrast))
     return [finding for finding in findings if finding is not None]
 
 
@@ -82,7 +83,7 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
     Three signs, each enough: most of the volume's faces are not 0 (air was not removed); more than
     :data:`MOST_BRAIN_LITRES` are not 0; a dark band (skull) lies between a bright rim (scalp) and the brain.
     """
-    if seen.nonzero_faces > MAX_NONZERO_FACES:
+    if seen.has_background:
         message = (
             f"the background is not 0: {seen.nonzero_faces:.0%} of the voxels on the volume's six faces have a value"
         )
