@@ -29,6 +29,7 @@ from nibabel.volumeutils import apply_read_scaling
 from zlib_ng import gzip_ng, zlib_ng
 
 from data.errors import DataError
+from data.filesystem import has_no_mapping, in_words, is_raw
 
 Spacing = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
@@ -406,17 +407,25 @@ def _host_mark() -> str:
 
 @contextmanager
 def naming_the_place(path: Path) -> Iterator[None]:
-    """Have a system error name the path the user knows, also where it names none or only the partial file."""
+    """Have a system error say what could not be written, by the path the user knows; it may name none, or a partial.
+
+    An error that says more than the system's own text stays as it is, but for the place.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and not _is_partial(str(error.filename))):
+        if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        named = error.filename is not None and not _is_partial(os.fsdecode(error.filename))
+        if named and not is_raw(error):
+            raise
+        what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror
+        raise OSError(error.errno, what, error.filename if named else str(path)) from error
 
 
 def _is_partial(name: str) -> bool:
-    return Path(name).name.startswith(_PARTIAL)
+    """Whether a path lies in a file or folder that is being written; all of their names are hidden."""
+    return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
 
 
 def _open(path: Path) -> Any:
@@ -475,7 +484,7 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
     if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
         return None
     if not path.name.lower().endswith(".gz") or not isinstance(image, nib.Nifti1Image):
-        copied: npt.NDArray[np.uint8] = np.asanyarray(stored).astype(np.uint8)  # else a map of the file
+        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # else a map of the file
         return copied
     with gzip_ng.open(path) as stream:
         voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
@@ -490,9 +499,20 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
 def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
     """Voxels as float32; what is not asked for of a 4D file takes no memory."""
     if part is ...:
-        return np.asanyarray(stored, dtype=np.float32)
+        return _mapped_or_read(stored).astype(np.float32, copy=False)
     voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
     return voxels
+
+
+def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
+    """Scaled voxels of a file that is not compressed; nibabel maps it, and reads it where its file system cannot."""
+    try:
+        return np.asanyarray(stored)
+    except OSError as error:
+        if not has_no_mapping(error):
+            raise
+    described = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
+    return np.asanyarray(type(stored)(stored.file_like, described, mmap=False))
 
 
 def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32]:
@@ -645,10 +665,16 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (EOFError, zlib.error, _ZLIB_NG_ERROR, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
-    except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
-        raise DataError(
-            f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
-        ) from error
+    except OSError as error:
+        if error.errno is None:
+            raise DataError(_not_nifti(path, error)) from error
+        raise DataError(f"{path}: cannot be read: {in_words(error)}") from error
+    except (ImageFileError, HeaderDataError, ValueError, OverflowError) as error:
+        raise DataError(_not_nifti(path, error)) from error
+
+
+def _not_nifti(path: Path, error: Exception) -> str:
+    return f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
 
 
 def _times(shape: tuple[int, ...]) -> str:

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import typer
 
+from app.process import stopping_signals
+
 if TYPE_CHECKING:
     from app.progress import OnProgress, Progress
 
@@ -123,19 +125,25 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM, as ``docker stop`` and batch systems send it, end a job the way Ctrl-C does: files are tidied up."""
+def signals_unwind() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a job the way Ctrl-C does, so that files are tidied up.
+
+    ``docker stop`` and batch systems send SIGTERM, a closed terminal SIGHUP; under nohup that is ignored, and stays so.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        settings.stopped_by = "stopped by SIGTERM"
+        name = signal.Signals(number).name
+        # A second SIGTERM ends the process at once; a second SIGHUP is the shell's after the kernel's.
+        signal.signal(number, signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
+        settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(error: BaseException) -> int:
