@@ -416,7 +416,9 @@ def naming_the_place(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        named = error.filename is not None and not _is_partial(os.fsdecode(error.filename))
+        # shutil.copyfile names its source too, whichever side failed.
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        named = bool(names) and not any(map(_is_partial, names))
         if named and not is_raw(error):
             raise
         what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror
@@ -665,16 +667,12 @@ def _reading(path: Path) -> Iterator[None]:
         raise
     except (EOFError, zlib.error, _ZLIB_NG_ERROR, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
-    except OSError as error:
-        if error.errno is None:
-            raise DataError(_not_nifti(path, error)) from error
-        raise DataError(f"{path}: cannot be read: {in_words(error)}") from error
-    except (ImageFileError, HeaderDataError, ValueError, OverflowError) as error:
-        raise DataError(_not_nifti(path, error)) from error
-
-
-def _not_nifti(path: Path, error: Exception) -> str:
-    return f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
+    except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of gzip have no number
+            raise DataError(f"{path}: cannot be read: {in_words(error)}") from error
+        raise DataError(
+            f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
+        ) from error
 
 
 def _times(shape: tuple[int, ...]) -> str:
