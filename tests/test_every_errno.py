@@ -87,7 +87,7 @@ class Failing:
         """Whether this call is to fail."""
         if call != self.call or not isinstance(place, (str, bytes, os.PathLike)):
             return False
-        path = Path(os.path.abspath(os.fsdecode(place)))
+        path = Path(os.fsdecode(place)).absolute()
         if not any(path == one or one in path.parents for one in self.places):
             return False
         self.seen += 1
@@ -100,7 +100,7 @@ class Failing:
 
 def path_of(file: Any) -> str:
     """The path of an open file or descriptor."""
-    return os.readlink(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}")
+    return str(Path(f"/proc/self/fd/{file if isinstance(file, int) else file.fileno()}").readlink())
 
 
 @contextmanager
@@ -215,6 +215,7 @@ class Scene:
 
 @pytest.fixture
 def scene(
+    *,
     tmp_path: Path,
     phantoms: Path,
     tiny_run: Path,
