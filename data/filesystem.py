@@ -113,7 +113,14 @@ def remedy(number: int | None) -> str:
 
 def in_words(error: OSError) -> str:
     """A system error without its place: what the system says, and what to do about it."""
-    return f"{str(error.strerror or error).rstrip('.')}. {remedy(error.errno)}"
+    return f"{why(error)}."
+
+
+def why(error: Exception) -> str:
+    """The same of any error, without the final stop; other errors have their own text."""
+    if not isinstance(error, OSError) or error.errno is None:
+        return str(error)
+    return f"{str(error.strerror or error).rstrip('.')}. {remedy(error.errno)}".rstrip(".")
 
 
 def is_raw(error: OSError) -> bool:

@@ -66,7 +66,7 @@ COMMANDS = {
     "evaluate": ["evaluate", f"DATA/{CASE}", f"DATA/{CASE}", "--out", "OUT/scores.csv"],
     "check": ["data", "check", "DATA"],
     "phantom": ["data", "phantom", "OUT/phantoms", "-n", "1", "--spacing-mm", "6"],
-    "export": ["data", "export", "DATA", "OUT/exported", "--to", "nnunet"],
+    "export": ["data", "export", "DATA", "OUT/exported", "--format", "nnunet"],
     "prepare": ["data", "prepare", f"DATA/{CASE}", "OUT/prepared", "--mask", "none"],
 }
 OLD = "case,WT\nan older table,1\n"
@@ -258,7 +258,9 @@ def assert_said_and_left_well(scene: Scene, ended: Any, fault: Failing, before: 
             assert "cannot be" in line or "could not be" in line or "another process" in line or "no such" in line, (
                 about
             )
-            assert filesystem.remedy(fault.number) in line or "another folder" in line or "Check" in line, about
+            assert filesystem.remedy(fault.number).rstrip(".") in line or "another folder" in line or "Check" in line, (
+                about
+            )
     assert scene.inputs() == before, about
     left = [path for path in (scene.place / "OUT").rglob("*") if ".partial" in path.name]
     assert left == [], f"{left}\n{about}"
