@@ -101,6 +101,8 @@ def require_new(run: Path) -> None:
 
 #: What metrics and TensorBoard's events need at the very least.
 LEAST_ROOM_BYTES: Final = 1 << 16
+#: Writers of TensorBoard's events that may fail before there is no other; curves are no reason to end a run.
+MOST_BOARDS_LOST: Final = 3
 #: Held while a process trains in the folder.
 LOCK = ".lock"
 
@@ -186,6 +188,7 @@ class MetricsLog:
         self._patiently = patiently
         self._file: BinaryIO | None = None
         self._board: SummaryWriter | None = None
+        self._boards_lost = 0
         if writes:
             self._open(keep_up_to_step, keep_validations_up_to_step)
 
@@ -326,11 +329,15 @@ class MetricsLog:
             return
         try:
             add(self._board)
-        except OSError:
+        except OSError as error:
             # Its thread met a full disk and is gone, and the events of up to two minutes; metrics.jsonl has them.
+            self._boards_lost += 1
+            if self._boards_lost >= MOST_BOARDS_LOST:
+                self._board = None
+                _no_curves(self._run / "tensorboard", error)
+                return
             self._board = _summary_writer(self._run / "tensorboard", 0)
-            if self._board is not None:
-                add(self._board)
+            self._to_board(add)
 
     def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
         for row, values in table.items():
@@ -371,5 +378,11 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     except OSError as error:
-        LOG.warning("%s: no curves for TensorBoard: %s metrics.jsonl has all of them.", folder, in_words(error))
+        _no_curves(folder, error)
         return None
+
+
+def _no_curves(folder: Path, error: OSError) -> None:
+    LOG.warning(
+        "%s: cannot be written, so TensorBoard has no curves: %s metrics.jsonl has all.", folder, in_words(error)
+    )

@@ -440,9 +440,11 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     if not os.access(path, os.R_OK):
         raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
-    with path.open("rb"):  # the system's error; nibabel has one without its number
-        pass
-    image = nib.load(path)
+    try:
+        image = nib.load(path)
+    except ImageFileError:
+        with path.open("rb"):  # raises what the system said, where nibabel kept that to itself
+            raise
     if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
         raise DataError(f"{path}: a CIFTI file (surfaces and greyordinates), not a volume. Export the volume as NIfTI.")
     if not isinstance(image, nib.Nifti1Pair):

@@ -14,6 +14,7 @@ import io
 import json
 import mmap
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -238,6 +239,18 @@ def split_in(place: Path) -> Path:
     return path
 
 
+def lines_about(fault: Failing, ended: Any) -> list[str]:
+    """The lines that say what failed, at least one."""
+    words = os.strerror(fault.number)
+    if fault.call == "flock" and fault.number in (errno.EAGAIN, errno.EACCES):
+        words = f"{words}|another process"
+    if fault.number in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EBADF):  # for pathlib there is no such file
+        words = f"{words}|[Nn]o such file|none are there"
+    found = [line for line in f"{ended.err}{ended.out}".splitlines() if re.search(words, line)]
+    assert found, f"{fault}: {ended}"
+    return found
+
+
 def assert_said_and_left_well(scene: Scene, ended: Any, fault: Failing, before: dict[str, str]) -> None:
     """The message has place, action and remedy; nothing is half-written, and what was there is whole."""
     name = errno.errorcode[fault.number]
@@ -245,22 +258,12 @@ def assert_said_and_left_well(scene: Scene, ended: Any, fault: Failing, before: 
     assert ended.code in {0, 3, 5, 6, 7}, about
     assert "Traceback" not in ended.err, about
     assert "fault of this program" not in ended.err, about
-    if ended.code:
-        text = ended.err + ended.out
-        said = [line for line in text.splitlines() if os.strerror(fault.number) in line]
-        if fault.call == "flock" and name in ("EAGAIN", "EACCES"):  # another process holds it
-            said = [line for line in text.splitlines() if "another process" in line]
-        elif fault.number == errno.ENOENT:
-            said = said or [line for line in text.splitlines() if "no such file" in line or "are there" in line]
-        assert said, about
-        for line in said:
-            assert str(scene.place) in line, about
-            assert "cannot be" in line or "could not be" in line or "another process" in line or "no such" in line, (
-                about
-            )
-            assert filesystem.remedy(fault.number).rstrip(".") in line or "another folder" in line or "Check" in line, (
-                about
-            )
+    for line in lines_about(fault, ended) if ended.code else ():
+        assert str(scene.place) in line, about
+        assert re.search("cannot be|another process|no such file|none are there|missing or damaged", line), about
+        assert re.search(
+            f"{re.escape(filesystem.remedy(fault.number).rstrip('.'))}|another folder|Check|Is .*\\?", line
+        ), about
     assert scene.inputs() == before, about
     left = [path for path in (scene.place / "OUT").rglob("*") if ".partial" in path.name]
     assert left == [], f"{left}\n{about}"

@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -174,6 +175,35 @@ def watched() -> Iterator[OnProgress]:
     log.propagate = False
     # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    with _threads_without_tracebacks(log), _drawn(log) as drawn:
+        yield drawn
+
+
+@contextmanager
+def _threads_without_tracebacks(log: logging.Logger) -> Iterator[None]:
+    """Say a system error that ends a library's thread, such as TensorBoard's, in a line.
+
+    Whoever uses the thread meets the error too, and decides what becomes of the job.
+    """
+    before = threading.excepthook
+
+    def said(arguments: threading.ExceptHookArgs) -> None:
+        if settings.debug or not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+            return
+        from app.errors import message  # noqa: PLC0415 - the help need not load it
+
+        log.warning("%s", message(arguments.exc_value))
+
+    threading.excepthook = said
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
     drawn: OnProgress
     if settings.quiet:
         from app.progress import silent  # noqa: PLC0415
