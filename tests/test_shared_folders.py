@@ -245,7 +245,10 @@ def test_a_nifti_file_that_cannot_be_mapped_is_read(number: int, refuse: Call, t
     assert np.array_equal(read_label_map(path).voxels, voxels)
 
 
-LINK_REFUSALS = "EACCES EDQUOT EEXIST EIO ELOOP EMLINK ENAMETOOLONG ENOENT ENOMEM ENOSPC ENOSYS ENOTDIR EOPNOTSUPP EPERM EROFS EXDEV"
+LINK_REFUSALS = (
+    "EACCES EDQUOT EEXIST EIO ELOOP EMLINK ENAMETOOLONG ENOENT ENOMEM ENOSPC ENOSYS ENOTDIR EOPNOTSUPP EPERM EROFS "
+    "EXDEV"
+)
 
 
 @pytest.mark.parametrize("name", LINK_REFUSALS.split())

@@ -154,6 +154,8 @@ def fail(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, typer.Abort):
         error = KeyboardInterrupt()
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # typer exits without a word, also where the pipe is no standard stream
     from app.errors import EXIT_FAULT, exit_code, message  # noqa: PLC0415 - the help need not load it
 
     code = exit_code(error)
