@@ -10,7 +10,7 @@
 | 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
 | 6 | some cases failed, the others are done |
 | 7 | the machine: disk full, not writable, no such device, out of memory |
-| 130 | interrupted by Ctrl-C or SIGTERM |
+| 130 | interrupted by Ctrl-C, SIGTERM or SIGHUP |
 """
 
 from __future__ import annotations
