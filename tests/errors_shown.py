@@ -1228,8 +1228,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 only="its file system cannot",
             ),
         ],
-        "standard output or error whose reader leaves (`2>&1 | head`)": "there is nothing to show: the command does its "
-        "work to the end, with its exit code",
+        "standard output or error whose reader leaves, such as `head`": "there is nothing to show: the command does "
+        "its work to the end, with its exit code",
         "`runtime.deterministic` and an operation that has no such form": "on a CPU no operation of a training "
         "lacks one",
         "`report`: a folder that is none of these, an ensemble, a comparison or cross-validation that has not ended, "
