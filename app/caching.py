@@ -13,6 +13,7 @@ from typing import Final
 from app.errors import ConfigError
 from app.progress import LOG
 from data.cache import CaseFolder, SharedCache
+from data.filesystem import why
 
 #: Names the cache folder.
 FOLDER_VARIABLE: Final = "ZNORMSEG_CACHE"
@@ -77,7 +78,7 @@ def prepared_cases(own: Path) -> Iterator[CaseFolder]:
     try:
         shared = open_cache(own)
     except OSError as error:
-        reason = f"{error.filename or cache_folder()}: {error.strerror or error}"
+        reason = f"{error.filename or cache_folder()}: {why(error)}"
         LOG.warning("prepared cases go to %s, as the cache cannot be used: %s", own, reason)
         yield CaseFolder(own)
         return

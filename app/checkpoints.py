@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from app.errors import RunError
 from app.progress import LOG
 from app.runlog import write_durably, write_json
+from data.filesystem import in_words
 
 # torch is imported where it is used: predicting with OpenVINO reads arrays, and does without it.
 if TYPE_CHECKING:
@@ -186,7 +187,9 @@ def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], s
         if not isinstance(details, dict):
             raise ValueError(f"{path.name} holds no JSON object")
         content = tensors_path.read_bytes()
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise RunError(f"{error.filename or tensors_path}: cannot be read: {in_words(error)}") from error
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{tensors_path}: cannot be read ({error})") from error
     digest = _sha256(content)
     if digest != details.get("sha256"):

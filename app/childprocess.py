@@ -132,11 +132,14 @@ def error_of(event: Mapping[str, Any], who: str) -> Exception:
 
 
 def teller() -> Tell:
-    """A function that prints an event for whoever started this process; from any thread."""
+    """A function that prints an event for whoever started this process; from any thread.
+
+    Events are dropped once nobody reads them: the end of standard input stops the worker, with everything saved.
+    """
     out, writing = sys.stdout, threading.Lock()
 
     def tell(event: dict[str, Any]) -> None:
-        with writing:
+        with writing, suppress(BrokenPipeError):
             out.write(f"{_MARK} {json.dumps(event)}\n")
             out.flush()
 

@@ -25,6 +25,7 @@ from app.runtime import RuntimeConfig
 from app.training.gradient import GradientConfig
 from app.training.settings import TrainingConfig
 from data.augment import AugmentConfig
+from data.filesystem import why
 from data.labels import CONTRASTS
 from models import NetworkConfig, patch_divisor
 
@@ -189,7 +190,7 @@ def _read(name_or_path: str) -> tuple[str, str]:
     try:
         return path.read_text(encoding="utf-8"), str(path)
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {name_or_path}: cannot be read ({error})") from error
+        raise ConfigError(f"config {name_or_path}: cannot be read ({why(error)})") from error
 
 
 class _Loader(yaml.SafeLoader):

@@ -10,15 +10,16 @@
 | 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
 | 6 | some cases failed, the others are done |
 | 7 | the machine: disk full, not writable, no such device, out of memory, a command not installed |
-| 130 | interrupted by Ctrl-C or SIGTERM |
+| 130 | interrupted by Ctrl-C, SIGTERM or SIGHUP |
 """
 
 from __future__ import annotations
 
-import errno
+import os
 from typing import Final
 
 from data.errors import DataError
+from data.filesystem import in_words, is_raw
 
 EXIT_FAULT: Final = 1
 EXIT_USAGE: Final = 2
@@ -76,13 +77,7 @@ def exit_code(error: BaseException) -> int:
 def message(error: BaseException) -> str:
     """One line for the user: what came, and what to do about it."""
     if isinstance(error, OSError) and not isinstance(error, DataError):
-        place = f"{error.filename}: " if error.filename else ""
-        advice = {
-            errno.ENOSPC: "Free some space, or choose another folder.",
-            errno.EACCES: "Check who may read and write it, or choose another place.",
-            errno.EROFS: "The file system is read-only; choose another folder.",
-        }.get(error.errno or 0, "")
-        return f"{place}{str(error.strerror or error).rstrip('.')}. {advice}".rstrip()
+        return _of_the_system(error)
     if is_out_of_memory(error):
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if _has_no_deterministic_form(error):
@@ -91,6 +86,16 @@ def message(error: BaseException) -> str:
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     return str(error)
+
+
+def _of_the_system(error: OSError) -> str:
+    """A system error with its place and a way out; one without a number has a text of the program already."""
+    if error.errno is None:
+        return f"{str(error).rstrip('.')}."
+    if error.filename is None:
+        return f"a file cannot be used: {in_words(error)} `znormseg --debug ...` shows where it was met."
+    doing = "cannot be used: " if is_raw(error) else ""
+    return f"{os.fsdecode(error.filename)}: {doing}{in_words(error)}"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

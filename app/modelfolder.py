@@ -19,6 +19,7 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.runlog import read_json, write_durably, write_json
+from data.filesystem import why
 
 CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
@@ -129,7 +130,7 @@ def verify(folder: Path) -> tuple[str, ...]:
     try:
         lines = place.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{place}: cannot be read ({error})") from error
+        raise RunError(f"{place}: cannot be read ({why(error)})") from error
     listed: dict[str, str] = {}
     for line in lines:
         match = _LINE.fullmatch(line)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -33,6 +34,16 @@ def granted_processors() -> int:
     """Processors this process may run on, and no more than its control group grants, rounded."""
     quota = processor_quota()
     return cores() if quota is None else min(cores(), max(1, round(quota)))
+
+
+def stopping_signals() -> tuple[signal.Signals, ...]:
+    """The signals that ask a job to save and stop.
+
+    SIGHUP, which comes when a terminal or a connection closes, is one of them unless it is ignored, as under nohup.
+    """
+    hangup = getattr(signal, "SIGHUP", None)
+    asked = (signal.SIGINT, signal.SIGTERM)
+    return asked if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (*asked, hangup)
 
 
 def share_processors() -> None:

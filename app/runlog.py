@@ -18,17 +18,20 @@ A run folder holds::
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, Final
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, TextIO
 
 from app.errors import RunError
+from app.progress import LOG
+from data.filesystem import has_no_locks, in_words, lock, sync_file, sync_folder, warn_once
 from data.nifti import naming_the_place, replacing
 
 if TYPE_CHECKING:
@@ -47,12 +50,8 @@ def write_durably(path: Path, content: bytes) -> None:
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(content)
         file.flush()
-        os.fsync(file.fileno())
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+        sync_file(file, path)
+    sync_folder(path.parent)
 
 
 def remove_partial_files(run: Path) -> None:
@@ -69,7 +68,11 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise RunError(f"{path}: cannot be read: {in_words(error)}") from error
+        raise RunError(f"{path}: missing or damaged ({error}). Is {path.parent} a run folder?") from error
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: missing or damaged ({error}). Is {path.parent} a run folder?") from error
 
 
@@ -99,6 +102,8 @@ def require_new(run: Path) -> None:
 
 #: What metrics and TensorBoard's events need at the very least.
 LEAST_ROOM_BYTES: Final = 1 << 16
+#: Writers of TensorBoard's events that may fail before there is no other; curves are no reason to end a run.
+MOST_BOARDS_LOST: Final = 3
 #: Held while a process trains in the folder.
 LOCK = ".lock"
 
@@ -115,25 +120,36 @@ def locked(run: Path, *, job: str = "", wait_seconds: float = 0.0) -> Iterator[N
     Raises:
         RunError: another process trains there.
     """
-    import fcntl  # noqa: PLC0415 - not on every system
-
-    run.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + wait_seconds
-    with (run / LOCK).open("a", encoding="utf-8") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise RunError(
-                        f"{run}: another process is training there. Wait for it, or give another folder."
-                    ) from None
-            time.sleep(0.2)
-        file.truncate(0)
-        file.write(job)
-        file.flush()
+    with naming_the_place(run):
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / LOCK).open("a", encoding="utf-8")
+    with file:
+        _lock(file, run, wait_seconds)
+        with naming_the_place(run / LOCK):
+            file.truncate(0)
+            file.write(job)
+            file.flush()
         yield
+
+
+def _lock(file: TextIO, run: Path, wait_seconds: float) -> None:
+    until = time.monotonic() + wait_seconds
+    while True:
+        try:
+            lock(file, run)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                raise RunError(
+                    f"{run}: another process is training there. Wait for it, or give another folder."
+                ) from None
+        except OSError as error:
+            if not has_no_locks(error):
+                raise
+            warn_once(run, "lock files", error, "Make sure that no second process trains in this folder.")
+            return
+        else:
+            return
+        time.sleep(0.2)
 
 
 def job_of(run: Path) -> str:
@@ -173,6 +189,7 @@ class MetricsLog:
         self._patiently = patiently
         self._file: BinaryIO | None = None
         self._board: SummaryWriter | None = None
+        self._boards_lost = 0
         if writes:
             self._open(keep_up_to_step, keep_validations_up_to_step)
 
@@ -183,7 +200,8 @@ class MetricsLog:
         write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         _require_room(self._run)
         # Not buffered: what a full disk did not take is known to the byte, and written again.
-        self._file = path.open("ab", buffering=0)
+        with naming_the_place(path):
+            self._file = path.open("ab", buffering=0)
         self._board = _summary_writer(self._run / "tensorboard", step)
 
     def go_back(self, *, step: int, validated_step: int) -> None:
@@ -278,13 +296,15 @@ class MetricsLog:
     def sync(self) -> None:
         """Have what was recorded on the disk, so that a power cut does not take what a checkpoint counts on."""
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            sync_file(self._file, self._run / "metrics.jsonl")
 
     def close(self) -> None:
         """Flush and close."""
-        if self._file is not None and self._board is not None:
+        if self._file is not None:
             self._file.close()
-            self._board.close()
+        if self._board is not None:
+            with suppress(OSError):
+                self._board.close()
 
     def _write(self, **record: object) -> None:
         if (file := self._file) is None:
@@ -297,7 +317,7 @@ class MetricsLog:
             with naming_the_place(self._run / "metrics.jsonl"):
                 while left:
                     left = left[file.write(left) :]
-            if shutil.disk_usage(self._run).free < LEAST_ROOM_BYTES:
+            if _is_short_of_room(self._run):
                 _require_room(self._run)  # for TensorBoard
 
         self._patiently(write)
@@ -310,10 +330,15 @@ class MetricsLog:
             return
         try:
             add(self._board)
-        except OSError:
+        except OSError as error:
             # Its thread met a full disk and is gone, and the events of up to two minutes; metrics.jsonl has them.
+            self._boards_lost += 1
+            if self._boards_lost >= MOST_BOARDS_LOST:
+                self._board = None
+                _no_curves(self._run / "tensorboard", error)
+                return
             self._board = _summary_writer(self._run / "tensorboard", 0)
-            add(self._board)
+            self._to_board(add)
 
     def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
         for row, values in table.items():
@@ -329,6 +354,13 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _is_short_of_room(run: Path) -> bool:
+    try:
+        return shutil.disk_usage(run).free < LEAST_ROOM_BYTES
+    except OSError:  # some shared folders do not say
+        return False
+
+
 def _require_room(run: Path) -> None:
     """Refuse a disk with next to nothing left: TensorBoard would meet it in a thread of its own, with a traceback."""
     probe = run / f".partial-{os.getpid()}-room"
@@ -339,8 +371,19 @@ def _require_room(run: Path) -> None:
         probe.unlink(missing_ok=True)
 
 
-def _summary_writer(folder: Path, step: int) -> SummaryWriter:
+def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
+    """A writer of TensorBoard's events; None, with a warning, where its folder cannot be written to."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
 
-    return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    try:
+        return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
+    except OSError as error:
+        _no_curves(folder, error)
+        return None
+
+
+def _no_curves(folder: Path, error: OSError) -> None:
+    LOG.warning(
+        "%s: cannot be written, so TensorBoard has no curves: %s metrics.jsonl has all.", folder, in_words(error)
+    )

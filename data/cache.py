@@ -38,6 +38,7 @@ from typing import IO, Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
+from data.filesystem import has_no_mapping, lock, warn_once
 from data.layouts import Case
 from data.nifti import naming_the_place
 
@@ -294,26 +295,25 @@ class SharedCache(CaseFolder):
 
     def _users(self) -> dict[str, set[str]]:
         """The keys that each living process holds; files of dead ones are deleted. To be called under the lock."""
-        import fcntl  # noqa: PLC0415 - not on every system
-
         living = {}
         for path in (self.folder / ".users").iterdir():
-            with path.open("r", encoding="utf-8") as file:
+            with path.open("r+", encoding="utf-8") as file:  # NFS locks nothing that is open for reading only
                 try:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    lock(file, path)
                 except BlockingIOError:
-                    living[path.name] = set(file.read().split())
+                    try:
+                        living[path.name] = set(file.read().split())
+                    except PermissionError:  # SMB: what is locked cannot be read either
+                        living[path.name] = {place.name for place in self.folder.iterdir()}
                 else:
                     path.unlink(missing_ok=True)
         return living
 
     def _sign_in(self) -> IO[str]:
         """This process's file among the users, locked for as long as it is open. To be called under the lock."""
-        import fcntl  # noqa: PLC0415 - not on every system
-
         file = (self.folder / ".users" / self._user).open("w", encoding="utf-8")
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, self.folder)
         except OSError:
             file.close()
             raise
@@ -322,10 +322,8 @@ class SharedCache(CaseFolder):
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other processes from adding and deleting; the kernel lets go when this process ends, however it ends."""
-        import fcntl  # noqa: PLC0415 - not on every system
-
         with (self.folder / ".lock").open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, self.folder, wait=True)
             yield
 
     def _note(self, known: Path, key: str) -> None:
@@ -385,14 +383,28 @@ def _is_whole(place: Path) -> bool:
 def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
     """An array of an entry, mapped in a mode of ``numpy.memmap``, or read where that is None.
 
+    Where the file system maps no files, it is read too, with a warning.
+
     One at a time: numpy parses the header as Python, and CPython 3.11 may fail at that in two threads at once
     (SystemError: AST constructor recursion depth mismatch).
 
     Raises:
         OSError, EOFError, ValueError: it cannot be read, or is cut short.
     """
+    array: npt.NDArray[Any]
     with _PARSING:
-        array: npt.NDArray[Any] = np.load(path, mmap_mode=mode)
+        try:
+            array = np.load(path, mmap_mode=mode)
+        except OSError as error:
+            if mode is None or not has_no_mapping(error):
+                raise
+            warn_once(
+                path.parents[1],
+                "map files into memory",
+                error,
+                "Prepared cases are read whole; this takes more memory.",
+            )
+            array = np.load(path)
     return array
 
 

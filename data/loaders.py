@@ -12,6 +12,7 @@ of that was measured on patches of 64 and 128 voxels a side: ``bench/loader.py -
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import secrets
@@ -30,6 +31,7 @@ import torch
 from data import augment
 from data.cache import ARRAYS, CaseFolder, backgrounds_in, open_array, write_source
 from data.errors import DataError
+from data.filesystem import in_words
 from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.layouts import Case
 from data.nifti import Spacing
@@ -73,6 +75,8 @@ class CachedCase:
         try:
             return open_array(self.folder / name, mode)
         except (OSError, EOFError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise DataError(f"case {self.id}: {self.folder / name}: cannot be read: {in_words(error)}") from error
             raise self.lost(error) from error
 
     def lost(self, why: object) -> DataError:

@@ -32,6 +32,7 @@ from zlib_ng import gzip_ng, zlib_ng
 
 from data.background import clean_background
 from data.errors import DataError
+from data.filesystem import has_no_mapping, in_words, is_raw
 from data.partial import partial_name
 
 #: The program's own log.
@@ -479,17 +480,27 @@ def _host_mark() -> str:
 
 @contextmanager
 def naming_the_place(path: Path) -> Iterator[None]:
-    """Have a system error name the path the user knows, also where it names none or only the partial file."""
+    """Have a system error say what could not be written, by the path the user knows; it may name none, or a partial.
+
+    An error that says more than the system's own text stays as it is, but for the place.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno is None or (error.filename is not None and not _is_partial(str(error.filename))):
+        if error.errno is None:
             raise
-        raise OSError(error.errno, error.strerror, str(path)) from error
+        # shutil.copyfile names its source too, whichever side failed.
+        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
+        named = bool(names) and not any(map(_is_partial, names))
+        if named and not is_raw(error):
+            raise
+        what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror
+        raise OSError(error.errno, what, error.filename if named else str(path)) from error
 
 
 def _is_partial(name: str) -> bool:
-    return Path(name).name.startswith(_PARTIAL)
+    """Whether a path lies in a file or folder that is being written; all of their names are hidden."""
+    return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
 
 
 def _open(path: Path) -> Any:
@@ -504,8 +515,11 @@ def _open(path: Path) -> Any:
         raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
     try:
         image = nib.load(path) if name_misleads(path) is None else _by_content(path)
-    except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError):
+    except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError) as error:
         _require_no_stranger(path)
+        if isinstance(error, ImageFileError):
+            with path.open("rb"):  # raises what the system said, where nibabel kept that to itself
+                raise
         raise
     if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
         raise DataError(f"{path}: a CIFTI file (surfaces and greyordinates), not a volume. Export the volume as NIfTI.")
@@ -635,7 +649,7 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
     if name_misleads(path) is not None and not is_compressed(path):
         return None
     if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
-        copied: npt.NDArray[np.uint8] = np.asanyarray(stored).astype(np.uint8)  # else a map of the file
+        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # else a map of the file
         return copied
     with gzip_ng.open(path) as stream:
         voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
@@ -650,9 +664,20 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
 def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
     """Voxels as float32; what is not asked for of a 4D file takes no memory."""
     if part is ...:
-        return np.asanyarray(stored, dtype=np.float32)
+        return _mapped_or_read(stored).astype(np.float32, copy=False)
     voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
     return voxels
+
+
+def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
+    """Scaled voxels of a file that is not compressed; nibabel maps it, and reads it where its file system cannot."""
+    try:
+        return np.asanyarray(stored)
+    except OSError as error:
+        if not has_no_mapping(error):
+            raise
+    described = (stored.shape, stored.dtype, stored.offset, stored.slope, stored.inter)
+    return np.asanyarray(type(stored)(stored.file_like, described, mmap=False))
 
 
 def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32]:
@@ -814,6 +839,8 @@ def _reading(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, _ZLIB_NG_ERROR, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
     except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of gzip have no number
+            raise DataError(f"{path}: cannot be read: {in_words(error)}") from error
         raise DataError(
             f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
         ) from error

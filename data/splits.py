@@ -13,6 +13,7 @@ from typing import Final
 import numpy as np
 
 from data.errors import DataError
+from data.filesystem import why
 from data.names import composed
 from data.tumours import Tumour
 
@@ -167,7 +168,7 @@ def read_split(path: Path, patients: Mapping[str, str]) -> Split:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: cannot be read as a split ({error})") from error
+        raise DataError(f"{path}: cannot be read as a split ({why(error)})") from error
     form = f'{path}: a split is {{"train": [case ids], "validation": [case ids]}}'
     if not isinstance(content, dict) or not set(content) <= {"train", "validation", "val", "test"}:
         raise DataError(f"{form}; this file has something else")

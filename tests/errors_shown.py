@@ -479,6 +479,18 @@ def site(script: str) -> Prepare:
     return install
 
 
+def refusing(module: str, name: str, number: str, when: str = "True") -> str:
+    """A script for :func:`site`: a function of the system fails where an expression of its arguments ``a`` holds."""
+    return (
+        f"import errno, os, stat, {module}\n"
+        f"def refused(*a, real={module}.{name}):\n"
+        f"    if {when}:\n"
+        f"        raise OSError(errno.{number}, os.strerror(errno.{number}))\n"
+        "    return real(*a)\n"
+        f"{module}.{name} = refused\n"
+    )
+
+
 def killed_at(worker: str, place: str) -> Prepare:
     """Have a kind of worker be ended by SIGKILL when it opens a file."""
     return site(
@@ -490,11 +502,11 @@ def killed_at(worker: str, place: str) -> Prepare:
     )
 
 
-def stopped_in_step(number: int) -> Prepare:
-    """SIGTERM in the middle of a step."""
+def stopped_in_step(number: int, by: signal.Signals = signal.SIGTERM) -> Prepare:
+    """A signal in the middle of a step."""
 
     def make(scene: Scene) -> None:
-        at_step(scene, number, lambda: signal.raise_signal(signal.SIGTERM))
+        at_step(scene, number, lambda: signal.raise_signal(by))
 
     return make
 
@@ -1233,6 +1245,46 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 possible=can_be_kept_out,
             ),
         ],
+        "a system call that fails: a disk or a server that does not answer, a file system that does not do what is "
+        "asked, too many open files": [
+            Shown(
+                title="a disk that fails",
+                command=TRAIN,
+                code=7,
+                small=True,
+                prepare=site(refusing("os", "fsync", "EIO")),
+                before=list,
+            ),
+            Shown(
+                title="a file in use on a shared folder",
+                command=PREDICT,
+                code=7,
+                prepare=site(refusing("os", "replace", "EBUSY")),
+                before=list,
+            ),
+        ],
+        "a file system without locks, sync of folders or memory maps, as network and shared folders": [
+            Shown(
+                title="no sync of folders",
+                command=TRAIN,
+                code=0,
+                small=True,
+                prepare=site(refusing("os", "fsync", "EINVAL", "stat.S_ISDIR(os.fstat(a[0]).st_mode)")),
+                before=list,
+                only="its file system cannot",
+            ),
+            Shown(
+                title="no locks",
+                command=TRAIN,
+                code=0,
+                small=True,
+                prepare=site(refusing("fcntl", "flock", "ENOSYS")),
+                before=list,
+                only="its file system cannot",
+            ),
+        ],
+        "standard output or error whose reader leaves, such as `head`": "there is nothing to show: the command does "
+        "its work to the end, with its exit code",
         "`runtime.deterministic` and an operation that has no such form": "on a CPU no operation of a training "
         "lacks one",
         "`report`: a folder that is none of these, an ensemble, a comparison or cross-validation that has not ended, "
@@ -1443,8 +1495,15 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "`torchrun` with another command than `train`": [
             Shown(command=f"{TORCHRUN} predict RUN DATA OUT", code=2, prepare=as_of_torchrun)
         ],
-        "Ctrl-C, SIGTERM": [
+        "Ctrl-C, SIGTERM, SIGHUP (a closed terminal or connection; not under `nohup`)": [
             Shown(title="SIGTERM while it trains", command=TRAIN, code=130, small=True, prepare=stopped_in_step(2)),
+            Shown(
+                title="SIGHUP while it trains",
+                command=TRAIN,
+                code=130,
+                small=True,
+                prepare=stopped_in_step(2, signal.SIGHUP),
+            ),
             Shown(
                 title="Ctrl-C while it predicts",
                 command="znormseg predict RUN DATA OUT",

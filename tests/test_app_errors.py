@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from app import errors
 from app.cli import terminal
 from app.errors import ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
 from data.errors import DataError
+from data.filesystem import remedy
 
 
 @pytest.mark.parametrize(
@@ -39,7 +41,7 @@ def test_each_kind_of_error_has_its_exit_code(error: BaseException, code: int) -
     assert exit_code(error) == code
 
 
-@pytest.mark.parametrize("error", [OSError("It broke."), OSError("It broke"), OSError(errno.EIO, "It broke.")])
+@pytest.mark.parametrize("error", [OSError("It broke."), OSError("It broke")])
 def test_a_message_of_the_machine_ends_with_one_full_stop(error: OSError) -> None:
     assert message(error) == "It broke."
 
@@ -80,8 +82,14 @@ def test_a_system_error_names_the_file_and_says_what_to_do(number: int, advice: 
     assert text == f"/some/file: what the system says. {advice}"
 
 
-def test_a_system_error_without_a_file_is_still_a_sentence() -> None:
-    assert message(OSError(errno.EIO, "Input/output error")) == "Input/output error."
+@pytest.mark.parametrize("number", sorted(errno.errorcode), ids=errno.errorcode.get)
+def test_no_message_of_the_system_stands_without_a_place_and_a_way_out(number: int) -> None:
+    raw = OSError(number, os.strerror(number), "/some/file")
+    assert message(raw).startswith(f"/some/file: cannot be used: {os.strerror(number)}. ")
+    assert message(raw).endswith(remedy(number))
+    unnamed = message(OSError(number, os.strerror(number)))
+    assert remedy(number) in unnamed
+    assert unnamed.endswith("`znormseg --debug ...` shows where it was met.")
 
 
 def test_a_message_of_our_own_is_passed_on_as_it_is() -> None:

@@ -301,8 +301,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "the disk has it before an older pair goes": Guard(
         "app/runlog.py",
-        "        os.fsync(file.fileno())\n    folder",
-        "    folder",
+        "        sync_file(file, path)\n",
+        "",
         "test_app_checkpoints.py::test_the_data_and_the_names_are_on_the_disk_before_an_older_pair_goes",
     ),
     "a loss that is not finite": Guard(
@@ -355,8 +355,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "a run that is in use": Guard(
         "app/runlog.py",
-        "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)",
-        "pass",
+        "            lock(file, run)\n",
+        "            pass\n",
         "test_app_train.py::test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is",
     ),
     # Output and machine
@@ -368,7 +368,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "the place in a system error": Guard(
         NIFTI,
-        "        raise OSError(error.errno, error.strerror, str(path)) from error",
+        "        raise OSError(error.errno, what, error.filename if named else str(path)) from error",
         "        raise",
         "test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_by_place",
     ),
@@ -385,14 +385,14 @@ GUARDS: dict[str, Guard] = {
         "test_hostile_machine.py::test_an_image_nobody_may_read_is_bad_data",
     ),
     "no permission to write": Guard(
-        "app/errors.py",
-        "errno.EACCES:",
-        "-1:",
+        "data/filesystem.py",
+        '"EACCES": _NO_PERMISSION,',
+        '"EACCES": _OTHER,',
         "test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
     ),
     "SIGTERM while predicting": Guard(
         "app/cli/main.py",
-        "with terminal.sigterm_unwinds():",
+        "with outlasting_streams(), terminal.signals_unwind():",
         "if True:",
         "test_hostile_machine.py::test_predict_stopped_by_a_signal_leaves_whole_files_alone",
     ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import sys
 from importlib import metadata
@@ -27,6 +26,7 @@ from app.cli import (
     terminal,
     train,
 )
+from app.cli.streams import outlasting_streams
 from app.cli.verbs import Verb, Verbs, quietly, verb
 from app.errors import EXIT_INTERRUPTED
 from app.process import share_processors
@@ -109,10 +109,7 @@ def options(
 def run() -> None:
     """Entry point of the console script."""
     share_processors()
-    for stream in (sys.stdout, sys.stderr):  # a name that the terminal cannot show stops no result
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-    with terminal.sigterm_unwinds():
+    with outlasting_streams(), terminal.signals_unwind():
         try:
             code = app(standalone_mode=False)
             if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this, without a word

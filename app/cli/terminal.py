@@ -6,6 +6,7 @@ import json
 import logging
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +18,8 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import typer
+
+from app.process import stopping_signals
 
 if TYPE_CHECKING:
     from app.progress import OnProgress, Progress
@@ -123,19 +126,25 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 @contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM, as ``docker stop`` and batch systems send it, end a job the way Ctrl-C does: files are tidied up."""
+def signals_unwind() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end a job the way Ctrl-C does, so that files are tidied up.
+
+    ``docker stop`` and batch systems send SIGTERM, a closed terminal SIGHUP; under nohup that is ignored, and stays so.
+    """
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends the process at once
-        settings.stopped_by = "stopped by SIGTERM"
+        name = signal.Signals(number).name
+        # A second SIGTERM ends the process at once; a second SIGHUP is the shell's after the kernel's.
+        signal.signal(number, signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
+        settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def fail(error: BaseException) -> int:
@@ -145,6 +154,8 @@ def fail(error: BaseException) -> int:
         return error.exit_code
     if isinstance(error, typer.Abort):
         error = KeyboardInterrupt()
+    if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
+        error = error.__context__  # typer exits without a word, also where the pipe is no standard stream
     from app.errors import EXIT_FAULT, exit_code, message  # noqa: PLC0415 - the help need not load it
 
     code = exit_code(error)
@@ -166,6 +177,35 @@ def watched() -> Iterator[OnProgress]:
     log.propagate = False
     # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
+    with _threads_without_tracebacks(log), _drawn(log) as drawn:
+        yield drawn
+
+
+@contextmanager
+def _threads_without_tracebacks(log: logging.Logger) -> Iterator[None]:
+    """Say a system error that ends a library's thread, such as TensorBoard's, in a line.
+
+    Whoever uses the thread meets the error too, and decides what becomes of the job.
+    """
+    before = threading.excepthook
+
+    def said(arguments: threading.ExceptHookArgs) -> None:
+        if settings.debug or not isinstance(arguments.exc_value, OSError):
+            before(arguments)
+            return
+        from app.errors import message  # noqa: PLC0415 - the help need not load it
+
+        log.warning("%s", message(arguments.exc_value))
+
+    threading.excepthook = said
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+@contextmanager
+def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
     drawn: OnProgress
     if settings.quiet:
         from app.progress import silent  # noqa: PLC0415

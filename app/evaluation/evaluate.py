@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from app.errors import message
 from app.evaluation.metrics import (
     DICE_DEFINITION,
     HD95_DEFINITION,
@@ -420,7 +421,7 @@ def score_each(
         try:
             return score(case)
         except (DataError, OSError) as error:
-            return _Failure(str(error))
+            return _Failure(message(error))
 
     common = folders.common
     scored: list[_Result] = []
@@ -598,8 +599,8 @@ def _survey(
             found = maps.values(path)
             require_known_values(found)
         except (DataError, OSError) as error:
-            message = str(error)
-            return message if str(path) in message else f"{path}: {message}"
+            text = message(error)
+            return text if str(path) in text else f"{path}: {text}"
         return found
 
     outcomes = dict(zip(label_maps, _parallel(values, label_maps.values()), strict=True))

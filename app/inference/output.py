@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.errors import DataError
+from data.filesystem import lock
 from data.layouts import Case
 from data.nifti import naming_the_place, remove_stale
 
@@ -55,15 +56,14 @@ def at_work(output: Path) -> Iterator[None]:
     gets it exclusively for a moment is alone on this machine, also beside containers; the names of partial files tell
     those of other machines. Where the file system has no locks nothing is removed.
     """
-    import fcntl  # noqa: PLC0415 - not on every system
-
-    folder = os.open(output, os.O_RDONLY)
+    with naming_the_place(output):
+        folder = os.open(output, os.O_RDONLY)
     try:
         with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(folder, output)
             remove_stale(output)
         with suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_SH)
+            lock(folder, output, shared=True, wait=True)
         yield
     finally:
         os.close(folder)

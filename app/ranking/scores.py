@@ -14,6 +14,7 @@ from app.evaluation.evaluate import evaluate
 from app.evaluation.official import brats2026
 from app.evaluation.official.challenge import ChallengeRules, evaluate_by_rules
 from data.errors import DataError
+from data.filesystem import why
 
 Measure = tuple[str, str]
 """Region and metric, e.g. ``("WT", "dice")``."""
@@ -111,7 +112,7 @@ def _scored(
         text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{source}: cannot be read as text ({error}). Give a table of evaluate, .csv or .json."
+            f"{source}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
         ) from error
     try:
         found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)

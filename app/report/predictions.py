@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from data.errors import DataError
+from data.filesystem import why
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention, Region
 from data.layouts import Case
 
@@ -166,7 +167,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise DataError(f"{path}: damaged ({error}). Predict the case again.") from error
+        raise DataError(f"{path}: damaged ({why(error)}). Predict the case again.") from error
     if not isinstance(content, dict) or not isinstance(content.get("volumes_ml"), dict):
         raise DataError(f"{path}: not the JSON that znormseg predict writes: volumes_ml is missing.")
     return content

@@ -18,6 +18,7 @@ from app.reporting.parts import document, note, number, section, table
 from app.reporting.scores import REGION_NAMES
 from app.reporting.templates import fill
 from app.runlog import read_json, read_metrics
+from data.filesystem import why
 from data.labels import REGIONS, Region
 from data.nifti import replacing
 
@@ -55,7 +56,7 @@ def render(run: Path) -> str:
         config = (run / "config.yaml").read_text(encoding="utf-8")
         records = read_metrics(run)
     except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{run}: missing or damaged ({error}). Is it a run folder?") from error
+        raise RunError(f"{run}: missing or damaged ({why(error)}). Is it a run folder?") from error
     best = best_validation(records)
     gradients = gradients_html(records)
     sections = [

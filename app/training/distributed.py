@@ -143,7 +143,7 @@ class World:
         """
         if self.size == 1:
             return signal_name, save
-        names = ("SIGINT", "SIGTERM")
+        names = ("SIGINT", "SIGTERM", "SIGHUP")
         asked = [float(save), *(float(signal_name == name) for name in names)]
         summed = self._reduced([seconds if self.is_first else 0.0, *asked], dist.ReduceOp.SUM)
         self._seconds, saving, *counts = summed

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from app.process import stopping_signals
+
 #: Asks for a checkpoint; Windows has no such signal.
 _SAVE = getattr(signal, "SIGUSR1", None)
 
@@ -25,9 +27,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
-    """Note SIGINT (Ctrl-C), SIGTERM and SIGUSR1 instead of ending at once; the old handlers come back afterwards.
+    """Note SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 instead of ending at once; old handlers come back afterwards.
 
-    A second SIGINT or SIGTERM of the same kind ends the process as usual. Outside the main thread nothing is caught.
+    A second SIGINT or SIGTERM of the same kind ends the process as usual; of SIGHUP, the kernel and the shell of a
+    closed terminal both send one. A SIGHUP that is ignored (nohup) stays so. Outside the main thread nothing is caught.
 
     Args:
         patient: take second signals as the first: a batch system sends one to every process, and torchrun hands its own
@@ -37,13 +40,13 @@ def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    stopping = (signal.SIGINT, signal.SIGTERM)
+    stopping = stopping_signals()
     caught = stopping if _SAVE is None else (*stopping, _SAVE)
     before = {number: signal.getsignal(number) for number in caught}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
         request.signal_name = signal.Signals(number).name
-        if not patient:
+        if not patient and request.signal_name != "SIGHUP":
             signal.signal(number, before[signal.Signals(number)])
 
     def note_save(number: int, frame: FrameType | None) -> None:  # noqa: ARG001

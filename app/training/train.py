@@ -16,7 +16,7 @@ import torch
 from app import checkpoints
 from app.caching import prepared_cases
 from app.config import RunConfig, load_config, to_yaml
-from app.errors import ConfigError, RunError
+from app.errors import ConfigError, RunError, message
 from app.modelfolder import seal, unseal
 from app.process import keep_freed_memory
 from app.progress import LOG, OnProgress, Progress, silent
@@ -451,7 +451,7 @@ def _seal(run: Path) -> None:
         seal(run)
     except OSError as error:
         unseal(run)
-        LOG.warning("%s: no model card and no SHA256SUMS (%s)", run, error)
+        LOG.warning("%s: no model card and no SHA256SUMS: %s", run, message(error))
 
 
 def _require_best(run: Path, state: State) -> None:

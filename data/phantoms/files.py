@@ -116,9 +116,9 @@ def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
     """A hidden folder to write into, renamed to the case's name at the end, or removed after a failure."""
     partial = folder / f".{case}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     try:
         with naming_the_place(folder / case):
+            partial.mkdir(parents=True)
             yield partial
             _refuse_overwriting(folder, case)
             partial.replace(folder / case)
