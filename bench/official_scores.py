@@ -4,10 +4,11 @@
     python bench/official_scores.py SCRIPTS OUT.json --nsd    # 500 smaller, the scripts that give NSD: tests/golden
     python bench/official_scores.py SCRIPTS OUT.json --full   # a few of 240 x 240 x 155, with seconds: bench/scorer.py
 
-SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py, for --nsd
-SCRIPTS/2024-f1131e3/metrics_MET.py, and the package surface_distance are what rachitsaluja/BraTS-2023-Metrics and
--2024-Metrics publish; none of it is part of this project. This file needs numpy and nibabel alone beside what they
-need, so it runs in an environment made for them.
+SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py and the package surface_distance are
+what rachitsaluja/BraTS-2023-Metrics and -2024-Metrics publish, at COMMITS. For --nsd they are those of COMMITS_NSD:
+SSA, MET and SCRIPTS/2024-f1131e3/metrics_MET.py are put together from two of them, since none with NSD was to be had.
+None of it is part of this project. This file itself needs only numpy and nibabel, so it runs in an environment made for
+the scripts.
 """
 
 from __future__ import annotations
@@ -43,14 +44,18 @@ COMMITS = {
     "brats2024 MEN-RT": "bc6308f2062c8e5dd124408cfb22a6c93eb2eaca",
 }
 SOURCE = "Output of the challenges' own scripts, see bench/official_scores.py; affine diag(-x, -y, z)"
-SOURCE_NSD = f"{SOURCE}. Of brats2024 the surface Dice only. Where two commits are named, put together from both."
+SOURCE_NSD = (
+    "Output of the challenges' scripts, transcribed by hand, see bench/official_scores.py; affine diag(-x, -y, z). Of "
+    "brats2024 the surface Dice only. Where two commits are named there was no such script: it was put together from "
+    "both, and is a reading, see docs/how-to/scores.md."
+)
 #: Of the scripts of the pairs of --nsd.
 COMMITS_NSD = {
     "brats2024 PED": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
     "brats2024 MEN-RT": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
     "brats2024 SSA": "f61f7de239c4a535118b10c31f8b1e75a3a593f7, with the NSD of 9e8879a",
     "brats2024 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a",
-    "brats2024-f1131e3 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with NSD of 9e8879a, RC and the new penalty",
+    "brats2024-f1131e3 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a, RC and the diagonal",
 }
 #: Name of each column in this project, by the names in the scripts' tables.
 COLUMNS = {

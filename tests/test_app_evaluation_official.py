@@ -63,7 +63,7 @@ def test_200_random_pairs_have_the_scores_of_the_official_scripts(part: int) -> 
 
 
 @pytest.mark.parametrize("rules", NSD["columns"])
-def test_100_more_pairs_have_the_surface_dice_of_the_official_scripts(rules: str) -> None:
+def test_100_more_pairs_have_the_scores_of_the_scripts_or_of_our_reading_of_them(rules: str) -> None:
     rows = [row for row in NSD["pairs"] if f"{row['rules']} {row['task']}" == rules]
     assert len(rows) == 100
     for row in rows:

@@ -3,7 +3,7 @@
 Sources: rachitsaluja/BraTS-2023-Metrics, brats_metrics.py at 0c603fc, and rachitsaluja/BraTS-2024-Metrics,
 metrics_GLI.py, metrics_MEN.py, metrics_PED.py and metrics_MEN_RT.py at 9e8879a, which adds the surface Dice to those of
 the challenge, metrics_SSA.py at f61f7de, metrics_MET.py at b04e5a0; what their later version f1131e3 changes, by
-comparison of its numbers.
+comparison of its numbers; docs/how-to/scores.md says what of that is inferred.
 """
 
 from __future__ import annotations
