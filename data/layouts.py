@@ -565,7 +565,7 @@ def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) ->
         return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
     wanted = absent[0]
     return [
-        f"contrast {', '.join(absent)} is missing, and nothing tells the contrast of {_some(unrecognised)}. If it is "
+        f"contrast {', '.join(absent)} is missing, and these names match no contrast: {_some(unrecognised)}. If it is "
         f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
         "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
     ]
@@ -576,7 +576,7 @@ def _not_taken(root: Path, links: _Links) -> list[str]:
     if not root.is_dir():
         return []
     names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
-    return [f"Nothing tells the contrast of {_some(names)}."] if names else []
+    return [f"These names match no contrast: {_some(names)}."] if names else []
 
 
 def _some(names: Sequence[str]) -> str:

@@ -5,6 +5,7 @@ tests/test_docs_errors.py runs the commands, and keeps rows and tables the same.
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import os
@@ -391,6 +392,17 @@ def found(kind: str, code: int, prepare: Prepare) -> Shown:
     return Shown(title=kind, command="znormseg data check DATA", code=code, prepare=prepare, only=f": {kind}: ")
 
 
+def renamed_to(name: str, case: str = CASE) -> Prepare:
+    """A case under another id."""
+
+    def rename(_: Scene) -> None:
+        folder = Path(f"DATA/{case}").rename(f"DATA/{name}")
+        for path in folder.iterdir():
+            path.rename(folder / path.name.replace(case, name))
+
+    return rename
+
+
 def voxels_of(ending: str, case: str = CASE) -> Any:
     """Those of a contrast."""
     stored: Any = nib.load(f"DATA/{case}/{case}_{ending}.nii.gz")
@@ -638,6 +650,28 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
     "Images": {
         "a contrast missing; `predict` with a run trained on complete cases only": [image("missing")],
         "two files for one contrast": [image("two files"), label("two files")],
+        "a contrast missing, and files that are named after none": [
+            Shown(
+                title="a file that tells no contrast",
+                command=PREDICT,
+                code=3,
+                prepare=lambda _: Path(IMAGE).rename(IMAGE.replace("_t2.", "_dark.")),
+            )
+        ],
+        "an archive, a web page, a pointer of Git LFS, a DICOM file under the name of a NIfTI file; packed twice": [
+            image_that("a web page", lambda path: path.write_text("<!DOCTYPE html><title>Log in</title>")),
+            image_that("packed twice", lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
+        ],
+        "a name with bytes that are no UTF-8; an id of more bytes than a file's name takes": [
+            Shown(title="no UTF-8", command="znormseg predict RUN DATA OUT", code=6, prepare=renamed_to("caf\udce9")),
+            Shown(
+                title="too long",
+                command="znormseg predict RUN DATA OUT --save-probabilities",
+                code=6,
+                prepare=renamed_to("x" * 240),
+                steady={"x{240}": "x...x"},
+            ),
+        ],
         "4D, 2D": [image("4D"), image_that("2D", lambda path: bad.change(path, lambda v: v[:, :, 20]))],
         "a 4D file with fewer volumes than described": [
             Shown(
@@ -1017,6 +1051,18 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 prepare=written("split.json", '{"train": ["x"]}'),
             )
         ],
+        "a split with one patient in two parts": [
+            Shown(
+                command=f"{TRAIN} --split split.json",
+                code=3,
+                small=True,
+                prepare=lambda _: [
+                    renamed_to("P7_tp1")(_),
+                    renamed_to("P7_tp2", OTHER)(_),
+                    Path("split.json").write_text('{"train": ["P7_tp1"], "validation": ["P7_tp2"]}'),
+                ],
+            )
+        ],
         "a dataset.json that is no JSON, or whose channels are not named after contrasts": [
             Shown(
                 title="no JSON",
@@ -1122,6 +1168,10 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         ],
         "same image": [found("same image", 3, lambda _: shutil.copy(IMAGE, IMAGE.replace("t2", "flair")))],
         "same patient": [found("same patient", 0, again)],
+        "visits": [found("visits", 0, lambda _: [renamed_to("P7_tp1")(_), renamed_to("P7_tp2", OTHER)(_)])],
+        "possible visits": [
+            found("possible visits", 0, lambda _: [renamed_to("P7_1")(_), renamed_to("P7_2", OTHER)(_)])
+        ],
         "skull": [found("skull", 3, skull)],
         "background": [found("background", 0, change(IMAGE, lambda v: np.where(v == 0, -1024, v)))],
         "rounded labels": [found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002)))],

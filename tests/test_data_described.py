@@ -456,7 +456,9 @@ def test_two_columns_for_the_patient_are_refused(tmp_path: Path) -> None:
 
 def test_a_row_that_lacks_a_contrast_names_the_columns_that_tell_none(tmp_path: Path) -> None:
     (case,) = find_cases(table(tmp_path, "case,t1,t1c,t2,dark,age", "a,1.nii.gz,c.nii.gz,2.nii.gz,f.nii.gz,61"))
-    with pytest.raises(DataError, match=r"contrast flair is missing, and nothing tells the contrast of column dark\. "):
+    with pytest.raises(
+        DataError, match=r"contrast flair is missing, and these names match no contrast: column dark\. "
+    ):
         case.require()
 
 

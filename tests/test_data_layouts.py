@@ -297,7 +297,7 @@ def test_a_case_that_lacks_a_contrast_says_which_of_its_files_tell_none(tmp_path
     touch(make_case(tmp_path / "a", NAMES_2021[:3]), "a_dunkel.nii.gz", "a_x.nii")
     (case,) = find_cases(tmp_path)
     with pytest.raises(
-        DataError, match=r"flair is missing, and nothing tells the contrast of a_dunkel\.nii\.gz, a_x\.nii"
+        DataError, match=r"flair is missing, and these names match no contrast: a_dunkel\.nii\.gz, a_x\.nii"
     ):
         case.require()
     assert case.require(all_contrasts=False) is case
@@ -310,7 +310,7 @@ def test_in_a_flat_folder_only_files_of_the_case_are_named(tmp_path: Path) -> No
 
 def test_where_no_file_tells_a_contrast_some_are_named(tmp_path: Path) -> None:
     touch(tmp_path / "a", "brain.nii.gz", "pic.nii")
-    with pytest.raises(DataError, match=r"no case found.* Nothing tells the contrast of brain\.nii\.gz, pic\.nii\."):
+    with pytest.raises(DataError, match=r"no case found.* These names match no contrast: brain\.nii\.gz, pic\.nii\."):
         find_cases(tmp_path)
 
 

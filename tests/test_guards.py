@@ -38,7 +38,7 @@ NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/layouts.py", "data/preprocess.p
 GUARDS: dict[str, Guard] = {
     # Files and contrasts
     "a contrast missing": Guard(
-        LAYOUTS, "    problems = _missing(contrasts)\n", "    problems = []\n", f"{TRAIN}[missing]"
+        LAYOUTS, "    problems = _missing(contrasts, unrecognised)\n", "    problems = []\n", f"{TRAIN}[missing]"
     ),
     "a contrast missing where the run needs it": Guard(
         "app/inference/predict.py",
@@ -72,7 +72,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "more folds than patients": Guard(
         "app/crossval/folds.py",
-        "    if patients < folds:",
+        "    if recorded is None and count < folds:",
         "    if False:",
         "test_app_crossval.py::test_folds_that_cannot_be_are_refused",
     ),

@@ -131,7 +131,7 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
     require_contrasts(case, model)
     prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=options.nan_to_zero, all_contrasts=False)
     if absent := missing_contrasts(prepared.present):
-        hint = f"; nothing tells the contrast of {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
+        hint = f"; these names match no contrast: {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
         LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
     for text in misnamed_files(replace(case, label=None)):
         LOG.warning("case %s: %s", case.id, text)
