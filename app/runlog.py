@@ -25,7 +25,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, TextIO
 
@@ -303,8 +303,15 @@ class MetricsLog:
         if self._file is not None:
             self._file.close()
         if self._board is not None:
-            with suppress(OSError):
+            try:
                 self._board.close()
+            except OSError as error:
+                self._lost_board(error)
+
+    def _lost_board(self, error: OSError) -> None:
+        self._boards_lost += 1
+        if self._boards_lost == 1:
+            _lacks_curves(self._run / "tensorboard", error)
 
     def _write(self, **record: object) -> None:
         if (file := self._file) is None:
@@ -332,13 +339,11 @@ class MetricsLog:
             add(self._board)
         except OSError as error:
             # Its thread met a full disk and is gone, and the events of up to two minutes; metrics.jsonl has them.
-            self._boards_lost += 1
-            if self._boards_lost >= MOST_BOARDS_LOST:
-                self._board = None
-                _no_curves(self._run / "tensorboard", error)
-                return
-            self._board = _summary_writer(self._run / "tensorboard", 0)
-            self._to_board(add)
+            self._lost_board(error)
+            self._board = None
+            if self._boards_lost < MOST_BOARDS_LOST:
+                self._board = _summary_writer(self._run / "tensorboard", 0)
+                self._to_board(add)
 
     def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
         for row, values in table.items():
@@ -379,11 +384,9 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)
     except OSError as error:
-        _no_curves(folder, error)
+        _lacks_curves(folder, error)
         return None
 
 
-def _no_curves(folder: Path, error: OSError) -> None:
-    LOG.warning(
-        "%s: cannot be written, so TensorBoard has no curves: %s metrics.jsonl has all.", folder, in_words(error)
-    )
+def _lacks_curves(folder: Path, error: OSError) -> None:
+    LOG.warning("%s: cannot be written, TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error))

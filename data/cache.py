@@ -397,7 +397,9 @@ def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
             array = np.load(path, mmap_mode=mode)
         except OSError as error:
             if mode is None or not has_no_mapping(error):
-                raise
+                if error.errno is None or error.filename is not None:
+                    raise
+                raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from error
             warn_once(
                 path.parents[1],
                 "map files into memory",

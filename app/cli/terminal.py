@@ -177,27 +177,23 @@ def watched() -> Iterator[OnProgress]:
     log.propagate = False
     # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
-    with _threads_without_tracebacks(log), _drawn(log) as drawn:
+    with _threads_without_tracebacks(), _drawn(log) as drawn:
         yield drawn
 
 
 @contextmanager
-def _threads_without_tracebacks(log: logging.Logger) -> Iterator[None]:
-    """Say a system error that ends a library's thread, such as TensorBoard's, in a line.
+def _threads_without_tracebacks() -> Iterator[None]:
+    """Show no traceback for a system error in a library's thread, such as TensorBoard's.
 
-    Whoever uses the thread meets the error too, and decides what becomes of the job.
+    Whoever uses the thread meets the error too, names its place, and decides what becomes of the job.
     """
     before = threading.excepthook
 
-    def said(arguments: threading.ExceptHookArgs) -> None:
+    def only_faults(arguments: threading.ExceptHookArgs) -> None:
         if settings.debug or not isinstance(arguments.exc_value, OSError):
             before(arguments)
-            return
-        from app.errors import message  # noqa: PLC0415 - the help need not load it
 
-        log.warning("%s", message(arguments.exc_value))
-
-    threading.excepthook = said
+    threading.excepthook = only_faults
     try:
         yield
     finally:
