@@ -104,8 +104,9 @@ def pip_settings(listed: str) -> dict[str, str]:
 def own_source(settings: Mapping[str, str], has_torch: Callable[..., bool]) -> Choice | None:
     """Return the source that the user's pip settings name for torch, or None.
 
-    An index instead of PyPI always counts. Sources that pip searches in addition to PyPI count if they have torch, and it then
-    comes from nowhere else: where hashes are required, pip prefers PyPI, which states them, to a folder, which does not.
+    An index instead of PyPI always counts. Sources that pip searches in addition to PyPI count if they have torch, and
+    it then comes from nowhere else: where hashes are required, pip prefers PyPI, which states them, to a folder, which
+    does not.
     """
     decides = "pip's setting {} decides; TORCH_INDEX=URL overrides it"
     if "no-index" in settings:
