@@ -33,14 +33,14 @@ CUDA_COST = "a download of about 2.7 GB, 5 GB on disk"
 class Choice(NamedTuple):
     """Where torch comes from."""
 
-    index: str | None  # None: pip's own sources
+    options: tuple[str, ...]  # of pip; empty: all sources that pip has by itself
     reason: str
 
 
 def choose(
     environment: Mapping[str, str],
     system: str,
-    own_source: str | None,
+    own_source: Choice | None,
     gpu: Callable[[], str | None],
     cpu_index_has_torch: Callable[[], bool],
 ) -> Choice:
@@ -49,25 +49,25 @@ def choose(
     Args:
         environment: Variables; TORCH_INDEX counts here.
         system: As ``platform.system()``.
-        own_source: The pip setting that decides where torch comes from, or None.
+        own_source: The source that the user's pip settings name for torch, or None.
         gpu: How an NVIDIA GPU shows, or None.
         cpu_index_has_torch: Whether torch's CPU index answers and has the version we pin.
     """
     if index := environment.get("TORCH_INDEX"):
-        return Choice(index, "TORCH_INDEX is set")
+        return Choice(("--index-url", index), "TORCH_INDEX is set")
     if own_source is not None:
-        mirror = f". A mirror of PyPI has the build with CUDA, {CUDA_COST}" if own_source == "index-url" else ""
-        return Choice(None, f"pip's setting {own_source} decides; TORCH_INDEX=URL overrides it{mirror}")
+        return own_source
     if system != "Linux":
-        return Choice(None, f"PyPI's build; on {system} it has no CUDA libraries")
+        return Choice((), f"PyPI's build; on {system} it has no CUDA libraries")
     if shown_by := gpu():
-        return Choice(None, f"PyPI's build with CUDA, {CUDA_COST}: {shown_by}")
+        return Choice((), f"PyPI's build with CUDA, {CUDA_COST}: {shown_by}")
     if cpu_index_has_torch():
         return Choice(
-            CPU_INDEX, "the build without CUDA: no NVIDIA GPU here. For one: TORCH_INDEX=https://pypi.org/simple"
+            ("--index-url", CPU_INDEX),
+            "the build without CUDA: no NVIDIA GPU here. For one: TORCH_INDEX=https://pypi.org/simple",
         )
     return Choice(
-        None,
+        (),
         f"PyPI's build with CUDA, {CUDA_COST}, although there is no NVIDIA GPU here: {CPU_INDEX} cannot be reached or"
         " lacks our version. It computes on a CPU all the same. A mirror of that index: TORCH_INDEX=URL",
     )
@@ -101,18 +101,24 @@ def pip_settings(listed: str) -> dict[str, str]:
     return {key: value.replace("\\n", " ").strip() for key, value in found if value.strip()}
 
 
-def own_source(settings: Mapping[str, str], has_torch: Callable[..., bool]) -> str | None:
-    """Return the pip setting that decides where torch comes from, or None.
+def own_source(settings: Mapping[str, str], has_torch: Callable[..., bool]) -> Choice | None:
+    """Return the source that the user's pip settings name for torch, or None.
 
-    An index instead of PyPI always decides. Sources that pip searches in addition to PyPI decide if they have torch.
+    An index instead of PyPI always counts. Sources that pip searches in addition to PyPI count if they have torch, and
+    it then comes from nowhere else: where hashes are required, pip prefers PyPI, which states them, to a folder, which
+    does not.
     """
-    for key in ("no-index", "index-url"):
-        if key in settings:
-            return key
-    if more := settings.get("extra-index-url", "").split():
-        return "extra-index-url or find-links" if has_torch("--index-url", more[0]) else None
+    decides = "pip's setting {} decides; TORCH_INDEX=URL overrides it"
+    if "no-index" in settings:
+        return Choice((), decides.format("no-index"))
+    if "index-url" in settings:
+        mirror = f". A mirror of PyPI has the build with CUDA, {CUDA_COST}"
+        return Choice((), decides.format("index-url") + mirror)
     if "find-links" in settings and has_torch("--no-index"):
-        return "find-links"
+        return Choice(("--no-index",), decides.format("find-links"))
+    for index in settings.get("extra-index-url", "").split()[:1]:  # pip searches the others too
+        if has_torch("--index-url", index):
+            return Choice(("--index-url", index), decides.format("extra-index-url"))
     return None
 
 
@@ -184,7 +190,7 @@ def install_torch(locked: bool) -> None:
     if have is not None and have.partition("+")[0] == pinned("torch") and not asked_anew:
         return
     listed = subprocess.run([*PIP, "config", "list"], capture_output=True, text=True, check=True).stdout
-    index, reason = choose(
+    options, reason = choose(
         os.environ,
         platform.system(),
         None if wanted else own_source(pip_settings(listed), has_torch),
@@ -193,8 +199,7 @@ def install_torch(locked: bool) -> None:
     )
     say(f"torch {pinned('torch')}: {reason}")
     what = ["--require-hashes", "-r", "locks/torch.txt"] if locked else [f"torch=={pinned('torch')}"]
-    source = ["--index-url", index] if index else []
-    pip_install("--no-deps", *(["--force-reinstall"] if asked_anew else []), *source, *what)
+    pip_install("--no-deps", *(["--force-reinstall"] if asked_anew else []), *options, *what)
     if wanted:
         record.write_text(f"{wanted}\n", encoding="utf-8")
 

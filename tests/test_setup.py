@@ -97,31 +97,31 @@ def never() -> Any:
 
 
 def test_without_a_gpu_torch_comes_from_the_cpu_index() -> None:
-    assert choose().index == "https://download.pytorch.org/whl/cpu"
+    assert choose().options == ("--index-url", "https://download.pytorch.org/whl/cpu")
 
 
 def test_with_a_gpu_torch_comes_from_pypi_and_the_cpu_index_is_not_asked() -> None:
     choice = choose(gpu=lambda: "nvidia-smi lists a GPU", cpu_index_has_torch=never)
-    assert choice.index is None
+    assert choice.options == ()
     assert "nvidia-smi lists a GPU" in choice.reason
 
 
 def test_where_the_cpu_index_cannot_be_reached_the_fallback_its_cost_and_the_way_out_are_said() -> None:
     choice = choose(cpu_index_has_torch=lambda: False)
-    assert choice.index is None
+    assert choice.options == ()
     for words in ("cannot be reached", "2.7 GB", "although there is no NVIDIA GPU", "TORCH_INDEX=URL"):
         assert words in choice.reason
 
 
-@pytest.mark.parametrize("changes", [{"own_source": "index-url"}, {"system": "Darwin"}], ids=str)
+@pytest.mark.parametrize("changes", [{"own_source": install.Choice((), "")}, {"system": "Darwin"}], ids=str)
 def test_own_sources_and_systems_without_cuda_builds_leave_the_choice_to_pip(changes: dict[str, Any]) -> None:
-    assert choose(**changes, gpu=never, cpu_index_has_torch=never).index is None
+    assert choose(**changes, gpu=never, cpu_index_has_torch=never).options == ()
 
 
 def test_torch_index_wins_over_everything() -> None:
     environment = {"TORCH_INDEX": "https://mirror.example/whl/cu130"}
-    choice = choose(environment=environment, own_source="find-links", gpu=never, cpu_index_has_torch=never)
-    assert choice.index == "https://mirror.example/whl/cu130"
+    choice = choose(environment=environment, own_source=install.Choice((), ""), gpu=never, cpu_index_has_torch=never)
+    assert choice.options == ("--index-url", "https://mirror.example/whl/cu130")
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_an_index_that_refuses_connections_is_no_index(plain_pip: None) -> None:
 
 @pytest.mark.parametrize("key", ["index-url", "no-index"])
 def test_an_index_in_place_of_pypi_decides_without_being_asked(key: str) -> None:
-    assert install.own_source({key: "1", "find-links": "W"}, never) == key
+    assert key in install.own_source({key: "1", "find-links": "W"}, never).reason
 
 
 def test_wheels_of_ones_own_decide_only_if_torch_is_among_them(
@@ -179,14 +179,14 @@ def test_wheels_of_ones_own_decide_only_if_torch_is_among_them(
     settings = {"find-links": str(tmp_path)}
     assert install.own_source(settings, install.has_torch) is None
     stand_in_wheel(tmp_path, PINS["torch"])
-    assert install.own_source(settings, install.has_torch) == "find-links"
+    assert install.own_source(settings, install.has_torch).options == ("--no-index",)
 
 
 def test_a_second_index_decides_only_if_it_has_torch(index: tuple[str, Path], plain_pip: None) -> None:
     settings = {"extra-index-url": f"{index[0]} http://127.0.0.1:9"}
     assert install.own_source(settings, install.has_torch) is None
     stand_in_wheel(index[1], f"{PINS['torch']}+cu126")
-    assert install.own_source(settings, install.has_torch) is not None
+    assert install.own_source(settings, install.has_torch).options == ("--index-url", index[0])
 
 
 def test_pips_settings_are_those_that_hold_for_install(plain_pip: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -301,6 +301,22 @@ def test_locked_installs_files_with_the_right_hash_and_checks_none_that_are_ther
     again = set_up(project, TORCH_INDEX=index[0], LOCKED="1")
     assert again.returncode == 1
     assert "make clean" in again.stderr
+
+
+def test_locked_takes_torch_from_wheels_of_ones_own_though_an_index_states_a_hash(
+    project: Path, index: tuple[str, Path], tmp_path: Path
+) -> None:
+    shutil.move(next(index[1].glob("*.whl")), tmp_path)
+    plain = stand_in_wheel(index[1], PINS["torch"])
+    name = f"torch-{PINS['torch']}-py3-none-any.whl"
+    (index[1] / "index.html").write_text(f'<a href="{name}#sha256={plain}">{name}</a>')
+    with (project / "locks" / "torch.txt").open("r+") as lock:
+        both = f"{lock.read().strip()} --hash=sha256:{plain}\n"
+        lock.seek(0)
+        lock.write(both)
+    ended = set_up(project, PIP_FIND_LINKS=str(tmp_path), PIP_EXTRA_INDEX_URL=index[0], LOCKED="1")
+    assert ended.returncode == 0, ended.stderr
+    assert version_of_torch(project) == f"{PINS['torch']}+cpu"
 
 
 def test_a_torch_index_that_fails_ends_with_pips_error(project: Path) -> None:
