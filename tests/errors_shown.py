@@ -221,9 +221,11 @@ def mask_elsewhere(_: Scene) -> None:
 
 
 def heads(_: Scene) -> None:
-    """Scans without a background of 0."""
+    """Scans with noise in the air around the head, so that no single value is the background."""
+    draw = np.random.default_rng(0)
     for ending in CONTRASTS:
-        bad.change(Path(f"DATA/{CASE}/{CASE}_{ending}.nii.gz"), lambda voxels: voxels + 20)
+        noisy = Path(f"DATA/{CASE}/{CASE}_{ending}.nii.gz")
+        bad.change(noisy, lambda voxels: voxels + draw.integers(5, 40, voxels.shape))
 
 
 # Predictions

@@ -63,6 +63,9 @@ def outlasting_streams() -> Iterator[None]:
         sys.stdout = _outlasting(sys.stdout, 1, messages=False)
     if sys.stderr is sys.__stderr__:
         sys.stderr = _outlasting(sys.stderr, 2, messages=True)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that cannot be shown stops no result
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     finally:
@@ -82,7 +85,7 @@ def _outlasting(stream: TextIO | None, descriptor: int, *, messages: bool) -> Te
     return io.TextIOWrapper(
         io.BufferedWriter(raw),
         encoding="utf-8" if stream is None else stream.encoding,
-        errors="backslashreplace",  # a name that the terminal cannot show stops no result
+        errors="backslashreplace",
         line_buffering=messages or os.isatty(descriptor),
     )
 
