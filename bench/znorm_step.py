@@ -5,8 +5,8 @@
 All jobs take turns, round by round, on one set of gradients, and another begins each round. Before each a block larger
 than the caches is read, since gradients come out of a backward pass that moves gigabytes. A ratio is the median of the
 rounds' ratios. On a machine shared with other jobs, ``OMP_NUM_THREADS=1`` with ``--processor-time`` leaves out the time
-in which others had the processor; that of a training step stays the time by the clock. The floor is the time to read
-every gradient twice and write it once at the bandwidth measured in the same run.
+in which others had the processor. The floor is the time to read every gradient twice and write it once at the bandwidth
+measured in the same run.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
         config = load_config("resunet" if name == "large" else name)
         network_config = LARGE if name == "large" else config.network
         network = build_network(network_config, in_channels=4, out_channels=3).to(device)
-        step = None if options.without_steps else training_step_ms(network, config, device)
+        step = None if options.without_steps else training_step_ms(network, config, device, clock)
         print(row(name, network, device, rounds=options.rounds, step_ms=step, clock=clock), flush=True)
 
 
@@ -112,7 +112,7 @@ def side_by_side(
     return spent
 
 
-def training_step_ms(network: nn.Module, config: object, device: torch.device) -> float:
+def training_step_ms(network: nn.Module, config: object, device: torch.device, clock: Callable[[], float]) -> float:
     """Forward, loss, backward and optimiser step on one batch of the config; the second of two counts."""
     training = config.training  # type: ignore[attr-defined]
     runtime = choose_runtime(RuntimeConfig(device=device.type))
@@ -123,17 +123,17 @@ def training_step_ms(network: nn.Module, config: object, device: torch.device) -
     loss_of = RegionLoss()
     spent = 0.0
     for _ in range(2):
-        began = _now(device)
+        began = _now(device, clock)
         with runtime.autocast():
             logits = network(image.contiguous(memory_format=runtime.memory_format))
         loss_of(logits, masks).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        spent = 1000 * (_now(device) - began)
+        spent = 1000 * (_now(device, clock) - began)
     return spent
 
 
-def _now(device: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
+def _now(device: torch.device, clock: Callable[[], float]) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return clock()

@@ -87,6 +87,15 @@ def real_cases() -> Path:
     return Path(folder)
 
 
+@pytest.fixture(scope="session")
+def openvino_computes() -> None:
+    """Skip where OpenVINO cannot: on a CPU without AVX2, or where oneDNN is limited to less."""
+    from app.runtime import without_avx2
+
+    if why := without_avx2():
+        pytest.skip(f"OpenVINO needs AVX2, and {why}")
+
+
 @pytest.fixture
 def znormseg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """Call the command line's entry point in this process: ``znormseg("train", data, run) -> (code, out, err)``."""

@@ -1474,6 +1474,9 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 steady={"this torch is built without CUDA": "no CUDA device is visible"},
             )
         ],
+        "OpenVINO asked for where AVX2 is missing or switched off, or its bfloat16 without AVX-512": [
+            Shown(command=f"ONEDNN_MAX_CPU_ISA=SSE41 {PREDICT} --backend openvino", code=7)
+        ],
         "`plan --dry-run`: nothing fits into memory": [
             Shown(
                 command="znormseg plan DATA --dry-run --max-memory-gb 0.1",

@@ -41,6 +41,7 @@ CONFIGS = {
     "resenc": NetworkConfig(architecture="resenc", first_stride=1, blocks=(1, 1, 2), **SMALL),
     "resenc, deep supervision": NetworkConfig(architecture="resenc", deep_supervision=True, dropout=0.1, **SMALL),
 }
+with_openvino = pytest.mark.usefixtures("openvino_computes")
 each_network = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 
 
@@ -73,6 +74,7 @@ def test_a_graph_keeps_the_state_dict_of_its_network(config: NetworkConfig) -> N
     assert all(torch.equal(twin.state_dict()[name], tensor) for name, tensor in network.state_dict().items())
 
 
+@with_openvino
 @each_network
 @torch.inference_mode()
 def test_openvino_in_float32_gives_the_logits_of_torch(config: NetworkConfig) -> None:
@@ -158,6 +160,7 @@ def test_missing_weights_are_named() -> None:
         graph.require_weights(["other"])
 
 
+@with_openvino
 def test_on_a_cpu_auto_takes_openvino_and_says_why(tmp_path: Path) -> None:
     runtime = choose_backend("auto", RuntimeConfig(), devices=tmp_path)
     assert runtime.backend == "openvino"
@@ -176,7 +179,26 @@ def test_openvino_on_a_gpu_is_refused() -> None:
         choose_backend("openvino", RuntimeConfig(device="cuda"))
 
 
-@pytest.mark.parametrize("limit", ["SSE41", "AVX2", "avx2_vnni"])
+@pytest.mark.parametrize("limit", ["SSE41", "avx"])
+def test_without_avx2_auto_takes_torch_and_openvino_is_refused(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
+    runtime = choose_backend("auto", RuntimeConfig(device="cpu"))
+    assert (runtime.backend, runtime.precision_name) == ("torch", "float32")
+    assert f"needs AVX2, and ONEDNN_MAX_CPU_ISA={limit} switches it off" in runtime.reasons[0]
+    with pytest.raises(DeviceError, match=r"backend openvino: it needs AVX2.* Use --backend torch"):
+        choose_backend("openvino", RuntimeConfig(device="cpu"))
+
+
+@pytest.mark.parametrize(("flags", "backend"), [({"avx"}, "torch"), ({"avx2"}, "openvino"), (set(), "openvino")])
+def test_openvino_is_for_cpus_with_avx2_and_those_whose_flags_are_not_known(
+    flags: set[str], backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr("app.runtime.cpu_flags", lambda: flags)
+    assert choose_backend("auto", RuntimeConfig(device="cpu")).backend == backend
+
+
+@pytest.mark.parametrize("limit", ["AVX2", "avx2_vnni"])
 def test_bfloat16_is_refused_where_onednn_may_not_use_avx512(limit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     with pytest.raises(DeviceError, match=f"ONEDNN_MAX_CPU_ISA={limit} switches that off"):
@@ -202,6 +224,7 @@ def a_run_without_graph(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory
     return run
 
 
+@with_openvino
 def test_a_run_of_an_older_version_is_traced_when_it_is_loaded(a_run_without_graph: Path, tiny_run: Path) -> None:
     from app.inference.model import load_model
 
@@ -210,6 +233,7 @@ def test_a_run_of_an_older_version_is_traced_when_it_is_loaded(a_run_without_gra
     assert old.engine.graph == new.engine.graph
 
 
+@with_openvino
 def test_weights_of_another_network_than_the_graph_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     from app.checkpoints import load_newest, save
     from app.inference.model import load_model
@@ -224,6 +248,7 @@ def test_weights_of_another_network_than_the_graph_are_refused(tiny_run: Path, t
             load_model(tmp_path, choose_backend(backend, RuntimeConfig(device="cpu")))
 
 
+@with_openvino
 def test_predict_on_a_cpu_imports_neither_torch_nor_monai(
     tiny_run: Path, phantoms: Path, tmp_path: Path, shell: Call
 ) -> None:
@@ -238,6 +263,7 @@ def test_predict_on_a_cpu_imports_neither_torch_nor_monai(
     assert ended.out.splitlines()[-1] == "[0]", ended.err
 
 
+@with_openvino
 def test_both_backends_give_one_label_map_in_float32(tiny_run: Path, phantoms: Path) -> None:
     from app.inference.model import load_model
     from app.inference.probabilities import predict_codes
@@ -254,6 +280,7 @@ def test_both_backends_give_one_label_map_in_float32(tiny_run: Path, phantoms: P
     assert np.mean(codes[0] != codes[1]) < 1e-4
 
 
+@with_openvino
 @torch.inference_mode()
 def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
     from app.inference.engines import OpenvinoEngine
@@ -268,6 +295,7 @@ def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@with_openvino
 def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from app.inference.backends import openvino_backend
     from app.inference.model import load_model
@@ -282,6 +310,7 @@ def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypa
     assert told["threads"] == 3
 
 
+@with_openvino
 def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
     from app.inference.model import load_model
 

@@ -25,13 +25,13 @@ from app.inference.settings import PredictOptions
 from app.inference.stitch import resized, stitched_logits
 from app.inference.windows import sliding_logits
 from app.machine import Memory
-from app.runtime import RuntimeConfig, choose_runtime
+from app.runtime import Runtime, RuntimeConfig, choose_runtime
 from data.errors import DataError
 from data.layouts import find_cases
 from data.preprocess import Prepared, prepare
 
 Call = Callable[..., Any]
-OPENVINO = choose_backend("openvino", RuntimeConfig(device="cpu", precision="float32"))
+OPENVINO = Runtime(device_name="cpu", precision_name="float32", channels_last=False, reasons=(), backend="openvino")
 FIRST = Way(window=(64, 64, 64), batch=2, device="cuda:0", stitch_on="cuda:0")
 
 
@@ -239,10 +239,19 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 
 @pytest.mark.parametrize(("backend", "engine"), [("torch", TorchEngine), ("openvino", OpenvinoEngine)])
 def test_memory_that_runs_out_in_predict_stands_in_the_json(
-    *, backend: str, engine: type, tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    *,
+    backend: str,
+    engine: type,
+    tiny_run: Path,
+    phantoms: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
 ) -> None:
     from app.inference.predict import predict
 
+    if backend == "openvino":
+        request.getfixturevalue("openvino_computes")
     real = engine.logits
 
     def mock_of_memory(self: Any, *arguments: Any, way: Way, **more: Any) -> Any:
@@ -265,7 +274,7 @@ BASE = 100_000_000
 
 
 @pytest.fixture
-def compiled(monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiled(monkeypatch: pytest.MonkeyPatch, openvino_computes: None) -> Any:
     """The compiled networks that are held; what the process is told to hold is the base and 10 MB for each."""
     from app.inference.backends import openvino_backend
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from torch import nn
 
-from app.errors import RunError
+from app.errors import DeviceError, RunError
 from app.exporting import bundle, formats
 from app.exporting.parity import Answer, Parity, compare, windows_of
 from app.exporting.places import folder_when_complete, require_empty
@@ -18,7 +18,7 @@ from app.inference.model import Model, load_model
 from app.modelfolder import SUMS_FILE, describe, seal
 from app.progress import OnProgress, Progress, silent
 from app.runlog import read_json, write_json
-from app.runtime import Runtime, versions
+from app.runtime import Runtime, versions, without_avx2
 from data.labels import CONTRASTS, REGIONS, region_codes
 from data.presence import presence_mask
 from models import GivenPresence, build_network
@@ -67,6 +67,7 @@ def export_run(
     Raises:
         ConfigError: an extra is not installed.
         DataError: the case cannot be used.
+        DeviceError: OpenVINO, by which its format is compared, cannot compute on this CPU.
         RunError: ``run`` has no weights, is an ensemble, or has a network that the format has not; ``out`` holds
             something; the exported network differs.
         OSError: ``out`` cannot be written to.
@@ -76,6 +77,8 @@ def export_run(
         on_progress(Progress(job="exporting", share=share, detail=detail))
 
     require_empty(out)
+    if file_format == "openvino" and (why := without_avx2()):
+        raise DeviceError(f"--format openvino: the export is compared by OpenVINO, which needs AVX2, and {why}.")
     if file_format == "onnx":
         formats.require_onnx()
     model = _one_network(run)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from app.errors import DeviceError
-from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision, limit_below_avx512
+from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision, limit_below_avx512, without_avx2
 
 Backend = Literal["auto", "torch", "openvino"]
 
@@ -47,6 +47,8 @@ def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("
         reason = "it computes on the GPU"
     elif not _is_installed():
         reason = "OpenVINO, faster on a CPU, is not installed"
+    elif why := without_avx2():
+        reason = f"OpenVINO, faster on a CPU, needs AVX2, and {why}"
     else:
         return _by_openvino(config, "backend openvino: on a CPU it is faster than torch")
     runtime = choose_runtime(config)
@@ -62,6 +64,8 @@ def _require_openvino(config: RuntimeConfig) -> None:
         raise DeviceError("precision float16: OpenVINO computes in float32 or bfloat16 on a CPU. Use one of these.")
     if not _is_installed():
         raise DeviceError("backend openvino: the package is not installed. Use --backend torch, or install openvino.")
+    if why := without_avx2():
+        raise DeviceError(f"backend openvino: it needs AVX2, and {why}. Use --backend torch.")
 
 
 def may_have_gpu(devices: Path = Path("/dev")) -> bool:
