@@ -85,7 +85,7 @@ def warnings_of(err: str, what: str) -> list[str]:
         pytest.param(LOCKS.format("ENOLCK"), "lock files", id="flock: ENOLCK", marks=pytest.mark.slow),
         pytest.param(LOCKS.format("EOPNOTSUPP"), "lock files", id="flock: EOPNOTSUPP", marks=pytest.mark.slow),
         pytest.param(FOLDERS.format("EBADF"), "sync folders", id="fsync of folders: EBADF", marks=pytest.mark.slow),
-        pytest.param(MAPS.format("ENODEV"), "map files into memory", id="mmap: ENODEV"),
+        pytest.param(MAPS.format("ENODEV"), "map files into memory", id="mmap: ENODEV", marks=pytest.mark.slow),
     ],
 )
 def test_training_carries_on_with_one_warning_that_names_the_folder(
@@ -98,6 +98,7 @@ def test_training_carries_on_with_one_warning_that_names_the_folder(
     assert list((tmp_path / "run" / "checkpoints").glob("last-000000002.json"))
 
 
+@pytest.mark.slow
 def test_files_without_times_modes_and_free_space_are_no_matter(
     where: Call, phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
@@ -105,6 +106,7 @@ def test_files_without_times_modes_and_free_space_are_no_matter(
     assert ended.code == 0, ended.err
 
 
+@pytest.mark.slow
 def test_a_disk_that_fails_is_no_file_system_that_lacks_something(
     where: Call, phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:

@@ -198,9 +198,12 @@ def test_crossval_with_workers_is_finished_when_the_reader_of_its_messages_leave
 
 @pytest.mark.slow
 def test_compare_is_finished_when_the_reader_of_its_messages_leaves(
-    phantoms: Path, tmp_path: Path, options: list[str]
+    phantoms: Path, tmp_path: Path, tiny_settings: list[str]
 ) -> None:
-    words = ("compare", phantoms, tmp_path / "out", "--seeds", "1", *options)
+    taken = ("training.steps", "training.learning_rate")  # a comparison sets these itself
+    settings = [word for one in tiny_settings if not one.startswith(taken) for word in ("--set", one)]
+    plan = ["--arms=clip,znorm", "--seeds=1", "--steps=4", "--learning-rates=1e-3"]
+    words = ("compare", phantoms, tmp_path / "out", *plan, *settings)
     process = started(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     process.stdout.close()
