@@ -232,9 +232,10 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
     with _reading(path):
         image, shape = _checked(path)
         stored = _byte_voxels(image, path)
-    pixdim_mm = _other_pixdim(image)
+    affine = _affine(image, path)
+    pixdim_mm = _other_pixdim(image, affine)
     if stored is not None:
-        return Volume(voxels=stored.reshape(shape), affine=_affine(image, path), path=path, pixdim_mm=pixdim_mm)
+        return Volume(voxels=stored.reshape(shape), affine=affine, path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
@@ -806,10 +807,12 @@ def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[in
     return f"its sform and qform are up to {gap:.3g} mm apart; the sform was taken"
 
 
-def _other_pixdim(image: Any) -> Spacing | None:
-    """The voxel size that a header states where it is not that of the affine."""
+def _other_pixdim(image: Any, affine: npt.NDArray[np.float64]) -> Spacing | None:
+    """The voxel size that a header states, where it is a size and not that of the affine."""
     x, y, z = (float(edge) for edge in image.header.get_zooms()[:3])
-    own_mm, used_mm = np.array([x, y, z]), np.array(spacing_of(np.asarray(image.affine, dtype=np.float64)))
+    own_mm, used_mm = np.array([x, y, z]), np.array(spacing_of(affine))
+    if not np.isfinite(own_mm).all():
+        return None
     same = bool((np.abs(own_mm - used_mm) <= _PIXDIM_TOLERANCE * used_mm).all())
     return None if same else (x, y, z)
 
