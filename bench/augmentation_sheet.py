@@ -17,12 +17,12 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from app.config import load_config
-from app.reporting.overlay import OUTLINE_COLOURS
-from app.reporting.planes import PLANES, largest_slice
-from app.reporting.png import encode_png
-from data.augment import AugmentConfig, apply, draw
+from app.config.load import load_config
+from app.html.overlay import OUTLINE_COLOURS
+from app.html.planes import PLANES, largest_slice
+from app.html.png import encode_png
 from data.labels import CONTRASTS
+from data.patches.augmentation import AugmentConfig, apply, draw
 from data.phantoms import make_phantom
 from data.preprocess import brain_box, zscore_nonzero
 

@@ -26,8 +26,8 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
-from app.evaluation.official.brats2026 import METRICS, TASKS, PackageRules, evaluate_by_package
-from app.evaluation.official.brats_evaluate import COMMAND, find_installed
+from app.evaluation.brats.brats2026 import METRICS, TASKS, PackageRules, evaluate_by_package
+from app.evaluation.brats.brats_evaluate import COMMAND, find_installed
 from data.labels import BRATS2024, BRATS2024_PED
 from data.phantoms.pairs import lesion_pair
 

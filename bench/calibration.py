@@ -15,15 +15,15 @@ from statistics import fmean
 
 import numpy as np
 
-from app.config import load_config
-from app.crossval.run import CrossValidation, cross_validate
+from app.config.load import load_config
 from app.evaluation.reliability import Reliability, case_reliability, pooled
+from app.experiments.crossval.run import CrossValidation, cross_validate
+from app.inference.batch.predict import predict
 from app.inference.ensemble import Ensemble, load_ensemble
-from app.inference.predict import predict
 from app.inference.probabilities import predict_centred
-from app.runtime import RuntimeConfig, choose_runtime, machine
+from app.system.device import RuntimeConfig, choose_runtime, machine
+from data.datasets.layouts import Case, find_cases
 from data.labels import REGIONS, decode, to_regions
-from data.layouts import Case, find_cases
 from data.nifti import canonical_spacing, read_label_map, reorient, spacing_of
 from data.phantoms import write_phantom
 from data.preprocess import prepare

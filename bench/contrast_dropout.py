@@ -15,14 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
-from app.config import load_config
+from app.config.load import load_config
 from app.inference.model import load_model
 from app.inference.scoring import case_dice
-from app.runlog import write_json
-from app.runtime import RuntimeConfig, choose_runtime, machine
-from app.training.train import start
+from app.runs.folder import write_json
+from app.system.device import RuntimeConfig, choose_runtime, machine
+from app.training.run import start
+from data.datasets.layouts import Case, find_cases
 from data.labels import CONTRASTS, REGIONS, Contrast
-from data.layouts import Case, find_cases
 from data.phantoms import write_phantoms
 
 #: Nothing, each contrast by itself, all but T1c.

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from app.comparison.statistics import FloatArray, paired_difference
-from app.runlog import read_metrics
+from app.evaluation.statistics import FloatArray, paired_difference
+from app.runs.folder import read_metrics
 
 Content = Mapping[str, Any]
 

@@ -34,10 +34,10 @@ import numpy as np
 import psutil
 import torch
 
-from data.augment import AugmentConfig
-from data.layouts import convention_of, find_cases
-from data.loaders import Batch, CachedCase, PatchSource, batches, cache_cases
+from data.datasets.layouts import convention_of, find_cases
 from data.nifti import read_volume
+from data.patches.augmentation import AugmentConfig
+from data.patches.sampler import Batch, CachedCase, PatchSource, batches, cache_cases
 
 BATCH = 2
 

@@ -44,8 +44,8 @@ import numpy as np, torch
 from monai.data import MetaTensor
 from monai.inferers import SlidingWindowInferer
 from monai.transforms import Activationsd, AsDiscreted, Compose, EnsureTyped, LoadImaged, NormalizeIntensityd
-from app.checkpoints import load_newest
-from app.config import from_plain
+from app.runs.checkpoints import load_newest
+from app.config.load import from_plain
 from models import build_network
 import nibabel as nib
 import pathlib
@@ -207,8 +207,8 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
 
     from app.inference.backends.choose import choose_backend  # noqa: PLC0415
     from app.inference.model import load_model  # noqa: PLC0415
-    from app.inference.places import rounded_up  # noqa: PLC0415
-    from app.runtime import RuntimeConfig  # noqa: PLC0415
+    from app.inference.sliding_window.grid import rounded_up  # noqa: PLC0415
+    from app.system.device import RuntimeConfig  # noqa: PLC0415
     from data.preprocess import smallest_box  # noqa: PLC0415
 
     x, y, z = (part.stop - part.start for part in smallest_box(brain))
@@ -237,10 +237,10 @@ def _random_run(name: str, folder: Path) -> Path:
     """A run folder of random weights with seed 0."""
     import torch  # noqa: PLC0415 - not needed where a run is given
 
-    from app.checkpoints import save, weight_tensors  # noqa: PLC0415
-    from app.config import load_config, to_plain  # noqa: PLC0415
+    from app.config.load import load_config, to_plain  # noqa: PLC0415
     from app.inference.backends.graph import GRAPH_KEY  # noqa: PLC0415
     from app.inference.backends.trace import trace  # noqa: PLC0415
+    from app.runs.checkpoints import save, weight_tensors  # noqa: PLC0415
     from data.labels import CONTRASTS as ORDER  # noqa: PLC0415
     from data.labels import REGIONS  # noqa: PLC0415
     from models import build_network  # noqa: PLC0415

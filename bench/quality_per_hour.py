@@ -38,16 +38,16 @@ from typing import Any, Final
 import numpy as np
 import torch
 
-from app.checkpoints import load_newest
-from app.config import load_config
-from app.inference.settings import InferenceConfig
-from app.process import keep_freed_memory, share_processors
-from app.runlog import write_json
-from app.runtime import RuntimeConfig, choose_runtime, machine, versions
-from app.training.validate import validation_dice
+from app.config.inference import InferenceConfig
+from app.config.load import load_config
+from app.runs.checkpoints import load_newest
+from app.runs.folder import write_json
+from app.system.device import RuntimeConfig, choose_runtime, machine, versions
+from app.system.process import keep_freed_memory, share_processors
+from app.training.validation import validation_dice
+from data.datasets.layouts import Case, convention_of, find_cases
 from data.labels import REGIONS, to_regions
-from data.layouts import Case, convention_of, find_cases
-from data.loaders import cache_cases
+from data.patches.sampler import cache_cases
 from data.phantoms import write_phantoms
 from data.preprocess import prepare
 from models import NetworkConfig, build_network
@@ -232,8 +232,8 @@ Trained = tuple[int, list[dict[str, torch.Tensor]], torch.nn.Module, tuple[int, 
 
 def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - as train_monai
     """The trainer as ``znormseg train`` runs it; its checkpoints of a quarter and a half of the time are copied."""
-    from app.training.train import start  # noqa: PLC0415 - MONAI's side has no use for it
-    from data.cache import CaseFolder  # noqa: PLC0415
+    from app.training.run import start  # noqa: PLC0415 - MONAI's side has no use for it
+    from data.patches.cache import CaseFolder  # noqa: PLC0415
 
     run = out / f"run-{job.name}"
     split = out / f"split-{job.name}.json"

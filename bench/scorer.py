@@ -18,8 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from app.evaluation.official.evaluate import evaluate_officially
-from app.evaluation.official.rules import rules_for
+from app.evaluation.brats.evaluate import evaluate_officially
+from app.evaluation.brats.rules import rules_for
 from data.phantoms.pairs import lesion_pair
 
 HERE = Path(__file__).parent

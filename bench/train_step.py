@@ -27,16 +27,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from app.config import load_config
-from app.process import keep_freed_memory, share_processors
-from app.runtime import RuntimeConfig, choose_runtime, machine
+from app.config.load import load_config
+from app.system.device import RuntimeConfig, choose_runtime, machine
+from app.system.process import keep_freed_memory, share_processors
 from app.training import gradient
 from app.training.state import new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
+from data.datasets.layouts import convention_of, find_cases
 from data.labels import REGIONS, to_regions
-from data.layouts import convention_of, find_cases
-from data.loaders import CachedCase, PatchSource, batches, cache_cases
+from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from data.phantoms import write_phantoms
 from models import RegionLoss, build_network
 

@@ -19,8 +19,8 @@ from statistics import median
 import torch
 from torch import Tensor, nn
 
-from app.config import load_config
-from app.runtime import RuntimeConfig, choose_runtime, machine
+from app.config.load import load_config
+from app.system.device import RuntimeConfig, choose_runtime, machine
 from models import NetworkConfig, RegionLoss, build_network
 from znorm import zscore_
 

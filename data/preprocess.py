@@ -17,9 +17,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
+from data.datasets.layouts import Case
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast, LabelConvention, decode, from_regions, to_regions
-from data.layouts import Case
 from data.nifti import (
     Spacing,
     Volume,

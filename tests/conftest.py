@@ -70,8 +70,8 @@ def tiny_settings() -> list[str]:
 @pytest.fixture(scope="session")
 def tiny_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tiny settings, 60 steps long; tests read it and leave it as it is."""
-    from app.config import load_config
-    from app.training.train import start
+    from app.config.load import load_config
+    from app.training.run import start
 
     run = tmp_path_factory.mktemp("tiny") / "run"
     start(phantoms, run, load_config("laptop", [*tiny_settings, "training.steps=60", "training.validations=3"]))
@@ -90,7 +90,7 @@ def real_cases() -> Path:
 @pytest.fixture(scope="session")
 def openvino_computes() -> None:
     """Skip where OpenVINO cannot: on a CPU without AVX2, or where oneDNN is limited to less."""
-    from app.runtime import without_avx2
+    from app.system.device import without_avx2
 
     if why := without_avx2():
         pytest.skip(f"OpenVINO needs AVX2, and {why}")

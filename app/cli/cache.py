@@ -24,7 +24,7 @@ def cache(
         raise typer.BadParameter("give either --info or --clear")
     from contextlib import closing  # noqa: PLC0415 - not needed for the help
 
-    from app.caching import FOLDER_VARIABLE, cache_folder, open_cache  # noqa: PLC0415
+    from app.runs.case_cache import FOLDER_VARIABLE, cache_folder, open_cache  # noqa: PLC0415
 
     with closing(open_cache(cache_folder() / ".overflow")) as opened:
         before = opened.info()

@@ -10,7 +10,7 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from app.comparison.compare import Comparison
+    from app.experiments.comparison.compare import Comparison
 
 EXAMPLES = "znormseg compare BraTS2021 OUT --arms none,clip,znorm --seeds 3"
 
@@ -99,8 +99,8 @@ def compare(
     """
     if split is not None and fold is not None:
         raise typer.BadParameter("give either --fold or --split")
-    from app.comparison.compare import compare as compare_arms  # noqa: PLC0415 - slow to import, not for the help
-    from app.comparison.plan import make_plan  # noqa: PLC0415
+    from app.experiments.comparison.compare import compare as compare_arms  # noqa: PLC0415 - slow to import, not for the help
+    from app.experiments.comparison.plan import make_plan  # noqa: PLC0415
 
     plan = make_plan(
         config=config,

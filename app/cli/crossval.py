@@ -10,7 +10,7 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from app.crossval.run import CrossValidation
+    from app.experiments.crossval.run import CrossValidation
 
 EXAMPLES = """\
 znormseg crossval BraTS2021 OUT --folds 5 --config resunet
@@ -56,8 +56,8 @@ def crossval(
     components and the least enhancing tumour are chosen. Writes OUT/ensemble, which predict takes like a run,
     OUT/crossval.html, crossval.json and crossval.csv. Interrupted, the same command goes on where it was.
     """
-    from app.config import load_config  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.crossval.run import cross_validate  # noqa: PLC0415
+    from app.config.load import load_config  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.experiments.crossval.run import cross_validate  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         outcome = cross_validate(
@@ -78,7 +78,7 @@ def crossval(
 
 
 def _show(outcome: CrossValidation) -> None:
-    from app.severalruns import backends_sentence  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.experiments.runs import backends_sentence  # noqa: PLC0415 - slow to import, not needed for the help
 
     keys = ("mean", "WT", "TC", "ET")
     spread = outcome.raw.spread()

@@ -44,8 +44,8 @@ def check(
     """
     from app.errors import EXIT_DATA  # noqa: PLC0415 - not needed for the help
     from app.progress import Progress  # noqa: PLC0415
-    from data.check import check as look  # noqa: PLC0415
-    from data.layouts import find_cases  # noqa: PLC0415
+    from data.datasets.layouts import find_cases  # noqa: PLC0415
+    from data.quality.check import check as look  # noqa: PLC0415
 
     count = len(find_cases(folder, follow_links=follow_links))
     done: list[str] = []
@@ -107,7 +107,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a data set in another layout; grids and voxel values are kept, files are copied."""
-    from data.export import export as write  # noqa: PLC0415 - slow to import, not needed for the help
+    from data.datasets.export import export as write  # noqa: PLC0415 - slow to import, not needed for the help
 
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "exporting")

@@ -22,8 +22,8 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
     """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
-    from app.demo import COMMANDS, run_demo  # noqa: PLC0415 - slow to import, not needed for the help
     from app.evaluation.evaluate import rows  # noqa: PLC0415
+    from app.experiments.demo import COMMANDS, run_demo  # noqa: PLC0415 - slow to import, not needed for the help
 
     with terminal.watched() as on_progress:
         outcome = run_demo(out, on_progress=on_progress)

@@ -192,14 +192,8 @@ def _official(
     as_json: bool,
 ) -> None:
     """The table of ``--rules``."""
+    from app.evaluation.brats.challenge import challenge_rules, evaluate_by_rules, remarks, rows, write_table
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.official.challenge import (  # noqa: PLC0415
-        challenge_rules,
-        evaluate_by_rules,
-        remarks,
-        rows,
-        write_table,
-    )
     from app.notice import NOTICE  # noqa: PLC0415
 
     rules = challenge_rules(year, task)
@@ -256,8 +250,8 @@ def _subsets(
     from app.inference.ensemble import load_predictor  # noqa: PLC0415
     from app.inference.subsets import Which, choose_cases, convention_for, rows, score_subsets, write_table  # noqa: PLC0415
     from app.notice import NOTICE  # noqa: PLC0415
-    from app.runtime import RuntimeConfig  # noqa: PLC0415
-    from data.layouts import find_cases  # noqa: PLC0415
+    from app.system.device import RuntimeConfig  # noqa: PLC0415
+    from data.datasets.layouts import find_cases  # noqa: PLC0415
 
     if out is not None:
         require_table_place(out)

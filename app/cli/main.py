@@ -29,7 +29,7 @@ from app.cli import (
 from app.cli.streams import outlasting_streams
 from app.cli.verbs import Verb, Verbs, quietly, verb
 from app.errors import EXIT_INTERRUPTED
-from app.process import share_processors
+from app.system.process import share_processors
 
 _FIVE_THINGS = """\
 Usage: znormseg COMMAND ...

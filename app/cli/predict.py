@@ -14,10 +14,10 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from app.inference.cohort import Engine
-    from app.inference.job import Job
+    from app.inference.batch.cohort import Engine
+    from app.inference.batch.job import Job
+    from data.datasets.layouts import Case
     from data.labels import Contrast
-    from data.layouts import Case
 
 EXAMPLES = """\
 znormseg predict RUN NEW_CASES PREDICTIONS
@@ -169,13 +169,13 @@ def predict(
     for sentence, applies in refused.items():
         if applies:
             raise typer.BadParameter(sentence)
+    from app.config.inference import PredictOptions  # noqa: PLC0415
     from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.inference.challenge import Delivery  # noqa: PLC0415
-    from app.inference.cohort import predict_each  # noqa: PLC0415
-    from app.inference.job import Job, Native  # noqa: PLC0415
-    from app.inference.output import require_place_of_its_own  # noqa: PLC0415
-    from app.inference.settings import PredictOptions  # noqa: PLC0415
-    from app.runtime import RuntimeConfig  # noqa: PLC0415
+    from app.inference.batch.challenge import Delivery  # noqa: PLC0415
+    from app.inference.batch.cohort import predict_each  # noqa: PLC0415
+    from app.inference.batch.job import Job, Native  # noqa: PLC0415
+    from app.inference.batch.output_folder import require_place_of_its_own  # noqa: PLC0415
+    from app.system.device import RuntimeConfig  # noqa: PLC0415
     from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
 
     answer_on: Contrast | None = "t1c" if space is None else next((c for c in CONTRASTS if c == space), None)
@@ -189,7 +189,7 @@ def predict(
         raise ConfigError(f"--device: {error}") from error
     native = None
     if prepare:
-        from data.bring_in import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
+        from data.native_space.to_brats import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
 
         native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
     held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
@@ -244,7 +244,7 @@ def predict(
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
     """RUN, INPUT (any where four files stand for it) and OUTPUT."""
     if challenge:
-        from app.inference.challenge import INPUT, MODEL, OUTPUT  # noqa: PLC0415 - rarely needed
+        from app.inference.batch.challenge import INPUT, MODEL, OUTPUT  # noqa: PLC0415 - rarely needed
 
         if files or len(places) not in (0, 2):
             raise typer.BadParameter("with --challenge give nothing, RUN, or RUN, INPUT and OUTPUT")
@@ -281,11 +281,11 @@ def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
 
 def _elsewhere(job: Job, engine: str, devices: str | None, workers: int | None) -> Engine | None:
     """The engine that starts other processes; None where this one does the work."""
-    from app.inference.workers import InProcesses, devices_of, slots_of  # noqa: PLC0415 - slow to import
+    from app.inference.batch.process_pool import InProcesses, devices_of, slots_of  # noqa: PLC0415 - slow to import
 
     slots = slots_of(1 if workers is None else workers)
     if engine == "ray":
-        from app.inference.rayengine import OnRay, ray_module  # noqa: PLC0415
+        from app.inference.batch.ray_pool import OnRay, ray_module  # noqa: PLC0415
 
         ray_module()
         return OnRay(job=job, processes=len(slots))
@@ -297,7 +297,7 @@ def _elsewhere(job: Job, engine: str, devices: str | None, workers: int | None) 
 
 
 def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:
-    from data.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
+    from data.datasets.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
 
     if files:
         return (case_from_files(files, all_contrasts=False),)  # whether that is enough, the run will tell
@@ -305,7 +305,7 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 
 def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
-    from app.inference.cohort import Prediction  # noqa: PLC0415 - slow to import
+    from app.inference.batch.cohort import Prediction  # noqa: PLC0415 - slow to import
     from app.notice import NOTICE  # noqa: PLC0415
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]

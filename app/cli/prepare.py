@@ -10,9 +10,9 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from data.bring_in import BroughtIn, NativeCase
+    from data.datasets.layouts import Case
     from data.labels import Contrast
-    from data.layouts import Case
+    from data.native_space.to_brats import BroughtIn, NativeCase
 
 #: Options by task, as the help shows them.
 PANELS = {
@@ -62,10 +62,10 @@ def prepare(
         raise typer.BadParameter("with --t1, --t1c, --t2 and --flair give OUT alone" if files else "give CASE and OUT")
     from app.errors import EXIT_DATA, EXIT_SOME_FAILED  # noqa: PLC0415 - not needed for the help
     from app.progress import LOG, Progress  # noqa: PLC0415
-    from data.bring_in import BringInConfig, bring_in, read_native  # noqa: PLC0415 - slow to import
-    from data.brought_in_files import require_empty, write_case  # noqa: PLC0415
+    from data.datasets.layouts import Case, case_from_files  # noqa: PLC0415
     from data.errors import DataError  # noqa: PLC0415
-    from data.layouts import Case, case_from_files  # noqa: PLC0415
+    from data.native_space.case_files import require_empty, write_case  # noqa: PLC0415
+    from data.native_space.to_brats import BringInConfig, bring_in, read_native  # noqa: PLC0415 - slow to import
 
     out, config = places[-1], BringInConfig(n4=n4, mask=mask)
     require_empty(out)
@@ -102,10 +102,10 @@ def prepare(
 
 def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
     """NIfTI cases, or where there are none the one study of DICOM files."""
-    from data.bring_in import NativeCase  # noqa: PLC0415 - slow to import
-    from data.dicom import read_study  # noqa: PLC0415
-    from data.dicom_files import is_study  # noqa: PLC0415
-    from data.layouts import find_cases  # noqa: PLC0415
+    from data.datasets.layouts import find_cases  # noqa: PLC0415
+    from data.dicom.files import is_study  # noqa: PLC0415
+    from data.dicom.study import read_study  # noqa: PLC0415
+    from data.native_space.to_brats import NativeCase  # noqa: PLC0415 - slow to import
 
     if not is_study(place):
         return find_cases(place, follow_links=follow_links)

@@ -11,8 +11,8 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from app.ranking.rank import Ranking
-    from app.ranking.scores import Scored
+    from app.evaluation.ranking.rank import Ranking
+    from app.evaluation.ranking.scores import Scored
 
 EXAMPLES = """\
 znormseg rank OURS THEIRS --references REFERENCES --out ranking
@@ -61,12 +61,12 @@ def rank(
         raise typer.BadParameter("--rules goes with --references")
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
+    from app.evaluation.brats.challenge import challenge_rules  # noqa: PLC0415
     from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.official.challenge import challenge_rules  # noqa: PLC0415
-    from app.ranking.page import write_page  # noqa: PLC0415
-    from app.ranking.rank import difference_rows, rows, write_table  # noqa: PLC0415
-    from app.ranking.rank import rank as rank_sets  # noqa: PLC0415
-    from app.ranking.scores import load  # noqa: PLC0415
+    from app.evaluation.ranking.rank import difference_rows, rows, write_table  # noqa: PLC0415
+    from app.evaluation.ranking.rank import rank as rank_sets  # noqa: PLC0415
+    from app.evaluation.ranking.scores import load  # noqa: PLC0415
+    from app.reports.ranking import write_page  # noqa: PLC0415
 
     chosen = None if rules is None else challenge_rules(rules, task or "GLI")
     for place in (page, out):

@@ -52,7 +52,7 @@ def report(
     """
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
-    from app.report.report import report as write_report  # noqa: PLC0415 - slow to import, not for the help
+    from app.reports.report import report as write_report  # noqa: PLC0415 - slow to import, not for the help
 
     with terminal.watched() as on_progress:
         written = write_report(

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import typer
 
-from app.process import stopping_signals
+from app.system.process import stopping_signals
 
 if TYPE_CHECKING:
     from app.progress import OnProgress, Progress
@@ -87,8 +87,8 @@ def conventions(labels: str | None) -> tuple[str | None, str | None]:
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Names of configs that begin so, for the shell; read from their folder: importing app.config takes seconds."""
-    names = (Path(entry.name).stem for entry in resources.files("app.configs").iterdir() if ".yaml" in entry.name)
+    """Names of configs that begin so, for the shell; read from their folder: importing app.config.load takes seconds."""
+    names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
     return sorted(name for name in names if name.startswith(incomplete))
 
 

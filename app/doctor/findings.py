@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Final, Literal
 
 from app.doctor.probe import Gpu, Package, Place, Probe
-from app.runtime import TENSOR_CORES
+from app.system.device import TENSOR_CORES
 
 Level = Literal["ok", "note", "warning", "problem"]
 

@@ -17,9 +17,9 @@ from typing import Final
 
 import torch
 
-from app.caching import cache_folder
-from app.machine import MemoryLimit, cores, free_disk, memory_limits, processor_quota
-from app.runtime import bf16_flags, processor
+from app.runs.case_cache import cache_folder
+from app.system.device import bf16_flags, processor
+from app.system.resources import MemoryLimit, cores, free_disk, memory_limits, processor_quota
 
 #: The vendor's number on the PCI bus.
 _NVIDIA: Final = "0x10de"

@@ -30,9 +30,9 @@ from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
 from app.progress import LOG
+from data.datasets.layouts import Case, decide_for, find_label_cases
 from data.errors import DataError
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values, values_in
-from data.layouts import Case, decide_for, find_label_cases
 from data.nifti import (
     Spacing,
     Volume,
@@ -196,7 +196,7 @@ def evaluate(
     References are never changed: scores, distances and volumes are those on their grid.
 
     Args:
-        predictions: folder of predicted label maps, laid out as ``data.layouts.find_label_maps`` accepts.
+        predictions: folder of predicted label maps, laid out as ``data.datasets.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
         resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
         nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.

@@ -10,17 +10,17 @@ from typing import Any, Final
 from torch import nn
 
 from app.errors import DeviceError, RunError
-from app.exporting import bundle, formats
+from app.exporting import formats, monai_export
 from app.exporting.parity import Answer, Parity, compare, windows_of
 from app.exporting.places import folder_when_complete, require_empty
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
-from app.modelfolder import SUMS_FILE, describe, seal
 from app.progress import OnProgress, Progress, silent
-from app.runlog import read_json, write_json
-from app.runtime import Runtime, versions, without_avx2
+from app.runs.folder import read_json, write_json
+from app.runs.model_card import SUMS_FILE, describe, seal
+from app.system.device import Runtime, versions, without_avx2
+from data.contrasts import presence_mask
 from data.labels import CONTRASTS, REGIONS, region_codes
-from data.presence import presence_mask
 from models import GivenPresence, build_network
 
 FORMATS: Final = ("openvino", "onnx", "monai-bundle")
@@ -83,7 +83,7 @@ def export_run(
         formats.require_onnx()
     model = _one_network(run)
     if file_format == "monai-bundle":
-        bundle.require_monai(model, run)
+        monai_export.require_monai(model, run)
     description = describe(run)
     network = _network_of(model)
     told(0.1, "windows to compare on")
@@ -93,7 +93,7 @@ def export_run(
         writers: Mapping[str, Callable[[], Answer]] = {
             "openvino": lambda: formats.write_openvino(network, windows[0], beside),
             "onnx": lambda: formats.write_onnx(network, windows[0], beside),
-            "monai-bundle": lambda: bundle.write_bundle(model, description, beside),
+            "monai-bundle": lambda: monai_export.write_bundle(model, description, beside),
         }
         parity = compare(network, writers[file_format](), windows, source)
         parity.require(f"{run} as {file_format}")

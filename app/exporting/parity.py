@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from app.errors import RunError
+from app.inference.batch.predict import require_contrasts
 from app.inference.model import Model
-from app.inference.places import window_places
-from app.inference.predict import require_contrasts
 from app.inference.probabilities import in_whole_volume
+from app.inference.sliding_window.grid import window_places
+from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
 from data.labels import from_regions
-from data.layouts import Case, find_cases
 from data.phantoms import write_phantoms
 from data.preprocess import prepare
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.errors import RunError
-from app.modelfolder import SUMS_FILE
+from app.runs.model_card import SUMS_FILE
 from data.partial import partial_name
 
 

@@ -19,14 +19,14 @@ from app.errors import RunError
 from app.inference.calibration import Calibration, calibration_from_json
 from app.inference.model import Facts, Model, Predictor, config_of, facts_of, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
-from app.runlog import read_json
-from app.runtime import Runtime
+from app.runs.folder import read_json
+from app.system.device import Runtime
 from data.labels import LabelConvention
 from data.nifti import Spacing
 from data.preprocess import SPACING_TOLERANCE
 
 if TYPE_CHECKING:
-    from app.config import RunConfig
+    from app.config.load import RunConfig
 
 #: Describes an ensemble, in its folder.
 ENSEMBLE_FILE: Final = "ensemble.json"

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from app.inference.known import UNKNOWN, TrainingRecord
-from app.inference.trust import Trust
+from app.inference.confidence import Trust
+from app.runs.training_record import UNKNOWN, TrainingRecord
+from data.datasets.layouts import patient_of
 from data.labels import REGIONS, Contrast, Region
-from data.layouts import patient_of
 
 #: Whole tumours below this are tiny: a ball of 10 mm, the least that is measurable by the RANO criteria (Wen et al., J
 #: Clin Oncol 28, 1963, 2010). A few voxels more or less are much of it.

@@ -8,21 +8,21 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from app.checkpoints import Saved, load_newest, load_newest_arrays
 from app.errors import ConfigError, RunError
+from app.inference.backends.executors import Engine, TorchEngine, make_engine
 from app.inference.backends.graph import GRAPH_KEY, Graph, graph_from_json
 from app.inference.calibration import NOT_CALIBRATED, Calibration
-from app.inference.engines import Engine, TorchEngine, make_engine
-from app.inference.places import Size
 from app.inference.postprocess import Postprocess
+from app.inference.sliding_window.grid import Size
 from app.progress import LOG
-from app.runtime import Runtime
+from app.runs.checkpoints import Saved, load_newest, load_newest_arrays
+from app.system.device import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
 
 # What imports torch is imported where it is used: predicting with OpenVINO does without it.
 if TYPE_CHECKING:
-    from app.config import RunConfig
+    from app.config.load import RunConfig
     from app.inference.backends.torch_backend import GraphNetwork
 
 
@@ -167,7 +167,7 @@ def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
     Raises:
         RunError: it is not one of this version.
     """
-    from app.config import from_plain  # noqa: PLC0415 - see above
+    from app.config.load import from_plain  # noqa: PLC0415 - see above
 
     try:
         return from_plain(dict(plain), origin)
@@ -248,7 +248,7 @@ def _traced(run: Path, plain: dict[str, Any]) -> Graph:
     Raises:
         ConfigError: its config is not one of this version.
     """
-    from app.config import from_plain  # noqa: PLC0415 - see above
+    from app.config.load import from_plain  # noqa: PLC0415 - see above
     from app.inference.backends.trace import trace_of  # noqa: PLC0415 - see above
 
     LOG.info("%s: of a version that kept no graph of the network; it is made from the code, which takes seconds", run)

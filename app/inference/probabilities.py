@@ -16,20 +16,20 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from app.inference.engines import needed_bytes, window_divisor
-from app.inference.ladder import GB, Ladder, Way
+from app.config.inference import DEFAULTS, PredictOptions
+from app.inference.backends.executors import needed_bytes, window_divisor
+from app.inference.confidence import entropy_bits
 from app.inference.model import Model, Predictor
-from app.inference.places import Size, rounded_up
 from app.inference.postprocess import ByRegion
-from app.inference.settings import DEFAULTS, PredictOptions
-from app.inference.stitch import resized
-from app.inference.trust import entropy_bits
-from app.process import give_back_large_blocks
-from app.runtime import Runtime
+from app.inference.sliding_window.grid import Size, rounded_up
+from app.inference.sliding_window.memory_fallback import GB, Ladder, Way
+from app.inference.sliding_window.numpy_blend import resized
+from app.system.device import Runtime
+from app.system.process import give_back_large_blocks
+from data.contrasts import presence_mask
 from data.labels import from_regions
 from data.nifti import canonical_spacing
 from data.preprocess import Prepared, to_native_grid
-from data.presence import presence_mask
 
 #: The axes of the brain box (after that of contrasts or regions) that are mirrored, of every answer; the first of none.
 FLIPS: Final[tuple[tuple[int, ...], ...]] = tuple(axes for count in range(4) for axes in combinations((1, 2, 3), count))

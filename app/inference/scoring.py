@@ -5,9 +5,9 @@ from __future__ import annotations
 from app.evaluation.metrics import dice
 from app.inference.model import Predictor
 from app.inference.probabilities import predict_codes
-from app.runtime import Runtime
+from app.system.device import Runtime
+from data.datasets.layouts import Case
 from data.labels import REGIONS, LabelConvention, Region, decode, to_regions
-from data.layouts import Case
 from data.nifti import read_label_map, reorient, to_native_order
 from data.preprocess import prepare
 

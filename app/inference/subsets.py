@@ -15,13 +15,13 @@ from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
-from app.runlog import read_json
-from app.runtime import Runtime
+from app.runs.folder import read_json
+from app.system.device import Runtime
+from data.contrasts import SUBSETS
+from data.datasets.layouts import Case, convention_of
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, Region
-from data.layouts import Case, convention_of
 from data.nifti import replacing
-from data.presence import SUBSETS
 
 #: Which cases of a data set are scored: those the run did not train on, those it validated on, or all.
 Which = Literal["unseen", "validation", "all"]

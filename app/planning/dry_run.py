@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import app
 from app.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, ConfigError, DeviceError
-from app.machine import Memory, memory_of
 from app.planning.trial import Asked, Told, told_from_json
+from app.system.resources import Memory, memory_of
 from data.errors import DataError
 
 #: Between two looks at the memory of the trial.

@@ -9,14 +9,14 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
-from app.config import RunConfig
+from app.config.load import RunConfig
 from data.labels import CONTRASTS, REGIONS
 from models import DeepLoss, RegionLoss, build_network
 
 #: Kernels' scratch space and what allocators keep, as a factor on what is reckoned: runs of `laptop` with patches of 56
 #: and 96 voxels, batches of 3 and 6, in float32 and bfloat16 on a CPU took 1.28 to 1.36 times as much.
 _MORE: Final = 1.3
-#: Batches that are made ahead of their use, and the one in use, by ``data.loaders.batches``.
+#: Batches that are made ahead of their use, and the one in use, by ``data.patches.sampler.batches``.
 _BATCHES: Final = 5
 
 

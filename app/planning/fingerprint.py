@@ -12,12 +12,12 @@ from typing import Any, Final
 
 import numpy as np
 
+from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of, values_of
+from data.datasets.layouts import Case, decide_for, find_cases
 from data.errors import DataError
 from data.labels import LabelConvention
-from data.layouts import Case, decide_for, find_cases
 from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_image, read_label_map, reorient
 from data.preprocess import smallest_box
-from data.tumours import LabelMap, read_label_maps, tumours_of, values_of
 
 #: Cases whose images are read for the sizes of brain and tumour; more take minutes and change a median little.
 SAMPLE: Final = 24
@@ -109,7 +109,7 @@ def read_data_set(
     """Take the fingerprint of a data set: every header and label map, and the images of a sample.
 
     Args:
-        root: a data set in any layout of :func:`data.layouts.find_cases`.
+        root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
         labels: name of the label convention, where the data set does not tell.
         follow_links: accept symbolic links that lead out of ``root``.
         on_case: called with the id of each case of the sample that was read, and the share of the sample that is done.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from app.config import RunConfig
+from app.config.load import RunConfig
 from app.errors import MemoryShortError
 from app.planning.dry_run import Needed, TooMuch, held_words
 from app.planning.estimate import Estimate, estimate

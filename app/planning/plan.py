@@ -11,11 +11,9 @@ from typing import Any, Final
 
 import torch
 
-from app.caching import cache_bytes, cache_folder
-from app.config import RunConfig, load_config, to_plain, to_yaml
+from app.config.load import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
-from app.inference.places import window_starts
-from app.machine import MemoryLimit, cores, free_disk, memory_limits
+from app.inference.sliding_window.grid import window_starts
 from app.planning.dry_run import TooMuch, held_words, prepare, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
 from app.planning.fit import Attempt, Fitted, fit
@@ -30,11 +28,13 @@ from app.planning.rules import (
 )
 from app.planning.trial import Asked
 from app.progress import OnProgress, Progress, silent
-from app.runtime import choose_runtime
-from data.layouts import patients_of
-from data.loaders import MOST_OPEN
-from data.splits import Split, stratified_split
-from data.tumours import tumours_of
+from app.runs.case_cache import cache_bytes, cache_folder
+from app.system.device import choose_runtime
+from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
+from data.datasets.label_stats import tumours_of
+from data.datasets.layouts import patients_of
+from data.datasets.splits import Split, stratified_split
+from data.patches.sampler import MOST_OPEN
 
 #: Training cases that a dry run prepares and draws patches from.
 _TRIAL_CASES: Final = 8

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Final
 
-from app.config import RunConfig
+from app.config.load import RunConfig
 from app.planning.estimate import estimate
 from app.planning.fingerprint import Fingerprint
 from data.nifti import Spacing

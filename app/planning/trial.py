@@ -20,25 +20,25 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from app import checkpoints
-from app.caching import prepared_cases
-from app.config import RunConfig, from_plain, to_plain
+from app.config.load import RunConfig, from_plain, to_plain
 from app.errors import exit_code, is_out_of_memory, message
-from app.machine import memory_of
-from app.process import keep_freed_memory
-from app.runlog import MetricsLog, write_json
-from app.runtime import Runtime, choose_runtime
+from app.runs import checkpoints
+from app.runs.case_cache import prepared_cases
+from app.runs.folder import MetricsLog, write_json
+from app.system.device import Runtime, choose_runtime
+from app.system.process import keep_freed_memory
+from app.system.resources import memory_of
 from app.training import gradient
 from app.training.schedule import learning_rate
 from app.training.state import State, new_state, to_checkpoint
 from app.training.step import Stepper, loss_for
 from app.training.telemetry import Telemetry
-from app.training.validate import validation_dice
+from app.training.validation import validation_dice
+from data.contrasts import presence_mask
+from data.datasets.label_stats import read_label_maps
+from data.datasets.layouts import find_cases
 from data.labels import CONTRASTS, CONVENTIONS
-from data.layouts import find_cases
-from data.loaders import CachedCase, PatchSource, batches, cache_cases
-from data.presence import presence_mask
-from data.tumours import read_label_maps
+from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from models import GivenPresence
 
 #: Steps before the ones that are timed: the first allocates, and chooses its kernels.

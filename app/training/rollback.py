@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from app import checkpoints
-from app.runlog import write_durably, write_json
-from data.loaders import Batch
+from app.runs import checkpoints
+from app.runs.folder import write_durably, write_json
+from data.patches.sampler import Batch
 
 #: Batches that are kept; older ones go.
 _MOST_KEPT: Final = 8

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from app.training.settings import TrainingConfig
+from app.config.training import TrainingConfig
 
 
 def spent_share(config: TrainingConfig, *, step: int, seconds: float, validation_seconds: float) -> float:

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from app import checkpoints
-from app.config import RunConfig
-from app.runtime import Runtime
-from app.training.average import WeightAverage
-from app.training.settings import TrainingConfig
+from app.config.load import RunConfig
+from app.config.training import TrainingConfig
+from app.runs import checkpoints
+from app.system.device import Runtime
+from app.training.ema import WeightAverage
 from data.labels import REGIONS
 from models import build_network
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from app.config import RunConfig
-from app.runtime import Runtime
+from app.config.load import RunConfig
+from app.system.device import Runtime
 from app.training.distributed import ALONE, World
 from app.training.state import State
 from app.training.telemetry import Telemetry
-from data.loaders import Batch
+from data.patches.sampler import Batch
 from models import DeepLoss, RegionLoss, with_presence
 
 

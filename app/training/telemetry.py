@@ -9,7 +9,7 @@ from dataclasses import asdict
 from torch import nn
 from torch.optim import Optimizer
 
-from app.runlog import MetricsLog
+from app.runs.folder import MetricsLog
 from znorm.overlap import OverlapWatch, find_junctions, watch_overlap
 from znorm.stats import LayerGradient, StepObservation, observe_step
 

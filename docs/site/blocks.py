@@ -1,4 +1,4 @@
-"""Blocks of code in the documents, and the marks above them; tests/test_docs_commands.py runs them.
+"""Blocks of code in the documents, and the marks above them; tests/system/test_docs_commands.py runs them.
 
 A mark is an HTML comment of its own line above a block: ``<!-- no-run: why -->`` or ``<!-- given: RUN, OTHER=RUN -->``.
 ``<!-- no-run, whole page: why -->`` holds for every block below it.

@@ -92,7 +92,8 @@ def _commands(name: str, command: Any, parent: Any) -> Iterator[tuple[list[str],
 def config() -> Page:
     """Every key of a config: default, type, meaning, and what the named configs have."""
     named = {
-        path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("app/configs/*.yaml"))
+        path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for path in sorted(ROOT.glob("app/config/named/*.yaml"))
     }
     lines = [
         "# Config",

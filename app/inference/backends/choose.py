@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final, Literal, get_args
 
 from app.errors import DeviceError
-from app.runtime import Runtime, RuntimeConfig, choose_runtime, cpu_precision, limit_below_avx512, without_avx2
+from app.system.device import Runtime, RuntimeConfig, choose_runtime, cpu_precision, limit_below_avx512, without_avx2
 
 Backend = Literal["auto", "torch", "openvino"]
 

@@ -1,0 +1,1 @@
+"""RunConfig: its sections, loading it from YAML, and what each field means."""

@@ -1,0 +1,294 @@
+"""The complete configuration of a run: the owners' configs in one, read from YAML and strictly checked.
+
+Precedence: a config file (named or by path), then ``--set section.key=value``; nothing else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from app.config.gradient import GradientConfig
+from app.config.inference import InferenceConfig
+from app.config.training import TrainingConfig
+from app.errors import ConfigError
+from app.system.device import RuntimeConfig
+from data.filesystem import why
+from data.labels import CONTRASTS
+from data.patches.augmentation import AugmentConfig
+from models import NetworkConfig, patch_divisor
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """How cases are prepared."""
+
+    spacing_mm: float | None = None
+    """Isotropic spacing the network works at; null takes the median of the training cases."""
+    nan_to_zero: bool = False
+    """Take image voxels that are NaN or infinite as 0 instead of refusing their case."""
+
+    def __post_init__(self) -> None:
+        if self.spacing_mm is not None and not 0.25 <= self.spacing_mm <= 10:
+            raise ValueError(f"data.spacing_mm: from 0.25 to 10 mm, or null, got {self.spacing_mm:g}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Everything that decides a run, but for data, fold and folder."""
+
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    gradient: GradientConfig = field(default_factory=GradientConfig)
+    training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=50_000))
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    inference: InferenceConfig = field(default_factory=InferenceConfig)
+    runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
+
+    def __post_init__(self) -> None:
+        divisor = patch_divisor(self.network)
+        bad = [side for side in self.training.patch_voxels if side % divisor or side < 2 * divisor]
+        if bad:
+            raise ValueError(
+                f"training.patch_voxels: {list(self.training.patch_voxels)} does not fit the network: with "
+                f"{len(self.network.channels)} levels (network.channels) every side must be a multiple of {divisor}, "
+                f"and at least {2 * divisor}"
+            )
+
+    @property
+    def takes_missing_contrasts(self) -> bool:
+        """Whether the network is told which contrasts are there, by one channel more for each."""
+        return self.augment.contrast_dropout > 0
+
+    @property
+    def input_channels(self) -> int:
+        """Channels of the network's input: the contrasts, and their presence where it is told."""
+        return len(CONTRASTS) * (2 if self.takes_missing_contrasts else 1)
+
+
+class _Document(BaseModel):
+    """Hands strictness on to the dataclasses inside, which know nothing of pydantic."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+    run: RunConfig
+
+
+def config_names() -> list[str]:
+    """Names that ``--config`` takes."""
+    return sorted(
+        Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if _is_yaml(entry.name)
+    )
+
+
+def purpose(name: str) -> str:
+    """What a named config is for: the first sentence of the comment at the head of its file."""
+    text, _ = _read(name)
+    head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
+    return " ".join(line.lstrip("# ") for line in head).partition(". ")[0].rstrip(".")
+
+
+def load_config(
+    name_or_path: str, overrides: Sequence[str] = (), *, sections: Mapping[str, Mapping[str, Any]] | None = None
+) -> RunConfig:
+    """Read a config and apply overrides.
+
+    Args:
+        name_or_path: one of :func:`config_names`, or the path of a YAML file.
+        overrides: ``section.key=value``, the value in YAML. Setting one of ``training.steps`` and ``training.hours``
+            clears the other.
+        sections: values by section and key that replace those of the file, before the overrides.
+
+    Raises:
+        ConfigError: no such config, not YAML, an unknown key, a value of the wrong type or out of range.
+    """
+    text, origin = _read(name_or_path)
+    return parse_config(text, origin, overrides, sections=sections)
+
+
+def parse_config(
+    text: str,
+    origin: str,
+    overrides: Sequence[str] = (),
+    *,
+    sections: Mapping[str, Mapping[str, Any]] | None = None,
+) -> RunConfig:
+    """The same from text; ``origin`` is what messages call it.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    try:
+        content = _load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: not valid YAML ({' '.join(str(error).split())})") from error
+    if content is None:
+        content = {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"{origin}: a config is a mapping of sections, this is a {type(content).__name__}")
+    for section, values in (sections or {}).items():
+        content[section] = {**(content.get(section) or {}), **values}
+    for override in overrides:
+        _apply(content, override)
+    return _validate(content, origin)
+
+
+def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
+    """Config from the plain data that :func:`to_plain` made.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
+    return _validate(content, origin)
+
+
+def to_plain(config: RunConfig) -> dict[str, Any]:
+    """Every key of a config as plain data."""
+    return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def to_yaml(config: RunConfig) -> str:
+    """Every key of a config as YAML that :func:`load_config` reads back."""
+    return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
+
+
+def differences(old: RunConfig, new: RunConfig) -> list[str]:
+    """Keys in which two configs differ, each as ``section.key: old -> new``."""
+    before, after = flat(old), flat(new)
+    return [f"{key}: {before[key]} -> {after[key]}" for key in differing_keys(old, new)]
+
+
+def flat(config: RunConfig) -> dict[str, Any]:
+    """Every value of a config as plain data, by ``section.key``."""
+    return _flatten(to_plain(config))
+
+
+def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
+    """``section.key`` of the values in which two configs differ."""
+    before, after = flat(old), flat(new)
+    return [key for key in before if before[key] != after[key]]
+
+
+def _read(name_or_path: str) -> tuple[str, str]:
+    if name_or_path in config_names():
+        return (resources.files("app.config.named") / f"{name_or_path}.yaml").read_text(encoding="utf-8"), name_or_path
+    path = Path(name_or_path)
+    if not _is_yaml(path.name):
+        close = difflib.get_close_matches(name_or_path, config_names(), n=1)
+        raise ConfigError(
+            f"config {name_or_path!r} is neither a named one ({', '.join(config_names())}) nor the path of a .yaml file"
+            + (f"; did you mean {close[0]}?" if close else "")
+        )
+    try:
+        return path.read_text(encoding="utf-8"), str(path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {name_or_path}: cannot be read ({why(error)})") from error
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as the number it is meant as (YAML 1.1 takes it for text), and refuses what hides or multiplies.
+
+    That is a key that stands twice, and an alias: a few lines of them can stand for more values than memory holds.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases are not read, found *{self.peek_event().anchor}; write the value out")  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"{key} stands there twice, line {node.start_mark.line + 1} and on")
+        return super().construct_mapping(node, deep=deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def _load_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+
+
+def _is_yaml(name: str) -> bool:
+    return name.endswith((".yaml", ".yml"))
+
+
+def _apply(content: dict[str, Any], override: str) -> None:
+    """Apply one ``section.key=value``."""
+    key, equals, text = override.partition("=")
+    path = key.strip().split(".")
+    if not equals or not all(path):
+        raise ConfigError(f"--set {override}: expected section.key=value, such as training.steps=200")
+    try:
+        value = _load_yaml(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+    place = content
+    for section in path[:-1]:
+        place = place.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    place[path[-1]] = value
+    budget = {"steps": "hours", "hours": "steps"}
+    if path[:-1] == ["training"] and path[-1] in budget and value is not None:
+        place[budget[path[-1]]] = None
+
+
+def _validate(content: dict[str, Any], origin: str) -> RunConfig:
+    try:
+        text = json.dumps({"run": content}, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{origin}: holds a value that is no number, text, list or mapping ({error})") from error
+    try:
+        return _Document.model_validate_json(text).run
+    except ValidationError as error:
+        raise ConfigError("\n".join(_in_words(detail, origin) for detail in error.errors())) from error
+
+
+def _in_words(detail: Any, origin: str) -> str:
+    """One finding of pydantic as: where, what came, what is allowed."""
+    path = ".".join(str(part) for part in detail["loc"][1:])
+    if detail["type"] == "unexpected_keyword_argument":
+        known = [key for key in _known_keys() if key.rpartition(".")[0] == path.rpartition(".")[0]]
+        if path in ("training.minutes", "training.epochs"):
+            return f"{origin}: unknown key {path}; the budget is training.hours (0.1 is six minutes) or training.steps"
+        close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+        advice = (
+            f"did you mean {close[0]}?" if close else f"known here: {', '.join(k.rpartition('.')[2] for k in known)}"
+        )
+        return f"{origin}: unknown key {path}; {advice}"
+    text = str(detail["msg"]).removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        return f"{origin}: {text}"
+    return f"{origin}: {path}: {text[0].lower()}{text[1:]}, got {json.dumps(detail['input'])}"
+
+
+def _known_keys() -> list[str]:
+    """Every section and key, with its path."""
+    plain = to_plain(RunConfig())
+    keys = list(_flatten(plain))
+    return sorted({".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)})
+
+
+def _flatten(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,217 @@
+"""Run ``brats-evaluate``, the scorer of the BraTS challenges of 2026, one process a case.
+
+It belongs to the package brats-evaluation, which is no dependency and is never imported: it has a licence and an
+environment of its own. This module knows where the command is, what it takes and what it writes; facts are from
+brats-evaluation 0.0.10 with panoptica 2.1.7.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final
+
+from app.errors import MissingToolError
+from app.system.process import granted_processors
+from app.system.resources import memory_limits, threads
+from app.system.worker_process import how_it_ended
+from data.errors import DataError
+
+COMMAND: Final = "brats-evaluate"
+PACKAGE: Final = "brats-evaluation"
+#: What the numbers depend on, and the versions this project was tested with.
+TESTED: Final[Mapping[str, str]] = {PACKAGE: "0.0.10", "panoptica": "2.1.7"}
+#: A case of 240 x 240 x 155 voxels takes seconds; thousands of small components may take very much longer.
+TIMEOUT_S: Final = 3600.0
+#: The command pairs files by the five digits in their names; with one case in a folder any will do.
+FILE: Final = "00000.nii.gz"
+
+_PINNED: Final = " ".join(f"{name}=={version}" for name, version in TESTED.items())
+_INSTALL: Final = (
+    f"Install it into its own environment, python -m venv ENV && ENV/bin/pip install {_PINNED}, and put "
+    f"ENV/bin/{COMMAND} on the PATH. Its metadata state the licence AGPL-3.0, the licence file in it is Apache-2.0; "
+    "znormseg contains no part of it and only runs the command"
+)
+_TAIL_LINES, _TAIL_CHARACTERS = 3, 400
+#: What one process may need: 0.4 GB were measured on 240 x 240 x 155 voxels.
+_BYTES_EACH: Final = 1 << 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class Installed:
+    """The command as it was found."""
+
+    command: Path
+    """The executable."""
+    versions: Mapping[str, str | None]
+    """Of the packages in :data:`TESTED`; None where the environment of the command does not say."""
+
+    @property
+    def doubt(self) -> str | None:
+        """Which versions are not those tested, in words; None where all are."""
+        others = {name: version for name, version in self.versions.items() if version != TESTED[name]}
+        if not others:
+            return None
+        found = " and ".join(f"{name} {version or 'of unknown version'}" for name, version in others.items())
+        return (
+            f"{self.command} belongs to {found}; znormseg was tested with {_PINNED}. The numbers are those of your "
+            "version."
+        )
+
+
+def find_installed() -> Installed:
+    """The command on the PATH.
+
+    Raises:
+        MissingToolError: it is not there; the message says how to install it, and its licence.
+    """
+    found = shutil.which(COMMAND)
+    if found is None:
+        raise MissingToolError(
+            f"--rules brats2026: no command {COMMAND} on the PATH. The challenges of 2026 are scored by the package "
+            f"{PACKAGE}. {_INSTALL}."
+        )
+    return Installed(command=Path(found), versions=_versions(Path(found)))
+
+
+def _versions(command: Path) -> dict[str, str | None]:
+    """Versions from the metadata files of the environment that a command lies in; nothing of it is run or imported."""
+    root = command.resolve().parent.parent
+    folders = [str(found) for pattern in _SITES for found in sorted(root.glob(pattern))]
+    return {
+        name: next((one.version for one in metadata.distributions(name=name, path=folders)), None) for name in TESTED
+    }
+
+
+_SITES: Final = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages", "Lib/site-packages")
+
+
+def processes_at_once() -> int:
+    """How many processes this machine has room for: one a processor, and a gigabyte of memory for each."""
+    free = min((limit.free_bytes for limit in memory_limits()), default=None)
+    processors = min(threads(), granted_processors())
+    return processors if free is None else max(1, min(processors, free // _BYTES_EACH))
+
+
+class Runner:
+    """Processes of the command, each for one case."""
+
+    def __init__(self, installed: Installed, config: str, *, timeout_s: float = TIMEOUT_S) -> None:
+        """Start nothing yet.
+
+        Args:
+            installed: of :func:`find_installed`.
+            config: name of the package's configuration, e.g. ``gli``.
+            timeout_s: seconds that one case may take, default one hour.
+        """
+        self._installed, self._config, self._timeout_s = installed, config, timeout_s
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._lock, self._closed = Lock(), False
+
+    def stop(self) -> None:
+        """Kill what still runs, and start nothing more; from any thread."""
+        with self._lock:
+            self._closed = True
+            for process in self._running:
+                _kill(process)
+
+    def score(self, folder: Path) -> dict[str, Any]:
+        """What the command says of one case; from any thread.
+
+        Args:
+            folder: holds ``prediction/`` and ``reference/``, each with the label map as :data:`FILE`; output is
+                written beside them.
+
+        Returns:
+            the command's own numbers by its names of regions and metrics.
+
+        Raises:
+            DataError: it crashed, took too long, refused the case, or wrote something else; with its last words.
+            MissingToolError: it cannot be started.
+        """
+        summary, out, err = (folder / name for name in ("summary.json", "stdout", "stderr"))
+        words = ("--config", self._config, "--ref_path", folder / "reference", "--pred_path", folder / "prediction")
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            status = self._run([*words, "--summary_json", summary], folder, stdout=stdout, stderr=stderr)
+        said = _tail(err) or _tail(out) or "it said nothing"
+        if status is None:
+            raise DataError(
+                f"{COMMAND} was stopped after {self._timeout_s:g} s without a result: {said}. "
+                "Are there thousands of small components? Clean the label map, or leave the case out."
+            )
+        if status != 0:
+            raise DataError(f"{COMMAND} {how_it_ended(status)}: {said}. Run it by hand on this case to see more.")
+        try:
+            content = json.loads(summary.read_bytes())
+            (entry,) = content["metrics"]
+            if not isinstance(entry, dict):
+                raise TypeError("an entry of metrics is no object")
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+            raise DataError(
+                f"{COMMAND} wrote no summary of one case that can be read ({type(error).__name__}): {said}. Run it by "
+                "hand on this case to see more."
+            ) from error
+        if "error" in entry:
+            raise DataError(f"{COMMAND} refused the case: {_shortened(str(entry['error']))}")
+        return entry
+
+    def _run(self, words: list[Any], folder: Path, **outputs: Any) -> int | None:
+        """Exit status, or None where it took too long."""
+        # In its environment our paths would hide packages of its own. One thread each: cases are what runs at once.
+        given = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
+        with self._lock:
+            if self._closed:
+                raise KeyboardInterrupt
+            try:
+                # The command comes from the PATH and its arguments from us: no shell takes part. A session of its
+                # own, so that children of it can be killed with it.
+                process = subprocess.Popen(  # noqa: S603
+                    [self._installed.command, *words],
+                    cwd=folder,
+                    env={**given, "OMP_NUM_THREADS": "1"},
+                    stdin=subprocess.DEVNULL,
+                    start_new_session=True,
+                    **outputs,
+                )
+            except OSError as error:
+                raise MissingToolError(
+                    f"{self._installed.command}: cannot be started ({error.strerror}). Is its environment still whole? "
+                    f"{_INSTALL}."
+                ) from error
+            self._running.add(process)
+        try:
+            return process.wait(self._timeout_s)
+        except subprocess.TimeoutExpired:
+            return None
+        finally:
+            with self._lock:
+                _kill(process)
+                self._running.discard(process)
+            process.wait()
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and its children; nothing happens where all have ended."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tail(path: Path) -> str:
+    """The last lines of a file of output as one."""
+    lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return _shortened(" / ".join([line for line in lines if line][-_TAIL_LINES:]))
+
+
+def _shortened(text: str) -> str:
+    """One line of bounded length, the end of what is too long."""
+    line = " ".join(text.split()).rstrip(".")
+    return line if len(line) <= _TAIL_CHARACTERS else f"...{line[-_TAIL_CHARACTERS:]}"

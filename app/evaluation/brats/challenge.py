@@ -1,0 +1,64 @@
+"""The rules of every challenge under one roof: those computed here, and those of 2026, which a command computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from app.evaluation.brats import brats2026, evaluate
+from app.evaluation.brats.brats2026 import PackageEvaluation, PackageRules, evaluate_by_package, package_rules
+from app.evaluation.brats.evaluate import OfficialEvaluation, evaluate_officially
+from app.evaluation.brats.rules import Rules, rules_for
+
+ChallengeRules = Rules | PackageRules
+ChallengeEvaluation = OfficialEvaluation | PackageEvaluation
+
+
+def challenge_rules(year: str, task: str) -> ChallengeRules:
+    """The rules of a year and a task, by their names on the command line.
+
+    Raises:
+        DataError: there is no such year, or the year has not this task; the message lists what there is.
+    """
+    return package_rules(task) if year == brats2026.YEAR else rules_for(year, task)
+
+
+def evaluate_by_rules(
+    predictions: Path,
+    references: Path,
+    rules: ChallengeRules,
+    *,
+    labels: tuple[str | None, str | None] = (None, None),
+    follow_links: bool = False,
+    on_case: Callable[[str, float], None] | None = None,
+) -> ChallengeEvaluation:
+    """Score every case that has a label map in both folders.
+
+    Args and errors are those of :func:`app.evaluation.brats.evaluate.evaluate_officially` and
+    :func:`app.evaluation.brats.brats2026.evaluate_by_package`.
+    """
+    if isinstance(rules, PackageRules):
+        return evaluate_by_package(
+            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
+    return evaluate_officially(
+        predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+    )
+
+
+def rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
+    """The table for the terminal: header, cases, mean and median."""
+    return brats2026.rows(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.rows(evaluation)
+
+
+def remarks(evaluation: ChallengeEvaluation) -> list[str]:
+    """What the numbers of the terminal's table turn on, a sentence each."""
+    return brats2026.remarks(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.remarks(evaluation)
+
+
+def write_table(evaluation: ChallengeEvaluation, path: Path) -> None:
+    """Write all numbers as CSV; see the functions of this name of either module."""
+    if isinstance(evaluation, PackageEvaluation):
+        brats2026.write_table(evaluation, path)
+    else:
+        evaluate.write_table(evaluation, path)

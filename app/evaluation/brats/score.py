@@ -1,0 +1,347 @@
+"""Scores of one case by the rules of a challenge: each region as a whole, and lesion by lesion.
+
+Everything is computed in the joint box of all tissues plus the dilation, and distances in the joint box of what is
+compared, which changes nothing: all beyond is background.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.evaluation.brats.lesions import (
+    Lesions,
+    Mask,
+    Numbers,
+    components,
+    counted,
+    joined_by,
+    joined_components,
+    without_small,
+)
+from app.evaluation.brats.rules import RegionRule, Rules
+from app.evaluation.surfaces import Spacing, corner_codes, robust_distance_mm, surface_areas_mm2
+from data.labels import CYST
+from data.preprocess import smallest_box
+
+Tissues = npt.NDArray[np.uint8]
+Box = tuple[slice, slice, slice]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OfficialScores:
+    """One row of the table of a challenge's script."""
+
+    lesion_dice: float
+    """Mean Dice over the reference's lesions above the threshold and the invented ones, which have 0."""
+    lesion_hd95_mm: float
+    """The same of HD95 in mm, with the rules' penalty for missed and invented lesions."""
+    dice: float
+    """Dice of the whole region ("legacy")."""
+    hd95_mm: float
+    """HD95 of the whole region in mm ("legacy")."""
+    sensitivity: float
+    """Of the whole region; from 2024 on of lesion numbers, not of voxels."""
+    specificity: float
+    """The same."""
+    true_positives: int
+    """Reference lesions above the threshold that a predicted one reaches."""
+    false_positives: int
+    """Predicted lesions that reach none of the reference, whatever its size."""
+    false_negatives: int
+    """Reference lesions above the threshold that none reaches."""
+    reference_volume_mm3: float
+    """Volume of the region in the reference, in mm^3."""
+    nsd_05: float | None = None
+    """Normalised surface Dice at 0.5 mm of the whole region; None in 2023, where the script has none."""
+    nsd_10: float | None = None
+    """At 1 mm."""
+    lesion_nsd_05: float | None = None
+    """Mean over lesions, as :attr:`lesion_dice`."""
+    lesion_nsd_10: float | None = None
+    """At 1 mm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Lesion:
+    """What one lesion of the reference got."""
+
+    voxels: int
+    found: bool
+    dice: float
+    hd95_mm: float
+    """Infinite where it was missed."""
+    nsd: tuple[float, ...]
+
+
+#: Tolerances in mm of the surface Dice that the scripts give.
+TOLERANCES_MM = (0.5, 1.0)
+
+
+def official_scores(
+    prediction: Tissues, reference: Tissues, spacing_mm: Spacing, rules: Rules
+) -> Mapping[str, OfficialScores]:
+    """Score one case as the script of a challenge does.
+
+    Args:
+        prediction: codes of ``data.labels.decode_tissues``, shape (X, Y, Z), in the voxel order of the reference's
+            file, by which lesions are numbered.
+        reference: the same, same grid.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z; single precision, as the scripts read them from the header.
+        rules: of :func:`app.evaluation.brats.rules.rules_for`.
+
+    Returns:
+        by name of the region, in the order of the script's table.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if prediction.shape != reference.shape:
+        raise ValueError(f"prediction of shape {prediction.shape} and reference of shape {reference.shape}")
+    x, y, z = (float(np.float32(edge)) for edge in spacing_mm)
+    case = _Case(prediction=prediction, reference=reference, spacing_mm=(x, y, z), rules=rules)
+    return {rule.name: case.scores(rule) for rule in rules.scored}
+
+
+class _Case:
+    """Both label maps cropped, and the lesions of their regions."""
+
+    def __init__(self, *, prediction: Tissues, reference: Tissues, spacing_mm: Spacing, rules: Rules) -> None:
+        self.rules, self.spacing_mm, self.voxels, self.shape = rules, spacing_mm, reference.size, reference.shape
+        self.voxel_mm3 = math.prod(spacing_mm)
+        self.areas_mm2 = surface_areas_mm2(spacing_mm)
+        margin = max(rule.dilation for rule in rules.regions) + 1
+        box = _grown_box((prediction > 0) | (reference > 0), margin)
+        pair = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
+        masks = {rule.name: _region_masks(pair, rule) for rule in rules.regions}
+        if not any(rule.joins for rule in rules.regions):  # else regions are compared with each other
+            masks = {rule.name: _cropped(masks[rule.name], rule.dilation + 1) for rule in rules.regions}
+        found = [
+            {rule.name: self._lesions(masks[rule.name][side], rule, side) for rule in rules.regions} for side in (0, 1)
+        ]
+        joined = [{rule.name: _joined(rule, side) for rule in rules.scored} for side in found]
+        self.masks, self.predicted, self.expected = masks, joined[0], joined[1]
+
+    def _lesions(self, mask: Mask, rule: RegionRule, side: int) -> Lesions:
+        predicted = side == 0
+        if predicted and not self.rules.joined_predictions:
+            return components(mask)
+        lesions = joined_components(mask, rule.dilation)
+        if not predicted:
+            return lesions
+        least = rule.threshold_mm3 / self.voxel_mm3 if self.rules.least_in_mm3 else rule.threshold_mm3
+        return without_small(lesions, least)
+
+    @property
+    def penalty_mm(self) -> float:
+        """HD95 where one side has nothing."""
+        return math.hypot(*self.shape) if self.rules.penalty_mm is None else self.rules.penalty_mm
+
+    def scores(self, rule: RegionRule) -> OfficialScores:
+        predicted, expected = self.predicted[rule.name], self.expected[rule.name]
+        matches, overlap = _matches(predicted, expected), _overlaps(predicted, expected)
+        lesions = [self._lesion(n, predicted, expected, matches[n], overlap) for n in range(1, expected.most + 1)]
+        there = np.flatnonzero(overlap.sum(axis=0))
+        invented = len(set(there[there > 0].tolist()) - set().union(*matches.values()))
+        counting = [lesion for lesion in lesions if lesion.voxels * self.voxel_mm3 > rule.threshold_mm3]
+        false = invented if self.rules.counts_invented else 0
+        whole = self._whole(rule, predicted, expected)
+        lesion_nsd = [
+            self._mean([lesion.nsd[k] for lesion in counting], false, 0.0, 1.0) for k in range(len(whole.nsd))
+        ]
+        hd95_mm = [self._finite(lesion.hd95_mm) for lesion in counting]
+        return OfficialScores(
+            lesion_dice=self._mean([lesion.dice for lesion in counting], false, 0.0, 1.0),
+            lesion_hd95_mm=self._mean(hd95_mm, false, self.penalty_mm, 0.0),
+            dice=whole.dice,
+            hd95_mm=self._finite(whole.hd95_mm),
+            sensitivity=whole.sensitivity,
+            specificity=whole.specificity,
+            true_positives=sum(lesion.found for lesion in counting),
+            false_positives=invented,
+            false_negatives=sum(not lesion.found for lesion in counting),
+            reference_volume_mm3=int(np.count_nonzero(expected.numbers)) * self.voxel_mm3,
+            **dict(zip(("nsd_05", "nsd_10"), whole.nsd, strict=False)),
+            **dict(zip(("lesion_nsd_05", "lesion_nsd_10"), lesion_nsd, strict=False)),
+        )
+
+    def _finite(self, hd95_mm: float) -> float:
+        return hd95_mm if math.isfinite(hd95_mm) else self.penalty_mm
+
+    @staticmethod
+    def _mean(values: list[float], invented: int, of_invented: float, of_none: float) -> float:
+        """Mean over lesions and invented ones; ``of_none`` where there are neither."""
+        count = len(values) + invented
+        return (math.fsum(values) + invented * of_invented) / count if count else of_none
+
+    def _lesion(
+        self, number: int, predicted: Lesions, expected: Lesions, match: set[int], overlap: npt.NDArray[np.int64]
+    ) -> _Lesion:
+        voxels = int(overlap[number].sum())
+        nothing = tuple(0.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
+        if not match:
+            return _Lesion(voxels=voxels, found=False, dice=0.0, hd95_mm=math.inf, nsd=nothing)
+        chosen = sorted(match)
+        marked = int(overlap[:, chosen].sum())
+        dice = 2.0 * int(overlap[number, chosen].sum()) / (marked + voxels)
+        in_match = np.zeros(predicted.most + 1, dtype=np.bool_)
+        in_match[chosen] = True
+        mask, reference = in_match[predicted.numbers], expected.numbers == number
+        box = smallest_box(mask | reference)
+        mask, reference = mask[box], reference[box]
+        return _Lesion(
+            voxels=voxels, found=True, dice=dice, hd95_mm=self._hd95_mm(mask, reference), nsd=self._nsd(mask, reference)
+        )
+
+    def _hd95_mm(self, prediction: Mask | Tissues, reference: Mask | Tissues) -> float:
+        codes = corner_codes(prediction), corner_codes(reference)
+        return robust_distance_mm(*codes, self.spacing_mm, self.areas_mm2, may_search=True)
+
+    def _nsd(self, prediction: Mask, reference: Mask) -> tuple[float, ...]:
+        if not self.rules.surface_dice:
+            return ()
+        return border_dice(prediction, reference, self.spacing_mm, TOLERANCES_MM)
+
+    def _whole(self, rule: RegionRule, predicted: Lesions, expected: Lesions) -> _Whole:
+        if self.rules.joined_predictions:
+            labels = predicted.numbers, expected.numbers
+        else:
+            first, second = self.masks[rule.name]
+            labels = first.astype(np.int32), second.astype(np.int32)
+        mask, reference = (side > 0 for side in labels)
+        marked = int(np.count_nonzero(mask)), int(np.count_nonzero(reference))
+        sensitivity, specificity = self._shares(*labels)
+        if not any(marked):
+            nsd = tuple(1.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
+            return _Whole(dice=1.0, hd95_mm=0.0, sensitivity=sensitivity, specificity=specificity, nsd=nsd)
+        if not all(marked):
+            nsd = tuple(0.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
+            return _Whole(dice=0.0, hd95_mm=math.inf, sensitivity=sensitivity, specificity=specificity, nsd=nsd)
+        box = smallest_box(mask | reference)
+        as_bytes = [side[box].astype(np.uint8) for side in labels]
+        return _Whole(
+            dice=2.0 * int(np.count_nonzero(mask & reference)) / sum(marked),
+            hd95_mm=self._hd95_mm(*as_bytes),
+            sensitivity=sensitivity,
+            specificity=specificity,
+            nsd=self._nsd(mask[box], reference[box]),
+        )
+
+    def _shares(self, prediction: Numbers, reference: Numbers) -> tuple[float, float]:
+        """Sensitivity and specificity; of lesion numbers n the scripts of 2024 count n, not 1, a voxel."""
+        marked, expected = int(prediction.sum(dtype=np.int64)), int(reference.sum(dtype=np.int64))
+        both = int(np.count_nonzero((prediction == 1) & (reference == 1)))
+        neither = self.voxels - int(np.count_nonzero((prediction == 1) | (reference == 1)))
+        least = self.rules.least_denominator
+        specificity = neither / (neither + (marked - both) + least)
+        return (1.0 if not marked and not expected else both / (expected + least)), specificity
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Whole:
+    """What a whole region got."""
+
+    dice: float
+    hd95_mm: float
+    """Infinite where one side is empty."""
+    sensitivity: float
+    specificity: float
+    nsd: tuple[float, ...]
+
+
+def border_dice(
+    prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerances_mm: tuple[float, ...]
+) -> tuple[float, ...]:
+    """Normalised surface Dice as nnU-Net and MedPy have it: on border voxels, each counted alike.
+
+    A voxel is of the border when one of its six neighbours is outside. This is not the area-weighted surface Dice of
+    ``surface-distance``.
+
+    Args:
+        prediction: shape (X, Y, Z), some voxel marked.
+        reference: same shape, some voxel marked.
+        spacing_mm: voxel edge lengths in mm.
+        tolerances_mm: distances up to each of them count as agreement.
+
+    Returns:
+        for each tolerance 0 to 1 less 5e-9: the original adds 1e-8 to the denominator.
+    """
+    reach = [(math.floor(max(tolerances_mm) / edge),) * 2 for edge in spacing_mm]
+    first, second = (np.pad(_border(mask), reach) for mask in (prediction, reference))
+    sizes = np.count_nonzero(first), np.count_nonzero(second)
+    found = []
+    for tolerance_mm in tolerances_mm:
+        pairs = (first, _within(second, spacing_mm, tolerance_mm)), (second, _within(first, spacing_mm, tolerance_mm))
+        shares = [np.count_nonzero(border & near) / size for (border, near), size in zip(pairs, sizes, strict=True)]
+        found.append(float(sum(shares) / (2 + 1e-8)))
+    return tuple(found)
+
+
+def _border(mask: Mask) -> Mask:
+    """The voxels of a mask of which one of the six neighbours is outside; beyond the grid is outside."""
+    border: Mask = mask ^ ndimage.binary_erosion(mask)
+    return border
+
+
+def _within(border: Mask, spacing_mm: Spacing, tolerance_mm: float) -> Mask:
+    """Voxels that lie within a tolerance of a border, which has background that far around it."""
+    close = border.copy()
+    reach = [math.floor(tolerance_mm / edge) for edge in spacing_mm]
+    for step in itertools.product(*(range(-voxels, voxels + 1) for voxels in reach)):
+        if math.sqrt(sum((n * edge) ** 2 for n, edge in zip(step, spacing_mm, strict=True))) <= tolerance_mm:
+            close |= np.roll(border, step, axis=(0, 1, 2))
+    return close
+
+
+def _region_masks(pair: tuple[Tissues, Tissues], rule: RegionRule) -> tuple[Mask, Mask]:
+    inside = np.zeros(CYST + 1, dtype=np.bool_)
+    inside[list(rule.tissues)] = True
+    return inside[pair[0]], inside[pair[1]]
+
+
+def _cropped(masks: tuple[Mask, Mask], margin: int) -> tuple[Mask, Mask]:
+    """Both masks in their joint box and some voxels around it."""
+    box = _grown_box(masks[0] | masks[1], margin)
+    return np.ascontiguousarray(masks[0][box]), np.ascontiguousarray(masks[1][box])
+
+
+def _grown_box(mask: Mask, margin: int) -> Box:
+    """The box of a mask and some voxels around it; one voxel of an empty mask."""
+    if not mask.any():
+        return (slice(0, 1),) * 3
+    x, y, z = (
+        slice(max(0, part.start - margin), min(size, part.stop + margin))
+        for part, size in zip(smallest_box(mask), mask.shape, strict=True)
+    )
+    return x, y, z
+
+
+def _joined(rule: RegionRule, found: Mapping[str, Lesions]) -> Lesions:
+    """The lesions of a region after those that touch the same lesion of another are one."""
+    lesions = found[rule.name]
+    for other in rule.joins:
+        lesions = joined_by(lesions, found[other])
+    return counted(lesions) if rule.joins else lesions
+
+
+def _matches(predicted: Lesions, expected: Lesions) -> dict[int, set[int]]:
+    """The predicted lesions that reach each dilated lesion of the reference, by its number."""
+    both = (expected.grown > 0) & (predicted.numbers > 0)
+    pairs = set(zip(expected.grown[both].tolist(), predicted.numbers[both].tolist(), strict=True))
+    return {n: {p for e, p in pairs if e == n} for n in range(expected.most + 1)}
+
+
+def _overlaps(predicted: Lesions, expected: Lesions) -> npt.NDArray[np.int64]:
+    """Voxels of each pair of numbers, shape (expected.most + 1, predicted.most + 1); 0 and 0 are not counted."""
+    width = predicted.most + 1
+    marked = (expected.numbers | predicted.numbers) != 0
+    both = np.bincount(expected.numbers[marked].astype(np.int64) * width + predicted.numbers[marked], minlength=width)
+    full = np.zeros((expected.most + 1) * width, dtype=np.int64)
+    full[: len(both)] = both
+    return full.reshape(-1, width)

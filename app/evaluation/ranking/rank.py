@@ -1,0 +1,369 @@
+"""Rank several sets of predictions case by case, and test the differences between each two.
+
+Ranks as BraTS has them: within each case, region and metric the sets are ranked, ties shared; the ranks of a case are
+averaged, and these averages over cases are the score of a set. Two sets are told apart by a permutation test that swaps
+their ranks case by case. Source: Bakas et al., arXiv 1811.02629, section on ranking.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import stats
+
+from app.evaluation.brats import brats2026
+from app.evaluation.evaluate import CALIBRATION, require_table_place
+from app.evaluation.ranking.scores import Scored
+from app.evaluation.statistics import bootstrap_interval, holm, signed_rank
+from data.errors import DataError
+from data.nifti import replacing
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Metrics that are ranked when none are asked for: the first of these groups that all sets have.
+_USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("sq_dsc", "sq_hd95", "rq"), ("dice", "hd95_mm"))
+#: Metrics that are better the lower they are; of the others the higher is better.
+_LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION, *brats2026.LOWER)
+_NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
+PERMUTATIONS: Final = 10_000
+_SHOWN: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How two sets differ in one metric, mean over regions."""
+
+    metric: str
+    """Name of the metric, e.g. ``dice``."""
+    first: str
+    """Name of the first set."""
+    second: str
+    """Name of the second set."""
+    mean: float
+    """Mean over cases of the first less the second."""
+    low: float
+    """Lower end of its 95 % bootstrap interval over cases."""
+    high: float
+    """Upper end."""
+    p: float | None
+    """Two-sided Wilcoxon signed-rank test over cases; None where it cannot be made."""
+    p_holm: float | None
+    """Corrected for the other pairs of sets in this metric."""
+    no_test: str
+    """Why there is no ``p``; else empty."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankTest:
+    """Whether two sets differ in mean rank."""
+
+    first: str
+    """Name of the first set."""
+    second: str
+    """Name of the second set."""
+    difference: float
+    """Mean rank of the first less that of the second: negative where the first is better."""
+    p: float
+    """Permutation test over cases, two-sided."""
+    p_holm: float
+    """Corrected for the other pairs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ranking:
+    """Several sets of predictions, ranked."""
+
+    names: tuple[str, ...]
+    """Of the sets, as they were given."""
+    cases: tuple[str, ...]
+    """Case ids that all sets have, sorted."""
+    regions: tuple[str, ...]
+    """That all sets have."""
+    metrics: tuple[str, ...]
+    """By which was ranked."""
+    values: FloatArray
+    """Scores, shape (sets, cases, regions, metrics)."""
+    case_ranks: FloatArray
+    """Mean rank of each set in each case, shape (sets, cases); 1 is the best."""
+    tests: tuple[RankTest, ...]
+    """Each two sets, in mean rank."""
+    differences: tuple[Difference, ...]
+    """Each two sets, in each metric."""
+    left_out: tuple[str, ...]
+    """Case ids that are not scored in all sets, sorted."""
+    failures: Mapping[str, Mapping[str, str]]
+    """Why cases could not be scored, by name of the set and case id; sets without any are not in it."""
+
+    @property
+    def mean_ranks(self) -> FloatArray:
+        """Shape (sets,)."""
+        return np.asarray(self.case_ranks.mean(axis=1))
+
+    @property
+    def order(self) -> list[int]:
+        """Places of the sets in :attr:`names`, the best first."""
+        return [int(place) for place in np.argsort(self.mean_ranks, kind="stable")]
+
+    def by_case(self, metric: str) -> FloatArray:
+        """One metric, mean over regions, shape (sets, cases)."""
+        return np.asarray(self.values[..., self.metrics.index(metric)].mean(axis=2))
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain Python values."""
+        return {
+            "ranking": [
+                {
+                    "name": self.names[place],
+                    "mean_rank": float(self.mean_ranks[place]),
+                    **{metric: float(self.by_case(metric)[place].mean()) for metric in self.metrics},
+                }
+                for place in self.order
+            ],
+            "regions": list(self.regions),
+            "metrics": list(self.metrics),
+            "rank_tests": [asdict(test) for test in self.tests],
+            "differences": [asdict(difference) for difference in self.differences],
+            "cases": [
+                {
+                    "case": case,
+                    "mean_rank": dict(zip(self.names, self.case_ranks[:, place].tolist(), strict=True)),
+                    **{
+                        metric: dict(zip(self.names, self.by_case(metric)[:, place].tolist(), strict=True))
+                        for metric in self.metrics
+                    },
+                }
+                for place, case in enumerate(self.cases)
+            ],
+            "cases_left_out": len(self.left_out),
+            "left_out": list(self.left_out),
+            "failures": {name: dict(reasons) for name, reasons in self.failures.items()},
+        }
+
+
+def is_lower_better(metric: str) -> bool:
+    """Whether a lower number of a metric is the better one."""
+    return metric in _LOWER
+
+
+def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
+    """Rank sets of predictions over the cases that all of them have.
+
+    Args:
+        sets: two or more, with names of their own.
+        metrics: by which to rank; default lesion-wise Dice and HD95 where all sets have them, else Dice and HD95.
+
+    Raises:
+        DataError: no case or no region is in all sets, or a metric is not; or sets that tell how they were scored were
+            not scored alike.
+    """
+    _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
+    cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
+    if not cases:
+        held = "; ".join(f"{scored.name} holds {_some(sorted(scored.cases))}" for scored in sets)
+        raise DataError(f"no case is in all of them: {held}. Rank predictions of the same cases.")
+    every = [scored.cases[case].keys() for scored in sets for case in cases]
+    common = [measure for measure in every[0] if all(measure in keys for keys in every)]
+    chosen = _chosen(metrics, {metric for _, metric in common})
+    if "nsd" in chosen:
+        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with another nsd", "--nsd-mm")
+    regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
+    if not regions:
+        raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
+    values = np.array(
+        [[[[s.cases[case][r, metric] for metric in chosen] for r in regions] for case in cases] for s in sets]
+    )
+    case_ranks = ranks(values, chosen).mean(axis=(2, 3))
+    names = tuple(scored.name for scored in sets)
+    return Ranking(
+        names=names,
+        cases=tuple(cases),
+        regions=regions,
+        metrics=chosen,
+        values=values,
+        case_ranks=case_ranks,
+        tests=_rank_tests(names, case_ranks),
+        differences=tuple(
+            d for k, metric in enumerate(chosen) for d in _differences(names, metric, values[..., k].mean(axis=2))
+        ),
+        left_out=tuple(
+            sorted(set().union(*(known for s in sets for known in (s.cases, s.failures, s.missing))) - set(cases))
+        ),
+        failures={scored.name: scored.failures for scored in sets if scored.failures},
+    )
+
+
+def ranks(values: FloatArray, metrics: Sequence[str]) -> FloatArray:
+    """Ranks over the first axis, 1 the best, ties shared.
+
+    Args:
+        values: shape (sets, cases, regions, metrics).
+        metrics: names of the last axis, which say whether high or low is better.
+
+    Returns:
+        same shape.
+    """
+    signs = np.array([1.0 if is_lower_better(metric) else -1.0 for metric in metrics])
+    return np.asarray(stats.rankdata(values * signs, axis=0), dtype=np.float64)
+
+
+def permutation_p(differences: FloatArray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
+    """Two-sided test that paired differences have mean 0: their signs are drawn anew.
+
+    Args:
+        differences: one for each case, shape (cases,).
+        permutations: how many draws; the observed one counts as well, so p is never 0.
+        seed: of the random generator.
+
+    Example:
+        >>> permutation_p(np.zeros(5))
+        1.0
+    """
+    rng = np.random.default_rng(seed)
+    signs = rng.integers(0, 2, size=(permutations, len(differences))) * 2.0 - 1
+    drawn = np.abs(signs @ differences)
+    return float((1 + np.count_nonzero(drawn >= abs(differences.sum()) - 1e-9)) / (1 + permutations))
+
+
+def rows(ranking: Ranking) -> list[list[str]]:
+    """The table for the terminal: one row a set, the best first."""
+    best = ranking.order[0]
+    against = {frozenset((test.first, test.second)): test for test in ranking.tests}
+    table = [["set", "mean rank", *ranking.metrics, f"p, {ranking.names[best]} first"]]
+    for place in ranking.order:
+        test = against.get(frozenset((ranking.names[best], ranking.names[place])))
+        table.append(
+            [
+                ranking.names[place],
+                f"{ranking.mean_ranks[place]:.2f}",
+                *(f"{ranking.by_case(metric)[place].mean():.3f}" for metric in ranking.metrics),
+                "-" if test is None else _p(test.p_holm),
+            ]
+        )
+    return table
+
+
+def difference_rows(ranking: Ranking) -> list[list[str]]:
+    """The second table for the terminal: each two sets in each metric."""
+    return [
+        ["difference", "metric", "mean", "95 % interval", "p", "p, Holm"],
+        *(
+            [
+                f"{d.first} - {d.second}",
+                d.metric,
+                f"{d.mean:+.3f}",
+                f"{d.low:+.3f} to {d.high:+.3f}",
+                _p(d.p),
+                _p(d.p_holm),
+            ]
+            for d in ranking.differences
+        ),
+    ]
+
+
+def write_table(ranking: Ranking, path: Path) -> None:
+    """Write a CSV with one row for each case and set: its mean rank, and the numbers it was ranked by.
+
+    Raises:
+        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
+        OSError: the disk is full or the folder cannot be written to.
+    """
+    require_table_place(path)
+    with (
+        replacing(path) as beside,
+        beside.open(
+            "w",
+            newline="",
+            encoding="utf-8",
+            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+        ) as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
+        for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):
+            writer.writerow([case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()])
+
+
+def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
+    """Refuse sets that were scored in different ways, by what each tells; those that tell nothing are taken.
+
+    Raises:
+        DataError: two tell different things.
+    """
+    known = [(name, text) for name, text in told.items() if text is not None]
+    for name, text in known[1:]:
+        if text != known[0][1]:
+            raise DataError(
+                f"{known[0][0]} and {name}: one was scored {how} than the other: {known[0][1]}; {text}. Score both by "
+                f"evaluate with the same {options}."
+            )
+
+
+def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:
+    rankable = sorted(there - set(_NO_SCORE))
+    if metrics:
+        missing = [metric for metric in metrics if metric not in rankable]
+        if missing:
+            raise DataError(f"metric {missing[0]}: is not in all of them; there are {', '.join(rankable) or 'none'}.")
+        return tuple(metrics)
+    found = next((group for group in _USUAL if set(group) <= there), None)
+    if found is None:
+        raise DataError(
+            "some have lesion-wise scores and others have not, or there is no Dice at all. Score all alike."
+        )
+    return found
+
+
+def _rank_tests(names: Sequence[str], case_ranks: FloatArray) -> tuple[RankTest, ...]:
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    p = [permutation_p(case_ranks[a] - case_ranks[b]) for a, b in pairs]
+    return tuple(
+        RankTest(
+            first=names[a],
+            second=names[b],
+            difference=float((case_ranks[a] - case_ranks[b]).mean()),
+            p=value,
+            p_holm=value if corrected is None else corrected,
+        )
+        for (a, b), value, corrected in zip(pairs, p, holm(p), strict=True)
+    )
+
+
+def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[Difference]:
+    """Each two sets in one metric; ``values``: shape (sets, cases)."""
+    pairs = list(itertools.combinations(range(len(names)), 2))
+    gaps = [values[a] - values[b] for a, b in pairs]
+    tested = [signed_rank(gap) for gap in gaps]
+    corrected = holm([p for p, _ in tested])
+    found = []
+    for (a, b), gap, (p, no_test), p_holm in zip(pairs, gaps, tested, corrected, strict=True):
+        low, high = bootstrap_interval(gap[None])
+        found.append(
+            Difference(
+                metric=metric,
+                first=names[a],
+                second=names[b],
+                mean=float(gap.mean()),
+                low=low,
+                high=high,
+                p=p,
+                p_holm=p_holm,
+                no_test=no_test,
+            )
+        )
+    return found
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _some(cases: Sequence[str]) -> str:
+    shown = ", ".join(cases[:_SHOWN])
+    return shown if len(cases) <= _SHOWN else f"{shown} and {len(cases) - _SHOWN} more"

@@ -1,0 +1,205 @@
+"""Scores of one set of predictions by case: computed from label maps, or read from a table of ``evaluate``."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from app.evaluation.brats import brats2026
+from app.evaluation.brats.challenge import ChallengeRules, evaluate_by_rules
+from app.evaluation.evaluate import evaluate
+from data.errors import DataError
+from data.filesystem import why
+
+Measure = tuple[str, str]
+"""Region and metric, e.g. ``("WT", "dice")``."""
+_SUMMARY_ROWS: Final = {"mean", "median"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scored:
+    """The scores of one set of predictions."""
+
+    name: str
+    """Short name, for tables."""
+    cases: Mapping[str, Mapping[Measure, float]]
+    """Numbers by case id."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Why other cases could not be scored, by case id."""
+    missing: tuple[str, ...] = ()
+    """Case ids of which there is a reference and no prediction."""
+    scored_by: str | None = None
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV before 2026."""
+    nsd_definition: str | None = None
+    """Which surface Dice ``nsd`` is, in words; None where that is not told."""
+
+
+def load(
+    sources: Sequence[Path],
+    references: Path | None,
+    rules: ChallengeRules | None,
+    *,
+    labels: tuple[str | None, str | None] = (None, None),
+    follow_links: bool = False,
+    on_case: Callable[[str, float], None] | None = None,
+) -> list[Scored]:
+    """The scores of every source, each under a name of its own.
+
+    Args:
+        sources: two or more folders of label maps, or tables of ``evaluate`` (.csv or .json), in any mix.
+        references: folder of reference label maps; for sources that are folders.
+        rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
+        labels: names of the label conventions of folders and references, where the files do not tell.
+        follow_links: accept symbolic links that lead out of the folders.
+        on_case: called with each case of a folder that is scored, its folder before it, and with the share of all
+            sources that is done.
+
+    Raises:
+        DataError: fewer than two sources, one of them twice or none that can be read, or a folder without references.
+    """
+    if len(sources) < 2:
+        raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
+    resolved = [source.resolve() for source in sources]
+    twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
+    if twice is not None:
+        raise DataError(f"{twice}: is given twice. Give each folder or table once.")
+    found = []
+    for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
+
+        def told(case: str, share: float, name: str = name, number: int = number) -> None:
+            if on_case is not None:
+                on_case(f"{name}: {case}", (number + share) / len(sources))
+
+        found.append(_scored(source, name, references, rules, labels=labels, follow_links=follow_links, on_case=told))
+    return found
+
+
+def _names(sources: Sequence[Path]) -> list[str]:
+    """The last part of each path, and of those that are alike the part before as well."""
+    parts = 1
+    most = max(len(source.parts) for source in sources)
+    while True:
+        names = [
+            "/".join((*source.parts[-parts:-1], source.stem if source.is_file() else source.name)) for source in sources
+        ]
+        if len(set(names)) == len(names) or parts > most:
+            return names if len(set(names)) == len(names) else [str(source) for source in sources]
+        parts += 1
+
+
+def _scored(
+    source: Path,
+    name: str,
+    references: Path | None,
+    rules: ChallengeRules | None,
+    *,
+    labels: tuple[str | None, str | None],
+    follow_links: bool,
+    on_case: Callable[[str, float], None],
+) -> Scored:
+    if source.is_dir():
+        return _scored_folder(
+            source, name, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
+    if not source.is_file():
+        raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
+    try:
+        text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            f"{source}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
+        ) from error
+    try:
+        found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+        ) from error
+    if not found.cases:
+        raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
+    return found
+
+
+def _scored_folder(
+    source: Path,
+    name: str,
+    references: Path | None,
+    rules: ChallengeRules | None,
+    *,
+    labels: tuple[str | None, str | None],
+    follow_links: bool,
+    on_case: Callable[[str, float], None],
+) -> Scored:
+    if references is None:
+        raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
+    if rules is not None:
+        official = evaluate_by_rules(
+            source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        )
+        return _of_json(name, official.to_json())
+    scores = evaluate(source, references, labels=labels, follow_links=follow_links, on_case=on_case)
+    return _of_json(name, scores.to_json())
+
+
+def _of_json(name: str, content: Any) -> Scored:
+    """What ``evaluate --json`` prints; of older versions without the cases that failed."""
+    by_package = content.get("rules") == brats2026.YEAR
+    cases = {
+        str(case["case"]): {
+            (region, metric): value
+            for region, values in case.items()
+            if region != "case"
+            for metric, value in (_of_package(values) if by_package else _finite(values)).items()
+        }
+        for case in content["cases"]
+    }
+    return Scored(
+        name=name,
+        cases=cases,
+        failures={str(case): str(reason) for case, reason in content.get("failures", {}).items()},
+        missing=tuple(map(str, content.get("missing_predictions", ()))),
+        scored_by=content.get("scored_by")
+        or (f"{content['rules']} {content['task']}" if "rules" in content else "no rules"),
+        nsd_definition=content.get("nsd_definition"),
+    )
+
+
+def _of_csv(name: str, text: str) -> Scored:
+    cases: dict[str, dict[Measure, float]] = {}
+    told: str | None = None
+    for row in csv.DictReader(text.splitlines()):
+        case = row.pop("case")
+        told = row.pop("scored_by", told)
+        if case in _SUMMARY_ROWS:
+            continue
+        by_region: dict[str, dict[str, str]] = {}
+        for column, value in row.items():
+            if value != "":  # ECE and Brier score of a case without probabilities
+                region, _, metric = column.partition("_")
+                by_region.setdefault(region, {})[metric] = value
+        numbers = _of_package if (told or "").startswith(brats2026.YEAR) else _finite
+        cases[case] = {(r, metric): n for r, values in by_region.items() for metric, n in numbers(values).items()}
+        if not cases[case]:
+            raise ValueError(f"no score of {case}")
+    return Scored(name=name, cases=cases, scored_by=told)
+
+
+def _of_package(values: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of a region by the rules of 2026, of which some are not finite."""
+    return brats2026.rankable({metric: math.nan if n is None else float(n) for metric, n in values.items()})
+
+
+def _finite(values: Mapping[str, Any]) -> dict[str, float]:
+    return {metric: _number(value) for metric, value in values.items()}
+
+
+def _number(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"a score of {number}")
+    return number

@@ -1,0 +1,255 @@
+"""From the results of the runs to what is told: final Dice, differences, steps to a Dice, seconds, verdicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any, Final
+
+import numpy as np
+
+from app.evaluation.statistics import (
+    Difference,
+    FloatArray,
+    bootstrap_interval,
+    first_step_at,
+    holm,
+    paired_difference,
+    spread,
+)
+from app.experiments.comparison.plan import Plan, RunKey
+from app.experiments.comparison.run import Results
+from app.experiments.comparison.verdict import caveats, verdict
+from app.experiments.runs import backends_sentence, count_backends
+from data.labels import REGIONS
+
+#: The measure that verdicts are about; the others are the regions.
+MEAN: Final = "mean"
+MEASURES: Final = (MEAN, *REGIONS)
+#: Share of the best final mean that is the Dice to reach, where none is given.
+_TARGET_SHARE: Final = 0.9
+
+Records = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmSummary:
+    """What one arm came to under one optimiser, at its chosen learning rate."""
+
+    optimizer: str
+    arm: str
+    rate: float
+    dice: Mapping[str, float]
+    """Final Dice by measure, mean over seeds and cases."""
+    low: float
+    """Lower end of the 95 % bootstrap interval of the mean Dice over seeds and cases."""
+    high: float
+    between_seeds: float | None
+    """Standard deviation of the mean Dice between seeds; None for one seed."""
+    steps_to_target: tuple[int | None, ...]
+    """By seed: the first validated step at or above the target; None where it was not reached."""
+    seconds: float
+    """Of one run, mean over seeds: preparation and validation included."""
+    seconds_per_step: float | None
+    """Median over the steps of all seeds; None where no two steps follow each other."""
+    skipped_steps: int
+    """Over all seeds."""
+    differences: Mapping[str, Difference]
+    """Against the baseline, by measure; empty for the baseline itself."""
+    verdict: str
+    """In words; empty for the baseline itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """All that is told of a comparison."""
+
+    arms: tuple[ArmSummary, ...]
+    target_dice: float
+    tested: bool
+    """Whether the final Dice is of a third part."""
+    same_start: bool
+    """Whether initial weights and first batch are on record as the same in all runs of each seed."""
+    sweep: Mapping[str, Mapping[str, Mapping[float, float]]]
+    """Mean validation Dice of the first seed by optimiser, arm and learning rate."""
+    caveats: tuple[str, ...]
+
+    def verdicts(self) -> list[str]:
+        """The sentences, arm by arm."""
+        return [summary.verdict for summary in self.arms if summary.verdict]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "verdicts": self.verdicts(),
+            "caveats": list(self.caveats),
+            "scored_part": "test" if self.tested else "validation",
+            "same_start": self.same_start,
+            "target_dice": self.target_dice,
+            "arms": [{**asdict(summary), "steps_to_target": list(summary.steps_to_target)} for summary in self.arms],
+            "sweep": {
+                optimizer: {arm: {f"{rate!r}": dice for rate, dice in rates.items()} for arm, rates in arms.items()}
+                for optimizer, arms in self.sweep.items()
+            },
+        }
+
+
+def analyse(results: Results, metrics: Mapping[RunKey, Records]) -> Analysis:
+    """Work everything out.
+
+    Args:
+        results: of every run.
+        metrics: records of ``metrics.jsonl`` of the final runs.
+    """
+    plan = results.plan
+    target = plan.target_dice or _usual_target(results, metrics)
+    summaries: list[ArmSummary] = []
+    for optimizer in plan.optimizers:
+        of_optimizer = [_summary(results, metrics, optimizer, arm, target) for arm in plan.arms]
+        summaries += _with_verdicts(plan, of_optimizer)
+    same_start = is_same_start(results.runs)
+    return Analysis(
+        arms=tuple(summaries),
+        target_dice=target,
+        tested=bool(results.parts.test),
+        same_start=same_start,
+        sweep=_sweep(results),
+        caveats=tuple(
+            caveats(
+                seeds=plan.seeds,
+                cases=len(results.parts.scored),
+                tested=bool(results.parts.test),
+                at_border=_at_border(results),
+                same_start=same_start,
+                backends=[backends_sentence([one]) for one in scored_by(results)],
+            )
+        ),
+    )
+
+
+def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
+    """Whether initial weights and first batch are on record for every run, and the same in all runs of one seed."""
+    by_seed: dict[int, set[tuple[str, str] | None]] = {}
+    for key, result in runs.items():
+        start = result.get("start")
+        by_seed.setdefault(key.seed, set()).add(
+            None if start is None else (start["weights_sha256"], start["batch_sha256"])
+        )
+    return all(len(starts) == 1 and None not in starts for starts in by_seed.values())
+
+
+def scored_by(results: Results) -> list[dict[str, str | int | None]]:
+    """What computed the predictions of the final runs that are scored, as of :func:`app.experiments.runs.count_backends`."""
+    return count_backends(results.runs[key].get("computed_by") for key in results.plan.finals(results.chosen))
+
+
+def final_keys(results: Results, optimizer: str, arm: str) -> list[RunKey]:
+    """The final runs of one arm, by seed."""
+    return [key for key in results.plan.finals(results.chosen) if (key.optimizer, key.arm) == (optimizer, arm)]
+
+
+def dice_array(results: Results, optimizer: str, arm: str, measure: str) -> FloatArray:
+    """Final Dice of one arm, shape (seeds, cases); ``mean`` is the mean over the regions of each case."""
+    regions = REGIONS if measure == MEAN else (measure,)
+    rows = [
+        [fmean(float(results.runs[key]["dice"][case][region]) for region in regions) for case in results.parts.scored]
+        for key in final_keys(results, optimizer, arm)
+    ]
+    return np.array(rows, dtype=np.float64)
+
+
+def _summary(
+    results: Results, metrics: Mapping[RunKey, Records], optimizer: str, arm: str, target: float
+) -> ArmSummary:
+    keys = final_keys(results, optimizer, arm)
+    arrays = {measure: dice_array(results, optimizer, arm, measure) for measure in MEASURES}
+    low, high = bootstrap_interval(arrays[MEAN])
+    differences: dict[str, Difference] = {}
+    if arm != results.plan.baseline:
+        differences = {
+            measure: paired_difference(values, dice_array(results, optimizer, results.plan.baseline, measure))
+            for measure, values in arrays.items()
+        }
+    validations = [_validations(metrics[key]) for key in keys]
+    return ArmSummary(
+        optimizer=optimizer,
+        arm=arm,
+        rate=results.chosen[optimizer, arm],
+        dice={measure: float(values.mean()) for measure, values in arrays.items()},
+        low=low,
+        high=high,
+        between_seeds=spread(arrays[MEAN].mean(axis=1).tolist()),
+        steps_to_target=tuple(
+            first_step_at(steps, dice, target) if target > 0 else None for steps, dice in validations
+        ),
+        seconds=fmean(float(results.runs[key]["seconds"]) for key in keys),
+        seconds_per_step=_seconds_per_step([metrics[key] for key in keys]),
+        skipped_steps=sum(int(results.runs[key]["skipped_steps"]) for key in keys),
+        differences=differences,
+        verdict="",
+    )
+
+
+def _with_verdicts(plan: Plan, summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
+    """The summaries of one optimiser with p values corrected over its arms, and with words."""
+    others = [summary for summary in summaries if summary.arm != plan.baseline]
+    corrected = {measure: holm([summary.differences[measure].p for summary in others]) for measure in MEASURES}
+    done = []
+    for summary in summaries:
+        if summary.arm == plan.baseline:
+            done.append(summary)
+            continue
+        place = others.index(summary)
+        differences = {
+            measure: replace(difference, p_holm=corrected[measure][place])
+            for measure, difference in summary.differences.items()
+        }
+        words = verdict(summary.arm, plan.baseline, summary.optimizer, differences[MEAN])
+        done.append(replace(summary, differences=differences, verdict=words))
+    return done
+
+
+def _usual_target(results: Results, metrics: Mapping[RunKey, Records]) -> float:
+    """A share of the best arm's mean validation Dice at the end."""
+    best = 0.0
+    for optimizer, arm in results.chosen:
+        ends = [_validations(metrics[key])[1][-1:] for key in final_keys(results, optimizer, arm)]
+        if all(ends):
+            best = max(best, fmean(end[0] for end in ends))
+    return round(_TARGET_SHARE * best, 3)
+
+
+def _validations(records: Records) -> tuple[list[int], list[float]]:
+    of_kind = [record for record in records if record.get("kind") == "validation"]
+    return [int(record["step"]) for record in of_kind], [float(record["mean_dice"]) for record in of_kind]
+
+
+def _seconds_per_step(runs: Sequence[Records]) -> float | None:
+    """Median time between two steps that no validation lies between."""
+    gaps = []
+    for records in runs:
+        kinds = [record for record in records if record.get("kind") in ("train", "validation")]
+        gaps += [
+            float(after["seconds"]) - float(before["seconds"])
+            for before, after in pairwise(kinds)
+            if before["kind"] == after["kind"] == "train"
+        ]
+    return median(gaps) if gaps else None
+
+
+def _sweep(results: Results) -> dict[str, dict[str, dict[float, float]]]:
+    table: dict[str, dict[str, dict[float, float]]] = {}
+    for key in results.plan.sweep():
+        dice = fmean(results.runs[key]["validation_dice"].values())
+        table.setdefault(key.optimizer, {}).setdefault(key.arm, {})[key.rate] = dice
+    return table
+
+
+def _at_border(results: Results) -> list[str]:
+    return [
+        f"{arm} under {optimizer} ({rate:g})"
+        for (optimizer, arm), rate in results.chosen.items()
+        if rate in (results.plan.rates[optimizer][0], results.plan.rates[optimizer][-1])
+    ]

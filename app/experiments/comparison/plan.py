@@ -1,0 +1,281 @@
+"""What a comparison will do: which runs, and what is the same in all of them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast, get_args, get_type_hints
+
+from app.config.gradient import AUTO, GradientConfig
+from app.config.load import RunConfig, load_config, to_plain
+from app.config.load import differences as changed_keys
+from app.config.training import TrainingConfig
+from app.errors import ConfigError
+
+#: What ``gradient.transform`` (but for its automatic choice) and ``training.optimizer`` may be.
+ARMS: Final[tuple[str, ...]] = tuple(
+    name for name in get_args(get_type_hints(GradientConfig)["transform"]) if name != AUTO
+)
+OPTIMIZERS: Final[tuple[str, ...]] = get_args(get_type_hints(TrainingConfig)["optimizer"])
+DEFAULT_ARMS: Final = ("none", "clip", "centralize", "znorm")
+#: Peak learning rates tried where none are given; decades for SGD, whose best rate the arms move the most.
+DEFAULT_RATES: Final[Mapping[str, tuple[float, ...]]] = {
+    "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
+    "sgd": (1e-3, 1e-2, 1e-1, 1.0),
+}
+_USUAL_BASELINE: Final = "clip"
+#: What a variant is a variant of, unless it says otherwise.
+_VARIED: Final = "znorm"
+_VARIANT_NAME: Final = re.compile("[a-z0-9][a-z0-9-]{0,39}")
+#: Keys that a comparison sets itself, and the option that does it.
+_TAKEN: Final = {
+    "gradient.transform": "--arms",
+    "training.optimizer": "--optimizers",
+    "training.seed": "--seeds",
+    "training.steps": "--steps",
+    "training.hours": "--steps",
+    "training.learning_rate": "--learning-rates",
+}
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class RunKey:
+    """One run of a comparison."""
+
+    optimizer: str
+    arm: str
+    rate: float
+    """Peak learning rate."""
+    seed: int
+    """Initial weights and patches; the same in every arm."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the run, e.g. ``adamw-znorm-lr0.003-seed0``."""
+        return f"{self.optimizer}-{self.arm}-lr{self.rate!r}-seed{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Which runs are made; :func:`make_plan` checks it."""
+
+    config: RunConfig
+    """What all runs share."""
+    arms: tuple[str, ...]
+    optimizers: tuple[str, ...]
+    seeds: int
+    """How many; the first one chooses the learning rate."""
+    rates: Mapping[str, tuple[float, ...]]
+    """Peak learning rates by optimizer, rising; every arm gets all of them."""
+    baseline: str
+    """The arm the others are compared with."""
+    target_dice: float | None = None
+    """For the steps to reach it; None takes 90 % of the best final mean on validation."""
+    variants: Mapping[str, RunConfig] = field(default_factory=dict)
+    """Arms that are no rule's name but a config of their own."""
+    first_seed: int = 0
+    """The seeds count up from here."""
+
+    def sweep(self) -> list[RunKey]:
+        """Runs that choose the learning rate: first seed, every rate; the arms take turns."""
+        return [
+            RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=self.first_seed)
+            for optimizer in self.optimizers
+            for rate in self.rates[optimizer]
+            for arm in self.arms
+        ]
+
+    def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
+        """Runs that are scored: every seed at the rate chosen for (optimizer, arm); the first is in the sweep too."""
+        return [
+            RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
+            for optimizer in self.optimizers
+            for seed in range(self.first_seed, self.first_seed + self.seeds)
+            for arm in self.arms
+        ]
+
+    def count(self) -> int:
+        """How many runs there are."""
+        return sum(len(self.arms) * (len(self.rates[optimizer]) + self.seeds - 1) for optimizer in self.optimizers)
+
+    def config_of(self, key: RunKey) -> RunConfig:
+        """The complete configuration of one run."""
+        changes = cast("dict[str, Any]", {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed})
+        config = self.config_of_arm(key.arm)
+        return replace(config, training=replace(config.training, **changes))
+
+    def config_of_arm(self, arm: str) -> RunConfig:
+        """What all runs of one arm share."""
+        if arm in self.variants:
+            return self.variants[arm]
+        gradient = replace(self.config.gradient, **cast("dict[str, Any]", {"transform": arm}))
+        return replace(self.config, gradient=gradient)
+
+    def settings_of(self, variant: str) -> list[str]:
+        """In what a variant differs from the shared config, each as ``section.key: shared -> its own``."""
+        return changed_keys(self.config, self.variants[variant])
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data; two plans are the same where this is."""
+        return {
+            "arms": list(self.arms),
+            "optimizers": list(self.optimizers),
+            "seeds": self.seeds,
+            "first_seed": self.first_seed,
+            "learning_rates": {name: list(rates) for name, rates in self.rates.items()},
+            "baseline": self.baseline,
+            "target_dice": self.target_dice,
+            "variants": {name: self.settings_of(name) for name in self.variants},
+            "config": shared_settings(self.config),
+        }
+
+
+def make_plan(  # noqa: PLR0913 - one for each option of the command
+    *,
+    config: str = "laptop",
+    overrides: Sequence[str] = (),
+    arms: Sequence[str] = DEFAULT_ARMS,
+    optimizers: Sequence[str] = ("adamw",),
+    seeds: int = 3,
+    steps: int = 500,
+    rates: Sequence[str] = (),
+    baseline: str | None = None,
+    target_dice: float | None = None,
+    variants: Sequence[str] = (),
+    first_seed: int = 0,
+) -> Plan:
+    """Check what was asked for and make a plan of it.
+
+    Args:
+        config: name or path, as ``--config`` of ``train`` takes it.
+        overrides: ``section.key=value``; not the keys that the comparison sets itself.
+        arms: names of ``gradient.transform`` or of variants, at least two.
+        optimizers: names of ``training.optimizer``.
+        seeds: how many, 1 or more.
+        steps: optimiser steps of every run.
+        rates: texts such as ``1e-3,3e-3`` for every optimiser or ``sgd=1e-2,1e-1`` for one; default
+            :data:`DEFAULT_RATES`.
+        baseline: the arm the others are compared with; default ``clip`` where it is among them, else the first.
+        target_dice: above 0 and below 1, for the steps to reach it.
+        variants: texts ``name:section.key=value``, each a change of the config that makes an arm of that name; texts of
+            one name add up. Its rule is ``znorm`` unless one of them says otherwise.
+        first_seed: 0 or more.
+
+    Raises:
+        ConfigError: any of these is not so, or the config cannot be used.
+    """
+    changes = _variants(variants)
+    _require_known("--arms", arms, (*ARMS, *changes))
+    unused = [name for name in changes if name not in arms]
+    if unused:
+        raise ConfigError(f"--variant {unused[0]}: not among the arms; add it, --arms {','.join([*arms, unused[0]])}")
+    _require_known("--optimizers", optimizers, OPTIMIZERS)
+    if len(arms) < 2:
+        raise ConfigError(f"--arms {arms[0]}: a comparison needs at least two of {', '.join(ARMS)}")
+    if not 1 <= seeds <= 1000:
+        raise ConfigError(f"--seeds: from 1 to 1000, got {seeds}")
+    if not 0 <= first_seed <= 10**6:
+        raise ConfigError(f"--first-seed: from 0 to 1000000, got {first_seed}")
+    if target_dice is not None and not 0 < target_dice < 1:
+        raise ConfigError(f"--target-dice: above 0 and below 1, got {target_dice:g}")
+    if baseline is None:
+        baseline = _USUAL_BASELINE if _USUAL_BASELINE in arms else arms[0]
+    elif baseline not in arms:
+        raise ConfigError(f"--baseline {baseline}: not among the arms {', '.join(arms)}")
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if key in _TAKEN:
+            raise ConfigError(f"--set {override}: the comparison sets {key} itself; use {_TAKEN[key]}")
+    plan = Plan(
+        config=load_config(config, [*overrides, f"training.steps={steps}"]),
+        arms=tuple(arms),
+        optimizers=tuple(optimizers),
+        seeds=seeds,
+        rates=_rates(rates, optimizers),
+        baseline=baseline,
+        target_dice=target_dice,
+        variants={
+            name: _variant_config(
+                name, config, [*overrides, f"training.steps={steps}", f"gradient.transform={_VARIED}", *texts]
+            )
+            for name, texts in changes.items()
+        },
+        first_seed=first_seed,
+    )
+    for run in plan.sweep():
+        try:
+            plan.config_of(run)
+        except ValueError as error:
+            raise ConfigError(f"--learning-rates: {error}") from error
+    return plan
+
+
+def shared_settings(config: RunConfig) -> dict[str, Any]:
+    """Plain data of a config, without the keys that differ between the runs of a comparison."""
+    plain = to_plain(config)
+    for key in _TAKEN:
+        section, _, name = key.partition(".")
+        if name != "steps":
+            del plain[section][name]
+    return plain
+
+
+def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
+    """Overrides by the name of the variant."""
+    changes: dict[str, list[str]] = {}
+    for text in texts:
+        name, colon, override = text.partition(":")
+        key = override.partition("=")[0].strip()
+        if not colon or "=" not in override or not _VARIANT_NAME.fullmatch(name):
+            raise ConfigError(
+                f"--variant {text}: expected NAME:SECTION.KEY=VALUE with a name of small letters, digits and hyphens, "
+                "such as everything:gradient.znorm.output_block=none"
+            )
+        if name in ARMS:
+            raise ConfigError(f"--variant {text}: {name} is a rule's own name; give the variant another")
+        if key in _TAKEN and key != "gradient.transform":
+            raise ConfigError(f"--variant {text}: the comparison sets {key} itself; use {_TAKEN[key]}")
+        changes.setdefault(name, []).append(override)
+    return changes
+
+
+def _variant_config(name: str, config: str, overrides: Sequence[str]) -> RunConfig:
+    try:
+        return load_config(config, overrides)
+    except ConfigError as error:
+        raise ConfigError(f"--variant {name}: {error}") from error
+
+
+def _require_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+    if not names:
+        raise ConfigError(f"{option}: empty; allowed are {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"{option}: {name!r} is unknown; allowed are {', '.join(known)}")
+        if names.count(name) > 1:
+            raise ConfigError(f"{option}: {name} stands there twice")
+
+
+def _rates(texts: Sequence[str], optimizers: Sequence[str]) -> dict[str, tuple[float, ...]]:
+    rates = {optimizer: DEFAULT_RATES[optimizer] for optimizer in optimizers}
+    for text in texts:
+        name, equals, listed = text.rpartition("=")
+        if equals and name.strip() not in optimizers:
+            raise ConfigError(f"--learning-rates {text}: {name!r} is not among the optimizers {', '.join(optimizers)}")
+        for optimizer in [name.strip()] if equals else optimizers:
+            rates[optimizer] = _numbers(text, listed)
+    return rates
+
+
+def _numbers(text: str, listed: str) -> tuple[float, ...]:
+    try:
+        numbers = [float(word) for word in listed.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise ConfigError(f"--learning-rates {text}: expected numbers above 0, such as 1e-3,3e-3,1e-2 or sgd=1e-2,1e-1")
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(f"--learning-rates {text}: a rate stands there twice")
+    return tuple(sorted(numbers))

@@ -1,0 +1,384 @@
+"""Make the runs of a comparison one after the other; what is done already is kept.
+
+The folder of a comparison holds::
+
+    plan.json       what is compared, and the case ids by part
+    split.json      the parts that a single run is given
+    runs/           one run folder for each run, as ``train`` makes them
+    results/        one JSON for each run: how it began, how it ended; scores on the third part for the final ones
+    compare.csv     Dice of every final run and scored case
+    compare.json    everything in numbers and words
+    compare.html    the page
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from app.config.load import from_plain
+from app.errors import ConfigError, InterruptedRunError
+from app.experiments.comparison.plan import Plan, RunKey, shared_settings
+from app.experiments.comparison.scoring import score_run
+from app.experiments.comparison.split import Parts, fold_parts, read_parts
+from app.experiments.runs import (
+    differences,
+    has_begun,
+    json_object,
+    only_warnings,
+    require_labels,
+    require_place,
+    start_or_resume,
+)
+from app.progress import LOG, OnProgress, Progress, silent
+from app.runs import checkpoints
+from app.runs.case_cache import prepared_cases
+from app.runs.folder import locked, read_json, write_json
+from app.training.cases import tell_of_names, tell_of_patients
+from app.training.run import TrainResult
+from data.datasets.label_stats import Tumour, read_label_maps, tumours_of, values_of
+from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from data.datasets.patients import patient_by_older_versions
+from data.errors import DataError
+from data.labels import CONVENTIONS, convention_named
+from data.patches.cache import CaseFolder
+from data.patches.sampler import PatchSource, cache_cases
+
+_VERSION: Final = 1
+#: Says what is compared.
+_PLAN: Final = "plan.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Results:
+    """What the runs of a comparison gave."""
+
+    plan: Plan
+    parts: Parts
+    chosen: Mapping[tuple[str, str], float]
+    """Learning rate by optimiser and arm."""
+    runs: Mapping[RunKey, Mapping[str, Any]]
+    """The content of ``results/<run>.json``, of every run."""
+
+
+def make_runs(
+    data: Path,
+    out: Path,
+    plan: Plan,
+    *,
+    fold: int = 0,
+    split_file: Path | None = None,
+    labels: str | None = None,
+    follow_links: bool = False,
+    on_progress: OnProgress = silent,
+) -> Results:
+    """Make every run that is not there yet, choose the learning rates, score the final runs.
+
+    Args:
+        data: folder of cases.
+        out: folder of the comparison; new, empty, or one where the same comparison was begun.
+        plan: what is compared.
+        fold: the fold that tests; the next one validates.
+        split_file: JSON with the lists ``train``, ``validation`` and ``test``, instead of a fold.
+        labels: name of the label convention, where the data set does not tell.
+        follow_links: accept symbolic links that lead out of ``data``.
+        on_progress: told how far the whole comparison is.
+
+    Raises:
+        DataError: the data cannot be used, or has too few patients.
+        ConfigError: ``out`` holds another comparison.
+        RunError: ``out`` is a file, holds something else, or another process works there.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
+    """
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    patients = patients_of(cases.values())
+    parts = fold_parts(patients, fold) if split_file is None else read_parts(split_file, patients)
+    used = [cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)]
+    require_labels(used, advice="Add them, or leave the cases out with --split.")
+    require_place(out, _PLAN, "comparison")
+    if split_file is None:
+        parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))
+    tell_of_patients(cases.values(), (parts.train, parts.validation, parts.test))
+    tell_of_names(used)
+    with locked(out):
+        settled = {} if labels is None else {"labels": convention_named(labels).name}
+        _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})
+        write_json(out / "split.json", parts.split.to_json())
+        work: _Work | None = None
+        try:
+            with only_warnings(__file__), prepared_cases(out / "cache") as store:
+                work = _Work(
+                    data=data,
+                    out=out,
+                    plan=plan,
+                    parts=parts,
+                    cases=cases,
+                    labels=labels,
+                    store=store,
+                    follow_links=follow_links,
+                    on_progress=on_progress,
+                )
+                results = work.all_runs()
+            shutil.rmtree(out / "cache", ignore_errors=True)
+            return results
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            behind = 0 if work is None else work.position
+            place = f"run {min(behind + 1, plan.count())} of {plan.count()}"
+            raise InterruptedRunError(
+                f"{str(error).partition(';')[0] or 'interrupted'} in {place}; everything is saved in {out}. "
+                "The same command goes on there."
+            ) from error
+
+
+@dataclass
+class _Work:
+    """One process at work on a comparison."""
+
+    data: Path
+    out: Path
+    plan: Plan
+    parts: Parts
+    cases: Mapping[str, Case]
+    labels: str | None
+    store: CaseFolder
+    """Where prepared cases are kept, for all runs."""
+    follow_links: bool
+    on_progress: OnProgress
+    position: int = 0
+    """Runs that are behind us."""
+    began: float = field(default_factory=time.monotonic)
+    kept: int = 0
+    """Runs that were complete before this process."""
+
+    def all_runs(self) -> Results:
+        """Sweep, choose, finals."""
+        runs: dict[RunKey, Mapping[str, Any]] = {}
+        for key in self.plan.sweep():
+            runs[key] = self._one(key)
+        chosen = choose_rates(self.plan, runs)
+        for (optimizer, arm), rate in chosen.items():
+            LOG.info("%s, %s: learning rate %g has the best validation Dice", optimizer, arm, rate)
+        for key in self.plan.finals(chosen):
+            if key not in runs:
+                runs[key] = self._one(key)
+            runs[key] = self._scored(key, runs[key])
+        self.on_progress(Progress(job="comparing", share=1.0, detail=f"{self.position} runs", eta_seconds=0.0))
+        return Results(plan=self.plan, parts=self.parts, chosen=chosen, runs=runs)
+
+    def _one(self, key: RunKey) -> Mapping[str, Any]:
+        """Make one run, or read what it gave."""
+        path = self._result_path(key)
+        known = read_json(path) if path.exists() else {}
+        if "steps" in known and has_begun(self._run(key)):
+            self.position += 1
+            self.kept += 1
+            return json_object(known, path)
+        outcome = self._train(key)
+        result = {
+            "run": f"runs/{key.name}",
+            "optimizer": key.optimizer,
+            "arm": key.arm,
+            "learning_rate": key.rate,
+            "seed": key.seed,
+            "steps": outcome.steps,
+            "seconds": round(outcome.seconds, 3),
+            "validation_dice": outcome.dice,
+            "best_step": outcome.best_step,
+            "skipped_steps": outcome.skipped_steps,
+            "start": (read_json(path) if path.exists() else {}).get("start"),
+        }
+        write_json(path, result)
+        self.position += 1
+        dice = _mean(outcome.dice)
+        LOG.info("%d of %d, %s: validation Dice %.3f", self.position, self.plan.count(), key.name, dice)
+        return result
+
+    def _train(self, key: RunKey) -> TrainResult:
+        """Start or resume a run."""
+        run, config = self._run(key), self.plan.config_of(key)
+
+        def told(progress: Progress) -> None:
+            if progress.job == "training":
+                self._note_start(key)
+            self._tell(
+                progress.share if progress.job == "training" else 0.0, f"{self._place()}  {key.name}  {progress.detail}"
+            )
+
+        if has_begun(run):
+            self._note_start(key)
+        return start_or_resume(
+            self.data,
+            run,
+            config,
+            split_file=self.out / "split.json",
+            labels=self.labels,
+            follow_links=self.follow_links,
+            store=self.store,
+            on_progress=told,
+        )
+
+    def _note_start(self, key: RunKey) -> None:
+        """Record the initial weights and the first batch of a run while its checkpoint of step 0 is there."""
+        path, run = self._result_path(key), self._run(key)
+        if path.exists():
+            return
+        checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
+        if checkpoint is None or checkpoint.step != 0:
+            return
+        path.parent.mkdir(exist_ok=True)
+        write_json(
+            path,
+            {"start": {"weights_sha256": _weights_sha256(checkpoint), "batch_sha256": self._batch_sha256(key, run)}},
+        )
+
+    def _batch_sha256(self, key: RunKey, run: Path) -> str:
+        """SHA-256 of the first batch, made from the run's own prepared cases as the run makes it."""
+        config, facts = self.plan.config_of(key), read_json(run / "run.json")
+        prepared = cache_cases(
+            [self.cases[case_id] for case_id in self.parts.train],
+            self.store,
+            spacing_mm=tuple(facts["spacing_mm"]),
+            convention=CONVENTIONS[facts["labels"]],
+            nan_to_zero=config.data.nan_to_zero,
+        )
+        source = PatchSource(
+            prepared,
+            patch_voxels=config.training.patch_voxels,
+            tumour_probability=config.training.tumour_probability,
+            enhancing_probability=config.training.enhancing_probability,
+            augmentation=config.augment,
+            seed=config.training.seed,
+        )
+        batch = source.batch(0, config.training.batch_size)
+        digest = hashlib.sha256(" ".join(batch.cases).encode())
+        for tensor in (batch.image, batch.masks):
+            digest.update(tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def _scored(self, key: RunKey, result: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Add the final Dice by case, where it is not there yet."""
+        ids = list(self.parts.scored)
+        if list(result.get("dice", {})) == ids:
+            return result
+        began = time.monotonic()
+        runtime, sha256, dice = score_run(
+            self._run(key),
+            [self.cases[case_id] for case_id in ids],
+            self.plan.config_of(key),
+            on_case=lambda case_id: self._tell(0.0, f"scored {case_id}  {key.name}"),
+        )
+        scored = {
+            **result,
+            "weights_sha256": sha256,
+            "computed_by": runtime.record(),
+            "scoring_seconds": round(time.monotonic() - began, 3),
+            "dice": dice,
+        }
+        write_json(self._result_path(key), scored)
+        return scored
+
+    def _tell(self, share: float, detail: str) -> None:
+        """Progress of the whole comparison; the time left from the runs that this process made."""
+        total, share = self.plan.count(), min(share, 0.999)
+        made = self.position - self.kept + share
+        spent = time.monotonic() - self.began
+        eta = spent / made * (total - self.position - share) if made > 0.02 else None
+        self.on_progress(
+            Progress(
+                job="comparing",
+                share=min(0.999, (self.position + share) / total),
+                detail=detail,
+                eta_seconds=eta,
+            )
+        )
+
+    def _place(self) -> str:
+        return f"run {self.position + 1} of {self.plan.count()}"
+
+    def _run(self, key: RunKey) -> Path:
+        return self.out / "runs" / key.name
+
+    def _result_path(self, key: RunKey) -> Path:
+        return self.out / "results" / f"{key.name}.json"
+
+
+def choose_rates(plan: Plan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """By optimiser and arm the rate with the best mean validation Dice for the first seed; of equals the lowest.
+
+    Args:
+        plan: what is compared.
+        runs: results of its sweep.
+    """
+    chosen = {}
+    for optimizer in plan.optimizers:
+        for arm in plan.arms:
+            keys = [
+                RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=plan.first_seed) for rate in plan.rates[optimizer]
+            ]
+            best = max(keys, key=lambda key: _mean(runs[key]["validation_dice"]))
+            chosen[optimizer, arm] = best.rate
+    return chosen
+
+
+def _mean(dice: Mapping[str, float] | None) -> float:
+    return sum(dice.values()) / len(dice) if dice else -1.0
+
+
+def _require_same(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or compare it with the one that is there."""
+    path = out / _PLAN
+    if not path.exists():
+        write_json(path, plan)
+        return
+    there = json_object(read_json(path), path)
+    # Keys that came with a later version are at their defaults.
+    there = {"variants": {}, "first_seed": 0, **there}
+    there["config"] = shared_settings(from_plain(there.get("config", {}), str(path)))
+    changed = differences(there, plan)
+    if changed:
+        raise ConfigError(
+            f"{out} holds another comparison; give another folder, or the settings it was begun with. "
+            f"Different: {'; '.join(changed)}"
+        )
+
+
+def _parts_on_record(out: Path) -> Any:
+    """The parts that a comparison was begun with, or None."""
+    path = out / _PLAN
+    return json_object(read_json(path), path).get("parts") if path.exists() else None
+
+
+def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> Parts:
+    """The parts of a fold; those a comparison began with where an older version dealt them by its own rules."""
+    patients = patients_of(cases.values())
+    before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
+    tumours: dict[str, Tumour] | None = None
+    if begun is not None:
+        for known in (patients, before):  # by case id alone, as the oldest versions did
+            with suppress(DataError):
+                if (parts := fold_parts(known, fold)).to_json() == begun:
+                    return parts
+        tumours = _tumours(cases, labels)
+        with suppress(DataError):
+            if (parts := fold_parts(before, fold, tumours)).to_json() == begun:
+                return parts
+    return fold_parts(patients, fold, _tumours(cases, labels) if tumours is None else tumours)
+
+
+def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, Tumour]:
+    held = read_label_maps(cases.values())
+    return tumours_of(cases, held, decide_for(values_of(cases, held), list(cases.values()), labels=labels))
+
+
+def _weights_sha256(checkpoint: checkpoints.Checkpoint) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(checkpoint.weights.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

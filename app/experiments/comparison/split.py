@@ -1,0 +1,85 @@
+"""Three parts by patient: what trains, what chooses, and what nothing was chosen on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from data.datasets.label_stats import Tumour
+from data.datasets.splits import FOLDS, Split, fold_split, ids_of, read_split, require_apart, stratified_split
+from data.errors import DataError
+
+_LEAST_PATIENTS: Final = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Case ids of the three parts."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+    """Choose the learning rate and the weights of each run."""
+    test: tuple[str, ...]
+    """Choose nothing; may be empty, then the final scores are of ``validation``."""
+
+    @property
+    def split(self) -> Split:
+        """What a single run is given."""
+        return Split(train=self.train, validation=self.validation)
+
+    @property
+    def scored(self) -> tuple[str, ...]:
+        """The cases that the final Dice is of."""
+        return self.test or self.validation
+
+    def to_json(self) -> dict[str, list[str]]:
+        """The three lists, as :func:`read_parts` reads them."""
+        return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
+
+
+def fold_parts(patients: Mapping[str, str], fold: int, tumours: Mapping[str, Tumour] | None = None) -> Parts:
+    """Fold ``fold`` tests, the next one validates, the others train.
+
+    The folds are those of ``train``, so that every case is tested in one fold.
+
+    Args:
+        patients: the patient of every case, by case id.
+        fold: 0 to 4, less with fewer than five patients.
+        tumours: of all cases; without, the folds are dealt by case id alone.
+
+    Raises:
+        DataError: fewer than three patients, or no such fold.
+    """
+    count = len(set(patients.values()))
+    if count < _LEAST_PATIENTS:
+        raise DataError(
+            f"{count} {'patient' if count == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
+            'one each to train, to choose and to test; or give --split with {"train": [...], "validation": [...]}'
+        )
+    test, validation = (
+        (fold_split(patients, number) if tumours is None else stratified_split(tumours, patients, number)).validation
+        for number in (fold, (fold + 1) % min(FOLDS, count))
+    )
+    left = tuple(case_id for case_id in sorted(patients) if case_id not in {*test, *validation})
+    return Parts(train=left, validation=validation, test=test)
+
+
+def read_parts(path: Path, patients: Mapping[str, str]) -> Parts:
+    """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
+
+    Raises:
+        DataError: as :func:`data.datasets.splits.read_split`; nothing validates; ``test`` is no list of case ids, names one
+            twice or that is not in the data set, or shares a patient with another part.
+    """
+    split = read_split(path, patients)
+    if not split.validation:
+        raise DataError(f"{path}: a comparison chooses on validation cases; the list validation is empty")
+    test = ids_of(json.loads(path.read_text(encoding="utf-8")).get("test", []), f"{path}: test")
+    unknown = sorted(set(test) - set(patients))
+    if unknown:
+        raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+    require_apart(path, patients, {"test": test, "another part": (*split.train, *split.validation)})
+    return Parts(train=split.train, validation=split.validation, test=tuple(test))

@@ -1,0 +1,100 @@
+"""The verdict in words: what the numbers say, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final
+
+from app.evaluation.statistics import SIGNIFICANCE, Difference
+
+_FEW_SEEDS: Final = 3
+_FEW_CASES: Final = 10
+
+
+def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> str:
+    """One sentence on one arm.
+
+    "Better" and "worse" stand there only where the interval leaves 0 out and the signed-rank test, corrected for the
+    number of arms, agrees; without a test the sentence says what was seen and that it proves nothing.
+
+    Args:
+        arm: the arm under test.
+        baseline: the arm it is compared with.
+        optimizer: under which optimiser.
+        difference: of the mean Dice, from at least one seed and case.
+    """
+    pair = f"{arm} and {baseline}"
+    size = f"{_short(abs(difference.mean))} Dice"
+    interval = f"95 % interval {_short(difference.low)} to {_short(difference.high)}"
+    if difference.mean == difference.low == difference.high == 0:
+        return f"{pair} had the same Dice in every case under {optimizer}."
+    if difference.low <= 0 <= difference.high:
+        return (
+            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice, and the "
+            f"{interval} holds 0."
+        )
+    direction = "better" if difference.mean > 0 else "worse"
+    p = difference.p if difference.p_holm is None else difference.p_holm
+    if p is None:
+        seen = "higher" if difference.mean > 0 else "lower"
+        return (
+            f"{arm} scored {seen} than {baseline} by {size} ({interval}) under {optimizer}, but there is no "
+            f"signed-rank test, {difference.no_test}: a hint, no proof."
+        )
+    if p > SIGNIFICANCE:
+        return (
+            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice ({interval}), but "
+            f"the signed-rank test gives p {_p(p)}."
+        )
+    if difference.seeds == 1:
+        return (
+            f"{arm} was {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer} "
+            "in the one seed that was trained; another seed may say something else."
+        )
+    return f"{arm} is {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer}."
+
+
+def caveats(
+    *, seeds: int, cases: int, tested: bool, at_border: Sequence[str], same_start: bool, backends: Sequence[str]
+) -> list[str]:
+    """What limits every verdict of a comparison, a sentence each.
+
+    Args:
+        seeds: how many seeds there were.
+        cases: how many cases were scored.
+        tested: whether these are test cases; False for validation cases.
+        at_border: arms whose best learning rate is the lowest or highest that was tried, as texts.
+        same_start: whether initial weights and first batch were recorded as the same in every arm.
+        backends: what computed the predictions that are scored, as texts; one where all were computed alike.
+    """
+    said = []
+    if seeds == 1:
+        said.append("One seed: how much of a difference is the luck of initial weights and patches is not known.")
+    elif seeds < _FEW_SEEDS:
+        said.append(f"{seeds} seeds: the spread between seeds is hardly known.")
+    if cases < _FEW_CASES:
+        noun = "case" if cases == 1 else "cases"
+        said.append(f"{cases} scored {noun}: bootstrap intervals of so few are too narrow.")
+    if not tested:
+        said.append(
+            "No third part: the scores are of the validation cases, which also chose learning rates and weights, "
+            "and are too high for every arm."
+        )
+    if at_border:
+        said.append(f"The best learning rate is at the border of those tried for {', '.join(at_border)}: try more.")
+    if not same_start:
+        said.append("It is not on record for every run that initial weights and first batch were those of its seed.")
+    if len(backends) > 1:
+        said.append(
+            f"The scored predictions were not all computed alike ({'; '.join(backends)}): arms may differ by rounding."
+        )
+    return said
+
+
+def _short(value: float) -> str:
+    """A number in three decimals; one that is not 0 does not look like 0."""
+    return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.1g}"
+
+
+def _p(value: float) -> str:
+    return f"= {value:.3f}" if value >= 0.001 else "below 0.001"

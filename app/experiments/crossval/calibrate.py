@@ -1,0 +1,189 @@
+"""Fit temperatures and volume intervals on out-of-fold predictions, and say honestly what they bring.
+
+A temperature has the least negative log likelihood over the voxels around the tumours of all cases (Guo et al. 2017,
+arXiv 1706.04599). What is reported of it is found without it: each fold's cases are scored under the temperature of the
+other folds, and their volumes compared with intervals from the other folds. A temperature is kept where these scores,
+calibration error and likelihood, are both better than without; else it is 1. The likelihood alone does not tell: few
+voxels that are surely wrong can ask for a temperature that spoils a network which is right as often as it says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from app.evaluation.reliability import DEFINITION, NO_VOXELS, Reliability
+from app.experiments.crossval.logits import Counts, fit_temperature, negative_log_likelihood, under_temperature
+from app.experiments.crossval.summary import Summary
+from app.inference.calibration import (
+    LEVEL,
+    OFFSET_ML,
+    VERSION,
+    conformal_quantile,
+    log_ratio,
+)
+from data.labels import REGIONS, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionCalibration:
+    """What a temperature brings to one region, on cases that it was not fitted on."""
+
+    fitted: float
+    """The temperature fitted on all cases."""
+    left_out: tuple[float, ...]
+    """By fold: fitted without the fold's cases."""
+    before: Reliability
+    """All cases together, as the networks say it."""
+    after: Reliability
+    """All cases together, each under the temperature that its fold had no part in."""
+    case_ece: tuple[float, float]
+    """Mean over cases of each case's ECE, before and after."""
+    nll: tuple[float, float]
+    """Mean over voxels, before and after."""
+    log_ratio: Mapping[str, float | None]
+    """``plain`` and ``postprocessed``: the quantile of volume errors over all cases; None of too few."""
+    coverage: float | None
+    """Share of cases whose true volume lies in the interval of the other folds; None where these are too few."""
+
+    @property
+    def temperature(self) -> float:
+        """What the ensemble gets: what was fitted, or 1 where that does not help cases it was not fitted on."""
+        return self.fitted if self.after.ece < self.before.ece and self.nll[1] < self.nll[0] else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "temperature": self.temperature,
+            "temperature_fitted": self.fitted,
+            "temperature_without_fold": list(self.left_out),
+            "ece_before": self.before.ece,
+            "ece_after": self.after.ece,
+            "case_ece_before": self.case_ece[0],
+            "case_ece_after": self.case_ece[1],
+            "brier_before": self.before.brier,
+            "brier_after": self.after.brier,
+            "nll_before": self.nll[0],
+            "nll_after": self.nll[1],
+            "interval_coverage": self.coverage,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """Temperatures and volume intervals of a cross-validation."""
+
+    regions: Mapping[Region, RegionCalibration]
+    cases: int
+    """How many the volume intervals are from."""
+    cases_with_tumour: int
+    """How many the temperatures are from."""
+
+    def ensemble_json(self) -> dict[str, Any]:
+        """What :func:`app.inference.calibration.calibration_from_json` reads."""
+
+        def ratios(masks: str) -> dict[str, float | None] | None:
+            found: dict[str, float | None] = {region: one.log_ratio[masks] for region, one in self.regions.items()}
+            return None if None in found.values() else found
+
+        return {
+            "version": VERSION,
+            "temperature": {region: one.temperature for region, one in self.regions.items()},
+            "volume_interval": {
+                "level": LEVEL,
+                "offset_ml": OFFSET_ML,
+                "cases": self.cases,
+                "log_ratio": {masks: ratios(masks) for masks in ("plain", "postprocessed")},
+            },
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data: what the ensemble gets, and by region what it brings."""
+        return {
+            **self.ensemble_json(),
+            "regions": {region: one.to_json() for region, one in self.regions.items()},
+            "cases_with_tumour": self.cases_with_tumour,
+            "definition": DEFINITION,
+        }
+
+
+def calibrate(counts: Mapping[str, Counts], raw: Summary, tuned: Summary) -> Calibrated:
+    """Fit temperatures and volume intervals, on all cases and without each fold.
+
+    Args:
+        counts: of :func:`app.experiments.crossval.logits.count_logits`, by case id; all 0 of a case without tumour, marked or true.
+        raw: scores without post-processing.
+        tuned: scores with it.
+    """
+    fold_of = raw.fold_of
+    return Calibrated(
+        regions={region: _region(number, region, counts, raw, tuned) for number, region in enumerate(REGIONS)},
+        cases=len(fold_of),
+        cases_with_tumour=sum(bool(one.any()) for one in counts.values()),
+    )
+
+
+def _region(
+    number: int, region: Region, counts: Mapping[str, Counts], raw: Summary, tuned: Summary
+) -> RegionCalibration:
+    fold_of = raw.fold_of
+    held = {case_id: one[number] for case_id, one in counts.items() if one[number].any()}
+    folds = range(max(fold_of.values()) + 1)
+    left_out = [_fit([one for case_id, one in held.items() if fold_of[case_id] != fold]) for fold in folds]
+    before, ece_before, nll_before = _reliabilities(held, dict.fromkeys(held, 1.0))
+    after, ece_after, nll_after = _reliabilities(held, {case_id: left_out[fold_of[case_id]] for case_id in held})
+    return RegionCalibration(
+        fitted=_fit(list(held.values())),
+        left_out=tuple(left_out),
+        before=before,
+        after=after,
+        case_ece=(ece_before, ece_after),
+        nll=(nll_before, nll_after),
+        log_ratio={
+            "plain": conformal_quantile(list(volume_errors(raw, region).values()), LEVEL),
+            "postprocessed": conformal_quantile(list(volume_errors(tuned, region).values()), LEVEL),
+        },
+        coverage=_coverage(tuned, region),
+    )
+
+
+def volume_errors(summary: Summary, region: Region) -> dict[str, float]:
+    """By case id: :func:`app.inference.calibration.log_ratio` of a region's volume."""
+    return {
+        case_id: log_ratio(scores[region].reference_volume_ml, scores[region].volume_ml)
+        for case_id, scores in summary.cases.items()
+    }
+
+
+def _coverage(summary: Summary, region: Region) -> float | None:
+    """Share of cases that intervals from the cases of the other folds cover."""
+    errors, covered = volume_errors(summary, region), []
+    for case_id, error in errors.items():
+        fold = summary.fold_of[case_id]
+        bound = conformal_quantile([one for other, one in errors.items() if summary.fold_of[other] != fold], LEVEL)
+        if bound is None:
+            return None
+        covered.append(error <= bound)
+    return fmean(covered)
+
+
+def _fit(counts: Sequence[Counts]) -> float:
+    return fit_temperature(np.sum(counts, axis=0)) if counts else 1.0
+
+
+def _reliabilities(counts: Mapping[str, Counts], temperatures: Mapping[str, float]) -> tuple[Reliability, float, float]:
+    """Of cases under their temperatures: all voxels together, mean ECE of the cases, mean negative log likelihood."""
+    if not counts:
+        return NO_VOXELS, 0.0, 0.0
+    cases = [under_temperature(one, temperatures[case_id]) for case_id, one in counts.items()]
+    voxels = [one[:, 1:-1].sum() for one in counts.values()]
+    losses = [negative_log_likelihood(one, temperatures[case_id]) for case_id, one in counts.items()]
+    return (
+        sum(cases, NO_VOXELS),
+        fmean(case.ece for case in cases),
+        float(np.dot(voxels, losses) / max(1, sum(voxels))),
+    )

@@ -1,0 +1,97 @@
+"""Make the ensemble of a cross-validation: a folder that holds all it needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Final
+
+from app.errors import RunError
+from app.experiments.crossval.calibrate import Calibrated
+from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.summary import Summary
+from app.experiments.crossval.tune import Tuning
+from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION
+from app.runs import checkpoints
+from app.runs.folder import read_json, write_json
+from app.runs.model_card import describe, seal
+from app.runs.training_record import INTENSITIES_FILE
+from app.system.device import versions
+from data.labels import CONTRASTS, REGIONS
+
+_PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
+
+
+def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: Calibrated) -> Path:
+    """Write the ensemble beside its place, then put it there; an older one goes.
+
+    Weights are hard links to those of the folds where the file system has them, else copies: a run never writes into
+    a file that is there, so neither changes with the other.
+
+    Args:
+        folds: every fold is trained.
+        tuning: its choice goes into the ensemble.
+        summary: out-of-fold scores under that choice.
+        calibrated: temperatures and volume intervals.
+
+    Returns:
+        the ensemble's folder.
+
+    Raises:
+        RunError: a fold has no weights, or they were changed.
+        OSError: the folder cannot be written to.
+    """
+    beside, place = folds.out / _PARTIAL, folds.out / ENSEMBLE_FOLDER
+    shutil.rmtree(beside, ignore_errors=True)
+    networks: list[dict[str, Any]] = []
+    for fold in range(len(folds.splits)):
+        run = folds.run(fold)
+        checkpoint = checkpoints.load_newest(run / "checkpoints", "best")
+        if checkpoint is None:
+            raise RunError(f"{run}: no weights there. Delete {folds.result_file(fold)}, and the fold is trained again.")
+        target = beside / run.name / "checkpoints"
+        target.mkdir(parents=True)
+        for ending in ("safetensors", "json"):
+            name = f"best-{checkpoint.step:09d}.{ending}"
+            _link(run / "checkpoints" / name, target / name)
+        if (run / INTENSITIES_FILE).exists():
+            _link(run / INTENSITIES_FILE, target.parent / INTENSITIES_FILE)
+        networks.append(
+            {
+                "network": run.name,
+                "weights_sha256": checkpoint.sha256,
+                "step": checkpoint.step,
+                "trained_on": len(folds.splits[fold].train),
+                "out_of_fold_dice": summary.fold_means(fold)["mean"],
+                "runtime": read_json(run / "run.json")["runtime"],
+            }
+        )
+    write_json(beside / "split.json", {"train": sorted(folds.cases), "validation": []})
+    write_json(
+        beside / ENSEMBLE_FILE,
+        {
+            "version": VERSION,
+            "networks": networks,
+            "postprocess": tuning.chosen.to_json(),
+            "calibration": calibrated.ensemble_json(),
+            "contrasts": list(CONTRASTS),
+            "regions": list(REGIONS),
+            **{key: value for key, value in folds.to_json().items() if key not in {"version", "folds"}},
+            "case_ids_by_fold": [list(split.validation) for split in folds.splits],
+            "tuning": tuning.to_json(),
+            "versions": versions(),
+        },
+    )
+    seal(beside, {**describe(beside), "name": ENSEMBLE_FOLDER})
+    if place.exists():
+        shutil.rmtree(place)
+    beside.rename(place)
+    return place
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without hard links
+        shutil.copyfile(source, target)

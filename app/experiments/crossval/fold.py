@@ -1,0 +1,69 @@
+"""The work of one fold: train its network, predict the cases that it has not trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.out_of_fold import answer_of, is_of, write_answer
+from app.experiments.runs import has_begun, json_object, start_or_resume
+from app.inference.backends.choose import choose_backend
+from app.inference.model import load_model
+from app.progress import OnProgress, Progress
+from app.runs.folder import read_json, write_json
+
+#: Share of a fold's time that training takes, for the progress bar.
+_TRAINING: float = 0.9
+
+
+def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_progress: OnProgress) -> None:
+    """Train a fold's network and predict its validation cases; what is done already is kept.
+
+    Args:
+        data: folder of cases.
+        folds: the cross-validation.
+        fold: from 0 on.
+        follow_links: accept symbolic links that lead out of ``data``.
+        on_progress: told where this fold is.
+
+    Raises:
+        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start`.
+        KeyboardInterrupt: stopped while predicting; whole cases are kept.
+    """
+    run, result = folds.run(fold), folds.result_file(fold)
+    if not (result.exists() and has_begun(run)):
+
+        def told(progress: Progress) -> None:
+            share = progress.share if progress.job == "training" else 0.0
+            detail = f"{progress.job}  {progress.detail}"
+            on_progress(Progress(job="fold", share=_TRAINING * share, detail=detail))
+
+        outcome = start_or_resume(
+            data,
+            run,
+            folds.config,
+            split_file=folds.split_file(fold),
+            labels=folds.convention.name,
+            follow_links=follow_links,
+            on_progress=told,
+        )
+        result.parent.mkdir(exist_ok=True)
+        write_json(result, {**outcome.to_json(), "run": run.name})
+    json_object(read_json(result), result)
+    runtime = choose_backend("auto", folds.config.runtime)  # as predict, so that its label maps have these scores
+    model = load_model(run, runtime)
+    validation = folds.splits[fold].validation
+    for number, case_id in enumerate(validation):
+        if is_of(folds.answer_file(case_id), model.sha256):
+            continue
+        share = _TRAINING + (1 - _TRAINING) * number / len(validation)
+        on_progress(Progress(job="fold", share=share, detail=f"predicting {case_id}"))
+        answer = answer_of(
+            model,
+            folds.cases[case_id],
+            runtime,
+            convention=folds.convention,
+            nan_to_zero=folds.config.data.nan_to_zero,
+        )
+        write_answer(folds.answer_file(case_id), answer)
+    on_progress(Progress(job="fold", share=1.0, detail="done"))

@@ -1,0 +1,214 @@
+"""Out-of-fold probabilities: what a network that has not trained on a case says of it, kept in one byte a voxel.
+
+A file is a compressed npz of the smallest box that holds the brain and the reference::
+
+    answers         uint8, shape (3, X, Y, Z), order of data.labels.REGIONS
+    reference       uint8, shape (X, Y, Z), the program's codes
+    spacing_mm      float64, shape (3,)
+    logit_counts    int64, shape (3, 2, bins): voxels around the tumour by their logit (app.experiments.crossval.logits)
+    weights_sha256  of the network, as text
+    computed_by     backend, precision and device, a JSON object as text (versions that always took torch lack it)
+
+A probability is above k/256 exactly where its byte is k or more (k from 1 to 255), so that thresholds which are whole
+256ths cut the bytes as they would have cut the probabilities. For temperatures bytes are too coarse: what is
+below 1/256 would be taken as 1/512, and most of the background lies far below.
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import RunError
+from app.evaluation.reliability import box_around
+from app.experiments.crossval.logits import Counts, count_logits, no_counts
+from app.inference.model import Model
+from app.inference.postprocess import Masks, Postprocess
+from app.inference.probabilities import predict_centred
+from app.system.device import Runtime
+from data.datasets.layouts import Case
+from data.errors import DataError
+from data.labels import LabelConvention, decode, to_regions
+from data.nifti import Spacing, canonical_spacing, read_label_map, reorient, replacing
+from data.preprocess import prepare, smallest_box
+
+Bytes = npt.NDArray[np.uint8]
+
+_STEPS: Final = 256
+_DAMAGE: Final = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What a network says of a case, and what is right."""
+
+    answers: Bytes
+    """Shape (3, X, Y, Z)."""
+    reference: Bytes
+    """Shape (X, Y, Z), the program's codes."""
+    logit_counts: Counts
+    """As of :func:`app.experiments.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there is none."""
+    spacing_mm: Spacing
+    weights_sha256: str
+    computed_by: Mapping[str, str] | None = None
+    """As of :meth:`app.system.device.Runtime.record`; None in files of versions that did not record it."""
+
+    def cut(self, rules: Postprocess) -> Masks:
+        """As :meth:`app.inference.postprocess.Postprocess.cut`, of thresholds that are whole 256ths."""
+        bounds = [threshold * _STEPS for threshold in rules.thresholds]
+        assert all(bound == int(bound) for bound in bounds)
+        return np.asarray(self.answers >= np.array(bounds).reshape(3, 1, 1, 1))
+
+
+def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
+    """Probabilities less one half in one byte each.
+
+    Example:
+        >>> to_bytes(np.array([-0.5, 0.0, 1e-9, 0.5], dtype=np.float32)).tolist()
+        [0, 127, 128, 255]
+    """
+    values: Bytes = np.clip(np.ceil(centred * _STEPS) + (_STEPS // 2 - 1), 0, _STEPS - 1).astype(np.uint8)
+    return values
+
+
+def answer_of(
+    model: Model, case: Case, runtime: Runtime, *, convention: LabelConvention, nan_to_zero: bool = False
+) -> Answer:
+    """Predict a case and read its reference.
+
+    Args:
+        model: that has not trained on the case.
+        case: with a label map.
+        runtime: as the model was loaded for.
+        convention: of the label map.
+        nan_to_zero: take voxels that are NaN or infinite as 0.
+
+    Raises:
+        DataError: the case cannot be used.
+    """
+    prepared = prepare(case, spacing_mm=model.spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+    assert case.label is not None
+    reference = decode(reorient(read_label_map(case.label)).voxels, convention)
+    if reference.shape != prepared.canonical_shape:
+        raise DataError(
+            f"case {case.id}: the label map has the shape {reference.shape}, not {prepared.canonical_shape}"
+        )
+    spacing_mm = canonical_spacing(prepared.native_affine)
+    centred = np.full((3, *prepared.canonical_shape), -0.5, dtype=np.float32)
+    centred[:, *prepared.box] = predict_centred(model, prepared, runtime)
+    around = box_around((centred[0] > 0) | (reference != 0), spacing_mm)
+    held = reference != 0
+    held[prepared.box] = True
+    box = smallest_box(held)
+    return Answer(
+        answers=to_bytes(centred[:, *box]),
+        reference=np.ascontiguousarray(reference[box]),
+        logit_counts=no_counts()
+        if around is None
+        else count_logits(centred[:, *around], to_regions(reference[around])),
+        spacing_mm=spacing_mm,
+        weights_sha256=model.sha256,
+        computed_by=runtime.record(),
+    )
+
+
+def write_answer(path: Path, answer: Answer) -> None:
+    """Write a file, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays: dict[str, Any] = {
+        "answers": answer.answers,
+        "reference": answer.reference,
+        "logit_counts": answer.logit_counts,
+        "spacing_mm": np.array(answer.spacing_mm, dtype=np.float64),
+        "weights_sha256": np.array(answer.weights_sha256),
+    }
+    if answer.computed_by is not None:
+        arrays["computed_by"] = np.array(json.dumps(dict(answer.computed_by)))
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+def read_counts(path: Path) -> Counts:
+    """The logit counts of a file alone.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _counts(file["logit_counts"])
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def read_answer(path: Path) -> Answer:
+    """Read a file.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            answers, reference = file["answers"], file["reference"]
+            x, y, z = file["spacing_mm"].tolist()
+            if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
+                raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
+            return Answer(
+                answers=answers,
+                reference=reference,
+                logit_counts=_counts(file["logit_counts"]),
+                spacing_mm=(x, y, z),
+                weights_sha256=str(file["weights_sha256"]),
+                computed_by=_computed_by(file),
+            )
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def read_computed_by(path: Path) -> dict[str, str] | None:
+    """What computed the answer of a file, as of :meth:`app.system.device.Runtime.record`; None where it does not say.
+
+    Raises:
+        RunError: missing or damaged.
+    """
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return _computed_by(file)
+    except _DAMAGE as error:
+        raise _damaged(path, error) from error
+
+
+def is_of(path: Path, weights_sha256: str) -> bool:
+    """Whether a file is there that network made, with all that belongs into it; the voxels are not looked at."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
+    except _DAMAGE:
+        return False
+
+
+def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
+    if "computed_by" not in file:
+        return None
+    told = json.loads(str(file["computed_by"]))
+    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
+        raise ValueError(f"computed_by is {told!r}")
+    return told
+
+
+def _counts(found: Counts) -> Counts:
+    if found.dtype != np.int64 or found.shape != no_counts().shape or found.min() < 0:
+        raise ValueError(f"it holds logit counts of {found.dtype} {found.shape}")
+    return found
+
+
+def _damaged(path: Path, error: Exception) -> RunError:
+    return RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.")

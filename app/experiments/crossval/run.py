@@ -1,0 +1,274 @@
+"""Cross-validate: train the folds, tune post-processing on what they say of cases they have not seen, make an ensemble.
+
+What is done already is kept, so the same command goes on after an interruption (see :mod:`app.experiments.crossval.folds`).
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.config.load import RunConfig
+from app.errors import InterruptedRunError, RunError
+from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
+from app.experiments.crossval.calibrate import Calibrated, calibrate
+from app.experiments.crossval.ensemble_folder import write_ensemble
+from app.experiments.crossval.fold import work_on_fold
+from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
+from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
+from app.experiments.crossval.summary import Summary, summarise, write_table
+from app.experiments.crossval.tune import Scores, Tuning, tune
+from app.experiments.crossval.workers import Job, slots_of, work_in_processes
+from app.experiments.runs import backends_sentence, count_backends, has_begun, json_object, only_warnings, require_place
+from app.inference.ensemble import CROSSVAL_FILE
+from app.inference.postprocess import Postprocess
+from app.notice import NOTICE
+from app.progress import LOG, OnProgress, Progress, silent
+from app.reports.crossval import write_page
+from app.runs.folder import locked, read_json, read_metrics, write_json
+from app.system.device import machine, require_device, versions
+
+#: Share of the whole that training and prediction take, for the progress bar.
+_FOLDS = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossValidation:
+    """What a cross-validation made."""
+
+    out: Path
+    ensemble: Path
+    raw: Summary
+    """Out-of-fold scores of probabilities cut at one half."""
+    tuned: Summary
+    """Out-of-fold scores under what was chosen on the same cases."""
+    tuning: Tuning
+    calibrated: Calibrated
+    content: Mapping[str, Any]
+    """As in ``crossval.json``."""
+
+    @property
+    def page(self) -> Path:
+        """The page."""
+        return self.out / "crossval.html"
+
+
+def cross_validate(
+    data: Path,
+    out: Path,
+    config: RunConfig,
+    *,
+    folds: int = 5,
+    labels: str | None = None,
+    follow_links: bool = False,
+    devices: str | None = None,
+    jobs: int | None = None,
+    on_progress: OnProgress = silent,
+) -> CrossValidation:
+    """Do what is not done yet, and write scores, page and ensemble.
+
+    Args:
+        data: folder of cases.
+        out: folder of the cross-validation; new, empty, or one where the same was begun.
+        config: of every fold's run.
+        folds: 2 to 20; every one has a patient at least.
+        labels: name of the label convention, where the data set does not tell.
+        follow_links: accept symbolic links that lead out of ``data``.
+        devices: names with commas between; a fold is worked on on each, in a process of its own.
+        jobs: the same with a number of processes on the config's device.
+        on_progress: told how far the whole is.
+
+    Raises:
+        DataError: the data cannot be used, or changed since the cross-validation was begun.
+        ConfigError: folds, devices or jobs that cannot be; or ``out`` holds another cross-validation.
+        RunError: ``out`` is a file, holds something else, has damaged files, or another process works there.
+        DeviceError: a device is not there.
+        OSError: the machine, as full disks or a process that was killed.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
+    """
+    slots = slots_of(devices, jobs, config_device=config.runtime.device)
+    for device in slots:
+        require_device(device or config.runtime.device)
+    require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
+    dealt = deal(data, out, config, folds=folds, labels=labels, follow_links=follow_links)
+    with locked(out):
+        require_same(dealt)
+        work = _Work(data=data, folds=dealt, slots=slots, follow_links=follow_links, on_progress=on_progress)
+        try:
+            with only_warnings(__file__):
+                work.all_folds()
+                return work.summary()
+        except (InterruptedRunError, KeyboardInterrupt) as error:
+            raise InterruptedRunError(
+                f"{str(error).partition(';')[0] or 'interrupted'} in {work.what}; everything is saved in {out}. "
+                "The same command goes on there."
+            ) from error
+
+
+@dataclass
+class _Work:
+    """One process at work on a cross-validation."""
+
+    data: Path
+    folds: Folds
+    slots: Sequence[str | None]
+    follow_links: bool
+    on_progress: OnProgress
+    what: str = "the first fold"
+    """What is being done, for messages."""
+    shares: dict[int, float] = field(default_factory=dict)
+    began: float = field(default_factory=time.monotonic)
+    kept: float = 0.0
+    """Share of the folds that was done before this process."""
+
+    def all_folds(self) -> None:
+        """Train and predict every fold that is not done."""
+        count = len(self.folds.splits)
+        left = [fold for fold in range(count) if not self._is_done(fold)]
+        self.shares = {fold: 0.0 if fold in left else 1.0 for fold in range(count)}
+        self.kept = sum(self.shares.values()) / count
+        if not left:
+            return
+        if len(self.slots) == 1 and self.slots[0] is None:
+            for fold in left:
+                self.what = f"fold {fold} of 0 to {count - 1}"
+
+                def told(progress: Progress, fold: int = fold) -> None:
+                    self._tell(fold, progress)
+
+                work_on_fold(self.data, self.folds, fold, follow_links=self.follow_links, on_progress=told)
+                self._note_done(fold)
+            return
+        self.what = f"folds {', '.join(map(str, left))}"
+        work_in_processes(
+            [
+                Job(
+                    data=str(self.data.resolve()),
+                    out=str(self.folds.out.resolve()),
+                    fold=fold,
+                    follow_links=self.follow_links,
+                )
+                for fold in left
+            ],
+            self.slots[: len(left)],
+            logs=self.folds.out / "logs",
+            on_progress=self._tell,
+            on_done=self._note_done,
+        )
+        shutil.rmtree(self.folds.out / "logs", ignore_errors=True)
+
+    def summary(self) -> CrossValidation:
+        """Tune, score, write."""
+        self.what = "the choice of post-processing"
+        fold_of = self.folds.fold_of()
+
+        def told(share: float) -> None:
+            detail = f"post-processing: {share:.0%} of {len(fold_of)} cases"
+            self.on_progress(Progress(job="cross-validating", share=_FOLDS, detail=detail))
+
+        scores = Scores({case_id: self.folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
+        tuning = tune(scores, list(fold_of.values()))
+        self.what = "the scores"
+        raw = summarise(self.folds, Postprocess())
+        tuned = raw if tuning.chosen.changes_nothing else summarise(self.folds, tuning.chosen)
+        if not tuning.chosen.changes_nothing and tuning.estimated_gain <= 0:
+            LOG.warning(
+                "post-processing gains %.4f on the cases it was chosen on, but %.4f where it is chosen without the "
+                "fold it is scored on: it may not help on other cases. predict --no-postprocess leaves it out.",
+                tuning.after - tuning.before,
+                tuning.estimated_gain,
+            )
+        self.what = "the calibration"
+        counts = {case_id: read_counts(self.folds.answer_file(case_id)) for case_id in fold_of}
+        calibrated = calibrate(counts, raw, tuned)
+        backends = count_backends(read_computed_by(self.folds.answer_file(case_id)) for case_id in fold_of)
+        if len(backends) > 1:
+            LOG.warning(
+                "out-of-fold predictions were not all computed alike (%s), so their scores differ by rounding. To "
+                "predict all of them here, delete %s and give the same command again.",
+                backends_sentence(backends),
+                self.folds.out / "out-of-fold",
+            )
+        self.what = "the ensemble"
+        ensemble = write_ensemble(self.folds, tuning, tuned, calibrated)
+        out = self.folds.out
+        results = [read_json(self.folds.result_file(fold)) for fold in range(len(self.folds.splits))]
+        content = {
+            "ensemble": str(ensemble),
+            "folds": [
+                {**result, "fold": fold, "cases": len(split.validation), "trained_on": len(split.train)}
+                for fold, (result, split) in enumerate(zip(results, self.folds.splits, strict=True))
+            ],
+            "raw": raw.to_json(),
+            "tuned": tuned.to_json(),
+            "tuning": tuning.to_json(),
+            "calibration": calibrated.to_json(),
+            "out_of_fold": backends,
+            "dice": DICE_DEFINITION,
+            "hd95": HD95_DEFINITION,
+            "label_maps_sha256": self.folds.label_maps_sha256,
+            "versions": versions(),
+            "machine": machine(),
+            "notice": NOTICE,
+        }
+        write_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
+        write_json(out / "crossval.json", content)
+        metrics = [read_metrics(self.folds.run(fold)) for fold in range(len(self.folds.splits))]
+        write_page(
+            out / "crossval.html",
+            raw=raw,
+            tuned=tuned,
+            tuning=tuning,
+            calibrated=calibrated,
+            results=results,
+            metrics=metrics,
+            backends=backends_sentence(backends),
+        )
+        self.on_progress(
+            Progress(job="cross-validating", share=1.0, detail=f"{len(self.folds.splits)} folds", eta_seconds=0.0)
+        )
+        return CrossValidation(
+            out=out,
+            ensemble=ensemble,
+            raw=raw,
+            tuned=tuned,
+            tuning=tuning,
+            calibrated=calibrated,
+            content=content,
+        )
+
+    def _is_done(self, fold: int) -> bool:
+        """Whether a fold is trained and all its cases are predicted with the weights that are there."""
+        if not (self.folds.result_file(fold).exists() and has_begun(self.folds.run(fold))):
+            return False
+        saved = sorted((self.folds.run(fold) / "checkpoints").glob("best-*.json"))
+        if not saved:
+            return False
+        try:
+            weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
+        except RunError:  # damaged: loading takes the pair before
+            return False
+        return all(is_of(self.folds.answer_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
+
+    def _note_done(self, fold: int) -> None:
+        self.shares[fold] = 1.0
+        dice = read_json(self.folds.result_file(fold))["validation_dice"]
+        LOG.info("fold %d is done: Dice while training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
+
+    def _tell(self, fold: int, progress: Progress) -> None:
+        """Progress of the whole; the time left from what this process has done."""
+        self.shares[fold] = min(progress.share, 0.999)
+        share = sum(self.shares.values()) / len(self.shares)
+        made, spent = share - self.kept, time.monotonic() - self.began
+        self.on_progress(
+            Progress(
+                job="cross-validating",
+                share=_FOLDS * share,
+                detail=f"fold {fold}  {progress.detail}",
+                eta_seconds=spent / made * (1 - share) if made > 0.02 else None,
+            )
+        )

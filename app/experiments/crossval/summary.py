@@ -1,0 +1,123 @@
+"""The numbers of a cross-validation: scores of every case, of every fold, of all."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Final
+
+from app.evaluation.metrics import RegionScores, region_scores
+from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.out_of_fold import read_answer
+from app.experiments.crossval.tune import cropped
+from app.inference.postprocess import Postprocess
+from data.labels import REGIONS, Region, from_regions
+from data.nifti import replacing
+
+#: The numbers that are kept of each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
+METRICS: Final = ("dice", "hd95_mm", "sensitivity", "volume_ml", "reference_volume_ml")
+
+CaseScores = Mapping[Region, RegionScores]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """A mean over cases, and how far cases and folds lie apart."""
+
+    mean: float
+    sd_cases: float | None
+    """Standard deviation of the cases; None of one case."""
+    sd_folds: float | None
+    """Standard deviation of the folds' means."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary:
+    """Out-of-fold scores under some rules."""
+
+    rules: Postprocess
+    fold_of: Mapping[str, int]
+    """Fold by case id."""
+    cases: Mapping[str, CaseScores]
+
+    def dice_of(self, case_id: str) -> float:
+        """Mean Dice of a case over its regions."""
+        return fmean(self.cases[case_id][region].dice for region in REGIONS)
+
+    def fold_means(self, fold: int) -> dict[str, float]:
+        """Of a fold's cases: mean Dice by region and over regions (``mean``), mean HD95 by region (``WT_hd95_mm``)."""
+        return self._means(case_id for case_id, its_fold in self.fold_of.items() if its_fold == fold)
+
+    def spread(self) -> dict[str, Spread]:
+        """Over all cases, the same keys as :meth:`fold_means`."""
+        by_fold = [self.fold_means(fold) for fold in sorted(set(self.fold_of.values()))]
+        by_case = [self._means([case_id]) for case_id in self.cases]
+        return {
+            key: Spread(
+                mean=fmean(case[key] for case in by_case),
+                sd_cases=_sd([case[key] for case in by_case]),
+                sd_folds=_sd([means[key] for means in by_fold]),
+            )
+            for key in by_case[0]
+        }
+
+    def worst(self, count: int) -> list[str]:
+        """Case ids with the lowest mean Dice, the lowest first."""
+        return sorted(self.cases, key=lambda case_id: (self.dice_of(case_id), case_id))[:count]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "postprocess": self.rules.to_json(),
+            "all": {key: asdict(spread) for key, spread in self.spread().items()},
+            "folds": [self.fold_means(fold) for fold in sorted(set(self.fold_of.values()))],
+        }
+
+    def _means(self, case_ids: Iterable[str]) -> dict[str, float]:
+        listed = [self.cases[case_id] for case_id in case_ids]
+        means: dict[str, float] = {}
+        for region in REGIONS:
+            means[region] = fmean(scores[region].dice for scores in listed)
+            means[f"{region}_hd95_mm"] = fmean(scores[region].hd95_mm for scores in listed)
+        return {**means, "mean": fmean(means[region] for region in REGIONS)}
+
+
+def summarise(folds: Folds, rules: Postprocess) -> Summary:
+    """Score the out-of-fold answers of all cases under some rules.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    fold_of = folds.fold_of()
+    return Summary(
+        rules=rules, fold_of=fold_of, cases={case: _scores(folds.answer_file(case), rules) for case in fold_of}
+    )
+
+
+def write_table(path: Path, summaries: Mapping[str, Summary]) -> None:
+    """Write the scores of every case as CSV, in full precision; the file is there whole or not at all.
+
+    Args:
+        path: file to write.
+        summaries: by what the column ``masks`` says.
+    """
+    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["masks", "fold", "case", *(f"{region}_{name}" for region in REGIONS for name in METRICS)])
+        for name, summary in summaries.items():
+            for case_id, scores in summary.cases.items():
+                values = [getattr(scores[region], metric) for region in REGIONS for metric in METRICS]
+                writer.writerow([name, summary.fold_of[case_id], case_id, *values])
+
+
+def _scores(file: Path, rules: Postprocess) -> CaseScores:
+    answer = cropped(read_answer(file))
+    codes = from_regions(rules.clean(answer.cut(rules), answer.spacing_mm))
+    return region_scores(codes, answer.reference, answer.spacing_mm)
+
+
+def _sd(values: list[float]) -> float | None:
+    return stdev(values) if len(values) > 1 else None

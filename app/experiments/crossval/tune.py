@@ -1,0 +1,231 @@
+"""Choose post-processing on out-of-fold predictions, and estimate honestly what it brings.
+
+One rule after the other - threshold of each region, smallest component of each, least enhancing tumour - is given the
+value with the best objective, the others held; a value is taken only where it gains :data:`MARGIN` or more over the one
+that stands. So the result is never worse than no post-processing on the cases it was chosen on. What it brings on
+others is estimated as the networks' Dice is: chosen on all folds but one, scored on that one.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from app.evaluation.metrics import dice
+from app.experiments.crossval.out_of_fold import Answer, read_answer
+from app.inference.postprocess import ByRegion, Postprocess
+from data.labels import REGIONS, to_regions
+from data.preprocess import smallest_box
+
+FloatArray = npt.NDArray[np.float64]
+
+#: Whole 256ths, so that they cut kept bytes exactly.
+THRESHOLDS: Final = (0.5, 0.4375, 0.5625, 0.375, 0.625, 0.3125, 0.6875)
+SMALLEST_MM3: Final = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+LEAST_ENHANCING_MM3: Final = (0.0, 50.0, 100.0, 200.0, 300.0, 500.0, 750.0)
+#: What a rule must gain in the objective to be kept.
+MARGIN: Final = 0.001
+OBJECTIVE: Final = "mean Dice over cases and regions; a region empty in both counts 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One rule that was looked at."""
+
+    rule: str
+    """As in ``threshold TC``."""
+    value: float
+    """What it is now."""
+    gain: float
+    """Of the objective over the value before; 0 where that stayed."""
+    best: float
+    """The largest gain there was among the candidates, taken or not."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tuning:
+    """What was chosen, and what it brings."""
+
+    chosen: Postprocess
+    steps: tuple[Step, ...]
+    before: float
+    """Objective without post-processing, over all cases."""
+    after: float
+    """Objective with what was chosen, on the cases it was chosen on."""
+    nested: tuple[Postprocess, ...]
+    """By fold: chosen without the fold's cases."""
+    nested_gains: tuple[float, ...]
+    """By fold: gain of that on the fold's cases."""
+    estimated_gain: float
+    """Mean over all cases of the gain of what was chosen without their fold."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        return {
+            "objective": OBJECTIVE,
+            "margin": MARGIN,
+            "objective_before": self.before,
+            "objective_after": self.after,
+            "gain_on_tuning_cases": self.after - self.before,
+            "estimated_gain": self.estimated_gain,
+            "steps": [
+                {"rule": step.rule, "value": step.value, "gain": step.gain, "best_candidate_gain": step.best}
+                for step in self.steps
+            ],
+            "nested": [
+                {"fold": fold, "gain": gain, "postprocess": rules.to_json()}
+                for fold, (rules, gain) in enumerate(zip(self.nested, self.nested_gains, strict=True))
+            ],
+        }
+
+
+class Scores:
+    """Dice of every case under rules, each computed once."""
+
+    def __init__(self, files: Mapping[str, Path], *, on_share: Callable[[float], None] = lambda _: None) -> None:
+        """Dice of cases.
+
+        Args:
+            files: of :mod:`app.experiments.crossval.out_of_fold`, by case id.
+            on_share: told after each case, from 0 to 1 in each pass over the cases.
+        """
+        self._files = dict(files)
+        self._known: dict[Postprocess, FloatArray] = {}
+        self._on_share = on_share
+
+    def of(self, candidates: Sequence[Postprocess]) -> list[FloatArray]:
+        """Dice under each of the rules, shape (cases, 3); one pass over the files for those that are new.
+
+        Raises:
+            RunError: a file is missing or damaged.
+        """
+        new = [rules for rules in dict.fromkeys(candidates) if rules not in self._known]
+        if new:
+            rows = []
+            with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+                try:
+                    for done, row in enumerate(pool.map(lambda file: _dice_under(file, new), self._files.values()), 1):
+                        rows.append(row)
+                        self._on_share(done / len(self._files))
+                except BaseException:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise
+            for rules, dices in zip(new, np.stack(rows, axis=1), strict=True):
+                self._known[rules] = dices
+        return [self._known[rules] for rules in candidates]
+
+
+def tune(scores: Scores, fold_of: Sequence[int]) -> Tuning:
+    """Choose rules on all cases, and once more without each fold.
+
+    Args:
+        scores: of the cases.
+        fold_of: the fold of each case, in the order of the scores; from 0 on, none without a case.
+
+    Raises:
+        RunError: a file is missing or damaged.
+    """
+    folds = np.array(fold_of)
+    chosen, steps = choose(scores, np.ones(len(folds), dtype=bool))
+    nested = [choose(scores, folds != fold)[0] for fold in range(max(fold_of) + 1)]
+    plain, tuned, *left_out = (dices.mean(axis=1) for dices in scores.of([Postprocess(), chosen, *nested]))
+    gains = np.zeros(len(folds))
+    for fold, dices in enumerate(left_out):
+        gains[folds == fold] = (dices - plain)[folds == fold]
+    return Tuning(
+        chosen=chosen,
+        steps=steps,
+        before=float(plain.mean()),
+        after=float(tuned.mean()),
+        nested=tuple(nested),
+        nested_gains=tuple(float(gains[folds == fold].mean()) for fold in range(len(nested))),
+        estimated_gain=float(gains.mean()),
+    )
+
+
+def choose(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postprocess, tuple[Step, ...]]:
+    """Rules that are best on some of the cases, chosen one after the other.
+
+    Args:
+        scores: of all cases.
+        used: shape (cases,): the cases to choose on, at least one.
+    """
+    chosen, steps = Postprocess(), []
+    for name, changes in _coordinates():
+        candidates = [change(chosen) for change, _ in changes]
+        found = [float(dices[used].mean()) for dices in scores.of([chosen, *candidates])]
+        gains = np.array(found[1:]) - found[0]
+        best = int(gains.argmax())  # of equals the first, which is the one that changes least
+        taken = bool(gains[best] >= MARGIN)
+        before = next(value for (_, value), rules in zip(changes, candidates, strict=True) if rules == chosen)
+        steps.append(
+            Step(
+                rule=name,
+                value=changes[best][1] if taken else before,
+                gain=float(gains[best]) if taken else 0.0,
+                best=float(gains[best]),
+            )
+        )
+        if taken:
+            chosen = candidates[best]
+    return chosen, tuple(steps)
+
+
+_Change = tuple[Callable[[Postprocess], Postprocess], float]
+
+
+def _coordinates() -> list[tuple[str, list[_Change]]]:
+    """The rules in the order in which they are chosen: name, and how to give each candidate to others."""
+    found: list[tuple[str, list[_Change]]] = []
+    for number, region in enumerate(REGIONS):
+        found.append((f"threshold {region}", [(_threshold(number, value), value) for value in THRESHOLDS]))
+    for number, region in enumerate(REGIONS):
+        found.append(
+            (f"smallest component {region}, mm3", [(_smallest(number, value), value) for value in SMALLEST_MM3])
+        )
+    found.append(("least enhancing tumour, mm3", [(_least(value), value) for value in LEAST_ENHANCING_MM3]))
+    return found
+
+
+def _threshold(number: int, value: float) -> Callable[[Postprocess], Postprocess]:
+    return lambda rules: replace(rules, thresholds=_with(rules.thresholds, number, value))
+
+
+def _smallest(number: int, value: float) -> Callable[[Postprocess], Postprocess]:
+    return lambda rules: replace(rules, smallest_mm3=_with(rules.smallest_mm3, number, value))
+
+
+def _least(value: float) -> Callable[[Postprocess], Postprocess]:
+    return lambda rules: replace(rules, least_enhancing_mm3=value)
+
+
+def _with(values: ByRegion, number: int, value: float) -> ByRegion:
+    x, y, z = (value if place == number else old for place, old in enumerate(values))
+    return (x, y, z)
+
+
+def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
+    """Dice of one case under each of the rules, shape (candidates, 3)."""
+    answer = cropped(read_answer(file))
+    expected = to_regions(answer.reference)
+    rows = []
+    for rules in candidates:
+        masks = rules.clean(answer.cut(rules), answer.spacing_mm)
+        rows.append([dice(one, other) for one, other in zip(masks, expected, strict=True)])
+    return np.array(rows, dtype=np.float64)
+
+
+def cropped(answer: Answer) -> Answer:
+    """The part of an answer where there is tumour, or may be under some candidate; it holds all that Dice counts."""
+    may_be = (answer.answers >= min(THRESHOLDS) * 256).any(axis=0) | (answer.reference != 0)
+    if not may_be.any():
+        may_be[0, 0, 0] = True
+    box = smallest_box(may_be)
+    return replace(answer, answers=answer.answers[:, *box], reference=answer.reference[box])

@@ -1,0 +1,283 @@
+"""MONAI's bundle ``brats_mri_segmentation`` as a folder that ``predict`` takes like a run.
+
+The bundle's channels are put in this program's order once, in the weights: those of the input in the first convolution,
+those of the output in the last. What comes out is an ordinary network of ours, with its own settings.
+
+Source: the bundle's configs/inference.json, configs/metadata.json (MONAI model zoo); Myronenko 2018, arXiv 1810.11654.
+"""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from app.config.inference import InferenceConfig
+from app.config.load import RunConfig, to_plain, to_yaml
+from app.config.training import TrainingConfig
+from app.errors import RunError
+from app.exporting.places import folder_when_complete, require_empty
+from app.runs import checkpoints
+from app.runs.folder import read_json, write_durably
+from app.runs.model_card import file_sha256, seal
+from app.system.device import versions
+from data.labels import BRATS2021, CONTRASTS, REGIONS
+from models import NetworkConfig, build_network
+
+#: What is understood, for messages.
+UNDERSTOOD: Final = (
+    "Understood is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, blocks_up 1, "
+    "1, 1) from the channels T1c, T1, T2, FLAIR to tumour core, whole tumour, enhancing tumour"
+)
+#: The bundle's channels, in its order, in this program's names.
+BUNDLE_CONTRASTS: Final = ("t1c", "t1", "t2", "flair")
+BUNDLE_REGIONS: Final = ("TC", "WT", "ET")
+#: Names that the bundle's metadata may give them.
+_CONTRAST_NAMES: Final = {"t1c": "t1c", "t1ce": "t1c", "t1gd": "t1c", "t1": "t1", "t2": "t2", "flair": "flair"}
+_REGION_NAMES: Final = {
+    "tumor core": "TC",
+    "whole tumor": "WT",
+    "enhancing tumor": "ET",
+    "tc": "TC",
+    "wt": "WT",
+    "et": "ET",
+}
+#: Where the channels stand in the weights of MONAI's SegResNet.
+_FIRST: Final = "convInit.conv.weight"
+_LAST: Final = ("conv_final.2.conv.weight", "conv_final.2.conv.bias")
+_NETWORK: Final[dict[str, Any]] = {
+    "_target_": "SegResNet",
+    "blocks_down": [1, 2, 2, 4],
+    "blocks_up": [1, 1, 1],
+    "init_filters": 16,
+    "in_channels": 4,
+    "out_channels": 3,
+}
+#: Keys of the network that change nothing in prediction, or that name MONAI's defaults.
+_HARMLESS: Final = {"dropout_prob": None, "spatial_dims": 3}
+#: A checkpoint may hold the weights under one of these.
+_WRAPPINGS: Final = ("model", "state_dict", "network")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Imported:
+    """What an import made."""
+
+    folder: Path
+    bundle: str
+    """Name that the bundle's metadata give."""
+    sha256: str
+    """Of the weights in the folder."""
+    config: RunConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "model": str(self.folder),
+            "bundle": self.bundle,
+            "weights_sha256": self.sha256,
+            "window_voxels": list(self.config.training.patch_voxels),
+            "overlap": self.config.inference.overlap,
+        }
+
+
+def import_bundle(bundle: Path, out: Path) -> Imported:
+    """Make a model's folder of a bundle.
+
+    Args:
+        bundle: folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``.
+        out: folder to make; empty or not there yet.
+
+    Raises:
+        RunError: ``out`` holds something, or is no place for a folder; ``bundle`` is no bundle, or not the one that is
+            understood; its weights are missing, damaged, not finite, or would have to be unpickled.
+        OSError: ``out`` cannot be written to.
+    """
+    require_empty(out)
+    metadata, inference = (_json(bundle, f"configs/{name}.json") for name in ("metadata", "inference"))
+    config = _config(bundle, metadata, inference)
+    source = bundle / "models" / "model.pt"
+    weights = in_our_order(_weights(source))
+    network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
+    try:
+        network.load_state_dict(weights)
+    except RuntimeError as error:
+        raise RunError(
+            f"{source}: the weights are not of that network ({_first_line(error)}). {UNDERSTOOD}."
+        ) from error
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
+        raise RunError(f"{source}: some weights are NaN or infinite. Download them again.")
+    name = str(metadata.get("name") or metadata.get("task") or bundle.resolve().name)
+    facts = {
+        "contrasts": list(CONTRASTS),
+        "takes_missing_contrasts": False,
+        "regions": list(REGIONS),
+        "labels": BRATS2021.name,
+        "spacing_mm": [1.0, 1.0, 1.0],
+        "versions": versions(),
+        "imported": _provenance(bundle, name, metadata, source),
+    }
+    with folder_when_complete(out) as beside:
+        tensors = checkpoints.weight_tensors(network)
+        checkpoints.save(
+            beside / "checkpoints", "best", 0, tensors, {"dice": None, **facts, "config": to_plain(config)}
+        )
+        write_durably(beside / "config.yaml", to_yaml(config).encode())
+        for licence in _licences(bundle):
+            shutil.copyfile(licence, beside / f"BUNDLE-{licence.name}")
+        seal(beside, everything=True)
+    best = checkpoints.load_newest(out / "checkpoints", "best")
+    assert best is not None
+    return Imported(folder=out, bundle=name, sha256=best.sha256, config=config)
+
+
+def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of the bundle for input in the order of ``CONTRASTS`` and output in that of ``REGIONS``.
+
+    Args:
+        weights: state dict for the bundle's own orders; another network's comes back as it is.
+    """
+    channels = [BUNDLE_CONTRASTS.index(contrast) for contrast in CONTRASTS]
+    regions = [BUNDLE_REGIONS.index(region) for region in REGIONS]
+    ordered = dict(weights)
+    if _FIRST in ordered and ordered[_FIRST].ndim == 5 and ordered[_FIRST].shape[1] == len(channels):
+        ordered[_FIRST] = ordered[_FIRST][:, channels]
+    for name in _LAST:
+        if name in ordered and ordered[name].shape[:1] == (len(regions),):
+            ordered[name] = ordered[name][regions]
+    return ordered
+
+
+def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, Any]) -> RunConfig:
+    """Settings of ours that do what the bundle's do."""
+    try:
+        network = dict(inference["network_def"])
+        inferer = dict(inference["inferer"])
+        steps = {str(step["_target_"]): step for step in inference["preprocessing"]["transforms"]}
+        formats = metadata["network_data_format"]
+        inputs, outputs = formats["inputs"]["image"]["channel_def"], formats["outputs"]["pred"]["channel_def"]
+        contrasts = tuple(_CONTRAST_NAMES.get(str(inputs[key]).lower()) for key in sorted(inputs))
+        regions = tuple(_REGION_NAMES.get(str(outputs[key]).lower()) for key in sorted(outputs))
+        normalise = steps.get("NormalizeIntensityd", {})
+        x, y, z = (int(side) for side in inferer["roi_size"])
+        overlap = float(inferer["overlap"])
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise RunError(
+            f"{bundle}: not the bundle that is understood ({error!r} in its configs). {UNDERSTOOD}."
+        ) from error
+    dropout = network.get("dropout_prob") or 0.0
+    differing = [
+        f"network_def {key} is {network.get(key)!r}"
+        for key in sorted({*_NETWORK, *network} - set(_HARMLESS))
+        if network.get(key) != _NETWORK.get(key)
+    ]
+    if network.get("spatial_dims", 3) != 3:
+        differing.append(f"network_def spatial_dims is {network['spatial_dims']!r}")
+    if contrasts != BUNDLE_CONTRASTS:
+        differing.append(f"the input channels are {', '.join(str(inputs[key]) for key in sorted(inputs))}")
+    if regions != BUNDLE_REGIONS:
+        differing.append(f"the output channels are {', '.join(str(outputs[key]) for key in sorted(outputs))}")
+    if normalise.get("nonzero") is not True or normalise.get("channel_wise") is not True:
+        differing.append("it does not normalise the non-zero voxels of each channel")
+    if unknown := sorted(set(steps) - {"LoadImaged", "NormalizeIntensityd", "EnsureChannelFirstd", "EnsureTyped"}):
+        differing.append(f"its preprocessing also has {', '.join(unknown)}")
+    if inferer.get("_target_") != "SlidingWindowInferer" or inferer.get("mode", "constant") not in (
+        "constant",
+        "gaussian",
+    ):
+        differing.append(f"its inferer is {inferer.get('_target_')!r}, mode {inferer.get('mode')!r}")
+    if differing:
+        raise RunError(f"{bundle}: not the bundle that is understood: {'; '.join(differing)}. {UNDERSTOOD}.")
+    try:
+        return RunConfig(
+            network=NetworkConfig(architecture="segresnet", channels=(16, 32, 64, 128), dropout=float(dropout)),
+            training=TrainingConfig(steps=1, patch_voxels=(x, y, z)),
+            inference=InferenceConfig(overlap=overlap, crop=False),
+        )
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{bundle}: its settings do not fit: {error}. {UNDERSTOOD}.") from error
+
+
+def _json(bundle: Path, name: str) -> Mapping[str, Any]:
+    if not (bundle / name).is_file():
+        raise RunError(f"{bundle}: no {name} there; give the folder of a bundle. {UNDERSTOOD}.")
+    content = read_json(bundle / name)
+    if not isinstance(content, dict):
+        raise RunError(f"{bundle / name}: holds no JSON object. {UNDERSTOOD}.")
+    return content
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    """A state dict, read without unpickling anything but tensors."""
+    if not path.is_file():
+        raise RunError(
+            f"{path}: does not exist. Weights are downloaded apart from the bundle's configs: "
+            "python -m monai.bundle download_large_files --bundle_path BUNDLE"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about forms that it then refuses
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise RunError(
+            f"{path}: holds more than tensors, or is damaged, and is not read: unpickling it could run any code. "
+            "Have whoever made it save the state dict alone."
+        ) from error
+    except (
+        OSError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+        ArithmeticError,
+    ) as error:
+        raise RunError(f"{path}: cannot be read as weights ({_first_line(error)})") from error
+    for key in _WRAPPINGS:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+            break
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise RunError(f"{path}: holds no state dict of a network. {UNDERSTOOD}.")
+    return {str(name): tensor for name, tensor in content.items()}
+
+
+def _provenance(bundle: Path, name: str, metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
+    """What the bundle says of itself, for the model card."""
+    metrics = metadata.get("eval_metrics")
+    licences = [path.name for path in _licences(bundle)]
+    return {
+        "name": name,
+        "description": str(metadata.get("description") or "the bundle does not describe itself."),
+        "data": {
+            "source": str(metadata.get("data_source") or "not stated in the bundle"),
+            "bundle version": str(metadata.get("version") or "not stated"),
+            "SHA-256 of model.pt": file_sha256(source),
+        },
+        "metrics": {f"{key}, as the bundle states it": value for key, value in metrics.items()}
+        if isinstance(metrics, Mapping) and metrics
+        else {"metrics": "none stated in the bundle"},
+        "licence": f"{metadata.get('copyright') or 'no copyright stated in the bundle'}; "
+        + (
+            f"its terms are in {', '.join('BUNDLE-' + name for name in licences)}"
+            if licences
+            else "no licence file in it"
+        ),
+    }
+
+
+def _licences(bundle: Path) -> Sequence[Path]:
+    places = (bundle / "LICENSE", bundle / "docs" / "license.txt", bundle / "docs" / "data_license.txt")
+    return [path for path in places if path.is_file()]
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,137 @@
+"""Curves of several runs: for each arm the mean over seeds, and a band from the lowest to the highest seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from statistics import fmean
+from typing import Any, Final
+
+import numpy as np
+
+from app.html.chart import Chart, FloatArray, Line, Marker, draw
+from app.html.curves import running_mean
+
+Records = Sequence[Mapping[str, Any]]
+Series = Mapping[int, float]
+"""Value by step."""
+
+_MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
+_STYLES: Final = 7  # arms in arms.css
+_MOST_POINTS: Final = 250  # of a line; a band has twice as many, still below what a chart thins
+
+
+def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> str:
+    """Charts of runs to compare: loss, validation Dice, and the overlap of skip connections where it was recorded.
+
+    Args:
+        arms: by arm, the metric records of each of its seeds.
+        target_dice: drawn as a line across the validation chart; None draws none.
+    """
+    loss = {arm: [_losses(records) for records in seeds] for arm, seeds in arms.items()}
+    dice = {arm: [_validations(records) for records in seeds] for arm, seeds in arms.items()}
+    figures = [
+        _figure("loss", "Training loss", loss, "Running mean of the training loss."),
+        _figure(
+            "mean Dice",
+            "Validation Dice",
+            dice,
+            "Dice of the validation cases, mean over the regions"
+            + ("." if target_dice is None else f"; the dashed line is {target_dice:.3f}."),
+            y_range=(0.0, 1.0),
+            level=target_dice,
+        ),
+    ]
+    for key, name, words in (
+        ("cosine", "cosine", "Cosine between the two gradients that meet at a skip connection, mean over junctions."),
+        ("ratio", "ratio", "Norm of the sum of those two over the sum of their norms, mean over junctions."),
+    ):
+        overlap = {arm: [_overlaps(records, key) for records in seeds] for arm, seeds in arms.items()}
+        if any(series for seeds in overlap.values() for series in seeds):
+            figures.append(_figure(name, f"Overlap: {name}", overlap, words))
+    return f'<div class="charts">{"".join(figures)}</div>'
+
+
+def bands(seeds: Sequence[Series]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
+    """Steps that every seed has, and mean, lowest and highest value over the seeds, each of shape (N,).
+
+    Example:
+        >>> [array.tolist() for array in bands([{1: 0.0, 2: 1.0}, {1: 1.0}])]
+        [[1.0], [0.5], [0.0], [1.0]]
+    """
+    common = sorted(set.intersection(*(set(series) for series in seeds))) if seeds else []
+    values = np.array([[series[step] for step in common] for series in seeds], dtype=np.float64)
+    if not common:
+        empty = np.empty(0)
+        return empty, empty, empty, empty
+    return np.array(common, dtype=np.float64), values.mean(axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def _figure(
+    quantity: str,
+    title: str,
+    arms: Mapping[str, Sequence[Series]],
+    words: str,
+    *,
+    y_range: tuple[float, float] | None = None,
+    level: float | None = None,
+) -> str:
+    """One chart: bands at the back, then lines."""
+    back, front = [], []
+    several = any(len(seeds) > 1 for seeds in arms.values())
+    for number, (arm, seeds) in enumerate(arms.items()):
+        steps, mean, low, high = (_every(array) for array in bands(seeds))
+        style = f"arm{number % _STYLES}"
+        if several:
+            # A closed outline: forth along the highest, back along the lowest.
+            around = np.concatenate([steps, steps[::-1]])
+            outline = np.concatenate([high, low[::-1]])
+            back.append(Line(label="", style=f"band {style}", x=around, y=outline))
+        marker = _MARKERS[number % len(_MARKERS)]
+        front.append(Line(label=arm, style=style, x=steps, y=mean, marker=marker))
+    if level is not None and front and len(front[0].x):
+        ends = np.array([min(line.x[0] for line in front if len(line.x)), max(line.x[-1] for line in front)])
+        back.append(Line(label="", style="level", x=ends, y=np.array([level, level])))
+    chart = Chart(title=f"{title} over steps", y_label=quantity, lines=[*back, *front], y_range=y_range, height=300)
+    about_bands = " Line: mean over seeds; band: from the lowest to the highest seed." if several else ""
+    said = f"{title}. {words}{about_bands}"
+    return f'<figure class="chart">{draw(chart)}<figcaption>{escape(said)}</figcaption></figure>'
+
+
+def _every(array: FloatArray) -> FloatArray:
+    return array[:: max(1, -(-len(array) // _MOST_POINTS))]
+
+
+def _losses(records: Records) -> Series:
+    found = _series(records, "train", lambda record: _number(record.get("loss")))
+    steps, values = list(found), np.array(list(found.values()))
+    smooth = running_mean(values, window=max(5, len(values) // 25)) if len(values) else values
+    return dict(zip(steps, smooth.tolist(), strict=True))
+
+
+def _validations(records: Records) -> Series:
+    return _series(records, "validation", lambda record: _number(record.get("mean_dice")))
+
+
+def _overlaps(records: Records, key: str) -> Series:
+    """Mean over the junctions of a record of kind ``overlap``; those without a finite value are left out."""
+
+    def mean(record: Mapping[str, Any]) -> float:
+        junctions = record.get("junctions")
+        if not isinstance(junctions, Mapping):
+            return math.nan
+        values = [_number(one.get(key)) for one in junctions.values() if isinstance(one, Mapping)]
+        finite = [value for value in values if math.isfinite(value)]
+        return fmean(finite) if finite else math.nan
+
+    return _series(records, "overlap", mean)
+
+
+def _series(records: Records, kind: str, value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
+    pairs = [(int(record["step"]), value(record)) for record in records if record.get("kind") == kind]
+    return {step: number for step, number in sorted(pairs) if math.isfinite(number)}
+
+
+def _number(value: object) -> float:
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

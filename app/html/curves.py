@@ -1,0 +1,196 @@
+"""The learning curves of a run: which lines its metric records make, and what is said beneath them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Final
+
+import numpy as np
+
+from app.html.chart import Chart, FloatArray, Line, Marker, draw
+from data.labels import REGIONS, Region
+
+Records = Sequence[Mapping[str, object]]
+
+_MARKERS: Final[dict[Region, Marker]] = {"WT": "circle", "TC": "square", "ET": "triangle"}
+#: Colours of junctions in the style sheet; the next ones are dashed.
+_COLOURS: Final = 8
+_WHEN: Final = ("before", "after")
+_LEAST_TO_SMOOTH: Final = 20
+_LARGEST_DRAWN: Final = 1e30  # beyond it a chart's arithmetic would overflow
+
+
+def curves_html(metrics: Records) -> str:
+    """Figures of training loss, learning rate and validation Dice.
+
+    Args:
+        metrics: records of ``metrics.jsonl``; unknown kinds and keys are passed over, a null counts as not finite.
+
+    Returns:
+        HTML, complete in itself; one paragraph where there is no record at all.
+    """
+    train = [record for record in metrics if record.get("kind") == "train"]
+    validation = [record for record in metrics if record.get("kind") == "validation"]
+    if not train and not validation:
+        return '<p class="empty">No training was recorded.</p>'
+    return f'<div class="charts">{_training_figure(train)}{_validation_figure(validation)}</div>'
+
+
+def gradients_html(metrics: Records) -> str:
+    """Figures of the gradient norms before and after the rule, and of the gradient overlap, where telemetry was on.
+
+    Args:
+        metrics: records of ``metrics.jsonl``, as for :func:`curves_html`.
+
+    Returns:
+        HTML, complete in itself; empty where neither was measured.
+    """
+    gradients = [record for record in metrics if record.get("kind") == "gradients"]
+    overlap = [record for record in metrics if record.get("kind") == "overlap"]
+    figures = (_norms_figure(gradients) if gradients else "") + (_overlap_figure(overlap) if overlap else "")
+    return f'<div class="charts">{figures}</div>' if figures else ""
+
+
+def running_mean(y: FloatArray, *, window: int) -> FloatArray:
+    """Mean of the ``window`` values around each value, of fewer at the two ends.
+
+    Example:
+        >>> running_mean(np.array([0.0, 3.0, 6.0]), window=3).tolist()
+        [1.5, 3.0, 4.5]
+    """
+    before, after = (window - 1) // 2, window // 2
+    total = np.concatenate([[0.0], np.cumsum(y)])
+    first = np.maximum(np.arange(len(y)) - before, 0)
+    last = np.minimum(np.arange(len(y)) + after + 1, len(y))
+    return np.asarray((total[last] - total[first]) / (last - first), dtype=np.float64)
+
+
+def _training_figure(train: Records) -> str:
+    steps, loss = _column(train, "step"), _column(train, "loss")
+    rate = _column(train, "learning_rate")
+    lines, said = _loss_lines(steps, loss)
+    loss_chart = Chart(title="Training loss over steps", y_label="loss", lines=lines, height=230)
+    rate_line = Line(label="", style="rate", x=steps, y=rate)
+    rate_chart = Chart(title="Learning rate over steps", y_label="learning rate", lines=[rate_line], height=145)
+    return _figure(draw(loss_chart) + draw(rate_chart), f"Training. {said}")
+
+
+def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
+    """The lines of the loss, and a sentence about them."""
+    good = np.isfinite(steps) & np.isfinite(loss)
+    x, y = steps[good], loss[good]
+    missing = f" {len(loss) - len(y):,} of {len(loss):,} records have no finite loss." if len(y) < len(loss) else ""
+    if len(y) < _LEAST_TO_SMOOTH:
+        last = f"Last loss {y[-1]:.4g} at step {x[-1]:,.0f}." if len(y) else "No loss was recorded."
+        return [Line(label="loss", style="smooth", x=x, y=y)], last + missing
+    window = max(5, len(y) // 25)
+    smooth = running_mean(y, window=window)
+    lines = [
+        Line(label="each record", style="raw", x=x, y=y),
+        Line(label="running mean", style="smooth", x=x, y=smooth),
+    ]
+    return lines, f"Running mean of {window:,} records; it ends at {smooth[-1]:.4g} at step {x[-1]:,.0f}.{missing}"
+
+
+def _validation_figure(validation: Records) -> str:
+    steps = _column(validation, "step")
+    dice = {region: _column([_mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
+    lines = [Line(label=r, style=r.lower(), x=steps, y=dice[r], marker=_MARKERS[r]) for r in REGIONS]
+    chart = Chart(title="Validation Dice over steps", y_label="Dice", lines=lines, height=375, y_range=(0.0, 1.0))
+    return _figure(draw(chart), f"Validation. {_last_dice(steps, dice)}")
+
+
+def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
+    if not len(steps):
+        return "No validation was recorded."
+    last = ", ".join(f"{region} {_score_text(dice[region][-1])}" for region in REGIONS)
+    return f"Last Dice at step {steps[-1]:,.0f}: {last}."
+
+
+def _score_text(value: float) -> str:
+    return f"{value:.3f}" if math.isfinite(value) else "not defined"
+
+
+def _norms_figure(gradients: Records) -> str:
+    steps = _column(gradients, "step")
+    layers = [{n: _mapping(v) for n, v in _mapping(record.get("layers")).items()} for record in gradients]
+    names = {name for record in layers for name in record}
+    changed = {name for record in layers for name, values in record.items() if _is_changed(values)}
+    shown = changed or names
+    norms = {when: [[v for n, v in record.items() if n in shown] for record in layers] for when in _WHEN}
+    lines = [line for when in _WHEN for line in _norm_lines(norms[when], steps, when)]
+    chart = Chart(title="Gradient norm over steps", y_label="log10 of the gradient's norm", lines=lines, height=300)
+    skipped = _number(gradients[-1].get("skipped_steps"))
+    return _figure(
+        draw(chart),
+        "Norm of a layer's gradient before and after the gradient rule, over the "
+        f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
+        f"median, and quartiles as thin lines.{f' Steps skipped so far: {skipped:,.0f}.' if skipped > 0 else ''}",
+    )
+
+
+def _is_changed(layer: Mapping[str, object]) -> bool:
+    before, after = (_number(layer.get(f"norm_{when}")) for when in _WHEN)
+    return math.isfinite(before) and math.isfinite(after) and before != after
+
+
+def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[Line]:
+    """Quartiles, and over them the median, of log10 of the norms of each record's layers."""
+    low, middle, high = np.array([_log_quartiles(_column(layers, f"norm_{when}")) for layers in norms]).T
+    return [
+        Line(label="", style=f"{when} quartile", x=steps, y=low),
+        Line(label="", style=f"{when} quartile", x=steps, y=high),
+        Line(label=when, style=when, x=steps, y=middle),
+    ]
+
+
+def _log_quartiles(norms: FloatArray) -> FloatArray:
+    """Quartiles and median, in rising order; NaN where no norm is above 0."""
+    logs = np.log10(norms[norms > 0])
+    return np.quantile(logs, [0.25, 0.5, 0.75]) if len(logs) else np.full(3, math.nan)
+
+
+def _overlap_figure(overlap: Records) -> str:
+    steps = _column(overlap, "step")
+    names = list(dict.fromkeys(name for record in overlap for name in _mapping(record.get("junctions"))))
+    lines, entries = [], []
+    for number, name in enumerate(names):
+        at = [_mapping(_mapping(record.get("junctions")).get(name)) for record in overlap]
+        cosine, ratio = _column(at, "cosine"), _column(at, "ratio")
+        style = f"junction j{number % _COLOURS}{' dashed' if number // _COLOURS % 2 else ''}"
+        lines.append(Line(label="", style=style, x=steps, y=cosine))
+        last = f"cosine {_score_text(cosine[-1])}, ratio {_score_text(ratio[-1])}"
+        entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
+    chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
+    return _figure(
+        f'{draw(chart)}<ul class="legend">{"".join(entries)}</ul>',
+        "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
+        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Beside each "
+        f"junction its last values{_at_step(steps[-1])}.",
+    )
+
+
+def _at_step(step: float) -> str:
+    return f", at step {step:,.0f}" if math.isfinite(step) else ""
+
+
+def _figure(charts: str, caption: str) -> str:
+    return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _column(records: Records, key: str) -> FloatArray:
+    """One value per record; NaN where it is missing, null, not a number or too large to draw."""
+    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
+
+
+def _number(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        return math.nan
+    number = float(value)
+    return number if abs(number) < _LARGEST_DRAWN else math.nan

@@ -1,0 +1,234 @@
+"""One picture per case: the outlines of reference and prediction, side by side, in three planes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from app.html.planes import PLANES, Cut, Plane, fit_view, largest_slice, sample
+from app.html.png import encode_png
+from data.labels import REGIONS, Region, to_regions
+
+Picture = npt.NDArray[np.uint8]
+
+#: Outline colours on grey tissue; page.css repeats them. Blue and yellow are Okabe and Ito's (2008); their vermilion is
+#: replaced by this red, which stays 25 or more (CIE76 colour difference) from the other two and from every grey in
+#: simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009).
+OUTLINE_COLOURS: Final[dict[Region, tuple[int, int, int]]] = {
+    "WT": (86, 180, 233),
+    "TC": (240, 228, 66),
+    "ET": (255, 77, 77),
+}
+#: Pixels between the panels of a picture.
+GAP_PX: Final = 4
+
+_LEAST_PANEL_PX: Final = 64
+_MARK_GREY: Final = 190
+_GAP_GREY: Final = 60
+#: Letters of the sides of the patient, 5 by 7 pixels, rows from top to bottom.
+_LETTERS: Final[dict[str, str]] = {
+    "R": "####. #...# #...# ####. #.#.. #..#. #...#",
+    "L": "#.... #.... #.... #.... #.... #.... #####",
+    "A": ".###. #...# #...# ##### #...# #...# #...#",
+    "P": "####. #...# #...# ####. #.... #.... #....",
+    "S": ".#### #.... #.... .###. ....# ....# ####.",
+    "I": ".###. ..#.. ..#.. ..#.. ..#.. ..#.. .###.",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OverlayCase:
+    """What one picture shows; arrays lie in canonical LPS voxel order (x to Left, y to Posterior, z to Superior)."""
+
+    case: str
+    """Case id."""
+    background: npt.NDArray[np.float32]
+    """Contrast behind the outlines, shape (X, Y, Z), any intensity scale, 0 outside the brain."""
+    background_name: str
+    """Name of that contrast for the caption, e.g. ``FLAIR``."""
+    prediction: npt.NDArray[np.uint8]
+    """The program's label codes 0 to 3, shape (X, Y, Z)."""
+    reference: npt.NDArray[np.uint8] | None
+    """The expert's label map in the same codes, or None where there is none."""
+    spacing_mm: tuple[float, float, float]
+    """Voxel size along x, y and z."""
+
+    def __post_init__(self) -> None:
+        """Refuse arrays that do not lie on one grid, and impossible voxel sizes."""
+        label_maps = [self.prediction] if self.reference is None else [self.prediction, self.reference]
+        shapes = [self.background.shape, *(label_map.shape for label_map in label_maps)]
+        if len(shapes[0]) != 3 or len(set(shapes)) != 1:
+            raise ValueError(f"case {self.case}: background and label maps need one shape (X, Y, Z), not {shapes}")
+        if not all(math.isfinite(size) and size > 0 for size in self.spacing_mm):
+            raise ValueError(f"case {self.case}: spacing_mm must be three positive numbers, not {self.spacing_mm}")
+
+
+def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
+    """Draw a case: rows axial, coronal, sagittal; left column the reference, right column the prediction.
+
+    Each plane is cut where the tumour of the reference is largest (of the prediction where the reference is absent or
+    empty). Every panel is a square of ``height_px``, all at one scale in pixels per mm. Without a reference the left
+    column shows the bare image. A line runs along the outside of WT and TC and along the inside of ET, so that equal
+    borders of two regions stay visible beside each other.
+
+    Args:
+        case: arrays and spacing.
+        height_px: side of one panel in pixels, 64 or more; default 220.
+
+    Returns:
+        a PNG file, ``2 * height_px + GAP_PX`` wide and ``3 * height_px + 2 * GAP_PX`` high.
+
+    Raises:
+        ValueError: ``height_px`` below 64.
+    """
+    return encode_png(overlay_picture(case, height_px=height_px))
+
+
+def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
+    """What :func:`overlay_png` writes, as an array.
+
+    Args:
+        case: arrays and spacing.
+        height_px: side of one panel in pixels, 64 or more; default 220.
+
+    Returns:
+        uint8, shape (``3 * height_px + 2 * GAP_PX``, ``2 * height_px + GAP_PX``, 3).
+
+    Raises:
+        ValueError: ``height_px`` below 64.
+    """
+    return _join(_rows(case, PLANES, height_px), axis=0)
+
+
+def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
+    """The axial row of :func:`overlay_png` alone, as an array.
+
+    Args:
+        case: arrays and spacing.
+        height_px: side of one panel in pixels, 64 or more; default 220.
+
+    Returns:
+        uint8, shape (``height_px``, ``2 * height_px + GAP_PX``, 3).
+
+    Raises:
+        ValueError: ``height_px`` below 64.
+    """
+    return _rows(case, PLANES[:1], height_px)[0]
+
+
+def shown_slices(case: OverlayCase) -> tuple[int, int, int]:
+    """Voxel index of the axial (z), coronal (y) and sagittal (x) slice with the largest area of tumour.
+
+    Example: a tumour whose largest axial area is at z = 40 gives 40 first.
+    """
+    mask = np.ones(case.background.shape, dtype=np.bool_)
+    for array in (case.background, case.prediction, case.reference):  # the last one that holds anything decides
+        if array is not None and np.any(array):
+            mask = np.not_equal(array, 0)
+    axial, coronal, sagittal = (largest_slice(mask, plane) for plane in PLANES)
+    return axial, coronal, sagittal
+
+
+def overlay_caption(case: OverlayCase) -> str:
+    """One sentence for beneath the picture: the contrast and the slices, e.g. "FLAIR; axial slice z = 40, ..."."""
+    axial, coronal, sagittal = shown_slices(case)
+    where = f"axial slice z = {axial}, coronal y = {coronal}, sagittal x = {sagittal}"
+    return f"{case.background_name}; {where} (voxel index from 0)."
+
+
+def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:
+    """The reference, or the bare image, beside the prediction, by plane; ``planes`` are the first of PLANES."""
+    if height_px < _LEAST_PANEL_PX:
+        raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
+    grey = to_grey(case.background)
+    margin_px = 8 * _letter_scale(height_px) + 2
+    view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)
+    rows = []
+    for plane, index in zip(planes, shown_slices(case), strict=False):
+        cut = Cut(plane=plane, index=index, view=view)
+        bare = _marked(sample(grey, cut, smooth=True), plane.marks)
+        reference = bare if case.reference is None else _outlined(bare, case.reference, cut)
+        rows.append(_join([reference, _outlined(bare, case.prediction, cut)], axis=1))
+    return rows
+
+
+def _shown(case: OverlayCase) -> npt.NDArray[np.bool_]:
+    """Everything that the panels must hold: the brain and both label maps."""
+    shown = (case.background != 0) | (case.prediction != 0)
+    return np.asarray(shown if case.reference is None else shown | (case.reference != 0), dtype=np.bool_)
+
+
+def to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Window a contrast to grey between the 1st and 99.5th percentile of the brain; outside it is 0.
+
+    The brain takes 20 to 210 of 0..255: its darkest part stands off the black outside, and a yellow line off its
+    brightest.
+    """
+    values = np.nan_to_num(background, nan=0.0, posinf=0.0, neginf=0.0)
+    brain = values != 0
+    if not brain.any():
+        return np.zeros(values.shape, dtype=np.float32)
+    low, high = np.percentile(values[brain], (1.0, 99.5))
+    share = np.clip((values - low) / max(high - low, 1e-12), 0, 1)
+    return np.where(brain, 20 + 190 * share, 0).astype(np.float32)
+
+
+def _marked(grey: npt.NDArray[np.float32], marks: str) -> Picture:
+    """An RGB panel with the letters of the patient's sides at the left, right, top and bottom."""
+    panel = np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
+    side, scale = len(panel), _letter_scale(len(panel))
+    height, width = 7 * scale, 5 * scale
+    middle, centre = (side - height) // 2, (side - width) // 2
+    corners = [(middle, scale), (middle, side - width - scale), (scale, centre), (side - height - scale, centre)]
+    for mark, (row, column) in zip(marks, corners, strict=True):
+        panel[row : row + height, column : column + width][_letter(mark, scale)] = _MARK_GREY
+    return panel
+
+
+def _letter(mark: str, scale: int) -> npt.NDArray[np.bool_]:
+    small = np.array([[dot == "#" for dot in row] for row in _LETTERS[mark].split()])
+    return small.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def _letter_scale(panel_px: int) -> int:
+    return max(1, panel_px // 110)
+
+
+def _outlined(panel: Picture, codes: npt.NDArray[np.uint8], cut: Cut) -> Picture:
+    """A copy of a panel with the outlines of the regions of a label map."""
+    shown = sample(codes, cut, smooth=False).astype(np.uint8)  # nearest: the outline follows the true voxel edges
+    lines = _lines(to_regions(shown), width_px=max(1, len(panel) // 150))
+    outlined = panel.copy()
+    for region, line in zip(REGIONS, lines, strict=True):
+        outlined[line] = OUTLINE_COLOURS[region]
+    return outlined
+
+
+def _lines(masks: npt.NDArray[np.bool_], *, width_px: int) -> tuple[npt.NDArray[np.bool_], ...]:
+    """The line of each region: WT outside the line of TC, TC outside its border, ET inside its border."""
+    whole, core, enhancing = masks
+    inner = ndimage.binary_erosion(enhancing, iterations=width_px)
+    return (
+        _grown(whole, 2 * width_px) & ~_grown(whole, width_px),
+        _grown(core, width_px) & ~core,
+        enhancing & ~inner,
+    )
+
+
+def _grown(mask: npt.NDArray[np.bool_], pixels: int) -> npt.NDArray[np.bool_]:
+    return np.asarray(ndimage.binary_dilation(mask, iterations=pixels), dtype=np.bool_)
+
+
+def _join(panels: list[Picture], *, axis: int) -> Picture:
+    """Put panels beside (axis 1) or below (axis 0) each other with a grey gap between them."""
+    shape = list(panels[0].shape)
+    shape[axis] = GAP_PX
+    gap = np.full(shape, _GAP_GREY, dtype=np.uint8)
+    parts = [part for panel in panels for part in (panel, gap)]
+    return np.concatenate(parts[:-1], axis=axis)

@@ -1,0 +1,58 @@
+"""HTML from the templates of this package: every value is escaped unless it is :class:`markupsafe.Markup`."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import hashlib
+from importlib import resources
+from typing import Final
+
+from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+from app.notice import NOTICE
+
+# A page may use what it carries and nothing else, whatever a string in it contains.
+_POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
+
+
+def fill(template: str, **values: object) -> str:
+    """A template with its values, as HTML.
+
+    Args:
+        template: name of an HTML file of this package.
+        values: what it asks for; text is escaped, :class:`markupsafe.Markup` is taken as HTML.
+
+    Raises:
+        jinja2.UndefinedError: a value is missing.
+    """
+    return _environment().get_template(template).render(research_only=NOTICE, **values)
+
+
+def source(name: str) -> str:
+    """A style sheet, script or template of this package, as it is in its file."""
+    return resources.files("app.html").joinpath(name).read_text(encoding="utf-8")
+
+
+def policy(script: str) -> str:
+    """The page's Content-Security-Policy: nothing from outside, and no script but this one.
+
+    Args:
+        script: the script as it stands in the page; empty allows none.
+    """
+    if not script:
+        return _POLICY
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    return f"{_POLICY}; script-src 'sha256-{digest}'"
+
+
+@functools.cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FunctionLoader(source),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )

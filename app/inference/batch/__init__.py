@@ -1,0 +1,1 @@
+"""Prediction of many cases: order, worker processes, retries and the manifest."""

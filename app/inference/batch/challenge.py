@@ -1,0 +1,59 @@
+"""As BraTS runs containers: the folders ``/input`` and ``/output``, and nothing but ``<case>.nii.gz`` in the latter."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from data.datasets.layouts import Case
+from data.errors import DataError
+from data.nifti import replacing
+
+#: Where a container has its model, the cases, and the folder for the label maps.
+MODEL: Final = Path("/model")
+INPUT: Final = Path("/input")
+OUTPUT: Final = Path("/output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Delivery:
+    """Where label maps that are written elsewhere are wanted; each is brought there as soon as its case is done."""
+
+    output: Path
+    """Folder; gets ``<case>.nii.gz``."""
+
+    def make_place(self, cases: Sequence[Case]) -> None:
+        """Make the folder, before anything is computed.
+
+        Args:
+            cases: what will be predicted.
+
+        Raises:
+            DataError: ``output`` is a file, or a label map would replace a file of its case.
+            OSError: ``output`` cannot be written to.
+        """
+        if self.output.exists() and not self.output.is_dir():
+            raise DataError(f"{self.output} is a file; give a folder for the label maps")
+        inputs = {path.resolve(): case.id for case in cases for path in (*case.contrasts.values(), case.label) if path}
+        for case in cases:
+            target = self.output / f"{case.id}.nii.gz"
+            if (owner := inputs.get(target.resolve())) is not None:
+                raise DataError(
+                    f"case {owner}: the label map would replace its own file {target}. Give another OUTPUT."
+                )
+        self.output.mkdir(parents=True, exist_ok=True)
+        with replacing(self.output / ".znormseg") as beside:
+            beside.touch()
+        (self.output / ".znormseg").unlink()
+
+    def bring(self, label_map: Path) -> None:
+        """Copy a label map, whole or not at all.
+
+        Raises:
+            OSError: ``output`` cannot be written to.
+        """
+        with replacing(self.output / label_map.name) as beside:
+            shutil.copyfile(label_map, beside)

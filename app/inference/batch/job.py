@@ -1,0 +1,155 @@
+"""What a process has to know to predict cases of a cohort: plain data, so that it can be told to any process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from app.config.inference import DEFAULTS, PredictOptions, options_from_plain, options_to_plain
+from app.inference.backends.choose import Backend, choose_backend
+from app.inference.batch.fingerprint import settings_of
+from app.inference.batch.manifest import this_worker
+from app.inference.batch.pipeline import InThisProcess, Steps
+from app.inference.batch.predict import steps_of
+from app.inference.ensemble import load_predictor
+from app.inference.model import Predictor
+from app.runs.training_record import training_record
+from app.system.device import Runtime, RuntimeConfig
+from data.datasets.layouts import Case
+from data.labels import Contrast
+
+if TYPE_CHECKING:
+    from data.native_space.to_brats import BringInConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Native:
+    """How scans as they come from the scanner are taken."""
+
+    config: BringInConfig
+    """How they are brought in."""
+    space: Contrast = "t1c"
+    """The contrast on whose grid the label map is wanted."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """Which network predicts, with what settings, and where results go."""
+
+    run: Path
+    """Folder of a run or an ensemble."""
+    output: Path
+    """Folder of the results."""
+    device: str = "auto"
+    """As of :class:`app.system.device.RuntimeConfig`."""
+    backend: Backend = "auto"
+    """As of :func:`app.inference.backends.choose.choose_backend`."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """As of :class:`app.system.device.RuntimeConfig`."""
+    options: PredictOptions = DEFAULTS
+    postprocess: bool = True
+    """Of an ensemble: apply its rules."""
+    native: Native | None = None
+    """None: cases are on one grid and skull-stripped."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """As JSON can hold it."""
+        return {
+            "run": str(self.run),
+            "output": str(self.output),
+            "device": self.device,
+            "backend": self.backend,
+            "precision": self.precision,
+            "options": options_to_plain(self.options),
+            "postprocess": self.postprocess,
+            "native": None if self.native is None else asdict(self.native),
+        }
+
+    def load(self) -> tuple[Predictor, Runtime]:
+        """The network on its device.
+
+        Raises:
+            RunError: as :func:`app.inference.ensemble.load_predictor`.
+            DeviceError: as :func:`app.inference.backends.choose.choose_backend`.
+        """
+        runtime = choose_backend(self.backend, RuntimeConfig(device=self.device, precision=self.precision))
+        return load_predictor(self.run, runtime, postprocess=self.postprocess), runtime
+
+    def settings(self, model: Predictor) -> dict[str, Any]:
+        """As of :func:`app.inference.batch.fingerprint.settings_of`."""
+        if self.native is None:
+            return settings_of(model, self.options)
+        from app.inference.batch.native import native_settings  # noqa: PLC0415 - brings SimpleITK, slow to import
+
+        return native_settings(model, self.options, self.native.config, self.native.space)
+
+    def engine(
+        self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
+    ) -> InThisProcess[Any, Any]:
+        """The engine that does cases of this job in this process.
+
+        Args:
+            model: as :meth:`load` gave it.
+            runtime: likewise.
+            worker: name of this process in the manifest.
+            device: what the manifest calls the device, where this process sees it under another name.
+        """
+        steps: Steps[Any, Any]
+        options = replace(self.options, training=training_record(self.run))
+        if self.native is None:
+            steps = steps_of(model, self.output, runtime, options)
+        else:
+            from app.inference.batch.native import native_steps  # noqa: PLC0415 - likewise
+
+            native = self.native
+            steps = native_steps(model, self.output, runtime, config=native.config, space=native.space, options=options)
+        return InThisProcess(
+            steps=steps,
+            output=self.output,
+            settings=self.settings(model),
+            worker=this_worker(device or runtime.device_name, worker),
+        )
+
+
+def job_from_plain(content: Mapping[str, Any]) -> Job:
+    """The job that :meth:`Job.to_plain` made plain data of."""
+    native = None
+    if content["native"] is not None:
+        from data.native_space.to_brats import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
+
+        native = Native(config=BringInConfig(**content["native"]["config"]), space=content["native"]["space"])
+    return Job(
+        run=Path(content["run"]),
+        output=Path(content["output"]),
+        device=content["device"],
+        backend=content["backend"],
+        precision=content["precision"],
+        options=options_from_plain(content["options"]),
+        postprocess=content["postprocess"],
+        native=native,
+    )
+
+
+def case_to_plain(case: Case) -> dict[str, Any]:
+    """A case as JSON can hold it."""
+    return {
+        **vars(case),
+        "folder": str(case.folder),
+        "contrasts": {contrast: str(path) for contrast, path in case.contrasts.items()},
+        "label": None if case.label is None else str(case.label),
+    }
+
+
+def case_from_plain(content: Mapping[str, Any]) -> Case:
+    """The case that :func:`case_to_plain` made plain data of."""
+    return Case(
+        **{
+            **content,
+            "folder": Path(content["folder"]),
+            "contrasts": {contrast: Path(path) for contrast, path in content["contrasts"].items()},
+            "label": None if content["label"] is None else Path(content["label"]),
+            "problems": tuple(content["problems"]),
+        }
+    )

@@ -1,0 +1,265 @@
+"""Cases on the hosts of a Ray cluster: a task each, given to whoever is free, and to another where a worker is lost.
+
+Every host must have this program, and see the run, the cases and the output folder under the same paths; only words go
+through Ray, no volumes. Ray is an extra (``pip install 'znormseg[ray]'``).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any, Final
+
+from app.errors import ConfigError, DeviceError, message
+from app.inference.batch.cohort import Told
+from app.inference.batch.job import Job, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.manifest import Outcome, Worker
+from app.inference.batch.output_folder import at_work
+from app.inference.batch.pipeline import InThisProcess
+from app.progress import LOG
+from app.system.device import versions
+from app.system.resources import cores
+from app.system.worker_process import error_of, name_of
+from data.datasets.layouts import Case
+
+#: A case is begun so often at most; whoever ends its worker each time fails.
+MOST_ATTEMPTS: Final = 3
+#: Only words go through Ray's store; this is the least it takes.
+_STORE_BYTES: Final = 80 << 20
+#: How long a task that is stopped may take to leave its files whole.
+_STOP_SECONDS: Final = 60.0
+_QUIET: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a warning without it
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnRay:
+    """The engine that hands cases to Ray."""
+
+    job: Job
+    processes: int = 1
+    """Cases at once on the CPU of a host; on GPUs there is one a GPU."""
+
+    @property
+    def name(self) -> str:
+        """For the manifest."""
+        return "ray"
+
+    def work(self, cases: Sequence[Case], told: Told) -> None:
+        """Do cases, each as a task.
+
+        Raises:
+            ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS does not answer.
+            DeviceError: a GPU is asked for by number, or there is none.
+            DataError, RunError, OSError: what stopped a worker, such as a run that its host does not see.
+            KeyboardInterrupt: stopped; tasks at work have left whole files.
+        """
+        if not cases:
+            return
+        ray = ray_module()
+        with _stdout_to_stderr(), _connected(ray):
+            device, resources = _resources(ray, self.job.device, self.processes)
+            job = replace(self.job, run=self.job.run.absolute(), output=self.job.output.absolute(), device=device)
+            words = json.dumps(job.to_plain())
+            task = ray.remote(do_case).options(
+                **resources, max_retries=MOST_ATTEMPTS - 1, retry_exceptions=False, scheduling_strategy="SPREAD"
+            )
+            pending = {task.remote(words, json.dumps(case_to_plain(_absolute(case)))): case for case in cases}
+            try:
+                self._collect(ray, pending, told)
+            except BaseException:
+                _cancel(ray, list(pending))
+                raise
+
+    def _collect(self, ray: Any, pending: dict[Any, Case], told: Told) -> None:
+        """Wait for one task after the other."""
+        warned = False
+        while pending:
+            done, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
+            for reference in done:
+                case = pending.pop(reference)
+                told.begun(case.id)
+                try:
+                    answer = ray.get(reference)
+                except ray.exceptions.RayError as error:
+                    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+                    text = f"case {case.id}: its workers were lost, {MOST_ATTEMPTS} times at most: {first}"
+                    told.ended(Outcome(case=case.id, message=text, attempts=None))
+                    continue
+                for level, line in answer["logs"]:
+                    LOG.log(level, "%s", line)
+                if "error" in answer:
+                    raise error_of(answer, f"host {answer['host']}")
+                if not warned and answer["versions"] != versions():
+                    warned = True
+                    LOG.warning("host %s has other versions: %s", answer["host"], answer["versions"])
+                told.ended(self._outcome(case, answer))
+
+    def _outcome(self, case: Case, answer: dict[str, Any]) -> Outcome:
+        worker = Worker(name=answer["worker"], device=answer["device"], host=answer["host"])
+        content, text = answer["content"], answer["message"]
+        if content is not None and not (self.job.output / f"{case.id}.nii.gz").exists():
+            content = None
+            text = (
+                f"case {case.id}: host {worker.host} wrote its label map to {self.job.output}, which is another "
+                "folder there. Give one that all hosts share."
+            )
+        return Outcome(case=case.id, content=content, message=text, worker=worker, attempts=None)
+
+
+def ray_module() -> Any:
+    """Ray, told to be quiet.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        return importlib.import_module("ray")
+    except ImportError as error:
+        raise ConfigError(
+            "--engine ray: Ray is not installed. Install it, on every host: pip install 'znormseg[ray]'"
+        ) from error
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """What Ray prints of nodes that are lost, also from below Python, is no result of ours."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
+@contextmanager
+def _connected(ray: Any) -> Iterator[None]:
+    """Join the cluster of RAY_ADDRESS, else one that runs on this machine, else start one for now."""
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
+    before = signal.getsignal(signal.SIGTERM)
+    given = os.environ.get("RAY_ADDRESS") or None
+    try:
+        ray.init(address=given or "auto", **quiet)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if given is not None:
+            raise ConfigError(f"RAY_ADDRESS={given}: no Ray cluster answers there ({error})") from error
+        ray.init(
+            address="local",
+            num_cpus=cores(),
+            include_dashboard=False,
+            object_store_memory=_STORE_BYTES,
+            **quiet,
+        )
+    try:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)  # Ray puts one there that ends the process
+        yield
+    finally:
+        ray.shutdown()
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _resources(ray: Any, device: str, processes: int) -> tuple[str, dict[str, float]]:
+    """The device that a task asks for, and what it takes of a host."""
+    if device.startswith("cuda:"):
+        raise DeviceError(f"--engine ray with --device {device}: Ray gives out the GPUs. Use --device cuda.")
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not gpus:
+        raise DeviceError("--engine ray with --device cuda: the cluster has no GPU. Use --device cpu.")
+    if device != "cpu" and gpus:
+        return "cuda", {"num_cpus": 1, "num_gpus": 1}
+    here = [node["Resources"].get("CPU", 0) for node in ray.nodes() if node["Alive"]]
+    least = min((int(count) for count in here if count >= 1), default=1)
+    return "cpu", {"num_cpus": max(1, least // processes)}
+
+
+def _cancel(ray: Any, references: list[Any]) -> None:
+    """Stop tasks the way Ctrl-C does, and wait for those at work."""
+    with suppress(Exception):  # what stopped the cohort is told
+        for reference in references:
+            ray.cancel(reference)
+        ray.wait(references, num_returns=len(references), timeout=_STOP_SECONDS)
+
+
+def _absolute(case: Case) -> Case:
+    return replace(
+        case,
+        folder=case.folder.absolute(),
+        contrasts={contrast: path.absolute() for contrast, path in case.contrasts.items()},
+        label=None if case.label is None else case.label.absolute(),
+    )
+
+
+def do_case(job: str, case: str) -> dict[str, Any]:
+    """Do one case in a worker of Ray.
+
+    Args:
+        job: as JSON of :meth:`app.inference.batch.job.Job.to_plain`.
+        case: as JSON of :func:`app.inference.batch.job.case_to_plain`.
+
+    Returns:
+        plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of what stops all of them; log
+        lines; who did it.
+    """
+    one = case_from_plain(json.loads(case))
+    told = _Noting()
+    LOG.setLevel(logging.WARNING)
+    LOG.propagate = False
+    LOG.addHandler(told)
+    answer: dict[str, Any] = {"host": platform.node(), "versions": versions(), "worker": f"ray-{os.getpid()}"}
+    try:
+        engine = _engine(job)
+        with at_work(engine.output):
+            engine.one(one, told)
+        answer |= {"content": told.outcome.content, "message": told.outcome.message, "device": engine.worker.device}
+    except Exception as error:
+        answer |= {"error": name_of(error), "message": message(error)}
+    finally:
+        LOG.removeHandler(told)
+    return {**answer, "logs": told.lines}
+
+
+@lru_cache(maxsize=1)
+def _engine(job: str) -> InThisProcess[Any, Any]:
+    """The network of a job, kept in the process for its next case."""
+    found = job_from_plain(json.loads(job))
+    model, runtime = found.load()
+    return found.engine(model, runtime)
+
+
+class _Noting(logging.Handler):
+    """Keeps what is said of a case for whoever asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[int, str]] = []
+        self.outcome = Outcome(case="")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep a line."""
+        self.lines.append((record.levelno, record.getMessage()))
+
+    def begun(self, case: str, what: str = "") -> None:
+        """Nobody is told."""
+
+    def ended(self, outcome: Outcome) -> None:
+        """Keep what became of the case."""
+        self.outcome = outcome

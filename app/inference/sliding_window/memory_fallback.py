@@ -1,0 +1,157 @@
+"""How windows are computed when memory is short: planned before, and a step down where it ran out all the same.
+
+The steps, in this order: fewer windows at once, stitching in the CPU's memory, smaller windows, computing on the CPU.
+Each step taken is told in a sentence, which goes to the log and into the case's JSON.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final, TypeVar
+
+from app.inference.sliding_window.grid import Size, smaller
+from app.progress import LOG
+from app.system.process import give_back_freed_memory
+from app.system.resources import memory_of
+from data.errors import DataError
+
+T = TypeVar("T")
+
+GB: Final = 10**9
+#: What a process holds that has read nothing, where the system does not tell.
+_PROGRAM_BYTES: Final = GB
+#: Parts of messages of torch, OpenVINO and the system that say that memory ran out.
+_SAID: Final = (
+    "out of memory",
+    "not enough memory",
+    "defaultcpuallocator",
+    "bad_alloc",
+    "cannot allocate memory",
+    "failed to allocate",
+    "memory allocation",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """How windows are computed."""
+
+    window: Size
+    """Voxels along each axis."""
+    batch: int = 1
+    """Windows at once."""
+    device: str = "cpu"
+    """Where they are computed: ``cpu`` or ``cuda:N``."""
+    stitch_on: str = "cpu"
+    """Where they are put together."""
+    half: bool = False
+    """Whether logits are kept in float16 where they are stitched."""
+
+    def __str__(self) -> str:
+        """As in ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
+        said = f"windows of {'x'.join(map(str, self.window))} voxels, {self.batch} at once, on {self.device}"
+        if self.stitch_on != self.device:
+            said += f", stitched on {self.stitch_on}"
+        return said + (", logits in float16" if self.half else "")
+
+
+class Ladder:
+    """The way of one case, and the sentences that tell how it came about.
+
+    Args:
+        max_memory_bytes: what the process may hold at its peak; None for no bound.
+    """
+
+    def __init__(self, max_memory_bytes: int | None = None) -> None:
+        self.said: list[str] = []
+        self._max_bytes = max_memory_bytes
+        self._way: Way | None = None
+
+    def run(
+        self,
+        compute: Callable[[Way], T],
+        first: Way,
+        *,
+        divisor: int,
+        needed_bytes: Callable[[Way], int],
+    ) -> T:
+        """Compute, with less memory where it runs out; the next call begins with the way that did.
+
+        Args:
+            compute: does it; lets go of what it holds when it fails.
+            first: how, if memory is enough.
+            divisor: sides of windows are multiples of it.
+            needed_bytes: what a way is estimated to take on the CPU beside what the process holds.
+
+        Raises:
+            DataError: memory is not enough for the last way either, or the bound is too low.
+        """
+        way = self._way or self._planned(first, divisor, needed_bytes)
+        while True:
+            try:
+                answer = compute(way)
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = " ".join(str(error).split())[:200]
+            else:
+                self._way = way
+                return answer
+            after = next_way(way, first, divisor)
+            if after is None:
+                raise DataError(
+                    f"memory is not enough, not even for {way} ({reason}). Close other programs, or use a machine with "
+                    "more memory."
+                )
+            self._tell(f"out of memory with {way} ({reason}); went on with {after}")
+            way = after
+
+    def _planned(self, first: Way, divisor: int, needed_bytes: Callable[[Way], int]) -> Way:
+        """The first way that the bound has room for."""
+        if self._max_bytes is None:
+            return first
+        give_back_freed_memory()
+        held = memory_of()
+        free = self._max_bytes - (_PROGRAM_BYTES if held is None else held.resident)
+        way: Way | None = first
+        while way is not None and needed_bytes(way) > free:
+            way = replace(way, half=True) if not way.half else next_way(way, first, divisor)
+        if way is None:
+            raise DataError(
+                f"--max-memory-gb {self._max_bytes / GB:g} is too little for this case: beside what is read, "
+                f"{max(0, free) / GB:.1f} GB are left. Give more, or leave the option out."
+            )
+        if way != first:
+            self._tell(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {way} instead of {first}")
+        return way
+
+    def _tell(self, sentence: str) -> None:
+        LOG.warning("%s", sentence)
+        self.said.append(sentence)
+
+
+def next_way(way: Way, first: Way, divisor: int) -> Way | None:
+    """One step down, or None where there is none.
+
+    Args:
+        way: that needs too much.
+        first: of the case; on the CPU windows have their size again.
+        divisor: sides of windows are multiples of it.
+    """
+    if way.batch > 1:
+        return replace(way, batch=way.batch // 2)
+    if way.stitch_on != "cpu":
+        return replace(way, stitch_on="cpu")
+    if (window := smaller(way.window, divisor)) is not None:
+        return replace(way, window=window)
+    if way.device != "cpu":
+        return replace(way, device="cpu", window=first.window)
+    return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of numpy, torch or OpenVINO says that memory ran out."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)

@@ -1,0 +1,123 @@
+"""The sliding window in numpy: windows computed by whatever takes arrays, blended in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, paddings, window_places
+
+Array = npt.NDArray[np.float32]
+#: Planes that are divided or converted at once, so that no second volume is held.
+_PLANES: Final = 16
+
+
+def stitched_logits(
+    compute: Callable[[Array], Array],
+    image: Array,
+    *,
+    window: Size,
+    overlap: float,
+    batch: int = 1,
+    half: bool = False,
+) -> npt.NDArray[Any]:
+    """Logits of a whole volume, as :func:`app.inference.sliding_window.torch_blend.sliding_logits` has them.
+
+    A volume that one window covers is that window's answer, without any weights.
+
+    Args:
+        compute: logits of shape (batch, regions, *window) of windows of shape (batch, contrasts, *window); always whole
+            batches.
+        image: shape (contrasts, X, Y, Z), not all zero.
+        window: in voxels.
+        overlap: the least share that neighbours have in common, 0 to below 1.
+        batch: windows at once; the last ones are filled up with zeros.
+        half: blend in float16, for half the memory.
+
+    Returns:
+        float32, or float16 with ``half``, shape (regions, X, Y, Z); -30 where there is no brain nearby.
+    """
+    sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
+    padding = paddings(sizes, window)
+    padded = image if not any(map(any, padding)) else np.pad(image, [(0, 0), *padding])
+    shape: Size = (padded.shape[1], padded.shape[2], padded.shape[3])
+    inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
+    places = [place for place in window_places(shape, window, overlap) if padded[:, *place].any()]
+    if not places:
+        raise ValueError("the volume is zero everywhere")
+    kept = np.dtype(np.float16 if half else np.float32)
+    patches = np.zeros((batch, image.shape[0], *window), dtype=np.float32)
+    if shape == window:
+        patches[0] = padded
+        answer: npt.NDArray[Any] = compute(patches)[0][:, *inner].astype(kept)
+        return answer
+    weights = gaussian_array(window)
+    total: npt.NDArray[Any] | None = None
+    weight_sum = np.zeros(shape, dtype=kept)
+    for first in range(0, len(places), batch):
+        some = places[first : first + batch]
+        _fill(patches, padded, some)
+        for place, logits in zip(some, compute(patches), strict=False):
+            if total is None:
+                total = np.zeros((logits.shape[0], *shape), dtype=kept)
+            for region, values in zip(total, logits, strict=True):
+                region[place] += (values * weights).astype(kept, copy=False)
+            weight_sum[place] += weights.astype(kept, copy=False)
+    assert total is not None
+    for start in range(0, shape[0], _PLANES):
+        planes = slice(start, start + _PLANES)
+        sums = weight_sum[planes]
+        np.divide(total[:, planes], sums, out=total[:, planes], where=sums != 0)
+        np.copyto(total[:, planes], kept.type(SURE_BACKGROUND), where=sums == 0)
+    return total[:, *inner]
+
+
+def _fill(patches: Array, image: Array, places: list[Place]) -> None:
+    for number, place in enumerate(places):
+        patches[number] = image[:, *place]
+    patches[len(places) :] = 0
+
+
+def resized(values: npt.NDArray[Any], shape: Size) -> npt.NDArray[Any]:
+    """Linear interpolation to another shape over the same box, half-voxel centres, borders repeated.
+
+    The same as torch's trilinear interpolation without aligned corners. The first axis of the volume
+    comes last, plane by plane, so that memory holds the answer and little else.
+
+    Args:
+        values: shape (n, X, Y, Z).
+        shape: wanted.
+
+    Returns:
+        shape (n, *shape), type as of ``values``.
+    """
+    low, high, share = _between(values.shape[1], shape[0])
+    answer = np.empty((values.shape[0], *shape), dtype=values.dtype)
+    known: dict[int, npt.NDArray[Any]] = {}
+
+    def plane(number: int) -> npt.NDArray[Any]:
+        if number not in known:
+            flat = values[:, number].astype(np.float32)
+            for axis in (1, 2):
+                a, b, t = _between(flat.shape[axis], shape[axis])
+                along = t.reshape([-1 if one == axis else 1 for one in range(3)])
+                flat = np.take(flat, a, axis) * (1 - along) + np.take(flat, b, axis) * along
+            known[number] = flat
+        return known[number]
+
+    for x in range(shape[0]):
+        first = int(low[x])
+        for gone in [number for number in known if number < first]:
+            del known[gone]
+        answer[:, x] = plane(first) * (1 - share[x]) + plane(int(high[x])) * share[x]
+    return answer
+
+
+def _between(size: int, wanted: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Array]:
+    """By new index: the two old ones it lies between, and the share of the second."""
+    at = np.clip((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0, None)
+    low = np.minimum(np.floor(at).astype(np.intp), size - 1)
+    return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)

@@ -1,0 +1,104 @@
+"""A network over a whole volume: overlapping windows, blended with Gaussian weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from app.inference.sliding_window.grid import LEAST_WEIGHT, SIGMA, SURE_BACKGROUND, Place, Size, paddings, window_places
+from app.system.device import Runtime
+
+
+@torch.inference_mode()
+def sliding_logits(
+    network: nn.Module,
+    image: Tensor,
+    *,
+    window: Size,
+    overlap: float,
+    runtime: Runtime,
+    batch: int = 1,
+    stitch_on: str | None = None,
+    half: bool = False,
+    between_windows: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Logits of a whole volume.
+
+    Windows are spread evenly, so that neighbours overlap by at least ``overlap``; a volume smaller than the window is
+    padded with 0. Windows without any brain (all zero) are not computed.
+
+    Args:
+        network: in eval mode, on ``runtime.device``.
+        image: float32, shape (contrasts, X, Y, Z), on the CPU.
+        window: the size the network was trained on, in voxels.
+        overlap: 0 to below 1.
+        runtime: device, precision, memory layout.
+        batch: windows in one forward pass.
+        stitch_on: device on which windows are put together; None takes the runtime's.
+        half: blend in float16, for half the memory, as :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
+        between_windows: called before each forward pass; may raise to stop.
+
+    Returns:
+        logits of shape (regions, X, Y, Z) on ``stitch_on``, float32, or float16 with ``half``; -30 where there is no
+        brain nearby.
+    """
+    sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
+    padding = paddings(sizes, window)
+    padded = image
+    if any(map(any, padding)):
+        padded = functional.pad(image, [amount for pair in reversed(padding) for amount in pair])
+    device, stitched = runtime.device, torch.device(stitch_on or runtime.device_name)
+    kept = torch.float16 if half else torch.float32
+    weights = gaussian_weights(window).to(stitched)
+    total: Tensor | None = None
+    weight_sum = torch.zeros(padded.shape[1:], device=stitched, dtype=kept)
+    shape = (padded.shape[1], padded.shape[2], padded.shape[3])
+    places = [place for place in window_places(shape, window, overlap) if padded[(slice(None), *place)].any()]
+    for first in range(0, len(places), batch):
+        between_windows()
+        some = places[first : first + batch]
+        patches = _patches(padded, some, device, runtime.memory_format)
+        with runtime.autocast():
+            answers = network(patches)
+        for place, answer in zip(some, answers, strict=True):
+            logits = answer.to(stitched, torch.float32)
+            if total is None:
+                total = torch.zeros((logits.shape[0], *padded.shape[1:]), device=stitched, dtype=kept)
+            if half:
+                for region, values in zip(total, logits, strict=True):
+                    region[place] += (values * weights).to(kept)
+            else:
+                total[(slice(None), *place)].addcmul_(logits, weights)
+            weight_sum[place] += weights.to(kept)
+    if total is None:
+        raise ValueError("the volume is zero everywhere")
+    uncovered = weight_sum == 0
+    total.div_(weight_sum.masked_fill_(uncovered, 1))
+    total.masked_fill_(uncovered, SURE_BACKGROUND)
+    inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
+    return total[(slice(None), *inner)]
+
+
+def _patches(image: Tensor, places: list[Place], device: torch.device, layout: torch.memory_format) -> Tensor:
+    """Windows of an image as a batch on the device; to a GPU by way of pinned memory."""
+    patches = torch.stack([image[(slice(None), *place)] for place in places])
+    if device.type == "cuda":
+        patches = patches.pin_memory().to(device, non_blocking=True)
+    return patches.contiguous(memory_format=layout)
+
+
+def gaussian_weights(window: Size) -> Tensor:
+    """Weights that fall from the middle of a window to its borders; the largest is 1, none is 0.
+
+    Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
+    """
+    weights = torch.ones(window)
+    for axis, side in enumerate(window):
+        distance = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
+        along = torch.exp(-0.5 * (distance / (SIGMA * side)) ** 2)
+        weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
+    weights /= weights.max()
+    return weights.clamp_min(LEAST_WEIGHT)

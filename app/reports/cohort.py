@@ -1,0 +1,456 @@
+"""The pages of predictions: a cohort page, and one for each case beside it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+
+from app.errors import InterruptedRunError
+from app.evaluation.evaluate import Evaluation, evaluate
+from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores
+from app.html.elements import Link, document
+from app.html.overlay import OverlayCase, Picture, overlay_caption, overlay_picture
+from app.html.scores import REGION_NAMES
+from app.html.templates import fill
+from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
+from app.progress import LOG, OnProgress, Progress, silent
+from app.reports.predictions import Flag, Predicted, find_predictions
+from data.datasets.layouts import find_cases, find_label_maps
+from data.errors import DataError
+from data.labels import REGIONS, Contrast, Region, convention_named, decode
+from data.nifti import (
+    Volume,
+    grid_difference,
+    in_order_of,
+    read_image,
+    read_label_map,
+    read_volume,
+    reorient,
+    replacing,
+)
+
+Codes = npt.NDArray[np.uint8]
+
+_FOLDER: Final = "cases"
+_CONTRAST_NAMES: Final[Mapping[Contrast, str]] = {"t1": "T1", "t1c": "T1c", "t2": "T2", "flair": "FLAIR"}
+#: What the pictures and the viewer show, the first of each that is there.
+_BEHIND: Final[tuple[Contrast, ...]] = ("flair", "t2", "t1c", "t1")
+_IN_VIEWER: Final[tuple[Contrast, ...]] = ("t1c", "flair", "t2", "t1")
+_MOST_SHOWN: Final = 2
+_PANEL_PX: Final = 300
+_THUMBNAIL_PX: Final = 96
+#: Fine coloured lines need more than scans do.
+_LINE_QUALITY: Final = 75
+
+
+@dataclass(frozen=True, kw_only=True)
+class CohortPages:
+    """What was written."""
+
+    index: Path
+    """The cohort page."""
+    cases: Mapping[str, Path]
+    """Page by case id."""
+    failures: Mapping[str, str]
+    """Why a case has no page, by case id."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Truth:
+    """What ``--references`` gives."""
+
+    evaluation: Evaluation
+    label_maps: Mapping[str, Path]
+
+    def scores(self, case: str) -> Mapping[Region, RegionScores]:
+        """Of a case; empty where it has none."""
+        return next((one.regions for one in self.evaluation.cases if one.case == case), {})
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """A case on the cohort page."""
+
+    case: str
+    href: str
+    thumbnail: str
+    volumes_ml: tuple[float | None, ...]
+    dice: tuple[float | None, ...]
+    flags: tuple[Flag, ...]
+
+
+def write_cohort(
+    folder: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    references: Path | None = None,
+    labels: str | None = None,
+    follow_links: bool = False,
+    on_progress: OnProgress = silent,
+) -> CohortPages:
+    """Write ``index.html`` and ``cases/<case>.html``.
+
+    Args:
+        folder: predictions, as ``znormseg predict`` wrote them.
+        out: folder of the pages, made where it is missing.
+        images: data set with the scans; default where the JSON of each case says they were.
+        references: data set or folder with the expert's label maps; without, no scores and no outlines of the truth.
+        labels: name of the label convention of ``references``, where their files do not tell.
+        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
+        on_progress: told which case is under way.
+
+    Raises:
+        DataError: nothing can be shown, or ``images`` or ``references`` cannot be used.
+        OSError: ``out`` cannot be written to.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; pages that are written are whole.
+    """
+    cases = None if images is None else {case.id: case for case in find_cases(images, follow_links=follow_links)}
+    predicted, failures = find_predictions(folder, cases)
+    truth = None
+    if references is not None:
+        truth = _Truth(
+            evaluation=evaluate(folder, references, labels=(None, labels), follow_links=follow_links),
+            label_maps=find_label_maps(references, follow_links=follow_links),
+        )
+    grid_mm = grid_for(len(predicted))
+    rows: list[_Row] = []
+    pages: dict[str, Path] = {}
+    try:
+        for number, one in enumerate(predicted):
+            on_progress(Progress(job="pages", share=number / len(predicted), detail=one.case))
+            try:
+                shown = _Shown.of(one, truth)
+            except DataError as error:
+                failures[one.case] = str(error)
+                LOG.error("%s", error)
+                continue
+            page = out / _FOLDER / f"{one.case}.html"
+            picture = overlay_picture(shown.overlay(), height_px=_PANEL_PX)
+            _write(page, _case_page(shown, picture, _neighbours(predicted, number), grid_mm))
+            pages[one.case] = page
+            rows.append(_row(shown, picture))
+    except KeyboardInterrupt as error:
+        raise InterruptedRunError(
+            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} pages written, whole. The same "
+            "command begins again."
+        ) from error
+    if not rows:
+        raise DataError(f"{folder}: not one case can be shown. {' '.join(list(failures.values())[:3])}")
+    index = out / "index.html"
+    _write(index, _cohort_page(folder, rows, truth, failures, predicted))
+    on_progress(Progress(job="pages", share=1.0, detail=f"{len(rows)} cases"))
+    return CohortPages(index=index, cases=pages, failures=failures)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Shown:
+    """A case with its voxels, all in canonical voxel order on the label map's grid."""
+
+    predicted: Predicted
+    prediction: Codes
+    reference: Codes | None
+    images: Mapping[Contrast, npt.NDArray[np.float32]]
+    uncertainty: npt.NDArray[np.float32] | None
+    spacing_mm: tuple[float, float, float]
+    scores: Mapping[Region, RegionScores]
+    remarks: tuple[str, ...]
+    """Why something is not shown."""
+
+    @classmethod
+    def of(cls, predicted: Predicted, truth: _Truth | None) -> _Shown:
+        """Read everything; what cannot be read but for the label map is a remark.
+
+        Raises:
+            DataError: the label map cannot be read or understood.
+        """
+        label_map = reorient(read_label_map(predicted.label_map))
+        prediction = decode(label_map.voxels, predicted.convention)
+        remarks: list[str] = []
+        images = _read_images(predicted, label_map, remarks)
+        reference, scores = None, {}
+        if truth is not None:
+            reference = _read_reference(predicted.case, truth, label_map, remarks)
+            scores = dict(truth.scores(predicted.case))
+        uncertainty = _read_uncertainty(predicted, label_map, remarks)
+        return cls(
+            predicted=predicted,
+            prediction=prediction,
+            reference=reference,
+            images=images,
+            uncertainty=uncertainty,
+            spacing_mm=label_map.spacing_mm,
+            scores=scores,
+            remarks=tuple(remarks),
+        )
+
+    def overlay(self) -> OverlayCase:
+        """What the still pictures show; without a scan, the tumour alone."""
+        behind = next((contrast for contrast in _BEHIND if contrast in self.images), None)
+        return OverlayCase(
+            case=self.predicted.case,
+            background=np.zeros(self.prediction.shape, dtype=np.float32) if behind is None else self.images[behind],
+            background_name="No scan" if behind is None else _CONTRAST_NAMES[behind],
+            prediction=self.prediction,
+            reference=self.reference,
+            spacing_mm=self.spacing_mm,
+        )
+
+    def viewer(self, grid_mm: float) -> dict[str, Any] | None:
+        """What the viewer shows; None without a scan."""
+        if not self.images:
+            return None
+        case = ViewerCase(
+            images={_CONTRAST_NAMES[contrast]: image for contrast, image in self.images.items()},
+            prediction=self.prediction,
+            reference=self.reference,
+            uncertainty=self.uncertainty,
+            spacing_mm=self.spacing_mm,
+        )
+        return viewer_data(case, grid_mm=grid_mm)
+
+
+def _read_images(
+    predicted: Predicted, label_map: Volume, remarks: list[str]
+) -> dict[Contrast, npt.NDArray[np.float32]]:
+    """The first scans that can be shown, in the viewer's order."""
+    images: dict[Contrast, npt.NDArray[np.float32]] = {}
+    absent = []
+    for contrast in _IN_VIEWER:
+        if contrast not in predicted.images or len(images) == _MOST_SHOWN:
+            continue
+        path, name = predicted.images[contrast], _CONTRAST_NAMES[contrast]
+        if not path.exists():
+            absent.append(name)
+            continue
+        try:
+            volume = reorient(read_image(path, predicted.volumes.get(contrast), nan_to_zero=True))
+        except DataError as error:
+            remarks.append(f"{name} is not shown: {error}")
+            continue
+        if difference := grid_difference(volume, label_map):
+            remarks.append(f"{name} is not shown, since it lies on another grid than the label map: {difference}.")
+        else:
+            images[contrast] = volume.voxels
+    if absent:
+        remarks.append(f"Not where they were predicted from: {', '.join(absent)}. Give --images DATA to show them.")
+    return images
+
+
+def _read_reference(case: str, truth: _Truth, label_map: Volume, remarks: list[str]) -> Codes | None:
+    if case in truth.evaluation.failures:
+        remarks.append(f"Not scored: {truth.evaluation.failures[case]}")
+        return None
+    if case not in truth.label_maps:
+        remarks.append("There is no reference of this case.")
+        return None
+    reference = in_order_of(label_map, read_label_map(truth.label_maps[case]))
+    return decode(reference.voxels, convention_named(truth.evaluation.reference_convention))
+
+
+def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str]) -> npt.NDArray[np.float32] | None:
+    """The map; of one with a volume for each region the largest at each voxel."""
+    path = predicted.uncertainty
+    if path is None:
+        return None
+    try:
+        try:
+            parts = [read_volume(path)]
+        except DataError:
+            parts = [read_volume(path, number) for number in range(len(REGIONS))]
+        volumes = [reorient(part) for part in parts]
+    except DataError as error:
+        remarks.append(f"Uncertainty is not shown: {error}")
+        return None
+    if difference := grid_difference(volumes[0], label_map):
+        remarks.append(f"Uncertainty is not shown, since it lies on another grid: {difference}.")
+        return None
+    largest: npt.NDArray[np.float32] = np.max([volume.voxels for volume in volumes], axis=0)
+    return largest
+
+
+def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: float) -> str:
+    one = shown.predicted
+    data = shown.viewer(grid_mm)
+    body = fill(
+        "case.html",
+        case=one.case,
+        picture=data_uri("webp", webp(picture, quality=_LINE_QUALITY)),
+        width=picture.shape[1],
+        height=picture.shape[0],
+        alt=_alt(shown),
+        caption=overlay_caption(shown.overlay()),
+        left="Reference" if shown.reference is not None else "Image",
+        region_names=REGION_NAMES,
+        rows=_measures(shown),
+        has_scores=bool(shown.scores),
+        interval_name=one.interval_name if one.volume_intervals_ml else "",
+        has_confidence=bool(one.confidence),
+        flags=one.flags,
+        remarks=shown.remarks,
+        viewer=data,
+        grid_mm=f"{grid_mm:g}",
+        provenance=_provenance(one),
+        command=_command(one),
+        definitions=(DICE_DEFINITION, HD95_DEFINITION),
+    )
+    return document(
+        title=one.case,
+        lead=_lead(one),
+        facts=(),
+        sections=[body],
+        styles=("page.css", "report.css"),
+        scripts=() if data is None else ("viewer.js",),
+        links=links,
+    )
+
+
+def _cohort_page(
+    folder: Path,
+    rows: Sequence[_Row],
+    truth: _Truth | None,
+    failures: Mapping[str, str],
+    predicted: Sequence[Predicted],
+) -> str:
+    codes = sorted({flag.code for row in rows for flag in row.flags})
+    flagged = sum(bool(row.flags) for row in rows)
+    facts = [("cases", str(len(rows))), ("flagged", str(flagged))]
+    if truth is not None:
+        means = truth.evaluation.summary()
+        facts += [(f"mean Dice, {region}", f"{means[region]['dice']:.3f}") for region in REGIONS]
+        facts.append(("Dice", DICE_DEFINITION))
+    weights = sorted({str(one.record.get("weights_sha256", "not told")) for one in predicted})
+    facts.append(("weights, SHA-256", ", ".join(weights[:3]) + (" ..." if len(weights) > 3 else "")))
+    body = fill(
+        "cohort.html",
+        rows=rows,
+        regions=REGIONS,
+        region_names=REGION_NAMES,
+        has_scores=truth is not None,
+        codes=codes,
+        failures=failures,
+        thumbnail_px=_THUMBNAIL_PX,
+    )
+    return document(
+        title=f"{len(rows)} predicted {'case' if len(rows) == 1 else 'cases'}",
+        lead=f"Label maps in {folder.name or folder}, by case: volumes, flags{', Dice' if truth else ''}.",
+        facts=facts,
+        sections=[body],
+        styles=("page.css", "report.css"),
+        scripts=("table.js",),
+    )
+
+
+def _row(shown: _Shown, picture: Picture) -> _Row:
+    one, scores = shown.predicted, shown.scores
+    thumbnail = shrunk(np.ascontiguousarray(picture[:_PANEL_PX, -_PANEL_PX:]), _THUMBNAIL_PX)
+    return _Row(
+        case=one.case,
+        href=f"{_FOLDER}/{_address(one.case)}.html",
+        thumbnail=data_uri("webp", webp(thumbnail)),
+        volumes_ml=tuple(one.volumes_ml.values()),
+        dice=tuple(scores[region].dice if region in scores else None for region in REGIONS),
+        flags=one.flags,
+    )
+
+
+def _neighbours(predicted: Sequence[Predicted], number: int) -> list[Link]:
+    links = [Link(href="../index.html", text="All cases")]
+    for text, place in (("Previous", number - 1), ("Next", number + 1)):
+        if 0 <= place < len(predicted):
+            name = predicted[place].case
+            links.append(Link(href=f"{_address(name)}.html", text=f"{text}: {name}"))
+    return links
+
+
+def _address(name: str) -> str:
+    """A file name in a link, also one that is not valid Unicode."""
+    return quote(os.fsencode(name))
+
+
+def _measures(shown: _Shown) -> list[dict[str, Any]]:
+    one = shown.predicted
+    rows = []
+    for region in REGIONS:
+        scores = shown.scores.get(region)
+        ends = one.volume_intervals_ml.get(region)
+        rows.append(
+            {
+                "region": region,
+                "dice": None if scores is None else f"{scores.dice:.3f}",
+                "hd95": None if scores is None else f"{scores.hd95_mm:.1f}",
+                "reference": None if scores is None else f"{scores.reference_volume_ml:.1f}",
+                "volume": None if one.volumes_ml[region] is None else f"{one.volumes_ml[region]:.1f}",
+                "interval": None if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
+                "confidence": f"{one.confidence[region]:.2f}" if region in one.confidence else None,
+            }
+        )
+    return rows
+
+
+def _alt(shown: _Shown) -> str:
+    said = ", ".join(f"{region} {shown.scores[region].dice:.3f}" for region in REGIONS if region in shown.scores)
+    left = "reference outlines" if shown.reference is not None else "the bare image"
+    return (
+        f"Case {shown.predicted.case}: {left} on the left, predicted outlines on the right, in three planes where the "
+        f"tumour is largest.{f' Dice {said}.' if said else ''}"
+    )
+
+
+def _lead(one: Predicted) -> str:
+    told = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
+    if not any(told.values()):
+        return "No tumour was marked."
+    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in told.items()) + "."
+
+
+def _provenance(one: Predicted) -> list[tuple[str, str]]:
+    """What the JSON tells of how the label map came to be, name and value."""
+    record = one.record
+    facts = [("label map", str(record.get("label_map", one.label_map)))]
+    labels = record.get("labels")
+    if isinstance(labels, Mapping):
+        facts.append(("labels", ", ".join(f"{name} {value}" for name, value in labels.items())))
+    for key, name in (("weights_sha256", "weights, SHA-256"), ("weights_step", "weights, step")):
+        if key in record:
+            facts.append((name, str(record[key])))
+    facts += [
+        (f"weights of {network.get('network')}, SHA-256", str(network.get("weights_sha256")))
+        for network in record.get("ensemble") or ()
+        if isinstance(network, Mapping)
+    ]
+    for key in ("versions", "inputs", "seconds", "nan_to_zero"):
+        held = record.get(key)
+        if isinstance(held, Mapping) and held:
+            facts.append((key, ", ".join(f"{name} {value}" for name, value in held.items())))
+    if isinstance(record.get("runtime"), list):
+        facts.append(("runtime", "; ".join(map(str, record["runtime"]))))
+    return facts
+
+
+def _command(one: Predicted) -> str:
+    """The command that predicts the case again: that of the JSON, else one of its scans; none of volumes of a file."""
+    told = one.record.get("command")
+    if isinstance(told, str) and told:
+        return told
+    if isinstance(told, list) and told:
+        return shlex.join(map(str, told))
+    if one.volumes:
+        return ""
+    scans = [word for contrast, path in one.images.items() for word in (f"--{contrast}", str(path))]
+    return f"znormseg predict RUN OUTPUT {shlex.join(scans)}" if scans else ""
+
+
+def _write(path: Path, page: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
+        beside.write_text(page, encoding="utf-8", errors="replace")

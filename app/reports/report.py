@@ -1,0 +1,124 @@
+"""``znormseg report``: what a folder holds, and its pages."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from app.errors import ConfigError, RunError
+from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
+from app.progress import OnProgress, silent
+from app.reports import saved_comparison as comparison
+from app.reports import saved_crossval as crossval
+from app.reports.cohort import write_cohort
+from app.reports.predictions import is_predictions
+from app.reports.run import write_run
+
+Kind = Literal["run", "predictions", "comparison", "cross-validation"]
+
+_PAGE: Final = "index.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was written."""
+
+    kind: Kind
+    page: Path
+    """The page to open first."""
+    cases: Mapping[str, Path] = field(default_factory=dict)
+    """Of predictions: page by case id."""
+    failures: Mapping[str, str] = field(default_factory=dict)
+    """Of predictions: why a case has no page, by case id."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "kind": self.kind,
+            "page": str(self.page),
+            "cases": {case: str(page) for case, page in self.cases.items()},
+            "failures": dict(self.failures),
+        }
+
+
+def recognise(folder: Path) -> Kind:
+    """What a folder holds, told by the files in it.
+
+    Raises:
+        RunError: there is no such folder, or nothing in it that has a page.
+    """
+    if not folder.is_dir():
+        raise RunError(f"{folder}: {'is a file' if folder.exists() else 'does not exist'}; give a folder")
+    if (folder / ENSEMBLE_FILE).exists():
+        raise RunError(f"{folder}: an ensemble; give the folder of its cross-validation, {folder.resolve().parent}")
+    if (folder / CROSSVAL_FILE).exists():
+        return "cross-validation"
+    if (folder / "plan.json").exists():
+        return "comparison"
+    if (folder / "run.json").exists() and (folder / "config.yaml").exists():
+        return "run"
+    if is_predictions(folder):
+        return "predictions"
+    raise RunError(
+        f"{folder}: nothing there that has a page. Expected a run (config.yaml and run.json), predictions "
+        "(<case>.nii.gz with <case>.json), a comparison (plan.json) or a cross-validation (folds.json)."
+    )
+
+
+def report(
+    folder: Path,
+    out: Path,
+    *,
+    images: Path | None = None,
+    references: Path | None = None,
+    labels: str | None = None,
+    follow_links: bool = False,
+    on_progress: OnProgress = silent,
+) -> Report:
+    """Write the pages of a folder: ``index.html``, and for predictions a page a case in ``cases``.
+
+    Args:
+        folder: a run, predictions, a comparison or a cross-validation.
+        out: folder of the pages, made where it is missing; pages of before are replaced.
+        images: of predictions: data set with their scans.
+        references: of predictions: data set or folder with the expert's label maps.
+        labels: name of the label convention of ``references``, where their files do not tell.
+        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
+        on_progress: told how far the pages are.
+
+    Raises:
+        RunError: ``folder`` cannot be recognised, has not ended or is damaged; ``out`` is a file or ``folder`` itself.
+        ConfigError: ``images`` or ``references`` with something else than predictions.
+        DataError: predictions, scans or references that cannot be used.
+        OSError: ``out`` cannot be written to.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; pages that are written are whole.
+    """
+    kind = recognise(folder)
+    for option, value in (("--images", images), ("--references", references)):
+        if value is not None and kind != "predictions":
+            raise ConfigError(f"{option} goes with predictions; {folder} is a {kind}")
+    if out.exists() and not out.is_dir():
+        raise RunError(f"{out} is a file; give a folder for the pages")
+    if out.resolve() == folder.resolve():
+        raise RunError(f"{out} is what the pages are of; give another folder for them")
+    if kind == "predictions":
+        pages = write_cohort(
+            folder,
+            out,
+            images=images,
+            references=references,
+            labels=labels,
+            follow_links=follow_links,
+            on_progress=on_progress,
+        )
+        return Report(kind=kind, page=pages.index, cases=pages.cases, failures=pages.failures)
+    page = out / _PAGE
+    if kind == "run":
+        write_run(folder, page)
+    elif kind == "comparison":
+        comparison.write_page_again(folder, page)
+    else:
+        crossval.write_page_again(folder, page, on_progress=on_progress)
+    return Report(kind=kind, page=page)

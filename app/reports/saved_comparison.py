@@ -1,0 +1,100 @@
+"""The page of a comparison made anew, from what its folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from app.config.load import RunConfig, from_plain, load_config
+from app.errors import ConfigError, RunError
+from app.experiments.comparison.analysis import Records, analyse
+from app.experiments.comparison.plan import Plan, RunKey
+from app.experiments.comparison.run import Results, choose_rates
+from app.experiments.comparison.split import Parts
+from app.experiments.runs import json_object
+from app.reports.comparison import write_page
+from app.runs.folder import read_json, read_metrics
+
+
+def write_page_again(out: Path, page: Path) -> None:
+    """Write the page of a comparison that ended, whole or not at all; nothing is trained or scored.
+
+    Args:
+        out: folder of the comparison.
+        page: file to write; its folder is made where it is missing.
+
+    Raises:
+        RunError: the comparison has not ended, or a file of it is missing or damaged.
+        OSError: ``page`` cannot be written.
+    """
+    results = results_of(out)
+    metrics: dict[RunKey, Records] = {
+        key: read_metrics(out / "runs" / key.name) for key in results.plan.finals(results.chosen)
+    }
+    recorded = json_object(read_json(out / "compare.json"), out / "compare.json")
+    analysis = analyse(results, metrics)
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(page, results, analysis, metrics, made=recorded)
+
+
+def results_of(out: Path) -> Results:
+    """The results of a comparison that ended.
+
+    Args:
+        out: folder of the comparison.
+
+    Raises:
+        RunError: it has not ended, or a file of it is missing or damaged.
+    """
+    path = out / "plan.json"
+    content = json_object(read_json(path), path)
+    try:
+        plan = _plan(out, content)
+        parts = Parts(**{name: tuple(ids) for name, ids in content["parts"].items()})
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: damaged ({error}).") from error
+    runs = {key: _result(out, key) for key in plan.sweep()}
+    chosen = choose_rates(plan, runs)
+    runs |= {key: _result(out, key) for key in plan.finals(chosen)}
+    if not all("dice" in runs[key] for key in plan.finals(chosen)):
+        raise _unfinished(out)
+    return Results(plan=plan, parts=parts, chosen=chosen, runs=runs)
+
+
+def _plan(out: Path, content: dict[str, Any]) -> Plan:
+    plan = Plan(
+        config=from_plain(content["config"], str(out / "plan.json")),
+        arms=tuple(content["arms"]),
+        optimizers=tuple(content["optimizers"]),
+        seeds=int(content["seeds"]),
+        rates={name: tuple(rates) for name, rates in content["learning_rates"].items()},
+        baseline=content["baseline"],
+        target_dice=content["target_dice"],
+        first_seed=int(content.get("first_seed", 0)),
+    )
+    names = content.get("variants", {})
+    variants = {name: _config_of(out, plan, name) for name in names}
+    return Plan(**{**vars(plan), "variants": variants}) if variants else plan
+
+
+def _config_of(out: Path, plan: Plan, arm: str) -> RunConfig:
+    """The config of a variant, from its first run."""
+    first = next(key for key in plan.sweep() if key.arm == arm)
+    try:
+        return load_config(str(out / "runs" / first.name / "config.yaml"), ())
+    except (ConfigError, OSError) as error:
+        raise RunError(f"{out}: the config of {arm} cannot be read ({error}).") from error
+
+
+def _result(out: Path, key: RunKey) -> dict[str, Any]:
+    path = out / "results" / f"{key.name}.json"
+    if not path.exists():
+        raise _unfinished(out)
+    content = json_object(read_json(path), path)
+    if "steps" not in content:
+        raise _unfinished(out)
+    return content
+
+
+def _unfinished(out: Path) -> RunError:
+    return RunError(f"{out}: the comparison has not ended. Give the command it was begun with once more; it goes on.")

@@ -1,0 +1,96 @@
+"""The page of a cross-validation made anew, from what its folder holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.config.load import from_plain
+from app.errors import RunError
+from app.experiments.crossval.calibrate import calibrate
+from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.out_of_fold import read_computed_by, read_counts
+from app.experiments.crossval.summary import summarise
+from app.experiments.crossval.tune import Scores, tune
+from app.experiments.runs import backends_sentence, count_backends, json_object
+from app.inference.ensemble import CROSSVAL_FILE
+from app.inference.postprocess import Postprocess
+from app.progress import OnProgress, Progress, silent
+from app.reports.crossval import write_page
+from app.runs.folder import read_json, read_metrics
+from data.datasets.layouts import Case
+from data.datasets.splits import Split
+from data.labels import CONVENTIONS
+
+
+def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
+    """Write the page of a cross-validation that ended, whole or not at all; nothing is trained or predicted.
+
+    Scores and post-processing are worked out once more from the out-of-fold answers.
+
+    Args:
+        out: folder of the cross-validation.
+        page: file to write; its folder is made where it is missing.
+        on_progress: told how far the scores are.
+
+    Raises:
+        RunError: the cross-validation has not ended, or a file of it is missing or damaged.
+        OSError: ``page`` cannot be written.
+    """
+    folds = folds_on_record(out)
+    numbers = range(len(folds.splits))
+    if not (out / "crossval.json").exists() or not all(folds.result_file(fold).exists() for fold in numbers):
+        raise RunError(
+            f"{out}: the cross-validation has not ended. Give the command it was begun with once more; it goes on."
+        )
+    recorded = json_object(read_json(out / "crossval.json"), out / "crossval.json")
+    fold_of = folds.fold_of()
+
+    def told(share: float) -> None:
+        on_progress(Progress(job="scores", share=0.99 * share, detail=f"{len(fold_of)} cases"))
+
+    scores = Scores({case_id: folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
+    tuning = tune(scores, list(fold_of.values()))
+    raw = summarise(folds, Postprocess())
+    tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
+    counts = {case_id: read_counts(folds.answer_file(case_id)) for case_id in fold_of}
+    page.parent.mkdir(parents=True, exist_ok=True)
+    write_page(
+        page,
+        raw=raw,
+        tuned=tuned,
+        tuning=tuning,
+        calibrated=calibrate(counts, raw, tuned),
+        results=[read_json(folds.result_file(fold)) for fold in numbers],
+        metrics=[read_metrics(folds.run(fold)) for fold in numbers],
+        backends=backends_sentence(count_backends(read_computed_by(folds.answer_file(case_id)) for case_id in fold_of)),
+        made=recorded,
+    )
+    on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))
+
+
+def folds_on_record(out: Path) -> Folds:
+    """The folds of a cross-validation, of whose cases only the ids are known.
+
+    Args:
+        out: folder of the cross-validation.
+
+    Raises:
+        RunError: ``folds.json`` is missing or damaged.
+    """
+    path = out / CROSSVAL_FILE
+    content = json_object(read_json(path), path)
+    try:
+        parts = [tuple(map(str, ids)) for ids in content["folds"]]
+        ids = sorted(case_id for part in parts for case_id in part)
+        return Folds(
+            out=out,
+            cases={case_id: Case(id=case_id, folder=out) for case_id in ids},
+            config=from_plain(content["config"], str(path)),
+            convention=CONVENTIONS[content["labels"]],
+            splits=tuple(
+                Split(train=tuple(case_id for case_id in ids if case_id not in part), validation=part) for part in parts
+            ),
+            label_maps_sha256=str(content["label_maps_sha256"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({error}).") from error

@@ -1,0 +1,295 @@
+"""Checkpoints: safetensors with a JSON beside it; nothing is pickled, nothing half-written counts.
+
+A checkpoint is two files, ``<kind>-<step>.safetensors`` and ``<kind>-<step>.json``. The JSON is written last and holds
+the SHA-256 of the other and of itself; a pair that is not complete is as good as not there. Both are on the disk before
+older pairs go, and the pair before the newest stays, so that there is one to go on from when the newest is damaged.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+
+from safetensors import SafetensorError
+
+from app.errors import RunError
+from app.progress import LOG
+from app.runs.folder import write_durably, write_json
+from data.filesystem import in_words
+
+# torch is imported where it is used: predicting with OpenVINO reads arrays, and does without it.
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+T = TypeVar("T")
+
+Kind = Literal["best", "last"]
+
+#: Pairs of a kind that are kept: the newest and the one before.
+GENERATIONS: Final = 2
+
+_NAME: Final = re.compile(r"^(?P<kind>best|last)-(?P<step>\d{9})\.(json|safetensors)$")
+#: Key of the JSON's own SHA-256, taken over all its other keys.
+_OWN_DIGEST: Final = "json_sha256"
+_WEIGHTS: Final = "weights."
+_OPTIMIZER: Final = "optimizer."
+_RNG: Final = "rng."
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved(Generic[T]):
+    """What a checkpoint holds, in memory, as tensors or as arrays."""
+
+    step: int
+    tensors: dict[str, T]
+    details: dict[str, Any]
+    """The JSON beside the tensors."""
+    sha256: str
+
+    @property
+    def weights(self) -> dict[str, T]:
+        """The network's state dict."""
+        return _section(self.tensors, _WEIGHTS)
+
+
+class Checkpoint(Saved["Tensor"]):
+    """What a checkpoint holds, as torch's tensors."""
+
+
+def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
+    """Save a checkpoint, durably, then remove what is neither it nor the one before.
+
+    Pairs of later steps go too: they are damaged, or of a run that went back.
+
+    Args:
+        folder: made where it is missing.
+        kind: ``best`` or ``last``.
+        step: optimiser steps done.
+        tensors: as of :func:`weight_tensors`, :func:`optimizer_tensors`.
+        details: plain data that goes into the JSON.
+    """
+    import safetensors.torch  # noqa: PLC0415 - see above
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{kind}-{step:09d}.safetensors"
+    content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
+    digest = _sha256(content)
+    facts = json.loads(json.dumps({"kind": kind, "step": step, "sha256": digest, **details}))
+    # The same tensors saved again, with other details: then the pair is whole at every moment.
+    is_there = path.is_file() and _sha256(path.read_bytes()) == digest
+    try:
+        if not is_there:
+            write_durably(path, content)
+        write_json(path.with_suffix(".json"), {**facts, _OWN_DIGEST: _own_digest(facts)})
+    except BaseException:
+        if not is_there:
+            path.unlink(missing_ok=True)
+        raise
+    before = sorted((other for other in _saved(folder, kind) if other < step), reverse=True)
+    kept = {step, *before[: GENERATIONS - 1]}
+    for other, stem in _saved(folder, kind).items():
+        if other not in kept:
+            stem.with_suffix(".json").unlink(missing_ok=True)
+            stem.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def size_bytes(tensors: Mapping[str, Tensor]) -> int:
+    """Room on disk that tensors take, but for names and details."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def load_newest(
+    folder: Path, kind: Kind, *, unfit: Callable[[Checkpoint], str | None] = lambda _: None
+) -> Checkpoint | None:
+    """The newest checkpoint of a kind that can be used, or None where there is none.
+
+    Where it is not the newest of all, a warning says which files were not used, and why.
+
+    Args:
+        folder: of checkpoints.
+        kind: ``best`` or ``last``.
+        unfit: says why a whole checkpoint is not to be used, or None.
+
+    Raises:
+        RunError: there are checkpoints, and each is damaged or not fit.
+    """
+
+    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Checkpoint:
+        import safetensors.torch  # noqa: PLC0415 - see above
+
+        return Checkpoint(step=step, tensors=safetensors.torch.load(content), details=details, sha256=sha256)
+
+    return _newest(folder, kind, unpack, unfit)
+
+
+def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
+    """The same as numpy's arrays, without torch.
+
+    Raises:
+        RunError: as :func:`load_newest`.
+    """
+
+    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Saved[npt.NDArray[np.generic]]:
+        import safetensors.numpy  # noqa: PLC0415 - beside its sibling
+
+        return Saved(step=step, tensors=safetensors.numpy.load(content), details=details, sha256=sha256)
+
+    return _newest(folder, kind, unpack, lambda _: None)
+
+
+_Found = TypeVar("_Found", bound=Saved[Any])
+
+
+def _newest(
+    folder: Path,
+    kind: Kind,
+    unpack: Callable[[int, bytes, dict[str, Any], str], _Found],
+    unfit: Callable[[_Found], str | None],
+) -> _Found | None:
+    refused: list[str] = []
+    for step, stem in sorted(_saved(folder, kind).items(), reverse=True):
+        if not stem.with_suffix(".json").exists():
+            # What an interruption while it was written leaves behind; not to be told where nothing else is there.
+            refused.append(f"{stem.with_suffix('.safetensors')}: its JSON is missing")
+            continue
+        try:
+            found = _load(stem, step, unpack)
+            if (reason := unfit(found)) is not None:
+                raise RunError(f"{stem.with_suffix('.safetensors')}: {reason}")
+        except RunError as error:
+            refused.append(str(error))
+            continue
+        for reason in refused:
+            LOG.warning("%s Not used; the checkpoint of step %d is.", _sentence(reason), step)
+        return found
+    if not any(stem.with_suffix(".json").exists() for stem in _saved(folder, kind).values()):
+        return None
+    raise RunError(" ".join(_sentence(reason) for reason in refused) + " Restore both from a copy, or train again.")
+
+
+def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], str], _Found]) -> _Found:
+    """One pair.
+
+    Raises:
+        RunError: a part is missing, damaged, or not that it was saved with.
+    """
+    path, tensors_path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
+    try:
+        details = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(details, dict):
+            raise ValueError(f"{path.name} holds no JSON object")
+        content = tensors_path.read_bytes()
+    except OSError as error:
+        raise RunError(f"{error.filename or tensors_path}: cannot be read: {in_words(error)}") from error
+    except (ValueError, RecursionError) as error:
+        raise RunError(f"{tensors_path}: cannot be read ({error})") from error
+    digest = _sha256(content)
+    if digest != details.get("sha256"):
+        raise RunError(
+            f"{tensors_path}: its SHA-256 is not the one in {path.name}: the file was changed or damaged since training"
+        )
+    # Checkpoints of older versions have no digest of the JSON.
+    if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
+        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
+    try:
+        return unpack(step, content, details, digest)
+    except SafetensorError as error:
+        raise RunError(f"{tensors_path}: not a safetensors file ({error})") from error
+
+
+def weight_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """A network's state dict under the names a checkpoint uses."""
+    return {_WEIGHTS + name: tensor for name, tensor in network.state_dict().items()}
+
+
+def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state by parameter: its tensors, and what is no tensor as plain data."""
+    import torch  # noqa: PLC0415 - see above
+
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for index, state in optimizer.state_dict()["state"].items():
+        for key, value in state.items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"{_OPTIMIZER}{index}.{key}"] = value
+            else:
+                plain[f"{index}.{key}"] = value
+    return tensors, plain
+
+
+def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
+    """Put back what :func:`optimizer_tensors` took; the groups' settings stay the optimiser's own."""
+    content = optimizer.state_dict()
+    content["state"] = {}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    entries = {**_section(checkpoint.tensors, _OPTIMIZER), **checkpoint.details.get("optimizer", {})}
+    for name, value in entries.items():
+        index, _, key = name.partition(".")
+        content["state"].setdefault(int(index), {})[key] = _in_layout_of(parameters[int(index)], value)
+    optimizer.load_state_dict(content)
+
+
+def _in_layout_of(parameter: Tensor, value: Any) -> Any:
+    """A state tensor in its parameter's memory layout, which may be channels-last where the file's is contiguous.
+
+    Fused optimisers walk both in memory order, whatever the strides.
+    """
+    import torch  # noqa: PLC0415 - see above
+
+    if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """State of torch's random generators (dropout uses them)."""
+    import torch  # noqa: PLC0415 - see above
+
+    tensors = {f"{_RNG}cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        tensors[f"{_RNG}cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def restore_rng(checkpoint: Checkpoint) -> None:
+    """Put back what :func:`rng_tensors` took."""
+    import torch  # noqa: PLC0415 - see above
+
+    states = _section(checkpoint.tensors, _RNG)
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _saved(folder: Path, kind: Kind) -> dict[int, Path]:
+    """Steps of a kind of which at least one file is there, with the path of both but for the ending."""
+    found = {}
+    for path in folder.glob(f"{kind}-*"):
+        match = _NAME.match(path.name)
+        if match is not None:
+            found[int(match["step"])] = path.with_suffix("")
+    return found
+
+
+def _own_digest(details: Mapping[str, Any]) -> str:
+    return _sha256(json.dumps(details, sort_keys=True).encode())
+
+
+def _sentence(text: str) -> str:
+    return text if text.endswith(".") else f"{text}."
+
+
+def _section(tensors: dict[str, T], prefix: str) -> dict[str, T]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,290 @@
+"""What every folder of a model says of itself: a card for people, the same for programs, and SHA-256 sums.
+
+::
+
+    MODEL_CARD.md   data, configuration, metrics, limits, licence, in words
+    model.json      the same as plain data
+    SHA256SUMS      of these and of all that the model is made of; ``sha256sum -c SHA256SUMS`` checks it
+
+Nothing is invented: the card has what the files of the folder tell, and says where they tell nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from app.errors import RunError
+from app.runs.folder import read_json, write_durably, write_json
+from data.filesystem import why
+
+CARD_FILE: Final = "MODEL_CARD.md"
+DESCRIPTION_FILE: Final = "model.json"
+SUMS_FILE: Final = "SHA256SUMS"
+NOTICE: Final = "Research use only; not a medical device."
+#: What the card of a network of this program says of its licence.
+LICENCE: Final = (
+    "not stated. The program is Apache-2.0; of the weights whoever trained them decides, within the terms of the "
+    "data they were trained on."
+)
+#: What holds for every network here.
+LIMITS: Final = (
+    "Made for skull-stripped T1, T1c, T2 and FLAIR images on one grid.",
+    "Not tested on other scanners, patients or diseases than those of its validation cases, where it has any.",
+    "Validation cases chose the weights, so their Dice is somewhat better than that of new cases.",
+)
+
+#: Of a run, an ensemble or a network of it: what goes into the sums. Metrics, TensorBoard and pages may change.
+_PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
+_LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
+_BLOCK: Final = 1 << 20
+
+
+def describe(folder: Path) -> dict[str, Any]:
+    """What the files of a model's folder tell of it, as plain data.
+
+    A folder that holds a ``model.json`` and is no run and no ensemble (an export) is described by that.
+
+    Args:
+        folder: of a run, an ensemble, an import or an export.
+
+    Raises:
+        RunError: there is no model, or a file of it is damaged.
+    """
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
+        )
+    best = newest_best(folder)
+    if best is None and not (folder / "ensemble.json").exists() and not (folder / DESCRIPTION_FILE).exists():
+        raise RunError(f"{folder}: no model there: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
+    try:
+        if best is not None:
+            content = _of_run(folder, best)
+        elif (folder / "ensemble.json").exists():
+            content = _of_ensemble(folder)
+        else:
+            content = read_json(folder / DESCRIPTION_FILE)
+        card(content)  # shows whether it has all that a description has
+    except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise RunError(f"{folder}: its files are damaged, or of another version ({error!r})") from error
+    return content
+
+
+def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everything: bool = False) -> None:
+    """Write card, description and sums of a model's folder; those that are there are replaced.
+
+    Args:
+        folder: complete but for these three.
+        description: what :func:`describe` would find, where that knows less.
+        everything: sum up every file there is; else those that the model is made of.
+
+    Raises:
+        RunError: as :func:`describe`.
+        OSError: the folder cannot be written to.
+    """
+    content = describe(folder) if description is None else dict(description)
+    write_json(folder / DESCRIPTION_FILE, content)
+    write_durably(folder / CARD_FILE, card(content).encode())
+    paths = [path for path in folder.rglob("*") if path.is_file()] if everything else _own_files(folder)
+    write_sums(folder, paths)
+
+
+def unseal(folder: Path) -> None:
+    """Take the sums away before the model changes, so that they never contradict it."""
+    (folder / SUMS_FILE).unlink(missing_ok=True)
+
+
+def write_sums(folder: Path, paths: Iterable[Path]) -> None:
+    """Write ``SHA256SUMS`` of files in a folder, in the form of ``sha256sum``."""
+    names = sorted(path.relative_to(folder).as_posix() for path in paths if path.name != SUMS_FILE)
+    lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
+    write_durably(folder / SUMS_FILE, "".join(lines).encode())
+
+
+def verify(folder: Path) -> tuple[str, ...]:
+    """Check every file that ``SHA256SUMS`` lists.
+
+    Args:
+        folder: of a model.
+
+    Returns:
+        the names of the files, all as they were written.
+
+    Raises:
+        RunError: there are no sums, they are damaged, or a file is missing or was changed; the message names each.
+    """
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
+        )
+    place = folder / SUMS_FILE
+    if not place.exists():
+        raise RunError(
+            f"{folder}: no {SUMS_FILE} there, so nothing can be checked. Training writes it at its end; a run that is "
+            "not done, or of an older version, has none."
+        )
+    try:
+        lines = place.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{place}: cannot be read ({why(error)})") from error
+    listed: dict[str, str] = {}
+    for line in lines:
+        match = _LINE.fullmatch(line)
+        if match is None or Path(match["name"]).is_absolute() or ".." in Path(match["name"]).parts:
+            raise RunError(f"{place}: damaged; this is no line of it: {line[:100]!r}. Restore the folder from a copy.")
+        listed[match["name"]] = match["sum"]
+    if not listed:
+        raise RunError(f"{place}: damaged; it lists no file. Restore the folder from a copy.")
+    missing = [name for name in listed if not (folder / name).is_file()]
+    changed = [name for name in listed if name not in missing and file_sha256(folder / name) != listed[name]]
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} was changed: its SHA-256 is not the one in {SUMS_FILE}" for name in changed]
+    if problems:
+        raise RunError(f"{folder}: {'; '.join(problems)}. Restore the folder from a copy.")
+    return tuple(listed)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def newest_best(folder: Path) -> Path | None:
+    """The JSON of the weights that ``predict`` takes of a run, or None where it has none."""
+    pairs = sorted((folder / "checkpoints").glob("best-*.json"))
+    return pairs[-1] if pairs else None
+
+
+def card(description: Mapping[str, Any]) -> str:
+    """A description in words, as Markdown."""
+    parts = [f"# {description['name']}", description["summary"], f"**{description['notice']}**"]
+    for title in ("data", "network", "metrics", "weights", "export"):
+        if content := description.get(title):
+            parts += [f"## {title.capitalize()}", "\n".join(_rows(content))]
+    parts += ["## Limits", "\n".join(f"- {limit}" for limit in description["limits"])]
+    parts += ["## Licence", f"Of the weights: {description['licence']}"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _own_files(folder: Path) -> Iterable[Path]:
+    for name in (CARD_FILE, DESCRIPTION_FILE):
+        if (folder / name).is_file():
+            yield folder / name
+    networks = {path.parent.parent for path in folder.glob("*/checkpoints/best-*.json")}
+    for place in (folder, *networks):
+        yield from (place / name for name in _PARTS if (place / name).is_file())
+        if (best := newest_best(place)) is not None:
+            yield best
+            yield best.with_suffix(".safetensors")
+
+
+def _of_run(folder: Path, best: Path) -> dict[str, Any]:
+    weights = read_json(best)
+    imported = weights.get("imported")
+    return {
+        "kind": "run" if imported is None else "import",
+        "name": folder.resolve().name if imported is None else imported["name"],
+        "summary": "Brain-tumour segmentation: from four MRI contrasts to whole tumour, tumour core and enhancing "
+        "tumour. "
+        + ("Trained by znormseg." if imported is None else f"Weights of another program: {imported['description']}"),
+        "notice": NOTICE,
+        "data": _data(folder, weights) if imported is None else {**_input(weights), **imported["data"]},
+        "network": _network(weights["config"]),
+        "metrics": _metrics(weights) if imported is None else imported["metrics"],
+        "weights": {"sha256": weights["sha256"], "step": weights["step"], "versions": weights["versions"]},
+        "limits": list(LIMITS),
+        "licence": LICENCE if imported is None else imported["licence"],
+    }
+
+
+def _of_ensemble(folder: Path) -> dict[str, Any]:
+    content = read_json(folder / "ensemble.json")
+    networks = content["networks"]
+    first = read_json(_best_of(folder / networks[0]["network"]))
+    return {
+        "kind": "ensemble",
+        "name": folder.resolve().name,
+        "summary": f"Brain-tumour segmentation: the mean of the {len(networks)} networks of a cross-validation.",
+        "notice": NOTICE,
+        "data": {**_input(first), **_counts(folder)},
+        "network": _network(first["config"]),
+        "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks},
+        "weights": {one["network"]: one["weights_sha256"] for one in networks},
+        "limits": list(LIMITS),
+        "licence": LICENCE,
+    }
+
+
+def _best_of(folder: Path) -> Path:
+    best = newest_best(folder)
+    if best is None:
+        raise RunError(f"{folder}: no weights there. Restore the folder from a copy.")
+    return best
+
+
+def _input(weights: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "contrasts": weights["contrasts"],
+        "may lack contrasts": weights.get("takes_missing_contrasts", False),
+        "regions": weights["regions"],
+        "label convention": weights["labels"],
+        "spacing in mm": weights["spacing_mm"],
+    }
+
+
+def _counts(folder: Path) -> dict[str, Any]:
+    if not (folder / "split.json").exists():
+        return {}
+    split = read_json(folder / "split.json")
+    return {"training cases": len(split["train"]), "validation cases": len(split["validation"])}
+
+
+def _data(folder: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
+    facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
+    kept = {"fold": facts.get("fold")} if facts.get("fold") is not None else {}
+    initial = facts.get("init_from")
+    return {
+        **_input(weights),
+        **_counts(folder),
+        **kept,
+        **({} if initial is None else {"weights began as those with SHA-256": initial["sha256"]}),
+    }
+
+
+def _network(config: Mapping[str, Any]) -> dict[str, Any]:
+    training = config["training"]
+    budget = {key: training[key] for key in ("steps", "hours") if training[key] is not None}
+    return {
+        **config["network"],
+        "window in voxels": training["patch_voxels"],
+        "overlap of windows": config["inference"]["overlap"],
+        **{f"budget in {unit}": amount for unit, amount in budget.items()},
+    }
+
+
+def _metrics(weights: Mapping[str, Any]) -> dict[str, Any]:
+    if weights["dice"] is None:
+        return {"validation Dice": "none: there were no validation cases"}
+    return {f"validation Dice {region}": round(value, 4) for region, value in weights["dice"].items()}
+
+
+def _rows(content: Mapping[str, Any]) -> Iterable[str]:
+    return (f"- {key}: {_in_words(value)}" for key, value in content.items())
+
+
+def _in_words(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items()) or "none"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(_in_words, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,210 @@
+"""What a run trains on: its cases, their split and spacing, and the record of their label maps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any, Final
+
+from app.config.load import RunConfig
+from app.errors import RunError
+from app.progress import LOG
+from app.runs.folder import read_json, write_json
+from app.runs.training_record import INTENSITIES_FILE
+from data.datasets.label_stats import LabelMap, changed, hash_of, label_map_from_json
+from data.datasets.layouts import Case, find_cases, look_like_visits, misnamed_files, patients_of
+from data.datasets.naming import composed
+from data.datasets.patients import grouped_by_words
+from data.datasets.splits import Split, fold_split, parted, read_split
+from data.errors import DataError
+from data.nifti import Spacing, canonical_spacing, read_grid
+from data.patches.sampler import CachedCase
+from data.quality.intensity_range import quantiles_of, range_of
+
+#: In the folder of a run.
+BACKGROUNDS_FILE: Final = "backgrounds.json"
+#: Cases that are named in the log.
+_MOST_WARNED: Final = 5
+#: The fold that means: train on every case, validate on none.
+ALL_CASES: Final = "all"
+#: Training cases whose intensities are looked at, or up to twice as many; each takes some hundredths of a second.
+_MOST_LOOKED_AT: Final = 100
+_GROUPS_SHOWN: Final = 3
+
+
+def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path | None) -> Split:
+    """The cases that train and those that validate: of a file, or of a fold by patient; with ``all`` none validates.
+
+    Args:
+        patients: the patient of every case, by case id.
+        fold: from 0 on, or :data:`ALL_CASES`.
+        split_file: JSON with the two lists, instead of a fold.
+
+    Raises:
+        DataError: a case of the file is not there, or there are too few patients.
+    """
+    if split_file is not None:
+        return read_split(split_file, patients)
+    if fold == ALL_CASES:
+        return Split(train=tuple(patients), validation=())
+    return fold_split(patients, int(fold))
+
+
+def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
+    """Log by what cases count as visits of one patient, and warn where a patient, or what looks like one, is parted.
+
+    Args:
+        cases: all of the data set.
+        parts: case ids of each part of the split, e.g. of training and of validation.
+    """
+    used = {case_id for part in parts for case_id in part}
+    by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None and case.id in used])
+    if by_words:
+        LOG.info(
+            "by words or dates in their ids cases are visits of one patient, and stay in one part: %s",
+            _some_groups([f"{patient} ({', '.join(ids)})" for patient, ids in by_words.items()]),
+        )
+    patients = patients_of(cases)
+    of_patient: dict[str, list[str]] = {}
+    for case_id in sorted(used & patients.keys()):
+        of_patient.setdefault(patients[case_id], []).append(case_id)
+    known = parted(of_patient.values(), parts)
+    if known:
+        LOG.warning(
+            "the split on record has cases of one patient in several parts, as older versions did not know their "
+            "names: %s. It is kept; its scores flatter. A new run parts no patient.",
+            _some_groups([", ".join(ids) for ids in known]),
+        )
+    maybe = parted(look_like_visits(cases), parts)
+    if maybe:
+        LOG.warning(
+            "ids look like visits of one patient, nothing says whether they are, and they stand in several parts of "
+            "the split: %s. If they are, scores will flatter: state the patients in a manifest (column patient), or "
+            "keep their cases together with --split.",
+            _some_groups([", ".join(ids) for ids in maybe]),
+        )
+
+
+def tell_of_names(cases: Collection[Case]) -> None:
+    """Log a warning where the names of files say otherwise than their content whether they are compressed."""
+    found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
+    if found:
+        LOG.warning("%s", _some_groups(found))
+
+
+def _some_groups(groups: Sequence[str]) -> str:
+    """The first groups, and how many more there are."""
+    more = f"; and {len(groups) - _GROUPS_SHOWN} more" if len(groups) > _GROUPS_SHOWN else ""
+    return "; ".join(groups[:_GROUPS_SHOWN]) + more
+
+
+def split_on_record(path: Path) -> Split:
+    """The split that a run or a fold has written down.
+
+    Raises:
+        RunError: the file is missing or damaged.
+    """
+    try:
+        return Split(**{part: tuple(composed(case_id) for case_id in ids) for part, ids in read_json(path).items()})
+    except (TypeError, AttributeError) as error:
+        raise RunError(
+            f"{path}: damaged, it does not hold the lists train and validation ({error}). Restore it from a copy."
+        ) from error
+
+
+def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+    """The cases of a data set by id, those of a split among them.
+
+    Raises:
+        DataError: one of those is not there.
+    """
+    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    if gone:
+        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+    return cases
+
+
+def require_labels(cases: Sequence[Case]) -> None:
+    """Make sure that every case has a label map.
+
+    Raises:
+        DataError: some have none.
+    """
+    without = [case.id for case in cases if case.label is None]
+    if without:
+        raise DataError(
+            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. "
+            "Add them, or leave the cases out with --split."
+        )
+
+
+def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
+    """What the label maps of a run hold when it begins."""
+    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
+    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+
+
+def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
+    """Refuse a data set whose label maps are not those that a run began with; runs of older versions have no record.
+
+    Raises:
+        DataError: label maps have changed.
+        RunError: the record is damaged.
+    """
+    path = run / "labels.json"
+    if not path.exists():
+        return
+    try:
+        before = {composed(case_id): label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
+    others = changed(before, cases.values())
+    if others:
+        shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
+        raise DataError(
+            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
+            "Put the old ones back, or start a new run."
+        )
+
+
+def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
+    """Write the range of the training cases' intensities into a run that has none yet, for the flags of ``predict``.
+
+    Args:
+        run: its folder.
+        prepared: the training cases; of very many, evenly spread ones stand for all.
+    """
+    path = run / INTENSITIES_FILE
+    if not path.exists():
+        looked_at = prepared[:: max(1, len(prepared) // _MOST_LOOKED_AT)]
+        write_json(path, range_of(quantiles_of(case.image()) for case in looked_at).to_json())
+
+
+def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
+    """Write of which cases the background was not 0 in the files, and warn of it; nothing where there are none.
+
+    Args:
+        run: its folder.
+        prepared: all cases of the run.
+    """
+    found = {case.id: said for case in prepared if (said := case.backgrounds())}
+    if not found:
+        return
+    write_json(run / BACKGROUNDS_FILE, found)
+    for case_id, said in list(found.items())[:_MOST_WARNED]:
+        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in said.items()))
+    if len(found) > _MOST_WARNED:
+        LOG.warning(
+            "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE
+        )
+
+
+def spacing_of(config: RunConfig, cases: Sequence[Case]) -> Spacing:
+    """The configured spacing, or the training cases' median along each axis."""
+    if config.data.spacing_mm is not None:
+        return (config.data.spacing_mm,) * 3
+    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
+    x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
+    return (x, y, z)

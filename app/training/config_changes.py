@@ -1,0 +1,134 @@
+"""A run that goes on with another config: what may change, what may on demand, and what cannot."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from app.config.load import RunConfig, differing_keys, flat, to_yaml
+from app.errors import ConfigError
+from app.progress import LOG
+from app.runs import checkpoints
+from app.runs.folder import read_json, write_durably, write_json
+from app.training.schedule import learning_rate, spent_share
+from app.training.state import State, to_checkpoint
+
+#: Keys, and sections with a dot at the end, that may change without a word. They cannot change what is learned, but
+#: for its length: the budget, when to validate and save, when to give up, what is measured beside, and what computes -
+#: which rounds in another way.
+HARMLESS: Final = (
+    "training.steps",
+    "training.hours",
+    "training.validations",
+    "training.checkpoint_minutes",
+    "training.max_rollbacks",
+    "training.telemetry_steps",
+    "runtime.",
+)
+#: The same for what can never change, with the reason.
+FIXED: Final = {
+    "network.": "the saved weights would not fit another network",
+    "training.optimizer": "the saved state of the optimiser is of another kind",
+    "training.ema_decay": "the average of the weights began with the run",
+    "data.spacing_mm": "the run's spacing was decided when it began",
+}
+_NEW_CHANNELS: Final = "the network was made with other input channels"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """A key whose value is another one now."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old} -> {self.new}"
+
+
+def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
+    """What differs between two configs, in the order of the config."""
+    before, after = flat(old), flat(new)
+    return [Change(key=key, old=before[key], new=after[key]) for key in differing_keys(old, new)]
+
+
+def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collection[str]) -> list[Change]:
+    """What a resumed run is to change.
+
+    Args:
+        run: its folder, for the message.
+        own: the run's config.
+        asked: the one it should go on with.
+        allowed: keys that may change although they change what is learned.
+
+    Raises:
+        ConfigError: a key cannot change, or may only on demand; the message shows every difference.
+    """
+    for key in allowed:
+        if key not in flat(own):
+            close = difflib.get_close_matches(key, flat(own), n=1)
+            raise ConfigError(f"--allow {key}: unknown key{f'; did you mean {close[0]}?' if close else ''}")
+    changes = changes_between(own, asked)
+    fixed = {change.key: reason for change in changes if (reason := _why_fixed(change.key, own, asked))}
+    lacking = [c.key for c in changes if c.key not in fixed and c.key not in allowed and not _among(c.key, HARMLESS)]
+    if not fixed and not lacking:
+        return changes
+    shown = [
+        f"  {change}{f' (cannot change: {fixed[change.key]})' if change.key in fixed else ''}"
+        f"{f' (needs --allow {change.key})' if change.key in lacking else ''}"
+        for change in changes
+    ]
+    advice = []
+    if fixed:
+        advice.append("Take back what cannot change, or start a new run.")
+    if lacking:
+        advice.append(f"To change what is learned on purpose: {' '.join(f'--allow {key}' for key in lacking)}")
+    raise ConfigError("\n".join([f"{run} was started with another config:", *shown, *advice]))
+
+
+def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence[Change], state: State) -> None:
+    """Take a changed config over, into the log, run.json and config.yaml; spread validations over the new budget."""
+    if not changes:
+        return
+    settings = asked.training
+    before, now = (
+        spent_share(
+            config.training, step=state.step, seconds=state.seconds, validation_seconds=state.validation_seconds
+        )
+        for config in (own, asked)
+    )
+    for change in changes:
+        LOG.info("config changed at step %d: %s", state.step, change)
+    old_rate, new_rate = learning_rate(own.training, before), learning_rate(settings, now)
+    if before != now or old_rate != new_rate:
+        LOG.info(
+            "step %d is %.0f %% of the budget (before: %.0f %%); the learning rate goes on from %.3g (before: %.3g)",
+            *(state.step, 100 * min(now, 1), 100 * min(before, 1), new_rate, old_rate),
+        )
+    if before != now or own.training.validations != settings.validations:
+        since_best = state.validations - state.best_validation
+        state.validations = int(min(now, 1) * settings.validations)
+        state.best_validation = state.validations - since_best  # patience goes on counting where it was
+        # Saved before the config is: who is interrupted in between does the same again.
+        tensors, details = to_checkpoint(state)
+        counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
+        checkpoints.save(run / "checkpoints", "last", state.step, tensors, {**details, **counts})
+    facts = read_json(run / "run.json")
+    record = {"step": state.step, "changes": [str(change) for change in changes]}
+    if facts.get("config_changes", [])[-1:] != [record]:  # else noted before an interruption
+        write_json(run / "run.json", {**facts, "config_changes": [*facts.get("config_changes", []), record]})
+    write_durably(run / "config.yaml", to_yaml(asked).encode())
+
+
+def _why_fixed(key: str, own: RunConfig, asked: RunConfig) -> str | None:
+    if key == "augment.contrast_dropout" and own.input_channels != asked.input_channels:
+        return _NEW_CHANNELS
+    return next((reason for fixed, reason in FIXED.items() if _among(key, [fixed])), None)
+
+
+def _among(key: str, names: Collection[str]) -> bool:
+    return any(key == name or (name.endswith(".") and key.startswith(name)) for name in names)

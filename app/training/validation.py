@@ -1,0 +1,70 @@
+"""Dice of a network on the validation cases, whole volumes, by sliding window."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from app.config.inference import InferenceConfig
+from app.evaluation.metrics import dice
+from app.inference.sliding_window.grid import Size
+from app.inference.sliding_window.torch_blend import sliding_logits
+from app.system.device import Runtime
+from app.training.distributed import ALONE, World
+from data.labels import REGIONS, from_regions, to_regions
+from data.patches.sampler import CachedCase
+
+
+def validation_dice(
+    network: nn.Module,
+    cases: Sequence[CachedCase],
+    *,
+    window: Size,
+    config: InferenceConfig,
+    runtime: Runtime,
+    world: World = ALONE,
+    between_windows: Callable[[], None] = lambda: None,
+    on_case: Callable[[CachedCase, npt.NDArray[np.uint8]], None] = lambda *_: None,
+    on_scores: Callable[[dict[str, dict[str, float]]], None] = lambda _: None,
+) -> dict[str, float]:
+    """Mean Dice by region over cases, at the spacing the network works at; a region empty in both counts 1.
+
+    Args:
+        network: in any mode; it is put into eval mode and back.
+        cases: prepared cases with label maps, at least one.
+        window: size of the windows in voxels.
+        config: overlap.
+        runtime: device and precision.
+        world: the processes that share the cases.
+        between_windows: called before each window; may raise to stop.
+        on_case: called with each case and its prediction, label codes of shape (X, Y, Z).
+        on_scores: called with the Dice of every case by region, by case id, in every process.
+    """
+    was_training = network.training
+    network.eval()
+
+    def score(number: int) -> list[float]:
+        case = cases[number]
+        image = torch.from_numpy(case.image().astype(np.float32))
+        logits = sliding_logits(
+            network,
+            image,
+            window=window,
+            overlap=config.overlap,
+            runtime=runtime,
+            between_windows=between_windows,
+        )
+        codes = from_regions((logits > 0).cpu().numpy())
+        on_case(case, codes)
+        predicted = to_regions(codes)
+        expected = to_regions(np.asarray(case.codes()))
+        return [dice(one, other) for one, other in zip(predicted, expected, strict=True)]
+
+    scores = world.rows(len(cases), score)
+    network.train(was_training)
+    on_scores({case.id: dict(zip(REGIONS, row, strict=True)) for case, row in zip(cases, scores, strict=True)})
+    return {region: float(mean) for region, mean in zip(REGIONS, np.mean(scores, axis=0), strict=True)}

@@ -1,0 +1,1 @@
+"""Data sets on disk: layouts, descriptions, names, folds and export."""

@@ -1,0 +1,399 @@
+"""Write a data set in another layout: nnU-Net raw, Decathlon (MSD), or a manifest in CSV with the files beside it.
+
+Grids and voxel values are kept: a file that a layout can take as it is, is copied; where contrasts are put into one 4D
+file, taken out of one, or stored in the voxel order of the T1c, it is written anew. ``data.datasets.layouts.find_cases`` reads
+all three back.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal, get_args
+
+import numpy as np
+
+from data.datasets.descriptions import DESCRIPTION
+from data.datasets.layouts import Case, convention_of, find_cases, patient_of
+from data.errors import DataError
+from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
+from data.nifti import (
+    LOG,
+    Volume,
+    grid_difference,
+    in_order_of,
+    is_compressed,
+    naming_the_place,
+    read_grid,
+    read_image,
+    read_label_map,
+    write_image,
+    write_label_map,
+)
+from data.partial import partial_name
+
+Layout = Literal["nnunet", "msd", "csv"]
+LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
+
+#: The folder that nnU-Net wants below its nnUNet_raw, which OUT becomes.
+NNUNET_NAME: Final = "Dataset001_BraTS"
+MANIFEST: Final = "manifest.csv"
+_NNUNET_CHANNELS: Final[dict[Contrast, str]] = {"t1": "T1", "t1c": "T1ce", "t2": "T2", "flair": "FLAIR"}
+_MSD_CHANNELS: Final[dict[Contrast, str]] = {"flair": "FLAIR", "t1": "T1w", "t1c": "t1gd", "t2": "T2w"}
+#: Cases at work at once; each holds four volumes.
+_AT_ONCE: Final = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    out: Path
+    layout: Layout
+    cases: int
+    labelled: int
+    """Cases with a label map."""
+    labels: str | None
+    """Name of the convention of the label maps as they are now, None without any."""
+    notes: tuple[str, ...]
+    """What the new layout cannot hold, in words."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        return {
+            "folder": str(self.out),
+            "format": self.layout,
+            "cases": self.cases,
+            "labelled": self.labelled,
+            "labels": self.labels,
+            "notes": list(self.notes),
+        }
+
+
+def export(
+    root: Path,
+    out: Path,
+    layout: str,
+    *,
+    labels: str | None = None,
+    follow_links: bool = False,
+    on_case: Callable[[str, float], None] | None = None,
+) -> Exported:
+    """Write every case of a data set in another layout; ``out`` appears when all of it is there.
+
+    Args:
+        root: a data set in any layout that is recognised.
+        out: folder to write to; new or empty.
+        layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, its label numbers those of nnU-Net's conversions and
+            the regions as nnU-Net trains them; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a
+            folder for each case, label maps as they were.
+        labels: name of the label convention, where the data set does not tell.
+        follow_links: accept symbolic links that lead out of ``root``.
+        on_case: called with each case's id and the share that is done.
+
+    Returns:
+        what was written.
+
+    Raises:
+        DataError: the data set cannot be used, ``out`` is not empty or lies in it, or the layout is none of these.
+        OSError: ``out`` cannot be written to.
+    """
+    if layout not in LAYOUTS:
+        raise DataError(f"no layout is named {layout!r}; there are {', '.join(LAYOUTS)}. Give one of them.")
+    _require_place(root, out)
+    cases = [case.require() for case in find_cases(root, follow_links=follow_links)]
+    convention = convention_of(cases, labels=labels) if any(case.label is not None for case in cases) else None
+    writers: dict[Layout, Callable[[Path, LabelConvention | None], _Writer]]
+    writers = {"nnunet": _NNUNet, "msd": _Decathlon, "csv": _Manifest}
+    with _folder_when_complete(out) as folder:
+        writer = writers[layout](folder, convention)
+        with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
+            futures = [pool.submit(writer.write, case) for case in cases]
+            try:
+                for number, (case, future) in enumerate(zip(cases, futures, strict=True), start=1):
+                    future.result()
+                    if on_case is not None:
+                        on_case(case.id, number / len(cases))
+            finally:
+                pool.shutdown(cancel_futures=True)
+        writer.describe(cases)
+        if {case.id for case in find_cases(folder)} != {case.id for case in cases}:
+            raise DataError(
+                f"{root}: not every case id is read back as it is in the layout {layout}: are there blanks around one? "
+                "Rename the cases, or take another layout."
+            )
+    rewritten = convention is not None and layout != "csv"
+    dropped = ", ".join(str(value) for value in convention.also_background) if convention and rewritten else ""
+    merged = ", ".join(str(value) for value in convention.also_necrosis) if convention and rewritten else ""
+    notes = [
+        *([f"label {dropped} (resection cavity) became background"] if dropped else []),
+        *([f"label {merged} became part of the core that does not enhance"] if merged else []),
+        *([] if layout == "csv" else _patients_lost(cases, layout)),
+    ]
+    return Exported(
+        out=out,
+        layout=writer.layout,
+        cases=len(cases),
+        labelled=sum(case.label is not None for case in cases),
+        labels=None if convention is None else MSD.name if rewritten else convention.name,
+        notes=tuple(notes),
+    )
+
+
+def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
+    """A note where a manifest states that cases are one patient's, and their ids do not tell it."""
+    by_id: dict[str, set[str]] = {}
+    for case in cases:
+        by_id.setdefault(case.patient, set()).add(patient_of(case.id))
+    parted = sum(len(ids) > 1 for ids in by_id.values())
+    told = f"{layout} has no place for patients: by their ids alone, the cases of {parted} would be parted"
+    return [told] if parted else []
+
+
+class _Writer(ABC):
+    """One layout below a folder: the files of a case, and the description of all."""
+
+    layout: Layout
+    within: str = ""
+    """Folder that holds all the others."""
+    folders: tuple[str, ...] = ()
+    """Made at the beginning."""
+
+    def __init__(self, folder: Path, convention: LabelConvention | None) -> None:
+        self._root = folder / self.within
+        self._convention = convention
+        _make_folders(self._root, *self.folders)
+
+    @abstractmethod
+    def write(self, case: Case) -> None:
+        """Write the files of one case."""
+
+    @abstractmethod
+    def describe(self, cases: Sequence[Case]) -> None:
+        """Write the description."""
+
+    def _write_labels(self, case: Case, path: Path) -> None:
+        """The label map in the numbers of MSD and nnU-Net, on the grid and in the voxel order of the T1c."""
+        assert case.label is not None
+        assert self._convention is not None
+        reference, label = _grid_of(case, "t1c"), read_label_map(case.label)
+        label = _on_grid(case, reference, label, "the label map")
+        try:
+            codes = decode(label.voxels, self._convention)
+        except DataError as error:
+            raise DataError(f"case {case.id}, label map {case.label}: {error}") from error
+        write_label_map(path, encode(codes, MSD), reference.path)
+
+
+class _NNUNet(_Writer):
+    """nnU-Net raw: a file for each channel (nnU-Net, documentation/dataset_format.md)."""
+
+    layout = "nnunet"
+    within = NNUNET_NAME
+    folders = ("imagesTr", "labelsTr", "imagesTs")
+
+    def write(self, case: Case) -> None:
+        images = self._root / ("imagesTs" if case.label is None else "imagesTr")
+        for number, contrast in enumerate(_NNUNET_CHANNELS):
+            _store(case, contrast, images / f"{case.id}_{number:04d}.nii.gz")
+        if case.label is not None:
+            self._write_labels(case, self._root / "labelsTr" / f"{case.id}.nii.gz")
+
+    def describe(self, cases: Sequence[Case]) -> None:
+        oedema, necrosis, enhancing = MSD.oedema, MSD.necrosis, MSD.enhancing
+        _write_json(
+            self._root / DESCRIPTION,
+            {
+                "channel_names": {str(number): name for number, name in enumerate(_NNUNET_CHANNELS.values())},
+                "labels": {
+                    "background": 0,
+                    "whole tumor": [oedema, necrosis, enhancing],
+                    "tumor core": [necrosis, enhancing],
+                    "enhancing tumor": [enhancing],
+                },
+                # The order in which regions are written over each other: the number of what is in no smaller region.
+                "regions_class_order": [oedema, necrosis, enhancing],
+                "numTraining": sum(case.label is not None for case in cases),
+                "file_ending": ".nii.gz",
+            },
+        )
+
+
+class _Decathlon(_Writer):
+    """Medical Segmentation Decathlon: a 4D file for each case."""
+
+    layout = "msd"
+    folders = ("imagesTr", "labelsTr", "imagesTs")
+
+    def write(self, case: Case) -> None:
+        reference = _grid_of(case, "t1c")
+        volumes = [_on_grid(case, reference, _read(case, contrast), contrast).voxels for contrast in _MSD_CHANNELS]
+        images = self._root / ("imagesTs" if case.label is None else "imagesTr")
+        write_image(images / f"{case.id}.nii.gz", np.stack(volumes, axis=3), reference.path)
+        if case.label is not None:
+            self._write_labels(case, self._root / "labelsTr" / f"{case.id}.nii.gz")
+
+    def describe(self, cases: Sequence[Case]) -> None:
+        labelled = [case.id for case in cases if case.label is not None]
+        others = [case.id for case in cases if case.label is None]
+        names = {MSD.oedema: "edema", MSD.necrosis: "non-enhancing tumor", MSD.enhancing: "enhancing tumour"}
+        _write_json(
+            self._root / DESCRIPTION,
+            {
+                "name": "BRATS",
+                "tensorImageSize": "4D",
+                "modality": {str(number): name for number, name in enumerate(_MSD_CHANNELS.values())},
+                "labels": {"0": "background", **{str(number): name for number, name in sorted(names.items())}},
+                "numTraining": len(labelled),
+                "numTest": len(others),
+                "training": [
+                    {"image": f"./imagesTr/{case}.nii.gz", "label": f"./labelsTr/{case}.nii.gz"} for case in labelled
+                ],
+                "test": [f"./imagesTs/{case}.nii.gz" for case in others],
+            },
+        )
+
+
+class _Manifest(_Writer):
+    """A manifest, and a folder of files for each case."""
+
+    layout = "csv"
+
+    def write(self, case: Case) -> None:
+        _make_folders(self._root, case.id)
+        for contrast in CONTRASTS:
+            _store(case, contrast, self._root / self._place(case, contrast))
+        if case.label is not None:
+            read_grid(case.label)
+            _copy(case.label, self._root / self._place(case, "seg"))
+
+    def describe(self, cases: Sequence[Case]) -> None:
+        with (self._root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file, lineterminator="\n")
+            # Ids tell the other patients wherever the table is read.
+            stated = any(case.stated_patient is not None for case in cases)
+            writer.writerow(["case", *(["patient"] if stated else []), *CONTRASTS, "seg", "labels"])
+            for case in cases:
+                named = self._convention is not None and case.label is not None
+                writer.writerow(
+                    [
+                        case.id,
+                        *([case.patient] if stated else []),
+                        *(self._place(case, contrast) for contrast in CONTRASTS),
+                        self._place(case, "seg") if case.label is not None else "",
+                        self._convention.name if self._convention is not None and named else "",
+                    ]
+                )
+
+    def _place(self, case: Case, what: str) -> str:
+        return f"{case.id}/{case.id}_{what}.nii.gz"
+
+
+def _read(case: Case, contrast: Contrast) -> Volume:
+    """One contrast, its background at 0; refused where voxels are no numbers: they would have to be changed."""
+    return _of_numbers(case, contrast, _look(case, contrast))
+
+
+def _look(case: Case, contrast: Contrast) -> Volume:
+    """One contrast, its background at 0, which is logged."""
+    volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
+    if volume.background is not None:
+        LOG.warning("case %s, contrast %s: %s", case.id, contrast, volume.background)
+    return volume
+
+
+def _of_numbers(case: Case, contrast: Contrast, volume: Volume) -> Volume:
+    path = volume.path
+    if volume.zeroed:
+        raise DataError(
+            f"case {case.id}, contrast {contrast}: {path}: {volume.zeroed} voxels are NaN or infinite. Repair the "
+            "file, or leave the case out."
+        )
+    return volume
+
+
+def _grid_of(case: Case, contrast: Contrast) -> Volume:
+    """The grid of a contrast, from its header alone; the voxels are all one zero."""
+    path = case.contrasts[contrast]
+    shape, affine = read_grid(path, case.volumes.get(contrast))
+    return Volume(voxels=np.broadcast_to(np.float32(0), shape), affine=affine, path=path)
+
+
+def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume:
+    """The volume in the voxel order of the reference, or a DataError where it lies on another grid."""
+    ordered = volume if grid_difference(reference, volume) is None else in_order_of(reference, volume)
+    difference = grid_difference(reference, ordered)
+    if difference is not None:
+        raise DataError(
+            f"case {case.id}: {name} is not on the grid of t1c: {difference} ({volume.path} against {reference.path}). "
+            "Register and resample the contrasts to one grid first."
+        )
+    return ordered
+
+
+def _store(case: Case, contrast: Contrast, path: Path) -> None:
+    """A contrast as a file of its own: a copy where it is one in the T1c's voxel order, else written anew.
+
+    So is one whose background is not 0, as programs that look for what is not 0 take the whole field for brain.
+    """
+    reference, volume = _grid_of(case, "t1c"), _look(case, contrast)
+    if contrast not in case.volumes and volume.background is None and grid_difference(reference, volume) is None:
+        _copy(volume.path, path)
+    else:
+        volume = _of_numbers(case, contrast, volume)
+        write_image(path, _on_grid(case, reference, volume, contrast).voxels, reference.path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a NIfTI file to a compressed one, byte by byte where it is compressed already."""
+    if is_compressed(source):
+        shutil.copyfile(source, target)
+        return
+    # Without name and time the same file is compressed to the same bytes.
+    with (
+        source.open("rb") as plain,
+        target.open("wb") as file,
+        gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as packed,
+    ):
+        shutil.copyfileobj(plain, packed)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _make_folders(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+
+
+def _require_place(root: Path, out: Path) -> None:
+    """Refuse a place that holds something, or where the new data set would become part of the old one."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        what = "is not empty" if out.is_dir() else "is a file"
+        raise DataError(f"{out} {what}; give a new folder to export to.")
+    if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
+        raise DataError(f"{out} lies in {root}, the data set that is exported; give a folder outside of it.")
+
+
+@contextmanager
+def _folder_when_complete(out: Path) -> Iterator[Path]:
+    """Give a folder beside ``out`` to write to; it becomes ``out`` when the block ends well, else it goes."""
+    place = out.resolve()
+    beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
+    try:
+        with naming_the_place(out):
+            beside.mkdir(parents=True)
+            yield beside
+            beside.replace(place)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)

@@ -1,0 +1,149 @@
+"""What the label maps of a data set hold: numbers, tumour volume, a hash that notices a change. Each is read once."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.datasets.layouts import Case
+from data.errors import DataError
+from data.labels import ENHANCING, LabelConvention, decode
+from data.nifti import read_label_map
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelMap:
+    """What one label map holds."""
+
+    counts: Mapping[int, int]
+    """Voxels by label number; 0 is left out."""
+    voxel_um3: int
+    """Volume of a voxel in cubic micrometres."""
+    sha256: str
+    """Of shape and voxels, however they are compressed."""
+    stamp: tuple[int, int]
+    """Size and time of change of the file."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data, as :func:`label_map_from_json` takes it."""
+        return {
+            "counts": {str(number): count for number, count in self.counts.items()},
+            "voxel_um3": self.voxel_um3,
+            "sha256": self.sha256,
+            "stamp": list(self.stamp),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tumour:
+    """What a case is sorted by when folds are dealt."""
+
+    volume_um3: int
+    """Whole tumour, in cubic micrometres: whole numbers are the same on every machine."""
+    enhances: bool
+    """Whether there is enhancing tumour."""
+
+
+def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
+    """Read every label map once, by case id; one that is missing or unreadable is left out: it is told when it is used.
+
+    Example:
+        >>> read_label_maps([])
+        {}
+    """
+    cases = list(cases)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = list(pool.map(_read, cases))
+    return {case.id: held for case, held in zip(cases, found, strict=True) if held is not None}
+
+
+def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
+    """Undo :meth:`LabelMap.to_json`."""
+    size, changed_ns = content["stamp"]
+    return LabelMap(
+        counts={int(number): int(count) for number, count in content["counts"].items()},
+        voxel_um3=content["voxel_um3"],
+        sha256=content["sha256"],
+        stamp=(size, changed_ns),
+    )
+
+
+def tumour_of(held: LabelMap, convention: LabelConvention) -> Tumour:
+    """Tumour volume (voxels that are no background, times a voxel's volume), and whether any of it enhances.
+
+    Raises:
+        DataError: numbers outside the convention.
+
+    Example:
+        >>> from data.labels import BRATS2021
+        >>> tumour_of(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
+        Tumour(volume_um3=11000000000, enhances=True)
+    """
+    numbers = np.array(list(held.counts), dtype=np.uint8)
+    codes = decode(numbers, convention).tolist()
+    voxels = sum(count for count, code in zip(held.counts.values(), codes, strict=True) if code)
+    return Tumour(volume_um3=voxels * held.voxel_um3, enhances=ENHANCING in codes)
+
+
+def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
+    """Label numbers by case id, as :func:`data.datasets.layouts.decide_for` takes them; none where nothing could be read."""
+    return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
+
+
+def tumours_of(case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention) -> dict[str, Tumour]:
+    """Tumours by case id, for the folds; none where nothing could be read, such a case is refused when it is used.
+
+    Raises:
+        DataError: as :func:`tumour_of`.
+    """
+    none = Tumour(volume_um3=0, enhances=False)
+    return {case_id: tumour_of(held[case_id], convention) if case_id in held else none for case_id in case_ids}
+
+
+def hash_of(held: Mapping[str, LabelMap]) -> str:
+    """SHA-256 over case ids and label maps, whatever their order."""
+    lines = "".join(f"{case_id} {held[case_id].sha256}\n" for case_id in sorted(held))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def changed(before: Mapping[str, LabelMap], cases: Iterable[Case]) -> list[str]:
+    """Ids of cases whose label map is another one than before, or is gone. Files as old and long are not read again."""
+    asked = [case for case in cases if case.id in before]
+    touched = [case for case in asked if _stamp(case) != before[case.id].stamp]
+    now = read_label_maps(touched)
+    return [case.id for case in touched if case.id not in now or now[case.id].sha256 != before[case.id].sha256]
+
+
+def _read(case: Case) -> LabelMap | None:
+    stamp = _stamp(case)
+    if case.label is None or stamp is None:
+        return None
+    try:
+        volume = read_label_map(case.label)
+    except DataError:
+        return None
+    tumour = volume.voxels[volume.voxels != 0]
+    counts = np.bincount(tumour, minlength=1)
+    x, y, z = volume.spacing_mm
+    digest = hashlib.sha256(repr(volume.voxels.shape).encode())
+    digest.update(np.ascontiguousarray(volume.voxels.T).data)
+    return LabelMap(
+        counts={int(number): int(counts[number]) for number in np.flatnonzero(counts)},
+        voxel_um3=round(x * y * z * 1e9),
+        sha256=digest.hexdigest(),
+        stamp=stamp,
+    )
+
+
+def _stamp(case: Case) -> tuple[int, int] | None:
+    try:
+        status = case.label.stat() if case.label is not None else None
+    except OSError:
+        return None
+    return None if status is None else (status.st_size, status.st_mtime_ns)

@@ -1,0 +1,627 @@
+"""Recognise a data set: BraTS case folders of every year, flat folders, MSD, nnU-Net, a manifest; and label maps alone.
+
+File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2017-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
+and later (sources: see data/datasets/naming.py; what a dataset.json or a manifest describes is read in data/datasets/descriptions.py). Case
+does not matter.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from data.contrasts import missing_contrasts, reference_contrast
+from data.datasets.descriptions import (
+    DescribedCase,
+    declared_convention,
+    description_of,
+    find_manifest,
+    read_description,
+    read_manifest,
+)
+from data.datasets.naming import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
+from data.datasets.patients import patient_of, possible_visits
+from data.errors import DataError
+from data.labels import (
+    BACKGROUND,
+    BRATS2021,
+    BRATS2024,
+    CONTRASTS,
+    CONVENTIONS,
+    Contrast,
+    LabelConvention,
+    Naming,
+    convention_named,
+    decide_convention,
+    written_convention,
+)
+from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
+from data.partial import MOST_NAME_BYTES
+
+__all__ = [
+    "Case",
+    "case_from_files",
+    "convention_of",
+    "decide_for",
+    "find_cases",
+    "find_label_cases",
+    "find_label_maps",
+    "look_like_visits",
+    "misnamed_files",
+    "patient_of",
+    "patients_of",
+]
+
+NAMING_RULES: Final = (
+    "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2017-2021) or <case>-t1n, -t1c, -t2w, -t2f "
+    "(BraTS 2023 and later), each .nii or .nii.gz, or other usual names of the contrasts, such as _t1gd, _t1_post or "
+    "_fla; its label map ends in seg. All cases may lie in one folder; "
+    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
+)
+
+#: Endings that tell the year also where a case has no folder of its own; t1c, t2w and flair are used by everybody.
+_TELLING: Final = {"t1n", "t2f", "t1ce"}
+_DEEPEST_FOLDER: Final = 3
+MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
+_LONGEST_SHOWN: Final = 80
+_SHOWN: Final = 6
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """The files of one case, and what is wrong with their names."""
+
+    id: str
+    """Case id: the file names before the contrast, in the composed Unicode form."""
+    folder: Path
+    contrasts: dict[Contrast, Path] = field(default_factory=dict)
+    """File of each contrast that was found."""
+    volumes: dict[Contrast, int] = field(default_factory=dict)
+    """Which volume a contrast is, of those whose file is 4D."""
+    label: Path | None = None
+    """The label map, where there is one."""
+    naming: Naming | None = None
+    """What the file names tell of the label numbers, where they do."""
+    declared: str | None = None
+    """Name of the label convention that a description of the data set states."""
+    case_folder: bool = True
+    """Whether the case has a folder of its own, as BraTS publishes cases."""
+    stated_patient: str | None = None
+    """The patient that a manifest states."""
+    unrecognised: tuple[str, ...] = ()
+    """What may be a contrast that is missing: names of files, columns or channels that are named after none."""
+    problems: tuple[str, ...] = ()
+    """One sentence each; an empty tuple where all contrasts are there once."""
+
+    def __post_init__(self) -> None:
+        """One name has several Unicode forms; ids from files, manifests and splits are compared in one of them."""
+        object.__setattr__(self, "id", composed(self.id))
+
+    @property
+    def patient(self) -> str:
+        """The patient of the case: as a manifest states it, else by its id."""
+        return self.stated_patient if self.stated_patient is not None else patient_of(self.id)
+
+    @property
+    def written_convention(self) -> LabelConvention | None:
+        """The convention that goes with the case when a label map is written for it, where that is told."""
+        return CONVENTIONS[self.declared] if self.declared is not None else written_convention(self.naming)
+
+    @property
+    def reference(self) -> Contrast:
+        """The contrast whose file lends its grid to label maps; there must be one."""
+        return reference_contrast(self.contrasts)
+
+    def require(self, *, all_contrasts: bool = True) -> Case:
+        """Return the case itself.
+
+        Args:
+            all_contrasts: False takes a case with one contrast or more; those missing are then no problem.
+
+        Raises:
+            DataError: a contrast is missing, there twice or behind a link out of the data folder, or the id is no
+                file name.
+        """
+        problems = self.problems
+        if not all_contrasts and self.contrasts:
+            absent = _missing(self.contrasts, self.unrecognised)
+            problems = tuple(problem for problem in problems if problem not in absent)
+        problems = problems or tuple(_id_problems(self.id))
+        if problems:
+            name = (
+                self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
+            )
+            raise DataError(f"case {name}: " + "; ".join(problems))
+        return self
+
+
+def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
+    """Find every case of a data set, sorted by id.
+
+    Args:
+        root: a case folder, or a folder of them, up to three levels deep (as ``HGG/<case>`` in BraTS 2018); one folder
+            with the files of all cases; a folder with dataset.json and imagesTr (MSD, nnU-Net), or that imagesTr; a
+            manifest in CSV, or the folder that holds it.
+        follow_links: accept symbolic links that lead out of ``root``; without, a case behind one has a problem.
+
+    Raises:
+        DataError: there is no such folder, no case in it, one id in two folders, or a description of the data set that
+            cannot be understood.
+    """
+    manifest = _manifest_at(
+        root,
+        "is a file; give the folder that holds the case, a manifest that ends in .csv, or predict's --t1 ... --flair",
+    )
+    links = _Links(root if manifest != root else root.parent, follow=follow_links)
+    cases = (
+        [_from_description(row, links) for row in read_manifest(manifest)]
+        if manifest is not None
+        else [case for folder in _folders(root, links) for case in _cases_in(folder, links)]
+    )
+    if not cases:
+        rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
+        raise DataError(" ".join([f"{root}: no case found.", rules, *_not_taken(root, links), *links.not_followed()]))
+    folders = defaultdict(list)
+    for case in cases:
+        folders[case.id].append(str(case.folder))
+    for case_id, places in folders.items():
+        if len(places) > 1:
+            raise DataError(f"case {case_id} is there {len(places)} times: {', '.join(places)}. Keep one of them.")
+    return tuple(sorted(cases, key=lambda case: case.id))
+
+
+def patients_of(cases: Iterable[Case]) -> dict[str, str]:
+    """The patient of every case, by case id."""
+    return {case.id: case.patient for case in cases}
+
+
+def misnamed_files(case: Case) -> list[str]:
+    """One sentence for each file of a case whose name says otherwise than its content whether it is compressed."""
+    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
+    found = []
+    for path in dict.fromkeys(files):
+        with suppress(OSError):  # said when it is read
+            if (what := name_misleads(path)) is not None:
+                ending = ".nii.gz" if is_compressed(path) else ".nii"
+                found.append(f"{path.name} is {what}; it is read by its content. Rename it to end in {ending}")
+    return found
+
+
+def look_like_visits(cases: Collection[Case]) -> tuple[tuple[str, ...], ...]:
+    """Groups of case ids that look like visits of one patient, where neither a manifest nor the naming decides."""
+    return possible_visits(patients_of(cases), {case.id for case in cases if case.stated_patient is not None})
+
+
+def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) -> Case:
+    """A case from files named one by one, as ``predict --t1 --t1c --t2 --flair`` has them.
+
+    The id is what the name of the T1c file - without one, of the first file in project order - says before its
+    contrast, or the whole name without its ending.
+
+    Args:
+        files: at least one.
+        all_contrasts: False takes fewer than four.
+
+    Raises:
+        DataError: a contrast was not given, or the id is no file name.
+    """
+    reference = files[reference_contrast(files)]
+    name = strip_nifti_ending(reference.name) or reference.stem
+    match = split_name(name)
+    return Case(
+        id=match.case if match is not None else name,
+        folder=reference.parent,
+        contrasts={contrast: files[contrast] for contrast in CONTRASTS if contrast in files},
+        naming=naming_of(match.case, {match.ending}) if match is not None else None,
+        problems=tuple(_missing(files)),
+    ).require(all_contrasts=all_contrasts)
+
+
+def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Path]:
+    """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or those of a whole data set.
+
+    Args:
+        folder: where to look.
+        follow_links: accept symbolic links that lead out of ``folder``.
+
+    Raises:
+        DataError: there is no such folder, no label map in it, two for one case, or one behind a link out of it.
+    """
+    cases = find_label_cases(folder, follow_links=follow_links)
+    return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
+
+
+def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, Case]:
+    """The same as cases of which only the label map and what tells its numbers are known, sorted by id.
+
+    Raises:
+        DataError: as :func:`find_label_maps`.
+    """
+    manifest = _manifest_at(folder, "is a file; give the folder that holds the label maps")
+    links = _Links(folder if manifest != folder else folder.parent, follow=follow_links)
+    found: dict[str, Case] = {}
+    for case in (
+        (_from_description(row, links) for row in read_manifest(manifest))
+        if manifest is not None
+        else _label_cases(folder, links)
+    ):
+        if case.label is None:
+            continue
+        if problems := links.problems(case.label):
+            raise DataError(f"label map {case.label}: {problems[0]}")
+        if case.id in found:
+            both = f"{found[case.id].label} and {case.label}"
+            raise DataError(f"case {case.id} has two label maps: {both}. Keep one of them.")
+        found[case.id] = case
+    if not found:
+        expected = "<case>.nii.gz, <case>-seg.nii.gz, <case>_seg.nii.gz, or case folders that hold one"
+        raise DataError(" ".join([f"{folder}: no label map found; expected {expected}.", *links.not_followed()]))
+    return dict(sorted(found.items()))
+
+
+def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
+    """Decide the label convention from all label maps of a data set, its names and its description.
+
+    A label map that cannot be read has no say; whoever uses its case will be told.
+
+    Args:
+        cases: all of the data set.
+        labels: name of a convention that settles it, as ``--labels`` gives it.
+
+    Raises:
+        DataError: the values fit no convention, or several; the message names a case for each value.
+    """
+    if labels is not None:
+        return convention_named(labels)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        values = list(pool.map(lambda case: _label_values(case.label), cases))
+    return decide_for({case.id: found for case, found in zip(cases, values, strict=True)}, cases)
+
+
+def decide_for(
+    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
+) -> LabelConvention:
+    """The same from label values that are known already, by case id.
+
+    Raises:
+        DataError: as :func:`convention_of`, or values that the convention named by ``labels`` has not.
+    """
+    seen: dict[int, str] = {}
+    for case_id, found in values.items():
+        for value in found:
+            seen.setdefault(value, case_id)
+    labelled = [case for case in cases if case.id in values and set(values[case.id]) - {BACKGROUND}]
+    told = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
+        (None, None, True): ""
+    }
+    try:
+        if labels is not None:
+            return _require_fit(convention_named(labels), seen, "--labels")
+        decided: dict[str, LabelConvention] = {}
+        for (declared, naming, case_folder), case_id in told.items():
+            if declared is not None:
+                decided[case_id] = _require_fit(CONVENTIONS[declared], seen, "the data set's description")
+            else:
+                decided[case_id] = decide_convention(seen, naming=naming, case_folders=case_folder)
+            if naming == "gli" and decided[case_id] is BRATS2024:
+                _require_cavities(values)
+        return _only_one(decided, seen)
+    except DataError as error:
+        # Numbers that no convention has come first.
+        shown = sorted(seen.keys() - {BACKGROUND}, key=lambda value: (value in range(5), value))[:_SHOWN]
+        where = ", ".join(f"{value} in {seen[value]}" for value in shown)
+        raise DataError(f"{error} Seen: {where}.") from error
+
+
+def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) -> LabelConvention:
+    foreign = sorted(set(seen) - convention.codes.keys())
+    if foreign:
+        raise DataError(
+            f"label values {foreign} do not belong to {convention.name}, which {source} says they are; it has "
+            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or say what they are with "
+            f"--labels, one of {', '.join(CONVENTIONS)}."
+        )
+    return convention
+
+
+def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
+    """Tell 2024's cavities (4) beside enhancing tumour (3) from cases of two years thrown together."""
+    if not any({3, 4} <= set(found) for found in values.values()):
+        raise DataError(
+            "label values 3 and 4 occur together in the data set, and in no case: are cases with the numbers of "
+            "BraTS 2021 (enhancing tumour 4) among those of 2023 (3)? Then keep them in different folders; if 4 is the "
+            f"resection cavity of 2024, say so with --labels {BRATS2024.name}."
+        )
+
+
+def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> LabelConvention:
+    """The convention of all parts of a data set, or the first of several that mean the same by the values seen."""
+    conventions = [c for c in CONVENTIONS.values() if c in decided.values()]
+    if len({tuple(c.codes.get(value) for value in seen) for c in conventions}) > 1:
+        parts = ", ".join(f"{convention.name} goes with {case_id}" for case_id, convention in decided.items())
+        raise DataError(
+            f"names and descriptions of the cases tell different label conventions: {parts}. Keep such data sets in "
+            f"different folders, or say which it is with --labels, one of {', '.join(CONVENTIONS)}."
+        )
+    return BRATS2021 if BRATS2021 in conventions else conventions[0]
+
+
+def _label_values(path: Path | None) -> tuple[int, ...]:
+    """Values in a label map, or none where there is no readable one."""
+    if path is None:
+        return ()
+    try:
+        voxels = read_label_map(path).voxels
+    except DataError:
+        return ()
+    return tuple(int(value) for value in np.flatnonzero(np.bincount(voxels.ravel())))
+
+
+class _Links:
+    """Symbolic links below a data folder: which lead out of it, and what to say about that."""
+
+    def __init__(self, root: Path, *, follow: bool) -> None:
+        self._root = root
+        self._real_root = root.resolve()
+        self._follow = follow
+        self._left: list[Path] = []
+
+    def enters(self, folder: Path) -> bool:
+        """Whether to look below a folder. One linked to from within the data folder is found where it lies."""
+        if not folder.is_symlink():
+            return True
+        if self._leads_out(folder) and not self._follow:
+            self._left.append(folder)
+        return self._leads_out(folder)
+
+    def looks_below(self, folder: Path) -> bool:
+        """Whether folders below a folder are looked at: behind a link that leads out only where links are followed."""
+        return self._follow or not self._leads_out(folder)
+
+    def problems(self, path: Path) -> list[str]:
+        """One sentence where a path is a dangling link, or where it lies outside of the data folder."""
+        if path.is_symlink() and not path.exists():
+            return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
+        if self._follow or not self._leads_out(path):
+            return []
+        return [f"{path} lies at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
+
+    def not_followed(self) -> list[str]:
+        """One sentence where links to folders were not followed."""
+        if not self._left:
+            return []
+        shown = ", ".join(str(path) for path in self._left[:3])
+        return [f"Not looked into, as they are links out of the folder: {shown}. {_LINK_REMEDY}"]
+
+    def _leads_out(self, path: Path) -> bool:
+        return not path.resolve().is_relative_to(self._real_root)
+
+
+_LINK_REMEDY: Final = "Copy the files, or accept such links with --follow-links."
+
+
+def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
+    """The folder itself and those below it, hidden ones left out."""
+    yield folder
+    if depth == _DEEPEST_FOLDER or not links.looks_below(folder) or _is_described(folder):
+        return
+    for below in sorted(folder.iterdir()):
+        if not below.name.startswith(".") and below.is_dir() and links.enters(below):
+            yield from _folders(below, links, depth + 1)
+
+
+def _manifest_at(root: Path, not_a_folder: str) -> Path | None:
+    """The manifest that a data set is given as or that its folder holds."""
+    if root.is_file() and root.suffix.lower() == ".csv":
+        return root
+    if not root.is_dir():
+        raise DataError(f"{root}: {not_a_folder if root.exists() else 'does not exist'}")
+    return find_manifest(root)
+
+
+def _is_described(folder: Path) -> bool:
+    """Whether the images of a folder are listed in a dataset.json."""
+    return description_of(folder) is not None and not folder.absolute().name.startswith("labels")
+
+
+def _described_in(folder: Path, links: _Links) -> list[Case]:
+    """The cases of a data set with a dataset.json, or of one of its folders of images."""
+    description = description_of(folder)
+    if description is None or not _is_described(folder):
+        return []
+    only = None if description.parent == folder else folder.absolute().name
+    return [_from_description(row, links) for row in read_description(description, only)]
+
+
+def _from_description(row: DescribedCase, links: _Links) -> Case:
+    """A case as a description has it, with what is wrong."""
+    problems = [*_missing(row.contrasts, row.unrecognised), *row.problems, *_id_problems(row.id)]
+    files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
+    problems += [problem for path in files for problem in links.problems(path)]
+    return Case(
+        id=row.id,
+        folder=row.folder,
+        contrasts={contrast: row.contrasts[contrast] for contrast in CONTRASTS if contrast in row.contrasts},
+        volumes=row.volumes,
+        label=row.label,
+        naming=naming_of(row.id, row.endings & _TELLING) if row.id_tells else None,
+        declared=row.declared,
+        case_folder=False,
+        stated_patient=row.patient,
+        unrecognised=row.unrecognised,
+        problems=tuple(problems),
+    )
+
+
+def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
+    """The files of a folder that are named like a contrast or a label map."""
+    paths = nifti_files(folder)
+    names = split_names([strip_nifti_ending(path.name) or "" for path in paths])
+    return [(path, name) for path, name in zip(paths, names, strict=True) if name is not None]
+
+
+def _cases_in(folder: Path, links: _Links) -> list[Case]:
+    """The cases whose files lie in a folder: one, or all of a flat data set; none where nothing is so named."""
+    if _is_described(folder):
+        return _described_in(folder, links)
+    files = _named_files(folder)
+    by_id: dict[str, list[tuple[Path, FileName]]] = defaultdict(list)
+    for path, name in files:
+        by_id[name.case].append((path, name))
+    contrasts = {case_id: {name.contrast for _, name in own} - {None} for case_id, own in by_id.items()}
+    if not any(contrasts.values()):
+        return []
+    named = {path for path, _ in files}
+    others = [path.name for path in nifti_files(folder) if path not in named]
+    if sum(len(own) > 1 for own in contrasts.values()) > 1:
+        return [
+            _case_of(folder, by_id[case_id], links, [o for o in others if composed(o).startswith(case_id)], flat=True)
+            for case_id, own in contrasts.items()
+            if own
+        ]
+    return [_case_of(folder, files, links, others)]
+
+
+def _case_of(
+    folder: Path, files: list[tuple[Path, FileName]], links: _Links, others: Sequence[str], *, flat: bool = False
+) -> Case:
+    """The case that files in a folder make; ``others`` are its files that are named after no contrast."""
+    contrasts: dict[Contrast, list[Path]] = defaultdict(list)
+    # Where UCSF-PDGM has an image with and without correction of the bias field, the one without is taken: BraTS
+    # publishes its images uncorrected.
+    plain = {name.contrast for _, name in files if not name.corrected}
+    for path, name in files:
+        if name.contrast is not None and not (name.corrected and name.contrast in plain):
+            contrasts[name.contrast].append(path)
+    labels = [path for path, name in files if name.is_label]
+    # One label map of BraTS 2020 has the name of another system, W39_1998.09.19_Segm.
+    ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
+    unrecognised = tuple(others) if missing_contrasts(contrasts.keys()) else ()
+    problems = _missing(contrasts, unrecognised)
+    for what, paths in [*contrasts.items(), ("label map", labels)]:
+        if len(paths) > 1:
+            problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
+    if len(ids) > 1:
+        problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
+    case_id = ids[0] if len(ids) == 1 else folder.name
+    problems += _id_problems(case_id)
+    if any(name.is_target for _, name in files) or case_id.upper().startswith("BRATS-MEN-RT-"):
+        problems.append(_RADIOTHERAPY)
+    paths = [path for paths in [*contrasts.values(), labels] for path in paths]
+    problems += links.problems(folder) or [problem for path in paths for problem in links.problems(path)]
+    endings = {name.ending for _, name in files}
+    return Case(
+        id=case_id,
+        folder=folder,
+        contrasts={contrast: contrasts[contrast][0] for contrast in CONTRASTS if contrast in contrasts},
+        label=labels[0] if labels else None,
+        naming=naming_of(case_id, endings & _TELLING if flat else endings),
+        case_folder=not flat,
+        unrecognised=unrecognised,
+        problems=tuple(problems),
+    )
+
+
+_RADIOTHERAPY: Final = (
+    "a case of meningioma radiotherapy (BraTS MEN-RT) has one contrast and a target volume (gtv), and none of the "
+    "regions that this program learns: whole tumour, core, enhancing tumour. Leave such cases out"
+)
+
+
+def _id_problems(case_id: str) -> list[str]:
+    """One sentence where a case id cannot be the name of a file: it becomes one in output and cache folders."""
+    if any("\udc80" <= sign <= "\udcff" for sign in case_id):
+        return [
+            f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
+            "Rename the files, for instance with convmv -f latin1 -t utf8 --notest"
+        ]
+    size = len(case_id.encode(errors="replace"))
+    if size > MOST_ID_BYTES:
+        return [
+            f"the id takes {size} bytes; file systems take {MOST_NAME_BYTES} for a name, which leaves {MOST_ID_BYTES} "
+            "for an id before .nii.gz. Give the case a shorter id"
+        ]
+    bad = [part for part in ("..", "/", "\\") if part in case_id]
+    if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
+        return []
+    return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
+
+
+def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:
+    """One sentence for the contrasts that are not there, or none."""
+    absent = missing_contrasts(set(contrasts))
+    if not absent:
+        return []
+    if not unrecognised:
+        return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
+    wanted = absent[0]
+    return [
+        f"contrast {', '.join(absent)} is missing, and these names match no contrast: {_some(unrecognised)}. If it is "
+        f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
+        "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
+    ]
+
+
+def _not_taken(root: Path, links: _Links) -> list[str]:
+    """One sentence where there are NIfTI files, and none is named after a contrast."""
+    if not root.is_dir():
+        return []
+    names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
+    return [f"These names match no contrast: {_some(names)}."] if names else []
+
+
+def _some(names: Sequence[str]) -> str:
+    """A few of the names, printable, and how many more there are."""
+    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])
+    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+
+
+def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
+    """Label maps of a flat folder, of case folders or of a described data set; an image beside them is none."""
+    for place in _folders(folder, links):
+        if _is_described(place):
+            yield from _described_in(place, links)
+            continue
+        named = dict(_named_files(place))
+        images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
+        described = description_of(place) or (place / "dataset.json" if (place / "dataset.json").is_file() else None)
+        declared = declared_convention(described) if described is not None else None
+        renumbered = not images and (described is not None or place.absolute().name in ("labelsTr", "labelsTs"))
+        for path in nifti_files(place):
+            name = named.get(path)
+            if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
+                continue
+            if not (name.is_label if name is not None else not images):
+                continue
+            case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
+            if name is not None and name.ending == "segm" and len(images) == 1:
+                case_id = images[0]
+            endings = {name.ending for name in named.values()}
+            yield Case(
+                id=case_id,
+                folder=place,
+                label=path,
+                # nnU-Net keeps the ids of BraTS and renumbers: there the names do not tell.
+                naming=None if renumbered else naming_of(case_id, endings if len(images) == 1 else endings & _TELLING),
+                declared=declared or _declared_beside(path),
+                case_folder=len(images) == 1,
+            )
+
+
+def _declared_beside(label_map: Path) -> str | None:
+    """The convention that the JSON beside a predicted label map states, where there is one."""
+    try:
+        path = label_map.with_name(f"{strip_nifti_ending(label_map.name)}.json")
+        name = json.loads(path.read_text(encoding="utf-8"))["labels"]["convention"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return name if isinstance(name, str) and name in CONVENTIONS else None

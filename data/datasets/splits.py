@@ -1,0 +1,216 @@
+"""Which cases train and which validate: folds by patient with like tumours, or a split the user gives."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from data.datasets.label_stats import Tumour
+from data.datasets.naming import composed
+from data.errors import DataError
+from data.filesystem import why
+
+FOLDS: Final = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Case ids of the two parts."""
+
+    train: tuple[str, ...]
+    validation: tuple[str, ...]
+
+    def to_json(self) -> dict[str, list[str]]:
+        """The form that :func:`read_split` reads."""
+        return {"train": list(self.train), "validation": list(self.validation)}
+
+
+def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
+    """One fold of a patient-wise cross-validation of cases of which nothing is known but their ids.
+
+    All cases of one patient are in the same part. With fewer patients than folds there are as many folds as patients.
+
+    Args:
+        patients: the patient of every case, by case id, as :func:`data.datasets.layouts.patients_of` gives it.
+        fold: from 0 and below ``folds``; the fold that validates.
+        seed: order in which patients are dealt to folds.
+        folds: how many there are.
+
+    Raises:
+        DataError: no such fold, or only one patient.
+    """
+    row = sorted(set(patients.values()))
+    folds = _fold_count(len(row), fold, folds)
+    dealt = np.random.default_rng(seed).permutation(len(row))
+    return _parts(patients, {row[index] for index in dealt[fold::folds]})
+
+
+def stratified_split(
+    tumours: Mapping[str, Tumour], patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS
+) -> Split:
+    """One fold of a patient-wise cross-validation whose folds have like tumours.
+
+    All cases of one patient are in the same part; numbers of patients differ by one at most.
+
+    Args:
+        tumours: tumour by case id, of all cases, in any order.
+        patients: the patient of each of them, by case id.
+        fold: from 0 and below ``folds``, less with fewer patients; the fold that validates.
+        seed: order among patients that are neighbours in volume.
+        folds: how many there are.
+
+    Raises:
+        DataError: no such fold, or only one patient.
+    """
+    fold_of = stratified_folds(tumours, patients, seed=seed, folds=folds)
+    _fold_count(len(fold_of), fold, folds)
+    validating = {patient for patient, its_fold in fold_of.items() if its_fold == fold}
+    return _parts({case_id: patients[case_id] for case_id in tumours}, validating)
+
+
+def stratified_folds(
+    tumours: Mapping[str, Tumour], patients: Mapping[str, str], *, seed: int = 0, folds: int = FOLDS
+) -> dict[str, int]:
+    """The fold of each patient.
+
+    Patients stand in a row, those with enhancing tumour first, within both kinds by tumour volume (the largest of a
+    patient's cases). The row is cut into groups of as many as there are folds, and each group gives every fold one
+    patient. So folds have like volumes, and each has enhancing tumour where as many patients as folds do.
+
+    What is random comes from SHA-256 of seed and patient, and ties go by it and the patient's name: the same on every
+    machine and with every version of every library.
+
+    Args:
+        tumours: tumour by case id, of all cases, in any order.
+        patients: the patient of each of them, by case id.
+        seed: order among neighbours.
+        folds: how many there are; less with fewer patients.
+
+    Example:
+        >>> tumours = {f"p{n}": Tumour(volume_um3=n, enhances=True) for n in range(4)}
+        >>> sorted(stratified_folds(tumours, {case_id: case_id for case_id in tumours}).values())
+        [0, 1, 2, 3]
+    """
+    of_patient: dict[str, list[Tumour]] = defaultdict(list)
+    for case_id, tumour in tumours.items():
+        of_patient[patients[case_id]].append(tumour)
+
+    def place(patient: str) -> tuple[bool, int, str, str]:
+        its = of_patient[patient]
+        volume = max(tumour.volume_um3 for tumour in its)
+        return not any(tumour.enhances for tumour in its), volume, _lot(seed, patient), patient
+
+    row = sorted(of_patient, key=place)
+    folds = min(folds, len(row))
+    dealt: dict[str, int] = {}
+    for start in range(0, len(row), max(folds, 1)):
+        group = row[start : start + folds]
+        order = sorted(range(folds), key=lambda number: (_lot(seed, f"{group[0]} {number}"), number))
+        dealt.update(zip(group, order, strict=False))
+    return dealt
+
+
+def _lot(seed: int, name: str) -> str:
+    return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
+
+
+def _fold_count(patients: int, fold: int, folds: int) -> int:
+    """How many folds so many patients give; DataError where there are none, or not this one."""
+    folds = min(folds, patients)
+    if folds < 2:
+        raise DataError(
+            f"{patients} patient cannot be split into training and validation; "
+            'give --fold all, or a split: {"train": [...], "validation": [...]} with --split FILE'
+        )
+    if not 0 <= fold < folds:
+        raise DataError(f"fold {fold} does not exist; {patients} patients give the folds 0 to {folds - 1}")
+    return folds
+
+
+def _parts(patients: Mapping[str, str], validating: set[str]) -> Split:
+    ordered = sorted(patients)
+    return Split(
+        train=tuple(c for c in ordered if patients[c] not in validating),
+        validation=tuple(c for c in ordered if patients[c] in validating),
+    )
+
+
+def parted(groups: Iterable[Collection[str]], parts: Iterable[Collection[str]]) -> list[Collection[str]]:
+    """Of groups of case ids those that stand in more than one part of a split.
+
+    Example:
+        >>> parted([("a1", "a2"), ("b1", "b2")], [("a1",), ("a2", "b1", "b2")])
+        [('a1', 'a2')]
+    """
+    sets = [set(part) for part in parts]
+    return [group for group in groups if sum(not part.isdisjoint(group) for part in sets) > 1]
+
+
+def read_split(path: Path, patients: Mapping[str, str]) -> Split:
+    """Read a split: a JSON object with the lists ``train`` and ``validation`` (``val`` does too) of case ids.
+
+    Cases of the data set in neither list are left out of the run. ``validation`` may be empty or absent.
+
+    Args:
+        path: the file; its ids may have any Unicode form.
+        patients: the patient of every case of the data set, by case id.
+
+    Raises:
+        DataError: not such a file, a case twice, in both lists or not in the data set, or one patient in both.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path}: cannot be read as a split ({why(error)})") from error
+    form = f'{path}: a split is {{"train": [case ids], "validation": [case ids]}}'
+    if not isinstance(content, dict) or not set(content) <= {"train", "validation", "val", "test"}:
+        raise DataError(f"{form}; this file has something else")
+    if {"validation", "val"} <= set(content):
+        raise DataError(f"{form}; this file has both validation and val")
+    train = ids_of(content.get("train"), f"{form}; train")
+    validation = ids_of(content.get("validation", content.get("val", [])), f"{form}; validation")
+    if not train:
+        raise DataError(f"{form}; train is empty")
+    unknown = sorted({*train, *validation} - set(patients))
+    if unknown:
+        raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
+    require_apart(path, patients, {"train": train, "validation": validation})
+    return Split(train=tuple(train), validation=tuple(validation))
+
+
+def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, Collection[str]]) -> None:
+    """Make sure that no patient stands in two parts of a split.
+
+    Raises:
+        DataError: one does; the message names the parts, and a case in each.
+    """
+    first: dict[str, tuple[str, str]] = {}
+    for part, case_ids in parts.items():
+        for case_id in case_ids:
+            other, there = first.setdefault(patients[case_id], (part, case_id))
+            if other != part:
+                cases = f" (case {there}, case {case_id})" if there != case_id else ""
+                raise DataError(
+                    f"{path}: patient {patients[case_id]} is in {other} and in {part}{cases}; keep each in one part"
+                )
+
+
+def ids_of(listed: object, what: str) -> list[str]:
+    """The case ids of a list in a split, in the Unicode form of those of cases.
+
+    Raises:
+        DataError: it is no list of case ids, or names one twice; the message begins with ``what``.
+    """
+    if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
+        raise DataError(f"{what} must be a list of case ids")
+    case_ids = [composed(entry) for entry in listed]
+    if len(set(case_ids)) != len(case_ids):
+        raise DataError(f"{what} names a case twice")
+    return case_ids

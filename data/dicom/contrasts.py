@@ -1,0 +1,461 @@
+"""Which series of a study is the T1, T1c, T2 and FLAIR, and why the others are none of them.
+
+The name of a series (SeriesDescription, else ProtocolName) and its timing are looked at apart; where they contradict
+each other nothing is decided. The limits in ms are those between the usual protocols of 1.5 and 3 T: T1 has a short
+echo and a short repetition or, as MPRAGE, an inversion below 1.3 s; T2 has a long echo; FLAIR a long echo and an
+inversion that nulls fluid, above 1.3 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
+Names follow the habits of the vendors in English, German, French, Italian, Spanish and Portuguese.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from data.dicom.series import Acquisition, Series
+from data.errors import DataError
+from data.labels import CONTRASTS, Contrast
+
+#: Fewer slices are a localizer or a test, not a brain.
+FEWEST_SLICES: Final = 5
+#: More volumes than this in one series are time points or a ladder of echoes.
+MOST_VOLUMES: Final = 3
+
+_FLAIR_INVERSION_MS: Final = 1300.0
+_T1_INVERSION_MS: Final = 400.0
+_LONG_ECHO_MS: Final = 60.0
+_SHORT_ECHO_MS: Final = 40.0
+_LONG_REPETITION_MS: Final = 1500.0
+_SHORT_GRADIENT_ECHO_MS: Final = 15.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What a series was taken for."""
+
+    contrast: Contrast | None
+    reason: str
+    """Why it is that contrast, or none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The series of one contrast."""
+
+    series: Series
+    reason: str
+
+
+def identify(series: Series) -> Finding:
+    """Tell which contrast a series shows, from its name and its timing, or why it is none."""
+    acquisition = series.acquisition
+    excluded = _excluded(series)
+    if excluded is not None:
+        return Finding(contrast=None, reason=excluded)
+    named, timed = _named(acquisition), _timed(acquisition)
+    kind = _agreed(named, timed, acquisition)
+    said = f"name {_name(acquisition)!r}" if named is not None else ""
+    hint = _hint_of_reformat(acquisition)
+    doubt = "" if hint is None else f"{hint!r} in its name may mean a reformat, which its header does not confirm"
+    why = "; ".join(part for part in (said, timing(acquisition), doubt) if part)
+    if kind is None:
+        if named is None and timed is None:
+            return Finding(contrast=None, reason=f"neither its name nor its timing tells a contrast ({why or 'empty'})")
+        return Finding(
+            contrast=None,
+            reason=f"contradictory: its name says {_KINDS.get(named or '', 'nothing')}, "
+            f"its timing {_KINDS.get(timed or '', 'nothing')} ({timing(acquisition)})",
+        )
+    if kind in _NO_CONTRASTS:
+        return Finding(contrast=None, reason=f"{_NO_CONTRASTS[kind]} ({why})")
+    if kind != "t1":
+        return Finding(contrast="t2" if kind == "t2" else "flair", reason=why)
+    after, told_by = _is_after_agent(acquisition)
+    return Finding(contrast="t1c" if after else "t1", reason=f"{why}; {told_by}")
+
+
+def choose(
+    series: Sequence[Series],
+    chosen: Mapping[Contrast, str] | None = None,
+    *,
+    wanted: Sequence[Contrast] = CONTRASTS,
+) -> dict[Contrast, Choice]:
+    """One series for each contrast.
+
+    Args:
+        series: the volumes of one study.
+        chosen: series by number (``5``, ``5/2``) or SeriesInstanceUID, for contrasts that are settled by hand.
+        wanted: the contrasts that are needed.
+
+    Returns:
+        a series for each contrast wanted, in that order, each with a reason.
+
+    Raises:
+        DataError: no series or several for a contrast; a series that was chosen is not there, was chosen twice, or is
+            no whole volume. Every message names the option that settles it.
+    """
+    by_hand = {contrast: find(series, key, f"--{contrast}") for contrast, key in (chosen or {}).items()}
+    for contrast, one in by_hand.items():
+        twice = [other for other, another in by_hand.items() if another is one and other != contrast]
+        if twice:
+            raise DataError(f"series {one.key} was chosen as --{contrast} and as --{twice[0]}. Choose one for each.")
+    findings = [(one, identify(one)) for one in series if not any(one is taken for taken in by_hand.values())]
+    result: dict[Contrast, Choice] = {}
+    problems = []
+    for contrast in wanted:
+        if contrast in by_hand:
+            result[contrast] = Choice(series=by_hand[contrast], reason=f"chosen with --{contrast}")
+            continue
+        candidates = _best([(one, finding) for one, finding in findings if finding.contrast == contrast])
+        if len(candidates) == 1:
+            result[contrast] = Choice(series=candidates[0][0], reason=candidates[0][1].reason)
+        elif candidates:
+            shown = ", ".join(describe(one) for one, _ in candidates)
+            problems.append(f"{len(candidates)} series may be the {contrast}: {shown}; choose with --{contrast} SERIES")
+        else:
+            problems.append(f"no series is recognised as the {contrast}; if one is, name it with --{contrast} SERIES")
+    if problems:
+        raise DataError(
+            "; ".join(problems)
+            + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
+            + _hint_of_scattered_slices(series)
+        )
+    for contrast, choice in result.items():
+        modality = choice.series.acquisition.modality
+        problems = [] if modality == "MR" else [f"modality {modality or 'not told'}, not MR"]
+        problems += choice.series.problems
+        if problems:
+            raise DataError(
+                f"{contrast}: series {describe(choice.series)}: {problems[0]}. "
+                f"Export it again, or choose another with --{contrast} SERIES."
+            )
+    return result
+
+
+def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
+    """What to do where slices that may be one volume came as a series each, and could not be joined; else empty."""
+    single = [one for one in series if one.acquisition.modality == "MR" and len(one.frames) == 1]
+    if len(single) < FEWEST_SLICES:
+        return ""
+    return (
+        f" {len(single)} series hold one slice each. If these are slices of one volume, they could not be joined: "
+        "their SeriesInstanceUIDs differ, and so do their series numbers, orientations, descriptions, timing or frames "
+        "of reference. "
+        "Give the slices of a volume one SeriesInstanceUID, or export the study as enhanced DICOM."
+    )
+
+
+def series_of(series: Sequence[Series], name: str) -> Series:
+    """The series that goes by a contrast, or by a number or UID.
+
+    Raises:
+        DataError: as :func:`choose` and :func:`find`.
+    """
+    for contrast in CONTRASTS:
+        if name.lower() == contrast:
+            return choose(series, wanted=(contrast,))[contrast].series
+    return find(series, name, "--reference")
+
+
+def find(series: Sequence[Series], key: str, option: str) -> Series:
+    """The series that a user names by number or UID.
+
+    Raises:
+        DataError: there is none or more than one; the message names ``option``.
+    """
+    wanted = key.strip()
+    found = [one for one in series if wanted == one.key] or [
+        one for one in series if wanted in (one.uid, str(one.number), *filter(None, one.uids))
+    ]
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DataError(f"{option} {wanted}: no such series. There are {', '.join(one.key for one in series)}.")
+    shown = ", ".join(describe(one) for one in found)
+    raise DataError(f"{option} {wanted}: {len(found)} volumes go by it: {shown}. Name one by what stands first.")
+
+
+def describe(series: Series) -> str:
+    """A series in a few words: key, description, timing."""
+    parts = [f"{_name(series.acquisition)!r}", timing(series.acquisition)]
+    return f"{series.key} ({', '.join(part for part in parts if part)})"
+
+
+def timing(acquisition: Acquisition) -> str:
+    """TE, TR and TI in words, as far as they are known.
+
+    Example:
+        >>> timing(Acquisition(echo_ms=98.0, repetition_ms=4500.0))
+        'TE 98 ms, TR 4500 ms'
+    """
+    values = (("TE", acquisition.echo_ms), ("TR", acquisition.repetition_ms), ("TI", acquisition.inversion_ms))
+    return ", ".join(f"{name} {value:.4g} ms" for name, value in values if value is not None)
+
+
+def to_json(series: Series, finding: Finding) -> dict[str, Any]:
+    """Plain data about a series, nothing of the patient."""
+    spacing = series.spacing_mm
+    acquisition = series.acquisition
+    return {
+        "series": series.key,
+        "uid": series.uid,
+        "description": _name(acquisition),
+        "modality": acquisition.modality,
+        "slices": len(series.frames),
+        "shape": list(series.shape),
+        "spacing_mm": None if spacing is None else [round(mm, 4) for mm in spacing],
+        "echo_ms": acquisition.echo_ms,
+        "repetition_ms": acquisition.repetition_ms,
+        "inversion_ms": acquisition.inversion_ms,
+        "recognised_as": finding.contrast,
+        "reason": finding.reason,
+        "problems": list(series.problems),
+        "notes": list(series.notes),
+    }
+
+
+_KINDS: Final = {"t1": "T1", "t2": "T2", "flair": "FLAIR", "pd": "proton density", "stir": "STIR", "t2star": "T2*"}
+_NO_CONTRASTS: Final = {
+    "pd": "proton density",
+    "stir": "a short inversion that nulls fat (STIR)",
+    "t2star": "T2*: gradient echo with a long echo time",
+}
+
+
+def _best(candidates: list[tuple[Series, Finding]]) -> list[tuple[Series, Finding]]:
+    """Original images where there are any, else derived ones, of these those whose name does not hint at a reformat.
+
+    And whole volumes where there are any, else damaged ones.
+    """
+    original = [one for one in candidates if "DERIVED" not in one[0].acquisition.image_type[:1]] or candidates
+    plain = [one for one in original if _hint_of_reformat(one[0].acquisition) is None] or original
+    return [one for one in plain if not one[0].problems] or plain
+
+
+def _hint_of_reformat(acquisition: Acquisition) -> str | None:
+    """A word in the name of an image that may be reformatted as well as acquired so; None where there is none."""
+    if acquisition.image_type[:1] == ("ORIGINAL",):
+        return None
+    hint = _MAYBE_REFORMATTED_NAMES.search(_plain(_name(acquisition)))
+    return None if hint is None else hint[0]
+
+
+def _name(acquisition: Acquisition) -> str:
+    return acquisition.description or acquisition.protocol
+
+
+def _plain(name: str) -> str:
+    """A name in small letters, its signs as words: ``T1_SE+C`` becomes ``t1 se contrast``."""
+    plain = name.lower()
+    for sign, word in (("t2*", " t2star "), ("w/o", " without "), ("s/c", " sem contraste "), ("+/-", " ")):
+        plain = plain.replace(sign, word)
+    plain = re.sub(r"(?<![a-z])c-(?![a-z0-9])|(?<!\S)-c(?![a-z0-9])", " without contrast ", plain)
+    plain = re.sub(r"\+ ?(c|km|gd|gad|ce|mdc|contrast|k)(?![a-z])|(?<![a-z])c\+", " contrast ", plain)
+    return " ".join(re.findall(r"[^\W_]+", plain))
+
+
+_EXCLUDED_NAMES: Final = tuple(
+    (re.compile(rf"\b(?:{pattern})\b"), reason)
+    for pattern, reason in (
+        (
+            r"loc|\w*locali[sz]\w*|lokali\w*|scout|\w*scout|survey|pilot|topogram\w*|[23] ?planes?|three planes?|3 ?pl",
+            "a localizer",
+        ),
+        (r"\w*dwi\w*|dw|\w*diff\w*|dti|e?adc|trace\w*|tensor|ivim|dki|colfa|b ?(?:0|500|800|1000)", "diffusion"),
+        (r"\w*perf\w*|pwi|dsc|dce|p?c?asl|r?cbf|r?cbv|mtt|ttp|tmax|twist|perfusie", "perfusion"),
+        (r"swip?|swan\w*|venobold|t2star\w*|t2 star|\w*hemo\w*|qsm|pha images?", "susceptibility"),
+        (r"tof\w*|(?:ce ?)?mr[av]|\w*angio\w*|pca|[23]d ?pc|phase contrast|venogra\w*", "angiography"),
+        (r"\w*spectro\w*|mrs|csi\w*|svs\w*", "spectroscopy"),
+        (r"\w*fmri\w*|bold\w*|resting|moco\w*", "functional"),
+        (r"mip|minip|mnip|mip images?", "a projection"),
+        (r"sub|subtr\w*|subtraktion|sottrazione|difference", "a subtraction"),
+        (r"t[12] ?map\w*|field ?map\w*|\w*mapping|\w*calib\w*|ref ?scan|asset\w*|b1 ?map|inv ?[12]", "a map"),
+        (r"stir", "a short inversion that nulls fat (STIR)"),
+        (r"ciss\w*|fiesta\w*|b ?ffe", "cisternography"),
+        (r"\w*spine\w*|[hbl]ws|lumbar|wirbel\w*|neck|hals", "not the brain"),
+    )
+)
+#: Words for a reformat in the name of an image that does not claim to be original. ``mpr`` and ``recon`` are no proof:
+#: Siemens calls an MPRAGE ``t1_mpr``, and scanners reconstruct what they acquire.
+_REFORMATTED_NAMES: Final = re.compile(r"\b(?:reformat\w*|curved)\b")
+_MAYBE_REFORMATTED_NAMES: Final = re.compile(r"\b(?:mprs?|reko?\w*|recon\w*)\b")
+#: Context group 7203 (Image Derivation, DICOM PS3.16).
+_EXCLUDED_DERIVATIONS: Final = {
+    "113072": "reformatted",
+    "113073": "reformatted",
+    "113078": "a projection",
+    "113079": "a projection",
+    "113062": "a subtraction",
+}
+_EXCLUDED_TYPES: Final = {
+    "LOCALIZER": "a localizer",
+    "ADC": "diffusion",
+    "TRACEW": "diffusion",
+    "FA": "diffusion",
+    "DIFFUSION": "diffusion",
+    "ASL": "perfusion",
+    "PERFUSION": "perfusion",
+    "CBF": "perfusion",
+    "CBV": "perfusion",
+    "MTT": "perfusion",
+    "TTP": "perfusion",
+    "MPR": "reformatted",
+    "REFORMATTED": "reformatted",
+    "PROJECTION IMAGE": "a projection",
+    "MIP": "a projection",
+    "MNIP": "a projection",
+    "MINIP": "a projection",
+    "MIN IP": "a projection",
+    "SUB": "a subtraction",
+    "SUBTRACTION": "a subtraction",
+    "P": "a phase image",
+    "PHASE": "a phase image",
+    "PHASE MAP": "a phase image",
+    "I": "an imaginary part",
+    "IMAGINARY": "an imaginary part",
+    "MOSAIC": "a mosaic",
+    "FMRI": "functional",
+    "T1 MAP": "a map",
+    "T2 MAP": "a map",
+    "MAP": "a map",
+    "SWI": "susceptibility",
+    "SCREEN SAVE": "a picture of a screen",
+}
+
+
+def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reason
+    """Why a series is none of the four contrasts, whatever its timing; None where it may be."""
+    acquisition = series.acquisition
+    if acquisition.modality != "MR":
+        return f"modality {acquisition.modality or 'not told'}, not MR"
+    if not series.frames[0].file.has_voxels:
+        return "it holds no image"
+    kind = _excluded_kind(acquisition)
+    if kind is not None:
+        return kind
+    name = _plain(_name(acquisition))
+    for pattern, reason in _EXCLUDED_NAMES:
+        if pattern.search(name):
+            return f"{reason} (name {_name(acquisition)!r})"
+    if acquisition.image_type[1:2] == ("SECONDARY",):
+        return f"derived from other images (ImageType {'/'.join(acquisition.image_type)})"
+    if acquisition.image_type[:1] != ("ORIGINAL",) and _REFORMATTED_NAMES.search(name):
+        return f"reformatted (name {_name(acquisition)!r})"
+    if acquisition.b_value:
+        return f"diffusion (b-value {acquisition.b_value:g} s/mm2)"
+    if "EP" in acquisition.scanning:
+        return "echo-planar: diffusion, perfusion or functional"
+    if series.volumes_in_series > MOST_VOLUMES:
+        return f"one of {series.volumes_in_series} volumes of its series: dynamic, or many echoes"
+    if "SPINE" in acquisition.body_part:
+        return "not the brain (BodyPartExamined)"
+    if len(series.frames) < FEWEST_SLICES:
+        return f"{len(series.frames)} {'slice' if len(series.frames) == 1 else 'slices'}: a localizer or a test"
+    return None
+
+
+def _excluded_kind(acquisition: Acquisition) -> str | None:
+    """Why an image is none of the four contrasts by what its header says of its making; None where it may be."""
+    for word in acquisition.image_type[2:]:
+        if word in _EXCLUDED_TYPES:
+            return f"{_EXCLUDED_TYPES[word]} (ImageType {'/'.join(acquisition.image_type)})"
+    for code in acquisition.derivation:
+        if code in _EXCLUDED_DERIVATIONS:
+            return f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
+    return None
+
+
+_T1_NAME: Final = re.compile(
+    r"\b[a-z]?(?:[23]d)?t1|\b(?:mp ?rage|mp2rage|bravo|\w*spgr|tfe|vibe|tfl\w*|fl[23]d\w*|flash)\b"
+)
+_T2_NAME: Final = re.compile(r"\b[a-z]?(?:[23]d)?t2")
+_FLAIR_NAME: Final = re.compile(r"flair|dark ?fl|\bda ?fl\b|\btirm\b|\btir[23]d|\bt2f\b")
+_PD_NAME: Final = re.compile(r"\b(?:pdw?|proton density|dp|rho)\b|densit")
+
+
+def _named(acquisition: Acquisition) -> str | None:
+    """What the name says: t1, t2, flair, pd, or ``echoes`` for proton density and T2 in one."""
+    for name in (acquisition.description, acquisition.protocol):
+        plain = _plain(name)
+        first, second = bool(_T1_NAME.search(plain)), bool(_T2_NAME.search(plain))
+        if first and second:
+            continue
+        if first:
+            return "t1"
+        if _FLAIR_NAME.search(plain):
+            return "flair"
+        if _PD_NAME.search(plain):
+            return "echoes" if second else "pd"
+        if second:
+            return "t2"
+    return None
+
+
+def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one line a kind
+    """What the timing says; None where it does not tell."""
+    echo, repetition, inversion = acquisition.echo_ms, acquisition.repetition_ms, acquisition.inversion_ms or 0.0
+    if echo is None or repetition is None:
+        return None
+    is_gradient = "GR" in acquisition.scanning and "SE" not in acquisition.scanning
+    if inversion >= _FLAIR_INVERSION_MS:
+        return "flair" if echo >= _LONG_ECHO_MS else None
+    if inversion >= _T1_INVERSION_MS:
+        return "t1" if echo < _SHORT_ECHO_MS else None
+    if inversion > 0:
+        return "stir"
+    if is_gradient:
+        return "t1" if echo < _SHORT_GRADIENT_ECHO_MS else "t2star"
+    if repetition >= _LONG_REPETITION_MS:
+        return "t2" if echo >= _LONG_ECHO_MS else "pd"
+    return "t1" if echo < _SHORT_ECHO_MS else None
+
+
+def _agreed(named: str | None, timed: str | None, acquisition: Acquisition) -> str | None:
+    """What name and timing together say; None where nothing, or where they contradict each other."""
+    if named is None or named == timed:
+        return timed
+    if timed is None:
+        return None if named == "echoes" else named
+    accepted = {
+        ("echoes", "pd"): "pd",
+        ("echoes", "t2"): "t2",
+        ("pd", "t2"): "t2",  # the second echo of a series named after its first
+        ("t2", "pd"): "pd",
+        ("t2", "flair"): "flair",
+        ("flair", "t2"): "flair" if not acquisition.inversion_ms else None,  # the inversion is not always told
+        ("t1", "pd"): "t1" if (acquisition.echo_ms or 0.0) < _SHORT_ECHO_MS else None,  # likewise T1 FLAIR, MPRAGE
+    }
+    return accepted.get((named, timed))
+
+
+_CONTRAST_WORD: Final = (
+    r"contrast\w*|kontr\w*|enhanced|km|gd\w*|gad\w*|ce|mdc|mezzo di contrasto|inject\w*|inyec\w*|dotarem|"
+    r"magnevist|multihance|prohance|omniscan|clariscan|elucirem|vueway"
+)
+_BEFORE: Final = re.compile(
+    r"\b(?:(?:without|wo|w o|ohne|vor|voor|zonder|sans|avant|senza|sin|sem|no|non|pre|before|prima) ?(?:iv |i v )?"
+    rf"(?:{_CONTRAST_WORD})"
+    r"|kontrastsiz\w*|pre|vor|avant|antes|nativ\w*|plain|unenhanced|basal)\b"
+)
+_AFTER: Final = re.compile(
+    rf"\b(?:{_CONTRAST_WORD}|post(?! ?(?:op\w*|surg\w*|rt|radi\w*|chemo\w*|treat\w*|proc\w*))|postcontrast|"
+    r"nach|apres|apr\u00e8s|dopo|despues|t1w?(?:c|ce|gd|km|post))\b"
+)
+_NO_AGENT: Final = {"", "NO", "NONE", "N/A", "NA", "0", "OHNE", "NATIV", "WITHOUT", "NO CONTRAST", "KEIN", "KEINE"}
+
+
+def _is_after_agent(acquisition: Acquisition) -> tuple[bool, str]:
+    """Whether a T1 was acquired after the contrast agent, and what tells so: the name, else the header's field."""
+    plain = _plain(_name(acquisition))
+    before = _BEFORE.search(plain)
+    after = _AFTER.search(_BEFORE.sub(" ", plain))
+    if after is not None and before is None:
+        return True, f"{after[0]!r} in its name"
+    if before is not None and after is None:
+        return False, f"{before[0]!r} in its name"
+    agent = acquisition.agent
+    if agent is not None and agent.upper().strip(". ") not in _NO_AGENT:
+        return True, "a contrast agent in its header"
+    return False, "no contrast agent in name or header"

@@ -1,0 +1,660 @@
+"""DICOM images grouped into volumes: one orientation, one echo, one time point, one image at each place.
+
+Geometry after DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice lies at
+``position + i * row_direction * column_spacing + j * column_direction * row_spacing`` in LPS millimetres. Slices
+are put in order along the normal ``row_direction x column_direction``, as ITK does it. Enhanced (multi-frame)
+objects hold the same in functional groups (C.7.6.16).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pydicom
+
+from data.dicom.files import DicomFile, quiet, text, value
+from data.nifti import MAX_VOXELS, VOXEL_SIZE_MM
+
+#: Direction cosines and spacings that agree to this are the same.
+_SAME_DIRECTION: Final = 1e-3
+_SAME_SPACING_MM: Final = 1e-3
+#: How far a slice may lie from its place in an evenly spaced stack: in mm, or as a share of the spacing.
+SLICE_TOLERANCE_MM: Final = 0.1
+_SLICE_TOLERANCE_SHARE: Final = 0.02
+#: How far the last slice may be shifted in plane against the first.
+_IN_PLANE_TOLERANCE_MM: Final = 0.3
+#: More frames in one object are refused.
+_MOST_FRAMES: Final = 20_000
+#: A message names at most this many files.
+_MOST_NAMES: Final = 10
+#: Values of a field that holds nothing.
+_EMPTY: Final = (None, "", b"")
+_LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+Vector = tuple[float, ...]
+Part = float | tuple[float, ...] | tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Frame:
+    """One slice: a classic DICOM image, or a frame of an enhanced one."""
+
+    file: DicomFile
+    number: int
+    """Index among the frames of its file, from 0."""
+    rows: int
+    columns: int
+    position_mm: Vector | None
+    """Centre of the first voxel, LPS; None where the header does not say."""
+    directions: Vector | None
+    """Direction of a row, then of a column: six cosines, LPS."""
+    spacing_mm: Vector | None
+    """Between rows, between columns."""
+    thickness_mm: float | None
+    slope: float | None
+    """RescaleSlope; None where the header has none, NaN where it cannot be read."""
+    intercept: float | None
+    """RescaleIntercept, likewise."""
+    padding: tuple[int, int] | None
+    """Lowest and highest stored value that mark padding (DICOM PS3.3, C.7.5.1.1.2); None where none does."""
+    parts: tuple[Part, ...]
+    """What may tell apart volumes that one series holds, in the order of :data:`_PARTING`."""
+
+    @property
+    def normal(self) -> npt.NDArray[np.float64]:
+        """Unit vector out of the slice, LPS."""
+        assert self.directions is not None
+        normal = np.cross(self.directions[:3], self.directions[3:])
+        return np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Acquisition:
+    """How a volume was acquired, as far as its header says; None or empty where it does not."""
+
+    modality: str = ""
+    description: str = ""
+    protocol: str = ""
+    repetition_ms: float | None = None
+    echo_ms: float | None = None
+    inversion_ms: float | None = None
+    scanning: tuple[str, ...] = ()
+    """ScanningSequence (SE, GR, IR, EP), or the same told by an enhanced object."""
+    variant: tuple[str, ...] = ()
+    dimensions: str = ""
+    """MRAcquisitionType: 2D or 3D."""
+    image_type: tuple[str, ...] = ()
+    derivation: tuple[str, ...] = ()
+    """Codes of DerivationCodeSequence (scheme DCM): how it was made from other images."""
+    agent: str | None = None
+    """ContrastBolusAgent; None where the header has no such field."""
+    b_value: float | None = None
+    body_part: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Series:
+    """One volume of a study."""
+
+    key: str
+    """What the command line calls it: the series number, ``/2`` and so on where one series holds several volumes."""
+    uid: str
+    """SeriesInstanceUID; the first slice's where a series was joined from several."""
+    number: int | None
+    volumes_in_series: int
+    frames: tuple[Frame, ...]
+    """In order along the normal, where the header tells places."""
+    acquisition: Acquisition
+    problems: tuple[str, ...] = ()
+    """Why no volume can be made of it; empty where one can."""
+    notes: tuple[str, ...] = ()
+    """What its headers get wrong and how it was read all the same, a sentence each."""
+    shared_instances: int = 0
+    """How many of its files share their SOPInstanceUID with another image of the study."""
+
+    @property
+    def uids(self) -> tuple[str, ...]:
+        """Every SeriesInstanceUID among its slices, in their order."""
+        return tuple(dict.fromkeys(text(frame.file.header, "SeriesInstanceUID") for frame in self.frames))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Columns, rows, slices."""
+        first = self.frames[0]
+        return (first.columns, first.rows, len(self.frames))
+
+    @property
+    def affine(self) -> npt.NDArray[np.float64]:
+        """4x4 matrix from (column, row, slice) to RAS millimetres; of a series without problems."""
+        first, last = self.frames[0], self.frames[-1]
+        assert first.directions is not None
+        assert first.spacing_mm is not None
+        assert first.position_mm is not None
+        affine = np.eye(4)
+        affine[:3, 0] = np.array(first.directions[:3]) * first.spacing_mm[1]
+        affine[:3, 1] = np.array(first.directions[3:]) * first.spacing_mm[0]
+        affine[:3, 2] = first.normal * _slice_spacing(first, last, len(self.frames))
+        affine[:3, 3] = first.position_mm
+        return np.asarray(_LPS_TO_RAS @ affine, dtype=np.float64)
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float] | None:
+        """Between columns, rows and slices; None where the header does not say."""
+        first = self.frames[0]
+        if first.directions is None or first.spacing_mm is None or first.position_mm is None:
+            return None
+        between = _slice_spacing(first, self.frames[-1], len(self.frames))
+        return (first.spacing_mm[1], first.spacing_mm[0], between)
+
+
+def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
+    """All volumes of a study, by series number.
+
+    One SeriesInstanceUID may hold several: they are told apart by series number, matrix, orientation and voxel size,
+    and where images lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves
+    one image at each. Series that hold a single place each are joined where number, orientation, description, timing
+    and frame of reference agree: Canon's classic export gives every place its own SeriesInstanceUID.
+    """
+    with quiet():
+        return tuple(_grouped(tuple(files)))
+
+
+def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
+    instances = Counter(text(file.header, "SOPInstanceUID") for file in files)
+    groups = _joined(_by_series(files))
+    firsts = [group[0].file.header for group in groups]
+    names = [(_whole(header, "SeriesNumber"), text(header, "SeriesInstanceUID")) for header in firsts]
+    used, homes = Counter(number for number, _ in names), Counter(uid for _, uid in names)
+    for (number, uid), group in sorted(
+        zip(names, groups, strict=True), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
+    ):
+        name = uid if number is None or used[number] > 1 else str(number)
+        volumes = _volumes(group)
+        for place, frames in enumerate(volumes, start=1):
+            ordered = _in_order(frames)
+            uids = [text(file.header, "SOPInstanceUID") for file in {frame.file: None for frame in ordered}]
+            shared = sum(bool(one) and instances[one] > 1 for one in uids)
+            yield Series(
+                key=name if len(volumes) == 1 else f"{name}/{place}",
+                uid=uid,
+                number=number,
+                volumes_in_series=len(volumes),
+                frames=ordered,
+                acquisition=_acquisition(ordered[0]),
+                problems=tuple(_problems(ordered)),
+                notes=tuple(_notes(ordered, shared_instances=shared, shares_uid=bool(uid) and homes[uid] > 1)),
+                shared_instances=shared,
+            )
+
+
+def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) -> Iterator[str]:
+    """What the headers get wrong about UIDs, and how the frames were grouped all the same."""
+    series = len({text(frame.file.header, "SeriesInstanceUID") for frame in frames})
+    if series > 1:
+        yield (
+            f"its {len(frames)} slices have {series} SeriesInstanceUIDs: joined by series number, orientation, "
+            "description, timing and frame of reference"
+        )
+    if shares_uid:
+        yield "it shares its SeriesInstanceUID with other series: told apart by series number"
+    if shared_instances:
+        yield (
+            f"{shared_instances} of its files share their SOPInstanceUID with another image, which an anonymiser may "
+            "cause: they differ in pixels or position, so all of them are kept"
+        )
+
+
+def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
+    """The frames of each SeriesInstanceUID, and of each SeriesNumber where anonymising left one UID for all."""
+    numbered: dict[str, dict[int | None, list[Frame]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        uid, number = text(file.header, "SeriesInstanceUID"), _whole(file.header, "SeriesNumber")
+        numbered[uid][number].extend(frames_of(file))
+    groups: list[list[Frame]] = []
+    for by_number in numbered.values():
+        if len(by_number) == 2 and None in by_number:  # a number that some files of a series lack
+            without = by_number.pop(None)
+            groups.extend([*frames, *without] for frames in by_number.values())
+        else:
+            groups.extend(by_number.values())
+    return groups
+
+
+def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
+    """The groups, with those of a single place joined where their headers describe one acquisition."""
+    result: list[list[Frame]] = []
+    joined: dict[tuple[object, ...], list[list[Frame]]] = defaultdict(list)
+    for group in groups:
+        if not _hold_one_place(group):
+            result.append(group)
+            continue
+        alike = joined[_acquired_as(group[0])]
+        home = next((other for other in alike if _same_grid(other[0], group[0])), None)
+        if home is None:
+            alike.append(group)
+            result.append(group)
+        else:
+            home.extend(group)
+    return result
+
+
+def _hold_one_place(frames: Sequence[Frame]) -> bool:
+    places = {_place(frame) for frame in frames}
+    return len(places) == 1 and None not in places and frames[0].file.has_voxels
+
+
+def _acquired_as(frame: Frame) -> tuple[object, ...]:
+    """What slices of one acquisition have in common, whatever their UIDs."""
+    header, how = frame.file.header, _acquisition(frame)
+    return (
+        _whole(header, "SeriesNumber"),
+        text(header, "FrameOfReferenceUID"),
+        *(how.modality, how.description, how.protocol, how.agent),
+        *(how.repetition_ms, how.inversion_ms, how.scanning),
+    )
+
+
+def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
+    """Where to look for what is said of one frame, the most specific first.
+
+    These are the frame's own functional groups, those shared by all frames, and the header itself.
+    """
+    header = file.header
+    shared = _items(header, "SharedFunctionalGroupsSequence")
+    own = _items(header, "PerFrameFunctionalGroupsSequence")
+    groups = [*own[number : number + 1], *shared[:1]]
+    return [*(item for group in groups for keyword in group.dir() for item in _items(group, keyword)[:1]), header]
+
+
+def _items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
+    """The items of a sequence; none where the field is missing or no sequence."""
+    content = value(dataset, keyword)
+    return list(content) if isinstance(content, pydicom.Sequence) else []
+
+
+def _value(places: Sequence[pydicom.Dataset], keyword: str) -> Any:
+    """The first value there is; None where there is none that can be read."""
+    return next((content for place in places if (content := value(place, keyword)) is not None), None)
+
+
+def _numbers(places: Sequence[pydicom.Dataset], keyword: str) -> Vector | None:
+    """Finite numbers, or None."""
+    content = _value(places, keyword)
+    if content is None:
+        return None
+    several = content if isinstance(content, (list, tuple, pydicom.multival.MultiValue)) else [content]
+    try:
+        numbers = tuple(float(one) for one in several)
+    except (TypeError, ValueError):
+        return None
+    return numbers if numbers and np.isfinite(numbers).all() else None
+
+
+def _number(places: Sequence[pydicom.Dataset], *keywords: str) -> float | None:
+    """The first number among several fields, or None."""
+    for keyword in keywords:
+        numbers = _numbers(places, keyword)
+        if numbers is not None:
+            return numbers[0]
+    return None
+
+
+def _whole(dataset: pydicom.Dataset, keyword: str) -> int | None:
+    number = _number([dataset], keyword)
+    return None if number is None else int(number)
+
+
+def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]:
+    """A field of several words, in capitals."""
+    for keyword in keywords:
+        content = _value(places, keyword)
+        if content is not None:
+            several = content if isinstance(content, (list, pydicom.multival.MultiValue)) else [content]
+            return tuple(str(word).strip().upper() for word in several)
+    return ()
+
+
+def frames_of(file: DicomFile) -> Iterator[Frame]:
+    """Every frame of a file; an object without voxels counts as one."""
+    rows, columns = _whole(file.header, "Rows") or 0, _whole(file.header, "Columns") or 0
+    count = 1 if not file.has_voxels or _claims_too_much(file.header) else _frame_count(file.header)
+    for number in range(count):
+        places = frame_groups(file, number)
+        yield Frame(
+            file=file,
+            number=number,
+            rows=rows,
+            columns=columns,
+            position_mm=_of_length(3, _numbers(places, "ImagePositionPatient")),
+            directions=_directions(_of_length(6, _numbers(places, "ImageOrientationPatient"))),
+            spacing_mm=_of_length(2, _numbers(places, "PixelSpacing")),
+            thickness_mm=_number(places, "SliceThickness"),
+            slope=_rescaling(places, "RescaleSlope"),
+            intercept=_rescaling(places, "RescaleIntercept"),
+            padding=_padding(places),
+            parts=tuple(part(places) for part in _PARTING),
+        )
+
+
+def _rescaling(places: Sequence[pydicom.Dataset], keyword: str) -> float | None:
+    """A slope or an intercept; None where there is none, NaN where it is no finite number."""
+    number = _number(places, keyword)
+    if number is not None:
+        return number
+    elements = [place.get_item(keyword) for place in places]
+    return math.nan if any(element is not None and element.value not in _EMPTY for element in elements) else None
+
+
+def _padding(places: Sequence[pydicom.Dataset]) -> tuple[int, int] | None:
+    """The range of stored values from Pixel Padding Value to Pixel Padding Range Limit, either of which may be less."""
+    value = _stored(places, "PixelPaddingValue")
+    if value is None:
+        return None
+    limit = _stored(places, "PixelPaddingRangeLimit")
+    return (value, value) if limit is None else (min(value, limit), max(value, limit))
+
+
+def _stored(places: Sequence[pydicom.Dataset], keyword: str) -> int | None:
+    """A stored voxel value that a header names, signed as the voxels are.
+
+    Its VR is US or SS, to match PixelRepresentation; files that mix them up (-2000 written as 63536) are common.
+    """
+    content = _value(places, keyword)
+    number = float(int.from_bytes(content[:2], "little")) if isinstance(content, bytes) else _number(places, keyword)
+    if number is None:
+        return None
+    header = places[-1]
+    allocated = max(_whole(header, "BitsAllocated") or 16, 1)
+    bits = min(allocated, 16) if -(2**15) <= number < 2**16 else allocated
+    span = 1 << bits
+    stored = int(number) % span
+    return stored - span if _whole(header, "PixelRepresentation") == 1 and 2 * stored >= span else stored
+
+
+def _frame_count(header: pydicom.Dataset) -> int:
+    return max(_whole(header, "NumberOfFrames") or 1, 1)
+
+
+def _claims_too_much(header: pydicom.Dataset) -> bool:
+    """Whether a header announces more than is ever decoded, be there as many bytes or not."""
+    frames = _frame_count(header)
+    size = frames * (_whole(header, "Rows") or 0) * (_whole(header, "Columns") or 0)
+    return frames > _MOST_FRAMES or size > MAX_VOXELS
+
+
+def _of_length(length: int, numbers: Vector | None) -> Vector | None:
+    return numbers if numbers is not None and len(numbers) == length else None
+
+
+def _directions(cosines: Vector | None) -> Vector | None:
+    """The directions of rows and columns at unit length; None where they are not at right angles."""
+    if cosines is None:
+        return None
+    row, column = np.array(cosines[:3]), np.array(cosines[3:])
+    lengths = np.linalg.norm(row), np.linalg.norm(column)
+    if min(lengths) < 0.5 or abs(row @ column) > 0.01:
+        return None
+    return (*map(float, row / lengths[0]), *map(float, column / lengths[1]))
+
+
+def _rounded(*keywords: str) -> Callable[[Sequence[pydicom.Dataset]], Part]:
+    """A part told by a number."""
+
+    def part(places: Sequence[pydicom.Dataset]) -> Part:
+        number = _number(places, *keywords)
+        return -1.0 if number is None else round(number, 2)
+
+    return part
+
+
+def _gradient(places: Sequence[pydicom.Dataset]) -> Part:
+    return _numbers(places, "DiffusionGradientOrientation") or ()
+
+
+def _image_type(places: Sequence[pydicom.Dataset]) -> Part:
+    return _words(places, "FrameType", "ImageType")
+
+
+#: What may tell apart images at one place, in the order in which it is tried.
+_PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Part], ...]] = (
+    _rounded("EffectiveEchoTime", "EchoTime"),
+    _image_type,
+    _rounded("DiffusionBValue"),
+    _gradient,
+    _rounded("TemporalPositionIndex", "TemporalPositionIdentifier"),
+    _rounded("AcquisitionNumber"),
+    _rounded("InversionTimes", "InversionTime"),
+    _rounded("FlipAngle"),
+    _rounded("TriggerTime", "NominalCardiacTriggerDelayTime"),
+    _rounded("AcquisitionTime"),
+    _rounded("ContentTime"),
+)
+
+
+def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
+    """The frames of one series, split into volumes."""
+    kinds: list[list[Frame]] = []
+    for frame in frames:
+        home = next((kind for kind in kinds if _same_grid(kind[0], frame)), None)
+        if home is None:
+            kinds.append([frame])
+        else:
+            home.append(frame)
+    return [volume for kind in kinds for volume in _parted(kind)]
+
+
+def _same_grid(first: Frame, second: Frame) -> bool:
+    """Whether two slices may belong to one stack."""
+    return (
+        (first.rows, first.columns, first.file.has_voxels) == (second.rows, second.columns, second.file.has_voxels)
+        and _close(first.directions, second.directions, _SAME_DIRECTION)
+        and _close(first.spacing_mm, second.spacing_mm, _SAME_SPACING_MM)
+        and (first.position_mm is None) == (second.position_mm is None)
+    )
+
+
+def _close(first: Vector | None, second: Vector | None, tolerance: float) -> bool:
+    if first is None or second is None:
+        return first is second
+    return bool(np.abs(np.subtract(first, second)).max() <= tolerance)
+
+
+def _parted(frames: list[Frame]) -> list[list[Frame]]:
+    """Frames on one grid, split until no two lie at one place, or nothing tells them apart any more.
+
+    A field tells volumes apart when it has no more values than there are images at a place: the time of each slice's
+    acquisition, which has as many as slices, does not.
+    """
+    most = _most_at_one_place(frames)
+    if most < 2:
+        return [frames]
+    for part in range(len(_PARTING)):
+        volumes: dict[Part, list[Frame]] = defaultdict(list)
+        for frame in frames:
+            volumes[frame.parts[part]].append(frame)
+        if 1 < len(volumes) <= most and all(_most_at_one_place(volume) < most for volume in volumes.values()):
+            ordered = sorted(volumes.items(), key=lambda item: _sortable(item[0]))
+            return [smaller for _, volume in ordered for smaller in _parted(volume)]
+    return [frames]
+
+
+def _sortable(part: Part) -> tuple[float | str, ...]:
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _most_at_one_place(frames: Sequence[Frame]) -> int:
+    """How many images the fullest place holds."""
+    places = Counter(place for frame in frames if (place := _place(frame)) is not None)
+    return max(places.values(), default=0)
+
+
+def _place(frame: Frame) -> Vector | None:
+    """The position of a frame, such that frames at one place have the same."""
+    return None if frame.position_mm is None else tuple(round(mm, 2) for mm in frame.position_mm)
+
+
+def _in_order(frames: Sequence[Frame]) -> tuple[Frame, ...]:
+    """Along the normal of the first; as they came where places are not told."""
+    first = frames[0]
+    if first.directions is None or first.position_mm is None:
+        return tuple(frames)
+    normal = first.normal
+    ordered = sorted(frames, key=lambda frame: float(normal @ np.array(frame.position_mm)))
+    return tuple(ordered)
+
+
+def _slice_spacing(first: Frame, last: Frame, count: int) -> float:
+    """Mean distance of neighbouring slices along the normal in mm; of a single slice its thickness."""
+    if count < 2:
+        return first.thickness_mm or 1.0
+    assert first.position_mm is not None
+    assert last.position_mm is not None
+    return float(first.normal @ np.subtract(last.position_mm, first.position_mm)) / (count - 1)
+
+
+def _problems(frames: Sequence[Frame]) -> Iterator[str]:
+    """Why the frames, in order, are no volume."""
+    first = frames[0]
+    if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
+        yield "it holds no image"
+        return
+    if first.directions is None or first.position_mm is None or first.spacing_mm is None:
+        fields = "ImagePositionPatient, ImageOrientationPatient, PixelSpacing"
+        yield f"its header does not say where the voxels lie ({fields})"
+        return
+    if _whole(first.file.header, "SamplesPerPixel") not in (None, 1):
+        yield "it is in colour"
+        return
+    if any(_claims_too_much(frame.file.header) for frame in frames if frame.number == 0):
+        yield f"its header announces more than {MAX_VOXELS} voxels or {_MOST_FRAMES} frames"
+        return
+    if first.rows * first.columns * len(frames) > MAX_VOXELS:
+        yield f"{first.columns}x{first.rows}x{len(frames)} voxels, more than the {MAX_VOXELS} allowed"
+        return
+    low, high = VOXEL_SIZE_MM
+    if not low <= min(first.spacing_mm) <= max(first.spacing_mm) <= high:
+        yield f"voxels of {first.spacing_mm[1]:g}x{first.spacing_mm[0]:g} mm; allowed are {low:g} to {high:g} mm"
+        return
+    yield from _rescaling_problems(frames)
+    if len(frames) > 1:
+        yield from _stack_problems(np.array([frame.position_mm for frame in frames]), first.normal)
+
+
+def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
+    """Why the slices' values cannot be brought to one scale."""
+    keywords = ("RescaleSlope", "RescaleIntercept")
+    given = [(frame.slope, frame.intercept) for frame in frames]
+    partly = [place for place in (0, 1) if 0 < sum(pair[place] is None for pair in given) < len(frames)]
+    without = [frame for frame, pair in zip(frames, given, strict=True) if any(pair[place] is None for place in partly)]
+    if without:
+        lack = "lacks" if len(without) == 1 else "lack"
+        yield (
+            f"{len(without)} of its {len(frames)} slices {lack} the {' or '.join(keywords[place] for place in partly)} "
+            f"that the others have, so their values may be on another scale: {_named(without)}"
+        )
+    broken = [
+        frame
+        for frame, pair in zip(frames, given, strict=True)
+        if pair[0] == 0 or any(number is not None and math.isnan(number) for number in pair)
+    ]
+    if broken:
+        yield (
+            f"{len(broken)} of its {len(frames)} slices have a RescaleSlope or RescaleIntercept that is no number, "
+            f"or a slope of 0: {_named(broken)}"
+        )
+
+
+def _named(frames: Sequence[Frame]) -> str:
+    """Files of frames, and the number of the frame where a file holds several."""
+    names = sorted(
+        frame.file.name if _frame_count(frame.file.header) == 1 else f"frame {frame.number + 1} of {frame.file.name}"
+        for frame in frames
+    )
+    more = len(names) - _MOST_NAMES
+    return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+def _stack_problems(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Iterator[str]:
+    """Why slices at these places, in order, are not evenly spaced."""
+    along = positions @ normal
+    gaps = np.diff(along)
+    usual = float(np.median(gaps))
+    tolerance = max(SLICE_TOLERANCE_MM, _SLICE_TOLERANCE_SHARE * usual)
+    same = int(np.count_nonzero(gaps <= min(tolerance, 0.5 * usual) if usual > 0.01 else gaps <= 0.01))
+    if same:
+        yield f"{same} of its {len(positions)} slices lie where another one lies"
+        return
+    shift = positions - positions[0] - np.outer(along - along[0], normal)
+    most = float(np.linalg.norm(shift, axis=1).max())
+    if most > _IN_PLANE_TOLERANCE_MM:
+        yield f"its slices are shifted in plane by up to {most:.1f} mm (a tilted gantry, or parts of several stacks)"
+        return
+    times = gaps / usual
+    holes = np.flatnonzero(np.rint(times) > 1)
+    if len(holes) and np.abs(gaps - np.rint(times) * usual).max() <= 2 * tolerance:
+        lost = int((np.rint(times[holes]) - 1).sum())
+        yield (
+            f"{lost} {'slice is' if lost == 1 else 'slices are'} missing: "
+            f"after slice {int(holes[0]) + 1} of {len(positions)} the next is {gaps[holes[0]]:.2f} mm away, "
+            f"usual are {usual:.2f} mm"
+        )
+        return
+    even = along[0] + np.arange(len(along)) * (along[-1] - along[0]) / (len(along) - 1)
+    if np.abs(along - even).max() > tolerance:
+        yield f"its slices are not evenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm apart"
+
+
+def _acquisition(frame: Frame) -> Acquisition:
+    """How a frame was acquired."""
+    header = frame.file.header
+    places = frame_groups(frame.file, frame.number)
+    agents = _items(header, "ContrastBolusAgentSequence")
+    agent = _value([header, *agents], "ContrastBolusAgent")
+    if agent is None and agents:
+        agent = _value(agents, "CodeMeaning") or "given"
+    return Acquisition(
+        modality=text(header, "Modality"),
+        description=_line(text(header, "SeriesDescription")),
+        protocol=_line(text(header, "ProtocolName")),
+        repetition_ms=_number(places, "RepetitionTime"),
+        echo_ms=_number(places, "EffectiveEchoTime", "EchoTime"),
+        inversion_ms=_number(places, "InversionTimes", "InversionTime"),
+        scanning=_words(places, "ScanningSequence") or tuple(_scanning_of_enhanced(places)),
+        variant=_words(places, "SequenceVariant"),
+        dimensions=(_words(places, "MRAcquisitionType") or ("",))[0],
+        image_type=_words(places, "FrameType", "ImageType"),
+        derivation=tuple(_derivation(places)),
+        agent=None if agent is None else str(agent).strip(),
+        b_value=_number(places, "DiffusionBValue"),
+        body_part=text(header, "BodyPartExamined").upper(),
+    )
+
+
+def _derivation(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
+    for item in (item for place in places for item in _items(place, "DerivationCodeSequence")):
+        if text(item, "CodingSchemeDesignator") == "DCM":
+            yield text(item, "CodeValue")
+
+
+def _line(content: str) -> str:
+    """A text on one line, without what a terminal would take as a command."""
+    return " ".join("".join(sign if sign.isprintable() else " " for sign in content).split())
+
+
+def _scanning_of_enhanced(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
+    """What enhanced objects say instead of ScanningSequence."""
+    pulse = _value(places, "EchoPulseSequence")
+    if pulse in ("SPIN", "BOTH"):
+        yield "SE"
+    if pulse in ("GRADIENT", "BOTH"):
+        yield "GR"
+    if _value(places, "InversionRecovery") == "YES":
+        yield "IR"
+    if _value(places, "EchoPlanarPulseSequence") == "YES":
+        yield "EP"

@@ -1,0 +1,194 @@
+"""A DICOM study in, a case out: four contrasts as volumes, each on the grid it was acquired on.
+
+Nothing here repeats what a header says of the patient: cases are named after a hash of the StudyInstanceUID, messages
+name series and files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+
+from data.datasets.layouts import Case
+from data.dicom.contrasts import Choice, choose
+from data.dicom.copies import without_copies
+from data.dicom.files import DicomFile, dicom_files, quiet, text
+from data.dicom.pixels import read_with_notes, to_image
+from data.dicom.series import Series, group
+from data.errors import DataError
+from data.labels import CONTRASTS, Contrast
+from data.nifti import Volume, naming_the_place
+from data.partial import partial_name
+
+#: File names of a case as BraTS 2018-2021 has them.
+_SUFFIXES: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Study:
+    """What was found in a folder or an archive; its series can be read while it is open."""
+
+    uid: str
+    """StudyInstanceUID."""
+    series: tuple[Series, ...]
+
+    @property
+    def case_id(self) -> str:
+        """Name for the case: a hash of the study's UID, so the same for the same study, and nothing of the patient."""
+        return f"study-{hashlib.sha256(self.uid.encode()).hexdigest()[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StudyImages:
+    """The four contrasts of a study, and where each comes from."""
+
+    case_id: str
+    volumes: dict[Contrast, Volume]
+    choices: dict[Contrast, Choice]
+    """Series of each contrast; what :func:`data.dicom.segmentation.write_dicom_seg` refers to."""
+    notes: dict[Contrast, tuple[str, ...]]
+    """By contrast: what its files get wrong and how they were read all the same, a sentence each."""
+
+    @property
+    def images(self) -> dict[Contrast, SimpleITK.Image]:
+        """The same as ITK images (float32, LPS)."""
+        return {contrast: to_image(volume) for contrast, volume in self.volumes.items()}
+
+
+@contextmanager
+def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
+    """Find the series of one study.
+
+    Args:
+        path: a folder (nested, any file names), a .zip of one, a DICOMDIR, or a single DICOM file.
+        study_uid: StudyInstanceUID, where several studies of one patient lie there.
+
+    Raises:
+        DataError: no DICOM there, files of several patients or of several studies, a damaged file.
+    """
+    with dicom_files(path) as files:
+        with quiet():
+            _require_one_patient(path, files)
+            chosen = _of_study(path, files, study_uid)
+            study = Study(uid=text(chosen[0].header, "StudyInstanceUID"), series=group(without_copies(chosen)))
+        yield study
+
+
+def read_study(
+    path: Path, *, chosen: Mapping[Contrast, str] | None = None, study_uid: str | None = None
+) -> StudyImages:
+    """Recognise and read T1, T1c, T2 and FLAIR of a study, each on its own grid.
+
+    Args:
+        path: as :func:`open_study`.
+        chosen: series by number or UID for contrasts that are settled by hand.
+        study_uid: as :func:`open_study`.
+
+    Raises:
+        DataError: as :func:`open_study`, :func:`data.dicom.contrasts.choose`, and voxels that cannot be decoded.
+    """
+    with open_study(path, study_uid=study_uid) as study:
+        return read_chosen(study, choose(study.series, chosen))
+
+
+def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
+    """Read the series that were chosen from an open study."""
+    readings = {contrast: read_with_notes(choice.series) for contrast, choice in choices.items()}
+    return StudyImages(
+        case_id=study.case_id,
+        volumes={contrast: reading.volume for contrast, reading in readings.items()},
+        choices=choices,
+        notes={contrast: (*choices[contrast].series.notes, *reading.notes) for contrast, reading in readings.items()},
+    )
+
+
+def write_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
+    """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; all of them or none.
+
+    Whole numbers that fit are stored as int16, others as float32. Of the DICOM headers the geometry alone is kept.
+
+    Args:
+        out: folder of the data set, made if missing.
+        images: what was read.
+        case_id: name of the case; without, that of ``images``.
+
+    Returns:
+        the case's folder.
+
+    Raises:
+        DataError: the id is no file name, or the case is already there.
+    """
+    name = images.case_id if case_id is None else case_id
+    Case(id=name, folder=out).require()
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out}: is a file, but cases go into a folder. Choose another place.")
+    folder = out / name
+    if folder.exists():
+        raise DataError(f"{folder}: already exists and is not overwritten. Remove it, or give another --id.")
+    partial = out / partial_name(f".partial-{os.getpid()}-", name)
+    try:
+        with naming_the_place(folder):
+            partial.mkdir(parents=True)
+            for contrast in CONTRASTS:
+                nib.save(_nifti(images.volumes[contrast]), partial / f"{name}_{_SUFFIXES[contrast]}.nii.gz")
+            partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _nifti(volume: Volume) -> nib.Nifti1Image:
+    """The volume with its place in scanner coordinates (qform and sform code 1)."""
+    voxels = volume.voxels
+    limits = np.iinfo(np.int16)
+    if limits.min <= voxels.min() and voxels.max() <= limits.max and np.array_equal(voxels, np.rint(voxels)):
+        voxels = voxels.astype(np.int16)
+    image = nib.Nifti1Image(voxels, volume.affine)
+    image.set_qform(volume.affine, code=1)
+    image.set_sform(volume.affine, code=1)
+    image.header.set_xyzt_units("mm")
+    return image
+
+
+def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:
+    """Refuse files of several people: by patient id, or by date of birth, or by name where no id is told.
+
+    The message does not repeat what tells them apart.
+    """
+    fields: tuple[str, ...] = ("PatientID", "PatientBirthDate")
+    if not any(text(file.header, "PatientID") for file in files):
+        fields = ("PatientName", *fields)
+    for field in fields:
+        first: dict[str, str] = {}
+        for file in files:
+            value = " ".join(text(file.header, field).replace("^", " ").upper().split())
+            if value:
+                first.setdefault(value, file.name)
+        if len(first) > 1:
+            one, other = list(first.values())[:2]
+            raise DataError(
+                f"{path}: files of {len(first)} patients ({field} differs, as between {one} and {other}). "
+                "Give the folder of one patient."
+            )
+
+
+def _of_study(path: Path, files: tuple[DicomFile, ...], wanted: str | None) -> tuple[DicomFile, ...]:
+    """The files of the study that is wanted, or of the only one."""
+    counts = Counter(text(file.header, "StudyInstanceUID") for file in files)
+    if wanted is None and len(counts) > 1:
+        listed = ", ".join(f"{uid} ({count} files)" for uid, count in sorted(counts.items()))
+        raise DataError(f"{path}: {len(counts)} studies: {listed}. Choose one with --study UID.")
+    if wanted is not None and wanted not in counts:
+        raise DataError(f"{path}: no study {wanted}. There are {', '.join(sorted(counts))}.")
+    return tuple(file for file in files if wanted is None or text(file.header, "StudyInstanceUID") == wanted)

@@ -1,0 +1,87 @@
+"""From an answer on the grid of a case that was brought in to a label map on the grid of one of its scans."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.labels import from_regions
+from data.native_space.itk import Grid, refined, resampled, to_itk, voxels_of
+from data.nifti import Volume, spacing_of
+from data.preprocess import TIE_TOLERANCE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+
+#: A thick voxel is looked at in at most so many places along an axis.
+_MOST_PARTS: Final = 16
+
+
+def bring_back(
+    shares: npt.NDArray[np.float32],
+    grid: Grid,
+    transform: sitk.Transform,
+    native: Grid,
+    *,
+    source: Path,
+    thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5),
+) -> npt.NDArray[np.uint8]:
+    """Bring probabilities to a scan's own grid and make labels of them there.
+
+    A native voxel takes each region's mean probability over its own extent - interpolated linearly at as many places
+    along each axis as voxels of ``grid`` fit in - and belongs to the region where that is the region's threshold or
+    more. Labels are never interpolated; the regions of the result are nested.
+
+    Args:
+        shares: float32, shape (3, X, Y, Z) on ``grid``, order of :data:`data.labels.REGIONS`, 0 to 1.
+        grid: where the shares lie.
+        transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
+        native: the scan's grid.
+        source: of the shares, for messages.
+        thresholds: by region, as the shares.
+
+    Returns:
+        uint8, the program's codes, shape of ``native``; background outside of ``grid``.
+    """
+    return cut_back(means_back(shares, grid, transform, native, source=source), thresholds)
+
+
+def cut_back(
+    means: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)
+) -> npt.NDArray[np.uint8]:
+    """The label map of what :func:`means_back` returned: a region where its share is the threshold or more, nested."""
+    bounds = np.array(thresholds).reshape(3, 1, 1, 1)
+    return from_regions(means >= bounds - TIE_TOLERANCE)
+
+
+def means_back(
+    shares: npt.NDArray[np.float32], grid: Grid, transform: sitk.Transform, native: Grid, *, source: Path
+) -> npt.NDArray[np.float32]:
+    """The shares on a scan's own grid: the mean over the extent of each of its voxels, as of :func:`bring_back`.
+
+    Args:
+        shares: float32, shape (n, X, Y, Z) on ``grid``.
+        grid: where the shares lie.
+        transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
+        native: the scan's grid.
+        source: of the shares, for messages.
+
+    Returns:
+        float32, shape of ``native`` after n; 0 outside of ``grid``.
+    """
+    own = np.array(spacing_of(native.affine))
+    parts = np.clip(np.rint(own / min(spacing_of(grid.affine))), 1, _MOST_PARTS).astype(int)
+    factors = (int(parts[0]), int(parts[1]), int(parts[2]))
+    fine, back = refined(native, factors), transform.GetInverse()
+    means = []
+    for share in shares:
+        image = to_itk(Volume(voxels=share.astype(np.float32), affine=grid.affine, path=source))
+        there = voxels_of(resampled(image, fine, back))
+        x, y, z = native.size
+        cells = there.reshape(x, factors[0], y, factors[1], z, factors[2])
+        means.append(cells.mean(axis=(1, 3, 5)))
+    return np.stack(means)

@@ -1,0 +1,491 @@
+"""Where one image lies on another: rigid between the contrasts of a head, affine from a template.
+
+Mattes mutual information (Mattes et al., IEEE TMI 22, 120, 2003) as ITK computes it, over a pyramid that stops at
+:data:`WORKING_MM`. The same images give the same transform on every run and machine: one thread, a fixed seed. The
+start is chosen among several, and an answer that does not stand out from its surroundings is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.native_space.itk import grid_of, refined, resampled, smoothed_for, upright_grid_around, voxels_of
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+
+#: Finest voxel that registration looks at.
+WORKING_MM: Final = 2.0
+#: What the pyramid's levels see, in mm: the coarsest is where the starts compete.
+_COARSE_MM: Final = 8.0
+#: A voxel with a longer edge is a thick slice.
+_THICK_MM: Final = 2.5
+_BINS: Final = 32
+_SEED: Final = 20408
+#: Share of the voxels that the metric samples at the finest level.
+_SAMPLED: Final = 0.25
+#: Rotations tried at the start, in degrees about each axis of the world.
+_TRIED_DEGREES: Final = 15.0
+#: The starts that are followed for some steps before one is chosen.
+_FOLLOWED: Final = 3
+#: Shifts in mm and turns in degrees against which an answer must stand out.
+_AWAY_MM: Final = 15.0
+_AWAY_DEGREES: Final = 25.0
+#: Mutual information at the answer, over the best of those away from it; with images of two heads it is near 1.
+MIN_CONTRAST: Final = 1.1
+#: Dice of the two heads, within the field of view of both.
+MIN_OVERLAP: Final = 0.75
+#: Share of the mutual information, as the headers have it, that the answer must keep. Not 1: between thick slices the
+#: metric at the true pose is some thousandths below that of poses beside it.
+LEAST_KEPT: Final = 0.95
+#: How far the brain's top may lie below the head's, and how much of the head below its top is about the brain.
+_SCALP_MM: Final = (0.0, 12.0)
+_BRAIN_HEIGHT_MM: Final = 140.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Registration:
+    """Where an image lies, and how well that is known."""
+
+    transform: sitk.Transform
+    """From LPS millimetres of the fixed image to those of the moving one, as ITK resamples."""
+    metric_before: float
+    """Mutual information (nats, higher is better) with the moving image where its header puts it."""
+    metric_after: float
+    """The same with the answer."""
+    contrast: float
+    """``metric_after`` over the best of 12 poses away from it: how much the answer stands out."""
+    overlap: float
+    """Dice of the two heads (all that is not background) within the field of view of both."""
+    cpu_seconds: float
+
+    @property
+    def degrees(self) -> float:
+        """Angle of the rotation."""
+        turn = linear_part(self.transform)[:3, :3]
+        return math.degrees(math.acos(max(-1.0, min(1.0, (float(np.trace(turn)) - 1) / 2))))
+
+    @property
+    def shift_mm(self) -> float:
+        """How far the rotation's centre, the middle of the fixed head, is moved."""
+        centre = np.array(self.transform.GetFixedParameters()[:3])
+        return float(np.linalg.norm(self.transform.TransformPoint(centre.tolist()) - centre))
+
+
+def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Registration:
+    """Find the rigid transform that brings one contrast of a head onto another.
+
+    Both may be of any spacing, orientation and field of view, with a skull or without.
+
+    Args:
+        fixed: float32, where the answer is wanted; LPS millimetres.
+        moving: float32, the image to bring there.
+        name: of the moving image, for messages.
+
+    Returns:
+        an ``Euler3DTransform`` about the middle of the fixed head.
+
+    Raises:
+        DataError: an image without contrast, or no pose that stands out: images of different heads, or damaged ones.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    began = time.process_time()
+    still, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
+    still = still.upright()
+    start = sitk.Euler3DTransform()
+    start.SetCenter(still.centre)
+    starts = list(_rigid_starts(start, still.centre, other.centre))
+    with _one_thread():
+        found = _search(still, other, starts)
+        found = _refined(_Head.of(fixed, "t1c"), other, found)
+        return _rigid_result(still, other, start, found, began=began, name=name)
+
+
+def _rigid_result(still: _Head, other: _Head, start: Any, found: Any, *, began: float, name: str) -> Registration:
+    """The answer with its measures, or an error."""
+    before = _information(still.image, other.image, start)
+    after = _information(still.image, other.image, found)
+    away = max(_information(still.image, other.image, pose) for pose in _rigid_poses_away(found))
+    result = Registration(
+        transform=found,
+        metric_before=before,
+        metric_after=after,
+        contrast=after / max(away, 1e-6),
+        overlap=_overlap(still.mask, other.mask, found),
+        cpu_seconds=time.process_time() - began,
+    )
+    _require_found(result, name, "t1c")
+    return result
+
+
+def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image, *, name: str) -> Registration:
+    """Find the affine transform that lays a template's brain on a head, with its skull or without.
+
+    The metric is taken in the template's brain and a rim around it, so that skull and neck have little say. The start
+    has the brain's top below the head's by the thickness of scalp and skull, or, where that fits better, the middles
+    brought together.
+
+    Args:
+        template: float32, a brain without its skull.
+        brain: float32, 1 in the template's brain.
+        head: float32, the image to lay it on.
+        name: of the head, for messages.
+
+    Returns:
+        an ``AffineTransform``, from the template's LPS millimetres to those of the head.
+
+    Raises:
+        DataError: an image without contrast, or no pose that stands out.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    began = time.process_time()
+    other = _Head.of(head, name)
+    # Two voxels: enough of the rim that the brain's border counts, too little for the scalp's.
+    rim = sitk.BinaryDilate(sitk.Cast(brain, sitk.sitkUInt8), [2] * 3)
+    still = _Head(image=template, mask=rim, centre=_centre(sitk.Cast(brain, sitk.sitkUInt8)))
+    starts: list[Any] = []
+    for place in _template_places(still, other):
+        shift = [there - here for here, there in zip(still.centre, place, strict=True)]
+        for tilt in (-1, 0, 1):
+            pose = sitk.AffineTransform(3)
+            pose.SetCenter(still.centre)
+            pose.SetTranslation(shift)
+            pose.Rotate(1, 2, math.radians(_TRIED_DEGREES) * tilt)
+            starts.append(pose)
+    with _one_thread():
+        found = _search(still, other, starts, mask=rim)
+        after = _information(still.image, other.image, found, mask=rim)
+        away = max(_information(still.image, other.image, pose, mask=rim) for pose in _affine_poses_away(found))
+        result = Registration(
+            transform=found,
+            metric_before=_information(still.image, other.image, starts[1], mask=rim),
+            metric_after=after,
+            contrast=after / max(away, 1e-6),
+            overlap=_inside(rim, other.mask, found),
+            cpu_seconds=time.process_time() - began,
+        )
+    _require_found(result, name, "the MNI152 template", least_overlap=0.5)
+    return result
+
+
+def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float, float]]:
+    """Where the middle of the template's brain may lie in a head: in its middle, or that far below its top."""
+    points = np.argwhere(voxels_of(other.mask)).astype(np.float64)
+    to_ras = grid_of(other.mask).affine
+    places = points @ to_ras[:3, :3].T + to_ras[:3, 3]
+    places[:, :2] *= -1  # LPS
+    yield other.centre
+    top = float(places[:, 2].max())
+    upper = places[places[:, 2] > top - _BRAIN_HEIGHT_MM].mean(axis=0)
+    brain = np.argwhere(voxels_of(still.mask))
+    height = (brain[:, 2].max() - brain[:, 2].mean()) * still.mask.GetSpacing()[2]
+    for scalp in _SCALP_MM:
+        yield (float(upper[0]), float(upper[1]), top - scalp - float(height))
+
+
+def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTransform]:
+    """Poses a good way off along each axis."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    for axis, sign in product(range(3), (1, -1)):
+        pose = sitk.AffineTransform(found)
+        pose.Translate([sign * _AWAY_MM * (a == axis) for a in range(3)])
+        yield pose
+
+
+def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
+    """Share of a mask that comes to lie in a head."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    there = sitk.Resample(head, mask, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    inside = sitk.GetArrayViewFromImage(mask) != 0
+    return float((sitk.GetArrayViewFromImage(there) != 0)[inside].mean())
+
+
+def linear_part(transform: sitk.Transform) -> npt.NDArray[np.float64]:
+    """The 4x4 matrix of a linear transform, on LPS millimetres."""
+    origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
+    columns = [np.array(transform.TransformPoint(point)) - origin for point in np.eye(3).tolist()]
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(columns).T
+    matrix[:3, 3] = origin
+    return matrix
+
+
+def head_mask(image: sitk.Image) -> sitk.Image:
+    """What is not background: the non-zero voxels where many are 0, else those above Otsu's threshold; holes filled.
+
+    Args:
+        image: float32.
+
+    Returns:
+        uint8, 1 inside.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    zeros = float(np.mean(sitk.GetArrayViewFromImage(image) == 0))
+    inside = image != 0 if zeros > 0.2 else sitk.OtsuThreshold(sitk.DiscreteGaussian(image, [4.0, 4.0, 4.0]), 0, 1)
+    labelled = sitk.RelabelComponent(sitk.ConnectedComponent(inside), sortByObjectSize=True) == 1
+    filled: sitk.Image = sitk.BinaryFillhole(labelled)
+    return filled
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Head:
+    """An image at the working resolution, its grey values from 0 to 1, and where the head is in it."""
+
+    image: sitk.Image
+    mask: sitk.Image
+    centre: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, image: sitk.Image, name: str) -> _Head:
+        import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+        factors = [max(1, round(WORKING_MM / own)) for own in image.GetSpacing()]
+        coarse = sitk.BinShrink(image, factors)
+        mask = head_mask(coarse)
+        values = sitk.GetArrayViewFromImage(coarse)[sitk.GetArrayViewFromImage(mask) != 0]
+        if not values.size or np.ptp(values) == 0:
+            raise DataError(f"{name}: no head to be seen in the image, it has one value. Export it again.")
+        low, high = (float(np.percentile(values, share)) for share in (0.5, 99.5))
+        low = min(low, 0.0) if low < 0.1 * high else low
+        scaled = sitk.Clamp((coarse - low) / max(high - low, 1e-12), lowerBound=0.0, upperBound=1.0)
+        scaled = sitk.Cast(scaled, sitk.sitkFloat32)  # images of one kind are compared
+        return cls(image=scaled, mask=mask, centre=_centre(mask))
+
+    def upright(self) -> _Head:
+        """The part around the head on a straight grid of the working resolution."""
+        grid = upright_grid_around(self.mask, WORKING_MM, margin_mm=8.0)
+        return _Head(
+            image=resampled(smoothed_for(self.image, WORKING_MM), grid),
+            mask=resampled(self.mask, grid, nearest=True),
+            centre=self.centre,
+        )
+
+
+def _centre(mask: sitk.Image) -> tuple[float, float, float]:
+    """Middle of the marked voxels in LPS millimetres."""
+    middle = np.argwhere(voxels_of(mask)).mean(axis=0)
+    x, y, z = mask.TransformContinuousIndexToPhysicalPoint(middle.tolist())
+    return (x, y, z)
+
+
+def _rigid_starts(
+    start: sitk.Euler3DTransform, fixed_centre: tuple[float, ...], moving_centre: tuple[float, ...]
+) -> Iterator[sitk.Euler3DTransform]:
+    """As the headers have it, and with the heads' middles brought together; each also turned about each axis."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    together = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
+    step = math.radians(_TRIED_DEGREES)
+    turns = [
+        (0.0, 0.0, 0.0),
+        *(tuple(sign * step * (a == axis) for a in range(3)) for axis in range(3) for sign in (1, -1)),
+    ]
+    for shift, turn in product(((0.0, 0.0, 0.0), together), turns):
+        pose = sitk.Euler3DTransform(start)
+        pose.SetRotation(*turn)
+        pose.SetTranslation(shift)
+        yield pose
+
+
+def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTransform]:
+    """Poses a good way off, along and about each axis."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    for parameter, sign in product(range(6), (1, -1)):
+        values = list(found.GetParameters())
+        values[parameter] += sign * (math.radians(_AWAY_DEGREES) if parameter < 3 else _AWAY_MM)
+        pose = sitk.Euler3DTransform(found)
+        pose.SetParameters(values)
+        yield pose
+
+
+def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
+    """The best transform of those that the starts lead to."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
+    blurred = _blurred(other.image, _COARSE_MM / 2)
+    ranked = sorted(starts, key=lambda pose: -_information(coarse, blurred, pose, mask=mask))
+    followed = [_descend(coarse, blurred, pose, step_mm=4.0, least_mm=0.2, mask=mask) for pose in ranked[:_FOLLOWED]]
+    best = max(followed, key=lambda pose: _information(coarse, blurred, pose, mask=mask))
+    middle = sitk.Shrink(_blurred(still.image, WORKING_MM), [2] * 3)
+    best = _descend(middle, _blurred(other.image, WORKING_MM), best, step_mm=1.0, least_mm=0.05, mask=mask)
+    return _descend(still.image, other.image, best, step_mm=0.5, least_mm=0.01, sampled=_SAMPLED, mask=mask)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Have ITK compute with one thread: sums of several come in any order, and differ in their last digits."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+
+
+def _refined(still: _Head, other: _Head, found: Any) -> Any:
+    """A better transform where one of two images has thick slices; ``found`` itself where none has.
+
+    Interpolated between thick slices, an image is blurred by place, and the metric's optimum lies off by a millimetre
+    or two. So the thick image is taken where its voxels are, and the other, brought over by what was found, is blurred
+    across the slices as if it had been scanned with them. What is left between the two is a small rigid transform.
+    """
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
+        return found
+    swapped = max(other.image.GetSpacing()) > max(still.image.GetSpacing())
+    thick, thin, to_thin = (other, still, found.GetInverse()) if swapped else (still, other, found)
+    own = grid_of(thick.image)
+    x, y, z = (max(1, round(mm / WORKING_MM)) for mm in thick.image.GetSpacing())
+    brought = resampled(thin.image, refined(own, (x, y, z)), to_thin)
+    # A slice of thickness d is a box of variance d^2 / 12.
+    profile = [mm**2 / 12 if mm > _THICK_MM else 0.0 for mm in thick.image.GetSpacing()]
+    brought = sitk.DiscreteGaussian(brought, profile, 32, 0.01, True)
+    rest = sitk.Euler3DTransform()
+    rest.SetCenter(thick.centre)
+    rest = _descend(_cut(thick), brought, rest, step_mm=0.5, least_mm=0.005)
+    # A point of the thick image goes by `rest` to the one that was brought over, and from there to the thin image.
+    matrix: npt.NDArray[np.floating] = linear_part(to_thin) @ linear_part(rest)
+    matrix = np.linalg.inv(matrix) if swapped else matrix
+    better = sitk.Euler3DTransform(found)
+    better.SetMatrix(matrix[:3, :3].ravel().tolist(), 1e-5)
+    centre = np.array(found.GetCenter())
+    better.SetTranslation((matrix[:3, :3] @ centre + matrix[:3, 3] - centre).tolist())
+    return better
+
+
+def _cut(head: _Head) -> sitk.Image:
+    """The part of an image around its head."""
+    marked = np.argwhere(voxels_of(head.mask))
+    spare = np.ceil(8.0 / np.array(head.image.GetSpacing())).astype(int)
+    low = np.maximum(marked.min(axis=0) - spare, 0)
+    high = np.minimum(marked.max(axis=0) + spare + 1, head.image.GetSize())
+    x, y, z = (slice(int(first), int(stop)) for first, stop in zip(low, high, strict=True))
+    cut: sitk.Image = head.image[x, y, z]
+    return cut
+
+
+def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMethod:
+    """Mutual information of a sample that is the same each time."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    method = sitk.ImageRegistrationMethod()
+    method.SetNumberOfThreads(1)
+    method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=_BINS)
+    method.SetInterpolator(sitk.sitkLinear)
+    if mask is not None:
+        method.SetMetricFixedMask(mask)
+    if sampled < 1:
+        method.SetMetricSamplingStrategy(method.RANDOM)
+        method.SetMetricSamplingPercentage(sampled, seed=_SEED)
+    return method
+
+
+def _information(fixed: sitk.Image, moving: sitk.Image, pose: Any, *, mask: sitk.Image | None = None) -> float:
+    """Mutual information in nats at a pose; 0 where the images hardly overlap."""
+    method = _method(1.0, mask)
+    method.SetInitialTransform(pose)
+    try:
+        return -float(method.MetricEvaluate(fixed, moving))
+    except RuntimeError as error:
+        _require_out_of_sight(error)
+        return 0.0
+
+
+def _descend(
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    start: Any,
+    *,
+    step_mm: float,
+    least_mm: float,
+    sampled: float = 1.0,
+    mask: sitk.Image | None = None,
+) -> Any:
+    """Follow the metric's gradient from a start; the start itself where it leads nowhere."""
+    method = _method(sampled, mask)
+    method.SetOptimizerAsRegularStepGradientDescent(
+        learningRate=step_mm,
+        minStep=least_mm,
+        numberOfIterations=100,
+        relaxationFactor=0.5,
+        gradientMagnitudeTolerance=1e-8,
+    )
+    method.SetOptimizerScalesFromPhysicalShift()
+    pose = type(start)(start)
+    method.SetInitialTransform(pose, inPlace=True)
+    try:
+        method.Execute(fixed, moving)
+    except RuntimeError as error:
+        _require_out_of_sight(error)
+        return type(start)(start)
+    return pose
+
+
+def _require_out_of_sight(error: RuntimeError) -> None:
+    """Pass ITK's word for images that do not overlap; raise any other again. It has one kind of error for all."""
+    if "samples map outside" not in str(error):
+        raise error
+
+
+def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    gaussian = sitk.SmoothingRecursiveGaussianImageFilter()
+    gaussian.SetSigma(sigma_mm)
+    gaussian.SetNumberOfThreads(1)
+    smooth: sitk.Image = gaussian.Execute(image)
+    return smooth
+
+
+def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
+    """Dice of two masks within the field of view of both, on the grid of the first."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    seen = sitk.Resample(moving * 0 + 1, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    inside = sitk.GetArrayViewFromImage(seen) != 0
+    there = sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
+    first = (sitk.GetArrayViewFromImage(fixed) != 0) & inside
+    second = sitk.GetArrayViewFromImage(there) != 0
+    return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
+
+
+def _require_found(result: Registration, name: str, onto: str, *, least_overlap: float = MIN_OVERLAP) -> None:
+    """Refuse an answer that is none."""
+    problem = None
+    if result.metric_after < LEAST_KEPT * result.metric_before:
+        problem = (
+            f"mutual information fell from {result.metric_before:.3f}, as the headers have it, "
+            f"to {result.metric_after:.3f}"
+        )
+    elif result.contrast < MIN_CONTRAST:
+        problem = (
+            f"no pose stands out: mutual information {result.metric_after:.3f} is {result.contrast:.2f} times that of "
+            "poses far off"
+        )
+    elif result.overlap < least_overlap:
+        problem = f"the heads overlap by {result.overlap:.2f} alone; {least_overlap:g} is needed"
+    if problem is not None:
+        raise DataError(
+            f"{name} could not be registered to {onto}: {problem}. Do both show one head? Register it yourself, or "
+            "leave the case out."
+        )

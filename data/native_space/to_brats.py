@@ -1,0 +1,330 @@
+"""From the scanner's own images to a case as BraTS stores one: registered, 1 mm, skull-stripped.
+
+The contrasts are registered to T1c, resampled once to a straight 1 mm grid around T1c's field of view in the voxel
+order of BraTS (left, posterior, superior), and set to 0 outside of the brain. The head stays as it lies in the scanner:
+BraTS also turns it to the SRI24 atlas, which a network trained with flips and rotations does not need.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.datasets.layouts import Case, convention_of
+from data.errors import DataError
+from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
+from data.native_space.brain_mask import BRAIN_LITRES, BrainMask, find_brain, require_mask
+from data.native_space.itk import Grid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
+from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Registration, head_mask, register_rigid
+from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+
+#: What the others are registered to.
+REFERENCE: Final[Contrast] = "t1c"
+#: N4 fits its field on voxels of about this size, with these iterations at its levels.
+_N4_MM: Final = 4.0
+_N4_ITERATIONS: Final = (50, 50, 30)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BringInConfig:
+    """What is done to a case's native images."""
+
+    spacing_mm: float = 1.0
+    """Edge of the voxels made."""
+    n4: bool = False
+    """Whether N4 takes the slow change of brightness out of each contrast (Tustison et al., IEEE TMI 29, 2010)."""
+    mask: str = "auto"
+    """One of :data:`data.native_space.brain_mask.MASK_WORDS`, or the path of a mask."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NativeCase:
+    """Four contrasts, each on its own grid, in their scanner's LPS millimetres."""
+
+    id: str
+    images: Mapping[Contrast, sitk.Image]
+    """float32, 3D."""
+    codes: sitk.Image | None = None
+    """Label map in the program's codes, uint8, where there is one."""
+    codes_on: Contrast = REFERENCE
+    """The contrast in whose place the label map lies."""
+    sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """By contrast and ``label``: where it came from, for the record, e.g. path and SHA-256."""
+    zeroed: Mapping[Contrast, int] = field(default_factory=dict)
+    """By contrast: how many voxels were NaN or infinite and were taken as 0."""
+    backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
+    """By contrast: what of it was background and not 0, in words."""
+    warnings: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
+    """What of the files' geometry had to be chosen, a sentence each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BroughtIn:
+    """A case on one grid, with what is needed to go back."""
+
+    id: str
+    images: Mapping[Contrast, npt.NDArray[np.float32]]
+    """Shape (X, Y, Z) each; 0 outside of the brain."""
+    codes: npt.NDArray[np.uint8] | None
+    grid: Grid
+    registrations: Mapping[Contrast, Registration]
+    """Of the contrasts that were registered, i.e. all but T1c."""
+    mask: BrainMask
+    record: Mapping[str, Any]
+    """What was done, as in ``prepare.json``; the same on every run."""
+    warnings: tuple[str, ...]
+
+    def transform(self, contrast: Contrast) -> sitk.Transform:
+        """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
+        import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+        if contrast == REFERENCE:
+            return sitk.TranslationTransform(3)
+        return self.registrations[contrast].transform
+
+
+def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
+    """Read a case whose contrasts need not share a grid.
+
+    Args:
+        case: all four contrasts present; a label map lies on the grid of one of them.
+        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
+
+    Raises:
+        DataError: a contrast is missing or unreadable, or the label map lies on the grid of no contrast.
+    """
+    case.require()
+    volumes: dict[Contrast, Volume] = {}
+    for contrast in CONTRASTS:
+        try:
+            volumes[contrast] = read_image(
+                case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
+            )
+        except DataError as error:
+            raise DataError(f"case {case.id}, contrast {contrast}: {error}") from error
+        if not volumes[contrast].voxels.any():
+            raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: every voxel is 0.")
+    files: dict[str, Path] = {str(contrast): path for contrast, path in case.contrasts.items()}
+    files |= {} if case.label is None else {"label": case.label}
+    codes, codes_on = None, REFERENCE
+    if case.label is not None:
+        codes, codes_on = _read_codes(case, case.label, volumes)
+    return NativeCase(
+        id=case.id,
+        images={contrast: to_itk(volume) for contrast, volume in volumes.items()},
+        codes=codes,
+        codes_on=codes_on,
+        sources={name: {"path": str(path), "sha256": _sha256(path)} for name, path in files.items()},
+        zeroed={contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed},
+        backgrounds={contrast: volume.background for contrast, volume in volumes.items() if volume.background},
+        doubts=tuple(f"{contrast}: {volume.doubt}" for contrast, volume in volumes.items() if volume.doubt),
+    )
+
+
+def bring_in(
+    native: NativeCase, config: BringInConfig, *, on_step: Callable[[str], None] = lambda _: None
+) -> BroughtIn:
+    """Register, correct, resample and mask the contrasts of one case; equal inputs give equal results.
+
+    Args:
+        native: the four contrasts on their own grids.
+        config: what is to be done.
+        on_step: told what is being done.
+
+    Raises:
+        DataError: a contrast cannot be registered, or no brain mask be had as asked for; the message names it.
+    """
+    require_mask(config.mask)
+    fixed = native.images[REFERENCE]
+    registrations: dict[Contrast, Registration] = {}
+    for contrast in CONTRASTS:
+        if contrast != REFERENCE:
+            on_step(f"{native.id}: registering {contrast}")
+            try:
+                registrations[contrast] = register_rigid(fixed, native.images[contrast], name=contrast)
+            except DataError as error:
+                raise DataError(f"case {native.id}: {error}") from error
+    grid = upright_grid(fixed, config.spacing_mm)
+    made: dict[Contrast, sitk.Image] = {}
+    for contrast in CONTRASTS:
+        image = native.images[contrast]
+        if config.n4:
+            on_step(f"{native.id}: N4 of {contrast}")
+            image = corrected(image)
+        transform = registrations[contrast].transform if contrast in registrations else None
+        made[contrast] = resampled(smoothed_for(image, config.spacing_mm), grid, transform)
+    on_step(f"{native.id}: brain mask")
+    mask = find_brain(made[REFERENCE], fixed, config.mask, name=native.id)
+    inside = None if mask.mask is None else voxels_of(mask.mask) != 0
+    images = {contrast: _masked(voxels_of(image), inside) for contrast, image in made.items()}
+    codes = None
+    if native.codes is not None:
+        there = registrations.get(native.codes_on)
+        codes = _resampled_codes(native.codes, grid, None if there is None else there.transform)
+    litres = None if inside is None else float(inside.sum()) * config.spacing_mm**3 / 1e6
+    warnings = (
+        *native.warnings,
+        *zeroed_warnings(native),
+        *background_warnings(native),
+        *mask.warnings,
+        *_litre_warnings(litres),
+    )
+    return BroughtIn(
+        id=native.id,
+        images=images,
+        codes=codes,
+        grid=grid,
+        registrations=registrations,
+        mask=mask,
+        record=_record(
+            native, config, grid=grid, registrations=registrations, mask=mask, litres=litres, warnings=warnings
+        ),
+        warnings=warnings,
+    )
+
+
+def corrected(image: sitk.Image) -> sitk.Image:
+    """An image without its slow change of brightness, by N4 on a coarser copy; zeros stay 0."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    factors = [
+        max(1, min(round(_N4_MM / own), n // 8)) for own, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
+    ]
+    # Logarithms are taken: what is not above 0 has none.
+    coarse = sitk.Shrink(image, factors)
+    mask = sitk.And(head_mask(coarse), sitk.Cast(coarse > 0, sitk.sitkUInt8))
+    n4 = sitk.N4BiasFieldCorrectionImageFilter()
+    n4.SetMaximumNumberOfIterations(_N4_ITERATIONS)
+    n4.SetNumberOfThreads(1)
+    n4.Execute(coarse, mask)
+    even: sitk.Image = image / sitk.Exp(n4.GetLogBiasFieldAsImage(image))
+    return even
+
+
+def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> tuple[sitk.Image, Contrast]:
+    """The label map in the program's codes, and the contrast on whose grid it lies."""
+    try:
+        label = read_label_map(path)
+        codes = decode(label.voxels, convention_of([case]))
+    except DataError as error:
+        raise DataError(f"case {case.id}, label map: {error}") from error
+    for contrast in (REFERENCE, *CONTRASTS):
+        if grid_difference(volumes[contrast], in_order_of(volumes[contrast], label)) is None:
+            return to_itk(Volume(voxels=codes, affine=label.affine, path=path)), contrast
+    raise DataError(
+        f"case {case.id}: the label map {path} is on the grid of no contrast: on which was it drawn? "
+        "Resample it to one of them, or leave it out."
+    )
+
+
+def _resampled_codes(codes: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
+    """A label map on another grid: each region interpolated linearly, cut at one half, nested."""
+    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+
+    shares = []
+    for mask in to_regions(voxels_of(codes)):
+        image = sitk.GetImageFromArray(np.ascontiguousarray(mask.T.astype(np.float32)))
+        image.CopyInformation(codes)
+        shares.append(voxels_of(resampled(image, grid, transform)) >= 0.5)
+    return from_regions(np.stack(shares))
+
+
+def _masked(voxels: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
+    return voxels if inside is None else np.where(inside, voxels, np.float32(0))
+
+
+def zeroed_warnings(native: NativeCase) -> list[str]:
+    """A sentence for each contrast with voxels that were taken as 0; among the warnings of bringing in."""
+    return [f"{count} voxels of {contrast} were NaN or infinite and are 0" for contrast, count in native.zeroed.items()]
+
+
+def background_warnings(native: NativeCase) -> list[str]:
+    """A sentence for each contrast whose background was not 0; among the warnings of bringing in."""
+    return [f"{contrast}: {sentence}" for contrast, sentence in native.backgrounds.items()]
+
+
+def _litre_warnings(litres: float | None) -> list[str]:
+    if litres is None or BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
+        return []
+    return [
+        f"the brain mask holds {litres:.2f} l; a brain has {BRAIN_LITRES[0]:g} to {BRAIN_LITRES[1]:g} l. Look at it"
+    ]
+
+
+def _record(
+    native: NativeCase,
+    config: BringInConfig,
+    *,
+    grid: Grid,
+    registrations: Mapping[Contrast, Registration],
+    mask: BrainMask,
+    litres: float | None,
+    warnings: tuple[str, ...],
+) -> dict[str, Any]:
+    """What was done, as plain data."""
+    return {
+        "case": native.id,
+        "inputs": {name: {**native.sources.get(name, {}), **_described(native.images[name])} for name in CONTRASTS},
+        "label": {**native.sources.get("label", {}), "drawn_on": native.codes_on} if native.codes is not None else None,
+        "parameters": {
+            **asdict(config),
+            "reference": REFERENCE,
+            "registration": "rigid, Mattes mutual information",
+            "registration_spacing_mm": WORKING_MM,
+            "least_contrast": MIN_CONTRAST,
+            "least_overlap": MIN_OVERLAP,
+        },
+        "registrations": {
+            contrast: {
+                "mutual_information_before": found.metric_before,
+                "mutual_information": found.metric_after,
+                "contrast_to_poses_away": found.contrast,
+                "head_overlap_dice": found.overlap,
+                "degrees": found.degrees,
+                "shift_mm": found.shift_mm,
+            }
+            for contrast, found in registrations.items()
+        },
+        "grid": {"shape": list(grid.size), "affine": grid.affine.tolist(), "axes": "LPS"},
+        "mask": {"source": mask.source, "coarse": mask.coarse, "detail": mask.detail, "litres": litres},
+        "transforms": "from LPS millimetres of t1c, which are those of this case, to those of the contrast's own file",
+        "warnings": list(warnings),
+        "versions": _versions(),
+    }
+
+
+def _described(image: sitk.Image) -> dict[str, Any]:
+    own = grid_of(image)
+    return {
+        "shape": list(own.size),
+        "spacing_mm": [float(mm) for mm in image.GetSpacing()],
+        "affine": own.affine.tolist(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in ("znormseg", "SimpleITK", "nibabel", "nilearn", "numpy"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "unknown"
+    return found
+
+
+def _sha256(path: Path) -> str:
+    import hashlib  # noqa: PLC0415 - for this alone
+
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,1 @@
+"""Training patches: cached cases, sampling and augmentation."""

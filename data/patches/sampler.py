@@ -1,0 +1,391 @@
+"""Training patches: prepared cases in a cache on disk, patches drawn from it, batches made ahead of the training step.
+
+Which patch is drawn depends only on the seed and the patch's number, so a resumed run sees what an uninterrupted one
+would have. Batches are made by threads: no worker processes, nothing in shared memory.
+
+An image lies on disk as float16 in C order of (contrasts, X, Y, Z), the order a network takes, and is mapped: its pages
+are the system's, shared by all processes and given back when memory is short. Contrasts last would put a patch into
+longer pieces, but turning it round costs more than those save. Maps stay open from patch to patch, and torch turns
+float16 into float32 while it cuts; mapping anew for each patch, or converting in a second step, takes longer too. All
+of that was measured on patches of 64 and 128 voxels a side: ``bench/loader.py --layouts``.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import secrets
+from collections import OrderedDict, deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data.datasets.layouts import Case
+from data.errors import DataError
+from data.filesystem import in_words
+from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
+from data.nifti import Spacing
+from data.patches import augmentation as augment
+from data.patches.cache import ARRAYS, CaseFolder, backgrounds_in, open_array, write_source
+from data.preprocess import Prepared, prepare
+
+#: Voxels of each tissue that a case remembers as possible patch centres.
+_CENTRES_PER_TISSUE: Final = 2000
+#: Cases whose maps stay open, two files each; systems allow a process 1024 files or more.
+MOST_OPEN: Final = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachedCase:
+    """A prepared case on disk; arrays are mapped, not read. Each method raises DataError where that cannot be."""
+
+    id: str
+    folder: Path
+    shape: tuple[int, int, int]
+
+    def image(self) -> npt.NDArray[np.float16]:
+        """Shape (contrasts, X, Y, Z)."""
+        array: npt.NDArray[np.float16] = self._array("image.npy", "c")
+        return array
+
+    def codes(self) -> npt.NDArray[np.uint8]:
+        """Shape (X, Y, Z), the program's label codes."""
+        array: npt.NDArray[np.uint8] = self._array("codes.npy", "c")
+        return array
+
+    def centres(self) -> npt.NDArray[np.int16]:
+        """Rows of (code, x, y, z): tumour voxels a patch may be centred on."""
+        array: npt.NDArray[np.int16] = self._array("centres.npy", None)
+        return array
+
+    def backgrounds(self) -> dict[str, str]:
+        """By contrast: what of it was background and not 0 in its file, in words."""
+        return backgrounds_in(self.folder)
+
+    def _array(self, name: str, mode: Literal["c"] | None) -> npt.NDArray[Any]:
+        # Mapped "c", copy on write: torch takes no read-only memory without a warning, and the file stays as it is.
+        try:
+            return open_array(self.folder / name, mode)
+        except (OSError, EOFError, ValueError) as error:
+            if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
+                raise DataError(f"case {self.id}: {self.folder / name}: cannot be read: {in_words(error)}") from error
+            raise self.lost(error) from error
+
+    def lost(self, why: object) -> DataError:
+        """The error that says that the prepared arrays went away or were changed under a run."""
+        return DataError(
+            f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
+            f"({why}). Go on with --resume; they are made anew."
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What one training step sees."""
+
+    image: torch.Tensor
+    """float32, shape (N, contrasts, X, Y, Z)."""
+    masks: torch.Tensor
+    """float32, 0 or 1, shape (N, regions, X, Y, Z)."""
+    present: torch.Tensor
+    """bool, shape (N, contrasts): which contrasts each patch has; the others are 0 in ``image``."""
+    cases: tuple[str, ...]
+
+
+def cache_cases(
+    cases: Sequence[Case],
+    store: CaseFolder | Path,
+    *,
+    spacing_mm: Spacing,
+    convention: LabelConvention,
+    nan_to_zero: bool = False,
+    on_case: Callable[[str], None] | None = None,
+) -> list[CachedCase]:
+    """Prepare cases with their label maps; what is there already and still fits is kept.
+
+    Args:
+        cases: what to prepare.
+        store: where they are kept, or a folder for them alone; 9 bytes a voxel of the brain's box.
+        spacing_mm: spacing the network works at.
+        convention: what the label numbers mean.
+        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
+        on_case: called with the id of each case that is ready.
+
+    Raises:
+        DataError: a case cannot be used.
+    """
+    if isinstance(store, Path):
+        store.mkdir(parents=True, exist_ok=True)
+        store = CaseFolder(store)
+    settings = {
+        "spacing_mm": list(spacing_mm),
+        "labels": asdict(convention),
+        "nan_to_zero": nan_to_zero,
+        "centres": _CENTRES_PER_TISSUE,
+    }
+
+    def key_of(case: Case) -> str | None:
+        try:
+            return store.key(case.require(), settings)
+        except OSError:
+            return None  # whoever reads the file for its voxels says it better
+
+    def ready(case: Case, key: str | None) -> CachedCase:
+        place = None if key is None else store.find(key)
+        if place is None:
+            prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+            place = store.add(key or secrets.token_hex(20), lambda folder: _write(folder, case, prepared, settings))
+        cached = CachedCase(id=case.id, folder=place, shape=_shape_in(place))
+        if on_case is not None:
+            on_case(case.id)
+        return cached
+
+    # At most four at once: preparing a case takes some 200 MB.
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        keys = list(pool.map(key_of, cases))
+        store.hold([key for key in keys if key is not None])
+        return list(pool.map(ready, cases, keys))
+
+
+class PatchSource:
+    """Numbered training patches: patch k is the same whoever asks, whenever."""
+
+    def __init__(
+        self,
+        cases: Sequence[CachedCase],
+        *,
+        patch_voxels: tuple[int, int, int],
+        tumour_probability: float,
+        augmentation: augment.AugmentConfig,
+        seed: int,
+        enhancing_probability: float | None = None,
+    ) -> None:
+        """Args as in the run's config.
+
+        ``tumour_probability`` is the share of patches centred on tumour, ``enhancing_probability`` the share of those
+        centred on enhancing tumour in cases that have some; None: each tissue equally often.
+        """
+        self._cases = list(cases)
+        self._centres = [_by_tissue(case.centres()) for case in cases]
+        self._patch = patch_voxels
+        self._tumour_probability = tumour_probability
+        self._enhancing_probability = enhancing_probability
+        self._augmentation = augmentation
+        self._seed = seed
+        self._open: OrderedDict[int, _Mapped] = OrderedDict()
+        self._lock = Lock()
+
+    def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
+        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one patch, augmented.
+
+        Raises:
+            DataError: the prepared arrays of its case were removed or damaged.
+        """
+        image, codes, case_id, _ = self._patch_and_presence(number)
+        return image, codes, case_id
+
+    def _patch_and_presence(
+        self, number: int
+    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
+        """The same, and which contrasts the patch has."""
+        image, codes, case_id, rng = self.piece(number)
+        variation = augment.draw(self._augmentation, image.shape[0], rng)
+        return *augment.apply(variation, image, codes), case_id, variation.present
+
+    def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
+        """The same as it was cut, not augmented, and the generator that draws its augmentation."""
+        epoch, position = divmod(number, len(self._cases))
+        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
+        index = int(order[position])
+        rng = np.random.default_rng([self._seed, 1, number])
+        centre = self._centre(index, rng)
+        mapped = self._mapped(index)
+        image = cut_image(mapped.image, centre, self._patch)
+        return image, cut(mapped.codes, centre, self._patch), self._cases[index].id, rng
+
+    def batch(self, step: int, size: int) -> Batch:
+        """The patches of one step, or of one micro-batch where steps are accumulated."""
+        images, masks, present, ids = [], [], [], []
+        for number in range(step * size, (step + 1) * size):
+            image, codes, case_id, there = self._patch_and_presence(number)
+            images.append(torch.from_numpy(image))
+            masks.append(torch.from_numpy(to_regions(codes)))
+            present.append(there)
+            ids.append(case_id)
+        return Batch(
+            image=torch.stack(images),
+            masks=torch.stack(masks).float(),
+            present=torch.tensor(present),
+            cases=tuple(ids),
+        )
+
+    def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """A tumour voxel, or any voxel of the box."""
+        centres = self._centres[index]
+        wanted = rng.random() < self._tumour_probability
+        if wanted and centres:
+            of_tissue = centres[self._tissue(list(centres), rng)]
+            return tuple(int(v) for v in of_tissue[rng.integers(len(of_tissue))])
+        return tuple(int(rng.integers(side)) for side in self._cases[index].shape)
+
+    def _tissue(self, tissues: list[int], rng: np.random.Generator) -> int:
+        """One of the tissues that a case has: each as likely as the others, or enhancing tumour as often as asked."""
+        if self._enhancing_probability is None or ENHANCING not in tissues:
+            return int(rng.choice(tissues))
+        others = [tissue for tissue in tissues if tissue != ENHANCING]
+        if not others or rng.random() < self._enhancing_probability:
+            return ENHANCING
+        return int(rng.choice(others))
+
+    def _mapped(self, index: int) -> _Mapped:
+        """The arrays of a case, from those that are open or opened now."""
+        with self._lock:
+            mapped = self._open.pop(index, None)
+            if mapped is not None:
+                self._open[index] = mapped
+        if mapped is not None:
+            mapped.require_whole()
+            return mapped
+        mapped = _Mapped(self._cases[index])
+        with self._lock:
+            self._open[index] = mapped
+            while len(self._open) > MOST_OPEN:
+                self._open.popitem(last=False)
+        return mapped
+
+
+class _Mapped:
+    """The mapped arrays of one case. They stay readable when their files are deleted, not when they are cut short."""
+
+    def __init__(self, case: CachedCase) -> None:
+        self.image = case.image()
+        self.codes = case.codes()
+        self._case = case
+        self._sizes = self._sizes_now()
+
+    def require_whole(self) -> None:
+        """Raise DataError where a file was cut short: to touch what is gone would end the process without a word."""
+        now = self._sizes_now()
+        if any(size is not None and size != before for size, before in zip(now, self._sizes, strict=True)):
+            raise self._case.lost(f"file sizes were {self._sizes}, are {now}")
+
+    def _sizes_now(self) -> list[int | None]:
+        sizes: list[int | None] = []
+        for name in ("image.npy", "codes.npy"):
+            try:
+                sizes.append((self._case.folder / name).stat().st_size)
+            except OSError:
+                sizes.append(None)
+        return sizes
+
+
+def _by_tissue(centres: npt.NDArray[np.int16]) -> dict[int, npt.NDArray[np.int16]]:
+    """Rows of (x, y, z) by code."""
+    return {int(code): centres[centres[:, 0] == code, 1:] for code in np.unique(centres[:, 0])}
+
+
+def batches(
+    source: PatchSource, *, first: int, size: int, threads: int, ahead: int = 4, every: int = 1
+) -> Generator[Batch]:
+    """Batches from number ``first`` on, without end, made ahead of their use by threads; only each ``every``-th.
+
+    Close the iterator (``contextlib.closing``) to end the threads.
+    """
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="patches")
+    waiting: deque[Future[Batch]] = deque()
+    number = first
+    try:
+        while True:
+            while len(waiting) < max(ahead, threads):
+                waiting.append(pool.submit(source.batch, number, size))
+                number += every
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int, int]) -> npt.NDArray[Any]:
+    """Cut a patch out of the last three axes: inside the volume where that is large enough, else padded with 0.
+
+    Args:
+        array: shape (..., X, Y, Z).
+        centre: voxel that the patch's middle should be on; the patch moves where it would leave the volume.
+        patch: shape of the result's last three axes.
+    """
+    inside, outside = _where(array.shape[-3:], centre, patch)
+    piece = array[..., inside[0], inside[1], inside[2]]
+    if piece.shape[-3:] == tuple(patch):
+        return np.array(piece)
+    padded = np.zeros((*array.shape[:-3], *patch), dtype=array.dtype)
+    padded[..., outside[0], outside[1], outside[2]] = piece
+    return padded
+
+
+def cut_image(
+    image: npt.NDArray[np.float16], centre: tuple[int, ...], patch: tuple[int, int, int]
+) -> npt.NDArray[np.float32]:
+    """As :func:`cut`, and from float16 to float32 on the way, which torch does faster than numpy."""
+    inside, outside = _where(image.shape[-3:], centre, patch)
+    piece = torch.from_numpy(image)[..., inside[0], inside[1], inside[2]]
+    make = torch.empty if piece.shape[-3:] == tuple(patch) else torch.zeros
+    result = make((*image.shape[:-3], *patch), dtype=torch.float32)
+    result[..., outside[0], outside[1], outside[2]].copy_(piece)
+    return result.numpy()
+
+
+def _where(
+    shape: tuple[int, ...], centre: tuple[int, ...], patch: tuple[int, int, int]
+) -> tuple[list[slice], list[slice]]:
+    """The part of a volume that a patch takes, and the part of the patch that it fills."""
+    inside: list[slice] = []
+    outside: list[slice] = []
+    for size, middle, side in zip(shape, centre, patch, strict=True):
+        start = min(max(middle - side // 2, 0), max(size - side, 0))
+        taken = min(side, size)
+        pad = (side - taken) // 2
+        inside.append(slice(start, start + taken))
+        outside.append(slice(pad, pad + taken))
+    return inside, outside
+
+
+def _write(folder: Path, case: Case, prepared: Prepared, settings: Mapping[str, Any]) -> None:
+    """Write a prepared case into an entry of the cache."""
+    assert prepared.codes is not None
+    arrays: list[npt.NDArray[Any]] = [
+        prepared.image.astype(np.float16),
+        prepared.codes,
+        _centres(prepared.codes),
+    ]
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        _save_array(folder / name, array)
+    write_source(folder, case, settings, {str(name): said for name, said in prepared.backgrounds.items()})
+
+
+def _shape_in(place: Path) -> tuple[int, int, int]:
+    x, y, z = open_array(place / "codes.npy", "r").shape
+    return (x, y, z)
+
+
+def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """As np.save, but a full disk is told as the system tells it; np.save has an error of its own without a number."""
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    path.write_bytes(buffer.getbuffer())
+
+
+def _centres(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
+    """Up to :data:`_CENTRES_PER_TISSUE` voxels of each tissue, spread evenly over it, as rows (code, x, y, z)."""
+    rows = []
+    for code in (NECROSIS, OEDEMA, ENHANCING):
+        voxels = np.argwhere(codes == code)
+        chosen = voxels[:: max(1, -(-len(voxels) // _CENTRES_PER_TISSUE))]
+        rows.append(np.column_stack([np.full(len(chosen), code), chosen]).astype(np.int16))
+    return np.concatenate(rows)

@@ -1,0 +1,171 @@
+"""Judgements on a label map, against the brain it lies in and the images it was drawn on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+
+from data.nifti import Volume, grid_difference
+from data.preprocess import smallest_box
+from data.quality.digest import Digest, grid_alone, strides
+from data.quality.finding import Finding
+
+WHAT: Final = "label map"
+#: A label of which more than this share lies outside of the brain is not where it belongs.
+MOST_OUTSIDE: Final = 0.1
+#: Tumours smaller than this many voxels of the coarse copy tell nothing by their intensities.
+_LEAST_TUMOUR: Final = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelDigest:
+    """What is kept of a label map."""
+
+    grid: Volume
+    """Shape, affine and path, without voxels."""
+    values: tuple[int, ...]
+    """Values that occur, 0 included."""
+    box: tuple[slice, slice, slice] | None
+    """The smallest box with every voxel that is not 0, None without any."""
+    tumour: npt.NDArray[np.bool_]
+    """Where it is not 0, inside of the box."""
+    coarse: npt.NDArray[np.bool_]
+    """Where it is not 0 at the voxels of :attr:`data.quality.digest.Digest.coarse`."""
+
+
+def digest_labels(label: Volume) -> LabelDigest:
+    """Make the digest of a label map (uint8)."""
+    marked = label.voxels != 0
+    box = smallest_box(marked) if marked.any() else None
+    tumour = marked if box is None else marked[box]
+    counts = np.bincount(label.voxels[box if box is not None else ...].ravel(order="K"), minlength=1)
+    counts[0] += marked.size - tumour.size
+    steps = strides(label.voxels.shape, label.spacing_mm)
+    return LabelDigest(
+        grid=grid_alone(label),
+        values=tuple(int(value) for value in np.flatnonzero(counts)),
+        box=box,
+        tumour=np.ascontiguousarray(tumour),
+        coarse=np.ascontiguousarray(marked[tuple(slice(None, None, step) for step in steps)]),
+    )
+
+
+def judge_labels(
+    label: LabelDigest, brains: Sequence[npt.NDArray[np.bool_]], reference: Volume | None, flair: Digest | None
+) -> list[Finding]:
+    """All findings on a label map.
+
+    Args:
+        label: the label map.
+        brains: where each contrast on the reference's grid is not 0.
+        reference: the grid of the contrasts; None where no contrast could be read.
+        flair: FLAIR, where it is there and on the same grid.
+    """
+    difference = None if reference is None else grid_difference(reference, label.grid)
+    if reference is not None and difference is not None:
+        return [
+            Finding(
+                kind="another grid",
+                severity="problem",
+                contrast=WHAT,
+                message=f"{difference} (compared with {reference.path.name})",
+                action="Register and resample it to the images' grid, or find the right one",
+            )
+        ]
+    if label.box is None:
+        message, action = "every voxel is 0", "Taken as a case without tumour. Leave it out with --split if it has one"
+        return [Finding(kind="empty label map", severity="note", contrast=WHAT, message=message, action=action)]
+    findings = outside(label.tumour, [brain[label.box] for brain in brains]) if brains else []
+    findings += islands(label.tumour)
+    if flair is not None and flair.is_image and not findings_of_place(findings):
+        findings += beside(label.coarse, flair)
+    return findings
+
+
+def findings_of_place(findings: list[Finding]) -> bool:
+    """Whether one of the findings says that the label map lies elsewhere."""
+    return any(finding.kind == "label outside the brain" for finding in findings)
+
+
+def outside(tumour: npt.NDArray[np.bool_], brains: Sequence[npt.NDArray[np.bool_]]) -> list[Finding]:
+    """A finding where labelled voxels lie where every image is 0: a problem if they are many, a note if few.
+
+    Args:
+        tumour: where it is labelled.
+        brains: where each image is not 0, same shape.
+    """
+    stray = tumour.copy()
+    for brain in brains:
+        stray &= ~brain
+    out, size = int(np.count_nonzero(stray)), int(np.count_nonzero(tumour))
+    if not out:
+        return []
+    much = out > MOST_OUTSIDE * size
+    return [
+        Finding(
+            kind="label outside the brain",
+            severity="problem" if much else "note",
+            contrast=WHAT,
+            message=f"{out} of {size} labelled voxels lie where every image is 0",
+            action=(
+                "Is it flipped, shifted, or another patient's? Give the right one"
+                if much
+                else "They are trained on and scored as they are. Set them to 0 if they are strays"
+            ),
+        )
+    ]
+
+
+def islands(tumour: npt.NDArray[np.bool_]) -> list[Finding]:
+    """A note on labelled voxels without any neighbour among the 26 around them."""
+    count = lonely(tumour)
+    if not count:
+        return []
+    return [
+        Finding(
+            kind="one-voxel islands",
+            severity="note",
+            contrast=WHAT,
+            message=f"{count} labelled {'voxel has' if count == 1 else 'voxels have'} no labelled neighbour",
+            action="Trained on as they are; the official lesion-wise scores leave out references this small",
+        )
+    ]
+
+
+def lonely(mask: npt.NDArray[np.bool_]) -> int:
+    """How many marked voxels have no marked neighbour, diagonals included.
+
+    Example:
+        >>> mask = np.zeros((3, 3, 3), dtype=bool)
+        >>> mask[0, 0, 0] = mask[2, 2, 1] = mask[2, 1, 2] = True
+        >>> lonely(mask)
+        1
+    """
+    around = np.pad(mask, 1).astype(np.uint8)
+    for axis in range(3):  # sums over three voxels along each axis in turn: the 27 of a cube
+        size = around.shape[axis]
+        before, here, after = (np.take(around, range(k, size - 2 + k), axis=axis) for k in range(3))
+        around = before + here + after
+    return int(np.count_nonzero(mask & (around == 1)))
+
+
+def beside(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
+    """A note where FLAIR is not brighter in the label than in the rest of the brain, as it is in a glioma."""
+    if coarse.shape != flair.coarse.shape:
+        return []
+    inside, healthy = flair.coarse[coarse], flair.coarse[(flair.coarse != 0) & ~coarse]
+    if inside.size < _LEAST_TUMOUR or not healthy.size or np.median(inside) > np.median(healthy):
+        return []
+    return [
+        Finding(
+            kind="label beside the tumour",
+            severity="note",
+            contrast=WHAT,
+            message="FLAIR is no brighter where it is labelled than in the rest of the brain",
+            action="Look whether the label map is this patient's and not flipped",
+        )
+    ]

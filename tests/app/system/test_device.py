@@ -1,0 +1,221 @@
+"""Device and precision: what is asked for is taken or refused, what is chosen comes with its reason."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+
+from app.errors import DeviceError
+from app.system.device import (
+    Runtime,
+    RuntimeConfig,
+    below_gpu,
+    choose_runtime,
+    cpu_precision,
+    machine,
+    require_device,
+    versions,
+)
+
+without_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+
+
+def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    assert runtime.device == torch.device("cpu")
+    assert runtime.reasons[0] == "device cpu: asked for"
+
+
+@without_cuda
+def test_without_cuda_auto_takes_the_cpu_and_says_why() -> None:
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.device == torch.device("cpu")
+    assert runtime.reasons[0] == "device cpu: no CUDA device found"
+
+
+@without_cuda
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_where_there_is_none_is_refused_with_a_way_out(device: str) -> None:
+    with pytest.raises(DeviceError, match=f"device {device}: .*--device cpu"):
+        choose_runtime(RuntimeConfig(device=device))
+
+
+@with_cuda
+def test_with_cuda_auto_takes_the_first_device_and_names_it() -> None:
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.device == torch.device("cuda", 0)
+    assert torch.cuda.get_device_name(0) in runtime.reasons[0]
+
+
+@with_cuda
+def test_a_cuda_device_beyond_the_last_is_refused_with_their_number() -> None:
+    with pytest.raises(DeviceError, match=f"there are {torch.cuda.device_count()} CUDA devices"):
+        choose_runtime(RuntimeConfig(device="cuda:99"))
+
+
+@pytest.fixture
+def four_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that seems to have four."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize("device", ["auto", "cuda"])
+def test_each_process_of_a_host_takes_its_own_gpu(device: str) -> None:
+    runtime = choose_runtime(RuntimeConfig(device=device), local_rank=3)
+    assert runtime.device == torch.device("cuda", 3)
+    assert runtime.reasons[0] == "device cuda:3: the GPU of process 3 of this host"
+
+
+@pytest.mark.usefixtures("four_gpus")
+@pytest.mark.parametrize(("device", "local_rank", "index"), [("cuda:1", None, 1), ("cuda", None, 0), ("auto", 2, 2)])
+def test_the_gpu_that_is_chosen_is_the_current_one_before_it_is_asked_what_it_can(
+    device: str, local_rank: int | None, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", done.append)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: done.append("asked") or True)
+    choose_runtime(RuntimeConfig(device=device), local_rank=local_rank)
+    assert done == [torch.device("cuda", index), "asked"]
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_device_that_is_only_looked_for_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    require_device("cuda:3")
+    with pytest.raises(DeviceError, match="device cuda:4: there are 4 CUDA devices"):
+        require_device("cuda:4")
+    assert taken == []
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_a_process_without_a_gpu_of_its_own_is_refused_with_their_number() -> None:
+    with pytest.raises(DeviceError, match="process 4 of this host has no GPU: there are 4"):
+        choose_runtime(RuntimeConfig(), local_rank=4)
+
+
+@pytest.mark.usefixtures("four_gpus")
+def test_one_gpu_for_several_processes_is_refused() -> None:
+    with pytest.raises(DeviceError, match="device cuda:1: each process"):
+        choose_runtime(RuntimeConfig(device="cuda:1"), local_rank=0)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
+def test_the_precision_asked_for_is_taken(precision: str) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
+    assert runtime.precision is getattr(torch, precision)
+    assert runtime.reasons[1] == f"precision {precision}: asked for"
+
+
+@pytest.mark.parametrize(
+    ("on_gpu", "asked_for", "on_cpu"),
+    [("float32", False, "float32"), ("float16", True, "float16"), ("float16", False, "bfloat16")],
+)
+def test_below_a_gpu_the_cpu_has_the_precision_that_was_asked_for_and_never_less_than_float32(
+    *, on_gpu: Any, asked_for: bool, on_cpu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setattr("app.system.device.cpu_flags", lambda: {"amx_bf16"})
+    given = Runtime(
+        device_name="cuda:0", precision_name=on_gpu, channels_last=True, reasons=(), precision_asked_for=asked_for
+    )
+    found = below_gpu(given)
+    assert (found.device_name, found.precision_name) == ("cpu", on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("limit", "precision"),
+    [("SSE41", "float32"), ("avx2", "float32"), ("AVX512_CORE", "float32"), ("AVX512_CORE_BF16", "bfloat16")],
+)
+@pytest.mark.parametrize("variable", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
+    variable: str, limit: str, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.system.device.cpu_flags", lambda: {"avx512_bf16"})
+    monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
+    monkeypatch.setenv(variable, limit)
+    found, reason = cpu_precision()
+    assert found == precision
+    assert (f"{variable}={limit} switches bfloat16 arithmetic off" in reason) == (precision == "float32")
+
+
+def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:
+    assert choose_runtime(RuntimeConfig(device="cpu", precision="float32")).precision_asked_for
+    assert not choose_runtime(RuntimeConfig(device="cpu")).precision_asked_for
+
+
+def test_the_precision_chosen_comes_with_its_reason() -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    name = str(runtime.precision).removeprefix("torch.")
+    assert runtime.reasons[1].startswith(f"precision {name}: ")
+
+
+@pytest.mark.parametrize(
+    ("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_a_matrix_product_under_autocast_has_the_precision(precision: str, result: torch.dtype) -> None:
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
+    with runtime.autocast():
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is result
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "capability", "precision"),
+    [(True, (8, 0), torch.bfloat16), (False, (7, 5), torch.float16), (False, (6, 1), torch.float32)],
+)
+def test_on_a_gpu_auto_takes_what_it_multiplies_fast(
+    *, bfloat16: bool, capability: tuple[int, int], precision: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("is_available", True),
+        ("get_device_name", "a GPU"),
+        ("is_bf16_supported", bfloat16),
+        ("get_device_capability", capability),
+        ("set_device", None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value, **__: value)
+    runtime = choose_runtime(RuntimeConfig())
+    assert runtime.precision is precision
+    assert runtime.scales_gradients == (precision is torch.float16)
+
+
+@pytest.mark.parametrize(("wanted", "format_"), [(True, torch.channels_last_3d), (False, torch.contiguous_format)])
+def test_the_memory_format_is_the_one_asked_for(wanted: bool, format_: torch.memory_format) -> None:
+    assert choose_runtime(RuntimeConfig(device="cpu", channels_last=wanted)).memory_format is format_
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:", "cuda:x", "cuda:-1", "", "CPU", "mps"])
+def test_a_device_of_no_known_kind_is_refused_with_those_allowed(device: str) -> None:
+    with pytest.raises(ValueError, match=r"runtime\.device: auto, cpu, cuda or cuda:N"):
+        RuntimeConfig(device=device)
+
+
+def test_versions_name_every_package_that_a_result_depends_on() -> None:
+    found = versions()
+    assert set(found) == {"python", "znormseg", "torch", "monai", "openvino", "nibabel", "numpy"}
+    assert "unknown" not in found.values()
+
+
+def test_the_machine_is_told_in_one_line_with_its_cores() -> None:
+    assert " cores" in machine()
+    assert "\n" not in machine()
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_operations_are_deterministic_where_that_is_asked_for(wanted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        choose_runtime(RuntimeConfig(device="cpu", deterministic=wanted))
+        assert torch.are_deterministic_algorithms_enabled() is wanted
+        assert torch.backends.cudnn.deterministic is wanted
+        assert ("CUBLAS_WORKSPACE_CONFIG" in os.environ) is wanted
+    finally:
+        choose_runtime(RuntimeConfig(device="cpu"))

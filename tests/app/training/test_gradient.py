@@ -1,0 +1,63 @@
+"""Which gradient rule a run gets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from app.config.gradient import GradientConfig
+from app.config.load import load_config
+from app.training.gradient import attach, choose_transform
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+
+
+@pytest.mark.parametrize(("optimizer", "expected"), [(AdamW, "znorm"), (SGD, "clip")])
+def test_the_automatic_rule_is_the_one_the_evidence_speaks_for(optimizer: type[Optimizer], expected: str) -> None:
+    name, reason = choose_transform(GradientConfig(), optimizer(network().parameters(), lr=0.1))  # type: ignore[call-arg]
+    assert name == expected
+    assert "docs/evidence.md" in reason
+
+
+def test_a_rule_that_is_named_is_taken_whatever_the_optimizer() -> None:
+    chosen = choose_transform(GradientConfig(transform="znorm"), SGD(network().parameters(), lr=0.1))
+    assert chosen == ("znorm", "")
+
+
+def test_the_automatic_rule_is_at_work_and_says_why() -> None:
+    model = network()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    report = attach(GradientConfig(clip_norm=0.5), optimizer, model).report
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    assert float(norm) == pytest.approx(0.5, rel=1e-4)
+    assert report.startswith("gradients clipped to norm 0.5 (auto: under SGD")
+
+
+def test_laptop_leaves_the_rule_to_the_evidence() -> None:
+    assert load_config("laptop").gradient.transform == "auto"
+
+
+def test_a_limit_of_zero_for_znorms_size_is_refused_by_name() -> None:
+    with pytest.raises(Exception, match=r"gradient\.znorm\.clip_norm: above 0"):
+        load_config("laptop", ["gradient.znorm.clip_norm=0"])
+
+
+@pytest.mark.parametrize("setting", ["only=['nothing*']", "leave_out=['*']", "modules=[Conv9d]", "output_block=head"])
+def test_a_choice_that_fits_no_tensor_of_the_network_is_a_wrong_config(
+    setting: str, phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    options = [word for override in [*tiny_settings, f"gradient.znorm.{setting}"] for word in ("--set", override)]
+    ended = znormseg("train", phantoms, tmp_path / "run", *options)
+    assert (ended.code, (tmp_path / "run").exists()) == (4, False)
+    assert "znormseg: gradient.znorm: " in ended.err

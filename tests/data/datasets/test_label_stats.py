@@ -1,0 +1,104 @@
+"""What label maps hold: each is read once, and a change of one is noticed."""
+
+from __future__ import annotations
+
+import doctest
+import gzip
+import os
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from data.datasets import label_stats
+from data.datasets.label_stats import (
+    Tumour,
+    changed,
+    hash_of,
+    label_map_from_json,
+    read_label_maps,
+    tumour_of,
+    tumours_of,
+    values_of,
+)
+from data.datasets.layouts import Case
+from data.errors import DataError
+from data.labels import BRATS2021, BRATS2023
+
+SPACING = np.diag([-1.0, -1.0, 2.0, 1.0])
+
+
+def write_case(folder: Path, name: str, labels: list[int]) -> Case:
+    path = folder / f"{name}_seg.nii.gz"
+    voxels = np.zeros((4, 3, 2), dtype=np.uint8)
+    voxels.ravel()[: len(labels)] = labels
+    nib.save(nib.Nifti1Image(voxels, SPACING), path)
+    return Case(id=name, folder=folder, label=path)
+
+
+def test_numbers_are_counted_and_a_voxel_has_its_volume(tmp_path: Path) -> None:
+    held = read_label_maps([write_case(tmp_path, "a", [1, 2, 2, 4])])["a"]
+    assert (held.counts, held.voxel_um3) == ({1: 1, 2: 2, 4: 1}, 2 * 10**9)
+    assert tumour_of(held, BRATS2021) == Tumour(volume_um3=8 * 10**9, enhances=True)
+
+
+def test_whether_tumour_enhances_goes_by_the_convention(tmp_path: Path) -> None:
+    held = read_label_maps([write_case(tmp_path, "a", [1, 2, 3]), write_case(tmp_path, "b", [1, 2])])
+    assert [tumour_of(held[name], BRATS2023).enhances for name in "ab"] == [True, False]
+    with pytest.raises(DataError, match="3"):
+        tumour_of(held["a"], BRATS2021)
+
+
+def test_a_label_map_that_is_missing_or_damaged_is_left_out_and_has_no_say(tmp_path: Path) -> None:
+    cases = [write_case(tmp_path, "a", [1]), Case(id="b", folder=tmp_path), write_case(tmp_path, "c", [2])]
+    (tmp_path / "c_seg.nii.gz").write_bytes(b"damaged")
+    cases.append(Case(id="d", folder=tmp_path, label=tmp_path / "d_seg.nii.gz"))
+    held = read_label_maps(cases)
+    assert set(held) == {"a"}
+    assert values_of("abcd", held) == {"a": (1,), "b": (), "c": (), "d": ()}
+    assert tumours_of("ab", held, BRATS2021)["b"] == Tumour(volume_um3=0, enhances=False)
+
+
+def test_each_label_map_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    reader = label_stats.read_label_map
+    monkeypatch.setattr(label_stats, "read_label_map", lambda path: (read.append(path), reader(path))[1])
+    cases = [write_case(tmp_path, name, [1, 2]) for name in "abc"]
+    held = read_label_maps(cases)
+    values_of("abc", held), tumours_of("abc", held, BRATS2021), hash_of(held), changed(held, cases)
+    assert len(read) == 3
+
+
+def test_what_is_on_record_is_read_back_the_same(tmp_path: Path) -> None:
+    held = read_label_maps([write_case(tmp_path, "a", [1, 2, 2, 4])])["a"]
+    assert label_map_from_json(held.to_json()) == held
+
+
+def test_a_changed_voxel_is_noticed_by_case(tmp_path: Path) -> None:
+    cases = [write_case(tmp_path, name, [1, 2, 4]) for name in "abc"]
+    before = read_label_maps(cases)
+    write_case(tmp_path, "b", [1, 4, 2])
+    os.utime(tmp_path / "b_seg.nii.gz", ns=(1, 1))
+    assert changed(before, cases) == ["b"]
+    assert hash_of(read_label_maps(cases)) != hash_of(before)
+
+
+def test_a_label_map_that_is_gone_is_noticed(tmp_path: Path) -> None:
+    cases = [write_case(tmp_path, name, [1]) for name in "ab"]
+    before = read_label_maps(cases)
+    (tmp_path / "a_seg.nii.gz").unlink()
+    assert changed(before, cases) == ["a"]
+
+
+def test_the_same_voxels_compressed_anew_are_no_change(tmp_path: Path) -> None:
+    cases = [write_case(tmp_path, name, [1, 2, 4]) for name in "ab"]
+    before = read_label_maps(cases)
+    path = tmp_path / "a_seg.nii.gz"
+    path.write_bytes(gzip.compress(gzip.decompress(path.read_bytes()), 0))
+    assert changed(before, cases) == []
+    assert hash_of(read_label_maps(reversed(cases))) == hash_of(before)
+
+
+def test_the_examples_in_the_docstrings_hold() -> None:
+    assert doctest.testmod(label_stats).failed == 0

@@ -1,0 +1,144 @@
+"""Brain masks: an image's own background, a file, tools that are installed, the template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+import pytest
+from scipy import ndimage
+
+from data.errors import DataError
+from data.native_space.brain_mask import find_brain, is_stripped
+from data.native_space.itk import to_itk, voxels_of
+from data.nifti import Volume, read_volume
+
+#: Stands in for an installed tool: the file it has is copied to where an option says.
+TOOL = """#!/usr/bin/env python3
+import sys
+arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+import shutil
+shutil.copy({made!r}, arguments[{option!r}])
+"""
+
+
+@pytest.fixture(scope="module")
+def t1c(phantoms: Path) -> Volume:
+    return read_volume(next(phantoms.glob("*00000/*_t1ce.nii.gz")))
+
+
+@pytest.fixture(scope="module")
+def head(t1c: Volume) -> Volume:
+    """The same with fluid, skull, scalp and the noise of air around the brain."""
+    brain = t1c.voxels > 0
+    bright = float(np.median(t1c.voxels[brain]))
+    away_mm = ndimage.distance_transform_edt(~brain, sampling=4.0)
+    around = np.select([away_mm <= 4, away_mm <= 9, away_mm <= 16], [0.3 * bright, 0.1 * bright, 1.4 * bright], 0)
+    noise = np.random.default_rng(0).rayleigh(0.03 * bright, brain.shape)
+    voxels = np.where(brain, t1c.voxels, around) + noise
+    return Volume(voxels=voxels.astype(np.float32), affine=t1c.affine, path=t1c.path)
+
+
+def installed(folder: Path, command: str, made: Path, option: str) -> None:
+    """Put a command into a folder that copies ``made`` to where its option says."""
+    folder.mkdir(exist_ok=True)
+    (folder / command).write_text(TOOL.format(made=str(made), option=option))
+    (folder / command).chmod(0o755)
+
+
+def mask_file(path: Path, volume: Volume) -> Path:
+    nib.save(nib.Nifti1Image((volume.voxels > 0).astype(np.uint8), volume.affine), path)
+    return path
+
+
+def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
+    return float(2 * (first & second).sum() / (first.sum() + second.sum()))
+
+
+def test_a_brain_on_zero_is_stripped_and_a_head_is_not(t1c: Volume, head: Volume) -> None:
+    assert is_stripped(to_itk(t1c))
+    assert not is_stripped(to_itk(head))
+
+
+def test_a_head_on_a_background_of_zero_is_not_taken_for_a_brain(head: Volume) -> None:
+    cleaned = Volume(voxels=np.where(head.voxels > 10, head.voxels, 0), affine=head.affine, path=head.path)
+    assert (cleaned.voxels == 0).any()
+    assert not is_stripped(to_itk(cleaned))
+
+
+def test_a_stripped_image_keeps_its_own_mask(t1c: Volume) -> None:
+    image = to_itk(t1c)
+    found = find_brain(image, image, "auto", name="a")
+    assert found.source == "own"
+    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.999
+
+
+def test_nothing_is_masked_where_none_is_asked_for(t1c: Volume) -> None:
+    assert find_brain(to_itk(t1c), to_itk(t1c), "none", name="a").mask is None
+
+
+def test_a_given_mask_is_taken_from_any_grid(t1c: Volume, head: Volume, tmp_path: Path) -> None:
+    turned = Volume(voxels=t1c.voxels[::-1], affine=t1c.affine @ flip(t1c.voxels.shape[0]), path=t1c.path)
+    path = mask_file(tmp_path / "mask.nii.gz", turned)
+    found = find_brain(to_itk(head), to_itk(head), str(path), name="a")
+    assert (found.source, found.detail) == ("file", str(path))
+    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+
+
+def flip(count: int) -> npt.NDArray[np.float64]:
+    matrix = np.diag([-1.0, 1.0, 1.0, 1.0])
+    matrix[0, 3] = count - 1
+    return matrix
+
+
+def test_a_mask_that_lies_elsewhere_is_refused(t1c: Volume, tmp_path: Path) -> None:
+    far = t1c.affine.copy()
+    far[:3, 3] += 1000
+    path = mask_file(tmp_path / "mask.nii.gz", Volume(voxels=t1c.voxels, affine=far, path=t1c.path))
+    with pytest.raises(DataError, match="marks no voxel of t1c"):
+        find_brain(to_itk(t1c), to_itk(t1c), str(path), name="a")
+
+
+def test_a_mask_that_is_not_there_is_named(t1c: Volume, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere\.nii\.gz: no such file"):
+        find_brain(to_itk(t1c), to_itk(t1c), str(tmp_path / "nowhere.nii.gz"), name="a")
+
+
+@pytest.mark.parametrize(("tool", "command"), [("hd-bet", "hd-bet"), ("synthstrip", "mri_synthstrip")])
+def test_a_tool_that_is_not_installed_is_named(
+    tool: str, command: str, t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(DataError, match=f"--mask {tool}: no command {command} on the PATH"):
+        find_brain(to_itk(t1c), to_itk(t1c), tool, name="a")
+
+
+@pytest.mark.parametrize(
+    ("tool", "command", "option"), [("hd-bet", "hd-bet", "-o"), ("synthstrip", "mri_synthstrip", "-m")]
+)
+def test_an_installed_tool_is_found_and_its_mask_taken(
+    *, tool: str, command: str, option: str, t1c: Volume, head: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path / "bin", command, mask_file(tmp_path / "made.nii.gz", t1c), option)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
+    found = find_brain(to_itk(head), to_itk(head), "auto", name="a")
+    assert (found.source, found.coarse) == (tool, False)
+    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+
+
+def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "hd-bet").write_text("#!/bin/sh\necho 'no weights to be had' >&2\nexit 3\n")
+    (tmp_path / "hd-bet").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(DataError, match=r"hd-bet failed \(exit code 3\): no weights to be had"):
+        find_brain(to_itk(t1c), to_itk(t1c), "hd-bet", name="a")
+
+
+@pytest.mark.slow
+def test_the_template_finds_the_brain_of_a_head_and_says_that_it_is_coarse(t1c: Volume, head: Volume) -> None:
+    found = find_brain(to_itk(head), to_itk(head), "atlas", name="a")
+    assert (found.source, found.coarse) == ("atlas", True)
+    assert "coarse" in found.warnings[0]
+    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.9

@@ -1,0 +1,1578 @@
+"""What docs/errors.md shows for each row of its tables: commands that meet it, or why it cannot be shown.
+
+tests/system/test_docs_errors.py runs the commands, and keeps rows and tables the same.
+"""
+
+from __future__ import annotations
+
+import gzip
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import socket
+import sys
+import zipfile
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+Call = Callable[..., Any]
+
+CASE, OTHER = "BraTS2021_00000", "BraTS2021_00001"
+IMAGE, LABEL = f"DATA/{CASE}/{CASE}_t2.nii.gz", f"DATA/{CASE}/{CASE}_seg.nii.gz"
+PREDICT, TRAIN = f"znormseg predict RUN DATA/{CASE} OUT", "znormseg train DATA NEW"
+PREPARE = f"znormseg data prepare DATA/{CASE} OUT"
+CROSSVAL = "znormseg crossval DATA CROSSVAL --folds 2"
+TORCHRUN = "torchrun --nproc-per-node 2 --no-python znormseg"
+PORT = 29507
+CONTRASTS = ("t1", "t1ce", "t2", "flair")
+
+
+def module(name: str) -> Any:
+    """Another file of tests, which pytest imports under a name of its own."""
+    spec = importlib.util.spec_from_file_location(f"{name}_for_errors", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    found = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = found
+    spec.loader.exec_module(found)
+    return found
+
+
+bad = module("test_bad_input")
+hostile = module("test_hostile_machine")
+
+
+@dataclass(kw_only=True)
+class Scene:
+    """The working folder of a row: three cases as DATA, a small run as RUN; and what may be done in it."""
+
+    place: Path
+    phantoms: Path
+    study: Path
+    crossval: Path
+    """A cross-validation that ended, to copy."""
+    render: Call
+    znormseg: Call
+    patch: pytest.MonkeyPatch
+    """Undone after the row, as is what ``held`` holds."""
+    held: ExitStack
+
+
+Prepare = Callable[[Scene], object]
+
+
+def nothing(_: Scene) -> None:
+    """Leave all as it is."""
+
+
+def always() -> bool:
+    """It can be shown on any machine."""
+    return True
+
+
+@dataclass(kw_only=True)
+class Shown:
+    """A command that meets something bad."""
+
+    command: str
+    """As one types it: variables, then ``znormseg``, and after it what this process is given."""
+    code: int
+    prepare: Prepare = nothing
+    title: str = ""
+    """What came, where the row has several."""
+    small: bool = False
+    """Whether small settings of a training are added, and not shown."""
+    before: Callable[[], list[str]] | None = None
+    """Words before the command, not shown; with them, and be there none, it is a process of its own."""
+    only: str = ""
+    """Pattern of the lines that are shown; the message where it is empty."""
+    steady: dict[str, str] = field(default_factory=dict)
+    """What differs from run to run or from machine to machine: a pattern, and what stands for it."""
+    possible: Callable[[], bool] = always
+    """Whether this machine can show it; where it cannot, the document keeps what it has."""
+
+
+# Files that are bad
+
+
+def image(name: str) -> Shown:
+    """A row of BAD_IMAGES."""
+    spoil, _ = bad.BAD_IMAGES[name]
+    return Shown(title=name, command=PREDICT, code=3, prepare=lambda _: spoil(Path(IMAGE).absolute()))
+
+
+def image_that(title: str, spoil: Callable[[Path], object]) -> Shown:
+    """A T2 spoilt in a way of its own."""
+    return Shown(title=title, command=PREDICT, code=3, prepare=lambda _: spoil(Path(IMAGE).absolute()))
+
+
+def label(name: str) -> Shown:
+    """A row of BAD_LABELS."""
+    spoil, _ = bad.BAD_LABELS[name]
+    title = f"label map: {name}" if name in bad.BAD_IMAGES or name == "empty file" else name
+    return Shown(title=title, command=TRAIN, code=3, small=True, prepare=lambda _: spoil(Path(LABEL).absolute()))
+
+
+def setting(name: str) -> Shown:
+    """A row of BAD_SETTINGS."""
+    return Shown(title=name, command=f"{TRAIN} --set '{bad.BAD_SETTINGS[name][0]}'", code=4)
+
+
+def run(name: str) -> Shown:
+    """A row of BAD_RUNS."""
+    spoil, _ = bad.BAD_RUNS[name]
+    return Shown(title=name, command=PREDICT, code=5, prepare=lambda _: spoil(Path("RUN").absolute()))
+
+
+def by_two_rules(scene: Scene) -> None:
+    """Scores of the predictions in OUT by the rules of two years."""
+    for name, rules in (("one", "brats2023"), ("other", "brats2024")):
+        ended = scene.znormseg("evaluate", "OUT", "DATA", "--rules", rules, "--json")
+        Path(f"{name}.json").write_text(ended.out)
+
+
+def written(name: str, text: str) -> Prepare:
+    """Write a file of that text."""
+    return lambda _: Path(name).write_text(text)
+
+
+def change(name: str, edit: Callable[[Any], Any], dtype: Any = np.float32) -> Prepare:
+    """Give a file other voxels."""
+    return lambda _: bad.change(Path(name), edit, dtype)
+
+
+def flipped(path: Path) -> None:
+    """Change a bit of the checksum at the end."""
+    content = bytearray(path.read_bytes())
+    content[-6] ^= 1
+    path.write_bytes(content)
+
+
+def singular(path: Path) -> None:
+    """An affine that leaves one axis without a length."""
+    stored: Any = nib.load(path)
+    header, voxels = stored.header.copy(), np.asarray(stored.dataobj)
+    header["srow_x"], header["sform_code"], header["qform_code"] = 0, 1, 0
+    nib.save(nib.Nifti1Image(voxels, None, header), path)
+
+
+def radiotherapy(_: Scene) -> None:
+    """A case with one contrast and a target."""
+    folder = Path("MEN-RT/BraTS-MEN-RT-0001-1")
+    folder.mkdir(parents=True)
+    for ending, name in (("t1ce", "t1c"), ("seg", "gtv")):
+        shutil.copy(f"DATA/{CASE}/{CASE}_{ending}.nii.gz", folder / f"{folder.name}_{name}.nii.gz")
+
+
+def renamed(to: str) -> Prepare:
+    """Call the files of a case otherwise."""
+
+    def rename(_: Scene) -> None:
+        for path in list(Path(f"DATA/{CASE}").iterdir()):
+            path.rename(path.with_name(path.name.replace(CASE, to)))
+
+    return rename
+
+
+# Scans
+
+
+def smaller(_: Scene) -> None:
+    """The middle of each image alone, which is prepared sooner."""
+    for path in Path(f"DATA/{CASE}").iterdir():
+        stored: Any = nib.load(path)
+        kept = stored.slicer[12:48, 12:48, 8:32]
+        nib.save(nib.Nifti1Image(np.asarray(kept.dataobj), kept.affine), path)
+
+
+def noise(_: Scene) -> None:
+    """Put noise where the T2 was."""
+    voxels = np.random.default_rng(0).random((36, 36, 24)).astype(np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.diag([4.0, 4, 4, 1])), IMAGE)
+
+
+def tool(script: str, *, name: str = "hd-bet") -> Prepare:
+    """Install a command, a shell script."""
+
+    def install(scene: Scene) -> None:
+        Path("BIN").mkdir()
+        Path("BIN", name).write_text(f"#!/bin/sh\n{script}\n")
+        Path("BIN", name).chmod(0o755)
+        scene.patch.setenv("PATH", f"{scene.place / 'BIN'}{os.pathsep}{os.environ['PATH']}")
+
+    return install
+
+
+def mask_elsewhere(_: Scene) -> None:
+    """A mask a metre away."""
+    stored: Any = nib.load(f"DATA/{CASE}/{CASE}_t1ce.nii.gz")
+    mask, affine = (np.asarray(stored.dataobj) > 0).astype(np.uint8), stored.affine.copy()
+    affine[:3, 3] += 1000
+    nib.save(nib.Nifti1Image(mask, affine), "MASK.nii.gz")
+
+
+def heads(_: Scene) -> None:
+    """Scans with noise in the air around the head, so that no single value is the background."""
+    draw = np.random.default_rng(0)
+    for ending in CONTRASTS:
+        noisy = Path(f"DATA/{CASE}/{CASE}_{ending}.nii.gz")
+        bad.change(noisy, lambda voxels: voxels + draw.integers(5, 40, voxels.shape))
+
+
+# Predictions
+
+
+def predictions(
+    edit: Callable[[Path], object] = lambda _: None, *, folder: str = "OUT", case: str = CASE, record: bool = False
+) -> Prepare:
+    """One label map, of the expert."""
+
+    def make(_: Scene) -> None:
+        place = Path(folder, f"{case}.nii.gz").absolute()
+        place.parent.mkdir(exist_ok=True)
+        shutil.copy(f"DATA/{case}/{case}_seg.nii.gz", place)
+        if record:
+            place.with_name(f"{case}.json").write_text("{}")
+        edit(place)
+
+    return make
+
+
+def both(*steps: Prepare) -> Prepare:
+    """One after the other."""
+
+    def take(scene: Scene) -> None:
+        for step in steps:
+            step(scene)
+
+    return take
+
+
+def two_sets(case: str = CASE) -> Prepare:
+    """Two sets of predictions; the second may be of another case."""
+    return both(predictions(), predictions(folder="OTHER", case=case))
+
+
+# DICOM
+
+
+def study(change: Callable[[Path], object] = lambda _: None) -> Prepare:
+    """The study as STUDY, changed."""
+
+    def make(scene: Scene) -> None:
+        shutil.copytree(scene.study, "STUDY")
+        change(Path("STUDY/A"))
+
+    return make
+
+
+def headers(edit: Callable[[Any], object], folder: str, most: int | None = None) -> Callable[[Path], None]:
+    """Edit headers of a series, in the order of its slices."""
+
+    def edit_all(root: Path) -> None:
+        import pydicom
+
+        files = sorted((root / folder).iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+        for path in files[:most]:
+            data_set = pydicom.dcmread(path)
+            edit(data_set)
+            data_set.save_as(path)
+
+    return edit_all
+
+
+def slice_taken_out(root: Path) -> None:
+    """Take the middle slice out of the FLAIR."""
+    import pydicom
+
+    files = sorted((root / "S3").iterdir(), key=lambda path: pydicom.dcmread(path).ImagePositionPatient[2])
+    files[len(files) // 2].unlink()
+
+
+def twice_acquired(root: Path) -> None:
+    """A second T2."""
+    import pydicom
+
+    for path in list((root / "S4").iterdir()):
+        again = pydicom.dcmread(path)
+        again.SeriesInstanceUID, again.SeriesNumber = "1.2.3", 12
+        again.SOPInstanceUID = again.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        again.save_as(path.with_name(f"{path.name}-again"))
+
+
+def film(data_set: Any) -> None:
+    """Voxels as a film, which nobody decodes."""
+    import pydicom
+
+    data_set.PixelData = pydicom.encaps.encapsulate([data_set.PixelData])
+    data_set["PixelData"].is_undefined_length = True
+    data_set.file_meta.TransferSyntaxUID = pydicom.uid.MPEG2MPML
+
+
+def rescaled(data_set: Any) -> None:
+    """A slope and an intercept."""
+    data_set.RescaleSlope, data_set.RescaleIntercept = 2, 0
+
+
+def all_padding(data_set: Any) -> None:
+    """A range of padding that covers every voxel."""
+    data_set.add_new(0x00280120, "US", 0)
+    data_set.add_new(0x00280121, "US", 4095)
+
+
+def zipped(*, locked: bool) -> Prepare:
+    """An archive that points out of itself, or with a password."""
+
+    def make(_: Scene) -> None:
+        with zipfile.ZipFile("STUDY.zip", "w") as archive:
+            archive.writestr("a.dcm" if locked else "../a.dcm", bytes(200))
+        content = bytearray(Path("STUDY.zip").read_bytes())
+        if locked:  # the flag, in the file's own entry and in the directory at the end
+            content[6] |= 1
+            content[content.index(b"PK\x01\x02") + 8] |= 1
+        Path("STUDY.zip").write_bytes(content)
+
+    return make
+
+
+def drawn(value: int) -> Prepare:
+    """A label map on the grid of the study's T1c."""
+
+    def make(scene: Scene) -> None:
+        assert scene.znormseg("data", "dicom", "STUDY", "CASES").code == 0
+        stored: Any = nib.load(next(Path("CASES").rglob("*_t1ce.nii.gz")))
+        voxels = np.zeros(stored.shape, dtype=np.uint8)
+        voxels[5:9, 5:9, 5:9] = value
+        nib.save(nib.Nifti1Image(voxels, stored.affine), "SEG.nii.gz")
+
+    return make
+
+
+# Descriptions
+
+
+def rendered(layout: str, then: Callable[[Path], object] = lambda _: None) -> Prepare:
+    """Two cases of 8x8x8 voxels as SET, in a layout."""
+    return lambda scene: then(scene.render(Path("SET").absolute(), layout).root)
+
+
+def described(**changes: Any) -> Callable[[Path], object]:
+    """Change a dataset.json."""
+
+    def rewrite(root: Path) -> None:
+        content = json.loads((root / "dataset.json").read_text())
+        (root / "dataset.json").write_text(json.dumps({**content, **changes}))
+
+    return rewrite
+
+
+def whole_data(then: Callable[[Path], object]) -> Prepare:
+    """All cases of the run as DATA, and a change of the first one's label map."""
+
+    def make(scene: Scene) -> None:
+        for case in scene.phantoms.iterdir():
+            shutil.copytree(case, Path("DATA", case.name), dirs_exist_ok=True)
+        then(Path(LABEL).absolute())
+
+    return make
+
+
+# What data check finds
+
+
+def found(kind: str, code: int, prepare: Prepare) -> Shown:
+    """The findings of a kind."""
+    return Shown(title=kind, command="znormseg data check DATA", code=code, prepare=prepare, only=f": {kind}: ")
+
+
+def renamed_to(name: str, case: str = CASE) -> Prepare:
+    """A case under another id."""
+
+    def rename(_: Scene) -> None:
+        folder = Path(f"DATA/{case}").rename(f"DATA/{name}")
+        for path in folder.iterdir():
+            path.rename(folder / path.name.replace(case, name))
+
+    return rename
+
+
+def voxels_of(ending: str, case: str = CASE) -> Any:
+    """Those of a contrast."""
+    stored: Any = nib.load(f"DATA/{case}/{case}_{ending}.nii.gz")
+    return np.asarray(stored.dataobj, dtype=np.float32)
+
+
+def swap(_: Scene) -> None:
+    """T2 and FLAIR under each other's name."""
+    flair = Path(IMAGE.replace("t2", "flair"))
+    t2 = Path(IMAGE).rename("kept.nii.gz")
+    flair.rename(IMAGE)
+    t2.rename(flair)
+
+
+def again(_: Scene) -> None:
+    """A case once more, exported with another brightness and some noise."""
+    folder = Path("DATA/BraTS2021_00009")
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for path in Path(f"DATA/{CASE}").iterdir():
+        copy = Path(shutil.copy(path, folder / path.name.replace(CASE, folder.name)))
+        if "seg" not in path.name:
+            bad.change(copy, lambda v: np.where(v != 0, 1.7 * v + draw.normal(0, 1, v.shape), 0))
+
+
+def skull(_: Scene) -> None:
+    """Fluid, bone and scalp around the brain of the T2, over a background of 0."""
+    from scipy import ndimage
+
+    brain = voxels_of("t2")
+    away_mm = ndimage.distance_transform_edt(brain == 0, sampling=4.0)
+    bright = float(np.median(brain[brain != 0]))
+    shells = [(away_mm > 0) & (away_mm <= 4), (away_mm > 4) & (away_mm <= 9), (away_mm > 9) & (away_mm <= 16)]
+    head = np.select(shells, [2.0 * bright, 0.15 * bright, 1.3 * bright], brain)
+    bad.change(Path(IMAGE), lambda _: head)
+
+
+def labelled_where_dark(_: Scene) -> None:
+    """A label map of the darkest brain."""
+    flair, labels = voxels_of("flair"), voxels_of("seg")
+    dark = (flair > 0) & (flair < np.median(flair[labels > 0]) / 2)
+    bad.change(Path(LABEL), lambda _: dark, np.uint8)
+
+
+def island(labels: Any) -> Any:
+    """A voxel alone."""
+    labels[1, 1, 1] = 1
+    return labels
+
+
+def thick(_: Scene) -> None:
+    """Every third slice of each file."""
+    for path in Path(f"DATA/{CASE}").iterdir():
+        stored: Any = nib.load(path)
+        kept = stored.slicer[:, :, ::3]
+        nib.save(nib.Nifti1Image(np.asarray(kept.dataobj), kept.affine), path)
+
+
+# Machine
+
+
+def can_mount() -> bool:
+    """Whether a process may mount a disk of its own."""
+    return hostile.can_mount()
+
+
+def can_be_kept_out() -> bool:
+    """Whether a process can be kept from writing."""
+    return not hostile.UNPRIVILEGED or shutil.which("setpriv") is not None
+
+
+def on_a_small_disk(kilobytes: int) -> Callable[[], list[str]]:
+    """A disk of so many kB as DISK."""
+    return lambda: ["unshare", "--mount", "sh", "-c", hostile.ON_A_SMALL_DISK, "sh", str(kilobytes), "DISK"]
+
+
+def site(script: str) -> Prepare:
+    """Have each Python that is started from now on begin with a script."""
+
+    def install(scene: Scene) -> None:
+        Path("SITE").mkdir()
+        Path("SITE/sitecustomize.py").write_text(script)
+        known = os.environ.get("PYTHONPATH", "")
+        scene.patch.setenv("PYTHONPATH", f"{scene.place / 'SITE'}{os.pathsep}{known}")
+
+    return install
+
+
+def refusing(module: str, name: str, number: str, when: str = "True") -> str:
+    """A script for :func:`site`: a function of the system fails where an expression of its arguments ``a`` holds."""
+    return (
+        f"import errno, os, stat, {module}\n"
+        f"def refused(*a, real={module}.{name}):\n"
+        f"    if {when}:\n"
+        f"        raise OSError(errno.{number}, os.strerror(errno.{number}))\n"
+        "    return real(*a)\n"
+        f"{module}.{name} = refused\n"
+    )
+
+
+def killed_at(worker: str, place: str) -> Prepare:
+    """Have a kind of worker be ended by SIGKILL when it opens a file."""
+    return site(
+        "import os, signal, sys\n"
+        "def deadly(event, arguments):\n"
+        f"    if event == 'open' and {place!r} in str(arguments[0]) and {worker!r} in ' '.join(sys.orig_argv):\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "sys.addaudithook(deadly)\n"
+    )
+
+
+def stopped_in_step(number: int, by: signal.Signals = signal.SIGTERM) -> Prepare:
+    """A signal in the middle of a step."""
+
+    def make(scene: Scene) -> None:
+        at_step(scene, number, lambda: signal.raise_signal(by))
+
+    return make
+
+
+def at_step(scene: Scene, number: int, act: Callable[[], object]) -> None:
+    """Have something happen in a step of the training, counted from 1."""
+    from app.training.step import Stepper
+
+    steps = Stepper.step
+
+    def acting(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.state.step + 1 == number:
+            act()
+        return steps(self, *arguments, **options)
+
+    scene.patch.setattr(Stepper, "step", acting)
+
+
+def cache_goes(scene: Scene) -> None:
+    """Prepared cases are cut short while the run uses them."""
+    scene.patch.setenv("ZNORMSEG_CACHE", str(scene.place / "CACHE"))
+
+    def cut() -> None:
+        for path in scene.place.glob("CACHE/*/*.npy"):
+            path.write_bytes(b"")
+
+    at_step(scene, 2, cut)
+
+
+def stopped_while_predicting(scene: Scene) -> None:
+    """Ctrl-C while the second case is computed."""
+    from app.inference.batch import predict
+
+    compute = predict.compute_case
+
+    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
+        if prepared.case.id == OTHER:
+            signal.raise_signal(signal.SIGINT)
+        return compute(model, prepared, runtime)
+
+    scene.patch.setattr(predict, "compute_case", interrupted)
+
+
+def in_use(scene: Scene) -> None:
+    """Another holds the run's lock."""
+    import fcntl
+
+    from app.runs.folder import LOCK
+
+    file = Path("RUN", LOCK).open("a")  # noqa: SIM115 - closed after the row
+    fcntl.flock(scene.held.enter_context(file), fcntl.LOCK_EX)
+
+
+def without(package: str) -> Prepare:
+    """As if a package were not installed."""
+    return lambda scene: scene.patch.setitem(sys.modules, package, None)
+
+
+def without_onnx(scene: Scene) -> None:
+    """As if ONNX Runtime were not installed."""
+    from app.exporting import formats
+
+    find = formats.util.find_spec
+    scene.patch.setattr(formats.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+
+
+def crossval(then: Callable[[Path], object] = lambda _: None) -> Prepare:
+    """A cross-validation that ended, changed."""
+
+    def make(scene: Scene) -> None:
+        shutil.copytree(scene.crossval, "CROSSVAL")
+        then(Path("CROSSVAL"))
+
+    return make
+
+
+def cut_answer(out: Path) -> None:
+    """The first out-of-fold file cut short."""
+    first = min((out / "out-of-fold").iterdir())
+    first.write_bytes(first.read_bytes()[:-40])
+
+
+def as_of_torchrun(scene: Scene) -> None:
+    """What a process that torchrun starts is told."""
+    scene.patch.setenv("TORCHELASTIC_RUN_ID", "7")
+    scene.patch.setenv("WORLD_SIZE", "2")
+
+
+def port_taken(scene: Scene) -> None:
+    """Something else listens where processes would meet."""
+    listening = scene.held.enter_context(socket.socket())
+    with suppress(OSError):  # then it is taken already
+        listening.bind(("127.0.0.1", PORT))
+        listening.listen()
+
+
+def stretched(_: Scene) -> None:
+    """A case of another spacing."""
+    for path in Path(f"DATA/{CASE}").iterdir():
+        stored: Any = nib.load(path)
+        nib.save(nib.Nifti1Image(np.asarray(stored.dataobj), stored.affine @ np.diag([1.5, 1, 1, 1])), path)
+
+
+def not_writable(_: Scene) -> None:
+    """A folder that may be looked into alone."""
+    Path("READ-ONLY").mkdir(mode=0o555)
+
+
+def folder(name: str, content: str | None = None) -> Prepare:
+    """A folder, with one file of ``{}`` where it is named."""
+
+    def make(_: Scene) -> None:
+        Path(name).mkdir()
+        if content is not None:
+            Path(name, content).write_text("{}")
+
+    return make
+
+
+def gone(*names: str) -> Prepare:
+    """Take cases away."""
+    return lambda _: [shutil.rmtree(f"DATA/{name}") for name in names]
+
+
+_HEX = {r"\b[0-9a-f]{12,}\b": "0123456789ab"}
+
+#: By table and first column of docs/errors.md: commands, or why there are none.
+ROWS: dict[str, dict[str, list[Shown] | str]] = {
+    "Images": {
+        "a contrast missing; `predict` with a run trained on complete cases only": [image("missing")],
+        "two files for one contrast": [image("two files"), label("two files")],
+        "a contrast missing, and files that are named after none": [
+            Shown(
+                title="a file that tells no contrast",
+                command=PREDICT,
+                code=3,
+                prepare=lambda _: Path(IMAGE).rename(IMAGE.replace("_t2.", "_dark.")),
+            )
+        ],
+        "an archive, a web page, a pointer of Git LFS, a DICOM file under the name of a NIfTI file; packed twice": [
+            image_that("a web page", lambda path: path.write_text("<!DOCTYPE html><title>Log in</title>")),
+            image_that("packed twice", lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
+        ],
+        "a name with bytes that are no UTF-8; an id of more bytes than a file's name takes": [
+            Shown(title="no UTF-8", command="znormseg predict RUN DATA OUT", code=6, prepare=renamed_to("caf\udce9")),
+            Shown(
+                title="too long",
+                command="znormseg predict RUN DATA OUT --save-probabilities",
+                code=6,
+                prepare=renamed_to("x" * 240),
+                steady={"x{240}": "x...x"},
+            ),
+        ],
+        "4D, 2D": [image("4D"), image_that("2D", lambda path: bad.change(path, lambda v: v[:, :, 20]))],
+        "a 4D file with fewer volumes than described": [
+            Shown(
+                command="znormseg train SET NEW",
+                code=3,
+                small=True,
+                prepare=rendered(
+                    "MSD", lambda r: bad.change(min((r / "imagesTr").glob("BRATS*")), lambda v: v[..., :3])
+                ),
+            )
+        ],
+        "MEN-RT: one contrast, a target of radiotherapy": [
+            Shown(command="znormseg predict RUN MEN-RT OUT", code=3, prepare=radiotherapy)
+        ],
+        "contrasts of different shape or place": [image("other shape"), image("other origin"), image("other slices")],
+        "RGB, complex": [image("RGB"), image("complex")],
+        "CIFTI, MGH, other formats": [image("CIFTI"), image("CIFTI, compressed")],
+        "missing, empty, cut short, no gzip, wrong checksum": [
+            *(image(name) for name in ("a folder", "empty", "cut short", "not gzip")),
+            image_that("wrong checksum", flipped),
+            label("empty file"),
+        ],
+        "a header that claims more voxels than the file can hold, or more than 1024^3": [
+            image("huge"),
+            image("more than there is"),
+        ],
+        "NaN or infinite voxels": [image("NaN"), image("infinite")],
+        "every voxel 0; a mask": [image("all zero"), image("a mask")],
+        "a head with its skull: more than half of the volume's faces are not 0": [image("skull")],
+        "voxels below 0.05 or above 50 mm (an affine in metres or micrometres)": [
+            image("in metres"),
+            image("in micrometres"),
+        ],
+        "a sheared affine, one that is not invertible": [image("sheared"), image_that("not invertible", singular)],
+        "a link out of the data folder": [
+            image("link out"),
+            label("link out"),
+            Shown(
+                title="all cases",
+                command="znormseg predict RUN DATA OUT",
+                code=3,
+                prepare=lambda _: bad.link(Path("DATA").absolute(), "data set"),
+            ),
+        ],
+        "a dangling link": [image("dangling link")],
+        "a case id with `..`, a slash, a leading dot": [
+            Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("up..up"))
+        ],
+        "`predict`: OUTPUT that is INPUT, a case's folder or the run": [
+            Shown(title="INPUT", command="znormseg predict RUN DATA DATA", code=3),
+            Shown(title="the run", command="znormseg predict RUN DATA RUN", code=3),
+        ],
+    },
+    "Scans: `data prepare`, `predict --prepare`": {
+        "a contrast that is not of the same head, or damaged": [
+            Shown(
+                command=PREPARE,
+                code=3,
+                prepare=both(smaller, noise),
+                steady={r"\d\.\d+ is \d\.\d+ times": "0.001 is 1.00 times"},
+            )
+        ],
+        "`--mask hd-bet` or `synthstrip` without the command": [
+            Shown(
+                command=f"{PREPARE} --mask hd-bet",
+                code=3,
+                prepare=lambda scene: scene.patch.setenv("PATH", str(scene.place)),
+            )
+        ],
+        "such a tool fails, or finds no brain": [
+            Shown(
+                command=f"{PREPARE} --mask hd-bet",
+                code=3,
+                prepare=both(smaller, tool("echo 'no weights to be had' >&2; exit 3")),
+            )
+        ],
+        "a mask file that marks nothing of T1c": [
+            Shown(command=f"{PREPARE} --mask MASK.nii.gz", code=3, prepare=both(smaller, mask_elsewhere))
+        ],
+        "a label map on the grid of no contrast": [
+            Shown(command=PREPARE, code=3, prepare=change(LABEL, lambda v: v[2:], np.uint8))
+        ],
+        "a prepared image that is no stripped brain (`--mask none`)": [
+            Shown(command=f"{PREDICT} --prepare --mask none", code=3, prepare=both(smaller, heads))
+        ],
+        "OUT that is a file or not empty": [
+            Shown(title="a file", command=PREPARE, code=3, prepare=written("OUT", "mine")),
+            Shown(title="not empty", command=f"znormseg data prepare DATA/{CASE} RUN", code=3),
+        ],
+    },
+    "Label maps": {
+        "none for a training case": [label("missing")],
+        "values beyond 4": [label("outside the convention")],
+        "3 and 4 in one data set whose names tell no year": [label("3 and 4 together")],
+        "values that several conventions have ([layouts.md](layouts.md))": [
+            Shown(command="znormseg train SET NEW", code=3, small=True, prepare=rendered("flat"))
+        ],
+        "values that the convention stated by a description or by `--labels` has not": [
+            Shown(command=f"{TRAIN} --labels msd", code=3, small=True),
+            Shown(title="an unknown name", command=f"{TRAIN} --labels brats", code=3, small=True),
+        ],
+        "families with different numbers in one folder": [
+            Shown(
+                command="znormseg train SET NEW",
+                code=3,
+                small=True,
+                prepare=both(rendered("2021"), rendered("2024 PED")),
+            )
+        ],
+        "another grid than the images": [label("another grid"), label("another shape")],
+        "fractions beyond 0.01, negative numbers, NaN": [
+            label("fractions"),
+            label("NaN"),
+            Shown(
+                title="negative numbers",
+                command=TRAIN,
+                code=3,
+                small=True,
+                prepare=change(LABEL, lambda v: np.where(v == 4, -1, v), np.int16),
+            ),
+        ],
+        "`evaluate`: a folder without label maps": [
+            Shown(command="znormseg evaluate OUT DATA", code=3, prepare=folder("OUT"))
+        ],
+        "`evaluate`: prediction and reference on different grids (6)": [
+            Shown(command="znormseg evaluate OUT DATA", code=3, prepare=predictions(lambda path: bad.move(path, 1, 2)))
+        ],
+        "`evaluate --resample`: no voxel in common (6)": [
+            Shown(
+                command="znormseg evaluate OUT DATA --resample",
+                code=3,
+                prepare=predictions(lambda path: bad.move(path, 1, 999)),
+            )
+        ],
+        "`evaluate --rules`: no such year, or a task that the year has not": [
+            Shown(command="znormseg evaluate OUT DATA --rules brats2022", code=3, prepare=predictions()),
+            Shown(
+                title="task",
+                command="znormseg evaluate OUT DATA --rules brats2023 --task MEN-RT",
+                code=3,
+                prepare=predictions(),
+            ),
+        ],
+        "`evaluate --rules`: another grid, more than 0 and 1 in MEN-RT (6)": [
+            Shown(
+                title="another grid",
+                command="znormseg evaluate OUT DATA --rules brats2023",
+                code=3,
+                prepare=predictions(lambda path: bad.move(path, 1, 2)),
+            ),
+            Shown(
+                title="MEN-RT",
+                command="znormseg evaluate OUT DATA --rules brats2024 --task MEN-RT",
+                code=3,
+                prepare=predictions(),
+            ),
+        ],
+        "`--rules brats2026` without `brats-evaluate` (7)": [
+            Shown(
+                command="znormseg evaluate OUT DATA --rules brats2026",
+                code=7,
+                prepare=both(predictions(), lambda scene: scene.patch.setenv("PATH", str(scene.place))),
+            )
+        ],
+        "`--rules brats2026`: `brats-evaluate` crashes, hangs, refuses a case or writes something else (6)": [
+            Shown(
+                title="one case alone",
+                command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
+                code=3,
+                prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
+                only="^znormseg: not one",
+            )
+        ],
+        "`--rules brats2026`: a tissue that the task has no number for (6)": [
+            Shown(
+                command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
+                code=3,
+                prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
+                only="^znormseg: not one",
+            )
+        ],
+        "`rank`: sets scored by different rules": [
+            Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules))
+        ],
+        "`rank`: no common case, region or metric; one set alone or twice; no references; no table of `evaluate`": [
+            Shown(
+                title="no common case",
+                command="znormseg rank OUT OTHER --references DATA",
+                code=3,
+                prepare=two_sets(OTHER),
+            ),
+            Shown(
+                title="no such metric",
+                command="znormseg rank OUT OTHER --references DATA --metrics speed",
+                code=3,
+                prepare=two_sets(),
+            ),
+            Shown(title="one alone", command="znormseg rank OUT --references DATA", code=3, prepare=predictions()),
+            Shown(
+                title="the same twice",
+                command="znormseg rank OUT OUT --references DATA",
+                code=3,
+                prepare=predictions(),
+            ),
+            Shown(title="no references", command="znormseg rank OUT OTHER", code=3, prepare=two_sets()),
+            Shown(
+                title="no table",
+                command="znormseg rank OUT notes.csv --references DATA",
+                code=3,
+                prepare=both(predictions(), written("notes.csv", "a,b\n1,2\n")),
+            ),
+        ],
+        "`evaluate`: `<case>_probabilities.nii.gz` that is not 4D, on another grid, or holds values below 0 or above 1 "
+        "(6)": [
+            Shown(
+                command="znormseg evaluate OUT DATA",
+                code=3,
+                prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
+            )
+        ],
+        "`evaluate --contrast-subsets`: no labelled case that the run has not trained on": [
+            Shown(command="znormseg evaluate RUN DATA --contrast-subsets", code=3)
+        ],
+    },
+    "DICOM": {
+        "no DICOM file; nothing there": [
+            Shown(command="znormseg data dicom DATA", code=3),
+            Shown(title="nothing there", command="znormseg data dicom NOWHERE", code=3),
+        ],
+        "a file that is empty, cut short, or whose header cannot be read": [
+            Shown(
+                title="empty",
+                command="znormseg data dicom STUDY",
+                code=3,
+                prepare=study(lambda root: (root / "S2" / "0003.dcm").write_bytes(b"")),
+            ),
+            Shown(
+                title="cut short",
+                command="znormseg data dicom STUDY",
+                code=3,
+                prepare=study(
+                    lambda root: (root / "S2" / "0003.dcm").write_bytes(min((root / "S2").iterdir()).read_bytes()[:-99])
+                ),
+            ),
+        ],
+        "files of several patients": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(lambda h: setattr(h, "PatientID", "PID-0815"), "S5")),
+            )
+        ],
+        "several studies": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(lambda h: setattr(h, "StudyInstanceUID", "1.2.3.4"), "S5")),
+            )
+        ],
+        "two series for a contrast": [
+            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(twice_acquired))
+        ],
+        "no series for a contrast": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(lambda root: shutil.rmtree(root / "S3")),
+            )
+        ],
+        "a series chosen that is not there, chosen twice, no MR, or several volumes under one number": [
+            Shown(title="not there", command="znormseg data dicom STUDY CASES --t1 99", code=3, prepare=study()),
+            Shown(
+                title="chosen twice",
+                command="znormseg data dicom STUDY CASES --t1 2 --t2 2",
+                code=3,
+                prepare=study(),
+            ),
+            Shown(title="several volumes", command="znormseg data dicom STUDY CASES --t2 4", code=3, prepare=study()),
+        ],
+        "missing slices, two at one place, uneven spacing, a tilted gantry": [
+            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(slice_taken_out))
+        ],
+        "RescaleSlope or RescaleIntercept in some slices only, or no number": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(rescaled, "S3", most=11)),
+                steady=_HEX,
+            )
+        ],
+        "a Pixel Padding Value that calls every voxel padding": [
+            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(all_padding, "S3")))
+        ],
+        "images without position, orientation or pixel spacing": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(lambda h: setattr(h, "PixelSpacing", None), "S3")),
+            )
+        ],
+        "voxels compressed in a way nobody here decodes": [
+            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(film, "S3")), steady=_HEX)
+        ],
+        "voxels that cannot be decoded, or are not as many as the header says": [
+            Shown(
+                command="znormseg data dicom STUDY CASES",
+                code=3,
+                prepare=study(headers(lambda h: setattr(h, "BitsAllocated", 8), "S3")),
+                steady=_HEX,
+            )
+        ],
+        "an archive with `..` or absolute names, a password, a wrong checksum, or too large": [
+            Shown(title="`..`", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=False)),
+            Shown(
+                title="a password", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=True)
+            ),
+        ],
+        "a case or a SEG that is already there": [
+            Shown(
+                title="a case",
+                command="znormseg data dicom STUDY CASES --id a",
+                code=3,
+                prepare=both(study(), lambda _: Path("CASES/a").mkdir(parents=True)),
+            ),
+            Shown(
+                title="a SEG",
+                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=both(study(), drawn(1), written("OUT.dcm", "mine")),
+            ),
+        ],
+        "`dicom-seg`: a label map that is not there, on another grid, or empty": [
+            Shown(
+                title="not there",
+                command="znormseg data dicom-seg gone.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=study(),
+            ),
+            Shown(
+                title="another grid",
+                command=f"znormseg data dicom-seg {LABEL} STUDY OUT.dcm",
+                code=3,
+                prepare=study(),
+            ),
+            Shown(
+                title="empty",
+                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=both(study(), drawn(0)),
+            ),
+        ],
+        "`dicom-seg`: images that share their SOPInstanceUID": [
+            Shown(
+                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=both(study(headers(lambda h: setattr(h, "SOPInstanceUID", "1.2.3"), "S7")), drawn(1)),
+            )
+        ],
+        "`dicom-seg`: headers without what a SEG must repeat": [
+            Shown(
+                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+                code=3,
+                prepare=both(study(headers(lambda h: delattr(h, "FrameOfReferenceUID"), "S7")), drawn(1)),
+            )
+        ],
+    },
+    "Descriptions of data sets": {
+        "a data set that is not there, or holds no case": [
+            Shown(title="not there", command="znormseg data check NOWHERE", code=3),
+            Shown(title="no case", command="znormseg data check EMPTY", code=3, prepare=folder("EMPTY")),
+        ],
+        "a split that names other cases": [
+            Shown(
+                command=f"{TRAIN} --split split.json",
+                code=3,
+                small=True,
+                prepare=written("split.json", '{"train": ["x"]}'),
+            )
+        ],
+        "a split with one patient in two parts": [
+            Shown(
+                command=f"{TRAIN} --split split.json",
+                code=3,
+                small=True,
+                prepare=lambda _: [
+                    renamed_to("P7_tp1")(_),
+                    renamed_to("P7_tp2", OTHER)(_),
+                    Path("split.json").write_text('{"train": ["P7_tp1"], "validation": ["P7_tp2"]}'),
+                ],
+            )
+        ],
+        "a dataset.json that is no JSON, or whose channels are not named after contrasts": [
+            Shown(
+                title="no JSON",
+                command="znormseg data check SET",
+                code=3,
+                prepare=rendered("MSD", lambda r: (r / "dataset.json").write_text("{")),
+            ),
+            Shown(
+                title="other names",
+                command="znormseg data check SET",
+                code=3,
+                prepare=rendered("nnU-Net", described(channel_names={"0": "A", "1": "B"})),
+            ),
+        ],
+        "two channels or two columns for one contrast": [
+            Shown(
+                title="channels",
+                command="znormseg data check SET",
+                code=3,
+                prepare=rendered("nnU-Net", described(channel_names={"0": "T2", "1": "T1", "2": "T1w"})),
+            ),
+            Shown(
+                title="columns",
+                command="znormseg data check cases.csv",
+                code=3,
+                prepare=written("cases.csv", "case,t1,t2,T2w\n"),
+            ),
+        ],
+        "a CSV without the columns, a row without id, an id twice, no UTF-8": [
+            Shown(
+                title="without the columns",
+                command="znormseg data check cases.csv",
+                code=3,
+                prepare=written("cases.csv", "a,b\n1,2\n"),
+            ),
+            Shown(
+                title="without id",
+                command="znormseg data check cases.csv",
+                code=3,
+                prepare=written("cases.csv", "case,t1,t1c,t2,flair\n,a,b,c,d\n"),
+            ),
+            Shown(
+                title="an id twice",
+                command="znormseg data check cases.csv",
+                code=3,
+                prepare=written("cases.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\nx,a,b,c,d\n"),
+            ),
+            Shown(
+                title="no UTF-8",
+                command="znormseg data check cases.csv",
+                code=3,
+                prepare=lambda _: Path("cases.csv").write_bytes(b"case,t1,t1c,t2,flair\n\xff,a,b,c,d\n"),
+            ),
+        ],
+        "two manifests in a folder": [
+            Shown(
+                command="znormseg data check SET",
+                code=3,
+                prepare=both(
+                    folder("SET"),
+                    *(written(f"SET/{name}.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\n") for name in "ab"),
+                ),
+            )
+        ],
+        "a path of a manifest that is not there, or leads out of its folder": [
+            Shown(
+                command="znormseg predict RUN cases.csv OUT",
+                code=3,
+                prepare=written("cases.csv", f"case,t1,t1c,t2,flair\nx,{IMAGE},{IMAGE},gone.nii.gz,{IMAGE}\n"),
+            )
+        ],
+        "`data export`: OUT not empty, or inside of DATA; an unknown format": [
+            Shown(title="not empty", command="znormseg data export DATA RUN --format csv", code=3),
+            Shown(title="inside of DATA", command="znormseg data export DATA DATA/OUT --format csv", code=3),
+            Shown(title="an unknown format", command="znormseg data export DATA OUT --format bids", code=3),
+        ],
+        "`data export`: contrasts on different grids, NaN where files must be rewritten": [
+            Shown(
+                title="grids",
+                command="znormseg data export DATA OUT --format msd",
+                code=3,
+                prepare=lambda _: bad.move(Path(IMAGE), 0, 5),
+            ),
+            Shown(
+                title="NaN",
+                command="znormseg data export DATA OUT --format msd",
+                code=3,
+                prepare=lambda _: bad.hole(np.nan)(Path(IMAGE)),
+            ),
+        ],
+        "`train --resume`: label maps that have changed since the run began": [
+            Shown(
+                command="znormseg train DATA RUN --resume",
+                code=3,
+                prepare=whole_data(bad.relabel(2, 1)),
+            )
+        ],
+    },
+    "`znormseg data check`: problems and notes": {
+        "swapped contrasts": [found("swapped contrasts", 3, swap)],
+        "another patient": [
+            found("another patient", 3, lambda _: shutil.copy(IMAGE.replace(CASE, OTHER), IMAGE)),
+        ],
+        "same image": [found("same image", 3, lambda _: shutil.copy(IMAGE, IMAGE.replace("t2", "flair")))],
+        "same patient": [found("same patient", 0, again)],
+        "visits": [found("visits", 0, lambda _: [renamed_to("P7_tp1")(_), renamed_to("P7_tp2", OTHER)(_)])],
+        "possible visits": [
+            found("possible visits", 0, lambda _: [renamed_to("P7_1")(_), renamed_to("P7_2", OTHER)(_)])
+        ],
+        "skull": [found("skull", 3, skull)],
+        "background": [found("background", 0, change(IMAGE, lambda v: np.where(v == 0, -1024, v)))],
+        "rounded labels": [found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002)))],
+        "label outside the brain": [
+            found("label outside the brain", 3, change(LABEL, lambda v: np.roll(v, 40, axis=0), np.uint8))
+        ],
+        "label beside the tumour": [found("label beside the tumour", 0, labelled_where_dark)],
+        "cut field of view": [
+            found("cut field of view", 0, change(IMAGE, lambda v: np.where(np.arange(v.shape[2]) < 26, v, 0)))
+        ],
+        "thick slices": [found("thick slices", 0, thick)],
+        "empty label map, one-voxel islands, no label map": [
+            found("empty label map", 0, change(LABEL, np.zeros_like, np.uint8)),
+            found("one-voxel islands", 0, change(LABEL, island, np.uint8)),
+            found("no label map", 0, lambda _: Path(LABEL).unlink()),
+        ],
+    },
+    "Config, run, machine": {
+        "`--config` that is no name and no file": [Shown(command=f"{TRAIN} --config labtop", code=4)],
+        "unknown or mistyped key": [setting("mistyped key"), setting("unknown key"), setting("unknown section")],
+        "`ZNORMSEG_CACHE_GB` that is no size": [Shown(command=f"ZNORMSEG_CACHE_GB=much {TRAIN}", code=4, small=True)],
+        "text for a number, a number out of range": [
+            *(setting(name) for name in ("text for a number", "fraction for a count", "not a number", "no value")),
+            Shown(title="out of range", command=f"{TRAIN} --set training.steps=0", code=4),
+        ],
+        "`gradient.znorm` that chooses no tensor of the network, or an output block it has not": [
+            Shown(command=f"{TRAIN} --set gradient.znorm.output_block=head", code=4, small=True)
+        ],
+        "a patch that the network cannot halve often enough": [setting("patch")],
+        "not YAML, a key twice, an alias, nested without end": [
+            Shown(title="not YAML", command=f"{TRAIN} --config c.yaml", code=4, prepare=written("c.yaml", "data: {\n")),
+            Shown(
+                title="a key twice",
+                command=f"{TRAIN} --config c.yaml",
+                code=4,
+                prepare=written("c.yaml", "data: {}\ndata: {}\n"),
+            ),
+            Shown(
+                title="an alias",
+                command=f"{TRAIN} --config c.yaml",
+                code=4,
+                prepare=written("c.yaml", "data: &a {}\nruntime: *a\n"),
+            ),
+            Shown(
+                title="nested without end",
+                command=f"{TRAIN} --config c.yaml",
+                code=4,
+                prepare=written("c.yaml", "[" * 5000),
+            ),
+        ],
+        "`network.deep_supervision` or `network.blocks` for a network without; not one number of blocks a level": [
+            Shown(command=f"{TRAIN} --set network.deep_supervision=true", code=4)
+        ],
+        "`training.patience` without validation cases": [
+            Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True)
+        ],
+        "`--init-from` with another network, or other input channels": [
+            Shown(title="another network", command=f"{TRAIN} --init-from RUN --config resunet", code=4),
+            Shown(
+                title="other channels",
+                command=f"{TRAIN} --init-from RUN --set augment.contrast_dropout=0.5",
+                code=4,
+                small=True,
+            ),
+        ],
+        "`--init-from` with what is no run": [Shown(command=f"{TRAIN} --init-from DATA", code=5, small=True)],
+        "RUN that does not exist, is a file, is none, has no weights": [
+            run("not there"),
+            run("a file"),
+            Shown(title="a data set", command=f"znormseg predict DATA DATA/{CASE} OUT", code=5),
+            run("without weights"),
+        ],
+        "weights that are not those that were saved (SHA-256), or pickled, and no earlier ones": [
+            *(run(name) for name in ("a changed bit", "a pickle", "no digest", "other contrasts", "another version"))
+        ],
+        "`train --resume` with another config": [
+            Shown(command="znormseg train DATA RUN --resume --set training.learning_rate=1", code=4)
+        ],
+        "losses that are not finite, more than `training.max_rollbacks` times": [
+            Shown(
+                command=f"{TRAIN} --set training.steps=40 --set training.learning_rate=100 --set "
+                "training.weight_decay=1 --set runtime.precision=float32 --set training.max_rollbacks=1",
+                code=5,
+                small=True,
+            )
+        ],
+        "weights whose file and config disagree on missing contrasts; `evaluate --contrast-subsets` with a run that "
+        "needs all": [
+            Shown(
+                title="they disagree",
+                command=PREDICT,
+                code=5,
+                prepare=lambda _: bad.rewrite('"takes_missing_contrasts": false', '"takes_missing_contrasts": true')(
+                    Path("RUN").absolute()
+                ),
+            ),
+            Shown(title="subsets", command="znormseg evaluate RUN DATA --contrast-subsets --cases all", code=5),
+        ],
+        "RUN in use by another process, not empty, nothing to resume": [
+            Shown(title="in use", command="znormseg train DATA RUN --resume", code=5, prepare=in_use),
+            Shown(title="not empty", command="znormseg train DATA RUN", code=5, small=True),
+            Shown(title="nothing to resume", command=f"{TRAIN} --resume", code=5),
+        ],
+        "OUTPUT that is a file": [Shown(command=PREDICT, code=3, prepare=written("OUT", "mine"))],
+        "a disk that is full, a folder that may not be written to": [
+            Shown(
+                title="a full disk",
+                command="znormseg predict RUN DATA DISK",
+                code=7,
+                prepare=folder("DISK"),
+                before=on_a_small_disk(8),
+                possible=can_mount,
+                steady={r"BraTS2021_0000\d": CASE},
+            ),
+            Shown(
+                title="no permission",
+                command="znormseg predict RUN DATA READ-ONLY",
+                code=7,
+                prepare=not_writable,
+                before=lambda: hostile.UNPRIVILEGED,
+                possible=can_be_kept_out,
+            ),
+        ],
+        "a system call that fails: a disk or a server that does not answer, a file system that does not do what is "
+        "asked, too many open files": [
+            Shown(
+                title="a disk that fails",
+                command=TRAIN,
+                code=7,
+                small=True,
+                prepare=site(refusing("os", "fsync", "EIO")),
+                before=list,
+            ),
+            Shown(
+                title="a file in use on a shared folder",
+                command=PREDICT,
+                code=7,
+                prepare=site(refusing("os", "replace", "EBUSY")),
+                before=list,
+            ),
+        ],
+        "a file system without locks, sync of folders or memory maps, as network and shared folders": [
+            Shown(
+                title="no sync of folders",
+                command=TRAIN,
+                code=0,
+                small=True,
+                prepare=site(refusing("os", "fsync", "EINVAL", "stat.S_ISDIR(os.fstat(a[0]).st_mode)")),
+                before=list,
+                only="its file system cannot",
+            ),
+            Shown(
+                title="no locks",
+                command=TRAIN,
+                code=0,
+                small=True,
+                prepare=site(refusing("fcntl", "flock", "ENOSYS")),
+                before=list,
+                only="its file system cannot",
+            ),
+        ],
+        "standard output or error whose reader leaves, such as `head`": "there is nothing to show: the command does "
+        "its work to the end, with its exit code",
+        "`runtime.deterministic` and an operation that has no such form": "on a CPU no operation of a training "
+        "lacks one",
+        "`report`: a folder that is none of these, an ensemble, a comparison or cross-validation that has not ended, "
+        "damaged files": [
+            Shown(title="none of these", command="znormseg report DATA PAGES", code=5),
+            Shown(
+                title="an ensemble",
+                command="znormseg report CROSSVAL/ensemble PAGES",
+                code=5,
+                prepare=crossval(),
+            ),
+            Shown(
+                title="not ended",
+                command="znormseg report CROSSVAL PAGES",
+                code=5,
+                prepare=crossval(lambda out: (out / "crossval.json").unlink()),
+            ),
+            Shown(
+                title="damaged",
+                command="znormseg report COMPARISON PAGES",
+                code=5,
+                prepare=folder("COMPARISON", "plan.json"),
+            ),
+        ],
+        "`report --images` or `--references` of something else than predictions": [
+            Shown(command="znormseg report RUN PAGES --references DATA", code=4)
+        ],
+        "`report`: no case can be shown; 6 where some can": [
+            Shown(command="znormseg report OUT PAGES", code=3, prepare=predictions(record=True))
+        ],
+        "`compare`: fewer than three patients": [
+            Shown(command="znormseg compare DATA OUT", code=3, prepare=gone(OTHER))
+        ],
+        "`compare`: unknown arm, optimiser or rate; another plan in OUT": [
+            Shown(title="arm", command="znormseg compare DATA OUT --arms none,best", code=4),
+            Shown(title="optimiser", command="znormseg compare DATA OUT --optimizers adam", code=4),
+            Shown(title="rate", command="znormseg compare DATA OUT --learning-rates fast", code=4),
+        ],
+        "`crossval`: fewer patients than folds; cases or label maps other than those it was begun with": [
+            Shown(title="fewer patients", command="znormseg crossval DATA OUT --folds 5", code=3, small=True),
+            Shown(title="other cases", command=CROSSVAL, code=3, small=True, prepare=both(crossval(), gone(OTHER))),
+        ],
+        "`crossval`: other settings than those it was begun with; `--folds`, `--devices`, `--jobs` that cannot be": [
+            Shown(
+                title="other settings",
+                command=f"{CROSSVAL} --set training.steps=5",
+                code=4,
+                small=True,
+                prepare=crossval(),
+            ),
+            Shown(title="folds", command="znormseg crossval DATA OUT --folds 1", code=4, small=True),
+            Shown(title="devices", command=f"{CROSSVAL} --devices gpu0", code=4),
+            Shown(title="jobs", command=f"{CROSSVAL} --jobs 0", code=4),
+        ],
+        "`crossval`: cases of different spacings and `data.spacing_mm` open": [
+            Shown(command=CROSSVAL, code=4, small=True, prepare=both(stretched, gone(OTHER)))
+        ],
+        "an out-of-fold file that is damaged": [
+            Shown(command="znormseg report CROSSVAL PAGES", code=5, prepare=crossval(cut_answer))
+        ],
+        "`predict` with the folder of a cross-validation": [
+            Shown(
+                command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
+                code=5,
+                prepare=crossval(),
+            ),
+            Shown(
+                title="not done",
+                command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
+                code=5,
+                prepare=folder("CROSSVAL", "folds.json"),
+            ),
+        ],
+        "an ensemble with weights missing, damaged or others, a damaged `ensemble.json` (its `calibration` too), "
+        "networks that do not go together": [
+            Shown(
+                title="weights missing",
+                command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
+                code=5,
+                prepare=crossval(lambda out: shutil.rmtree(out / "ensemble" / "fold-1")),
+            ),
+            Shown(
+                title="a damaged description",
+                command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
+                code=5,
+                prepare=crossval(lambda out: (out / "ensemble" / "ensemble.json").write_text("{}")),
+            ),
+        ],
+        "`predict --workers`, `--devices`, `--engine ray`: a case whose process is lost three times (6 where others "
+        "were done)": [
+            Shown(
+                command=f"{PREDICT} --workers 2",
+                code=3,
+                prepare=killed_at("app.inference.batch.process_pool", f"{CASE}_t2."),
+            )
+        ],
+        "`predict`: `--engine`, `--workers`, `--devices` that cannot be; `--engine ray` without Ray, or no cluster at "
+        "RAY_ADDRESS": [
+            Shown(title="workers", command=f"{PREDICT} --workers 0", code=4),
+            Shown(title="devices", command=f"{PREDICT} --devices tpu", code=4),
+            Shown(title="without Ray", command=f"{PREDICT} --engine ray", code=4, prepare=without("ray")),
+        ],
+        "`predict --devices`: GPUs that are not there": [
+            Shown(command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --devices cuda:0,cuda:1", code=7)
+        ],
+        "`predict --engine ray`: a label map that a host wrote to a folder of its own (6 where others were done)": "it "
+        "needs a cluster of two hosts that share no folder",
+        "a case named `manifest`": [
+            Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("manifest"))
+        ],
+        "`crossval`: a worker process that is killed": [
+            Shown(
+                command=f"{CROSSVAL} --jobs 2",
+                code=7,
+                small=True,
+                prepare=killed_at("app.experiments.crossval.workers", "fold-1/run.json"),
+            )
+        ],
+        "prepared cases that are removed or damaged while a run uses them": [
+            Shown(command=TRAIN, code=3, small=True, prepare=cache_goes, steady={r"BraTS2021_0000\d": CASE, **_HEX})
+        ],
+        "a cache folder that cannot be used, or is full": [
+            Shown(
+                command=f"ZNORMSEG_CACHE=notes.txt {TRAIN}",
+                code=0,
+                small=True,
+                prepare=written("notes.txt", "mine"),
+                only="the cache cannot be used",
+            )
+        ],
+        "a device that is not there, no memory left": [
+            Shown(
+                command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --device cuda:1",
+                code=7,
+                steady={"this torch is built without CUDA": "no CUDA device is visible"},
+            )
+        ],
+        "OpenVINO asked for where AVX2 is missing or switched off, or its bfloat16 without AVX-512": [
+            Shown(command=f"ONEDNN_MAX_CPU_ISA=SSE41 {PREDICT} --backend openvino", code=7)
+        ],
+        "`plan --dry-run`: nothing fits into memory": [
+            Shown(
+                command="znormseg plan DATA --dry-run --max-memory-gb 0.1",
+                code=7,
+                small=True,
+                steady={r"\d+(\.\d+)? GB": "0.1 GB"},
+            )
+        ],
+        "`plan --out`: a file that is there, a name that does not end in .yaml": [
+            Shown(
+                title="is there",
+                command="znormseg plan DATA --out plan.yaml",
+                code=4,
+                prepare=written("plan.yaml", ""),
+            ),
+            Shown(title="its name", command="znormseg plan DATA --out plan", code=4),
+        ],
+        "`export`: an ensemble, or a network that the format has not": [
+            Shown(command="znormseg export CROSSVAL/ensemble OUT --format openvino", code=5, prepare=crossval())
+        ],
+        "`export`: the exported network differs": "no network is known to which it happens; "
+        "tests/app/exporting/test_export.py makes it up",
+        "`export --format onnx` without its packages": [
+            Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx)
+        ],
+        "`model import`: another bundle, weights that are more than tensors": [
+            Shown(command="znormseg model import RUN MODEL", code=5)
+        ],
+        "`model verify`: a file missing or changed, no sums": [
+            Shown(
+                title="changed", command="znormseg model verify RUN", code=5, prepare=written("RUN/split.json", "{}")
+            ),
+            Shown(
+                title="no sums",
+                command="znormseg model verify RUN",
+                code=5,
+                prepare=lambda _: Path("RUN/SHA256SUMS").unlink(),
+            ),
+        ],
+        "`train` with `inference.crop: false`": [
+            Shown(command=f"{TRAIN} --set inference.crop=false", code=4, small=True)
+        ],
+        "`doctor`: a problem": [
+            Shown(
+                command="znormseg doctor DISK",
+                code=7,
+                prepare=folder("DISK"),
+                before=on_a_small_disk(8),
+                possible=can_mount,
+                only="DISK|free some space",
+            )
+        ],
+        "`torchrun`: more processes than GPUs, or one GPU for several": [
+            Shown(
+                title="one GPU for several",
+                command=f"{TORCHRUN} train DATA NEW --set runtime.device=cuda:0",
+                code=1,
+                before=list,
+                only="takes a GPU",
+            )
+        ],
+        "`torchrun`: a process that ended, cannot be reached, or has another torch, device or precision": [
+            Shown(
+                title="cannot be reached",
+                command=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={PORT} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {TRAIN}",
+                code=7,
+                prepare=port_taken,
+                steady={r"\(.*\)(?=\. Hosts)": "(address already in use)"},
+            )
+        ],
+        "`torchrun` with another command than `train`": [
+            Shown(command=f"{TORCHRUN} predict RUN DATA OUT", code=2, prepare=as_of_torchrun)
+        ],
+        "Ctrl-C, SIGTERM, SIGHUP (a closed terminal or connection; not under `nohup`)": [
+            Shown(title="SIGTERM while it trains", command=TRAIN, code=130, small=True, prepare=stopped_in_step(2)),
+            Shown(
+                title="SIGHUP while it trains",
+                command=TRAIN,
+                code=130,
+                small=True,
+                prepare=stopped_in_step(2, signal.SIGHUP),
+            ),
+            Shown(
+                title="Ctrl-C while it predicts",
+                command="znormseg predict RUN DATA OUT",
+                code=130,
+                prepare=stopped_while_predicting,
+            ),
+        ],
+    },
+    "The command line": {
+        "an unknown verb or option": [
+            Shown(title="verb", command="znormseg segment DATA", code=2),
+            Shown(title="option", command="znormseg predict RUN DATA OUT --gpu 0", code=2),
+        ],
+        "an argument missing": [Shown(command="znormseg train DATA", code=2)],
+        "options that exclude each other": [Shown(command="znormseg train DATA RUN --resume --fold 1", code=2)],
+    },
+}

@@ -1,0 +1,58 @@
+"""The installed program: nothing in the working folder stands in for its parts, and every package is shipped."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """A working folder whose own modules are called as ours and raise when they are imported."""
+    for module in ("data", "znorm"):
+        (tmp_path / module).mkdir()
+        (tmp_path / module / "__init__.py").write_text(f"raise RuntimeError('the wrong {module}')\n")
+    (tmp_path / "models.py").write_text("raise RuntimeError('the wrong models')\n")
+    return tmp_path
+
+
+@pytest.mark.parametrize("command", [["znormseg"], ["python", "-m", "app"]], ids=" ".join)
+def test_the_working_folder_does_not_stand_in_for_our_packages(
+    command: list[str], trap: Path, shell: Callable[..., Any]
+) -> None:
+    ended = shell([*command, "predict", "nowhere", "cases", "out"], cwd=trap)
+    assert ended.code == 3, ended.err
+    assert ended.err == "znormseg: cases: does not exist\n"
+
+
+def test_the_module_and_the_script_are_the_same_program(shell: Callable[..., Any], tmp_path: Path) -> None:
+    assert shell(["python", "-m", "app", "--version"], cwd=tmp_path) == shell(["znormseg", "--version"], cwd=tmp_path)
+
+
+def test_every_package_on_disk_is_in_the_package_list_and_none_besides() -> None:
+    roots = ("znorm", "models", "data", "app")
+    found = {
+        ".".join(place.parent.relative_to(ROOT).parts) for root in roots for place in (ROOT / root).rglob("__init__.py")
+    }
+    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+
+
+def test_every_python_file_lies_in_a_package() -> None:
+    roots = ("znorm", "models", "data", "app")
+    files = [path for root in roots for path in (ROOT / root).rglob("*.py")]
+    assert [path for path in files if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_every_file_beside_the_code_is_among_the_package_data() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
+    roots = ("znorm", "models", "data", "app")
+    files = [path for root in roots for path in (ROOT / root).rglob("*") if path.is_file()]
+    others = [path for path in files if path.suffix not in (".py", ".pyc", ".so", ".md")]
+    assert [path for path in others if not any(path.match(pattern) for pattern in patterns)] == []

@@ -1,0 +1,229 @@
+"""The JSON of predict: a schema that describes every field, and outputs that keep to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import nibabel as nib
+import numpy as np
+import pytest
+from referencing import Registry, Resource
+
+from app.inference.flags import CODES
+from app.inference.postprocess import Postprocess
+
+Call = Callable[..., Any]
+
+CASE = "BraTS2021_00000"
+NAMES = ("predict", "predict-output")
+SCHEMAS: dict[str, dict[str, Any]] = {
+    name: json.loads(resources.files("app.schemas").joinpath(f"{name}.schema.json").read_text(encoding="utf-8"))
+    for name in NAMES
+}
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "predict-json.md"
+LEAD = """\
+# The JSON of predict
+
+`znormseg predict` writes `OUTPUT/<case>.json` beside each label map. Its JSON Schema (draft 2020-12) is
+`app/schemas/predict.schema.json`; that of what `--json` prints is `app/schemas/predict-output.schema.json`. What the
+numbers mean, and what they do not: [How far to trust a label map](../how-to/trust.md). Fields in *italics* are not in
+every file. This page is made from the schemas.
+"""
+
+
+def problems(name: str, content: Any) -> list[str]:
+    """What of a content does not keep to a schema."""
+    registry = Registry().with_resources([(one["$id"], Resource.from_contents(one)) for one in SCHEMAS.values()])
+    validator = jsonschema.Draft202012Validator(SCHEMAS[name], registry=registry)
+    return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(content)]
+
+
+def fields(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], bool]]:
+    """Every property: its path, its schema, whether it is always there."""
+    for name, inner in schema.get("properties", {}).items():
+        yield f"{prefix}{name}", inner, name in schema["required"]
+        yield from fields(inner, f"{prefix}{name}.")
+        yield from fields(inner.get("items", {}), f"{prefix}{name}[].")
+
+
+def kind(schema: dict[str, Any]) -> str:
+    """The type of a field in words."""
+    if "const" in schema:
+        return "string"
+    if schema.get("enum") == list(CODES):
+        return "one of the codes below"
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "$ref" in schema:
+        return "object"
+    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
+    inner = f" of {schema['items'].get('type', 'object')}s" if "items" in schema else ""
+    return " or ".join(f"{name}{inner if name == 'array' else ''}" for name in names)
+
+
+def table(name: str) -> str:
+    """The fields of a schema as Markdown; those of a region, being all alike, in the row of their object."""
+    rows = ["| field | type | what |", "|---|---|---|"]
+    for path, schema, always in fields(SCHEMAS[name]):
+        if path.rpartition(".")[2] in {"WT", "TC", "ET"}:
+            continue
+        shown = f"`{path}`" if always else f"*`{path}`*"
+        by_region = " By region: `WT`, `TC`, `ET`." if "WT" in schema.get("properties", {}) else ""
+        rows.append(f"| {shown} | {kind(schema)} | {schema['description']}{by_region} |")
+    return "\n".join(rows)
+
+
+def reference() -> str:
+    """The page of the reference."""
+    flags = "\n".join(["| code | meaning |", "|---|---|", *(f"| `{code}` | {what} |" for code, what in CODES.items())])
+    parts = ["## A case", table("predict"), "## Flags", flags, "## `--json`", table("predict-output")]
+    return "\n".join([LEAD, *(f"{part}\n" for part in parts)])
+
+
+# The schemas
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_schema_is_one(name: str) -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMAS[name])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_field_is_described(name: str) -> None:
+    found = list(fields(SCHEMAS[name]))
+    assert len(found) >= 3
+    assert [path for path, schema, _ in found if not schema.get("description", "").endswith(".")] == []
+
+
+def test_the_codes_of_flags_are_those_of_the_program() -> None:
+    described = {path: schema for path, schema, _ in fields(SCHEMAS["predict"])}
+    assert described["flags[].code"]["enum"] == list(CODES)
+
+
+def test_the_reference_page_is_that_of_the_schema() -> None:
+    if os.environ.get("ZNORMSEG_REGENERATE"):
+        REFERENCE.write_text(reference(), encoding="utf-8")
+    assert REFERENCE.read_text(encoding="utf-8") == reference()
+
+
+# Outputs
+
+
+@pytest.fixture(scope="module")
+def plain(tiny_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The JSON of a case with nothing asked for."""
+    from app.inference.batch.predict import predict
+    from app.inference.model import load_model
+    from app.system.device import RuntimeConfig, choose_runtime
+    from data.datasets.layouts import find_cases
+
+    runtime, folder = choose_runtime(RuntimeConfig(device="cpu")), tmp_path_factory.mktemp("plain")
+    predict(load_model(tiny_run, runtime), find_cases(phantoms)[:1], folder, runtime=runtime)
+    content: dict[str, Any] = json.loads((folder / f"{CASE}.json").read_text())
+    return content
+
+
+def test_a_plain_prediction_keeps_to_the_schema(plain: dict[str, Any]) -> None:
+    assert problems("predict", plain) == []
+
+
+@pytest.mark.parametrize("name", [path for path, _, always in fields(SCHEMAS["predict"]) if always and "." not in path])
+def test_a_field_that_is_gone_is_noticed(name: str, plain: dict[str, Any]) -> None:
+    assert problems("predict", {key: value for key, value in plain.items() if key != name})
+
+
+def test_a_field_that_nobody_described_is_noticed(plain: dict[str, Any]) -> None:
+    assert problems("predict", {**plain, "certainty": 1})
+    assert problems("predict", {**plain, "files": {**plain["files"], "certainty": None}})
+
+
+def test_a_case_without_a_contrast_keeps_to_the_schema(plain: dict[str, Any]) -> None:
+    inputs = {contrast: path for contrast, path in plain["inputs"].items() if contrast != "t1"}
+    assert problems("predict", {**plain, "inputs": inputs, "missing_contrasts": ["t1"]}) == []
+
+
+def ensemble_of(run: Path, place: Path) -> Path:
+    """An ensemble of a run and itself."""
+    best = json.loads(max((run / "checkpoints").glob("best-*.json")).read_text())
+    networks = []
+    for name in ("fold-0", "fold-1"):
+        shutil.copytree(run, place / name)
+        networks.append({"network": name, "weights_sha256": best["sha256"], "step": best["step"]})
+    content = {"version": 1, "networks": networks, "postprocess": Postprocess().to_json()}
+    (place / "ensemble.json").write_text(json.dumps(content))
+    return place
+
+
+def test_every_option_of_an_ensemble_and_a_failure_keep_to_the_schemas(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    shutil.copytree(phantoms / CASE, tmp_path / "in" / CASE)
+    shutil.copytree(phantoms / "BraTS2021_00001", tmp_path / "in" / "BraTS2021_00001")
+    (tmp_path / "in" / "BraTS2021_00001" / "BraTS2021_00001_t2.nii.gz").write_bytes(b"damaged")
+    spoilt = tmp_path / "in" / CASE / f"{CASE}_t2.nii.gz"
+    image: Any = nib.load(spoilt)
+    voxels = np.asarray(image.dataobj, dtype=np.float32).copy()
+    voxels[np.unravel_index(voxels.argmax(), voxels.shape)] = np.nan
+    nib.save(nib.Nifti1Image(voxels, image.affine), spoilt)
+    asked = ["--tta", "--save-probabilities", "--uncertainty", "--nan-to-zero", "--labels", "brats2023", "--json"]
+    ended = znormseg("predict", ensemble_of(tiny_run, tmp_path / "run"), tmp_path / "in", tmp_path / "out", *asked)
+    assert ended.code == 6, ended.err
+    printed = json.loads(ended.out)
+    assert problems("predict-output", printed) == []
+    (content,) = printed["cases"]
+    assert content == json.loads((tmp_path / "out" / f"{CASE}.json").read_text())
+    assert content["nan_to_zero"] == {"t2": 1}
+    assert (content["answers"]["networks"], content["answers"]["flips"]) == (2, 8)
+    assert None not in content["files"].values()
+
+
+def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import SimpleITK as sitk  # noqa: N813
+
+    from app.inference.batch import native
+    from data.native_space.brain_mask import BrainMask
+    from data.native_space.itk import grid_of, voxels_of
+    from data.native_space.rigid import Registration
+    from data.native_space.to_brats import BroughtIn, NativeCase
+
+    found = Registration(
+        transform=sitk.TranslationTransform(3),
+        metric_before=0.5,
+        metric_after=0.5,
+        contrast=2.0,
+        overlap=1.0,
+        cpu_seconds=0.0,
+    )
+
+    def as_it_is(given: NativeCase, *_: Any, **__: Any) -> BroughtIn:
+        return BroughtIn(
+            id=given.id,
+            images={contrast: voxels_of(image) for contrast, image in given.images.items()},
+            codes=None,
+            grid=grid_of(given.images["t1c"]),
+            registrations=dict.fromkeys(("t1", "t2", "flair"), found),
+            mask=BrainMask(mask=None, source="own"),
+            record={"case": given.id},
+            warnings=("look at it",),
+        )
+
+    monkeypatch.setattr(native, "bring_in", as_it_is)
+    asked = ["--prepare", "--tta", "--save-probabilities", "--uncertainty", "--json"]
+    ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *asked)
+    assert ended.code == 0, ended.err
+    assert problems("predict-output", json.loads(ended.out)) == []
+    (content,) = json.loads(ended.out)["cases"]
+    assert {"code": "preparation", "sentence": "look at it."} in content["flags"]
+    shares, labels = nib.load(content["files"]["probabilities"]).get_fdata(), nib.load(content["label_map"]).get_fdata()
+    sure = np.abs(shares - 0.5) > 2e-3  # closer ones count as one half
+    assert np.array_equal((shares[..., 0] > 0.5)[sure[..., 0]], (labels > 0)[sure[..., 0]])
+    assert content["volumes_ml"]["WT"] > 0
