@@ -101,6 +101,7 @@ def compare(
         raise typer.BadParameter("give either --fold or --split")
     from app.experiments.comparison.compare import compare as compare_arms  # noqa: PLC0415 - slow to import, not for the help
     from app.experiments.comparison.plan import make_plan  # noqa: PLC0415
+    from app.reports.comparison import write_page  # noqa: PLC0415
 
     plan = make_plan(
         config=config,
@@ -126,6 +127,7 @@ def compare(
             follow_links=follow_links,
             on_progress=on_progress,
         )
+        write_page(outcome)
     if as_json:
         terminal.json_result(outcome.content)
     else:

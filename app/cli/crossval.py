@@ -58,6 +58,7 @@ def crossval(
     """
     from app.config.load import load_config  # noqa: PLC0415 - slow to import, not needed for the help
     from app.experiments.crossval.run import cross_validate  # noqa: PLC0415
+    from app.reports.crossval import write_page  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         outcome = cross_validate(
@@ -71,6 +72,7 @@ def crossval(
             jobs=jobs,
             on_progress=on_progress,
         )
+        write_page(outcome)
     if as_json:
         terminal.json_result(outcome.content)
     else:

@@ -23,10 +23,12 @@ def demo(
 ) -> None:
     """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
     from app.evaluation.evaluate import rows  # noqa: PLC0415
-    from app.experiments.demo import COMMANDS, run_demo  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.experiments.demo import run_demo  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.reports.demo import COMMANDS, write_demo_page  # noqa: PLC0415
 
     with terminal.watched() as on_progress:
         outcome = run_demo(out, on_progress=on_progress)
+        write_demo_page(outcome)
     if as_json:
         terminal.json_result(outcome.to_json())
         return

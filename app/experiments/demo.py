@@ -1,30 +1,24 @@
-"""The main job end to end on phantoms: make, train, predict, evaluate, show."""
+"""The main job end to end on phantoms: make, train, predict, evaluate."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
-
-from app.config.load import load_config
+from app.config.load import RunConfig, load_config
 from app.errors import RunError
-from app.evaluation.evaluate import CaseScores, Evaluation, evaluate, write_table
-from app.html.overlay import OverlayCase, overlay_caption, overlay_png
+from app.evaluation.evaluate import Evaluation, evaluate, write_table
 from app.inference.backends.choose import choose_backend
 from app.inference.batch.predict import predict
 from app.inference.model import load_model
 from app.progress import LOG, OnProgress, Progress, silent
-from app.reports.demo import Page, PageCase, write_page
-from app.runs.folder import read_metrics, write_json
-from app.system.device import machine, versions
+from app.runs.folder import write_json
 from app.training.run import start
-from data.datasets.layouts import Case, find_cases, find_label_maps
-from data.labels import LabelConvention, Region, decode
-from data.nifti import read_image, read_label_map, reorient
+from data.datasets.layouts import Case, find_cases
+from data.labels import LabelConvention
 from data.phantoms import write_phantoms
 
 #: Phantoms that train, validate and are held out.
@@ -34,21 +28,31 @@ HELD_OUT: Final = 6
 SPACING_MM: Final = 2.0
 CONFIG: Final = "laptop"
 
-COMMANDS: Final = (
-    ("Look your data set over", "znormseg data check DATA"),
-    ("Train on it, for an hour here or longer on a GPU", "znormseg train DATA RUN --set training.hours=1"),
-    ("Segment new cases with what it learnt", "znormseg predict RUN NEW_CASES OUTPUT"),
-)
-
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
     """What the demo made."""
 
-    page: Path
+    out: Path
+    """Folder with ``phantoms/ run/ predictions/ scores.csv``."""
+    config: RunConfig
+    """Of the run."""
+    trained_on: int
+    """Number of phantoms that trained."""
+    unseen: Sequence[Case]
+    """Held-out phantoms, with their label maps."""
+    convention: LabelConvention
+    """Of the predicted label maps."""
+    weights_sha256: str
+    """Of the weights that predicted."""
     evaluation: Evaluation
     seconds: Mapping[str, float]
     """By stage."""
+
+    @property
+    def page(self) -> Path:
+        """Where the page goes; :func:`app.reports.demo.write_demo_page` writes it."""
+        return self.out / "index.html"
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -69,7 +73,7 @@ def run_demo(
     """Run the demo into a folder.
 
     Args:
-        out: new or empty folder; gets ``phantoms/ run/ predictions/ scores.csv index.html``.
+        out: new or empty folder; gets ``phantoms/ run/ predictions/ scores.csv``.
         overrides: changes to the ``laptop`` config, as ``--set`` takes them.
         counts: phantoms that train, validate and are held out; default 24, 2 and 6.
         on_progress: told which stage is under way.
@@ -102,31 +106,16 @@ def run_demo(
     write_table(evaluation, out / "scores.csv")
     clock.note("evaluation")
 
-    pages = [_page_case(case, out, evaluation, model.convention) for case in unseen]
-    write_page(
-        out / "index.html",
-        Page(
-            title="znormseg demo",
-            lead=(
-                f"A small residual U-Net trained with ZNorm on {training} synthetic glioma cases at {SPACING_MM:g} mm, "
-                f"scored on {held_out} it has not seen. Phantoms are easier than patients: "
-                "take these figures as a sign that everything works, not as a promise."
-            ),
-            provenance=[
-                ("config", CONFIG),
-                ("seed", str(config.training.seed)),
-                ("machine", machine()),
-                ("seconds", ", ".join(f"{stage} {spent:.0f}" for stage, spent in clock.seconds.items())),
-                ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
-                ("weights", model.sha256),
-            ],
-            cases=pages,
-            metrics=read_metrics(out / "run"),
-            commands=COMMANDS,
-        ),
+    return DemoResult(
+        out=out,
+        config=config,
+        trained_on=training,
+        unseen=unseen,
+        convention=model.convention,
+        weights_sha256=model.sha256,
+        evaluation=evaluation,
+        seconds=clock.seconds,
     )
-    clock.note("page")
-    return DemoResult(page=out / "index.html", evaluation=evaluation, seconds=clock.seconds)
 
 
 class _Clock:
@@ -153,31 +142,3 @@ def _make_phantoms(folder: Path, count: int, on_progress: OnProgress) -> tuple[C
 
     write_phantoms(folder, count, spacing_mm=SPACING_MM, on_case=made)
     return find_cases(folder)
-
-
-def _page_case(case: Case, out: Path, evaluation: Evaluation, convention: LabelConvention) -> PageCase:
-    """Scores and overlay picture of one held-out case."""
-    assert case.label is not None
-    background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
-    overlay = OverlayCase(
-        case=case.id,
-        background=background.voxels,
-        background_name="FLAIR",
-        prediction=_codes(find_label_maps(out / "predictions")[case.id], convention),
-        reference=_codes(case.label, convention),
-        spacing_mm=background.spacing_mm,
-    )
-    scores: dict[str, CaseScores] = {scored.case: scored for scored in evaluation.cases}
-    by_region: dict[Region, Mapping[str, float]] = {
-        region: asdict(values) for region, values in scores[case.id].regions.items()
-    }
-    return PageCase(
-        case=case.id,
-        scores=by_region,
-        overlay=overlay_png(overlay, height_px=320),
-        overlay_caption=overlay_caption(overlay),
-    )
-
-
-def _codes(path: Path, convention: LabelConvention) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    return decode(reorient(read_label_map(path)).voxels, convention)

@@ -5,18 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from app.system.device import machine, versions
 
-
-def made_by(record: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+def made_by(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Machine and versions, name and value.
 
     Args:
-        record: JSON with ``machine`` and ``versions`` of the time; None asks this machine.
+        record: JSON with ``machine`` and ``versions`` of the time.
     """
-    told = {"machine": machine(), "versions": versions()} if record is None else record
-    held = told.get("versions")
+    held = record.get("versions")
     listed = (
         ", ".join(f"{name} {version}" for name, version in held.items()) if isinstance(held, Mapping) else "not told"
     )
-    return [("machine", str(told.get("machine", "not told"))), ("versions", listed)]
+    return [("machine", str(record.get("machine", "not told"))), ("versions", listed)]

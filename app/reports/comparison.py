@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from app.evaluation.metrics import DICE_DEFINITION
 from app.experiments.comparison.analysis import MEASURES, Analysis, ArmSummary, final_keys, scored_by
-from app.experiments.comparison.plan import RunKey
+from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.run import Results
 from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
@@ -19,38 +17,26 @@ from app.html.provenance import made_by
 from app.html.scores import REGION_NAMES
 from data.nifti import replacing
 
-Records = Sequence[Mapping[str, Any]]
 
-
-def write_page(
-    path: Path,
-    results: Results,
-    analysis: Analysis,
-    metrics: Mapping[RunKey, Records],
-    *,
-    made: Mapping[str, Any] | None = None,
-) -> None:
+def write_page(outcome: Comparison, path: Path | None = None) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        path: file to write.
-        results: of every run.
-        analysis: what they say.
-        metrics: records of ``metrics.jsonl`` of the final runs.
-        made: ``machine`` and ``versions`` that made it; default this machine.
+        outcome: what the comparison found.
+        path: file to write, default ``outcome.page``; its folder is made where it is missing.
+
+    Raises:
+        OSError: the file cannot be written.
     """
+    path = path or outcome.page
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(render(results, analysis, metrics, made=made), encoding="utf-8", errors="replace")
+        beside.write_text(render(outcome), encoding="utf-8", errors="replace")
 
 
-def render(
-    results: Results,
-    analysis: Analysis,
-    metrics: Mapping[RunKey, Records],
-    *,
-    made: Mapping[str, Any] | None = None,
-) -> str:
-    """The page as one HTML document; every string from outside is escaped. Arguments as for :func:`write_page`."""
+def render(outcome: Comparison) -> str:
+    """The page as one HTML document; every string from outside is escaped."""
+    results, analysis, metrics = outcome.results, outcome.analysis, outcome.metrics
     plan = results.plan
     curves = "".join(
         f"<h3>{optimizer}</h3>"
@@ -76,7 +62,7 @@ def render(
     return document(
         title=f"{', '.join(plan.arms)}: a comparison",
         lead=lead,
-        facts=[*_facts(results, analysis), *made_by(made)],
+        facts=[*_facts(results, analysis), *made_by(outcome.content)],
         sections=sections,
         styles=("page.css", "arms.css"),
     )

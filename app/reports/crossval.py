@@ -11,6 +11,7 @@ from typing import Any, Final
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.evaluation.reliability import DEFINITION
 from app.experiments.crossval.calibrate import Calibrated
+from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
 from app.html.bands import figures_html
@@ -21,72 +22,38 @@ from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
 from data.labels import REGIONS
 from data.nifti import replacing
 
-Records = Sequence[Mapping[str, Any]]
-
 _WORST: Final = 10
 _KEYS: Final = ("mean", *REGIONS, *(f"{region}_hd95_mm" for region in REGIONS))
 _HEADS: Final = ("Mean", *REGIONS, *(f"{region} HD95" for region in REGIONS))
 
 
-def write_page(
-    path: Path,
-    *,
-    raw: Summary,
-    tuned: Summary,
-    tuning: Tuning,
-    calibrated: Calibrated,
-    results: Sequence[Mapping[str, Any]],
-    metrics: Sequence[Records],
-    backends: str,
-    made: Mapping[str, Any] | None = None,
-) -> None:
+def write_page(outcome: CrossValidation, path: Path | None = None) -> None:
     """Write the page, whole or not at all.
 
     Args:
-        path: file to write.
-        raw: scores without post-processing.
-        tuned: scores with what was chosen.
-        tuning: how that was chosen.
-        calibrated: temperatures and volume intervals.
-        results: by fold, how training ended.
-        metrics: by fold, records of ``metrics.jsonl``.
-        backends: what computed the out-of-fold predictions.
-        made: ``machine`` and ``versions`` that made it; default this machine.
+        outcome: what the cross-validation found.
+        path: file to write, default ``outcome.page``; its folder is made where it is missing.
+
+    Raises:
+        OSError: the file cannot be written.
     """
-    page = render(
-        raw=raw,
-        tuned=tuned,
-        tuning=tuning,
-        calibrated=calibrated,
-        results=results,
-        metrics=metrics,
-        backends=backends,
-        made=made,
-    )
+    path = path or outcome.page
+    path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(page, encoding="utf-8", errors="replace")
+        beside.write_text(render(outcome), encoding="utf-8", errors="replace")
 
 
-def render(
-    *,
-    raw: Summary,
-    tuned: Summary,
-    tuning: Tuning,
-    calibrated: Calibrated,
-    results: Sequence[Mapping[str, Any]],
-    metrics: Sequence[Records],
-    backends: str,
-    made: Mapping[str, Any] | None = None,
-) -> str:
-    """The page as one HTML document; every string from outside is escaped. Arguments as for :func:`write_page`."""
+def render(outcome: CrossValidation) -> str:
+    """The page as one HTML document; every string from outside is escaped."""
+    raw, tuned, results = outcome.raw, outcome.tuned, outcome.results
     count = len(results)
     dice = raw.spread()["mean"]
-    arms = {f"fold {fold}": [records] for fold, records in enumerate(metrics)}
+    arms = {f"fold {fold}": [records] for fold, records in enumerate(outcome.metrics)}
     sections = [
         section("folds", "Folds", _folds_html(raw, results)),
         section("curves", "Learning curves", figures_html(arms)),
-        section("tuning", "Post-processing", _tuning_html(raw, tuned, tuning)),
-        section("calibration", "Calibration", _calibration_html(calibrated)),
+        section("tuning", "Post-processing", _tuning_html(raw, tuned, outcome.tuning)),
+        section("calibration", "Calibration", _calibration_html(outcome.calibrated)),
         section("worst", "Worst cases", _worst_html(raw, tuned)),
     ]
     return document(
@@ -98,8 +65,8 @@ def render(
         facts=(
             ("Dice", DICE_DEFINITION),
             ("HD95", HD95_DEFINITION),
-            ("predictions", backends),
-            *made_by(made),
+            ("predictions", outcome.backends),
+            *made_by(outcome.content),
         ),
         sections=sections,
         styles=("page.css", "arms.css"),

@@ -1,23 +1,36 @@
-"""The HTML page of a run: one file that opens anywhere, without network and without script."""
+"""The demo's HTML page: one file that opens anywhere, without network or script."""
 
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, Final
 
+import numpy as np
 from markupsafe import Markup
 
+from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
 from app.html.elements import document, section
+from app.html.overlay import OverlayCase, overlay_caption, overlay_png
 from app.html.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
 from app.html.templates import fill
 from app.html.volume import data_uri
-from data.labels import REGIONS, Region
-from data.partial import partial_name
+from app.runs.folder import read_metrics
+from app.system.device import machine, versions
+from data.datasets.layouts import Case, find_label_maps
+from data.labels import REGIONS, LabelConvention, Region, decode
+from data.nifti import read_image, read_label_map, reorient, replacing
+
+#: What to type next: what it does, and the command.
+COMMANDS: Final = (
+    ("Look your data set over", "znormseg data check DATA"),
+    ("Train on it, for an hour here or longer on a GPU", "znormseg train DATA RUN --set training.hours=1"),
+    ("Segment new cases with what it learnt", "znormseg predict RUN NEW_CASES OUTPUT"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,13 +89,70 @@ def write_page(path: Path, page: Page) -> None:
     Raises:
         OSError: the folder is missing or cannot be written.
     """
-    partial = path.with_name(partial_name(f".partial-{os.getpid()}-", path.name))
-    try:
+    with replacing(path) as beside:
         # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
-        partial.write_text(render(page), encoding="utf-8", errors="replace")
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+        beside.write_text(render(page), encoding="utf-8", errors="replace")
+
+
+def write_demo_page(outcome: DemoResult) -> None:
+    """Write the page of a demo: scores, curves and a picture of each held-out case.
+
+    Args:
+        outcome: what the demo made.
+
+    Raises:
+        OSError: the page cannot be written.
+    """
+    write_page(
+        outcome.page,
+        Page(
+            title="znormseg demo",
+            lead=(
+                f"A small residual U-Net trained with ZNorm on {outcome.trained_on} synthetic glioma cases at "
+                f"{SPACING_MM:g} mm, scored on {len(outcome.unseen)} it has not seen. Phantoms are easier than "
+                "patients: take these figures as a sign that everything works, not as a promise."
+            ),
+            provenance=[
+                ("config", CONFIG),
+                ("seed", str(outcome.config.training.seed)),
+                ("machine", machine()),
+                ("seconds", ", ".join(f"{stage} {spent:.0f}" for stage, spent in outcome.seconds.items())),
+                ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+                ("weights", outcome.weights_sha256),
+            ],
+            cases=[_page_case(case, outcome) for case in outcome.unseen],
+            metrics=read_metrics(outcome.out / "run"),
+            commands=COMMANDS,
+        ),
+    )
+
+
+def _page_case(case: Case, outcome: DemoResult) -> PageCase:
+    """Scores and overlay picture of one held-out case."""
+    assert case.label is not None
+    background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
+    overlay = OverlayCase(
+        case=case.id,
+        background=background.voxels,
+        background_name="FLAIR",
+        prediction=_codes(find_label_maps(outcome.out / "predictions")[case.id], outcome.convention),
+        reference=_codes(case.label, outcome.convention),
+        spacing_mm=background.spacing_mm,
+    )
+    scores = {scored.case: scored for scored in outcome.evaluation.cases}
+    by_region: dict[Region, Mapping[str, float]] = {
+        region: asdict(values) for region, values in scores[case.id].regions.items()
+    }
+    return PageCase(
+        case=case.id,
+        scores=by_region,
+        overlay=overlay_png(overlay, height_px=320),
+        overlay_caption=overlay_caption(overlay),
+    )
+
+
+def _codes(path: Path, convention: LabelConvention) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return decode(reorient(read_label_map(path)).voxels, convention)
 
 
 def _cases_html(cases: Sequence[PageCase]) -> str:

@@ -1,4 +1,4 @@
-"""The page of a comparison made anew, from what its folder holds."""
+"""Rebuild the page of a finished comparison from its folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from app.config.load import RunConfig, from_plain, load_config
 from app.errors import ConfigError, RunError
 from app.experiments.comparison.analysis import Records, analyse
+from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.plan import Plan, RunKey
 from app.experiments.comparison.run import Results, choose_rates
 from app.experiments.comparison.split import Parts
@@ -16,7 +17,7 @@ from app.reports.comparison import write_page
 from app.runs.folder import read_json, read_metrics
 
 
-def write_page_again(out: Path, page: Path) -> None:
+def rebuild_report(out: Path, page: Path) -> None:
     """Write the page of a comparison that ended, whole or not at all; nothing is trained or scored.
 
     Args:
@@ -32,9 +33,10 @@ def write_page_again(out: Path, page: Path) -> None:
         key: read_metrics(out / "runs" / key.name) for key in results.plan.finals(results.chosen)
     }
     recorded = json_object(read_json(out / "compare.json"), out / "compare.json")
-    analysis = analyse(results, metrics)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(page, results, analysis, metrics, made=recorded)
+    outcome = Comparison(
+        out=out, results=results, analysis=analyse(results, metrics), metrics=metrics, content=recorded
+    )
+    write_page(outcome, page)
 
 
 def results_of(out: Path) -> Results:

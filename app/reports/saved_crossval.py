@@ -1,4 +1,4 @@
-"""The page of a cross-validation made anew, from what its folder holds."""
+"""Rebuild the page of a finished cross-validation from its folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from app.errors import RunError
 from app.experiments.crossval.calibrate import calibrate
 from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import read_computed_by, read_counts
+from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import summarise
 from app.experiments.crossval.tune import Scores, tune
 from app.experiments.runs import backends_sentence, count_backends, json_object
@@ -22,7 +23,7 @@ from data.datasets.splits import Split
 from data.labels import CONVENTIONS
 
 
-def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
+def rebuild_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
     """Write the page of a cross-validation that ended, whole or not at all; nothing is trained or predicted.
 
     Scores and post-processing are worked out once more from the out-of-fold answers.
@@ -53,9 +54,9 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
     raw = summarise(folds, Postprocess())
     tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
     counts = {case_id: read_counts(folds.answer_file(case_id)) for case_id in fold_of}
-    page.parent.mkdir(parents=True, exist_ok=True)
-    write_page(
-        page,
+    outcome = CrossValidation(
+        out=out,
+        ensemble=out / "ensemble",
         raw=raw,
         tuned=tuned,
         tuning=tuning,
@@ -63,8 +64,9 @@ def write_page_again(out: Path, page: Path, *, on_progress: OnProgress = silent)
         results=[read_json(folds.result_file(fold)) for fold in numbers],
         metrics=[read_metrics(folds.run(fold)) for fold in numbers],
         backends=backends_sentence(count_backends(read_computed_by(folds.answer_file(case_id)) for case_id in fold_of)),
-        made=recorded,
+        content=recorded,
     )
+    write_page(outcome, page)
     on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))
 
 

@@ -30,7 +30,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from threading import Lock
 from typing import IO, Any, Final, Literal
@@ -356,7 +356,7 @@ def _content(path: Path) -> str:
 def _program() -> list[str]:
     """What stands for the program that prepares: its own data package, and the libraries it uses."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(str(resources.files("data"))).rglob("*.py")):
         digest.update(path.read_bytes())
     return [digest.hexdigest(), *(f"{name} {metadata.version(name)}" for name in _LIBRARIES)]
 

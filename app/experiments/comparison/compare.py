@@ -1,4 +1,4 @@
-"""Compare arms: make the runs, work out what they say, write CSV, JSON and the page."""
+"""Compare arms: make the runs, analyse them, write CSV and JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from app.experiments.comparison.plan import Plan, RunKey
 from app.experiments.comparison.run import Results, make_runs
 from app.notice import NOTICE
 from app.progress import OnProgress, silent
-from app.reports.comparison import write_page
 from app.runs.folder import read_metrics, write_json
 from app.system.device import machine, versions
 from data.labels import REGIONS
@@ -40,13 +39,16 @@ class Comparison:
     """What a comparison made."""
 
     out: Path
+    results: Results
     analysis: Analysis
+    metrics: Mapping[RunKey, Records]
+    """Records of ``metrics.jsonl`` of the final runs."""
     content: Mapping[str, Any]
     """As in ``compare.json``."""
 
     @property
     def page(self) -> Path:
-        """The page."""
+        """Where the page goes; :func:`app.reports.comparison.write_page` writes it."""
         return self.out / "compare.html"
 
 
@@ -61,7 +63,7 @@ def compare(
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Comparison:
-    """Make the runs that are not there yet, and write ``compare.csv``, ``compare.json`` and ``compare.html``.
+    """Make the runs that are not there yet, and write ``compare.csv`` and ``compare.json``.
 
     Args:
         data: folder of cases.
@@ -99,8 +101,7 @@ def compare(
     }
     write_csv(out / "compare.csv", results)
     write_json(out / "compare.json", content)
-    write_page(out / "compare.html", results, analysis, metrics)
-    return Comparison(out=out, analysis=analysis, content=content)
+    return Comparison(out=out, results=results, analysis=analysis, metrics=metrics, content=content)
 
 
 def write_csv(path: Path, results: Results) -> None:

@@ -28,7 +28,6 @@ from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
-from app.reports.crossval import write_page
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
 
@@ -48,12 +47,18 @@ class CrossValidation:
     """Out-of-fold scores under what was chosen on the same cases."""
     tuning: Tuning
     calibrated: Calibrated
+    results: Sequence[Mapping[str, Any]]
+    """By fold, how training ended."""
+    metrics: Sequence[Sequence[Mapping[str, object]]]
+    """By fold, the records of ``metrics.jsonl``."""
+    backends: str
+    """What computed the out-of-fold predictions, in words."""
     content: Mapping[str, Any]
     """As in ``crossval.json``."""
 
     @property
     def page(self) -> Path:
-        """The page."""
+        """Where the page goes; :func:`app.reports.crossval.write_page` writes it."""
         return self.out / "crossval.html"
 
 
@@ -69,7 +74,7 @@ def cross_validate(
     jobs: int | None = None,
     on_progress: OnProgress = silent,
 ) -> CrossValidation:
-    """Do what is not done yet, and write scores, page and ensemble.
+    """Do what is not done yet, and write scores and ensemble.
 
     Args:
         data: folder of cases.
@@ -218,16 +223,6 @@ class _Work:
         write_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
         write_json(out / "crossval.json", content)
         metrics = [read_metrics(self.folds.run(fold)) for fold in range(len(self.folds.splits))]
-        write_page(
-            out / "crossval.html",
-            raw=raw,
-            tuned=tuned,
-            tuning=tuning,
-            calibrated=calibrated,
-            results=results,
-            metrics=metrics,
-            backends=backends_sentence(backends),
-        )
         self.on_progress(
             Progress(job="cross-validating", share=1.0, detail=f"{len(self.folds.splits)} folds", eta_seconds=0.0)
         )
@@ -238,6 +233,9 @@ class _Work:
             tuned=tuned,
             tuning=tuning,
             calibrated=calibrated,
+            results=results,
+            metrics=metrics,
+            backends=backends_sentence(backends),
             content=content,
         )
 

@@ -46,16 +46,18 @@ def options(tiny_settings: list[str]) -> list[str]:
 def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The comparison of these options, ended well; tests read it and leave it as it is."""
     from app.experiments.comparison.compare import compare
+    from app.reports.comparison import write_page
 
     out = tmp_path_factory.mktemp("comparison") / "out"
     shared = [one for one in tiny_settings if not one.startswith(TAKEN)]
     told: list[str] = []
-    compare(
+    outcome = compare(
         phantoms,
         out,
         plan(overrides=shared, seeds=1, steps=4, rates=["1e-3,1e-2"]),
         on_progress=lambda progress: told.append(f"{progress.share:.0%} {progress.detail} {progress.eta_seconds}"),
     )
+    write_page(outcome)
     (out.parent / "progress").write_text("\n".join(told))
     return out
 

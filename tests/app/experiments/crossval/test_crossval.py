@@ -43,9 +43,10 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     """The cross-validation of these options, ended well; tests read it and leave it as it is."""
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
+    from app.reports.crossval import write_page
 
     out = tmp_path_factory.mktemp("crossval") / "out"
-    cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2)
+    write_page(cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2))
     return out
 
 
