@@ -7,11 +7,9 @@ of a reference file: same shape, affine, qform and sform with their codes, units
 from __future__ import annotations
 
 import gzip
-import hashlib
 import logging
 import math
 import os
-import platform
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -32,8 +30,8 @@ from zlib_ng import gzip_ng, zlib_ng
 
 from data.background import clean_background
 from data.errors import DataError
-from data.filesystem import has_no_mapping, in_words, is_raw
-from data.partial import partial_name
+from data.files import replacing
+from data.filesystem import has_no_mapping, in_words
 
 #: The program's own log.
 LOG: Final = logging.getLogger("znormseg")
@@ -56,8 +54,6 @@ _PIECE_BYTES: Final = 1 << 18
 #: zlib-ng's level for label maps: files no larger than zlib makes them at its own level 6, in a fraction of the time.
 _COMPRESSION_LEVEL: Final = 6
 _ZLIB_NG_ERROR: Final[type[Exception]] = zlib_ng.error  # type: ignore[assignment]  # its stub calls it an instance
-#: How the names of files begin that are being written.
-_PARTIAL: Final = ".partial-"
 #: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
 #: A share of 1 in :func:`write_shares`.
@@ -416,92 +412,6 @@ def _write_like(
             beside.write_bytes(gzip_ng.compress(result.to_bytes(), _COMPRESSION_LEVEL, mtime=0))
         else:
             nib.save(result, beside)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes.
-
-    The path given keeps the ending of ``path``, so that writers that look at it do the same as they would have. A link
-    stays one, its target is replaced; a device or a pipe, such as ``/dev/stdout``, is written to as it is.
-    """
-    if path.exists() and not path.is_file() and not path.is_dir():
-        with naming_the_place(path):
-            yield path
-        return
-    place = path.resolve()
-    beside = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
-    try:
-        with naming_the_place(path):
-            yield beside
-            beside.replace(place)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
-def remove_stale(folder: Path) -> list[Path]:
-    """Remove the files that :func:`replacing` gave to processes of this host that were killed since.
-
-    Files of another host's processes stay: whether those live cannot be told. To be called while no process that this
-    one cannot see (one in a container) writes to the folder.
-
-    Returns:
-        what was removed.
-    """
-    removed = []
-    for path in folder.glob(f"{_PARTIAL}{_host_mark()}-*"):
-        process = path.name.removeprefix(f"{_PARTIAL}{_host_mark()}-").partition("-")[0]
-        if process.isdecimal() and not _lives(int(process)):
-            path.unlink(missing_ok=True)
-            removed.append(path)
-    return removed
-
-
-def _lives(process: int) -> bool:
-    """Whether a process of this host is there."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def partial_prefix(process: int) -> str:
-    """How the names of a process's partial files begin: they say whose they are."""
-    return f"{_PARTIAL}{_host_mark()}-{process}-"
-
-
-@cache
-def _host_mark() -> str:
-    """Stands for the name of this host, whatever its length and letters."""
-    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
-
-
-@contextmanager
-def naming_the_place(path: Path) -> Iterator[None]:
-    """Have a system error say what could not be written, by the path the user knows; it may name none, or a partial.
-
-    An error that says more than the system's own text stays as it is, but for the place.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise
-        # shutil.copyfile names its source too, whichever side failed.
-        names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
-        named = bool(names) and not any(map(_is_partial, names))
-        if named and not is_raw(error):
-            raise
-        what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror
-        raise OSError(error.errno, what, error.filename if named else str(path)) from error
-
-
-def _is_partial(name: str) -> bool:
-    """Whether a path lies in a file or folder that is being written; all of their names are hidden."""
-    return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
 
 
 def _open(path: Path) -> Any:

@@ -32,17 +32,9 @@ from app.notice import NOTICE
 from app.progress import LOG
 from data.datasets.layouts import Case, decide_for, find_label_cases
 from data.errors import DataError
+from data.files import replacing
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values, values_in
-from data.nifti import (
-    Spacing,
-    Volume,
-    grid_difference,
-    in_order_of,
-    read_label_map,
-    reorient,
-    replacing,
-    strip_nifti_ending,
-)
+from data.nifti import Spacing, Volume, grid_difference, in_order_of, read_label_map, reorient, strip_nifti_ending
 from data.preprocess import resample_codes_onto, smallest_box
 
 #: What is known of each region beside :data:`METRICS` where there are probabilities.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from app.errors import RunError
 from app.runs.model_card import SUMS_FILE
-from data.partial import partial_name
+from data.files import partial_name
 
 
 @contextmanager

@@ -20,8 +20,8 @@ from app.system.device import Runtime
 from data.contrasts import SUBSETS
 from data.datasets.layouts import Case, convention_of
 from data.errors import DataError
+from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region
-from data.nifti import replacing
 
 #: Which cases of a data set are scored: those the run did not train on, those it validated on, or all.
 Which = Literal["unseen", "validation", "all"]

@@ -25,17 +25,9 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.reports.predictions import Flag, Predicted, find_predictions
 from data.datasets.layouts import find_cases, find_label_maps
 from data.errors import DataError
+from data.files import replacing
 from data.labels import REGIONS, Contrast, Region, convention_named, decode
-from data.nifti import (
-    Volume,
-    grid_difference,
-    in_order_of,
-    read_image,
-    read_label_map,
-    read_volume,
-    reorient,
-    replacing,
-)
+from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map, read_volume, reorient
 
 Codes = npt.NDArray[np.uint8]
 

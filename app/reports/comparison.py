@@ -15,7 +15,7 @@ from app.html.bands import figures_html
 from app.html.elements import DASH, document, note, number, section, table
 from app.html.provenance import made_by
 from app.html.scores import REGION_NAMES
-from data.nifti import replacing
+from data.files import replacing
 
 
 def write_page(outcome: Comparison, path: Path | None = None) -> None:

@@ -19,8 +19,8 @@ from app.html.elements import document, note, number, section, table
 from app.html.provenance import made_by
 from app.html.scores import REGION_NAMES
 from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
+from data.files import replacing
 from data.labels import REGIONS
-from data.nifti import replacing
 
 _WORST: Final = 10
 _KEYS: Final = ("mean", *REGIONS, *(f"{region}_hd95_mm" for region in REGIONS))

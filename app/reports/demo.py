@@ -22,8 +22,9 @@ from app.html.volume import data_uri
 from app.runs.folder import read_metrics
 from app.system.device import machine, versions
 from data.datasets.layouts import Case, find_label_maps
+from data.files import replacing
 from data.labels import REGIONS, LabelConvention, Region, decode
-from data.nifti import read_image, read_label_map, reorient, replacing
+from data.nifti import read_image, read_label_map, reorient
 
 #: What to type next: what it does, and the command.
 COMMANDS: Final = (

@@ -11,7 +11,7 @@ import numpy as np
 from app.evaluation.ranking.rank import Ranking, is_lower_better
 from app.html.chart import Chart, Line, Marker, draw
 from app.html.elements import DASH, document, note, section, table
-from data.nifti import replacing
+from data.files import replacing
 
 _WORST: Final = 10
 _STYLES: Final = 7  # arms in arms.css

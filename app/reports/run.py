@@ -18,9 +18,9 @@ from app.html.scores import REGION_NAMES
 from app.html.templates import fill
 from app.reports.predictions import number_or_none
 from app.runs.folder import read_json, read_metrics
+from data.files import replacing
 from data.filesystem import why
 from data.labels import REGIONS, Region
-from data.nifti import replacing
 
 Records = Sequence[Mapping[str, Any]]
 

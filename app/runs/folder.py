@@ -31,8 +31,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Final, TextIO
 
 from app.errors import RunError
 from app.progress import LOG
+from data.files import naming_the_place, replacing
 from data.filesystem import has_no_locks, in_words, lock, sync_file, sync_folder, warn_once
-from data.nifti import naming_the_place, replacing
 
 if TYPE_CHECKING:
     import numpy as np

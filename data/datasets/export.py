@@ -25,6 +25,7 @@ import numpy as np
 from data.datasets.descriptions import DESCRIPTION
 from data.datasets.layouts import Case, convention_of, find_cases, patient_of
 from data.errors import DataError
+from data.files import naming_the_place, partial_name
 from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
 from data.nifti import (
     LOG,
@@ -32,14 +33,12 @@ from data.nifti import (
     grid_difference,
     in_order_of,
     is_compressed,
-    naming_the_place,
     read_grid,
     read_image,
     read_label_map,
     write_image,
     write_label_map,
 )
-from data.partial import partial_name
 
 Layout = Literal["nnunet", "msd", "csv"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)

@@ -31,6 +31,7 @@ from data.datasets.descriptions import (
 from data.datasets.naming import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
 from data.datasets.patients import patient_of, possible_visits
 from data.errors import DataError
+from data.files import MOST_NAME_BYTES
 from data.labels import (
     BACKGROUND,
     BRATS2021,
@@ -45,7 +46,6 @@ from data.labels import (
     written_convention,
 )
 from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
-from data.partial import MOST_NAME_BYTES
 
 __all__ = [
     "Case",

@@ -19,8 +19,9 @@ from pydicom.sr.codedict import codes
 from data.dicom.files import quiet, text
 from data.dicom.series import Series
 from data.errors import DataError
+from data.files import replacing
 from data.labels import ENHANCING, NECROSIS, OEDEMA
-from data.nifti import Volume, grid_difference, in_order_of, replacing
+from data.nifti import Volume, grid_difference, in_order_of
 
 MANUFACTURER: Final = "znormseg"
 #: At most 64 characters, the limit of the field.

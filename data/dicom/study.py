@@ -27,9 +27,9 @@ from data.dicom.files import DicomFile, dicom_files, quiet, text
 from data.dicom.pixels import read_with_notes, to_image
 from data.dicom.series import Series, group
 from data.errors import DataError
+from data.files import naming_the_place, partial_name
 from data.labels import CONTRASTS, Contrast
-from data.nifti import Volume, naming_the_place
-from data.partial import partial_name
+from data.nifti import Volume
 
 #: File names of a case as BraTS 2018-2021 has them.
 _SUFFIXES: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}

@@ -19,11 +19,10 @@ import nibabel as nib
 import numpy.typing as npt
 
 from data.errors import DataError
+from data.files import naming_the_place, partial_name
 from data.labels import BRATS2021, CONTRASTS, Contrast, encode
 from data.native_space.itk import Grid
 from data.native_space.to_brats import BroughtIn
-from data.nifti import naming_the_place
-from data.partial import partial_name
 
 _ENDINGS: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
 

@@ -39,8 +39,8 @@ import numpy as np
 import numpy.typing as npt
 
 from data.datasets.layouts import Case
+from data.files import naming_the_place
 from data.filesystem import has_no_mapping, lock, warn_once
-from data.nifti import naming_the_place
 
 #: Raised when the files of an entry change their meaning.
 _VERSION: Final = 2

@@ -13,8 +13,8 @@ import nibabel as nib
 import numpy.typing as npt
 
 from data.errors import DataError
+from data.files import naming_the_place
 from data.labels import CONTRASTS, encode
-from data.nifti import naming_the_place
 from data.phantoms.arguments import check_arguments
 from data.phantoms.make import Phantom, make_phantom
 from data.phantoms.naming import NAMINGS, Naming

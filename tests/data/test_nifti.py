@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from data import nifti
 from data.errors import DataError
+from data.files import partial_name, replacing
 from data.nifti import (
     Volume,
     canonical_spacing,
@@ -28,13 +29,11 @@ from data.nifti import (
     read_label_map,
     read_volume,
     reorient,
-    replacing,
     spacing_of,
     to_native_order,
     write_image,
     write_label_map,
 )
-from data.partial import partial_name
 
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 Affine = npt.NDArray[np.float64]

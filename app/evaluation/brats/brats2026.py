@@ -30,6 +30,7 @@ from app.evaluation.brats.brats_evaluate import (
 from app.evaluation.evaluate import Folders, match, require_table_place, score_each
 from app.progress import LOG
 from data.errors import DataError
+from data.files import replacing
 from data.labels import (
     BRATS2024,
     CAVITY,
@@ -41,7 +42,7 @@ from data.labels import (
     decode_tissues,
     values_in,
 )
-from data.nifti import Volume, grid_difference, in_order_of, replacing, write_label_map
+from data.nifti import Volume, grid_difference, in_order_of, write_label_map
 
 YEAR: Final = "brats2026"
 #: The command's numbers of each region, under its names: lesions counted; F1 of detection (rq); means over matched

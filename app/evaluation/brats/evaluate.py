@@ -14,8 +14,9 @@ from app.evaluation.brats.rules import Rules
 from app.evaluation.brats.score import OfficialScores, official_scores
 from app.evaluation.evaluate import Folders, match, require_table_place, score_each
 from data.errors import DataError
+from data.files import replacing
 from data.labels import BRATS2024, decode_tissues
-from data.nifti import grid_difference, in_order_of, replacing
+from data.nifti import grid_difference, in_order_of
 
 #: Columns of the terminal's table: metric, heading, format.
 _IN_TERMINAL: Final = (

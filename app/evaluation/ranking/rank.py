@@ -23,7 +23,7 @@ from app.evaluation.evaluate import CALIBRATION, require_table_place
 from app.evaluation.ranking.scores import Scored
 from app.evaluation.statistics import bootstrap_interval, holm, signed_rank
 from data.errors import DataError
-from data.nifti import replacing
+from data.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 

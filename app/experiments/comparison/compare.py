@@ -17,8 +17,8 @@ from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.folder import read_metrics, write_json
 from app.system.device import machine, versions
+from data.files import replacing
 from data.labels import REGIONS
-from data.nifti import replacing
 
 COLUMNS: Final = (
     "optimizer",

@@ -36,8 +36,9 @@ from app.inference.probabilities import predict_centred
 from app.system.device import Runtime
 from data.datasets.layouts import Case
 from data.errors import DataError
+from data.files import replacing
 from data.labels import LabelConvention, decode, to_regions
-from data.nifti import Spacing, canonical_spacing, read_label_map, reorient, replacing
+from data.nifti import Spacing, canonical_spacing, read_label_map, reorient
 from data.preprocess import prepare, smallest_box
 
 Bytes = npt.NDArray[np.uint8]

@@ -14,8 +14,8 @@ from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import read_answer
 from app.experiments.crossval.tune import cropped
 from app.inference.postprocess import Postprocess
+from data.files import replacing
 from data.labels import REGIONS, Region, from_regions
-from data.nifti import replacing
 
 #: The numbers that are kept of each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
 METRICS: Final = ("dice", "hd95_mm", "sensitivity", "volume_ml", "reference_volume_ml")

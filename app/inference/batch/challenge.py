@@ -10,7 +10,7 @@ from typing import Final
 
 from data.datasets.layouts import Case
 from data.errors import DataError
-from data.nifti import replacing
+from data.files import replacing
 
 #: Where a container has its model, the cases, and the folder for the label maps.
 MODEL: Final = Path("/model")

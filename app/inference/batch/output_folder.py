@@ -9,8 +9,8 @@ from pathlib import Path
 
 from data.datasets.layouts import Case
 from data.errors import DataError
+from data.files import naming_the_place, remove_stale
 from data.filesystem import lock
-from data.nifti import naming_the_place, remove_stale
 
 
 def make_output(output: Path) -> None:

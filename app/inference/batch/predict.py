@@ -29,9 +29,9 @@ from app.system.process import give_back_freed_memory
 from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
 from data.errors import DataError
+from data.files import most_name_bytes
 from data.labels import REGIONS, Contrast, LabelConvention, encode, from_regions, to_regions
 from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
-from data.partial import most_name_bytes
 from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
 from data.quality.intensity_range import quantiles_of
 

@@ -26,7 +26,7 @@ from app.runs.checkpoints import (
     save,
     weight_tensors,
 )
-from data.nifti import partial_prefix
+from data.files import partial_prefix
 
 Maker = Callable[[nn.Module], Optimizer]
 

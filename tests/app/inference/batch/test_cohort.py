@@ -26,9 +26,9 @@ from app.inference.batch.pipeline import InThisProcess, Steps
 from app.inference.batch.process_pool import devices_of
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
+from data.files import partial_prefix, remove_stale
 from data.labels import CONVENTIONS
 from data.native_space.to_brats import BringInConfig
-from data.nifti import partial_prefix, remove_stale
 
 Call = Callable[..., Any]
 
