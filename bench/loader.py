@@ -162,8 +162,8 @@ class Side:
 def serve(options: argparse.Namespace) -> None:
     """One side: answer the lines that come in."""
     if options.side == "monai":
-        import monai.data  # noqa: PLC0415 - what the imports take is looked at from outside
-        import monai.transforms  # noqa: F401, PLC0415
+        import monai.data
+        import monai.transforms  # noqa: F401
     sys.stdin.readline()
     print("{}", flush=True)
     places = [Path(place) for place in json.loads(sys.stdin.readline())]
@@ -214,8 +214,8 @@ def ours(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tens
 
 def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tensor]:
     """Batches by MONAI."""
-    from monai.data import CacheDataset, DataLoader, ThreadDataLoader, set_track_meta  # noqa: PLC0415
-    from monai.transforms import (  # noqa: PLC0415
+    from monai.data import CacheDataset, DataLoader, ThreadDataLoader, set_track_meta
+    from monai.transforms import (
         ClassesToIndicesd,
         Compose,
         EnsureTyped,

@@ -185,7 +185,7 @@ def _timed(command: Sequence[str]) -> dict[str, Any]:
 
 def _peaks() -> dict[str, float]:
     """GFLOP/s of a matrix product of 4096x4096, the best of five."""
-    import torch  # noqa: PLC0415 - not before the commands are timed
+    import torch
 
     torch.set_num_threads(len(psutil.Process().cpu_affinity() or [1]))
     found = {}
@@ -202,14 +202,14 @@ def _peaks() -> dict[str, float]:
 
 def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
     """Seconds of one window around the brain alone, and the GFLOP/s that OpenVINO reaches in it."""
-    import torch  # noqa: PLC0415 - as above
-    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
 
-    from app.inference.backends.choose import choose_backend  # noqa: PLC0415
-    from app.inference.model import load_model  # noqa: PLC0415
-    from app.inference.sliding_window.grid import rounded_up  # noqa: PLC0415
-    from app.system.device import RuntimeConfig  # noqa: PLC0415
-    from data.preprocess import smallest_box  # noqa: PLC0415
+    from app.inference.backends.choose import choose_backend
+    from app.inference.model import load_model
+    from app.inference.sliding_window.grid import rounded_up
+    from app.system.device import RuntimeConfig
+    from data.preprocess import smallest_box
 
     x, y, z = (part.stop - part.start for part in smallest_box(brain))
     network = load_model(run, choose_backend("torch", RuntimeConfig(device="cpu"))).network
@@ -235,15 +235,15 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
 
 def _random_run(name: str, folder: Path) -> Path:
     """A run folder of random weights with seed 0."""
-    import torch  # noqa: PLC0415 - not needed where a run is given
+    import torch
 
-    from app.config.load import load_config, to_plain  # noqa: PLC0415
-    from app.inference.backends.graph import GRAPH_KEY  # noqa: PLC0415
-    from app.inference.backends.trace import trace  # noqa: PLC0415
-    from app.runs.checkpoints import save, weight_tensors  # noqa: PLC0415
-    from data.labels import CONTRASTS as ORDER  # noqa: PLC0415
-    from data.labels import REGIONS  # noqa: PLC0415
-    from models import build_network  # noqa: PLC0415
+    from app.config.load import load_config, to_plain
+    from app.inference.backends.graph import GRAPH_KEY
+    from app.inference.backends.trace import trace
+    from app.runs.checkpoints import save, weight_tensors
+    from data.labels import CONTRASTS as ORDER
+    from data.labels import REGIONS
+    from models import build_network
 
     more = ["network.architecture=segresnet", "network.channels=[16,32,64,128]"] if name == "random-segresnet" else []
     config = load_config("resunet-znorm", more)

@@ -232,8 +232,8 @@ Trained = tuple[int, list[dict[str, torch.Tensor]], torch.nn.Module, tuple[int, 
 
 def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - as train_monai
     """The trainer as ``znormseg train`` runs it; its checkpoints of a quarter and a half of the time are copied."""
-    from app.training.run import start  # noqa: PLC0415 - MONAI's side has no use for it
-    from data.patches.cache import CaseFolder  # noqa: PLC0415
+    from app.training.run import start
+    from data.patches.cache import CaseFolder
 
     run = out / f"run-{job.name}"
     split = out / f"split-{job.name}.json"
@@ -264,9 +264,9 @@ def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Train
 
 def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - as train_ours
     """The recipe of MONAI's tutorial and bundle."""
-    from monai.data import CacheDataset, DataLoader, set_track_meta  # noqa: PLC0415
-    from monai.losses import DiceLoss  # noqa: PLC0415
-    from monai.transforms import (  # noqa: PLC0415
+    from monai.data import CacheDataset, DataLoader, set_track_meta
+    from monai.losses import DiceLoss
+    from monai.transforms import (
         Compose,
         EnsureTyped,
         RandFlipd,

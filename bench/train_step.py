@@ -170,7 +170,7 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
 
 def operations(config: Any, options: argparse.Namespace) -> float:
     """Floating-point operations of one step, counted by torch."""
-    from torch.utils.flop_counter import FlopCounterMode  # noqa: PLC0415
+    from torch.utils.flop_counter import FlopCounterMode
 
     network = build_network(config.network, in_channels=4, out_channels=len(REGIONS))
     with FlopCounterMode(display=False) as counter:
@@ -196,9 +196,9 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
     """Steps as the tutorial makes them."""
-    from monai.data import CacheDataset, DataLoader, set_track_meta  # noqa: PLC0415
-    from monai.losses import DiceLoss  # noqa: PLC0415
-    from monai.transforms import (  # noqa: PLC0415
+    from monai.data import CacheDataset, DataLoader, set_track_meta
+    from monai.losses import DiceLoss
+    from monai.transforms import (
         Compose,
         EnsureTyped,
         NormalizeIntensityd,

@@ -177,7 +177,7 @@ def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = 
         BlockingIOError: another process holds it.
         OSError: :func:`has_no_locks` says whether the file system has none.
     """
-    import fcntl  # noqa: PLC0415 - not on every system
+    import fcntl
 
     how = (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB)
     try:

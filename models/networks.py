@@ -145,7 +145,7 @@ def _resunet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.M
 
 
 def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, residual_units: int) -> nn.Module:
-    from monai.networks.nets.unet import UNet  # noqa: PLC0415 - takes seconds to import
+    from monai.networks.nets.unet import UNet
 
     return UNet(
         spatial_dims=3,
@@ -160,7 +160,7 @@ def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, r
 
 
 def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
-    from monai.networks.nets.segresnet import SegResNet  # noqa: PLC0415 - takes seconds to import
+    from monai.networks.nets.segresnet import SegResNet
 
     levels = len(config.channels)
     # Two blocks a level and four at the coarsest, one on the way up: the BraTS bundle's (1, 2, 2, 4) for four levels.
@@ -176,7 +176,7 @@ def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn
 
 
 def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
-    from models.resenc import ResEncUNet  # noqa: PLC0415 - takes seconds to import
+    from models.resenc import ResEncUNet
 
     return ResEncUNet(
         in_channels,

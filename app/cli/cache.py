@@ -22,9 +22,9 @@ def cache(
     """
     if info and clear:
         raise typer.BadParameter("give either --info or --clear")
-    from contextlib import closing  # noqa: PLC0415 - not needed for the help
+    from contextlib import closing
 
-    from app.runs.case_cache import FOLDER_VARIABLE, cache_folder, open_cache  # noqa: PLC0415
+    from app.runs.case_cache import FOLDER_VARIABLE, cache_folder, open_cache
 
     with closing(open_cache(cache_folder() / ".overflow")) as opened:
         before = opened.info()

@@ -99,9 +99,9 @@ def compare(
     """
     if split is not None and fold is not None:
         raise typer.BadParameter("give either --fold or --split")
-    from app.experiments.comparison.compare import compare as compare_arms  # noqa: PLC0415 - slow to import, not for the help
-    from app.experiments.comparison.plan import make_plan  # noqa: PLC0415
-    from app.reports.comparison import write_page  # noqa: PLC0415
+    from app.experiments.comparison.compare import compare as compare_arms
+    from app.experiments.comparison.plan import make_plan
+    from app.reports.comparison import write_page
 
     plan = make_plan(
         config=config,

@@ -35,8 +35,8 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON on stdout.")] = False,
 ) -> None:
     """Print every key of a config with its meaning, as YAML that train takes."""
-    from app.config.describe import documented_yaml  # noqa: PLC0415
-    from app.config.load import load_config, to_plain  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.config.describe import documented_yaml
+    from app.config.load import load_config, to_plain
 
     config = load_config(name, overrides or [])
     if as_json:
@@ -51,7 +51,7 @@ def list_names(
     *, as_json: Annotated[bool, typer.Option("--json", help="Print the names as JSON on stdout.")] = False
 ) -> None:
     """List the named configs."""
-    from app.config.load import config_names, purpose  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.config.load import config_names, purpose
 
     purposes = {name: purpose(name) for name in config_names()}
     if as_json:

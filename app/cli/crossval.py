@@ -56,9 +56,9 @@ def crossval(
     components and the least enhancing tumour are chosen. Writes OUT/ensemble, which predict takes like a run,
     OUT/crossval.html, crossval.json and crossval.csv. Interrupted, the same command goes on where it was.
     """
-    from app.config.load import load_config  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.experiments.crossval.run import cross_validate  # noqa: PLC0415
-    from app.reports.crossval import write_page  # noqa: PLC0415
+    from app.config.load import load_config
+    from app.experiments.crossval.run import cross_validate
+    from app.reports.crossval import write_page
 
     with terminal.watched() as on_progress:
         outcome = cross_validate(
@@ -80,7 +80,7 @@ def crossval(
 
 
 def _show(outcome: CrossValidation) -> None:
-    from app.experiments.runs import backends_sentence  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.experiments.runs import backends_sentence
 
     keys = ("mean", "WT", "TC", "ET")
     spread = outcome.raw.spread()

@@ -42,10 +42,10 @@ def check(
 
     Problems end with the exit code of bad data; notes are worth knowing and do not.
     """
-    from app.errors import EXIT_DATA  # noqa: PLC0415 - not needed for the help
-    from app.progress import Progress  # noqa: PLC0415
-    from data.datasets.layouts import find_cases  # noqa: PLC0415
-    from data.quality.check import check as look  # noqa: PLC0415
+    from app.errors import EXIT_DATA
+    from app.progress import Progress
+    from data.datasets.layouts import find_cases
+    from data.quality.check import check as look
 
     count = len(find_cases(folder, follow_links=follow_links))
     done: list[str] = []
@@ -107,7 +107,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a data set in another layout; grids and voxel values are kept, files are copied."""
-    from data.datasets.export import export as write  # noqa: PLC0415 - slow to import, not needed for the help
+    from data.datasets.export import export as write
 
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "exporting")
@@ -132,8 +132,8 @@ def phantom(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Make synthetic glioma cases on the MNI152 anatomy, to try the program without data."""
-    from app.progress import Progress  # noqa: PLC0415 - not needed for the help
-    from data.phantoms import write_phantoms  # noqa: PLC0415
+    from app.progress import Progress
+    from data.phantoms import write_phantoms
 
     done: list[Path] = []
     with terminal.watched() as on_progress:

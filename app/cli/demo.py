@@ -22,9 +22,9 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
     """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
-    from app.evaluation.evaluate import rows  # noqa: PLC0415
-    from app.experiments.demo import run_demo  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.reports.demo import COMMANDS, write_demo_page  # noqa: PLC0415
+    from app.evaluation.evaluate import rows
+    from app.experiments.demo import run_demo
+    from app.reports.demo import COMMANDS, write_demo_page
 
     with terminal.watched() as on_progress:
         outcome = run_demo(out, on_progress=on_progress)

@@ -39,9 +39,9 @@ def dicom(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
     """Find T1, T1c, T2, FLAIR in a DICOM study and write them as NIfTI, each on its grid."""
-    from data.dicom.contrasts import choose  # noqa: PLC0415
-    from data.dicom.study import open_study, read_chosen, write_case  # noqa: PLC0415 - not needed for the help
-    from data.errors import DataError  # noqa: PLC0415
+    from data.dicom.contrasts import choose
+    from data.dicom.study import open_study, read_chosen, write_case
+    from data.errors import DataError
 
     named: tuple[tuple[Contrast, str | None], ...] = (("t1", t1), ("t1c", t1c), ("t2", t2), ("flair", flair))
     chosen: dict[Contrast, str] = {contrast: key for contrast, key in named if key is not None}
@@ -85,14 +85,14 @@ def dicom_seg(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a label map as a DICOM segmentation (SEG) on the series that it was made on."""
-    from importlib import metadata  # noqa: PLC0415 - not needed for the help
+    from importlib import metadata
 
-    from data.dicom.contrasts import describe, series_of  # noqa: PLC0415
-    from data.dicom.segmentation import on_grid_of, write_dicom_seg  # noqa: PLC0415
-    from data.dicom.study import open_study  # noqa: PLC0415
-    from data.errors import DataError  # noqa: PLC0415
-    from data.labels import decide_convention, decode  # noqa: PLC0415
-    from data.nifti import read_label_map  # noqa: PLC0415
+    from data.dicom.contrasts import describe, series_of
+    from data.dicom.segmentation import on_grid_of, write_dicom_seg
+    from data.dicom.study import open_study
+    from data.errors import DataError
+    from data.labels import decide_convention, decode
+    from data.nifti import read_label_map
 
     if out.exists():
         raise DataError(f"{out}: already exists and is not overwritten. Remove it or choose another name.")
@@ -115,7 +115,7 @@ def _taken(choices: dict[Contrast, Choice], key: str) -> str:
 
 def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     """The series as a table, and below it why each was taken or not."""
-    from data.dicom.contrasts import MOST_VOLUMES, identify  # noqa: PLC0415 - not needed for the help
+    from data.dicom.contrasts import MOST_VOLUMES, identify
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -154,7 +154,7 @@ def _content(
     problem: Exception | None,
 ) -> dict[str, Any]:
     """The same as plain data."""
-    from data.dicom.contrasts import identify, to_json  # noqa: PLC0415 - not needed for the help
+    from data.dicom.contrasts import identify, to_json
 
     return {
         "study": study.uid,

@@ -27,9 +27,9 @@ def doctor(
     GPU driver against torch, bfloat16, memory and processors that are allowed, threads, disk, versions of packages.
     Each finding is ok, a note, a warning or a problem; with a problem the exit code is 7.
     """
-    from app.doctor.findings import examine  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.doctor.probe import probe  # noqa: PLC0415
-    from app.errors import EXIT_MACHINE  # noqa: PLC0415
+    from app.doctor.findings import examine
+    from app.doctor.probe import probe
+    from app.errors import EXIT_MACHINE
 
     findings = examine(probe(folders or ()))
     healthy = all(finding.level != "problem" for finding in findings)

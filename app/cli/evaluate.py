@@ -110,10 +110,10 @@ def evaluate(
         return
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
-    from app.evaluation.evaluate import evaluate as score  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.evaluate import remarks, require_table_place, rows, write_table  # noqa: PLC0415
-    from app.evaluation.metrics import NSD_MM  # noqa: PLC0415
-    from app.notice import NOTICE  # noqa: PLC0415
+    from app.evaluation.evaluate import evaluate as score
+    from app.evaluation.evaluate import remarks, require_table_place, rows, write_table
+    from app.evaluation.metrics import NSD_MM
+    from app.notice import NOTICE
 
     conventions = terminal.conventions(labels)
     if rules is not None:
@@ -193,8 +193,8 @@ def _official(
 ) -> None:
     """The table of ``--rules``."""
     from app.evaluation.brats.challenge import challenge_rules, evaluate_by_rules, remarks, rows, write_table
-    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.notice import NOTICE  # noqa: PLC0415
+    from app.evaluation.evaluate import require_table_place
+    from app.notice import NOTICE
 
     rules = challenge_rules(year, task)
     if out is not None:
@@ -225,7 +225,7 @@ def _end(failures: Mapping[str, str], predictions: tuple[str, ...], references: 
         if ids:
             terminal.say(f"no {what} for {len(ids)} cases: {_some(ids)}")
     if failures:
-        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+        from app.errors import EXIT_SOME_FAILED
 
         raise typer.Exit(EXIT_SOME_FAILED)
 
@@ -244,14 +244,14 @@ def _subsets(
     """The table of ``--contrast-subsets``."""
     if which not in {None, "unseen", "validation", "all"}:
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
-    from app.errors import EXIT_SOME_FAILED, ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415
-    from app.inference.backends.choose import choose_backend  # noqa: PLC0415
-    from app.inference.ensemble import load_predictor  # noqa: PLC0415
-    from app.inference.subsets import Which, choose_cases, convention_for, rows, score_subsets, write_table  # noqa: PLC0415
-    from app.notice import NOTICE  # noqa: PLC0415
-    from app.system.device import RuntimeConfig  # noqa: PLC0415
-    from data.datasets.layouts import find_cases  # noqa: PLC0415
+    from app.errors import EXIT_SOME_FAILED, ConfigError
+    from app.evaluation.evaluate import require_table_place
+    from app.inference.backends.choose import choose_backend
+    from app.inference.ensemble import load_predictor
+    from app.inference.subsets import Which, choose_cases, convention_for, rows, score_subsets, write_table
+    from app.notice import NOTICE
+    from app.system.device import RuntimeConfig
+    from data.datasets.layouts import find_cases
 
     if out is not None:
         require_table_place(out)

@@ -31,7 +31,7 @@ def export(
 
     Where the logits or the labels differ by more than rounding, nothing is written. OUT/parity.json has both.
     """
-    from app.exporting.export import FORMATS, export_run  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.exporting.export import FORMATS, export_run
 
     if file_format not in FORMATS:
         raise typer.BadParameter(f"--format takes {', '.join(FORMATS)}, got {file_format!r}")

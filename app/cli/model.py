@@ -30,7 +30,7 @@ def import_(
 
     Weights are read as tensors alone; nothing is unpickled.
     """
-    from app.exporting.monai_import import import_bundle  # noqa: PLC0415 - slow to import, not needed for the help
+    from app.exporting.monai_import import import_bundle
 
     imported = import_bundle(bundle, out)
     if as_json:
@@ -49,7 +49,7 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Say what a model is: data, network, metrics, weights, limits, licence."""
-    from app.runs.model_card import card, describe  # noqa: PLC0415 - not needed for the help
+    from app.runs.model_card import card, describe
 
     description = describe(model)
     if as_json:
@@ -68,7 +68,7 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Check that no file of a model changed since it was written, by its SHA256SUMS."""
-    from app.runs.model_card import verify as verify_sums  # noqa: PLC0415 - not needed for the help
+    from app.runs.model_card import verify as verify_sums
 
     names = verify_sums(model)
     if as_json:

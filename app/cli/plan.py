@@ -52,8 +52,8 @@ def plan(
     """
     if max_memory_gb is not None and not 0 < max_memory_gb < 1e6:
         raise typer.BadParameter(f"--max-memory-gb takes a number above 0, got {max_memory_gb:g}")
-    from app.planning.plan import plan_run, require_new_file  # noqa: PLC0415 - slow to import, not needed for the help
-    from data.files import replacing  # noqa: PLC0415
+    from app.planning.plan import plan_run, require_new_file
+    from data.files import replacing
 
     if out is not None:
         require_new_file(out)

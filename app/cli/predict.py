@@ -169,14 +169,14 @@ def predict(
     for sentence, applies in refused.items():
         if applies:
             raise typer.BadParameter(sentence)
-    from app.config.inference import PredictOptions  # noqa: PLC0415
-    from app.errors import ConfigError  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.inference.batch.challenge import Delivery  # noqa: PLC0415
-    from app.inference.batch.cohort import predict_each  # noqa: PLC0415
-    from app.inference.batch.job import Job, Native  # noqa: PLC0415
-    from app.inference.batch.output_folder import require_place_of_its_own  # noqa: PLC0415
-    from app.system.device import RuntimeConfig  # noqa: PLC0415
-    from data.labels import CONTRASTS, CONVENTIONS  # noqa: PLC0415
+    from app.config.inference import PredictOptions
+    from app.errors import ConfigError
+    from app.inference.batch.challenge import Delivery
+    from app.inference.batch.cohort import predict_each
+    from app.inference.batch.job import Job, Native
+    from app.inference.batch.output_folder import require_place_of_its_own
+    from app.system.device import RuntimeConfig
+    from data.labels import CONTRASTS, CONVENTIONS
 
     answer_on: Contrast | None = "t1c" if space is None else next((c for c in CONTRASTS if c == space), None)
     if answer_on is None:
@@ -189,7 +189,7 @@ def predict(
         raise ConfigError(f"--device: {error}") from error
     native = None
     if prepare:
-        from data.native_space.to_brats import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
+        from data.native_space.to_brats import BringInConfig
 
         native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
     held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
@@ -244,7 +244,7 @@ def predict(
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
     """RUN, INPUT (any where four files stand for it) and OUTPUT."""
     if challenge:
-        from app.inference.batch.challenge import INPUT, MODEL, OUTPUT  # noqa: PLC0415 - rarely needed
+        from app.inference.batch.challenge import INPUT, MODEL, OUTPUT
 
         if files or len(places) not in (0, 2):
             raise typer.BadParameter("with --challenge give nothing, RUN, or RUN, INPUT and OUTPUT")
@@ -281,23 +281,23 @@ def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
 
 def _elsewhere(job: Job, engine: str, devices: str | None, workers: int | None) -> Engine | None:
     """The engine that starts other processes; None where this one does the work."""
-    from app.inference.batch.process_pool import InProcesses, devices_of, slots_of  # noqa: PLC0415 - slow to import
+    from app.inference.batch.process_pool import InProcesses, devices_of, slots_of
 
     slots = slots_of(1 if workers is None else workers)
     if engine == "ray":
-        from app.inference.batch.ray_pool import OnRay, ray_module  # noqa: PLC0415
+        from app.inference.batch.ray_pool import OnRay, ray_module
 
         ray_module()
         return OnRay(job=job, processes=len(slots))
     if devices is not None:
-        import torch  # noqa: PLC0415
+        import torch
 
         return InProcesses(job=job, devices=devices_of(devices, torch.cuda.device_count()))
     return InProcesses(job=job, devices=slots) if len(slots) > 1 else None
 
 
 def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> tuple[Case, ...]:
-    from data.datasets.layouts import case_from_files, find_cases  # noqa: PLC0415 - slow to import
+    from data.datasets.layouts import case_from_files, find_cases
 
     if files:
         return (case_from_files(files, all_contrasts=False),)  # whether that is enough, the run will tell
@@ -305,8 +305,8 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 
 def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
-    from app.inference.batch.cohort import Prediction  # noqa: PLC0415 - slow to import
-    from app.notice import NOTICE  # noqa: PLC0415
+    from app.inference.batch.cohort import Prediction
+    from app.notice import NOTICE
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for prediction in done:
@@ -321,7 +321,7 @@ def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
 
 
 def _exit(done: int, failures: dict[str, str]) -> None:
-    from app.errors import EXIT_DATA, EXIT_SOME_FAILED  # noqa: PLC0415
+    from app.errors import EXIT_DATA, EXIT_SOME_FAILED
 
     if failures:
         terminal.say(f"znormseg: {len(failures)} of {done + len(failures)} cases failed: {', '.join(failures)}")

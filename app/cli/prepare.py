@@ -60,12 +60,12 @@ def prepare(
     files = {contrast: path for contrast, path in given.items() if path is not None}
     if len(places) != (1 if files else 2):
         raise typer.BadParameter("with --t1, --t1c, --t2 and --flair give OUT alone" if files else "give CASE and OUT")
-    from app.errors import EXIT_DATA, EXIT_SOME_FAILED  # noqa: PLC0415 - not needed for the help
-    from app.progress import LOG, Progress  # noqa: PLC0415
-    from data.datasets.layouts import Case, case_from_files  # noqa: PLC0415
-    from data.errors import DataError  # noqa: PLC0415
-    from data.native_space.case_files import require_empty, write_case  # noqa: PLC0415
-    from data.native_space.to_brats import BringInConfig, bring_in, read_native  # noqa: PLC0415 - slow to import
+    from app.errors import EXIT_DATA, EXIT_SOME_FAILED
+    from app.progress import LOG, Progress
+    from data.datasets.layouts import Case, case_from_files
+    from data.errors import DataError
+    from data.native_space.case_files import require_empty, write_case
+    from data.native_space.to_brats import BringInConfig, bring_in, read_native
 
     out, config = places[-1], BringInConfig(n4=n4, mask=mask)
     require_empty(out)
@@ -102,10 +102,10 @@ def prepare(
 
 def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
     """NIfTI cases, or where there are none the one study of DICOM files."""
-    from data.datasets.layouts import find_cases  # noqa: PLC0415
-    from data.dicom.files import is_study  # noqa: PLC0415
-    from data.dicom.study import read_study  # noqa: PLC0415
-    from data.native_space.to_brats import NativeCase  # noqa: PLC0415 - slow to import
+    from data.datasets.layouts import find_cases
+    from data.dicom.files import is_study
+    from data.dicom.study import read_study
+    from data.native_space.to_brats import NativeCase
 
     if not is_study(place):
         return find_cases(place, follow_links=follow_links)

@@ -61,12 +61,12 @@ def rank(
         raise typer.BadParameter("--rules goes with --references")
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
-    from app.evaluation.brats.challenge import challenge_rules  # noqa: PLC0415
-    from app.evaluation.evaluate import require_table_place  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.evaluation.ranking.rank import difference_rows, rows, write_table  # noqa: PLC0415
-    from app.evaluation.ranking.rank import rank as rank_sets  # noqa: PLC0415
-    from app.evaluation.ranking.scores import load  # noqa: PLC0415
-    from app.reports.ranking import write_page  # noqa: PLC0415
+    from app.evaluation.brats.challenge import challenge_rules
+    from app.evaluation.evaluate import require_table_place
+    from app.evaluation.ranking.rank import difference_rows, rows, write_table
+    from app.evaluation.ranking.rank import rank as rank_sets
+    from app.evaluation.ranking.scores import load
+    from app.reports.ranking import write_page
 
     chosen = None if rules is None else challenge_rules(rules, task or "GLI")
     for place in (page, out):
@@ -104,6 +104,6 @@ def _end(ranking: Ranking) -> None:
         shown = ", ".join(ranking.left_out[:_SHOWN]) + (" ..." if len(ranking.left_out) > _SHOWN else "")
         terminal.say(f"left out, not scored in all of them: {len(ranking.left_out)} cases: {shown}")
     if ranking.failures:
-        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+        from app.errors import EXIT_SOME_FAILED
 
         raise typer.Exit(EXIT_SOME_FAILED)

@@ -52,7 +52,7 @@ def report(
     """
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
-    from app.reports.report import report as write_report  # noqa: PLC0415 - slow to import, not for the help
+    from app.reports.report import report as write_report
 
     with terminal.watched() as on_progress:
         written = write_report(
@@ -70,7 +70,7 @@ def report(
         beside = f", with {len(written.cases)} case pages" if written.cases else ""
         terminal.result(f"{written.kind}: {written.page}{beside}")
     if written.failures:
-        from app.errors import EXIT_SOME_FAILED  # noqa: PLC0415
+        from app.errors import EXIT_SOME_FAILED
 
         terminal.say(f"znormseg: {len(written.failures)} cases have no page: {', '.join(written.failures)}")
         raise typer.Exit(EXIT_SOME_FAILED)

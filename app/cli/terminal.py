@@ -87,7 +87,7 @@ def conventions(labels: str | None) -> tuple[str | None, str | None]:
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Names of configs that begin so, for the shell; read from their folder: importing app.config.load takes seconds."""
+    """Complete the name of a config; reads its folder, since importing app.config.load takes seconds."""
     names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
     return sorted(name for name in names if name.startswith(incomplete))
 
@@ -108,10 +108,10 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def _rich_table(rows: Sequence[Sequence[str]]) -> str:
-    from rich import box  # noqa: PLC0415 - slow to import, not needed for the help
-    from rich.console import Console  # noqa: PLC0415
-    from rich.table import Table  # noqa: PLC0415
-    from rich.text import Text  # noqa: PLC0415
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
 
     drawn = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for column, name in enumerate(rows[0]):
@@ -156,7 +156,7 @@ def fail(error: BaseException) -> int:
         error = KeyboardInterrupt()
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
         error = error.__context__  # typer exits without a word, also where the pipe is no standard stream
-    from app.errors import EXIT_FAULT, exit_code, message  # noqa: PLC0415 - the help need not load it
+    from app.errors import EXIT_FAULT, exit_code, message
 
     code = exit_code(error)
     if settings.debug:
@@ -204,13 +204,13 @@ def _threads_without_tracebacks() -> Iterator[None]:
 def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
     drawn: OnProgress
     if settings.quiet:
-        from app.progress import silent  # noqa: PLC0415
+        from app.progress import silent
 
         with _handling(log, logging.StreamHandler(sys.stderr)):
             yield silent
     elif sys.stderr.isatty():
-        from rich.console import Console  # noqa: PLC0415
-        from rich.logging import RichHandler  # noqa: PLC0415
+        from rich.console import Console
+        from rich.logging import RichHandler
 
         console = Console(stderr=True)
         handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
@@ -224,7 +224,7 @@ def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
 
 def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
     """A callback for what tells each case that is done and the share of the cases that is."""
-    from app.progress import Progress  # noqa: PLC0415 - not needed for the help
+    from app.progress import Progress
 
     def ready(case: str, share: float) -> None:
         on_progress(Progress(job=job, share=share, detail=case))
@@ -244,9 +244,9 @@ def _handling(log: logging.Logger, handler: logging.Handler) -> Iterator[None]:
 @contextmanager
 def _bar(console: Any) -> Iterator[OnProgress]:
     """A progress bar with detail and remaining time."""
-    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn  # noqa: PLC0415
-    from rich.progress import Progress as Bar  # noqa: PLC0415
-    from rich.table import Column  # noqa: PLC0415
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
 
     # What a narrow terminal has no room for is the end of the detail, never the bar or the time.
     def whole() -> Any:

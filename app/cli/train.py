@@ -90,10 +90,10 @@ def train(
     if resume and init_from is not None:
         raise typer.BadParameter("a resumed run goes on from its own weights; leave out --init-from")
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
-    from app.config.load import load_config  # noqa: PLC0415 - slow to import, not needed for the help
-    from app.training import run as training  # noqa: PLC0415
-    from app.training.distributed import joined  # noqa: PLC0415
-    from app.training.pretrained import sections_of  # noqa: PLC0415
+    from app.config.load import load_config
+    from app.training import run as training
+    from app.training.distributed import joined
+    from app.training.pretrained import sections_of
 
     with terminal.watched() as on_progress, joined() as world:
         if resume:

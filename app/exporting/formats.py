@@ -47,9 +47,9 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
         the network as OpenVINO computes it from these files.
     """
     # Not openvino.convert_model, which tells Intel of each conversion unless the user has declined.
-    import openvino as ov  # noqa: PLC0415 - slow to import
-    from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]  # noqa: PLC0415
-    from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]  # noqa: PLC0415
+    import openvino as ov
+    from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]
+    from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]
         TorchScriptPythonDecoder,
     )
 
@@ -88,8 +88,8 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
         ConfigError: as :func:`require_onnx`.
     """
     require_onnx()
-    import onnx  # noqa: PLC0415 - an extra
-    import onnxruntime  # type: ignore[import-untyped]  # noqa: PLC0415
+    import onnx
+    import onnxruntime  # type: ignore[import-untyped]
 
     path = folder / ONNX_FILE
     with warnings.catch_warnings():

@@ -102,7 +102,7 @@ def network_def(config: NetworkConfig) -> dict[str, Any]:
 
 
 def _as_monai_reads_it(folder: Path) -> Answer:
-    from monai.bundle.config_parser import ConfigParser  # noqa: PLC0415 - takes seconds to import
+    from monai.bundle.config_parser import ConfigParser
 
     parser = ConfigParser()
     parser.read_config(str(folder / "configs" / "inference.json"))

@@ -148,7 +148,7 @@ def log_ratio(true_ml: float, marked_ml: float) -> float:
 
 
 def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: bool) -> Calibration:
-    """The part ``calibration`` of an ``ensemble.json``; what :meth:`app.experiments.crossval.calibrate.Calibrated.to_json` gives.
+    """Read the part ``calibration`` of ``ensemble.json`` (``Calibrated.to_json`` of app.experiments.crossval).
 
     Args:
         content: the part; None of an ensemble that has none, whose probabilities are taken as they are.

@@ -167,7 +167,7 @@ def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
     Raises:
         RunError: it is not one of this version.
     """
-    from app.config.load import from_plain  # noqa: PLC0415 - see above
+    from app.config.load import from_plain
 
     try:
         return from_plain(dict(plain), origin)
@@ -248,8 +248,8 @@ def _traced(run: Path, plain: dict[str, Any]) -> Graph:
     Raises:
         ConfigError: its config is not one of this version.
     """
-    from app.config.load import from_plain  # noqa: PLC0415 - see above
-    from app.inference.backends.trace import trace_of  # noqa: PLC0415 - see above
+    from app.config.load import from_plain
+    from app.inference.backends.trace import trace_of
 
     LOG.info("%s: of a version that kept no graph of the network; it is made from the code, which takes seconds", run)
     config = from_plain(plain, str(run))

@@ -281,7 +281,7 @@ def _wait_for(runtime: Runtime) -> None:
 
 def _lower_limits(share: float) -> None:
     """Leave some of the bounds on address space and data to what a long run needs more."""
-    import resource  # noqa: PLC0415 - not on every system
+    import resource
 
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
         soft, hard = resource.getrlimit(kind)

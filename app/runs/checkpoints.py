@@ -76,7 +76,7 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
         tensors: as of :func:`weight_tensors`, :func:`optimizer_tensors`.
         details: plain data that goes into the JSON.
     """
-    import safetensors.torch  # noqa: PLC0415 - see above
+    import safetensors.torch
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{kind}-{step:09d}.safetensors"
@@ -123,7 +123,7 @@ def load_newest(
     """
 
     def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Checkpoint:
-        import safetensors.torch  # noqa: PLC0415 - see above
+        import safetensors.torch
 
         return Checkpoint(step=step, tensors=safetensors.torch.load(content), details=details, sha256=sha256)
 
@@ -138,7 +138,7 @@ def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic
     """
 
     def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Saved[npt.NDArray[np.generic]]:
-        import safetensors.numpy  # noqa: PLC0415 - beside its sibling
+        import safetensors.numpy
 
         return Saved(step=step, tensors=safetensors.numpy.load(content), details=details, sha256=sha256)
 
@@ -212,7 +212,7 @@ def weight_tensors(network: nn.Module) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """An optimiser's state by parameter: its tensors, and what is no tensor as plain data."""
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     tensors: dict[str, Tensor] = {}
     plain: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _in_layout_of(parameter: Tensor, value: Any) -> Any:
 
     Fused optimisers walk both in memory order, whatever the strides.
     """
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     if not isinstance(value, torch.Tensor) or value.shape != parameter.shape:
         return value
@@ -251,7 +251,7 @@ def _in_layout_of(parameter: Tensor, value: Any) -> Any:
 
 def rng_tensors() -> dict[str, Tensor]:
     """State of torch's random generators (dropout uses them)."""
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     tensors = {f"{_RNG}cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
@@ -261,7 +261,7 @@ def rng_tensors() -> dict[str, Tensor]:
 
 def restore_rng(checkpoint: Checkpoint) -> None:
     """Put back what :func:`rng_tensors` took."""
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     states = _section(checkpoint.tensors, _RNG)
     torch.set_rng_state(states["cpu"])

@@ -379,7 +379,7 @@ def _require_room(run: Path) -> None:
 def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
     """A writer of TensorBoard's events; None, with a warning, where its folder cannot be written to."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    from torch.utils.tensorboard import SummaryWriter  # noqa: PLC0415 - slow to import
+    from torch.utils.tensorboard import SummaryWriter
 
     try:
         return SummaryWriter(str(folder), purge_step=step + 1 if step else None)

@@ -74,20 +74,20 @@ class Runtime:
     @property
     def device(self) -> torch.device:
         """Of tensors."""
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         return torch.device(self.device_name)
 
     @property
     def precision(self) -> torch.dtype:
         """Of the matrix products."""
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.precision_name]
 
     def autocast(self) -> torch.autocast:
         """Context for forward passes."""
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         lower = torch.bfloat16 if self.precision is torch.float32 else self.precision
         return torch.autocast(self.device.type, lower, enabled=self.precision is not torch.float32)
@@ -100,7 +100,7 @@ class Runtime:
     @property
     def memory_format(self) -> torch.memory_format:
         """Memory layout of the network's weights and input."""
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         return torch.channels_last_3d if self.channels_last else torch.contiguous_format
 
@@ -121,7 +121,7 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
     if local_rank is not None and device.type == "cuda":
         device_reason = f"device {device}: the GPU of process {local_rank} of this host"
     if device.type == "cuda":
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         torch.cuda.set_device(device)  # what is asked of "the" GPU from here on is asked of this one
     precision, precision_reason = _choose_precision(config.precision, device)
@@ -161,7 +161,7 @@ def _set_deterministic(*, on: bool) -> None:
 
     Source: PyTorch's notes on reproducibility.
     """
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
@@ -178,7 +178,7 @@ def versions() -> dict[str, str]:
 
 def machine() -> str:
     """Processor, cores and GPU, in one line."""
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{processor()}, {cores()} cores{gpu}"
@@ -186,7 +186,7 @@ def machine() -> str:
 
 def _own_device(wanted: str, local_rank: int | None) -> str:
     """The device that one of several processes on a host takes."""
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     if local_rank is None or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
         return wanted
@@ -204,7 +204,7 @@ def _own_device(wanted: str, local_rank: int | None) -> str:
 
 
 def _choose_device(wanted: str) -> tuple[torch.device, str]:
-    import torch  # noqa: PLC0415 - see above
+    import torch
 
     cuda = torch.cuda.is_available()
     if wanted == "cpu":
@@ -228,7 +228,7 @@ def _choose_precision(
     if wanted != "auto":
         return wanted, f"precision {wanted}: asked for"
     if device.type == "cuda":
-        import torch  # noqa: PLC0415 - see above
+        import torch
 
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):

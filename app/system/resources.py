@@ -147,7 +147,7 @@ def _group_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _resource_limits() -> list[MemoryLimit]:
-    import resource  # noqa: PLC0415 - not on every system
+    import resource
 
     found = []
     for name in ("RLIMIT_AS", "RLIMIT_DATA"):

@@ -1,7 +1,8 @@
 """Write a data set in another layout: nnU-Net raw, Decathlon (MSD), or a manifest in CSV with the files beside it.
 
 Grids and voxel values are kept: a file that a layout can take as it is, is copied; where contrasts are put into one 4D
-file, taken out of one, or stored in the voxel order of the T1c, it is written anew. ``data.datasets.layouts.find_cases`` reads
+file, taken out of one, or stored in the voxel order of the T1c, it is written anew.
+``data.datasets.layouts.find_cases`` reads
 all three back.
 """
 

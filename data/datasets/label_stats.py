@@ -92,7 +92,7 @@ def tumour_of(held: LabelMap, convention: LabelConvention) -> Tumour:
 
 
 def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
-    """Label numbers by case id, as :func:`data.datasets.layouts.decide_for` takes them; none where nothing could be read."""
+    """Label numbers by case id, for :func:`data.datasets.layouts.decide_for`; empty where nothing could be read."""
     return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
 
 

@@ -1,7 +1,8 @@
 """Recognise a data set: BraTS case folders of every year, flat folders, MSD, nnU-Net, a manifest; and label maps alone.
 
 File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2017-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
-and later (sources: see data/datasets/naming.py; what a dataset.json or a manifest describes is read in data/datasets/descriptions.py). Case
+and later (sources: see data/datasets/naming.py; what a dataset.json or a manifest describes is read in
+data/datasets/descriptions.py). Case
 does not matter.
 """
 

@@ -148,7 +148,7 @@ def _from_synthstrip(image: sitk.Image, name: str) -> BrainMask:
 
 def _from_template(image: sitk.Image, name: str) -> BrainMask:
     """The MNI152 brain mask that nilearn carries, laid on the image."""
-    from data.phantoms.template import load_anatomy  # noqa: PLC0415 - reads files
+    from data.phantoms.template import load_anatomy
 
     anatomy = load_anatomy(2)
     affine = np.diag([anatomy.spacing_mm] * 3 + [1.0])
@@ -206,13 +206,13 @@ def _mask_made(arguments: list[str], made: Path, image: sitk.Image, name: str) -
 
 
 def _write(image: sitk.Image, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     sitk.WriteImage(image, str(path))
 
 
 def _shares(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     shares: sitk.Image = sitk.Cast(mask, sitk.sitkFloat32)
     return shares
@@ -225,7 +225,7 @@ def _binary(shares: sitk.Image) -> sitk.Image:
 
 
 def _filled(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     filled: sitk.Image = sitk.BinaryFillhole(mask)
     return filled

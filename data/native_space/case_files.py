@@ -74,7 +74,7 @@ def _save(voxels: npt.NDArray[Any], grid: Grid, path: Path) -> None:
 
 
 def _save_transform(brought: BroughtIn, contrast: Contrast, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     try:
         sitk.WriteTransform(brought.transform(contrast), str(path))

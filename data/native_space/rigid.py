@@ -98,7 +98,7 @@ def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Regis
     Raises:
         DataError: an image without contrast, or no pose that stands out: images of different heads, or damaged ones.
     """
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     began = time.process_time()
     still, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
@@ -148,7 +148,7 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
     Raises:
         DataError: an image without contrast, or no pose that stands out.
     """
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     began = time.process_time()
     other = _Head.of(head, name)
@@ -197,7 +197,7 @@ def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float,
 
 def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTransform]:
     """Poses a good way off along each axis."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     for axis, sign in product(range(3), (1, -1)):
         pose = sitk.AffineTransform(found)
@@ -207,7 +207,7 @@ def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTrans
 
 def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
     """Share of a mask that comes to lie in a head."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     there = sitk.Resample(head, mask, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(mask) != 0
@@ -233,7 +233,7 @@ def head_mask(image: sitk.Image) -> sitk.Image:
     Returns:
         uint8, 1 inside.
     """
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     zeros = float(np.mean(sitk.GetArrayViewFromImage(image) == 0))
     inside = image != 0 if zeros > 0.2 else sitk.OtsuThreshold(sitk.DiscreteGaussian(image, [4.0, 4.0, 4.0]), 0, 1)
@@ -252,7 +252,7 @@ class _Head:
 
     @classmethod
     def of(cls, image: sitk.Image, name: str) -> _Head:
-        import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
         factors = [max(1, round(WORKING_MM / own)) for own in image.GetSpacing()]
         coarse = sitk.BinShrink(image, factors)
@@ -287,7 +287,7 @@ def _rigid_starts(
     start: sitk.Euler3DTransform, fixed_centre: tuple[float, ...], moving_centre: tuple[float, ...]
 ) -> Iterator[sitk.Euler3DTransform]:
     """As the headers have it, and with the heads' middles brought together; each also turned about each axis."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     together = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
     step = math.radians(_TRIED_DEGREES)
@@ -304,7 +304,7 @@ def _rigid_starts(
 
 def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTransform]:
     """Poses a good way off, along and about each axis."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     for parameter, sign in product(range(6), (1, -1)):
         values = list(found.GetParameters())
@@ -316,7 +316,7 @@ def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTran
 
 def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
     """The best transform of those that the starts lead to."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
     blurred = _blurred(other.image, _COARSE_MM / 2)
@@ -331,7 +331,7 @@ def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image |
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Have ITK compute with one thread: sums of several come in any order, and differ in their last digits."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -348,7 +348,7 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
     or two. So the thick image is taken where its voxels are, and the other, brought over by what was found, is blurred
     across the slices as if it had been scanned with them. What is left between the two is a small rigid transform.
     """
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
         return found
@@ -386,7 +386,7 @@ def _cut(head: _Head) -> sitk.Image:
 
 def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMethod:
     """Mutual information of a sample that is the same each time."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
@@ -448,7 +448,7 @@ def _require_out_of_sight(error: RuntimeError) -> None:
 
 
 def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     gaussian = sitk.SmoothingRecursiveGaussianImageFilter()
     gaussian.SetSigma(sigma_mm)
@@ -459,7 +459,7 @@ def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
 
 def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
     """Dice of two masks within the field of view of both, on the grid of the first."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     seen = sitk.Resample(moving * 0 + 1, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(seen) != 0

@@ -87,7 +87,7 @@ class BroughtIn:
 
     def transform(self, contrast: Contrast) -> sitk.Transform:
         """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
-        import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
         if contrast == REFERENCE:
             return sitk.TranslationTransform(3)
@@ -196,7 +196,7 @@ def bring_in(
 
 def corrected(image: sitk.Image) -> sitk.Image:
     """An image without its slow change of brightness, by N4 on a coarser copy; zeros stay 0."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     factors = [
         max(1, min(round(_N4_MM / own), n // 8)) for own, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
@@ -230,7 +230,7 @@ def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> t
 
 def _resampled_codes(codes: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
     """A label map on another grid: each region interpolated linearly, cut at one half, nested."""
-    import SimpleITK as sitk  # noqa: N813, PLC0415 - not for training
+    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
     shares = []
     for mask in to_regions(voxels_of(codes)):
@@ -324,7 +324,7 @@ def _versions() -> dict[str, str]:
 
 
 def _sha256(path: Path) -> str:
-    import hashlib  # noqa: PLC0415 - for this alone
+    import hashlib
 
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

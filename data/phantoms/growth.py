@@ -72,8 +72,8 @@ def cortical_delay_mm(tissue: Tissue) -> Floats:
 
 def _arrival(cost: Floats, open_tissue: Mask, core: Mask) -> Floats:
     """Cheapest way from the core to every voxel, by Dijkstra over the 26 neighbours; fluid bars the way."""
-    from scipy import ndimage, sparse  # noqa: PLC0415 - importing this module must stay cheap
-    from scipy.sparse import csgraph  # noqa: PLC0415
+    from scipy import ndimage, sparse
+    from scipy.sparse import csgraph
 
     number = np.full(cost.shape, -1, dtype=np.int32)
     number[open_tissue] = np.arange(np.count_nonzero(open_tissue), dtype=np.int32)

@@ -66,7 +66,7 @@ def _enhancing_depth_mm(plan: TumourPlan, depth_mm: Floats, tissue: Tissue, grid
 
 
 def _arrival_at(tumour: Tumour, grid: Grid, inside: Mask) -> Floats:
-    from scipy import ndimage  # noqa: PLC0415 - importing this module must stay cheap
+    from scipy import ndimage
 
     growth = Grid.of_spacing(GROWTH_SPACING_MM)
     voxels = np.argwhere(inside).T + np.array(grid.start)[:, None]

@@ -127,7 +127,7 @@ def _acquire(
     scanner: _Scanner, noise_rng: np.random.Generator, signal: Floats, inside: Mask, grid: Grid
 ) -> npt.NDArray[np.int16]:
     """Blur, Rician noise, gain and rounding; 0 outside the brain, at least 1 inside."""
-    from scipy import ndimage  # noqa: PLC0415 - importing this module must stay cheap
+    from scipy import ndimage
 
     texture, real, imaginary = noise_rng.standard_normal((3, signal.size), dtype=np.float32)
     volume = scatter(signal + np.float32(0.03) * texture, inside, scanner.surroundings)

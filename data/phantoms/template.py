@@ -20,7 +20,7 @@ class _Anatomy:
 
     def at(self, name: str, points_mm: Floats) -> Floats:
         """Linear interpolation of a map at points in MNI space, shape (3, ...)."""
-        from scipy import ndimage  # noqa: PLC0415 - importing this module must stay cheap
+        from scipy import ndimage
 
         origin = np.array(self.origin_mm, dtype=np.float32).reshape(3, *[1] * (points_mm.ndim - 1))
         voxels = (points_mm - origin) / np.float32(self.spacing_mm)
@@ -30,7 +30,7 @@ class _Anatomy:
 @functools.cache
 def load_anatomy(spacing_mm: int) -> _Anatomy:
     """Tissue fractions, brain mask and the detail of the T1 template that they leave unexplained."""
-    from nilearn import datasets  # type: ignore[import-untyped]  # noqa: PLC0415 - importing it takes a second
+    from nilearn import datasets  # type: ignore[import-untyped]
 
     template = datasets.load_mni152_template(resolution=spacing_mm)
     t1 = np.asarray(template.dataobj, dtype=np.float32)
@@ -48,7 +48,7 @@ def load_anatomy(spacing_mm: int) -> _Anatomy:
 @functools.cache
 def load_landmarks() -> _Anatomy:
     """Depth below the brain's surface in mm, and nearness of the ventricles from 0 to 1."""
-    from scipy import ndimage  # noqa: PLC0415 - importing this module must stay cheap
+    from scipy import ndimage
 
     anatomy = load_anatomy(2)
     brain = anatomy.maps["brain"] > 0

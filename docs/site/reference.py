@@ -44,9 +44,9 @@ def pages() -> dict[str, Page]:
 
 def command_line() -> Page:
     """All verbs with arguments and options, as ``--help`` has them."""
-    import typer.main  # noqa: PLC0415 - only this page needs it
+    import typer.main
 
-    from app.cli.main import app  # noqa: PLC0415
+    from app.cli.main import app
 
     lines = ["# Command line", "", "Written from the program at build; `znormseg VERB --help` says the same.", ""]
     undocumented: list[str] = []

@@ -1,4 +1,5 @@
-"""docs/errors.md shows each row of its tables as it prints, or says why not; tests/system/errors_shown.py has the commands.
+"""docs/errors.md shows each row of its tables as it prints, or says why not; tests/system/errors_shown.py has the
+commands.
 
 ``ZNORMSEG_REGENERATE=1`` writes that part anew: look at the difference.
 """

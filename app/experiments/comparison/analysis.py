@@ -141,7 +141,7 @@ def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
 
 
 def scored_by(results: Results) -> list[dict[str, str | int | None]]:
-    """What computed the predictions of the final runs that are scored, as of :func:`app.experiments.runs.count_backends`."""
+    """Count the backends that computed the scored predictions (:func:`app.experiments.runs.count_backends`)."""
     return count_backends(results.runs[key].get("computed_by") for key in results.plan.finals(results.chosen))
 
 

@@ -76,7 +76,8 @@ def compare(
         on_progress: told how far the whole comparison is.
 
     Raises:
-        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.experiments.comparison.run.make_runs`.
+        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as
+            :func:`app.experiments.comparison.run.make_runs`.
     """
     results = make_runs(
         data,

@@ -71,7 +71,8 @@ def read_parts(path: Path, patients: Mapping[str, str]) -> Parts:
     """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
 
     Raises:
-        DataError: as :func:`data.datasets.splits.read_split`; nothing validates; ``test`` is no list of case ids, names one
+        DataError: as :func:`data.datasets.splits.read_split`; nothing validates; ``test`` is no list of case ids,
+            names one
             twice or that is not in the data set, or shares a patient with another part.
     """
     split = read_split(path, patients)

@@ -115,7 +115,8 @@ def calibrate(counts: Mapping[str, Counts], raw: Summary, tuned: Summary) -> Cal
     """Fit temperatures and volume intervals, on all cases and without each fold.
 
     Args:
-        counts: of :func:`app.experiments.crossval.logits.count_logits`, by case id; all 0 of a case without tumour, marked or true.
+        counts: of :func:`app.experiments.crossval.logits.count_logits`, by case id; all 0 of a case without tumour,
+            marked or true.
         raw: scores without post-processing.
         tuned: scores with it.
     """

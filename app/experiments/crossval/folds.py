@@ -6,7 +6,8 @@ The folder of a cross-validation holds::
     splits/         what each fold trains and validates on
     fold-0/, ...    one run folder for each fold, as ``train`` makes them
     results/        one JSON for each fold that is trained
-    out-of-fold/    one file for each case: what the network that has not trained on it says (app.experiments.crossval.out_of_fold)
+    out-of-fold/    one file for each case: what the network that has not trained on it says
+    (app.experiments.crossval.out_of_fold)
     logs/           what worker processes said last, where there were any
     crossval.csv    scores of every case, without and with post-processing
     crossval.json   everything in numbers and words

@@ -56,7 +56,9 @@ class Answer:
     reference: Bytes
     """Shape (X, Y, Z), the program's codes."""
     logit_counts: Counts
-    """As of :func:`app.experiments.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there is none."""
+    """As of :func:`app.experiments.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there
+    is none.
+    """
     spacing_mm: Spacing
     weights_sha256: str
     computed_by: Mapping[str, str] | None = None

@@ -1,6 +1,7 @@
 """Cross-validate: train the folds, tune post-processing on what they say of cases they have not seen, make an ensemble.
 
-What is done already is kept, so the same command goes on after an interruption (see :mod:`app.experiments.crossval.folds`).
+What is done already is kept, so the same command goes on after an interruption (see
+:mod:`app.experiments.crossval.folds`).
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Folds in processes of their own, one on each device, and what they tell the process that started them.
 
-A worker is ``python -m app.experiments.crossval.workers``. Its standard input has one line of JSON, the job, and stays open: when
+A worker is ``python -m app.experiments.crossval.workers``. Its standard input has one line of JSON, the job, and
+stays open: when
 it closes, the process that started it is gone, and the worker stops as if by SIGTERM, everything saved. Its standard
 output has one JSON object a line: progress, warnings, and how it ended.
 """
@@ -231,11 +232,11 @@ def _work(lines: Iterator[str], tell: Tell) -> None:
 
 
 def _do_job(job: Job, tell: Tell) -> None:
-    from app.experiments.crossval.fold import work_on_fold  # noqa: PLC0415 - torch is loaded once signals are caught
-    from app.experiments.crossval.folds import begun  # noqa: PLC0415
+    from app.experiments.crossval.fold import work_on_fold
+    from app.experiments.crossval.folds import begun
 
     if job.needs_cuda:
-        import torch  # noqa: PLC0415
+        import torch
 
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Give other --devices.")

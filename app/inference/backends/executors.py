@@ -96,7 +96,7 @@ class TorchEngine:
     """
 
     def __init__(self, graph: Graph, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
-        from app.inference.backends.torch_backend import GraphNetwork  # noqa: PLC0415 - imports torch
+        from app.inference.backends.torch_backend import GraphNetwork
 
         self.graph = graph
         self.network: GraphNetwork = GraphNetwork(graph, weights)
@@ -116,7 +116,7 @@ class TorchEngine:
 
     def settle(self, runtime: Runtime) -> None:
         """As of :class:`Engine`: torch's libraries, and those of a GPU."""
-        import torch  # noqa: PLC0415 - only this engine needs it
+        import torch
 
         if self._settled:
             return
@@ -132,10 +132,10 @@ class TorchEngine:
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
     ) -> npt.NDArray[Any]:
         """As of :class:`Engine`."""
-        import torch  # noqa: PLC0415 - only this engine needs it
+        import torch
 
-        from app.inference.sliding_window.torch_blend import sliding_logits  # noqa: PLC0415 - imports torch
-        from models import GivenPresence  # noqa: PLC0415 - imports torch
+        from app.inference.sliding_window.torch_blend import sliding_logits
+        from models import GivenPresence
 
         if way.device != runtime.device_name:
             runtime = below_gpu(runtime)
@@ -188,7 +188,7 @@ class OpenvinoEngine:
 
     def warm_up(self, way: Way | None, runtime: Runtime) -> None:
         """Import OpenVINO, and have it compile the network."""
-        from app.inference.backends import openvino_backend  # noqa: F401, PLC0415 - imports openvino
+        from app.inference.backends import openvino_backend  # noqa: F401 - imports openvino
 
         if way is not None:
             self._compiled_for(way, runtime)
@@ -227,7 +227,7 @@ class OpenvinoEngine:
 
     def _network(self, shape: tuple[int, int, int, int, int], *, bfloat16: bool) -> CompiledNetwork:
         """The network for one shape; the one for another shape goes before, with its memory."""
-        from app.inference.backends.openvino_backend import CompiledNetwork  # noqa: PLC0415 - imports openvino
+        from app.inference.backends.openvino_backend import CompiledNetwork
 
         if self._compiled is None or (self._compiled.shape, self._compiled.bfloat16) != (shape, bfloat16):
             self._compiled = None

@@ -81,7 +81,7 @@ class Job:
         """As of :func:`app.inference.batch.fingerprint.settings_of`."""
         if self.native is None:
             return settings_of(model, self.options)
-        from app.inference.batch.native import native_settings  # noqa: PLC0415 - brings SimpleITK, slow to import
+        from app.inference.batch.native import native_settings
 
         return native_settings(model, self.options, self.native.config, self.native.space)
 
@@ -101,7 +101,7 @@ class Job:
         if self.native is None:
             steps = steps_of(model, self.output, runtime, options)
         else:
-            from app.inference.batch.native import native_steps  # noqa: PLC0415 - likewise
+            from app.inference.batch.native import native_steps
 
             native = self.native
             steps = native_steps(model, self.output, runtime, config=native.config, space=native.space, options=options)
@@ -117,7 +117,7 @@ def job_from_plain(content: Mapping[str, Any]) -> Job:
     """The job that :meth:`Job.to_plain` made plain data of."""
     native = None
     if content["native"] is not None:
-        from data.native_space.to_brats import BringInConfig  # noqa: PLC0415 - brings SimpleITK, slow to import
+        from data.native_space.to_brats import BringInConfig
 
         native = Native(config=BringInConfig(**content["native"]["config"]), space=content["native"]["space"])
     return Job(

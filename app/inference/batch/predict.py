@@ -313,7 +313,8 @@ def require_contrasts(case: Case, model: Predictor) -> None:
     """Make sure that a case has what a network needs.
 
     Raises:
-        DataError: as :meth:`data.datasets.layouts.Case.require`; a contrast may be missing where the network was trained so.
+        DataError: as :meth:`data.datasets.layouts.Case.require`; a contrast may be missing where the network was
+            trained so.
     """
     if model.takes_missing_contrasts or not missing_contrasts(case.contrasts):
         case.require(all_contrasts=False)

@@ -1,6 +1,7 @@
 """Cases in processes of their own on this machine, one on each device; the cases of one that is lost go to another.
 
-A worker is ``python -m app.inference.batch.process_pool``, as :mod:`app.system.worker_process` says. After the job each line of its
+A worker is ``python -m app.inference.batch.process_pool``, as :mod:`app.system.worker_process` says. After the job
+each line of its
 standard input is a case; it has one beside the one it computes, to read it ahead. What it tells: that it is ready, what
 became of each case, warnings, and what stopped it.
 """

@@ -38,7 +38,8 @@ def sliding_logits(
         runtime: device, precision, memory layout.
         batch: windows in one forward pass.
         stitch_on: device on which windows are put together; None takes the runtime's.
-        half: blend in float16, for half the memory, as :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
+        half: blend in float16, for half the memory, as
+            :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
         between_windows: called before each forward pass; may raise to stop.
 
     Returns:

@@ -1,6 +1,7 @@
 """The losses of the first twenty steps are those on record: who changes the numerics should mean it.
 
-``ZNORMSEG_REGENERATE=1 python -m pytest tests/app/training/test_golden_losses.py`` writes tests/golden/losses.json anew.
+``ZNORMSEG_REGENERATE=1 python -m pytest tests/app/training/test_golden_losses.py`` writes tests/golden/losses.json
+anew.
 
 Processors add in another order, and each step carries the difference on. On one processor with AVX-512, AVX2 gave
 losses that differ by 1e-7 of themselves, SSE4.1 with PyTorch's plain kernels by 1.1e-4 at most, and not in the first

@@ -343,7 +343,8 @@ def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_
 DEADLY = f"""
 import os, signal, sys
 def deadly(event, arguments):
-    if event == "open" and "{CASE}_t2." in str(arguments[0]) and "app.inference.batch.process_pool" in " ".join(sys.orig_argv):
+    starts_worker = "app.inference.batch.process_pool" in " ".join(sys.orig_argv)
+    if event == "open" and "{CASE}_t2." in str(arguments[0]) and starts_worker:
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(deadly)
 """
