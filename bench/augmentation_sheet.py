@@ -22,7 +22,7 @@ from app.html.overlay import OUTLINE_COLOURS
 from app.html.planes import PLANES, largest_slice
 from app.html.png import encode_png
 from data.labels import CONTRASTS
-from data.patches.augmentation import AugmentConfig, apply, draw
+from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_augmentation
 from data.phantoms import make_phantom
 from data.preprocess import brain_box, zscore_nonzero
 
@@ -60,8 +60,10 @@ def main(path: Path) -> None:
     config = replace(load_config("resunet").augment, scale=AugmentConfig().scale, shift=AugmentConfig().shift)
     rows = []
     for row in ROWS:
-        variations = [draw(only(config, row), len(CONTRASTS), np.random.default_rng([7, n])) for n in range(DRAWS)]
-        varied = [(image, codes), *(apply(variation, image, codes) for variation in variations)]
+        variations = [
+            draw_augmentation(only(config, row), len(CONTRASTS), np.random.default_rng([7, n])) for n in range(DRAWS)
+        ]
+        varied = [(image, codes), *(apply_augmentation(variation, image, codes) for variation in variations)]
         rows.append(beside([tile(*one) for one in varied]))
     path.write_bytes(encode_png(np.concatenate([line for row in rows for line in (row, gap(row))][:-1])))
 

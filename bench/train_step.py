@@ -141,7 +141,7 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
     runtime = choose_runtime(config.runtime)
     state = new_state(config, runtime)
     state.network.train()
-    gradient.attach(config.gradient, state.optimizer, state.network)
+    gradient.attach_transform(config.gradient, state.optimizer, state.network)
     stepper = Stepper(
         config=config,
         runtime=runtime,

@@ -24,7 +24,7 @@ PANELS = {
 }
 
 
-def compare(
+def compare_command(
     *,
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
     out: Annotated[
@@ -100,10 +100,10 @@ def compare(
     if split is not None and fold is not None:
         raise typer.BadParameter("give either --fold or --split")
     from app.experiments.comparison.compare import compare as compare_arms
-    from app.experiments.comparison.plan import make_plan
-    from app.reports.comparison import write_page
+    from app.experiments.comparison.plan import plan_comparison
+    from app.reports.comparison import write_comparison_page
 
-    plan = make_plan(
+    plan = plan_comparison(
         config=config,
         overrides=overrides or (),
         arms=_names(arms),
@@ -127,7 +127,7 @@ def compare(
             follow_links=follow_links,
             on_progress=on_progress,
         )
-        write_page(outcome)
+        write_comparison_page(outcome)
     if as_json:
         terminal.json_result(outcome.content)
     else:

@@ -58,7 +58,7 @@ def crossval(
     """
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
-    from app.reports.crossval import write_page
+    from app.reports.crossval import write_crossval_page
 
     with terminal.watched() as on_progress:
         outcome = cross_validate(
@@ -72,7 +72,7 @@ def crossval(
             jobs=jobs,
             on_progress=on_progress,
         )
-        write_page(outcome)
+        write_crossval_page(outcome)
     if as_json:
         terminal.json_result(outcome.content)
     else:

@@ -16,13 +16,13 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-app.command(name="prepare", cls=verb(prepare.PANELS))(quietly(prepare.prepare))
+app.command(name="prepare", cls=verb(prepare.PANELS))(quietly(prepare.prepare_command))
 app.command(name="cache", cls=Verb)(quietly(cache.cache))
 
 
 @app.command(cls=Verb)
 @quietly
-def check(
+def check_command(
     *,
     folder: Annotated[
         Path,
@@ -89,7 +89,7 @@ def check(
 
 @app.command(cls=Verb)
 @quietly
-def export(
+def export_command(
     *,
     source: Annotated[Path, typer.Argument(metavar="DATA", help="Data set in any layout that data check recognises.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to; empty or not there yet.")],
@@ -107,7 +107,7 @@ def export(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Write a data set in another layout; grids and voxel values are kept, files are copied."""
-    from data.datasets.export import export as write
+    from data.datasets.export import export_dataset as write
 
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "exporting")

@@ -22,7 +22,7 @@ def demo(
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
     """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
-    from app.evaluation.evaluate import rows
+    from app.evaluation.evaluate import score_rows
     from app.experiments.demo import run_demo
     from app.reports.demo import COMMANDS, write_demo_page
 
@@ -32,7 +32,7 @@ def demo(
     if as_json:
         terminal.json_result(outcome.to_json())
         return
-    terminal.result(terminal.table(rows(outcome.evaluation)))
+    terminal.result(terminal.table(score_rows(outcome.evaluation)))
     terminal.result(f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:")
     if shutil.which("znormseg") is None:
         terminal.result(

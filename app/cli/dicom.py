@@ -39,8 +39,8 @@ def dicom(
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
     """Find T1, T1c, T2, FLAIR in a DICOM study and write them as NIfTI, each on its grid."""
-    from data.dicom.contrasts import choose
-    from data.dicom.study import open_study, read_chosen, write_case
+    from data.dicom.contrasts import choose_series
+    from data.dicom.study import open_study, read_chosen, write_dicom_case
     from data.errors import DataError
 
     named: tuple[tuple[Contrast, str | None], ...] = (("t1", t1), ("t1c", t1c), ("t2", t2), ("flair", flair))
@@ -49,14 +49,14 @@ def dicom(
         case = opened.case_id if case_id is None else case_id
         choices, problem, folder, images = {}, None, None, None
         try:
-            choices = choose(opened.series, chosen)
+            choices = choose_series(opened.series, chosen)
         except DataError as error:
             problem = error
         if not as_json:
             terminal.result(_listed(opened, choices))
         if problem is None and out is not None:
             images = read_chosen(opened, choices)
-            folder = write_case(out, images, case_id=case)
+            folder = write_dicom_case(out, images, case_id=case)
         notes = {} if images is None else images.notes
         if as_json:
             terminal.json_result(_content(opened, choices, notes, case=case, folder=folder, problem=problem))
@@ -87,7 +87,7 @@ def dicom_seg(
     """Write a label map as a DICOM segmentation (SEG) on the series that it was made on."""
     from importlib import metadata
 
-    from data.dicom.contrasts import describe, series_of
+    from data.dicom.contrasts import describe_series, series_of
     from data.dicom.segmentation import on_grid_of, write_dicom_seg
     from data.dicom.study import open_study
     from data.errors import DataError
@@ -106,7 +106,7 @@ def dicom_seg(
     if as_json:
         terminal.json_result({"file": str(out), "series": series.key, "series_uid": series.uid})
     else:
-        terminal.result(f"{out}: on series {describe(series)}")
+        terminal.result(f"{out}: on series {describe_series(series)}")
 
 
 def _taken(choices: dict[Contrast, Choice], key: str) -> str:

@@ -26,7 +26,7 @@ PANELS = {
 }
 
 
-def evaluate(
+def evaluate_command(
     *,
     predictions: Annotated[
         Path,
@@ -111,7 +111,7 @@ def evaluate(
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
     from app.evaluation.evaluate import evaluate as score
-    from app.evaluation.evaluate import remarks, require_table_place, rows, write_table
+    from app.evaluation.evaluate import region_remarks, require_table_place, score_rows, write_score_table
     from app.evaluation.metrics import NSD_MM
     from app.notice import NOTICE
 
@@ -143,12 +143,12 @@ def evaluate(
     if as_json:
         terminal.json_result(scores.to_json())
     else:
-        terminal.result(terminal.table(rows(scores)))
-        for sentence in remarks(scores):
+        terminal.result(terminal.table(score_rows(scores)))
+        for sentence in region_remarks(scores):
             terminal.result(sentence)
         terminal.result(NOTICE)
     if out is not None:
-        write_table(scores, out)
+        write_score_table(scores, out)
     if scores.made_by_us:
         terminal.say(
             f"znormseg predict wrote references: {_some(scores.made_by_us)}. Are PREDICTIONS and REFERENCES swapped?"
@@ -248,7 +248,14 @@ def _subsets(
     from app.evaluation.evaluate import require_table_place
     from app.inference.backends.choose import choose_backend
     from app.inference.ensemble import load_predictor
-    from app.inference.subsets import Which, choose_cases, convention_for, rows, score_subsets, write_table
+    from app.inference.subsets import (
+        Which,
+        choose_cases,
+        convention_for,
+        score_subsets,
+        subset_rows,
+        write_subset_table,
+    )
     from app.notice import NOTICE
     from app.system.device import RuntimeConfig
     from data.datasets.layouts import find_cases
@@ -274,10 +281,10 @@ def _subsets(
     if as_json:
         terminal.json_result(table.to_json())
     else:
-        terminal.result(terminal.table(rows(table)))
+        terminal.result(terminal.table(subset_rows(table)))
         terminal.result(NOTICE)
     if out is not None:
-        write_table(table, out)
+        write_subset_table(table, out)
     for case, text in table.failures.items():
         terminal.say(f"znormseg: {case}: {text}")
     if table.failures:

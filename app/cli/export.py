@@ -14,7 +14,7 @@ znormseg export RUN OUT --format onnx
 znormseg export RUN OUT --format monai-bundle --case CASE"""
 
 
-def export(
+def export_network_command(
     *,
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or of one network of an ensemble.")

@@ -65,18 +65,20 @@ app.command(name="crossval", cls=verb(crossval.PANELS), rich_help_panel=_TRAIN, 
     quietly(crossval.crossval)
 )
 app.command(name="compare", cls=verb(compare.PANELS), rich_help_panel=_TRAIN, epilog=compare.EXAMPLES)(
-    quietly(compare.compare)
+    quietly(compare.compare_command)
 )
 app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epilog=predict.EXAMPLES)(
-    quietly(predict.predict)
+    quietly(predict.predict_command)
 )
 app.command(name="evaluate", cls=verb(evaluate.PANELS), rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(
-    quietly(evaluate.evaluate)
+    quietly(evaluate.evaluate_command)
 )
-app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank))
-app.command(name="report", cls=Verb, rich_help_panel=_USE, epilog=report.EXAMPLES)(quietly(report.report))
+app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank_command))
+app.command(name="report", cls=Verb, rich_help_panel=_USE, epilog=report.EXAMPLES)(quietly(report.report_command))
 app.add_typer(model.app, name="model", rich_help_panel=_SHARE)
-app.command(name="export", cls=Verb, rich_help_panel=_SHARE, epilog=export.EXAMPLES)(quietly(export.export))
+app.command(name="export", cls=Verb, rich_help_panel=_SHARE, epilog=export.EXAMPLES)(
+    quietly(export.export_network_command)
+)
 
 
 def _show_version(wanted: bool) -> None:

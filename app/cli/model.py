@@ -49,9 +49,9 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Say what a model is: data, network, metrics, weights, limits, licence."""
-    from app.runs.model_card import card, describe
+    from app.runs.model_card import card, describe_model
 
-    description = describe(model)
+    description = describe_model(model)
     if as_json:
         terminal.json_result(description)
     else:
@@ -60,7 +60,7 @@ def info(
 
 @app.command(name="verify", cls=Verb, epilog="znormseg model verify RUN")
 @quietly
-def verify(
+def verify_command(
     *,
     model: Annotated[
         Path, typer.Argument(metavar="MODEL", help="Folder of a run, an ensemble, an import or an export.")

@@ -14,8 +14,8 @@ import typer
 from app.cli import terminal
 
 if TYPE_CHECKING:
-    from app.inference.batch.cohort import Engine
-    from app.inference.batch.job import Job
+    from app.inference.batch.cohort import CaseExecutor
+    from app.inference.batch.job import PredictJob
     from data.datasets.layouts import Case
     from data.labels import Contrast
 
@@ -41,7 +41,7 @@ _LABELS_HELP = (
 _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
 
-def predict(
+def predict_command(
     *,
     run: Annotated[
         Path | None, typer.Argument(metavar="RUN", help="Folder of a trained run, or an ensemble of crossval.")
@@ -173,7 +173,7 @@ def predict(
     from app.errors import ConfigError
     from app.inference.batch.challenge import Delivery
     from app.inference.batch.cohort import predict_each
-    from app.inference.batch.job import Job, Native
+    from app.inference.batch.job import Native, PredictJob
     from app.inference.batch.output_folder import require_place_of_its_own
     from app.system.device import RuntimeConfig
     from data.labels import CONTRASTS, CONVENTIONS
@@ -194,7 +194,7 @@ def predict(
         native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
     held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
     with held as output:
-        job = Job(
+        job = PredictJob(
             run=run,
             output=Path(output),
             device=device,
@@ -279,7 +279,7 @@ def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
     return text  # type: ignore[return-value]  # mypy does not narrow a string by membership
 
 
-def _elsewhere(job: Job, engine: str, devices: str | None, workers: int | None) -> Engine | None:
+def _elsewhere(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
     """The engine that starts other processes; None where this one does the work."""
     from app.inference.batch.process_pool import InProcesses, devices_of, slots_of
 

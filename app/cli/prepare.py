@@ -24,7 +24,7 @@ PANELS = {
 _CONTRAST_HELP = "Image of this contrast, instead of CASE."
 
 
-def prepare(
+def prepare_command(
     *,
     places: Annotated[
         list[Path],
@@ -64,7 +64,7 @@ def prepare(
     from app.progress import LOG, Progress
     from data.datasets.layouts import Case, case_from_files
     from data.errors import DataError
-    from data.native_space.case_files import require_empty, write_case
+    from data.native_space.case_files import require_empty, write_brats_case
     from data.native_space.to_brats import BringInConfig, bring_in, read_native
 
     out, config = places[-1], BringInConfig(n4=n4, mask=mask)
@@ -82,7 +82,7 @@ def prepare(
                 native = read_native(case, nan_to_zero=nan_to_zero) if isinstance(case, Case) else case
                 brought = bring_in(native, config, on_step=step)
                 step(f"{case.id}: writing")
-                write_case(brought, out)
+                write_brats_case(brought, out)
             except DataError as error:
                 failures[case.id] = str(error)
                 LOG.error("%s", error)

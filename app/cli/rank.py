@@ -21,7 +21,7 @@ znormseg rank a.csv b.csv c.csv"""
 _SHOWN = 5
 
 
-def rank(
+def rank_command(
     *,
     sets: Annotated[
         list[Path],
@@ -63,10 +63,10 @@ def rank(
         raise typer.BadParameter("--labels goes with --references")
     from app.evaluation.brats.challenge import challenge_rules
     from app.evaluation.evaluate import require_table_place
-    from app.evaluation.ranking.rank import difference_rows, rows, write_table
+    from app.evaluation.ranking.rank import difference_rows, rank_rows, write_rank_table
     from app.evaluation.ranking.rank import rank as rank_sets
     from app.evaluation.ranking.scores import load
-    from app.reports.ranking import write_page
+    from app.reports.ranking import write_ranking_page
 
     chosen = None if rules is None else challenge_rules(rules, task or "GLI")
     for place in (page, out):
@@ -81,13 +81,13 @@ def rank(
     if as_json:
         terminal.json_result(ranking.to_json())
     else:
-        terminal.result(terminal.table(rows(ranking)))
+        terminal.result(terminal.table(rank_rows(ranking)))
         terminal.result("")
         terminal.result(terminal.table(difference_rows(ranking)))
     if out is not None:
-        write_table(ranking, out)
+        write_rank_table(ranking, out)
     if page is not None:
-        write_page(page, ranking)
+        write_ranking_page(page, ranking)
     _end(ranking)
 
 

@@ -14,7 +14,7 @@ znormseg report RUN PAGES
 znormseg report PREDICTIONS PAGES --references REFERENCES"""
 
 
-def report(
+def report_command(
     *,
     what: Annotated[
         Path,

@@ -92,10 +92,10 @@ def train(
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
     from app.config.load import load_config
     from app.training import run as training
-    from app.training.distributed import joined
+    from app.training.distributed import joined_processes
     from app.training.pretrained import sections_of
 
-    with terminal.watched() as on_progress, joined() as world:
+    with terminal.watched() as on_progress, joined_processes() as world:
         if resume:
             base = config or str(run / "config.yaml")
             asked = load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None

@@ -162,7 +162,7 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 
 
-def differences(old: RunConfig, new: RunConfig) -> list[str]:
+def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
     """Keys in which two configs differ, each as ``section.key: old -> new``."""
     before, after = flat(old), flat(new)
     return [f"{key}: {before[key]} -> {after[key]}" for key in differing_keys(old, new)]

@@ -26,7 +26,7 @@ _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make se
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class DoctorFinding:
     """One thing that was looked at."""
 
     topic: str
@@ -40,7 +40,7 @@ class Finding:
         return asdict(self)
 
 
-def examine(probe: Probe) -> list[Finding]:
+def examine(probe: Probe) -> list[DoctorFinding]:
     """Every finding, in the order they are told."""
     return [
         _gpu(probe),
@@ -57,7 +57,7 @@ def examine(probe: Probe) -> list[Finding]:
     ]
 
 
-def _gpu(probe: Probe) -> Finding:
+def _gpu(probe: Probe) -> DoctorFinding:
     """A GPU, and whether torch can use it."""
     topic = "GPU"
     if not probe.gpu_in_machine and not probe.gpus:
@@ -73,7 +73,7 @@ def _gpu(probe: Probe) -> Finding:
     return _driver(probe, probe.torch_cuda, probe.driver_cuda)
 
 
-def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> Finding:
+def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> DoctorFinding:
     """The driver's CUDA against that of torch: within a major version any driver does, by CUDA's own rule."""
     topic, built = "GPU", _numbers(torch_cuda)
     driver = f"driver {probe.driver or 'of unknown version'} takes CUDA {_dotted(driver_cuda)}"
@@ -90,7 +90,7 @@ def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> Find
     return _ok(topic, f"{names}; {versions}")
 
 
-def _architecture(probe: Probe, gpu: Gpu) -> Finding:
+def _architecture(probe: Probe, gpu: Gpu) -> DoctorFinding:
     """Whether torch has machine code for a GPU, or code that its driver can compile."""
     major, minor = gpu.capability
     topic, name = "GPU architecture", f"{gpu.name} has compute capability {major}.{minor}"
@@ -110,7 +110,7 @@ def _architecture(probe: Probe, gpu: Gpu) -> Finding:
     )
 
 
-def _bfloat16(probe: Probe) -> Finding:
+def _bfloat16(probe: Probe) -> DoctorFinding:
     topic = "bfloat16"
     if probe.gpus:
         gpu = probe.gpus[0]
@@ -126,7 +126,7 @@ def _bfloat16(probe: Probe) -> Finding:
     return _note(topic, f"{probe.processor} does not multiply it, precision auto takes float32", "")
 
 
-def _memory(probe: Probe) -> Finding:
+def _memory(probe: Probe) -> DoctorFinding:
     topic = "memory"
     if not probe.memory:
         return _note(topic, "the system does not tell", "")
@@ -141,14 +141,14 @@ def _memory(probe: Probe) -> Finding:
     return _ok(topic, found)
 
 
-def _processors(probe: Probe) -> Finding:
+def _processors(probe: Probe) -> DoctorFinding:
     found = f"{probe.processor}, {probe.cores} cores"
     if probe.quota is None:
         return _ok("processors", found)
     return _ok("processors", f"{found}, the control group gives the time of {probe.quota:g}")
 
 
-def _threads(probe: Probe) -> Finding:
+def _threads(probe: Probe) -> DoctorFinding:
     """Threads of the network against the processors there are."""
     topic = "threads"
     share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
@@ -167,7 +167,7 @@ def _threads(probe: Probe) -> Finding:
     return _ok(topic, f"{found}, of {share} processors")
 
 
-def _waiting(probe: Probe) -> list[Finding]:
+def _waiting(probe: Probe) -> list[DoctorFinding]:
     policy = probe.environment.get("OMP_WAIT_POLICY")
     if policy is None or policy.lower() != "active":
         return []
@@ -180,13 +180,13 @@ def _waiting(probe: Probe) -> list[Finding]:
     ]
 
 
-def _shm(probe: Probe) -> Finding:
+def _shm(probe: Probe) -> DoctorFinding:
     if probe.shm_bytes is None:
         return _ok(_SHM, "not there, and not needed: batches are made by threads")
     return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, and none of it needed: batches are made by threads")
 
 
-def _disk(place: Place) -> Finding:
+def _disk(place: Place) -> DoctorFinding:
     topic = {"cache": "cache", "current folder": "disk", "given": "disk"}[place.role]
     free = "unknown space" if place.free_bytes is None else f"{place.free_bytes / 1e9:.1f} GB"
     found = f"{place.path}: {free} free"
@@ -202,7 +202,7 @@ def _disk(place: Place) -> Finding:
     return _ok(topic, found)
 
 
-def _torch_2_9(probe: Probe) -> list[Finding]:
+def _torch_2_9(probe: Probe) -> list[DoctorFinding]:
     if _numbers(probe.torch)[:2] != (2, 9):
         return []
     return [
@@ -214,7 +214,7 @@ def _torch_2_9(probe: Probe) -> list[Finding]:
     ]
 
 
-def _packages(packages: tuple[Package, ...]) -> list[Finding]:
+def _packages(packages: tuple[Package, ...]) -> list[DoctorFinding]:
     """Versions against those that are supported."""
     if not packages:
         return [_note("packages", "znormseg is not installed as a package, so its needs are not known", "make setup")]
@@ -243,17 +243,17 @@ def _dotted(version: tuple[int, ...]) -> str:
     return ".".join(map(str, version))
 
 
-def _ok(topic: str, found: str) -> Finding:
-    return Finding(topic=topic, level="ok", found=found)
+def _ok(topic: str, found: str) -> DoctorFinding:
+    return DoctorFinding(topic=topic, level="ok", found=found)
 
 
-def _note(topic: str, found: str, remedy: str) -> Finding:
-    return Finding(topic=topic, level="note", found=found, remedy=remedy)
+def _note(topic: str, found: str, remedy: str) -> DoctorFinding:
+    return DoctorFinding(topic=topic, level="note", found=found, remedy=remedy)
 
 
-def _warning(topic: str, found: str, remedy: str) -> Finding:
-    return Finding(topic=topic, level="warning", found=found, remedy=remedy)
+def _warning(topic: str, found: str, remedy: str) -> DoctorFinding:
+    return DoctorFinding(topic=topic, level="warning", found=found, remedy=remedy)
 
 
-def _problem(topic: str, found: str, remedy: str) -> Finding:
-    return Finding(topic=topic, level="problem", found=found, remedy=remedy)
+def _problem(topic: str, found: str, remedy: str) -> DoctorFinding:
+    return DoctorFinding(topic=topic, level="problem", found=found, remedy=remedy)

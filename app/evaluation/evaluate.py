@@ -438,7 +438,7 @@ class _Failure:
     reason: str
 
 
-def rows(evaluation: Evaluation) -> list[list[str]]:
+def score_rows(evaluation: Evaluation) -> list[list[str]]:
     """The table for the terminal: header, one row per case, then mean and median.
 
     Returns:
@@ -460,7 +460,7 @@ def rows(evaluation: Evaluation) -> list[list[str]]:
     ]
 
 
-def remarks(evaluation: Evaluation) -> list[str]:
+def region_remarks(evaluation: Evaluation) -> list[str]:
     """What the terminal's table does not tell by itself, a sentence each."""
     said = ["sensitivity, specificity, surface Dice and volumes are in --out scores.csv and --json"]
     if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in evaluation.cases for one in case.regions.values()):
@@ -468,7 +468,7 @@ def remarks(evaluation: Evaluation) -> list[str]:
     return said
 
 
-def write_table(evaluation: Evaluation, path: Path) -> None:
+def write_score_table(evaluation: Evaluation, path: Path) -> None:
     """Write all numbers as CSV: columns ``case``, ``WT_dice``, ``WT_hd95_mm``, ...; rows: cases, ``mean``, ``median``.
 
     Where a case has probabilities ``WT_ece``, ``WT_brier``, ... follow; they are empty for cases without. Numbers are

@@ -11,13 +11,13 @@ from torch import nn
 
 from app.errors import DeviceError, RunError
 from app.exporting import formats, monai_export
-from app.exporting.parity import Answer, Parity, compare, windows_of
-from app.exporting.places import folder_when_complete, require_empty
+from app.exporting.parity import Answer, Parity, compare_outputs, windows_of
+from app.exporting.places import folder_when_complete, require_empty_export
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
 from app.progress import OnProgress, Progress, silent
 from app.runs.folder import read_json, write_json
-from app.runs.model_card import SUMS_FILE, describe, seal
+from app.runs.model_card import SUMS_FILE, describe_model, seal
 from app.system.device import Runtime, versions, without_avx2
 from data.contrasts import presence_mask
 from data.labels import CONTRASTS, REGIONS, region_codes
@@ -34,7 +34,7 @@ _RUNTIME: Final = Runtime(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class ExportedNetwork:
     """What an export wrote."""
 
     folder: Path
@@ -54,7 +54,7 @@ class Exported:
 
 def export_run(
     run: Path, out: Path, *, file_format: str, case: Path | None = None, on_progress: OnProgress = silent
-) -> Exported:
+) -> ExportedNetwork:
     """Write a network in another format, compare the two, and keep it only where they agree.
 
     Args:
@@ -76,7 +76,7 @@ def export_run(
     def told(share: float, detail: str) -> None:
         on_progress(Progress(job="exporting", share=share, detail=detail))
 
-    require_empty(out)
+    require_empty_export(out)
     if file_format == "openvino" and (why := without_avx2()):
         raise DeviceError(f"--format openvino: the export is compared by OpenVINO, which needs AVX2, and {why}.")
     if file_format == "onnx":
@@ -84,7 +84,7 @@ def export_run(
     model = _one_network(run)
     if file_format == "monai-bundle":
         monai_export.require_monai(model, run)
-    description = describe(run)
+    description = describe_model(run)
     network = _network_of(model)
     told(0.1, "windows to compare on")
     windows, source = windows_of(model, case)
@@ -95,7 +95,7 @@ def export_run(
             "onnx": lambda: formats.write_onnx(network, windows[0], beside),
             "monai-bundle": lambda: monai_export.write_bundle(model, description, beside),
         }
-        parity = compare(network, writers[file_format](), windows, source)
+        parity = compare_outputs(network, writers[file_format](), windows, source)
         parity.require(f"{run} as {file_format}")
         write_json(beside / PARITY_FILE, {"format": file_format, **parity.to_json(), "versions": versions()})
         write_json(beside / PREPROCESSING_FILE, preprocessing(model))
@@ -103,7 +103,7 @@ def export_run(
         seal(beside, {**description, "kind": "export", "export": exported}, everything=True)
         files = tuple(sorted(path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()))
     told(1.0, f"{len(files)} files")
-    return Exported(folder=out, file_format=file_format, files=files, parity=parity)
+    return ExportedNetwork(folder=out, file_format=file_format, files=files, parity=parity)
 
 
 def preprocessing(model: Model) -> dict[str, Any]:

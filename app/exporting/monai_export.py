@@ -60,7 +60,7 @@ def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> 
 
     Args:
         model: as :func:`require_monai` takes it.
-        description: of the model, as of :func:`app.runs.model_card.describe`.
+        description: of the model, as of :func:`app.runs.model_card.describe_model`.
         folder: to write to.
 
     Returns:

@@ -23,7 +23,7 @@ from app.config.inference import InferenceConfig
 from app.config.load import RunConfig, to_plain, to_yaml
 from app.config.training import TrainingConfig
 from app.errors import RunError
-from app.exporting.places import folder_when_complete, require_empty
+from app.exporting.places import folder_when_complete, require_empty_export
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_durably
 from app.runs.model_card import file_sha256, seal
@@ -100,7 +100,7 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
             understood; its weights are missing, damaged, not finite, or would have to be unpickled.
         OSError: ``out`` cannot be written to.
     """
-    require_empty(out)
+    require_empty_export(out)
     metadata, inference = (_json(bundle, f"configs/{name}.json") for name in ("metadata", "inference"))
     config = _config(bundle, metadata, inference)
     source = bundle / "models" / "model.pt"

@@ -98,7 +98,7 @@ class Parity:
         }
 
 
-def compare(network: nn.Module, answer: Answer, windows: Sequence[Tensor], source: str) -> Parity:
+def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor], source: str) -> Parity:
     """Compare the original's logits with an exported network's, window by window.
 
     Args:

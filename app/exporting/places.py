@@ -27,7 +27,7 @@ def folder_when_complete(out: Path) -> Iterator[Path]:
         RunError: it is a file, a link to nothing, or holds something.
         OSError: the place cannot be written to.
     """
-    require_empty(out)
+    require_empty_export(out)
     there = out.exists()
     place = out if there else out.parent
     place.mkdir(parents=True, exist_ok=True)
@@ -46,7 +46,7 @@ def folder_when_complete(out: Path) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def require_empty(out: Path) -> None:
+def require_empty_export(out: Path) -> None:
     """Make sure that nothing is in the way.
 
     Raises:

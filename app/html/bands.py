@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from app.html.chart import Chart, FloatArray, Line, Marker, draw
+from app.html.chart import Chart, FloatArray, Line, Marker, draw_chart
 from app.html.curves import running_mean
 
 Records = Sequence[Mapping[str, Any]]
@@ -96,7 +96,7 @@ def _figure(
     chart = Chart(title=f"{title} over steps", y_label=quantity, lines=[*back, *front], y_range=y_range, height=300)
     about_bands = " Line: mean over seeds; band: from the lowest to the highest seed." if several else ""
     said = f"{title}. {words}{about_bands}"
-    return f'<figure class="chart">{draw(chart)}<figcaption>{escape(said)}</figcaption></figure>'
+    return f'<figure class="chart">{draw_chart(chart)}<figcaption>{escape(said)}</figcaption></figure>'
 
 
 def _every(array: FloatArray) -> FloatArray:

@@ -97,7 +97,7 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> FloatArray:
     return np.array([round(n * step, digits) for n in range(first, last + 1)])
 
 
-def draw(chart: Chart) -> str:
+def draw_chart(chart: Chart) -> str:
     """The chart as an ``<svg>`` element, or a paragraph saying so where there is not one finite point."""
     lines = [_finite(line) for line in chart.lines]
     lines = [line for line in lines if len(line.x)]

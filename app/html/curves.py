@@ -9,7 +9,7 @@ from typing import Final
 
 import numpy as np
 
-from app.html.chart import Chart, FloatArray, Line, Marker, draw
+from app.html.chart import Chart, FloatArray, Line, Marker, draw_chart
 from data.labels import REGIONS, Region
 
 Records = Sequence[Mapping[str, object]]
@@ -74,7 +74,7 @@ def _training_figure(train: Records) -> str:
     loss_chart = Chart(title="Training loss over steps", y_label="loss", lines=lines, height=230)
     rate_line = Line(label="", style="rate", x=steps, y=rate)
     rate_chart = Chart(title="Learning rate over steps", y_label="learning rate", lines=[rate_line], height=145)
-    return _figure(draw(loss_chart) + draw(rate_chart), f"Training. {said}")
+    return _figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {said}")
 
 
 def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
@@ -99,7 +99,7 @@ def _validation_figure(validation: Records) -> str:
     dice = {region: _column([_mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
     lines = [Line(label=r, style=r.lower(), x=steps, y=dice[r], marker=_MARKERS[r]) for r in REGIONS]
     chart = Chart(title="Validation Dice over steps", y_label="Dice", lines=lines, height=375, y_range=(0.0, 1.0))
-    return _figure(draw(chart), f"Validation. {_last_dice(steps, dice)}")
+    return _figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
 
 
 def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
@@ -124,7 +124,7 @@ def _norms_figure(gradients: Records) -> str:
     chart = Chart(title="Gradient norm over steps", y_label="log10 of the gradient's norm", lines=lines, height=300)
     skipped = _number(gradients[-1].get("skipped_steps"))
     return _figure(
-        draw(chart),
+        draw_chart(chart),
         "Norm of a layer's gradient before and after the gradient rule, over the "
         f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
         f"median, and quartiles as thin lines.{f' Steps skipped so far: {skipped:,.0f}.' if skipped > 0 else ''}",
@@ -165,7 +165,7 @@ def _overlap_figure(overlap: Records) -> str:
         entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
     chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
     return _figure(
-        f'{draw(chart)}<ul class="legend">{"".join(entries)}</ul>',
+        f'{draw_chart(chart)}<ul class="legend">{"".join(entries)}</ul>',
         "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
         "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Beside each "
         f"junction its last values{_at_step(steps[-1])}.",

@@ -67,7 +67,7 @@ def section(name: str, heading: str, body: str) -> str:
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'
 
 
-def table(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in a container that scrolls by itself; cells are HTML, ``name`` is that of its section."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(

@@ -144,7 +144,7 @@ class Trust:
         }
 
 
-def measure(
+def measure_confidence(
     masks: Masks,
     centred: Floats,
     spacing_mm: Spacing,

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from app.errors import RunError
 from app.inference.calibration import Calibration, calibration_from_json
-from app.inference.model import Facts, Model, Predictor, config_of, facts_of, load_model
+from app.inference.model import Model, ModelFacts, Predictor, config_of, facts_of, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runs.folder import read_json
 from app.system.device import Runtime
@@ -151,7 +151,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {_ANEW}") from error
     small = sum(path.stat().st_size for path in folder.glob("*/checkpoints/*.safetensors")) <= _MOST_HELD_BYTES
     held: list[Model] = []
-    first: Facts | None = None
+    first: ModelFacts | None = None
     for name, (sha256, _) in listed.items():
         model = _member(folder, name, sha256, runtime)
         first = first or facts_of(model)
@@ -195,7 +195,7 @@ def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
     return model
 
 
-def require_alike(folder: Path, first: Facts, model: Facts) -> None:
+def require_alike(folder: Path, first: ModelFacts, model: ModelFacts) -> None:
     """Make sure that probabilities of networks may be averaged.
 
     Raises:

@@ -57,7 +57,7 @@ CODES: Final[Mapping[str, str]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class CaseFacts:
     """What was found of one case."""
 
     case: str
@@ -78,12 +78,12 @@ class Facts:
     training: TrainingRecord = UNKNOWN
 
 
-def flags_of(facts: Facts) -> tuple[Flag, ...]:
+def flags_of(facts: CaseFacts) -> tuple[Flag, ...]:
     """What to know of a case, in the order of :data:`CODES`."""
     return tuple(_flags(facts))
 
 
-def _flags(facts: Facts) -> Iterator[Flag]:
+def _flags(facts: CaseFacts) -> Iterator[Flag]:
     if facts.missing:
         yield Flag(code="missing_contrast", sentence=f"Predicted without {_and(facts.missing)}, which is missing.")
     for contrast, count in facts.zeroed.items():

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from app.errors import ConfigError, RunError
-from app.inference.backends.executors import Engine, TorchEngine, make_engine
+from app.inference.backends.executors import Backend, TorchEngine, make_engine
 from app.inference.backends.graph import GRAPH_KEY, Graph, graph_from_json
 from app.inference.calibration import NOT_CALIBRATED, Calibration
 from app.inference.postprocess import Postprocess
@@ -86,7 +86,7 @@ class Predictor(Protocol):
 class Model:
     """A network ready to predict."""
 
-    engine: Engine
+    engine: Backend
     """Network and backend."""
     plain_config: Mapping[str, Any]
     """Of the training, as it is in the checkpoint."""
@@ -142,7 +142,7 @@ class Model:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Facts:
+class ModelFacts:
     """What must be the same of networks that predict together, without their weights."""
 
     plain_config: Mapping[str, Any]
@@ -151,9 +151,9 @@ class Facts:
     convention: LabelConvention
 
 
-def facts_of(model: Model) -> Facts:
+def facts_of(model: Model) -> ModelFacts:
     """Of a network, so that it can be let go of."""
-    return Facts(
+    return ModelFacts(
         plain_config=model.plain_config,
         takes_missing_contrasts=model.takes_missing_contrasts,
         spacing_mm=model.spacing_mm,

@@ -78,7 +78,7 @@ class Postprocess:
         cleaned = np.zeros_like(masks)
         around = np.ones(masks.shape[1:], dtype=bool)
         for number, smallest_mm3 in enumerate(self.smallest_mm3):
-            around = without_small(masks[number] & around, smallest_mm3 / voxel_mm3)
+            around = without_small_components(masks[number] & around, smallest_mm3 / voxel_mm3)
             cleaned[number] = around
         if np.count_nonzero(around) * voxel_mm3 < self.least_enhancing_mm3 * (1 - _TOLERANCE):
             cleaned[-1] = False
@@ -125,7 +125,7 @@ def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
     )
 
 
-def without_small(mask: Masks, least_voxels: float) -> Masks:
+def without_small_components(mask: Masks, least_voxels: float) -> Masks:
     """A mask without its 26-connected components of fewer voxels.
 
     Args:

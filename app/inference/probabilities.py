@@ -22,7 +22,7 @@ from app.inference.confidence import entropy_bits
 from app.inference.model import Model, Predictor
 from app.inference.postprocess import ByRegion
 from app.inference.sliding_window.grid import Size, rounded_up
-from app.inference.sliding_window.memory_fallback import GB, Ladder, Way
+from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback
 from app.inference.sliding_window.numpy_blend import resized
 from app.system.device import Runtime
 from app.system.process import give_back_large_blocks
@@ -38,7 +38,7 @@ _PLANES = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Answer:
+class MeanPrediction:
     """What the answers of networks come to for a prepared case, over the brain box, at the files' own spacing."""
 
     centred: npt.NDArray[Any]
@@ -54,9 +54,9 @@ class Answer:
     """Mirrored images that each network saw, the image as it is among them: 1 or 8."""
 
 
-def ladder_for(options: PredictOptions) -> Ladder:
+def ladder_for(options: PredictOptions) -> MemoryFallback:
     """A new case's ladder, with the bound that was asked for."""
-    return Ladder(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
+    return MemoryFallback(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
 
 
 def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None:
@@ -109,8 +109,8 @@ def predict_answer(
     runtime: Runtime,
     *,
     options: PredictOptions = DEFAULTS,
-    ladder: Ladder | None = None,
-) -> Answer:
+    ladder: MemoryFallback | None = None,
+) -> MeanPrediction:
     """Ask every network, with ``tta`` eight times each, and take the mean.
 
     The mean runs along, so that memory holds one answer beside it; and that of equal answers is exactly theirs.
@@ -145,7 +145,7 @@ def predict_answer(
         np.copyto(spread, np.float32(0), where=~prepared.brain)
     np.copyto(mean, mean.dtype.type(-0.5), where=~prepared.brain)
     flips = len(FLIPS) if options.tta else 1
-    return Answer(
+    return MeanPrediction(
         centred=mean, disagreement=spread, volumes_voxels=tuple(volumes), networks=len(volumes) // flips, flips=flips
     )
 
@@ -160,7 +160,7 @@ def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt
 
 
 def _answers(
-    model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder
+    model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: MemoryFallback
 ) -> Iterator[npt.NDArray[Any]]:
     """Probabilities less one half of every network for every mirrored image, mirrored back; one after the other."""
     several = options.tta or not isinstance(model, Model)
@@ -218,7 +218,13 @@ def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _box_logits(
-    model: Model, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: Ladder, *, several: bool
+    model: Model,
+    prepared: Prepared,
+    runtime: Runtime,
+    options: PredictOptions,
+    ladder: MemoryFallback,
+    *,
+    several: bool,
 ) -> npt.NDArray[Any]:
     """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing; the caller's own to change."""
     engine = model.engine
@@ -227,14 +233,14 @@ def _box_logits(
     present = presence_mask(prepared.present) if model.takes_missing_contrasts else None
     overlap = model.overlap if options.overlap is None else options.overlap
 
-    def compute(way: Way) -> npt.NDArray[Any]:
+    def compute(way: ComputePlan) -> npt.NDArray[Any]:
         logits = engine.logits(image, present, runtime, overlap=overlap, way=way)[inner]
         if logits.shape[1:] == prepared.box_shape:
             return logits
         # Logits, not labels, go to the finer grid: borders stay smooth.
         return resized(logits, prepared.box_shape)
 
-    def needed(way: Way) -> int:
+    def needed(way: ComputePlan) -> int:
         return needed_bytes(
             engine,
             way,

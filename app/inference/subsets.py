@@ -183,7 +183,7 @@ def score_subsets(
     )
 
 
-def rows(evaluation: SubsetEvaluation) -> list[list[str]]:
+def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
     """The table for the terminal: header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
     return [
         ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
@@ -194,7 +194,7 @@ def rows(evaluation: SubsetEvaluation) -> list[list[str]]:
     ]
 
 
-def write_table(evaluation: SubsetEvaluation, path: Path) -> None:
+def write_subset_table(evaluation: SubsetEvaluation, path: Path) -> None:
     """Write the table as CSV, numbers in full precision; the file is there whole or not at all.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import app
 from app.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, ConfigError, DeviceError
-from app.planning.trial import Asked, Told, told_from_json
+from app.planning.trial import Asked, TrialReport, told_from_json
 from app.system.resources import Memory, memory_of
 from data.errors import DataError
 
@@ -34,7 +34,7 @@ _LAST_LINES: Final = 5
 class Needed:
     """What a trial took."""
 
-    told: Told
+    told: TrialReport
     own_bytes: int | None
     """RAM that a long run needs: own memory at its peak and a little more, and the program's own files."""
 
@@ -79,14 +79,14 @@ def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | Too
     return needed
 
 
-def _needed(told: Told, samples: Sequence[Memory]) -> int | None:
+def _needed(told: TrialReport, samples: Sequence[Memory]) -> int | None:
     """RAM that a run cannot do without. Looks from outside may miss a short peak, the system's own does not."""
     looks = [sample.own for sample in samples]
     own = max([*looks, *([told.own_bytes] if told.own_bytes is not None else [])], default=None)
     return None if own is None else int(_LONGER * own) + (told.program_files_bytes or 0)
 
 
-def prepare(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:
+def prepare_trial(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:
     """Prepare the cases of a trial, in a process of its own as well; the seconds it took.
 
     Args and errors as of :func:`try_out`.

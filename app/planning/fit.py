@@ -10,7 +10,7 @@ from app.config.load import RunConfig
 from app.errors import MemoryShortError
 from app.planning.dry_run import Needed, TooMuch, held_words
 from app.planning.estimate import Estimate, estimate
-from app.planning.rules import PROGRAM_BYTES, smaller
+from app.planning.rules import PROGRAM_BYTES, smaller_network
 
 #: Attempts at most; the halvings of a plan are fewer.
 _MOST_ATTEMPTS: Final = 12
@@ -53,7 +53,7 @@ def fit(
     fixed: Collection[str],
     on_attempt: Callable[[RunConfig, int], None] = lambda *_: None,
 ) -> Fitted:
-    """Try a config, then smaller ones (:func:`app.planning.rules.smaller`), until one fits.
+    """Try a config, then smaller ones (:func:`app.planning.rules.smaller_network`), until one fits.
 
     Where an attempt's memory is known, those that by estimate need too much as well are passed over.
 
@@ -81,12 +81,12 @@ def fit(
         held = estimate(config, half=half, gpu=gpu)
         target = _target(outcome, held, most_bytes)
         steps = []
-        following = smaller(config, fixed=fixed)
+        following = smaller_network(config, fixed=fixed)
         while following is not None and len(attempts) < _MOST_ATTEMPTS:
             config, step = following
             steps.append(step)
             now = estimate(config, half=half, gpu=gpu)
-            following = smaller(config, fixed=fixed)
+            following = smaller_network(config, fixed=fixed)
             if now.host + now.gpu <= target or following is None:
                 break
         if not steps:

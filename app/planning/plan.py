@@ -14,16 +14,16 @@ import torch
 from app.config.load import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
 from app.inference.sliding_window.grid import window_starts
-from app.planning.dry_run import TooMuch, held_words, prepare, try_out
+from app.planning.dry_run import TooMuch, held_words, prepare_trial, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
 from app.planning.fit import Attempt, Fitted, fit
 from app.planning.rules import (
     CACHE_BYTES_A_VOXEL,
     FEWEST_STEPS,
-    Choice,
+    Chosen,
     Hardware,
-    Plan,
-    make_plan,
+    TrainingPlan,
+    plan_training,
     with_steps,
 )
 from app.planning.trial import Asked
@@ -115,7 +115,7 @@ class PlannedRun:
     split: Split
     limits: tuple[MemoryLimit, ...]
     config: RunConfig
-    choices: tuple[Choice, ...]
+    choices: tuple[Chosen, ...]
     disk: Disk
     dry_run: DryRun | None
 
@@ -202,7 +202,7 @@ def plan_run(
         gpu_bytes=torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0,
         cores=cores(),
     )
-    plan = make_plan(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)
+    plan = plan_training(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)
     disk = _disk(read.fingerprint, plan, split)
     planned = PlannedRun(
         data=data,
@@ -223,7 +223,7 @@ def plan_run(
 
 def _tried(
     planned: PlannedRun,
-    plan: Plan,
+    plan: TrainingPlan,
     read: DataSet,
     *,
     hardware: Hardware,
@@ -257,7 +257,7 @@ def _tried(
             )
 
         on_progress(Progress(job="preparing cases", share=0.0, detail="for the dry run"))
-        prepare_seconds = prepare(asked(plan.config), work, most_bytes=most)
+        prepare_seconds = prepare_trial(asked(plan.config), work, most_bytes=most)
         if isinstance(prepare_seconds, TooMuch):
             raise MemoryShortError(
                 f"preparing cases for the dry run does not fit into memory: {prepare_seconds.why}. "
@@ -355,7 +355,7 @@ def cut_to_hours(
     return config, replace(dry_run, steps=steps, seconds=seconds, validation_seconds=validations * each), why
 
 
-def _after_trial(choice: Choice, config: RunConfig, steps_why: str) -> Choice:
+def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
     """A choice with the value it has after the dry run."""
     if choice.key == "training.steps":
         return replace(choice, value=str(config.training.steps), reason=steps_why)
@@ -370,7 +370,7 @@ def _after_trial(choice: Choice, config: RunConfig, steps_why: str) -> Choice:
     return replace(choice, value=now, reason=f"{choice.value} did not fit in the dry run")
 
 
-def _disk(fingerprint: Fingerprint, plan: Plan, split: Split) -> Disk:
+def _disk(fingerprint: Fingerprint, plan: TrainingPlan, split: Split) -> Disk:
     voxels = prod(fingerprint.brain_voxels(plan.spacing_mm))
     folder = cache_folder()
     return Disk(

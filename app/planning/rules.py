@@ -61,7 +61,7 @@ class Hardware:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Choice:
+class Chosen:
     """One decision of a plan."""
 
     key: str
@@ -83,18 +83,18 @@ class _Bounds:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class TrainingPlan:
     """A config for a data set on a machine."""
 
     config: RunConfig
     spacing_mm: Spacing
     """Spacing the network works at."""
-    choices: tuple[Choice, ...]
+    choices: tuple[Chosen, ...]
 
 
-def make_plan(
+def plan_training(
     fingerprint: Fingerprint, hardware: Hardware, base: RunConfig, *, training_cases: int, fixed: Collection[str]
-) -> Plan:
+) -> TrainingPlan:
     """Plan a run.
 
     Args:
@@ -104,11 +104,11 @@ def make_plan(
         training_cases: cases that train.
         fixed: keys that the user set, such as ``training.batch_size``; they stay too.
     """
-    choices: list[Choice] = []
+    choices: list[Chosen] = []
 
     def chosen(key: str, value: object, reason: str) -> None:
         text = "x".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
-        choices.append(Choice(key=key, value=text, reason="set by you" if key in fixed else reason))
+        choices.append(Chosen(key=key, value=text, reason="set by you" if key in fixed else reason))
 
     spacing_mm, wanted_mm, why = _spacing(fingerprint, base, fixed)
     config = replace(base, data=replace(base.data, spacing_mm=wanted_mm))
@@ -134,10 +134,10 @@ def make_plan(
     )
     config, why = _with_threads(config, hardware, fixed)
     chosen("runtime.loader_threads", config.runtime.loader_threads, why)
-    return Plan(config=config, spacing_mm=spacing_mm, choices=tuple(choices))
+    return TrainingPlan(config=config, spacing_mm=spacing_mm, choices=tuple(choices))
 
 
-def smaller(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
+def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
     """The next smaller config, and what was changed; None where there is none.
 
     A batch of more than two patches is halved; then patches get a quarter shorter, down to 32 voxels a side; then the

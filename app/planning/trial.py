@@ -71,7 +71,7 @@ class Asked:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Told:
+class TrialReport:
     """What it took; bytes, seconds."""
 
     device: str
@@ -101,13 +101,13 @@ class Told:
         return asdict(self)
 
 
-def told_from_json(content: dict[str, Any]) -> Told:
-    """Undo :meth:`Told.to_json`."""
+def told_from_json(content: dict[str, Any]) -> TrialReport:
+    """Undo :meth:`TrialReport.to_json`."""
     lists = {name: tuple(content[name]) for name in ("reasons", "step_seconds", "cases")}
-    return Told(**{**content, **lists})
+    return TrialReport(**{**content, **lists})
 
 
-def run_trial(asked: Asked) -> Told | None:
+def run_trial(asked: Asked) -> TrialReport | None:
     """Do the steps and tell what they took; nothing where the cases are only prepared.
 
     Raises:
@@ -138,7 +138,7 @@ def run_trial(asked: Asked) -> Told | None:
             return _measure(asked, config, runtime, prepared)
 
 
-def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[CachedCase]) -> Told:
+def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[CachedCase]) -> TrialReport:
     """Steps, a validation and checkpoints with prepared cases."""
     folder = Path(asked.folder)
     torch.manual_seed(config.training.seed)
@@ -150,7 +150,7 @@ def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[C
         augmentation=config.augment,
         seed=config.training.seed,
     )
-    gradient.attach(config.gradient, state.optimizer, state.network)
+    gradient.attach_transform(config.gradient, state.optimizer, state.network)
     before = memory_of()
     gpu_free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else None
     _save(state, config, folder)
@@ -161,7 +161,7 @@ def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[C
         window_seconds = _window(config, runtime, state, prepared[-1])
     saved = _save(state, config, folder)
     after = memory_of()
-    return Told(
+    return TrialReport(
         device=str(runtime.device),
         reasons=runtime.reasons,
         step_seconds=tuple(seconds),

@@ -22,7 +22,7 @@ from app.html.scores import REGION_NAMES
 from app.html.templates import fill
 from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
 from app.progress import LOG, OnProgress, Progress, silent
-from app.reports.predictions import Flag, Predicted, find_predictions
+from app.reports.predictions import Predicted, ShownFlag, find_predictions
 from data.datasets.layouts import find_cases, find_label_maps
 from data.errors import DataError
 from data.files import replacing
@@ -76,7 +76,7 @@ class _Row:
     thumbnail: str
     volumes_ml: tuple[float | None, ...]
     dice: tuple[float | None, ...]
-    flags: tuple[Flag, ...]
+    flags: tuple[ShownFlag, ...]
 
 
 def write_cohort(

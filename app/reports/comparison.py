@@ -12,13 +12,13 @@ from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.run import Results
 from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
-from app.html.elements import DASH, document, note, number, section, table
+from app.html.elements import DASH, document, note, number, section, table_html
 from app.html.provenance import made_by
 from app.html.scores import REGION_NAMES
 from data.files import replacing
 
 
-def write_page(outcome: Comparison, path: Path | None = None) -> None:
+def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None:
     """Write the page, whole or not at all.
 
     Args:
@@ -31,10 +31,10 @@ def write_page(outcome: Comparison, path: Path | None = None) -> None:
     path = path or outcome.page
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(render(outcome), encoding="utf-8", errors="replace")
+        beside.write_text(render_comparison(outcome), encoding="utf-8", errors="replace")
 
 
-def render(outcome: Comparison) -> str:
+def render_comparison(outcome: Comparison) -> str:
     """The page as one HTML document; every string from outside is escaped."""
     results, analysis, metrics = outcome.results, outcome.analysis, outcome.metrics
     plan = results.plan
@@ -105,7 +105,7 @@ def _dice_html(results: Results, analysis: Analysis) -> str:
     scored = len(results.parts.scored)
     regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     part = "test cases, on which nothing was chosen" if analysis.tested else "validation cases; there is no third part"
-    return table("dice", heads, rows) + note(
+    return table_html("dice", heads, rows) + note(
         f"Dice of {scored} {part}, by the weights that were best on validation, on each case's own grid; mean over "
         f"regions ({regions}), seeds and cases. Interval: bootstrap over seeds and cases; it holds the differences "
         "between cases, which the paired differences below do not."
@@ -128,7 +128,7 @@ def _differences_html(analysis: Analysis) -> str:
     ]
     why = sorted({d.no_test for arm in analysis.arms for d in arm.differences.values() if d.no_test})
     missing = f" {DASH}: {escape('; '.join(why))}." if why else ""
-    return table("differences", heads, rows) + (
+    return table_html("differences", heads, rows) + (
         '<p class="note">Positive: the arm has the higher Dice. Pairs of one seed and one case; interval: percentile '
         "bootstrap, seeds and cases drawn each with replacement, 10,000 times. p: Wilcoxon signed-rank test over cases "
         f"after the mean over seeds; Holm's correction over the arms of one optimizer.{missing}</p>"
@@ -150,7 +150,7 @@ def _steps_html(results: Results, analysis: Analysis) -> str:
             ]
         )
     how = "the one given" if results.plan.target_dice else "90 % of the best arm's last mean"
-    return table("steps", heads, rows) + note(
+    return table_html("steps", heads, rows) + note(
         f"First validation whose mean Dice is at or above the target ({how}). There are "
         f"{results.plan.config.training.validations} validations in a run; between them nothing is seen. "
         "A mean stands there where every seed reached the target."
@@ -165,7 +165,7 @@ def _sweep_html(results: Results, analysis: Analysis) -> str:
             [arm, *(_chosen(dice[rate], rate == results.chosen[optimizer, arm]) for rate in rates)]
             for arm, dice in arms.items()
         ]
-        parts.append(f"<h3>{optimizer}</h3>" + table("sweep", ["Arm", *(f"{rate:g}" for rate in rates)], rows))
+        parts.append(f"<h3>{optimizer}</h3>" + table_html("sweep", ["Arm", *(f"{rate:g}" for rate in rates)], rows))
     return "".join(parts) + note(
         "Best mean validation Dice of the first seed by peak learning rate; ▲ was chosen, of equals the lowest. The "
         "other seeds ran at that rate alone."
@@ -183,7 +183,7 @@ def _seconds_html(analysis: Analysis) -> str:
         ]
         for arm in analysis.arms
     ]
-    return table("seconds", heads, rows) + note(
+    return table_html("seconds", heads, rows) + note(
         "A run: mean over seeds, preparation and validation included. A step: median over all steps of all seeds. "
         "Other work on the machine slows arms down as it comes. A step is skipped when a gradient is not finite."
     )

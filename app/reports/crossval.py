@@ -15,7 +15,7 @@ from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
 from app.html.bands import figures_html
-from app.html.elements import document, note, number, section, table
+from app.html.elements import document, note, number, section, table_html
 from app.html.provenance import made_by
 from app.html.scores import REGION_NAMES
 from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
@@ -27,7 +27,7 @@ _KEYS: Final = ("mean", *REGIONS, *(f"{region}_hd95_mm" for region in REGIONS))
 _HEADS: Final = ("Mean", *REGIONS, *(f"{region} HD95" for region in REGIONS))
 
 
-def write_page(outcome: CrossValidation, path: Path | None = None) -> None:
+def write_crossval_page(outcome: CrossValidation, path: Path | None = None) -> None:
     """Write the page, whole or not at all.
 
     Args:
@@ -40,10 +40,10 @@ def write_page(outcome: CrossValidation, path: Path | None = None) -> None:
     path = path or outcome.page
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        beside.write_text(render(outcome), encoding="utf-8", errors="replace")
+        beside.write_text(render_crossval(outcome), encoding="utf-8", errors="replace")
 
 
-def render(outcome: CrossValidation) -> str:
+def render_crossval(outcome: CrossValidation) -> str:
     """The page as one HTML document; every string from outside is escaped."""
     raw, tuned, results = outcome.raw, outcome.tuned, outcome.results
     count = len(results)
@@ -86,7 +86,7 @@ def _folds_html(raw: Summary, results: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["SD of cases", "", *_cells({key: spread[key].sd_cases for key in _KEYS}), "", ""])
     rows.append(["SD of folds", "", *_cells({key: spread[key].sd_folds for key in _KEYS}), "", ""])
     regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
-    return table("folds", ["Fold", "Cases", *_HEADS, "Step", "Seconds"], rows) + note(
+    return table_html("folds", ["Fold", "Cases", *_HEADS, "Step", "Seconds"], rows) + note(
         f"Dice and HD95 (mm) of cases that the fold's network has not trained on, on each case's own grid; {regions}. "
         "Probabilities are cut at one half, without post-processing. The network is the one of the step with the best "
         "validation Dice of the fold, chosen on these same cases: with several validations in a run the numbers are "
@@ -114,16 +114,16 @@ def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
         f"<p>Chosen: {escape(tuning.chosen.sentence())}.</p>"
         f"<p>Gain on the cases it was chosen on: {tuning.after - tuning.before:+.4f}. Estimated gain on others: "
         f"{tuning.estimated_gain:+.4f} (chosen without the fold that is scored).</p>"
-        + table("tuning", ["Rule", "Value", "Gain", "Best candidate"], steps)
+        + table_html("tuning", ["Rule", "Value", "Gain", "Best candidate"], steps)
         + note(
             f"Objective: {OBJECTIVE}. Rules are chosen one after the other on the out-of-fold probabilities; one is "
             f"kept where it gains {MARGIN:g} or more."
         )
         + "<h3>Chosen without a fold, scored on it</h3>"
-        + table("tuning", ["Left out", "Gain", "Thresholds", "Smallest, mm3", "Least ET, mm3"], nested)
+        + table_html("tuning", ["Left out", "Gain", "Thresholds", "Smallest, mm3", "Least ET, mm3"], nested)
         + note("Thresholds and smallest components: WT / TC / ET.")
         + "<h3>Scores without and with it</h3>"
-        + table("tuning", ["Post-processing", *_HEADS], scores)
+        + table_html("tuning", ["Post-processing", *_HEADS], scores)
         + note("The second row is of the cases that the rules were chosen on.")
     )
 
@@ -151,7 +151,7 @@ def _calibration_html(calibrated: Calibrated) -> str:
     heads = ["Region", "Temperature", "Fitted", "Without a fold", "ECE", "ECE, mean of cases", "Brier", "NLL"]
     least = fewest_cases(LEVEL)
     return (
-        table("tuning", heads, probabilities)
+        table_html("tuning", heads, probabilities)
         + note(
             "ECE, Brier score and negative log likelihood (NLL): before / after. Logits are divided by the temperature "
             "once masks are cut, so no mask changes. After: each fold's cases under the temperature fitted without "
@@ -159,7 +159,7 @@ def _calibration_html(calibrated: Calibrated) -> str:
             f"are of single networks; the mean of several is less sure by itself. ECE and Brier score: {DEFINITION}."
         )
         + f"<h3>Volumes with an interval of {LEVEL:.0%}</h3>"
-        + table("tuning", ["Region", "Factor", "Covered"], volumes)
+        + table_html("tuning", ["Region", "Factor", "Covered"], volumes)
         + note(
             f"The true volume plus {OFFSET_ML:g} ml lies between the marked volume plus {OFFSET_ML:g} ml divided by "
             f"the factor and times the factor in {LEVEL:.0%} of cases or more, where new cases are like these "
@@ -185,7 +185,7 @@ def _worst_html(raw: Summary, tuned: Summary) -> str:
             ]
         )
     heads = ["Case", "Fold", "Mean", "With", *REGIONS, *(f"{r} HD95" for r in REGIONS), *(f"{r} ml" for r in REGIONS)]
-    return table("worst", heads, rows) + note(
+    return table_html("worst", heads, rows) + note(
         "The lowest mean Dice without post-processing; With: mean Dice with it. Volumes: predicted / reference. "
         "Look at these cases first: at the images, at the label maps, at what data check says."
     )

@@ -17,7 +17,7 @@ _ENDING: Final = ".nii.gz"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Flag:
+class ShownFlag:
     """Something about a case that a reader should know."""
 
     code: str
@@ -93,15 +93,15 @@ class Predicted:
         return "Range of answers (ml)"
 
     @property
-    def flags(self) -> tuple[Flag, ...]:
+    def flags(self) -> tuple[ShownFlag, ...]:
         """What the JSON warns of; contrasts that were missing, where it has no flags."""
         told = self.record.get("flags")
         if not isinstance(told, list):
             missing = self.record.get("missing_contrasts")
             names = [str(name) for name in missing] if isinstance(missing, list) else []
-            return (Flag(code="missing-contrast", sentence=f"Missing: {', '.join(names)}."),) if names else ()
+            return (ShownFlag(code="missing-contrast", sentence=f"Missing: {', '.join(names)}."),) if names else ()
         return tuple(
-            Flag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
+            ShownFlag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
             for one in told
             if isinstance(one, Mapping)
         )

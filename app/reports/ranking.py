@@ -9,8 +9,8 @@ from typing import Final
 import numpy as np
 
 from app.evaluation.ranking.rank import Ranking, is_lower_better
-from app.html.chart import Chart, Line, Marker, draw
-from app.html.elements import DASH, document, note, section, table
+from app.html.chart import Chart, Line, Marker, draw_chart
+from app.html.elements import DASH, document, note, section, table_html
 from data.files import replacing
 
 _WORST: Final = 10
@@ -18,7 +18,7 @@ _STYLES: Final = 7  # arms in arms.css
 _MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
 
 
-def write_page(path: Path, ranking: Ranking) -> None:
+def write_ranking_page(path: Path, ranking: Ranking) -> None:
     """Write the page, whole or not at all.
 
     Args:
@@ -26,10 +26,10 @@ def write_page(path: Path, ranking: Ranking) -> None:
         ranking: what it says.
     """
     with replacing(path) as beside:
-        beside.write_text(render(ranking), encoding="utf-8", errors="replace")
+        beside.write_text(render_ranking(ranking), encoding="utf-8", errors="replace")
 
 
-def render(ranking: Ranking) -> str:
+def render_ranking(ranking: Ranking) -> str:
     """The page as one HTML document; every string from outside is escaped."""
     best = ranking.names[ranking.order[0]]
     lead = (
@@ -60,12 +60,12 @@ def _ranks_html(ranking: Ranking) -> str:
         for test in ranking.tests
     ]
     return (
-        table("ranks", ["Set", "Mean rank", *map(escape, ranking.metrics)], rows)
+        table_html("ranks", ["Set", "Mean rank", *map(escape, ranking.metrics)], rows)
         + note(
             "Ranked within each case, region and metric, 1 the best, ties shared; averaged over each case, then over "
             "cases. The other columns are means over regions and cases; hd95_mm is in mm; of distances lower is better."
         )
-        + table("ranks", ["Difference", "Mean rank", "p", "p, Holm"], tests)
+        + table_html("ranks", ["Difference", "Mean rank", "p", "p, Holm"], tests)
         + note("p: permutation test, the ranks of two sets swapped case by case at random, 10,000 times, seed 0.")
     )
 
@@ -84,7 +84,7 @@ def _differences_html(ranking: Ranking) -> str:
     ]
     why = sorted({d.no_test for d in ranking.differences if d.no_test})
     missing = f" {DASH}: {escape('; '.join(why))}." if why else ""
-    return table("differences", ["Difference", "Metric", "Mean", "95 % interval", "p", "p, Holm"], rows) + (
+    return table_html("differences", ["Difference", "Metric", "Mean", "95 % interval", "p", "p, Holm"], rows) + (
         '<p class="note">First less second, mean over regions. Interval: percentile bootstrap over cases, '
         "10,000 times, seed 0. p: Wilcoxon signed-rank test over cases; Holm's correction over the pairs of one metric."
         f"{missing}</p>"
@@ -113,7 +113,9 @@ def _charts_html(ranking: Ranking) -> str:
         ]
         title = f"{metric} of each case"
         chart = Chart(title=title, y_label=metric, lines=lines, x_label="case, in the order of the mean over the sets")
-        figures.append(f"<figure>{draw(chart)}<figcaption>{escape(title)}, mean over regions.</figcaption></figure>")
+        figures.append(
+            f"<figure>{draw_chart(chart)}<figcaption>{escape(title)}, mean over regions.</figcaption></figure>"
+        )
     return f'<div class="charts">{"".join(figures)}</div>'
 
 
@@ -128,6 +130,6 @@ def _worst_html(ranking: Ranking) -> str:
             shown = [f"{ranking.by_case(m)[one, place]:.3f}" for m in ranking.metrics]
             row.append(" / ".join(shown))
         rows.append(row)
-    return table("worst", ["Case", *(escape(name) for name in ranking.names)], rows) + note(
+    return table_html("worst", ["Case", *(escape(name) for name in ranking.names)], rows) + note(
         f"The cases with the worst {metric} of any set, mean over regions; in each cell {' / '.join(ranking.metrics)}."
     )

@@ -118,7 +118,7 @@ def report(
     if kind == "run":
         write_run(folder, page)
     elif kind == "comparison":
-        comparison.rebuild_report(folder, page)
+        comparison.rebuild_comparison_report(folder, page)
     else:
-        crossval.rebuild_report(folder, page, on_progress=on_progress)
+        crossval.rebuild_crossval_report(folder, page, on_progress=on_progress)
     return Report(kind=kind, page=page)

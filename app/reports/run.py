@@ -13,7 +13,7 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
-from app.html.elements import document, note, number, section, table
+from app.html.elements import document, note, number, section, table_html
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill
 from app.reports.predictions import number_or_none
@@ -36,13 +36,13 @@ def write_run(run: Path, page: Path) -> None:
         RunError: a file of the run is missing or damaged.
         OSError: ``page`` cannot be written.
     """
-    html = render(run)
+    html = render_run(run)
     page.parent.mkdir(parents=True, exist_ok=True)
     with replacing(page) as beside:
         beside.write_text(html, encoding="utf-8", errors="replace")
 
 
-def render(run: Path) -> str:
+def render_run(run: Path) -> str:
     """The page of a run as one HTML document.
 
     Raises:
@@ -105,7 +105,7 @@ def _scores_html(best: Mapping[str, Any] | None) -> str:
         f'<figure class="chart alone">{chart}<figcaption>Dice of each validation case by region: '
         f"{regions}. Box: quartiles and median.</figcaption></figure>"
         "<h3>Worst cases first</h3>"
-        + table("scores", ["Case", "Mean", *REGIONS], rows)
+        + table_html("scores", ["Case", "Mean", *REGIONS], rows)
         + note(
             f"At step {best['step']:,}, the one with the best mean. Dice at the spacing the network works at; "
             f"{DICE_DEFINITION}. The step was chosen on these same cases, so the numbers are a little too good."

@@ -9,15 +9,15 @@ from app.config.load import RunConfig, from_plain, load_config
 from app.errors import ConfigError, RunError
 from app.experiments.comparison.analysis import Records, analyse
 from app.experiments.comparison.compare import Comparison
-from app.experiments.comparison.plan import Plan, RunKey
+from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results, choose_rates
-from app.experiments.comparison.split import Parts
+from app.experiments.comparison.split import ThreeWaySplit
 from app.experiments.runs import json_object
-from app.reports.comparison import write_page
+from app.reports.comparison import write_comparison_page
 from app.runs.folder import read_json, read_metrics
 
 
-def rebuild_report(out: Path, page: Path) -> None:
+def rebuild_comparison_report(out: Path, page: Path) -> None:
     """Write the page of a comparison that ended, whole or not at all; nothing is trained or scored.
 
     Args:
@@ -36,7 +36,7 @@ def rebuild_report(out: Path, page: Path) -> None:
     outcome = Comparison(
         out=out, results=results, analysis=analyse(results, metrics), metrics=metrics, content=recorded
     )
-    write_page(outcome, page)
+    write_comparison_page(outcome, page)
 
 
 def results_of(out: Path) -> Results:
@@ -52,7 +52,7 @@ def results_of(out: Path) -> Results:
     content = json_object(read_json(path), path)
     try:
         plan = _plan(out, content)
-        parts = Parts(**{name: tuple(ids) for name, ids in content["parts"].items()})
+        parts = ThreeWaySplit(**{name: tuple(ids) for name, ids in content["parts"].items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path}: damaged ({error}).") from error
     runs = {key: _result(out, key) for key in plan.sweep()}
@@ -63,8 +63,8 @@ def results_of(out: Path) -> Results:
     return Results(plan=plan, parts=parts, chosen=chosen, runs=runs)
 
 
-def _plan(out: Path, content: dict[str, Any]) -> Plan:
-    plan = Plan(
+def _plan(out: Path, content: dict[str, Any]) -> ComparisonPlan:
+    plan = ComparisonPlan(
         config=from_plain(content["config"], str(out / "plan.json")),
         arms=tuple(content["arms"]),
         optimizers=tuple(content["optimizers"]),
@@ -76,10 +76,10 @@ def _plan(out: Path, content: dict[str, Any]) -> Plan:
     )
     names = content.get("variants", {})
     variants = {name: _config_of(out, plan, name) for name in names}
-    return Plan(**{**vars(plan), "variants": variants}) if variants else plan
+    return ComparisonPlan(**{**vars(plan), "variants": variants}) if variants else plan
 
 
-def _config_of(out: Path, plan: Plan, arm: str) -> RunConfig:
+def _config_of(out: Path, plan: ComparisonPlan, arm: str) -> RunConfig:
     """The config of a variant, from its first run."""
     first = next(key for key in plan.sweep() if key.arm == arm)
     try:

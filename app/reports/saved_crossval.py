@@ -16,14 +16,14 @@ from app.experiments.runs import backends_sentence, count_backends, json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
 from app.progress import OnProgress, Progress, silent
-from app.reports.crossval import write_page
+from app.reports.crossval import write_crossval_page
 from app.runs.folder import read_json, read_metrics
 from data.datasets.layouts import Case
 from data.datasets.splits import Split
 from data.labels import CONVENTIONS
 
 
-def rebuild_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
+def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
     """Write the page of a cross-validation that ended, whole or not at all; nothing is trained or predicted.
 
     Scores and post-processing are worked out once more from the out-of-fold answers.
@@ -66,7 +66,7 @@ def rebuild_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -
         backends=backends_sentence(count_backends(read_computed_by(folds.answer_file(case_id)) for case_id in fold_of)),
         content=recorded,
     )
-    write_page(outcome, page)
+    write_crossval_page(outcome, page)
     on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))
 
 

@@ -43,7 +43,7 @@ _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 _BLOCK: Final = 1 << 20
 
 
-def describe(folder: Path) -> dict[str, Any]:
+def describe_model(folder: Path) -> dict[str, Any]:
     """What the files of a model's folder tell of it, as plain data.
 
     A folder that holds a ``model.json`` and is no run and no ensemble (an export) is described by that.
@@ -79,14 +79,14 @@ def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everythi
 
     Args:
         folder: complete but for these three.
-        description: what :func:`describe` would find, where that knows less.
+        description: what :func:`describe_model` would find, where that knows less.
         everything: sum up every file there is; else those that the model is made of.
 
     Raises:
-        RunError: as :func:`describe`.
+        RunError: as :func:`describe_model`.
         OSError: the folder cannot be written to.
     """
-    content = describe(folder) if description is None else dict(description)
+    content = describe_model(folder) if description is None else dict(description)
     write_json(folder / DESCRIPTION_FILE, content)
     write_durably(folder / CARD_FILE, card(content).encode())
     paths = [path for path in folder.rglob("*") if path.is_file()] if everything else _own_files(folder)

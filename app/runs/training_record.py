@@ -10,7 +10,7 @@ from app.errors import RunError
 from app.progress import LOG
 from app.runs.folder import read_json
 from data.datasets.naming import composed
-from data.quality.intensity_range import IntensityRange, joined, range_from_json
+from data.quality.intensity_range import IntensityRange, merged_range, range_from_json
 
 #: In the folder of a run.
 INTENSITIES_FILE: Final = "intensities.json"
@@ -58,4 +58,6 @@ def training_record(folder: Path) -> TrainingRecord:
                 ranges.append(range_from_json(read_json(path)))
             except (RunError, KeyError, TypeError, ValueError, AttributeError) as error:
                 LOG.warning("%s is damaged (%s); whether intensities are unusual is not known", path, error)
-    return TrainingRecord(trained_on=trained, validated_on=validated, intensities=joined(ranges) if ranges else None)
+    return TrainingRecord(
+        trained_on=trained, validated_on=validated, intensities=merged_range(ranges) if ranges else None
+    )

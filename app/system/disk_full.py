@@ -23,7 +23,7 @@ MESSAGE_SECONDS = 60.0
 
 
 @dataclass(kw_only=True)
-class RoomWait:
+class RetryOnFullDisk:
     """Repeats a write that met a full disk until it fits."""
 
     stopped: Callable[[], bool]

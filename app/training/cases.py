@@ -201,7 +201,7 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
         )
 
 
-def spacing_of(config: RunConfig, cases: Sequence[Case]) -> Spacing:
+def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
     """The configured spacing, or the training cases' median along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3

@@ -230,7 +230,7 @@ ALONE: Final = World()
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined_processes() -> Iterator[World]:
     """Join the other processes of a launch for as long as the block lasts; the first one alone logs.
 
     Raises:

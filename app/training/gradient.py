@@ -23,7 +23,7 @@ class AttachedTransform:
     """How many steps were left out because a gradient was not finite."""
 
 
-def attach(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
+def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
     """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped.
 
     Raises:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from app.config.load import RunConfig, differences, load_config, to_plain
+from app.config.load import RunConfig, config_differences, load_config, to_plain
 from app.errors import ConfigError, RunError
 from app.inference.model import load_model
 from app.system.device import Runtime
@@ -73,7 +73,7 @@ def initial_weights(run: Path, config: RunConfig, runtime: Runtime) -> InitialWe
         )
     others = [
         change
-        for change in differences(model.config, config)
+        for change in config_differences(model.config, config)
         if change.startswith("network.") and not change.startswith("network.dropout:")
     ]
     if others:

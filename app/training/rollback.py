@@ -19,19 +19,19 @@ from data.patches.sampler import Batch
 _MOST_KEPT: Final = 8
 
 
-def all_finite(tensors: Sequence[Tensor]) -> bool:
+def tensors_are_finite(tensors: Sequence[Tensor]) -> bool:
     """Whether no number of these is NaN or infinite."""
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def unfit_to_go_on(checkpoint: checkpoints.Checkpoint) -> str | None:
     """Why a run cannot go on from a whole checkpoint, or None."""
-    return None if all_finite(list(checkpoint.weights.values())) else "its weights are not all finite"
+    return None if tensors_are_finite(list(checkpoint.weights.values())) else "its weights are not all finite"
 
 
 def weights_are_finite(network: nn.Module) -> bool:
     """Whether a network can be trained on."""
-    return all_finite([tensor.detach() for tensor in network.state_dict().values()])
+    return tensors_are_finite([tensor.detach() for tensor in network.state_dict().values()])
 
 
 def keep_batch(run: Path, step: int, batches: Sequence[Batch], facts: dict[str, Any]) -> Path:

@@ -32,7 +32,7 @@ from app.runs.folder import (
 )
 from app.runs.model_card import seal, unseal
 from app.system.device import choose_runtime, machine, versions
-from app.system.disk_full import RoomWait
+from app.system.disk_full import RetryOnFullDisk
 from app.system.process import keep_freed_memory
 from app.training import config_changes, gradient
 from app.training.cases import (
@@ -40,11 +40,11 @@ from app.training.cases import (
     cases_of,
     choose_split,
     labels_on_record,
+    network_spacing,
     record_backgrounds,
     record_intensities,
     require_labels,
     require_same_labels,
-    spacing_of,
     split_on_record,
     tell_of_names,
     tell_of_patients,
@@ -165,7 +165,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
     if not split_is_judged:
         tell_of_patients(cases.values(), (split.train, split.validation))
         tell_of_names([cases[case_id] for case_id in (*split.train, *split.validation)])
-    spacing_mm = spacing_of(config, [cases[case_id] for case_id in split.train])
+    spacing_mm = network_spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with _locked(run, world), _opened(store, run) as opened:
         if again:
@@ -392,11 +392,11 @@ def _train(
         augmentation=config.augment,
         seed=config.training.seed,
     )
-    transform = gradient.attach(config.gradient, state.optimizer, state.network)
+    transform = gradient.attach_transform(config.gradient, state.optimizer, state.network)
     LOG.info("%s", "\n".join(line for line in transform.report.splitlines() if not line.startswith(" ")))
     LOG.debug("%s", transform.report)  # tensor by tensor
     with stop_on_signals(patient=world.size > 1) as stop:
-        room = RoomWait(stopped=lambda: stop.signal_name is not None)
+        room = RetryOnFullDisk(stopped=lambda: stop.signal_name is not None)
         log = MetricsLog(
             run,
             keep_up_to_step=state.step,

@@ -24,7 +24,7 @@ from app.progress import LOG, OnProgress, Progress
 from app.runs import checkpoints
 from app.runs.folder import MetricsLog, read_json
 from app.system.device import Runtime
-from app.system.disk_full import RoomWait
+from app.system.disk_full import RetryOnFullDisk
 from app.training import gradient, rollback
 from app.training.distributed import World
 from app.training.schedule import learning_rate, spent_share
@@ -112,7 +112,7 @@ class Loop:
     telemetry: Telemetry
     log: MetricsLog
     stop: StopRequest
-    room: RoomWait
+    room: RetryOnFullDisk
     on_progress: OnProgress
     world: World
     view: _View = field(default_factory=_View)

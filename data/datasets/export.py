@@ -54,7 +54,7 @@ _AT_ONCE: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Exported:
+class ExportedDataset:
     """What was written."""
 
     out: Path
@@ -79,7 +79,7 @@ class Exported:
         }
 
 
-def export(
+def export_dataset(
     root: Path,
     out: Path,
     layout: str,
@@ -87,7 +87,7 @@ def export(
     labels: str | None = None,
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
-) -> Exported:
+) -> ExportedDataset:
     """Write every case of a data set in another layout; ``out`` appears when all of it is there.
 
     Args:
@@ -139,7 +139,7 @@ def export(
         *([f"label {merged} became part of the core that does not enhance"] if merged else []),
         *([] if layout == "csv" else _patients_lost(cases, layout)),
     ]
-    return Exported(
+    return ExportedDataset(
         out=out,
         layout=writer.layout,
         cases=len(cases),

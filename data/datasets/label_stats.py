@@ -41,7 +41,7 @@ class LabelMap:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tumour:
+class LabelStats:
     """What a case is sorted by when folds are dealt."""
 
     volume_um3: int
@@ -74,7 +74,7 @@ def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
     )
 
 
-def tumour_of(held: LabelMap, convention: LabelConvention) -> Tumour:
+def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
     """Tumour volume (voxels that are no background, times a voxel's volume), and whether any of it enhances.
 
     Raises:
@@ -88,7 +88,7 @@ def tumour_of(held: LabelMap, convention: LabelConvention) -> Tumour:
     numbers = np.array(list(held.counts), dtype=np.uint8)
     codes = decode(numbers, convention).tolist()
     voxels = sum(count for count, code in zip(held.counts.values(), codes, strict=True) if code)
-    return Tumour(volume_um3=voxels * held.voxel_um3, enhances=ENHANCING in codes)
+    return LabelStats(volume_um3=voxels * held.voxel_um3, enhances=ENHANCING in codes)
 
 
 def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
@@ -96,13 +96,15 @@ def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str
     return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
 
 
-def tumours_of(case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention) -> dict[str, Tumour]:
+def tumours_of(
+    case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention
+) -> dict[str, LabelStats]:
     """Tumours by case id, for the folds; none where nothing could be read, such a case is refused when it is used.
 
     Raises:
         DataError: as :func:`tumour_of`.
     """
-    none = Tumour(volume_um3=0, enhances=False)
+    none = LabelStats(volume_um3=0, enhances=False)
     return {case_id: tumour_of(held[case_id], convention) if case_id in held else none for case_id in case_ids}
 
 

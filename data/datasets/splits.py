@@ -12,7 +12,7 @@ from typing import Final
 
 import numpy as np
 
-from data.datasets.label_stats import Tumour
+from data.datasets.label_stats import LabelStats
 from data.datasets.naming import composed
 from data.errors import DataError
 from data.filesystem import why
@@ -53,7 +53,7 @@ def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: 
 
 
 def stratified_split(
-    tumours: Mapping[str, Tumour], patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS
+    tumours: Mapping[str, LabelStats], patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS
 ) -> Split:
     """One fold of a patient-wise cross-validation whose folds have like tumours.
 
@@ -76,7 +76,7 @@ def stratified_split(
 
 
 def stratified_folds(
-    tumours: Mapping[str, Tumour], patients: Mapping[str, str], *, seed: int = 0, folds: int = FOLDS
+    tumours: Mapping[str, LabelStats], patients: Mapping[str, str], *, seed: int = 0, folds: int = FOLDS
 ) -> dict[str, int]:
     """The fold of each patient.
 
@@ -98,7 +98,7 @@ def stratified_folds(
         >>> sorted(stratified_folds(tumours, {case_id: case_id for case_id in tumours}).values())
         [0, 1, 2, 3]
     """
-    of_patient: dict[str, list[Tumour]] = defaultdict(list)
+    of_patient: dict[str, list[LabelStats]] = defaultdict(list)
     for case_id, tumour in tumours.items():
         of_patient[patients[case_id]].append(tumour)
 

@@ -32,7 +32,7 @@ _SHORT_GRADIENT_ECHO_MS: Final = 15.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finding:
+class SeriesFinding:
     """What a series was taken for."""
 
     contrast: Contrast | None
@@ -48,12 +48,12 @@ class Choice:
     reason: str
 
 
-def identify(series: Series) -> Finding:
+def identify(series: Series) -> SeriesFinding:
     """Tell which contrast a series shows, from its name and its timing, or why it is none."""
     acquisition = series.acquisition
     excluded = _excluded(series)
     if excluded is not None:
-        return Finding(contrast=None, reason=excluded)
+        return SeriesFinding(contrast=None, reason=excluded)
     named, timed = _named(acquisition), _timed(acquisition)
     kind = _agreed(named, timed, acquisition)
     said = f"name {_name(acquisition)!r}" if named is not None else ""
@@ -62,21 +62,23 @@ def identify(series: Series) -> Finding:
     why = "; ".join(part for part in (said, timing(acquisition), doubt) if part)
     if kind is None:
         if named is None and timed is None:
-            return Finding(contrast=None, reason=f"neither its name nor its timing tells a contrast ({why or 'empty'})")
-        return Finding(
+            return SeriesFinding(
+                contrast=None, reason=f"neither its name nor its timing tells a contrast ({why or 'empty'})"
+            )
+        return SeriesFinding(
             contrast=None,
             reason=f"contradictory: its name says {_KINDS.get(named or '', 'nothing')}, "
             f"its timing {_KINDS.get(timed or '', 'nothing')} ({timing(acquisition)})",
         )
     if kind in _NO_CONTRASTS:
-        return Finding(contrast=None, reason=f"{_NO_CONTRASTS[kind]} ({why})")
+        return SeriesFinding(contrast=None, reason=f"{_NO_CONTRASTS[kind]} ({why})")
     if kind != "t1":
-        return Finding(contrast="t2" if kind == "t2" else "flair", reason=why)
+        return SeriesFinding(contrast="t2" if kind == "t2" else "flair", reason=why)
     after, told_by = _is_after_agent(acquisition)
-    return Finding(contrast="t1c" if after else "t1", reason=f"{why}; {told_by}")
+    return SeriesFinding(contrast="t1c" if after else "t1", reason=f"{why}; {told_by}")
 
 
-def choose(
+def choose_series(
     series: Sequence[Series],
     chosen: Mapping[Contrast, str] | None = None,
     *,
@@ -112,7 +114,7 @@ def choose(
         if len(candidates) == 1:
             result[contrast] = Choice(series=candidates[0][0], reason=candidates[0][1].reason)
         elif candidates:
-            shown = ", ".join(describe(one) for one, _ in candidates)
+            shown = ", ".join(describe_series(one) for one, _ in candidates)
             problems.append(f"{len(candidates)} series may be the {contrast}: {shown}; choose with --{contrast} SERIES")
         else:
             problems.append(f"no series is recognised as the {contrast}; if one is, name it with --{contrast} SERIES")
@@ -128,7 +130,7 @@ def choose(
         problems += choice.series.problems
         if problems:
             raise DataError(
-                f"{contrast}: series {describe(choice.series)}: {problems[0]}. "
+                f"{contrast}: series {describe_series(choice.series)}: {problems[0]}. "
                 f"Export it again, or choose another with --{contrast} SERIES."
             )
     return result
@@ -151,11 +153,11 @@ def series_of(series: Sequence[Series], name: str) -> Series:
     """The series that goes by a contrast, or by a number or UID.
 
     Raises:
-        DataError: as :func:`choose` and :func:`find`.
+        DataError: as :func:`choose_series` and :func:`find`.
     """
     for contrast in CONTRASTS:
         if name.lower() == contrast:
-            return choose(series, wanted=(contrast,))[contrast].series
+            return choose_series(series, wanted=(contrast,))[contrast].series
     return find(series, name, "--reference")
 
 
@@ -173,11 +175,11 @@ def find(series: Sequence[Series], key: str, option: str) -> Series:
         return found[0]
     if not found:
         raise DataError(f"{option} {wanted}: no such series. There are {', '.join(one.key for one in series)}.")
-    shown = ", ".join(describe(one) for one in found)
+    shown = ", ".join(describe_series(one) for one in found)
     raise DataError(f"{option} {wanted}: {len(found)} volumes go by it: {shown}. Name one by what stands first.")
 
 
-def describe(series: Series) -> str:
+def describe_series(series: Series) -> str:
     """A series in a few words: key, description, timing."""
     parts = [f"{_name(series.acquisition)!r}", timing(series.acquisition)]
     return f"{series.key} ({', '.join(part for part in parts if part)})"
@@ -194,7 +196,7 @@ def timing(acquisition: Acquisition) -> str:
     return ", ".join(f"{name} {value:.4g} ms" for name, value in values if value is not None)
 
 
-def to_json(series: Series, finding: Finding) -> dict[str, Any]:
+def to_json(series: Series, finding: SeriesFinding) -> dict[str, Any]:
     """Plain data about a series, nothing of the patient."""
     spacing = series.spacing_mm
     acquisition = series.acquisition
@@ -224,7 +226,7 @@ _NO_CONTRASTS: Final = {
 }
 
 
-def _best(candidates: list[tuple[Series, Finding]]) -> list[tuple[Series, Finding]]:
+def _best(candidates: list[tuple[Series, SeriesFinding]]) -> list[tuple[Series, SeriesFinding]]:
     """Original images where there are any, else derived ones, of these those whose name does not hint at a reformat.
 
     And whole volumes where there are any, else damaged ones.

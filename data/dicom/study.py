@@ -21,7 +21,7 @@ import numpy as np
 import SimpleITK
 
 from data.datasets.layouts import Case
-from data.dicom.contrasts import Choice, choose
+from data.dicom.contrasts import Choice, choose_series
 from data.dicom.copies import without_copies
 from data.dicom.files import DicomFile, dicom_files, quiet, text
 from data.dicom.pixels import read_with_notes, to_image
@@ -96,10 +96,10 @@ def read_study(
         study_uid: as :func:`open_study`.
 
     Raises:
-        DataError: as :func:`open_study`, :func:`data.dicom.contrasts.choose`, and voxels that cannot be decoded.
+        DataError: as :func:`open_study`, :func:`data.dicom.contrasts.choose_series`, and voxels that cannot be decoded.
     """
     with open_study(path, study_uid=study_uid) as study:
-        return read_chosen(study, choose(study.series, chosen))
+        return read_chosen(study, choose_series(study.series, chosen))
 
 
 def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
@@ -113,7 +113,7 @@ def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
     )
 
 
-def write_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
+def write_dicom_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
     """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; all of them or none.
 
     Whole numbers that fit are stored as int16, others as float32. Of the DICOM headers the geometry alone is kept.

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from data.errors import DataError
 from data.files import naming_the_place, partial_name
 from data.labels import BRATS2021, CONTRASTS, Contrast, encode
-from data.native_space.itk import Grid
+from data.native_space.itk import ImageGrid
 from data.native_space.to_brats import BroughtIn
 
 _ENDINGS: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
@@ -39,7 +39,7 @@ def require_empty(out: Path) -> None:
         raise DataError(f"{out} is not empty, and nothing in it is overwritten. Give another folder.")
 
 
-def write_case(brought: BroughtIn, out: Path) -> Path:
+def write_brats_case(brought: BroughtIn, out: Path) -> Path:
     """Write a case; its folder appears when it is complete.
 
     Args:
@@ -65,7 +65,7 @@ def write_case(brought: BroughtIn, out: Path) -> Path:
     return out / brought.id
 
 
-def _save(voxels: npt.NDArray[Any], grid: Grid, path: Path) -> None:
+def _save(voxels: npt.NDArray[Any], grid: ImageGrid, path: Path) -> None:
     image = nib.Nifti1Image(voxels, grid.affine)
     image.set_qform(grid.affine, code=1)
     image.set_sform(grid.affine, code=1)

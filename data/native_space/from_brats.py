@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.labels import from_regions
-from data.native_space.itk import Grid, refined, resampled, to_itk, voxels_of
+from data.native_space.itk import ImageGrid, refined, resampled, to_itk, voxels_of
 from data.nifti import Volume, spacing_of
 from data.preprocess import TIE_TOLERANCE
 
@@ -23,9 +23,9 @@ _MOST_PARTS: Final = 16
 
 def bring_back(
     shares: npt.NDArray[np.float32],
-    grid: Grid,
+    grid: ImageGrid,
     transform: sitk.Transform,
-    native: Grid,
+    native: ImageGrid,
     *,
     source: Path,
     thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5),
@@ -59,7 +59,7 @@ def cut_back(
 
 
 def means_back(
-    shares: npt.NDArray[np.float32], grid: Grid, transform: sitk.Transform, native: Grid, *, source: Path
+    shares: npt.NDArray[np.float32], grid: ImageGrid, transform: sitk.Transform, native: ImageGrid, *, source: Path
 ) -> npt.NDArray[np.float32]:
     """The shares on a scan's own grid: the mean over the extent of each of its voxels, as of :func:`bring_back`.
 

@@ -26,7 +26,7 @@ _STRAIGHT: Final = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class ImageGrid:
     """Where the voxels of an image lie: as many as ``size`` says, placed by a 4x4 affine to RAS millimetres."""
 
     size: tuple[int, int, int]
@@ -45,13 +45,13 @@ def to_itk(volume: Volume) -> sitk.Image:
     return image
 
 
-def grid_of(image: sitk.Image) -> Grid:
+def grid_of(image: sitk.Image) -> ImageGrid:
     """Where an image's voxels lie."""
     lps = np.eye(4)
     lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     lps[:3, 3] = image.GetOrigin()
     x, y, z = image.GetSize()
-    return Grid(size=(x, y, z), affine=_RAS_LPS @ lps)
+    return ImageGrid(size=(x, y, z), affine=_RAS_LPS @ lps)
 
 
 def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
@@ -61,7 +61,7 @@ def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
 
 
-def upright_grid(image: sitk.Image, spacing_mm: float) -> Grid:
+def upright_grid(image: sitk.Image, spacing_mm: float) -> ImageGrid:
     """Isotropic grid along the world's own axes, in LPS voxel order, that covers an image's field of view.
 
     An image that is stored straight and at this spacing keeps its voxel centres, whatever its axis order.
@@ -74,7 +74,7 @@ def upright_grid(image: sitk.Image, spacing_mm: float) -> Grid:
     return _cover(own.affine, np.zeros(3), np.array(own.size) - 1.0, spacing_mm)
 
 
-def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float) -> Grid:
+def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float) -> ImageGrid:
     """The same that covers the marked voxels of a mask, at least one, and a margin."""
     marked = np.argwhere(voxels_of(mask))
     around = _cover(grid_of(mask).affine, marked.min(axis=0), marked.max(axis=0).astype(float), spacing_mm)
@@ -82,21 +82,21 @@ def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float
     affine = around.affine.copy()
     affine[:3, 3] -= affine[:3, :3] @ np.full(3, float(more))
     x, y, z = (n + 2 * more for n in around.size)
-    return Grid(size=(x, y, z), affine=affine)
+    return ImageGrid(size=(x, y, z), affine=affine)
 
 
-def refined(grid: Grid, factors: tuple[int, int, int]) -> Grid:
+def refined(grid: ImageGrid, factors: tuple[int, int, int]) -> ImageGrid:
     """The same field of view with each voxel cut into ``factors`` equal parts along the three axes."""
     parts = np.array(factors, dtype=np.float64)
     affine = grid.affine.copy()
     affine[:3, :3] /= parts
     affine[:3, 3] = (grid.affine @ [*((1 / parts - 1) / 2), 1.0])[:3]
     x, y, z = (n * k for n, k in zip(grid.size, factors, strict=True))
-    return Grid(size=(x, y, z), affine=affine)
+    return ImageGrid(size=(x, y, z), affine=affine)
 
 
 def resampled(
-    image: sitk.Image, grid: Grid, transform: sitk.Transform | None = None, *, nearest: bool = False
+    image: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None = None, *, nearest: bool = False
 ) -> sitk.Image:
     """An image on another grid, interpolated linearly; what lies outside of its field of view is 0.
 
@@ -146,7 +146,7 @@ def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
 
 def _cover(
     affine: npt.NDArray[np.float64], low: npt.NDArray[np.floating], high: npt.NDArray[np.floating], spacing_mm: float
-) -> Grid:
+) -> ImageGrid:
     """Upright grid in LPS order whose voxel centres span those of a box of another grid."""
     lps = _RAS_LPS @ affine
     unit = lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)
@@ -163,7 +163,7 @@ def _cover(
     result[:3, :3] *= spacing_mm
     result[:3, 3] = start
     x, y, z = (int(count) + 1 for count in counts)
-    return Grid(size=(x, y, z), affine=_RAS_LPS @ result)
+    return ImageGrid(size=(x, y, z), affine=_RAS_LPS @ result)
 
 
 def _geometry(affine: npt.NDArray[np.float64]) -> tuple[list[float], list[float], list[float]]:

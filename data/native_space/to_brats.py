@@ -21,7 +21,7 @@ from data.datasets.layouts import Case, convention_of
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
 from data.native_space.brain_mask import BRAIN_LITRES, BrainMask, find_brain, require_mask
-from data.native_space.itk import Grid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
+from data.native_space.itk import ImageGrid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
 from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Registration, head_mask, register_rigid
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
 
@@ -77,7 +77,7 @@ class BroughtIn:
     images: Mapping[Contrast, npt.NDArray[np.float32]]
     """Shape (X, Y, Z) each; 0 outside of the brain."""
     codes: npt.NDArray[np.uint8] | None
-    grid: Grid
+    grid: ImageGrid
     registrations: Mapping[Contrast, Registration]
     """Of the contrasts that were registered, i.e. all but T1c."""
     mask: BrainMask
@@ -228,7 +228,7 @@ def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> t
     )
 
 
-def _resampled_codes(codes: sitk.Image, grid: Grid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
+def _resampled_codes(codes: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
     """A label map on another grid: each region interpolated linearly, cut at one half, nested."""
     import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
 
@@ -266,7 +266,7 @@ def _record(
     native: NativeCase,
     config: BringInConfig,
     *,
-    grid: Grid,
+    grid: ImageGrid,
     registrations: Mapping[Contrast, Registration],
     mask: BrainMask,
     litres: float | None,

@@ -139,7 +139,7 @@ class Variation:
     """Share of the voxels along each axis that is left; 1 leaves it."""
 
 
-def draw(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Variation:
+def draw_augmentation(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Variation:
     """Draw a variation; the same generator state gives the same one.
 
     As many numbers are drawn whatever the config, in an order that stays: what is newer comes later. So switching
@@ -190,13 +190,13 @@ def draw(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Var
     )
 
 
-def apply(
+def apply_augmentation(
     variation: Variation, image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Apply a variation to a patch.
 
     Args:
-        variation: from :func:`draw`.
+        variation: from :func:`draw_augmentation`.
         image: shape (contrasts, X, Y, Z), z-scored, 0 outside the brain; the outside stays 0.
         codes: shape (X, Y, Z).
 

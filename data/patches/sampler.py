@@ -197,8 +197,8 @@ class PatchSource:
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
         """The same, and which contrasts the patch has."""
         image, codes, case_id, rng = self.piece(number)
-        variation = augment.draw(self._augmentation, image.shape[0], rng)
-        return *augment.apply(variation, image, codes), case_id, variation.present
+        variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
+        return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
 
     def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
         """The same as it was cut, not augmented, and the generator that draws its augmentation."""
@@ -209,7 +209,7 @@ class PatchSource:
         centre = self._centre(index, rng)
         mapped = self._mapped(index)
         image = cut_image(mapped.image, centre, self._patch)
-        return image, cut(mapped.codes, centre, self._patch), self._cases[index].id, rng
+        return image, cut_patch(mapped.codes, centre, self._patch), self._cases[index].id, rng
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch where steps are accumulated."""
@@ -312,7 +312,7 @@ def batches(
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int, int]) -> npt.NDArray[Any]:
+def cut_patch(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int, int]) -> npt.NDArray[Any]:
     """Cut a patch out of the last three axes: inside the volume where that is large enough, else padded with 0.
 
     Args:
@@ -332,7 +332,7 @@ def cut(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int,
 def cut_image(
     image: npt.NDArray[np.float16], centre: tuple[int, ...], patch: tuple[int, int, int]
 ) -> npt.NDArray[np.float32]:
-    """As :func:`cut`, and from float16 to float32 on the way, which torch does faster than numpy."""
+    """As :func:`cut_patch`, and from float16 to float32 on the way, which torch does faster than numpy."""
     inside, outside = _where(image.shape[-3:], centre, patch)
     piece = torch.from_numpy(image)[..., inside[0], inside[1], inside[2]]
     make = torch.empty if piece.shape[-3:] == tuple(patch) else torch.zeros

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.phantoms.fields import Field
-from data.phantoms.grids import Floats, Grid, Mask
+from data.phantoms.grids import Floats, Mask, PhantomGrid
 from data.phantoms.plan import TumourPlan
 from data.phantoms.template import load_anatomy, load_landmarks
 
@@ -86,7 +86,7 @@ def _pull_to_foci_(points: Floats, plan: TumourPlan) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tissue:
+class TissueClass:
     """A head on a grid; all but ``inside`` are vectors over the brain's voxels."""
 
     inside: Mask
@@ -101,7 +101,7 @@ class Tissue:
     """Distance from the plane between the hemispheres."""
 
 
-def sample_tissue(head: Head, plan: TumourPlan | None, grid: Grid, *, fine: bool) -> Tissue:
+def sample_tissue(head: Head, plan: TumourPlan | None, grid: PhantomGrid, *, fine: bool) -> TissueClass:
     """The head's tissue on a grid, pushed aside by a planned tumour; ``fine`` takes the 1 mm template."""
     anatomy, landmarks = load_anatomy(1 if fine else 2), load_landmarks()
     points_mm = template_points(head, grid.axes_mm, plan)
@@ -109,7 +109,7 @@ def sample_tissue(head: Head, plan: TumourPlan | None, grid: Grid, *, fine: bool
     inside = anatomy.at("brain", points_mm) > np.clip(cut, 0.2, 0.95)
     points_mm = points_mm[:, inside]
     white, grey, fluid = _sharpen(anatomy.at("white", points_mm), anatomy.at("grey", points_mm), head.atrophy)
-    return Tissue(
+    return TissueClass(
         inside=inside,
         white=white,
         grey=grey,

@@ -21,7 +21,7 @@ GROWTH_SPACING_MM: Final = 3.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grid:
+class PhantomGrid:
     """The part of a voxel grid that lies in the brain's box."""
 
     spacing_mm: float
@@ -30,7 +30,7 @@ class Grid:
     stop: tuple[int, ...]
 
     @classmethod
-    def of_spacing(cls, spacing_mm: float) -> Grid:
+    def of_spacing(cls, spacing_mm: float) -> PhantomGrid:
         """The box's part of the field of view at this spacing."""
         shape = tuple(round(length / spacing_mm) for length in _FIELD_OF_VIEW_MM)
         start = tuple(math.ceil(a / spacing_mm) for a in BOX_START_MM)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data.phantoms.anatomy import Head, Tissue, sample_tissue
-from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Grid, Mask, scatter
+from data.phantoms.anatomy import Head, TissueClass, sample_tissue
+from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Mask, PhantomGrid, scatter
 from data.phantoms.plan import TumourPlan
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tumour:
+class GrownTumour:
     """A grown tumour: where its core ends, and when oedema arrives at each point of the growth grid."""
 
     plan: TumourPlan
@@ -38,9 +38,9 @@ def core_depth_mm(plan: TumourPlan, axes_mm: tuple[Floats, ...]) -> Floats:
     return depth_mm
 
 
-def grow(plan: TumourPlan, head: Head) -> Tumour:
+def grow(plan: TumourPlan, head: Head) -> GrownTumour:
     """Move the core's border and the oedema's reach until both have the volumes asked for."""
-    grid = Grid.of_spacing(GROWTH_SPACING_MM)
+    grid = PhantomGrid.of_spacing(GROWTH_SPACING_MM)
     tissue = sample_tissue(head, plan, grid, fine=False)
     voxel_ml = GROWTH_SPACING_MM**3 / 1000
     open_tissue = scatter(tissue.fluid < 0.5, tissue.inside, 0)
@@ -52,7 +52,7 @@ def grow(plan: TumourPlan, head: Head) -> Tumour:
     arrival_mm = _arrival(cost, open_tissue, core)
     late_mm = arrival_mm + scatter(cortical_delay_mm(tissue), tissue.inside, 0)
     reach_mm = -_nth_largest(-late_mm[open_tissue & ~core], plan.oedema_ml / voxel_ml)
-    return Tumour(plan=plan, core_offset_mm=core_offset_mm, arrival_mm=arrival_mm, oedema_reach_mm=reach_mm)
+    return GrownTumour(plan=plan, core_offset_mm=core_offset_mm, arrival_mm=arrival_mm, oedema_reach_mm=reach_mm)
 
 
 def _nth_largest(values: Floats, n: float) -> float:
@@ -60,12 +60,12 @@ def _nth_largest(values: Floats, n: float) -> float:
     return float(np.partition(values, values.size - 1 - rank)[values.size - 1 - rank])
 
 
-def _oedema_cost(tissue: Tissue) -> Floats:
+def _oedema_cost(tissue: TissueClass) -> Floats:
     """Millimetres of white matter that one millimetre of this tissue is worth."""
     return np.float32(1) / (tissue.white + np.float32(0.12) * tissue.grey + np.float32(0.02))
 
 
-def cortical_delay_mm(tissue: Tissue) -> Floats:
+def cortical_delay_mm(tissue: TissueClass) -> Floats:
     """Keeps oedema out of the cortex at a finer scale than that of the growth grid."""
     return np.float32(6.0) * (1 - tissue.white)
 

@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 
 from data.labels import ENHANCING, NECROSIS, OEDEMA
-from data.phantoms.anatomy import Tissue
+from data.phantoms.anatomy import TissueClass
 from data.phantoms.fields import sigmoid
-from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Grid, Mask
-from data.phantoms.growth import Tumour, core_depth_mm, cortical_delay_mm
+from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Mask, PhantomGrid
+from data.phantoms.growth import GrownTumour, core_depth_mm, cortical_delay_mm
 from data.phantoms.plan import TumourPlan
 
 
@@ -30,7 +30,7 @@ class Lesion:
     """Whether any of the tumour does; a core that does not looks otherwise than necrosis."""
 
 
-def place_lesion(tumour: Tumour, tissue: Tissue, grid: Grid) -> Lesion:
+def place_lesion(tumour: GrownTumour, tissue: TissueClass, grid: PhantomGrid) -> Lesion:
     """Label the tumour on a grid, and soften its borders for the scanner."""
     plan = tumour.plan
     depth_mm = (core_depth_mm(plan, grid.axes_mm) - np.float32(tumour.core_offset_mm))[tissue.inside]
@@ -53,7 +53,7 @@ def place_lesion(tumour: Tumour, tissue: Tissue, grid: Grid) -> Lesion:
     )
 
 
-def _enhancing_depth_mm(plan: TumourPlan, depth_mm: Floats, tissue: Tissue, grid: Grid) -> Floats:
+def _enhancing_depth_mm(plan: TumourPlan, depth_mm: Floats, tissue: TissueClass, grid: PhantomGrid) -> Floats:
     """Depth in the part of the core that enhances: an uneven rim with gaps, and nests; negative elsewhere."""
     if plan.rim_share == 0:
         return np.full(depth_mm.shape, -100.0, dtype=np.float32)
@@ -65,10 +65,10 @@ def _enhancing_depth_mm(plan: TumourPlan, depth_mm: Floats, tissue: Tissue, grid
     return np.asarray(np.maximum(in_rim_mm, in_nests_mm), dtype=np.float32)
 
 
-def _arrival_at(tumour: Tumour, grid: Grid, inside: Mask) -> Floats:
+def _arrival_at(tumour: GrownTumour, grid: PhantomGrid, inside: Mask) -> Floats:
     from scipy import ndimage
 
-    growth = Grid.of_spacing(GROWTH_SPACING_MM)
+    growth = PhantomGrid.of_spacing(GROWTH_SPACING_MM)
     voxels = np.argwhere(inside).T + np.array(grid.start)[:, None]
     voxels = voxels * (grid.spacing_mm / growth.spacing_mm) - np.array(growth.start)[:, None]
     return ndimage.map_coordinates(tumour.arrival_mm, voxels, order=1, output=np.float32, mode="nearest")

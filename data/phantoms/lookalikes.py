@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from data.phantoms.anatomy import Tissue
+from data.phantoms.anatomy import TissueClass
 from data.phantoms.fields import Field, sigmoid
-from data.phantoms.grids import Floats, Grid
+from data.phantoms.grids import Floats, PhantomGrid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class Confounders:
     """Blood that takes up contrast agent: bright on T1c only, dark on T2."""
 
 
-def draw_confounders(rng: np.random.Generator, tissue: Tissue, grid: Grid) -> Confounders:
+def draw_confounders(rng: np.random.Generator, tissue: TissueClass, grid: PhantomGrid) -> Confounders:
     """Draw how aged the white matter is and where vessels run."""
     age = rng.beta(1.2, 1.5)
     patches, spots, one, other = (Field.draw(rng, pitch).on(grid.axes_mm)[tissue.inside] for pitch in (9, 5, 9, 9))

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from data.labels import Contrast
 from data.phantoms.anatomy import draw_head, sample_tissue
 from data.phantoms.arguments import check_arguments
-from data.phantoms.grids import Grid, scatter
+from data.phantoms.grids import PhantomGrid, scatter
 from data.phantoms.growth import grow
 from data.phantoms.lesion import place_lesion
 from data.phantoms.lookalikes import draw_confounders
@@ -54,7 +54,7 @@ def make_phantom(index: int, *, seed: int = 0, spacing_mm: float = 2.0) -> Phant
     head = draw_head(head_rng)
     plan = draw_tumour(tumour_rng, head, draw_kind(index, seed))
     tumour = grow(plan, head)
-    grid = Grid.of_spacing(spacing_mm)
+    grid = PhantomGrid.of_spacing(spacing_mm)
     tissue = sample_tissue(head, plan, grid, fine=spacing_mm < 1.5)
     lesion = place_lesion(tumour, tissue, grid)
     confounders = draw_confounders(confounder_rng, tissue, grid)

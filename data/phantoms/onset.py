@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from data.phantoms.anatomy import Head, rotation, template_points
 from data.phantoms.fields import Field
-from data.phantoms.grids import GROWTH_SPACING_MM, Grid
+from data.phantoms.grids import GROWTH_SPACING_MM, PhantomGrid
 from data.phantoms.plan import Focus, TumourPlan
 from data.phantoms.template import load_anatomy, load_landmarks
 
@@ -83,7 +83,7 @@ def _draw_stretch(rng: np.random.Generator) -> npt.NDArray[np.float64]:
 
 def _possible_centres(head: Head) -> npt.NDArray[np.float64]:
     """Points of the growth grid in the white matter of the cerebrum, shape (N, 3) in mm."""
-    grid = Grid.of_spacing(GROWTH_SPACING_MM)
+    grid = PhantomGrid.of_spacing(GROWTH_SPACING_MM)
     points_mm = template_points(head, grid.axes_mm, None)
     white = load_anatomy(2).at("white", points_mm)
     landmarks = load_landmarks()

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data.labels import CONTRASTS, Contrast
-from data.phantoms.anatomy import Tissue
+from data.phantoms.anatomy import TissueClass
 from data.phantoms.fields import Field
-from data.phantoms.grids import Floats, Grid, Mask, scatter
+from data.phantoms.grids import Floats, Mask, PhantomGrid, scatter
 from data.phantoms.lesion import Lesion
 from data.phantoms.lookalikes import Confounders
 
@@ -44,11 +44,11 @@ _BLUR_MM: Final[dict[Contrast, tuple[float, float]]] = {
 def scan(
     rng: np.random.Generator,
     noise_rng: np.random.Generator,
-    tissue: Tissue,
+    tissue: TissueClass,
     *,
     lesion: Lesion,
     confounders: Confounders,
-    grid: Grid,
+    grid: PhantomGrid,
 ) -> dict[Contrast, npt.NDArray[np.int16]]:
     """The four contrasts over the box; scanners differ in gain, bias field, blur and noise from case to case.
 
@@ -64,7 +64,9 @@ def scan(
     return images
 
 
-def _healthy_signal(rng: np.random.Generator, contrast: Contrast, tissue: Tissue, confounders: Confounders) -> Floats:
+def _healthy_signal(
+    rng: np.random.Generator, contrast: Contrast, tissue: TissueClass, confounders: Confounders
+) -> Floats:
     white, grey, fluid = _TISSUES[contrast] * np.exp(rng.normal(0, (0.02, 0.04, 0.08)))
     signal = white * tissue.white + grey * tissue.grey + fluid * _open_fluid(tissue, contrast)
     signal += _DETAIL_GAIN[contrast] * tissue.detail
@@ -78,14 +80,14 @@ def _healthy_signal(rng: np.random.Generator, contrast: Contrast, tissue: Tissue
     return np.asarray(signal, dtype=np.float32)
 
 
-def _open_fluid(tissue: Tissue, contrast: Contrast) -> Floats:
+def _open_fluid(tissue: TissueClass, contrast: Contrast) -> Floats:
     """Fluid as it shines on T2: less in the thin layer over the brain, which the skull stripping half removes."""
     if contrast != "t2":
         return tissue.fluid
     return tissue.fluid * np.clip(0.35 + 0.65 * tissue.depth_mm / 7, 0, 1)
 
 
-def _mottle(rng: np.random.Generator, patches: Field, grid: Grid, inside: Mask) -> Floats:
+def _mottle(rng: np.random.Generator, patches: Field, grid: PhantomGrid, inside: Mask) -> Floats:
     """Unevenness inside a tumour: patches that all contrasts share, and finer ones of each contrast's own."""
     own = Field.draw(rng, 4.0)
     return (0.7 * patches.on(grid.axes_mm) + 0.7 * own.on(grid.axes_mm))[inside]
@@ -124,7 +126,7 @@ def _draw_scanner(rng: np.random.Generator, contrast: Contrast) -> _Scanner:
 
 
 def _acquire(
-    scanner: _Scanner, noise_rng: np.random.Generator, signal: Floats, inside: Mask, grid: Grid
+    scanner: _Scanner, noise_rng: np.random.Generator, signal: Floats, inside: Mask, grid: PhantomGrid
 ) -> npt.NDArray[np.int16]:
     """Blur, Rician noise, gain and rounding; 0 outside the brain, at least 1 inside."""
     from scipy import ndimage

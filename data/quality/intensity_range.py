@@ -124,7 +124,7 @@ def range_of(cases: Iterable[Quantiles]) -> IntensityRange:
     )
 
 
-def joined(ranges: Iterable[IntensityRange]) -> IntensityRange:
+def merged_range(ranges: Iterable[IntensityRange]) -> IntensityRange:
     """The range over the cases of several; cases in more than one of them count in each."""
     found = list(ranges)
     both = range_of([*(one.least for one in found), *(one.largest for one in found)])

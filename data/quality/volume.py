@@ -53,7 +53,7 @@ def judge_volume(seen: Digest, contrast: str) -> list[Finding]:
         return [Finding(kind="constant", severity="problem", contrast=contrast, message=message, action=action)]
     findings = [thick_slices(seen.spacing_mm, contrast), skull(seen, contrast)]
     if not seen.has_background:
-        findings.append(cut(seen, contrast))
+        findings.append(cut_field_of_view(seen, contrast))
     return [finding for finding in findings if finding is not None]
 
 
@@ -164,7 +164,7 @@ def _band_along(rays: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_], st
     return bool(dark[at_mm[1:] <= _BAND_MM].any())
 
 
-def cut(seen: Digest, contrast: str) -> Finding | None:
+def cut_field_of_view(seen: Digest, contrast: str) -> Finding | None:
     """A note where the brain ends in a plane, at the volume's border or before it."""
     tissue = seen.coarse != 0
     ends = []

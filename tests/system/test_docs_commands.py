@@ -170,11 +170,13 @@ def things(
 
     def label_map(place: Path) -> None:
         """A label map on the grid of the study's T1c."""
-        from data.dicom.contrasts import choose
-        from data.dicom.study import open_study, read_chosen, write_case
+        from data.dicom.contrasts import choose_series
+        from data.dicom.study import open_study, read_chosen, write_dicom_case
 
         with open_study(request.getfixturevalue("dicom_study")) as study:
-            case = write_case(place.parent / "scratch", read_chosen(study, choose(study.series, {})), case_id="a")
+            case = write_dicom_case(
+                place.parent / "scratch", read_chosen(study, choose_series(study.series, {})), case_id="a"
+            )
         image: Any = nib.load(next(case.glob("*_t1ce.nii.gz")))
         labels = np.zeros(image.shape, dtype=np.uint8)
         labels[4:8, 4:8, 4:8] = 2

@@ -11,7 +11,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from data.datasets.export import export
+from data.datasets.export import export_dataset
 from data.labels import CONVENTIONS, decode
 
 Call = Callable[..., Any]
@@ -20,7 +20,7 @@ Call = Callable[..., Any]
 @pytest.fixture(scope="module")
 def decathlon(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms as 4D files."""
-    return export(phantoms, tmp_path_factory.mktemp("exported") / "Task01", "msd").out
+    return export_dataset(phantoms, tmp_path_factory.mktemp("exported") / "Task01", "msd").out
 
 
 def predicted(folder: Path, case: str) -> Any:

@@ -241,10 +241,10 @@ def test_text_csv_and_json_hold_the_same_table(
         table = list(csv.DictReader(file))
     assert [row["subset"] for row in table] == ["+".join(subset) for subset in SUBSETS]
     assert [float(row["mean_dice"]) for row in table] == [row["mean_dice"] for row in content["subsets"]]
-    from app.inference.subsets import rows
+    from app.inference.subsets import subset_rows
 
-    assert rows(subset_table)[0] == ["contrasts", "n", "WT Dice", "TC Dice", "ET Dice", "mean"]
-    assert [row[1] for row in rows(subset_table)[1:]] == ["2"] * 15
+    assert subset_rows(subset_table)[0] == ["contrasts", "n", "WT Dice", "TC Dice", "ET Dice", "mean"]
+    assert [row[1] for row in subset_rows(subset_table)[1:]] == ["2"] * 15
 
 
 def test_a_case_that_lacks_a_contrast_counts_in_the_rows_it_can(

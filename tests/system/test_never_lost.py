@@ -21,7 +21,7 @@ from app.config.load import RunConfig, load_config
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.runs.checkpoints import load_newest, save
 from app.runs.folder import read_metrics
-from app.system.disk_full import RoomWait
+from app.system.disk_full import RetryOnFullDisk
 from app.training.config_changes import FIXED, HARMLESS, require_allowed
 from app.training.run import resume, start
 from app.training.step import Stepper, StepResult
@@ -459,7 +459,7 @@ def test_metrics_that_meet_a_full_disk_are_whole_when_there_is_room(
             self._file.close()
 
     monkeypatch.setattr(disk_full, "RETRY_SECONDS", 0.01)
-    wait = RoomWait(stopped=lambda: False)
+    wait = RetryOnFullDisk(stopped=lambda: False)
     log = MetricsLog(
         tmp_path,
         keep_up_to_step=0,
@@ -478,7 +478,7 @@ def test_another_error_than_a_full_disk_is_no_reason_to_wait(tmp_path: Path) -> 
         raise OSError(errno.EIO, "Input/output error")
 
     with pytest.raises(OSError, match="Input/output"):
-        RoomWait(stopped=lambda: False).write(broken, what="it", needed_bytes=1, folder=tmp_path)
+        RetryOnFullDisk(stopped=lambda: False).write(broken, what="it", needed_bytes=1, folder=tmp_path)
 
 
 # In view

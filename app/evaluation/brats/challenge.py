@@ -48,12 +48,16 @@ def evaluate_by_rules(
 
 def rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
     """The table for the terminal: header, cases, mean and median."""
-    return brats2026.rows(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.rows(evaluation)
+    return brats2026.rows(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.lesion_rows(evaluation)
 
 
 def remarks(evaluation: ChallengeEvaluation) -> list[str]:
     """What the numbers of the terminal's table turn on, a sentence each."""
-    return brats2026.remarks(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.remarks(evaluation)
+    return (
+        brats2026.remarks(evaluation)
+        if isinstance(evaluation, PackageEvaluation)
+        else evaluate.lesion_remarks(evaluation)
+    )
 
 
 def write_table(evaluation: ChallengeEvaluation, path: Path) -> None:
@@ -61,4 +65,4 @@ def write_table(evaluation: ChallengeEvaluation, path: Path) -> None:
     if isinstance(evaluation, PackageEvaluation):
         brats2026.write_table(evaluation, path)
     else:
-        evaluate.write_table(evaluation, path)
+        evaluate.write_lesion_table(evaluation, path)

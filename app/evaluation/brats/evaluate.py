@@ -155,7 +155,7 @@ def evaluate_officially(
     return OfficialEvaluation(rules=rules, cases=tuple(cases), folders=folders, failures=failures)
 
 
-def rows(evaluation: OfficialEvaluation) -> list[list[str]]:
+def lesion_rows(evaluation: OfficialEvaluation) -> list[list[str]]:
     """The table for the terminal: header, cases, mean and median; lesion-wise Dice and HD95 in mm of each region."""
     regions = [rule.name for rule in evaluation.rules.scored]
     return [
@@ -167,7 +167,7 @@ def rows(evaluation: OfficialEvaluation) -> list[list[str]]:
     ]
 
 
-def remarks(evaluation: OfficialEvaluation) -> list[str]:
+def lesion_remarks(evaluation: OfficialEvaluation) -> list[str]:
     """What the numbers of the terminal's table turn on, a sentence each."""
     found: dict[str, tuple[int, int]] = {}
     for rule in evaluation.rules.scored:
@@ -193,7 +193,7 @@ def _counts(numbers: Mapping[str, int]) -> str:
     return ", ".join(f"{name} {count}" for name, count in numbers.items())
 
 
-def write_table(evaluation: OfficialEvaluation, path: Path) -> None:
+def write_lesion_table(evaluation: OfficialEvaluation, path: Path) -> None:
     """Write all numbers as CSV: columns ``case``, ``WT_lesion_dice``, ...; rows: cases, ``mean``, ``median``.
 
     Args:

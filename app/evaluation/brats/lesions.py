@@ -87,7 +87,7 @@ def _spread(mask: Mask, axis: int, *, into: Mask | None = None) -> Mask:
     return out
 
 
-def without_small(lesions: Lesions, most_voxels: float) -> Lesions:
+def without_small_lesions(lesions: Lesions, most_voxels: float) -> Lesions:
     """Lesions of more voxels than ``most_voxels``; the others keep their numbers."""
     sizes = np.bincount(lesions.numbers.ravel())
     table = np.arange(len(sizes), dtype=np.int32)

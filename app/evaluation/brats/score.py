@@ -23,7 +23,7 @@ from app.evaluation.brats.lesions import (
     counted,
     joined_by,
     joined_components,
-    without_small,
+    without_small_lesions,
 )
 from app.evaluation.brats.rules import RegionRule, Rules
 from app.evaluation.surfaces import Spacing, corner_codes, robust_distance_mm, surface_areas_mm2
@@ -136,7 +136,7 @@ class _Case:
         if not predicted:
             return lesions
         least = rule.threshold_mm3 / self.voxel_mm3 if self.rules.least_in_mm3 else rule.threshold_mm3
-        return without_small(lesions, least)
+        return without_small_lesions(lesions, least)
 
     @property
     def penalty_mm(self) -> float:

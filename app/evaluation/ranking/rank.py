@@ -37,7 +37,7 @@ _SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Difference:
+class RankDifference:
     """How two sets differ in one metric, mean over regions."""
 
     metric: str
@@ -94,7 +94,7 @@ class Ranking:
     """Mean rank of each set in each case, shape (sets, cases); 1 is the best."""
     tests: tuple[RankTest, ...]
     """Each two sets, in mean rank."""
-    differences: tuple[Difference, ...]
+    differences: tuple[RankDifference, ...]
     """Each two sets, in each metric."""
     left_out: tuple[str, ...]
     """Case ids that are not scored in all sets, sorted."""
@@ -231,7 +231,7 @@ def permutation_p(differences: FloatArray, *, permutations: int = PERMUTATIONS, 
     return float((1 + np.count_nonzero(drawn >= abs(differences.sum()) - 1e-9)) / (1 + permutations))
 
 
-def rows(ranking: Ranking) -> list[list[str]]:
+def rank_rows(ranking: Ranking) -> list[list[str]]:
     """The table for the terminal: one row a set, the best first."""
     best = ranking.order[0]
     against = {frozenset((test.first, test.second)): test for test in ranking.tests}
@@ -267,7 +267,7 @@ def difference_rows(ranking: Ranking) -> list[list[str]]:
     ]
 
 
-def write_table(ranking: Ranking, path: Path) -> None:
+def write_rank_table(ranking: Ranking, path: Path) -> None:
     """Write a CSV with one row for each case and set: its mean rank, and the numbers it was ranked by.
 
     Raises:
@@ -335,7 +335,7 @@ def _rank_tests(names: Sequence[str], case_ranks: FloatArray) -> tuple[RankTest,
     )
 
 
-def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[Difference]:
+def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[RankDifference]:
     """Each two sets in one metric; ``values``: shape (sets, cases)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
     gaps = [values[a] - values[b] for a, b in pairs]
@@ -345,7 +345,7 @@ def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[
     for (a, b), gap, (p, no_test), p_holm in zip(pairs, gaps, tested, corrected, strict=True):
         low, high = bootstrap_interval(gap[None])
         found.append(
-            Difference(
+            RankDifference(
                 metric=metric,
                 first=names[a],
                 second=names[b],

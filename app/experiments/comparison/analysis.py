@@ -19,7 +19,7 @@ from app.evaluation.statistics import (
     paired_difference,
     spread,
 )
-from app.experiments.comparison.plan import Plan, RunKey
+from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results
 from app.experiments.comparison.verdict import caveats, verdict
 from app.experiments.runs import backends_sentence, count_backends
@@ -192,7 +192,7 @@ def _summary(
     )
 
 
-def _with_verdicts(plan: Plan, summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
+def _with_verdicts(plan: ComparisonPlan, summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
     """The summaries of one optimiser with p values corrected over its arms, and with words."""
     others = [summary for summary in summaries if summary.arm != plan.baseline]
     corrected = {measure: holm([summary.differences[measure].p for summary in others]) for measure in MEASURES}

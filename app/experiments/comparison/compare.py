@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from app.evaluation.metrics import DICE_DEFINITION
 from app.experiments.comparison.analysis import Analysis, Records, analyse
-from app.experiments.comparison.plan import Plan, RunKey
+from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results, make_runs
 from app.notice import NOTICE
 from app.progress import OnProgress, silent
@@ -48,14 +48,14 @@ class Comparison:
 
     @property
     def page(self) -> Path:
-        """Where the page goes; :func:`app.reports.comparison.write_page` writes it."""
+        """Where the page goes; :func:`app.reports.comparison.write_comparison_page` writes it."""
         return self.out / "compare.html"
 
 
 def compare(
     data: Path,
     out: Path,
-    plan: Plan,
+    plan: ComparisonPlan,
     *,
     fold: int = 0,
     split_file: Path | None = None,

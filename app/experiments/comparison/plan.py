@@ -10,7 +10,7 @@ from typing import Any, Final, cast, get_args, get_type_hints
 
 from app.config.gradient import AUTO, GradientConfig
 from app.config.load import RunConfig, load_config, to_plain
-from app.config.load import differences as changed_keys
+from app.config.load import config_differences as changed_keys
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 
@@ -58,8 +58,8 @@ class RunKey:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Which runs are made; :func:`make_plan` checks it."""
+class ComparisonPlan:
+    """Which runs are made; :func:`plan_comparison` checks it."""
 
     config: RunConfig
     """What all runs share."""
@@ -132,7 +132,7 @@ class Plan:
         }
 
 
-def make_plan(  # noqa: PLR0913 - one for each option of the command
+def plan_comparison(  # noqa: PLR0913 - one for each option of the command
     *,
     config: str = "laptop",
     overrides: Sequence[str] = (),
@@ -145,7 +145,7 @@ def make_plan(  # noqa: PLR0913 - one for each option of the command
     target_dice: float | None = None,
     variants: Sequence[str] = (),
     first_seed: int = 0,
-) -> Plan:
+) -> ComparisonPlan:
     """Check what was asked for and make a plan of it.
 
     Args:
@@ -188,7 +188,7 @@ def make_plan(  # noqa: PLR0913 - one for each option of the command
         key = override.partition("=")[0].strip()
         if key in _TAKEN:
             raise ConfigError(f"--set {override}: the comparison sets {key} itself; use {_TAKEN[key]}")
-    plan = Plan(
+    plan = ComparisonPlan(
         config=load_config(config, [*overrides, f"training.steps={steps}"]),
         arms=tuple(arms),
         optimizers=tuple(optimizers),

@@ -24,9 +24,9 @@ from typing import Any, Final
 
 from app.config.load import from_plain
 from app.errors import ConfigError, InterruptedRunError
-from app.experiments.comparison.plan import Plan, RunKey, shared_settings
+from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
 from app.experiments.comparison.scoring import score_run
-from app.experiments.comparison.split import Parts, fold_parts, read_parts
+from app.experiments.comparison.split import ThreeWaySplit, fold_parts, read_parts
 from app.experiments.runs import (
     differences,
     has_begun,
@@ -42,7 +42,7 @@ from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, write_json
 from app.training.cases import tell_of_names, tell_of_patients
 from app.training.run import TrainResult
-from data.datasets.label_stats import Tumour, read_label_maps, tumours_of, values_of
+from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
 from data.datasets.patients import patient_by_older_versions
 from data.errors import DataError
@@ -59,8 +59,8 @@ _PLAN: Final = "plan.json"
 class Results:
     """What the runs of a comparison gave."""
 
-    plan: Plan
-    parts: Parts
+    plan: ComparisonPlan
+    parts: ThreeWaySplit
     chosen: Mapping[tuple[str, str], float]
     """Learning rate by optimiser and arm."""
     runs: Mapping[RunKey, Mapping[str, Any]]
@@ -70,7 +70,7 @@ class Results:
 def make_runs(
     data: Path,
     out: Path,
-    plan: Plan,
+    plan: ComparisonPlan,
     *,
     fold: int = 0,
     split_file: Path | None = None,
@@ -142,8 +142,8 @@ class _Work:
 
     data: Path
     out: Path
-    plan: Plan
-    parts: Parts
+    plan: ComparisonPlan
+    parts: ThreeWaySplit
     cases: Mapping[str, Case]
     labels: str | None
     store: CaseFolder
@@ -308,7 +308,7 @@ class _Work:
         return self.out / "results" / f"{key.name}.json"
 
 
-def choose_rates(plan: Plan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+def choose_rates(plan: ComparisonPlan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
     """By optimiser and arm the rate with the best mean validation Dice for the first seed; of equals the lowest.
 
     Args:
@@ -354,11 +354,11 @@ def _parts_on_record(out: Path) -> Any:
     return json_object(read_json(path), path).get("parts") if path.exists() else None
 
 
-def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> Parts:
+def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> ThreeWaySplit:
     """The parts of a fold; those a comparison began with where an older version dealt them by its own rules."""
     patients = patients_of(cases.values())
     before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
-    tumours: dict[str, Tumour] | None = None
+    tumours: dict[str, LabelStats] | None = None
     if begun is not None:
         for known in (patients, before):  # by case id alone, as the oldest versions did
             with suppress(DataError):
@@ -371,7 +371,7 @@ def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: A
     return fold_parts(patients, fold, _tumours(cases, labels) if tumours is None else tumours)
 
 
-def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, Tumour]:
+def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, LabelStats]:
     held = read_label_maps(cases.values())
     return tumours_of(cases, held, decide_for(values_of(cases, held), list(cases.values()), labels=labels))
 

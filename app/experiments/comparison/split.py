@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from data.datasets.label_stats import Tumour
+from data.datasets.label_stats import LabelStats
 from data.datasets.splits import FOLDS, Split, fold_split, ids_of, read_split, require_apart, stratified_split
 from data.errors import DataError
 
@@ -16,7 +16,7 @@ _LEAST_PATIENTS: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class ThreeWaySplit:
     """Case ids of the three parts."""
 
     train: tuple[str, ...]
@@ -40,7 +40,9 @@ class Parts:
         return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
 
 
-def fold_parts(patients: Mapping[str, str], fold: int, tumours: Mapping[str, Tumour] | None = None) -> Parts:
+def fold_parts(
+    patients: Mapping[str, str], fold: int, tumours: Mapping[str, LabelStats] | None = None
+) -> ThreeWaySplit:
     """Fold ``fold`` tests, the next one validates, the others train.
 
     The folds are those of ``train``, so that every case is tested in one fold.
@@ -64,10 +66,10 @@ def fold_parts(patients: Mapping[str, str], fold: int, tumours: Mapping[str, Tum
         for number in (fold, (fold + 1) % min(FOLDS, count))
     )
     left = tuple(case_id for case_id in sorted(patients) if case_id not in {*test, *validation})
-    return Parts(train=left, validation=validation, test=test)
+    return ThreeWaySplit(train=left, validation=validation, test=test)
 
 
-def read_parts(path: Path, patients: Mapping[str, str]) -> Parts:
+def read_parts(path: Path, patients: Mapping[str, str]) -> ThreeWaySplit:
     """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
 
     Raises:
@@ -83,4 +85,4 @@ def read_parts(path: Path, patients: Mapping[str, str]) -> Parts:
     if unknown:
         raise DataError(f"{path}: not in the data set: {', '.join(unknown[:5])}{' ...' if len(unknown) > 5 else ''}")
     require_apart(path, patients, {"test": test, "another part": (*split.train, *split.validation)})
-    return Parts(train=split.train, validation=split.validation, test=tuple(test))
+    return ThreeWaySplit(train=split.train, validation=split.validation, test=tuple(test))

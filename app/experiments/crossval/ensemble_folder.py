@@ -15,7 +15,7 @@ from app.experiments.crossval.tune import Tuning
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_json
-from app.runs.model_card import describe, seal
+from app.runs.model_card import describe_model, seal
 from app.runs.training_record import INTENSITIES_FILE
 from app.system.device import versions
 from data.labels import CONTRASTS, REGIONS
@@ -83,7 +83,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
             "versions": versions(),
         },
     )
-    seal(beside, {**describe(beside), "name": ENSEMBLE_FOLDER})
+    seal(beside, {**describe_model(beside), "name": ENSEMBLE_FOLDER})
     if place.exists():
         shutil.rmtree(place)
     beside.rename(place)

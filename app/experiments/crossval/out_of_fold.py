@@ -48,7 +48,7 @@ _DAMAGE: Final = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, z
 
 
 @dataclass(frozen=True, kw_only=True)
-class Answer:
+class OutOfFoldPrediction:
     """What a network says of a case, and what is right."""
 
     answers: Bytes
@@ -84,7 +84,7 @@ def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
 
 def answer_of(
     model: Model, case: Case, runtime: Runtime, *, convention: LabelConvention, nan_to_zero: bool = False
-) -> Answer:
+) -> OutOfFoldPrediction:
     """Predict a case and read its reference.
 
     Args:
@@ -111,7 +111,7 @@ def answer_of(
     held = reference != 0
     held[prepared.box] = True
     box = smallest_box(held)
-    return Answer(
+    return OutOfFoldPrediction(
         answers=to_bytes(centred[:, *box]),
         reference=np.ascontiguousarray(reference[box]),
         logit_counts=no_counts()
@@ -123,7 +123,7 @@ def answer_of(
     )
 
 
-def write_answer(path: Path, answer: Answer) -> None:
+def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
     """Write a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
@@ -152,7 +152,7 @@ def read_counts(path: Path) -> Counts:
         raise _damaged(path, error) from error
 
 
-def read_answer(path: Path) -> Answer:
+def read_answer(path: Path) -> OutOfFoldPrediction:
     """Read a file.
 
     Raises:
@@ -164,7 +164,7 @@ def read_answer(path: Path) -> Answer:
             x, y, z = file["spacing_mm"].tolist()
             if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
                 raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
-            return Answer(
+            return OutOfFoldPrediction(
                 answers=answers,
                 reference=reference,
                 logit_counts=_counts(file["logit_counts"]),

@@ -21,9 +21,9 @@ from app.experiments.crossval.ensemble_folder import write_ensemble
 from app.experiments.crossval.fold import work_on_fold
 from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
-from app.experiments.crossval.summary import Summary, summarise, write_table
+from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
 from app.experiments.crossval.tune import Scores, Tuning, tune
-from app.experiments.crossval.workers import Job, slots_of, work_in_processes
+from app.experiments.crossval.workers import FoldJob, fold_slots, work_in_processes
 from app.experiments.runs import backends_sentence, count_backends, has_begun, json_object, only_warnings, require_place
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
@@ -59,7 +59,7 @@ class CrossValidation:
 
     @property
     def page(self) -> Path:
-        """Where the page goes; :func:`app.reports.crossval.write_page` writes it."""
+        """Where the page goes; :func:`app.reports.crossval.write_crossval_page` writes it."""
         return self.out / "crossval.html"
 
 
@@ -96,7 +96,7 @@ def cross_validate(
         OSError: the machine, as full disks or a process that was killed.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    slots = slots_of(devices, jobs, config_device=config.runtime.device)
+    slots = fold_slots(devices, jobs, config_device=config.runtime.device)
     for device in slots:
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
@@ -152,7 +152,7 @@ class _Work:
         self.what = f"folds {', '.join(map(str, left))}"
         work_in_processes(
             [
-                Job(
+                FoldJob(
                     data=str(self.data.resolve()),
                     out=str(self.folds.out.resolve()),
                     fold=fold,
@@ -221,7 +221,7 @@ class _Work:
             "machine": machine(),
             "notice": NOTICE,
         }
-        write_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
+        write_crossval_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
         write_json(out / "crossval.json", content)
         metrics = [read_metrics(self.folds.run(fold)) for fold in range(len(self.folds.splits))]
         self.on_progress(

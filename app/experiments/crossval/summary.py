@@ -97,7 +97,7 @@ def summarise(folds: Folds, rules: Postprocess) -> Summary:
     )
 
 
-def write_table(path: Path, summaries: Mapping[str, Summary]) -> None:
+def write_crossval_table(path: Path, summaries: Mapping[str, Summary]) -> None:
     """Write the scores of every case as CSV, in full precision; the file is there whole or not at all.
 
     Args:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.evaluation.metrics import dice
-from app.experiments.crossval.out_of_fold import Answer, read_answer
+from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, read_answer
 from app.inference.postprocess import ByRegion, Postprocess
 from data.labels import REGIONS, to_regions
 from data.preprocess import smallest_box
@@ -133,8 +133,8 @@ def tune(scores: Scores, fold_of: Sequence[int]) -> Tuning:
         RunError: a file is missing or damaged.
     """
     folds = np.array(fold_of)
-    chosen, steps = choose(scores, np.ones(len(folds), dtype=bool))
-    nested = [choose(scores, folds != fold)[0] for fold in range(max(fold_of) + 1)]
+    chosen, steps = choose_rules(scores, np.ones(len(folds), dtype=bool))
+    nested = [choose_rules(scores, folds != fold)[0] for fold in range(max(fold_of) + 1)]
     plain, tuned, *left_out = (dices.mean(axis=1) for dices in scores.of([Postprocess(), chosen, *nested]))
     gains = np.zeros(len(folds))
     for fold, dices in enumerate(left_out):
@@ -150,7 +150,7 @@ def tune(scores: Scores, fold_of: Sequence[int]) -> Tuning:
     )
 
 
-def choose(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postprocess, tuple[Step, ...]]:
+def choose_rules(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postprocess, tuple[Step, ...]]:
     """Rules that are best on some of the cases, chosen one after the other.
 
     Args:
@@ -222,7 +222,7 @@ def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
     return np.array(rows, dtype=np.float64)
 
 
-def cropped(answer: Answer) -> Answer:
+def cropped(answer: OutOfFoldPrediction) -> OutOfFoldPrediction:
     """The part of an answer where there is tumour, or may be under some candidate; it holds all that Dice counts."""
     may_be = (answer.answers >= min(THRESHOLDS) * 256).any(axis=0) | (answer.reference != 0)
     if not may_be.any():

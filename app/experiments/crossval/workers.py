@@ -37,7 +37,7 @@ from app.system.worker_process import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class FoldJob:
     """One fold for one worker."""
 
     data: str
@@ -48,7 +48,7 @@ class Job:
     """Whether a GPU must be there."""
 
 
-def slots_of(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:
+def fold_slots(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:
     """Where folds are worked on, an entry a process: a device, or None for that of the config.
 
     Args:
@@ -83,7 +83,7 @@ def slots_of(devices: str | None, jobs: int | None, *, config_device: str) -> tu
 
 
 def work_in_processes(
-    jobs: Sequence[Job],
+    jobs: Sequence[FoldJob],
     devices: Sequence[str | None],
     *,
     logs: Path,
@@ -96,7 +96,7 @@ def work_in_processes(
 
     Args:
         jobs: what is to be done.
-        devices: as of :func:`slots_of`.
+        devices: as of :func:`fold_slots`.
         logs: folder for what the processes write to stderr.
         on_progress: told the fold and where it is, on the caller's thread.
         on_done: told the fold that is done, on the caller's thread.
@@ -105,10 +105,10 @@ def work_in_processes(
         DataError, ConfigError, RunError, DeviceError, OSError: of the first process that failed.
         KeyboardInterrupt: this process was interrupted; the others have ended.
     """
-    waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+    waiting: queue.SimpleQueue[FoldJob] = queue.SimpleQueue()
     for job in jobs:
         waiting.put(job)
-    told: queue.SimpleQueue[tuple[Job, dict[str, Any]]] = queue.SimpleQueue()
+    told: queue.SimpleQueue[tuple[FoldJob, dict[str, Any]]] = queue.SimpleQueue()
     stopping = threading.Event()
     logs.mkdir(parents=True, exist_ok=True)
     environments = [environment_of(device, len(devices), given=dict(os.environ)) for device in devices]
@@ -147,8 +147,8 @@ class _Slot:
 
     device: str | None
     environment: dict[str, str]
-    waiting: queue.SimpleQueue[Job]
-    told: queue.SimpleQueue[tuple[Job, dict[str, Any]]]
+    waiting: queue.SimpleQueue[FoldJob]
+    told: queue.SimpleQueue[tuple[FoldJob, dict[str, Any]]]
     stopping: threading.Event
     logs: Path
     process: subprocess.Popen[str] | None = None
@@ -184,7 +184,7 @@ class _Slot:
         if self.thread is not None:
             self.thread.join()
 
-    def _do(self, job: Job) -> None:
+    def _do(self, job: FoldJob) -> None:
         log = self.logs / f"fold-{job.fold}.txt"
         with log.open("w", encoding="utf-8") as stderr:
             with self.starting:
@@ -199,7 +199,7 @@ class _Slot:
             text = f"its process {how} and did not say why; {log} has what it wrote. The same command goes on."
             self.told.put((job, {"error": "OSError", "message": text}))
 
-    def _told_by(self, process: subprocess.Popen[str], job: Job) -> bool:
+    def _told_by(self, process: subprocess.Popen[str], job: FoldJob) -> bool:
         """Pass on every line; whether the process said how it ended."""
         assert process.stdin is not None
         assert process.stdout is not None
@@ -225,13 +225,13 @@ def main() -> int:
 
 
 def _work(lines: Iterator[str], tell: Tell) -> None:
-    job = Job(**json.loads(next(lines)))
+    job = FoldJob(**json.loads(next(lines)))
     threading.Thread(target=stop_when_alone, daemon=True).start()
     _do_job(job, tell)
     tell({"done": True})
 
 
-def _do_job(job: Job, tell: Tell) -> None:
+def _do_job(job: FoldJob, tell: Tell) -> None:
     from app.experiments.crossval.fold import work_on_fold
     from app.experiments.crossval.folds import begun
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from app.inference.backends.graph import Graph, divisor, live_values
 from app.inference.sliding_window.grid import Size
-from app.inference.sliding_window.memory_fallback import Way
+from app.inference.sliding_window.memory_fallback import ComputePlan
 from app.inference.sliding_window.numpy_blend import Array, stitched_logits
 from app.system.device import Runtime, below_gpu
 from app.system.resources import threads
@@ -29,7 +29,7 @@ _OVERHEAD: Final = 1.6
 _GPU_WINDOWS: Final = 2
 
 
-class Engine(Protocol):
+class Backend(Protocol):
     """A network and what computes it."""
 
     @property
@@ -37,11 +37,11 @@ class Engine(Protocol):
         """Its operations."""
         ...
 
-    def first_way(self, window: Size, runtime: Runtime) -> Way:
+    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
         """How windows are computed where memory is enough."""
         ...
 
-    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
         """Do what can be done before there is an image, for windows of a way where that is known already.
 
         Raises:
@@ -62,7 +62,7 @@ class Engine(Protocol):
         ...
 
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
         """Logits of a volume.
 
@@ -78,7 +78,7 @@ class Engine(Protocol):
         """
         ...
 
-    def window_bytes(self, way: Way, runtime: Runtime) -> int:
+    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
         """Estimate of what computing takes on the CPU, beside image and answer."""
         ...
 
@@ -105,17 +105,17 @@ class TorchEngine:
         self._settled = False
         self._live = live_values(graph, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 
-    def first_way(self, window: Size, runtime: Runtime) -> Way:
+    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
         """On the runtime's device; on a GPU some windows at once."""
         device = runtime.device_name
         batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
-        return Way(window=window, batch=batch, device=device, stitch_on=device)
+        return ComputePlan(window=window, batch=batch, device=device, stitch_on=device)
 
-    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
         """Nothing: torch needs no preparation."""
 
     def settle(self, runtime: Runtime) -> None:
-        """As of :class:`Engine`: torch's libraries, and those of a GPU."""
+        """As of :class:`Backend`: torch's libraries, and those of a GPU."""
         import torch
 
         if self._settled:
@@ -129,9 +129,9 @@ class TorchEngine:
         """Nothing: torch keeps nothing of a volume on the CPU."""
 
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As of :class:`Engine`."""
+        """As of :class:`Backend`."""
         import torch
 
         from app.inference.sliding_window.torch_blend import sliding_logits
@@ -153,8 +153,8 @@ class TorchEngine:
         answer: npt.NDArray[Any] = found.cpu().numpy()
         return answer
 
-    def window_bytes(self, way: Way, runtime: Runtime) -> int:
-        """As of :class:`Engine`; a GPU's memory is not the CPU's."""
+    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
+        """As of :class:`Backend`; a GPU's memory is not the CPU's."""
         if way.device != "cpu":
             return 0
         return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
@@ -182,11 +182,11 @@ class OpenvinoEngine:
         self._settled = False
         self._live = live_values(graph, {name: array.shape for name, array in weights.items()})
 
-    def first_way(self, window: Size, runtime: Runtime) -> Way:
+    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
         """One window at once: all cores work on it."""
-        return Way(window=window, device=runtime.device_name)
+        return ComputePlan(window=window, device=runtime.device_name)
 
-    def warm_up(self, way: Way | None, runtime: Runtime) -> None:
+    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
         """Import OpenVINO, and have it compile the network."""
         from app.inference.backends import openvino_backend  # noqa: F401 - imports openvino
 
@@ -194,7 +194,7 @@ class OpenvinoEngine:
             self._compiled_for(way, runtime)
 
     def settle(self, runtime: Runtime) -> None:
-        """As of :class:`Engine`: OpenVINO's plugin for CPUs, and code that it makes for them."""
+        """As of :class:`Backend`: OpenVINO's plugin for CPUs, and code that it makes for them."""
         if self._settled:
             return
         self._settled = True
@@ -203,13 +203,13 @@ class OpenvinoEngine:
         self.forget()
 
     def forget(self) -> None:
-        """As of :class:`Engine`: the compiled network, which holds the values of its windows."""
+        """As of :class:`Backend`: the compiled network, which holds the values of its windows."""
         self._compiled = None
 
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: Way
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As of :class:`Engine`."""
+        """As of :class:`Backend`."""
         network = self._compiled_for(way, runtime)
 
         def compute(patches: Array) -> Array:
@@ -217,11 +217,11 @@ class OpenvinoEngine:
 
         return stitched_logits(compute, image, window=way.window, overlap=overlap, batch=way.batch, half=way.half)
 
-    def window_bytes(self, way: Way, runtime: Runtime) -> int:
-        """As of :class:`Engine`."""
+    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
+        """As of :class:`Backend`."""
         return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
 
-    def _compiled_for(self, way: Way, runtime: Runtime) -> CompiledNetwork:
+    def _compiled_for(self, way: ComputePlan, runtime: Runtime) -> CompiledNetwork:
         shape = (way.batch, self.graph.in_channels, *way.window)
         return self._network(shape, bfloat16=runtime.precision_name == "bfloat16")
 
@@ -235,7 +235,7 @@ class OpenvinoEngine:
         return self._compiled
 
 
-def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> Engine:
+def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> Backend:
     """The engine of a runtime's backend; weights are tensors for torch, arrays for OpenVINO.
 
     Raises:
@@ -247,8 +247,8 @@ def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> E
 
 
 def needed_bytes(
-    engine: Engine,
-    way: Way,
+    engine: Backend,
+    way: ComputePlan,
     runtime: Runtime,
     image_shape: Size,
     box_shape: Size,
@@ -289,7 +289,7 @@ def needed_bytes(
     return max(computing, answering)
 
 
-def window_divisor(engine: Engine) -> int:
+def window_divisor(engine: Backend) -> int:
     """What every side of a window must be a multiple of."""
     return divisor(engine.graph)
 

@@ -72,7 +72,7 @@ class Predictions:
         return replace(self, done=tuple(map(brought, self.done)), manifest=None)
 
 
-class Told(Protocol):
+class CaseObserver(Protocol):
     """Who is told by an engine what becomes of the cases; from any thread."""
 
     def begun(self, case: str, what: str = "") -> None:
@@ -84,7 +84,7 @@ class Told(Protocol):
         ...
 
 
-class Engine(Protocol):
+class CaseExecutor(Protocol):
     """What does cases: this process, others on this machine, or Ray."""
 
     @property
@@ -92,7 +92,7 @@ class Engine(Protocol):
         """For the manifest."""
         ...
 
-    def work(self, cases: Sequence[Case], told: Told) -> None:
+    def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
         """Do every case; one that cannot be done is told and does not stop the others.
 
         Raises:
@@ -105,7 +105,7 @@ class Engine(Protocol):
 def predict_each(
     cases: Sequence[Case],
     output: Path,
-    engine: Engine,
+    engine: CaseExecutor,
     *,
     settings: Mapping[str, Any],
     run: Path | None = None,
@@ -129,7 +129,7 @@ def predict_each(
         DataError, OSError, InterruptedRunError: as :func:`app.inference.batch.predict.predict`.
     """
     cohort = Cohort(run=run, settings=json.loads(json.dumps(settings)), engine=engine.name)
-    ledger = _Ledger(cases, output, cohort, on_progress, delivery)
+    ledger = _Progress(cases, output, cohort, on_progress, delivery)
     try:
         if delivery is not None:
             delivery.make_place(cases)
@@ -156,7 +156,7 @@ def predict_each(
     return predictions
 
 
-def _nameable(cases: Sequence[Case], told: Told) -> list[Case]:
+def _nameable(cases: Sequence[Case], told: CaseObserver) -> list[Case]:
     """The cases whose JSON would not stand where the manifest does."""
     for case in cases:
         if f"{case.id}.json" == MANIFEST_FILE:
@@ -166,7 +166,7 @@ def _nameable(cases: Sequence[Case], told: Told) -> list[Case]:
     return [case for case in cases if f"{case.id}.json" != MANIFEST_FILE]
 
 
-class _Ledger:
+class _Progress:
     """What became of each case so far."""
 
     def __init__(

@@ -35,7 +35,7 @@ class Native:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class PredictJob:
     """Which network predicts, with what settings, and where results go."""
 
     run: Path
@@ -113,14 +113,14 @@ class Job:
         )
 
 
-def job_from_plain(content: Mapping[str, Any]) -> Job:
-    """The job that :meth:`Job.to_plain` made plain data of."""
+def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
+    """The job that :meth:`PredictJob.to_plain` made plain data of."""
     native = None
     if content["native"] is not None:
         from data.native_space.to_brats import BringInConfig
 
         native = Native(config=BringInConfig(**content["native"]["config"]), space=content["native"]["space"])
-    return Job(
+    return PredictJob(
         run=Path(content["run"]),
         output=Path(content["output"]),
         device=content["device"],

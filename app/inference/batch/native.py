@@ -18,8 +18,8 @@ from app.inference.batch.fingerprint import file_sha256, settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.pipeline import InThisProcess, Steps, most_voxels_ahead
 from app.inference.batch.predict import asked_for, finish, place_for, unusual_contrasts, write_companions
-from app.inference.confidence import Companion, ShareSteps, Trust, companions, measure, nested
-from app.inference.flags import Facts, Flag, flags_of
+from app.inference.confidence import Companion, ShareSteps, Trust, companions, measure_confidence, nested
+from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
 from app.progress import LOG, OnProgress, silent
@@ -28,7 +28,7 @@ from data.datasets.layouts import Case, find_cases, misnamed_files
 from data.errors import DataError
 from data.labels import Contrast, encode, from_regions, to_regions
 from data.native_space.brain_mask import MASK_WORDS
-from data.native_space.case_files import write_case
+from data.native_space.case_files import write_brats_case
 from data.native_space.from_brats import cut_back, means_back
 from data.native_space.itk import grid_of
 from data.native_space.to_brats import (
@@ -221,7 +221,7 @@ def answer_for(
             raise DataError(f"case {native.id}, contrast {contrast}, prepared: {problem}.")
     on_step(f"{native.id}: network")
     with tempfile.TemporaryDirectory(prefix="znormseg-") as folder:
-        write_case(brought, Path(folder))
+        write_brats_case(brought, Path(folder))
         (case,) = find_cases(Path(folder))
         prepared = prepare(case, spacing_mm=model.spacing_mm)
     # The case was written in canonical order, which is that of the shares.
@@ -239,7 +239,7 @@ def answer_for(
     masks = model.postprocess.clean(to_regions(cut_back(shares, model.postprocess.thresholds)), spacing_mm)
     shown = nested(model.calibration.apply(shares - np.float32(0.5)))
     disagreement = None if answer.disagreement is None else np.clip(back(answer.disagreement), 0, 1)
-    trust = measure(
+    trust = measure_confidence(
         masks,
         shown,
         spacing_mm,
@@ -250,7 +250,7 @@ def answer_for(
     )
     flagged = {*zeroed_warnings(native), *background_warnings(native)}
     registered = [f"{contrast} was registered to t1c and resampled" for contrast in brought.registrations]
-    facts = Facts(
+    facts = CaseFacts(
         case=native.id,
         trust=trust,
         zeroed=native.zeroed,

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from app.config.inference import PredictOptions
-from app.inference.batch.cohort import Prediction, Told
+from app.inference.batch.cohort import CaseObserver, Prediction
 from app.inference.batch.fingerprint import MADE_FROM, files_sha256, made_from
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.sliding_window.memory_fallback import is_out_of_memory
@@ -72,7 +72,7 @@ class InThisProcess(Generic[R, C]):
         """For the manifest."""
         return "local"
 
-    def work(self, cases: Iterable[Case], told: Told, *, stop_cases: Callable[[], None] = lambda: None) -> None:
+    def work(self, cases: Iterable[Case], told: CaseObserver, *, stop_cases: Callable[[], None] = lambda: None) -> None:
         """Do cases one after the other; at most one is read ahead, and at most one is being written.
 
         Args:
@@ -110,7 +110,7 @@ class InThisProcess(Generic[R, C]):
             ahead.stop()
             writer.shutdown()
 
-    def one(self, case: Case, told: Told) -> None:
+    def one(self, case: Case, told: CaseObserver) -> None:
         """Do a single case on this thread.
 
         Raises:
@@ -140,7 +140,7 @@ class InThisProcess(Generic[R, C]):
         with _naming_memory(case, "read"):
             return _Read(case=case, made=made, read=self.steps.read(case))
 
-    def _write(self, case: Case, made: dict[str, Any], computed: C, told: Told) -> None:
+    def _write(self, case: Case, made: dict[str, Any], computed: C, told: CaseObserver) -> None:
         """The last part: first the files, then the JSON that says that they are whole."""
         try:
             with _naming_memory(case, "write"):
@@ -176,7 +176,7 @@ def _naming_memory(case: Case, doing: str) -> Iterator[None]:
 class _Ahead(Generic[R]):
     """Reads one case ahead, on a thread of its own."""
 
-    def __init__(self, engine: InThisProcess[R, Any], cases: Iterator[Case], told: Told) -> None:
+    def __init__(self, engine: InThisProcess[R, Any], cases: Iterator[Case], told: CaseObserver) -> None:
         self._engine = engine
         self._cases = cases
         self._told = told

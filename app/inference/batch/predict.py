@@ -17,8 +17,8 @@ from app.inference.batch.cohort import Prediction, Predictions, predict_each
 from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.pipeline import InThisProcess, Steps, most_voxels_ahead
-from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure, nested
-from app.inference.flags import Facts, Flag, flags_of
+from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
+from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
 from app.notice import NOTICE
@@ -114,7 +114,7 @@ def steps_of(
     return Steps(
         read=lambda case: prepare_case(model, case, output, options),
         compute=lambda given, _: compute_case(model, given, runtime),
-        write=lambda computed: write_case(model, computed, output, runtime),
+        write=lambda computed: write_label_map_of(model, computed, output, runtime),
         warm_up=lambda: warm_up(model, runtime, options),
         most_voxels_ahead=most_voxels_ahead(options),
     )
@@ -161,7 +161,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     masks, shares = predict_masks(model, prepared, answer.centred), nested(model.calibration.apply(answer.centred))
     spacing_mm = canonical_spacing(prepared.native_affine)
     found = companions(shares, answer.disagreement, options)
-    trust = measure(
+    trust = measure_confidence(
         masks,
         shares,
         spacing_mm,
@@ -171,7 +171,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
         flips=answer.flips,
     )
     missing = missing_contrasts(prepared.present)
-    facts = Facts(
+    facts = CaseFacts(
         case=given.case.id,
         trust=trust,
         missing=missing,
@@ -196,7 +196,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     )
 
 
-def write_case(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
+def write_label_map_of(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
     """Write the label map of a case; needs no device, so another thread may do it. The JSON is the engine's.
 
     Raises:

@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.errors import ConfigError, DeviceError, InterruptedRunError
-from app.inference.batch.cohort import Told
-from app.inference.batch.job import Job, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.cohort import CaseObserver
+from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
 from app.progress import LOG
@@ -99,7 +99,7 @@ class _Todo:
 class InProcesses:
     """The engine of several processes."""
 
-    job: Job
+    job: PredictJob
     devices: Sequence[str | None]
     """One entry a process: its device, or None for that of the job."""
 
@@ -108,7 +108,7 @@ class InProcesses:
         """For the manifest."""
         return "local"
 
-    def work(self, cases: Sequence[Case], told: Told) -> None:
+    def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
         """Do cases, each worker the next one when it has done one.
 
         Raises:
@@ -119,17 +119,17 @@ class InProcesses:
         if not cases:
             return
         with tempfile.TemporaryDirectory(prefix="znormseg-") as logs:
-            crew = _Crew(self, cases, told, Path(logs))
+            crew = _WorkerPool(self, cases, told, Path(logs))
             try:
                 crew.work()
             finally:
                 crew.stop()
 
 
-class _Crew:
+class _WorkerPool:
     """The workers, and which case is where; everything but reading what they tell is done on one thread."""
 
-    def __init__(self, engine: InProcesses, cases: Sequence[Case], told: Told, logs: Path) -> None:
+    def __init__(self, engine: InProcesses, cases: Sequence[Case], told: CaseObserver, logs: Path) -> None:
         self._told = told
         self._left = len(cases)
         self._waiting = deque(_Todo(case=case) for case in cases)
@@ -231,7 +231,7 @@ class _Slot:
 
     name: str
     device: str | None
-    job: Job
+    job: PredictJob
     environment: dict[str, str]
     events: queue.SimpleQueue[tuple[_Slot, int, dict[str, Any]]]
     log: Path
@@ -311,11 +311,11 @@ class _Telling:
         self._tell = tell
 
     def begun(self, case: str, what: str = "") -> None:
-        """As :class:`app.inference.batch.cohort.Told`."""
+        """As :class:`app.inference.batch.cohort.CaseObserver`."""
         self._tell({"begun": case, "what": what})
 
     def ended(self, outcome: Outcome) -> None:
-        """As :class:`app.inference.batch.cohort.Told`."""
+        """As :class:`app.inference.batch.cohort.CaseObserver`."""
         self._tell({"case": outcome.case, "content": outcome.content, "message": outcome.message})
 
 

@@ -20,8 +20,8 @@ from functools import lru_cache
 from typing import Any, Final
 
 from app.errors import ConfigError, DeviceError, message
-from app.inference.batch.cohort import Told
-from app.inference.batch.job import Job, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.cohort import CaseObserver
+from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.batch.output_folder import at_work
 from app.inference.batch.pipeline import InThisProcess
@@ -48,7 +48,7 @@ _QUIET: Final = {
 class OnRay:
     """The engine that hands cases to Ray."""
 
-    job: Job
+    job: PredictJob
     processes: int = 1
     """Cases at once on the CPU of a host; on GPUs there is one a GPU."""
 
@@ -57,7 +57,7 @@ class OnRay:
         """For the manifest."""
         return "ray"
 
-    def work(self, cases: Sequence[Case], told: Told) -> None:
+    def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
         """Do cases, each as a task.
 
         Raises:
@@ -83,7 +83,7 @@ class OnRay:
                 _cancel(ray, list(pending))
                 raise
 
-    def _collect(self, ray: Any, pending: dict[Any, Case], told: Told) -> None:
+    def _collect(self, ray: Any, pending: dict[Any, Case], told: CaseObserver) -> None:
         """Wait for one task after the other."""
         warned = False
         while pending:

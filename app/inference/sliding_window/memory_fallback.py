@@ -34,7 +34,7 @@ _SAID: Final = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Way:
+class ComputePlan:
     """How windows are computed."""
 
     window: Size
@@ -56,7 +56,7 @@ class Way:
         return said + (", logits in float16" if self.half else "")
 
 
-class Ladder:
+class MemoryFallback:
     """The way of one case, and the sentences that tell how it came about.
 
     Args:
@@ -66,15 +66,15 @@ class Ladder:
     def __init__(self, max_memory_bytes: int | None = None) -> None:
         self.said: list[str] = []
         self._max_bytes = max_memory_bytes
-        self._way: Way | None = None
+        self._way: ComputePlan | None = None
 
     def run(
         self,
-        compute: Callable[[Way], T],
-        first: Way,
+        compute: Callable[[ComputePlan], T],
+        first: ComputePlan,
         *,
         divisor: int,
-        needed_bytes: Callable[[Way], int],
+        needed_bytes: Callable[[ComputePlan], int],
     ) -> T:
         """Compute, with less memory where it runs out; the next call begins with the way that did.
 
@@ -107,14 +107,14 @@ class Ladder:
             self._tell(f"out of memory with {way} ({reason}); went on with {after}")
             way = after
 
-    def _planned(self, first: Way, divisor: int, needed_bytes: Callable[[Way], int]) -> Way:
+    def _planned(self, first: ComputePlan, divisor: int, needed_bytes: Callable[[ComputePlan], int]) -> ComputePlan:
         """The first way that the bound has room for."""
         if self._max_bytes is None:
             return first
         give_back_freed_memory()
         held = memory_of()
         free = self._max_bytes - (_PROGRAM_BYTES if held is None else held.resident)
-        way: Way | None = first
+        way: ComputePlan | None = first
         while way is not None and needed_bytes(way) > free:
             way = replace(way, half=True) if not way.half else next_way(way, first, divisor)
         if way is None:
@@ -131,7 +131,7 @@ class Ladder:
         self.said.append(sentence)
 
 
-def next_way(way: Way, first: Way, divisor: int) -> Way | None:
+def next_way(way: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan | None:
     """One step down, or None where there is none.
 
     Args:

@@ -121,7 +121,7 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
 ) -> None:
     from app.inference.batch import native
     from data.native_space.brain_mask import BrainMask
-    from data.native_space.itk import Grid
+    from data.native_space.itk import ImageGrid
     from data.native_space.to_brats import BroughtIn
 
     head = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
@@ -129,7 +129,7 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
         id=CASE,
         images=dict.fromkeys(("t1", "t1c", "t2", "flair"), head),
         codes=None,
-        grid=Grid(size=(20, 20, 20), affine=np.eye(4)),
+        grid=ImageGrid(size=(20, 20, 20), affine=np.eye(4)),
         registrations={},
         mask=BrainMask(mask=None, source="none"),
         record={},

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from app.config.load import (
     RunConfig,
+    config_differences,
     config_names,
-    differences,
     from_plain,
     load_config,
     parse_config,
@@ -277,5 +277,5 @@ def test_an_override_below_a_value_is_refused() -> None:
 
 def test_differences_name_key_old_and_new_value() -> None:
     old, new = load_config("laptop"), load_config("laptop", ["training.seed=3"])
-    assert differences(old, new) == ["training.seed: 0 -> 3"]
-    assert differences(old, old) == []
+    assert config_differences(old, new) == ["training.seed: 0 -> 3"]
+    assert config_differences(old, old) == []

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from app.doctor.findings import Finding, examine
+from app.doctor.findings import DoctorFinding, examine
 from app.doctor.probe import Gpu, Package, Place, Probe, probe
 from app.system.resources import MemoryLimit
 
@@ -39,7 +39,7 @@ MADE_UP = Probe(
 CPU_ONLY = replace(MADE_UP, torch="2.10.0+cpu", torch_cuda=None, gpus=(), gpu_in_machine=False, driver_cuda=None)
 
 
-def finding(made_up: Probe, topic: str) -> Finding:
+def finding(made_up: Probe, topic: str) -> DoctorFinding:
     """The one finding on a topic."""
     (found,) = [found for found in examine(made_up) if found.topic == topic]
     return found

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from app.evaluation.evaluate import METRICS, Evaluation, LabelMapsOnce, evaluate, rows, write_table
+from app.evaluation.evaluate import METRICS, Evaluation, LabelMapsOnce, evaluate, score_rows, write_score_table
 from data.errors import DataError
 
 #: x grows to the patient's left, y to posterior: the voxel order of BraTS files.
@@ -366,7 +366,7 @@ def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path,
 def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Path, Path], tmp_path: Path) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
     evaluation = evaluate(*sides)
-    write_table(evaluation, tmp_path / "scores.csv")
+    write_score_table(evaluation, tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [line["case"] for line in table] == ["a", "b", "mean", "median"]
@@ -382,7 +382,7 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
     place = tmp_path / "result"
     place.mkdir()
     (place / "scores.csv").write_text("old")
-    write_table(evaluation, place / "scores.csv")
+    write_score_table(evaluation, place / "scores.csv")
     assert [path.name for path in place.iterdir()] == ["scores.csv"]
     assert (place / "scores.csv").read_text().startswith("case,WT_dice,")
 
@@ -390,14 +390,14 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
 def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
     evaluation = evaluate(*sides)
     with pytest.raises(DataError, match="is a folder"):
-        write_table(evaluation, tmp_path)
+        write_score_table(evaluation, tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        write_table(evaluation, tmp_path / "nowhere" / "scores.csv")
+        write_score_table(evaluation, tmp_path / "nowhere" / "scores.csv")
 
 
 def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
-    table = rows(evaluate(*sides))
+    table = score_rows(evaluate(*sides))
     assert table[0] == ["case", "WT Dice", "WT HD95 mm", "TC Dice", "TC HD95 mm", "ET Dice", "ET HD95 mm"]
     assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]
     assert table[1][:3] == ["a", "0.833", "2.0"]

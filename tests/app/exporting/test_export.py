@@ -14,7 +14,7 @@ import torch
 from app.errors import RunError
 from app.exporting import export as exporting
 from app.exporting.export import FORMATS, export_run
-from app.exporting.parity import LARGEST_DIFFERENCE, Parity, compare
+from app.exporting.parity import LARGEST_DIFFERENCE, Parity, compare_outputs
 from app.exporting.places import folder_when_complete
 from app.inference.model import load_model
 from app.runs.model_card import verify
@@ -128,7 +128,9 @@ def test_an_export_that_differs_is_not_kept(
 def test_a_logit_that_is_no_number_is_a_difference() -> None:
     window = torch.ones(1, 4, 2, 2, 2)
     network = torch.nn.Conv3d(4, 3, 1)
-    parity = compare(network, lambda image: np.full((1, 3, 2, 2, 2), np.nan, dtype=np.float32), [window], "a test")
+    parity = compare_outputs(
+        network, lambda image: np.full((1, 3, 2, 2, 2), np.nan, dtype=np.float32), [window], "a test"
+    )
     assert not parity.holds
 
 
@@ -140,7 +142,7 @@ def test_an_original_whose_logits_are_not_finite_has_no_parity(bias: float) -> N
     def same(image: Any) -> Any:
         return network(torch.from_numpy(image)).detach().numpy()
 
-    parity = compare(network, same, [torch.ones(1, 4, 2, 2, 2)], "a test")
+    parity = compare_outputs(network, same, [torch.ones(1, 4, 2, 2, 2)], "a test")
     with pytest.raises(RunError, match="gives logits that are not finite"):
         parity.require("an export")
     assert not parity.holds

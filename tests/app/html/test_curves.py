@@ -4,7 +4,7 @@ import re
 import numpy as np
 import pytest
 
-from app.html.chart import MOST_POINTS, WIDTH, Chart, Line, draw, nice_ticks, thin
+from app.html.chart import MOST_POINTS, WIDTH, Chart, Line, draw_chart, nice_ticks, thin
 from app.html.curves import curves_html, gradients_html, running_mean
 
 
@@ -115,7 +115,7 @@ def test_no_records_are_said_in_a_sentence() -> None:
 
 def test_labels_of_a_chart_are_escaped() -> None:
     line = Line(label="<b>", style="raw", x=np.array([0.0, 1.0]), y=np.array([0.0, 1.0]))
-    assert "<b>" not in draw(Chart(title="<b>", y_label="<b>", lines=[line]))
+    assert "<b>" not in draw_chart(Chart(title="<b>", y_label="<b>", lines=[line]))
 
 
 def test_gradients_that_were_not_measured_take_no_room() -> None:

@@ -21,7 +21,7 @@ from torch import nn
 
 from app.config.inference import PredictOptions
 from app.inference.backends.executors import TorchEngine
-from app.inference.confidence import bit_steps, entropy_bits, measure, nested, probability_steps
+from app.inference.confidence import bit_steps, entropy_bits, measure_confidence, nested, probability_steps
 from app.inference.model import Model, load_model
 from app.inference.probabilities import FLIPS, predict_answer
 from app.system.device import RuntimeConfig, choose_runtime
@@ -181,7 +181,7 @@ def test_entropy_is_nothing_where_the_answer_is_sure_and_most_at_one_half() -> N
 @given(CENTRED)
 def test_soft_volumes_are_nested_and_no_larger_than_the_volume(centred: Any) -> None:
     shares = nested(centred)
-    found = measure(
+    found = measure_confidence(
         shares > 0,
         shares,
         (1.0, 2.0, 5.0),
@@ -200,7 +200,7 @@ def test_soft_volumes_are_nested_and_no_larger_than_the_volume(centred: Any) -> 
 def test_components_and_the_range_over_answers_are_told() -> None:
     masks = np.zeros((3, 5, 1, 1), dtype=bool)
     masks[0, [0, 1, 2, 4]] = True
-    found = measure(
+    found = measure_confidence(
         masks,
         np.where(masks, np.float32(0.25), np.float32(-0.5)),
         (10.0, 10.0, 10.0),

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from app.inference.confidence import Trust
-from app.inference.flags import CODES, LEAST_IN_LARGEST, MANY_COMPONENTS, TINY_ML, Facts, flags_of
+from app.inference.flags import CODES, LEAST_IN_LARGEST, MANY_COMPONENTS, TINY_ML, CaseFacts, flags_of
 from app.runs.training_record import UNKNOWN, TrainingRecord, training_record
 from app.training.cases import record_intensities
 from data.datasets.layouts import find_cases
@@ -24,7 +24,7 @@ from data.quality.intensity_range import (
     LEAST_CASES,
     MARGIN_SD,
     IntensityRange,
-    joined,
+    merged_range,
     quantiles_of,
     range_from_json,
     range_of,
@@ -43,15 +43,15 @@ PLAIN = Trust(
     networks=2,
     flips=1,
 )
-FACTS = Facts(case="BraTS-GLI-00001-000", trust=PLAIN, zeroed={})
+FACTS = CaseFacts(case="BraTS-GLI-00001-000", trust=PLAIN, zeroed={})
 EVEN = {"t1": (0.0,) * 7, "t1c": (1.0,) * 7}
 
 
-def codes(facts: Facts) -> list[str]:
+def codes(facts: CaseFacts) -> list[str]:
     return [flag.code for flag in flags_of(facts)]
 
 
-def with_volume(ml: float, **changes: Any) -> Facts:
+def with_volume(ml: float, **changes: Any) -> CaseFacts:
     volumes = dict.fromkeys(REGIONS, ml)
     trust = replace(PLAIN, volumes_ml=volumes, soft_volumes_ml=volumes, answer_volumes_ml=(volumes,))
     return replace(FACTS, trust=replace(trust, **changes))
@@ -100,7 +100,7 @@ def test_a_plain_case_has_no_flag() -> None:
         ),
     ],
 )
-def test_what_should_be_known_is_one_flag_of_a_documented_code(facts: Facts, code: str, words: str) -> None:
+def test_what_should_be_known_is_one_flag_of_a_documented_code(facts: CaseFacts, code: str, words: str) -> None:
     (flag,) = flags_of(facts)
     assert flag.code == code
     assert code in CODES
@@ -118,7 +118,7 @@ def test_what_should_be_known_is_one_flag_of_a_documented_code(facts: Facts, cod
         replace(FACTS, training=TrainingRecord(trained_on=("BraTS-GLI-00010-000",))),
     ],
 )
-def test_what_is_just_inside_the_bounds_is_no_flag(facts: Facts) -> None:
+def test_what_is_just_inside_the_bounds_is_no_flag(facts: CaseFacts) -> None:
     assert codes(facts) == []
 
 
@@ -177,7 +177,7 @@ def test_a_range_comes_back_from_json_as_it_was() -> None:
 def test_ranges_join_to_that_of_all_their_cases() -> None:
     one, other = range_of([EVEN]), range_of([{"t1": (-1.0,) * 7}])
     both = range_of([EVEN, {"t1": (-1.0,) * 7}])
-    assert joined([one, other]) == both
+    assert merged_range([one, other]) == both
     assert isinstance(both, IntensityRange)
 
 

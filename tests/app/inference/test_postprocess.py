@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from app.experiments.crossval.logits import no_counts
-from app.experiments.crossval.out_of_fold import Answer, to_bytes
-from app.inference.postprocess import Postprocess, postprocess_from_json, without_small
+from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, to_bytes
+from app.inference.postprocess import Postprocess, postprocess_from_json, without_small_components
 from data.labels import from_regions, to_regions
 
 SHAPE = (3, 4, 5, 4)
@@ -64,7 +64,7 @@ def test_the_defaults_cut_at_one_half(centred: Any) -> None:
 @settings(deadline=None)
 @given(RULES, CENTRED)
 def test_kept_bytes_are_cut_as_the_probabilities_were(rules: Postprocess, centred: Any) -> None:
-    kept = Answer(
+    kept = OutOfFoldPrediction(
         answers=to_bytes(centred),
         reference=np.zeros(SHAPE[1:], np.uint8),
         logit_counts=no_counts(),
@@ -93,7 +93,7 @@ def test_a_component_that_is_just_large_enough_stays() -> None:
 def test_voxels_that_share_a_corner_are_one_component() -> None:
     mask = np.zeros((2, 2, 2), dtype=bool)
     mask[0, 0, 0] = mask[1, 1, 1] = True
-    assert np.array_equal(without_small(mask, 2), mask)
+    assert np.array_equal(without_small_components(mask, 2), mask)
 
 
 def test_what_the_whole_tumour_loses_the_core_loses() -> None:

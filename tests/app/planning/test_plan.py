@@ -21,8 +21,8 @@ from app.planning.estimate import estimate, step_bytes
 from app.planning.fingerprint import Extent, Fingerprint, read_data_set
 from app.planning.fit import fit
 from app.planning.plan import DryRun, cut_to_hours, plan_run
-from app.planning.rules import CPU_STEP_VOXELS, Hardware, Plan, make_plan, smaller
-from app.planning.trial import Asked, Told, run_trial, told_from_json
+from app.planning.rules import CPU_STEP_VOXELS, Hardware, TrainingPlan, plan_training, smaller_network
+from app.planning.trial import Asked, TrialReport, run_trial, told_from_json
 from data.errors import DataError
 from models import patch_divisor
 
@@ -51,8 +51,8 @@ GPU = Hardware(device="cuda", half=True, memory_bytes=64 * GB, gpu_bytes=24 * GB
 
 def planned(
     hardware: Hardware = CPU, base: RunConfig = LAPTOP, *, cases: int = 80, fixed: Any = (), **changes: Any
-) -> Plan:
-    return make_plan(replace(ADULT, **changes), hardware, base, training_cases=cases, fixed=set(fixed))
+) -> TrainingPlan:
+    return plan_training(replace(ADULT, **changes), hardware, base, training_cases=cases, fixed=set(fixed))
 
 
 def changed(config: RunConfig, **training: Any) -> RunConfig:
@@ -202,7 +202,7 @@ def test_on_a_gpu_batches_alone_are_in_ram() -> None:
 def test_smaller_is_smaller_each_time_and_comes_to_an_end() -> None:
     config, seen = changed(LAPTOP, patch_voxels=(96, 96, 64), batch_size=6), [1 << 60]
     words = []
-    while (following := smaller(config, fixed=())) is not None:
+    while (following := smaller_network(config, fixed=())) is not None:
         config, word = following
         words.append(word.split()[0])
         seen.append(prod(config.training.patch_voxels) * config.training.batch_size * sum(config.network.channels))
@@ -216,7 +216,7 @@ def test_every_smaller_config_is_valid(config: str) -> None:
     following: Any = (load_config(config), "")
     while following is not None:
         assert load_config_of(following[0]) == following[0]
-        following = smaller(following[0], fixed=())
+        following = smaller_network(following[0], fixed=())
 
 
 def load_config_of(config: RunConfig) -> RunConfig:
@@ -227,16 +227,16 @@ def load_config_of(config: RunConfig) -> RunConfig:
 
 def test_what_the_user_set_is_not_made_smaller() -> None:
     keys = ("training.batch_size", "training.patch_voxels", "network.channels")
-    assert smaller(LAPTOP, fixed=keys) is None
+    assert smaller_network(LAPTOP, fixed=keys) is None
     for key in keys:
         config: RunConfig = LAPTOP
-        while (following := smaller(config, fixed=[key])) is not None:
+        while (following := smaller_network(config, fixed=[key])) is not None:
             config = following[0]
         section, _, name = key.partition(".")
         assert to_plain(config)[section][name] == to_plain(LAPTOP)[section][name]
 
 
-TOLD = Told(
+TOLD = TrialReport(
     device="cpu",
     reasons=(),
     step_seconds=(1.0, 1.0, 1.0),
@@ -371,9 +371,9 @@ def test_activations_of_two_bytes_are_planned_as_such(
 
     given: list[Hardware] = []
 
-    def recorded(fingerprint: Fingerprint, hardware: Hardware, *arguments: Any, **options: Any) -> Plan:
+    def recorded(fingerprint: Fingerprint, hardware: Hardware, *arguments: Any, **options: Any) -> TrainingPlan:
         given.append(hardware)
-        return make_plan(fingerprint, hardware, *arguments, **options)
+        return plan_training(fingerprint, hardware, *arguments, **options)
 
     monkeypatch.setattr(plan, "make_plan", recorded)
     plan_run(phantoms, overrides=["runtime.device=cpu", f"runtime.precision={precision}"])

@@ -163,12 +163,12 @@ def test_pages_of_several_runs_have_none_either(
 ) -> None:
     from app.config.load import load_config
     from app.experiments.comparison.compare import compare
-    from app.experiments.comparison.plan import make_plan
+    from app.experiments.comparison.plan import plan_comparison
     from app.experiments.crossval.run import cross_validate
 
     own = ("training.steps", "training.learning_rate")
     settings = [one for one in tiny_settings if not one.startswith(own)]
-    plan = make_plan(arms=["clip", "znorm"], overrides=settings, seeds=1, steps=4, rates=["1e-3,1e-2"])
+    plan = plan_comparison(arms=["clip", "znorm"], overrides=settings, seeds=1, steps=4, rates=["1e-3,1e-2"])
     compare(phantoms, tmp_path / "comparison", plan)
     cross_validate(phantoms, tmp_path / "folds", load_config("laptop", tiny_settings), folds=2)
     for name in ("comparison", "folds"):

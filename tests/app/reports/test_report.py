@@ -21,9 +21,8 @@ from app.html.volume import MOST_BYTES, ViewerCase, grid_for, viewer_data
 from app.reports.cohort import CohortPages, write_cohort
 from app.reports.predictions import Predicted, find_predictions
 from app.reports.report import recognise, report
-from app.reports.run import best_validation
-from app.reports.run import render as render_run
-from data.datasets.export import export
+from app.reports.run import best_validation, render_run
+from data.datasets.export import export_dataset
 from data.datasets.layouts import find_cases
 from data.errors import DataError
 
@@ -221,7 +220,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
 
 
 def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
-    case = find_cases(export(phantoms, tmp_path / "msd", "msd").out)[0]
+    case = find_cases(export_dataset(phantoms, tmp_path / "msd", "msd").out)[0]
     assert case.volumes["t1c"] != case.volumes["flair"]
     inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
     told = {"inputs": inputs, "input_volumes": case.volumes}

@@ -121,12 +121,12 @@ def test_a_comparison_prepares_each_case_once(
     *, usable: bool, phantoms: Path, tmp_path: Path, tiny_settings: list[str], own_cache: Path, prepared: list[str]
 ) -> None:
     from app.experiments.comparison.compare import compare
-    from app.experiments.comparison.plan import make_plan
+    from app.experiments.comparison.plan import plan_comparison
 
     if not usable:
         own_cache.write_text("a file")
     shared = [one for one in tiny_settings if not one.startswith(("training.steps", "training.learning_rate"))]
-    plan = make_plan(arms=["clip", "znorm"], seeds=1, steps=1, rates=["1e-3"], overrides=shared)
+    plan = plan_comparison(arms=["clip", "znorm"], seeds=1, steps=1, rates=["1e-3"], overrides=shared)
     compare(phantoms, tmp_path / "out", plan)
     assert len(prepared) == len(set(prepared)) > 0
     assert not (tmp_path / "out" / "cache").exists()

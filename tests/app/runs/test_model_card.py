@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from app.errors import RunError
-from app.runs.model_card import CARD_FILE, SUMS_FILE, card, describe, seal, verify
+from app.runs.model_card import CARD_FILE, SUMS_FILE, card, describe_model, seal, verify
 
 Call = Callable[..., Any]
 
@@ -120,7 +120,7 @@ def test_the_card_in_the_folder_is_the_one_that_info_shows(tiny_run: Path, znorm
 
 
 def test_a_card_names_no_path_of_the_machine(tiny_run: Path) -> None:
-    assert str(tiny_run.parent) not in card(describe(tiny_run))
+    assert str(tiny_run.parent) not in card(describe_model(tiny_run))
 
 
 def test_a_run_that_goes_on_has_no_sums_until_it_ends(

@@ -18,7 +18,7 @@ from app.config.load import RunConfig
 from app.config.training import TrainingConfig
 from app.system.device import RuntimeConfig, choose_runtime
 from app.training import gradient
-from app.training.distributed import joined
+from app.training.distributed import joined_processes
 from app.training.state import new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
@@ -43,7 +43,7 @@ class Noise:
 
 
 def train(out: Path, together: int) -> None:
-    with joined() as world:
+    with joined_processes() as world:
         config = RunConfig(
             network=NetworkConfig(channels=(4, 8), residual_units=1),
             training=TrainingConfig(
@@ -56,7 +56,7 @@ def train(out: Path, together: int) -> None:
         torch.manual_seed(0)
         state = new_state(config, runtime)
         state.network.double()
-        gradient.attach(config.gradient, state.optimizer, state.network)
+        gradient.attach_transform(config.gradient, state.optimizer, state.network)
         stepper = Stepper(
             config=config,
             runtime=runtime,

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
 from app.runs.folder import read_metrics
-from app.training.distributed import ALONE, Launch, World, fresh_place, joined, launched
+from app.training.distributed import ALONE, Launch, World, fresh_place, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
 
@@ -135,7 +135,7 @@ def free_port() -> int:
 def test_a_process_that_nothing_launched_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TOLD:
         monkeypatch.delenv(name, raising=False)
-    with joined() as world:
+    with joined_processes() as world:
         assert (world.rank, world.size, world.is_first, world.launch.local_rank) == (0, 1, True, None)
     assert not torch.distributed.is_initialized()
 

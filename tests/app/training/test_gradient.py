@@ -13,7 +13,7 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from app.config.gradient import GradientConfig
 from app.config.load import load_config
-from app.training.gradient import attach, choose_transform
+from app.training.gradient import attach_transform, choose_transform
 
 
 def network() -> nn.Sequential:
@@ -35,7 +35,7 @@ def test_a_rule_that_is_named_is_taken_whatever_the_optimizer() -> None:
 def test_the_automatic_rule_is_at_work_and_says_why() -> None:
     model = network()
     optimizer = SGD(model.parameters(), lr=0.1)
-    report = attach(GradientConfig(clip_norm=0.5), optimizer, model).report
+    report = attach_transform(GradientConfig(clip_norm=0.5), optimizer, model).report
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()

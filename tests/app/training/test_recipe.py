@@ -245,7 +245,7 @@ def after_a_step(loss_factor: float, tiny: list[str]) -> tuple[State, dict[str, 
     runtime = choose_runtime(config.runtime)
     state = new_state(config, runtime)
     before = {name: tensor.clone() for name, tensor in state.network.state_dict().items()}
-    rule = gradient.attach(config.gradient, state.optimizer, state.network)
+    rule = gradient.attach_transform(config.gradient, state.optimizer, state.network)
     stepper = Stepper(
         config=config,
         runtime=runtime,

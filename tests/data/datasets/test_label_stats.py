@@ -13,7 +13,7 @@ import pytest
 
 from data.datasets import label_stats
 from data.datasets.label_stats import (
-    Tumour,
+    LabelStats,
     changed,
     hash_of,
     label_map_from_json,
@@ -40,7 +40,7 @@ def write_case(folder: Path, name: str, labels: list[int]) -> Case:
 def test_numbers_are_counted_and_a_voxel_has_its_volume(tmp_path: Path) -> None:
     held = read_label_maps([write_case(tmp_path, "a", [1, 2, 2, 4])])["a"]
     assert (held.counts, held.voxel_um3) == ({1: 1, 2: 2, 4: 1}, 2 * 10**9)
-    assert tumour_of(held, BRATS2021) == Tumour(volume_um3=8 * 10**9, enhances=True)
+    assert tumour_of(held, BRATS2021) == LabelStats(volume_um3=8 * 10**9, enhances=True)
 
 
 def test_whether_tumour_enhances_goes_by_the_convention(tmp_path: Path) -> None:
@@ -57,7 +57,7 @@ def test_a_label_map_that_is_missing_or_damaged_is_left_out_and_has_no_say(tmp_p
     held = read_label_maps(cases)
     assert set(held) == {"a"}
     assert values_of("abcd", held) == {"a": (1,), "b": (), "c": (), "d": ()}
-    assert tumours_of("ab", held, BRATS2021)["b"] == Tumour(volume_um3=0, enhances=False)
+    assert tumours_of("ab", held, BRATS2021)["b"] == LabelStats(volume_um3=0, enhances=False)
 
 
 def test_each_label_map_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.datasets import patients
-from data.datasets.label_stats import Tumour
+from data.datasets.label_stats import LabelStats
 from data.datasets.patients import grouped_by_words, patient_of, possible_visits
 from data.datasets.splits import fold_split, stratified_split
 
@@ -95,7 +95,7 @@ def test_different_patients_with_like_ids_stay_apart(ids: list[str]) -> None:
 @given(visits, st.integers(0, 100))
 def test_no_patient_is_in_two_folds_whatever_its_visits_are_called(patient: dict[str, Any], seed: int) -> None:
     by_id = {case_id: patient_of(case_id) for case_id in patient}
-    tumours = {case_id: Tumour(volume_um3=len(case_id), enhances=True) for case_id in patient}
+    tumours = {case_id: LabelStats(volume_um3=len(case_id), enhances=True) for case_id in patient}
     for split in (fold_split(by_id, 0, seed=seed), stratified_split(tumours, by_id, 0, seed=seed)):
         assert not {patient[c] for c in split.train} & {patient[c] for c in split.validation}
         assert len(split.train) + len(split.validation) == len(patient)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.datasets import splits
-from data.datasets.label_stats import Tumour
+from data.datasets.label_stats import LabelStats
 from data.datasets.layouts import patient_of
 from data.datasets.splits import FOLDS, Split, fold_split, read_split, stratified_folds, stratified_split
 from data.errors import DataError
@@ -118,18 +118,18 @@ def test_a_split_that_was_written_is_read_back_the_same(
 
 
 @st.composite
-def data_sets(draw: st.DrawFn) -> dict[str, Tumour]:
-    tumour = st.builds(Tumour, volume_um3=st.integers(0, 10**6), enhances=st.booleans())
+def data_sets(draw: st.DrawFn) -> dict[str, LabelStats]:
+    tumour = st.builds(LabelStats, volume_um3=st.integers(0, 10**6), enhances=st.booleans())
     return {case_id: draw(tumour) for case_id in draw(case_ids)}
 
 
-def fold_count(tumours: dict[str, Tumour]) -> int:
+def fold_count(tumours: dict[str, LabelStats]) -> int:
     return min(FOLDS, len(set(map(patient_of, tumours))))
 
 
 @properties
 @given(data_sets(), seeds)
-def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict[str, Tumour], seed: int) -> None:
+def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict[str, LabelStats], seed: int) -> None:
     splits_ = [stratified_split(tumours, by_id(tumours), fold, seed=seed) for fold in range(fold_count(tumours))]
     assert sorted(case for split in splits_ for case in split.validation) == sorted(tumours)
     for split in splits_:
@@ -141,7 +141,9 @@ def test_stratified_folds_part_no_patient_and_hold_every_case_once(tumours: dict
 
 @properties
 @given(data_sets(), st.integers(2, 9))
-def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(tumours: dict[str, Tumour], folds: int) -> None:
+def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(
+    tumours: dict[str, LabelStats], folds: int
+) -> None:
     count = min(folds, len(set(map(patient_of, tumours))))
     splits_ = [stratified_split(tumours, by_id(tumours), fold, folds=folds) for fold in range(count)]
     assert sorted(case for split in splits_ for case in split.validation) == sorted(tumours)
@@ -153,7 +155,7 @@ def test_any_number_of_folds_parts_no_patient_and_holds_every_case_once(tumours:
 
 @properties
 @given(data_sets(), seeds)
-def test_stratified_folds_differ_by_one_patient_at_most(tumours: dict[str, Tumour], seed: int) -> None:
+def test_stratified_folds_differ_by_one_patient_at_most(tumours: dict[str, LabelStats], seed: int) -> None:
     folds = list(stratified_folds(tumours, by_id(tumours), seed=seed).values())
     sizes = [folds.count(number) for number in range(fold_count(tumours))]
     assert max(sizes) - min(sizes) <= 1
@@ -161,7 +163,7 @@ def test_stratified_folds_differ_by_one_patient_at_most(tumours: dict[str, Tumou
 
 @properties
 @given(data_sets(), seeds)
-def test_enhancing_tumour_is_spread_over_the_folds(tumours: dict[str, Tumour], seed: int) -> None:
+def test_enhancing_tumour_is_spread_over_the_folds(tumours: dict[str, LabelStats], seed: int) -> None:
     folds = stratified_folds(tumours, by_id(tumours), seed=seed)
     enhancing = [folds[patient] for patient in {patient_of(c) for c, tumour in tumours.items() if tumour.enhances}]
     counts = [enhancing.count(number) for number in range(fold_count(tumours))]
@@ -173,7 +175,7 @@ def test_enhancing_tumour_is_spread_over_the_folds(tumours: dict[str, Tumour], s
 @properties
 @given(st.lists(st.integers(0, 10**6), min_size=10, max_size=60), seeds)
 def test_every_fold_has_one_of_each_five_neighbours_in_volume(volumes: list[int], seed: int) -> None:
-    tumours = {f"BraTS2021_{n:05}": Tumour(volume_um3=volume, enhances=True) for n, volume in enumerate(volumes)}
+    tumours = {f"BraTS2021_{n:05}": LabelStats(volume_um3=volume, enhances=True) for n, volume in enumerate(volumes)}
     folds = stratified_folds(tumours, by_id(tumours), seed=seed)
     of_fold = [sorted(tumours[p].volume_um3 for p in folds if folds[p] == number) for number in range(FOLDS)]
     ordered = sorted(volumes)
@@ -185,7 +187,7 @@ def test_every_fold_has_one_of_each_five_neighbours_in_volume(volumes: list[int]
 @properties
 @given(data_sets(), seeds, st.randoms(use_true_random=False))
 def test_the_order_of_the_cases_does_not_change_stratified_folds(
-    tumours: dict[str, Tumour], seed: int, random: Any
+    tumours: dict[str, LabelStats], seed: int, random: Any
 ) -> None:
     shuffled = dict(random.sample(list(tumours.items()), len(tumours)))
     assert stratified_folds(shuffled, by_id(shuffled), seed=seed) == stratified_folds(
@@ -194,25 +196,25 @@ def test_the_order_of_the_cases_does_not_change_stratified_folds(
 
 
 def test_stratified_folds_are_the_same_on_every_machine() -> None:
-    tumours = {f"p{n}": Tumour(volume_um3=n * 7 % 5, enhances=n % 3 > 0) for n in range(12)}
+    tumours = {f"p{n}": LabelStats(volume_um3=n * 7 % 5, enhances=n % 3 > 0) for n in range(12)}
     assert "".join(str(fold) for _, fold in sorted(stratified_folds(tumours, by_id(tumours)).items())) == "110342324040"
 
 
 def test_another_seed_deals_neighbours_another_way() -> None:
-    tumours = {f"p{n:02}": Tumour(volume_um3=n, enhances=True) for n in range(50)}
+    tumours = {f"p{n:02}": LabelStats(volume_um3=n, enhances=True) for n in range(50)}
     assert stratified_folds(tumours, by_id(tumours), seed=1) != stratified_folds(tumours, by_id(tumours), seed=2)
 
 
 @pytest.mark.parametrize("fold", [-1, 3])
 def test_a_stratified_fold_that_does_not_exist_is_refused(fold: int) -> None:
     with pytest.raises(DataError, match=f"fold {fold} does not exist; 3 patients give the folds 0 to 2"):
-        stratified_split(dict.fromkeys(IDS, Tumour(volume_um3=1, enhances=True)), by_id(IDS), fold)
+        stratified_split(dict.fromkeys(IDS, LabelStats(volume_um3=1, enhances=True)), by_id(IDS), fold)
 
 
 @pytest.mark.parametrize("ids", [IDS[:2], []])
 def test_fewer_than_two_patients_cannot_be_stratified(ids: list[str]) -> None:
     with pytest.raises(DataError, match="cannot be split into training and validation"):
-        stratified_split(dict.fromkeys(ids, Tumour(volume_um3=1, enhances=True)), by_id(ids), 0)
+        stratified_split(dict.fromkeys(ids, LabelStats(volume_um3=1, enhances=True)), by_id(ids), 0)
 
 
 # Splits from a file

@@ -8,7 +8,7 @@ from typing import Any
 import pydicom
 import pytest
 
-from data.dicom.contrasts import choose, identify, series_of, timing
+from data.dicom.contrasts import choose_series, identify, series_of, timing
 from data.dicom.files import DicomFile
 from data.dicom.series import Acquisition, Frame, Series
 from data.errors import DataError
@@ -192,11 +192,11 @@ def test_time_points_of_a_dynamic_series_are_no_candidates() -> None:
 
 def test_another_modality_is_not_taken_even_by_hand() -> None:
     with pytest.raises(DataError, match=r"t1: series 7 .*modality CT, not MR"):
-        choose([*four(), series("head", UNKNOWN, key="7", modality="CT")], {"t1": "7"})
+        choose_series([*four(), series("head", UNKNOWN, key="7", modality="CT")], {"t1": "7"})
 
 
 def test_each_choice_has_a_reason() -> None:
-    choices = choose(four())
+    choices = choose_series(four())
     assert {contrast: choice.series.key for contrast, choice in choices.items()} == {
         "t1": "2",
         "t1c": "5",
@@ -208,7 +208,7 @@ def test_each_choice_has_a_reason() -> None:
 
 def test_two_candidates_are_refused_with_what_tells_them_apart_and_the_option() -> None:
     with pytest.raises(DataError) as refused:
-        choose([*four(), series("t2 cor", T2, key="9")])
+        choose_series([*four(), series("t2 cor", T2, key="9")])
     assert str(refused.value).startswith(
         "2 series may be the t2: 3 ('t2', TE 98 ms, TR 4500 ms), 9 ('t2 cor', TE 98 ms, TR 4500 ms); "
         "choose with --t2 SERIES"
@@ -217,47 +217,47 @@ def test_two_candidates_are_refused_with_what_tells_them_apart_and_the_option() 
 
 @pytest.mark.parametrize("key", ["9", "1.2.9", " 9 "])
 def test_a_choice_by_number_or_uid_settles_it(key: str) -> None:
-    choices = choose([*four(), series("t2 cor", T2, key="9")], {"t2": key})
+    choices = choose_series([*four(), series("t2 cor", T2, key="9")], {"t2": key})
     assert choices["t2"].series.key == "9"
     assert choices["t2"].reason == "chosen with --t2"
 
 
 def test_a_choice_may_take_what_was_not_recognised_and_is_no_candidate_elsewhere() -> None:
     others = [series("brain", UNKNOWN, key="7") if one.key == "2" else one for one in four()]
-    assert choose(others, {"t1": "7"})["t1"].series.key == "7"
+    assert choose_series(others, {"t1": "7"})["t1"].series.key == "7"
     both = [*four(), series("t1 Gd", SPIN_T1, key="8")]
-    assert choose(both, {"t1": "8"})["t1c"].series.key == "5"
+    assert choose_series(both, {"t1": "8"})["t1c"].series.key == "5"
 
 
 def test_all_that_is_missing_is_said_at_once() -> None:
     with pytest.raises(DataError, match=r"the t1c; .*--t1c SERIES; no series is recognised as the flair; .*--flair"):
-        choose([one for one in four() if one.key in "23"])
+        choose_series([one for one in four() if one.key in "23"])
 
 
 def test_a_choice_that_is_not_there_or_was_made_twice_is_refused() -> None:
     with pytest.raises(DataError, match=r"--t1 77: no such series. There are 2, 5, 3, 4"):
-        choose(four(), {"t1": "77"})
+        choose_series(four(), {"t1": "77"})
     with pytest.raises(DataError, match=r"series 2 was chosen as --t1c? and as --t1c?"):
-        choose(four(), {"t1": "2", "t1c": "2"})
+        choose_series(four(), {"t1": "2", "t1c": "2"})
 
 
 def test_a_number_that_several_volumes_go_by_is_refused_with_their_names() -> None:
     echoes = [series("t2", T2, key="3/1"), series("t2", T2, key="3/2")]
     with pytest.raises(DataError, match=r"--t2 3: 2 volumes go by it: 3/1 .*, 3/2 .* Name one by what stands first"):
-        choose([*four()[:2], *echoes, four()[3]], {"t2": "3"})
+        choose_series([*four()[:2], *echoes, four()[3]], {"t2": "3"})
 
 
 def test_original_images_go_before_derived_ones() -> None:
     derived = series("t2", T2, key="9", image_type=("DERIVED", "PRIMARY", "M"))
-    assert choose([*four(), derived])["t2"].series.key == "3"
-    assert choose([*[one for one in four() if one.key != "3"], derived])["t2"].series.key == "9"
+    assert choose_series([*four(), derived])["t2"].series.key == "3"
+    assert choose_series([*[one for one in four() if one.key != "3"], derived])["t2"].series.key == "9"
 
 
 def test_whole_volumes_go_before_damaged_ones_which_are_refused_when_alone() -> None:
     damaged = series("t2", T2, key="9", problems=("2 slices are missing",))
-    assert choose([*four(), damaged])["t2"].series.key == "3"
+    assert choose_series([*four(), damaged])["t2"].series.key == "3"
     with pytest.raises(DataError, match=r"t2: series 9 .*2 slices are missing.*--t2 SERIES"):
-        choose([*[one for one in four() if one.key != "3"], damaged])
+        choose_series([*[one for one in four() if one.key != "3"], damaged])
 
 
 def test_a_series_is_found_by_contrast_number_or_uid() -> None:

@@ -23,7 +23,7 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data.dicom.contrasts import choose, find, identify
+from data.dicom.contrasts import choose_series, find, identify
 from data.dicom.pixels import Reading, read_volume_of, read_with_notes
 from data.dicom.segmentation import write_dicom_seg
 from data.dicom.series import Series
@@ -480,7 +480,7 @@ def test_slices_that_cannot_be_joined_are_explained_with_the_way_out(stack: list
     with pytest.raises(
         DataError, match=r"6 series hold one slice each\..*one SeriesInstanceUID, or export the study as"
     ):
-        choose(series_in(stack[0].parent))
+        choose_series(series_in(stack[0].parent))
 
 
 def test_a_segmentation_lists_each_image_under_the_series_that_it_came_in(stack: list[Path], tmp_path: Path) -> None:
@@ -543,7 +543,7 @@ def test_of_a_reconstruction_and_what_may_be_its_reformat_the_first_is_taken(
         fields = {**MPRAGE, **DERIVED, "SeriesDescription": name, "SeriesNumber": number}
         write_series(tmp_path / str(number), voxels, AFFINE, **fields)
     series = series_in(tmp_path)
-    assert choose(series, wanted=("t1",))["t1"].series.key == "2"
+    assert choose_series(series, wanted=("t1",))["t1"].series.key == "2"
     assert "'mpr' in its name may mean a reformat" in identify(series[0]).reason
 
 

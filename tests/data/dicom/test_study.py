@@ -27,7 +27,7 @@ from data.dicom import files as dicom_files
 from data.dicom.contrasts import identify
 from data.dicom.pixels import read_series, read_volume_of
 from data.dicom.series import Series
-from data.dicom.study import StudyImages, open_study, read_study, write_case
+from data.dicom.study import StudyImages, open_study, read_study, write_dicom_case
 from data.errors import DataError
 
 properties = settings(derandomize=True, deadline=None, max_examples=12)
@@ -470,7 +470,7 @@ def test_the_four_contrasts_are_read_each_on_its_own_grid(images: StudyImages) -
 
 
 def test_a_case_is_written_as_it_was_read(images: StudyImages, tmp_path: Path) -> None:
-    folder = write_case(tmp_path, images, case_id="one")
+    folder = write_dicom_case(tmp_path, images, case_id="one")
     assert sorted(path.name for path in folder.iterdir()) == [
         f"one_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2")
     ]
@@ -481,7 +481,7 @@ def test_a_case_is_written_as_it_was_read(images: StudyImages, tmp_path: Path) -
 
 
 def test_itk_sees_the_written_case_where_it_sees_the_study(images: StudyImages, tmp_path: Path) -> None:
-    folder = write_case(tmp_path, images, case_id="one")
+    folder = write_dicom_case(tmp_path, images, case_id="one")
     written, read = sitk.ReadImage(str(folder / "one_flair.nii.gz")), images.images["flair"]
     for corner in [(0, 0, 0), (17, 0, 0), (0, 19, 0), (0, 0, 11), (17, 19, 11)]:
         assert np.allclose(
@@ -490,16 +490,16 @@ def test_itk_sees_the_written_case_where_it_sees_the_study(images: StudyImages, 
 
 
 def test_a_case_that_is_there_is_not_overwritten(images: StudyImages, tmp_path: Path) -> None:
-    write_case(tmp_path, images)
+    write_dicom_case(tmp_path, images)
     with pytest.raises(DataError, match="already exists and is not overwritten"):
-        write_case(tmp_path, images)
+        write_dicom_case(tmp_path, images)
     assert [path.name for path in tmp_path.iterdir()] == [images.case_id]
 
 
 @pytest.mark.parametrize("case_id", ["../out", "a/b", ".hidden", ""])
 def test_an_id_that_is_no_file_name_is_refused(case_id: str, images: StudyImages, tmp_path: Path) -> None:
     with pytest.raises(DataError):
-        write_case(tmp_path, images, case_id=case_id)
+        write_dicom_case(tmp_path, images, case_id=case_id)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -509,7 +509,7 @@ def test_nothing_of_the_patient_leaves_the_study(
     caplog.set_level(logging.DEBUG)
     with open_study(dicom_study) as study:
         shown = json.dumps([contrasts.to_json(s, identify(s)) for s in study.series]) + repr(study)
-    folder = write_case(tmp_path, images)
+    folder = write_dicom_case(tmp_path, images)
     shown += caplog.text + repr(images) + " ".join(path.name for path in folder.iterdir())
     for path in folder.iterdir():
         header = bytes(nib.load(path).header.structarr.tobytes())

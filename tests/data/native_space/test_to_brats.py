@@ -23,9 +23,9 @@ from scipy import ndimage
 from data.datasets.layouts import find_cases
 from data.errors import DataError
 from data.labels import BRATS2021, decode, from_regions, to_regions
-from data.native_space.case_files import write_case
+from data.native_space.case_files import write_brats_case
 from data.native_space.from_brats import bring_back
-from data.native_space.itk import Grid, grid_of, resampled, to_itk, upright_grid, voxels_of
+from data.native_space.itk import ImageGrid, grid_of, resampled, to_itk, upright_grid, voxels_of
 from data.native_space.rigid import linear_part, register_rigid
 from data.native_space.to_brats import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
 from data.nifti import Volume
@@ -242,7 +242,7 @@ def test_a_stripped_image_keeps_its_own_background(brought: BroughtIn) -> None:
 
 
 def test_what_is_written_is_a_case_that_can_be_trained_on(brought: BroughtIn, tmp_path: Path) -> None:
-    place = write_case(brought, tmp_path / "out")
+    place = write_brats_case(brought, tmp_path / "out")
     (case,) = find_cases(tmp_path / "out")
     prepared = prepare(case, convention=BRATS2021)
     assert (case.id, case.naming, place) == (brought.id, "brats2021", tmp_path / "out" / brought.id)
@@ -255,16 +255,16 @@ def test_what_is_written_is_a_case_that_can_be_trained_on(brought: BroughtIn, tm
 def test_a_written_transform_is_the_one_found(brought: BroughtIn, tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
-    place = write_case(brought, tmp_path)
+    place = write_brats_case(brought, tmp_path)
     for contrast in ENDINGS:
         stored = sitk.ReadTransform(str(place / "transforms" / f"{contrast}.tfm"))
         assert np.allclose(linear_part(stored), linear_part(brought.transform(contrast)))  # type: ignore[arg-type]
 
 
 def test_a_case_is_not_written_over_another(brought: BroughtIn, tmp_path: Path) -> None:
-    write_case(brought, tmp_path)
+    write_brats_case(brought, tmp_path)
     with pytest.raises(DataError, match="already exists"):
-        write_case(brought, tmp_path)
+        write_brats_case(brought, tmp_path)
 
 
 def test_the_same_scans_give_the_same_transform_again(native: Native, brought: BroughtIn) -> None:
@@ -288,7 +288,7 @@ def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
     codes = np.zeros((12, 10, 8), dtype=np.uint8)
     codes[3:9, 2:7, 2:6] = 2
     codes[4:7, 3:6, 3:5] = 3
-    grid = Grid(size=(12, 10, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    grid = ImageGrid(size=(12, 10, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
     shares = to_regions(codes).astype(np.float32)
     back = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("truth"))
     assert np.array_equal(back, codes)
@@ -298,7 +298,7 @@ def test_each_region_has_its_threshold_on_the_way_back() -> None:
     import SimpleITK as sitk  # noqa: N813
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
-    grid = Grid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    grid = ImageGrid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
     codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"), thresholds=(0.3, 0.5, 0.7))
     whole, core, enhancing = (share >= bound for share, bound in zip(shares, (0.3, 0.5, 0.7), strict=True))
     assert np.array_equal(to_regions(codes), np.stack([whole, whole & core, whole & core & enhancing]))
@@ -308,7 +308,7 @@ def test_regions_that_are_not_nested_come_back_nested() -> None:
     import SimpleITK as sitk  # noqa: N813
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
-    grid = Grid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
+    grid = ImageGrid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
     codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"))
     whole, core, enhancing = shares >= 0.5
     assert np.array_equal(codes > 0, whole)

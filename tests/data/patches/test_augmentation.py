@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.patches.augmentation import AugmentConfig, apply, draw
+from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_augmentation
 
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 seeds = st.integers(0, 10_000)
@@ -80,7 +80,7 @@ def blob(shape: tuple[int, int, int] = SHAPE) -> tuple[Image, Codes]:
 
 
 def varied(settings: AugmentConfig, image: Image, codes: Codes, seed: int = 0) -> tuple[Image, Codes]:
-    return apply(draw(settings, len(image), np.random.default_rng(seed)), image, codes)
+    return apply_augmentation(draw_augmentation(settings, len(image), np.random.default_rng(seed)), image, codes)
 
 
 @properties
@@ -163,7 +163,7 @@ def test_no_code_appears_that_was_not_there(seed: int) -> None:
 @given(seeds)
 def test_flips_move_image_and_codes_together(seed: int) -> None:
     image, codes = patch(seed)
-    flips = draw(config(flip_probability=0.5), 4, np.random.default_rng(seed)).flips
+    flips = draw_augmentation(config(flip_probability=0.5), 4, np.random.default_rng(seed)).flips
     axes = [axis for axis in range(3) if flips[axis]]
     flipped_image, flipped_codes = varied(config(flip_probability=0.5), image, codes, seed)
     np.testing.assert_array_equal(flipped_codes, np.flip(codes, axes))
@@ -172,7 +172,7 @@ def test_flips_move_image_and_codes_together(seed: int) -> None:
 
 def test_every_combination_of_flips_is_drawn() -> None:
     rng = np.random.default_rng(0)
-    assert len({draw(config(flip_probability=0.5), 4, rng).flips for _ in range(200)}) == 8
+    assert len({draw_augmentation(config(flip_probability=0.5), 4, rng).flips for _ in range(200)}) == 8
 
 
 @properties
@@ -244,8 +244,8 @@ def test_gamma_keeps_the_order_and_the_sign_of_intensities(seed: int) -> None:
 
 def test_noise_has_the_standard_deviation_that_was_drawn() -> None:
     image, codes = np.ones((4, 32, 32, 32), dtype=np.float32), np.zeros((32, 32, 32), np.uint8)
-    variation = draw(config(noise_probability=1, noise=0.3), 4, np.random.default_rng(0))
-    noise = apply(variation, image, codes)[0] - image
+    variation = draw_augmentation(config(noise_probability=1, noise=0.3), 4, np.random.default_rng(0))
+    noise = apply_augmentation(variation, image, codes)[0] - image
     assert 0 < variation.noise < 0.3
     assert float(noise.std()) == pytest.approx(variation.noise, rel=0.02)
 
@@ -312,8 +312,8 @@ def test_a_probability_counts_for_each_contrast_by_itself(name: str) -> None:
 @pytest.mark.parametrize("name", [*INTENSITIES, *GEOMETRY])
 def test_switching_one_on_changes_what_is_drawn_for_no_other(name: str) -> None:
     settings = {**INTENSITIES, **GEOMETRY}[name]
-    plain = draw(STRONG, 4, np.random.default_rng(5))
-    other = draw(replace(STRONG, **dict.fromkeys(settings, 0.0)), 4, np.random.default_rng(5))
+    plain = draw_augmentation(STRONG, 4, np.random.default_rng(5))
+    other = draw_augmentation(replace(STRONG, **dict.fromkeys(settings, 0.0)), 4, np.random.default_rng(5))
     same = [np.array_equal(getattr(plain, f.name), getattr(other, f.name)) for f in fields(plain)]
     assert same.count(False) <= (2 if "range_gamma" in settings else 1)
 
@@ -322,7 +322,7 @@ def test_switching_one_on_changes_what_is_drawn_for_no_other(name: str) -> None:
 @given(seeds, st.sampled_from([{"rotation_probability": 1.0}, {"scaling_probability": 1.0}]))
 def test_rotation_and_scaling_have_a_strength_of_their_own(seed: int, on: dict[str, float]) -> None:
     settings = config(**on, rotation_degrees=30, scaling=0.4)
-    matrix = draw(settings, 4, np.random.default_rng(seed)).matrix
+    matrix = draw_augmentation(settings, 4, np.random.default_rng(seed)).matrix
     assert matrix is not None
     size = np.linalg.det(matrix) ** (1 / 3)
     np.testing.assert_allclose(matrix @ matrix.T, size**2 * np.eye(3), atol=1e-5)
@@ -347,7 +347,7 @@ def test_a_lost_contrast_is_0_and_the_others_are_as_without_the_loss(seed: int) 
     image, codes = patch(seed)
     whole, whole_codes = varied(STRONG, image, codes, seed)
     settings = replace(STRONG, contrast_dropout=1.0)
-    present = draw(settings, 4, np.random.default_rng(seed)).present
+    present = draw_augmentation(settings, 4, np.random.default_rng(seed)).present
     lossy, lossy_codes = varied(settings, image, codes, seed)
     assert 0 < sum(present) < 4
     np.testing.assert_array_equal(lossy, whole * np.array(present, dtype=np.float32)[:, None, None, None])
@@ -356,7 +356,7 @@ def test_a_lost_contrast_is_0_and_the_others_are_as_without_the_loss(seed: int) 
 
 def test_each_of_the_fourteen_proper_subsets_is_drawn_equally_often() -> None:
     rng = np.random.default_rng(0)
-    counts = Counter(draw(config(contrast_dropout=1.0), 4, rng).present for _ in range(2800))
+    counts = Counter(draw_augmentation(config(contrast_dropout=1.0), 4, rng).present for _ in range(2800))
     assert len(counts) == 14
     assert min(counts.values()) > 150
     assert max(counts.values()) < 250
@@ -364,17 +364,17 @@ def test_each_of_the_fourteen_proper_subsets_is_drawn_equally_often() -> None:
 
 def test_contrasts_are_lost_as_often_as_the_config_says() -> None:
     rng = np.random.default_rng(0)
-    lossy = [not all(draw(config(contrast_dropout=0.3), 4, rng).present) for _ in range(1000)]
+    lossy = [not all(draw_augmentation(config(contrast_dropout=0.3), 4, rng).present) for _ in range(1000)]
     assert np.mean(lossy) == pytest.approx(0.3, abs=0.04)
 
 
 def test_a_single_contrast_is_never_lost() -> None:
     rng = np.random.default_rng(0)
-    assert {draw(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
+    assert {draw_augmentation(config(contrast_dropout=1.0), 1, rng).present for _ in range(20)} == {(True,)}
 
 
 def test_what_was_drawn_before_is_drawn_in_the_same_order_still() -> None:
-    variation = draw(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
+    variation = draw_augmentation(AugmentConfig(), 4, np.random.default_rng([0, 1, 2]))
     assert variation.noise_seed == 5716919709022709471
     assert variation.flips == (False, True, False)
 

@@ -22,7 +22,7 @@ from data.labels import BRATS2021, BRATS2023, CONTRASTS, ENHANCING, NECROSIS, OE
 from data.nifti import Spacing
 from data.patches import sampler
 from data.patches.augmentation import AugmentConfig
-from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases, cut, cut_image
+from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases, cut_image, cut_patch
 from data.preprocess import prepare
 
 properties = settings(derandomize=True, deadline=None, max_examples=60)
@@ -86,20 +86,20 @@ def same_patch(one: Any, other: Any) -> bool:
 
 def test_a_patch_inside_the_volume_is_centred_where_it_was_asked_for() -> None:
     volume = np.arange(10 * 10 * 10).reshape(10, 10, 10)
-    np.testing.assert_array_equal(cut(volume, (5, 4, 6), (4, 4, 2)), volume[3:7, 2:6, 5:7])
+    np.testing.assert_array_equal(cut_patch(volume, (5, 4, 6), (4, 4, 2)), volume[3:7, 2:6, 5:7])
 
 
 @pytest.mark.parametrize(("centre", "start"), [((0, 0, 0), 0), ((1, 1, 1), 0), ((9, 9, 9), 6), ((8, 8, 8), 6)])
 def test_a_patch_near_the_border_moves_inside(centre: tuple[int, int, int], start: int) -> None:
     volume = np.arange(10 * 10 * 10).reshape(10, 10, 10)
     expected = volume[start : start + 4, start : start + 4, start : start + 4]
-    np.testing.assert_array_equal(cut(volume, centre, (4, 4, 4)), expected)
+    np.testing.assert_array_equal(cut_patch(volume, centre, (4, 4, 4)), expected)
 
 
 def test_a_patch_larger_than_the_volume_is_padded_with_0_on_both_sides() -> None:
     volume = np.ones((2, 3, 4, 5))
     expected = np.pad(volume, [(0, 0), (1, 2), (0, 0), (1, 1)])
-    np.testing.assert_array_equal(cut(volume, (1, 2, 2), (6, 4, 7)), expected)
+    np.testing.assert_array_equal(cut_patch(volume, (1, 2, 2), (6, 4, 7)), expected)
 
 
 @properties
@@ -109,7 +109,7 @@ def test_a_patch_has_its_shape_and_holds_the_voxel_it_is_centred_on(
 ) -> None:
     volume = np.arange(1, np.prod(shape) + 1).reshape(shape)
     centre = tuple(data.draw(st.integers(0, side - 1)) for side in shape)
-    piece = cut(volume, centre, patch)
+    piece = cut_patch(volume, centre, patch)
     assert piece.shape == patch
     assert volume[centre] in piece
     assert np.count_nonzero(piece) == np.prod(np.minimum(shape, patch))
@@ -124,12 +124,12 @@ def test_an_image_is_cut_as_any_array_is_and_becomes_float32(
     centre = tuple(data.draw(st.integers(0, side - 1)) for side in shape)
     piece = cut_image(image, centre, patch)
     assert piece.dtype == np.float32
-    np.testing.assert_array_equal(piece, cut(image, centre, patch).astype(np.float32))
+    np.testing.assert_array_equal(piece, cut_patch(image, centre, patch).astype(np.float32))
 
 
 def test_a_patch_is_a_copy() -> None:
     volume = np.zeros((4, 4, 4))
-    cut(volume, (2, 2, 2), (4, 4, 4))[:] = 1
+    cut_patch(volume, (2, 2, 2), (4, 4, 4))[:] = 1
     assert not volume.any()
 
 

@@ -16,7 +16,7 @@ from scipy import ndimage
 from data.errors import DataError
 from data.labels import BRATS2021, BRATS2023, CONTRASTS, ENHANCING, NECROSIS, OEDEMA, Contrast, decode
 from data.phantoms import Phantom, case_name, make, make_phantom, write_phantom, write_phantoms
-from data.phantoms.grids import Grid
+from data.phantoms.grids import PhantomGrid
 
 SPACING_MM = 4.0
 ROOT = Path(__file__).parents[3]
@@ -112,7 +112,7 @@ def test_all_contrasts_share_one_skull_stripped_brain() -> None:
 
 
 def test_the_brain_stays_off_the_edge_of_the_box_it_is_rendered_in() -> None:
-    grid = Grid.of_spacing(SPACING_MM)
+    grid = PhantomGrid.of_spacing(SPACING_MM)
     for phantom in cases(20):
         for axis, (start, stop) in enumerate(zip(grid.start, grid.stop, strict=True)):
             hit = np.flatnonzero((phantom.images["t1"] > 0).any(axis=tuple({0, 1, 2} - {axis})))

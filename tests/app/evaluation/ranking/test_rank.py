@@ -15,7 +15,7 @@ import pytest
 
 from app.evaluation.ranking.rank import permutation_p, rank, ranks
 from app.evaluation.ranking.scores import Scored, load
-from app.reports.ranking import render
+from app.reports.ranking import render_ranking
 from data.errors import DataError
 from data.phantoms.pairs import lesion_pair
 
@@ -89,7 +89,7 @@ def test_a_metric_that_is_not_there_is_refused_with_those_that_are() -> None:
 
 
 def test_names_from_outside_are_escaped_on_the_page_and_nothing_is_fetched() -> None:
-    page = render(rank([scored("<b>", [0.5, 0.6]), scored("b", [0.7, 0.2])]))
+    page = render_ranking(rank([scored("<b>", [0.5, 0.6]), scored("b", [0.7, 0.2])]))
     assert "<b>" not in page
     assert not re.search(r"(?:src|href)=|url\(", page)
     assert "case0" in page
@@ -101,7 +101,7 @@ def test_metrics_and_regions_of_a_table_are_text_on_the_page() -> None:
         Scored(name=name, cases={"x": {measure: value}, "y": {measure: value}})
         for name, value in (("a", 1.0), ("b", 2.0))
     ]
-    page = render(rank(sets, ("<i>m",)))
+    page = render_ranking(rank(sets, ("<i>m",)))
     assert "<i>" not in page
     assert "&lt;i&gt;m" in page
 

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from app.experiments.comparison.analysis import Analysis, ArmSummary, analyse, is_same_start
-from app.experiments.comparison.plan import RunKey, make_plan
+from app.experiments.comparison.plan import RunKey, plan_comparison
 from app.experiments.comparison.run import Results, choose_rates
-from app.experiments.comparison.split import Parts
+from app.experiments.comparison.split import ThreeWaySplit
 
 CASES = tuple(f"case{number}" for number in range(8))
 START = {"weights_sha256": "w", "batch_sha256": "b"}
@@ -19,7 +19,7 @@ START = {"weights_sha256": "w", "batch_sha256": "b"}
 
 def results(gains: Mapping[str, float], *, seeds: int = 3, test: bool = True) -> Results:
     """Arms whose Dice is that of the first one plus a gain; cases and seeds differ as well."""
-    plan = make_plan(arms=list(gains), seeds=seeds, steps=10, rates=["1e-3,1e-2,1e-1"])
+    plan = plan_comparison(arms=list(gains), seeds=seeds, steps=10, rates=["1e-3,1e-2,1e-1"])
     rates = {("adamw", arm): 1e-2 for arm in gains}
     runs = {}
     for key in {*plan.sweep(), *plan.finals(rates)}:
@@ -34,7 +34,7 @@ def results(gains: Mapping[str, float], *, seeds: int = 3, test: bool = True) ->
             "skipped_steps": 1,
             "start": START,
         }
-    parts = Parts(train=("a",), validation=("b",) if test else CASES, test=CASES if test else ())
+    parts = ThreeWaySplit(train=("a",), validation=("b",) if test else CASES, test=CASES if test else ())
     return Results(plan=plan, parts=parts, chosen=choose_rates(plan, runs), runs=runs)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from app.errors import ConfigError
-from app.experiments.comparison.plan import ARMS, Plan, RunKey, make_plan
+from app.experiments.comparison.plan import ARMS, ComparisonPlan, RunKey, plan_comparison
 from app.experiments.comparison.run import choose_rates
 from app.experiments.comparison.split import fold_parts, read_parts
 from app.experiments.runs import differences
@@ -46,7 +46,7 @@ def options(tiny_settings: list[str]) -> list[str]:
 def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The comparison of these options, ended well; tests read it and leave it as it is."""
     from app.experiments.comparison.compare import compare
-    from app.reports.comparison import write_page
+    from app.reports.comparison import write_comparison_page
 
     out = tmp_path_factory.mktemp("comparison") / "out"
     shared = [one for one in tiny_settings if not one.startswith(TAKEN)]
@@ -57,7 +57,7 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
         plan(overrides=shared, seeds=1, steps=4, rates=["1e-3,1e-2"]),
         on_progress=lambda progress: told.append(f"{progress.share:.0%} {progress.detail} {progress.eta_seconds}"),
     )
-    write_page(outcome)
+    write_comparison_page(outcome)
     (out.parent / "progress").write_text("\n".join(told))
     return out
 
@@ -66,8 +66,8 @@ def content(out: Path) -> Any:
     return json.loads((out / "compare.json").read_text())
 
 
-def plan(**changes: Any) -> Plan:
-    return make_plan(**{"arms": ["clip", "znorm"], "seeds": 2, "steps": 10, **changes})
+def plan(**changes: Any) -> ComparisonPlan:
+    return plan_comparison(**{"arms": ["clip", "znorm"], "seeds": 2, "steps": 10, **changes})
 
 
 # Parts
@@ -122,7 +122,7 @@ def test_a_split_without_validation_cases_is_refused(tmp_path: Path) -> None:
 
 def test_the_arms_are_those_of_the_gradient_config() -> None:
     assert {"none", "clip", "centralize", "znorm"} <= set(ARMS)
-    assert make_plan(arms=ARMS).arms == ARMS
+    assert plan_comparison(arms=ARMS).arms == ARMS
 
 
 def test_runs_of_one_seed_differ_in_nothing_but_arm_rate_and_optimizer() -> None:
@@ -135,7 +135,7 @@ def test_runs_of_one_seed_differ_in_nothing_but_arm_rate_and_optimizer() -> None
     assert changed == {"gradient.transform", "training.optimizer", "training.learning_rate"}
 
 
-def _flat(made: Plan, key: RunKey) -> dict[str, Any]:
+def _flat(made: ComparisonPlan, key: RunKey) -> dict[str, Any]:
     from app.config.load import to_plain
 
     return to_plain(made.config_of(key))

@@ -19,9 +19,16 @@ import pytest
 from app.errors import ConfigError, RunError
 from app.experiments.crossval.folds import begun
 from app.experiments.crossval.logits import no_counts
-from app.experiments.crossval.out_of_fold import Answer, is_of, read_answer, read_computed_by, read_counts, write_answer
-from app.experiments.crossval.tune import MARGIN, Scores, choose, tune
-from app.experiments.crossval.workers import slots_of
+from app.experiments.crossval.out_of_fold import (
+    OutOfFoldPrediction,
+    is_of,
+    read_answer,
+    read_computed_by,
+    read_counts,
+    write_answer,
+)
+from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
+from app.experiments.crossval.workers import fold_slots
 from app.inference.backends.choose import choose_backend
 from app.inference.postprocess import Postprocess
 from app.runs.folder import read_metrics
@@ -43,10 +50,10 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     """The cross-validation of these options, ended well; tests read it and leave it as it is."""
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
-    from app.reports.crossval import write_page
+    from app.reports.crossval import write_crossval_page
 
     out = tmp_path_factory.mktemp("crossval") / "out"
-    write_page(cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2))
+    write_crossval_page(cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2))
     return out
 
 
@@ -61,7 +68,7 @@ def weights_of(out: Path) -> list[str]:
 # Rules
 
 
-def answer(seed: int, *, shape: tuple[int, int, int] = (12, 12, 6)) -> Answer:
+def answer(seed: int, *, shape: tuple[int, int, int] = (12, 12, 6)) -> OutOfFoldPrediction:
     """A blob of each region, as a network that marks too much says it: shifted, with specks."""
     draw = np.random.default_rng(seed)
     places = np.indices(shape)
@@ -69,7 +76,7 @@ def answer(seed: int, *, shape: tuple[int, int, int] = (12, 12, 6)) -> Answer:
     reference = np.select([distance < 1.2, distance < 2.5, distance < 4], [3, 1, 2], 0).astype(np.uint8)
     radii = np.array([4.9, 3.1, 1.2]).reshape(3, 1, 1, 1)
     shares = 1 / (1 + np.exp(distance - radii)) + draw.normal(0, 0.12, (3, *shape))
-    return Answer(
+    return OutOfFoldPrediction(
         answers=(shares.clip(0, 1) * 255).astype(np.uint8),
         reference=reference,
         logit_counts=no_counts(),
@@ -93,7 +100,7 @@ def test_what_is_chosen_is_never_worse_on_what_it_was_chosen_on(answers: dict[st
     for draw in range(8):
         used = np.random.default_rng(draw).random(len(answers)) < 0.5
         used[draw % len(answers)] = True
-        chosen, _ = choose(scores, used)
+        chosen, _ = choose_rules(scores, used)
         before, after = scores.of([Postprocess(), chosen])
         assert after[used].mean() >= before[used].mean()
 
@@ -112,7 +119,7 @@ def test_a_rule_is_kept_only_where_it_gains_the_margin(answers: dict[str, Path])
 def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
     perfect = answer(0)
     regions = np.stack([perfect.reference > 0, np.isin(perfect.reference, (1, 3)), perfect.reference == 3])
-    kept = Answer(
+    kept = OutOfFoldPrediction(
         answers=(regions * 255).astype(np.uint8),
         reference=perfect.reference,
         logit_counts=no_counts(),
@@ -131,7 +138,7 @@ def test_the_estimate_chooses_without_the_fold_it_scores(answers: dict[str, Path
     tuning = tune(scores, fold_of)
     for fold, rules in enumerate(tuning.nested):
         others = np.array(fold_of) != fold
-        assert rules == choose(scores, others)[0]
+        assert rules == choose_rules(scores, others)[0]
         plain, ruled = scores.of([Postprocess(), rules])
         assert tuning.nested_gains[fold] == pytest.approx((ruled - plain)[~others].mean())
     assert tuning.estimated_gain == pytest.approx(np.mean(tuning.nested_gains))
@@ -170,11 +177,11 @@ def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Pat
 
 
 def test_without_devices_everything_is_done_in_this_process() -> None:
-    assert slots_of(None, None, config_device="cpu") == (None,)
+    assert fold_slots(None, None, config_device="cpu") == (None,)
 
 
 def test_a_device_is_a_process_and_may_come_twice() -> None:
-    assert slots_of("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
+    assert fold_slots("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -189,7 +196,7 @@ def test_a_device_is_a_process_and_may_come_twice() -> None:
 )
 def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | None, config: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        slots_of(devices, jobs, config_device=config)
+        fold_slots(devices, jobs, config_device=config)
 
 
 @pytest.mark.parametrize(

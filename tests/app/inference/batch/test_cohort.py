@@ -20,7 +20,7 @@ import pytest
 
 from app.config.inference import DEFAULTS, PredictOptions
 from app.errors import DeviceError
-from app.inference.batch.job import Job, Native, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import Native, PredictJob, case_from_plain, case_to_plain, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.pipeline import InThisProcess, Steps
 from app.inference.batch.process_pool import devices_of
@@ -321,7 +321,7 @@ def test_a_worker_that_cannot_begin_stops_the_cohort_with_its_reason(
 ) -> None:
     from app.inference.batch.process_pool import InProcesses
 
-    job = Job(run=tmp_path / "no run", output=tmp_path, device="cpu")
+    job = PredictJob(run=tmp_path / "no run", output=tmp_path, device="cpu")
     with pytest.raises(RuntimeError, match="no run: does not exist"):
         InProcesses(job=job, devices=(None,)).work(find_cases(cohort), Noted())
 
@@ -381,7 +381,7 @@ def test_gpus_that_are_not_there_are_a_matter_of_the_machine(text: str) -> None:
 
 
 def test_a_job_and_its_cases_survive_the_way_through_json(cohort: Path) -> None:
-    job = Job(
+    job = PredictJob(
         run=Path("run"),
         output=Path("out"),
         options=PredictOptions(labels=CONVENTIONS["brats2024-ped"], nan_to_zero=True),

@@ -21,7 +21,7 @@ from app.inference.backends.executors import OpenvinoEngine, TorchEngine, needed
 from app.inference.model import Model, Predictor, load_model
 from app.inference.probabilities import ladder_for, predict_answer
 from app.inference.sliding_window.grid import rounded_up, smaller
-from app.inference.sliding_window.memory_fallback import GB, Ladder, Way, is_out_of_memory, next_way
+from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, is_out_of_memory, next_way
 from app.inference.sliding_window.numpy_blend import resized, stitched_logits
 from app.inference.sliding_window.torch_blend import sliding_logits
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
@@ -32,43 +32,43 @@ from data.preprocess import Prepared, prepare
 
 Call = Callable[..., Any]
 OPENVINO = Runtime(device_name="cpu", precision_name="float32", channels_last=False, reasons=(), backend="openvino")
-FIRST = Way(window=(64, 64, 64), batch=2, device="cuda:0", stitch_on="cuda:0")
+FIRST = ComputePlan(window=(64, 64, 64), batch=2, device="cuda:0", stitch_on="cuda:0")
 
 
 class MockOfMemory:
     """A mock: computes only with ways that a machine of little memory has room for, and notes the others."""
 
-    def __init__(self, enough: Callable[[Way], bool], error: Exception) -> None:
+    def __init__(self, enough: Callable[[ComputePlan], bool], error: Exception) -> None:
         self.enough, self.error, self.tried = enough, error, 0
 
-    def __call__(self, way: Way) -> Way:
+    def __call__(self, way: ComputePlan) -> ComputePlan:
         self.tried += 1
         if not self.enough(way):
             raise self.error
         return way
 
 
-def down(mock: MockOfMemory, ladder: Ladder | None = None) -> Way:
-    return (ladder or Ladder()).run(mock, FIRST, divisor=16, needed_bytes=lambda _: 0)
+def down(mock: MockOfMemory, ladder: MemoryFallback | None = None) -> ComputePlan:
+    return (ladder or MemoryFallback()).run(mock, FIRST, divisor=16, needed_bytes=lambda _: 0)
 
 
 @pytest.mark.parametrize(
     ("enough", "expected"),
     [
-        (lambda way: way.batch == 1, Way(window=(64, 64, 64), device="cuda:0", stitch_on="cuda:0")),
-        (lambda way: way.stitch_on == "cpu", Way(window=(64, 64, 64), device="cuda:0")),
-        (lambda way: way.window[0] < 64, Way(window=(32, 64, 64), device="cuda:0")),
-        (lambda way: way.device == "cpu", Way(window=(64, 64, 64))),
-        (lambda way: way.device == "cpu" and max(way.window) < 64, Way(window=(32, 32, 32))),
+        (lambda way: way.batch == 1, ComputePlan(window=(64, 64, 64), device="cuda:0", stitch_on="cuda:0")),
+        (lambda way: way.stitch_on == "cpu", ComputePlan(window=(64, 64, 64), device="cuda:0")),
+        (lambda way: way.window[0] < 64, ComputePlan(window=(32, 64, 64), device="cuda:0")),
+        (lambda way: way.device == "cpu", ComputePlan(window=(64, 64, 64))),
+        (lambda way: way.device == "cpu" and max(way.window) < 64, ComputePlan(window=(32, 32, 32))),
     ],
     ids=["fewer at once", "stitched on the CPU", "smaller windows", "on the CPU", "smaller windows on the CPU"],
 )
-def test_each_rung_of_the_ladder_ends_in_a_result(enough: Callable[[Way], bool], expected: Way) -> None:
+def test_each_rung_of_the_ladder_ends_in_a_result(enough: Callable[[ComputePlan], bool], expected: ComputePlan) -> None:
     assert down(MockOfMemory(enough, MemoryError("no room"))) == expected
 
 
 def test_every_step_down_is_told_in_a_sentence() -> None:
-    ladder = Ladder()
+    ladder = MemoryFallback()
     down(MockOfMemory(lambda way: way.stitch_on == "cpu", torch.OutOfMemoryError("CUDA out of memory")), ladder)
     assert len(ladder.said) == 2
     assert ladder.said[0] == (
@@ -78,7 +78,7 @@ def test_every_step_down_is_told_in_a_sentence() -> None:
 
 
 def test_what_worked_is_where_the_next_network_of_a_case_begins() -> None:
-    ladder, mock = Ladder(), MockOfMemory(lambda way: way.device == "cpu", MemoryError())
+    ladder, mock = MemoryFallback(), MockOfMemory(lambda way: way.device == "cpu", MemoryError())
     down(mock, ladder)
     tried = mock.tried
     down(mock, ladder)
@@ -111,26 +111,26 @@ def test_another_fault_is_not_taken_for_want_of_memory() -> None:
 
 
 def test_the_plan_halves_logits_before_it_takes_smaller_windows() -> None:
-    ladder = Ladder(1000 * GB)
+    ladder = MemoryFallback(1000 * GB)
     found = ladder.run(
         lambda way: way,
-        Way(window=(64, 64, 64)),
+        ComputePlan(window=(64, 64, 64)),
         divisor=16,
         needed_bytes=lambda way: 500 * GB if way.half else 2000 * GB,
     )
-    assert found == Way(window=(64, 64, 64), half=True)
+    assert found == ComputePlan(window=(64, 64, 64), half=True)
     assert ladder.said[0].startswith("planned for --max-memory-gb 1000")
 
 
 def test_a_bound_with_room_changes_nothing() -> None:
-    ladder = Ladder(1000 * GB)
+    ladder = MemoryFallback(1000 * GB)
     assert ladder.run(lambda way: way, FIRST, divisor=16, needed_bytes=lambda _: GB) == FIRST
     assert ladder.said == []
 
 
 def test_a_bound_that_nothing_fits_is_an_error_that_names_it() -> None:
     with pytest.raises(DataError, match=r"--max-memory-gb 1 is too little"):
-        Ladder(GB).run(lambda way: way, FIRST, divisor=16, needed_bytes=lambda _: 2 * GB)
+        MemoryFallback(GB).run(lambda way: way, FIRST, divisor=16, needed_bytes=lambda _: 2 * GB)
 
 
 def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
@@ -140,7 +140,7 @@ def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
         seen.append(window)
         window = smaller(window, 16)
     assert seen == [(48, 64, 48), (48, 32, 48), (32, 32, 48), (32, 32, 32)]
-    assert next_way(Way(window=(32, 32, 32)), FIRST, 16) is None
+    assert next_way(ComputePlan(window=(32, 32, 32)), FIRST, 16) is None
 
 
 def test_a_window_around_the_brain_is_the_smallest_that_the_network_takes() -> None:
@@ -206,7 +206,7 @@ def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_a
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("app.system.device.cpu_flags", lambda: {"amx_bf16"})
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), Way(window=(16, 16, 16))
+    engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), ComputePlan(window=(16, 16, 16))
     expected = engine.logits(image, None, runtime, overlap=0.5, way=way)
     gpu = replace(runtime, device_name="cuda:0")
     assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, way=way), expected)
@@ -216,14 +216,16 @@ def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, mon
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     engine, made, zeros = load_model(tiny_run, runtime).engine, [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, **more: made.append(zeros(*a, **more)) or made[-1])
-    answer = engine.logits(an_image(40, 36, 20), None, runtime, overlap=0.5, way=Way(window=(16, 16, 16), half=True))
+    answer = engine.logits(
+        an_image(40, 36, 20), None, runtime, overlap=0.5, way=ComputePlan(window=(16, 16, 16), half=True)
+    )
     assert answer.dtype == np.float16
     assert {tensor.dtype for tensor in made} == {torch.float16}
 
 
 def test_an_image_that_must_be_padded_counts_twice(tiny_run: Path) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    engine, way = load_model(tiny_run, runtime).engine, Way(window=(16, 16, 16))
+    engine, way = load_model(tiny_run, runtime).engine, ComputePlan(window=(16, 16, 16))
     padded, whole = (needed_bytes(engine, way, runtime, shape, (16, 16, 16)) for shape in ((15, 16, 16), (16, 16, 16)))
     assert padded - whole == 4 * 16**3 * 4
 
@@ -254,7 +256,7 @@ def test_memory_that_runs_out_in_predict_stands_in_the_json(
         request.getfixturevalue("openvino_computes")
     real = engine.logits
 
-    def mock_of_memory(self: Any, *arguments: Any, way: Way, **more: Any) -> Any:
+    def mock_of_memory(self: Any, *arguments: Any, way: ComputePlan, **more: Any) -> Any:
         if max(way.window) > 8:
             raise RuntimeError("mock: not enough memory")
         return real(self, *arguments, way=way, **more)
