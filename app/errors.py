@@ -63,6 +63,17 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
+#: Parts of messages of torch, OpenVINO and the system that say that memory ran out.
+_SAID: Final = (
+    "out of memory",
+    "not enough memory",
+    "defaultcpuallocator",
+    "bad_alloc",
+    "cannot allocate memory",
+    "failed to allocate",
+    "memory allocation",
+)
+
 
 def exit_code(error: BaseException) -> int:
     """Exit code for an exception, from the table above."""
@@ -99,10 +110,10 @@ def _of_the_system(error: OSError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out; torch has an exception of its own for it on a GPU, and on a CPU only a text."""
+    """Whether an exception of numpy, torch or OpenVINO says that memory ran out."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)
 
 
 def _has_no_deterministic_form(error: BaseException) -> bool:

@@ -131,3 +131,9 @@ def naming_the_place(path: Path) -> Iterator[None]:
 def _is_partial(name: str) -> bool:
     """Whether a path lies in a file or folder that is being written; all of their names are hidden."""
     return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

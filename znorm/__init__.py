@@ -1,25 +1,40 @@
 """ZNorm: z-score each layer's gradient before the optimiser step (Yun, arXiv 2408.01215). Needs torch alone."""
 
-from znorm.hook import GradientHandle, ZNormConfig, attach, attach_rival
+from typing import Any
+
+from znorm.hook import GradientHandle, ZNormConfig, attach, attach_baseline
 from znorm.overlap import Junction, find_junctions, watch_overlap
 from znorm.select import Selection, TensorChoice, select
 from znorm.stats import observe_step
-from znorm.transforms import RIVALS
+from znorm.transforms import BASELINES
 from znorm.zscore import EPS, zscore_
 
 __all__ = [
+    "BASELINES",
     "EPS",
-    "RIVALS",
     "GradientHandle",
     "Junction",
     "Selection",
     "TensorChoice",
     "ZNormConfig",
     "attach",
-    "attach_rival",
+    "attach_baseline",
     "find_junctions",
     "observe_step",
     "select",
     "watch_overlap",
     "zscore_",
 ]
+
+#: Names of earlier versions and what they are called now.
+_RENAMED = {"RIVALS": "BASELINES", "attach_rival": "attach_baseline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Give a name of an earlier version, with a warning; the next version drops it."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    warnings.warn(f"znorm.{name} is now znorm.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

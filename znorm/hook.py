@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from znorm.select import AUTO, NONE, Selection, select
-from znorm.transforms import RIVALS, Gradients, Rule, all_finite, keep_size_
+from znorm.transforms import BASELINES, Gradients, GradientTransform, all_finite, rescale_to_clipped_norm_
 from znorm.zscore import EPS, Mode, Scope, zscore_
 
 _attached: WeakSet[Optimizer] = WeakSet()
@@ -46,13 +46,14 @@ class ZNormConfig:
     """Patterns of parameter names that are left as they are."""
     clip_norm: float | None = None
     """None, as in the paper: each tensor leaves with a norm of the root of its elements, the others as they came. A
-    number: all gradients together get the norm that clipping to it leaves (:func:`znorm.transforms.keep_size_`)."""
+    number: all gradients together get the norm that clipping to it leaves
+    (:func:`znorm.transforms.rescale_to_clipped_norm_`)."""
 
 
 class GradientHandle:
     """A rule attached to an optimiser: its selection, its count of skipped steps, and the way to remove it."""
 
-    def __init__(self, optimizer: Optimizer, model: nn.Module, rule: Rule, selection: Selection) -> None:
+    def __init__(self, optimizer: Optimizer, model: nn.Module, rule: GradientTransform, selection: Selection) -> None:
         self.selection = selection
         self.skipped_steps = 0
         """Steps left out because a gradient was not finite."""
@@ -147,12 +148,16 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
                 work.gradients, config.eps, scope=config.scope, mode=config.mode, channel_dims=work.channel_dims
             )
 
-        return normalise() if config.clip_norm is None else keep_size_(work, normalise, limit=config.clip_norm)
+        return (
+            normalise()
+            if config.clip_norm is None
+            else rescale_to_clipped_norm_(work, normalise, limit=config.clip_norm)
+        )
 
     return _attach(optimizer, model, rule, _selection(model, config))
 
 
-def attach_rival(
+def attach_baseline(
     optimizer: Optimizer, model: nn.Module, name: str, config: ZNormConfig | None = None, **numbers: float
 ) -> GradientHandle:
     """Put another rule than ZNorm before every step of an optimiser, with the same guards.
@@ -160,7 +165,7 @@ def attach_rival(
     Args:
         optimizer: as in :func:`attach`.
         model: as in :func:`attach`.
-        name: one of :data:`znorm.transforms.RIVALS`.
+        name: one of :data:`znorm.transforms.BASELINES`.
         config: for ``scale`` which parameters; ``adaptive-clip`` leaves the output block out, as its paper does; the
             others take every parameter.
         numbers: the rule's own, such as ``limit=1.0`` for ``clip``.
@@ -168,13 +173,13 @@ def attach_rival(
     Raises:
         ValueError: no such rule; else as :func:`attach`.
     """
-    if name not in RIVALS:
-        raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(RIVALS)}")
+    if name not in BASELINES:
+        raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(BASELINES)}")
     config = config if config is not None else ZNormConfig()
     if name != "scale":
         block = config.output_block if name == "adaptive-clip" else NONE
         config = replace(ZNormConfig(), min_dimensions=0, output_block=block)
-    rule = partial(RIVALS[name], **numbers)
+    rule = partial(BASELINES[name], **numbers)
     return _attach(optimizer, model, rule, _selection(model, config, single=name != "scale"))
 
 
@@ -190,7 +195,7 @@ def _selection(model: nn.Module, config: ZNormConfig, *, single: bool = False) -
     )
 
 
-def _attach(optimizer: Optimizer, model: nn.Module, rule: Rule, selection: Selection) -> GradientHandle:
+def _attach(optimizer: Optimizer, model: nn.Module, rule: GradientTransform, selection: Selection) -> GradientHandle:
     if optimizer in _attached:
         raise ValueError("this optimizer has a gradient rule already; remove() the first handle before attaching again")
     return GradientHandle(optimizer, model, rule, selection)

@@ -29,7 +29,7 @@ class Gradients:
 
 
 #: Changes gradients in place; False where one was not finite.
-Rule = Callable[[Gradients], bool]
+GradientTransform = Callable[[Gradients], bool]
 
 
 @torch.no_grad()
@@ -164,7 +164,7 @@ def scale_(work: Gradients, *, eps: float) -> bool:
 
 
 @torch.no_grad()
-def keep_size_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
+def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
     """Normalise the chosen gradients, then bring all gradients to the size that clipping by norm would leave them.
 
     With the norms ||all|| of all gradients and ||chosen|| of the chosen ones before, and s = min(1, limit / ||all||):
@@ -217,7 +217,7 @@ def _all_but(tensor: Tensor, dim: int) -> list[int]:
 
 
 #: Every rule but ZNorm's own by its name, and by the names of its numbers.
-RIVALS: Final[Mapping[str, Callable[..., bool]]] = {
+BASELINES: Final[Mapping[str, Callable[..., bool]]] = {
     "none": none_,
     "clip": clip_by_norm_,
     "clip-value": clip_by_value_,

@@ -192,7 +192,13 @@ def _official(
     as_json: bool,
 ) -> None:
     """The table of ``--rules``."""
-    from app.evaluation.brats.challenge import challenge_rules, evaluate_by_rules, remarks, rows, write_table
+    from app.evaluation.brats.challenge import (
+        challenge_remarks,
+        challenge_rows,
+        challenge_rules,
+        evaluate_by_rules,
+        write_challenge_table,
+    )
     from app.evaluation.evaluate import require_table_place
     from app.notice import NOTICE
 
@@ -207,12 +213,12 @@ def _official(
     if as_json:
         terminal.json_result(scores.to_json())
     else:
-        terminal.result(terminal.table(rows(scores)))
-        for sentence in remarks(scores):
+        terminal.result(terminal.table(challenge_rows(scores)))
+        for sentence in challenge_remarks(scores):
             terminal.result(sentence)
         terminal.result(NOTICE)
     if out is not None:
-        write_table(scores, out)
+        write_challenge_table(scores, out)
     folders = scores.folders
     for case, text in scores.failures.items():
         terminal.say(f"znormseg: {case}: {text}")

@@ -18,8 +18,6 @@ from app.errors import RunError
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import LOCK
 from app.training.run import TrainResult, resume, start
-from data.datasets.layouts import Case
-from data.errors import DataError
 from data.patches.cache import CaseFolder
 
 
@@ -43,19 +41,6 @@ def require_place(out: Path, told_by: str, what: str, *, before: Collection[str]
         and any(entry.name not in (LOCK, *before) and not entry.name.startswith(".partial-") for entry in out.iterdir())
     ):
         raise RunError(f"{out} is not empty and holds no {what}; give another folder")
-
-
-def require_labels(cases: Sequence[Case], *, advice: str) -> None:
-    """Make sure that every case has a label map.
-
-    Raises:
-        DataError: some have none; they are named.
-    """
-    without = [case.id for case in cases if case.label is None]
-    if without:
-        raise DataError(
-            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. {advice}"
-        )
 
 
 def json_object(content: Any, path: Path) -> dict[str, Any]:

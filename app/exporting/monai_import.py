@@ -26,8 +26,9 @@ from app.errors import RunError
 from app.exporting.places import folder_when_complete, require_empty_export
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_durably
-from app.runs.model_card import file_sha256, seal
+from app.runs.model_card import seal
 from app.system.device import versions
+from data.files import file_sha256
 from data.labels import BRATS2021, CONTRASTS, REGIONS
 from models import NetworkConfig, build_network
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,10 +10,10 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy import ndimage
 
 from app.html.planes import PLANES, Cut, Plane, fit_view, largest_slice, sample
-from app.html.png import encode_png
 from data.labels import REGIONS, Region, to_regions
 
 Picture = npt.NDArray[np.uint8]
@@ -87,7 +88,9 @@ def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
     Raises:
         ValueError: ``height_px`` below 64.
     """
-    return encode_png(overlay_picture(case, height_px=height_px))
+    file = io.BytesIO()
+    Image.fromarray(overlay_picture(case, height_px=height_px)).save(file, format="PNG", optimize=True)
+    return file.getvalue()
 
 
 def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:

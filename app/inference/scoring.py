@@ -1,9 +1,14 @@
-"""Dice of a network on one case, on the case's own grid."""
+"""Dice of a network or of a finished run on cases, on each case's own grid."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from app.config.load import RunConfig
 from app.evaluation.metrics import dice
-from app.inference.model import Predictor
+from app.inference.backends.choose import choose_backend
+from app.inference.model import Predictor, load_model
 from app.inference.probabilities import predict_codes
 from app.system.device import Runtime
 from data.datasets.layouts import Case
@@ -48,3 +53,30 @@ def case_dice(
     codes = decode(reorient(read_label_map(case.label)).voxels, convention)
     expected = to_regions(to_native_order(codes, prepared.native_affine))
     return {region: dice(one, other) for region, one, other in zip(REGIONS, predicted, expected, strict=True)}
+
+
+def score_run(
+    run: Path, cases: Sequence[Case], config: RunConfig, *, on_case: Callable[[str], None]
+) -> tuple[Runtime, str, dict[str, CaseDice]]:
+    """Predict cases with the weights that ``predict`` would take, and score them against their label maps.
+
+    Args:
+        run: folder of a finished run.
+        cases: with label maps.
+        config: of the run; device and precision are chosen by its runtime section, as ``predict`` would choose them.
+        on_case: called with the id of each case that is done.
+
+    Returns:
+        what computed; SHA-256 of the weights; Dice by case id and region, on the grid of the case's files.
+
+    Raises:
+        DataError: a case cannot be used.
+        RunError: the run has no weights, or they were changed.
+    """
+    runtime = choose_backend("auto", config.runtime)
+    model = load_model(run, runtime)
+    scores: dict[str, CaseDice] = {}
+    for case in cases:
+        scores[case.id] = case_dice(model, case.require(), runtime, nan_to_zero=config.data.nan_to_zero)
+        on_case(case.id)
+    return runtime, model.sha256, scores

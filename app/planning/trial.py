@@ -289,7 +289,7 @@ def _lower_limits(share: float) -> None:
             resource.setrlimit(kind, (int(soft * share), hard))
 
 
-def main(asked_path: str, told_path: str) -> None:
+def _main(asked_path: str, told_path: str) -> None:
     """Try what the first file asks for; write what it took, or what went wrong, into the second."""
     with suppress(OSError):  # where memory runs out, this process is the one to go
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
@@ -305,4 +305,4 @@ def main(asked_path: str, told_path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2])
+    _main(sys.argv[1], sys.argv[2])

@@ -11,7 +11,6 @@ Nothing is invented: the card has what the files of the folder tell, and says wh
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.runs.folder import read_json, write_durably, write_json
+from data.files import file_sha256
 from data.filesystem import why
 
 CARD_FILE: Final = "MODEL_CARD.md"
@@ -40,7 +40,6 @@ LIMITS: Final = (
 #: Of a run, an ensemble or a network of it: what goes into the sums. Metrics, TensorBoard and pages may change.
 _PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
 _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
-_BLOCK: Final = 1 << 20
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
@@ -146,15 +145,6 @@ def verify(folder: Path) -> tuple[str, ...]:
     if problems:
         raise RunError(f"{folder}: {'; '.join(problems)}. Restore the folder from a copy.")
     return tuple(listed)
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def newest_best(folder: Path) -> Path | None:

@@ -126,17 +126,20 @@ def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]
     return cases
 
 
-def require_labels(cases: Sequence[Case]) -> None:
+def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave the cases out with --split.") -> None:
     """Make sure that every case has a label map.
 
+    Args:
+        cases: to look at.
+        advice: what to do, at the end of the message.
+
     Raises:
-        DataError: some have none.
+        DataError: some have none; they are named.
     """
     without = [case.id for case in cases if case.label is None]
     if without:
         raise DataError(
-            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. "
-            "Add them, or leave the cases out with --split."
+            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. {advice}"
         )
 
 

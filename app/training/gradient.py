@@ -55,7 +55,7 @@ def _handle(name: str, config: GradientConfig, optimizer: Optimizer, model: nn.M
         "adaptive-clip": {"ratio": config.adaptive_clip_ratio},
         "scale": {"eps": config.znorm.eps},
     }.get(name, {})
-    return znorm.attach_rival(optimizer, model, name, config.znorm, **numbers)
+    return znorm.attach_baseline(optimizer, model, name, config.znorm, **numbers)
 
 
 def _report(name: str, reason: str, config: GradientConfig, handle: znorm.GradientHandle) -> str:

@@ -61,7 +61,7 @@ def keep_batch(run: Path, step: int, batches: Sequence[Batch], facts: dict[str, 
     return path
 
 
-def in_words(rollbacks: Sequence[dict[str, Any]]) -> str:
+def rollbacks_in_words(rollbacks: Sequence[dict[str, Any]]) -> str:
     """All returns of a run, for a message."""
     return "; ".join(
         f"step {one['step']} (cases {', '.join(one['cases'])}; batch in {one['file']})" for one in rollbacks

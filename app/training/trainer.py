@@ -242,8 +242,9 @@ class Loop:
         if len(state.rollbacks) >= settings.max_rollbacks:
             raise RunError(
                 f"{self.run}: step {failed}: {why}. The run went back {len(state.rollbacks)} times before "
-                f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.in_words(every)}. The last good "
-                f"checkpoint is that of step {good.step}. Look at these cases, or resume with a lower learning rate: "
+                f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.rollbacks_in_words(every)}. The last "
+                f"good checkpoint is that of step {good.step}. Look at these cases, or resume with a lower learning "
+                "rate: "
                 "--resume --set training.learning_rate=... --allow training.learning_rate --set training.max_rollbacks="
                 f"{settings.max_rollbacks + 3}"
             )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from data.datasets.layouts import Case, convention_of
 from data.errors import DataError
+from data.files import file_sha256
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
 from data.native_space.brain_mask import BRAIN_LITRES, BrainMask, find_brain, require_mask
 from data.native_space.itk import ImageGrid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
@@ -125,7 +126,7 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
         images={contrast: to_itk(volume) for contrast, volume in volumes.items()},
         codes=codes,
         codes_on=codes_on,
-        sources={name: {"path": str(path), "sha256": _sha256(path)} for name, path in files.items()},
+        sources={name: {"path": str(path), "sha256": file_sha256(path)} for name, path in files.items()},
         zeroed={contrast: volume.zeroed for contrast, volume in volumes.items() if volume.zeroed},
         backgrounds={contrast: volume.background for contrast, volume in volumes.items() if volume.background},
         doubts=tuple(f"{contrast}: {volume.doubt}" for contrast, volume in volumes.items() if volume.doubt),
@@ -321,10 +322,3 @@ def _versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[name] = "unknown"
     return found
-
-
-def _sha256(path: Path) -> str:
-    import hashlib
-
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from znorm import attach, attach_rival, stats
+from znorm import attach, attach_baseline, stats
 from znorm.stats import LayerGradient, observe_step
 
 
@@ -159,7 +159,7 @@ def test_observed_and_plain_training_come_to_the_same_weights_bit_for_bit(rule: 
     models = [small_model(), small_model()]
     for model, watched in zip(models, (True, False), strict=True):
         optimizer = AdamW(model.parameters(), lr=0.1, fused=True)
-        attach_rival(optimizer, model, rule, **({"limit": 0.1} if rule == "clip" else {}))
+        attach_baseline(optimizer, model, rule, **({"limit": 0.1} if rule == "clip" else {}))
         for _ in range(3):
             backward(model)
             if watched:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from znorm import RIVALS, ZNormConfig, attach, attach_rival, transforms, zscore_
+from znorm import BASELINES, ZNormConfig, attach, attach_baseline, transforms, zscore_
 from znorm.transforms import Gradients
 
 NUMBERS: dict[str, dict[str, float]] = {
@@ -23,7 +23,7 @@ NUMBERS: dict[str, dict[str, float]] = {
     "adaptive-clip": {"ratio": 0.01},
     "scale": {"eps": 1e-7},
 }
-rivals = pytest.mark.parametrize("name", list(RIVALS))
+rivals = pytest.mark.parametrize("name", list(BASELINES))
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -59,21 +59,21 @@ def test_clip_by_norm_is_torchs(limit: float) -> None:
     twin = copy.deepcopy(model)
     for one, other in zip(model.parameters(), twin.parameters(), strict=True):
         other.grad = None if one.grad is None else one.grad.clone()
-    RIVALS["clip"](work(*[p.grad for p in model.parameters() if p.grad is not None]), limit=limit)
+    BASELINES["clip"](work(*[p.grad for p in model.parameters() if p.grad is not None]), limit=limit)
     torch.nn.utils.clip_grad_norm_(twin.parameters(), limit)
     torch.testing.assert_close(gradients_of(model), gradients_of(twin))
 
 
 def test_a_norm_too_large_for_a_number_is_clipped_all_the_same() -> None:
     gradient = torch.tensor([3e38, -3e38, 0.0])
-    assert RIVALS["clip"](work(gradient), limit=1.0)
+    assert BASELINES["clip"](work(gradient), limit=1.0)
     torch.testing.assert_close(gradient, torch.tensor([math.sqrt(0.5), -math.sqrt(0.5), 0.0]))
 
 
 def test_a_huge_limit_changes_no_bit() -> None:
     for name, number in (("clip", "limit"), ("clip-value", "limit"), ("adaptive-clip", "ratio")):
         gradient = normal(5, 3)
-        RIVALS[name](work(gradient), **{number: 1e9})
+        BASELINES[name](work(gradient), **{number: 1e9})
         assert torch.equal(gradient, normal(5, 3)), name
 
 
@@ -81,7 +81,7 @@ def test_a_huge_limit_changes_no_bit() -> None:
 def test_centralized_channels_have_mean_0_and_keep_their_differences(dim: int) -> None:
     before = 5 + normal(4, 6, 3)
     gradient = before.clone()
-    RIVALS["centralize"](work(gradient, dims=[dim]))
+    BASELINES["centralize"](work(gradient, dims=[dim]))
     others = [d for d in range(3) if d != dim]
     torch.testing.assert_close(gradient.mean(others), torch.zeros(before.shape[dim]), rtol=0, atol=1e-6)
     assert float((before - gradient).std(others).max()) < 1e-5
@@ -89,7 +89,7 @@ def test_centralized_channels_have_mean_0_and_keep_their_differences(dim: int) -
 
 def test_centralization_leaves_tensors_of_one_dimension_alone() -> None:
     gradient = normal(7)
-    RIVALS["centralize"](work(gradient))
+    BASELINES["centralize"](work(gradient))
     assert torch.equal(gradient, normal(7))
 
 
@@ -98,20 +98,20 @@ def test_adaptive_clipping_looks_at_each_channel_alone() -> None:
     before = gradient.clone()
     before[0] *= 1e-6
     gradient[0] *= 1e-6
-    RIVALS["adaptive-clip"](work(gradient, parameters=[weight]), ratio=0.1)
+    BASELINES["adaptive-clip"](work(gradient, parameters=[weight]), ratio=0.1)
     assert torch.equal(gradient[0], before[0])
     torch.testing.assert_close(gradient[1:].norm(dim=1), 0.1 * weight[1:].norm(dim=1))
 
 
 def test_weights_of_0_count_with_the_floor() -> None:
     gradient = normal(2, 10)
-    RIVALS["adaptive-clip"](work(gradient, parameters=[torch.zeros(2, 10)]), ratio=0.5, floor=0.02)
+    BASELINES["adaptive-clip"](work(gradient, parameters=[torch.zeros(2, 10)]), ratio=0.5, floor=0.02)
     torch.testing.assert_close(gradient.norm(dim=1), torch.full((2,), 0.01))
 
 
 def test_scale_is_zscore_with_the_mean_left_in() -> None:
     gradient, twin = 3 + normal(5, 5), 3 + normal(5, 5)
-    RIVALS["scale"](work(gradient), eps=0.0)
+    BASELINES["scale"](work(gradient), eps=0.0)
     zscore_([twin], 0.0)
     torch.testing.assert_close(gradient - gradient.mean(), twin)
     assert float(gradient.mean()) > 1
@@ -123,7 +123,7 @@ def test_scale_is_zscore_with_the_mean_left_in() -> None:
 def test_a_step_with_a_number_that_is_not_finite_is_left_out_and_counted(name: str, value: float, place: str) -> None:
     model = with_gradients(small_model())
     optimizer = AdamW(model.parameters(), lr=0.1)
-    handle = attach_rival(optimizer, model, name, **NUMBERS[name])
+    handle = attach_baseline(optimizer, model, name, **NUMBERS[name])
     model.get_parameter(place).grad.view(-1)[0] = value  # type: ignore[union-attr]  # backward made it
     optimizer.step()
     assert handle.skipped_steps == 1
@@ -134,11 +134,11 @@ def test_a_step_with_a_number_that_is_not_finite_is_left_out_and_counted(name: s
 def test_a_rival_in_front_of_the_step_is_the_rule_by_hand_and_a_plain_step(name: str) -> None:
     model, twin = with_gradients(small_model()), with_gradients(small_model())
     optimizer = SGD(model.parameters(), lr=0.1)
-    handle = attach_rival(optimizer, model, name, **NUMBERS[name])
+    handle = attach_baseline(optimizer, model, name, **NUMBERS[name])
     optimizer.step()
     chosen = [(n, p) for n, p in twin.named_parameters() if n in handle.selection.normalised]
     grads = [p.grad for _, p in chosen if p.grad is not None]
-    RIVALS[name](work(*grads, parameters=[p.detach() for _, p in chosen]), **NUMBERS[name])
+    BASELINES[name](work(*grads, parameters=[p.detach() for _, p in chosen]), **NUMBERS[name])
     SGD(twin.parameters(), lr=0.1).step()
     torch.testing.assert_close(list(model.parameters()), list(twin.parameters()))
 
@@ -154,14 +154,14 @@ def test_a_rival_in_front_of_the_step_is_the_rule_by_hand_and_a_plain_step(name:
 )
 def test_each_rival_takes_the_parameters_of_its_paper(name: str, left_out: list[str]) -> None:
     model = small_model()
-    selection = attach_rival(SGD(model.parameters(), lr=1), model, name, **NUMBERS[name]).selection
+    selection = attach_baseline(SGD(model.parameters(), lr=1), model, name, **NUMBERS[name]).selection
     assert sorted(choice.name for choice in selection.choices if not choice.normalised) == left_out
 
 
 def test_a_rule_with_an_unknown_name_is_refused_with_those_there_are() -> None:
     model = small_model()
     with pytest.raises(ValueError, match=r"no gradient rule is named 'clop'; there are none, clip, "):
-        attach_rival(SGD(model.parameters(), lr=1), model, "clop")
+        attach_baseline(SGD(model.parameters(), lr=1), model, "clop")
 
 
 def test_one_optimizer_takes_one_rule() -> None:
@@ -169,7 +169,7 @@ def test_one_optimizer_takes_one_rule() -> None:
     optimizer = SGD(model.parameters(), lr=1)
     attach(optimizer, model)
     with pytest.raises(ValueError, match="has a gradient rule already"):
-        attach_rival(optimizer, model, "clip", limit=1.0)
+        attach_baseline(optimizer, model, "clip", limit=1.0)
 
 
 def test_parameters_added_after_the_attach_are_refused_at_the_step() -> None:
@@ -283,12 +283,12 @@ def test_znorm_with_a_clip_norm_shrinks_what_it_does_not_normalise_as_clipping_d
 def test_znorm_with_a_clip_norm_takes_gradients_whose_squares_overflow() -> None:
     g = torch.tensor([1e30, 3e30, 2e30])
     chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0])
-    assert transforms.keep_size_(chosen, lambda: zscore_([g]), limit=1.0)
+    assert transforms.rescale_to_clipped_norm_(chosen, lambda: zscore_([g]), limit=1.0)
     assert float(g.norm()) == pytest.approx(1.0)
 
 
 def test_znorm_with_a_clip_norm_leaves_a_bad_gradient_alone() -> None:
     g, other = torch.tensor([1.0, math.nan]), torch.tensor([2.0])
     chosen = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
-    assert not transforms.keep_size_(chosen, lambda: zscore_([g]), limit=0.1)
+    assert not transforms.rescale_to_clipped_norm_(chosen, lambda: zscore_([g]), limit=0.1)
     assert (float(g[0]), float(other)) == (1.0, 2.0)

@@ -366,7 +366,7 @@ def rankable(values: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def rows(evaluation: PackageEvaluation) -> list[list[str]]:
+def package_rows(evaluation: PackageEvaluation) -> list[list[str]]:
     """The table for the terminal: header, cases, mean and median; lesion-wise Dice, HD95 and F1 of each region."""
     regions = evaluation.rules.regions
 
@@ -382,7 +382,7 @@ def rows(evaluation: PackageEvaluation) -> list[list[str]]:
     ]
 
 
-def remarks(evaluation: PackageEvaluation) -> list[str]:
+def package_remarks(evaluation: PackageEvaluation) -> list[str]:
     """What the numbers of the terminal's table turn on, a sentence each."""
     shown = [
         values[metric] for case in evaluation.cases for values in case.regions.values() for metric, *_ in _IN_TERMINAL
@@ -398,7 +398,7 @@ def remarks(evaluation: PackageEvaluation) -> list[str]:
     return said
 
 
-def write_table(evaluation: PackageEvaluation, path: Path) -> None:
+def write_package_table(evaluation: PackageEvaluation, path: Path) -> None:
     """Write all numbers as CSV: columns ``case``, ``WT_sq_dsc``, ..., ``scored_by``; rows: cases, ``mean``, ``median``.
 
     Args:

@@ -46,23 +46,27 @@ def evaluate_by_rules(
     )
 
 
-def rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
+def challenge_rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
     """The table for the terminal: header, cases, mean and median."""
-    return brats2026.rows(evaluation) if isinstance(evaluation, PackageEvaluation) else evaluate.lesion_rows(evaluation)
+    return (
+        brats2026.package_rows(evaluation)
+        if isinstance(evaluation, PackageEvaluation)
+        else evaluate.lesion_rows(evaluation)
+    )
 
 
-def remarks(evaluation: ChallengeEvaluation) -> list[str]:
+def challenge_remarks(evaluation: ChallengeEvaluation) -> list[str]:
     """What the numbers of the terminal's table turn on, a sentence each."""
     return (
-        brats2026.remarks(evaluation)
+        brats2026.package_remarks(evaluation)
         if isinstance(evaluation, PackageEvaluation)
         else evaluate.lesion_remarks(evaluation)
     )
 
 
-def write_table(evaluation: ChallengeEvaluation, path: Path) -> None:
+def write_challenge_table(evaluation: ChallengeEvaluation, path: Path) -> None:
     """Write all numbers as CSV; see the functions of this name of either module."""
     if isinstance(evaluation, PackageEvaluation):
-        brats2026.write_table(evaluation, path)
+        brats2026.write_package_table(evaluation, path)
     else:
         evaluate.write_lesion_table(evaluation, path)

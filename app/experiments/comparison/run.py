@@ -25,22 +25,21 @@ from typing import Any, Final
 from app.config.load import from_plain
 from app.errors import ConfigError, InterruptedRunError
 from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
-from app.experiments.comparison.scoring import score_run
 from app.experiments.comparison.split import ThreeWaySplit, fold_parts, read_parts
 from app.experiments.runs import (
     differences,
     has_begun,
     json_object,
     only_warnings,
-    require_labels,
     require_place,
     start_or_resume,
 )
+from app.inference.scoring import score_run
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, write_json
-from app.training.cases import tell_of_names, tell_of_patients
+from app.training.cases import require_labels, tell_of_names, tell_of_patients
 from app.training.run import TrainResult
 from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
@@ -100,7 +99,7 @@ def make_runs(
     patients = patients_of(cases.values())
     parts = fold_parts(patients, fold) if split_file is None else read_parts(split_file, patients)
     used = [cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)]
-    require_labels(used, advice="Add them, or leave the cases out with --split.")
+    require_labels(used)
     require_place(out, _PLAN, "comparison")
     if split_file is None:
         parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))

@@ -25,10 +25,10 @@ from typing import Any, Final
 
 from app.config.load import RunConfig, from_plain, to_plain
 from app.errors import ConfigError, RunError
-from app.experiments.runs import differences, json_object, require_labels
+from app.experiments.runs import differences, json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
-from app.training.cases import split_on_record, tell_of_names, tell_of_patients
+from app.training.cases import require_labels, split_on_record, tell_of_names, tell_of_patients
 from data.datasets.label_stats import hash_of, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
 from data.datasets.naming import composed

@@ -219,7 +219,7 @@ class _Slot:
         return ended
 
 
-def main() -> int:
+def _main() -> int:
     """Do the job on standard input; 0 when it is done."""
     return be_worker(_work)
 
@@ -249,4 +249,4 @@ def _do_job(job: FoldJob, tell: Tell) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())

@@ -18,6 +18,7 @@ from app.config.inference import PredictOptions, options_to_plain
 from app.inference.model import Predictor
 from app.system.device import versions
 from data.datasets.layouts import Case
+from data.files import file_sha256
 from data.labels import Contrast
 
 #: The object in ``<case>.json``.
@@ -92,12 +93,6 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
 def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
     """SHA-256 of files, by name."""
     return {path.name: file_sha256(path) for path in paths}
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal digits."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sha256_of(content: Any) -> str:

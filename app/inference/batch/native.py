@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from app.config.inference import DEFAULTS, PredictOptions
 from app.inference.batch.cohort import Prediction, Predictions, predict_each
-from app.inference.batch.fingerprint import file_sha256, settings_of
+from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.pipeline import InThisProcess, Steps, most_voxels_ahead
 from app.inference.batch.predict import asked_for, finish, place_for, unusual_contrasts, write_companions
@@ -26,6 +26,7 @@ from app.progress import LOG, OnProgress, silent
 from app.system.device import Runtime
 from data.datasets.layouts import Case, find_cases, misnamed_files
 from data.errors import DataError
+from data.files import file_sha256
 from data.labels import Contrast, encode, from_regions, to_regions
 from data.native_space.brain_mask import MASK_WORDS
 from data.native_space.case_files import write_brats_case

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 
 from app.config.inference import PredictOptions
+from app.errors import is_out_of_memory
 from app.inference.batch.cohort import CaseObserver, Prediction
 from app.inference.batch.fingerprint import MADE_FROM, files_sha256, made_from
 from app.inference.batch.manifest import Outcome, Worker
-from app.inference.sliding_window.memory_fallback import is_out_of_memory
 from app.runs.folder import write_json
 from data.datasets.layouts import Case
 from data.errors import DataError

@@ -319,7 +319,7 @@ class _Telling:
         self._tell({"case": outcome.case, "content": outcome.content, "message": outcome.message})
 
 
-def main() -> int:
+def _main() -> int:
     """Do the job and the cases on standard input; 0 when it is told that there are no more."""
     return be_worker(_work)
 
@@ -349,4 +349,4 @@ def _listen(lines: Iterator[str], cases: queue.SimpleQueue[Case | None]) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(_main())

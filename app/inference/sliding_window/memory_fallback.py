@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, TypeVar
 
+from app.errors import is_out_of_memory
 from app.inference.sliding_window.grid import Size, smaller
 from app.progress import LOG
 from app.system.process import give_back_freed_memory
@@ -21,16 +22,6 @@ T = TypeVar("T")
 GB: Final = 10**9
 #: What a process holds that has read nothing, where the system does not tell.
 _PROGRAM_BYTES: Final = GB
-#: Parts of messages of torch, OpenVINO and the system that say that memory ran out.
-_SAID: Final = (
-    "out of memory",
-    "not enough memory",
-    "defaultcpuallocator",
-    "bad_alloc",
-    "cannot allocate memory",
-    "failed to allocate",
-    "memory allocation",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,10 +139,3 @@ def next_way(way: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan 
     if way.device != "cpu":
         return replace(way, device="cpu", window=first.window)
     return None
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of numpy, torch or OpenVINO says that memory ran out."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)

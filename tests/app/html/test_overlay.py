@@ -6,7 +6,6 @@ import pytest
 from PIL import Image
 
 from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_png, shown_slices
-from app.html.png import encode_png
 from data.labels import ENHANCING, NECROSIS, OEDEMA
 
 SIDE = 128
@@ -47,16 +46,6 @@ def pixels_of(picture: npt.NDArray[np.uint8], colour: tuple[int, int, int]) -> t
 
 
 SPOT = block(slice(4, 10), slice(4, 10), slice(4, 10))
-
-
-def test_encoded_png_decodes_to_the_same_pixels() -> None:
-    rgb = np.random.default_rng(0).integers(0, 256, size=(7, 5, 3), dtype=np.uint8)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_png(rgb)))), rgb)
-
-
-def test_encoding_refuses_a_grey_picture() -> None:
-    with pytest.raises(ValueError, match="height, width, 3"):
-        encode_png(np.zeros((4, 4), dtype=np.uint8))
 
 
 def test_picture_holds_three_rows_of_two_square_panels() -> None:

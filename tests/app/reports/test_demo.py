@@ -1,3 +1,4 @@
+import io
 import re
 from collections.abc import Mapping
 from html.parser import HTMLParser
@@ -5,13 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from app.html.overlay import OUTLINE_COLOURS
-from app.html.png import encode_png
 from app.reports.demo import Page, PageCase, render, write_page
 from data.labels import Region
 
-PNG = encode_png(np.zeros((6, 4, 3), dtype=np.uint8))
+_PICTURE = io.BytesIO()
+Image.fromarray(np.zeros((6, 4, 3), dtype=np.uint8)).save(_PICTURE, format="PNG")
+PNG = _PICTURE.getvalue()
 HOSTILE = "<script>alert('\"&')</script>"
 
 

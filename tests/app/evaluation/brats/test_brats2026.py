@@ -37,7 +37,7 @@ from app.evaluation.brats.brats2026 import (
     rankable,
 )
 from app.evaluation.brats.brats_evaluate import COMMAND, TESTED, Installed, Runner, find_installed, processes_at_once
-from app.evaluation.brats.challenge import write_table
+from app.evaluation.brats.challenge import write_challenge_table
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.ranking.rank import rank
@@ -252,7 +252,7 @@ def test_the_command_ranks_folders(
 def test_tables_rank_as_their_folders_do(stand_in: Put, sides: Write, tmp_path: Path) -> None:
     stand_in()
     found = scored("GLI", sides("GLI"))
-    write_table(found, tmp_path / "a.csv")
+    write_challenge_table(found, tmp_path / "a.csv")
     (tmp_path / "b.json").write_text(json.dumps(found.to_json(), allow_nan=False))
     tables = load([tmp_path / "a.csv", tmp_path / "b.json"], None, None)
     assert tables[0].scored_by == tables[1].scored_by == found.scored_by

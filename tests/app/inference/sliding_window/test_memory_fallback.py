@@ -16,12 +16,13 @@ import torch
 from torch.nn import functional
 
 from app.config.inference import PredictOptions
+from app.errors import is_out_of_memory
 from app.inference.backends.choose import choose_backend
 from app.inference.backends.executors import OpenvinoEngine, TorchEngine, needed_bytes
 from app.inference.model import Model, Predictor, load_model
 from app.inference.probabilities import ladder_for, predict_answer
 from app.inference.sliding_window.grid import rounded_up, smaller
-from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, is_out_of_memory, next_way
+from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, next_way
 from app.inference.sliding_window.numpy_blend import resized, stitched_logits
 from app.inference.sliding_window.torch_blend import sliding_logits
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
