@@ -122,7 +122,7 @@ class Loop:
 
         Raises:
             InterruptedRunError: a stop was requested; everything is saved.
-            RunError: the loss was non-finite more often than ``training.max_rollbacks`` allows, or no checkpoint is good.
+            RunError: the loss was non-finite more often than ``training.max_rollbacks``, or no checkpoint is good.
             OSError: the disk is full, and a stop was requested or the first checkpoint does not fit.
         """
         self.view.first_step, self.view.began = self.state.step, time.monotonic()

@@ -88,7 +88,7 @@ class ComparisonPlan:
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Return the scored runs: every seed at the rate chosen for (optimizer, arm); the first is also in the sweep."""
+        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first seed."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers
