@@ -88,7 +88,7 @@ class ComparisonPlan:
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first seed."""
+        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first one."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers
