@@ -24,8 +24,8 @@ _INSIDE_CODE: Final = 255
 _SHARE: Final = 0.95
 _SLACK_MM: Final = 1e-4  # single precision turns a 1 mm voxel into 1.00000003 mm; that must not fail a 1 mm tolerance
 _SPARSE: Final = 60  # voxels per corner above which a tree search is faster than a distance transform
-#: Marching-cubes patches of the codes 0 to 127; code 255 - c has the same patch as c. Each triangle has three digits: its
-#: area in eighths as seen along X, Y and Z. Values of the table in surface-distance (Apache-2.0), without signs.
+#: Marching-cubes patches of the codes 0 to 127; code 255 - c has the same patch as c. Each triangle has three digits:
+#: its area in eighths as seen along X, Y and Z. Values of the table in surface-distance (Apache-2.0), without signs.
 _PATCHES: Final = """
     - 111 111 220220 111 202202 111111 400222111 111 111111 202202 400222111 220220 400222111 400222111 400400 111
     022022 111111 040222111 111111 004222111 111111111 111222222111 111111 022022111 202202111 111333022202
