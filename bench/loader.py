@@ -138,7 +138,7 @@ class Side:
             self.peak_bytes, self.peak_kept_bytes = max(self.peak_bytes, total), max(self.peak_kept_bytes, kept)
 
     def processor_seconds(self) -> float:
-        """Return the CPU time of the process and its children; on a busy machine it is more reliable than wall-clock time."""
+        """Return the CPU time of the process and its children; on a busy machine it is more telling than the clock."""
         return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def _tree(self) -> list[psutil.Process]:

@@ -116,7 +116,7 @@ def spacing_of(seed: int) -> tuple[float, float, float]:
 
 @functools.cache
 def module_of(file: Path) -> object:
-    """Import a module by file: two scripts share a name, and the packages around files need more than is installed here."""
+    """Import a module by its file: two scripts share a name, and importing their packages needs more packages."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
