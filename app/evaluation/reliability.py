@@ -66,7 +66,7 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Mean over voxels of the gap in their bin between mean probability and share in the region; 0 for no voxels."""
+        """Mean over voxels of the gap between mean probability and share in the region in their bin; 0 if empty."""
         return float(np.abs(self.said - self.right).sum() / max(1.0, self.voxels.sum()))
 
     @property

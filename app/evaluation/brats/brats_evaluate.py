@@ -72,7 +72,7 @@ def find_installed() -> Installed:
     """Find the command on the PATH.
 
     Raises:
-        MissingToolError: it is not there; the message explains how to install it, and its licence.
+        MissingToolError: the command is missing; the message explains how to install it, and its licence.
     """
     found = shutil.which(COMMAND)
     if found is None:

@@ -66,7 +66,7 @@ def dilated(mask: Mask, steps: int) -> Mask:
 
     Args:
         mask: shape (X, Y, Z).
-        steps: 0 or more.
+        steps: number of steps, 0 or more.
     """
     for _ in range(steps):
         rows = [_spread(mask, axis) for axis in (0, 1)]

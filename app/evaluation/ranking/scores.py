@@ -60,7 +60,7 @@ def load(
             sources done so far.
 
     Raises:
-        DataError: there are fewer than two sources, one is given twice or cannot be read, or a folder has no references.
+        DataError: there are fewer than two sources, one is given twice or unreadable, or a folder has no references.
     """
     if len(sources) < 2:
         raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")

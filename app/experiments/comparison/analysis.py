@@ -57,7 +57,7 @@ class ArmSummary:
     skipped_steps: int
     """Total over all seeds."""
     differences: Mapping[str, Difference]
-    """Against the baseline, by measure; empty for the baseline itself."""
+    """Differences from the baseline, by measure; empty for the baseline itself."""
     verdict: str
     """One sentence; empty for the baseline itself."""
 

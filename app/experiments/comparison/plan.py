@@ -49,7 +49,7 @@ class RunKey:
     rate: float
     """Peak learning rate."""
     seed: int
-    """Initial weights and patches; the same in every arm."""
+    """Seed of the initial weights and patches; every arm uses the same seeds."""
 
     @property
     def name(self) -> str:

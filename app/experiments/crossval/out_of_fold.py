@@ -124,7 +124,7 @@ def answer_of(
 
 
 def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
-    """Write a file atomically."""
+    """Write an out-of-fold file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         "answers": answer.answers,
@@ -140,7 +140,7 @@ def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
 
 
 def read_counts(path: Path) -> Counts:
-    """Read only the logit counts of a file.
+    """Read only the logit counts of an out-of-fold file.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -153,7 +153,7 @@ def read_counts(path: Path) -> Counts:
 
 
 def read_answer(path: Path) -> OutOfFoldPrediction:
-    """Read a file.
+    """Read an out-of-fold file.
 
     Raises:
         RunError: the file is missing or damaged.

@@ -53,7 +53,7 @@ class CrossValidation:
     metrics: Sequence[Sequence[Mapping[str, object]]]
     """Records of ``metrics.jsonl``, by fold."""
     backends: str
-    """What computed the out-of-fold predictions, in words."""
+    """The backends that computed the out-of-fold predictions, in words."""
     content: Mapping[str, Any]
     """Content of ``crossval.json``."""
 
