@@ -327,7 +327,7 @@ _EXCLUDED_TYPES: Final = {
 }
 
 
-def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reason
+def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one return per reason
     """Why a series cannot be one of the four contrasts, whatever its timing; None if it can."""
     acquisition = series.acquisition
     if acquisition.modality != "MR":
@@ -395,7 +395,7 @@ def _named(acquisition: Acquisition) -> str | None:
     return None
 
 
-def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one line a kind
+def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one return per kind
     """The kind suggested by the timing; None if it is inconclusive."""
     echo, repetition, inversion = acquisition.echo_ms, acquisition.repetition_ms, acquisition.inversion_ms or 0.0
     if echo is None or repetition is None:

@@ -24,7 +24,7 @@ from data.nifti import Volume, read_volume
 from data.preprocess import image_problem
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "atlas", "none"]
 
@@ -206,13 +206,13 @@ def _mask_made(arguments: list[str], made: Path, image: sitk.Image, name: str) -
 
 
 def _write(image: sitk.Image, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     sitk.WriteImage(image, str(path))
 
 
 def _shares(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     shares: sitk.Image = sitk.Cast(mask, sitk.sitkFloat32)
     return shares
@@ -225,7 +225,7 @@ def _binary(shares: sitk.Image) -> sitk.Image:
 
 
 def _filled(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     filled: sitk.Image = sitk.BinaryFillhole(mask)
     return filled

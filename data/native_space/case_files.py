@@ -74,7 +74,7 @@ def _save(voxels: npt.NDArray[Any], grid: ImageGrid, path: Path) -> None:
 
 
 def _save_transform(brought: BroughtIn, contrast: Contrast, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     try:
         sitk.WriteTransform(brought.transform(contrast), str(path))

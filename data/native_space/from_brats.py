@@ -15,7 +15,7 @@ from data.preprocess import TIE_TOLERANCE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: Maximum number of sampling points per native voxel along each axis.
 _MOST_PARTS: Final = 16

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from data.nifti import Volume
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: From RAS to LPS millimetres, and back.
 _RAS_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -35,7 +35,7 @@ class ImageGrid:
 
 def to_itk(volume: Volume) -> sitk.Image:
     """Convert a volume to a SimpleITK image with the same voxels (float32, or uint8 for a label map) and positions."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))
     spacing, origin, direction = _geometry(volume.affine)
@@ -56,7 +56,7 @@ def grid_of(image: sitk.Image) -> ImageGrid:
 
 def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
     """The voxels of an image, shape (X, Y, Z)."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
 
@@ -109,7 +109,7 @@ def resampled(
     Returns:
         an image of the same pixel type, computed with one thread so that it is the same on every machine.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     spacing, origin, direction = _geometry(grid.affine)
     resample = sitk.ResampleImageFilter()
@@ -130,7 +130,7 @@ def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
 
     The Gaussian's standard deviation is half the difference in voxel size, as in :func:`data.preprocess.resample`.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     # Differences below one per cent are rounding errors of headers.
     lacks = [max(0.0, spacing_mm - own) for own in image.GetSpacing()]

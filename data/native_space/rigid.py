@@ -22,7 +22,7 @@ from data.errors import DataError
 from data.native_space.itk import grid_of, refined, resampled, smoothed_for, upright_grid_around, voxels_of
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: Finest voxel size used in registration.
 WORKING_MM: Final = 2.0
@@ -98,7 +98,7 @@ def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Regis
     Raises:
         DataError: an image has no contrast, or no pose stands out: the images show different heads or are damaged.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     began = time.process_time()
     still, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
@@ -147,7 +147,7 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
     Raises:
         DataError: an image has no contrast, or no pose stands out.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     began = time.process_time()
     other = _Head.of(head, name)
@@ -196,7 +196,7 @@ def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float,
 
 def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTransform]:
     """Distant poses in both directions along each axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     for axis, sign in product(range(3), (1, -1)):
         pose = sitk.AffineTransform(found)
@@ -206,7 +206,7 @@ def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTrans
 
 def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
     """Share of a mask that is mapped into a head."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     there = sitk.Resample(head, mask, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(mask) != 0
@@ -232,7 +232,7 @@ def head_mask(image: sitk.Image) -> sitk.Image:
     Returns:
         uint8 image, 1 inside.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     zeros = float(np.mean(sitk.GetArrayViewFromImage(image) == 0))
     inside = image != 0 if zeros > 0.2 else sitk.OtsuThreshold(sitk.DiscreteGaussian(image, [4.0, 4.0, 4.0]), 0, 1)
@@ -251,7 +251,7 @@ class _Head:
 
     @classmethod
     def of(cls, image: sitk.Image, name: str) -> _Head:
-        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
         factors = [max(1, round(WORKING_MM / own)) for own in image.GetSpacing()]
         coarse = sitk.BinShrink(image, factors)
@@ -286,7 +286,7 @@ def _rigid_starts(
     start: sitk.Euler3DTransform, fixed_centre: tuple[float, ...], moving_centre: tuple[float, ...]
 ) -> Iterator[sitk.Euler3DTransform]:
     """The headers' pose, and the pose with aligned head centres; each also rotated about every axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     together = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
     step = math.radians(_TRIED_DEGREES)
@@ -303,7 +303,7 @@ def _rigid_starts(
 
 def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTransform]:
     """Distant poses in both directions along and about each axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     for parameter, sign in product(range(6), (1, -1)):
         values = list(found.GetParameters())
@@ -315,7 +315,7 @@ def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTran
 
 def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
     """The best transform found from any of the starting poses."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
     blurred = _blurred(other.image, _COARSE_MM / 2)
@@ -330,7 +330,7 @@ def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image |
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Make ITK use one thread: with several, the order of summation varies and so do the last digits."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -348,7 +348,7 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
     the transform found, is blurred across the slices as if it had been scanned with them. A small rigid transform
     between the two remains to be found.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
         return found
@@ -386,7 +386,7 @@ def _cut(head: _Head) -> sitk.Image:
 
 def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMethod:
     """Registration method with mutual information, sampled with a fixed seed."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
@@ -448,7 +448,7 @@ def _require_out_of_sight(error: RuntimeError) -> None:
 
 
 def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     gaussian = sitk.SmoothingRecursiveGaussianImageFilter()
     gaussian.SetSigma(sigma_mm)
@@ -459,7 +459,7 @@ def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
 
 def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
     """Dice of two masks within the field of view of both, on the grid of the first."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     seen = sitk.Resample(moving * 0 + 1, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(seen) != 0

@@ -27,7 +27,7 @@ from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Regis
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: The contrast to which the others are registered.
 REFERENCE: Final[Contrast] = "t1c"
@@ -88,7 +88,7 @@ class BroughtIn:
 
     def transform(self, contrast: Contrast) -> sitk.Transform:
         """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
-        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
         if contrast == REFERENCE:
             return sitk.TranslationTransform(3)
@@ -197,7 +197,7 @@ def bring_in(
 
 def corrected(image: sitk.Image) -> sitk.Image:
     """Remove an image's bias field, fitted by N4 on a coarser copy; zeros stay 0."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     factors = [
         max(1, min(round(_N4_MM / own), n // 8)) for own, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
@@ -231,7 +231,7 @@ def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> t
 
 def _resampled_codes(codes: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
     """Resample a label map: interpolate each region linearly, threshold it at one half, and nest the regions."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     shares = []
     for mask in to_regions(voxels_of(codes)):
