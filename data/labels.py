@@ -1,9 +1,9 @@
 """Label numbers and regions: the only module that spells out BraTS label numbers.
 
 Inside the program, label maps use the codes :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use the
-numbers of their :class:`LabelConvention`. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring
-scripts of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py) and 2024 (metrics_GLI.py, metrics_PED.py), the
-dataset.json of the Medical Segmentation Decathlon, nnU-Net's conversions (nnunetv2/dataset_conversion).
+numbers of their :class:`LabelConvention`. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring scripts
+of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py) and 2024 (metrics_GLI.py, metrics_PED.py), the dataset.json
+of the Medical Segmentation Decathlon, nnU-Net's conversions (nnunetv2/dataset_conversion).
 """
 
 from __future__ import annotations

@@ -368,7 +368,7 @@ def _label_values(path: Path | None) -> tuple[int, ...]:
 
 
 class _Links:
-    """Decides which symbolic links below a data folder to follow, and phrases the problems they cause."""
+    """Decides which symlinks below a data folder to follow, and phrases the problems they cause."""
 
     def __init__(self, root: Path, *, follow: bool) -> None:
         self._root = root

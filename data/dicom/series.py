@@ -58,7 +58,7 @@ class Frame:
     """Distance between rows, then between columns."""
     thickness_mm: float | None
     slope: float | None
-    """RescaleSlope; None if the header has none, NaN if it is not a number."""
+    """RescaleSlope; None if the header has none, NaN if it is not a finite number."""
     intercept: float | None
     """RescaleIntercept; None and NaN as for ``slope``."""
     padding: tuple[int, int] | None
@@ -103,7 +103,8 @@ class Series:
     """One volume of a study."""
 
     key: str
-    """Name on the command line: the series number, plus ``/2`` and so on if the series holds several volumes."""
+    """Name on the command line: the series number, or the UID if the number is missing or ambiguous; ``/1``, ``/2`` and
+    so on are appended if the series holds several volumes."""
     uid: str
     """SeriesInstanceUID; if several series were joined, that of the first slice."""
     number: int | None
@@ -158,9 +159,8 @@ def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
 
     One SeriesInstanceUID may cover several volumes. They are separated by series number, matrix, orientation and voxel
     size; if images still share a position, also by echo time, image type, b-value, time point and so on, until no two
-    images do. Series with a single position each are joined if number, orientation,
-    description, timing and frame of reference agree: Canon's classic export gives every position its own
-    SeriesInstanceUID.
+    images do. Series with a single position each are joined if number, orientation, description, timing and frame of
+    reference agree: Canon's classic export gives every position its own SeriesInstanceUID.
     """
     with quiet():
         return tuple(_grouped(tuple(files)))
