@@ -2,7 +2,7 @@
 
 The folder of an ensemble is self-contained::
 
-    ensemble.json   the networks and their SHA-256, post-processing, calibration, what is in them, where they come from
+    ensemble.json   the networks and their SHA-256, post-processing, calibration, contrasts, regions, provenance
     split.json      the ids of the training cases, all under ``train``
     fold-0/checkpoints/best-*   weights with their JSON, as in a run; and so on
 """

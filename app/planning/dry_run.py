@@ -121,7 +121,7 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
     if stopped:
         assert most_bytes is not None
         return TooMuch(why=f"it was ended when it held {held_words(held)}", needed_bytes=held)
-    if trial.returncode < 0:  # how processes end that run out of memory where they do not expect it
+    if trial.returncode < 0:  # an unexpected lack of memory often ends a process this way
         name = signal.Signals(-trial.returncode).name
         return TooMuch(why=f"it was killed ({name}) when it held {held_words(held)}", needed_bytes=held)
     content: Mapping[str, Any] = json.loads(told_path.read_text(encoding="utf-8")) if told_path.exists() else {}

@@ -101,7 +101,7 @@ def predict_native(
 def native_settings(
     model: Predictor, options: PredictOptions, config: BringInConfig, space: Contrast
 ) -> dict[str, Any]:
-    """Everything but its files that determines a case's result; see ``settings_of`` in the module fingerprint."""
+    """What determines a case's result besides its files; see :func:`app.inference.batch.fingerprint.settings_of`."""
     prepare = asdict(config)
     if config.mask not in MASK_WORDS and (mask := Path(config.mask)).is_file():
         prepare["mask"] = file_sha256(mask)
