@@ -104,7 +104,7 @@ class PackageRules:
     regions: tuple[str, ...]
     """Regions in table order; the package has the same names in lower case."""
     numbers: Mapping[int, int]
-    """Label number that the configuration expects, by code of ``data.labels.decode_tissues``; other codes are refused."""
+    """Label number that the configuration expects, by code of ``data.labels.decode_tissues``; others are refused."""
 
 
 _THREE: Final = ("WT", "TC", "ET")
@@ -291,7 +291,7 @@ def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner
     with tempfile.TemporaryDirectory(prefix="znormseg-brats2026-") as name:
         for side, numbers in sides.items():
             (Path(name) / side).mkdir()
-            # The same header for both: the command refuses affines that differ by rounding, which grid_difference accepts.
+            # The same header for both: the command refuses affines that differ by rounding; grid_difference does not.
             write_label_map(Path(name) / side / FILE, numbers, reference.path)
         found = runner.score(Path(name))
     edges = np.asarray(reference.spacing_mm)

@@ -135,8 +135,8 @@ class Runner:
             the command's values, by its own names of regions and metrics.
 
         Raises:
-            DataError: the command crashed, timed out, refused the case or wrote no valid summary; the message quotes its
-                last output.
+            DataError: the command crashed, timed out, refused the case or wrote no valid summary; the message quotes
+                its last output.
             MissingToolError: the command cannot be started.
         """
         summary, out, err = (folder / name for name in ("summary.json", "stdout", "stderr"))
@@ -167,7 +167,7 @@ class Runner:
 
     def _run(self, words: list[Any], folder: Path, **outputs: Any) -> int | None:
         """Run the command, and return its exit status, or None after a timeout."""
-        # Our Python paths would shadow the packages of its environment. One thread each, since cases run in parallel.
+        # Our Python paths would shadow the packages of its environment. One thread each: cases run in parallel.
         given = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         with self._lock:
             if self._closed:
