@@ -19,7 +19,7 @@ app.command(name="prepare", cls=verb(prepare.PANELS))(quietly(prepare.prepare_co
 app.command(name="cache", cls=Verb)(quietly(cache.cache))
 
 
-@app.command(cls=Verb)
+@app.command(name="check", cls=Verb)
 @quietly
 def check_command(
     *,
@@ -86,7 +86,7 @@ def check_command(
         raise typer.Exit(EXIT_DATA)
 
 
-@app.command(cls=Verb)
+@app.command(name="export", cls=Verb)
 @quietly
 def export_command(
     *,
@@ -119,7 +119,7 @@ def export_command(
         terminal.result(note)
 
 
-@app.command(cls=Verb)
+@app.command(name="phantom", cls=Verb)
 @quietly
 def phantom(
     *,
