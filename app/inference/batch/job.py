@@ -151,5 +151,6 @@ def case_from_plain(content: Mapping[str, Any]) -> Case:
             "contrasts": {contrast: Path(path) for contrast, path in content["contrasts"].items()},
             "label": None if content["label"] is None else Path(content["label"]),
             "problems": tuple(content["problems"]),
+            "unrecognised": tuple(content["unrecognised"]),
         }
     )
