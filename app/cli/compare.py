@@ -36,7 +36,7 @@ def compare_command(
         str,
         typer.Option(
             "--arms",
-            help="Gradient rules to compare, as in gradient.transform: none, clip, clip-value, centralize, "
+            help="Rules to compare, as in gradient.transform: none, clip, clip-value, centralize, "
             "adaptive-clip, scale, znorm.",
         ),
     ] = "none,clip,centralize,znorm",

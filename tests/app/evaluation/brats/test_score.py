@@ -272,7 +272,7 @@ def test_options_that_do_not_go_together_are_a_usage_error(
 def test_scoring_loads_neither_monai_nor_torch() -> None:
     code = (
         "import sys, numpy as np; from app.evaluation import evaluate, metrics; "
-        "from app.evaluation.official import evaluate; "
+        "from app.evaluation.brats import evaluate; "
         "m = np.ones((3, 3, 3), bool); metrics.hausdorff95_mm(m, m, (1, 1, 1)); "
         "assert not {'torch', 'monai'} & set(sys.modules)"
     )
