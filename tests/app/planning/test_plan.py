@@ -375,7 +375,7 @@ def test_activations_of_two_bytes_are_planned_as_such(
         given.append(hardware)
         return plan_training(fingerprint, hardware, *arguments, **options)
 
-    monkeypatch.setattr(plan, "make_plan", recorded)
+    monkeypatch.setattr(plan, "plan_training", recorded)
     plan_run(phantoms, overrides=["runtime.device=cpu", f"runtime.precision={precision}"])
     assert [hardware.half for hardware in given] == [half]
 
