@@ -274,7 +274,7 @@ def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
             optimizer.register_step_pre_hook(hook)
             return gradient.AttachedTransform(report="", skipped_steps=lambda: 0)
 
-        monkeypatch.setattr("app.training.run.gradient.attach", look)
+        monkeypatch.setattr("app.training.run.gradient.attach_transform", look)
         train(precision, f"runtime.precision={precision}", "training.steps=1")
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.05)
 
