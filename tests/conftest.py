@@ -21,6 +21,10 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Two workers of pytest-xdist whose OpenMP threads wait for each other on two processors are slower than one worker.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SCRIPT = Path(sys.executable).with_name("znormseg")
 
 
