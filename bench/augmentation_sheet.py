@@ -15,12 +15,12 @@ from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 from scipy import ndimage
 
 from app.config.load import load_config
 from app.html.overlay import OUTLINE_COLOURS
 from app.html.planes import PLANES, largest_slice
-from app.html.png import encode_png
 from data.labels import CONTRASTS
 from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_augmentation
 from data.phantoms import make_phantom
@@ -65,7 +65,8 @@ def main(path: Path) -> None:
         ]
         varied = [(image, codes), *(apply_augmentation(variation, image, codes) for variation in variations)]
         rows.append(beside([tile(*one) for one in varied]))
-    path.write_bytes(encode_png(np.concatenate([line for row in rows for line in (row, gap(row))][:-1])))
+    sheet = np.concatenate([line for row in rows for line in (row, gap(row))][:-1])
+    Image.fromarray(sheet).save(path, format="PNG", optimize=True)
 
 
 def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:

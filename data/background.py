@@ -1,11 +1,11 @@
-"""What lies around a brain and is not 0: rings of interpolation, what denoising left, a fill such as -1024.
+"""Set backgrounds that are not 0 to 0: interpolation ringing, residue of denoising, a fill value such as -1024.
 
-Everything else in this program takes 0 for background and any other number for brain, so images are brought to that
-once, as they are read. MR intensities have no unit; "almost 0" is measured against the image's own bright tissue.
+The rest of the program takes 0 for background and any other value for brain, so each image is brought to that form when
+it is read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
 
-Only what is connected with the volume's border is background: values near 0 inside of a brain, as z-scored images and
-dark fluid have, stay. And a few dark voxels on a brain's rim are no sign of anything: unless there are many, nothing is
-changed, and an image whose background is 0 already is given back as it is.
+Only voxels connected to the volume's border count as background: values near 0 inside a brain, common in z-scored
+images and dark fluid, are kept. A few dark voxels on a brain's rim are normal, so an image with only a few of them is
+left unchanged, as is one whose background is already 0.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-#: Bright tissue: this quantile of the magnitudes that are not 0. Single hot voxels lie above it.
+#: Quantile of the non-zero magnitudes that stands for bright tissue; isolated hot voxels lie above it.
 _BRIGHT: Final = 0.99
-#: Below this share of bright tissue nothing was measured: a signal is at best some hundred times its noise. Where the
-#: volume's faces are 0, so that the brain was cut out already, ...
+#: Values below this share of bright tissue are not signal: a signal is at most a few hundred times its noise. Used if
+#: the volume's faces are 0, that is, if the brain has already been extracted.
 NEGLIGIBLE: Final = 5e-3
-#: ... and where they are not: noise in the air around a head is above it, so a head is not taken for a brain.
+#: The same share if the faces are not 0. Noise in the air around a head exceeds it, so a head is not taken for a brain.
 _NEGLIGIBLE_ON_FACES: Final = 1e-3
-#: What is not 0 and negligible counts from this share of all that is not 0. Sixteen real cases have up to 0.2 % within
-#: :data:`NEGLIGIBLE`, dark voxels of the rim; a shell one voxel thick has 5 %.
+#: Residue is removed only if it exceeds this share of all non-zero voxels. In sixteen real cases up to 0.2 % of them
+#: (dark voxels of the rim) are within :data:`NEGLIGIBLE`; a shell one voxel thick holds 5 %.
 _LEAST_SHARE: Final = 0.02
-#: A look at a part of the voxels may see less of it.
+#: The same threshold for the first look at a subsample, which may see less of the residue.
 _LEAST_SEEN: Final = 0.01
-#: Negative voxels of an image that is otherwise positive are rings from this share on; magnitudes have none.
+#: Minimum share of negative voxels that indicates ringing in an otherwise positive image; magnitude images have none.
 _LEAST_NEGATIVE: Final = 0.01
-#: Negative voxels of an image that is otherwise positive: more than these are there on purpose, as after z-scoring.
+#: Maximum share of negative voxels for ringing; above it they are intended, as after z-scoring.
 _MOST_NEGATIVE: Final = 0.3
-#: Inside of a brain, so many values on the other side of the background are exceptions.
+#: Share of voxels inside a brain that may be negative although the brain counts as positive.
 _EXCEPTIONS: Final = 0.005
-#: The quantile of the values inside of a brain that stands for its darkest tissue.
+#: Quantile of the values inside a brain that stands for its darkest tissue.
 _DARKEST: Final = 0.005
-#: Interpolation mixes brain and background over so many voxels; what lies deeper is pure.
+#: Interpolation mixes brain and background this many voxels deep; voxels further inside are pure.
 _DEPTH_VOXELS: Final = 4
-#: Fewer voxels than this say nothing.
+#: Fewer voxels than this are too few to judge.
 _LEAST_VOXELS: Final = 1000
-#: A brain is no scatter of voxels: at least so much of it is left when its outermost voxels are taken off.
+#: Share of a brain mask that must survive an erosion by one voxel; scattered voxels do not.
 _LEAST_SOLID: Final = 0.3
-#: A fill takes this share of the volume's faces at the least, besides a corner.
+#: Minimum share of the volume's faces that a fill value covers; it must also cover a corner.
 _LEAST_FILL: Final = 0.01
-#: Where the darkest tissue is farther from a fill than this many times its distance from the middle of the brain's
-#: values, nothing but a mixture of both lies half-way.
+#: If the darkest tissue is farther from the fill than this multiple of its distance from the brain's median, only
+#: mixtures of brain and fill lie half-way between them.
 _GAP: Final = 1.5
-#: Every fourth voxel along each axis is looked at first; of volumes with fewer voxels than this, all.
+#: The first look takes every fourth voxel along each axis, or every voxel of volumes smaller than ``_SMALL_VOXELS``.
 _STEP: Final = 4
 _SMALL_VOXELS: Final = 100_000
-#: Stands for the value 0 where 0 is not the background.
+#: Replaces 0 inside a brain whose background was another value.
 _ALMOST_NOTHING: Final = np.float32(1e-30)
 
 _Voxels = npt.NDArray[np.float32]
@@ -60,22 +60,22 @@ _Mask = npt.NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaned:
-    """An image whose background is 0 now."""
+    """An image whose background has been set to 0."""
 
     voxels: _Voxels
-    """Same shape; the brain's values as they were."""
+    """Same shape as the input; the values of the brain are unchanged."""
     sentence: str
-    """What was background and not 0, and that it was taken as 0; without a full stop."""
+    """Describes the former background and the voxels set to 0; no full stop."""
 
 
 def clean_background(voxels: _Voxels) -> Cleaned | None:
-    """Set to 0 what is background and is not 0.
+    """Set background voxels that are not 0 to 0.
 
     Args:
-        voxels: one contrast, finite, shape (X, Y, Z), any memory order; left as they are.
+        voxels: one contrast, finite, shape (X, Y, Z), any memory order; not modified.
 
     Returns:
-        a copy with the background at 0; None where it is 0 already, or where it cannot be told from the image.
+        a copy whose background is 0; None if it is 0 already or cannot be told apart from the image.
 
     Example:
         >>> image = np.full((20, 20, 20), -1024, dtype=np.float32)
@@ -86,7 +86,7 @@ def clean_background(voxels: _Voxels) -> Cleaned | None:
     """
     if not _may_have_one(voxels):
         return None
-    # Differences of the largest float32 overflow; what comes of that is no background.
+    # Differences of the largest float32 values overflow; infinities never pass as background.
     with np.errstate(all="ignore"):
         filled = _without_fill(voxels)
         residue = _without_residue(voxels if filled is None else filled.voxels)
@@ -96,7 +96,7 @@ def clean_background(voxels: _Voxels) -> Cleaned | None:
 
 
 def _may_have_one(voxels: _Voxels) -> bool:
-    """Whether a part of the voxels shows anything unusual; costs a tenth of reading the file."""
+    """Whether a subsample of the voxels looks unusual; takes a tenth of the time needed to read the file."""
     step = 1 if voxels.size < _SMALL_VOXELS else _STEP
     some = voxels[::step, ::step, ::step]
     values = some[some != 0]
@@ -111,12 +111,12 @@ def _may_have_one(voxels: _Voxels) -> bool:
     near = np.count_nonzero(magnitudes <= NEGLIGIBLE * bright)
     around = np.count_nonzero(magnitudes <= 5 * NEGLIGIBLE * bright) - near
     negative = np.count_nonzero(values < -NEGLIGIBLE * bright)
-    # In z-scored images values about 0 are as frequent as those near them.
+    # Z-scored images have as many values at 0 as near it: subtract the count expected from the neighbouring bins.
     return bool(near - around / 4 > few or few < negative < _MOST_NEGATIVE * values.size)
 
 
 def _without_fill(voxels: _Voxels) -> Cleaned | None:
-    """Take a constant that fills a corner and much of what is not 0 on the faces for background."""
+    """Remove a fill value: a constant that covers a corner and more than half of the non-zero voxels on the faces."""
     faces = np.concatenate([face.ravel() for face in _faces(voxels)])
     values = faces[faces != 0]
     if values.size <= _LEAST_FILL * faces.size:
@@ -137,7 +137,7 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     background = same | _mixed_with_fill(apart) | _residue(apart)
     zero = voxels == 0
     outside = _connected(background | zero)
-    if not (apart < 0).any():  # as 0 elsewhere, the least value is background wherever it is
+    if not (apart < 0).any():  # a fill below all other values is background everywhere, as 0 is in other images
         outside |= same
     cleaned = voxels.copy(order="K")
     if values.size > faces.size / 2:
@@ -148,10 +148,10 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
 
 
 def _mixed_with_fill(apart: _Voxels) -> _Mask:
-    """Voxels that interpolation mixed from brain and fill, at least half of it fill.
+    """Voxels in which interpolation mixed brain and fill, with at least half of the fill.
 
     Args:
-        apart: differences from the fill, 0 where there is nothing else.
+        apart: differences from the fill value, 0 where the voxel holds the fill.
     """
     inside = apart[_deep(apart != 0)]
     if inside.size < _LEAST_VOXELS:
@@ -166,7 +166,7 @@ def _mixed_with_fill(apart: _Voxels) -> _Mask:
 
 
 def _without_residue(voxels: _Voxels) -> Cleaned | None:
-    """Take for background what is almost 0 around a brain."""
+    """Set residue that is almost 0 around a brain to 0."""
     outside = _residue(voxels)
     if not outside.any():
         return None
@@ -183,7 +183,7 @@ def _without_residue(voxels: _Voxels) -> Cleaned | None:
 
 
 def _residue(voxels: _Voxels) -> _Mask:
-    """What is almost 0 around a brain, and rings of interpolation; nothing where there is little of it."""
+    """Mask of the values that are almost 0 around a brain, and of ringing; empty if there are only a few."""
     there = voxels != 0
     none: _Mask = np.zeros(there.shape, dtype=bool)
     values = voxels[there]
@@ -203,13 +203,13 @@ def _residue(voxels: _Voxels) -> _Mask:
     if ringing:
         outside |= _faint_islands(voxels, there & ~outside, darkest)
     left = there & ~outside
-    # Noise in the air around a head, of which a part is small, is not what lies around a brain; and where a few voxels
-    # are thousands of times as bright as the brain, it is not the brain that goes.
+    # Keep everything if what remains is air noise around a head, or if it is only a few voxels thousands of times
+    # brighter than the brain: then the brain itself would be removed.
     return none if (on_faces and _share_of_faces(left) > 0.5) or not _is_solid(left) else outside
 
 
 def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, float]:
-    """Whether an image that is positive inside of the brain is negative at many places, and its darkest tissue."""
+    """Whether an image that is positive inside the brain has many negative voxels; also its darkest tissue's value."""
     negative = np.count_nonzero(voxels < -limit)
     count = np.count_nonzero(large)
     if not _LEAST_NEGATIVE * count < negative < _MOST_NEGATIVE * count:
@@ -221,7 +221,7 @@ def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, floa
 
 
 def _faint_islands(voxels: _Voxels, left: _Mask, darkest: float) -> _Mask:
-    """Pieces of what is left, apart from the brain and nowhere brighter than its darkest tissue."""
+    """Islands among the remaining voxels that are nowhere brighter than the brain's darkest tissue."""
     numbers, count = ndimage.label(left)
     if not count:
         return np.zeros(left.shape, dtype=bool)
@@ -232,19 +232,19 @@ def _faint_islands(voxels: _Voxels, left: _Mask, darkest: float) -> _Mask:
 
 
 def _is_solid(mask: _Mask) -> bool:
-    """Whether a mask may be a brain."""
+    """Whether a mask is compact enough to be a brain."""
     count = int(np.count_nonzero(mask))
     inner = ndimage.binary_erosion(mask, border_value=1)
     return count >= _LEAST_VOXELS and int(np.count_nonzero(inner)) >= _LEAST_SOLID * count
 
 
 def _deep(mask: _Mask) -> _Mask:
-    """What lies some voxels inside of a mask."""
+    """The part of a mask that lies at least ``_DEPTH_VOXELS`` inside its surface."""
     return np.asarray(ndimage.binary_erosion(mask, iterations=_DEPTH_VOXELS, border_value=1))
 
 
 def _connected(mask: _Mask) -> _Mask:
-    """The marked voxels that marked neighbours connect with the volume's border."""
+    """The marked voxels that are connected to the volume's border through marked voxels."""
     numbers, count = ndimage.label(mask)
     reached = np.zeros(count + 1, dtype=bool)
     for face in _faces(numbers):
@@ -254,14 +254,14 @@ def _connected(mask: _Mask) -> _Mask:
 
 
 def _reach(found: _Voxels) -> np.float32:
-    """How far distances from the background go, up to a gap of a factor of 2: dark tissue beyond is spared."""
+    """Largest distance from the background before the first gap of a factor of 2; dark tissue above the gap is kept."""
     tail = np.sort(found)[int(0.9 * found.size) :]
     gaps = np.flatnonzero(tail[1:] > 2 * tail[:-1])
     return np.float32(tail[gaps[0]] if gaps.size else tail[-1])
 
 
 def _middle(values: _Voxels) -> np.float32:
-    """The median, one of the values."""
+    """The lower median, which is always one of the values."""
     return np.float32(np.quantile(values, 0.5, method="lower"))
 
 
@@ -275,7 +275,7 @@ def _bright(values: _Voxels) -> float:
 
 
 def _faces(voxels: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
-    # Not np.take, which copies the whole volume where its memory runs the other way, as in NIfTI files.
+    # np.take would copy the whole volume if its memory order is reversed, as in NIfTI files.
     return [np.moveaxis(voxels, axis, 0)[side] for axis in range(3) for side in (0, -1)]
 
 

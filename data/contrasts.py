@@ -1,4 +1,4 @@
-"""Which contrasts of a case are there: the subsets a network may be given, and what stands in for the rest."""
+"""Which contrasts a case has: the possible subsets, the reference contrast, and the presence mask."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Final
 
 from data.labels import CONTRASTS, Contrast
 
-#: The fifteen non-empty subsets, the complete one first, then by size; each in project order.
+#: The fifteen non-empty subsets, largest first; the contrasts of each in project order.
 SUBSETS: Final[tuple[tuple[Contrast, ...], ...]] = tuple(
     subset for size in range(len(CONTRASTS), 0, -1) for subset in combinations(CONTRASTS, size)
 )
 
-#: The contrast whose file lends its grid and header to a label map, where it is there.
+#: Label maps take their grid and header from this contrast's file, if the case has it.
 _PREFERRED: Final[Contrast] = "t1c"
 
 
 def reference_contrast(present: Collection[Contrast]) -> Contrast:
-    """The contrast on whose grid a case is worked on: T1c, or the first in project order where it is missing.
+    """The contrast whose grid a case is processed on: T1c, or else the first one present in project order.
 
     Args:
         present: at least one contrast, in any order.
@@ -31,7 +31,7 @@ def reference_contrast(present: Collection[Contrast]) -> Contrast:
 
 
 def missing_contrasts(present: Collection[Contrast]) -> tuple[Contrast, ...]:
-    """The contrasts that are not there, in project order.
+    """The contrasts that are not present, in project order.
 
     Example:
         >>> missing_contrasts(["t1", "t1c", "t2"])
@@ -41,7 +41,7 @@ def missing_contrasts(present: Collection[Contrast]) -> tuple[Contrast, ...]:
 
 
 def presence_mask(present: Collection[Contrast]) -> tuple[bool, ...]:
-    """One truth value a contrast, in project order.
+    """One boolean per contrast, in project order.
 
     Example:
         >>> presence_mask({"flair", "t1"})

@@ -1,4 +1,4 @@
-"""Write files and folders so that they are there whole or not at all: partial names, renaming, what a crash left."""
+"""Atomic writes: files and folders get a partial name while they are written and are renamed once complete."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from typing import Final
 
 from data.filesystem import is_raw
 
-#: What Linux, macOS and Windows take as the name of a file where the file system does not say.
+#: Longest file name that Linux, macOS and Windows allow, used if the file system does not report a limit.
 MOST_NAME_BYTES: Final = 255
-#: A name of more bytes is replaced by its hash, so that a prefix never makes it longer than it may be.
+#: Longer names are replaced by their hash, so that the prefix never makes a name exceed the limit.
 _LONGEST_KEPT: Final = 64
 
 
 def partial_name(prefix: str, name: str) -> str:
-    """The name of a file or folder while it is written: the prefix, then the name or, of a long one, its hash.
+    """The name of a file or folder while it is written: the prefix, then the name or, if that is long, its hash.
 
-    It is never longer than a name that the file system takes, and it keeps the ending.
+    The result always fits the file system's limit and keeps the file's extension.
 
     Example:
         >>> partial_name(".partial-1-", "a.nii.gz"), len(partial_name(".partial-1-", "ä" * 124 + ".nii.gz"))
@@ -36,23 +36,23 @@ def partial_name(prefix: str, name: str) -> str:
 
 
 def most_name_bytes(folder: Path) -> int:
-    """How many bytes the name of a file in a folder may have: 255, on encrypted file systems down to 143."""
+    """Maximum length in bytes of a file name in a folder: 255, down to 143 on encrypted file systems."""
     try:
         return min(os.pathconf(folder, "PC_NAME_MAX"), MOST_NAME_BYTES)
     except (OSError, ValueError, AttributeError):
         return MOST_NAME_BYTES
 
 
-#: How the names of files begin that are being written.
+#: Prefix of the names of partial files.
 _PARTIAL: Final = ".partial-"
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path beside ``path`` to write to; it takes the place of ``path`` when the block ends well, else it goes.
+    """Yield a path next to ``path`` to write to; it replaces ``path`` if the block succeeds and is deleted if it fails.
 
-    The path given keeps the ending of ``path``, so that writers that look at it do the same as they would have. A link
-    stays one, its target is replaced; a device or a pipe, such as ``/dev/stdout``, is written to as it is.
+    The yielded path keeps the extension of ``path``, so writers that choose a format by it behave the same. A symlink
+    is kept and its target replaced; a device or a pipe, such as ``/dev/stdout``, is written to directly.
     """
     if path.exists() and not path.is_file() and not path.is_dir():
         with naming_the_place(path):
@@ -69,13 +69,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def remove_stale(folder: Path) -> list[Path]:
-    """Remove the files that :func:`replacing` gave to processes of this host that were killed since.
+    """Remove the partial files that :func:`replacing` left behind in processes of this host that were killed.
 
-    Files of another host's processes stay: whether those live cannot be told. To be called while no process that this
-    one cannot see (one in a container) writes to the folder.
+    Files from processes of other hosts are kept, because there is no way to find out whether those are still running.
+    Call this only while no process invisible to this one, such as one in a container, is writing to the folder.
 
     Returns:
-        what was removed.
+        the removed paths.
     """
     removed = []
     for path in folder.glob(f"{_PARTIAL}{_host_mark()}-*"):
@@ -87,7 +87,7 @@ def remove_stale(folder: Path) -> list[Path]:
 
 
 def _lives(process: int) -> bool:
-    """Whether a process of this host is there."""
+    """Whether a process with this ID is running on this host."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -98,28 +98,28 @@ def _lives(process: int) -> bool:
 
 
 def partial_prefix(process: int) -> str:
-    """How the names of a process's partial files begin: they say whose they are."""
+    """Prefix of a process's partial files; it identifies the host and the process."""
     return f"{_PARTIAL}{_host_mark()}-{process}-"
 
 
 @cache
 def _host_mark() -> str:
-    """Stands for the name of this host, whatever its length and letters."""
+    """A stand-in for the name of this host, with fixed length and characters."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 @contextmanager
 def naming_the_place(path: Path) -> Iterator[None]:
-    """Have a system error say what could not be written, by the path the user knows; it may name none, or a partial.
+    """Re-raise a system error so that it names the path the user knows, instead of none or a partial file.
 
-    An error that says more than the system's own text stays as it is, but for the place.
+    An error with a text other than the system's own keeps that text; only its path is replaced.
     """
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        # shutil.copyfile names its source too, whichever side failed.
+        # shutil.copyfile names its source as well, whichever side failed.
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
         named = bool(names) and not any(map(_is_partial, names))
         if named and not is_raw(error):
@@ -129,7 +129,7 @@ def naming_the_place(path: Path) -> Iterator[None]:
 
 
 def _is_partial(name: str) -> bool:
-    """Whether a path lies in a file or folder that is being written; all of their names are hidden."""
+    """Whether a path is, or lies in, a partial file or folder; their names are all hidden."""
     return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
 
 

@@ -1,8 +1,8 @@
-"""What a file system may refuse, in one place: which refusals are harmless, and what a user can do about the others.
+"""Operations that a file system may not support: which failures are harmless, and how a user can fix the others.
 
 Network and shared folders (NFS, SMB, FUSE, 9p, exFAT, the shared folders of virtual machines) lack calls that local
-disks have. A missing lock, sync of a folder or memory map only takes a safeguard or some memory away: the program warns
-once and carries on. Everything else is an error, and :func:`remedy` has the way out for its number.
+disks support. A missing lock, folder sync or memory map only costs a safeguard or some memory: the program warns once
+and continues. Everything else is an error, and :func:`remedy` returns advice for its error number.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import IO, Any, Final
 log = logging.getLogger("znormseg")
 
 _NOT_SUPPORTED: Final = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY})
-#: fsync of a file: man fsync has EROFS and EINVAL for files that cannot be synced. EIO is lost data, never a refusal.
+#: fsync of a file: man fsync lists EROFS and EINVAL for files that cannot be synced. EIO means lost data and is fatal.
 _NO_FILE_SYNC: Final = _NOT_SUPPORTED | {errno.EROFS}
-#: open and fsync of a folder: SMB answers EBADF or EISDIR, a folder that may be written but not listed EACCES.
+#: open and fsync of a folder: SMB returns EBADF or EISDIR; a folder that is writable but not readable returns EACCES.
 _NO_FOLDER_SYNC: Final = _NO_FILE_SYNC | {errno.EBADF, errno.EISDIR, errno.EACCES, errno.EPERM}
-#: flock: NFS without its lock daemon answers ENOLCK, and EBADF where the file is only open for reading.
+#: flock: NFS without its lock daemon returns ENOLCK, and EBADF if the file is open for reading only.
 _NO_LOCKS: Final = _NOT_SUPPORTED | {errno.ENOLCK, errno.EBADF, errno.EPERM}
-#: flock: SMB answers EACCES where another process holds the lock.
+#: flock: SMB returns EACCES if another process holds the lock.
 _LOCKED: Final = frozenset({errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES})
-#: mmap: FUSE with direct I/O answers ENODEV.
+#: mmap: FUSE with direct I/O returns ENODEV.
 _NO_MAPPING: Final = _NOT_SUPPORTED | {errno.ENODEV, errno.EACCES, errno.EPERM}
 
 _NO_PERMISSION: Final = "Check who may read and write it, or choose another place."
@@ -97,12 +97,12 @@ _REMEDIES: Final[dict[str, str]] = {
     "ENOKEY": _LOGIN_EXPIRED,
 }
 
-#: Refusals that were warned of: the file system and the kind.
+#: Pairs of file system and missing feature that have already been warned about.
 _warned: set[tuple[int | str, str]] = set()
 
 
 def remedy(number: int | None) -> str:
-    """What a user can do about a system error, as a sentence.
+    """Advice to the user about a system error, as a sentence.
 
     Example:
         >>> remedy(errno.EROFS)
@@ -112,31 +112,31 @@ def remedy(number: int | None) -> str:
 
 
 def in_words(error: OSError) -> str:
-    """A system error without its place: what the system says, and what to do about it."""
+    """A system error without its path: the system's text and the advice, ending with a full stop."""
     return f"{why(error)}."
 
 
 def why(error: Exception) -> str:
-    """The same of any error, without the final stop; other errors have their own text."""
+    """As :func:`in_words` without the final full stop; errors that are not the system's return their own text."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     return f"{str(error.strerror or error).rstrip('.')}. {remedy(error.errno)}".rstrip(".")
 
 
 def is_raw(error: OSError) -> bool:
-    """Whether an error has the system's text alone, and nothing of what was being done."""
+    """Whether an error carries only the system's own text, without saying which operation failed."""
     return error.errno is not None and error.strerror == os.strerror(error.errno)
 
 
 def sync_file(file: IO[Any], path: Path) -> None:
-    """Have an open file on the disk; where its file system cannot do that, warn once.
+    """Flush a file to disk with fsync; warn once if its file system does not support that.
 
     Args:
-        file: flushed.
-        path: that the user knows it by.
+        file: an open file whose Python buffer has been flushed.
+        path: the file's name as the user knows it.
 
     Raises:
-        OSError: the disk failed or is full, and what was written may be lost.
+        OSError: the disk failed or is full, so data may be lost.
     """
     try:
         os.fsync(file.fileno())
@@ -147,10 +147,10 @@ def sync_file(file: IO[Any], path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Have the names in a folder on the disk; where its file system cannot do that, warn once.
+    """Flush the entries of a folder to disk with fsync; warn once if its file system does not support that.
 
     Raises:
-        OSError: the disk failed, and names may be lost.
+        OSError: the disk failed, so entries may be lost.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY)
@@ -165,17 +165,17 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = False) -> None:
-    """Lock an open file until it is closed, however its process ends.
+    """Lock an open file until it is closed or the process ends, for whatever reason.
 
     Args:
-        file: or its descriptor.
-        path: that the user knows it by.
-        shared: with others that share it.
-        wait: for the process that holds it.
+        file: an open file or its descriptor.
+        path: the file's name as the user knows it.
+        shared: take a shared lock instead of an exclusive one.
+        wait: wait until the lock is free instead of failing.
 
     Raises:
-        BlockingIOError: another process holds it.
-        OSError: :func:`has_no_locks` says whether the file system has none.
+        BlockingIOError: another process holds the lock.
+        OSError: any other failure; :func:`has_no_locks` tells whether the file system has no locks.
     """
     import fcntl
 
@@ -189,22 +189,22 @@ def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = 
 
 
 def has_no_locks(error: OSError) -> bool:
-    """Whether an error of :func:`lock` means that the file system has no locks."""
+    """Whether an error from :func:`lock` means that the file system does not support locks."""
     return error.errno in _NO_LOCKS
 
 
 def has_no_mapping(error: OSError) -> bool:
-    """Whether an error of mmap means that the file system maps no files, so that they can only be read."""
+    """Whether an error from mmap means that the file system cannot map files, so that they must be read instead."""
     return error.errno in _NO_MAPPING
 
 
 def warn_once(folder: Path, what: str, error: OSError, consequence: str) -> None:
-    """Warn that a file system lacks something; once for each file system and kind, whatever the number of files.
+    """Warn that a file system lacks a feature, once per file system and feature.
 
     Args:
-        folder: where it was met.
-        what: it cannot do, as the words after "cannot".
-        error: that said so.
+        folder: where the failure occurred.
+        what: the missing feature, phrased to follow "cannot".
+        error: the failure.
         consequence: what the user loses, as a sentence.
     """
     try:

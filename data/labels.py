@@ -1,9 +1,9 @@
-"""Label numbers and regions: the only place where a BraTS label number is written down.
+"""Label numbers and regions: the only module that spells out BraTS label numbers.
 
-Inside the program a label map uses the codes of :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use
-whatever their :class:`LabelConvention` says. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring
-scripts of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py) and 2024 (metrics_GLI.py, metrics_PED.py), the
-dataset.json of the Medical Segmentation Decathlon, nnU-Net's conversions (nnunetv2/dataset_conversion).
+Inside the program, label maps use the codes :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use the
+numbers of their :class:`LabelConvention`. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring scripts
+of BraTS 2023 (rachitsaluja/BraTS-2023-Metrics, metrics.py) and 2024 (metrics_GLI.py, metrics_PED.py), the dataset.json
+of the Medical Segmentation Decathlon, nnU-Net's conversions (nnunetv2/dataset_conversion).
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from data.errors import DataError
 Contrast = Literal["t1", "t1c", "t2", "flair"]
 Region = Literal["WT", "TC", "ET"]
 
-#: The project's channel order, everywhere.
+#: Channel order used throughout the project.
 CONTRASTS: Final[tuple[Contrast, ...]] = ("t1", "t1c", "t2", "flair")
-#: The project's region order, everywhere: whole tumour, tumour core, enhancing tumour.
+#: Region order used throughout the project: whole tumour, tumour core, enhancing tumour.
 REGIONS: Final[tuple[Region, ...]] = ("WT", "TC", "ET")
 
-#: Codes used inside the program, whatever the file says.
+#: Codes used inside the program, independent of the numbers in a file.
 BACKGROUND: Final = 0
 NECROSIS: Final = 1
 OEDEMA: Final = 2
 ENHANCING: Final = 3
-#: Further codes of :func:`decode_tissues`, for what the three regions do not tell apart.
+#: Further codes returned by :func:`decode_tissues` for tissues that the three regions do not distinguish.
 CAVITY: Final = 4
 CYST: Final = 5
 
@@ -44,10 +44,10 @@ _REGION_CODES: Final[dict[Region, tuple[int, ...]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class LabelConvention:
-    """The numbers one family of data sets writes into its label maps."""
+    """The numbers that one family of data sets uses in its label maps."""
 
     name: str
-    """Name used on the command line, e.g. ``brats2021``."""
+    """Name on the command line, such as ``brats2021``."""
     necrosis: int
     """Necrotic (and non-enhancing) core."""
     oedema: int
@@ -55,20 +55,20 @@ class LabelConvention:
     enhancing: int
     """Enhancing tumour."""
     also_necrosis: tuple[int, ...] = ()
-    """Further numbers of the core that does not enhance; read as necrosis, never written."""
+    """Further numbers for non-enhancing core; read as necrosis, never written."""
     cysts: tuple[int, ...] = ()
-    """Those of ``also_necrosis`` that are cysts."""
+    """The members of ``also_necrosis`` that stand for cysts."""
     also_background: tuple[int, ...] = ()
-    """Numbers of what is in none of the three regions (resection cavity); read as background, never written."""
+    """Numbers for tissue outside all three regions (resection cavity); read as background, never written."""
 
     @property
     def values(self) -> tuple[int, ...]:
-        """The numbers of the three tissues, in the order of the program's own codes 1, 2, 3; those that are written."""
+        """The numbers written for the three tissues, in the order of the program's codes 1, 2, 3."""
         return (self.necrosis, self.oedema, self.enhancing)
 
     @property
     def codes(self) -> dict[int, int]:
-        """The program's code of every number that may be read."""
+        """Maps every number that may occur in a file to the program's code."""
         return {
             BACKGROUND: BACKGROUND,
             **dict.fromkeys(self.also_background, BACKGROUND),
@@ -79,15 +79,15 @@ class LabelConvention:
 
 #: BraTS 2017 to 2022, UCSF-PDGM.
 BRATS2021: Final = LabelConvention(name="brats2021", necrosis=1, oedema=2, enhancing=4)
-#: BraTS 2023; also 2024 where nothing was resected.
+#: BraTS 2023; also BraTS 2024 cases without a resection.
 BRATS2023: Final = LabelConvention(name="brats2023", necrosis=1, oedema=2, enhancing=3)
-#: BraTS 2024 GLI and MET after treatment: 4 is the resection cavity, which is no part of the whole tumour.
+#: BraTS 2024 GLI and MET after treatment: 4 is the resection cavity, which is not part of the whole tumour.
 BRATS2024: Final = LabelConvention(name="brats2024", necrosis=1, oedema=2, enhancing=3, also_background=(4,))
-#: BraTS 2024 PED: 2 is the core that does not enhance, 3 the cysts, which the tumour core contains.
+#: BraTS 2024 PED: 2 is the non-enhancing core, 3 the cysts, which belong to the tumour core.
 BRATS2024_PED: Final = LabelConvention(
     name="brats2024-ped", necrosis=2, oedema=4, enhancing=1, also_necrosis=(3,), cysts=(3,)
 )
-#: BRATS 2012 to 2016: 1 necrosis, 3 the core that does not enhance.
+#: BRATS 2012 to 2016: 1 is necrosis, 3 the non-enhancing core.
 BRATS2015: Final = LabelConvention(name="brats2015", necrosis=1, oedema=2, enhancing=4, also_necrosis=(3,))
 #: Medical Segmentation Decathlon, Task01, and nnU-Net's conversions of BraTS.
 MSD: Final = LabelConvention(name="msd", necrosis=2, oedema=1, enhancing=3)
@@ -95,22 +95,22 @@ CONVENTIONS: Final[dict[str, LabelConvention]] = {
     c.name: c for c in (BRATS2021, BRATS2023, BRATS2024, BRATS2024_PED, BRATS2015, MSD)
 }
 
-#: What the names and the layout of a data set say of its label numbers:
-#: ``brats2021``, ``brats2023``: the files are named as in these years; ``gli``: case ids of the tasks GLI and MET, in
-#: which a 4 is a resection cavity; ``ped``, ``brats2015``, ``msd``: case ids or the layout of these sets.
+#: What the names and the layout of a data set imply about its label numbers:
+#: ``brats2021``, ``brats2023``: files are named as in these years; ``gli``: case ids of the tasks GLI and MET, where 4
+#: is a resection cavity; ``ped``, ``brats2015``, ``msd``: case ids or layout of these data sets.
 Naming = Literal["brats2021", "brats2023", "gli", "ped", "brats2015", "msd"]
 
 
 def written_convention(naming: Naming | None) -> LabelConvention | None:
-    """The convention in which a prediction of a case so named is written, or None where its names do not tell."""
+    """The convention for writing predictions of cases with this naming; None if the naming does not determine it."""
     return CONVENTIONS["brats2023" if naming == "gli" else naming] if naming not in {None, "ped"} else None
 
 
 def convention_named(name: str) -> LabelConvention:
-    """The convention of a name as ``--labels`` takes it.
+    """Look up a convention by its name, as given to ``--labels``.
 
     Raises:
-        DataError: there is none of this name; the message lists those there are.
+        DataError: no convention has this name; the message lists the known ones.
     """
     if name not in CONVENTIONS:
         raise DataError(f"no label convention is named {name!r}; there are {', '.join(CONVENTIONS)}. Give one of them.")
@@ -120,22 +120,22 @@ def convention_named(name: str) -> LabelConvention:
 def decide_convention(
     values: Iterable[int], *, naming: Naming | None = None, case_folders: bool = True
 ) -> LabelConvention:
-    """Decide the label convention from every value that a whole data set uses, and from its names.
+    """Infer the label convention from all values in a data set and from its names.
 
-    A single case may lack enhancing tumour, so the values of all cases go in together. In BraTS case folders a 4 means
-    BraTS 2017-2022, a 3 means BraTS 2023; with neither, the file names decide. Elsewhere 1, 2, 3 may as well be those
-    of the Medical Segmentation Decathlon, with oedema and core swapped, and nothing is guessed.
+    Pass the values of all cases together, because a single case may have no enhancing tumour. In BraTS case folders a 4
+    means BraTS 2017-2022 and a 3 means BraTS 2023; if neither occurs, the file names decide. Elsewhere 1, 2, 3 could
+    also be the Medical Segmentation Decathlon's numbers, which swap oedema and core, so nothing is guessed.
 
     Args:
-        values: all label values seen, 0 allowed.
-        naming: what the names say, None where they do not tell.
-        case_folders: whether each case has a folder of its own, as BraTS publishes it.
+        values: all label values that occur; 0 is allowed.
+        naming: what the names imply, None if they imply nothing.
+        case_folders: whether each case has its own folder, as in the releases of BraTS.
 
     Returns:
         the convention.
 
     Raises:
-        DataError: values outside of every convention, or values that fit several with different meanings.
+        DataError: a value belongs to no convention, or the values fit several conventions with different meanings.
 
     Example:
         >>> decide_convention([0, 1, 2, 4]).enhancing
@@ -162,7 +162,7 @@ def decide_convention(
 
 
 def values_in(label_map: npt.NDArray[np.generic]) -> Sequence[float]:
-    """The values that occur, ascending.
+    """The distinct values of a label map, ascending.
 
     Example:
         >>> values_in(np.array([4, 0, 4], dtype=np.uint8))
@@ -176,10 +176,10 @@ def values_in(label_map: npt.NDArray[np.generic]) -> Sequence[float]:
 
 
 def require_known_values(values: Iterable[int]) -> None:
-    """Refuse values that no convention has.
+    """Reject values that belong to no convention.
 
     Raises:
-        DataError: there are some; they are named.
+        DataError: there are such values; the message lists them.
     """
     foreign = set(values) - {0, 1, 2, 3, 4}
     if foreign:
@@ -191,7 +191,7 @@ def require_known_values(values: Iterable[int]) -> None:
 
 
 def _of_family(seen: set[int], family: Naming) -> LabelConvention:
-    """The convention of a data set whose case ids or layout say which it is; only the year may be open."""
+    """The convention of a data set whose case ids or layout identify its family; only the year may be open."""
     if family == "brats2015":
         return BRATS2015
     if family == "msd" and {3, 4} <= seen:
@@ -213,13 +213,13 @@ def _ambiguous(seen: set[int], where: str, *possible: LabelConvention) -> DataEr
 
 
 def _flag(*possible: LabelConvention) -> str:
-    """The way out, with what each convention makes of the numbers."""
+    """The advice to use ``--labels``, with the meaning of the numbers in each possible convention."""
     ways = ", ".join(f"{c.name} (necrosis {c.necrosis}, oedema {c.oedema}, enhancing {c.enhancing})" for c in possible)
     return f"say which it is with --labels, one of {ways}"
 
 
 _TISSUE_WORDS: Final = (
-    # First match counts: "non-enhancing" before "enhancing", "whole tumor" before any tissue.
+    # The first match wins: words for cavities come first, and "non-enhancing" before "enhancing".
     (BACKGROUND, re.compile(r"background|cavity|\brc\b|unlabel")),
     (NECROSIS, re.compile(r"necro|non.?enh|\bncr|\bnetc?\b|cyst|\bcc\b|\bncr/net\b")),
     (OEDEMA, re.compile(r"o?edema|\bed\b|snfh|flair|invaded|infiltrat")),
@@ -233,13 +233,13 @@ _REGION_WORDS: Final[tuple[tuple[Region, re.Pattern[str]], ...]] = (
 
 
 def convention_of_names(names: Mapping[str, tuple[int, ...]]) -> LabelConvention | None:
-    """The convention that names of labels or of regions tell, as a dataset.json has them.
+    """Infer the convention from names of labels or regions, such as those in a dataset.json.
 
     Args:
         names: the numbers of each name, such as ``{"edema": (1,), ...}`` or ``{"whole tumor": (1, 2, 3), ...}``.
 
     Returns:
-        the convention; None where the names tell no tissue (``"label 1"``) or what they tell is none that we know.
+        the convention; None if a name identifies no tissue (``"label 1"``) or no known convention matches.
 
     Example:
         >>> convention_of_names({"background": (0,), "NCR": (1,), "ED": (2,), "ET": (3,)}).name
@@ -282,14 +282,14 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
     """Translate a file's label numbers to the program's codes.
 
     Args:
-        label_map: any shape, integer-valued (floats such as 4.0 are accepted).
-        convention: what the numbers mean.
+        label_map: any shape, whole numbers (floats such as 4.0 are accepted).
+        convention: the meaning of the numbers.
 
     Returns:
         uint8 array of the same shape with the codes 0 to 3.
 
     Raises:
-        DataError: a value that is not a whole number, or not in the convention.
+        DataError: a value is not a whole number or not in the convention.
 
     Example:
         >>> decode(np.array([0, 4, 2]), BRATS2021).tolist()
@@ -299,11 +299,11 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
 
 
 def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> npt.NDArray[np.uint8]:
-    """As :func:`decode`, but with resection cavities and cysts told apart, as the rules of BraTS 2024 score them.
+    """Like :func:`decode`, with separate codes for resection cavities and cysts, as scored under BraTS 2024 rules.
 
     Args:
-        label_map: any shape, integer-valued.
-        convention: what the numbers mean.
+        label_map: any shape, whole numbers.
+        convention: the meaning of the numbers.
 
     Returns:
         uint8 array of the same shape with the codes 0 to 3, :data:`CAVITY` and :data:`CYST`.
@@ -322,7 +322,7 @@ def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConventi
 def _translated(
     label_map: npt.NDArray[np.generic], convention: LabelConvention, codes: Mapping[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """The code of every voxel; a table translates bytes in one pass."""
+    """The code of every voxel; uint8 maps are translated in one pass with a lookup table."""
     foreign = [float(v) for v in values_in(label_map) if float(v) not in codes]
     if foreign:
         shown = ", ".join(f"{v:g}" for v in foreign[:8])
@@ -340,14 +340,14 @@ def _translated(
 
 
 def _table_of(codes: Mapping[int, int]) -> npt.NDArray[np.uint8]:
-    """The code of each byte, 0 for those that have none, shape (256,)."""
+    """Lookup table from byte to code, 0 for bytes without a code, shape (256,)."""
     table = np.zeros(256, dtype=np.uint8)
     table[list(codes)] = list(codes.values())
     return table
 
 
 def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDArray[np.uint8]:
-    """Translate the program's codes to a file's label numbers; ``decode(encode(codes, c), c)`` is ``codes``.
+    """Translate the program's codes to a file's label numbers; ``decode(encode(codes, c), c)`` equals ``codes``.
 
     Example:
         >>> encode(np.array([0, 3, 2], dtype=np.uint8), BRATS2021).tolist()
@@ -358,13 +358,13 @@ def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDA
 
 
 def to_regions(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-    """Region masks of a label map in the program's codes.
+    """Split a label map in the program's codes into region masks.
 
     Args:
         codes: shape (X, Y, Z), values 0 to 3.
 
     Returns:
-        bool array of shape (3, X, Y, Z) in the order of :data:`REGIONS`; WT contains TC contains ET.
+        bool array of shape (3, X, Y, Z) in the order of :data:`REGIONS`; WT contains TC, TC contains ET.
     """
     enhancing = codes == ENHANCING
     core = enhancing | (codes == NECROSIS)
@@ -372,16 +372,16 @@ def to_regions(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
 
 
 def from_regions(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
-    """Label map, in the program's codes, of region masks that need not be nested.
+    """Merge region masks, nested or not, into a label map in the program's codes.
 
-    The larger region decides: a voxel outside WT is background whatever TC and ET say, one outside TC is oedema
-    whatever ET says, so that the regions of the result are nested.
+    The larger region takes precedence: a voxel outside WT is background whatever TC and ET are, and one outside TC is
+    oedema whatever ET is, so the regions of the result are nested.
 
     Args:
         masks: bool, shape (3, X, Y, Z), order of :data:`REGIONS`.
 
     Returns:
-        uint8, shape (X, Y, Z); ``from_regions(to_regions(codes))`` is ``codes``.
+        uint8, shape (X, Y, Z); ``from_regions(to_regions(codes))`` equals ``codes``.
     """
     whole, core, enhancing = masks
     codes = np.where(whole, OEDEMA, BACKGROUND).astype(np.uint8)
@@ -391,5 +391,5 @@ def from_regions(masks: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint8]:
 
 
 def region_codes(region: Region) -> tuple[int, ...]:
-    """The program's codes that make up a region, e.g. (1, 3) for TC."""
+    """The program's codes that make up a region, such as (1, 3) for TC."""
     return _REGION_CODES[region]

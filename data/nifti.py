@@ -1,6 +1,6 @@
-"""NIfTI volumes in and label maps out: the geometry contract.
+"""Read NIfTI volumes and write label maps, with strict checks of their geometry.
 
-A volume is read with its affine and checked before its voxels are touched; a label map is written on exactly the grid
+A volume is read with its affine and checked before its voxels are loaded; a label map is written on exactly the grid
 of a reference file: same shape, affine, qform and sform with their codes, units and zooms.
 """
 
@@ -33,46 +33,46 @@ from data.errors import DataError
 from data.files import replacing
 from data.filesystem import has_no_mapping, in_words
 
-#: The program's own log.
+#: The program's logger.
 LOG: Final = logging.getLogger("znormseg")
 Spacing = tuple[float, float, float]
 _Number = TypeVar("_Number", bound=np.generic)
 
 NIFTI_ENDINGS: Final = (".nii.gz", ".nii")
-#: Voxel order inside the program: x grows to the patient's left, y to posterior, z to superior, as in BraTS files.
+#: Voxel order inside the program: x increases to the patient's left, y to posterior, z to superior, as in BraTS files.
 CANONICAL_AXES: Final = ("L", "P", "S")
-#: Larger volumes are refused before any memory is taken (1024 voxels along each axis).
+#: Larger volumes (1024 voxels along each axis) are rejected before memory is allocated.
 MAX_VOXELS: Final = 1024**3
-#: Grids that agree to this many millimetres at every corner are the same grid.
+#: Grids whose corners all agree within this many millimetres are the same grid.
 GRID_TOLERANCE_MM: Final = 0.01
-#: Where sform and qform of one header place a corner further apart than this, they say different things.
+#: The sform and qform of a header contradict each other if they place a corner further apart than this.
 FORM_TOLERANCE_MM: Final = 1.0
-#: What one byte of a compressed file can hold at most (zlib's documentation: a factor of 1032).
+#: Maximum number of bytes that one compressed byte can expand to (zlib's documentation: a factor of 1032).
 _MOST_BYTES_PER_BYTE: Final = 1032
-#: Voxels are unpacked and converted in pieces of this many bytes, so that a piece is in the processor's cache for both.
+#: Voxels are decompressed and converted in pieces of this size, so that a piece stays in the CPU cache for both steps.
 _PIECE_BYTES: Final = 1 << 18
-#: zlib-ng's level for label maps: files no larger than zlib makes them at its own level 6, in a fraction of the time.
+#: zlib-ng level for label maps: files no larger than zlib's at its own level 6, in a fraction of the time.
 _COMPRESSION_LEVEL: Final = 6
 _ZLIB_NG_ERROR: Final[type[Exception]] = zlib_ng.error  # type: ignore[assignment]  # its stub calls it an instance
-#: Voxel edges outside of this range in mm are a mistake of unit, not a scan.
+#: Voxel sizes in mm outside this range indicate a wrong unit, not a scan.
 VOXEL_SIZE_MM: Final = (0.05, 50.0)
-#: A share of 1 in :func:`write_shares`.
+#: The integer that represents a share of 1 in :func:`write_shares`.
 SHARE_STEPS: Final = 65535
-#: Label values this close to a whole number are that number.
+#: Label values this close to a whole number are rounded to it.
 LABEL_TOLERANCE: Final = 0.01
-#: Values that a message names.
+#: Maximum number of values listed in a message.
 _MOST_SHOWN: Final = 6
-#: In the description of every header, which holds 79 characters.
+#: Written to the description field of every header, which holds 79 characters.
 _RESEARCH_ONLY: Final = b"Research use only; not a medical device."
-#: By this share pixdim and the affine may differ and still mean one voxel size: both are stored in single precision.
+#: Relative difference allowed between pixdim and the affine's voxel size, because both are stored in single precision.
 _PIXDIM_TOLERANCE: Final = 1e-4
-#: Axes may deviate from right angles by this cosine before an affine counts as sheared.
+#: An affine counts as sheared if the cosine between two of its axes exceeds this.
 SHEAR_TOLERANCE: Final = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
 class Volume:
-    """Voxels with the affine that places them.
+    """Voxels and the affine that places them in space.
 
     ``voxels`` has shape (X, Y, Z); ``affine`` is the 4x4 matrix from voxel index to RAS millimetres.
     """
@@ -81,16 +81,16 @@ class Volume:
     affine: npt.NDArray[np.float64]
     path: Path
     zeroed: int = 0
-    """How many voxels were NaN or infinite in the file and are 0 here."""
+    """Number of voxels that were NaN or infinite in the file and have been set to 0."""
     doubt: str | None = None
-    """What of the geometry the header leaves open, in words; None where it is plain."""
+    """Describes an ambiguity of the header's geometry; None if there is none."""
     pixdim_mm: Spacing | None = None
-    """The header's own voxel size (pixdim) where the affine has another, which is the one in use; else None. Kept of
-    label maps, since other programs measure by it."""
+    """The header's own voxel size (pixdim) if it differs from the affine's, which is the one in use; else None. Set for
+    label maps only, since other programs measure by it."""
     background: str | None = None
-    """What of an image was background and not 0 in the file, in words; None where nothing was."""
+    """Describes the background of an image if it was not 0 in the file; else None."""
     rounded: str | None = None
-    """What of a label map was no whole number in the file, in words; None where nothing was."""
+    """Describes the values of a label map that were not whole numbers in the file; None if all were."""
 
     @property
     def spacing_mm(self) -> Spacing:
@@ -110,7 +110,7 @@ def spacing_of(affine: npt.NDArray[np.float64]) -> Spacing:
 
 
 def voxel_order(affine: npt.NDArray[np.float64]) -> str:
-    """Where the axes of a grid point to.
+    """Axis codes of a grid: the direction in which each array axis points.
 
     Example:
         >>> voxel_order(np.diag([-2.0, -1.0, 3.0, 1.0]))
@@ -120,7 +120,7 @@ def voxel_order(affine: npt.NDArray[np.float64]) -> str:
 
 
 def canonical_spacing(affine: npt.NDArray[np.float64]) -> Spacing:
-    """Voxel size in mm along the program's own axes (left, posterior, superior) of a grid in any voxel order."""
+    """Voxel size in mm along the program's axes (left, posterior, superior) of a grid in any voxel order."""
     spacing = [0.0, 0.0, 0.0]
     for own_axis, (axis, _) in zip(spacing_of(affine), orientations.io_orientation(affine), strict=True):
         spacing[int(axis)] = own_axis
@@ -128,7 +128,7 @@ def canonical_spacing(affine: npt.NDArray[np.float64]) -> Spacing:
 
 
 def strip_nifti_ending(name: str) -> str | None:
-    """File name without ``.nii`` or ``.nii.gz`` (in any case), or None where it has neither.
+    """File name without ``.nii`` or ``.nii.gz`` (case-insensitive), or None if it ends in neither.
 
     Example:
         >>> strip_nifti_ending("a_t1.NII.gz")
@@ -141,9 +141,9 @@ def strip_nifti_ending(name: str) -> str | None:
 
 
 def nifti_files(folder: Path) -> list[Path]:
-    """NIfTI files of one folder, sorted; hidden ones (among them the ``._`` files macOS leaves) are left out.
+    """NIfTI files of one folder, sorted; hidden files, including the ``._`` files of macOS, are left out.
 
-    Links that lead nowhere are in it, to be complained of.
+    Broken symlinks are included so that they can be reported.
     """
     return sorted(
         p
@@ -153,7 +153,7 @@ def nifti_files(folder: Path) -> list[Path]:
 
 
 def voxel_count(path: Path) -> int:
-    """Voxels of one volume of a file, from its header alone.
+    """Number of voxels in one volume of a file, from its header only.
 
     Raises:
         DataError: the header cannot be read.
@@ -167,14 +167,14 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
 
     Args:
         path: a 3D NIfTI file (``.nii`` or ``.nii.gz``); a trailing axis of length one is dropped.
-        volume: which volume of a 4D file, from 0; None for a 3D file.
-        nan_to_zero: set voxels that are NaN or infinite to 0 instead of refusing the file.
+        volume: index from 0 of the volume in a 4D file; None for a 3D file.
+        nan_to_zero: set voxels that are NaN or infinite to 0 instead of rejecting the file.
 
     Returns:
-        the volume on the file's own voxel order.
+        the volume in the file's own voxel order.
 
     Raises:
-        DataError: the file is missing, damaged, not a NIfTI, not 3D, not real-valued, too large, sheared, or holds
+        DataError: the file is missing, damaged, not NIfTI, not 3D, not real-valued, too large, sheared, or contains
             NaN or infinity.
     """
     with _reading(path):
@@ -195,7 +195,7 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
 
 
 def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = False) -> Volume:
-    """Read one contrast: as :func:`read_volume`, with its background at 0 (:mod:`data.background`).
+    """Read one contrast like :func:`read_volume` and set its background to 0 (see :mod:`data.background`).
 
     Args:
         path: as for :func:`read_volume`.
@@ -203,7 +203,7 @@ def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fal
         nan_to_zero: as for :func:`read_volume`.
 
     Returns:
-        the volume; ``background`` says what was taken as 0.
+        the volume; its ``background`` describes what was set to 0.
 
     Raises:
         DataError: as :func:`read_volume`.
@@ -216,11 +216,11 @@ def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fal
 def read_label_map(path: Path, *, log: bool = True) -> Volume:
     """Read a label map with the file's own numbers, as uint8; whole numbers stored as floats are accepted.
 
-    So are numbers within :data:`LABEL_TOLERANCE` of whole ones, which editors write that store bytes with a slope.
+    Numbers within :data:`LABEL_TOLERANCE` of a whole number are rounded, since some editors store bytes with a slope.
 
     Args:
         path: a 3D NIfTI file.
-        log: warn of rounded values, once for each file; False where the caller says it.
+        log: warn about rounded values, once per file; pass False if the caller reports them.
 
     Raises:
         DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
@@ -235,7 +235,7 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
-    with np.errstate(invalid="ignore"):  # what does not fit becomes another number, and is seen by that
+    with np.errstate(invalid="ignore"):  # out-of-range values wrap around, so the comparison below finds them
         labels = volume.voxels.astype(np.uint8)
     if np.array_equal(labels, volume.voxels):
         return Volume(voxels=labels, affine=volume.affine, path=path, pixdim_mm=pixdim_mm)
@@ -246,7 +246,7 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
 
 
 def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[np.uint8], str]:
-    """The nearest whole numbers, and what was rounded to what; refused where they are not near."""
+    """Round to the nearest whole numbers and describe the change; reject values that are not close to one."""
     values = np.unique(voxels)
     whole = np.clip(np.rint(values), 0, 255)
     off = np.abs(values - whole) > LABEL_TOLERANCE
@@ -262,7 +262,7 @@ def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[n
 
 
 def _some(values: npt.NDArray[np.float32]) -> str:
-    """The first values of several, apart from one another."""
+    """Lists the first few values, comma-separated, with the number of the others."""
     shown = [f"{value:.7g}" for value in values[:_MOST_SHOWN]]
     return ", ".join(shown) + (f" and {values.size - _MOST_SHOWN} more" if values.size > _MOST_SHOWN else "")
 
@@ -273,10 +273,10 @@ def _warn_once(sentence: str) -> None:
 
 
 def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, int], npt.NDArray[np.float64]]:
-    """Shape and affine from the header alone, of a 3D file or of one volume of a 4D file.
+    """Shape and affine from the header only, of a 3D file or of one volume of a 4D file.
 
     Raises:
-        DataError: as :func:`read_volume`, but for what only the voxels tell.
+        DataError: as :func:`read_volume`, except for faults that only the voxels reveal.
     """
     with _reading(path):
         image = _open(path)
@@ -284,7 +284,7 @@ def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, in
 
 
 def reorient(volume: Volume) -> Volume:
-    """The same volume in the program's voxel order (LPS): axes swapped and flipped, nothing interpolated."""
+    """Return the volume in the program's voxel order (LPS): axes are swapped and flipped, nothing is interpolated."""
     to_canonical = _orientation_change(volume.affine)
     affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
     voxels = orientations.apply_orientation(volume.voxels, to_canonical)
@@ -292,17 +292,18 @@ def reorient(volume: Volume) -> Volume:
 
 
 def in_order_of(reference: Volume, volume: Volume) -> Volume:
-    """The volume with its axes stored as the reference's are, nothing interpolated.
+    """Return the volume with its axes in the reference's order; nothing is interpolated.
 
-    Both to canonical order would not do: on a grid turned by 45 degrees rounding decides which axis is which.
+    Reorienting both to canonical order is not enough: on a grid rotated by 45 degrees, rounding decides which axis is
+    which.
     """
-    frame = reference.affine @ np.diag([-1.0, -1.0, 1.0, 1.0])  # in it the reference's own axes point to L, P and S
+    frame = reference.affine @ np.diag([-1.0, -1.0, 1.0, 1.0])  # here the reference's own axes point to L, P and S
     seen = reorient(replace(volume, affine=np.linalg.inv(frame) @ volume.affine))
     return replace(seen, affine=frame @ seen.affine)
 
 
 def to_native_order(canonical: npt.NDArray[_Number], native_affine: npt.NDArray[np.float64]) -> npt.NDArray[_Number]:
-    """Undo :func:`reorient` for an array: from the program's voxel order to that of ``native_affine``."""
+    """Undo :func:`reorient` for an array: convert it from the program's voxel order to that of ``native_affine``."""
     back = orientations.ornt_transform(
         orientations.axcodes2ornt(CANONICAL_AXES), orientations.io_orientation(native_affine)
     )
@@ -310,9 +311,9 @@ def to_native_order(canonical: npt.NDArray[_Number], native_affine: npt.NDArray[
 
 
 def grid_difference(first: Volume, second: Volume) -> str | None:
-    """Say how two grids differ, in words, or return None where they agree.
+    """Describe how two grids differ, or return None if they agree.
 
-    Grids agree when their shapes are equal and every corner lies within :data:`GRID_TOLERANCE_MM`.
+    Grids agree if their shapes are equal and every corner lies within :data:`GRID_TOLERANCE_MM`.
     """
     if first.voxels.shape != second.voxels.shape:
         return f"shape {_times(first.voxels.shape)} against {_times(second.voxels.shape)} voxels"
@@ -329,32 +330,32 @@ def grid_difference(first: Volume, second: Volume) -> str | None:
 
 
 def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) -> None:
-    """Write a label map with the grid of a reference file, whole or not at all.
+    """Write a label map on the grid of a reference file, atomically.
 
     Args:
         path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
         labels: uint8, shape (X, Y, Z) in the reference's own voxel order.
-        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept; of a 4D file those
-            of its space.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied; of a 4D file
+            those of its spatial axes.
 
     Raises:
-        DataError: the reference cannot be read, or its shape is not that of ``labels``.
+        DataError: the reference cannot be read, or its shape differs from that of ``labels``.
         OSError: the disk is full or the folder cannot be written to.
     """
     _write_like(path, np.ascontiguousarray(labels, dtype=np.uint8), reference, b"znormseg label map. " + _RESEARCH_ONLY)
 
 
 def write_shares(path: Path, shares: npt.NDArray[np.uint16], reference: Path, *, what: str) -> None:
-    """Write numbers from 0 to 1 with the grid of a reference file, whole or not at all.
+    """Write numbers from 0 to 1 on the grid of a reference file, atomically.
 
     They are stored as 16-bit integers, which readers multiply by the header's slope, 1/65535. NIfTI has no 16-bit
-    floats; float32 takes twice the room, and far more once compressed, for digits that mean nothing.
+    floats; float32 takes twice the space, and far more when compressed, for digits without meaning.
 
     Args:
         path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
         shares: 65535ths, shape (X, Y, Z, volumes), in the reference's own voxel order.
-        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
-        what: the file is, for its header; plain ASCII.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied.
+        what: description of the content for the header; ASCII only.
 
     Raises:
         DataError, OSError: as :func:`write_label_map`.
@@ -364,14 +365,14 @@ def write_shares(path: Path, shares: npt.NDArray[np.uint16], reference: Path, *,
 
 
 def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) -> None:
-    """Write a volume, or several in one 4D file, with the grid of a reference file, whole or not at all.
+    """Write one volume, or several in one 4D file, on the grid of a reference file, atomically.
 
-    The file holds 16-bit integers where all values are such, else float32; read back, they are ``voxels`` exactly.
+    Voxels are stored as 16-bit integers if all values fit, else as float32; reading them returns ``voxels`` exactly.
 
     Args:
         path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
         voxels: shape (X, Y, Z) or (X, Y, Z, volumes), in the reference's own voxel order.
-        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are kept.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied.
 
     Raises:
         DataError, OSError: as :func:`write_label_map`.
@@ -384,7 +385,7 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
 def _write_like(
     path: Path, voxels: npt.NDArray[Any], reference: Path, description: bytes, *, slope: float | None = None
 ) -> None:
-    """Write voxels in their own type on the grid of a reference file; readers multiply them by the slope."""
+    """Write voxels in their own dtype on the grid of a reference file, with an optional slope in the header."""
     with _reading(reference):
         image = _open(reference)
         shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
@@ -393,7 +394,7 @@ def _write_like(
             f"{reference}: its grid is {_times(shape)} voxels, that of what is written {_times(voxels.shape)}"
         )
     header = image.header.copy()
-    header.extensions.clear()  # they may hold patient data, and describe the image
+    header.extensions.clear()  # they may contain patient data, and they describe the reference image
     header.set_data_dtype(voxels.dtype)
     header.set_data_shape(voxels.shape)
     header.set_intent("none")
@@ -403,10 +404,10 @@ def _write_like(
     kind: Any = nib.Nifti2Image if isinstance(image.header, nib.Nifti2Header) else nib.Nifti1Image
     result = kind(voxels, image.affine, header)
     if slope is not None:
-        result.header.set_slope_inter(slope, 0)  # nibabel then writes the voxels as they are
-    result.header["pixdim"] = image.header["pixdim"]  # nibabel fills the unused ones with 1
+        result.header.set_slope_inter(slope, 0)  # with an explicit slope, nibabel writes the voxels unscaled
+    result.header["pixdim"] = image.header["pixdim"]  # nibabel sets the unused entries to 1
     if voxels.ndim > 3:
-        result.header["pixdim"][4] = 1.0  # a spacing of 0 between volumes is refused by ITK
+        result.header["pixdim"][4] = 1.0  # ITK rejects a spacing of 0 between volumes
     with replacing(path) as beside:
         if path.name.lower().endswith(".nii.gz"):
             beside.write_bytes(gzip_ng.compress(result.to_bytes(), _COMPRESSION_LEVEL, mtime=0))
@@ -415,7 +416,7 @@ def _write_like(
 
 
 def _open(path: Path) -> Any:
-    """The nibabel image, header read and checked, voxels not yet."""
+    """Open a file with nibabel and check its header; the voxels are not read yet."""
     if path.is_dir():
         raise DataError(f"{path}: a folder stands where a NIfTI file is expected. Give the file.")
     if not path.exists():
@@ -429,7 +430,7 @@ def _open(path: Path) -> Any:
     except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError) as error:
         _require_no_stranger(path)
         if isinstance(error, ImageFileError):
-            with path.open("rb"):  # raises what the system said, where nibabel kept that to itself
+            with path.open("rb"):  # raises the system's error if nibabel hid it
                 raise
         raise
     if isinstance(image, nib.Cifti2Image) or _claims_cifti(image):
@@ -439,7 +440,7 @@ def _open(path: Path) -> Any:
     return image
 
 
-#: How files begin that are named .nii or .nii.gz and are something else.
+#: First bytes of other file types that occur under the names .nii and .nii.gz.
 _FOREIGN: Final = (
     (b"PK\x03\x04", "a ZIP archive", "Unpack it"),
     (b"BZh", "a bzip2 file", "Unpack it, or compress it with gzip"),
@@ -455,10 +456,10 @@ _FOREIGN: Final = (
 
 
 def name_misleads(path: Path) -> str | None:
-    """What a NIfTI file is where its name says otherwise, in words; such a file is read by its content.
+    """Describe the format of a NIfTI file whose name contradicts its content; such a file is read by its content.
 
     Raises:
-        OSError: it cannot be opened.
+        OSError: the file cannot be opened.
     """
     if strip_nifti_ending(path.name) is None or is_compressed(path) == path.name.lower().endswith(".gz"):
         return None
@@ -469,19 +470,19 @@ def name_misleads(path: Path) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the content is compressed by gzip, whatever the name says."""
+    """Whether the content is compressed with gzip, whatever the file's name."""
     with path.open("rb") as file:
         return file.read(2) == b"\x1f\x8b"
 
 
 def _header_size(start: bytes) -> int | None:
-    """What the first four bytes of NIfTI-1 (348) and NIfTI-2 (540) are, in either byte order; None of other files."""
+    """The header size in the first four bytes: 348 (NIfTI-1) or 540 (NIfTI-2) in either byte order; else None."""
     sizes = (int.from_bytes(start, order) for order in ("little", "big"))
     return next((size for size in sizes if size in (348, 540)), None)
 
 
 def _by_content(path: Path) -> Any:
-    """The nibabel image of a file whose name misleads nibabel; its voxels are read by :func:`_opened`."""
+    """Open a file whose name misleads nibabel; its voxels are read through :func:`_opened`."""
     with _opened(path) as stream:
         size = _header_size(stream.read(4))
         if size is None:
@@ -495,19 +496,19 @@ def _by_content(path: Path) -> Any:
 
 
 def _opened(path: Path) -> Any:
-    """A stream of the file's content, unpacked where it is compressed."""
+    """A stream of the file's content, decompressed if necessary."""
     return gzip_ng.open(path) if is_compressed(path) else path.open("rb")
 
 
 def _require_no_stranger(path: Path) -> None:
-    """Say of a file that is no NIfTI what it is; nothing of one that is damaged, or that nobody knows."""
+    """Reject a file of another type and name the type; return if the file is damaged or of unknown type."""
     with suppress(EOFError, zlib.error, _ZLIB_NG_ERROR, OSError), _opened(path) as stream:
         start = stream.read(132)
         _refuse(path, start)
 
 
 def _refuse(path: Path, start: bytes) -> None:
-    """Refuse a file by its first bytes, unpacked, where they tell what it is."""
+    """Reject a file whose first decompressed bytes identify it as another type."""
     if start[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: compressed twice. Unpack it once (gunzip).")
     for sign, what, remedy in _FOREIGN:
@@ -518,7 +519,7 @@ def _refuse(path: Path, start: bytes) -> None:
 
 
 def _checked(path: Path, volume: int | None = None) -> tuple[Any, tuple[int, int, int]]:
-    """The nibabel image of a file that can hold the voxels that its header claims, and their shape."""
+    """Open a file, check that it is large enough for the voxels its header claims, and return it with its shape."""
     image = _open(path)
     shape = _shape_3d(image, path, volume)
     _require_room(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
@@ -526,17 +527,17 @@ def _checked(path: Path, volume: int | None = None) -> tuple[Any, tuple[int, int
 
 
 def _claims_cifti(image: Any) -> bool:
-    """Whether a header's intent is one of CIFTI, which nibabel does not look at in a compressed file."""
+    """Whether the header's intent is a CIFTI one; nibabel does not check this in compressed files."""
     return isinstance(image, nib.Nifti1Pair) and 3000 <= int(image.header["intent_code"]) < 3100
 
 
 def _always_finite(image: Any) -> bool:
-    """Whether no voxel can be NaN or infinite: whole numbers that are not scaled, all of which float32 has room for."""
+    """Whether no voxel can be NaN or infinite: true of unscaled integers, all of which fit into float32."""
     return image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
 
 
 def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float32]:
-    """The scaled voxels, of a 4D file those of one volume; of a compressed file the checksum is verified too."""
+    """The scaled voxels of a 3D file or of one volume; for a compressed file, the checksum is verified too."""
     part = ... if volume is None else (..., volume)
     if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
         if name_misleads(path) is None:
@@ -553,14 +554,14 @@ def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float3
 
 
 def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
-    """The voxels of a file that stores bytes unscaled, without a detour over float32; None of any other file."""
+    """The voxels of a file that stores unscaled bytes, without a detour through float32; None for other files."""
     stored = image.dataobj
     if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
         return None
     if name_misleads(path) is not None and not is_compressed(path):
         return None
     if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
-        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # else a map of the file
+        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # copy, or it stays a memory map
         return copied
     with gzip_ng.open(path) as stream:
         voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
@@ -573,7 +574,7 @@ def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
 
 
 def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
-    """Voxels as float32; what is not asked for of a 4D file takes no memory."""
+    """Voxels as float32; the other volumes of a 4D file are not loaded."""
     if part is ...:
         return _mapped_or_read(stored).astype(np.float32, copy=False)
     voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
@@ -581,7 +582,7 @@ def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
 
 
 def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
-    """Scaled voxels of a file that is not compressed; nibabel maps it, and reads it where its file system cannot."""
+    """Scaled voxels of an uncompressed file: memory-mapped by nibabel, or read if the file system cannot map files."""
     try:
         return np.asanyarray(stored)
     except OSError as error:
@@ -592,13 +593,13 @@ def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
 
 
 def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32]:
-    """Read and scale voxels piece by piece, each as nibabel would the whole.
+    """Read and scale voxels piece by piece, with the result nibabel would give for the whole array.
 
-    Bytes in the file's own type are never there for more than one piece.
+    No more than one piece is held in the file's own dtype.
 
     Args:
-        stream: at the start of a NIfTI file.
-        stored: nibabel's proxy of its voxels: where they begin, their type, shape, slope and intercept.
+        stream: positioned at the start of a NIfTI file.
+        stored: nibabel's proxy of the voxels: offset, dtype, shape, slope and intercept.
     """
     _skip(stream, stored.offset)
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
@@ -621,7 +622,7 @@ def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
 
 
 def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:
-    """Read until the room is full or the stream ends; how many bytes came."""
+    """Read until the buffer is full or the stream ends; return the number of bytes read."""
     read = 0
     while read < len(room):
         got = stream.readinto(room[read:])
@@ -632,13 +633,13 @@ def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:
 
 
 def _read_to_end(stream: gzip_ng.GzipNGFile) -> None:
-    """The checksum is compared at the end of the stream, which the voxels need not reach."""
+    """Read the rest of a stream: gzip verifies its checksum only at the end, which may lie beyond the voxels."""
     while stream.read(1 << 20):
         pass
 
 
 def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, int, int]:
-    """The three spatial sizes, or a DataError that says what came."""
+    """The three spatial sizes; a DataError if the file is not a real-valued 3D volume of allowed size."""
     shape = tuple(int(n) for n in image.shape)
     if volume is not None:
         if len(shape) != 4 or volume >= shape[3]:
@@ -665,7 +666,7 @@ def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, i
 
 
 def _require_room(path: Path, claimed: int) -> None:
-    """Refuse a file that cannot hold the bytes its header claims, before memory is taken for them."""
+    """Reject a file too small for the bytes its header claims, before memory is allocated for them."""
     size = path.stat().st_size
     most = size * _MOST_BYTES_PER_BYTE if is_compressed(path) else size
     if claimed > most:
@@ -676,10 +677,10 @@ def _require_room(path: Path, claimed: int) -> None:
 
 
 def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
-    """The affine in use (sform, else qform, else zooms), refused where it places no voxels or is sheared."""
+    """The affine in use (sform, else qform, else zooms); rejected if it is singular, out of range or sheared."""
     affine = np.asarray(image.affine, dtype=np.float64)
     linear = affine[:3, :3]
-    # Beyond a kilometre nothing is a head, and products overflow.
+    # No head is larger than a kilometre, and larger numbers would overflow.
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-12:
         raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
     smallest, largest = min(spacing_of(affine)), max(spacing_of(affine))
@@ -699,7 +700,7 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
 
 
 def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[int, ...]) -> str | None:
-    """What a header leaves open about where its voxels lie."""
+    """Describe an ambiguity in where the header places the voxels, or return None."""
     if not int(image.header["sform_code"]):
         if int(image.header["qform_code"]):
             return None
@@ -718,7 +719,7 @@ def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[in
 
 
 def _other_pixdim(image: Any, affine: npt.NDArray[np.float64]) -> Spacing | None:
-    """The voxel size that a header states, where it is a size and not that of the affine."""
+    """The header's voxel size (pixdim) if it is finite and differs from the affine's; else None."""
     x, y, z = (float(edge) for edge in image.header.get_zooms()[:3])
     own_mm, used_mm = np.array([x, y, z]), np.array(spacing_of(affine))
     if not np.isfinite(own_mm).all():
@@ -742,9 +743,9 @@ def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what nibabel, gzip and the system raise on a bad file into a DataError that names it."""
+    """Convert exceptions of nibabel, gzip and the system about a bad file to a DataError that names the file."""
     try:
-        # What a header cannot mean, and what float32 cannot hold, is refused afterwards, without numpy's warnings.
+        # Impossible headers and values beyond float32 are rejected later; numpy's warnings would only be noise.
         with np.errstate(all="ignore"):
             yield
     except DataError:
@@ -752,7 +753,7 @@ def _reading(path: Path) -> Iterator[None]:
     except (EOFError, zlib.error, _ZLIB_NG_ERROR, gzip.BadGzipFile) as error:
         raise DataError(f"{path}: damaged or cut short ({error}). Copy or download it again.") from error
     except (ImageFileError, HeaderDataError, OSError, ValueError, OverflowError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # the system's; those of gzip have no number
+        if isinstance(error, OSError) and error.errno is not None:  # a system error; gzip's own have no number
             raise DataError(f"{path}: cannot be read: {in_words(error)}") from error
         raise DataError(
             f"{path}: cannot be read as NIfTI ({error}). Check that it is a .nii or .nii.gz file."
@@ -760,5 +761,5 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def _times(shape: tuple[int, ...]) -> str:
-    """A shape in words: 240x240x155."""
+    """Formats a shape, such as 240x240x155."""
     return "x".join(str(n) for n in shape)

@@ -1,8 +1,8 @@
-"""From the files of a case to the array a network sees, and from its answer back to the files' grid.
+"""Convert a case's files to the network's input array, and the network's output back to the files' grid.
 
-The way in: same grid checked, reoriented to LPS, cropped to the brain, each contrast z-scored over its own non-zero
-voxels, resampled where the spacing asks for it. The way back undoes crop and orientation; the answer is resampled by
-whoever holds it (as probabilities, not labels).
+Forward: check that all contrasts share a grid, reorient to LPS, crop to the brain, z-score each contrast over its own
+non-zero voxels, and resample if another spacing is requested. Backward: undo crop and orientation. The output is
+resampled by the caller (as probabilities, not labels).
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from data.nifti import (
 
 _Number = TypeVar("_Number", bound=np.generic)
 
-#: Where more of a volume's six faces than this share is not 0, the background was not removed. Brains cut by the field
-#: of view reach one or two faces; the noise around a head, or a background shifted by normalisation, reaches all.
+#: If more than this share of a volume's six faces is non-zero, the background was not removed. Brains cut by the field
+#: of view touch one or two faces; air noise around a head, or a background shifted by normalisation, touches all.
 MAX_NONZERO_FACES: Final = 0.5
-#: A grid whose spacing is this close to the wanted one, relative, is left as it is.
+#: A grid whose spacing is this close to the requested one (relative) is not resampled.
 SPACING_TOLERANCE: Final = 0.02
-#: A share this close to one half counts as one half, so that the rounding of affines decides no tie.
+#: A share this close to one half counts as one half, so that rounding of affines does not decide ties.
 TIE_TOLERANCE: Final = 1e-3
-#: Voxels whose float64 copies may be held at once: more than any brain at 0.5 mm has, so that only larger volumes are
-#: summed part by part.
+#: Maximum number of voxels copied to float64 at once. No brain at 0.5 mm has more, so only larger volumes are summed
+#: part by part.
 _AT_ONCE: Final = 1 << 25
 
 Box = tuple[slice, slice, slice]
@@ -51,34 +51,34 @@ Box = tuple[slice, slice, slice]
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """A case as the network sees it, with what is needed to go back."""
+    """A case as network input, with everything needed to map results back."""
 
     image: npt.NDArray[np.float32]
-    """Shape (4, X, Y, Z), order of :data:`data.labels.CONTRASTS`; brain z-scored, 0 outside; 0 where it is missing."""
+    """Shape (4, X, Y, Z), order of :data:`data.labels.CONTRASTS`; brain z-scored, 0 outside; missing contrasts 0."""
     present: tuple[Contrast, ...]
-    """The contrasts that are there, in project order."""
+    """The contrasts that the case has, in project order."""
     brain: npt.NDArray[np.bool_]
-    """Where any contrast is non-zero in the box, at the files' own spacing."""
+    """Mask of the voxels in the box where any contrast is non-zero, at the files' own spacing."""
     codes: npt.NDArray[np.uint8] | None
-    """Label map in the program's codes, shape (X, Y, Z), where it was asked for."""
+    """Label map in the program's codes, shape (X, Y, Z); None if it was not requested."""
     spacing_mm: Spacing
     """Spacing of ``image``."""
     box: tuple[slice, slice, slice]
-    """Where the brain lies in the canonical (LPS) volume, before resampling."""
+    """Bounds of the brain in the canonical (LPS) volume, before resampling."""
     canonical_shape: tuple[int, int, int]
     """Shape of the canonical volume the box was cut from."""
     native_affine: npt.NDArray[np.float64]
     """Affine of the reference contrast's file."""
     zeroed: dict[Contrast, int]
-    """By contrast: how many voxels were NaN or infinite and were taken as 0; contrasts without any are not in it."""
+    """Number of NaN or infinite voxels that were set to 0, by contrast; contrasts without any are omitted."""
     backgrounds: dict[Contrast, str] = field(default_factory=dict)
-    """By contrast: what of it was background and not 0 in the file, in words; contrasts without any are not in it."""
+    """Description of a background that was not 0 in the file, by contrast; other contrasts are omitted."""
     repairs: tuple[str, ...] = ()
-    """What was done about the geometry of the files, a sentence each; empty where nothing had to be."""
+    """How ambiguities and differences in the files' geometry were resolved, one sentence each; empty if none."""
 
     @property
     def box_shape(self) -> tuple[int, int, int]:
-        """Shape of the box at the file's own spacing."""
+        """Shape of the box at the files' own spacing."""
         x, y, z = (part.stop - part.start for part in self.box)
         return (x, y, z)
 
@@ -94,23 +94,23 @@ def prepare(
     """Read and prepare one case.
 
     Args:
-        case: what to read.
-        spacing_mm: spacing the network works at; None keeps the file's own.
-        convention: read the label map too, its numbers meaning this; None leaves it.
-        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
-        all_contrasts: False takes a case with one contrast or more; box and brain are then those of the contrasts that
-            are there.
+        case: the case to read.
+        spacing_mm: spacing of the network's input; None keeps the files' own.
+        convention: label convention; None skips the label map.
+        nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.
+        all_contrasts: whether all four contrasts are required. If False, one is enough, and box and brain are those of
+            the contrasts present.
 
     Raises:
-        DataError: a contrast is missing or unreadable, the contrasts lie on different grids, one of them is zero
-            everywhere, constant or not skull-stripped, or the label map is missing, on another grid or outside the
+        DataError: a contrast is missing or unreadable, the contrasts lie on different grids, a contrast is zero
+            everywhere, constant or not skull-stripped, or the label map is missing, on another grid or not in the
             convention.
     """
     case.require(all_contrasts=all_contrasts)
     present = tuple(contrast for contrast in CONTRASTS if all_contrasts or contrast in case.contrasts)
     canonical: Volume | None = None
     native_affine = np.eye(4)
-    # One whole volume at a time is held, and of each its own box: of large scans the four together would not fit.
+    # Hold one whole volume at a time and crop each to its own brain: four whole volumes of a large scan may not fit.
     parts: dict[Contrast, tuple[Box, npt.NDArray[np.float32]]] = {}
     zeroed: dict[Contrast, int] = {}
     backgrounds: dict[Contrast, str] = {}
@@ -121,7 +121,7 @@ def prepare(
         found[contrast] = volume.doubt or "", voxel_order(volume.affine)
         if canonical is None:
             native_affine, volume = volume.affine, reorient(volume)
-            canonical = replace(volume, voxels=np.broadcast_to(np.float32(0), volume.voxels.shape))  # takes no memory
+            canonical = replace(volume, voxels=np.broadcast_to(np.float32(0), volume.voxels.shape))  # uses no memory
         else:
             volume = in_order_of(canonical, volume)
             _require_same_grid(case, canonical, volume, contrast)
@@ -168,7 +168,7 @@ def prepare(
 
 
 def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
-    """Say why a volume is no skull-stripped image, or return None where nothing speaks against it.
+    """Return why a volume is not a skull-stripped image, or None if it looks like one.
 
     Args:
         voxels: one contrast, shape (X, Y, Z).
@@ -182,7 +182,7 @@ def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
         return "every voxel is 0. Export the image again, or leave the case out"
     if np.ptp(values) == 0:
         return "every voxel that is not 0 has the same value. Is it a mask? Give the image"
-    # Not np.take, which copies the whole volume where its memory runs the other way, as in NIfTI files.
+    # np.take would copy the whole volume if its memory order is reversed, as in NIfTI files.
     faces = [np.moveaxis(voxels, axis, 0)[side] != 0 for axis in range(3) for side in (0, -1)]
     share = sum(int(face.sum()) for face in faces) / sum(face.size for face in faces)
     if share <= MAX_NONZERO_FACES:
@@ -194,11 +194,11 @@ def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
 
 
 def to_native_grid(codes: npt.NDArray[np.uint8], prepared: Prepared) -> npt.NDArray[np.uint8]:
-    """Put a label map of the brain box back on the grid of the case's files.
+    """Map a label map of the brain box back to the grid of the case's files.
 
     Args:
-        codes: shape of the box at the files' own spacing (``prepared.box_shape``).
-        prepared: what :func:`prepare` returned for the case.
+        codes: uint8, shape of the box at the files' own spacing (``prepared.box_shape``).
+        prepared: the result of :func:`prepare` for the case.
 
     Returns:
         uint8 array in the files' own voxel order and shape, 0 outside the box.
@@ -209,14 +209,14 @@ def to_native_grid(codes: npt.NDArray[np.uint8], prepared: Prepared) -> npt.NDAr
 
 
 def values_to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDArray[_Number]:
-    """Put several arrays of the brain box back on the grid of the case's files, as the volumes of one 4D array.
+    """Map arrays of the brain box back to the grid of the case's files, as the volumes of one 4D array.
 
     Args:
-        values: shape (n, X, Y, Z) of the box at the files' own spacing.
-        prepared: what :func:`prepare` returned for the case.
+        values: shape (n, X, Y, Z), where (X, Y, Z) is the box at the files' own spacing.
+        prepared: the result of :func:`prepare` for the case.
 
     Returns:
-        the same type in the files' own voxel order and shape, then n; 0 outside the box.
+        array of the same dtype in the files' own voxel order and shape, with n as the last axis; 0 outside the box.
     """
     volumes = []
     for one in values:
@@ -248,7 +248,7 @@ def zscore_nonzero(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _mean_and_spread(voxels: npt.NDArray[np.float32], marked: npt.NDArray[np.bool_]) -> tuple[float, float]:
-    """Mean and standard deviation of the marked voxels, in float64; of very large volumes part by part."""
+    """Mean and standard deviation of the marked voxels, in float64; very large volumes are summed part by part."""
     count = int(np.count_nonzero(marked))
     if count <= _AT_ONCE:
         values = voxels[marked].astype(np.float64)
@@ -261,14 +261,14 @@ def _mean_and_spread(voxels: npt.NDArray[np.float32], marked: npt.NDArray[np.boo
 
 
 def _parts(shape: tuple[int, ...]) -> Iterator[slice]:
-    """Slabs along the first axis, of at most :data:`_AT_ONCE` voxels where one plane is less."""
+    """Slabs along the first axis, each a quarter of :data:`_AT_ONCE` voxels at most, but at least one plane."""
     planes = max(1, _AT_ONCE // 4 // max(1, int(np.prod(shape[1:]))))
     for start in range(0, shape[0], planes):
         yield slice(start, start + planes)
 
 
 def _around(boxes: Sequence[Box]) -> Box:
-    """The smallest box that holds several."""
+    """The smallest box that contains all the given boxes."""
     x, y, z = (slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in range(3))
     return (x, y, z)
 
@@ -279,16 +279,16 @@ def _shape_of(voxels: npt.NDArray[np.float32]) -> tuple[int, int, int]:
 
 
 def brain_box(image: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:
-    """The smallest box that holds every non-zero voxel of any contrast.
+    """The smallest box that contains every non-zero voxel of any contrast.
 
     Args:
-        image: shape (contrasts, X, Y, Z), not all zero.
+        image: shape (contrasts, X, Y, Z), with at least one non-zero voxel.
     """
     return smallest_box((image != 0).any(axis=0))
 
 
 def smallest_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
-    """The smallest box that holds every marked voxel.
+    """The smallest box that contains every marked voxel.
 
     Args:
         mask: shape (X, Y, Z), at least one voxel marked.
@@ -300,7 +300,7 @@ def smallest_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
         (slice(1, 3, None), slice(2, 3, None), slice(0, 4, None))
     """
     parts = [slice(None)] * 3
-    # From the axis whose planes lie together in memory on, each time in what is left of the box.
+    # Start with the axis whose planes are contiguous in memory, and search only the box found so far.
     for axis in sorted(range(3), key=lambda axis: -abs(mask.strides[axis])):
         others = tuple(other for other in range(3) if other != axis)
         marked = np.flatnonzero(mask[tuple(parts)].any(axis=others))
@@ -309,7 +309,7 @@ def smallest_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
 
 
 def resampled_shape(shape: tuple[int, ...], spacing_mm: Spacing, target_mm: Spacing) -> tuple[int, int, int]:
-    """Shape that covers the same box at another spacing; at least one voxel along each axis.
+    """Shape that covers the same box at another spacing, with at least one voxel along each axis.
 
     Example:
         >>> resampled_shape((140, 170, 141), (1.0, 1.0, 1.0), (2.0, 2.0, 2.0))
@@ -320,9 +320,9 @@ def resampled_shape(shape: tuple[int, ...], spacing_mm: Spacing, target_mm: Spac
 
 
 def resample(voxels: npt.NDArray[np.float32], shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
-    """Interpolate a volume linearly to another shape over the same box, smoothed first where it gets coarser."""
+    """Resample a volume linearly to another shape over the same box, with smoothing along axes that get coarser."""
     factors = [old / new for old, new in zip(voxels.shape, shape, strict=True)]
-    # Gaussian of half the excess width: what scikit-image's anti-aliasing uses.
+    # Gaussian sigma of half the excess factor, as in scikit-image's anti-aliasing.
     smoothing = [max(0.0, (factor - 1) / 2) for factor in factors]
     smooth = ndimage.gaussian_filter(voxels, smoothing, mode="nearest") if any(smoothing) else voxels
     zoomed: npt.NDArray[np.float32] = ndimage.zoom(
@@ -332,17 +332,17 @@ def resample(voxels: npt.NDArray[np.float32], shape: tuple[int, int, int]) -> np
 
 
 def resample_codes(codes: npt.NDArray[np.uint8], shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:
-    """Bring a label map to another shape: each region interpolated as a fraction, then cut at one half."""
+    """Resample a label map: interpolate each region as a fraction and threshold it at one half."""
     fractions = np.stack([resample(mask.astype(np.float32), shape) for mask in to_regions(codes)])
     return from_regions(fractions >= 0.5)
 
 
 def _geometry_repairs(found: Mapping[Contrast, tuple[str, str]], reference: Contrast) -> tuple[str, ...]:
-    """What of the files' geometry had to be chosen or changed to have the contrasts on one grid.
+    """Describe what was chosen or changed in the files' geometry to bring the contrasts to one grid.
 
     Args:
-        found: by contrast: what was doubtful, empty where nothing was, and the voxel order of the file.
-        reference: the contrast that decides the order.
+        found: by contrast, the ambiguity of its header (empty if there is none) and the voxel order of its file.
+        reference: the contrast that determines the voxel order.
     """
     repairs = [f"{contrast}: {doubt}" for contrast, (doubt, _) in found.items() if doubt]
     own_order = found[reference][1]
@@ -353,7 +353,7 @@ def _geometry_repairs(found: Mapping[Contrast, tuple[str, str]], reference: Cont
 
 
 def _at_their_places(image: npt.NDArray[np.float32], present: tuple[Contrast, ...]) -> npt.NDArray[np.float32]:
-    """All contrasts of an image that has some of them; those missing are 0."""
+    """Insert the channels present into an array of all contrasts; missing channels are 0."""
     complete = np.zeros((len(CONTRASTS), *image.shape[1:]), dtype=np.float32)
     complete[[CONTRASTS.index(contrast) for contrast in present]] = image
     return complete
@@ -370,7 +370,7 @@ def _require_same_grid(case: Case, reference: Volume, volume: Volume, name: str)
 
 
 def _read_codes(case: Case, reference: Volume, convention: LabelConvention) -> npt.NDArray[np.uint8]:
-    """The label map in canonical voxel order and the program's codes."""
+    """The label map in canonical voxel order and in the program's codes."""
     if case.label is None:
         raise DataError(f"case {case.id}: no label map (a file that ends in seg) in {case.folder}")
     with _naming(case, "label map"):
@@ -382,7 +382,7 @@ def _read_codes(case: Case, reference: Volume, convention: LabelConvention) -> n
 
 @contextmanager
 def _naming(case: Case, what: str) -> Iterator[None]:
-    """Add the case and what was read of it to a message."""
+    """Prefix DataErrors with the case and the item being read."""
     try:
         yield
     except DataError as error:
@@ -399,12 +399,12 @@ def resample_codes_onto(
     shape: tuple[int, int, int],
     target_affine: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.uint8]:
-    """Bring a label map to any other grid in the same world: turned, shifted, finer, coarser, of another extent.
+    """Resample a label map to any other grid in the same world: rotated, shifted, finer, coarser, of another extent.
 
-    The target's voxel ``v`` takes each region's share at ``inv(affine) @ target_affine @ v``, interpolated linearly,
-    and belongs to the region where that is one half or more; the regions are then nested by :func:`from_regions`. Along
-    axes on which the target is coarser the shares are smoothed first, as in :func:`resample`. What lies outside the
-    label map's field of view is background.
+    Voxel ``v`` of the target takes each region's share at ``inv(affine) @ target_affine @ v``, interpolated linearly,
+    and belongs to the regions whose share is at least one half; :func:`from_regions` then makes the regions nested.
+    Along axes where the target is coarser, the shares are smoothed first, as in :func:`resample`. Voxels outside the
+    label map's field of view are background.
 
     Args:
         codes: uint8, shape (X, Y, Z), the program's codes.
@@ -413,10 +413,10 @@ def resample_codes_onto(
         target_affine: 4x4, invertible, from an index of the target to RAS millimetres.
 
     Returns:
-        uint8, shape ``shape``; exactly ``codes`` where the grids are one, moved where they are whole voxels apart.
+        uint8, shape ``shape``; equal to ``codes`` if the grids are identical, shifted if they differ by whole voxels.
 
     Raises:
-        DataError: not one voxel of the target lies in the label map's field of view.
+        DataError: no voxel of the target lies in the label map's field of view.
 
     Example:
         >>> codes = np.array([0, 3, 3, 2], dtype=np.uint8).reshape(4, 1, 1)
@@ -431,9 +431,9 @@ def resample_codes_onto(
     result = np.zeros(shape, dtype=np.uint8)
     if not codes.any():
         return result
-    # The length of a row is the extent of a target voxel along one axis of the source, in voxels of the source.
+    # The norm of a row is the extent of a target voxel along one axis of the source, in source voxels.
     smoothing = np.maximum(0.0, (np.linalg.norm(to_source[:3, :3], axis=1) - 1) / 2)
-    # gaussian_filter reaches four standard deviations far, linear interpolation one voxel.
+    # gaussian_filter reaches four standard deviations, linear interpolation one voxel.
     margin = np.ceil(4 * smoothing).astype(int) + 1
     tumour = smallest_box(codes != 0)
     masks = np.pad(to_regions(codes[tumour]), [(0, 0), *((width, width) for width in margin)])
@@ -451,7 +451,7 @@ def resample_codes_onto(
 def _require_overlap(
     to_source: npt.NDArray[np.float64], target_shape: tuple[int, ...], source_shape: tuple[int, ...]
 ) -> None:
-    """Refuse grids of which not one target voxel has its centre in the source's field of view."""
+    """Reject grids if no target voxel has its centre in the source's field of view."""
     x, y, z = np.ogrid[tuple(slice(size) for size in target_shape)]
     inside = np.ones(target_shape, dtype=bool)
     for (to_x, to_y, to_z, origin), size in zip(to_source[:3], source_shape, strict=True):
@@ -467,7 +467,7 @@ def _reached(
     stop: npt.NDArray[np.int_],
     shape: tuple[int, int, int],
 ) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
-    """First index and stop of the part of another grid that a box of this one touches, cut to that grid's shape."""
+    """First index and stop of the part of another grid that a box of this one overlaps, clipped to its shape."""
     corners = np.array([[*corner, 1] for corner in product(*zip(start, stop - 1, strict=True))]).T
     places = (transform @ corners)[:3]
     low = np.clip(np.floor(places.min(axis=1)).astype(int), 0, shape)

@@ -12,13 +12,13 @@ from torch.nn import functional
 class RegionLoss(nn.Module):
     """Soft Dice plus binary cross-entropy, each the mean over regions.
 
-    Dice is taken over the whole batch for each region, so that a patch without a region does not decide alone:
+    Dice is computed for each region over the whole batch, so that a patch without the region cannot dominate it:
     1 - mean_r (2 sum(p t) + s) / (sum(p) + sum(t) + s), with p the sigmoid of the logits.
 
     Args:
         smooth: s above, in voxels; default 1.
-        total: takes the regions' sums of this process to those of all processes that share the batch; gradients flow
-            through it. Default: the process is alone.
+        total: maps the regions' sums of this process to those of all processes that share the batch; gradients flow
+            through it. Default: there is only one process.
 
     Example:
         >>> logits, masks = torch.full((1, 1, 2, 2, 2), 50.0), torch.ones(1, 1, 2, 2, 2)
@@ -36,7 +36,7 @@ class RegionLoss(nn.Module):
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
         """Loss of logits against masks, both of shape (N, regions, X, Y, Z); masks in 0..1.
 
-        Computed in float32, in float64 where the logits are.
+        Computed in float32, or in float64 if the logits are float64.
         """
         precision = torch.promote_types(logits.dtype, torch.float32)
         logits, masks = logits.to(precision), masks.to(precision)
@@ -52,14 +52,14 @@ class RegionLoss(nn.Module):
 
 
 class DeepLoss(nn.Module):
-    """A loss at several resolutions: the finest weighs 1, each coarser one half of the one before; weights sum to 1.
+    """A loss at several resolutions: each weight is half that of the next finer resolution, and the weights sum to 1.
 
-    Coarser masks take the voxel in the middle of each block. So they stay 0 or 1 and nested, and a region keeps its
-    volume on average; the maximum would show the coarse logits tumours several times too large, and what is too small
-    for a coarse grid is in the finer ones.
+    Coarser masks take the voxel in the middle of each block, so they stay binary and nested, and a region keeps its
+    volume on average. Max pooling would make tumours several times too large on the coarse grids; what is too small for
+    a coarse grid is still in the finer ones.
 
     Args:
-        loss: of logits and masks at one resolution.
+        loss: computed from logits and masks at one resolution.
 
     Example:
         >>> logits, masks = torch.full((1, 1, 4, 4, 4), 50.0), torch.ones(1, 1, 4, 4, 4)
@@ -67,7 +67,7 @@ class DeepLoss(nn.Module):
         >>> round(float(deep([logits, -logits[..., ::2, ::2, ::2]], masks)) / 50, 1)
         0.3
 
-    Source: deep supervision as in nnU-Net (Isensee et al. 2021), whose coarsest head weighs 0.
+    Source: deep supervision as in nnU-Net (Isensee et al. 2021), where the coarsest head has weight 0.
     """
 
     def __init__(self, loss: RegionLoss) -> None:
@@ -75,10 +75,10 @@ class DeepLoss(nn.Module):
         self.loss = loss
 
     def forward(self, logits: Tensor | Sequence[Tensor], masks: Tensor) -> Tensor:
-        """Weighted mean of the losses of logits, finest first, against masks at the resolution of the first.
+        """Weighted mean of the losses of logits, finest first, against masks at the resolution of the finest.
 
         Args:
-            logits: one tensor, or several, each of shape (N, regions, x, y, z); sides divide those of the first.
+            logits: one tensor, or several, each of shape (N, regions, x, y, z); their sides divide those of the first.
             masks: shape (N, regions, X, Y, Z), in 0..1.
         """
         if isinstance(logits, Tensor):
@@ -92,7 +92,7 @@ class DeepLoss(nn.Module):
 
 
 def coarser(masks: Tensor, shape: Sequence[int]) -> Tensor:
-    """Masks on a coarser grid: of each block the voxel in its middle.
+    """Masks on a coarser grid: the voxel in the middle of each block.
 
     Args:
         masks: shape (N, regions, X, Y, Z).

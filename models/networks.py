@@ -1,4 +1,4 @@
-"""One config and one builder for every network, and the rule which patch sizes a network takes."""
+"""One config and one builder for every network, and the patch sizes that a network accepts."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Final, Literal
 
 from torch import nn
 
-#: Of each region, before training.
+#: Probability of each region in an untrained network.
 _FIRST_PROBABILITY: Final = 0.05
 
-#: Blocks of ``resenc`` by level where none are given; further levels have as many as the last.
+#: Default blocks of ``resenc`` by level; further levels have as many as the last.
 _BLOCKS: Final = (1, 3, 4, 6, 6, 6)
 
 Architecture = Literal["unet", "resunet", "segresnet", "resenc"]
@@ -20,24 +20,24 @@ Architecture = Literal["unet", "resunet", "segresnet", "resenc"]
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkConfig:
-    """Which network, and how large."""
+    """Architecture and size of the network."""
 
     architecture: Architecture = "resunet"
-    """``unet``: MONAI UNet; ``resunet``: the same with residual units; ``segresnet``: MONAI SegResNet; ``resenc``: deep
-    residual encoder and light decoder, after nnU-Net's ResEnc."""
+    """``unet``: MONAI UNet; ``resunet``: MONAI UNet with residual units; ``segresnet``: MONAI SegResNet; ``resenc``:
+    deep residual encoder and light decoder, after nnU-Net's ResEnc."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 320)
-    """Feature channels by level, finest first; each level halves the resolution of the one before. For ``segresnet``
-    only the first counts: it doubles from level to level, and the number of entries is the number of levels."""
+    """Feature channels by level, finest first; each level has half the resolution of the one before. ``segresnet`` only
+    uses the first entry, which it doubles from level to level, and the number of entries as the number of levels."""
     residual_units: int = 2
     """Convolutions in each residual unit of ``resunet``."""
     first_stride: Literal[1, 2] = 2
-    """Of all but ``segresnet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
+    """For all but ``segresnet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
     blocks: tuple[int, ...] | None = None
-    """Of ``resenc``: residual blocks of the encoder by level, finest first; null takes 1, 3, 4, 6, 6, 6."""
+    """For ``resenc``: residual blocks of the encoder by level, finest first; null means 1, 3, 4, 6, 6, 6."""
     deep_supervision: bool = False
-    """Of ``resenc``: the loss also sees logits at the coarser resolutions; prediction uses the finest alone."""
+    """For ``resenc``: also train on logits at the coarser resolutions; prediction uses only the finest."""
     dropout: float = 0.0
-    """Probability of dropping a channel."""
+    """Dropout probability: of whole channels in ``segresnet``, of single values in the others."""
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2:
@@ -79,7 +79,7 @@ class NetworkConfig:
 
     @property
     def blocks_by_level(self) -> tuple[int, ...]:
-        """Residual blocks of the encoder of ``resenc``, one number a level."""
+        """Residual blocks of the encoder of ``resenc``, one number per level."""
         if self.blocks is not None:
             return self.blocks
         return (*_BLOCKS, *(_BLOCKS[-1:] * len(self.channels)))[: len(self.channels)]
@@ -89,13 +89,14 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
     """Build a network with random weights.
 
     Args:
-        config: which one.
+        config: architecture and size.
         in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
         out_channels: regions of the output, logits of shape (N, out_channels, X, Y, Z); with ``deep_supervision`` a
-            network in training mode answers with a list of logits, finest first, each half as fine as the one before.
+            network in training mode returns a list of logits, finest first, each at half the resolution of the one
+            before.
 
     Raises:
-        ValueError: unknown architecture.
+        ValueError: the architecture is unknown.
 
     Source: Kerfoot et al. 2019 (MONAI UNet); Myronenko 2018, arXiv 1810.11654 (SegResNet); Isensee et al. 2024,
     arXiv 2404.09556 (ResEnc).
@@ -108,9 +109,9 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
 
 
 def patch_divisor(config: NetworkConfig) -> int:
-    """What every side of a patch must be a multiple of, in voxels: 2 to the number of halvings.
+    """Number that every side of a patch must be a multiple of, in voxels: 2 to the number of halvings.
 
-    A patch needs at least twice that: an instance norm over a single voxel has nothing to normalise.
+    A patch needs at least twice as many voxels: an instance norm over a single voxel has nothing to normalise.
 
     Example:
         >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
@@ -125,9 +126,9 @@ def patch_divisor(config: NetworkConfig) -> int:
 
 
 def _start_from_background(network: nn.Module, out_channels: int) -> None:
-    """Set the bias of the logits so that an untrained network calls each voxel tumour with a small probability.
+    """Set the bias of the logits so that an untrained network gives each voxel a small tumour probability.
 
-    Tumour fills a few per cent of a head; starting from one half wastes the first steps on learning just that.
+    Tumour fills a few per cent of a head; starting from one half would waste the first steps on learning that.
     Source: the bias initialisation of RetinaNet (Lin et al., arXiv 1708.02002).
     """
     biases = [p for name, p in network.named_parameters() if name.endswith("bias") and p.numel() == out_channels]
@@ -163,7 +164,8 @@ def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn
     from monai.networks.nets.segresnet import SegResNet
 
     levels = len(config.channels)
-    # Two blocks a level and four at the coarsest, one on the way up: the BraTS bundle's (1, 2, 2, 4) for four levels.
+    # One block at the first level, two at each further one, four at the coarsest; one per level on the way up. For four
+    # levels this is the BraTS bundle's (1, 2, 2, 4).
     return SegResNet(
         spatial_dims=3,
         init_filters=config.channels[0],
@@ -189,7 +191,7 @@ def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Mo
     )
 
 
-#: What builds a network by its name: from a config, the number of input channels and that of outputs.
+#: Builders of the networks by name; each takes a config, the number of input channels and that of output channels.
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
     "resunet": _resunet,

@@ -1,4 +1,4 @@
-"""A U-Net with a deep residual encoder and a light decoder, from MONAI's blocks."""
+"""A U-Net with a deep residual encoder and a light decoder, built from MONAI's blocks."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _ACTIVATION: Final = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
 
 
 class ResEncUNet(nn.Module):
-    """A U-Net whose encoder has any number of residual blocks a level, and whose decoder has one convolution a level.
+    """A U-Net with any number of residual blocks per encoder level and one convolution per decoder level.
 
     Level i has half the resolution of level i - 1: strided convolutions lead down, transposed ones up. Norms are
-    instance norms, activations LeakyReLU. The 1x1 convolutions that make logits are the last child, ``heads``, finest
-    first: what looks for the output block by place (``znorm.select``) finds all of them.
+    instance norms, activations LeakyReLU. The 1x1 convolutions that make the logits are the last child, ``heads``,
+    finest first, so that ``znorm.select``, which takes the last child as the output block, finds all of them.
 
     Args:
         in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
         out_channels: regions of the output.
         channels: features by level, finest first, at least two.
-        blocks: residual blocks of the encoder by level, as many numbers as ``channels``.
-        first_stride: 1 keeps the first level at full resolution; 2 halves it, and a last transposed convolution leads
-            back.
+        blocks: residual blocks of the encoder by level; as many entries as ``channels``.
+        first_stride: 1 keeps the first level at full resolution; 2 halves it, and a last transposed convolution
+            restores it.
         dropout: probability of dropping a value after a convolution of the encoder.
-        deep_supervision: heads at every resolution of the decoder instead of the finest alone.
+        deep_supervision: create heads at every resolution of the decoder instead of only the finest.
 
     Example:
         >>> import torch
@@ -38,8 +38,8 @@ class ResEncUNet(nn.Module):
         >>> tuple(network.eval()(torch.zeros(1, 4, 16, 16, 16)).shape)
         (1, 3, 16, 16, 16)
 
-    Source: the ResEnc presets of nnU-Net (Isensee et al. 2024, arXiv 2404.09556), whose strided shortcuts average
-    before their 1x1 convolution; MONAI's take every second voxel.
+    Source: the ResEnc presets of nnU-Net (Isensee et al. 2024, arXiv 2404.09556). Their strided shortcuts average
+    before the 1x1 convolution; MONAI's take every second voxel.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ResEncUNet(nn.Module):
             )
             before = features
         self.encoder = nn.ModuleList(stages)
-        #: Coarsest first, as they are used.
+        #: Coarsest first, in the order of use.
         finer = list(reversed(channels[:-1]))
         self.ups = nn.ModuleList(_up(deep, fine) for deep, fine in zip(reversed(channels), finer, strict=False))
         self.decoder = nn.ModuleList(
@@ -97,7 +97,7 @@ class ResEncUNet(nn.Module):
         )
 
     def forward(self, image: Tensor) -> Tensor | list[Tensor]:
-        """Logits at full resolution; in training mode, with deep supervision, those of all heads, finest first."""
+        """Logits at full resolution; in training mode with deep supervision, those of all heads, finest first."""
         features = self.stem(image)
         skips = []
         for stage in self.encoder:
@@ -117,7 +117,7 @@ class ResEncUNet(nn.Module):
 
 
 def _up(deep: int, fine: int) -> nn.Module:
-    """A transposed convolution that doubles the resolution."""
+    """Build a transposed convolution that doubles the resolution."""
     return Convolution(
         3,
         deep,

@@ -1,4 +1,4 @@
-"""What tests of the application share: phantoms, a tiny run trained once, and two ways to call the command line.
+"""Fixtures shared by the tests: phantoms, a tiny run trained once, and two ways to call the command line.
 
 Under ``--import-mode=importlib`` test files cannot import each other; everything here is a fixture.
 """
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-# A shell starts what it puts in the background with Ctrl-C ignored, and the processes under test would inherit that.
+# A shell starts background jobs with Ctrl-C ignored, and the processes under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -29,7 +29,7 @@ SCRIPT = Path(sys.executable).with_name("znormseg")
 
 
 class Outcome(NamedTuple):
-    """How a command ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache of prepared cases that all tests share, and the processes they start; the user's own stays as it is."""
+    """The cache of prepared cases shared by all tests and the processes they start; the user's own is not touched."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZNORMSEG_CACHE", str(folder))
@@ -48,7 +48,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of six phantoms at 4 mm; tests read it and leave it as it is."""
+    """A data set of six phantoms at 4 mm; tests must not modify it."""
     from data.phantoms import write_phantoms
 
     folder = tmp_path_factory.mktemp("phantoms")
@@ -58,7 +58,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_settings() -> list[str]:
-    """Overrides, as ``--set`` takes them, that make a run of the laptop config last a second."""
+    """Overrides in the form of ``--set`` that make a run of the laptop config last a second."""
     return [
         "network.channels=[4, 8]",
         "network.residual_units=1",
@@ -73,7 +73,7 @@ def tiny_settings() -> list[str]:
 
 @pytest.fixture(scope="session")
 def tiny_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the tiny settings, 60 steps long; tests read it and leave it as it is."""
+    """A run with the tiny settings, 60 steps long; tests must not modify it."""
     from app.config.load import load_config
     from app.training.run import start
 
@@ -84,7 +84,7 @@ def tiny_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
 
 @pytest.fixture(scope="session")
 def real_cases() -> Path:
-    """Folder of real cases, where the environment variable ZNORMSEG_CASES names one."""
+    """Folder of real cases, given by the environment variable ZNORMSEG_CASES."""
     folder = os.environ.get("ZNORMSEG_CASES")
     if not folder:
         pytest.skip("ZNORMSEG_CASES is not set")
@@ -93,7 +93,7 @@ def real_cases() -> Path:
 
 @pytest.fixture(scope="session")
 def openvino_computes() -> None:
-    """Skip where OpenVINO cannot: on a CPU without AVX2, or where oneDNN is limited to less."""
+    """Skip if OpenVINO cannot run: on a CPU without AVX2, or if oneDNN is limited to less."""
     from app.system.device import without_avx2
 
     if why := without_avx2():
@@ -121,7 +121,7 @@ def znormseg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture(scope="session")
 def znormseg_process() -> Callable[..., subprocess.Popen[str]]:
-    """Start the installed script as a process of its own; the caller waits for it."""
+    """Start the installed script in a separate process; the caller waits for it."""
 
     def start(*arguments: str | Path, cwd: Path | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -133,7 +133,7 @@ def znormseg_process() -> Callable[..., subprocess.Popen[str]]:
 
 @pytest.fixture(scope="session")
 def shell() -> Callable[..., Outcome]:
-    """Run a command to its end; ``znormseg`` and ``python`` as the first word are those under test."""
+    """Run a command to completion; ``znormseg`` and ``python`` as the first word are the ones under test."""
 
     def call(
         command: Sequence[str | Path],
@@ -159,7 +159,7 @@ def shell() -> Callable[..., Outcome]:
 
 @pytest.fixture(scope="session")
 def write_series() -> Callable[..., list[Path]]:
-    """Write a volume as one DICOM file a slice, in no order and under names that say nothing.
+    """Write a volume as one DICOM file per slice, in random order and with meaningless names.
 
     ``write_series(folder, voxels, affine, Keyword=value)``: voxels of shape (columns, rows, slices), affine to RAS.
     """
@@ -214,7 +214,7 @@ def write_series() -> Callable[..., list[Path]]:
 
 @pytest.fixture(scope="session")
 def dicom_study(write_series: Callable[..., list[Path]], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A study of four contrasts and five distractors, nested, oblique in part; tests leave it as it is."""
+    """A study of four contrasts and five distractors, in nested folders, partly oblique; tests must not modify it."""
     import numpy as np
     from scipy.spatial.transform import Rotation
 
@@ -256,7 +256,7 @@ def dicom_study(write_series: Callable[..., list[Path]], tmp_path_factory: pytes
 
 @pytest.fixture(scope="session")
 def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
-    """A folder with one enhanced (multi-frame) T1c, oblique, frames in no order; its voxels and affine (RAS)."""
+    """A folder with one enhanced (multi-frame) T1c, oblique, frames unsorted; also its voxels and affine (RAS)."""
     import numpy as np
     import pydicom
     from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, generate_uid
@@ -320,7 +320,7 @@ _UCSF = ("T1", "T1c", "T2", "FLAIR")
 
 
 class _Names(NamedTuple):
-    """How a layout names files."""
+    """The file names of a layout."""
 
     ids: tuple[str, str]
     endings: tuple[str, ...]
@@ -354,21 +354,21 @@ _BY_NAME = {
 
 
 class Rendered(NamedTuple):
-    """A tiny data set as one layout stores it, and what must be read from it."""
+    """A tiny data set in one layout, and the expected result of reading it."""
 
     root: Path
-    """What the program is given."""
+    """The path given to the program."""
     images: dict[str, dict[str, Any]]
-    """By case and contrast: the voxels."""
+    """Voxels by case and contrast."""
     codes: dict[str, Any]
-    """By case: the label map in the program's codes."""
+    """Label map in the program's codes, by case."""
     maps: dict[str, Any]
-    """By case: the label map as it is in the file."""
+    """Label map with the file's numbers, by case."""
 
 
 @pytest.fixture(scope="session")
 def render() -> Callable[[Path, str], Rendered]:
-    """Write two cases of 8x8x8 voxels in a layout: ``render(folder, "2021")``; :data:`_BY_NAME` and below name them."""
+    """Write two cases of 8x8x8 voxels in a layout: ``render(folder, "2021")``; see :data:`_BY_NAME` and below."""
 
     def write(root: Path, layout: str) -> Rendered:
         if layout in _BY_NAME:
@@ -386,7 +386,7 @@ def render() -> Callable[[Path, str], Rendered]:
 
 
 def _two_cases(first: str, second: str, convention: str) -> Rendered:
-    """Images and tumours; the second without enhancing tumour. A label map has every number of its convention."""
+    """Images and tumours; the second has no enhancing tumour. Label maps use every number of their convention."""
     import numpy as np
 
     from data.labels import CONTRASTS, CONVENTIONS, encode

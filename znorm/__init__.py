@@ -1,4 +1,4 @@
-"""ZNorm: z-score each layer's gradient before the optimiser step (Yun, arXiv 2408.01215). Needs torch alone."""
+"""ZNorm: z-score each layer's gradient before the optimiser step (Yun, arXiv 2408.01215). Depends only on torch."""
 
 from typing import Any
 
@@ -26,12 +26,12 @@ __all__ = [
     "zscore_",
 ]
 
-#: Names of earlier versions and what they are called now.
+#: Names in earlier versions and what they are called now.
 _RENAMED = {"RIVALS": "BASELINES", "attach_rival": "attach_baseline"}
 
 
 def __getattr__(name: str) -> Any:
-    """Give a name of an earlier version, with a warning; the next version drops it."""
+    """Return the object under its old name, with a warning; the next version drops old names."""
     if name not in _RENAMED:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import warnings

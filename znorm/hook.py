@@ -1,6 +1,6 @@
 """ZNorm in a training loop: an optimiser pre-hook that changes gradients just before each step.
 
-The hook sits on the optimiser, not on the tensors: there it runs once per step, after the last micro-batch of an
+The hook is on the optimiser rather than on the tensors, so it runs once per step, after the last micro-batch of an
 accumulation and after the all-reduce of distributed training.
 """
 
@@ -26,37 +26,37 @@ _attached: WeakSet[Optimizer] = WeakSet()
 
 @dataclass(frozen=True, kw_only=True)
 class ZNormConfig:
-    """How ZNorm is applied."""
+    """Settings of ZNorm."""
 
     eps: float = EPS
     """Added to the standard deviation, relative to the gradient's root mean square."""
     scope: Scope = "layer"
-    """What shares a mean and a spread: a ``layer``'s weight, an output ``channel`` of it, or all (``global``)."""
+    """What shares a mean and a spread: each tensor (``layer``), each output ``channel``, or all (``global``)."""
     mode: Mode = "zscore"
-    """``zscore``; ``centre``: the mean is taken off alone; ``scale``: divided alone."""
+    """``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides."""
     min_dimensions: int = 2
     """Parameters with fewer dimensions (biases, norms) are left as they are."""
     output_block: str = AUTO
-    """``auto``, ``none``, or the name of the module that makes the logits; it is left as it is."""
+    """Block that makes the logits and is left as it is: ``auto``, ``none`` or the name of a module."""
     modules: tuple[str, ...] = ()
-    """Types of modules, such as ``Conv3d``; parameters of others are left as they are. Empty: any."""
+    """Module types, such as ``Conv3d``; the parameters of other types are left as they are. Empty: any type."""
     only: tuple[str, ...] = ()
-    """Patterns of parameter names, such as ``*.conv.*``; others are left as they are. Empty: any."""
+    """Patterns of parameter names, such as ``*.conv.*``; other parameters are left as they are. Empty: any name."""
     leave_out: tuple[str, ...] = ()
     """Patterns of parameter names that are left as they are."""
     clip_norm: float | None = None
-    """None, as in the paper: each tensor leaves with a norm of the root of its elements, the others as they came. A
-    number: all gradients together get the norm that clipping to it leaves
-    (:func:`znorm.transforms.rescale_to_clipped_norm_`)."""
+    """None, as in the paper: the norm of each normalised tensor is the square root of its number of elements, and other
+    gradients are unchanged. A number: all gradients together are rescaled to the norm that clipping to this number
+    would leave (:func:`znorm.transforms.rescale_to_clipped_norm_`)."""
 
 
 class GradientHandle:
-    """A rule attached to an optimiser: its selection, its count of skipped steps, and the way to remove it."""
+    """A rule attached to an optimiser: its selection, its number of skipped steps, and how to remove it."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, rule: GradientTransform, selection: Selection) -> None:
         self.selection = selection
         self.skipped_steps = 0
-        """Steps left out because a gradient was not finite."""
+        """Number of steps skipped because a gradient was not finite."""
         choices = {choice.name: choice for choice in selection.choices}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         parameters = _parameters(optimizer)
@@ -72,7 +72,7 @@ class GradientHandle:
         _attached.add(optimizer)
 
     def remove(self) -> None:
-        """Take the rule off the optimiser; a second call does nothing."""
+        """Detach the rule from the optimiser; a second call does nothing."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
@@ -99,7 +99,7 @@ class GradientHandle:
             others=others,
         )
         if not all_finite(others) or not self._rule(work):
-            # Without gradients the step changes nothing: no weight decay, no momentum, no count.
+            # Without gradients the step changes nothing: no weight decay, no momentum, no step count.
             optimizer.zero_grad(set_to_none=True)
             self.skipped_steps += 1
 
@@ -113,24 +113,24 @@ class GradientHandle:
 
 
 def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = None) -> GradientHandle:
-    """Z-score the gradients of a model before every step of its optimiser.
+    """Z-score a model's gradients before every step of its optimiser.
 
     Args:
         optimizer: any torch optimiser over parameters of ``model``; hooks are not part of its ``state_dict``, so attach
-            again after loading one.
-        model: the network, for the names and the output block.
-        config: what is normalised and how; the default is :class:`ZNormConfig`'s.
+            again to a new optimiser that loads one.
+        model: supplies the parameter names and the output block.
+        config: what to normalise and how; default: that of :class:`ZNormConfig`.
 
     Returns:
         a handle with ``remove()``, ``selection`` and ``skipped_steps``.
 
     Raises:
-        ValueError: the optimiser has a rule already, holds parameters that are not the model's, or nothing is left to
-            normalise.
+        ValueError: the optimiser already has a rule or holds parameters that are not the model's, or nothing is left
+            to normalise.
 
-    The step itself raises RuntimeError for gradients still scaled by a GradScaler (call ``scaler.unscale_(optimizer)``
-    first), for closures and for parameters that were added after this call, and TypeError for sparse gradients. A step
-    with a non-finite gradient is skipped and counted.
+    The step itself raises RuntimeError for gradients that are still scaled by a GradScaler (call
+    ``scaler.unscale_(optimizer)`` first), for closures and for parameters added after this call, and TypeError for
+    sparse gradients. A step with a non-finite gradient is skipped and counted.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
@@ -160,18 +160,18 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
 def attach_baseline(
     optimizer: Optimizer, model: nn.Module, name: str, config: ZNormConfig | None = None, **numbers: float
 ) -> GradientHandle:
-    """Put another rule than ZNorm before every step of an optimiser, with the same guards.
+    """Attach a rule other than ZNorm to an optimiser, with the same guards.
 
     Args:
         optimizer: as in :func:`attach`.
         model: as in :func:`attach`.
         name: one of :data:`znorm.transforms.BASELINES`.
-        config: for ``scale`` which parameters; ``adaptive-clip`` leaves the output block out, as its paper does; the
-            others take every parameter.
-        numbers: the rule's own, such as ``limit=1.0`` for ``clip``.
+        config: selects the parameters for ``scale``; ``adaptive-clip`` only uses its ``output_block``, which it leaves
+            out as its paper does; other rules ignore it and take every parameter.
+        numbers: keyword arguments of the rule, such as ``limit=1.0`` for ``clip``.
 
     Raises:
-        ValueError: no such rule; else as :func:`attach`.
+        ValueError: there is no such rule, or a reason given under :func:`attach`.
     """
     if name not in BASELINES:
         raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(BASELINES)}")
@@ -206,7 +206,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-    # torch hands the bound arguments on: the optimiser itself may come first.
+    # torch passes the bound arguments on, so the optimiser itself may come first.
     given = [argument for argument in args if not isinstance(argument, Optimizer) and argument is not None]
     if given or kwargs.get("closure") is not None:
         raise RuntimeError(

@@ -1,4 +1,4 @@
-"""ZNorm's maths on a GPU in a fixed number of launches, where Triton is installed."""
+"""ZNorm's maths on a GPU in a fixed number of kernel launches, if Triton is installed."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from znorm.reference import zscore_reference
 _Mode = Literal["zscore", "centre", "scale"]
 _MODES: Final[tuple[_Mode, ...]] = ("zscore", "centre", "scale")
 _DTYPES: Final = (torch.float32, torch.float16, torch.bfloat16)
-#: Elements of one program: enough to hide its fixed costs, few enough for 32 registers a thread. At most 8192, so that
+#: Elements per program: enough to hide its fixed costs, few enough for 32 registers per thread. At most 8192, so that
 #: float32 sums of the differences between equal numbers and their rounded mean are exact.
 _CHUNK = 8192
-#: Chunks merged side by side.
+#: Chunks merged in parallel.
 _LANES = 256
 _WARPS: Final = 8
-#: Bytes to which addresses must be multiples for the widest loads.
+#: Addresses must be multiples of this many bytes for the widest loads.
 _ALIGNMENT: Final = 16
 
-#: Whether the kernels passed their check, for each device and dtype used so far.
+#: Whether the kernels passed their self-check, for each device and dtype used so far.
 _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
 
 
@@ -39,24 +39,24 @@ _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
 def zscore_kernels_(tensors: Sequence[Tensor], eps: float, mode: _Mode, *, together: bool) -> Tensor | None:
     """Replace each tensor g by (g - mean(g)) / (std(g) + eps * rms(g)), in place, as `zscore_` does.
 
-    Three launches, whatever the number of tensors: each chunk of 8192 elements is measured, the chunks of each tensor
-    are merged, each chunk is changed. Every element is read twice and written once. Temporaries: 20 bytes a chunk and
-    about 60 a tensor, 0.1 % of large float32 gradients. No atomic operation on floats: the same gradients give the
-    same bits. The kernels prove themselves on small tensors at their first use on a device with a dtype, which reads
-    results back; later calls do not synchronise.
+    It takes three launches, whatever the number of tensors: one measures each chunk of 8192 elements, one merges the
+    chunks of each tensor, one rewrites each chunk. Every element is read twice and written once. Temporaries take 20
+    bytes per chunk and about 60 per tensor, 0.1 % of large float32 gradients. There are no atomic operations on floats,
+    so the same gradients give the same bits. At their first use with a device and dtype the kernels check themselves on
+    small tensors, which reads results back; later calls do not synchronise.
 
     Args:
-        tensors: gradients of any shapes, of one device and dtype; empty ones are left out. Without ``together`` a
+        tensors: gradients of any shape, of one device and dtype; empty ones are left out. Without ``together`` a
             tensor of one element becomes 0, so the caller leaves those out.
         eps: added to the standard deviation (the population's), relative to rms(g); at least 0.
-        mode: ``zscore``; ``centre``: only the mean is taken off; ``scale``: only divided, the mean stays in.
-        together: one mean and spread of all elements of all tensors, rather than each tensor's own.
+        mode: ``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides and keeps the mean.
+        together: use one mean and spread over all elements of all tensors instead of each tensor's own.
 
     Returns:
-        one bool on the device (shape [1]): whether every element was finite; where not, nothing is changed. None, with
-        nothing changed, where there is no such path: without Triton or a GPU, in float64, for tensors whose memory
-        holds gaps or that share memory, and where the kernels cannot be built or fail their check, which a
-        RuntimeWarning tells once.
+        one bool on the device (shape [1]): whether every element was finite; if not, nothing is changed. None, with
+        nothing changed, if the kernels cannot be used: without Triton or a GPU, in float64, for tensors with gaps in
+        their memory or with shared memory, and if the kernels cannot be built or fail their self-check. A
+        RuntimeWarning reports the last two once.
     """
     tensors = [tensor for tensor in tensors if tensor.numel() > 0]
     if not tensors or not _fit(tensors):
@@ -66,13 +66,13 @@ def zscore_kernels_(tensors: Sequence[Tensor], eps: float, mode: _Mode, *, toget
         return None
     try:
         return _run(tensors, eps, mode, together=together)
-    except Exception as error:  # nothing is changed: the last launch alone writes to gradients
+    except Exception as error:  # nothing has changed: only the last launch writes to gradients
         _give_up(device, dtype, _named(error))
         return None
 
 
 def _fit(tensors: list[Tensor]) -> bool:
-    """Whether addresses and sizes say everything about the tensors."""
+    """Whether addresses and sizes fully describe the tensors."""
     return (
         tensors[0].dtype in _DTYPES
         and len({(tensor.device, tensor.dtype) for tensor in tensors}) == 1
@@ -82,7 +82,7 @@ def _fit(tensors: list[Tensor]) -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether memory holds each element once and nothing else; subclasses may keep their elements elsewhere."""
+    """Whether memory holds each element exactly once, without gaps; subclasses may keep their elements elsewhere."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and tensor.layout is torch.strided
@@ -92,13 +92,13 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @functools.cache
 def _kernels() -> Any:  # the module `znorm.kernels_triton`, whose functions Triton has wrapped
-    """Imported at the first use: Triton may be missing, and looks at the environment while it is imported."""
+    """Import the kernels at the first use: Triton may be missing, and it reads the environment during import."""
     return importlib.import_module("znorm.kernels_triton")
 
 
 def _usable(device: torch.device, dtype: torch.dtype) -> bool:
     if (device, dtype) not in _passed:
-        # The interpreter cannot follow addresses into a GPU's memory, and compiled kernels cannot leave it.
+        # The interpreter cannot read GPU memory through an address, and compiled kernels cannot read CPU memory.
         interpreter = os.environ.get("TRITON_INTERPRET") == "1"
         if device.type != ("cpu" if interpreter else "cuda") or find_spec("triton") is None:
             return False
@@ -124,28 +124,28 @@ def _named(error: Exception) -> str:
 
 @dataclass
 class _Layout:
-    """How gradients of given sizes are cut into chunks, as tables on the device."""
+    """How gradients of given sizes are split into chunks, as tables on the device."""
 
     owners: Tensor
     """int32 [chunks]: the tensor that a chunk belongs to."""
     counts: Tensor
     """int64 [tensors]: elements of each tensor."""
     first: Tensor
-    """int64 [tensors + 1]: the first chunk of each tensor, and the number of chunks."""
+    """int64 [tensors + 1]: the first chunk of each tensor, then the number of chunks."""
     addresses: list[int] = field(default_factory=list)
     """Addresses of the tensors at the last call."""
     pointers: Tensor | None = None
     """int64 [tensors]: the addresses, on the device."""
 
     def pointers_to(self, addresses: list[int]) -> Tensor:
-        """The table of addresses, copied only where an address changed."""
+        """The table of addresses, copied to the device only if an address changed."""
         if self.pointers is None or addresses != self.addresses:
             self.pointers = _upload(torch.tensor(addresses, dtype=torch.int64), self.owners.device)
             self.addresses = addresses
         return self.pointers
 
 
-# The stream is part of the key: on another one, a table might be read before its copy has arrived.
+# The stream is part of the key: on another stream, a table might be read before its copy has arrived.
 @functools.lru_cache(maxsize=16)
 def _layout(device: torch.device, stream: int, counts: tuple[int, ...], chunk: int) -> _Layout:  # noqa: ARG001
     chunks = torch.tensor([-(-count // chunk) for count in counts])
@@ -155,12 +155,12 @@ def _layout(device: torch.device, stream: int, counts: tuple[int, ...], chunk: i
 
 
 def _upload(table: Tensor, device: torch.device) -> Tensor:
-    """Without waiting: the memory of a pinned copy is not given out again before the transfer has ended."""
+    """Copy to the device without waiting; torch does not reuse the pinned memory before the transfer has ended."""
     return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
 
 
 def _launch(kernel: Any, programs: int, *tensors_and_numbers: Tensor | float, **constants: Any) -> None:
-    # Products are rounded before they are added, as in the interpreter that the kernels were written with.
+    # No fused multiply-add: products are rounded before they are added, as in the interpreter used for development.
     kernel[(programs,)](*tensors_and_numbers, **constants, num_warps=_WARPS, enable_fp_fusion=False)
 
 
@@ -186,22 +186,22 @@ def _run(tensors: list[Tensor], eps: float, mode: _Mode, *, together: bool) -> T
             "dtype": getattr(kernels.tl, str(tensors[0].dtype).removeprefix("torch.")),
             "aligned": all(address % _ALIGNMENT == 0 for address in addresses),
         }
-        # Numbers that fit in float32, as the kernels take no wider ones; beyond, results are 0 anyhow.
+        # Capped to the range of float32, the widest the kernels take; with a larger eps, results are 0 anyway.
         settings = (min(float(eps), 1e38), _MODES.index(mode), len(tensors) if together else 1, chunks)
         _launch(kernels.measure, chunks, pointers, *tables, largest, sums, chunks, **kind)
         _launch(kernels.merge, units, *tables, largest, sums, scores, *settings, block=_CHUNK, lanes=_LANES)
         _launch(kernels.apply, chunks, pointers, *tables, scores, 0 if together else 6, **kind)
-        # Autograd learns of a change by this count alone.
+        # Only the version counter informs autograd of the change.
         torch.autograd.graph.increment_version([tensor for tensor in tensors if not tensor.is_inference()])
         return finite.bool()
 
 
 def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """What is wrong with the kernels on this device, in a few words; None where they equal the float64 reference."""
+    """Compare the kernels with the float64 reference on this device; return what is wrong, None if they agree."""
     samples = _samples(dtype)
     try:
         for mode, together in itertools.product(_MODES, (False, True)):
-            # A constant divided alone is 1 / eps, beyond the range of float16.
+            # In scale mode a constant becomes 1 / eps, beyond the range of float16.
             chosen = samples[:2] if together else samples[:-1] if mode == "scale" else samples
             found = [_copy(sample, device, shifted=together) for sample in chosen]
             finite = _run(found, 1e-7, mode, together=together)
@@ -222,7 +222,7 @@ def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _samples(dtype: torch.dtype) -> list[Tensor]:
-    """Small gradients of odd sizes: several chunks, a mean beyond the spread, the ends of the dtype's range, equal."""
+    """Small gradients of odd sizes: several chunks, a mean above the spread, both ends of the range, constant."""
     generator = torch.Generator().manual_seed(0)
     limits = torch.finfo(dtype)
 
@@ -239,13 +239,13 @@ def _samples(dtype: torch.dtype) -> list[Tensor]:
 
 
 def _copy(sample: Tensor, device: torch.device, *, shifted: bool = False) -> Tensor:
-    """A copy on the device; ``shifted``: at an address that the widest loads cannot start from."""
+    """Copy to the device; with ``shifted``, to an address that is not aligned for the widest loads."""
     place = torch.empty(len(sample) + 1, dtype=sample.dtype, device=device)[int(shifted) :][: len(sample)]
     return place.copy_(sample)
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether the kernels' result is the reference's (float64, same shape), as closely as its dtype can tell."""
+    """Whether the kernels' result equals the reference (float64, same shape) within the precision of its dtype."""
     size = float(expected.abs().max()) or 1.0
     tolerance = 4 * torch.finfo(found.dtype).eps + 1e-5
     return bool(((found.cpu().double() - expected).abs() <= tolerance * size).all())

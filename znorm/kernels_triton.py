@@ -1,18 +1,18 @@
-"""The z-score's Triton kernels: measure every chunk, merge the chunks of each tensor, apply.
+"""Triton kernels of the z-score: measure every chunk, merge the chunks of each tensor, apply.
 
-A module of its own because Triton reads the source of what it compiles. It needs Triton, so only `znorm.kernels`
-imports it, at the first use. Sums go through combine functions of this module rather than ``tl.sum``: those of Triton
-are bound to the interpreter or the compiler when Triton is imported, ours when this module is.
+This is a separate module because Triton reads the source of what it compiles. Triton is optional, so only
+`znorm.kernels` imports it, at the first use. Sums use combine functions of this module rather than ``tl.sum``: Triton
+binds its own to the interpreter or the compiler when Triton is imported, but ours when this module is imported.
 """
 
-# A kernel's parameters have no types that a checker knows, and it takes them one by one.
+# The parameters of a kernel have no types that a checker knows, and are passed one by one.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0913, PLR0917
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Nothing is specialised on numbers: one build for each dtype and alignment, and the self-check meets them all.
+# Nothing is specialised on numbers, so there is one build per dtype and alignment, and the self-check runs all of them.
 
 
 @triton.jit
@@ -27,20 +27,20 @@ def _larger(a, b):
 
 @triton.jit
 def _power(exponent):
-    """2^exponent in float32 from its bits, -126 to 127; the hardware's exp2 is approximate."""
+    """2^exponent in float32 from its bits, for -126 to 127; the hardware's exp2 is only approximate."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _wide_power(exponent):
-    """2^exponent in float64 from its bits, -1022 to 1023."""
+    """2^exponent in float64 from its bits, for -1022 to 1023."""
     return ((exponent + 1023).to(tl.int64) << 52).to(tl.float64, bitcast=True)
 
 
 @triton.jit
 def _exponent(bits):
-    """The e of a finite m * 2^e with 1/2 <= m < 1 (bits: a float32's, without the sign), -148 to 128; 0 for zero."""
-    # A subnormal number is its bits, read as an integer, times 2^-149.
+    """Exponent e of a finite float32 m * 2^e with 1/2 <= m < 1, from its bits without sign: -148 to 128, 0 for 0."""
+    # A subnormal number is its bit pattern, read as an integer, times 2^-149.
     subnormal = bits.to(tl.float32).to(tl.int32, bitcast=True)
     exponent = tl.where(bits < 0x00800000, (subnormal >> 23) - 275, (bits >> 23) - 126)
     return tl.where(bits == 0, 0, exponent)
@@ -48,17 +48,17 @@ def _exponent(bits):
 
 @triton.jit
 def _places(pointers, owner, start, dtype: tl.constexpr, block: tl.constexpr, aligned: tl.constexpr):
-    """Where a chunk's elements lie."""
+    """Addresses of a chunk's elements."""
     places = tl.load(pointers + owner).to(tl.pointer_type(dtype)) + start + tl.arange(0, block)
     if aligned:
-        # The compiler cannot know this of an address out of a table; without it, every element is a load of its own.
+        # The compiler cannot infer this for an address from a table; without it, every element is loaded separately.
         places = tl.multiple_of(places, 16)
     return places
 
 
 @triton.jit
 def _values(places, count, block: tl.constexpr):
-    """A chunk in float32, zeros behind its end."""
+    """Load a chunk as float32, padded with zeros."""
     if count == block:
         values = tl.load(places).to(tl.float32)  # without a mask, which would forbid wide loads
     else:
@@ -80,9 +80,9 @@ def measure(
     block: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """One chunk: bits of the largest magnitude, and at unit scale a mean, and the sums of (x - mean) and (x - mean)^2.
+    """Measure one chunk: bits of the largest magnitude; at unit scale a mean and sums of (x - mean) and (x - mean)^2.
 
-    All in float32, as float64 is slow on most GPUs; nothing cancels, since the mean is taken off before squaring.
+    Everything is float32, as float64 is slow on most GPUs; nothing cancels, as the mean is subtracted before squaring.
     """
     chunk = tl.program_id(0)
     owner = tl.load(owners + chunk)
@@ -95,7 +95,7 @@ def measure(
         tl.atomic_min(finite, 0)
     else:
         raised = -_exponent(bits)
-        half = raised >> 1  # in two steps: the factor itself may not be a number of float32
+        half = raised >> 1  # in two steps: the factor itself may not be representable in float32
         values = values * _power(half) * _power(raised - half)
         mean = tl.reduce(values, 0, _plus) / count.to(tl.float32)
         rest = tl.where(tl.arange(0, block) < count, values - mean, 0.0)
@@ -107,7 +107,7 @@ def measure(
 
 @triton.jit
 def _moments(chunk, inside, owners, counts, first, largest, sums, chunks, block: tl.constexpr):
-    """Of some chunks: their sizes, means and sums of squared deviations, in float64 and at the gradient's own scale."""
+    """Sizes, means and sums of squared deviations of several chunks, in float64 at the gradient's own scale."""
     owner = tl.load(owners + chunk, mask=inside, other=0)
     start = (chunk - tl.load(first + owner)) * block
     size = tl.where(inside, tl.minimum(tl.load(counts + owner) - start, block), 1).to(tl.float64)
@@ -135,17 +135,17 @@ def merge(
     block: tl.constexpr,
     lanes: tl.constexpr,
 ):
-    """Chunks of ``width`` tensors to six numbers: x becomes (x * s1 * s2 - high - low) * f1 * f2.
+    """Merge the chunks of ``width`` tensors into six numbers: x becomes (x * s1 * s2 - high - low) * f1 * f2.
 
-    Chan, Golub and LeVeque's formula for many parts at once: the squared deviations of all are those within the parts
-    plus size * (mean of the part - mean)^2. The order of every sum is fixed.
+    Uses Chan, Golub and LeVeque's formula for many parts at once: the total squared deviation is the sum over the parts
+    of the deviation within the part plus size * (mean of the part - mean)^2. The order of every sum is fixed.
     """
     unit = tl.program_id(0)
     if tl.load(finite) != 0:
         begin = tl.load(first + unit * width)
         end = tl.load(first + (unit + 1) * width)
         lane = tl.arange(0, lanes)
-        # Sums relative to a number nearby: equal elements keep exactly their value as mean, however many they are.
+        # Sums are relative to a nearby number, so that equal elements, however many, have exactly their value as mean.
         origin = tl.load(sums + begin).to(tl.float64) * _wide_power(_exponent(tl.load(largest + begin)))
         top = tl.full((lanes,), 0, tl.int32)
         count = tl.full((lanes,), 0, tl.float64)
@@ -178,9 +178,9 @@ def merge(
         place = scores + unit * 6
         tl.store(place, _power(down))
         tl.store(place + 1, _power(-exponent - down))
-        tl.store(place + 2, tl.where(mode == 2, 0.0, high))  # scale: the mean stays in
+        tl.store(place + 2, tl.where(mode == 2, 0.0, high))  # scale: the mean is kept
         tl.store(place + 3, tl.where(mode == 2, 0.0, low))
-        tl.store(place + 4, tl.where(mode == 1, _power(up), factor))  # centre: only back to the scale it came with
+        tl.store(place + 4, tl.where(mode == 1, _power(up), factor))  # centre: only restores the original scale
         tl.store(place + 5, tl.where(mode == 1, _power(exponent - up), 1.0))
 
 
@@ -197,8 +197,8 @@ def apply(
     block: tl.constexpr,
     aligned: tl.constexpr,
 ):
-    """One chunk: x becomes (x * s1 * s2 - high - low) * f1 * f2, if every element of every tensor is finite."""
-    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # from the end, whose elements may still be in the cache
+    """Apply to one chunk: x becomes (x * s1 * s2 - high - low) * f1 * f2, if all elements of all tensors are finite."""
+    chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # last chunk first: its elements may still be in the cache
     if tl.load(finite) != 0:
         owner = tl.load(owners + chunk)
         start = (chunk - tl.load(first + owner)) * block
@@ -213,9 +213,9 @@ def apply(
             tl.store(places, values.to(dtype))
         else:
             inside = tl.arange(0, block) < count
-            # The padding need not fit in the dtype.
+            # The padding may be outside the dtype's range.
             tl.store(places, tl.where(inside, values, 0.0).to(dtype), mask=inside)
 
 
-#: False where the compiler makes code for a GPU, True where the interpreter runs on tensors of the CPU.
+#: False if the kernels are compiled for a GPU, True if the interpreter runs them on CPU tensors.
 interpreted = not isinstance(measure, triton.runtime.JITFunction)

@@ -1,8 +1,8 @@
-"""Gradient overlap: what a skip path and the transformation beside it send back to the point where they part.
+"""Gradient overlap: the gradients that a skip path and its parallel transformation send back to where they branch.
 
-A residual unit computes f(x) + s(x), a U-Net skip concatenates x with f(x); x has the gradient a + b, a over the skip
-path and b through the transformation f. Measured are a and b themselves, each where it arrives, not as a difference
-of sums. Hooks on the nodes of the graph read them; the graph and the order of its sums stay as they are.
+A residual unit computes f(x) + s(x); a U-Net skip concatenates x with f(x). The gradient of x is a + b: a through the
+skip path, b through the transformation f. Hooks on the nodes of the autograd graph measure a and b directly where they
+arrive, not as a difference of sums, and leave the graph and its order of summation unchanged.
 
 Source: Yun, arXiv 2410.21564, gradient overlap in residual networks.
 """
@@ -28,28 +28,28 @@ _ELEMENTS_AT_A_TIME: Final = 2**24
 
 @dataclass(frozen=True, kw_only=True)
 class Junction:
-    """A place where a skip path and a transformation of one tensor x meet again."""
+    """A place where a skip path and a transformation of the same tensor x rejoin."""
 
     name: str
-    """Path of the module where they meet."""
+    """Path of the module where they rejoin."""
     transformation: nn.Module
-    """Takes x first on its way through the transformation and gives a tensor; b is what it sends back to x."""
+    """First module that x passes in the transformation; returns a tensor. b is the gradient it sends back to x."""
     skip: nn.Module
-    """Module at which a is read."""
+    """Module where a is read."""
     side: Literal["path", "input", "output"]
-    """``path``: ``skip`` takes x, computes something of it, and a is what it sends back to x; ``input``: a is the
-    gradient of its input, which is x + f(x); ``output``: it takes x and gives x + f(x), and a is the gradient of
-    that."""
+    """How a is read. ``path``: ``skip`` transforms x, and a is the gradient it sends back to x. ``input``: ``skip``
+    takes x + f(x), and a is the gradient of its input. ``output``: ``skip`` takes x and returns x + f(x), and a is the
+    gradient of its output."""
     concatenated_dim: int | None = None
-    """With ``output``: the dimension along which it gives x and f(x) side by side, x first."""
+    """With ``output``: the dimension along which ``skip`` concatenates x and f(x), x first; None if it adds them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlap:
-    """How the two gradients of a junction lie to each other; NaN where a norm is 0 or not finite."""
+    """How the two gradients of a junction relate; NaN where a norm is 0 or not finite."""
 
     cosine: float
-    """Of the angle between a and b, from -1 (they cancel) to 1 (they add up)."""
+    """Cosine of the angle between a and b, from -1 (they cancel) to 1 (they add up)."""
     ratio: float
     """||a + b|| / (||a|| + ||b||), from 0 to 1."""
     norm_skip: float
@@ -59,26 +59,27 @@ class Overlap:
 
 
 def find_junctions(model: nn.Module) -> tuple[Junction, ...]:
-    """Residual units and skips of MONAI's UNet and SegResNet, told by the names of their classes and parts.
+    """Find the residual units and skips of MONAI's UNet and SegResNet by the names of their classes and parts.
 
-    Known are ``SkipConnection`` (modes cat and add), ``ResidualUnit``, ``ResBlock``, ``SegResBlock``, and the long
-    skips of ``SegResNet``, which go by the up-sampling stage that receives them. Describe others as :class:`Junction`.
+    The known ones are ``SkipConnection`` (modes cat and add), ``ResidualUnit``, ``ResBlock``, ``SegResBlock``, and the
+    long skips of ``SegResNet``, which are named after the up-sampling stage that receives them. Describe others with
+    :class:`Junction`.
 
     Returns:
-        the junctions in the model's order; none for a model without any.
+        the junctions in the model's order; empty if there are none.
     """
     return tuple(junction for name, module in model.named_modules() for junction in _of_module(name, module))
 
 
 class OverlapWatch:
-    """What :func:`watch_overlap` measured."""
+    """Measurements of :func:`watch_overlap`."""
 
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
         self._sums: dict[str, Tensor] = {}
 
     def read(self) -> dict[str, Overlap]:
-        """The overlap at each junction that both gradients reached, by its name, in the order of the junctions."""
+        """Overlap of each junction that both gradients reached, by name, in the order of the junctions."""
         names = [name for name in self._names if name in self._sums]
         rows = [self._sums[name] for name in names]
         table = torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else []
@@ -91,18 +92,18 @@ class OverlapWatch:
 
 @contextmanager
 def watch_overlap(junctions: nn.Module | Sequence[Junction]) -> Iterator[OverlapWatch]:
-    """Measure the overlap at junctions over the forward and backward passes within a block.
+    """Measure the overlap at junctions during the forward and backward passes within a block.
 
     Args:
-        junctions: a model, for what :func:`find_junctions` finds in it, or the junctions themselves.
+        junctions: a model, whose junctions :func:`find_junctions` finds, or the junctions themselves.
 
     Yields:
-        the watch, complete when the block ends; its numbers are read from the device once, by
-        :meth:`OverlapWatch.read`. Norms and products are float64 where the device has it.
+        the watch, complete when the block ends; :meth:`OverlapWatch.read` copies its numbers from the device once.
+        Norms and products are float64 where the device supports it.
 
-    All hooks go when the block ends. Of several passes, and of modules that are called more than once, a and b are
-    those of all calls side by side. A junction whose x needs no gradient, such as one fed by the image itself, is
-    left out. Modules inside ``torch.compile`` may not call their hooks.
+    All hooks are removed when the block ends. Over several passes, or several calls of a module, a and b are those of
+    all calls concatenated. A junction whose x needs no gradient, such as one fed by the image itself, is left out.
+    Modules inside ``torch.compile`` may not call their hooks.
 
     Example:
         >>> unit = nn.Linear(2, 2, bias=False)
@@ -145,13 +146,13 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Junction]:
         down, up = list(part("down_layers").children()), list(part("up_layers").children())
         prefix = f"{name}." if name else ""
         for number, stage in enumerate(up):
-            # The stage's input is up-sampled coarser features plus the input of the level below.
+            # The stage's input is the up-sampled coarser features plus the input of the level below.
             below = down[len(down) - 1 - number]
             yield Junction(name=f"{prefix}up_layers.{number}", transformation=below, skip=stage, side="input")
 
 
 def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-    """Install hooks that call ``add(a, b)`` for each call of the junction's modules, once both have arrived."""
+    """Install hooks that call ``add(a, b)`` for each call of the junction's modules, once both gradients arrived."""
     waiting: dict[int, tuple[bool, Tensor]] = {}
     calls = {True: 0, False: 0}
 
@@ -186,7 +187,7 @@ def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[Re
 
 
 def _on_gradient_through(output: Tensor, x: Tensor, report: Callable[[Tensor], None]) -> None:
-    """Have ``report`` called in the backward pass with what ``output`` sends back to x, from all its uses of x."""
+    """Call ``report`` in the backward pass with the gradient ``output`` sends back to x, summed over all uses of x."""
     users = _users(output, x)
     left = len(users)
     parts: list[Tensor] = []
@@ -204,7 +205,7 @@ def _on_gradient_through(output: Tensor, x: Tensor, report: Callable[[Tensor], N
 
 
 def _users(output: Tensor, x: Tensor) -> dict[Node, list[int]]:
-    """Nodes between ``output`` and x that use x, and at which of their inputs; none where ``output`` is x."""
+    """Nodes between ``output`` and x that use x, with the positions of x in their inputs; empty if ``output`` is x."""
     edge = torch.autograd.graph.get_gradient_edge(x)
     users: dict[Node, list[int]] = {}
     seen = {edge.node}
@@ -237,7 +238,7 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 
 def _overlap(product: float, skip: float, transformation: float, both: float) -> Overlap:
     a, b = skip**0.5, transformation**0.5
-    # Rounding alone may lead beyond the limits; comparisons keep a NaN.
+    # Rounding may exceed the limits; the comparisons let NaN through.
     cosine = product / (a * b) if a * b > 0 else float("nan")
     ratio = both**0.5 / (a + b) if a + b > 0 else float("nan")
     return Overlap(

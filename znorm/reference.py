@@ -1,4 +1,4 @@
-"""ZNorm in float64, straight from the definition: the slow twin that the tests trust."""
+"""ZNorm in float64, straight from the definition: the slow reference for the tests and the kernels' self-check."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from torch import Tensor
 
 
 def zscore_reference(gradient: Tensor, eps: float, mode: str = "zscore") -> Tensor:
-    """The z-score (g - mean(g)) / (std(g) + eps * rms(g)) with the population's standard deviation.
+    """Compute the z-score (g - mean(g)) / (std(g) + eps * rms(g)), with the population's standard deviation.
 
     Args:
-        gradient: any shape; a tensor of one element comes back as it is.
-        eps: relative to the root of the mean square, so that the result does not depend on the gradient's scale.
-        mode: ``zscore``, ``centre`` (the mean taken off alone) or ``scale`` (divided alone).
+        gradient: any shape; a tensor of one element is copied unchanged.
+        eps: relative to the root mean square, so that the result does not depend on the gradient's scale.
+        mode: ``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides.
 
     Returns:
         float64 tensor of the same shape; zeros for a gradient that is zero everywhere.
@@ -28,7 +28,7 @@ def zscore_reference(gradient: Tensor, eps: float, mode: str = "zscore") -> Tens
     centred = values - values.mean()
     if mode == "centre":
         return centred
-    # Divided by the largest magnitude first: squares of 1e-200 are no numbers of float64.
+    # Divide by the largest magnitude first: the square of 1e-200 underflows in float64.
     spread = largest * ((centred / largest) ** 2).mean().sqrt()
     size = largest * ((values / largest) ** 2).mean().sqrt()
     divisor = spread + eps * size

@@ -1,4 +1,4 @@
-"""Which parameters are normalised, and the report of which are not and why."""
+"""Selects the parameters that are normalised, and reports which are not and why."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-#: ``output_block`` values with a meaning of their own; any other is the name of a module.
+#: Special values of ``output_block``; any other value is the name of a module.
 AUTO = "auto"
 NONE = "none"
 
@@ -18,13 +18,13 @@ class TensorChoice:
     """What happens to the gradient of one parameter."""
 
     name: str
-    """As ``model.named_parameters()`` gives it."""
+    """Name in ``model.named_parameters()``."""
     shape: tuple[int, ...]
-    """Of the parameter, and so of its gradient."""
+    """Shape of the parameter and its gradient."""
     normalised: bool
     """Whether the gradient is z-scored."""
     reason: str
-    """Why it is or is not, in words."""
+    """Why it is or is not z-scored, in words."""
     channel_dim: int = 0
     """Dimension that holds the output channels: 1 for a transposed convolution."""
 
@@ -34,9 +34,9 @@ class Selection:
     """What happens to the gradient of every parameter of a model."""
 
     choices: tuple[TensorChoice, ...]
-    """One for each parameter, in the model's order."""
+    """One choice per parameter, in the model's order."""
     output_block: str | None
-    """Name of the module left out as the output block, None where none is."""
+    """Name of the module left out as the output block; None if no module is left out."""
 
     @property
     def normalised(self) -> frozenset[str]:
@@ -44,7 +44,7 @@ class Selection:
         return frozenset(choice.name for choice in self.choices if choice.normalised)
 
     def report(self) -> str:
-        """What is normalised and what is not, grouped by reason, for a log."""
+        """Text for a log: the parameters that are normalised and those that are not, grouped by reason."""
         groups: dict[tuple[bool, str], list[TensorChoice]] = {}
         for choice in self.choices:
             groups.setdefault((choice.normalised, choice.reason), []).append(choice)
@@ -71,19 +71,19 @@ def select(
     """Choose the parameters whose gradients are normalised.
 
     Args:
-        model: the network; a wrapper with one child (``torch.compile``, DistributedDataParallel) is looked through.
+        model: the network; wrappers with one child (``torch.compile``, DistributedDataParallel) are looked through.
         min_dimensions: tensors with fewer dimensions are left as they are. The default of 2 leaves out biases and
             norms: a bias before an instance norm has no true gradient, and a z-score would turn its rounding noise
             into full steps.
         output_block: ``"auto"`` leaves out the last block (see :func:`find_output_block`), whose mean gradient moves
-            every logit towards a rare foreground; ``"none"`` leaves nothing out; else the name of a module.
-        modules: names of module types, such as ``Conv3d``; empty for any.
-        only: patterns (``fnmatch``) one of which a parameter's name must match; empty for any.
-        leave_out: patterns that it must not match.
-        single: take tensors of one element too, which have no spread of their own.
+            every logit towards a rare foreground; ``"none"`` leaves nothing out; any other value names a module.
+        modules: module types, such as ``Conv3d``, whose parameters are taken; empty for any type.
+        only: patterns (``fnmatch``); a parameter's name must match one of them. Empty for any name.
+        leave_out: patterns (``fnmatch``) that a parameter's name must not match.
+        single: also take tensors of one element, which have no spread of their own.
 
     Raises:
-        ValueError: no such module, or no parameter is left to normalise.
+        ValueError: there is no such module, or no parameter is left to normalise.
     """
     block = find_output_block(model) if output_block == AUTO else None if output_block == NONE else output_block
     if block is not None and (not block or block not in dict(model.named_modules())):
@@ -131,14 +131,14 @@ def select(
 
 
 def find_output_block(model: nn.Module) -> str | None:
-    """Name of the block that makes the logits: the last child, once single wrappers have been looked through.
+    """Name of the block that makes the logits: the last child, after looking through wrappers with one child.
 
-    In MONAI's UNet this is the last up-sampling stage, ``model.2`` (with residual units a transposed convolution and
-    the residual unit whose shortcut feeds the logits, so more than the last convolution); in its SegResNet
-    ``conv_final``.
+    In MONAI's UNet this is the last up-sampling stage, ``model.2``. With residual units, that stage holds a transposed
+    convolution and the residual unit whose shortcut feeds the logits, so more than the last convolution. In MONAI's
+    SegResNet it is ``conv_final``.
 
     Returns:
-        the name, or None for a model whose parameters all lie in one layer.
+        the name, or None if all parameters of the model are in one layer.
     """
     path: list[str] = []
     module = model

@@ -1,7 +1,6 @@
-"""What a step's gradients are like before and after a rule: mean, standard deviation and norm of each tensor.
+"""Statistics of a step's gradients before and after a rule: mean, standard deviation and norm of each tensor.
 
-Observation apart from the rules: nothing here changes a gradient, and outside :func:`observe_step` nothing is
-installed.
+Nothing here changes a gradient, and no hook stays installed outside :func:`observe_step`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 
 @dataclass(frozen=True, kw_only=True)
 class TensorStats:
-    """One gradient in three numbers, in the gradient's own units; NaN or infinite where an element is."""
+    """Mean, standard deviation and norm of a gradient, in its own units; NaN or infinite where an element is."""
 
     mean: float
     """Mean of the elements."""
@@ -30,15 +29,15 @@ class TensorStats:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerGradient:
-    """One parameter's gradient as it came from the backward pass and as the optimiser took it."""
+    """One parameter's gradient as the backward pass produced it and as the optimiser received it."""
 
     before: TensorStats
     after: TensorStats | None
-    """None where the step was skipped."""
+    """None if the step was skipped."""
 
 
 class StepObservation:
-    """What :func:`observe_step` saw."""
+    """Measurements of :func:`observe_step`."""
 
     def __init__(self) -> None:
         self._before: Mapping[str, Tensor] = {}
@@ -46,11 +45,11 @@ class StepObservation:
 
     @property
     def skipped(self) -> bool:
-        """Whether there were gradients and the optimiser took none of them."""
+        """Whether there were gradients but the optimiser received none of them."""
         return bool(self._before) and not self._after
 
     def layers(self) -> dict[str, LayerGradient]:
-        """Name of each parameter that had a gradient, and what it was like; in the model's order."""
+        """Statistics of each parameter that had a gradient, by name, in the model's order."""
         rows = _read([*self._before.values(), *self._after.values()])
         before = dict(zip(self._before, rows, strict=False))
         after = dict(zip(self._after, rows[len(before) :], strict=True))
@@ -59,15 +58,15 @@ class StepObservation:
 
 @contextmanager
 def observe_step(optimizer: Optimizer, model: nn.Module) -> Iterator[StepObservation]:
-    """Measure the gradients of one step, before and after what hooks on the optimiser do to them.
+    """Measure the gradients of one step, before and after the optimiser's hooks change them.
 
     Args:
-        optimizer: the optimiser that steps within the block; rules must be attached to it before.
-        model: the network, for the names; parameters without a gradient are left out.
+        optimizer: steps within the block; attach rules to it before entering.
+        model: supplies the parameter names; parameters without a gradient are left out.
 
     Yields:
-        the observation, complete when the block ends. Its numbers are read from the device once, by
-        :meth:`StepObservation.layers`; sums are float64 where the device has it.
+        the observation, complete when the block ends; :meth:`StepObservation.layers` copies its numbers from the
+        device once. Sums are float64 where the device supports it.
 
     With a GradScaler, enter the block after ``scaler.unscale_(optimizer)``.
 
@@ -87,7 +86,7 @@ def observe_step(optimizer: Optimizer, model: nn.Module) -> Iterator[StepObserva
     def just_before_step(optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:  # noqa: ARG001
         seen._after = _measured(model)
 
-    # Pre-hooks run in the order of registration: this one comes last, just before the step itself.
+    # Pre-hooks run in the order of registration, so this one runs last, just before the step itself.
     hook = optimizer.register_step_pre_hook(just_before_step)
     try:
         yield seen
@@ -96,14 +95,14 @@ def observe_step(optimizer: Optimizer, model: nn.Module) -> Iterator[StepObserva
 
 
 def widest(tensor: Tensor) -> Tensor:
-    """The tensor, contiguous, in the widest floating-point type of its device: float64, but on MPS float32."""
+    """The tensor, contiguous, in the widest floating-point type of its device: float32 on MPS, else float64."""
     dtype = torch.float32 if tensor.device.type == "mps" else torch.float64
     return tensor.detach().to(dtype, memory_format=torch.contiguous_format)
 
 
 @torch.no_grad()
 def _measured(model: nn.Module) -> dict[str, Tensor]:
-    """Mean, standard deviation and norm of each gradient as a tensor of three on its device; nothing is read."""
+    """Mean, standard deviation and norm of each gradient, as a tensor of three on its device; does not synchronise."""
     found = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None and parameter.numel() > 0:
@@ -116,7 +115,7 @@ def _measured(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _read(rows: Sequence[Tensor]) -> list[TensorStats]:
-    """Rows of three numbers, brought over in one transfer."""
+    """Statistics from rows of three numbers, with a single transfer from the device."""
     if not rows:
         return []
     table = torch.stack([row.to(rows[0].device) for row in rows]).tolist()

@@ -1,6 +1,6 @@
-"""The rivals of ZNorm: rules that change gradients in place before a step, each told by one name.
+"""Baselines to compare ZNorm with: rules that change gradients in place before a step, each with a name.
 
-A rule says whether every gradient was finite; where it says no, the step is to be left out.
+A rule returns whether every gradient was finite; if not, the step must be skipped.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from znorm.zscore import zscore_
 
 @dataclass(frozen=True, kw_only=True)
 class Gradients:
-    """What a rule works on: the gradients of the chosen parameters, in the order of the optimiser."""
+    """Input of a rule: the gradients of the chosen parameters, in the optimiser's order."""
 
     gradients: Sequence[Tensor]
     parameters: Sequence[Tensor]
     channel_dims: Sequence[int]
     """Dimension of each tensor that holds its output channels."""
     others: Sequence[Tensor] = ()
-    """Gradients of the parameters that were not chosen; finite."""
+    """Gradients of the parameters that were not chosen; all finite."""
 
 
-#: Changes gradients in place; False where one was not finite.
+#: Changes gradients in place; returns False if one was not finite.
 GradientTransform = Callable[[Gradients], bool]
 
 
 @torch.no_grad()
 def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no element is infinite or NaN; one synchronisation for all that do not lie on a CPU."""
+    """Whether no element is infinite or NaN; synchronises once for all tensors that are not on a CPU."""
     elsewhere: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for gradient in gradients:
         if gradient.device.type == "cpu":
-            # A sum is quicker than a test of each element; one that overflowed says nothing yet.
+            # A sum is faster than a test of each element, but it may overflow: only then are the elements tested.
             if not math.isfinite(float(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
                 return False
         elif gradient.numel() > 0:
@@ -54,7 +54,7 @@ def none_(work: Gradients) -> bool:
 
 @torch.no_grad()
 def clip_by_norm_(work: Gradients, *, limit: float) -> bool:
-    """Scale all gradients down together where the norm of all of them is above a limit.
+    """Scale all gradients down together if their total norm exceeds a limit.
 
     Example:
         >>> g = torch.tensor([3.0, 4.0])
@@ -77,7 +77,7 @@ def clip_by_norm_(work: Gradients, *, limit: float) -> bool:
 
 
 def _clip_large(work: Gradients, limit: float) -> bool:
-    """The same where the norm itself is too large a number."""
+    """Clip gradients whose total norm overflows."""
     largest = max(float(torch.linalg.vector_norm(g, math.inf)) for g in work.gradients if g.numel())
     torch._foreach_mul_(list(work.gradients), 1 / largest)
     norm = float(torch.nn.utils.get_total_norm(work.gradients))
@@ -87,7 +87,7 @@ def _clip_large(work: Gradients, limit: float) -> bool:
 
 @torch.no_grad()
 def clip_by_value_(work: Gradients, *, limit: float) -> bool:
-    """Cut every element to -limit .. limit.
+    """Clamp every element to -limit .. limit.
 
     Example:
         >>> g = torch.tensor([-3.0, 0.5])
@@ -108,7 +108,7 @@ def clip_by_value_(work: Gradients, *, limit: float) -> bool:
 
 @torch.no_grad()
 def centralize_(work: Gradients) -> bool:
-    """Take the mean of each output channel off, of tensors with two or more dimensions.
+    """Subtract the mean of each output channel, in tensors with two or more dimensions.
 
     Example:
         >>> g = torch.tensor([[1.0, 3.0], [0.0, 4.0]])
@@ -129,12 +129,12 @@ def centralize_(work: Gradients) -> bool:
 
 @torch.no_grad()
 def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> bool:
-    """Scale the gradient of an output channel down where its norm is above a share of its weights' norm.
+    """Scale down the gradient of each output channel whose norm exceeds a share of its weights' norm.
 
     Args:
-        work: gradients with their parameters; of tensors with one dimension each element is a channel.
+        work: gradients with their parameters; in tensors with one dimension each element is a channel.
         ratio: the share; 0.01 in the paper.
-        floor: norm that weights count with at least.
+        floor: smallest norm that weights count with; default 1e-3.
 
     Example:
         >>> g, w = torch.tensor([[3.0, 4.0], [0.0, 0.5]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -159,28 +159,28 @@ def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> boo
 
 
 def scale_(work: Gradients, *, eps: float) -> bool:
-    """ZNorm without taking the mean off: each tensor divided by its standard deviation."""
+    """Apply ZNorm without subtracting the mean: divide each tensor by its standard deviation."""
     return zscore_(work.gradients, eps, mode="scale")
 
 
 @torch.no_grad()
 def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
-    """Normalise the chosen gradients, then bring all gradients to the size that clipping by norm would leave them.
+    """Normalise the chosen gradients, then rescale all gradients to the norm that clipping would leave.
 
-    With the norms ||all|| of all gradients and ||chosen|| of the chosen ones before, and s = min(1, limit / ||all||):
-    the chosen ones leave with norm s * ||chosen||, the others are multiplied by s. So the size of a step, and with it
-    the learning rate, means what it means with clipping, and falls as the gradients fall; what the normalisation has
-    changed is the share of each layer in it.
+    Let ||all|| and ||chosen|| be the norms of all and of the chosen gradients before, and s = min(1, limit / ||all||).
+    The chosen gradients end up with norm s * ||chosen||, and the others are multiplied by s. The size of a step, and so
+    the meaning of the learning rate, is the same as with clipping, and it falls as the gradients fall; the
+    normalisation only changes the share of each layer.
 
     Args:
         work: gradients, changed in place.
-        normalise: changes the chosen gradients in place; False where one is not finite, then nothing is changed.
-        limit: largest norm of all gradients together, above 0.
+        normalise: changes the chosen gradients in place; if one is not finite, changes nothing and returns False.
+        limit: maximum norm of all gradients together, above 0.
 
     Example:
         >>> g, other = torch.tensor([3.0, 5.0]), torch.tensor([1.0])
         >>> work = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
-        >>> keep_size_(work, lambda: zscore_([g]), limit=1000.0)
+        >>> rescale_to_clipped_norm_(work, lambda: zscore_([g]), limit=1000.0)
         True
         >>> [round(v, 4) for v in g.tolist()], other.tolist()
         ([-4.1231, 4.1231], [1.0])
@@ -199,7 +199,7 @@ def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, 
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
-    """Norm of all elements of all tensors, in float64, where no square of a float32 number overflows."""
+    """Norm of all elements of all tensors, in float64, where the square of a float32 number cannot overflow."""
     kept = [tensor for tensor in tensors if tensor.numel() > 0]
     if not kept:
         return torch.zeros((), dtype=torch.float64)
@@ -216,7 +216,7 @@ def _all_but(tensor: Tensor, dim: int) -> list[int]:
     return [d for d in range(tensor.dim()) if d != dim]
 
 
-#: Every rule but ZNorm's own by its name, and by the names of its numbers.
+#: Every rule except ZNorm itself, by name; the numbers of a rule are its keyword arguments.
 BASELINES: Final[Mapping[str, Callable[..., bool]]] = {
     "none": none_,
     "clip": clip_by_norm_,

@@ -15,14 +15,14 @@ from znorm.kernels import zscore_kernels_
 Scope = Literal["layer", "channel", "global"]
 Mode = Literal["zscore", "centre", "scale"]
 
-#: Relative to a gradient's root mean square: about float32's resolution, so that rounding noise is not blown up.
+#: Relative to a gradient's root mean square. About the resolution of float32, so that rounding noise is not amplified.
 EPS: Final = 1e-7
-#: Elements for each thread that are squared and summed in turn: 1 MB, so that the second reduction finds them in a
-#: core's cache. Fewer would start the threads more often.
+#: Elements per thread that are squared and summed in turn: 1 MB, so that the second reduction finds them in the core's
+#: cache. A smaller block would start the threads more often.
 _BLOCK: Final = 2**18
-#: Mean squares outside of this range have lost digits, or are about to (float32 sums of squares).
+#: Outside this range of mean squares, sums of squares have lost digits or are about to.
 _SAFE: Final = {torch.float32: (1e-30, 1e30), torch.float64: (1e-280, 1e280)}
-#: Where the variance is a smaller share of the mean square, E[x^2] - mean^2 has cancelled too many digits.
+#: If the variance is a smaller share of the mean square, E[x^2] - mean^2 has lost too many digits to cancellation.
 _CANCELS: Final = 0.25
 
 
@@ -37,22 +37,23 @@ def zscore_(
 ) -> bool:
     """Replace each tensor g by (g - mean(g)) / (std(g) + eps * rms(g)), in place.
 
-    The standard deviation is the population's; rms is the root of the mean square, which makes the result independent
-    of the gradient's scale, from subnormal numbers to the largest. A mean far larger than the spread is taken off
-    exactly. A tensor of one element has no spread and stays as it is; a constant one becomes 0. On a CPU each tensor is
-    read twice and written once, without a copy of it; half-precision tensors are computed in a float32 copy each.
+    std is the population's standard deviation. rms is the root mean square: an eps relative to it makes the result
+    independent of the gradient's scale, from subnormal numbers to the largest. A mean far larger than the spread is
+    subtracted exactly. A tensor of one element has no spread and is left as it is; a constant tensor becomes 0. On a
+    CPU each tensor is read twice and written once, without a copy; half-precision tensors are computed in a float32
+    copy.
 
     Args:
-        gradients: floating-point tensors of any shapes; on one or several devices.
+        gradients: floating-point tensors of any shape, on one or several devices.
         eps: added to the standard deviation (the population's), relative to rms(g); default 1e-7.
-        scope: ``layer``: each tensor by its own mean and spread; ``channel``: each of its output channels; ``global``:
-            all tensors by those of all their elements.
-        mode: ``zscore``; ``centre``: only the mean is taken off; ``scale``: only divided, the mean stays in.
+        scope: what shares a mean and a spread: each tensor (``layer``), each output channel (``channel``) or all
+            tensors together (``global``).
+        mode: ``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides and keeps the mean.
         channel_dims: with scope ``channel``, the dimension of each tensor that holds its output channels (1 for a
             transposed convolution); default 0.
 
     Returns:
-        whether every element was finite; where not, nothing is changed.
+        whether every element was finite; if not, nothing is changed.
 
     Raises:
         ValueError: eps is negative or not finite.
@@ -83,16 +84,16 @@ def zscore_(
 
 @dataclass(slots=True)
 class _Piece:
-    """One gradient as a flat tensor that may be written to."""
+    """One gradient as a flat tensor that can be written to."""
 
     flat: Tensor
     gradient: Tensor | None
-    """Where the result must be copied to; None where ``flat`` is a view of the gradient."""
+    """Tensor that the result must be copied to; None if ``flat`` is a view of the gradient."""
 
 
 @dataclass(slots=True)
 class _Unit:
-    """Gradients that share one mean and one spread, and their sums so far."""
+    """Gradients that share one mean and one spread, with their sums."""
 
     pieces: list[_Piece]
     count: int
@@ -100,14 +101,14 @@ class _Unit:
     squares: float = 0.0
 
     def measure(self) -> None:
-        """Sum and sum of squares of every element."""
+        """Sum all elements and their squares."""
         self.total = self.squares = 0.0
         block = _BLOCK * torch.get_num_threads()
         for piece in self.pieces:
             flat = piece.flat
             for part in (flat,) if flat.numel() <= block else torch.split(flat, block):
-                # The dot product first: it takes longer, and waiting for memory hides its arithmetic. The plain sum,
-                # the quickest pass there is, then reads the cache.
+                # The dot product comes first: it takes longer, but the wait for memory hides its arithmetic. The plain
+                # sum, the fastest pass there is, then reads from the cache.
                 self.squares += torch.dot(part, part).item()
                 self.total += part.sum().item()
 
@@ -125,26 +126,26 @@ class _Unit:
 
 
 def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
-    """Scalars are free to read on a CPU: two reductions, then one pass a * g + b.
+    """Normalise on a CPU, where reading a scalar is free: two reductions, then one pass a * g + b.
 
-    That pass takes the tensors in reverse: those that were measured last are still in a shared cache.
+    That pass takes the tensors in reverse order, as those measured last are still in a shared cache.
     """
     units = [_Unit([_piece(g) for g in group], sum(g.numel() for g in group)) for group in groups]
     for unit in units:
         unit.measure()
-    # A sum of squares that overflowed looks like a gradient that is not finite; only then each element is looked at.
+    # An overflowed sum of squares looks like a non-finite gradient; only then is every element checked.
     suspicious = [unit for unit in units if not math.isfinite(unit.squares)]
     if not all(bool(torch.isfinite(piece.flat).all()) for unit in suspicious for piece in unit.pieces):
         return False
     lines = [_line(unit, eps, mode) for unit in units]
-    # One tensor of all offsets: for small gradients a tensor each takes as long as the pass itself.
+    # All offsets in one tensor: for small gradients, creating a tensor each would take as long as the pass itself.
     offsets = torch.tensor([line.offset for line in lines], dtype=torch.float64)
     of_dtype = {dtype: offsets.to(dtype).unbind() for dtype in {unit.pieces[0].flat.dtype for unit in units}}
     for number in reversed(range(len(units))):
         line = lines[number]
         for piece in reversed(units[number].pieces):
             flat = piece.flat
-            # One pass; two in-place operations would write it twice.
+            # One pass; two in-place operations would write the tensor twice.
             torch.add(of_dtype[flat.dtype][number], flat, alpha=line.factor, out=flat)
             if mode == "centre" and line.exponent:
                 _times_power_of_two(flat, line.exponent)
@@ -154,7 +155,7 @@ def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
 
 
 class _Line(NamedTuple):
-    """What is left to do to each element: factor * g + offset, and with ``centre`` 2 ** exponent after it."""
+    """The remaining operation on each element: factor * g + offset, then in ``centre`` mode times 2 ** exponent."""
 
     factor: float
     offset: float
@@ -180,7 +181,7 @@ def _line(unit: _Unit, eps: float, mode: Mode) -> _Line:
 
 
 def _to_unit_magnitude(unit: _Unit) -> int:
-    """Bring the largest magnitude between 1/2 and 1 by a power of two, which changes no digit; returns its exponent."""
+    """Scale by a power of two, which is exact, so that the largest magnitude is in [1/2, 1); return its exponent."""
     largest = max(float(torch.linalg.vector_norm(piece.flat, math.inf)) for piece in unit.pieces)
     exponent = math.frexp(largest)[1] if largest > 0 else 0
     for piece in unit.pieces:
@@ -190,13 +191,13 @@ def _to_unit_magnitude(unit: _Unit) -> int:
 
 
 def _times_power_of_two(flat: Tensor, exponent: int) -> None:
-    # In two steps, as the factor itself may not be a number of the dtype.
+    # In two steps, as the factor itself may not be representable in the dtype.
     half = exponent // 2
     flat.mul_(2.0**half).mul_(2.0 ** (exponent - half))
 
 
 def _centre_exactly(unit: _Unit) -> float:
-    """Take the mean off until what is left of it is small beside the spread; returns what was taken off."""
+    """Subtract the mean until what remains of it is small against the spread; return the total subtracted."""
     shift = 0.0
     for _ in range(3):
         mean = float(torch.tensor(unit.mean, dtype=unit.pieces[0].flat.dtype))
@@ -219,7 +220,7 @@ def _piece(gradient: Tensor) -> _Piece:
 
 
 def _dense_view(gradient: Tensor) -> Tensor | None:
-    """All elements in the order of memory, or None where memory holds gaps or one element twice."""
+    """All elements in memory order, or None if memory has gaps or holds an element twice."""
     if gradient.is_contiguous():
         return gradient.view(-1)
     expected = 1
@@ -232,9 +233,9 @@ def _dense_view(gradient: Tensor) -> Tensor | None:
 
 
 def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool) -> bool:
-    """Without reading a scalar back, but one, to know whether all is finite."""
+    """Normalise without reading scalars back, except one: whether every element is finite."""
     groups = list(_by_kind(tensors))
-    if len(groups) == 1:  # of several, each might be changed before another is known to be finite
+    if len(groups) == 1:  # with several, one might be changed before another is known to be finite
         finite = zscore_kernels_(tensors, eps, mode, together=together)
         if finite is not None:
             return bool(finite)
@@ -253,13 +254,13 @@ def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool)
 
 
 def _foreach_zscore_(group: list[Tensor], largest: Tensor, eps: float, mode: Mode, together: bool) -> None:
-    """One device and dtype; every sum stays on it."""
+    """Normalise tensors of one device and dtype; every sum stays on the device."""
     counts = torch.tensor([g.numel() for g in group], dtype=largest.dtype, device=largest.device)
 
     def mean_of(sums: Tensor) -> Tensor:
         return (sums.sum() / counts.sum()).expand_as(sums) if together else sums / counts
 
-    # A power of two changes no digit. ldexp in two steps: the factor itself may not be a number of the dtype.
+    # A power of two is exact. ldexp in two steps, as the factor itself may not be representable in the dtype.
     exponents = torch.frexp(torch.where(largest > 0, largest, 1))[1]
     for part in (exponents // 2, exponents - exponents // 2):
         torch._foreach_mul_(group, list(torch.ldexp(torch.ones_like(largest), -part).unbind()))
@@ -288,7 +289,7 @@ def _by_kind(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _by_channel(chosen: list[tuple[Tensor, int]], eps: float, mode: Mode) -> bool:
-    """Plain tensor operations: this scope is for experiments."""
+    """Normalise each output channel with plain tensor operations; this scope is meant for experiments."""
     if not all(bool(torch.isfinite(gradient).all()) for gradient, _ in chosen):
         return False
     for gradient, dim in chosen:

@@ -1,1 +1,1 @@
-"""What on a machine is in the way of training, and what to do about it."""
+"""Find what on a machine gets in the way of training, and what to do about it."""

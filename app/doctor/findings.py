@@ -1,4 +1,4 @@
-"""What facts about a machine mean: pure functions of a probe."""
+"""Interpretation of the facts about a machine: pure functions of a probe."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from app.system.device import TENSOR_CORES
 
 Level = Literal["ok", "note", "warning", "problem"]
 
-#: Memory below which next to nothing trains, and below which a plan should be tried out.
+#: Free memory below which next to nothing can be trained, and below which a plan should be tried out.
 _LITTLE_MEMORY: Final = 2_000_000_000
 _SOME_MEMORY: Final = 6_000_000_000
 _LITTLE_DISK: Final = 1_000_000_000
 _SOME_DISK: Final = 10_000_000_000
-#: The first compute capability with bfloat16.
+#: First compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
 _SHM: Final = "/dev/shm"  # noqa: S108 - its name, nothing is written there
-#: Builds of torch; since 2.12 there are cu126, cu130 and cu132 (pytorch/pytorch#178665).
+#: Builds of torch: since 2.12 they are cu126, cu130 and cu132 (pytorch/pytorch#178665).
 _WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
 _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorFinding:
-    """One thing that was looked at."""
+    """Result of one check."""
 
     topic: str
     level: Level
     found: str
     remedy: str = ""
-    """What to do; empty where nothing need be done."""
+    """What to do; empty if nothing needs to be done."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -41,7 +41,7 @@ class DoctorFinding:
 
 
 def examine(probe: Probe) -> list[DoctorFinding]:
-    """Every finding, in the order they are told."""
+    """Make all findings, in the order in which they are shown."""
     return [
         _gpu(probe),
         *(_architecture(probe, gpu) for gpu in probe.gpus),
@@ -58,7 +58,7 @@ def examine(probe: Probe) -> list[DoctorFinding]:
 
 
 def _gpu(probe: Probe) -> DoctorFinding:
-    """A GPU, and whether torch can use it."""
+    """Check whether there is a GPU, and whether torch can use it."""
     topic = "GPU"
     if not probe.gpu_in_machine and not probe.gpus:
         return _note(topic, f"none; torch {probe.torch} computes on the CPU", "znormseg plan chooses what a CPU can do")
@@ -74,7 +74,7 @@ def _gpu(probe: Probe) -> DoctorFinding:
 
 
 def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> DoctorFinding:
-    """The driver's CUDA against that of torch: within a major version any driver does, by CUDA's own rule."""
+    """Compare the driver's CUDA with torch's: within a major version any driver works, by CUDA's own rule."""
     topic, built = "GPU", _numbers(torch_cuda)
     driver = f"driver {probe.driver or 'of unknown version'} takes CUDA {_dotted(driver_cuda)}"
     versions = f"{driver}, torch {probe.torch} is built for {torch_cuda}"
@@ -91,7 +91,7 @@ def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> Doct
 
 
 def _architecture(probe: Probe, gpu: Gpu) -> DoctorFinding:
-    """Whether torch has machine code for a GPU, or code that its driver can compile."""
+    """Check whether torch has machine code for a GPU, or code that its driver can compile."""
     major, minor = gpu.capability
     topic, name = "GPU architecture", f"{gpu.name} has compute capability {major}.{minor}"
     for architecture in probe.torch_architectures:
@@ -149,7 +149,7 @@ def _processors(probe: Probe) -> DoctorFinding:
 
 
 def _threads(probe: Probe) -> DoctorFinding:
-    """Threads of the network against the processors there are."""
+    """Compare the network's threads with the processors."""
     topic = "threads"
     share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
     asked = probe.environment.get("OMP_NUM_THREADS")
@@ -215,7 +215,7 @@ def _torch_2_9(probe: Probe) -> list[DoctorFinding]:
 
 
 def _packages(packages: tuple[Package, ...]) -> list[DoctorFinding]:
-    """Versions against those that are supported."""
+    """Compare the installed versions with the supported ones."""
     if not packages:
         return [_note("packages", "znormseg is not installed as a package, so its needs are not known", "make setup")]
     bad = [
@@ -229,7 +229,7 @@ def _packages(packages: tuple[Package, ...]) -> list[DoctorFinding]:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """The numbers a version begins with.
+    """Numbers at the start of a version.
 
     Example:
         >>> _numbers("2.10.0+cu128")

@@ -1,4 +1,4 @@
-"""The facts that the doctor judges, and how they are found on this machine."""
+"""The facts about a machine that the doctor examines, and how they are collected."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.runs.case_cache import cache_folder
 from app.system.device import bf16_flags, processor
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits, processor_quota
 
-#: The vendor's number on the PCI bus.
+#: NVIDIA's vendor number on the PCI bus.
 _NVIDIA: Final = "0x10de"
 _REQUIREMENT: Final = re.compile(r"^([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)\s*$")
 
@@ -48,53 +48,53 @@ class Place:
 
 @dataclass(frozen=True, kw_only=True)
 class Package:
-    """A package that is needed."""
+    """A required package."""
 
     name: str
     least: str
-    """Oldest version that does."""
+    """Oldest supported version."""
     installed: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """What was found on a machine."""
+    """Facts about a machine."""
 
     python: str
     torch: str
     torch_cuda: str | None
-    """CUDA that torch was built for; None for a build without."""
+    """CUDA version that torch was built for; None for a build without CUDA."""
     torch_architectures: tuple[str, ...] = ()
-    """Such as ``sm_90``, ``compute_90``; empty for a build without CUDA."""
+    """Architectures that torch has code for, such as ``sm_90``, ``compute_90``; empty if torch cannot use a GPU."""
     gpu_in_machine: bool = False
-    """Whether the system has an NVIDIA GPU, seen without torch."""
+    """Whether the system has an NVIDIA GPU, detected without torch."""
     driver: str | None = None
     """Version of the NVIDIA driver."""
     driver_cuda: tuple[int, int] | None = None
-    """Newest CUDA that the driver takes; None without a driver."""
+    """Newest CUDA version that the driver supports; None without a driver."""
     gpus: tuple[Gpu, ...] = ()
-    """Those torch can use."""
+    """GPUs that torch can use."""
     processor: str
     bf16_flags: tuple[str, ...]
     """Instruction sets of the CPU that multiply bfloat16."""
     cores: int
     quota: float | None
-    """Processors' worth of time of the control group."""
+    """CPU quota of the control group, in processors; None without a quota."""
     memory: tuple[MemoryLimit, ...]
-    """Bounds, the tightest first."""
+    """Memory limits, the tightest first."""
     shm_bytes: int | None
     torch_threads: int
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Those of OMP_NUM_THREADS, OMP_WAIT_POLICY, CUDA_VISIBLE_DEVICES that are set."""
+    """Values of OMP_NUM_THREADS, OMP_WAIT_POLICY, CUDA_VISIBLE_DEVICES, as far as they are set."""
     places: tuple[Place, ...] = ()
     packages: tuple[Package, ...] = ()
 
 
 def probe(given: Sequence[Path] = ()) -> Probe:
-    """Look at this machine.
+    """Collect the facts about this machine.
 
     Args:
-        given: folders to look at beside the cache and the current one.
+        given: folders to examine in addition to the cache and the current folder.
     """
     places = [("current folder", Path.cwd()), *(("given", path) for path in given)]
     with suppress(OSError):
@@ -129,7 +129,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def _gpu_in_machine() -> bool:
-    """Whether there is a device of NVIDIA's: a node of its driver, or a display controller on the PCI bus."""
+    """Whether there is an NVIDIA device: a node of its driver, or a display controller on the PCI bus."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
@@ -149,7 +149,7 @@ def _driver() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """What libcuda, which comes with the driver, says."""
+    """CUDA version according to libcuda, which comes with the driver."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         number = ctypes.c_int()
@@ -172,7 +172,7 @@ def _place(role: str, path: Path) -> Place:
 
 
 def _is_writable(folder: Path) -> bool:
-    """Whether a file can be made there; permissions alone do not tell on read-only and remote file systems."""
+    """Whether a file can be created there; permissions are not conclusive on read-only and remote file systems."""
     try:
         with tempfile.TemporaryFile(dir=folder):
             return True
@@ -181,7 +181,7 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _packages() -> list[Package]:
-    """What this program needs, by its own metadata."""
+    """Packages that this program requires, from its own metadata."""
     needs = [_REQUIREMENT.match(line) for line in metadata.requires("znormseg") or []]
     return [Package(name=need[1], least=need[2], installed=_installed(need[1])) for need in needs if need is not None]
 

@@ -1,1 +1,1 @@
-"""Networks out to other programs' formats, each compared with the original; and in from MONAI's bundle."""
+"""Export networks to formats of other programs, each compared with the original; import a MONAI bundle."""

@@ -1,4 +1,4 @@
-"""A run's network for other programs, with what is needed to apply it, and a proof that it is the same network."""
+"""Export of a run's network for other programs, with all that is needed to apply it and a proof that it is the same."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ FORMATS: Final = ("openvino", "onnx", "monai-bundle")
 PARITY_FILE: Final = "parity.json"
 PREPROCESSING_FILE: Final = "preprocessing.json"
 
-#: Parity is a matter of float32.
+#: Parity is measured in float32.
 _RUNTIME: Final = Runtime(
     device_name="cpu", precision_name="float32", channels_last=False, reasons=("cpu, float32: for an export",)
 )
@@ -35,7 +35,7 @@ _RUNTIME: Final = Runtime(
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedNetwork:
-    """What an export wrote."""
+    """Result of an export."""
 
     folder: Path
     file_format: str
@@ -55,21 +55,21 @@ class ExportedNetwork:
 def export_run(
     run: Path, out: Path, *, file_format: str, case: Path | None = None, on_progress: OnProgress = silent
 ) -> ExportedNetwork:
-    """Write a network in another format, compare the two, and keep it only where they agree.
+    """Write a network in another format, compare the two, and keep the export only if they agree.
 
     Args:
         run: folder of a run, an import, or one network of an ensemble.
-        out: folder to make; empty or not there yet.
+        out: folder to create; it must be empty or not exist.
         file_format: one of :data:`FORMATS`.
-        case: folder of a case whose windows are compared; None makes a phantom.
-        on_progress: told what is being done.
+        case: folder of a case whose windows are compared; None uses a phantom.
+        on_progress: called with the step in progress.
 
     Raises:
-        ConfigError: an extra is not installed.
+        ConfigError: an optional dependency is not installed.
         DataError: the case cannot be used.
-        DeviceError: OpenVINO, by which its format is compared, cannot compute on this CPU.
-        RunError: ``run`` has no weights, is an ensemble, or has a network that the format has not; ``out`` holds
-            something; the exported network differs.
+        DeviceError: OpenVINO, which runs the export for the comparison, does not support this CPU.
+        RunError: ``run`` has no weights, is an ensemble, or has a network that the format does not support; ``out`` is
+            not empty; the exported network differs.
         OSError: ``out`` cannot be written to.
     """
 
@@ -107,7 +107,7 @@ def export_run(
 
 
 def preprocessing(model: Model) -> dict[str, Any]:
-    """What whoever applies the network must do before and after it, as plain data."""
+    """What a program must do before and after the network, as plain data."""
     convention = model.convention
     codes = dict(zip((1, 2, 3), convention.values, strict=True))
     return {
@@ -136,7 +136,7 @@ def preprocessing(model: Model) -> dict[str, Any]:
 
 
 def _network_of(model: Model) -> nn.Module:
-    """MONAI's network with the model's weights, which takes all four contrasts."""
+    """The network as built by MONAI, with the model's weights; it takes all four contrasts."""
     config = model.config
     network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
     network.load_state_dict(model.network.state_dict())
@@ -146,10 +146,10 @@ def _network_of(model: Model) -> nn.Module:
 
 
 def _one_network(run: Path) -> Model:
-    """The network of a run.
+    """Load the network of a run.
 
     Raises:
-        RunError: as :func:`app.inference.model.load_model`; or it is an ensemble, or a cross-validation.
+        RunError: as in :func:`app.inference.model.load_model`; or it is an ensemble, an export or a cross-validation.
     """
     if (run / ENSEMBLE_FILE).exists():
         try:

@@ -1,4 +1,4 @@
-"""A network as a file of OpenVINO or ONNX, and that file as a function of windows."""
+"""A network as an OpenVINO or ONNX file, and that file as a function of windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from app.errors import ConfigError
 from app.exporting.parity import Answer, Floats
 
-#: Name of the input, shape (N, contrasts, X, Y, Z), and of the output, shape (N, regions, X, Y, Z); N is free.
+#: Names of the input, shape (N, contrasts, X, Y, Z), and the output, shape (N, regions, X, Y, Z); N is free.
 INPUT: Final = "image"
 OUTPUT: Final = "logits"
 #: ONNX operator set; 18 is the first with GroupNorm and Resize as the networks need them.
@@ -26,10 +26,10 @@ _ONNX_PACKAGES: Final = ("onnx", "onnxruntime", "onnxscript")
 
 
 def require_onnx() -> None:
-    """Make sure that what writes and runs ONNX is installed.
+    """Check that the packages that write and run ONNX are installed.
 
     Raises:
-        ConfigError: it is not; the message says how to install it.
+        ConfigError: one is missing; the message says how to install it.
     """
     if absent := [name for name in _ONNX_PACKAGES if util.find_spec(name) is None]:
         raise ConfigError(f"--format onnx needs {', '.join(absent)}. Install them: pip install 'znormseg[onnx]'")
@@ -46,7 +46,7 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
     Returns:
         the network as OpenVINO computes it from these files.
     """
-    # Not openvino.convert_model, which tells Intel of each conversion unless the user has declined.
+    # Not openvino.convert_model, which reports each conversion to Intel unless the user has opted out.
     import openvino as ov
     from openvino.frontend import FrontEndManager  # type: ignore[import-untyped]
     from openvino.frontend.pytorch.ts_decoder import (  # type: ignore[import-untyped]
@@ -55,8 +55,8 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
 
     frontend = FrontEndManager().load_by_framework("pytorch")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's tracer, about shapes that are fixed here
-        decoder = TorchScriptPythonDecoder(network, example_input=window)  # must live while it is converted
+        warnings.simplefilter("ignore")  # torch's tracer warns about shapes that are fixed here
+        decoder = TorchScriptPythonDecoder(network, example_input=window)  # must outlive the conversion
         model = frontend.convert(frontend.load(decoder))
     model.reshape(ov.PartialShape([-1, *window.shape[1:]]))
     model.validate_nodes_and_infer_types()
@@ -85,7 +85,7 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
         the network as ONNX Runtime computes it from the file.
 
     Raises:
-        ConfigError: as :func:`require_onnx`.
+        ConfigError: as in :func:`require_onnx`.
     """
     require_onnx()
     import onnx
@@ -93,10 +93,10 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
 
     path = folder / ONNX_FILE
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's exporter, about its own parts
+        warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
         torch.onnx.export(
             network,
-            # One window more: a batch of one would be taken as fixed.
+            # Two windows: the exporter would take a batch of one as fixed.
             (torch.cat([window, window]),),
             path,
             dynamo=True,

@@ -1,9 +1,9 @@
-"""A network as a MONAI bundle: configs, weights, readme; MONAI alone runs it, with transforms of its own.
+"""A network as a MONAI bundle: configs, weights and README; MONAI runs it with its own transforms, without znormseg.
 
-The bundle's preprocessing and postprocessing do what ``predict`` does, step by step. MONAI lays windows at one interval
-and shifts the last one back, where ``predict`` spreads them evenly; so the bundle takes for each volume the overlap at
-which the two are the same, but for the rounding of the interval to voxels. What still differs: MONAI smooths with zeros
-beyond the border where images are resampled to a coarser spacing.
+The bundle's preprocessing and postprocessing repeat the steps of ``predict``. MONAI places windows at one interval and
+shifts the last one back, whereas ``predict`` spreads them evenly; so for each volume the bundle computes the overlap at
+which the two agree, except that MONAI rounds the interval to voxels. One difference remains: where images are resampled
+to a coarser spacing, MONAI smooths with zeros beyond the border.
 
 Source: MONAI's bundle specification (docs.monai.io, mb_specification).
 """
@@ -27,21 +27,21 @@ from data.labels import CONTRASTS, REGIONS
 from data.preprocess import SPACING_TOLERANCE
 from models import NetworkConfig
 
-#: Version of the bundle's form, not of the network.
+#: Version of the bundle's format, not of the network.
 _VERSION: Final = "0.1.0"
 _SCHEMA: Final = (
     "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 )
 _MONAI_NETWORKS: Final = ("unet", "resunet", "segresnet")
-#: How file names may end, before ``.nii`` or ``.nii.gz``, by contrast.
+#: Accepted endings of file names by contrast, before ``.nii`` or ``.nii.gz``.
 _ENDINGS: Final = {"t1": ["t1", "t1n"], "t1c": ["t1c", "t1ce", "t1gd"], "t2": ["t2", "t2w"], "flair": ["flair", "t2f"]}
 
 
 def require_monai(model: Model, run: Path) -> None:
-    """Make sure that MONAI has a network's architecture.
+    """Check that MONAI can run a network.
 
     Raises:
-        RunError: it has not.
+        RunError: MONAI lacks the architecture, or its transforms cannot make the input channels.
     """
     if model.config.network.architecture not in _MONAI_NETWORKS:
         raise RunError(
@@ -56,11 +56,11 @@ def require_monai(model: Model, run: Path) -> None:
 
 
 def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> Answer:
-    """Write a bundle, and build its network from what was written.
+    """Write a bundle, and build its network from the files that were written.
 
     Args:
-        model: as :func:`require_monai` takes it.
-        description: of the model, as of :func:`app.runs.model_card.describe_model`.
+        model: one that :func:`require_monai` accepts.
+        description: of the model, as returned by :func:`app.runs.model_card.describe_model`.
         folder: to write to.
 
     Returns:
@@ -78,7 +78,7 @@ def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> 
 
 
 def network_def(config: NetworkConfig) -> dict[str, Any]:
-    """A network as MONAI's configs name it; :mod:`models.networks` builds the same."""
+    """A network in the notation of MONAI's configs; :mod:`models.networks` builds the same one."""
     common = {"spatial_dims": 3, "in_channels": len(CONTRASTS), "out_channels": len(REGIONS)}
     levels = len(config.channels)
     if config.architecture == "segresnet":
@@ -185,7 +185,7 @@ def _inference(model: Model) -> dict[str, Any]:
         },
         "window_voxels": list(config.training.patch_voxels),
         "overlap": config.inference.overlap,
-        # MONAI takes int(side * (1 - overlap)) as the interval; half a voxel more keeps it from falling to one less.
+        # MONAI takes int(side * (1 - overlap)) as the interval; half a voxel more keeps it from being one too small.
         "overlaps": "$lambda shape: [1 - (max(1, math.ceil((size - side) / math.ceil((size - side) / "
         "(side * (1 - @overlap))))) + 0.5) / side if size > side else 0.0 "
         "for size, side in zip(shape, @window_voxels)]",

@@ -1,7 +1,7 @@
-"""MONAI's bundle ``brats_mri_segmentation`` as a folder that ``predict`` takes like a run.
+"""Import of MONAI's bundle ``brats_mri_segmentation`` as a folder that ``predict`` takes like a run.
 
-The bundle's channels are put in this program's order once, in the weights: those of the input in the first convolution,
-those of the output in the last. What comes out is an ordinary network of ours, with its own settings.
+The import reorders the bundle's channels once, in the weights: those of the input in the first convolution, those of
+the output in the last. The result is an ordinary network of this program with its own config.
 
 Source: the bundle's configs/inference.json, configs/metadata.json (MONAI model zoo); Myronenko 2018, arXiv 1810.11654.
 """
@@ -32,15 +32,15 @@ from data.files import file_sha256
 from data.labels import BRATS2021, CONTRASTS, REGIONS
 from models import NetworkConfig, build_network
 
-#: What is understood, for messages.
+#: The supported bundle, for messages.
 UNDERSTOOD: Final = (
     "Understood is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, blocks_up 1, "
     "1, 1) from the channels T1c, T1, T2, FLAIR to tumour core, whole tumour, enhancing tumour"
 )
-#: The bundle's channels, in its order, in this program's names.
+#: The bundle's channels in its own order, with this program's names.
 BUNDLE_CONTRASTS: Final = ("t1c", "t1", "t2", "flair")
 BUNDLE_REGIONS: Final = ("TC", "WT", "ET")
-#: Names that the bundle's metadata may give them.
+#: Names that the bundle's metadata may use for them.
 _CONTRAST_NAMES: Final = {"t1c": "t1c", "t1ce": "t1c", "t1gd": "t1c", "t1": "t1", "t2": "t2", "flair": "flair"}
 _REGION_NAMES: Final = {
     "tumor core": "TC",
@@ -50,7 +50,7 @@ _REGION_NAMES: Final = {
     "wt": "WT",
     "et": "ET",
 }
-#: Where the channels stand in the weights of MONAI's SegResNet.
+#: Weights of MONAI's SegResNet that depend on the order of channels.
 _FIRST: Final = "convInit.conv.weight"
 _LAST: Final = ("conv_final.2.conv.weight", "conv_final.2.conv.bias")
 _NETWORK: Final[dict[str, Any]] = {
@@ -61,21 +61,21 @@ _NETWORK: Final[dict[str, Any]] = {
     "in_channels": 4,
     "out_channels": 3,
 }
-#: Keys of the network that change nothing in prediction, or that name MONAI's defaults.
+#: Keys of the network that do not affect predictions, or that state MONAI's defaults.
 _HARMLESS: Final = {"dropout_prob": None, "spatial_dims": 3}
-#: A checkpoint may hold the weights under one of these.
+#: Keys under which a checkpoint may hold the weights.
 _WRAPPINGS: Final = ("model", "state_dict", "network")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Imported:
-    """What an import made."""
+    """Result of an import."""
 
     folder: Path
     bundle: str
-    """Name that the bundle's metadata give."""
+    """Name in the bundle's metadata."""
     sha256: str
-    """Of the weights in the folder."""
+    """SHA-256 of the weights in the folder."""
     config: RunConfig
 
     def to_json(self) -> dict[str, Any]:
@@ -90,15 +90,15 @@ class Imported:
 
 
 def import_bundle(bundle: Path, out: Path) -> Imported:
-    """Make a model's folder of a bundle.
+    """Create a model folder from a bundle.
 
     Args:
         bundle: folder with ``configs/metadata.json``, ``configs/inference.json`` and ``models/model.pt``.
-        out: folder to make; empty or not there yet.
+        out: folder to create; it must be empty or not exist.
 
     Raises:
-        RunError: ``out`` holds something, or is no place for a folder; ``bundle`` is no bundle, or not the one that is
-            understood; its weights are missing, damaged, not finite, or would have to be unpickled.
+        RunError: ``out`` is not empty or cannot be a folder; ``bundle`` is not a bundle or not the supported one; its
+            weights are missing, damaged, not finite, or would have to be unpickled.
         OSError: ``out`` cannot be written to.
     """
     require_empty_export(out)
@@ -140,10 +140,10 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
 
 
 def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of the bundle for input in the order of ``CONTRASTS`` and output in that of ``REGIONS``.
+    """Reorder the bundle's weights for input in the order of ``CONTRASTS`` and output in that of ``REGIONS``.
 
     Args:
-        weights: state dict for the bundle's own orders; another network's comes back as it is.
+        weights: state dict for the bundle's own orders; that of a different network is returned unchanged.
     """
     channels = [BUNDLE_CONTRASTS.index(contrast) for contrast in CONTRASTS]
     regions = [BUNDLE_REGIONS.index(region) for region in REGIONS]
@@ -157,7 +157,7 @@ def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, Any]) -> RunConfig:
-    """Settings of ours that do what the bundle's do."""
+    """Config of this program with the effect of the bundle's settings."""
     try:
         network = dict(inference["network_def"])
         inferer = dict(inference["inferer"])
@@ -216,7 +216,7 @@ def _json(bundle: Path, name: str) -> Mapping[str, Any]:
 
 
 def _weights(path: Path) -> dict[str, Tensor]:
-    """A state dict, read without unpickling anything but tensors."""
+    """Read a state dict without unpickling anything but tensors."""
     if not path.is_file():
         raise RunError(
             f"{path}: does not exist. Weights are downloaded apart from the bundle's configs: "
@@ -224,7 +224,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about forms that it then refuses
+            warnings.simplefilter("ignore")  # about formats that it then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(
@@ -252,7 +252,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def _provenance(bundle: Path, name: str, metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """What the bundle says of itself, for the model card."""
+    """Statements of the bundle about itself, for the model card."""
     metrics = metadata.get("eval_metrics")
     licences = [path.name for path in _licences(bundle)]
     return {

@@ -1,4 +1,4 @@
-"""Whether an exported network says what the original says: on windows of a case, in float32."""
+"""Comparison of an exported network with the original, on windows of a case, in float32."""
 
 from __future__ import annotations
 
@@ -26,47 +26,47 @@ from data.labels import from_regions
 from data.phantoms import write_phantoms
 from data.preprocess import prepare
 
-#: Windows that are compared.
+#: Number of windows to compare.
 WINDOWS: Final = 3
-#: What rounding may change of a logit, relative to the largest one, or to 1 where that is less.
+#: Difference of logits that rounding may cause, relative to the largest logit, or to 1 if that is larger.
 LARGEST_DIFFERENCE: Final = 1e-3
-#: Share of the voxels whose label may differ: those whose logit is all but 0.
+#: Share of voxels whose labels may differ: those with a logit close to 0.
 LARGEST_LABEL_DISAGREEMENT: Final = 1e-4
-#: Of the phantom that is made where no case is given.
+#: Voxel size of the phantom that is used if no case is given.
 _PHANTOM_MM: Final = 3.0
 
 Floats = npt.NDArray[np.float32]
-#: From windows of shape (N, contrasts, X, Y, Z) to logits of shape (N, regions, X, Y, Z).
+#: Maps windows of shape (N, contrasts, X, Y, Z) to logits of shape (N, regions, X, Y, Z).
 Answer = Callable[[Floats], Floats]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parity:
-    """How far the logits of two networks lie apart."""
+    """How far apart the logits of two networks are."""
 
     source: str
-    """Whose windows, in words."""
+    """Where the windows come from, in words."""
     windows: int
     largest_difference: float
     mean_difference: float
     largest_logit: float
-    """Of the original, without sign; infinite where one is no finite number."""
+    """Largest absolute logit of the original; infinite if any of its logits is not finite."""
     label_disagreement: float
-    """Share of the windows' voxels whose label differs, the logits cut at 0."""
+    """Share of the windows' voxels whose labels differ, with logits cut at 0."""
 
     @property
     def holds(self) -> bool:
-        """Whether no more differs than rounding explains; never where the original's logits are not finite."""
+        """Whether rounding explains all differences; never if the original's logits are not finite."""
         if not math.isfinite(self.largest_logit):
             return False
         allowed = LARGEST_DIFFERENCE * max(1.0, self.largest_logit)
         return self.largest_difference <= allowed and self.label_disagreement <= LARGEST_LABEL_DISAGREEMENT
 
     def require(self, what: str) -> None:
-        """Make sure that it holds.
+        """Check that parity holds.
 
         Raises:
-            RunError: it does not; the message has the numbers.
+            RunError: it does not; the message gives the numbers.
         """
         if not math.isfinite(self.largest_logit):
             raise RunError(
@@ -99,13 +99,13 @@ class Parity:
 
 
 def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor], source: str) -> Parity:
-    """Compare the original's logits with an exported network's, window by window.
+    """Compare the logits of the original and of an exported network, window by window.
 
     Args:
         network: the original, on the CPU, in eval mode.
-        answer: the exported network as the program it is for computes it.
+        answer: the exported network, computed by the program that it is exported for.
         windows: each of shape (1, contrasts, X, Y, Z), at least one.
-        source: whose windows they are, in words.
+        source: where the windows come from, in words.
     """
     largest = total = logit = 0.0
     count = voxels = differing = 0
@@ -115,9 +115,9 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
         theirs = answer(window.numpy())
         if theirs.shape != ours.shape:
             raise RunError(f"the exported network answers in the shape {theirs.shape}, the original in {ours.shape}")
-        with np.errstate(invalid="ignore"):  # infinite less infinite
+        with np.errstate(invalid="ignore"):  # infinity minus infinity
             apart = np.abs(ours - theirs)
-        # A difference that is not a number is as large as any.
+        # A difference that is NaN counts as infinite.
         largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
         total += float(apart.sum(dtype=np.float64))
         logit = max(logit, float(np.abs(ours).max()) if np.isfinite(ours).all() else math.inf)
@@ -135,17 +135,18 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
 
 
 def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
-    """Windows with brain in them, of a case or of a phantom that is made for it.
+    """Windows that contain brain, from a case or from a phantom that is made for the model.
 
     Args:
-        model: for its window and spacing.
-        folder: of the case, or None.
+        model: determines window and spacing.
+        folder: of the case; None uses a phantom.
 
     Returns:
-        at most :data:`WINDOWS` of shape (1, contrasts, X, Y, Z), spread over the volume; and whose they are, in words.
+        at most :data:`WINDOWS` of shape (1, contrasts, X, Y, Z), spread over the volume; and where they come from, in
+        words.
 
     Raises:
-        DataError: the case cannot be used, or the folder has several.
+        DataError: the case cannot be used, or the folder does not hold exactly one case.
     """
     if folder is not None:
         cases = find_cases(folder)

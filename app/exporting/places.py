@@ -1,4 +1,4 @@
-"""A folder that is there whole or not at all."""
+"""A folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from data.files import partial_name
 
 @contextmanager
 def folder_when_complete(out: Path) -> Iterator[Path]:
-    """Give a folder to fill, which becomes ``out`` when the block ends well, and goes when it does not.
+    """Yield a folder to fill, which becomes ``out`` if the block succeeds and is removed if it does not.
 
-    An ``out`` that is there stays the folder it is (the working directory, a link, a place where a volume is mounted):
-    it gets the content, the sums last.
+    An existing ``out`` (the working directory, a symlink, a mount point) is not replaced: the content is moved into it,
+    the checksums last.
 
     Args:
-        out: empty or not there yet.
+        out: must be empty or not exist.
 
     Raises:
-        RunError: it is a file, a link to nothing, or holds something.
+        RunError: ``out`` is a file, a dangling symlink, or not empty.
         OSError: the place cannot be written to.
     """
     require_empty_export(out)
@@ -47,10 +47,10 @@ def folder_when_complete(out: Path) -> Iterator[Path]:
 
 
 def require_empty_export(out: Path) -> None:
-    """Make sure that nothing is in the way.
+    """Check that nothing is in the way of an export.
 
     Raises:
-        RunError: it is a file, a link to nothing, lies in a file, or holds something.
+        RunError: ``out`` is a file, a dangling symlink, inside a file, or not empty.
     """
     if out.is_symlink() and not out.exists():
         raise RunError(f"{out}: a link to {out.readlink()}, which is not there; give a folder that is not there yet")

@@ -1,10 +1,11 @@
-"""What a cross-validation learnt of how far probabilities and volumes can be trusted: temperatures, volume intervals.
+"""Calibration from a cross-validation: temperatures for probabilities, and intervals for volumes.
 
-Temperature scaling divides the logit of a probability by one number a region (Guo et al. 2017, arXiv 1706.04599). One
-half stays one half, and what is larger stays larger; masks are cut before it, with the thresholds that were chosen
-without it. The interval of a volume is split conformal (Vovk et al. 2005; Lei et al. 2018, JASA 113, 1094): its error
-is the logarithm of (true + offset) / (marked + offset), and the interval has the errors up to their
-finite-sample quantile over the cross-validated cases. The offset lets an empty region have an interval too.
+Temperature scaling divides the logit of a probability by one number per region (Guo et al. 2017, arXiv 1706.04599).
+One half stays one half, and the order of probabilities does not change. Masks are cut from the probabilities before
+calibration, with thresholds that were chosen on those. The interval of a volume is split conformal (Vovk et al. 2005;
+Lei et al. 2018, JASA 113, 1094): the error of a volume is the absolute logarithm of (true + offset) / (marked +
+offset), and the interval covers errors up to their finite-sample quantile over the cross-validated cases. The offset
+gives an empty region an interval too.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from data.labels import REGIONS
 
 ByRegion = tuple[float, float, float]
 
-#: Share of cases whose true volume the interval is to cover.
+#: Share of cases whose true volume the interval should cover.
 LEVEL: Final = 0.9
-#: What is added to volumes before their ratio is taken, in ml.
+#: Added to volumes before their ratio is taken, in ml.
 OFFSET_ML: Final = 1.0
-#: Of the part of ``ensemble.json``.
+#: Version of the section ``calibration`` of ``ensemble.json``.
 VERSION: Final = 1
 _NOT_FROM_CROSSVAL: Final = "a single run is not calibrated; an ensemble of znormseg crossval is"
 _NOT_MEASURED: Final = "this ensemble was made before calibration; znormseg crossval in its folder makes it anew"
@@ -33,21 +34,21 @@ _NOT_MEASURED: Final = "this ensemble was made before calibration; znormseg cros
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeErrors:
-    """How far volumes were from the truth on cases that the networks had not trained on."""
+    """Errors of volumes on cases that the networks were not trained on."""
 
     level: float
     """Share of cases that the interval covers, such as 0.9."""
     offset_ml: float
-    """Added to both volumes."""
+    """Added to both volumes before their ratio is taken."""
     log_ratio: ByRegion
-    """By region: the quantile of the absolute logarithm of the ratio."""
+    """By region: quantile of the absolute logarithm of the ratio."""
 
     def interval_ml(self, number: int, volume_ml: float) -> tuple[float, float]:
-        """The interval of the true volume of a region.
+        """Interval of the true volume of a region.
 
         Args:
-            number: of the region in :data:`data.labels.REGIONS`.
-            volume_ml: that is marked.
+            number: index of the region in :data:`data.labels.REGIONS`.
+            volume_ml: volume of the region in the label map.
 
         Example:
             >>> errors = VolumeErrors(level=0.9, offset_ml=1.0, log_ratio=(math.log(2), 0.0, 0.0))
@@ -61,28 +62,29 @@ class VolumeErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What is known of a predictor's probabilities and volumes."""
+    """Calibration of a predictor's probabilities and volumes."""
 
     temperature: ByRegion | None = None
-    """By region: what logits are divided by; None where nothing was measured, which is as 1."""
+    """By region: divisor of the logits; None if it was not measured, which has the effect of 1."""
     volume: VolumeErrors | None = None
-    """None where there is no interval."""
+    """None if there is no interval."""
     why_no_interval: str | None = None
     """Why ``volume`` is None, in words."""
 
     def apply(self, centred: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Calibrated probabilities less one half, of probabilities less one half; for showing, not for cutting.
+        """Calibrate probabilities less one half; for display, not for cutting masks.
 
         Args:
-            centred: shape (3, ...), order of :data:`data.labels.REGIONS`, -0.5 to 0.5; -0.5, 0 and 0.5 stay.
+            centred: probabilities less one half, shape (3, ...), order of :data:`data.labels.REGIONS`, from -0.5 to
+                0.5; the values -0.5, 0 and 0.5 do not change.
 
         Returns:
-            the same shape; ``centred`` itself where every temperature is 1.
+            calibrated probabilities less one half, the same shape; ``centred`` itself if every temperature is 1.
         """
         if self.temperature is None or self.temperature == (1.0, 1.0, 1.0):
             return centred
         calibrated = centred.copy()
-        with np.errstate(divide="ignore"):  # a probability of exactly 0 or 1 has no finite logit, and stays
+        with np.errstate(divide="ignore"):  # a probability of exactly 0 or 1 has an infinite logit and does not change
             for place, temperature in zip(calibrated, self.temperature, strict=True):
                 if temperature != 1:
                     half_logits = np.arctanh(2 * place)
@@ -91,11 +93,11 @@ class Calibration:
         return calibrated
 
     def record(self, volumes_ml: Sequence[float], *, complete: bool) -> dict[str, Any]:
-        """What a case's JSON says.
+        """Entries about calibration in a case's JSON.
 
         Args:
             volumes_ml: of the label map, by region in the order of :data:`data.labels.REGIONS`.
-            complete: whether all contrasts were there, as in the cases that the errors are of.
+            complete: whether all contrasts were present, as in the cases that the errors were measured on.
         """
         why = self.why_no_interval
         if self.volume is not None and not complete:
@@ -115,19 +117,19 @@ class Calibration:
         }
 
 
-#: Of a single run.
+#: Calibration of a single run.
 NOT_CALIBRATED: Final = Calibration(why_no_interval=_NOT_FROM_CROSSVAL)
 
 
 def conformal_quantile(errors: Sequence[float], level: float) -> float | None:
-    """The error that a new one, exchangeable with these, does not exceed with a probability of ``level`` or more.
+    """Bound that a new error, exchangeable with these, does not exceed with a probability of at least ``level``.
 
     Args:
-        errors: 0 or more each.
+        errors: each at least 0.
         level: above 0 and below 1.
 
     Returns:
-        the ceil((n + 1) level)-th smallest of n errors; None where that is more than n, so that no bound holds.
+        the ceil((n + 1) level)-th smallest of n errors; None if that is more than n, so that there is no bound.
 
     Example:
         >>> conformal_quantile(range(9), 0.9), conformal_quantile(range(8), 0.9), conformal_quantile(range(19), 0.9)
@@ -138,24 +140,24 @@ def conformal_quantile(errors: Sequence[float], level: float) -> float | None:
 
 
 def fewest_cases(level: float) -> int:
-    """How many cases an interval of a level needs: 9 for 0.9."""
+    """Number of cases that an interval of a level needs: 9 for 0.9."""
     return math.ceil(level / (1 - level) - 1e-9)
 
 
 def log_ratio(true_ml: float, marked_ml: float) -> float:
-    """The error of a volume, 0 or more: see the head of this file."""
+    """Error of a volume, at least 0, as the docstring of this module defines it."""
     return abs(math.log((true_ml + OFFSET_ML) / (marked_ml + OFFSET_ML)))
 
 
 def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: bool) -> Calibration:
-    """Read the part ``calibration`` of ``ensemble.json`` (``Calibrated.to_json`` of app.experiments.crossval).
+    """Read the section ``calibration`` of ``ensemble.json`` (``Calibrated.to_json`` of app.experiments.crossval).
 
     Args:
-        content: the part; None of an ensemble that has none, whose probabilities are taken as they are.
-        postprocessed: whether volumes are those of post-processed masks.
+        content: the section; None for an ensemble without it, whose probabilities are used as they are.
+        postprocessed: whether volumes are measured on post-processed masks.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is not of that form.
+        KeyError, TypeError, ValueError, AttributeError: the content is not valid.
     """
     if content is None:
         return Calibration(why_no_interval=_NOT_MEASURED)

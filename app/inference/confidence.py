@@ -1,9 +1,9 @@
-"""What an answer tells of how far to trust it: nested probabilities, entropy, confidence, soft volumes, components.
+"""Confidence of a prediction: nested probabilities, entropy, mean probability, soft volumes, components.
 
-Entropy of the mean probability is the usual measure of all uncertainty of a prediction, and the part of it by which
-single answers are surer than their mean (mutual information) is the disagreement of the answers (Lakshminarayanan et
-al., NeurIPS 2017; Wang et al., Neurocomputing 338, 34, 2019). By region, as in the uncertainty task of BraTS (Mehta et
-al., MELBA 2022).
+The entropy of the mean probability is the usual measure of a prediction's total uncertainty. The amount by which it
+exceeds the mean entropy of the single answers (mutual information) measures how far the answers disagree
+(Lakshminarayanan et al., NeurIPS 2017; Wang et al., Neurocomputing 338, 34, 2019). Both are computed by region, as in
+the uncertainty task of BraTS (Mehta et al., MELBA 2022).
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from data.preprocess import smallest_box
 Floats = npt.NDArray[np.float32]
 Masks = npt.NDArray[np.bool_]
 ShareSteps = npt.NDArray[np.uint16]
-#: A file beside the label map, as it is named: WT, TC and ET as volumes of one 4D file.
+#: An optional file next to the label map, by its name: WT, TC and ET as volumes of one 4D file.
 Companion = Literal["probabilities", "uncertainty", "disagreement"]
 COMPANIONS: Final[tuple[Companion, ...]] = ("probabilities", "uncertainty", "disagreement")
 
-#: Voxels that share a face, an edge or a corner are of one component.
+#: 26-connectivity: voxels that share a face, an edge or a corner belong to the same component.
 _CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
 
 
 def nested(centred: Floats) -> Floats:
-    """Probabilities less one half of which none is above that of a larger region: WT >= TC >= ET.
+    """Make probabilities less one half nested, so that none exceeds that of a larger region: WT >= TC >= ET.
 
-    Networks answer for each region by itself; enhancing tumour is part of the core, and that of the whole tumour, so no
-    probability can be larger than that of what holds it. Cut at one half, the regions are those of the label map.
+    Networks predict each region separately. Enhancing tumour is part of the core, and the core is part of the whole
+    tumour, so no region can be more probable than the one that contains it. Cut at one half, the regions are those of
+    the label map.
 
     Args:
         centred: shape (3, ...), order of :data:`data.labels.REGIONS`.
@@ -47,7 +48,7 @@ def nested(centred: Floats) -> Floats:
 
 
 def entropy_bits(centred: Floats) -> Floats:
-    """Entropy of being in a region or not: 0 where the probability is 0 or 1, 1 where it is one half.
+    """Entropy of belonging to a region, in bits: 0 where the probability is 0 or 1, 1 where it is one half.
 
     Args:
         centred: probabilities less one half, any shape.
@@ -62,33 +63,34 @@ def entropy_bits(centred: Floats) -> Floats:
 
 
 def probability_steps(centred: Floats) -> ShareSteps:
-    """Probabilities less one half in 65535ths; one above a whole 256th stays above it, one at or below stays so.
+    """Quantise probabilities less one half to 65535ths without moving any across a multiple of 1/256.
 
-    So that a file cut at a threshold of this program gives the label map. The error is at most 1/65535.
+    A value above a multiple stays above it, and one at or below it stays there, so that a file cut at a threshold of
+    this program gives the label map. The error is at most 1/65535.
 
     Example:
         >>> probability_steps(np.array([-0.5, 0.0, 1e-9, 0.5], dtype=np.float32)).tolist()
         [0, 32767, 32768, 65535]
     """
-    # Products and sums of whole numbers below 2^24 are exact in float32.
+    # Products and sums of integers below 2^24 are exact in float32.
     steps = np.ceil(centred.astype(np.float32, copy=False) * (SHARE_STEPS + 1)) + SHARE_STEPS // 2
     found: ShareSteps = np.clip(steps, 0, SHARE_STEPS).astype(np.uint16)
     return found
 
 
 def bit_steps(bits: Floats) -> ShareSteps:
-    """Entropies of 0 to 1 in 65535ths, rounded."""
+    """Quantise entropies from 0 to 1 to 65535ths, rounded."""
     steps: ShareSteps = np.rint(bits * SHARE_STEPS).astype(np.uint16)
     return steps
 
 
 def companions(centred: Floats, disagreement: Floats | None, options: PredictOptions) -> dict[Companion, ShareSteps]:
-    """The arrays of the files that are asked for beside a label map, in 65535ths.
+    """Arrays of the optional files that are requested, in 65535ths.
 
     Args:
         centred: nested probabilities less one half, shape (3, ...).
-        disagreement: of several answers, in bits, the same shape.
-        options: what is asked for.
+        disagreement: of several answers, in bits, the same shape; None if it was not computed.
+        options: which files are requested.
     """
     found: dict[Companion, ShareSteps] = {}
     if options.save_probabilities:
@@ -102,33 +104,33 @@ def companions(centred: Floats, disagreement: Floats | None, options: PredictOpt
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """What is known of an answer beside its label map."""
+    """How far a prediction can be trusted: measures in addition to its label map."""
 
     volumes_ml: Mapping[Region, float]
-    """By region: what is marked."""
+    """By region: volume in the label map."""
     confidence: Mapping[Region, float | None]
-    """By region: mean probability in the region as it is marked; None where nothing is."""
+    """By region: mean probability inside the region as marked; None if nothing is marked."""
     soft_volumes_ml: Mapping[Region, float]
     """By region: sum of the probabilities times the volume of a voxel."""
     components: Mapping[Region, int]
-    """By region: 26-connected components that are marked."""
+    """By region: number of 26-connected components in the label map."""
     largest_component: float
-    """Share of the marked whole tumour that lies in its largest component; 0 where nothing is marked."""
+    """Share of the marked whole tumour that is in its largest component; 0 if nothing is marked."""
     answer_volumes_ml: tuple[Mapping[Region, float], ...]
-    """By answer of a network for a mirrored image: the regions' volumes without post-processing beyond thresholds."""
+    """One entry for each network and mirrored image: the regions' volumes after thresholds and nothing else."""
     networks: int
     flips: int
 
     @property
     def volume_range_ml(self) -> dict[Region, tuple[float, float]] | None:
-        """By region: least and largest volume over the answers; None of one answer."""
+        """Smallest and largest volume over the answers, by region; None for a single answer."""
         if len(self.answer_volumes_ml) < 2:
             return None
         by_region = {region: [volumes[region] for volumes in self.answer_volumes_ml] for region in REGIONS}
         return {region: (min(volumes), max(volumes)) for region, volumes in by_region.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as it stands in ``<case>.json``."""
+        """Plain data, as written to ``<case>.json``."""
         spread = self.volume_range_ml
         return {
             "confidence": {r: None if c is None else round(c, 4) for r, c in self.confidence.items()},
@@ -154,16 +156,16 @@ def measure_confidence(
     networks: int,
     flips: int,
 ) -> Trust:
-    """What marked regions and their probabilities tell.
+    """Measure the marked regions and their probabilities.
 
     Args:
         masks: nested, after post-processing, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
-        centred: nested probabilities less one half, the same shape; -0.5 outside of the brain.
-        spacing_mm: of these voxels.
-        answer_voxels: by answer: voxels of each region.
-        answer_spacing_mm: of those.
-        networks: that answered.
-        flips: mirrored images each answered for.
+        centred: nested probabilities less one half, the same shape; -0.5 outside the brain.
+        spacing_mm: spacing of these voxels.
+        answer_voxels: one entry per answer: number of voxels of each region.
+        answer_spacing_mm: spacing of the answers' voxels.
+        networks: number of networks.
+        flips: number of mirrored images per network.
     """
     voxel_ml, answer_ml = (float(np.prod(spacing)) / 1000 for spacing in (spacing_mm, answer_spacing_mm))
     volumes: dict[Region, float] = {}
@@ -192,7 +194,7 @@ def measure_confidence(
 
 
 def _component_sizes(mask: Masks) -> npt.NDArray[np.int_]:
-    """Voxels of each component, in no order."""
+    """Number of voxels of each component, in no particular order."""
     if not mask.any():
         return np.zeros(0, dtype=int)
     numbers, _ = ndimage.label(mask[smallest_box(mask)], structure=_CONNECTED)

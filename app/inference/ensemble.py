@@ -1,10 +1,10 @@
 """Several trained networks as one: the mean of their probabilities, post-processed.
 
-The folder of an ensemble holds all it needs::
+The folder of an ensemble is self-contained::
 
-    ensemble.json   the networks and their SHA-256, post-processing, calibration, what is in them, where they come from
-    split.json      the case ids that trained them, all under ``train``
-    fold-0/checkpoints/best-*   weights with their JSON, as of a run; and so on
+    ensemble.json   the networks and their SHA-256, post-processing, calibration, contrasts, regions, provenance
+    split.json      the ids of the training cases, all under ``train``
+    fold-0/checkpoints/best-*   weights with their JSON, as in a run; and so on
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from data.preprocess import SPACING_TOLERANCE
 if TYPE_CHECKING:
     from app.config.load import RunConfig
 
-#: Describes an ensemble, in its folder.
+#: File that describes an ensemble, in the ensemble's folder.
 ENSEMBLE_FILE: Final = "ensemble.json"
-#: Describes a cross-validation, in its folder.
+#: File that describes a cross-validation, in the cross-validation's folder.
 CROSSVAL_FILE: Final = "folds.json"
-#: Where a cross-validation writes its ensemble.
+#: Folder of the ensemble inside that of its cross-validation.
 ENSEMBLE_FOLDER: Final = "ensemble"
 VERSION: Final = 1
-#: Ensembles whose weights are smaller are held in memory whole; of others each network is read anew for each case.
+#: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
 _ANEW: Final = "Put the folder back from a copy, or delete it and give the znormseg crossval command again."
 
@@ -46,44 +46,44 @@ class Ensemble:
 
     folder: Path
     names: tuple[str, ...]
-    """Folders of the networks in ``folder``."""
+    """Names of the networks' folders in ``folder``."""
     steps: Mapping[str, int]
     """By name: the optimiser step of the weights."""
     weights: Mapping[str, str]
-    """By name: SHA-256 of the weights' file."""
+    """By name: SHA-256 of the weights file."""
     runtime: Runtime
     plain_config: Mapping[str, Any]
-    """Of the first network, as it is in its checkpoint; the others differ in their cases alone."""
+    """Config of the first network, as stored in its checkpoint; the others differ only in their cases."""
     takes_missing_contrasts: bool
-    """Whether its networks were trained to do without some contrasts."""
+    """Whether the networks were trained to predict without some contrasts."""
     spacing_mm: Spacing
     convention: LabelConvention
     postprocess: Postprocess
     postprocess_was_left_out: bool
     calibration: Calibration
-    """Of probabilities before post-processing, and of volumes of masks that are post-processed or not, as here."""
+    """Its temperatures are for probabilities before post-processing, its volumes for masks post-processed as here."""
     held: tuple[Model, ...]
-    """The networks, where they are small together; else empty."""
+    """The networks, if they are small in total; else empty."""
 
     @property
     def sha256(self) -> str:
-        """Over those of the weights, in the order of the networks."""
+        """SHA-256 over the SHA-256s of the networks' weights, in the order of the networks."""
         return hashlib.sha256(" ".join(self.weights[name] for name in self.names).encode()).hexdigest()
 
     @property
     def config(self) -> RunConfig:
-        """Of the first network; imports torch.
+        """Config of the first network; imports torch.
 
         Raises:
-            RunError: it is not one of this version.
+            RunError: the config does not fit this version.
         """
         return config_of(self.plain_config, str(self.folder))
 
     def members(self) -> Iterator[Model]:
-        """The networks; where they are not held, each is read when its turn comes and is not kept.
+        """Yield the networks; unless they are held in memory, each is read when its turn comes and not kept.
 
         Raises:
-            RunError: as :func:`load_ensemble`, where a file changed since.
+            RunError: as in :func:`load_ensemble`, if a file has changed since then.
         """
         if self.held:
             yield from self.held
@@ -92,7 +92,7 @@ class Ensemble:
             yield _member(self.folder, name, self.weights[name], self.runtime)
 
     def record(self) -> dict[str, Any]:
-        """SHA-256 over all weights, those of each network, and the rules that were applied."""
+        """SHA-256 over all weights and of each network's, and the post-processing that was applied."""
         return {
             "weights_sha256": self.sha256,
             "ensemble": [
@@ -104,15 +104,15 @@ class Ensemble:
 
 
 def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) -> Predictor:
-    """A run's network, or the networks of an ensemble.
+    """Load the network of a run or the networks of an ensemble.
 
     Args:
         folder: of a run or of an ensemble.
-        runtime: where the networks go.
-        postprocess: False cuts probabilities at one half and leaves it at that.
+        runtime: backend, device and precision to load the networks for.
+        postprocess: False only cuts probabilities at one half.
 
     Raises:
-        RunError: as :func:`app.inference.model.load_model` and :func:`load_ensemble`; or the folder is that of a
+        RunError: as in :func:`app.inference.model.load_model` and :func:`load_ensemble`; or the folder is that of a
             cross-validation.
     """
     if (folder / ENSEMBLE_FILE).exists():
@@ -129,15 +129,15 @@ def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) 
 
 
 def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -> Ensemble:
-    """Read an ensemble, and make sure that every network is the one that was put in.
+    """Read an ensemble and verify that every network is the one that was added.
 
     Args:
         folder: with an ``ensemble.json``.
-        runtime: where the networks go.
-        postprocess: False cuts probabilities at one half and leaves it at that.
+        runtime: backend, device and precision to load the networks for.
+        postprocess: False only cuts probabilities at one half.
 
     Raises:
-        RunError: ``ensemble.json`` is damaged; weights are missing, damaged or others; networks that do not go
+        RunError: ``ensemble.json`` is damaged; weights are missing, damaged or replaced; or the networks do not fit
             together.
     """
     content = read_json(folder / ENSEMBLE_FILE)
@@ -178,10 +178,10 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
 
 
 def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
-    """Read one network, and make sure that it is the one that was put in.
+    """Read one network and verify that it is the one that was added.
 
     Raises:
-        RunError: its weights are missing, damaged or others.
+        RunError: its weights are missing, damaged or replaced.
     """
     try:
         model = load_model(folder / name, runtime)
@@ -196,10 +196,10 @@ def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
 
 
 def require_alike(folder: Path, first: ModelFacts, model: ModelFacts) -> None:
-    """Make sure that probabilities of networks may be averaged.
+    """Check that the probabilities of two networks may be averaged.
 
     Raises:
-        RunError: they work at another spacing, or were trained on other label numbers, or differ in the contrasts
+        RunError: they work at different spacings, were trained on different label numbers, or differ in the contrasts
             that they need.
     """
     pairs = zip(first.spacing_mm, model.spacing_mm, strict=True)

@@ -1,4 +1,4 @@
-"""What a person should know before relying on a label map: rules that are pure functions of what was found."""
+"""What a reader should know before relying on a label map: rules as pure functions of the facts about a case."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from app.runs.training_record import UNKNOWN, TrainingRecord
 from data.datasets.layouts import patient_of
 from data.labels import REGIONS, Contrast, Region
 
-#: Whole tumours below this are tiny: a ball of 10 mm, the least that is measurable by the RANO criteria (Wen et al., J
-#: Clin Oncol 28, 1963, 2010). A few voxels more or less are much of it.
+#: A smaller whole tumour is tiny: a ball of 10 mm diameter, the smallest lesion that counts as measurable in the RANO
+#: criteria (Wen et al., J Clin Oncol 28, 1963, 2010). A few voxels more or less change such a volume a lot.
 TINY_ML: Final = math.pi / 6
-#: More components than this are scattered. Multifocal gliomas have two to a handful; chosen.
+#: More components than this are scattered; multifocal gliomas have two to a handful. Our choice.
 MANY_COMPONENTS: Final = 10
-#: A largest component with less of the whole tumour than this is scattered too; chosen.
+#: A whole tumour is also scattered if its largest component holds less than this share of it. Our choice.
 LEAST_IN_LARGEST: Final = 0.5
-#: Volumes that differ by more than this share are uncertain: half of the 40 % by which a tumour has to grow to count as
-#: progressive by volume in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023), so that they may hide
-#: or feign half of it.
+#: Volumes that differ by more than this share are uncertain: half of the 40 % growth in volume that counts as
+#: progression in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023), so the difference may hide or mimic half of that
+#: growth.
 UNCERTAIN_SHARE: Final = 0.2
-#: And by more than this: what a faint probability all over a brain adds up to; chosen.
+#: They must also differ by more than this, which a faint probability all over a brain can add up to. Our choice.
 UNCERTAIN_ML: Final = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Flag:
-    """One thing to know."""
+    """One thing that a reader of the label map should know."""
 
     code: str
-    """One of :data:`CODES`; stays the same while sentences may change."""
+    """One of :data:`CODES`; codes are stable, sentences may change."""
     sentence: str
 
     def to_json(self) -> dict[str, str]:
@@ -40,7 +40,7 @@ class Flag:
         return {"code": self.code, "sentence": self.sentence}
 
 
-#: Every code, with what it means.
+#: Every code and its meaning.
 CODES: Final[Mapping[str, str]] = {
     "missing_contrast": "a contrast was not there; the network answered without it",
     "nan_to_zero": "voxels that were NaN or infinite were taken as 0",
@@ -58,28 +58,28 @@ CODES: Final[Mapping[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class CaseFacts:
-    """What was found of one case."""
+    """Facts about one case that the rules are applied to."""
 
     case: str
-    """Its id."""
+    """Case id."""
     trust: Trust
     missing: tuple[Contrast, ...] = ()
-    """Contrasts that were not there."""
+    """Missing contrasts."""
     zeroed: Mapping[Contrast, int]
-    """By contrast: voxels that were NaN or infinite and were taken as 0."""
+    """By contrast: number of NaN or infinite voxels that were replaced with 0."""
     backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
-    """By contrast: what of it was background and not 0, in words."""
+    """By contrast: which non-zero background was replaced with 0, in words."""
     repairs: tuple[str, ...] = ()
-    """What was done about the geometry, a sentence each."""
+    """Corrections of the geometry, one sentence each."""
     preparation: tuple[str, ...] = ()
-    """Warnings of bringing in, a sentence each."""
+    """Warnings from the preparation of the scans (``--prepare``), one sentence each."""
     unusual: tuple[Contrast, ...] = ()
     """Contrasts whose intensities are unlike those of the training cases."""
     training: TrainingRecord = UNKNOWN
 
 
 def flags_of(facts: CaseFacts) -> tuple[Flag, ...]:
-    """What to know of a case, in the order of :data:`CODES`."""
+    """Flags of a case, in the order of :data:`CODES`."""
     return tuple(_flags(facts))
 
 
@@ -125,7 +125,7 @@ def _tumour_flags(trust: Trust) -> Iterator[Flag]:
 
 
 def _uncertain(region: Region, trust: Trust) -> str | None:
-    """Why a volume is uncertain, or None."""
+    """Why the volume of a region is uncertain, or None."""
     marked, soft = trust.volumes_ml[region], trust.soft_volumes_ml[region]
     if _apart(marked, soft):
         return f"{region}: {marked:.1f} ml are marked, the probabilities add up to {soft:.1f} ml."
@@ -142,7 +142,7 @@ def _apart(one_ml: float, other_ml: float) -> bool:
 
 
 def _seen(case: str, training: TrainingRecord) -> str | None:
-    """How the training knows a case, or None."""
+    """How training has already seen the case, or None."""
     if case in training.trained_on:
         return "The networks were trained on this case; the label map says nothing of how they do on new ones."
     if case in training.validated_on:
@@ -153,7 +153,7 @@ def _seen(case: str, training: TrainingRecord) -> str | None:
 
 
 def _and(names: tuple[str, ...]) -> str:
-    """Names in a row.
+    """Join names for a sentence.
 
     Example:
         >>> _and(("t1", "t2", "flair"))

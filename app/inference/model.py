@@ -1,4 +1,4 @@
-"""A trained network, read from its run folder: weights, and all that is needed to apply them; or several of them."""
+"""A trained network, loaded from its run folder with all that is needed to apply it; and the protocol of predictors."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from app.system.device import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
 
-# What imports torch is imported where it is used: predicting with OpenVINO does without it.
+# Modules that import torch are imported where they are used, since predicting with OpenVINO works without torch.
 if TYPE_CHECKING:
     from app.config.load import RunConfig
     from app.inference.backends.torch_backend import GraphNetwork
 
 
-#: What every version so far has in this section; the whole config is read with torch alone.
+#: Keys that this section has in the configs of all versions so far; reading a whole config would need torch.
 _NETWORK_KEYS: Final = {"architecture", "channels", "dropout"}
 
 
 class Predictor(Protocol):
-    """What label maps are made with: one network, or the mean of several."""
+    """Predicts label maps: one network, or the mean of several."""
 
     @property
     def plain_config(self) -> Mapping[str, Any]:
-        """Of the training, as it is in the checkpoint."""
+        """Config of the training run, as stored in the checkpoint."""
         ...
 
     @property
     def config(self) -> RunConfig:
-        """Of the training."""
+        """Config of the training run."""
         ...
 
     @property
     def spacing_mm(self) -> Spacing:
-        """What the networks work at."""
+        """Voxel spacing that the networks work at."""
         ...
 
     @property
     def convention(self) -> LabelConvention:
-        """What the training data's label numbers mean."""
+        """Meaning of the label numbers in the training data."""
         ...
 
     @property
     def sha256(self) -> str:
-        """Of the weights."""
+        """SHA-256 of the weights."""
         ...
 
     @property
     def postprocess(self) -> Postprocess:
-        """What is done with the probabilities."""
+        """Rules that turn probabilities into masks."""
         ...
 
     @property
@@ -70,15 +70,15 @@ class Predictor(Protocol):
 
     @property
     def takes_missing_contrasts(self) -> bool:
-        """Whether it was trained to do without some contrasts."""
+        """Whether it was trained to predict without some contrasts."""
         ...
 
     def members(self) -> Iterator[Model]:
-        """The networks, one after the other; whoever lets go of one before the next holds one at a time."""
+        """The networks, one after the other; a caller that drops each before the next holds only one at a time."""
         ...
 
     def record(self) -> dict[str, Any]:
-        """What a result file says of the weights and of post-processing."""
+        """Entries of a result file about the weights and the post-processing."""
         ...
 
 
@@ -87,53 +87,53 @@ class Model:
     """A network ready to predict."""
 
     engine: Backend
-    """Network and backend."""
+    """The network and the backend that computes it."""
     plain_config: Mapping[str, Any]
-    """Of the training, as it is in the checkpoint."""
+    """Config of the training run, as stored in the checkpoint."""
     origin: str
     """Folder of the run, for messages."""
     window: Size
-    """The size the network was trained on, in voxels."""
+    """Size that the network was trained on, in voxels."""
     overlap: float
-    """Share of a window that its neighbour covers too, as in the run's validations."""
+    """Share of a window that its neighbour also covers, as in the run's validations."""
     crop: bool
-    """Whether it sees the brain's box alone, or the whole volume."""
+    """Whether it sees only the bounding box of the brain instead of the whole volume."""
     takes_missing_contrasts: bool
-    """Whether it was trained to do without some contrasts."""
+    """Whether it was trained to predict without some contrasts."""
     spacing_mm: Spacing
     convention: LabelConvention
-    """What the training data's label numbers mean."""
+    """Meaning of the label numbers in the training data."""
     sha256: str
-    """Of the weights' file."""
+    """SHA-256 of the weights file."""
     step: int
 
     @cached_property
     def config(self) -> RunConfig:
-        """Of the training; imports torch.
+        """Config of the training run; imports torch.
 
         Raises:
-            RunError: it is not one of this version.
+            RunError: the config does not fit this version.
         """
         return config_of(self.plain_config, self.origin)
 
     @property
     def network(self) -> GraphNetwork:
-        """The network as a module of torch, in eval mode; its state dict is that of the network that was trained."""
+        """The network as a torch module in eval mode; its state dict is that of the trained network."""
         assert isinstance(self.engine, TorchEngine), "loaded for another backend than torch"
         return self.engine.network
 
     @property
     def postprocess(self) -> Postprocess:
-        """None: probabilities are cut at one half."""
+        """No rules: probabilities are cut at one half."""
         return Postprocess()
 
     @property
     def calibration(self) -> Calibration:
-        """None: there are no cases that it was not chosen on."""
+        """Not calibrated: a single run has used its validation cases to choose its weights."""
         return NOT_CALIBRATED
 
     def members(self) -> Iterator[Model]:
-        """Itself."""
+        """Yield this network."""
         yield self
 
     def record(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ class Model:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFacts:
-    """What must be the same of networks that predict together, without their weights."""
+    """Facts about a network without its weights, such as those that networks must share to predict together."""
 
     plain_config: Mapping[str, Any]
     takes_missing_contrasts: bool
@@ -152,7 +152,7 @@ class ModelFacts:
 
 
 def facts_of(model: Model) -> ModelFacts:
-    """Of a network, so that it can be let go of."""
+    """Copy the facts of a network, so that the network itself can be freed."""
     return ModelFacts(
         plain_config=model.plain_config,
         takes_missing_contrasts=model.takes_missing_contrasts,
@@ -162,10 +162,10 @@ def facts_of(model: Model) -> ModelFacts:
 
 
 def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
-    """The config of a checkpoint; imports torch.
+    """Parse the config of a checkpoint; imports torch.
 
     Raises:
-        RunError: it is not one of this version.
+        RunError: the config does not fit this version.
     """
     from app.config.load import from_plain
 
@@ -176,14 +176,14 @@ def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
 
 
 def load_model(run: Path, runtime: Runtime) -> Model:
-    """Load the network of a run: the best on its validation cases, or the last where it had none.
+    """Load the network of a run: the best by its validation cases, or the last if it had none.
 
     Args:
-        run: folder that ``train`` made; training may still go on.
-        runtime: where the network goes.
+        run: folder that ``train`` made; training may still be running.
+        runtime: backend, device and precision to load the network for.
 
     Raises:
-        RunError: no such folder, no weights in it, weights that were changed, or not those of this program.
+        RunError: the folder does not exist, or its weights are missing, were changed or do not fit this version.
     """
     if not run.is_dir():
         raise RunError(f"{run}: {'not a folder' if run.exists() else 'does not exist'}; give the folder of a run")
@@ -243,10 +243,10 @@ def load_model(run: Path, runtime: Runtime) -> Model:
 
 
 def _traced(run: Path, plain: dict[str, Any]) -> Graph:
-    """The graph of a run of a version that did not write it, from the network's own code.
+    """Trace the graph of a run whose version did not store it, from the network's code.
 
     Raises:
-        ConfigError: its config is not one of this version.
+        ConfigError: the config of the run does not fit this version.
     """
     from app.config.load import from_plain
     from app.inference.backends.trace import trace_of

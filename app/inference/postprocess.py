@@ -1,7 +1,7 @@
-"""From probabilities to masks: thresholds, small components, enhancing tumour too small to be one.
+"""From probabilities to masks: thresholds, removal of small components, a minimum volume of enhancing tumour.
 
-Probabilities are taken less one half ("centred", -0.5 to 0.5), so that what lies close to one half keeps its side.
-Sources: smallest components are in every BraTS pipeline; that little enhancing tumour is called necrosis is from
+Probabilities are given less one half ("centred", -0.5 to 0.5), so that values close to one half keep their side.
+Sources: every BraTS pipeline removes small components; relabelling very little enhancing tumour as necrosis is from
 nnU-Net's BraTS 2020 entry (Isensee et al., arXiv 2011.00848).
 """
 
@@ -22,22 +22,22 @@ from data.preprocess import smallest_box
 Masks = npt.NDArray[np.bool_]
 ByRegion = tuple[float, float, float]
 
-#: Voxels that share a face, an edge or a corner are of one component.
+#: 26-connectivity: voxels that share a face, an edge or a corner belong to the same component.
 _CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
-#: Voxel sizes come from affines; a component this close to the bound, relative, is as large as it.
+#: Voxel sizes come from affines, so a component counts as large as the bound if it is this close, relative.
 _TOLERANCE: Final = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Postprocess:
-    """Rules between a network's answer and a label map; the defaults change nothing."""
+    """Rules between a network's probabilities and a label map; the defaults change nothing."""
 
     thresholds: ByRegion = (0.5, 0.5, 0.5)
-    """By region: a voxel belongs to it where the probability is above."""
+    """By region: a voxel belongs to the region if its probability is above this."""
     smallest_mm3: ByRegion = (0.0, 0.0, 0.0)
-    """By region: 26-connected components of less volume are taken away."""
+    """By region: 26-connected components with less volume are removed."""
     least_enhancing_mm3: float = 0.0
-    """A case with less enhancing tumour than this in all has none: its voxels stay in the core, as necrosis."""
+    """A case with less enhancing tumour in total has none: those voxels stay in the core, as necrosis."""
 
     def __post_init__(self) -> None:
         if not all(0 < threshold < 1 for threshold in self.thresholds):
@@ -51,7 +51,7 @@ class Postprocess:
         return self == Postprocess()
 
     def cut(self, centred: npt.NDArray[np.float32]) -> Masks:
-        """Masks of probabilities.
+        """Cut probabilities into masks.
 
         Args:
             centred: probabilities less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
@@ -63,16 +63,17 @@ class Postprocess:
         return centred > bounds.astype(np.float32)
 
     def clean(self, masks: Masks, spacing_mm: Spacing) -> Masks:
-        """Nested masks without what is too small; never a voxel that is not in ``masks``.
+        """Remove what is too small and nest the masks; never adds a voxel to ``masks``.
 
-        From the largest region to the smallest: what WT loses, TC and ET lose too.
+        The order is from the largest region to the smallest: what WT loses, TC and ET lose too.
 
         Args:
-            masks: bool, shape (3, X, Y, Z), nested or not; a larger region decides, as in ``data.labels.from_regions``.
+            masks: bool, shape (3, X, Y, Z), nested or not; a larger region limits those inside it, as in
+                ``data.labels.from_regions``.
             spacing_mm: of the grid.
 
         Returns:
-            bool, the same shape; WT contains TC contains ET.
+            bool, the same shape; WT contains TC, and TC contains ET.
         """
         voxel_mm3 = float(np.prod(spacing_mm))
         cleaned = np.zeros_like(masks)
@@ -85,7 +86,7 @@ class Postprocess:
         return cleaned
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as :func:`postprocess_from_json` takes it."""
+        """Plain data for :func:`postprocess_from_json`."""
         return {
             "thresholds": dict(zip(REGIONS, self.thresholds, strict=True)),
             "smallest_mm3": dict(zip(REGIONS, self.smallest_mm3, strict=True)),
@@ -93,7 +94,7 @@ class Postprocess:
         }
 
     def sentence(self) -> str:
-        """The rules that are not at their defaults, in words."""
+        """Describe the rules that are not at their defaults, in words."""
         said = [
             f"{region} above {threshold:g}"
             for region, threshold in zip(REGIONS, self.thresholds, strict=True)
@@ -110,10 +111,10 @@ class Postprocess:
 
 
 def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
-    """Undo :meth:`Postprocess.to_json`.
+    """Inverse of :meth:`Postprocess.to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not of that form.
+        KeyError, TypeError, ValueError: the content is not valid.
     """
     thresholds, smallest = (
         [float(content[key][region]) for region in REGIONS] for key in ("thresholds", "smallest_mm3")
@@ -126,14 +127,14 @@ def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
 
 
 def without_small_components(mask: Masks, least_voxels: float) -> Masks:
-    """A mask without its 26-connected components of fewer voxels.
+    """Remove the 26-connected components of a mask that have too few voxels.
 
     Args:
         mask: bool, shape (X, Y, Z).
-        least_voxels: the size that stays, not necessarily a whole number.
+        least_voxels: smallest size that is kept, not necessarily an integer.
 
     Example:
-        >>> without_small(np.array([[[True, False, True, True]]]), 2).tolist()
+        >>> without_small_components(np.array([[[True, False, True, True]]]), 2).tolist()
         [[[False, False, True, True]]]
     """
     if least_voxels * (1 - _TOLERANCE) <= 1 or not mask.any():

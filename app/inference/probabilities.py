@@ -1,8 +1,8 @@
-"""Probabilities of the regions for a prepared case: the mean over networks and, where asked for, over mirrored images.
+"""Region probabilities of a prepared case: the mean over networks and, if requested, over mirrored images.
 
-Test-time augmentation over the eight ways to mirror a volume is what nnU-Net does (Isensee et al., Nature Methods 18,
-203, 2021). That the answers differ tells how uncertain they are: over mirrored images Wang et al., Neurocomputing 338,
-34, 2019; over networks Lakshminarayanan et al., NeurIPS 2017 (arXiv 1612.01474).
+Test-time augmentation over the eight ways to mirror a volume follows nnU-Net (Isensee et al., Nature Methods 18, 203,
+2021). The disagreement of the answers measures their uncertainty: for mirrored images see Wang et al., Neurocomputing
+338, 34, 2019; for networks Lakshminarayanan et al., NeurIPS 2017 (arXiv 1612.01474).
 """
 
 from __future__ import annotations
@@ -31,38 +31,38 @@ from data.labels import from_regions
 from data.nifti import canonical_spacing
 from data.preprocess import Prepared, to_native_grid
 
-#: The axes of the brain box (after that of contrasts or regions) that are mirrored, of every answer; the first of none.
+#: For every answer: the mirrored axes of the brain box (axis 0 is contrasts or regions); the first answer has none.
 FLIPS: Final[tuple[tuple[int, ...], ...]] = tuple(axes for count in range(4) for axes in combinations((1, 2, 3), count))
-#: Planes that are turned from logits into probabilities at once, so that no second answer is held.
+#: Planes turned from logits into probabilities at a time, so that no second answer is held.
 _PLANES = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MeanPrediction:
-    """What the answers of networks come to for a prepared case, over the brain box, at the files' own spacing."""
+    """Combined answers of the networks for a prepared case, over the brain box, at the files' own spacing."""
 
     centred: npt.NDArray[Any]
-    """Mean probability less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside of the
-    brain. Float32, or float16 where memory is short."""
+    """Mean probability less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside the brain.
+    Float32, or float16 if memory is short."""
     disagreement: npt.NDArray[np.float32] | None
-    """Same shape: entropy of the mean less the mean of the answers' entropies, in bits, 0 to 1; None if not asked for,
-    or of one answer."""
+    """Entropy of the mean less the mean of the answers' entropies, in bits from 0 to 1, the same shape; None if it was
+    not requested, or for a single answer."""
     volumes_voxels: tuple[tuple[int, int, int], ...]
-    """By answer: voxels of each region, cut at the thresholds and nested, without further post-processing."""
+    """One entry per answer: voxels of each region, after thresholds and nesting but no other post-processing."""
     networks: int
     flips: int
-    """Mirrored images that each network saw, the image as it is among them: 1 or 8."""
+    """Number of mirrored images per network, including the original image: 1 or 8."""
 
 
 def ladder_for(options: PredictOptions) -> MemoryFallback:
-    """A new case's ladder, with the bound that was asked for."""
+    """Create the memory fallback of a new case, with the bound that was requested."""
     return MemoryFallback(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
 
 
 def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None:
-    """Prepare a single network for its windows before there is a case; where it cannot be done, nothing happens.
+    """Prepare a single network for its windows before the first case; failures are ignored.
 
-    Where memory is bounded, and for windows that depend on the case, only libraries are loaded.
+    If memory is bounded, or windows depend on the case, this only loads libraries.
     """
     if options.max_memory_gb is not None:
         give_back_large_blocks()
@@ -71,12 +71,12 @@ def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None
     way = None
     if options.window != "brain" and options.max_memory_gb is None:
         way = model.engine.first_way(_window(model, model.window, options), runtime)
-    with suppress(MemoryError, RuntimeError):  # it will come again with the case, and the ladder answers it
+    with suppress(MemoryError, RuntimeError):  # the error will recur with the case, where the fallback handles it
         model.engine.warm_up(way, runtime)
 
 
 def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
-    """Label map of a prepared case, in the program's codes, on the case's own grid and voxel order."""
+    """Label map of a prepared case, in the program's codes, on the case's own grid and in its voxel order."""
     return to_native_grid(
         from_regions(predict_masks(model, prepared, predict_centred(model, prepared, runtime))), prepared
     )
@@ -88,17 +88,17 @@ def predict_masks(model: Predictor, prepared: Prepared, centred: npt.NDArray[Any
 
 
 def on_canonical_grid(values: npt.NDArray[Any], prepared: Prepared) -> npt.NDArray[np.float32]:
-    """Values of the brain box, shape (n, X, Y, Z), in the whole canonical (LPS) volume; 0 around."""
+    """Place values of the brain box, shape (n, X, Y, Z), into the whole canonical (LPS) volume, with 0 around them."""
     whole = np.zeros((values.shape[0], *prepared.canonical_shape), dtype=np.float32)
     whole[:, *prepared.box] = values
     return whole
 
 
 def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[Any]:
-    """Probabilities less one half over the brain box, at the files' own spacing; the mean over the networks.
+    """Mean probabilities of the networks less one half, over the brain box, at the files' own spacing.
 
     Returns:
-        float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside of the brain.
+        float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside the brain.
     """
     return predict_answer(model, prepared, runtime).centred
 
@@ -111,21 +111,22 @@ def predict_answer(
     options: PredictOptions = DEFAULTS,
     ladder: MemoryFallback | None = None,
 ) -> MeanPrediction:
-    """Ask every network, with ``tta`` eight times each, and take the mean.
+    """Average the answers of every network, with ``tta`` eight answers each.
 
-    The mean runs along, so that memory holds one answer beside it; and that of equal answers is exactly theirs.
+    The mean is updated after each answer, so that memory holds only one answer in addition to it. The mean of equal
+    answers is exactly their value.
 
     Args:
         model: one network or several.
         prepared: the case.
-        runtime: as the model was loaded for.
-        options: window, overlap, the bound on memory; ``tta``, with which each network sees the image mirrored along
-            every subset of the three axes, its answer mirrored back; ``uncertainty``, with which it is told where
-            answers differ, holding two arrays more.
-        ladder: of the case; it tells afterwards what was done where memory was short.
+        runtime: the one that the model was loaded for.
+        options: window, overlap and the bound on memory. With ``tta``, each network also predicts the image mirrored
+            along every subset of the three axes, and its answers are mirrored back. With ``uncertainty``, the
+            disagreement of the answers is computed, which takes two more arrays.
+        ladder: memory fallback of the case; afterwards it describes what was done where memory was short.
 
     Raises:
-        DataError: memory is not enough.
+        DataError: memory is not sufficient.
     """
     ladder = ladder or ladder_for(options)
     mean: npt.NDArray[Any] | None = None
@@ -151,7 +152,7 @@ def predict_answer(
 
 
 def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    """The mean of ``count`` values out of that of those before, in place; ``value`` is used up."""
+    """Update the mean of ``count - 1`` values in place to that of ``count`` values; overwrites ``value``."""
     value = value.astype(mean.dtype, copy=False)
     value -= mean
     value /= value.dtype.type(count)
@@ -162,7 +163,7 @@ def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt
 def _answers(
     model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: MemoryFallback
 ) -> Iterator[npt.NDArray[Any]]:
-    """Probabilities less one half of every network for every mirrored image, mirrored back; one after the other."""
+    """Probabilities less one half of every network for every mirrored image, mirrored back, one at a time."""
     several = options.tta or not isinstance(model, Model)
     for member in model.members():
         try:
@@ -174,12 +175,12 @@ def _answers(
                 del answer
         finally:
             if options.max_memory_gb is not None:
-                member.engine.forget()  # else the next case's plan would count its windows twice
+                member.engine.forget()  # or the next case's plan would count its windows twice
         del member
 
 
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
-    """A prepared case whose image is mirrored, and with it the volume that its box lies in."""
+    """Mirror the image of a prepared case, and the volume that contains its box."""
     return replace(
         prepared,
         image=np.ascontiguousarray(np.flip(prepared.image, axes)),
@@ -189,7 +190,7 @@ def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
 
 
 def _mirrored_box(prepared: Prepared, axes: tuple[int, ...]) -> tuple[slice, slice, slice]:
-    """Where the box lies in the mirrored volume."""
+    """Place of the box in the mirrored volume."""
     x, y, z = (
         slice(side - part.stop, side - part.start) if axis in axes else part
         for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
@@ -198,7 +199,7 @@ def _mirrored_box(prepared: Prepared, axes: tuple[int, ...]) -> tuple[slice, sli
 
 
 def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
-    """Voxels of the regions in one answer: above the threshold, nested, in the brain."""
+    """Number of voxels of each region in one answer: above the threshold, nested, inside the brain."""
     counts = []
     inside = brain
     for share, threshold in zip(centred, thresholds, strict=True):
@@ -208,7 +209,7 @@ def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds
 
 
 def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """The sigmoid less one half, in place; unlike it, it does not round a small logit to one half."""
+    """Sigmoid less one half, in place; unlike the plain sigmoid, it does not round a small logit to one half."""
     for start in range(0, logits.shape[1], _PLANES):
         planes = logits[:, start : start + _PLANES]
         planes *= planes.dtype.type(0.5)
@@ -226,7 +227,7 @@ def _box_logits(
     *,
     several: bool,
 ) -> npt.NDArray[Any]:
-    """Logits of shape (regions, X, Y, Z) over the brain box, at the files' own spacing; the caller's own to change."""
+    """Logits over the brain box, shape (regions, X, Y, Z), at the files' own spacing; the caller may change them."""
     engine = model.engine
     image, inner = (prepared.image, ()) if model.crop else in_whole_volume(prepared.image, prepared)
     x, y, z = image.shape[1:]
@@ -237,7 +238,7 @@ def _box_logits(
         logits = engine.logits(image, present, runtime, overlap=overlap, way=way)[inner]
         if logits.shape[1:] == prepared.box_shape:
             return logits
-        # Logits, not labels, go to the finer grid: borders stay smooth.
+        # Logits rather than labels are resampled, so that borders stay smooth.
         return resized(logits, prepared.box_shape)
 
     def needed(way: ComputePlan) -> int:
@@ -254,7 +255,7 @@ def _box_logits(
 
     if options.max_memory_gb is not None:
         give_back_large_blocks()
-        with suppress(MemoryError, RuntimeError):  # it will come again, and the ladder answers it
+        with suppress(MemoryError, RuntimeError):  # the error will recur below, where the fallback handles it
             engine.settle(runtime)
     return ladder.run(
         compute,
@@ -267,15 +268,16 @@ def _box_logits(
 def in_whole_volume(
     image: npt.NDArray[np.float32], prepared: Prepared
 ) -> tuple[npt.NDArray[np.float32], tuple[slice, ...]]:
-    """Put the brain box back into the empty space it was cut from.
+    """Put the brain box back into the empty space that it was cropped from.
 
     Args:
         image: shape (contrasts, X, Y, Z), of the box, at the network's spacing.
-        prepared: where the box lies.
+        prepared: defines the place of the box.
 
     Returns:
-        the canonical volume at the network's spacing, 0 around the box; and where the box lies in it, as an index of
-        any array (channels, X, Y, Z) of the volume. At the files' own spacing the place is exact, else to a voxel.
+        the canonical volume at the network's spacing, 0 around the box; and the place of the box in it, as an index of
+        any array (channels, X, Y, Z) of the volume. At the files' own spacing the place is exact, else it is rounded
+        to a voxel.
     """
     shape, places = [], [slice(None)]
     for side, part, whole in zip(image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):
@@ -289,7 +291,7 @@ def in_whole_volume(
 
 
 def _window(model: Model, image_shape: Size, options: PredictOptions) -> Size:
-    """Size of the windows that is asked for, as the network takes it."""
+    """Requested size of the windows, adjusted to the sizes that the network accepts."""
     if options.window == "trained":
         return model.window
     sizes = image_shape if options.window == "brain" else options.window

@@ -1,4 +1,4 @@
-"""Dice of a network or of a finished run on cases, on each case's own grid."""
+"""Dice of a network or of a finished run on cases, on each case's original grid."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def case_dice(
     nan_to_zero: bool = False,
     convention: LabelConvention | None = None,
 ) -> CaseDice:
-    """Predict a case from the contrasts it has, and score it against its label map.
+    """Predict a case from the contrasts it has and score it against its label map.
 
     Args:
-        model: the network; what it was not trained to do without is 0 for it, without a word.
+        model: the network; missing contrasts are set to 0 without a warning even if it was not trained for that.
         case: with a label map and at least one contrast.
-        runtime: as the model was loaded for.
-        nan_to_zero: take voxels that are NaN or infinite as 0.
-        convention: of the label map, default that of the data which the network was trained on.
+        runtime: the one that the model was loaded for.
+        nan_to_zero: replace NaN and infinite voxels with 0.
+        convention: of the label map; default: that of the network's training data.
 
     Raises:
         DataError: the case cannot be used.
     """
     convention = convention or model.convention
-    # With the convention the label map's grid is checked too; its codes are at the network's spacing, not used.
+    # With the convention, `prepare` also checks the label map's grid; its codes are at the network's spacing, not used.
     prepared = prepare(
         case,
         spacing_mm=model.spacing_mm,
@@ -58,16 +58,16 @@ def case_dice(
 def score_run(
     run: Path, cases: Sequence[Case], config: RunConfig, *, on_case: Callable[[str], None]
 ) -> tuple[Runtime, str, dict[str, CaseDice]]:
-    """Predict cases with the weights that ``predict`` would take, and score them against their label maps.
+    """Predict cases with the weights that ``predict`` would use, and score them against their label maps.
 
     Args:
         run: folder of a finished run.
         cases: with label maps.
-        config: of the run; device and precision are chosen by its runtime section, as ``predict`` would choose them.
-        on_case: called with the id of each case that is done.
+        config: of the run; its runtime section determines device and precision, as in ``predict``.
+        on_case: called with the id of each finished case.
 
     Returns:
-        what computed; SHA-256 of the weights; Dice by case id and region, on the grid of the case's files.
+        runtime that was used; SHA-256 of the weights; Dice by case id and region, on the grid of the case's files.
 
     Raises:
         DataError: a case cannot be used.

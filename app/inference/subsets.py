@@ -1,4 +1,4 @@
-"""How well a run does without some of the contrasts: Dice for each of the fifteen subsets."""
+"""How well a run predicts without some of the contrasts: Dice for each of the fifteen subsets."""
 
 from __future__ import annotations
 
@@ -23,41 +23,41 @@ from data.errors import DataError
 from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
-#: Which cases of a data set are scored: those the run did not train on, those it validated on, or all.
+#: Cases of a data set that are scored: those the run did not train on, those it was validated on, or all.
 Which = Literal["unseen", "validation", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetScores:
-    """What a run reaches with some contrasts."""
+    """Scores of a run when it is given only some contrasts."""
 
     contrasts: tuple[Contrast, ...]
-    """Those given to the network, in project order."""
+    """Contrasts given to the network, in project order."""
     cases: Mapping[str, CaseDice]
-    """Dice by case id and region; cases that have these contrasts."""
+    """Dice by case id and region, for the cases that have these contrasts."""
 
     @property
     def name(self) -> str:
-        """As in ``t1+t1c``."""
+        """The contrasts in one word, such as ``t1+t1c``."""
         return "+".join(self.contrasts)
 
     def dice(self) -> dict[Region, float]:
-        """Mean over cases, by region."""
+        """Mean Dice over cases, by region."""
         return {region: fmean(scores[region] for scores in self.cases.values()) for region in REGIONS}
 
     def mean_dice(self) -> float:
-        """Mean over cases and regions."""
+        """Mean Dice over cases and regions."""
         return fmean(self.dice().values())
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetEvaluation:
-    """The table: a row a subset for which there was a case."""
+    """Scores of every subset for which there was a case."""
 
     subsets: tuple[SubsetScores, ...]
     weights_sha256: str
     failures: Mapping[str, str]
-    """Case id to message; such a case counts in no row."""
+    """Message by case id; these cases count in no subset."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -79,15 +79,15 @@ class SubsetEvaluation:
 
 
 def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, ...]:
-    """The labelled cases of a data set that are scored.
+    """Choose the labelled cases of a data set to score.
 
     Args:
-        run: folder of the run; its split says what it has seen, by case id.
-        cases: all of the data set.
-        which: part of them.
+        run: folder of the run; its split lists the ids of the cases it was trained and validated on.
+        cases: all cases of the data set.
+        which: the part to score.
 
     Raises:
-        DataError: none is left.
+        DataError: no case has a label map, or no case is left.
         RunError: the run has no split.
     """
     labelled = [case for case in cases if case.label is not None]
@@ -109,15 +109,15 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
 
 
 def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
-    """What the numbers of a data set's label maps mean; as in the run's own data where the data set does not tell.
+    """Meaning of the numbers in a data set's label maps; the run's own convention if the data set leaves it open.
 
     Args:
         model: the run's network.
-        cases: all of the data set.
-        labels: name of a convention that settles it, as ``--labels`` gives it.
+        cases: all cases of the data set.
+        labels: name of the convention to use, as given by ``--labels``.
 
     Raises:
-        DataError: there is no convention of this name.
+        DataError: there is no convention with this name.
     """
     try:
         return convention_of(cases, labels=labels)
@@ -137,19 +137,19 @@ def score_subsets(
     convention: LabelConvention | None = None,
     on_progress: OnProgress = silent,
 ) -> SubsetEvaluation:
-    """Predict cases with every subset of their contrasts, as if the other files were not there, and score them.
+    """Predict cases with every subset of their contrasts, as if the other files were missing, and score them.
 
     Args:
-        model: of a run that takes cases without some contrasts.
-        cases: with label maps; one that lacks contrasts itself counts in the rows it has the contrasts for.
-        runtime: as the model was loaded for.
-        nan_to_zero: take voxels that are NaN or infinite as 0.
-        convention: what the numbers of the label maps mean, default as in the run's own data.
-        on_progress: told which case is being worked on.
+        model: of a run that was trained to predict without some contrasts.
+        cases: with label maps; a case that lacks contrasts counts only in the subsets it has all contrasts of.
+        runtime: the one that the model was loaded for.
+        nan_to_zero: replace NaN and infinite voxels with 0.
+        convention: meaning of the numbers in the label maps; default: that of the run's training data.
+        on_progress: called with the case that is being scored.
 
     Raises:
         RunError: the run needs all contrasts.
-        DataError: not one case could be scored.
+        DataError: none of the cases could be scored.
     """
     if not model.takes_missing_contrasts:
         raise RunError(
@@ -184,7 +184,7 @@ def score_subsets(
 
 
 def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
-    """The table for the terminal: header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
+    """Rows of the table for the terminal: the header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
     return [
         ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
         *(
@@ -195,11 +195,11 @@ def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
 
 
 def write_subset_table(evaluation: SubsetEvaluation, path: Path) -> None:
-    """Write the table as CSV, numbers in full precision; the file is there whole or not at all.
+    """Write the table as CSV, with numbers in full precision; the file appears complete or not at all.
 
     Raises:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     require_table_place(path)
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""A dry run, seen from outside: start :mod:`app.planning.trial`, watch its memory, and say what it needs."""
+"""The parent's side of a dry run: start :mod:`app.planning.trial`, watch its memory, and report what it needs."""
 
 from __future__ import annotations
 
@@ -20,27 +20,27 @@ from app.planning.trial import Asked, TrialReport, told_from_json
 from app.system.resources import Memory, memory_of
 from data.errors import DataError
 
-#: Between two looks at the memory of the trial.
+#: Interval at which the trial's memory is sampled.
 _SECONDS: Final = 0.005
-#: Share of a bound that a run may need; a long one varies a little.
+#: Share of a bound that a run may need; the memory of a long run varies a little.
 SHARE: Final = 0.9
-#: Own memory of a long run against that of a trial: allocators keep more with time. docs/how-to/plan-and-doctor.md has
-#: what was seen.
+#: Own memory of a long run relative to that of a trial: allocators keep more over time. Measurements are in
+#: docs/how-to/plan-and-doctor.md.
 _LONGER: Final = 1.05
 _LAST_LINES: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Needed:
-    """What a trial took."""
+    """Resources that a trial took."""
 
     told: TrialReport
     own_bytes: int | None
-    """RAM that a long run needs: own memory at its peak and a little more, and the program's own files."""
+    """RAM that a long run needs: its own memory at its peak plus a margin, and the program's files."""
 
     @property
     def step_seconds(self) -> float:
-        """Of one step of a long run: the steps' median, or the loader's pace where that is slower."""
+        """Duration of a step in a long run: the median of the steps, or the loader's time per step if longer."""
         return max(median(self.told.step_seconds), self.told.loader_seconds)
 
 
@@ -50,20 +50,20 @@ class TooMuch:
 
     why: str
     needed_bytes: int | None
-    """The most it held, where it is known; it may have needed more."""
+    """The most memory that it held, if known; it may have needed more."""
 
 
 def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | TooMuch:
-    """Run a trial in a process of its own.
+    """Run a trial in a separate process.
 
     Args:
         asked: what to try.
-        work: an existing folder for the exchange of files.
-        most_bytes: the trial is ended, and counts as too much, where it holds more than this; None sets no bound.
+        work: an existing folder to exchange files in.
+        most_bytes: a trial that holds more than this is killed and counts as too much; None sets no bound.
 
     Raises:
         DataError, ConfigError: a case or the config cannot be used.
-        DeviceError: the device is not there, or another fault of the machine that less memory would not mend.
+        DeviceError: the device is not available, or another fault of the machine that less memory would not fix.
         RuntimeError: the trial failed for another reason.
     """
     ended = _watched(replace(asked, prepare_only=False), work, most_bytes=most_bytes)
@@ -80,16 +80,16 @@ def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | Too
 
 
 def _needed(told: TrialReport, samples: Sequence[Memory]) -> int | None:
-    """RAM that a run cannot do without. Looks from outside may miss a short peak, the system's own does not."""
+    """RAM that a run needs at least. Samples from outside may miss a short peak, the system's own record does not."""
     looks = [sample.own for sample in samples]
     own = max([*looks, *([told.own_bytes] if told.own_bytes is not None else [])], default=None)
     return None if own is None else int(_LONGER * own) + (told.program_files_bytes or 0)
 
 
 def prepare_trial(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:
-    """Prepare the cases of a trial, in a process of its own as well; the seconds it took.
+    """Prepare the cases of a trial, also in a separate process, and return the seconds it took.
 
-    Args and errors as of :func:`try_out`.
+    Arguments and errors are those of :func:`try_out`.
     """
     began = time.monotonic()
     ended = _watched(replace(asked, prepare_only=True), work, most_bytes=most_bytes)
@@ -103,7 +103,7 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
     samples: list[Memory] = []
     stopped = False
     with log_path.open("w", encoding="utf-8") as log:
-        # -P: the current folder's own data/ or models.py must not stand in for ours.
+        # -P: data/ or models.py in the current folder must not shadow this program's packages.
         command = [sys.executable, "-P", "-m", "app.planning.trial", str(asked_path), str(told_path)]
         with subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log) as trial:  # noqa: S603
             try:
@@ -121,7 +121,7 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
     if stopped:
         assert most_bytes is not None
         return TooMuch(why=f"it was ended when it held {held_words(held)}", needed_bytes=held)
-    if trial.returncode < 0:  # so end processes that run out of memory where they do not expect it
+    if trial.returncode < 0:  # an unexpected lack of memory often ends a process this way
         name = signal.Signals(-trial.returncode).name
         return TooMuch(why=f"it was killed ({name}) when it held {held_words(held)}", needed_bytes=held)
     content: Mapping[str, Any] = json.loads(told_path.read_text(encoding="utf-8")) if told_path.exists() else {}
@@ -133,7 +133,7 @@ def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, by which the trial finds the same program wherever it lies."""
+    """This process's environment, with a path from which the trial imports the same program, wherever it is."""
     paths = [str(Path(app.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
@@ -147,7 +147,7 @@ def _fault(content: Mapping[str, Any], code: int, log: Path) -> Exception:
 
 
 def held_words(held: int | None) -> str:
-    """Bytes in words, where they are known."""
+    """Bytes in words, or an unknown amount."""
     return "an unknown amount" if held is None else f"{held / 1e9:.2f} GB"
 
 

@@ -1,4 +1,4 @@
-"""How much memory one training step takes, reckoned without computing anything."""
+"""Estimate the memory of a training step without computing it."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from app.config.load import RunConfig
 from data.labels import CONTRASTS, REGIONS
 from models import DeepLoss, RegionLoss, build_network
 
-#: Kernels' scratch space and what allocators keep, as a factor on what is reckoned: runs of `laptop` with patches of 56
-#: and 96 voxels, batches of 3 and 6, in float32 and bfloat16 on a CPU took 1.28 to 1.36 times as much.
+#: Factor for the kernels' scratch space and for memory that allocators keep: on a CPU, runs of `laptop` with patches of
+#: 56 and 96 voxels, batches of 3 and 6, in float32 and bfloat16 took 1.28 to 1.36 times the computed amount.
 _MORE: Final = 1.3
-#: Batches that are made ahead of their use, and the one in use, by ``data.patches.sampler.batches``.
+#: Batches in memory: those that ``data.patches.sampler.batches`` makes ahead, and the one in use.
 _BATCHES: Final = 5
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """Memory of a training process beside program and libraries, in bytes."""
+    """Memory of a training process in addition to program and libraries, in bytes."""
 
     host: int
-    """In RAM."""
+    """RAM."""
     gpu: int
-    """On the GPU; 0 where there is none."""
+    """GPU memory; 0 without a GPU."""
 
 
 def estimate(config: RunConfig, *, half: bool, gpu: bool) -> Estimate:
-    """Estimated memory of a run.
+    """Estimate the memory of a run.
 
     Args:
         config: network, patch and batch.
         half: whether activations are bfloat16 or float16.
-        gpu: whether the steps are made on a GPU; then batches alone are in RAM.
+        gpu: whether steps run on a GPU; then only batches are in RAM.
     """
     settings = config.training
     voxels = prod(settings.patch_voxels) * settings.batch_size
@@ -48,14 +48,14 @@ def estimate(config: RunConfig, *, half: bool, gpu: bool) -> Estimate:
 
 
 def step_bytes(config: RunConfig, *, half: bool) -> int:
-    """Bytes that a step holds at its peak, beside the program: saved activations, weights, gradients, moments.
+    """Peak bytes of a step in addition to the program: saved activations, weights, gradients, moments.
 
-    The network is run on torch's meta device, which knows shapes and holds no numbers; what autograd would save for the
-    backward pass is added up, each storage once. Scratch space of the kernels is not in it.
+    The network runs on torch's meta device, which tracks shapes but holds no numbers. The tensors that autograd would
+    save for the backward pass are added up, each storage once. Scratch space of the kernels is not included.
 
     Args:
         config: network, patch and batch.
-        half: whether activations are bfloat16 or float16 (autocast); weights and their moments are float32 in any case.
+        half: whether activations are bfloat16 or float16 (autocast); weights and their moments are always float32.
     """
     settings = config.training
     with torch.device("meta"):
@@ -77,7 +77,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
         activations = _sum(saved) // (2 if half else 1)
         saved.clear()
         loss = DeepLoss(RegionLoss())(logits, masks)
-    outputs = [logits] if isinstance(logits, Tensor) else logits  # several under deep supervision
+    outputs = [logits] if isinstance(logits, Tensor) else logits  # several with deep supervision
     held = activations + _sum(saved) + sum(t.numel() * t.element_size() for t in (image, masks, *outputs))
     del loss
     moments = 2 if settings.optimizer == "adamw" else 1

@@ -1,4 +1,4 @@
-"""What a data set is like, as far as a plan depends on it."""
+"""The fingerprint of a data set: the facts that a plan depends on."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from data.labels import LabelConvention
 from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_image, read_label_map, reorient
 from data.preprocess import smallest_box
 
-#: Cases whose images are read for the sizes of brain and tumour; more take minutes and change a median little.
+#: Cases whose images are read to measure brain and tumour; more take minutes and hardly change a median.
 SAMPLE: Final = 24
 
 
 @dataclass(frozen=True, kw_only=True)
 class Extent:
-    """Boxes of one case, in millimetres along the canonical axes."""
+    """Bounding boxes of one case, in millimetres along the canonical axes."""
 
     brain_mm: Spacing
-    """Of the voxels that are not 0 in any contrast."""
+    """Box of the voxels that are non-zero in any contrast."""
     tumour_mm: Spacing | None
-    """Of the whole tumour; None where there is none."""
+    """Box of the whole tumour; None if there is none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """What a data set is like. Cases without a label map count, those alone that have one can train."""
+    """Facts about a data set. All cases count, but only those with a label map can train."""
 
     cases: int
     with_label_map: int
@@ -45,11 +45,11 @@ class Fingerprint:
     spacing_mm: Spacing
     """Median along each canonical axis."""
     spacing_percentiles_mm: tuple[Spacing, Spacing]
-    """The 10th and the 90th."""
+    """10th and 90th percentile along each canonical axis."""
     extents: Mapping[str, Extent]
-    """By case id, of a sample spread evenly over the ids."""
+    """By case id, for a sample spread evenly over the ids."""
     tumour_ml: tuple[float, float, float]
-    """Whole tumour: 10th percentile, median, 90th."""
+    """Volume of the whole tumour: 10th percentile, median, 90th percentile."""
     enhancing_share: float
     """Share of the cases with a label map that have enhancing tumour."""
     bytes_on_disk: int
@@ -61,7 +61,7 @@ class Fingerprint:
 
     @property
     def tumour_mm(self) -> Spacing | None:
-        """Median tumour box of the sample; None where no case has a tumour."""
+        """Median tumour box of the sample; None if no case has a tumour."""
         boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
         return _median(boxes) if boxes else None
 
@@ -71,7 +71,7 @@ class Fingerprint:
         return (x, y, z)
 
     def tumours_inside(self, side_mm: Sequence[float]) -> float:
-        """Share of the sample's tumours whose box is no longer than these sides."""
+        """Share of the sample's tumours whose box fits within these sides; 1 if there are none."""
         boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
         inside = sum(all(mm <= side for mm, side in zip(box, side_mm, strict=True)) for box in boxes)
         return inside / len(boxes) if boxes else 1.0
@@ -90,10 +90,10 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Cases, and what was read of them to take their fingerprint."""
+    """Cases, and what was read of them for their fingerprint."""
 
     cases: Mapping[str, Case]
-    """All that have a label map, by id."""
+    """All cases with a label map, by id."""
     held: Mapping[str, LabelMap]
     convention: LabelConvention
     fingerprint: Fingerprint
@@ -106,16 +106,16 @@ def read_data_set(
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> DataSet:
-    """Take the fingerprint of a data set: every header and label map, and the images of a sample.
+    """Take the fingerprint of a data set from every header and label map, and the images of a sample.
 
     Args:
         root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        labels: name of the label convention, where the data set does not tell.
+        labels: name of the label convention, if the data set leaves it open.
         follow_links: accept symbolic links that lead out of ``root``.
-        on_case: called with the id of each case of the sample that was read, and the share of the sample that is done.
+        on_case: called with the id of each sampled case once it is read, and the share of the sample that is done.
 
     Raises:
-        DataError: no data set, no case with a label map, ambiguous labels, or a case of the sample cannot be read.
+        DataError: there is no data set or no case with a label map, labels are ambiguous, or a case cannot be read.
     """
     found = find_cases(root, follow_links=follow_links)
     cases = {case.id: case.require() for case in found if case.label is not None}
@@ -134,7 +134,7 @@ def read_data_set(
             on_case(case.id, len(done) / len(sample))
         return extent
 
-    # A case takes some 100 MB while it is read.
+    # Reading a case takes about 100 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         extents = dict(zip((case.id for case in sample), pool.map(look, sample), strict=True))
     spacings = np.array([_spacing(case) for case in cases.values()])
@@ -156,7 +156,7 @@ def read_data_set(
 
 
 def _extent(case: Case) -> Extent:
-    """Read the images and the label map of a case, and measure."""
+    """Read the images and the label map of a case, and measure their boxes."""
     reference = reorient(read_image(case.contrasts["t1c"], case.volumes.get("t1c"), nan_to_zero=True))
     inside = reference.voxels != 0
     for contrast, path in case.contrasts.items():
@@ -192,7 +192,7 @@ def _files(case: Case) -> set[Path]:
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:
-    """So many cases, evenly spaced; all where there are no more."""
+    """Up to ``count`` cases, evenly spaced."""
     if len(cases) <= count:
         return list(cases)
     return [cases[round(place)] for place in np.linspace(0, len(cases) - 1, count)]

@@ -1,4 +1,4 @@
-"""Try a plan out, and make it smaller until it fits."""
+"""Try a plan, and make it smaller until it fits."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from app.planning.dry_run import Needed, TooMuch, held_words
 from app.planning.estimate import Estimate, estimate
 from app.planning.rules import PROGRAM_BYTES, smaller_network
 
-#: Attempts at most; the halvings of a plan are fewer.
+#: Maximum number of attempts; a plan has fewer steps down than this.
 _MOST_ATTEMPTS: Final = 12
-#: What an estimate may be off by, as a share, when smaller configs are passed over.
+#: Allowance for the error of an estimate, as a factor, when smaller configs are skipped.
 _MARGIN: Final = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Attempt:
-    """One config that was tried out."""
+    """One config that was tried."""
 
     patch_voxels: tuple[int, int, int]
     batch_size: int
     channels: tuple[int, ...]
     changed: str
-    """Against the attempt before; empty for the first."""
+    """Change since the previous attempt; empty for the first."""
     outcome: str
 
     def to_json(self) -> dict[str, Any]:
@@ -36,7 +36,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A config that ran, and what it took."""
+    """A config that ran, and the resources it took."""
 
     config: RunConfig
     needed: Needed
@@ -55,19 +55,19 @@ def fit(
 ) -> Fitted:
     """Try a config, then smaller ones (:func:`app.planning.rules.smaller_network`), until one fits.
 
-    Where an attempt's memory is known, those that by estimate need too much as well are passed over.
+    If the memory of an attempt is known, smaller configs that by estimate still need too much are skipped.
 
     Args:
-        config: the plan's.
-        try_out: does some steps of a config.
-        most_bytes: RAM that may be taken; None where it is not known.
+        config: config of the plan.
+        try_out: runs some steps of a config.
+        most_bytes: RAM that may be used; None if it is not known.
         half: whether activations are bfloat16 or float16.
-        gpu: whether steps are made on a GPU.
+        gpu: whether steps run on a GPU.
         fixed: keys that may not be changed.
-        on_attempt: told the config and the number of each attempt.
+        on_attempt: called with the config and the number of each attempt.
 
     Raises:
-        MemoryShortError: nothing fits; the message says what the smallest attempt needed.
+        MemoryShortError: nothing fits; the message gives the memory that the smallest attempt needed.
     """
     attempts: list[Attempt] = []
     changed = ""
@@ -99,7 +99,7 @@ def fit(
 
 
 def _target(outcome: TooMuch, held: Estimate, most_bytes: int | None) -> float:
-    """Estimate that the next attempt should have at most: in proportion, where the bound was RAM."""
+    """Maximum estimate for the next attempt; reduced in proportion if the bound was RAM."""
     now = held.host + held.gpu
     if most_bytes is None or outcome.needed_bytes is None or held.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
         return _MARGIN * now

@@ -1,4 +1,4 @@
-"""Plan a run: look at the data and the machine, choose, and, where it is asked for, try it out."""
+"""Plan a run: examine the data and the machine, choose a config, and try it out if requested."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ from data.patches.sampler import MOST_OPEN
 
 #: Training cases that a dry run prepares and draws patches from.
 _TRIAL_CASES: Final = 8
-#: On a CPU a plan is cut to what this many hours hold, once the pace is known.
+#: On a CPU, a plan is cut to this many hours once the pace is known.
 _CPU_HOURS: Final = 12.0
-#: Share of RLIMIT_AS and RLIMIT_DATA that a trial is given.
+#: Share of RLIMIT_AS and RLIMIT_DATA that a trial may use.
 _SHARE_OF_LIMITS: Final = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Disk:
-    """Disk that a run needs, and what is free; bytes."""
+    """Disk space that a run needs and that is free, in bytes."""
 
     cache_bytes: int
     cache_folder: str
     cache_free_bytes: int | None
     cache_limit_bytes: int
     checkpoint_bytes: int | None
-    """Both kinds, old and new beside each other while they are replaced; known from a dry run."""
+    """Both kinds, old and new together while they are replaced; known from a dry run."""
     here_free_bytes: int | None
     """Free in the current folder."""
 
     @property
     def warnings(self) -> list[str]:
-        """What does not fit, and what to do."""
+        """Descriptions of what does not fit, with what to do."""
         found = []
         if self.cache_free_bytes is not None and self.cache_bytes > self.cache_free_bytes:
             found.append(
@@ -81,22 +81,22 @@ class Disk:
 
 @dataclass(frozen=True, kw_only=True)
 class DryRun:
-    """What a dry run found; bytes and seconds of the planned run."""
+    """Results of a dry run, in bytes and seconds of the planned run."""
 
     device: str
     own_bytes: int | None
     """RAM that a run needs."""
     mapped_bytes: int | None
-    """On top of it, pages of prepared cases that the system takes back when it must; tools count them as memory."""
+    """Pages of prepared cases on top, which the system reclaims when memory is short; tools count them as memory."""
     gpu_bytes: int | None
     step_seconds: float
     window_seconds: float | None
     prepare_seconds: float
-    """To prepare the cases of the dry run; next to none where they were in the cache."""
+    """Time to prepare the cases of the dry run; next to none if they were in the cache."""
     validation_seconds: float
-    """Of all validations; windows without brain would be left out, so at most."""
+    """Time of all validations; an upper bound, as windows without brain are skipped."""
     seconds: float
-    """Of the whole budget, without preparing cases."""
+    """Time of the whole budget, without preparing cases."""
     steps: int
     attempts: tuple[Attempt, ...]
 
@@ -108,7 +108,7 @@ class DryRun:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
-    """A plan with what it rests on."""
+    """A plan with the facts that it is based on."""
 
     data: Path
     fingerprint: Fingerprint
@@ -120,11 +120,11 @@ class PlannedRun:
     dry_run: DryRun | None
 
     def lines(self) -> list[str]:
-        """The plan in words."""
+        """Describe the plan in words."""
         return _lines(self)
 
     def to_yaml(self) -> str:
-        """The complete config, the reasons before it as comments."""
+        """The complete config, preceded by the reasons as comments."""
         return "".join(f"# {line}".rstrip() + "\n" for line in self.lines()) + to_yaml(self.config)
 
     def to_json(self) -> dict[str, Any]:
@@ -159,18 +159,18 @@ def plan_run(
 
     Args:
         data: a data set with label maps.
-        config: what is not planned is taken from it; default ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
+        config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
-        labels: name of the label convention, where the data set does not tell.
+        labels: name of the label convention, if the data set leaves it open.
         follow_links: accept symbolic links that lead out of ``data``.
-        with_dry_run: try the plan out, and make it smaller where it does not fit.
-        max_memory_bytes: RAM that may be taken, where it is less than what is free.
-        on_progress: told where the job is.
+        with_dry_run: try the plan, and make it smaller if it does not fit.
+        max_memory_bytes: RAM that may be used, if it is less than what is free.
+        on_progress: called with the progress of each stage.
 
     Raises:
         DataError: the data set cannot be used.
         ConfigError: the config cannot be used.
-        DeviceError: the device asked for is not there.
+        DeviceError: the requested device is not available.
         MemoryShortError: a dry run found nothing that fits.
     """
     base = load_config(config or "laptop", overrides)
@@ -231,10 +231,10 @@ def _tried(
     follow_links: bool,
     on_progress: OnProgress,
 ) -> PlannedRun:
-    """The same, tried out: smaller where it must be, with what it takes."""
+    """Try a plan: the same plan with measurements, made smaller if it does not fit."""
     split, brain = planned.split, read.fingerprint.brain_voxels(plan.spacing_mm)
     validating = _largest(split.validation, read) if split.validation else None
-    # Bounds of the process itself are the child's too; it meets them by itself.
+    # Limits of this process also apply to the child, which runs into them by itself.
     outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
     most = min(outer, default=None)
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
@@ -291,7 +291,7 @@ def _foreseen(
     brain: tuple[int, int, int],
     prepare_seconds: float,
 ) -> DryRun:
-    """What a whole run takes, from what a few steps took."""
+    """Extrapolate from a few steps to a whole run."""
     needed, settings = fitted.needed, config.training
     told = needed.told
     windows = prod(
@@ -326,14 +326,14 @@ def _foreseen(
 def cut_to_hours(
     config: RunConfig, dry_run: DryRun, why: str, *, fixed: Collection[str]
 ) -> tuple[RunConfig, DryRun, str]:
-    """Fewer steps where they would take more than :data:`_CPU_HOURS`, and why.
+    """Reduce the steps if they would take longer than :data:`_CPU_HOURS`; also returns the reason.
 
-    Where that leaves too few steps, there are fewer validations, one at least. The steps a CPU makes at least are
-    planned in any case; the reason says so where they take longer.
+    If that leaves too few steps, there are fewer validations, but at least one. The minimum steps for a CPU are planned
+    in any case; if they take longer, the reason says so.
 
     Args:
         config: with a budget in steps.
-        dry_run: what it takes.
+        dry_run: measurements with that budget.
         why: the reason so far.
         fixed: keys that may not be changed.
     """
@@ -356,7 +356,7 @@ def cut_to_hours(
 
 
 def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
-    """A choice with the value it has after the dry run."""
+    """Update a choice to its value after the dry run."""
     if choice.key == "training.steps":
         return replace(choice, value=str(config.training.steps), reason=steps_why)
     values = {
@@ -391,7 +391,7 @@ def _free(place: Path) -> int | None:
 
 
 def _some(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
-    """Up to :data:`_TRIAL_CASES` ids, the largest among those whose size is known first."""
+    """Up to :data:`_TRIAL_CASES` ids: cases of known size first, from the largest down."""
     known = sorted(
         (case_id for case_id in ids if case_id in read.fingerprint.extents), key=lambda c: -_brain_volume(read, c)
     )
@@ -484,10 +484,10 @@ def _mm(sides: Sequence[float] | None) -> str:
 
 
 def require_new_file(path: Path) -> None:
-    """Make sure that a plan can be written.
+    """Check that a plan can be written to a new file.
 
     Raises:
-        ConfigError: the name does not end in .yaml or .yml, or the file is there already.
+        ConfigError: the name does not end in .yaml or .yml, or the file already exists.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise ConfigError(f"--out {path}: a config ends in .yaml or .yml; so train takes it")

@@ -1,8 +1,8 @@
 """The rules of a plan: from a fingerprint and a machine to a config, with a reason for each choice.
 
 The ideas are nnU-Net's (Isensee et al., Nature Methods 18, 203, 2021): spacing and patch follow the data's medians, the
-patch is as large as memory allows, the batch has at least two patches. What differs: memory is what this machine has
-left instead of a fixed budget, a processor bounds the voxels of a step, and steps follow the number of cases.
+patch is as large as memory allows, the batch has at least two patches. The differences: memory is what is free on this
+machine instead of a fixed budget, a CPU limits the voxels of a step, and the steps follow the number of cases.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from app.planning.fingerprint import Fingerprint
 from data.nifti import Spacing
 from models import NetworkConfig, patch_divisor
 
-#: On a CPU a step has at most this many voxels (two patches of 64 a side), so that a network trains in hours.
+#: Maximum voxels of a step on a CPU (two patches of 64 a side), so that a network trains in hours.
 CPU_STEP_VOXELS: Final = 2 * 64**3
 #: Axes whose spacings differ by no more than this share count as equal.
 _EQUAL: Final = 0.02
@@ -28,26 +28,26 @@ _LEAST_BATCH: Final = 2
 _MOST_BATCH: Final = 8
 #: A batch has at most this share of the voxels of all training brains, as in nnU-Net.
 _BATCH_SHARE: Final = 0.05
-#: Every training brain is covered by patches this often.
+#: How often patches cover every training brain.
 _COVERS: Final = 50
 FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
 _MOST_STEPS: Final = {"cpu": 20_000, "cuda": 50_000}
-#: Shares of what is free that a plan may take; the rest is for what an estimate misses.
+#: Shares of the free memory that a plan may use; the rest is for what an estimate misses.
 _HOST_SHARE: Final = 0.8
 _GPU_SHARE: Final = 0.85
-#: What a training process holds before its first step; the driver's own on a GPU.
+#: Memory of a training process before its first step; on a GPU, that of the driver.
 PROGRAM_BYTES: Final = 600_000_000
 _GPU_PROGRAM_BYTES: Final = 600_000_000
-#: Sides below this, in voxels, are not made smaller to save memory.
+#: Minimum side of a patch, in voxels, when patches are shortened to save memory.
 SMALLEST_SIDE: Final = 32
 _FEWEST_CHANNELS: Final = 8
-#: Bytes a voxel of the brain's box takes in the cache: four contrasts in float16, one label code.
+#: Bytes per voxel of the brain's box in the cache: four contrasts in float16, one label code.
 CACHE_BYTES_A_VOXEL: Final = 9
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hardware:
-    """What a run may use."""
+    """Resources that a run may use."""
 
     device: str
     """``cpu`` or ``cuda``."""
@@ -56,7 +56,7 @@ class Hardware:
     memory_bytes: int
     """RAM that is free for a run."""
     gpu_bytes: int
-    """Free on the GPU; 0 without one."""
+    """Free GPU memory; 0 without a GPU."""
     cores: int
 
 
@@ -65,14 +65,14 @@ class Chosen:
     """One decision of a plan."""
 
     key: str
-    """Key of the config, or what it is about."""
+    """Key of the config, or the subject of the decision."""
     value: str
     reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Bounds:
-    """What the sizes of a plan depend on, beside the config."""
+    """What the sizes of a plan depend on, apart from the config."""
 
     brain: tuple[int, int, int]
     """Median brain box in voxels of the network's spacing."""
@@ -88,7 +88,7 @@ class TrainingPlan:
 
     config: RunConfig
     spacing_mm: Spacing
-    """Spacing the network works at."""
+    """Spacing that the network works at."""
     choices: tuple[Chosen, ...]
 
 
@@ -99,10 +99,10 @@ def plan_training(
 
     Args:
         fingerprint: of the data set.
-        hardware: what may be used.
-        base: everything that is not planned stays as it is here: optimiser, gradient rule, augmentation and the rest.
-        training_cases: cases that train.
-        fixed: keys that the user set, such as ``training.batch_size``; they stay too.
+        hardware: resources that may be used.
+        base: supplies everything that is not planned: optimiser, gradient rule, augmentation and the rest.
+        training_cases: number of cases that train.
+        fixed: keys that the user set, such as ``training.batch_size``; they are kept too.
     """
     choices: list[Chosen] = []
 
@@ -138,10 +138,10 @@ def plan_training(
 
 
 def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
-    """The next smaller config, and what was changed; None where there is none.
+    """The next smaller config, and a description of the change; None if there is no smaller one.
 
-    A batch of more than two patches is halved; then patches get a quarter shorter, down to 32 voxels a side; then the
-    network's channels are halved, down to eight at the finest level; then the batch is one patch.
+    The steps, in order: halve a batch of more than two patches; shorten patches by a quarter, down to 32 voxels a side;
+    halve the network's channels, down to eight at the finest level; reduce the batch to one patch.
 
     Args:
         config: one that does not fit.
@@ -177,7 +177,7 @@ def with_steps(
     hardware: Hardware,
     fixed: Collection[str],
 ) -> tuple[RunConfig, str]:
-    """The config with its budget, and why."""
+    """The config with its number of steps, and the reason for it."""
     settings = config.training
     if not {"training.steps", "training.hours"}.isdisjoint(fixed):
         return config, "set by you"
@@ -193,7 +193,7 @@ def with_steps(
 
 
 def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) -> tuple[Spacing, float | None, str]:
-    """Spacing by axis, the config's value, why."""
+    """Spacing by axis, the value for the config, and the reason."""
     if "data.spacing_mm" in fixed and base.data.spacing_mm is not None:
         return (base.data.spacing_mm,) * 3, base.data.spacing_mm, ""
     found = fingerprint.spacing_mm
@@ -204,7 +204,7 @@ def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) 
 
 
 def _fitter(hardware: Hardware) -> Callable[[RunConfig], bool]:
-    """Whether a config fits by estimate."""
+    """Create a function that estimates whether a config fits."""
 
     def fits(config: RunConfig) -> bool:
         gpu = hardware.device == "cuda"
@@ -217,7 +217,7 @@ def _fitter(hardware: Hardware) -> Callable[[RunConfig], bool]:
 
 
 def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collection[str]) -> tuple[RunConfig, str]:
-    """Levels of the network that the brain has voxels for."""
+    """Reduce the network to the levels that the brain has voxels for."""
     network = config.network
     levels = len(network.channels)
     why = f"levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
@@ -228,7 +228,7 @@ def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collecti
             levels -= 1
             blocks = None if network.blocks is None else network.blocks[:levels]
             network = replace(network, channels=network.channels[:levels], blocks=blocks)
-    # A patch that any number of levels takes, until one is chosen; the user's fits fewer levels too.
+    # A provisional patch, valid for any number of levels; a patch set by the user is also valid with fewer levels.
     patch = (
         config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
     )
@@ -237,12 +237,12 @@ def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collecti
 
 
 def _fewest_levels(network: NetworkConfig) -> int:
-    """Levels that a network has at least; deep supervision needs coarser logits."""
+    """Minimum number of levels of a network; deep supervision needs coarser logits."""
     return 3 if network.deep_supervision and network.first_stride == 1 else 2
 
 
 def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
-    """The largest patch of a step of two that the machine takes, from the median brain's box down."""
+    """Find the largest patch that fits the machine in a batch of two, starting from the median brain's box."""
     if "training.patch_voxels" in bounds.fixed:
         return config, ""
     divisor = patch_divisor(config.network)
@@ -267,7 +267,7 @@ def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], 
 
 
 def _with_batch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
-    """As many patches as memory and data bear, two at least where they fit."""
+    """Find the largest batch that memory and data allow, of at least two patches."""
     if "training.batch_size" in bounds.fixed:
         return config, ""
     voxels = prod(config.training.patch_voxels)
@@ -298,12 +298,12 @@ def _with_threads(config: RunConfig, hardware: Hardware, fixed: Collection[str])
 
 
 def _smallest_side(divisor: int) -> int:
-    """Of a patch that is made smaller to save memory, in voxels."""
+    """Minimum side of a patch that is shortened to save memory, in voxels."""
     return max(2 * divisor, ceil(SMALLEST_SIDE / divisor) * divisor)
 
 
 def _least_side(divisor: int) -> int:
-    """Shortest side of a patch that a config takes, in voxels."""
+    """Minimum side of a patch that a config accepts, in voxels."""
     return max(2 * divisor, 8)
 
 

@@ -1,7 +1,7 @@
-"""A dry run, seen from inside: a few real steps of a config, in a process of its own.
+"""The child's side of a dry run: a few real steps of a config.
 
-``python -m app.planning.trial ASKED.json TOLD.json`` reads what to do and writes what it took. It is a process of its
-own so that its peak of memory is that of a training run, and so that running out of memory ends nothing else.
+``python -m app.planning.trial ASKED.json TOLD.json`` reads a request and writes the measurements. It is a separate
+process so that its peak of memory is that of a training run, and so that running out of memory ends nothing else.
 """
 
 from __future__ import annotations
@@ -41,78 +41,78 @@ from data.labels import CONTRASTS, CONVENTIONS
 from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from models import GivenPresence
 
-#: Steps before the ones that are timed: the first allocates, and chooses its kernels.
+#: Steps before the timed ones: the first one allocates memory and chooses kernels.
 WARM_UP: Final = 3
-#: Steps that are timed.
+#: Timed steps.
 STEPS: Final = 5
-#: Patches cut from each case, at most, to see how much of its files a long run keeps mapped.
+#: Maximum patches cut from each case to measure how much of its files a long run keeps mapped.
 _WALKED_PER_CASE: Final = 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What to try; paths and settings as plain data."""
+    """Request for a trial; paths and settings as plain data."""
 
     data: str
     folder: str
-    """An empty folder for what a run writes."""
+    """An empty folder for the files that a run writes."""
     config: dict[str, Any]
     prepare_only: bool
-    """Prepare the cases and stop there."""
+    """Whether to stop after preparing the cases."""
     training: tuple[str, ...]
-    """Ids of the training cases that are used."""
+    """Ids of the training cases to use."""
     validation: str | None
-    """Id of the case whose windows are tried; None where no case validates."""
+    """Id of the case whose windows are tried; None without validation cases."""
     labels: str
     spacing_mm: tuple[float, float, float]
     follow_links: bool
     most_share_of_limits: float
-    """Share of RLIMIT_AS and RLIMIT_DATA, where there are such bounds, that may be taken."""
+    """Share of RLIMIT_AS and RLIMIT_DATA, if they are set, that may be used."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrialReport:
-    """What it took; bytes, seconds."""
+    """Measurements of a trial, in bytes and seconds."""
 
     device: str
     reasons: tuple[str, ...]
     step_seconds: tuple[float, ...]
-    """Of each timed step, waiting for its batch included."""
+    """Duration of each timed step, including the wait for its batch."""
     loader_seconds: float
-    """The loader's threads take to make the batches of one step."""
+    """Time that the loader's threads take to make the batches of one step."""
     window_seconds: float | None
     program_files_bytes: int | None
-    """Of the program's files in RAM, before the first step."""
+    """Pages of the program's files in RAM before the first step."""
     own_bytes: int | None
-    """Own memory at its peak: the peak of all that was resident, less what was of files at the end of the steps."""
+    """Peak of own memory: the peak of all resident memory, less the pages of files after the last step."""
     case_files_bytes: int | None
-    """Of one case's prepared arrays, kept mapped by a long run; on average. The system takes them back when it must."""
+    """Average of one case's arrays that a long run keeps mapped; the system reclaims them when memory is short."""
     gpu_bytes: int | None
-    """Peak of what torch took from the GPU, its cache included; the driver's own context comes on top."""
+    """Peak of what torch reserved on the GPU, including its cache; the driver's own context comes on top."""
     gpu_free_bytes: int | None
-    """Free on the GPU before."""
+    """Free GPU memory before the first step."""
     checkpoint_bytes: int
     """Both kinds together, on disk."""
     parameters: int
     cases: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as :func:`told_from_json` takes it."""
+        """Plain data for :func:`told_from_json`."""
         return asdict(self)
 
 
 def told_from_json(content: dict[str, Any]) -> TrialReport:
-    """Undo :meth:`TrialReport.to_json`."""
+    """Inverse of :meth:`TrialReport.to_json`."""
     lists = {name: tuple(content[name]) for name in ("reasons", "step_seconds", "cases")}
     return TrialReport(**{**content, **lists})
 
 
 def run_trial(asked: Asked) -> TrialReport | None:
-    """Do the steps and tell what they took; nothing where the cases are only prepared.
+    """Run the steps and report what they took; None if the cases are only prepared.
 
     Raises:
         DataError: a case cannot be used.
-        DeviceError: the device of the config is not there.
+        DeviceError: the device of the config is not available.
         MemoryError, RuntimeError: memory ran out.
     """
     keep_freed_memory()
@@ -122,7 +122,7 @@ def run_trial(asked: Asked) -> TrialReport | None:
         found = {case.id: case for case in find_cases(Path(asked.data), follow_links=asked.follow_links)}
         ids = [*asked.training, *([asked.validation] if asked.validation is not None else [])]
         used = [found[case_id].require() for case_id in ids]
-        # As a run does; what it frees, the allocator keeps for later, so that it belongs to the run's memory.
+        # As in a training run: the allocator keeps what this frees, so that it is part of the run's memory.
         read_label_maps(used)
         prepared = cache_cases(
             used,
@@ -139,7 +139,7 @@ def run_trial(asked: Asked) -> TrialReport | None:
 
 
 def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[CachedCase]) -> TrialReport:
-    """Steps, a validation and checkpoints with prepared cases."""
+    """Run steps, a validation and checkpoints with prepared cases."""
     folder = Path(asked.folder)
     torch.manual_seed(config.training.seed)
     state = new_state(config, runtime)
@@ -179,7 +179,7 @@ def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[C
 
 
 class _Timed(PatchSource):
-    """Patches, and the time that each batch of them took."""
+    """A patch source that times each batch."""
 
     def __init__(self, cases: list[CachedCase], **settings: Any) -> None:
         super().__init__(cases, **settings)
@@ -193,7 +193,7 @@ class _Timed(PatchSource):
 
 
 def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSource) -> list[float]:
-    """Seconds of each step after the warm-up; where a run measures gradients, one more step does."""
+    """Seconds of each step after the warm-up; if the run measures gradients, one more step does so."""
     timed = WARM_UP + STEPS
     every = timed + 1 if config.training.telemetry_steps else 0
     stepper = Stepper(
@@ -217,7 +217,7 @@ def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSourc
 
 
 def _window(config: RunConfig, runtime: Runtime, state: State, case: CachedCase) -> float:
-    """Validate one case of which but two windows hold brain, as a whole volume; seconds of the second window."""
+    """Validate a whole volume in which only two windows hold brain; return the seconds of the second window."""
     times: list[float] = []
 
     def note(*_: object) -> None:
@@ -236,7 +236,7 @@ def _window(config: RunConfig, runtime: Runtime, state: State, case: CachedCase)
 
 
 class _TwoCorners(CachedCase):
-    """A case with nothing but two voxels in opposite corners: its first and its last window alone are computed."""
+    """A case that is 0 except for two voxels in opposite corners: only its first and last windows are computed."""
 
     def image(self) -> npt.NDArray[np.float16]:
         """Shape (contrasts, X, Y, Z)."""
@@ -246,7 +246,7 @@ class _TwoCorners(CachedCase):
 
 
 def _save(state: State, config: RunConfig, folder: Path) -> int:
-    """Save both kinds of checkpoint, as a validation does; their bytes."""
+    """Save both kinds of checkpoint, as a validation does, and return their size in bytes."""
     weights = checkpoints.weight_tensors(state.network)
     checkpoints.save(folder / "checkpoints", "best", state.step, weights, {"config": to_plain(config)})
     tensors, details = to_checkpoint(state)
@@ -255,7 +255,7 @@ def _save(state: State, config: RunConfig, folder: Path) -> int:
 
 
 def _mapped_by_a_long_run(config: RunConfig, cases: list[CachedCase]) -> int | None:
-    """Bytes of one case's arrays that stay mapped once many patches were cut from it."""
+    """Bytes of one case's arrays that stay mapped after many patches were cut from it."""
     before = memory_of()
     source = PatchSource(
         cases,
@@ -280,7 +280,7 @@ def _wait_for(runtime: Runtime) -> None:
 
 
 def _lower_limits(share: float) -> None:
-    """Leave some of the bounds on address space and data to what a long run needs more."""
+    """Lower the limits on address space and data, to leave room for what a long run needs in addition."""
     import resource
 
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):
@@ -290,8 +290,8 @@ def _lower_limits(share: float) -> None:
 
 
 def _main(asked_path: str, told_path: str) -> None:
-    """Try what the first file asks for; write what it took, or what went wrong, into the second."""
-    with suppress(OSError):  # where memory runs out, this process is the one to go
+    """Run the request in the first file; write the measurements, or the error, into the second."""
+    with suppress(OSError):  # if memory runs out, this process should be the one that is killed
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     content = json.loads(Path(asked_path).read_text(encoding="utf-8"))
     asked = Asked(**{**content, **{name: tuple(content[name]) for name in ("training", "spacing_mm")}})

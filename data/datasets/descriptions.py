@@ -1,11 +1,11 @@
-"""Data sets that a file describes: dataset.json of the Decathlon (MSD) and of nnU-Net, and a manifest in CSV.
+"""Data sets described by a file: the dataset.json of the Decathlon (MSD) and of nnU-Net, and manifests in CSV.
 
-``dataset.json`` stands beside ``imagesTr``, ``labelsTr`` and ``imagesTs``. MSD keeps the contrasts of a case as volumes
-of one 4D file, nnU-Net in one file each, ``<case>_0000.nii.gz`` and so on; which is which say ``modality`` or
-``channel_names`` (sources: the Decathlon's dataset.json, nnU-Net's documentation/dataset_format.md). A manifest has a
-row for each case and columns ``case``, ``t1``, ``t1c``, ``t2``, ``flair``, ``seg``, paths relative to the manifest;
-``file.nii.gz#2`` is the third volume of a 4D file; a column ``labels`` may name the label convention, a column
-``patient`` the patient.
+``dataset.json`` lies next to ``imagesTr``, ``labelsTr`` and ``imagesTs``. MSD stores the contrasts of a case as volumes
+of one 4D file, nnU-Net as one file each: ``<case>_0000.nii.gz`` and so on. ``modality`` or ``channel_names`` lists the
+contrasts (sources: the Decathlon's dataset.json, nnU-Net's documentation/dataset_format.md). A manifest has a
+row for each case and columns ``case``, ``t1``, ``t1c``, ``t2``, ``flair``, ``seg`` with paths relative to the manifest;
+``file.nii.gz#2`` is the third volume of a 4D file. The optional column ``labels`` names the label convention, the
+optional column ``patient`` the patient.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PARTS: Final = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
 _CHANNEL: Final = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$", re.DOTALL)
 _VOLUME: Final = re.compile(r"^(?P<path>.+\.nii(?:\.gz)?)#(?P<volume>\d{1,4})$", re.IGNORECASE)
 _ID_COLUMNS: Final = {"case", "id", "case_id", "caseid", "case id"}
-#: Where a manifest has no other column for the case, these are it; else they name the patient.
+#: These columns hold the case id if a manifest has no other column for it; otherwise they hold the patient.
 _SUBJECT_COLUMNS: Final = {"subject", "subject_id", "subject id", "subjectid"}
 _PATIENT_COLUMNS: Final = {
     *("patient", "patient_id", "patient id", "patientid"),
@@ -39,29 +39,29 @@ _LABEL_COLUMNS: Final = {"seg", "label", "label_map", "segmentation", "mask", "t
 
 @dataclass(frozen=True, kw_only=True)
 class DescribedCase:
-    """One case as a description has it."""
+    """One case as stated in a description."""
 
     id: str
     folder: Path
     contrasts: dict[Contrast, Path] = field(default_factory=dict)
     volumes: dict[Contrast, int] = field(default_factory=dict)
-    """Which volume of a 4D file a contrast is."""
+    """For contrasts stored in a 4D file, the index of their volume."""
     label: Path | None = None
     declared: str | None = None
-    """Name of the label convention that the description states."""
+    """Name of the label convention stated in the description."""
     endings: frozenset[str] = frozenset()
-    """What the files' names end in, where that may tell the year."""
+    """Endings of the file names, where they may reveal the year."""
     id_tells: bool = True
-    """Whether the label numbers may be told from the case's id."""
+    """Whether the case id may be used to infer the label numbers."""
     patient: str | None = None
-    """As a manifest states it."""
+    """The patient as stated in a manifest."""
     unrecognised: tuple[str, ...] = ()
-    """Columns or channels with an image that are named after no contrast."""
+    """Columns or channels with an image whose names match no contrast."""
     problems: tuple[str, ...] = ()
 
 
 def description_of(folder: Path) -> Path | None:
-    """The dataset.json that describes a folder: in it, or beside it where it is one of its folders of images."""
+    """The dataset.json that describes a folder: inside it, or next to it if the folder is one of its image folders."""
     names = {name for part in _PARTS for name in part}
     images = [images for images, _ in _PARTS]
     if (folder / DESCRIPTION).is_file() and any((folder / name).is_dir() for name in images):
@@ -72,10 +72,10 @@ def description_of(folder: Path) -> Path | None:
 
 
 def declared_convention(description: Path) -> str | None:
-    """Name of the convention that a dataset.json's ``labels`` tell, or None where they do not.
+    """Name of the convention implied by the ``labels`` of a dataset.json, or None if they imply none.
 
     Raises:
-        DataError: it cannot be read.
+        DataError: the file cannot be parsed.
     """
     content = _read_json(description)
     convention = convention_of_names(_label_names(content))
@@ -87,10 +87,10 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
 
     Args:
         description: its dataset.json.
-        only: take one of its folders of images alone, without label maps.
+        only: read only this image folder, without label maps.
 
     Raises:
-        DataError: it cannot be read, or its channels are not told by names of contrasts.
+        DataError: the file cannot be parsed, or its channel names do not identify the contrasts.
     """
     content = _read_json(description)
     channels = _channels(content, description)
@@ -116,10 +116,10 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
 
 
 def find_manifest(folder: Path) -> Path | None:
-    """The manifest in a folder, or None; other tables, as those with survival days, are none.
+    """The manifest in a folder, or None; other tables, such as those with survival days, are ignored.
 
     Raises:
-        DataError: there are several.
+        DataError: there are several manifests.
     """
     tables = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".csv" and p.name[0] != "." and p.is_file())
     found = [path for path in tables if _is_manifest(path)]
@@ -130,11 +130,11 @@ def find_manifest(folder: Path) -> Path | None:
 
 
 def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
-    """The cases of a manifest, in its order.
+    """The cases of a manifest, in file order.
 
     Raises:
-        DataError: it cannot be read, has no column for the case or for any contrast, two columns for the same thing, a
-            row without id, an id twice, or an unknown label convention.
+        DataError: the file cannot be parsed, has no column for the case or for any contrast, has two columns for the
+            same thing, a row without an id, a duplicate id, or an unknown label convention.
     """
     rows = _rows(path)
     if not rows:
@@ -215,7 +215,7 @@ def _row_case(
 
 
 def as_on_disk(path: Path) -> Path:
-    """The path as the disk spells it: a table from macOS may name a file in another Unicode form than it has."""
+    """The path as spelled on disk: a table from macOS may use a different Unicode form of the file's name."""
     if path.is_symlink() or path.exists() or path.parent == path:
         return path
     folder = as_on_disk(path.parent)
@@ -238,7 +238,7 @@ def _is_manifest(path: Path) -> bool:
 
 
 def _rows(path: Path, at_most: int | None = None) -> list[tuple[int, list[str]]]:
-    """Line number and cells of every row that is not blank."""
+    """Line number and cells of every non-blank row."""
     rows: list[tuple[int, list[str]]] = []
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
@@ -256,7 +256,7 @@ def _rows(path: Path, at_most: int | None = None) -> list[tuple[int, list[str]]]
 
 
 def _columns(header: list[str], path: Path) -> dict[str, int]:
-    """Where the columns that we know are."""
+    """Index of every known column, by its canonical name."""
     columns: dict[str, int] = {}
     words = [text.strip().lower() for text in header]
     own = {
@@ -292,12 +292,12 @@ def _channel_names(content: Mapping[str, Any]) -> Any:
 
 
 def _other_channels(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """The channels that are named after no contrast."""
+    """The channels whose names match no contrast."""
     return tuple(f"channel {name}" for name in _channel_names(content).values() if contrast_of(name) is None)
 
 
 def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
-    """The contrast of every channel that is one; others, as a diffusion map, are left alone."""
+    """The contrast of every channel that has one; others, such as a diffusion map, are ignored."""
     names = _channel_names(content)
     if not isinstance(names, dict) or not all(
         str(number).isdecimal() and len(str(number)) <= 4 and isinstance(name, str) for number, name in names.items()
@@ -339,17 +339,17 @@ def _label_names(content: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _stem(path: Path) -> str:
-    """The name of an image or a label map by which the two are matched."""
+    """The key by which an image and its label map are matched."""
     return composed(strip_nifti_ending(path.name) or "")
 
 
 def _has_a_file_a_channel(paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path]) -> bool:
-    """Whether images are named as nnU-Net does, and not 4D files whose own names end in four digits."""
+    """Whether images are named as in nnU-Net, rather than being 4D files whose names happen to end in four digits."""
     stems = [_stem(path) for path in paths]
     matches = [_CHANNEL.match(stem) for stem in stems]
     if any(stem in label_maps for stem in stems) or (paths and _is_4d(paths[0])):
         return False
-    most = max(channels) + 8  # channels that are no contrast may follow
+    most = max(channels) + 8  # further channels may follow that are not contrasts
     return all(match is not None and int(match["channel"]) <= most for match in matches)
 
 
@@ -364,7 +364,7 @@ def _is_4d(path: Path) -> bool:
 def _one_file_a_channel(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
 ) -> Iterator[DescribedCase]:
-    """Cases of nnU-Net. Ids do not tell the label numbers: nnU-Net's conversions keep ids and renumber."""
+    """Cases of nnU-Net. Their ids say nothing about label numbers: nnU-Net's conversions keep ids but renumber."""
     files: dict[str, dict[Contrast, Path]] = {}
     twice: dict[str, list[str]] = {}
     for path in paths:
@@ -393,7 +393,7 @@ def _one_file_a_channel(
 def _one_file_a_case(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
 ) -> Iterator[DescribedCase]:
-    """Cases of the Decathlon: 4D files."""
+    """Cases of the Decathlon, one 4D file each."""
     for path in paths:
         case_id = _stem(path)
         yield DescribedCase(

@@ -1,9 +1,8 @@
-"""Write a data set in another layout: nnU-Net raw, Decathlon (MSD), or a manifest in CSV with the files beside it.
+"""Export a data set to another layout: nnU-Net raw, Decathlon (MSD), or a manifest in CSV next to the files.
 
-Grids and voxel values are kept: a file that a layout can take as it is, is copied; where contrasts are put into one 4D
-file, taken out of one, or stored in the voxel order of the T1c, it is written anew.
-``data.datasets.layouts.find_cases`` reads
-all three back.
+Grids and voxel values are preserved. A file that fits the new layout is copied; it is rewritten if contrasts are
+combined into one 4D file, extracted from one, or reordered to the voxel order of the T1c.
+``data.datasets.layouts.find_cases`` reads all three layouts.
 """
 
 from __future__ import annotations
@@ -44,28 +43,28 @@ from data.nifti import (
 Layout = Literal["nnunet", "msd", "csv"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
 
-#: The folder that nnU-Net wants below its nnUNet_raw, which OUT becomes.
+#: Folder name required by nnU-Net inside its nnUNet_raw, which is the role of OUT.
 NNUNET_NAME: Final = "Dataset001_BraTS"
 MANIFEST: Final = "manifest.csv"
 _NNUNET_CHANNELS: Final[dict[Contrast, str]] = {"t1": "T1", "t1c": "T1ce", "t2": "T2", "flair": "FLAIR"}
 _MSD_CHANNELS: Final[dict[Contrast, str]] = {"flair": "FLAIR", "t1": "T1w", "t1c": "t1gd", "t2": "T2w"}
-#: Cases at work at once; each holds four volumes.
+#: Maximum number of cases processed at once; each holds four volumes in memory.
 _AT_ONCE: Final = 4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ExportedDataset:
-    """What was written."""
+    """Summary of an export."""
 
     out: Path
     layout: Layout
     cases: int
     labelled: int
-    """Cases with a label map."""
+    """Number of cases with a label map."""
     labels: str | None
-    """Name of the convention of the label maps as they are now, None without any."""
+    """Name of the convention of the exported label maps; None if there are none."""
     notes: tuple[str, ...]
-    """What the new layout cannot hold, in words."""
+    """Sentences about information that the new layout cannot hold."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -88,24 +87,24 @@ def export_dataset(
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> ExportedDataset:
-    """Write every case of a data set in another layout; ``out`` appears when all of it is there.
+    """Write every case of a data set in another layout; ``out`` appears only once the export is complete.
 
     Args:
-        root: a data set in any layout that is recognised.
-        out: folder to write to; new or empty.
+        root: a data set in any recognised layout.
+        out: folder to write to; must be new or empty.
         layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, its label numbers those of nnU-Net's conversions and
             the regions as nnU-Net trains them; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a
-            folder for each case, label maps as they were.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``root``.
-        on_case: called with each case's id and the share that is done.
+            folder for each case, label maps unchanged.
+        labels: name of the label convention, if it cannot be inferred from the data set.
+        follow_links: accept symlinks that leave ``root``.
+        on_case: called with each case's id and the fraction of cases completed.
 
     Returns:
-        what was written.
+        a summary of the export.
 
     Raises:
-        DataError: the data set cannot be used, ``out`` is not empty or lies in it, or the layout is none of these.
-        OSError: ``out`` cannot be written to.
+        DataError: the data set is invalid, ``out`` is not empty or lies in ``root``, or the layout is unknown.
+        OSError: ``out`` is not writable.
     """
     if layout not in LAYOUTS:
         raise DataError(f"no layout is named {layout!r}; there are {', '.join(LAYOUTS)}. Give one of them.")
@@ -150,7 +149,7 @@ def export_dataset(
 
 
 def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
-    """A note where a manifest states that cases are one patient's, and their ids do not tell it."""
+    """A note if a manifest assigns cases to one patient but their ids alone would not; else empty."""
     by_id: dict[str, set[str]] = {}
     for case in cases:
         by_id.setdefault(case.patient, set()).add(patient_of(case.id))
@@ -160,13 +159,13 @@ def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
 
 
 class _Writer(ABC):
-    """One layout below a folder: the files of a case, and the description of all."""
+    """Writes one layout into a folder: the files of each case and the description of the data set."""
 
     layout: Layout
     within: str = ""
-    """Folder that holds all the others."""
+    """Subfolder that contains everything else."""
     folders: tuple[str, ...] = ()
-    """Made at the beginning."""
+    """Folders created at the start."""
 
     def __init__(self, folder: Path, convention: LabelConvention | None) -> None:
         self._root = folder / self.within
@@ -179,10 +178,10 @@ class _Writer(ABC):
 
     @abstractmethod
     def describe(self, cases: Sequence[Case]) -> None:
-        """Write the description."""
+        """Write the description of the data set."""
 
     def _write_labels(self, case: Case, path: Path) -> None:
-        """The label map in the numbers of MSD and nnU-Net, on the grid and in the voxel order of the T1c."""
+        """Write the label map in the numbers of MSD and nnU-Net, on the grid and in the voxel order of the T1c."""
         assert case.label is not None
         assert self._convention is not None
         reference, label = _grid_of(case, "t1c"), read_label_map(case.label)
@@ -195,7 +194,7 @@ class _Writer(ABC):
 
 
 class _NNUNet(_Writer):
-    """nnU-Net raw: a file for each channel (nnU-Net, documentation/dataset_format.md)."""
+    """nnU-Net raw: one file per channel (nnU-Net, documentation/dataset_format.md)."""
 
     layout = "nnunet"
     within = NNUNET_NAME
@@ -220,7 +219,7 @@ class _NNUNet(_Writer):
                     "tumor core": [necrosis, enhancing],
                     "enhancing tumor": [enhancing],
                 },
-                # The order in which regions are written over each other: the number of what is in no smaller region.
+                # Regions are painted in this order, each with the number of the tissue that no smaller region contains.
                 "regions_class_order": [oedema, necrosis, enhancing],
                 "numTraining": sum(case.label is not None for case in cases),
                 "file_ending": ".nii.gz",
@@ -229,7 +228,7 @@ class _NNUNet(_Writer):
 
 
 class _Decathlon(_Writer):
-    """Medical Segmentation Decathlon: a 4D file for each case."""
+    """Medical Segmentation Decathlon: one 4D file per case."""
 
     layout = "msd"
     folders = ("imagesTr", "labelsTr", "imagesTs")
@@ -264,7 +263,7 @@ class _Decathlon(_Writer):
 
 
 class _Manifest(_Writer):
-    """A manifest, and a folder of files for each case."""
+    """A manifest, and a folder with the files of each case."""
 
     layout = "csv"
 
@@ -279,7 +278,7 @@ class _Manifest(_Writer):
     def describe(self, cases: Sequence[Case]) -> None:
         with (self._root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            # Ids tell the other patients wherever the table is read.
+            # Without a stated patient, every reader derives it from the id.
             stated = any(case.stated_patient is not None for case in cases)
             writer.writerow(["case", *(["patient"] if stated else []), *CONTRASTS, "seg", "labels"])
             for case in cases:
@@ -299,12 +298,12 @@ class _Manifest(_Writer):
 
 
 def _read(case: Case, contrast: Contrast) -> Volume:
-    """One contrast, its background at 0; refused where voxels are no numbers: they would have to be changed."""
+    """Read one contrast with its background at 0; reject NaN and infinity, which would have to be replaced."""
     return _of_numbers(case, contrast, _look(case, contrast))
 
 
 def _look(case: Case, contrast: Contrast) -> Volume:
-    """One contrast, its background at 0, which is logged."""
+    """Read one contrast with its background at 0, and log a change of the background."""
     volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
     if volume.background is not None:
         LOG.warning("case %s, contrast %s: %s", case.id, contrast, volume.background)
@@ -322,14 +321,14 @@ def _of_numbers(case: Case, contrast: Contrast, volume: Volume) -> Volume:
 
 
 def _grid_of(case: Case, contrast: Contrast) -> Volume:
-    """The grid of a contrast, from its header alone; the voxels are all one zero."""
+    """The grid of a contrast, from its header only; the voxels are a broadcast zero."""
     path = case.contrasts[contrast]
     shape, affine = read_grid(path, case.volumes.get(contrast))
     return Volume(voxels=np.broadcast_to(np.float32(0), shape), affine=affine, path=path)
 
 
 def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume:
-    """The volume in the voxel order of the reference, or a DataError where it lies on another grid."""
+    """Return the volume in the voxel order of the reference; a DataError if it lies on another grid."""
     ordered = volume if grid_difference(reference, volume) is None else in_order_of(reference, volume)
     difference = grid_difference(reference, ordered)
     if difference is not None:
@@ -341,9 +340,9 @@ def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume
 
 
 def _store(case: Case, contrast: Contrast, path: Path) -> None:
-    """A contrast as a file of its own: a copy where it is one in the T1c's voxel order, else written anew.
+    """Store a contrast in its own file: copied if it is a 3D file in the T1c's voxel order, else rewritten.
 
-    So is one whose background is not 0, as programs that look for what is not 0 take the whole field for brain.
+    It is also rewritten if its background is not 0, because other programs would take the whole field for brain.
     """
     reference, volume = _grid_of(case, "t1c"), _look(case, contrast)
     if contrast not in case.volumes and volume.background is None and grid_difference(reference, volume) is None:
@@ -354,11 +353,11 @@ def _store(case: Case, contrast: Contrast, path: Path) -> None:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a NIfTI file to a compressed one, byte by byte where it is compressed already."""
+    """Copy a NIfTI file to a compressed one; a compressed source is copied byte by byte."""
     if is_compressed(source):
         shutil.copyfile(source, target)
         return
-    # Without name and time the same file is compressed to the same bytes.
+    # Omit name and time, so that the same file always compresses to the same bytes.
     with (
         source.open("rb") as plain,
         target.open("wb") as file,
@@ -377,7 +376,7 @@ def _make_folders(root: Path, *names: str) -> None:
 
 
 def _require_place(root: Path, out: Path) -> None:
-    """Refuse a place that holds something, or where the new data set would become part of the old one."""
+    """Reject a folder that is not empty, or that lies inside the data set being exported."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise DataError(f"{out} {what}; give a new folder to export to.")
@@ -387,7 +386,7 @@ def _require_place(root: Path, out: Path) -> None:
 
 @contextmanager
 def _folder_when_complete(out: Path) -> Iterator[Path]:
-    """Give a folder beside ``out`` to write to; it becomes ``out`` when the block ends well, else it goes."""
+    """Yield a folder next to ``out`` to write to; it is renamed to ``out`` on success and deleted on failure."""
     place = out.resolve()
     beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
     try:

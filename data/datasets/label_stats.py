@@ -1,4 +1,4 @@
-"""What the label maps of a data set hold: numbers, tumour volume, a hash that notices a change. Each is read once."""
+"""Statistics of label maps, each read once: label numbers, tumour volume, and a hash to detect changes."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from data.nifti import read_label_map
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMap:
-    """What one label map holds."""
+    """Statistics of one label map."""
 
     counts: Mapping[int, int]
-    """Voxels by label number; 0 is left out."""
+    """Number of voxels by label number, without 0."""
     voxel_um3: int
     """Volume of a voxel in cubic micrometres."""
     sha256: str
-    """Of shape and voxels, however they are compressed."""
+    """Hash of shape and voxels, independent of compression."""
     stamp: tuple[int, int]
-    """Size and time of change of the file."""
+    """Size and modification time (ns) of the file."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as :func:`label_map_from_json` takes it."""
+        """Plain data, the input of :func:`label_map_from_json`."""
         return {
             "counts": {str(number): count for number, count in self.counts.items()},
             "voxel_um3": self.voxel_um3,
@@ -42,16 +42,16 @@ class LabelMap:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelStats:
-    """What a case is sorted by when folds are dealt."""
+    """The tumour properties by which cases are stratified into folds."""
 
     volume_um3: int
-    """Whole tumour, in cubic micrometres: whole numbers are the same on every machine."""
+    """Volume of the whole tumour in cubic micrometres; an integer, so that it is the same on every machine."""
     enhances: bool
     """Whether there is enhancing tumour."""
 
 
 def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
-    """Read every label map once, by case id; one that is missing or unreadable is left out: it is told when it is used.
+    """Read every label map once, by case id; missing or unreadable ones are omitted and reported when they are used.
 
     Example:
         >>> read_label_maps([])
@@ -75,15 +75,15 @@ def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
 
 
 def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
-    """Tumour volume (voxels that are no background, times a voxel's volume), and whether any of it enhances.
+    """Tumour volume (number of non-zero codes times voxel volume), and whether the tumour enhances.
 
     Raises:
-        DataError: numbers outside the convention.
+        DataError: a number is not in the convention.
 
     Example:
         >>> from data.labels import BRATS2021
         >>> tumour_of(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
-        Tumour(volume_um3=11000000000, enhances=True)
+        LabelStats(volume_um3=11000000000, enhances=True)
     """
     numbers = np.array(list(held.counts), dtype=np.uint8)
     codes = decode(numbers, convention).tolist()
@@ -92,14 +92,14 @@ def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
 
 
 def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
-    """Label numbers by case id, for :func:`data.datasets.layouts.decide_for`; empty where nothing could be read."""
+    """Label numbers by case id, for :func:`data.datasets.layouts.decide_for`; empty for unreadable label maps."""
     return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
 
 
 def tumours_of(
     case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention
 ) -> dict[str, LabelStats]:
-    """Tumours by case id, for the folds; none where nothing could be read, such a case is refused when it is used.
+    """Tumours by case id, for the folds; volume 0 for unreadable label maps, which are rejected when they are used.
 
     Raises:
         DataError: as :func:`tumour_of`.
@@ -109,13 +109,13 @@ def tumours_of(
 
 
 def hash_of(held: Mapping[str, LabelMap]) -> str:
-    """SHA-256 over case ids and label maps, whatever their order."""
+    """SHA-256 over case ids and label maps, independent of their order."""
     lines = "".join(f"{case_id} {held[case_id].sha256}\n" for case_id in sorted(held))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def changed(before: Mapping[str, LabelMap], cases: Iterable[Case]) -> list[str]:
-    """Ids of cases whose label map is another one than before, or is gone. Files as old and long are not read again."""
+    """Ids of cases whose label map has changed or is gone. Files with the same size and time are not read again."""
     asked = [case for case in cases if case.id in before]
     touched = [case for case in asked if _stamp(case) != before[case.id].stamp]
     now = read_label_maps(touched)

@@ -1,9 +1,8 @@
-"""Recognise a data set: BraTS case folders of every year, flat folders, MSD, nnU-Net, a manifest; and label maps alone.
+"""Recognise data sets: BraTS case folders of every year, flat folders, MSD, nnU-Net, manifests; and label maps only.
 
 File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2017-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
-and later (sources: see data/datasets/naming.py; what a dataset.json or a manifest describes is read in
-data/datasets/descriptions.py). Case
-does not matter.
+and later, ignoring case (sources: see data/datasets/naming.py). Data sets described by a dataset.json or a manifest are
+read in data/datasets/descriptions.py.
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ NAMING_RULES: Final = (
     "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
 )
 
-#: Endings that tell the year also where a case has no folder of its own; t1c, t2w and flair are used by everybody.
+#: Endings that reveal the year even without case folders; t1c, t2w and flair are used everywhere.
 _TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
 MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
@@ -79,58 +78,58 @@ _SHOWN: Final = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """The files of one case, and what is wrong with their names."""
+    """The files of one case, and the problems found with them."""
 
     id: str
-    """Case id: the file names before the contrast, in the composed Unicode form."""
+    """Case id: the part of the file names before the contrast, in composed Unicode form (NFC)."""
     folder: Path
     contrasts: dict[Contrast, Path] = field(default_factory=dict)
-    """File of each contrast that was found."""
+    """The file of each contrast found."""
     volumes: dict[Contrast, int] = field(default_factory=dict)
-    """Which volume a contrast is, of those whose file is 4D."""
+    """For contrasts stored in a 4D file, the index of their volume."""
     label: Path | None = None
-    """The label map, where there is one."""
+    """The label map, if there is one."""
     naming: Naming | None = None
-    """What the file names tell of the label numbers, where they do."""
+    """What the file names imply about the label numbers; None if nothing."""
     declared: str | None = None
-    """Name of the label convention that a description of the data set states."""
+    """Name of the label convention stated in the data set's description; None if it states none."""
     case_folder: bool = True
-    """Whether the case has a folder of its own, as BraTS publishes cases."""
+    """Whether the case has its own folder, as in the releases of BraTS."""
     stated_patient: str | None = None
-    """The patient that a manifest states."""
+    """The patient as stated in a manifest; None if it states none."""
     unrecognised: tuple[str, ...] = ()
-    """What may be a contrast that is missing: names of files, columns or channels that are named after none."""
+    """Names of files, columns or channels that match no contrast; one of them may be a missing contrast."""
     problems: tuple[str, ...] = ()
-    """One sentence each; an empty tuple where all contrasts are there once."""
+    """One sentence per problem; empty if every contrast was found exactly once and nothing else is wrong."""
 
     def __post_init__(self) -> None:
-        """One name has several Unicode forms; ids from files, manifests and splits are compared in one of them."""
+        """Normalise the id, so that ids from files, manifests and splits compare equal whatever their Unicode form."""
         object.__setattr__(self, "id", composed(self.id))
 
     @property
     def patient(self) -> str:
-        """The patient of the case: as a manifest states it, else by its id."""
+        """The patient of the case: as stated in a manifest, else derived from the id."""
         return self.stated_patient if self.stated_patient is not None else patient_of(self.id)
 
     @property
     def written_convention(self) -> LabelConvention | None:
-        """The convention that goes with the case when a label map is written for it, where that is told."""
+        """The convention for label maps written for this case; None if neither description nor names determine it."""
         return CONVENTIONS[self.declared] if self.declared is not None else written_convention(self.naming)
 
     @property
     def reference(self) -> Contrast:
-        """The contrast whose file lends its grid to label maps; there must be one."""
+        """The contrast whose grid label maps are written on; at least one contrast is required."""
         return reference_contrast(self.contrasts)
 
     def require(self, *, all_contrasts: bool = True) -> Case:
-        """Return the case itself.
+        """Return the case itself if it has no problems.
 
         Args:
-            all_contrasts: False takes a case with one contrast or more; those missing are then no problem.
+            all_contrasts: whether all four contrasts are required; if False, one is enough.
 
         Raises:
-            DataError: a contrast is missing, there twice or behind a link out of the data folder, or the id is no
-                file name.
+            DataError: a contrast is missing, present twice or behind a symlink that leaves the data folder, or the id
+                is not usable as a file name.
         """
         problems = self.problems
         if not all_contrasts and self.contrasts:
@@ -149,14 +148,14 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
     """Find every case of a data set, sorted by id.
 
     Args:
-        root: a case folder, or a folder of them, up to three levels deep (as ``HGG/<case>`` in BraTS 2018); one folder
-            with the files of all cases; a folder with dataset.json and imagesTr (MSD, nnU-Net), or that imagesTr; a
-            manifest in CSV, or the folder that holds it.
-        follow_links: accept symbolic links that lead out of ``root``; without, a case behind one has a problem.
+        root: a case folder, or a folder of case folders up to three levels deep (as ``HGG/<case>`` in BraTS 2018); one
+            folder with the files of all cases; a folder with dataset.json and imagesTr (MSD, nnU-Net), or its imagesTr;
+            a manifest in CSV, or the folder that contains it.
+        follow_links: accept symlinks that leave ``root``; otherwise a case behind one gets a problem.
 
     Raises:
-        DataError: there is no such folder, no case in it, one id in two folders, or a description of the data set that
-            cannot be understood.
+        DataError: the folder does not exist or has no case, an id occurs in two folders, or a description of the data
+            set is invalid.
     """
     manifest = _manifest_at(
         root,
@@ -186,11 +185,11 @@ def patients_of(cases: Iterable[Case]) -> dict[str, str]:
 
 
 def misnamed_files(case: Case) -> list[str]:
-    """One sentence for each file of a case whose name says otherwise than its content whether it is compressed."""
+    """One sentence for each file of a case whose name contradicts its content about compression."""
     files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
     found = []
     for path in dict.fromkeys(files):
-        with suppress(OSError):  # said when it is read
+        with suppress(OSError):  # reported when the file is read
             if (what := name_misleads(path)) is not None:
                 ending = ".nii.gz" if is_compressed(path) else ".nii"
                 found.append(f"{path.name} is {what}; it is read by its content. Rename it to end in {ending}")
@@ -198,22 +197,22 @@ def misnamed_files(case: Case) -> list[str]:
 
 
 def look_like_visits(cases: Collection[Case]) -> tuple[tuple[str, ...], ...]:
-    """Groups of case ids that look like visits of one patient, where neither a manifest nor the naming decides."""
+    """Groups of case ids that look like visits of one patient, if neither a manifest nor the naming settles it."""
     return possible_visits(patients_of(cases), {case.id for case in cases if case.stated_patient is not None})
 
 
 def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) -> Case:
-    """A case from files named one by one, as ``predict --t1 --t1c --t2 --flair`` has them.
+    """Build a case from individually named files, as in ``predict --t1 --t1c --t2 --flair``.
 
-    The id is what the name of the T1c file - without one, of the first file in project order - says before its
-    contrast, or the whole name without its ending.
+    The id is taken from the T1c file, or without one from the first file in project order: the part of its name before
+    the contrast, or the whole name without its extension.
 
     Args:
-        files: at least one.
-        all_contrasts: False takes fewer than four.
+        files: at least one file.
+        all_contrasts: whether all four contrasts are required; if False, one is enough.
 
     Raises:
-        DataError: a contrast was not given, or the id is no file name.
+        DataError: a required contrast was not given, or the id is not usable as a file name.
     """
     reference = files[reference_contrast(files)]
     name = strip_nifti_ending(reference.name) or reference.stem
@@ -231,18 +230,19 @@ def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Pa
     """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or those of a whole data set.
 
     Args:
-        folder: where to look.
-        follow_links: accept symbolic links that lead out of ``folder``.
+        folder: the folder to search, or a manifest.
+        follow_links: accept symlinks that leave ``folder``.
 
     Raises:
-        DataError: there is no such folder, no label map in it, two for one case, or one behind a link out of it.
+        DataError: the folder does not exist or has no label map, a case has two, or one is behind a symlink that
+            leaves the folder.
     """
     cases = find_label_cases(folder, follow_links=follow_links)
     return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
 
 
 def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, Case]:
-    """The same as cases of which only the label map and what tells its numbers are known, sorted by id.
+    """Like :func:`find_label_maps`, but as cases that hold only the label map and hints about its numbers.
 
     Raises:
         DataError: as :func:`find_label_maps`.
@@ -270,13 +270,13 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
 
 
 def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
-    """Decide the label convention from all label maps of a data set, its names and its description.
+    """Infer the label convention from all label maps of a data set, its names and its description.
 
-    A label map that cannot be read has no say; whoever uses its case will be told.
+    Unreadable label maps are ignored; an error is raised when their case is used.
 
     Args:
-        cases: all of the data set.
-        labels: name of a convention that settles it, as ``--labels`` gives it.
+        cases: all cases of the data set.
+        labels: name of a convention that overrides the inference, as given to ``--labels``.
 
     Raises:
         DataError: the values fit no convention, or several; the message names a case for each value.
@@ -291,10 +291,10 @@ def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelC
 def decide_for(
     values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
 ) -> LabelConvention:
-    """The same from label values that are known already, by case id.
+    """Like :func:`convention_of`, for label values that have already been read, by case id.
 
     Raises:
-        DataError: as :func:`convention_of`, or values that the convention named by ``labels`` has not.
+        DataError: as :func:`convention_of`, or values that are not in the convention named by ``labels``.
     """
     seen: dict[int, str] = {}
     for case_id, found in values.items():
@@ -317,7 +317,7 @@ def decide_for(
                 _require_cavities(values)
         return _only_one(decided, seen)
     except DataError as error:
-        # Numbers that no convention has come first.
+        # List the values that belong to no convention first.
         shown = sorted(seen.keys() - {BACKGROUND}, key=lambda value: (value in range(5), value))[:_SHOWN]
         where = ", ".join(f"{value} in {seen[value]}" for value in shown)
         raise DataError(f"{error} Seen: {where}.") from error
@@ -335,7 +335,7 @@ def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) 
 
 
 def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
-    """Tell 2024's cavities (4) beside enhancing tumour (3) from cases of two years thrown together."""
+    """Distinguish 2024's cavities (4) next to enhancing tumour (3) from a mixture of cases from different years."""
     if not any({3, 4} <= set(found) for found in values.values()):
         raise DataError(
             "label values 3 and 4 occur together in the data set, and in no case: are cases with the numbers of "
@@ -345,7 +345,7 @@ def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
 
 
 def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> LabelConvention:
-    """The convention of all parts of a data set, or the first of several that mean the same by the values seen."""
+    """The convention of all parts of a data set; if there are several, they must agree on the values seen."""
     conventions = [c for c in CONVENTIONS.values() if c in decided.values()]
     if len({tuple(c.codes.get(value) for value in seen) for c in conventions}) > 1:
         parts = ", ".join(f"{convention.name} goes with {case_id}" for case_id, convention in decided.items())
@@ -357,7 +357,7 @@ def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> La
 
 
 def _label_values(path: Path | None) -> tuple[int, ...]:
-    """Values in a label map, or none where there is no readable one."""
+    """The values in a label map; empty if there is none or it is unreadable."""
     if path is None:
         return ()
     try:
@@ -368,7 +368,7 @@ def _label_values(path: Path | None) -> tuple[int, ...]:
 
 
 class _Links:
-    """Symbolic links below a data folder: which lead out of it, and what to say about that."""
+    """Decides which symlinks below a data folder to follow, and phrases the problems they cause."""
 
     def __init__(self, root: Path, *, follow: bool) -> None:
         self._root = root
@@ -377,7 +377,7 @@ class _Links:
         self._left: list[Path] = []
 
     def enters(self, folder: Path) -> bool:
-        """Whether to look below a folder. One linked to from within the data folder is found where it lies."""
+        """Whether to enter a folder. Links to folders inside the data folder are skipped: those are found anyway."""
         if not folder.is_symlink():
             return True
         if self._leads_out(folder) and not self._follow:
@@ -385,11 +385,11 @@ class _Links:
         return self._leads_out(folder)
 
     def looks_below(self, folder: Path) -> bool:
-        """Whether folders below a folder are looked at: behind a link that leads out only where links are followed."""
+        """Whether to descend into subfolders; outside the data folder only if links are followed."""
         return self._follow or not self._leads_out(folder)
 
     def problems(self, path: Path) -> list[str]:
-        """One sentence where a path is a dangling link, or where it lies outside of the data folder."""
+        """One sentence if a path is a broken symlink or lies outside the data folder; else empty."""
         if path.is_symlink() and not path.exists():
             return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
         if self._follow or not self._leads_out(path):
@@ -397,7 +397,7 @@ class _Links:
         return [f"{path} lies at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
 
     def not_followed(self) -> list[str]:
-        """One sentence where links to folders were not followed."""
+        """One sentence if symlinked folders were not followed; else empty."""
         if not self._left:
             return []
         shown = ", ".join(str(path) for path in self._left[:3])
@@ -411,7 +411,7 @@ _LINK_REMEDY: Final = "Copy the files, or accept such links with --follow-links.
 
 
 def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
-    """The folder itself and those below it, hidden ones left out."""
+    """The folder itself and its subfolders, except hidden ones."""
     yield folder
     if depth == _DEEPEST_FOLDER or not links.looks_below(folder) or _is_described(folder):
         return
@@ -421,7 +421,7 @@ def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
 
 
 def _manifest_at(root: Path, not_a_folder: str) -> Path | None:
-    """The manifest that a data set is given as or that its folder holds."""
+    """The manifest that a data set consists of: ``root`` itself or a file in that folder; None if there is none."""
     if root.is_file() and root.suffix.lower() == ".csv":
         return root
     if not root.is_dir():
@@ -435,7 +435,7 @@ def _is_described(folder: Path) -> bool:
 
 
 def _described_in(folder: Path, links: _Links) -> list[Case]:
-    """The cases of a data set with a dataset.json, or of one of its folders of images."""
+    """The cases of a data set with a dataset.json, or of one of its image folders."""
     description = description_of(folder)
     if description is None or not _is_described(folder):
         return []
@@ -444,7 +444,7 @@ def _described_in(folder: Path, links: _Links) -> list[Case]:
 
 
 def _from_description(row: DescribedCase, links: _Links) -> Case:
-    """A case as a description has it, with what is wrong."""
+    """Convert a case from a description, with its problems."""
     problems = [*_missing(row.contrasts, row.unrecognised), *row.problems, *_id_problems(row.id)]
     files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
     problems += [problem for path in files for problem in links.problems(path)]
@@ -464,14 +464,14 @@ def _from_description(row: DescribedCase, links: _Links) -> Case:
 
 
 def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
-    """The files of a folder that are named like a contrast or a label map."""
+    """The files of a folder that are named as a contrast or a label map."""
     paths = nifti_files(folder)
     names = split_names([strip_nifti_ending(path.name) or "" for path in paths])
     return [(path, name) for path, name in zip(paths, names, strict=True) if name is not None]
 
 
 def _cases_in(folder: Path, links: _Links) -> list[Case]:
-    """The cases whose files lie in a folder: one, or all of a flat data set; none where nothing is so named."""
+    """The cases whose files lie in a folder: one, or all of a flat data set; empty if no name matches a contrast."""
     if _is_described(folder):
         return _described_in(folder, links)
     files = _named_files(folder)
@@ -495,16 +495,16 @@ def _cases_in(folder: Path, links: _Links) -> list[Case]:
 def _case_of(
     folder: Path, files: list[tuple[Path, FileName]], links: _Links, others: Sequence[str], *, flat: bool = False
 ) -> Case:
-    """The case that files in a folder make; ``others`` are its files that are named after no contrast."""
+    """The case formed by files of a folder; ``others`` are file names in the folder that match no contrast."""
     contrasts: dict[Contrast, list[Path]] = defaultdict(list)
-    # Where UCSF-PDGM has an image with and without correction of the bias field, the one without is taken: BraTS
-    # publishes its images uncorrected.
+    # UCSF-PDGM has some images with and without bias field correction. Take the uncorrected one, since BraTS
+    # publishes uncorrected images.
     plain = {name.contrast for _, name in files if not name.corrected}
     for path, name in files:
         if name.contrast is not None and not (name.corrected and name.contrast in plain):
             contrasts[name.contrast].append(path)
     labels = [path for path, name in files if name.is_label]
-    # One label map of BraTS 2020 has the name of another system, W39_1998.09.19_Segm.
+    # One label map of BraTS 2020 follows another naming scheme: W39_1998.09.19_Segm.
     ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
     unrecognised = tuple(others) if missing_contrasts(contrasts.keys()) else ()
     problems = _missing(contrasts, unrecognised)
@@ -539,7 +539,7 @@ _RADIOTHERAPY: Final = (
 
 
 def _id_problems(case_id: str) -> list[str]:
-    """One sentence where a case id cannot be the name of a file: it becomes one in output and cache folders."""
+    """One sentence if a case id cannot serve as a file name, as it does in output and cache folders; else empty."""
     if any("\udc80" <= sign <= "\udcff" for sign in case_id):
         return [
             f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
@@ -558,7 +558,7 @@ def _id_problems(case_id: str) -> list[str]:
 
 
 def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:
-    """One sentence for the contrasts that are not there, or none."""
+    """One sentence about the missing contrasts; empty if there are none."""
     absent = missing_contrasts(set(contrasts))
     if not absent:
         return []
@@ -573,7 +573,7 @@ def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) ->
 
 
 def _not_taken(root: Path, links: _Links) -> list[str]:
-    """One sentence where there are NIfTI files, and none is named after a contrast."""
+    """One sentence if there are NIfTI files, none of which is named as a contrast; else empty."""
     if not root.is_dir():
         return []
     names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
@@ -581,13 +581,13 @@ def _not_taken(root: Path, links: _Links) -> list[str]:
 
 
 def _some(names: Sequence[str]) -> str:
-    """A few of the names, printable, and how many more there are."""
+    """The first few names, made printable, and the number of the others."""
     shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])
     return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
 
 
 def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
-    """Label maps of a flat folder, of case folders or of a described data set; an image beside them is none."""
+    """Label maps of a flat folder, of case folders or of a described data set; images next to them are skipped."""
     for place in _folders(folder, links):
         if _is_described(place):
             yield from _described_in(place, links)
@@ -611,7 +611,7 @@ def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
                 id=case_id,
                 folder=place,
                 label=path,
-                # nnU-Net keeps the ids of BraTS and renumbers: there the names do not tell.
+                # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
                 naming=None if renumbered else naming_of(case_id, endings if len(images) == 1 else endings & _TELLING),
                 declared=declared or _declared_beside(path),
                 case_folder=len(images) == 1,
@@ -619,7 +619,7 @@ def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
 
 
 def _declared_beside(label_map: Path) -> str | None:
-    """The convention that the JSON beside a predicted label map states, where there is one."""
+    """The convention stated in the JSON file next to a predicted label map; None if there is no such file."""
     try:
         path = label_map.with_name(f"{strip_nifti_ending(label_map.name)}.json")
         name = json.loads(path.read_text(encoding="utf-8"))["labels"]["convention"]

@@ -1,6 +1,6 @@
-"""What file names, case ids and channel names tell: the contrast and the family of data sets.
+"""Infer the contrast and the family of data sets from file names, case ids and channel names.
 
-Which patient an id names stands in data/datasets/patients.py. Sources: the data set conversions of nnU-Net
+Patients are inferred in data/datasets/patients.py. Sources: the data set conversions of nnU-Net
 (nnunetv2/dataset_conversion), the BraTS data descriptions of 2018 to 2024, the dataset.json of the Medical Segmentation
 Decathlon, the collections UCSF-PDGM and UPENN-GBM of The Cancer Imaging Archive, the BIDS specification (``_T1w``,
 ``ce-gadolinium``).
@@ -18,10 +18,10 @@ from typing import Final
 
 from data.labels import Contrast, Naming
 
-#: Between the parts of a contrast's name; a case id ends at one of the first two.
+#: Characters between the parts of a contrast's name; a case id ends before one of ``_CASE_ENDS``.
 _SEPARATOR: Final = r"[-_+. ]*"
 _CASE_ENDS: Final = "-_"
-#: Words for a T1 after gadolinium (km is the German Kontrastmittel), and for one before it.
+#: Words for a T1 after gadolinium (km is German: Kontrastmittel), and for one before it.
 _AFTER: Final = (
     rf"(?:w?ce|ce[-_](?:gd|gad|gadolinium)|c|cm|km|w?gd|gad|gado|gadolinium|gadovist|dotarem|cw|(?:\+|plus){_SEPARATOR}(?:c|gd)?"
     rf"|(?:with|w){_SEPARATOR}(?:contrast|gd|gad|gadolinium)|post{_SEPARATOR}(?:c|ce|gd|gad|gadolinium|contrast|con|km)?"
@@ -31,7 +31,7 @@ _BEFORE: Final = (
     rf"(?:n|nc|nativ|native|nce|plain|unenhanced|pre{_SEPARATOR}(?:c|ce|gd|gad|gadolinium|contrast|con|km)?"
     rf"|(?:non|no|without|wo){_SEPARATOR}(?:contrast|gd|gad|gadolinium|enhanced))"
 )
-#: How an image was taken, which tells no contrast.
+#: Words for the acquisition, which say nothing about the contrast.
 _TAKEN: Final = (
     r"(?:mprage|mpr|mp2rage|spgr|fspgr|bravo|tfe|ffe|vibe|space|cube|vista|tse|fse|frfse|se|gre|ax|axial|sag|sagittal"
     r"|cor|coronal|tra|transversal|transverse|3d|2d|iso)"
@@ -39,7 +39,7 @@ _TAKEN: Final = (
 _WEIGHTED: Final = rf"(?:wi?|{_SEPARATOR}weighted)?"
 _T1: Final = rf"t1{_WEIGHTED}(?:{_SEPARATOR}{_TAKEN})*"
 _T2: Final = rf"t2{_WEIGHTED}"
-#: What BIDS says of an image between session and contrast.
+#: BIDS entities between session and contrast.
 _ENTITIES: Final = r"(?:_[a-z]+-[a-z0-9]+)*"
 _GIVEN: Final = rf"ce-(?!none)[a-z0-9]+{_ENTITIES}"
 _PATTERNS: Final[tuple[tuple[Contrast, str], ...]] = (
@@ -58,10 +58,10 @@ _PATTERNS: Final[tuple[tuple[Contrast, str], ...]] = (
 _CONTRASTS: Final = tuple(
     (contrast, re.compile(rf"(?:{_TAKEN}{_SEPARATOR})*(?:{pattern})", re.IGNORECASE)) for contrast, pattern in _PATTERNS
 )
-#: Longer endings are no contrast; the patterns need not look at them.
+#: Longer endings are never a contrast, so the patterns need not search them.
 _LONGEST_ENDING: Final = 80
 _LABEL_WORDS: Final = ("seg", "segm", "tumor_segmentation", "glistrboost_manuallycorrected")
-#: A target of radiotherapy, as in BraTS 2024 MEN-RT: no tumour regions.
+#: A radiotherapy target, as in BraTS 2024 MEN-RT, has no tumour regions.
 _TARGET_WORDS: Final = ("gtv",)
 _BIAS: Final = "_bias"
 _BIDS: Final = re.compile(rf"^(?P<session>sub-[a-z0-9]+(?:_ses-[a-z0-9]+)?)(?P<entities>{_ENTITIES})$", re.IGNORECASE)
@@ -78,7 +78,7 @@ _FAMILIES: Final[tuple[tuple[str, Naming], ...]] = (
 )
 
 
-#: What files beside a predicted label map are named after its case: no label maps.
+#: Endings of files saved next to a predicted label map under the same case id; they are not label maps.
 COMPANION_ENDINGS: Final = ("_probabilities", "_uncertainty", "_disagreement")
 
 
@@ -88,17 +88,17 @@ _GIVEN_AT_END: Final = re.compile(rf"_{_GIVEN}$", re.IGNORECASE)
 
 @dataclass(frozen=True, kw_only=True)
 class FileName:
-    """The parts of a file name without its ending: ``UCSF-PDGM-0004``, ``t1c``, corrected."""
+    """The parts of a file name without its extension: ``UCSF-PDGM-0004``, ``t1c``, corrected."""
 
     case: str
     ending: str
-    """In lower case, without ``_bias``."""
+    """Lower case, without ``_bias``."""
     corrected: bool = False
-    """Whether ``_bias`` follows: the bias field was corrected."""
+    """Whether the name ends in ``_bias``, that is, the bias field was corrected."""
 
     @property
     def contrast(self) -> Contrast | None:
-        """The contrast, or None for a label map or a target of radiotherapy."""
+        """The contrast, or None for a label map or a radiotherapy target."""
         return contrast_of(self.ending)
 
     @property
@@ -108,12 +108,12 @@ class FileName:
 
     @property
     def is_target(self) -> bool:
-        """Whether it is a target of radiotherapy."""
+        """Whether it is a radiotherapy target."""
         return self.ending in _TARGET_WORDS
 
 
 def composed(name: str) -> str:
-    r"""A name in the composed Unicode form (NFC), by which names are compared; macOS hands out the decomposed one.
+    r"""Convert a name to composed Unicode form (NFC), in which names are compared; macOS returns the decomposed form.
 
     Example:
         >>> composed("Jose\u0301") == "Jos\u00e9"
@@ -123,10 +123,10 @@ def composed(name: str) -> str:
 
 
 def split_name(name: str) -> FileName | None:
-    """The parts of a file name (without .nii.gz) that ends in a contrast or in a word for label maps, else None.
+    """Split a file name (without .nii.gz) that ends in a contrast or in a word for label maps; None for other names.
 
-    Of several ways to part it, the one with the longest case id; the other files of a folder may speak for another
-    (:func:`split_names`).
+    If it can be split in several ways, the longest case id wins; :func:`split_names` also considers the other files of
+    a folder.
 
     Example:
         >>> split_name("BraTS-GLI-00012-001-t2W").contrast
@@ -137,11 +137,11 @@ def split_name(name: str) -> FileName | None:
 
 
 def split_names(names: Sequence[str]) -> list[FileName | None]:
-    """The parts of each of the file names of one folder.
+    """Split each of the file names of one folder.
 
-    ``P_t2_flair`` is the T2-FLAIR of P beside ``P_t1``, and the FLAIR of P_t2 beside ``P_t2_t1``: of several ways to
-    part a name, the one whose case most files may belong to, and then the longest case id. What BIDS puts between
-    session and contrast (``acq-3D``, ``run-1``) belongs to the case only where it is the same in all its files.
+    ``P_t2_flair`` is the T2-FLAIR of P next to ``P_t1``, but the FLAIR of P_t2 next to ``P_t2_t1``: if a name can be
+    split in several ways, the case id that most files could have wins, then the longest case id. BIDS entities between
+    session and contrast (``acq-3D``, ``run-1``) belong to the case id only if all files of the session share them.
 
     Example:
         >>> [name.case for name in split_names(["P_t1", "P_t2_flair"])]
@@ -159,7 +159,7 @@ def split_names(names: Sequence[str]) -> list[FileName | None]:
 
 
 def _readings(name: str) -> list[FileName]:
-    """Every way to part a file name, the longest case id first."""
+    """Every way to split a file name, the longest case id first."""
     name = composed(name)
     bare = name[: -len(_BIAS)] if name.lower().endswith(_BIAS) else name
     in_bids = _BIDS_FILE.match(bare) is not None
@@ -179,7 +179,7 @@ def _readings(name: str) -> list[FileName]:
 
 @cache
 def contrast_of(words: str) -> Contrast | None:
-    """The contrast that a file, a channel or a column is named after, however it is spelled, or None.
+    """The contrast that a file, channel or column is named after, in any spelling, or None.
 
     Example:
         >>> [contrast_of(words) for words in ("T1w", "t1-ce", "T1 post", "T2", "t2_flair", "t2_star", "MRI")]
@@ -192,11 +192,11 @@ def contrast_of(words: str) -> Contrast | None:
 
 
 def naming_of(case_id: str, endings: Collection[str] = ()) -> Naming | None:
-    """What a case's id, else the endings of its files, tell of its label numbers; None where they do not.
+    """What a case id, or else the endings of its files, implies about its label numbers; None if nothing.
 
     Args:
         case_id: such as ``BraTS-GLI-00012-001``.
-        endings: what follows the id in the names of its files, in lower case.
+        endings: the parts of its file names after the id, in lower case.
 
     Example:
         >>> naming_of("BraTS-PED-00003-000"), naming_of("a", {"t1n", "t2f"}), naming_of("a")

@@ -1,4 +1,4 @@
-"""Which patient a case belongs to, as far as its id says; and which ids look like visits without saying so.
+"""Infer the patient of a case from its id, and find ids that may be visits of one patient.
 
 Sources: the naming of BraTS 2012 to 2024; the BIDS specification (``sub-<label>_ses-<label>``); the collections
 UPENN-GBM, UCSF-PDGM, UCSD-PTGBM, RHUH-GBM, MU-Glioma-Post and TCGA-GBM of The Cancer Imaging Archive.
@@ -11,28 +11,28 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping
 from typing import Final
 
-#: Ids in which the number at the end is a visit.
+#: Ids whose final number is a visit.
 _WITH_VISIT: Final = tuple(
     re.compile(rf"^(?P<patient>{pattern}$", re.IGNORECASE)
     for pattern in (
         r"BraTS-[A-Z]+(?:-RT)?-\d+)-\d+",  # 2023 and later: patient, time point
         r"Brats1[789]_.+)_\d+",  # 2017 to 2019: site, patient, scan
         r"brats_(?:20\d\d|tcia)_pat\d+)_\d+",  # 2012 to 2016: patient, scan
-        r"UCSF-PDGM-\d+)_FU\d+d",  # a scan so many days later
+        r"UCSF-PDGM-\d+)_FU\d+d",  # follow-up after this number of days
         r"UPENN-GBM-\d+)_\d+",  # 11 before surgery, 21 at follow-up
         r"UCSD-PTGBM-\d+)_\d+",
         r"RHUH-(?:GBM-)?\d+)[-_]\d",
-        r"sub-[a-z0-9]+)(?:_[a-z]+-[a-z0-9]+)+",  # BIDS: whatever follows the subject
+        r"sub-[a-z0-9]+)(?:_[a-z]+-[a-z0-9]+)+",  # BIDS: anything after the subject
     )
 )
-#: Ids that end in the number of a patient.
+#: Ids whose final number is a patient.
 _WITHOUT_VISIT: Final = re.compile(
     r"^(?:BraTS2021_\d+|BraTS20_(?:Training|Validation|Testing)_\d+|BRATS_\d{3}|UCSF-PDGM-\d+|UPENN-GBM-\d+|TCGA-\w\w-\w{4}"
     r"|sub-[a-z0-9]+)$",
     re.IGNORECASE,
 )
 _SEPARATOR: Final = r"[-_. ]"
-#: Words that number the visits of one patient, whatever precedes them. What follows may say what was done to the image
+#: Words that number the visits of one patient, whatever precedes them. A suffix may describe processing of the image
 #: (``Timepoint_1_brain``).
 _NUMBERED: Final = (
     rf"(?:tp|time{_SEPARATOR}?point|ses|session|visit){_SEPARATOR}?[a-z]?\d{{1,3}}[a-z]?(?:{_SEPARATOR}[^\d]*)?"
@@ -43,7 +43,8 @@ _DATE: Final = (
     rf"(?:{_YEAR}(?P<first>[-_.]?){_MONTH}(?P=first){_DAY}|{_DAY}(?P<second>[-_.]){_MONTH}(?P=second){_YEAR})"
     r"(?:[-_T ]?\d{4}(?:\d\d)?)?"
 )
-#: What is a visit only after something that names a patient: cohorts are called ``GBM_baseline``, too.
+#: Words that mean a visit only after something that identifies a patient: cohorts also have names like
+#: ``GBM_baseline``.
 _DATED: Final = (
     rf"{_DATE}"
     rf"|(?:day|week|month|year|time|run)s?{_SEPARATOR}?\d{{1,4}}(?:-\d)?"
@@ -55,7 +56,7 @@ _VISIT: Final = (
     re.compile(rf"^(?P<patient>.+?){_SEPARATOR}(?:{_NUMBERED})$", re.IGNORECASE),
     re.compile(rf"^(?P<patient>.*\d.*?){_SEPARATOR}(?:{_DATED})$", re.IGNORECASE),
 )
-#: What may be a visit and may be anything else.
+#: Patterns that may or may not indicate a visit.
 _MAYBE: Final = (
     re.compile(rf"^(?P<patient>.+?){_SEPARATOR}(?:{_DATED})$", re.IGNORECASE),
     re.compile(rf"^(?:{_NUMBERED}|{_DATED}){_SEPARATOR}(?P<patient>.*\d.*)$", re.IGNORECASE),
@@ -63,16 +64,16 @@ _MAYBE: Final = (
     re.compile(rf"^(?P<patient>.*\d.*){_SEPARATOR}(?:\d{{1,3}}[dwmy]?|\d{{6}})$", re.IGNORECASE),
     re.compile(rf"^(?P<patient>.*\d){_SEPARATOR}?[a-h]$", re.IGNORECASE),
 )
-#: More cases than this with one beginning are a cohort and its numbers.
+#: If more cases than this share a prefix, they are a numbered cohort, not visits.
 _MOST_VISITS: Final = 8
-#: Longer ids name no files; what searches them for visits would take its time.
+#: Longer ids cannot name files, and matching them against the visit patterns would be slow.
 _LONGEST_ID: Final = 255
 
 
 def patient_of(case_id: str) -> str:
-    """The patient a case belongs to by its id; cases of one patient never part in a split.
+    """The patient a case belongs to according to its id; the cases of a patient are never split between parts.
 
-    It depends on this id alone, not on the other cases: a data set may grow, and a prediction needs no data set.
+    The result depends only on this id, not on the other cases, because data sets grow and prediction has no data set.
 
     Example:
         >>> [patient_of(case_id) for case_id in ("BraTS-GLI-00012-001", "sub-01_ses-2", "P7_2019-03-12", "case_2")]
@@ -90,14 +91,14 @@ def patient_of(case_id: str) -> str:
 
 
 def patient_by_older_versions(case_id: str) -> str:
-    """The patient as versions before 2026-12 told it: comparisons that were begun with them go on with their parts."""
+    """The patient as inferred by versions before 2026-12; comparisons begun with those keep their splits."""
     patterns = (r"(BraTS-[A-Z]+(?:-RT)?-\d+)-\d+", r"(Brats1[789]_.+)_\d+", r"(UCSF-PDGM-\d+)_FU\d+d")
     matches = (re.fullmatch(pattern, case_id, re.IGNORECASE) for pattern in patterns)
     return next((match[1] for match in matches if match is not None), case_id)
 
 
 def grouped_by_words(case_ids: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Cases by patient where a word or a date in their ids makes them visits, not the naming of a known data set.
+    """Groups of cases, by patient, whose ids contain a word or date for a visit and follow no known data set's naming.
 
     Example:
         >>> grouped_by_words(["P7_tp1", "P7_tp2", "P8_tp1", "sub-01_ses-1", "sub-01_ses-2"])
@@ -111,14 +112,14 @@ def grouped_by_words(case_ids: Collection[str]) -> dict[str, tuple[str, ...]]:
 
 
 def possible_visits(patients: Mapping[str, str], stated: Collection[str] = ()) -> tuple[tuple[str, ...], ...]:
-    """Groups of cases whose ids look like visits of one patient, while they count as several patients.
+    """Groups of cases whose ids look like visits of one patient although they count as several patients.
 
     Args:
         patients: the patient of every case, by case id.
-        stated: ids of the cases whose patient is known from elsewhere: theirs is no guess.
+        stated: ids of cases whose patient is stated elsewhere and need not be guessed.
 
     Returns:
-        ids of each group, sorted; nothing where all ids have one beginning, or more than a patient has visits.
+        ids of each group, sorted; empty if all ids share one prefix; groups too large for one patient are omitted.
 
     Example:
         >>> possible_visits({case_id: case_id for case_id in ("P01_1", "P01_2", "P02_1", "case_1", "case_2")})
@@ -138,7 +139,7 @@ def possible_visits(patients: Mapping[str, str], stated: Collection[str] = ()) -
 
 
 def _beginning(case_id: str) -> str:
-    """What would name the patient if the rest of an id were a visit; the id itself where nothing looks like one."""
+    """The presumed patient if the end of an id may be a visit; otherwise the id itself."""
     for pattern in _MAYBE if len(case_id) <= _LONGEST_ID else ():
         if (match := pattern.match(case_id)) is not None:
             return match["patient"]

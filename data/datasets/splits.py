@@ -1,4 +1,4 @@
-"""Which cases train and which validate: folds by patient with like tumours, or a split the user gives."""
+"""Training and validation splits: patient-wise folds with similar tumours, or a split given by the user."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ FOLDS: Final = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Case ids of the two parts."""
+    """Case ids for training and validation."""
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
     def to_json(self) -> dict[str, list[str]]:
-        """The form that :func:`read_split` reads."""
+        """The structure that :func:`read_split` reads."""
         return {"train": list(self.train), "validation": list(self.validation)}
 
 
 def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS) -> Split:
-    """One fold of a patient-wise cross-validation of cases of which nothing is known but their ids.
+    """One fold of a patient-wise cross-validation based on case ids only.
 
-    All cases of one patient are in the same part. With fewer patients than folds there are as many folds as patients.
+    All cases of a patient are in the same part. With fewer patients than folds, each patient gets a fold.
 
     Args:
-        patients: the patient of every case, by case id, as :func:`data.datasets.layouts.patients_of` gives it.
-        fold: from 0 and below ``folds``; the fold that validates.
-        seed: order in which patients are dealt to folds.
-        folds: how many there are.
+        patients: the patient of every case, by case id, as returned by :func:`data.datasets.layouts.patients_of`.
+        fold: index of the validation fold, from 0 and below ``folds``.
+        seed: seed of the order in which patients are assigned to folds.
+        folds: number of folds.
 
     Raises:
-        DataError: no such fold, or only one patient.
+        DataError: the fold does not exist, or there is only one patient.
     """
     row = sorted(set(patients.values()))
     folds = _fold_count(len(row), fold, folds)
@@ -55,19 +55,19 @@ def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: 
 def stratified_split(
     tumours: Mapping[str, LabelStats], patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: int = FOLDS
 ) -> Split:
-    """One fold of a patient-wise cross-validation whose folds have like tumours.
+    """One fold of a patient-wise cross-validation stratified by tumour.
 
-    All cases of one patient are in the same part; numbers of patients differ by one at most.
+    All cases of a patient are in the same part; the folds' numbers of patients differ by at most one.
 
     Args:
         tumours: tumour by case id, of all cases, in any order.
-        patients: the patient of each of them, by case id.
-        fold: from 0 and below ``folds``, less with fewer patients; the fold that validates.
-        seed: order among patients that are neighbours in volume.
-        folds: how many there are.
+        patients: the patient of each case, by case id.
+        fold: index of the validation fold, from 0 and below ``folds`` (or the number of patients, if smaller).
+        seed: seed of the order among patients with similar volumes.
+        folds: number of folds.
 
     Raises:
-        DataError: no such fold, or only one patient.
+        DataError: the fold does not exist, or there is only one patient.
     """
     fold_of = stratified_folds(tumours, patients, seed=seed, folds=folds)
     _fold_count(len(fold_of), fold, folds)
@@ -78,23 +78,23 @@ def stratified_split(
 def stratified_folds(
     tumours: Mapping[str, LabelStats], patients: Mapping[str, str], *, seed: int = 0, folds: int = FOLDS
 ) -> dict[str, int]:
-    """The fold of each patient.
+    """Assign each patient to a fold so that the folds have similar tumours.
 
-    Patients stand in a row, those with enhancing tumour first, within both kinds by tumour volume (the largest of a
-    patient's cases). The row is cut into groups of as many as there are folds, and each group gives every fold one
-    patient. So folds have like volumes, and each has enhancing tumour where as many patients as folds do.
+    Patients are sorted: those with enhancing tumour first, then by tumour volume (the largest of a patient's cases).
+    The sorted list is cut into groups as long as the number of folds, and each group gives every fold one patient. The
+    folds therefore have similar volumes, and each has enhancing tumour if at least as many patients as folds do.
 
-    What is random comes from SHA-256 of seed and patient, and ties go by it and the patient's name: the same on every
-    machine and with every version of every library.
+    All randomness comes from the SHA-256 of seed and patient, and ties are broken by it and the patient's name, so the
+    result is the same on every machine and with every library version.
 
     Args:
         tumours: tumour by case id, of all cases, in any order.
-        patients: the patient of each of them, by case id.
-        seed: order among neighbours.
-        folds: how many there are; less with fewer patients.
+        patients: the patient of each case, by case id.
+        seed: seed of the order among neighbours.
+        folds: number of folds; capped at the number of patients.
 
     Example:
-        >>> tumours = {f"p{n}": Tumour(volume_um3=n, enhances=True) for n in range(4)}
+        >>> tumours = {f"p{n}": LabelStats(volume_um3=n, enhances=True) for n in range(4)}
         >>> sorted(stratified_folds(tumours, {case_id: case_id for case_id in tumours}).values())
         [0, 1, 2, 3]
     """
@@ -122,7 +122,7 @@ def _lot(seed: int, name: str) -> str:
 
 
 def _fold_count(patients: int, fold: int, folds: int) -> int:
-    """How many folds so many patients give; DataError where there are none, or not this one."""
+    """The number of folds for so many patients; a DataError if they cannot be split or the fold does not exist."""
     folds = min(folds, patients)
     if folds < 2:
         raise DataError(
@@ -143,7 +143,7 @@ def _parts(patients: Mapping[str, str], validating: set[str]) -> Split:
 
 
 def parted(groups: Iterable[Collection[str]], parts: Iterable[Collection[str]]) -> list[Collection[str]]:
-    """Of groups of case ids those that stand in more than one part of a split.
+    """The groups of case ids that occur in more than one part of a split.
 
     Example:
         >>> parted([("a1", "a2"), ("b1", "b2")], [("a1",), ("a2", "b1", "b2")])
@@ -154,16 +154,17 @@ def parted(groups: Iterable[Collection[str]], parts: Iterable[Collection[str]]) 
 
 
 def read_split(path: Path, patients: Mapping[str, str]) -> Split:
-    """Read a split: a JSON object with the lists ``train`` and ``validation`` (``val`` does too) of case ids.
+    """Read a split: a JSON object with lists of case ids ``train`` and ``validation`` (or ``val``).
 
     Cases of the data set in neither list are left out of the run. ``validation`` may be empty or absent.
 
     Args:
-        path: the file; its ids may have any Unicode form.
+        path: the JSON file; its ids may have any Unicode form.
         patients: the patient of every case of the data set, by case id.
 
     Raises:
-        DataError: not such a file, a case twice, in both lists or not in the data set, or one patient in both.
+        DataError: the file has another form, a case is listed twice, in both lists or not in the data set, or a
+            patient is in both.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -186,10 +187,10 @@ def read_split(path: Path, patients: Mapping[str, str]) -> Split:
 
 
 def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, Collection[str]]) -> None:
-    """Make sure that no patient stands in two parts of a split.
+    """Check that no patient is in two parts of a split.
 
     Raises:
-        DataError: one does; the message names the parts, and a case in each.
+        DataError: a patient is; the message names the parts and a case in each.
     """
     first: dict[str, tuple[str, str]] = {}
     for part, case_ids in parts.items():
@@ -203,10 +204,10 @@ def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, C
 
 
 def ids_of(listed: object, what: str) -> list[str]:
-    """The case ids of a list in a split, in the Unicode form of those of cases.
+    """Validate a list of case ids from a split and normalise them to the Unicode form of case ids.
 
     Raises:
-        DataError: it is no list of case ids, or names one twice; the message begins with ``what``.
+        DataError: not a list of case ids, or one is listed twice; the message begins with ``what``.
     """
     if not isinstance(listed, list) or not all(isinstance(entry, str) for entry in listed):
         raise DataError(f"{what} must be a list of case ids")

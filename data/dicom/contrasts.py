@@ -1,10 +1,10 @@
-"""Which series of a study is the T1, T1c, T2 and FLAIR, and why the others are none of them.
+"""Identify the T1, T1c, T2 and FLAIR series of a study, and explain why the other series are none of them.
 
-The name of a series (SeriesDescription, else ProtocolName) and its timing are looked at apart; where they contradict
-each other nothing is decided. The limits in ms are those between the usual protocols of 1.5 and 3 T: T1 has a short
+A series' name (SeriesDescription, else ProtocolName) and its timing are judged separately; if they contradict each
+other, the series is not assigned. The limits in ms separate the usual protocols at 1.5 and 3 T: T1 has a short
 echo and a short repetition or, as MPRAGE, an inversion below 1.3 s; T2 has a long echo; FLAIR a long echo and an
 inversion that nulls fluid, above 1.3 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
-Names follow the habits of the vendors in English, German, French, Italian, Spanish and Portuguese.
+Names follow vendors' conventions in English, German, French, Italian, Spanish and Portuguese.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from data.dicom.series import Acquisition, Series
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 
-#: Fewer slices are a localizer or a test, not a brain.
+#: A series with fewer slices is a localizer or a test, not a brain.
 FEWEST_SLICES: Final = 5
-#: More volumes than this in one series are time points or a ladder of echoes.
+#: If a series holds more volumes than this, they are time points or an echo train.
 MOST_VOLUMES: Final = 3
 
 _FLAIR_INVERSION_MS: Final = 1300.0
@@ -33,23 +33,23 @@ _SHORT_GRADIENT_ECHO_MS: Final = 15.0
 
 @dataclass(frozen=True, kw_only=True)
 class SeriesFinding:
-    """What a series was taken for."""
+    """The contrast assigned to a series."""
 
     contrast: Contrast | None
     reason: str
-    """Why it is that contrast, or none."""
+    """Why the series is that contrast, or none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Choice:
-    """The series of one contrast."""
+    """The series chosen for one contrast."""
 
     series: Series
     reason: str
 
 
 def identify(series: Series) -> SeriesFinding:
-    """Tell which contrast a series shows, from its name and its timing, or why it is none."""
+    """Identify the contrast of a series from its name and its timing, with the reason for the decision."""
     acquisition = series.acquisition
     excluded = _excluded(series)
     if excluded is not None:
@@ -84,19 +84,19 @@ def choose_series(
     *,
     wanted: Sequence[Contrast] = CONTRASTS,
 ) -> dict[Contrast, Choice]:
-    """One series for each contrast.
+    """Choose one series for each contrast.
 
     Args:
         series: the volumes of one study.
-        chosen: series by number (``5``, ``5/2``) or SeriesInstanceUID, for contrasts that are settled by hand.
-        wanted: the contrasts that are needed.
+        chosen: series given by the user, by number (``5``, ``5/2``) or SeriesInstanceUID.
+        wanted: the contrasts required.
 
     Returns:
-        a series for each contrast wanted, in that order, each with a reason.
+        a series with a reason for each required contrast, in that order.
 
     Raises:
-        DataError: no series or several for a contrast; a series that was chosen is not there, was chosen twice, or is
-            no whole volume. Every message names the option that settles it.
+        DataError: a contrast has no series or several; a given series does not exist, was given twice, or is not a
+            complete volume. Every message names the option that resolves it.
     """
     by_hand = {contrast: find(series, key, f"--{contrast}") for contrast, key in (chosen or {}).items()}
     for contrast, one in by_hand.items():
@@ -137,7 +137,7 @@ def choose_series(
 
 
 def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
-    """What to do where slices that may be one volume came as a series each, and could not be joined; else empty."""
+    """Advice if slices of one volume seem to be stored as one series each and could not be joined; else empty."""
     single = [one for one in series if one.acquisition.modality == "MR" and len(one.frames) == 1]
     if len(single) < FEWEST_SLICES:
         return ""
@@ -150,7 +150,7 @@ def _hint_of_scattered_slices(series: Sequence[Series]) -> str:
 
 
 def series_of(series: Sequence[Series], name: str) -> Series:
-    """The series that goes by a contrast, or by a number or UID.
+    """Look up a series by contrast, number or UID.
 
     Raises:
         DataError: as :func:`choose_series` and :func:`find`.
@@ -162,10 +162,10 @@ def series_of(series: Sequence[Series], name: str) -> Series:
 
 
 def find(series: Sequence[Series], key: str, option: str) -> Series:
-    """The series that a user names by number or UID.
+    """Look up a series by number or UID.
 
     Raises:
-        DataError: there is none or more than one; the message names ``option``.
+        DataError: no series matches, or several do; the message names ``option``.
     """
     wanted = key.strip()
     found = [one for one in series if wanted == one.key] or [
@@ -180,13 +180,13 @@ def find(series: Sequence[Series], key: str, option: str) -> Series:
 
 
 def describe_series(series: Series) -> str:
-    """A series in a few words: key, description, timing."""
+    """A short description of a series: key, description, timing."""
     parts = [f"{_name(series.acquisition)!r}", timing(series.acquisition)]
     return f"{series.key} ({', '.join(part for part in parts if part)})"
 
 
 def timing(acquisition: Acquisition) -> str:
-    """TE, TR and TI in words, as far as they are known.
+    """TE, TR and TI as text, as far as they are known.
 
     Example:
         >>> timing(Acquisition(echo_ms=98.0, repetition_ms=4500.0))
@@ -197,7 +197,7 @@ def timing(acquisition: Acquisition) -> str:
 
 
 def to_json(series: Series, finding: SeriesFinding) -> dict[str, Any]:
-    """Plain data about a series, nothing of the patient."""
+    """Plain data about a series, without patient data."""
     spacing = series.spacing_mm
     acquisition = series.acquisition
     return {
@@ -227,9 +227,9 @@ _NO_CONTRASTS: Final = {
 
 
 def _best(candidates: list[tuple[Series, SeriesFinding]]) -> list[tuple[Series, SeriesFinding]]:
-    """Original images where there are any, else derived ones, of these those whose name does not hint at a reformat.
+    """Filter candidates: prefer original images to derived ones, then names without a hint of a reformat.
 
-    And whole volumes where there are any, else damaged ones.
+    Among those left, complete volumes are preferred to damaged ones.
     """
     original = [one for one in candidates if "DERIVED" not in one[0].acquisition.image_type[:1]] or candidates
     plain = [one for one in original if _hint_of_reformat(one[0].acquisition) is None] or original
@@ -237,7 +237,7 @@ def _best(candidates: list[tuple[Series, SeriesFinding]]) -> list[tuple[Series, 
 
 
 def _hint_of_reformat(acquisition: Acquisition) -> str | None:
-    """A word in the name of an image that may be reformatted as well as acquired so; None where there is none."""
+    """A word in the name of a non-original image that suggests a reformat; None if there is none."""
     if acquisition.image_type[:1] == ("ORIGINAL",):
         return None
     hint = _MAYBE_REFORMATTED_NAMES.search(_plain(_name(acquisition)))
@@ -249,7 +249,7 @@ def _name(acquisition: Acquisition) -> str:
 
 
 def _plain(name: str) -> str:
-    """A name in small letters, its signs as words: ``T1_SE+C`` becomes ``t1 se contrast``."""
+    """A name in lower case with symbols replaced by words: ``T1_SE+C`` becomes ``t1 se contrast``."""
     plain = name.lower()
     for sign, word in (("t2*", " t2star "), ("w/o", " without "), ("s/c", " sem contraste "), ("+/-", " ")):
         plain = plain.replace(sign, word)
@@ -279,8 +279,8 @@ _EXCLUDED_NAMES: Final = tuple(
         (r"\w*spine\w*|[hbl]ws|lumbar|wirbel\w*|neck|hals", "not the brain"),
     )
 )
-#: Words for a reformat in the name of an image that does not claim to be original. ``mpr`` and ``recon`` are no proof:
-#: Siemens calls an MPRAGE ``t1_mpr``, and scanners reconstruct what they acquire.
+#: Words that mark a reformat if the image does not claim to be original. ``mpr`` and ``recon`` are not proof: Siemens
+#: calls an MPRAGE ``t1_mpr``, and scanners reconstruct every acquisition.
 _REFORMATTED_NAMES: Final = re.compile(r"\b(?:reformat\w*|curved)\b")
 _MAYBE_REFORMATTED_NAMES: Final = re.compile(r"\b(?:mprs?|reko?\w*|recon\w*)\b")
 #: Context group 7203 (Image Derivation, DICOM PS3.16).
@@ -327,8 +327,8 @@ _EXCLUDED_TYPES: Final = {
 }
 
 
-def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reason
-    """Why a series is none of the four contrasts, whatever its timing; None where it may be."""
+def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one return per reason
+    """Why a series cannot be one of the four contrasts, whatever its timing; None if it can."""
     acquisition = series.acquisition
     if acquisition.modality != "MR":
         return f"modality {acquisition.modality or 'not told'}, not MR"
@@ -359,7 +359,7 @@ def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one line a reaso
 
 
 def _excluded_kind(acquisition: Acquisition) -> str | None:
-    """Why an image is none of the four contrasts by what its header says of its making; None where it may be."""
+    """Why ImageType or DerivationCodeSequence rules an image out as one of the four contrasts; None if they do not."""
     for word in acquisition.image_type[2:]:
         if word in _EXCLUDED_TYPES:
             return f"{_EXCLUDED_TYPES[word]} (ImageType {'/'.join(acquisition.image_type)})"
@@ -378,7 +378,7 @@ _PD_NAME: Final = re.compile(r"\b(?:pdw?|proton density|dp|rho)\b|densit")
 
 
 def _named(acquisition: Acquisition) -> str | None:
-    """What the name says: t1, t2, flair, pd, or ``echoes`` for proton density and T2 in one."""
+    """The kind suggested by the name: t1, t2, flair, pd, or ``echoes`` for proton density and T2 combined."""
     for name in (acquisition.description, acquisition.protocol):
         plain = _plain(name)
         first, second = bool(_T1_NAME.search(plain)), bool(_T2_NAME.search(plain))
@@ -395,8 +395,8 @@ def _named(acquisition: Acquisition) -> str | None:
     return None
 
 
-def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one line a kind
-    """What the timing says; None where it does not tell."""
+def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one return per kind
+    """The kind suggested by the timing; None if it is inconclusive."""
     echo, repetition, inversion = acquisition.echo_ms, acquisition.repetition_ms, acquisition.inversion_ms or 0.0
     if echo is None or repetition is None:
         return None
@@ -415,7 +415,7 @@ def _timed(acquisition: Acquisition) -> str | None:  # noqa: PLR0911 - one line 
 
 
 def _agreed(named: str | None, timed: str | None, acquisition: Acquisition) -> str | None:
-    """What name and timing together say; None where nothing, or where they contradict each other."""
+    """The kind that name and timing agree on; None if there is none or they contradict each other."""
     if named is None or named == timed:
         return timed
     if timed is None:
@@ -426,8 +426,8 @@ def _agreed(named: str | None, timed: str | None, acquisition: Acquisition) -> s
         ("pd", "t2"): "t2",  # the second echo of a series named after its first
         ("t2", "pd"): "pd",
         ("t2", "flair"): "flair",
-        ("flair", "t2"): "flair" if not acquisition.inversion_ms else None,  # the inversion is not always told
-        ("t1", "pd"): "t1" if (acquisition.echo_ms or 0.0) < _SHORT_ECHO_MS else None,  # likewise T1 FLAIR, MPRAGE
+        ("flair", "t2"): "flair" if not acquisition.inversion_ms else None,  # the inversion time may be missing
+        ("t1", "pd"): "t1" if (acquisition.echo_ms or 0.0) < _SHORT_ECHO_MS else None,  # also for T1 FLAIR and MPRAGE
     }
     return accepted.get((named, timed))
 
@@ -449,7 +449,7 @@ _NO_AGENT: Final = {"", "NO", "NONE", "N/A", "NA", "0", "OHNE", "NATIV", "WITHOU
 
 
 def _is_after_agent(acquisition: Acquisition) -> tuple[bool, str]:
-    """Whether a T1 was acquired after the contrast agent, and what tells so: the name, else the header's field."""
+    """Whether a T1 was acquired after the contrast agent, and the evidence: its name, else a header attribute."""
     plain = _plain(_name(acquisition))
     before = _BEFORE.search(plain)
     after = _AFTER.search(_BEFORE.sub(" ", plain))

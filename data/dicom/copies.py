@@ -1,4 +1,4 @@
-"""Second copies of a DICOM image, known by their content: anonymisers may give one SOPInstanceUID to many images."""
+"""Find duplicate DICOM images by content, because anonymisers may give one SOPInstanceUID to different images."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from data.dicom.series import frames_of
 
 
 def without_copies(files: Sequence[DicomFile]) -> tuple[DicomFile, ...]:
-    """The files without second copies, in their order.
+    """The files without duplicates, in their order.
 
-    A copy has the SOPInstanceUID of an earlier file, its series, its place and timing, and its stored values, however
-    they are compressed. Voxels are decoded only where all the rest is the same.
+    A duplicate has the SOPInstanceUID, series, position, timing and stored values of an earlier file; compression may
+    differ. Voxels are decoded only if everything else is the same.
     """
     with quiet():
         times = Counter(_uid(file) for file in files)
@@ -35,12 +35,12 @@ def _uid(file: DicomFile) -> str:
 
 
 def _all_but_voxels(file: DicomFile) -> tuple[object, ...]:
-    """What two copies of an image have in common besides their voxels."""
+    """Key of everything that two copies of an image share besides their voxels."""
     words = (text(file.header, keyword) for keyword in ("SeriesInstanceUID", "SeriesNumber", "SeriesDescription"))
     frames = (
         (
             *(frame.rows, frame.columns, frame.position_mm, frame.directions, frame.spacing_mm),
-            *(str(frame.slope), str(frame.intercept), frame.padding, frame.parts),  # as text, NaN is equal to itself
+            *(str(frame.slope), str(frame.intercept), frame.padding, frame.parts),  # as text, NaN equals itself
         )
         for frame in frames_of(file)
     )

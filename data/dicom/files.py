@@ -1,7 +1,7 @@
-"""Find the DICOM files of a folder or an archive and read their headers; voxels are left for later.
+"""Find the DICOM files of a folder or an archive and read their headers; voxels are read later.
 
-A file counts as DICOM by its content - ``DICM`` after the preamble, or a data set without one - whatever its name is
-(DICOM PS3.10, section 7.1). Archives are read in place; nothing of a patient is unpacked onto the disk.
+A file is recognised as DICOM by its content, whatever its name: ``DICM`` after the preamble, or a data set without a
+preamble (DICOM PS3.10, section 7.1). Archives are read in place, so no patient data is extracted to disk.
 """
 
 from __future__ import annotations
@@ -27,34 +27,34 @@ from data.errors import DataError
 
 log = logging.getLogger("znormseg")
 
-#: More files than this in one study are refused.
+#: Studies with more files are rejected.
 MAX_FILES: Final = 200_000
-#: A file, and an archive's files together, may unpack to this many bytes.
+#: Maximum uncompressed size of a single file, and of all files of an archive together.
 MAX_FILE_BYTES: Final = 4 * 1024**3
 MAX_ARCHIVE_BYTES: Final = 32 * 1024**3
 
 _PREAMBLE: Final = 132
 _PIXEL_GROUP: Final = 0x7FE0
 _ENDINGS_OF_DICOM: Final = {"", ".dcm", ".ima", ".dicom"}
-#: What the header's element that holds the voxels needs besides them: tag, VR, length.
+#: Size of the pixel data element without its value: tag, VR, length.
 _ELEMENT_BYTES: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class DicomFile:
-    """One DICOM object: its header, and a way to its bytes."""
+    """One DICOM object: its header, and a function that opens the file."""
 
     name: str
-    """Place inside of the study."""
-    header: pydicom.Dataset = field(repr=False)  # it names the patient
-    """Everything before the voxels."""
+    """Path within the study."""
+    header: pydicom.Dataset = field(repr=False)  # contains patient data
+    """All attributes before the voxels."""
     has_voxels: bool
     open: Callable[[], BinaryIO] = field(repr=False)
-    """The whole file as a stream, while the study is open."""
+    """Open the whole file as a stream; works only while the study is open."""
 
     @property
     def transfer_syntax(self) -> UID:
-        """How the voxels are stored; files without a meta header are implicit little endian."""
+        """How the voxels are encoded; files without a meta header are implicit little endian."""
         with quiet():
             return UID(text(self.header.file_meta, "TransferSyntaxUID") or pydicom.uid.ImplicitVRLittleEndian)
 
@@ -71,13 +71,13 @@ class _Entry:
 
 @contextmanager
 def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
-    """Headers of all DICOM files in a folder (however nested), a .zip of one, or of a single file.
+    """Read the headers of all DICOM files in a folder (with subfolders), in a .zip, or of a single file.
 
-    Other files are passed over, and so are links that lead out of the folder. A ``DICOMDIR`` stands for the folder it
-    lies in. The files can be opened inside of the ``with`` block.
+    Other files are skipped, as are symlinks that leave the folder. A ``DICOMDIR`` stands for the folder that contains
+    it. The files can be opened only inside the ``with`` block.
 
     Raises:
-        DataError: nothing there, no DICOM file in it, a damaged one, or an archive that is not to be trusted.
+        DataError: the path does not exist, contains no DICOM file or a damaged one, or is an unsafe archive.
     """
     if not path.exists():
         raise DataError(f"{path}: does not exist. Check the name.")
@@ -96,9 +96,9 @@ def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
 
 
 def is_study(path: Path) -> bool:
-    """Whether a path is taken for DICOM rather than for NIfTI cases.
+    """Whether a path is treated as DICOM rather than as NIfTI cases.
 
-    That is an archive, a DICOMDIR or a single DICOM file, or a folder in which DICOM files lie and no NIfTI file.
+    True of an archive, a DICOMDIR, a single DICOM file, or a folder with DICOM files and no NIfTI file.
     """
     if path.is_file():
         return zipfile.is_zipfile(path) or path.name.upper() == "DICOMDIR" or _has_prefix(path)
@@ -111,7 +111,7 @@ def is_study(path: Path) -> bool:
 
 
 def _has_prefix(path: Path) -> bool:
-    """Whether a file says of itself that it is DICOM."""
+    """Whether a file starts with a preamble and the prefix ``DICM``."""
     try:
         with path.open("rb") as stream:
             return stream.read(_PREAMBLE)[128:] == b"DICM"
@@ -121,7 +121,7 @@ def _has_prefix(path: Path) -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what the DICOM libraries say of odd values to ourselves: it may repeat what a header says of the patient."""
+    """Suppress log messages and warnings of the DICOM libraries, which may quote patient data from the header."""
     logs = [logging.getLogger(name) for name in ("pydicom", "highdicom")]
     levels = [log.level for log in logs]
     for log in logs:
@@ -136,22 +136,22 @@ def quiet() -> Iterator[None]:
 
 
 def value(dataset: pydicom.Dataset, keyword: str) -> Any:
-    """A field; None where it is missing, empty, or not of its kind."""
+    """The value of an attribute; None if it is missing, empty or invalid."""
     try:
         content = dataset.get(keyword)
-    except Exception:  # pydicom raises what it likes
+    except Exception:  # pydicom may raise any exception
         return None
     return None if content == "" else content
 
 
 def text(dataset: pydicom.Dataset, keyword: str) -> str:
-    """A field as text, empty where it is missing or cannot be read."""
+    """The value of an attribute as text; empty if it is missing or invalid."""
     content = value(dataset, keyword)
     return "" if content is None else str(content).strip()
 
 
 def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
-    """Every DICOM object, in the order of their names."""
+    """Every DICOM object, in order of name."""
     found: list[DicomFile] = []
     damaged: list[str] = []
     listed: set[str] = set()
@@ -191,7 +191,7 @@ def _kind(header: pydicom.Dataset) -> str:
 
 
 def _listed_in(directory: DicomFile) -> set[str]:
-    """Files that a DICOMDIR names, in capitals, by their place in the study."""
+    """Paths within the study of the files listed in a DICOMDIR, in upper case."""
     folder = PurePosixPath(directory.name).parent
     records = value(directory.header, "DirectoryRecordSequence")
     names = [value(record, "ReferencedFileID") for record in records or []]
@@ -199,10 +199,10 @@ def _listed_in(directory: DicomFile) -> set[str]:
 
 
 def _read_header(entry: _Entry) -> DicomFile | None:
-    """The header, or None where the file is no DICOM image or document.
+    """Read the header, or return None if the file is not a DICOM image or document.
 
     Raises:
-        DataError: it is DICOM but damaged; the message does not name the file.
+        DataError: the file is DICOM but damaged; the message does not name the file.
     """
     if entry.size == 0 and PurePosixPath(entry.name).suffix.lower() in _ENDINGS_OF_DICOM:
         raise DataError("the file is empty")
@@ -219,7 +219,7 @@ def _read_header(entry: _Entry) -> DicomFile | None:
             place = stream.tell()
     except (MemoryError, DataError):
         raise
-    except Exception as error:  # whatever a damaged header makes pydicom trip over
+    except Exception as error:  # pydicom may raise any exception on a damaged header
         if not marked:
             return None
         raise DataError(f"its header cannot be read ({type(error).__name__})") from error
@@ -235,7 +235,7 @@ def _read_header(entry: _Entry) -> DicomFile | None:
 
 
 class _Voxels:
-    """Stops reading where the voxels begin, and keeps how many bytes are announced (None where it is not said)."""
+    """Stop condition for reading: stops at the voxels and records their declared size (None if undefined)."""
 
     def __init__(self) -> None:
         self.found = False
@@ -250,14 +250,14 @@ class _Voxels:
 
 
 def _may_start_a_data_set(head: bytes) -> bool:
-    """Whether a file without preamble starts as a data set: group 0002 or 0008, then a VR or a short length."""
+    """Whether a file without preamble starts like a data set: group 0002 or 0008, then a VR or a short length."""
     if len(head) < 8 or head[:2] not in (b"\x08\x00", b"\x02\x00") or head[3] != 0:
         return False
     return head[4:6].isalpha() or int.from_bytes(head[4:8], "little") < 256
 
 
 def _in_folder(root: Path) -> Iterator[_Entry]:
-    """The files below a folder; links are followed to files inside of it alone."""
+    """The files below a folder; symlinks are followed only to files inside it."""
     inside = root.resolve()
 
     def refuse(error: OSError) -> None:
@@ -284,7 +284,7 @@ def _entry(path: Path, name: str) -> _Entry:
 
 
 def _in_archive(path: Path, stack: ExitStack) -> Iterator[_Entry]:
-    """The files of a .zip, read from it when they are opened."""
+    """The files of a .zip; each is read from the archive when it is opened."""
     with _unpacking(path):
         archive = stack.enter_context(zipfile.ZipFile(path))
     members = [member for member in archive.infolist() if not member.is_dir()]
@@ -321,7 +321,7 @@ def _in_archive(path: Path, stack: ExitStack) -> Iterator[_Entry]:
 
 @contextmanager
 def _unpacking(path: Path) -> Iterator[None]:
-    """Turn what a damaged archive raises into a DataError."""
+    """Convert exceptions of a damaged archive to a DataError."""
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:

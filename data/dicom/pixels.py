@@ -1,7 +1,7 @@
-"""Voxels of DICOM series: decoded, rescaled (DICOM PS3.3, C.11.1), as a volume with its affine or as an ITK image.
+"""Decode and rescale the voxels of DICOM series (PS3.3, C.11.1), as a volume with its affine or as an ITK image.
 
-Padding (PS3.3, C.7.5.1.1.2) is recognised in stored values, before slope and intercept, and becomes 0 after them: the
-rest of the program takes 0 for background.
+Padding (PS3.3, C.7.5.1.1.2) is detected in stored values, before slope and intercept are applied, and is then set to 0,
+which the rest of the program takes for background.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data.dicom.series import Series
 from data.errors import DataError
 from data.nifti import Volume
 
-#: Fields by which ITK rescales what it reads, in the header and in functional groups.
+#: Attributes that make ITK rescale what it reads, in the header and in functional groups.
 _RESCALING: Final = (
     "RescaleSlope",
     "RescaleIntercept",
@@ -37,19 +37,19 @@ _RAS_TO_LPS: Final = np.diag([-1.0, -1.0, 1.0])
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Reading:
-    """A series with its voxels."""
+    """A series' voxels, with remarks about reading them."""
 
     volume: Volume
     notes: tuple[str, ...] = ()
-    """What of the stored values was not taken as intensity, a sentence each."""
+    """Remarks about padding, one sentence each."""
 
 
 def read_with_notes(series: Series) -> Reading:
-    """Voxels of a series as float32, shape (columns, rows, slices), with the affine to RAS millimetres; padding is 0.
+    """Read a series as float32, shape (columns, rows, slices), with its affine to RAS millimetres; padding becomes 0.
 
     Raises:
-        DataError: the series is no volume (:attr:`data.dicom.series.Series.problems`), all of it is padding, or its
-            voxels cannot be decoded.
+        DataError: the series is not a volume (:attr:`data.dicom.series.Series.problems`), consists of padding only, or
+            cannot be decoded.
     """
     if series.problems:
         raise DataError(f"series {series.key}: {series.problems[0]}. Export it again, or choose another series.")
@@ -85,7 +85,7 @@ def read_with_notes(series: Series) -> Reading:
 
 
 def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.NDArray[np.bool_]) -> Iterator[str]:
-    """What to know of padding, before it is set to 0; nothing where it is 0 already.
+    """Remarks about the padding before it is set to 0; none if it is 0 already and was not compressed with loss.
 
     Raises:
         DataError: every voxel is padding.
@@ -117,12 +117,12 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
 
 
 def read_volume_of(series: Series) -> Volume:
-    """The volume of :func:`read_with_notes` without its notes."""
+    """Read the volume like :func:`read_with_notes`, without the notes."""
     return read_with_notes(series).volume
 
 
 def stored_digest(file: DicomFile) -> str:
-    """A hash of a file's stored values, the same however they are compressed without loss; of its bytes without any."""
+    """Hash of a file's stored values, independent of lossless compression; without voxels, hash of the file's bytes."""
     try:
         frames = _decoded(file, "", several=False) if file.has_voxels else None
     except DataError:
@@ -136,7 +136,7 @@ def stored_digest(file: DicomFile) -> str:
 
 
 def read_series(series: Series) -> SimpleITK.Image:
-    """The same as an ITK image (LPS), float32.
+    """Read a series like :func:`read_volume_of`, as an ITK image (LPS), float32.
 
     Raises:
         DataError: as :func:`read_volume_of`.
@@ -145,7 +145,7 @@ def read_series(series: Series) -> SimpleITK.Image:
 
 
 def to_image(volume: Volume) -> SimpleITK.Image:
-    """A volume as an ITK image: every voxel at the same physical point, LPS instead of RAS."""
+    """Convert a volume to an ITK image: every voxel keeps its physical position, in LPS instead of RAS."""
     image = SimpleITK.GetImageFromArray(np.ascontiguousarray(volume.voxels.transpose(2, 1, 0)))
     spacing = np.array(volume.spacing_mm)
     image.SetSpacing([float(mm) for mm in spacing])
@@ -157,15 +157,15 @@ def to_image(volume: Volume) -> SimpleITK.Image:
 def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]:
     """The stored values of all frames of a file, including unused bits, shape (frames, rows, columns).
 
-    pydicom decodes what its plugins can; ITK, whose build carries GDCM, the rest (JPEG lossless above all).
+    pydicom decodes everything its plugins support; ITK, which includes GDCM, is the fallback (mainly lossless JPEG).
 
     Args:
-        file: what to decode.
-        series: what a message says before the file's name.
-        several: whether more than one frame of it is needed, which is not left to ITK.
+        file: the file to decode.
+        series: prefix of the file's name in messages.
+        several: whether more than one of its frames is needed; ITK is not used then.
 
     Raises:
-        DataError: neither can; the message names the transfer syntax.
+        DataError: neither can decode it; the message names the transfer syntax.
     """
     where = f"{series}file {file.name}"
     syntax = file.transfer_syntax
@@ -179,11 +179,11 @@ def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]
                 dataset = pydicom.dcmread(io.BytesIO(content), force=True)
                 if "TransferSyntaxUID" not in dataset.file_meta:
                     dataset.file_meta.TransferSyntaxUID = syntax
-                dataset.pixel_array_options(correct_unused_bits=False)  # padding may lie outside of the used ones
+                dataset.pixel_array_options(correct_unused_bits=False)  # padding may use the unused bits
                 pixels = np.asarray(dataset.pixel_array)
         except MemoryError:
             raise
-        except Exception as error:  # decoders raise what they like
+        except Exception as error:  # decoders may raise any exception
             reason = f"{type(error).__name__}: {error}"
         else:
             return pixels if pixels.ndim == 3 else pixels[None]
@@ -200,7 +200,7 @@ def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]
 
 
 def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
-    """Stored values without the bits above BitsStored, which may hold overlays or lack the sign."""
+    """Clear the bits above BitsStored, which may hold overlays or lack the sign extension."""
     used, size = value(file.header, "BitsStored"), 8 * pixels.dtype.itemsize
     if not isinstance(used, int) or not 0 < used < size or pixels.dtype.kind not in "iu":
         return pixels
@@ -209,15 +209,15 @@ def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
 
 
 def _is_compressed(syntax: pydicom.uid.UID) -> bool:
-    """Whether a transfer syntax is known to be a compressed one."""
+    """Whether a transfer syntax is known to be compressed."""
     try:
         return syntax.is_compressed
-    except ValueError:  # no transfer syntax at all
+    except ValueError:  # not a transfer syntax
         return False
 
 
 def _has_decoder(syntax: pydicom.uid.UID) -> bool:
-    """Whether pydicom knows the transfer syntax and has a plugin for it."""
+    """Whether pydicom knows the transfer syntax and has a decoder plugin for it."""
     try:
         return bool(get_decoder(syntax).is_available)
     except NotImplementedError:
@@ -225,9 +225,9 @@ def _has_decoder(syntax: pydicom.uid.UID) -> bool:
 
 
 def _decoded_by_itk(content: bytes) -> npt.NDArray[Any] | None:
-    """Stored values as ITK reads them from a copy, which is removed at once; None where it cannot.
+    """Stored values as ITK reads them from a temporary copy; None if it cannot.
 
-    The copy has no slope and intercept: ITK would apply them, and padding is given in stored values.
+    Slope and intercept are removed from the copy: ITK would apply them, but padding is defined in stored values.
     """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "image.dcm")
@@ -241,7 +241,7 @@ def _decoded_by_itk(content: bytes) -> npt.NDArray[Any] | None:
                 dataset.save_as(path)
         except MemoryError:
             raise
-        except Exception:  # whatever a damaged header makes pydicom trip over
+        except Exception:  # pydicom may raise any exception on a damaged header
             return None
         reader = SimpleITK.ImageFileReader()
         reader.SetImageIO("GDCMImageIO")

@@ -1,8 +1,8 @@
-"""Label maps as DICOM segmentations (DICOM PS3.3, A.51), on the slices of the series they were drawn on.
+"""Write label maps as DICOM segmentations (DICOM PS3.3, A.51) on the slices of the series they were drawn on.
 
-The three tissues are segments that do not overlap; WT, TC and ET are their unions. Codes: necrosis and oedema from
+The three tissues are non-overlapping segments; WT, TC and ET are unions of them. Codes: necrosis and oedema from
 SNOMED CT, enhancing lesion from the NCI Thesaurus, all in context group 7159 (Lesion Segmentation Types, DICOM PS3.16);
-category 49755003 "Morphologically Abnormal Structure" from group 7150. Colours: those of the pages of results.
+category 49755003 "Morphologically Abnormal Structure" from group 7150. Colours match those of the HTML reports.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from data.labels import ENHANCING, NECROSIS, OEDEMA
 from data.nifti import Volume, grid_difference, in_order_of
 
 MANUFACTURER: Final = "znormseg"
-#: At most 64 characters, the limit of the field.
+#: The attribute holds at most 64 characters.
 CONTENT: Final = "Brain tumour tissues. Research use only, not for diagnosis."
 _SERIES_NUMBER: Final = 9000
-#: Fields of type 2: a segmentation has them, with or without content (DICOM PS3.3, C.7.1.1, C.7.2.1).
+#: Type 2 attributes: a segmentation must contain them, but they may be empty (DICOM PS3.3, C.7.1.1, C.7.2.1).
 _MAY_BE_EMPTY: Final = (
     *("PatientName", "PatientID", "PatientBirthDate", "PatientSex"),
     *("StudyDate", "StudyTime", "StudyID", "AccessionNumber", "ReferringPhysicianName"),
 )
 
-#: Code of the program, label, type and CIELab colour of each segment; segment numbers are 1, 2, 3 in this order.
+#: The program's code, label, type and CIELab colour of each segment; those present are numbered from 1 in this order.
 _SEGMENTS: Final = (
     (NECROSIS, "Necrotic and non-enhancing tumour core", codes.SCT.Necrosis, (44.0, 60.0, 45.0)),
     (OEDEMA, "Oedema or invaded tissue", codes.SCT.Edema, (50.0, -5.0, -45.0)),
@@ -42,17 +42,17 @@ _SEGMENTS: Final = (
 
 
 def on_grid_of(series: Series, labels: Volume) -> npt.NDArray[np.uint8]:
-    """A label map in the voxel order of a series; nothing is interpolated.
+    """Reorder a label map to the voxel order of a series; nothing is interpolated.
 
     Args:
-        series: without problems.
-        labels: on the grid of the series, in any voxel order.
+        series: a series without problems.
+        labels: a label map on the grid of the series, in any voxel order.
 
     Returns:
-        shape (columns, rows, slices).
+        array of shape (columns, rows, slices).
 
     Raises:
-        DataError: it lies on another grid.
+        DataError: the series has problems, or the label map lies on another grid.
     """
     if series.problems:
         raise DataError(f"series {series.key}: {series.problems[0]}. Choose another series.")
@@ -79,7 +79,7 @@ def write_dicom_seg(
     version: str,
     algorithm: str = "znormseg",
 ) -> None:
-    """Write a label map as a DICOM segmentation that refers to its source series; whole or not at all.
+    """Write a label map as a DICOM segmentation that references its source series; the write is atomic.
 
     It keeps the source's study, patient and frame of reference, so that an archive files it with the images.
 
@@ -87,12 +87,12 @@ def write_dicom_seg(
         path: where to write; an existing file is replaced.
         label_codes: the program's codes (0 to 3), shape (columns, rows, slices) in the voxel order of the series.
         source: the series, without problems.
-        version: of the algorithm.
-        algorithm: its name.
+        version: version of the algorithm.
+        algorithm: name of the algorithm.
 
     Raises:
-        DataError: no voxel is labelled, the shape is not that of the series, its headers lack what a segmentation must
-            repeat, or its images share their SOPInstanceUID with others.
+        DataError: no voxel is labelled, the shape differs from that of the series, its headers lack attributes that a
+            segmentation must repeat, or its images share their SOPInstanceUID with others.
     """
     if source.shared_instances:
         raise DataError(
@@ -153,7 +153,7 @@ def write_dicom_seg(
             f"series {source.key}: its headers do not allow a segmentation to refer to them ({error})."
         ) from error
     shared = segmentation.SharedFunctionalGroupsSequence[0]
-    shared.PixelMeasuresSequence = _measures(source)  # where the headers' own claims were taken over
+    shared.PixelMeasuresSequence = _measures(source)  # highdicom may have copied the headers' claims
     _refer_to_frames_of_(segmentation, source)
     _refer_to_series_of_(segmentation, source)
     with replacing(path) as beside, quiet():
@@ -161,7 +161,7 @@ def write_dicom_seg(
 
 
 def _refer_to_frames_of_(segmentation: pydicom.Dataset, source: Series) -> None:
-    """Of an enhanced object that holds other volumes at the same places, keep references to this volume's frames."""
+    """If an enhanced object holds other volumes at the same positions, keep only references to this volume's frames."""
     numbers = {frame.number + 1 for frame in source.frames}
     for frame in segmentation.PerFrameFunctionalGroupsSequence:
         for derivation in frame.get("DerivationImageSequence", []):
@@ -173,7 +173,7 @@ def _refer_to_frames_of_(segmentation: pydicom.Dataset, source: Series) -> None:
 
 
 def _refer_to_series_of_(segmentation: pydicom.Dataset, source: Series) -> None:
-    """Where the source was joined from several series, list each image under the one that it came in."""
+    """If the source was joined from several series, list each image under its original series."""
     homes = {
         text(frame.file.header, "SOPInstanceUID"): text(frame.file.header, "SeriesInstanceUID")
         for frame in source.frames
@@ -189,10 +189,10 @@ def _refer_to_series_of_(segmentation: pydicom.Dataset, source: Series) -> None:
 
 
 def _headers(source: Series) -> list[pydicom.Dataset]:
-    """The headers that are referred to: one a slice, or that of the one file that holds them all.
+    """The headers to reference: one per slice, or that of the single file that holds all slices.
 
-    Slices of a stack may differ in the last digit of their orientation, and frames of an enhanced object may each say
-    what is the same for all; here all have the first's, said once.
+    Slices of a stack may differ in the last digit of their orientation, and frames of an enhanced object may each
+    repeat attributes that are the same for all; here all get the first slice's values.
     """
     first = source.frames[0].file.header
     if "SharedFunctionalGroupsSequence" in first:
@@ -206,7 +206,7 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
     for frame in source.frames:
         header = pydicom.Dataset()
         header.update(frame.file.header)
-        header.add_new("SeriesInstanceUID", "UI", first.SeriesInstanceUID)  # highdicom takes images of one series only
+        header.add_new("SeriesInstanceUID", "UI", first.SeriesInstanceUID)  # highdicom requires one series
         header.ImageOrientationPatient = first.ImageOrientationPatient
         header.SliceThickness = _thickness_mm(source)
         headers.append(_filled_(header))
@@ -214,7 +214,7 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
 
 
 def _filled_(header: pydicom.Dataset) -> pydicom.Dataset:
-    """The header with the fields that a segmentation must have, empty where de-identifying took them; text as UTF-8."""
+    """Add the attributes that a segmentation must have, empty if de-identification removed them; re-encode as UTF-8."""
     if "SpecificCharacterSet" in header:
         header.decode()
         header.SpecificCharacterSet = "ISO_IR 192"
@@ -225,7 +225,7 @@ def _filled_(header: pydicom.Dataset) -> pydicom.Dataset:
 
 
 def _measures(source: Series) -> hd.PixelMeasuresSequence:
-    """Spacing of the slices as measured, not as their headers claim."""
+    """Spacing of the slices as measured from their positions, not as stated in their headers."""
     first = source.frames[0]
     assert first.spacing_mm is not None
     spacing = source.spacing_mm
@@ -252,7 +252,7 @@ def _orientation(source: Series) -> hd.PlaneOrientationSequence:
 
 
 def _positions(source: Series) -> list[hd.PlanePositionSequence]:
-    """Place of every slice, in the order of the frames."""
+    """Position of every slice, in frame order."""
     result = []
     for frame in source.frames:
         assert frame.position_mm is not None

@@ -1,9 +1,9 @@
-"""DICOM images grouped into volumes: one orientation, one echo, one time point, one image at each place.
+"""Group DICOM images into volumes: one orientation, one echo, one time point, one image per position.
 
-Geometry after DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice lies at
+Geometry follows DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice lies at
 ``position + i * row_direction * column_spacing + j * column_direction * row_spacing`` in LPS millimetres. Slices
-are put in order along the normal ``row_direction x column_direction``, as ITK does it. Enhanced (multi-frame)
-objects hold the same in functional groups (C.7.6.16).
+are sorted along the normal ``row_direction x column_direction``, as in ITK. Enhanced (multi-frame) objects store the
+same attributes in functional groups (C.7.6.16).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ import pydicom
 from data.dicom.files import DicomFile, quiet, text, value
 from data.nifti import MAX_VOXELS, VOXEL_SIZE_MM
 
-#: Direction cosines and spacings that agree to this are the same.
+#: Direction cosines, and spacings in mm, that differ by no more than this count as equal.
 _SAME_DIRECTION: Final = 1e-3
 _SAME_SPACING_MM: Final = 1e-3
-#: How far a slice may lie from its place in an evenly spaced stack: in mm, or as a share of the spacing.
+#: Maximum distance of a slice from its position in an evenly spaced stack: in mm, or as a share of the spacing.
 SLICE_TOLERANCE_MM: Final = 0.1
 _SLICE_TOLERANCE_SHARE: Final = 0.02
-#: How far the last slice may be shifted in plane against the first.
+#: Maximum in-plane shift of any slice relative to the first.
 _IN_PLANE_TOLERANCE_MM: Final = 0.3
-#: More frames in one object are refused.
+#: Objects with more frames are rejected.
 _MOST_FRAMES: Final = 20_000
-#: A message names at most this many files.
+#: Maximum number of files named in a message.
 _MOST_NAMES: Final = 10
-#: Values of a field that holds nothing.
+#: Values of an attribute that is present but empty.
 _EMPTY: Final = (None, "", b"")
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -43,7 +43,7 @@ Part = float | tuple[float, ...] | tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Frame:
-    """One slice: a classic DICOM image, or a frame of an enhanced one."""
+    """One slice: a classic DICOM image, or one frame of an enhanced object."""
 
     file: DicomFile
     number: int
@@ -51,24 +51,24 @@ class Frame:
     rows: int
     columns: int
     position_mm: Vector | None
-    """Centre of the first voxel, LPS; None where the header does not say."""
+    """Centre of the first voxel, LPS; None if the header does not state it."""
     directions: Vector | None
-    """Direction of a row, then of a column: six cosines, LPS."""
+    """Direction cosines of a row, then of a column: six numbers, LPS."""
     spacing_mm: Vector | None
-    """Between rows, between columns."""
+    """Distance between rows, then between columns."""
     thickness_mm: float | None
     slope: float | None
-    """RescaleSlope; None where the header has none, NaN where it cannot be read."""
+    """RescaleSlope; None if the header has none, NaN if it is not a finite number."""
     intercept: float | None
-    """RescaleIntercept, likewise."""
+    """RescaleIntercept; None and NaN as for ``slope``."""
     padding: tuple[int, int] | None
-    """Lowest and highest stored value that mark padding (DICOM PS3.3, C.7.5.1.1.2); None where none does."""
+    """Lowest and highest stored value that marks padding (DICOM PS3.3, C.7.5.1.1.2); None if padding is not defined."""
     parts: tuple[Part, ...]
-    """What may tell apart volumes that one series holds, in the order of :data:`_PARTING`."""
+    """Values that may distinguish the volumes within one series, in the order of :data:`_PARTING`."""
 
     @property
     def normal(self) -> npt.NDArray[np.float64]:
-        """Unit vector out of the slice, LPS."""
+        """Unit normal of the slice, LPS."""
         assert self.directions is not None
         normal = np.cross(self.directions[:3], self.directions[3:])
         return np.asarray(normal / np.linalg.norm(normal), dtype=np.float64)
@@ -76,7 +76,7 @@ class Frame:
 
 @dataclass(frozen=True, kw_only=True)
 class Acquisition:
-    """How a volume was acquired, as far as its header says; None or empty where it does not."""
+    """How a volume was acquired, according to its header; fields that the header lacks are None or empty."""
 
     modality: str = ""
     description: str = ""
@@ -85,15 +85,15 @@ class Acquisition:
     echo_ms: float | None = None
     inversion_ms: float | None = None
     scanning: tuple[str, ...] = ()
-    """ScanningSequence (SE, GR, IR, EP), or the same told by an enhanced object."""
+    """ScanningSequence (SE, GR, IR, EP), or its equivalent in an enhanced object."""
     variant: tuple[str, ...] = ()
     dimensions: str = ""
     """MRAcquisitionType: 2D or 3D."""
     image_type: tuple[str, ...] = ()
     derivation: tuple[str, ...] = ()
-    """Codes of DerivationCodeSequence (scheme DCM): how it was made from other images."""
+    """Codes of DerivationCodeSequence (scheme DCM): how the image was derived from others."""
     agent: str | None = None
-    """ContrastBolusAgent; None where the header has no such field."""
+    """ContrastBolusAgent; None if the header lacks the attribute."""
     b_value: float | None = None
     body_part: str = ""
 
@@ -103,24 +103,25 @@ class Series:
     """One volume of a study."""
 
     key: str
-    """What the command line calls it: the series number, ``/2`` and so on where one series holds several volumes."""
+    """Name on the command line: the series number, or the UID if the number is missing or ambiguous; ``/1``, ``/2`` and
+    so on are appended if the series holds several volumes."""
     uid: str
-    """SeriesInstanceUID; the first slice's where a series was joined from several."""
+    """SeriesInstanceUID; if several series were joined, that of the first slice."""
     number: int | None
     volumes_in_series: int
     frames: tuple[Frame, ...]
-    """In order along the normal, where the header tells places."""
+    """Sorted along the normal if the header states positions."""
     acquisition: Acquisition
     problems: tuple[str, ...] = ()
-    """Why no volume can be made of it; empty where one can."""
+    """Why the series cannot be read as a volume; empty if it can."""
     notes: tuple[str, ...] = ()
-    """What its headers get wrong and how it was read all the same, a sentence each."""
+    """Errors in the headers and how they were worked around, one sentence each."""
     shared_instances: int = 0
-    """How many of its files share their SOPInstanceUID with another image of the study."""
+    """Number of files that share their SOPInstanceUID with another image of the study."""
 
     @property
     def uids(self) -> tuple[str, ...]:
-        """Every SeriesInstanceUID among its slices, in their order."""
+        """Every SeriesInstanceUID among the slices, in slice order."""
         return tuple(dict.fromkeys(text(frame.file.header, "SeriesInstanceUID") for frame in self.frames))
 
     @property
@@ -131,7 +132,7 @@ class Series:
 
     @property
     def affine(self) -> npt.NDArray[np.float64]:
-        """4x4 matrix from (column, row, slice) to RAS millimetres; of a series without problems."""
+        """4x4 matrix from (column, row, slice) to RAS millimetres; defined only for a series without problems."""
         first, last = self.frames[0], self.frames[-1]
         assert first.directions is not None
         assert first.spacing_mm is not None
@@ -145,7 +146,7 @@ class Series:
 
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
-        """Between columns, rows and slices; None where the header does not say."""
+        """Distances between columns, rows and slices; None if the header does not state them."""
         first = self.frames[0]
         if first.directions is None or first.spacing_mm is None or first.position_mm is None:
             return None
@@ -154,12 +155,12 @@ class Series:
 
 
 def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
-    """All volumes of a study, by series number.
+    """Split the files of a study into volumes, sorted by series number.
 
-    One SeriesInstanceUID may hold several: they are told apart by series number, matrix, orientation and voxel size,
-    and where images lie at the same place by image type, echo time, b-value, time point and so on - whichever leaves
-    one image at each. Series that hold a single place each are joined where number, orientation, description, timing
-    and frame of reference agree: Canon's classic export gives every place its own SeriesInstanceUID.
+    One SeriesInstanceUID may cover several volumes. They are separated by series number, matrix, orientation and voxel
+    size; if images still share a position, also by echo time, image type, b-value, time point and so on, until no two
+    images do. Series with a single position each are joined if number, orientation, description, timing and frame of
+    reference agree: Canon's classic export gives every position its own SeriesInstanceUID.
     """
     with quiet():
         return tuple(_grouped(tuple(files)))
@@ -194,7 +195,7 @@ def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
 
 
 def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) -> Iterator[str]:
-    """What the headers get wrong about UIDs, and how the frames were grouped all the same."""
+    """Errors in the UIDs of the headers, and how the frames were grouped despite them."""
     series = len({text(frame.file.header, "SeriesInstanceUID") for frame in frames})
     if series > 1:
         yield (
@@ -211,14 +212,14 @@ def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) 
 
 
 def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
-    """The frames of each SeriesInstanceUID, and of each SeriesNumber where anonymising left one UID for all."""
+    """Frames by SeriesInstanceUID and SeriesNumber, since anonymisation may leave the same UID in all series."""
     numbered: dict[str, dict[int | None, list[Frame]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         uid, number = text(file.header, "SeriesInstanceUID"), _whole(file.header, "SeriesNumber")
         numbered[uid][number].extend(frames_of(file))
     groups: list[list[Frame]] = []
     for by_number in numbered.values():
-        if len(by_number) == 2 and None in by_number:  # a number that some files of a series lack
+        if len(by_number) == 2 and None in by_number:  # some files of a series lack its number
             without = by_number.pop(None)
             groups.extend([*frames, *without] for frames in by_number.values())
         else:
@@ -227,7 +228,7 @@ def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
 
 
 def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
-    """The groups, with those of a single place joined where their headers describe one acquisition."""
+    """The groups, with those of a single position joined if their headers describe one acquisition."""
     result: list[list[Frame]] = []
     joined: dict[tuple[object, ...], list[list[Frame]]] = defaultdict(list)
     for group in groups:
@@ -250,7 +251,7 @@ def _hold_one_place(frames: Sequence[Frame]) -> bool:
 
 
 def _acquired_as(frame: Frame) -> tuple[object, ...]:
-    """What slices of one acquisition have in common, whatever their UIDs."""
+    """Key that slices of one acquisition share, whatever their UIDs."""
     header, how = frame.file.header, _acquisition(frame)
     return (
         _whole(header, "SeriesNumber"),
@@ -261,7 +262,7 @@ def _acquired_as(frame: Frame) -> tuple[object, ...]:
 
 
 def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
-    """Where to look for what is said of one frame, the most specific first.
+    """The data sets that may hold attributes of one frame, most specific first.
 
     These are the frame's own functional groups, those shared by all frames, and the header itself.
     """
@@ -273,18 +274,18 @@ def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
 
 
 def _items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
-    """The items of a sequence; none where the field is missing or no sequence."""
+    """The items of a sequence; empty if the attribute is missing or not a sequence."""
     content = value(dataset, keyword)
     return list(content) if isinstance(content, pydicom.Sequence) else []
 
 
 def _value(places: Sequence[pydicom.Dataset], keyword: str) -> Any:
-    """The first value there is; None where there is none that can be read."""
+    """The first readable value of an attribute; None if there is none."""
     return next((content for place in places if (content := value(place, keyword)) is not None), None)
 
 
 def _numbers(places: Sequence[pydicom.Dataset], keyword: str) -> Vector | None:
-    """Finite numbers, or None."""
+    """The values of an attribute as finite numbers, or None."""
     content = _value(places, keyword)
     if content is None:
         return None
@@ -297,7 +298,7 @@ def _numbers(places: Sequence[pydicom.Dataset], keyword: str) -> Vector | None:
 
 
 def _number(places: Sequence[pydicom.Dataset], *keywords: str) -> float | None:
-    """The first number among several fields, or None."""
+    """The first number among several attributes, or None."""
     for keyword in keywords:
         numbers = _numbers(places, keyword)
         if numbers is not None:
@@ -311,7 +312,7 @@ def _whole(dataset: pydicom.Dataset, keyword: str) -> int | None:
 
 
 def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]:
-    """A field of several words, in capitals."""
+    """The words of the first attribute present, in upper case."""
     for keyword in keywords:
         content = _value(places, keyword)
         if content is not None:
@@ -321,7 +322,7 @@ def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]
 
 
 def frames_of(file: DicomFile) -> Iterator[Frame]:
-    """Every frame of a file; an object without voxels counts as one."""
+    """Every frame of a file; an object without voxels counts as one frame."""
     rows, columns = _whole(file.header, "Rows") or 0, _whole(file.header, "Columns") or 0
     count = 1 if not file.has_voxels or _claims_too_much(file.header) else _frame_count(file.header)
     for number in range(count):
@@ -343,7 +344,7 @@ def frames_of(file: DicomFile) -> Iterator[Frame]:
 
 
 def _rescaling(places: Sequence[pydicom.Dataset], keyword: str) -> float | None:
-    """A slope or an intercept; None where there is none, NaN where it is no finite number."""
+    """A slope or an intercept; None if it is missing, NaN if it is not a finite number."""
     number = _number(places, keyword)
     if number is not None:
         return number
@@ -352,7 +353,7 @@ def _rescaling(places: Sequence[pydicom.Dataset], keyword: str) -> float | None:
 
 
 def _padding(places: Sequence[pydicom.Dataset]) -> tuple[int, int] | None:
-    """The range of stored values from Pixel Padding Value to Pixel Padding Range Limit, either of which may be less."""
+    """Range of stored values between Pixel Padding Value and Pixel Padding Range Limit; either may be the smaller."""
     value = _stored(places, "PixelPaddingValue")
     if value is None:
         return None
@@ -361,9 +362,10 @@ def _padding(places: Sequence[pydicom.Dataset]) -> tuple[int, int] | None:
 
 
 def _stored(places: Sequence[pydicom.Dataset], keyword: str) -> int | None:
-    """A stored voxel value that a header names, signed as the voxels are.
+    """A stored voxel value given in the header, with the signedness of the voxels.
 
-    Its VR is US or SS, to match PixelRepresentation; files that mix them up (-2000 written as 63536) are common.
+    Its VR should be US or SS according to PixelRepresentation; files that mix them up (-2000 written as 63536) are
+    common.
     """
     content = _value(places, keyword)
     number = float(int.from_bytes(content[:2], "little")) if isinstance(content, bytes) else _number(places, keyword)
@@ -382,7 +384,7 @@ def _frame_count(header: pydicom.Dataset) -> int:
 
 
 def _claims_too_much(header: pydicom.Dataset) -> bool:
-    """Whether a header announces more than is ever decoded, be there as many bytes or not."""
+    """Whether a header claims more frames or voxels than are ever decoded, whatever the file's size."""
     frames = _frame_count(header)
     size = frames * (_whole(header, "Rows") or 0) * (_whole(header, "Columns") or 0)
     return frames > _MOST_FRAMES or size > MAX_VOXELS
@@ -393,7 +395,7 @@ def _of_length(length: int, numbers: Vector | None) -> Vector | None:
 
 
 def _directions(cosines: Vector | None) -> Vector | None:
-    """The directions of rows and columns at unit length; None where they are not at right angles."""
+    """Normalise the directions of rows and columns to unit length; None if they are not perpendicular."""
     if cosines is None:
         return None
     row, column = np.array(cosines[:3]), np.array(cosines[3:])
@@ -404,7 +406,7 @@ def _directions(cosines: Vector | None) -> Vector | None:
 
 
 def _rounded(*keywords: str) -> Callable[[Sequence[pydicom.Dataset]], Part]:
-    """A part told by a number."""
+    """Make a distinguishing value from the first number among several attributes; -1 if there is none."""
 
     def part(places: Sequence[pydicom.Dataset]) -> Part:
         number = _number(places, *keywords)
@@ -421,7 +423,7 @@ def _image_type(places: Sequence[pydicom.Dataset]) -> Part:
     return _words(places, "FrameType", "ImageType")
 
 
-#: What may tell apart images at one place, in the order in which it is tried.
+#: Values that may distinguish images at the same position, in the order in which they are tried.
 _PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Part], ...]] = (
     _rounded("EffectiveEchoTime", "EchoTime"),
     _image_type,
@@ -438,7 +440,7 @@ _PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Part], ...]] = (
 
 
 def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
-    """The frames of one series, split into volumes."""
+    """Split the frames of one series into volumes."""
     kinds: list[list[Frame]] = []
     for frame in frames:
         home = next((kind for kind in kinds if _same_grid(kind[0], frame)), None)
@@ -450,7 +452,7 @@ def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
 
 
 def _same_grid(first: Frame, second: Frame) -> bool:
-    """Whether two slices may belong to one stack."""
+    """Whether two slices may belong to the same stack."""
     return (
         (first.rows, first.columns, first.file.has_voxels) == (second.rows, second.columns, second.file.has_voxels)
         and _close(first.directions, second.directions, _SAME_DIRECTION)
@@ -466,10 +468,10 @@ def _close(first: Vector | None, second: Vector | None, tolerance: float) -> boo
 
 
 def _parted(frames: list[Frame]) -> list[list[Frame]]:
-    """Frames on one grid, split until no two lie at one place, or nothing tells them apart any more.
+    """Split frames on one grid until no two share a position, or until no attribute distinguishes them.
 
-    A field tells volumes apart when it has no more values than there are images at a place: the time of each slice's
-    acquisition, which has as many as slices, does not.
+    An attribute can distinguish volumes only if it has no more values than there are images per position. Each slice's
+    acquisition time, for example, has one value per slice, so it cannot.
     """
     most = _most_at_one_place(frames)
     if most < 2:
@@ -489,18 +491,18 @@ def _sortable(part: Part) -> tuple[float | str, ...]:
 
 
 def _most_at_one_place(frames: Sequence[Frame]) -> int:
-    """How many images the fullest place holds."""
+    """The largest number of images that share a position."""
     places = Counter(place for frame in frames if (place := _place(frame)) is not None)
     return max(places.values(), default=0)
 
 
 def _place(frame: Frame) -> Vector | None:
-    """The position of a frame, such that frames at one place have the same."""
+    """The position of a frame, rounded so that frames at the same position compare equal."""
     return None if frame.position_mm is None else tuple(round(mm, 2) for mm in frame.position_mm)
 
 
 def _in_order(frames: Sequence[Frame]) -> tuple[Frame, ...]:
-    """Along the normal of the first; as they came where places are not told."""
+    """Sort frames along the normal of the first; keep their order if positions are not stated."""
     first = frames[0]
     if first.directions is None or first.position_mm is None:
         return tuple(frames)
@@ -510,7 +512,7 @@ def _in_order(frames: Sequence[Frame]) -> tuple[Frame, ...]:
 
 
 def _slice_spacing(first: Frame, last: Frame, count: int) -> float:
-    """Mean distance of neighbouring slices along the normal in mm; of a single slice its thickness."""
+    """Mean distance between neighbouring slices along the normal in mm; for a single slice, its thickness."""
     if count < 2:
         return first.thickness_mm or 1.0
     assert first.position_mm is not None
@@ -519,7 +521,7 @@ def _slice_spacing(first: Frame, last: Frame, count: int) -> float:
 
 
 def _problems(frames: Sequence[Frame]) -> Iterator[str]:
-    """Why the frames, in order, are no volume."""
+    """Reasons why the sorted frames do not form a volume."""
     first = frames[0]
     if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
         yield "it holds no image"
@@ -547,7 +549,7 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
 
 
 def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
-    """Why the slices' values cannot be brought to one scale."""
+    """Reasons why the slices' values cannot be converted to one scale."""
     keywords = ("RescaleSlope", "RescaleIntercept")
     given = [(frame.slope, frame.intercept) for frame in frames]
     partly = [place for place in (0, 1) if 0 < sum(pair[place] is None for pair in given) < len(frames)]
@@ -571,7 +573,7 @@ def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
 
 
 def _named(frames: Sequence[Frame]) -> str:
-    """Files of frames, and the number of the frame where a file holds several."""
+    """Names of the frames' files, with the frame number if a file holds several."""
     names = sorted(
         frame.file.name if _frame_count(frame.file.header) == 1 else f"frame {frame.number + 1} of {frame.file.name}"
         for frame in frames
@@ -581,7 +583,7 @@ def _named(frames: Sequence[Frame]) -> str:
 
 
 def _stack_problems(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Iterator[str]:
-    """Why slices at these places, in order, are not evenly spaced."""
+    """Reasons why slices at these sorted positions are not evenly spaced."""
     along = positions @ normal
     gaps = np.diff(along)
     usual = float(np.median(gaps))
@@ -611,7 +613,7 @@ def _stack_problems(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.f
 
 
 def _acquisition(frame: Frame) -> Acquisition:
-    """How a frame was acquired."""
+    """Read from the header how a frame was acquired."""
     header = frame.file.header
     places = frame_groups(frame.file, frame.number)
     agents = _items(header, "ContrastBolusAgentSequence")
@@ -643,12 +645,12 @@ def _derivation(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
 
 
 def _line(content: str) -> str:
-    """A text on one line, without what a terminal would take as a command."""
+    """Convert text to a single line without control characters, which a terminal might interpret."""
     return " ".join("".join(sign if sign.isprintable() else " " for sign in content).split())
 
 
 def _scanning_of_enhanced(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
-    """What enhanced objects say instead of ScanningSequence."""
+    """The equivalent of ScanningSequence in enhanced objects."""
     pulse = _value(places, "EchoPulseSequence")
     if pulse in ("SPIN", "BOTH"):
         yield "SE"

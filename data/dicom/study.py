@@ -1,7 +1,7 @@
-"""A DICOM study in, a case out: four contrasts as volumes, each on the grid it was acquired on.
+"""Read a DICOM study as a case: four contrasts as volumes, each on the grid it was acquired on.
 
-Nothing here repeats what a header says of the patient: cases are named after a hash of the StudyInstanceUID, messages
-name series and files.
+Patient data from the headers is never repeated: cases are named after a hash of the StudyInstanceUID, and messages name
+only series and files.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from data.files import naming_the_place, partial_name
 from data.labels import CONTRASTS, Contrast
 from data.nifti import Volume
 
-#: File names of a case as BraTS 2018-2021 has them.
+#: File name suffixes of a case, as in BraTS 2018-2021.
 _SUFFIXES: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Study:
-    """What was found in a folder or an archive; its series can be read while it is open."""
+    """A study found in a folder or an archive; its series can be read while it is open."""
 
     uid: str
     """StudyInstanceUID."""
@@ -45,24 +45,24 @@ class Study:
 
     @property
     def case_id(self) -> str:
-        """Name for the case: a hash of the study's UID, so the same for the same study, and nothing of the patient."""
+        """Name for the case: a hash of the StudyInstanceUID, stable for a study and free of patient data."""
         return f"study-{hashlib.sha256(self.uid.encode()).hexdigest()[:12]}"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StudyImages:
-    """The four contrasts of a study, and where each comes from."""
+    """The four contrasts of a study, with the series each was read from."""
 
     case_id: str
     volumes: dict[Contrast, Volume]
     choices: dict[Contrast, Choice]
-    """Series of each contrast; what :func:`data.dicom.segmentation.write_dicom_seg` refers to."""
+    """Series of each contrast, which :func:`data.dicom.segmentation.write_dicom_seg` can reference."""
     notes: dict[Contrast, tuple[str, ...]]
-    """By contrast: what its files get wrong and how they were read all the same, a sentence each."""
+    """By contrast: errors in its files and how they were worked around, one sentence each."""
 
     @property
     def images(self) -> dict[Contrast, SimpleITK.Image]:
-        """The same as ITK images (float32, LPS)."""
+        """The volumes as ITK images (float32, LPS)."""
         return {contrast: to_image(volume) for contrast, volume in self.volumes.items()}
 
 
@@ -71,11 +71,11 @@ def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
     """Find the series of one study.
 
     Args:
-        path: a folder (nested, any file names), a .zip of one, a DICOMDIR, or a single DICOM file.
-        study_uid: StudyInstanceUID, where several studies of one patient lie there.
+        path: a folder (with subfolders, any file names), a .zip of one, a DICOMDIR, or a single DICOM file.
+        study_uid: StudyInstanceUID, required if the path holds several studies of one patient.
 
     Raises:
-        DataError: no DICOM there, files of several patients or of several studies, a damaged file.
+        DataError: there is no DICOM file, there are several patients or several studies, or a file is damaged.
     """
     with dicom_files(path) as files:
         with quiet():
@@ -88,22 +88,22 @@ def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
 def read_study(
     path: Path, *, chosen: Mapping[Contrast, str] | None = None, study_uid: str | None = None
 ) -> StudyImages:
-    """Recognise and read T1, T1c, T2 and FLAIR of a study, each on its own grid.
+    """Identify and read T1, T1c, T2 and FLAIR of a study, each on its own grid.
 
     Args:
         path: as :func:`open_study`.
-        chosen: series by number or UID for contrasts that are settled by hand.
+        chosen: series given by the user, by number or UID.
         study_uid: as :func:`open_study`.
 
     Raises:
-        DataError: as :func:`open_study`, :func:`data.dicom.contrasts.choose_series`, and voxels that cannot be decoded.
+        DataError: as :func:`open_study` and :func:`data.dicom.contrasts.choose_series`, or a series is not decodable.
     """
     with open_study(path, study_uid=study_uid) as study:
         return read_chosen(study, choose_series(study.series, chosen))
 
 
 def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
-    """Read the series that were chosen from an open study."""
+    """Read the chosen series of an open study."""
     readings = {contrast: read_with_notes(choice.series) for contrast, choice in choices.items()}
     return StudyImages(
         case_id=study.case_id,
@@ -116,18 +116,18 @@ def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
 def write_dicom_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
     """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; all of them or none.
 
-    Whole numbers that fit are stored as int16, others as float32. Of the DICOM headers the geometry alone is kept.
+    Whole numbers that fit are stored as int16, others as float32. Only the geometry is kept of the DICOM headers.
 
     Args:
-        out: folder of the data set, made if missing.
-        images: what was read.
-        case_id: name of the case; without, that of ``images``.
+        out: folder of the data set, created if missing.
+        images: the result of :func:`read_study`.
+        case_id: name of the case; defaults to that of ``images``.
 
     Returns:
         the case's folder.
 
     Raises:
-        DataError: the id is no file name, or the case is already there.
+        DataError: the id is not usable as a file name, or the case already exists.
     """
     name = images.case_id if case_id is None else case_id
     Case(id=name, folder=out).require()
@@ -149,7 +149,7 @@ def write_dicom_case(out: Path, images: StudyImages, *, case_id: str | None = No
 
 
 def _nifti(volume: Volume) -> nib.Nifti1Image:
-    """The volume with its place in scanner coordinates (qform and sform code 1)."""
+    """Convert a volume to NIfTI in scanner coordinates (qform and sform code 1)."""
     voxels = volume.voxels
     limits = np.iinfo(np.int16)
     if limits.min <= voxels.min() and voxels.max() <= limits.max and np.array_equal(voxels, np.rint(voxels)):
@@ -162,9 +162,9 @@ def _nifti(volume: Volume) -> nib.Nifti1Image:
 
 
 def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:
-    """Refuse files of several people: by patient id, or by date of birth, or by name where no id is told.
+    """Reject files of several people: different patient IDs or dates of birth, or names if no file has an ID.
 
-    The message does not repeat what tells them apart.
+    The message does not repeat the values that differ.
     """
     fields: tuple[str, ...] = ("PatientID", "PatientBirthDate")
     if not any(text(file.header, "PatientID") for file in files):
@@ -184,7 +184,7 @@ def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:
 
 
 def _of_study(path: Path, files: tuple[DicomFile, ...], wanted: str | None) -> tuple[DicomFile, ...]:
-    """The files of the study that is wanted, or of the only one."""
+    """The files of the requested study, or of the only one."""
     counts = Counter(text(file.header, "StudyInstanceUID") for file in files)
     if wanted is None and len(counts) > 1:
         listed = ", ".join(f"{uid} ({count} files)" for uid, count in sorted(counts.items()))

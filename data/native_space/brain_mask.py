@@ -1,8 +1,8 @@
-"""Which voxels are brain: from the image itself, a given file, a program that is installed, or the MNI152 template.
+"""Find the brain: from the image's own background, a given file, an installed program, or the MNI152 template.
 
 HD-BET (Isensee et al., Human Brain Mapping 40, 4952, 2019) and SynthStrip (Hoopes et al., NeuroImage 260, 119474, 2022)
-are called as the commands they install; neither is part of this program. The template's mask, brought over by an
-affine registration, is coarse: it follows the average brain, not this one.
+are run through the commands they install; neither is part of this program. The template's mask, mapped by an affine
+registration, is coarse: it has the shape of an average brain.
 """
 
 from __future__ import annotations
@@ -24,34 +24,34 @@ from data.nifti import Volume, read_volume
 from data.preprocess import image_problem
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "atlas", "none"]
 
-#: Words for ``--mask`` that are no file.
+#: Values of ``--mask`` that do not stand for a file.
 MASK_WORDS: Final = ("auto", "hd-bet", "synthstrip", "atlas", "none")
-#: The command each tool installs, in the order in which ``auto`` looks for them.
+#: The command installed by each tool, in the order in which ``auto`` tries them.
 COMMANDS: Final[Mapping[Literal["hd-bet", "synthstrip"], str]] = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
-#: A brain with its fluid has this volume; a head with its skull, or a part of a brain, another.
+#: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, lies outside this range.
 BRAIN_LITRES: Final = (0.7, 2.2)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BrainMask:
-    """Which voxels are brain, and how that is known."""
+    """A brain mask and its origin."""
 
     mask: sitk.Image | None
-    """uint8, 1 in the brain, on the grid it was asked for; None where nothing is to be masked."""
+    """uint8, 1 in the brain, on the requested grid; None if nothing is to be masked."""
     source: MaskSource
     coarse: bool = False
-    """Whether the mask is an average brain's, laid on this one."""
+    """Whether the mask has the shape of an average brain."""
     detail: str = ""
-    """Command, file or measure it came from."""
+    """Command, file or measure that produced the mask."""
     warnings: tuple[str, ...] = ()
 
 
 def is_stripped(image: sitk.Image) -> bool:
-    """Whether an image is a brain on a background of 0: by its volume, and by what is left on the image's faces.
+    """Whether an image is a brain on a background of 0, judged by its volume and the voxels on the image's faces.
 
     Args:
         image: one contrast on its own grid.
@@ -64,10 +64,10 @@ def is_stripped(image: sitk.Image) -> bool:
 
 
 def require_mask(wanted: str) -> None:
-    """Make sure that a mask can be had, before time is spent on what comes before it.
+    """Check that a mask source is available before time is spent on earlier steps.
 
     Raises:
-        DataError: a tool that is not installed, or a word that is neither one of :data:`MASK_WORDS` nor a file.
+        DataError: the tool is not installed, or the value is neither one of :data:`MASK_WORDS` nor a file.
     """
     if wanted == "hd-bet":
         _require("hd-bet")
@@ -78,18 +78,18 @@ def require_mask(wanted: str) -> None:
 
 
 def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str) -> BrainMask:
-    """Decide which voxels of an image are brain.
+    """Find the brain voxels of an image.
 
     Args:
-        image: T1c, float32, on the grid that the mask is wanted on.
-        native: the same contrast on its own grid, in the same world; it tells whether the skull is off already.
-        wanted: one of :data:`MASK_WORDS`, or the path of a mask in the world of ``image``. ``auto`` takes, in this
+        image: T1c, float32, on the grid of the requested mask.
+        native: the same contrast on its own grid, in the same world; used to check whether it is skull-stripped.
+        wanted: one of :data:`MASK_WORDS`, or the path of a mask in the world of ``image``. ``auto`` tries, in this
             order, the image's own background of 0, HD-BET, SynthStrip, the template.
-        name: of the case, for messages.
+        name: name of the case, for messages.
 
     Raises:
-        DataError: a tool that is asked for is not installed or fails, a mask that cannot be read or marks nothing
-            here, or a template that cannot be registered.
+        DataError: a requested tool is not installed or fails, a mask is unreadable or empty in this image, or the
+            template cannot be registered.
     """
     if wanted == "none":
         return BrainMask(mask=None, source="none", detail="nothing masked, as asked for")
@@ -108,7 +108,7 @@ def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str)
 
 
 def _own(native: sitk.Image, image: sitk.Image) -> BrainMask:
-    """Where the image is not 0, holes filled."""
+    """Mask of the non-zero voxels, with holes filled."""
     inside = (native != 0) * 1
     mask = _binary(resampled(_shares(inside), grid_of(image)))
     return BrainMask(mask=_filled(mask), source="own", detail="t1c is skull-stripped: its background is 0")
@@ -126,7 +126,7 @@ def _from_file(path: Path, image: sitk.Image, name: str) -> BrainMask:
 
 
 def _from_hd_bet(image: sitk.Image, name: str) -> BrainMask:
-    """The voxels that HD-BET leaves; its versions name the mask differently, the image they strip alike."""
+    """Mask of the voxels HD-BET keeps: its versions name the mask file differently, but not the stripped image."""
     command = _require("hd-bet")
     with tempfile.TemporaryDirectory(prefix="znormseg-") as folder:
         source, target = Path(folder) / "t1c.nii.gz", Path(folder) / "brain.nii.gz"
@@ -147,7 +147,7 @@ def _from_synthstrip(image: sitk.Image, name: str) -> BrainMask:
 
 
 def _from_template(image: sitk.Image, name: str) -> BrainMask:
-    """The MNI152 brain mask that nilearn carries, laid on the image."""
+    """The MNI152 brain mask shipped with nilearn, registered to the image."""
     from data.phantoms.template import load_anatomy
 
     anatomy = load_anatomy(2)
@@ -155,7 +155,7 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
     affine[:3, 3] = anatomy.origin_mm
     maps = anatomy.maps
     fluid = np.clip(1 - maps["grey"] - maps["white"], 0, 1)
-    # The tissues' brightness in a T1 is that of data.phantoms.template, whose detail is the template's remainder.
+    # T1 brightness of the tissues as in data.phantoms.template, whose detail map is the template's residual.
     brightness = 0.87 * maps["white"] + 0.65 * maps["grey"] + 0.28 * fluid + maps["detail"]
     brain = maps["brain"] > 0
     template = Volume(voxels=np.where(brain, brightness, 0).astype(np.float32), affine=affine, path=Path("MNI152"))
@@ -177,7 +177,7 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
 
 
 def _require(tool: Literal["hd-bet", "synthstrip"]) -> str:
-    """Path of a tool's command."""
+    """Path of a tool's command; a DataError if it is not installed."""
     found = shutil.which(COMMANDS[tool])
     if found is None:
         raise DataError(
@@ -187,8 +187,8 @@ def _require(tool: Literal["hd-bet", "synthstrip"]) -> str:
 
 
 def _mask_made(arguments: list[str], made: Path, image: sitk.Image, name: str) -> sitk.Image:
-    """Run a tool on an image's file and read what it made, on the image's grid."""
-    # The command comes from the PATH and its arguments from us: no shell takes part.
+    """Run a tool on an image's file and read its mask, resampled to the image's grid."""
+    # The command is found on the PATH, the arguments are our own, and no shell is involved.
     ended = subprocess.run(arguments, capture_output=True, text=True, check=False)  # noqa: S603
     tool = Path(arguments[0]).name
     if ended.returncode != 0 or not made.is_file():
@@ -206,26 +206,26 @@ def _mask_made(arguments: list[str], made: Path, image: sitk.Image, name: str) -
 
 
 def _write(image: sitk.Image, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     sitk.WriteImage(image, str(path))
 
 
 def _shares(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     shares: sitk.Image = sitk.Cast(mask, sitk.sitkFloat32)
     return shares
 
 
 def _binary(shares: sitk.Image) -> sitk.Image:
-    """Where at least half of a voxel is inside."""
+    """Voxels of which at least half lies inside."""
     mask: sitk.Image = shares >= 0.5
     return mask
 
 
 def _filled(mask: sitk.Image) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     filled: sitk.Image = sitk.BinaryFillhole(mask)
     return filled

@@ -1,7 +1,7 @@
-"""A case that was brought in, as files: a BraTS 2021 case folder with its transforms and a record of what was done.
+"""Write a converted case: a BraTS 2021 case folder with its transforms and a record of the conversion.
 
-<id>/<id>_t1.nii.gz, _t1ce, _t2, _flair, and _seg where there was a label map
-<id>/transforms/<contrast>.tfm     text, as ITK reads it
+<id>/<id>_t1.nii.gz, _t1ce, _t2, _flair, and _seg if there is a label map
+<id>/transforms/<contrast>.tfm     text in ITK's format
 <id>/prepare.json                  inputs, parameters, measures, versions, warnings
 """
 
@@ -28,10 +28,10 @@ _ENDINGS: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "
 
 
 def require_empty(out: Path) -> None:
-    """Make sure that cases can be written to a folder.
+    """Check that cases can be written to a folder.
 
     Raises:
-        DataError: it is a file, or holds something.
+        DataError: it is a file, or a folder that is not empty.
     """
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file; give a folder for the cases")
@@ -40,18 +40,18 @@ def require_empty(out: Path) -> None:
 
 
 def write_brats_case(brought: BroughtIn, out: Path) -> Path:
-    """Write a case; its folder appears when it is complete.
+    """Write a case; its folder appears only once it is complete.
 
     Args:
-        brought: the case.
-        out: folder of the data set, made if missing.
+        brought: the converted case.
+        out: folder of the data set, created if missing.
 
     Returns:
         the case's folder.
 
     Raises:
-        DataError: the case is there already.
-        OSError: the disk is full or the folder cannot be written to.
+        DataError: the case already exists.
+        OSError: the disk is full or the folder is not writable.
     """
     with _folder_when_complete(out / brought.id) as partial:
         for contrast in CONTRASTS:
@@ -74,17 +74,17 @@ def _save(voxels: npt.NDArray[Any], grid: ImageGrid, path: Path) -> None:
 
 
 def _save_transform(brought: BroughtIn, contrast: Contrast, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     try:
         sitk.WriteTransform(brought.transform(contrast), str(path))
-    except RuntimeError as error:  # ITK has this one kind of error
+    except RuntimeError as error:  # the only exception type ITK raises
         raise OSError(f"{path}: the transform could not be written ({error})") from error
 
 
 @contextmanager
 def _folder_when_complete(place: Path) -> Iterator[Path]:
-    """A hidden folder to write into, renamed at the end, or removed after a failure."""
+    """Yield a hidden folder to write to; it is renamed to ``place`` on success and removed on failure."""
     if place.exists():
         raise DataError(f"{place} already exists and is not overwritten. Remove it, or give another folder.")
     partial = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))

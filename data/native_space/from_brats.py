@@ -1,4 +1,4 @@
-"""From an answer on the grid of a case that was brought in to a label map on the grid of one of its scans."""
+"""Map predictions on the grid of a converted case back to label maps on the grid of one of its native scans."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from data.preprocess import TIE_TOLERANCE
 if TYPE_CHECKING:
     from pathlib import Path
 
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-#: A thick voxel is looked at in at most so many places along an axis.
+#: Maximum number of sampling points per native voxel along each axis.
 _MOST_PARTS: Final = 16
 
 
@@ -30,22 +30,22 @@ def bring_back(
     source: Path,
     thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5),
 ) -> npt.NDArray[np.uint8]:
-    """Bring probabilities to a scan's own grid and make labels of them there.
+    """Map probabilities to a scan's own grid and threshold them there.
 
-    A native voxel takes each region's mean probability over its own extent - interpolated linearly at as many places
-    along each axis as voxels of ``grid`` fit in - and belongs to the region where that is the region's threshold or
-    more. Labels are never interpolated; the regions of the result are nested.
+    A native voxel takes each region's mean probability over its extent, interpolated linearly at as many points along
+    each axis as voxels of ``grid`` fit in, and belongs to the region if the mean is at least the region's threshold.
+    Labels are never interpolated; the regions of the result are nested.
 
     Args:
         shares: float32, shape (3, X, Y, Z) on ``grid``, order of :data:`data.labels.REGIONS`, 0 to 1.
-        grid: where the shares lie.
-        transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
+        grid: grid of the shares.
+        transform: from LPS millimetres of ``grid`` to those of the scan, as returned by registration; invertible.
         native: the scan's grid.
-        source: of the shares, for messages.
-        thresholds: by region, as the shares.
+        source: origin of the shares, for messages.
+        thresholds: one per region, in the order of the shares.
 
     Returns:
-        uint8, the program's codes, shape of ``native``; background outside of ``grid``.
+        uint8, the program's codes, shape of ``native``; background outside ``grid``.
     """
     return cut_back(means_back(shares, grid, transform, native, source=source), thresholds)
 
@@ -53,7 +53,7 @@ def bring_back(
 def cut_back(
     means: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)
 ) -> npt.NDArray[np.uint8]:
-    """The label map of what :func:`means_back` returned: a region where its share is the threshold or more, nested."""
+    """Threshold the result of :func:`means_back`: a region is where its share is at least its threshold, nested."""
     bounds = np.array(thresholds).reshape(3, 1, 1, 1)
     return from_regions(means >= bounds - TIE_TOLERANCE)
 
@@ -61,17 +61,17 @@ def cut_back(
 def means_back(
     shares: npt.NDArray[np.float32], grid: ImageGrid, transform: sitk.Transform, native: ImageGrid, *, source: Path
 ) -> npt.NDArray[np.float32]:
-    """The shares on a scan's own grid: the mean over the extent of each of its voxels, as of :func:`bring_back`.
+    """Map shares to a scan's own grid: the mean over the extent of each native voxel, as in :func:`bring_back`.
 
     Args:
         shares: float32, shape (n, X, Y, Z) on ``grid``.
-        grid: where the shares lie.
-        transform: from LPS millimetres of ``grid`` to those of the scan, as registration found it; invertible.
+        grid: grid of the shares.
+        transform: from LPS millimetres of ``grid`` to those of the scan, as returned by registration; invertible.
         native: the scan's grid.
-        source: of the shares, for messages.
+        source: origin of the shares, for messages.
 
     Returns:
-        float32, shape of ``native`` after n; 0 outside of ``grid``.
+        float32, shape (n, then the shape of ``native``); 0 outside ``grid``.
     """
     own = np.array(spacing_of(native.affine))
     parts = np.clip(np.rint(own / min(spacing_of(grid.affine))), 1, _MOST_PARTS).astype(int)

@@ -1,8 +1,8 @@
-"""Between the program's volumes and SimpleITK's images: the same voxels in the same place.
+"""Convert between the program's volumes and SimpleITK images; every voxel keeps its position.
 
-The program counts millimetres to the right, anterior and superior (RAS, as NIfTI does) and stores (X, Y, Z); ITK counts
-to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). SimpleITK is imported where it is used, so that
-training does not load it.
+The program measures millimetres to the right, anterior and superior (RAS, as NIfTI does) and stores (X, Y, Z); ITK
+measures to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). SimpleITK is imported in functions,
+so that training does not load it.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ import numpy.typing as npt
 from data.nifti import Volume
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: From RAS to LPS millimetres, and back.
 _RAS_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
-#: A direction cosine this close to 0 or 1 is one: what float32 headers leave of a straight axis.
+#: A direction cosine this close to 0 or 1 counts as axis-aligned, to allow for the rounding of float32 headers.
 _STRAIGHT: Final = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageGrid:
-    """Where the voxels of an image lie: as many as ``size`` says, placed by a 4x4 affine to RAS millimetres."""
+    """The grid of an image: ``size`` voxels, placed by a 4x4 affine to RAS millimetres."""
 
     size: tuple[int, int, int]
     affine: npt.NDArray[np.float64]
 
 
 def to_itk(volume: Volume) -> sitk.Image:
-    """A volume as a SimpleITK image of the same voxels (float32, or uint8 for a label map) in the same place."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Convert a volume to a SimpleITK image with the same voxels (float32, or uint8 for a label map) and positions."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))
     spacing, origin, direction = _geometry(volume.affine)
@@ -46,7 +46,7 @@ def to_itk(volume: Volume) -> sitk.Image:
 
 
 def grid_of(image: sitk.Image) -> ImageGrid:
-    """Where an image's voxels lie."""
+    """The grid of an image."""
     lps = np.eye(4)
     lps[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     lps[:3, 3] = image.GetOrigin()
@@ -56,18 +56,18 @@ def grid_of(image: sitk.Image) -> ImageGrid:
 
 def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
     """The voxels of an image, shape (X, Y, Z)."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
 
 
 def upright_grid(image: sitk.Image, spacing_mm: float) -> ImageGrid:
-    """Isotropic grid along the world's own axes, in LPS voxel order, that covers an image's field of view.
+    """Isotropic grid along the world axes, in LPS voxel order, that covers an image's field of view.
 
-    An image that is stored straight and at this spacing keeps its voxel centres, whatever its axis order.
+    An axis-aligned image with this spacing keeps its voxel centres, whatever its axis order.
 
     Args:
-        image: what to cover.
+        image: the image to cover.
         spacing_mm: edge of a voxel.
     """
     own = grid_of(image)
@@ -75,7 +75,7 @@ def upright_grid(image: sitk.Image, spacing_mm: float) -> ImageGrid:
 
 
 def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float) -> ImageGrid:
-    """The same that covers the marked voxels of a mask, at least one, and a margin."""
+    """Like :func:`upright_grid`, but covering the marked voxels of a mask (at least one) plus a margin."""
     marked = np.argwhere(voxels_of(mask))
     around = _cover(grid_of(mask).affine, marked.min(axis=0), marked.max(axis=0).astype(float), spacing_mm)
     more = int(np.ceil(margin_mm / spacing_mm))
@@ -86,7 +86,7 @@ def upright_grid_around(mask: sitk.Image, spacing_mm: float, *, margin_mm: float
 
 
 def refined(grid: ImageGrid, factors: tuple[int, int, int]) -> ImageGrid:
-    """The same field of view with each voxel cut into ``factors`` equal parts along the three axes."""
+    """Grid of the same field of view with each voxel split into ``factors`` equal parts along the three axes."""
     parts = np.array(factors, dtype=np.float64)
     affine = grid.affine.copy()
     affine[:3, :3] /= parts
@@ -98,18 +98,18 @@ def refined(grid: ImageGrid, factors: tuple[int, int, int]) -> ImageGrid:
 def resampled(
     image: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None = None, *, nearest: bool = False
 ) -> sitk.Image:
-    """An image on another grid, interpolated linearly; what lies outside of its field of view is 0.
+    """Resample an image linearly to another grid; voxels outside its field of view are 0.
 
     Args:
         image: float32 or uint8.
-        grid: where the result's voxels lie.
-        transform: from the grid's LPS millimetres to those of the image; None leaves them as they are.
-        nearest: take the nearest voxel instead.
+        grid: grid of the result.
+        transform: from the grid's LPS millimetres to those of the image; None is the identity.
+        nearest: use nearest-neighbour interpolation instead.
 
     Returns:
-        an image of the same kind of voxel. One thread computes it, so that it is the same on every machine.
+        an image of the same pixel type, computed with one thread so that it is the same on every machine.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     spacing, origin, direction = _geometry(grid.affine)
     resample = sitk.ResampleImageFilter()
@@ -126,13 +126,13 @@ def resampled(
 
 
 def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
-    """An image smoothed along the axes on which it is finer than a spacing, so that sampling at it aliases nothing.
+    """Smooth an image along axes that are finer than a spacing, so that sampling at it does not alias.
 
-    The Gaussian's standard deviation is half of what the voxel lacks, as in :func:`data.preprocess.resample`.
+    The Gaussian's standard deviation is half the difference in voxel size, as in :func:`data.preprocess.resample`.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-    # Differences below a hundredth are the rounding of headers.
+    # Differences below one per cent are rounding errors of headers.
     lacks = [max(0.0, spacing_mm - own) for own in image.GetSpacing()]
     if max(lacks) < 0.01 * spacing_mm:
         return image
@@ -147,7 +147,7 @@ def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
 def _cover(
     affine: npt.NDArray[np.float64], low: npt.NDArray[np.floating], high: npt.NDArray[np.floating], spacing_mm: float
 ) -> ImageGrid:
-    """Upright grid in LPS order whose voxel centres span those of a box of another grid."""
+    """Axis-aligned grid in LPS order whose voxel centres span those of a box of another grid."""
     lps = _RAS_LPS @ affine
     unit = lps[:3, :3] / np.linalg.norm(lps[:3, :3], axis=0)
     straight = bool(np.all((np.abs(unit) < _STRAIGHT) | (np.abs(unit) > 1 - _STRAIGHT)))
@@ -155,10 +155,10 @@ def _cover(
     places = (lps @ corners)[:3]
     start, stop = places.min(axis=1), places.max(axis=1)
     steps = (stop - start) / spacing_mm
-    # A whole number of steps is one up to the rounding of headers.
+    # Allow for the rounding of headers when deciding whether the number of steps is whole.
     counts = np.where(np.abs(steps - np.rint(steps)) < 0.02, np.rint(steps), np.ceil(steps)).astype(int)
     if not straight or np.any(np.abs(steps - counts) >= 0.02):
-        start = start - (counts - steps) * spacing_mm / 2  # what is too much goes to both sides
+        start = start - (counts - steps) * spacing_mm / 2  # distribute the excess evenly to both sides
     result = np.eye(4)
     result[:3, :3] *= spacing_mm
     result[:3, 3] = start
@@ -167,7 +167,7 @@ def _cover(
 
 
 def _geometry(affine: npt.NDArray[np.float64]) -> tuple[list[float], list[float], list[float]]:
-    """Spacing, origin and direction of an ITK image, of an affine to RAS millimetres."""
+    """Spacing, origin and direction of the ITK image that corresponds to an affine to RAS millimetres."""
     lps = _RAS_LPS @ affine
     spacing = np.linalg.norm(lps[:3, :3], axis=0)
     return spacing.tolist(), lps[:3, 3].tolist(), (lps[:3, :3] / spacing).ravel().tolist()

@@ -1,8 +1,8 @@
-"""Where one image lies on another: rigid between the contrasts of a head, affine from a template.
+"""Register images: rigidly between the contrasts of a head, affinely from a template to a head.
 
-Mattes mutual information (Mattes et al., IEEE TMI 22, 120, 2003) as ITK computes it, over a pyramid that stops at
-:data:`WORKING_MM`. The same images give the same transform on every run and machine: one thread, a fixed seed. The
-start is chosen among several, and an answer that does not stand out from its surroundings is refused.
+The metric is Mattes mutual information (Mattes et al., IEEE TMI 22, 120, 2003) as implemented in ITK, over a pyramid
+that stops at :data:`WORKING_MM`. A single thread and a fixed seed make the transform the same on every run and machine.
+The start is chosen among several candidates, and a result that does not stand out from other poses is rejected.
 """
 
 from __future__ import annotations
@@ -22,83 +22,83 @@ from data.errors import DataError
 from data.native_space.itk import grid_of, refined, resampled, smoothed_for, upright_grid_around, voxels_of
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-#: Finest voxel that registration looks at.
+#: Finest voxel size used in registration.
 WORKING_MM: Final = 2.0
-#: What the pyramid's levels see, in mm: the coarsest is where the starts compete.
+#: Voxel size of the coarsest pyramid level, on which the starting poses are compared.
 _COARSE_MM: Final = 8.0
-#: A voxel with a longer edge is a thick slice.
+#: Voxels with a longer edge count as thick slices.
 _THICK_MM: Final = 2.5
 _BINS: Final = 32
 _SEED: Final = 20408
-#: Share of the voxels that the metric samples at the finest level.
+#: Share of voxels sampled by the metric at the finest level.
 _SAMPLED: Final = 0.25
-#: Rotations tried at the start, in degrees about each axis of the world.
+#: Initial rotations tried about each world axis, in degrees.
 _TRIED_DEGREES: Final = 15.0
-#: The starts that are followed for some steps before one is chosen.
+#: Number of starting poses that are optimised before one is chosen.
 _FOLLOWED: Final = 3
-#: Shifts in mm and turns in degrees against which an answer must stand out.
+#: Shifts in mm and rotations in degrees of the poses from which a result must stand out.
 _AWAY_MM: Final = 15.0
 _AWAY_DEGREES: Final = 25.0
-#: Mutual information at the answer, over the best of those away from it; with images of two heads it is near 1.
+#: Minimum ratio of mutual information at the result to the best of the distant poses; two different heads give about 1.
 MIN_CONTRAST: Final = 1.1
-#: Dice of the two heads, within the field of view of both.
+#: Minimum Dice of the two heads, within the field of view of both.
 MIN_OVERLAP: Final = 0.75
-#: Share of the mutual information, as the headers have it, that the answer must keep. Not 1: between thick slices the
-#: metric at the true pose is some thousandths below that of poses beside it.
+#: Minimum ratio of mutual information at the result to that at the headers' pose. Below 1, because between thick
+#: slices the metric at the true pose is a few thousandths lower than at neighbouring poses.
 LEAST_KEPT: Final = 0.95
-#: How far the brain's top may lie below the head's, and how much of the head below its top is about the brain.
+#: Assumed distances of the brain's top below the head's, and height of the part of the head that contains the brain.
 _SCALP_MM: Final = (0.0, 12.0)
 _BRAIN_HEIGHT_MM: Final = 140.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Registration:
-    """Where an image lies, and how well that is known."""
+    """The pose of one image relative to another, with measures of its quality."""
 
     transform: sitk.Transform
-    """From LPS millimetres of the fixed image to those of the moving one, as ITK resamples."""
+    """From LPS millimetres of the fixed image to those of the moving one, as needed to resample in ITK."""
     metric_before: float
-    """Mutual information (nats, higher is better) with the moving image where its header puts it."""
+    """Mutual information (nats, higher is better) with the moving image positioned by its header."""
     metric_after: float
-    """The same with the answer."""
+    """Mutual information with the result."""
     contrast: float
-    """``metric_after`` over the best of 12 poses away from it: how much the answer stands out."""
+    """Ratio of ``metric_after`` to the best of 12 distant poses: how much the result stands out."""
     overlap: float
-    """Dice of the two heads (all that is not background) within the field of view of both."""
+    """Dice of the two heads (everything that is not background) within the field of view of both."""
     cpu_seconds: float
 
     @property
     def degrees(self) -> float:
-        """Angle of the rotation."""
+        """Rotation angle."""
         turn = linear_part(self.transform)[:3, :3]
         return math.degrees(math.acos(max(-1.0, min(1.0, (float(np.trace(turn)) - 1) / 2))))
 
     @property
     def shift_mm(self) -> float:
-        """How far the rotation's centre, the middle of the fixed head, is moved."""
+        """Displacement of the centre of rotation, which is the centre of the fixed head."""
         centre = np.array(self.transform.GetFixedParameters()[:3])
         return float(np.linalg.norm(self.transform.TransformPoint(centre.tolist()) - centre))
 
 
 def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Registration:
-    """Find the rigid transform that brings one contrast of a head onto another.
+    """Find the rigid transform that aligns one contrast of a head with another.
 
-    Both may be of any spacing, orientation and field of view, with a skull or without.
+    Both images may have any spacing, orientation and field of view, with or without a skull.
 
     Args:
-        fixed: float32, where the answer is wanted; LPS millimetres.
-        moving: float32, the image to bring there.
-        name: of the moving image, for messages.
+        fixed: float32, the image to align to; LPS millimetres.
+        moving: float32, the image to align.
+        name: name of the moving image, for messages.
 
     Returns:
-        an ``Euler3DTransform`` about the middle of the fixed head.
+        an ``Euler3DTransform`` about the centre of the fixed head.
 
     Raises:
-        DataError: an image without contrast, or no pose that stands out: images of different heads, or damaged ones.
+        DataError: an image has no contrast, or no pose stands out: the images show different heads or are damaged.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     began = time.process_time()
     still, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
@@ -113,7 +113,7 @@ def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Regis
 
 
 def _rigid_result(still: _Head, other: _Head, start: Any, found: Any, *, began: float, name: str) -> Registration:
-    """The answer with its measures, or an error."""
+    """The result with its quality measures; a DataError if they are too low."""
     before = _information(still.image, other.image, start)
     after = _information(still.image, other.image, found)
     away = max(_information(still.image, other.image, pose) for pose in _rigid_poses_away(found))
@@ -130,29 +130,28 @@ def _rigid_result(still: _Head, other: _Head, start: Any, found: Any, *, began: 
 
 
 def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image, *, name: str) -> Registration:
-    """Find the affine transform that lays a template's brain on a head, with its skull or without.
+    """Find the affine transform that maps a template's brain to a head, with or without its skull.
 
-    The metric is taken in the template's brain and a rim around it, so that skull and neck have little say. The start
-    has the brain's top below the head's by the thickness of scalp and skull, or, where that fits better, the middles
-    brought together.
+    The metric is evaluated in the template's brain and a rim around it, so that skull and neck have little influence.
+    Starting poses place the brain's top below the head's by the thickness of scalp and skull, or align the centres.
 
     Args:
         template: float32, a brain without its skull.
         brain: float32, 1 in the template's brain.
-        head: float32, the image to lay it on.
-        name: of the head, for messages.
+        head: float32, the image to map it to.
+        name: name of the head, for messages.
 
     Returns:
-        an ``AffineTransform``, from the template's LPS millimetres to those of the head.
+        an ``AffineTransform`` from the template's LPS millimetres to those of the head.
 
     Raises:
-        DataError: an image without contrast, or no pose that stands out.
+        DataError: an image has no contrast, or no pose stands out.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     began = time.process_time()
     other = _Head.of(head, name)
-    # Two voxels: enough of the rim that the brain's border counts, too little for the scalp's.
+    # Two voxels of rim include the brain's border but little of the scalp's.
     rim = sitk.BinaryDilate(sitk.Cast(brain, sitk.sitkUInt8), [2] * 3)
     still = _Head(image=template, mask=rim, centre=_centre(sitk.Cast(brain, sitk.sitkUInt8)))
     starts: list[Any] = []
@@ -181,7 +180,7 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
 
 
 def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float, float]]:
-    """Where the middle of the template's brain may lie in a head: in its middle, or that far below its top."""
+    """Candidate positions of the template brain's centre: the head's centre, or the brain's height below its top."""
     points = np.argwhere(voxels_of(other.mask)).astype(np.float64)
     to_ras = grid_of(other.mask).affine
     places = points @ to_ras[:3, :3].T + to_ras[:3, 3]
@@ -196,8 +195,8 @@ def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float,
 
 
 def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTransform]:
-    """Poses a good way off along each axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Distant poses in both directions along each axis."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     for axis, sign in product(range(3), (1, -1)):
         pose = sitk.AffineTransform(found)
@@ -206,8 +205,8 @@ def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTrans
 
 
 def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
-    """Share of a mask that comes to lie in a head."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Share of a mask that is mapped into a head."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     there = sitk.Resample(head, mask, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(mask) != 0
@@ -215,7 +214,7 @@ def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
 
 
 def linear_part(transform: sitk.Transform) -> npt.NDArray[np.float64]:
-    """The 4x4 matrix of a linear transform, on LPS millimetres."""
+    """The 4x4 matrix of a linear transform of LPS millimetres."""
     origin = np.array(transform.TransformPoint((0.0, 0.0, 0.0)))
     columns = [np.array(transform.TransformPoint(point)) - origin for point in np.eye(3).tolist()]
     matrix = np.eye(4)
@@ -225,15 +224,15 @@ def linear_part(transform: sitk.Transform) -> npt.NDArray[np.float64]:
 
 
 def head_mask(image: sitk.Image) -> sitk.Image:
-    """What is not background: the non-zero voxels where many are 0, else those above Otsu's threshold; holes filled.
+    """Mask of the head: the non-zero voxels if many are 0, else those above Otsu's threshold; holes are filled.
 
     Args:
         image: float32.
 
     Returns:
-        uint8, 1 inside.
+        uint8 image, 1 inside.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     zeros = float(np.mean(sitk.GetArrayViewFromImage(image) == 0))
     inside = image != 0 if zeros > 0.2 else sitk.OtsuThreshold(sitk.DiscreteGaussian(image, [4.0, 4.0, 4.0]), 0, 1)
@@ -244,7 +243,7 @@ def head_mask(image: sitk.Image) -> sitk.Image:
 
 @dataclass(frozen=True, kw_only=True)
 class _Head:
-    """An image at the working resolution, its grey values from 0 to 1, and where the head is in it."""
+    """An image at the working resolution with grey values from 0 to 1, and the mask and centre of its head."""
 
     image: sitk.Image
     mask: sitk.Image
@@ -252,7 +251,7 @@ class _Head:
 
     @classmethod
     def of(cls, image: sitk.Image, name: str) -> _Head:
-        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
         factors = [max(1, round(WORKING_MM / own)) for own in image.GetSpacing()]
         coarse = sitk.BinShrink(image, factors)
@@ -263,11 +262,11 @@ class _Head:
         low, high = (float(np.percentile(values, share)) for share in (0.5, 99.5))
         low = min(low, 0.0) if low < 0.1 * high else low
         scaled = sitk.Clamp((coarse - low) / max(high - low, 1e-12), lowerBound=0.0, upperBound=1.0)
-        scaled = sitk.Cast(scaled, sitk.sitkFloat32)  # images of one kind are compared
+        scaled = sitk.Cast(scaled, sitk.sitkFloat32)  # the metric requires equal pixel types
         return cls(image=scaled, mask=mask, centre=_centre(mask))
 
     def upright(self) -> _Head:
-        """The part around the head on a straight grid of the working resolution."""
+        """Resample the part around the head to an axis-aligned grid of the working resolution."""
         grid = upright_grid_around(self.mask, WORKING_MM, margin_mm=8.0)
         return _Head(
             image=resampled(smoothed_for(self.image, WORKING_MM), grid),
@@ -277,7 +276,7 @@ class _Head:
 
 
 def _centre(mask: sitk.Image) -> tuple[float, float, float]:
-    """Middle of the marked voxels in LPS millimetres."""
+    """Centroid of the marked voxels in LPS millimetres."""
     middle = np.argwhere(voxels_of(mask)).mean(axis=0)
     x, y, z = mask.TransformContinuousIndexToPhysicalPoint(middle.tolist())
     return (x, y, z)
@@ -286,8 +285,8 @@ def _centre(mask: sitk.Image) -> tuple[float, float, float]:
 def _rigid_starts(
     start: sitk.Euler3DTransform, fixed_centre: tuple[float, ...], moving_centre: tuple[float, ...]
 ) -> Iterator[sitk.Euler3DTransform]:
-    """As the headers have it, and with the heads' middles brought together; each also turned about each axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """The headers' pose, and the pose with aligned head centres; each also rotated about every axis."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     together = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
     step = math.radians(_TRIED_DEGREES)
@@ -303,8 +302,8 @@ def _rigid_starts(
 
 
 def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTransform]:
-    """Poses a good way off, along and about each axis."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Distant poses in both directions along and about each axis."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     for parameter, sign in product(range(6), (1, -1)):
         values = list(found.GetParameters())
@@ -315,8 +314,8 @@ def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTran
 
 
 def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
-    """The best transform of those that the starts lead to."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """The best transform found from any of the starting poses."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
     blurred = _blurred(other.image, _COARSE_MM / 2)
@@ -330,8 +329,8 @@ def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image |
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Have ITK compute with one thread: sums of several come in any order, and differ in their last digits."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Make ITK use one thread: with several, the order of summation varies and so do the last digits."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
@@ -342,13 +341,14 @@ def _one_thread() -> Iterator[None]:
 
 
 def _refined(still: _Head, other: _Head, found: Any) -> Any:
-    """A better transform where one of two images has thick slices; ``found`` itself where none has.
+    """Refine a transform if one of the two images has thick slices; otherwise return ``found`` itself.
 
-    Interpolated between thick slices, an image is blurred by place, and the metric's optimum lies off by a millimetre
-    or two. So the thick image is taken where its voxels are, and the other, brought over by what was found, is blurred
-    across the slices as if it had been scanned with them. What is left between the two is a small rigid transform.
+    Interpolation between thick slices blurs an image by an amount that varies with position, which shifts the metric's
+    optimum by a millimetre or two. So the thick image is used on its own voxels, and the other, resampled to them with
+    the transform found, is blurred across the slices as if it had been scanned with them. A small rigid transform
+    between the two remains to be found.
     """
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
         return found
@@ -357,13 +357,13 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
     own = grid_of(thick.image)
     x, y, z = (max(1, round(mm / WORKING_MM)) for mm in thick.image.GetSpacing())
     brought = resampled(thin.image, refined(own, (x, y, z)), to_thin)
-    # A slice of thickness d is a box of variance d^2 / 12.
+    # A slice profile of thickness d is a box of variance d^2 / 12.
     profile = [mm**2 / 12 if mm > _THICK_MM else 0.0 for mm in thick.image.GetSpacing()]
     brought = sitk.DiscreteGaussian(brought, profile, 32, 0.01, True)
     rest = sitk.Euler3DTransform()
     rest.SetCenter(thick.centre)
     rest = _descend(_cut(thick), brought, rest, step_mm=0.5, least_mm=0.005)
-    # A point of the thick image goes by `rest` to the one that was brought over, and from there to the thin image.
+    # Points of the thick image are mapped by `rest` to the resampled image, and from there to the thin image.
     matrix: npt.NDArray[np.floating] = linear_part(to_thin) @ linear_part(rest)
     matrix = np.linalg.inv(matrix) if swapped else matrix
     better = sitk.Euler3DTransform(found)
@@ -374,7 +374,7 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
 
 
 def _cut(head: _Head) -> sitk.Image:
-    """The part of an image around its head."""
+    """Crop an image to its head plus a margin."""
     marked = np.argwhere(voxels_of(head.mask))
     spare = np.ceil(8.0 / np.array(head.image.GetSpacing())).astype(int)
     low = np.maximum(marked.min(axis=0) - spare, 0)
@@ -385,8 +385,8 @@ def _cut(head: _Head) -> sitk.Image:
 
 
 def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMethod:
-    """Mutual information of a sample that is the same each time."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Registration method with mutual information, sampled with a fixed seed."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
@@ -401,7 +401,7 @@ def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMe
 
 
 def _information(fixed: sitk.Image, moving: sitk.Image, pose: Any, *, mask: sitk.Image | None = None) -> float:
-    """Mutual information in nats at a pose; 0 where the images hardly overlap."""
+    """Mutual information in nats at a pose; 0 if the images hardly overlap."""
     method = _method(1.0, mask)
     method.SetInitialTransform(pose)
     try:
@@ -421,7 +421,7 @@ def _descend(
     sampled: float = 1.0,
     mask: sitk.Image | None = None,
 ) -> Any:
-    """Follow the metric's gradient from a start; the start itself where it leads nowhere."""
+    """Follow the metric's gradient from a starting pose; return that pose if the images do not overlap."""
     method = _method(sampled, mask)
     method.SetOptimizerAsRegularStepGradientDescent(
         learningRate=step_mm,
@@ -442,13 +442,13 @@ def _descend(
 
 
 def _require_out_of_sight(error: RuntimeError) -> None:
-    """Pass ITK's word for images that do not overlap; raise any other again. It has one kind of error for all."""
+    """Ignore ITK's error about images that do not overlap; re-raise others: ITK has only one exception type."""
     if "samples map outside" not in str(error):
         raise error
 
 
 def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     gaussian = sitk.SmoothingRecursiveGaussianImageFilter()
     gaussian.SetSigma(sigma_mm)
@@ -459,7 +459,7 @@ def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
 
 def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
     """Dice of two masks within the field of view of both, on the grid of the first."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     seen = sitk.Resample(moving * 0 + 1, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
     inside = sitk.GetArrayViewFromImage(seen) != 0
@@ -470,7 +470,7 @@ def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
 
 
 def _require_found(result: Registration, name: str, onto: str, *, least_overlap: float = MIN_OVERLAP) -> None:
-    """Refuse an answer that is none."""
+    """Reject a result whose quality measures are too low."""
     problem = None
     if result.metric_after < LEAST_KEPT * result.metric_before:
         problem = (

@@ -1,8 +1,8 @@
-"""From the scanner's own images to a case as BraTS stores one: registered, 1 mm, skull-stripped.
+"""Convert native scans to a case as stored by BraTS: registered, 1 mm, skull-stripped.
 
-The contrasts are registered to T1c, resampled once to a straight 1 mm grid around T1c's field of view in the voxel
-order of BraTS (left, posterior, superior), and set to 0 outside of the brain. The head stays as it lies in the scanner:
-BraTS also turns it to the SRI24 atlas, which a network trained with flips and rotations does not need.
+The contrasts are registered to T1c, resampled once to an axis-aligned 1 mm grid around T1c's field of view in the voxel
+order of BraTS (left, posterior, superior), and set to 0 outside the brain. The head keeps its pose in the scanner:
+BraTS also aligns it to the SRI24 atlas, which a network trained with flips and rotations does not need.
 """
 
 from __future__ import annotations
@@ -27,68 +27,68 @@ from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Regis
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
 
 if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - as its own documentation has it
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-#: What the others are registered to.
+#: The contrast to which the others are registered.
 REFERENCE: Final[Contrast] = "t1c"
-#: N4 fits its field on voxels of about this size, with these iterations at its levels.
+#: N4 fits the bias field on voxels of about this size, with this number of iterations at each level.
 _N4_MM: Final = 4.0
 _N4_ITERATIONS: Final = (50, 50, 30)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BringInConfig:
-    """What is done to a case's native images."""
+    """How native images are converted."""
 
     spacing_mm: float = 1.0
-    """Edge of the voxels made."""
+    """Voxel size of the result."""
     n4: bool = False
-    """Whether N4 takes the slow change of brightness out of each contrast (Tustison et al., IEEE TMI 29, 2010)."""
+    """Whether N4 removes the bias field of each contrast (Tustison et al., IEEE TMI 29, 2010)."""
     mask: str = "auto"
     """One of :data:`data.native_space.brain_mask.MASK_WORDS`, or the path of a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NativeCase:
-    """Four contrasts, each on its own grid, in their scanner's LPS millimetres."""
+    """Four contrasts, each on its own grid in the scanner's LPS millimetres."""
 
     id: str
     images: Mapping[Contrast, sitk.Image]
     """float32, 3D."""
     codes: sitk.Image | None = None
-    """Label map in the program's codes, uint8, where there is one."""
+    """Label map in the program's codes, uint8; None if there is none."""
     codes_on: Contrast = REFERENCE
-    """The contrast in whose place the label map lies."""
+    """The contrast on whose grid the label map lies."""
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By contrast and ``label``: where it came from, for the record, e.g. path and SHA-256."""
+    """By contrast and ``label``: origin of the file for the record, such as path and SHA-256."""
     zeroed: Mapping[Contrast, int] = field(default_factory=dict)
-    """By contrast: how many voxels were NaN or infinite and were taken as 0."""
+    """Number of NaN or infinite voxels that were set to 0, by contrast."""
     backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
-    """By contrast: what of it was background and not 0, in words."""
+    """Description of a background that was not 0, by contrast."""
     warnings: tuple[str, ...] = ()
     doubts: tuple[str, ...] = ()
-    """What of the files' geometry had to be chosen, a sentence each."""
+    """Ambiguities of the files' geometry and how they were resolved, one sentence each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BroughtIn:
-    """A case on one grid, with what is needed to go back."""
+    """A case converted to one grid, with everything needed to map results back."""
 
     id: str
     images: Mapping[Contrast, npt.NDArray[np.float32]]
-    """Shape (X, Y, Z) each; 0 outside of the brain."""
+    """Shape (X, Y, Z) each; 0 outside the brain."""
     codes: npt.NDArray[np.uint8] | None
     grid: ImageGrid
     registrations: Mapping[Contrast, Registration]
-    """Of the contrasts that were registered, i.e. all but T1c."""
+    """Registrations of all contrasts but T1c."""
     mask: BrainMask
     record: Mapping[str, Any]
-    """What was done, as in ``prepare.json``; the same on every run."""
+    """Record of the conversion, as in ``prepare.json``; the same on every run."""
     warnings: tuple[str, ...]
 
     def transform(self, contrast: Contrast) -> sitk.Transform:
         """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
-        import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
         if contrast == REFERENCE:
             return sitk.TranslationTransform(3)
@@ -99,11 +99,11 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
     """Read a case whose contrasts need not share a grid.
 
     Args:
-        case: all four contrasts present; a label map lies on the grid of one of them.
-        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
+        case: a case with all four contrasts; a label map must lie on the grid of one of them.
+        nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.
 
     Raises:
-        DataError: a contrast is missing or unreadable, or the label map lies on the grid of no contrast.
+        DataError: a contrast is missing or unreadable, or the label map lies on none of the contrasts' grids.
     """
     case.require()
     volumes: dict[Contrast, Volume] = {}
@@ -136,15 +136,15 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
 def bring_in(
     native: NativeCase, config: BringInConfig, *, on_step: Callable[[str], None] = lambda _: None
 ) -> BroughtIn:
-    """Register, correct, resample and mask the contrasts of one case; equal inputs give equal results.
+    """Register, correct, resample and mask the contrasts of one case; the result is deterministic.
 
     Args:
         native: the four contrasts on their own grids.
-        config: what is to be done.
-        on_step: told what is being done.
+        config: the processing options.
+        on_step: called with a description of each step.
 
     Raises:
-        DataError: a contrast cannot be registered, or no brain mask be had as asked for; the message names it.
+        DataError: a contrast cannot be registered, or the requested brain mask is not available; the message names it.
     """
     require_mask(config.mask)
     fixed = native.images[REFERENCE]
@@ -196,13 +196,13 @@ def bring_in(
 
 
 def corrected(image: sitk.Image) -> sitk.Image:
-    """An image without its slow change of brightness, by N4 on a coarser copy; zeros stay 0."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Remove an image's bias field, fitted by N4 on a coarser copy; zeros stay 0."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     factors = [
         max(1, min(round(_N4_MM / own), n // 8)) for own, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
     ]
-    # Logarithms are taken: what is not above 0 has none.
+    # N4 takes logarithms, so the mask must exclude voxels that are not above 0.
     coarse = sitk.Shrink(image, factors)
     mask = sitk.And(head_mask(coarse), sitk.Cast(coarse > 0, sitk.sitkUInt8))
     n4 = sitk.N4BiasFieldCorrectionImageFilter()
@@ -230,8 +230,8 @@ def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> t
 
 
 def _resampled_codes(codes: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
-    """A label map on another grid: each region interpolated linearly, cut at one half, nested."""
-    import SimpleITK as sitk  # noqa: N813 - as its documentation writes it
+    """Resample a label map: interpolate each region linearly, threshold it at one half, and nest the regions."""
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
     shares = []
     for mask in to_regions(voxels_of(codes)):
@@ -246,12 +246,12 @@ def _masked(voxels: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_] | Non
 
 
 def zeroed_warnings(native: NativeCase) -> list[str]:
-    """A sentence for each contrast with voxels that were taken as 0; among the warnings of bringing in."""
+    """One sentence for each contrast with voxels that were set to 0, for the warnings of :func:`bring_in`."""
     return [f"{count} voxels of {contrast} were NaN or infinite and are 0" for contrast, count in native.zeroed.items()]
 
 
 def background_warnings(native: NativeCase) -> list[str]:
-    """A sentence for each contrast whose background was not 0; among the warnings of bringing in."""
+    """One sentence for each contrast whose background was not 0, for the warnings of :func:`bring_in`."""
     return [f"{contrast}: {sentence}" for contrast, sentence in native.backgrounds.items()]
 
 
@@ -273,7 +273,7 @@ def _record(
     litres: float | None,
     warnings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """What was done, as plain data."""
+    """Record of the conversion as plain data."""
     return {
         "case": native.id,
         "inputs": {name: {**native.sources.get(name, {}), **_described(native.images[name])} for name in CONTRASTS},

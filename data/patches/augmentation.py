@@ -1,4 +1,4 @@
-"""Training augmentation of one patch: all randomness is drawn first, applying it is deterministic."""
+"""Training augmentation of one patch: all random numbers are drawn first, so that applying them is deterministic."""
 
 from __future__ import annotations
 
@@ -16,67 +16,67 @@ from data.patches import intensity
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """How strongly training patches are varied.
+    """How strongly training patches are augmented.
 
-    Probabilities of what changes intensities count for each contrast by itself, but for noise. A strength or a
-    probability of 0 switches off.
+    Probabilities of intensity changes apply to each contrast separately, except for noise. A strength or a
+    probability of 0 disables an augmentation.
     """
 
     flip_probability: float = 0.5
-    """Chance of mirroring along each axis."""
+    """Probability of mirroring along each axis."""
     affine_probability: float = 0.3
-    """Chance of rotating and scaling the patch, both at once."""
+    """Probability of rotating and scaling the patch together."""
     rotation_degrees: float = 20.0
-    """Largest rotation about each axis."""
+    """Maximum rotation about each axis."""
     scale: float = 0.2
-    """Largest relative change of size that goes with ``affine_probability``."""
+    """Maximum relative change of size under ``affine_probability``."""
     gain: float = 0.3
     """Each contrast is multiplied by a factor from 1 - gain to 1 + gain (brightness)."""
     shift: float = 0.3
     """Each contrast is shifted by up to this many standard deviations of the brain."""
     gamma_probability: float = 0.3
-    """Chance of bending each contrast's histogram about the brain's mean, alike on both sides."""
+    """Probability of a power law on each contrast's values, symmetric about the brain's mean."""
     gamma: float = 0.5
-    """Bent by an exponent from 1 / (1 + gamma) to 1 + gamma."""
+    """The exponent ranges from 1 / (1 + gamma) to 1 + gamma."""
     noise_probability: float = 0.15
-    """Chance of adding Gaussian noise."""
+    """Probability of adding Gaussian noise."""
     noise: float = 0.3
-    """Largest standard deviation of the Gaussian noise, in standard deviations of the brain."""
+    """Maximum standard deviation of the Gaussian noise, in standard deviations of the brain."""
     contrast_dropout: float = 0.0
-    """Chance that a patch loses contrasts: one, two or three of them, each of the fourteen subsets equally often. Above
-    0 the network is told which contrasts are there, and ``predict`` takes cases that lack some."""
+    """Probability that a patch loses one, two or three contrasts, each of the fourteen subsets being equally likely.
+    Above 0 the network is given a mask of the contrasts present, and ``predict`` accepts cases that lack some."""
     rotation_probability: float = 0.0
-    """Chance of rotating the patch, whatever ``affine_probability`` does."""
+    """Probability of rotating the patch, independent of ``affine_probability``."""
     scaling_probability: float = 0.0
-    """Chance of scaling the patch, whatever ``affine_probability`` does."""
+    """Probability of scaling the patch, independent of ``affine_probability``."""
     scaling: float = 0.4
-    """Scaled by a factor from 1 / (1 + scaling) to 1 + scaling."""
+    """The factor ranges from 1 / (1 + scaling) to 1 + scaling."""
     gain_probability: float = 1.0
-    """Chance of ``gain``."""
+    """Probability of ``gain``."""
     shift_probability: float = 1.0
-    """Chance of ``shift``."""
+    """Probability of ``shift``."""
     stretch_probability: float = 0.0
-    """Chance of stretching the histogram about its mean, within the range it had (image contrast)."""
+    """Probability of stretching the histogram about its mean, clipped to its original range (image contrast)."""
     stretch: float = 0.25
-    """Stretched by a factor from 1 - stretch to 1 + stretch."""
+    """The factor ranges from 1 - stretch to 1 + stretch."""
     range_gamma_probability: float = 0.0
-    """Chance of raising the brain's values, scaled to 0..1, to a power; mean and spread are kept."""
+    """Probability of raising the brain's values, scaled to 0..1, to a power; mean and spread are preserved."""
     inverted_gamma_probability: float = 0.0
-    """Chance of doing so to the negative of the image, with an exponent of its own."""
+    """Probability of doing the same to the negative of the image, with a separate exponent."""
     range_gamma: float = 0.5
-    """By an exponent from 1 / (1 + range_gamma) to 1 + range_gamma."""
+    """The exponent ranges from 1 / (1 + range_gamma) to 1 + range_gamma."""
     bias_field_probability: float = 0.0
-    """Chance of multiplying by a smooth field, as an uneven coil does."""
+    """Probability of multiplying by a smooth field, as an uneven receive coil does."""
     bias_field: float = 0.3
-    """Largest logarithm of the field: 0.3 brightens to 1.35 times and darkens to 0.74 times at most."""
+    """Maximum absolute logarithm of the field: 0.3 means factors from 0.74 to 1.35."""
     blur_probability: float = 0.0
-    """Chance of smoothing with a Gaussian."""
+    """Probability of smoothing with a Gaussian."""
     blur_voxels: float = 1.0
-    """Standard deviation of that Gaussian, from half of this to this."""
+    """Maximum standard deviation of that Gaussian; the minimum is half of it."""
     low_resolution_probability: float = 0.0
-    """Chance of going to larger voxels and back."""
+    """Probability of downsampling to larger voxels and back."""
     low_resolution: float = 0.5
-    """Largest share of the voxels along each axis that is lost on the way."""
+    """Maximum share of the voxels along each axis that is lost by downsampling."""
 
     def __post_init__(self) -> None:
         for name in (field.name for field in fields(self)):
@@ -108,42 +108,42 @@ FloatArray = npt.NDArray[np.float32]
 
 @dataclass(frozen=True, kw_only=True)
 class Variation:
-    """What is done to one patch; arrays have one entry a contrast."""
+    """The augmentation of one patch; arrays have one entry per contrast."""
 
     flips: tuple[bool, bool, bool]
     matrix: FloatArray | None
-    """3x3 map from output to input coordinates, None where the patch keeps its geometry."""
+    """3x3 map from output to input coordinates; None if the geometry is unchanged."""
     gain: FloatArray
     """Factor."""
     shift: FloatArray
     gamma: FloatArray
-    """Exponent; 1 leaves it."""
+    """Exponent; 1 for no change."""
     noise: float
-    """Standard deviation; 0 adds none."""
+    """Standard deviation; 0 for no noise."""
     noise_seed: int
     present: tuple[bool, ...]
-    """What is not there becomes 0."""
+    """Whether each contrast is kept; the others become 0."""
     stretch: FloatArray
-    """Factor; 1 leaves it."""
+    """Factor; 1 for no change."""
     range_gamma: FloatArray
-    """Exponent; 1 leaves it."""
+    """Exponent; 1 for no change."""
     inverted_gamma: FloatArray
-    """Exponent on the negative; 1 leaves it."""
+    """Exponent applied to the negative; 1 for no change."""
     bias_field: FloatArray
-    """Largest logarithm of the field; 0 leaves it."""
+    """Maximum absolute logarithm of the field; 0 for no change."""
     bias_waves: FloatArray
     """Weights of the field's cosines, shape (contrasts, 3, 3, 3)."""
     blur_voxels: FloatArray
-    """Standard deviation; 0 leaves it."""
+    """Standard deviation; 0 for no change."""
     resolution: FloatArray
-    """Share of the voxels along each axis that is left; 1 leaves it."""
+    """Share of the voxels kept along each axis; 1 for no change."""
 
 
 def draw_augmentation(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Variation:
-    """Draw a variation; the same generator state gives the same one.
+    """Draw a variation; the same generator state gives the same result.
 
-    As many numbers are drawn whatever the config, in an order that stays: what is newer comes later. So switching
-    something on changes nothing else about a patch.
+    The number and order of random draws never depend on the config, and new augmentations draw after older ones.
+    Enabling one therefore changes nothing else about a patch.
     """
     flips = rng.random(3) < config.flip_probability
     moved = rng.random() < config.affine_probability
@@ -196,7 +196,7 @@ def apply_augmentation(
     """Apply a variation to a patch.
 
     Args:
-        variation: from :func:`draw_augmentation`.
+        variation: the result of :func:`draw_augmentation`.
         image: shape (contrasts, X, Y, Z), z-scored, 0 outside the brain; the outside stays 0.
         codes: shape (X, Y, Z).
 
@@ -211,13 +211,13 @@ def apply_augmentation(
 
 
 def _draw_present(probability: float, contrasts: int, rng: np.random.Generator) -> tuple[bool, ...]:
-    """Which contrasts a patch keeps; a loss leaves each proper subset equally likely.
+    """Draw which contrasts a patch keeps; if it loses any, all proper non-empty subsets are equally likely.
 
-    Were each dropped by itself, one number would decide both how many patches are incomplete and which subsets are
-    rare.
+    If each contrast were dropped independently, one number would determine both how many patches are incomplete and
+    which subsets are rare.
     """
     loses = rng.random() < probability and contrasts > 1
-    subset = 1 + int(rng.integers(max(1, 2**contrasts - 2)))  # one bit a contrast, neither none nor all of them
+    subset = 1 + int(rng.integers(max(1, 2**contrasts - 2)))  # one bit per contrast, neither none nor all of them
     return tuple(not loses or bool(subset >> number & 1) for number in range(contrasts))
 
 
@@ -228,7 +228,7 @@ def _change_intensities(variation: Variation, image: npt.NDArray[np.float32]) ->
     for channel, before in enumerate(image):
         values = _scanned(variation, channel, before, brain[channel])
         exponent = variation.gamma[channel]
-        # Bent about the brain's mean: sign(v) |v|^gamma keeps 0 and 1 where they are.
+        # Symmetric about the brain's mean: sign(v) |v|^gamma maps 0 and 1 to themselves.
         bent = values if exponent == 1 else np.copysign(np.abs(values) ** exponent, values)
         np.multiply(bent, variation.gain[channel], out=changed[channel])
         changed[channel] += variation.shift[channel]
@@ -240,7 +240,7 @@ def _change_intensities(variation: Variation, image: npt.NDArray[np.float32]) ->
 
 
 def _scanned(variation: Variation, channel: int, values: FloatArray, brain: npt.NDArray[np.bool_]) -> FloatArray:
-    """One contrast as another scanner might have given it: histogram, coil, then sharpness."""
+    """Change one contrast as another scanner might: histogram, coil, then sharpness."""
     if not brain.any():
         return values
     given, inside = torch.from_numpy(np.ascontiguousarray(values)), torch.from_numpy(brain)
@@ -266,9 +266,9 @@ def _scanned(variation: Variation, channel: int, values: FloatArray, brain: npt.
 def _transform(
     image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8], matrix: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """Rotate and scale about the patch's centre: the image linearly, the label map by nearest neighbour."""
-    sides = np.array(image.shape[:0:-1], dtype=np.float32)  # grid_sample counts Z, Y, X
-    # In grid_sample's coordinates every side runs from -1 to 1, so a rotation must know the sides' lengths.
+    """Rotate and scale about the patch's centre: linear for the image, nearest neighbour for the label map."""
+    sides = np.array(image.shape[:0:-1], dtype=np.float32)  # grid_sample orders axes Z, Y, X
+    # grid_sample scales every side to -1..1, so a rotation must take the sides' lengths into account.
     theta = np.zeros((1, 3, 4), dtype=np.float32)
     theta[0, :, :3] = matrix * sides[None, :] / sides[:, None]
     grid = functional.affine_grid(torch.from_numpy(theta), [1, 1, *image.shape[1:]], align_corners=False)
@@ -278,13 +278,13 @@ def _transform(
 
 
 def _tensor(array: npt.NDArray[np.float32] | npt.NDArray[np.uint8]) -> torch.Tensor:
-    """Float tensor of shape (1, channels, X, Y, Z)."""
+    """Convert an array to a float tensor of shape (1, channels, X, Y, Z)."""
     tensor = torch.from_numpy(np.ascontiguousarray(array)).float()
     return tensor[None] if tensor.ndim == 4 else tensor[None, None]
 
 
 def _rotation(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Rotation by three angles in radians, about the axes in turn."""
+    """Matrix of the rotations by three angles in radians about the three axes, multiplied in axis order."""
     matrix = np.eye(3)
     for axis, angle in enumerate(angles):
         one, other = [index for index in range(3) if index != axis]

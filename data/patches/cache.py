@@ -1,20 +1,20 @@
-"""Prepared cases on disk: found by what they were made from, whole or not there, used by many runs at once.
+"""Prepared cases on disk: addressed by content, complete or absent, shared by concurrent runs.
 
-A case is kept under a key: SHA-256 over the content of its files, the settings it was prepared with and the program
-that did it. A copy of a data set, a case in two data sets and a case under another name are therefore one entry; an
-edited file is another one. A file's content is hashed once; later its path, size and time of change stand for it, as
-they do for make and git, because hashing a whole data set at every start would take minutes on a slow disk. Such a
-stand-in is only noted for files that have been still for some seconds, since a coarse clock hides a second change.
+The key of a case is the SHA-256 of its files' content, the settings it was prepared with and the program that prepared
+it. A copy of a data set, a case in two data sets and a renamed case therefore share one entry; an edited file gets
+another. A file's content is hashed once; later its path, size and modification time stand for it, as in make and git,
+because hashing a whole data set at every start would take minutes on a slow disk. Such a stand-in is recorded only for
+files unchanged for some seconds, since a coarse clock may hide a second change.
 
-An entry is written beside its place and renamed, so several processes may make the same one: the first wins. The
-kernel's locks (flock) go with their process, and so nothing that is left behind by a kill keeps anybody waiting.
-A shared folder holds::
+An entry is written under a partial name and renamed, so if several processes make the same entry, the first one wins.
+The kernel's locks (flock) end with their process, so leftovers of a killed process never block another.
+A shared folder contains::
 
     <key>/                  image.npy, codes.npy, centres.npy, source.json
-    .known/                 keys by path, size and time of the files
-    .users/                 one file a process at work: locked by it, and the keys it uses
-    .partial-<user>-*/      being written, or being deleted
-    .lock                   held for moments, while entries come and go
+    .known/                 keys by path, size and modification time of the files
+    .users/                 one file per active process: locked by it, lists the keys in use
+    .partial-<user>-*/      entries being written or deleted
+    .lock                   held briefly while entries are added or removed
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ from data.datasets.layouts import Case
 from data.files import naming_the_place
 from data.filesystem import has_no_mapping, lock, warn_once
 
-#: Raised when the files of an entry change their meaning.
+#: Increment this when the format of an entry's files changes.
 _VERSION: Final = 2
 #: The arrays of an entry.
 ARRAYS: Final = ("image.npy", "codes.npy", "centres.npy")
 _SOURCE: Final = "source.json"
 _STILL_SECONDS: Final = 2.0
-#: What a prepared case depends on beside this program.
+#: Libraries that affect a prepared case.
 _LIBRARIES: Final = ("nibabel", "numpy", "scipy", "zlib-ng")
 
 _PARSING: Final = Lock()
@@ -56,14 +56,14 @@ _PARSING: Final = Lock()
 
 @dataclass(frozen=True, kw_only=True)
 class CacheInfo:
-    """What a shared cache holds."""
+    """Statistics of a shared cache."""
 
     folder: Path
     entries: int
     used_bytes: int
     most_bytes: int
     in_use: int
-    """Entries that a living process uses."""
+    """Number of entries in use by a running process."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -77,16 +77,16 @@ class CacheInfo:
 
 
 class CaseFolder:
-    """A folder of prepared cases that belongs to one run, and grows as it must."""
+    """A folder of prepared cases that belongs to one run and has no size limit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._user = f"{os.getpid()}-{secrets.token_hex(4)}"
         self.problem: str | None = None
-        """Why cases are elsewhere, or None where none is."""
+        """Why cases are stored elsewhere; None if they are not."""
 
     def key(self, case: Case, settings: Mapping[str, Any]) -> str:
-        """Key of a case under settings (plain data), from the content of its files.
+        """Key of a case under the given settings (plain data), from the content of its files.
 
         Raises:
             OSError: a file cannot be read.
@@ -105,27 +105,27 @@ class CaseFolder:
         key = _digest([_VERSION, content, volumes, settings, _program()])
         newest = max((stamp[-1] for stamp in before.values()), default=0)
         if _stamps(files) == before and newest < time.time_ns() - _STILL_SECONDS * 1e9:
-            with suppress(OSError):  # it only saves time
+            with suppress(OSError):  # the stand-in only saves time
                 self._note(known, key)
         return key
 
     def hold(self, keys: Collection[str]) -> None:
-        """Say which entries this process uses from now on."""
+        """Declare which entries this process uses from now on."""
 
     def find(self, key: str) -> Path | None:
-        """Folder of the entry of this key, or None where there is none or it is damaged."""
+        """Folder of the entry with this key; None if it is missing or damaged."""
         place = self.folder / key
         return place if _is_whole(place) else None
 
     def add(self, key: str, write: Callable[[Path], None]) -> Path:
-        """Make an entry.
+        """Create an entry.
 
         Args:
-            key: from :meth:`key`.
-            write: writes its files into the folder it is given.
+            key: the result of :meth:`key`.
+            write: function that writes the entry's files into the given folder.
 
         Returns:
-            the entry's folder; where another process was faster, that of its entry.
+            the entry's folder; if another process was faster, that of its entry.
         """
         partial = self._partial(key)
         try:
@@ -149,7 +149,7 @@ class CaseFolder:
             self._remove([place])
 
     def _remove(self, places: Sequence[Path]) -> None:
-        """Delete entries; nobody sees a half of one."""
+        """Delete entries; a partly deleted one is never visible."""
         for place in places:
             gone = self._partial("gone")
             with suppress(FileNotFoundError):
@@ -160,25 +160,25 @@ class CaseFolder:
         return self.folder / f".partial-{self._user}-{name[:12]}-{secrets.token_hex(4)}"
 
     def _note(self, known: Path, key: str) -> None:
-        """Note a key by stand-ins; a folder of one run lives too shortly for that."""
+        """Record a key by its stand-ins; does nothing here, since the folder of one run is too short-lived."""
 
 
 class SharedCache(CaseFolder):
-    """A folder of prepared cases for all runs of a user, bounded: what was not used for longest goes first.
+    """A size-limited folder of prepared cases, shared by all runs of a user; the least recently used are evicted first.
 
-    Entries that a living process holds stay. Use it as a context; the entries held are free afterwards.
+    Entries held by a running process are kept. Use it as a context manager; leaving the context releases the entries.
     """
 
     def __init__(self, folder: Path, *, most_bytes: int, overflow: CaseFolder) -> None:
-        """Open the cache, and delete what a killed process left half made.
+        """Open the cache, and delete partial entries left by killed processes.
 
         Args:
-            folder: made where it is missing.
-            most_bytes: how much the entries may take together.
-            overflow: takes the cases that do not fit, and all where the folder can no longer be written to.
+            folder: created if missing.
+            most_bytes: size limit of all entries together.
+            overflow: stores the cases that do not fit, and all cases once the folder is not writable.
 
         Raises:
-            OSError: the folder cannot be written to, or its file system knows no locks.
+            OSError: the folder is not writable, or its file system does not support locks.
         """
         super().__init__(folder)
         self._most_bytes = most_bytes
@@ -195,13 +195,13 @@ class SharedCache(CaseFolder):
                         shutil.rmtree(path, ignore_errors=True)
 
     def close(self) -> None:
-        """Let go of the entries."""
+        """Release the entries."""
         with suppress(OSError):
             (self.folder / ".users" / self._user).unlink()
         self._file.close()
 
     def hold(self, keys: Collection[str]) -> None:
-        """Say which entries this process uses from now on, before it looks for them."""
+        """Declare which entries this process uses from now on; call it before looking for them."""
         self._held |= set(keys)
         try:
             with self._locked():
@@ -213,7 +213,7 @@ class SharedCache(CaseFolder):
             self._give_up(error)
 
     def find(self, key: str) -> Path | None:
-        """As before; what is found counts as used now."""
+        """Like :meth:`CaseFolder.find`; also marks the entry as recently used and searches the overflow."""
         place = super().find(key)
         if place is None:
             return self._overflow.find(key)
@@ -222,7 +222,7 @@ class SharedCache(CaseFolder):
         return place
 
     def add(self, key: str, write: Callable[[Path], None]) -> Path:
-        """As before; into the overflow where the entry does not fit, or cannot be written."""
+        """Like :meth:`CaseFolder.add`; stores the entry in the overflow if it does not fit or cannot be written."""
         if self.problem is None:
             try:
                 return super().add(key, write)
@@ -231,7 +231,7 @@ class SharedCache(CaseFolder):
         return self._overflow.add(key, write)
 
     def info(self) -> CacheInfo:
-        """What the cache holds."""
+        """Statistics of the cache."""
         with self._locked():
             entries = self._entries()
             held = set().union(*self._users().values())
@@ -244,7 +244,7 @@ class SharedCache(CaseFolder):
         )
 
     def clear(self) -> CacheInfo:
-        """Delete every entry that no living process holds; return what is left."""
+        """Delete every entry not held by a running process; return the statistics of the rest."""
         with self._locked():
             held = set().union(*self._users().values())
             self._remove([place for place, _, _ in self._entries() if place.name not in held])
@@ -259,7 +259,7 @@ class SharedCache(CaseFolder):
             return super()._publish(partial, key)
 
     def _make_room(self, needed: int) -> bool:
-        """Delete the entries that were not used for longest, until so many bytes fit; False where they cannot."""
+        """Evict the least recently used entries until ``needed`` bytes fit; return False if that is impossible."""
         entries = self._entries()
         excess = sum(size for _, size, _ in entries) + needed - self._most_bytes
         if excess <= 0:
@@ -277,40 +277,40 @@ class SharedCache(CaseFolder):
         return True
 
     def _entries(self) -> list[tuple[Path, int, int]]:
-        """Folder, bytes and time of last use of each entry."""
+        """Folder, size in bytes and time of last use of each entry."""
         found = []
         for place in self.folder.iterdir():
             if not place.name.startswith("."):
-                with suppress(OSError):  # without its source.json it is damaged, and older than all others
+                with suppress(OSError):  # without source.json the entry is damaged and counts as oldest
                     source = place / _SOURCE
                     found.append((place, _bytes_in(place), source.stat().st_mtime_ns if source.exists() else 0))
         return found
 
     def _forget(self, there: Collection[str]) -> None:
-        """Drop the stand-ins of entries that are gone."""
+        """Drop the stand-ins of entries that no longer exist."""
         for path in (self.folder / ".known").iterdir():
             with suppress(OSError, ValueError):
                 if path.read_text(encoding="utf-8") not in there:
                     path.unlink()
 
     def _users(self) -> dict[str, set[str]]:
-        """The keys that each living process holds; files of dead ones are deleted. To be called under the lock."""
+        """The keys held by each running process; files of dead processes are deleted. Requires the lock."""
         living = {}
         for path in (self.folder / ".users").iterdir():
-            with path.open("r+", encoding="utf-8") as file:  # NFS locks nothing that is open for reading only
+            with path.open("r+", encoding="utf-8") as file:  # NFS cannot lock files open for reading only
                 try:
                     lock(file, path)
                 except BlockingIOError:
                     try:
                         living[path.name] = set(file.read().split())
-                    except PermissionError:  # SMB: what is locked cannot be read either
+                    except PermissionError:  # on SMB, locked files cannot be read
                         living[path.name] = {place.name for place in self.folder.iterdir()}
                 else:
                     path.unlink(missing_ok=True)
         return living
 
     def _sign_in(self) -> IO[str]:
-        """This process's file among the users, locked for as long as it is open. To be called under the lock."""
+        """Create this process's file among the users, locked until it is closed. Requires the lock."""
         file = (self.folder / ".users" / self._user).open("w", encoding="utf-8")
         try:
             lock(file, self.folder)
@@ -321,7 +321,7 @@ class SharedCache(CaseFolder):
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Keep other processes from adding and deleting; the kernel lets go when this process ends, however it ends."""
+        """Keep other processes from adding and deleting; the kernel releases the lock even if the process is killed."""
         with (self.folder / ".lock").open("a") as file:
             lock(file, self.folder, wait=True)
             yield
@@ -339,7 +339,7 @@ class SharedCache(CaseFolder):
 
 
 def _stamps(files: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """What stands for the content of files: path, size, inode, time of change."""
+    """Stand-ins for the content of files: path, size, inode, modification time."""
     stamps = {}
     for name, path in files.items():
         status = path.stat()
@@ -354,7 +354,7 @@ def _content(path: Path) -> str:
 
 @cache
 def _program() -> list[str]:
-    """What stands for the program that prepares: its own data package, and the libraries it uses."""
+    """Identification of the preparing program: a hash of its data package, and versions of the libraries it uses."""
     digest = hashlib.sha256()
     for path in sorted(Path(str(resources.files("data"))).rglob("*.py")):
         digest.update(path.read_bytes())
@@ -370,7 +370,7 @@ def _bytes_in(folder: Path) -> int:
 
 
 def _is_whole(place: Path) -> bool:
-    """Whether every array of an entry is there in its full length."""
+    """Whether an entry has its source.json and every array in full length."""
     try:
         _source_in(place)
         for name in ARRAYS:
@@ -381,15 +381,15 @@ def _is_whole(place: Path) -> bool:
 
 
 def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
-    """An array of an entry, mapped in a mode of ``numpy.memmap``, or read where that is None.
+    """Open an array of an entry, mapped in a mode of ``numpy.memmap``, or read it if the mode is None.
 
-    Where the file system maps no files, it is read too, with a warning.
+    If the file system cannot map files, the array is read with a warning.
 
-    One at a time: numpy parses the header as Python, and CPython 3.11 may fail at that in two threads at once
-    (SystemError: AST constructor recursion depth mismatch).
+    Arrays are opened one at a time: numpy parses the header as Python, and CPython 3.11 may fail at that in two threads
+    at once (SystemError: AST constructor recursion depth mismatch).
 
     Raises:
-        OSError, EOFError, ValueError: it cannot be read, or is cut short.
+        OSError, EOFError, ValueError: the file is unreadable or truncated.
     """
     array: npt.NDArray[Any]
     with _PARSING:
@@ -411,13 +411,13 @@ def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
 
 
 def write_source(folder: Path, case: Case, settings: Mapping[str, Any], backgrounds: Mapping[str, str]) -> None:
-    """Say beside the arrays what they were made from; for people, the key says it to the program.
+    """Record next to the arrays what they were made from, for human readers; the program relies on the key.
 
     Args:
-        folder: of the entry.
-        case: what was prepared.
-        settings: how, plain data.
-        backgrounds: by contrast, what of it was background and not 0; :func:`backgrounds_in` gives it back.
+        folder: folder of the entry.
+        case: the case that was prepared.
+        settings: how it was prepared, as plain data.
+        backgrounds: description of backgrounds that were not 0, by contrast, as returned by :func:`backgrounds_in`.
     """
     files = [str(path) for path in (*case.contrasts.values(), *([case.label] if case.label is not None else []))]
     content = {"case": case.id, "files": files, "settings": dict(settings), "program": _program()}
@@ -426,7 +426,7 @@ def write_source(folder: Path, case: Case, settings: Mapping[str, Any], backgrou
 
 
 def backgrounds_in(folder: Path) -> dict[str, str]:
-    """By contrast of a prepared case: what of it was background and not 0 in its file; none where it cannot be read."""
+    """Description of backgrounds that were not 0, by contrast of a prepared case; empty if the record is unreadable."""
     try:
         return {str(name): str(said) for name, said in _source_in(folder).get("backgrounds", {}).items()}
     except (OSError, ValueError, AttributeError):

@@ -1,7 +1,7 @@
-"""What augmentation does to the intensities of one contrast: pure functions of tensors, on whatever device they are.
+"""Intensity augmentation of one contrast: pure functions of tensors, on any device.
 
-Each takes z-scored values, 0 outside the brain, and returns new ones, 0 outside the brain; a brain of no voxel comes
-back as it is. The list is that of nnU-Net (Isensee et al., Nature Methods 18, 203, 2021; its class nnUNetTrainer) and
+Each takes z-scored values, 0 outside the brain, and returns new ones, 0 outside the brain; an empty brain is returned
+unchanged. The selection follows nnU-Net (Isensee et al., Nature Methods 18, 203, 2021; its class nnUNetTrainer), plus
 the bias field of a receive coil.
 """
 
@@ -14,26 +14,26 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-#: Cosines along each axis that make up a bias field; the first is the constant.
+#: Number of cosines along each axis in a bias field; the first is the constant.
 BIAS_WAVES: Final = 3
-#: Where the kernel of a blur ends, in standard deviations.
+#: Radius of a blur's kernel in standard deviations.
 _BLUR_REACH: Final = 4.0
-#: Of the brain around a voxel of it, so that nothing is divided by 0.
+#: Lower bound of the brain's weight around a voxel, to avoid division by 0.
 _LEAST_WEIGHT: Final = 1e-6
 
 
 def bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: float) -> Tensor:
     """Multiply by a smooth field, ``exp(strength * f)`` with ``f`` from -1 to 1.
 
-    ``f`` is a sum of low cosines, as in SPM's bias correction (Ashburner and Friston, NeuroImage 26, 839, 2005). A
-    scanner's field multiplies the raw signal, which is 0 where there is none; the darkest voxel of the brain stands in
-    for that point of a z-scored image: ``darkest + (v - darkest) * field``.
+    ``f`` is a sum of low-frequency cosines, as in SPM's bias correction (Ashburner and Friston, NeuroImage 26, 839,
+    2005). A scanner's field multiplies the raw signal, whose zero is unknown in a z-scored image; the darkest voxel of
+    the brain stands in for it: ``darkest + (v - darkest) * field``.
 
     Args:
         values: shape (X, Y, Z).
         brain: bool, same shape.
-        waves: weight of each cosine, shape (BIAS_WAVES,) * 3; that of the constant is not used.
-        strength: the largest absolute logarithm of the field in the patch; 0 leaves all as it is.
+        waves: weight of each cosine, shape (BIAS_WAVES,) * 3; the weight of the constant is ignored.
+        strength: maximum absolute logarithm of the field in the patch; 0 for no change.
     """
     if not brain.any() or strength == 0:
         return values
@@ -48,12 +48,12 @@ def bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: float) ->
 
 
 def stretch(values: Tensor, brain: Tensor, factor: float) -> Tensor:
-    """Scale about the brain's mean, ``mean + (v - mean) * factor``, cut to the range the brain had: image contrast.
+    """Change image contrast: ``mean + (v - mean) * factor`` about the brain's mean, clipped to the original range.
 
     Args:
         values: shape (X, Y, Z).
         brain: bool, same shape.
-        factor: above 1 more contrast, below less.
+        factor: above 1 increases contrast, below 1 reduces it.
     """
     if not brain.any():
         return values
@@ -63,13 +63,13 @@ def stretch(values: Tensor, brain: Tensor, factor: float) -> Tensor:
 
 
 def range_gamma(values: Tensor, brain: Tensor, exponent: float, *, inverted: bool = False) -> Tensor:
-    """Raise the brain's values, scaled to 0..1, to a power; mean and standard deviation stay what they were.
+    """Raise the brain's values, scaled to 0..1, to a power; mean and standard deviation are preserved.
 
     Args:
         values: shape (X, Y, Z).
         brain: bool, same shape.
-        exponent: above 1 spreads the bright, below 1 the dark.
-        inverted: do it to the negative of the image: the other end is spread.
+        exponent: above 1 spreads the bright values, below 1 the dark ones.
+        inverted: apply it to the negative of the image, so that the other end is spread.
     """
     if not brain.any():
         return values
@@ -86,12 +86,12 @@ def range_gamma(values: Tensor, brain: Tensor, exponent: float, *, inverted: boo
 
 
 def blur(values: Tensor, brain: Tensor, sigma_voxels: float) -> Tensor:
-    """Smooth with a Gaussian, axis by axis; at the borders of patch and brain the kernel is cut and rescaled.
+    """Smooth with a Gaussian, axis by axis; at the borders of patch and brain the kernel is truncated and rescaled.
 
     Args:
         values: shape (X, Y, Z).
         brain: bool, same shape.
-        sigma_voxels: standard deviation; 0 leaves all as it is.
+        sigma_voxels: standard deviation; 0 for no change.
     """
     if sigma_voxels == 0:
         return values
@@ -103,12 +103,12 @@ def blur(values: Tensor, brain: Tensor, sigma_voxels: float) -> Tensor:
 
 
 def low_resolution(values: Tensor, brain: Tensor, share: float) -> Tensor:
-    """Average the brain over larger voxels, as a coarser scan would, and interpolate linearly back.
+    """Average the brain over larger voxels, as in a coarser scan, and interpolate linearly back.
 
     Args:
         values: shape (X, Y, Z).
         brain: bool, same shape.
-        share: of the voxels along each axis that are left, above 0 to 1.
+        share: share of the voxels kept along each axis, above 0 and up to 1.
     """
     x, y, z = (max(1, round(side * share)) for side in values.shape)
     if (x, y, z) == tuple(values.shape):
@@ -124,7 +124,7 @@ def _along(values: Tensor, matrix: Tensor, axis: int) -> Tensor:
 
 
 def _gaussian(side: int, sigma: float, like: Tensor) -> Tensor:
-    """Matrix that smooths a line of ``side`` voxels; each row sums to 1."""
+    """Matrix that smooths a row of ``side`` voxels; each of its rows sums to 1."""
     place = torch.arange(side, device=like.device, dtype=like.dtype)
     distance = (place[:, None] - place[None, :]) / sigma
     weights = torch.exp(-0.5 * distance**2) * (distance.abs() <= _BLUR_REACH)
@@ -132,6 +132,6 @@ def _gaussian(side: int, sigma: float, like: Tensor) -> Tensor:
 
 
 def _cosines(side: int, like: Tensor) -> Tensor:
-    """Matrix from the weights of the cosines to the values along an axis."""
+    """Matrix that maps weights of the cosines to values along an axis."""
     place = (torch.arange(side, device=like.device, dtype=like.dtype) + 0.5) / side
     return torch.cos(math.pi * place[:, None] * torch.arange(BIAS_WAVES, device=like.device, dtype=like.dtype))

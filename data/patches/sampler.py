@@ -1,13 +1,14 @@
-"""Training patches: prepared cases in a cache on disk, patches drawn from it, batches made ahead of the training step.
+"""Training patches: prepared cases in a cache on disk, patches drawn from them, batches prefetched for training steps.
 
-Which patch is drawn depends only on the seed and the patch's number, so a resumed run sees what an uninterrupted one
-would have. Batches are made by threads: no worker processes, nothing in shared memory.
+A patch depends only on the seed and its number, so a resumed run sees the same patches as an uninterrupted one.
+Batches are made by threads: no worker processes, no shared memory.
 
-An image lies on disk as float16 in C order of (contrasts, X, Y, Z), the order a network takes, and is mapped: its pages
-are the system's, shared by all processes and given back when memory is short. Contrasts last would put a patch into
-longer pieces, but turning it round costs more than those save. Maps stay open from patch to patch, and torch turns
-float16 into float32 while it cuts; mapping anew for each patch, or converting in a second step, takes longer too. All
-of that was measured on patches of 64 and 128 voxels a side: ``bench/loader.py --layouts``.
+An image is stored on disk as float16 in C order of (contrasts, X, Y, Z), the order networks expect, and memory-mapped:
+its pages belong to the operating system, which shares them among processes and reclaims them when memory is short.
+With contrasts last, a patch would be read in longer runs, but transposing costs more than that saves. Maps stay open
+between patches, and torch converts float16 to float32 while cutting; mapping each patch separately or converting in a
+second step takes longer. All of this was measured on patches of 64 and 128 voxels per side:
+``bench/loader.py --layouts``.
 """
 
 from __future__ import annotations
@@ -37,15 +38,15 @@ from data.patches import augmentation as augment
 from data.patches.cache import ARRAYS, CaseFolder, backgrounds_in, open_array, write_source
 from data.preprocess import Prepared, prepare
 
-#: Voxels of each tissue that a case remembers as possible patch centres.
+#: Maximum number of voxels of each tissue stored per case as possible patch centres.
 _CENTRES_PER_TISSUE: Final = 2000
-#: Cases whose maps stay open, two files each; systems allow a process 1024 files or more.
+#: Number of cases whose maps stay open, two files each; operating systems allow a process at least 1024 open files.
 MOST_OPEN: Final = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class CachedCase:
-    """A prepared case on disk; arrays are mapped, not read. Each method raises DataError where that cannot be."""
+    """A prepared case on disk; arrays are mapped, not read. Methods raise DataError if that fails."""
 
     id: str
     folder: Path
@@ -62,16 +63,16 @@ class CachedCase:
         return array
 
     def centres(self) -> npt.NDArray[np.int16]:
-        """Rows of (code, x, y, z): tumour voxels a patch may be centred on."""
+        """Rows of (code, x, y, z): tumour voxels on which a patch may be centred."""
         array: npt.NDArray[np.int16] = self._array("centres.npy", None)
         return array
 
     def backgrounds(self) -> dict[str, str]:
-        """By contrast: what of it was background and not 0 in its file, in words."""
+        """Description of a background that was not 0 in the file, by contrast."""
         return backgrounds_in(self.folder)
 
     def _array(self, name: str, mode: Literal["c"] | None) -> npt.NDArray[Any]:
-        # Mapped "c", copy on write: torch takes no read-only memory without a warning, and the file stays as it is.
+        # Mapped copy-on-write ("c"): torch warns about read-only memory, and the file must not change.
         try:
             return open_array(self.folder / name, mode)
         except (OSError, EOFError, ValueError) as error:
@@ -80,7 +81,7 @@ class CachedCase:
             raise self.lost(error) from error
 
     def lost(self, why: object) -> DataError:
-        """The error that says that the prepared arrays went away or were changed under a run."""
+        """The error for prepared arrays that were removed or changed during a run."""
         return DataError(
             f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
             f"({why}). Go on with --resume; they are made anew."
@@ -89,14 +90,14 @@ class CachedCase:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one training step sees."""
+    """The data of one training step."""
 
     image: torch.Tensor
     """float32, shape (N, contrasts, X, Y, Z)."""
     masks: torch.Tensor
     """float32, 0 or 1, shape (N, regions, X, Y, Z)."""
     present: torch.Tensor
-    """bool, shape (N, contrasts): which contrasts each patch has; the others are 0 in ``image``."""
+    """bool, shape (N, contrasts): whether each patch has each contrast; missing ones are 0 in ``image``."""
     cases: tuple[str, ...]
 
 
@@ -109,18 +110,18 @@ def cache_cases(
     nan_to_zero: bool = False,
     on_case: Callable[[str], None] | None = None,
 ) -> list[CachedCase]:
-    """Prepare cases with their label maps; what is there already and still fits is kept.
+    """Prepare cases with their label maps; valid entries already in the store are reused.
 
     Args:
-        cases: what to prepare.
-        store: where they are kept, or a folder for them alone; 9 bytes a voxel of the brain's box.
-        spacing_mm: spacing the network works at.
-        convention: what the label numbers mean.
-        nan_to_zero: take image voxels that are NaN or infinite as 0 instead of refusing the case.
+        cases: the cases to prepare.
+        store: the cache for them, or a folder used for nothing else; takes 9 bytes per voxel of the brain's box.
+        spacing_mm: spacing of the network's input.
+        convention: the meaning of the label numbers.
+        nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.
         on_case: called with the id of each case that is ready.
 
     Raises:
-        DataError: a case cannot be used.
+        DataError: a case is unusable.
     """
     if isinstance(store, Path):
         store.mkdir(parents=True, exist_ok=True)
@@ -136,7 +137,7 @@ def cache_cases(
         try:
             return store.key(case.require(), settings)
         except OSError:
-            return None  # whoever reads the file for its voxels says it better
+            return None  # reading the voxels will raise a better error
 
     def ready(case: Case, key: str | None) -> CachedCase:
         place = None if key is None else store.find(key)
@@ -148,7 +149,7 @@ def cache_cases(
             on_case(case.id)
         return cached
 
-    # At most four at once: preparing a case takes some 200 MB.
+    # No more than four at once: preparing a case takes about 200 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         keys = list(pool.map(key_of, cases))
         store.hold([key for key in keys if key is not None])
@@ -156,7 +157,7 @@ def cache_cases(
 
 
 class PatchSource:
-    """Numbered training patches: patch k is the same whoever asks, whenever."""
+    """Numbered training patches: patch k is the same in every process and at any time."""
 
     def __init__(
         self,
@@ -168,10 +169,10 @@ class PatchSource:
         seed: int,
         enhancing_probability: float | None = None,
     ) -> None:
-        """Args as in the run's config.
+        """Create a source; the arguments correspond to the run's config.
 
-        ``tumour_probability`` is the share of patches centred on tumour, ``enhancing_probability`` the share of those
-        centred on enhancing tumour in cases that have some; None: each tissue equally often.
+        ``tumour_probability`` is the share of patches centred on tumour. ``enhancing_probability`` is the share of
+        those centred on enhancing tumour in cases that have some; None draws each tissue equally often.
         """
         self._cases = list(cases)
         self._centres = [_by_tissue(case.centres()) for case in cases]
@@ -184,7 +185,7 @@ class PatchSource:
         self._lock = Lock()
 
     def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
-        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one patch, augmented.
+        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one augmented patch.
 
         Raises:
             DataError: the prepared arrays of its case were removed or damaged.
@@ -195,13 +196,13 @@ class PatchSource:
     def _patch_and_presence(
         self, number: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
-        """The same, and which contrasts the patch has."""
+        """Like :meth:`patch`, with the contrasts that are present."""
         image, codes, case_id, rng = self.piece(number)
         variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
         return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
 
     def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
-        """The same as it was cut, not augmented, and the generator that draws its augmentation."""
+        """Like :meth:`patch`, before augmentation, with the generator for drawing the augmentation."""
         epoch, position = divmod(number, len(self._cases))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
         index = int(order[position])
@@ -212,7 +213,7 @@ class PatchSource:
         return image, cut_patch(mapped.codes, centre, self._patch), self._cases[index].id, rng
 
     def batch(self, step: int, size: int) -> Batch:
-        """The patches of one step, or of one micro-batch where steps are accumulated."""
+        """The patches of one step, or of one micro-batch if gradients are accumulated."""
         images, masks, present, ids = [], [], [], []
         for number in range(step * size, (step + 1) * size):
             image, codes, case_id, there = self._patch_and_presence(number)
@@ -228,7 +229,7 @@ class PatchSource:
         )
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
-        """A tumour voxel, or any voxel of the box."""
+        """Draw a tumour voxel, or any voxel of the box."""
         centres = self._centres[index]
         wanted = rng.random() < self._tumour_probability
         if wanted and centres:
@@ -237,7 +238,7 @@ class PatchSource:
         return tuple(int(rng.integers(side)) for side in self._cases[index].shape)
 
     def _tissue(self, tissues: list[int], rng: np.random.Generator) -> int:
-        """One of the tissues that a case has: each as likely as the others, or enhancing tumour as often as asked."""
+        """Draw one of a case's tissues: all equally likely, or enhancing tumour with the configured probability."""
         if self._enhancing_probability is None or ENHANCING not in tissues:
             return int(rng.choice(tissues))
         others = [tissue for tissue in tissues if tissue != ENHANCING]
@@ -246,7 +247,7 @@ class PatchSource:
         return int(rng.choice(others))
 
     def _mapped(self, index: int) -> _Mapped:
-        """The arrays of a case, from those that are open or opened now."""
+        """The arrays of a case, reusing open maps."""
         with self._lock:
             mapped = self._open.pop(index, None)
             if mapped is not None:
@@ -263,7 +264,7 @@ class PatchSource:
 
 
 class _Mapped:
-    """The mapped arrays of one case. They stay readable when their files are deleted, not when they are cut short."""
+    """The mapped arrays of one case. They stay readable if their files are deleted, but not if they are truncated."""
 
     def __init__(self, case: CachedCase) -> None:
         self.image = case.image()
@@ -272,7 +273,7 @@ class _Mapped:
         self._sizes = self._sizes_now()
 
     def require_whole(self) -> None:
-        """Raise DataError where a file was cut short: to touch what is gone would end the process without a word."""
+        """Raise DataError if a file was truncated: accessing the lost part would kill the process without a message."""
         now = self._sizes_now()
         if any(size is not None and size != before for size, before in zip(now, self._sizes, strict=True)):
             raise self._case.lost(f"file sizes were {self._sizes}, are {now}")
@@ -295,9 +296,9 @@ def _by_tissue(centres: npt.NDArray[np.int16]) -> dict[int, npt.NDArray[np.int16
 def batches(
     source: PatchSource, *, first: int, size: int, threads: int, ahead: int = 4, every: int = 1
 ) -> Generator[Batch]:
-    """Batches from number ``first`` on, without end, made ahead of their use by threads; only each ``every``-th.
+    """Yield batches from number ``first`` on, every ``every``-th one, without end, prefetched by threads.
 
-    Close the iterator (``contextlib.closing``) to end the threads.
+    Close the iterator (``contextlib.closing``) to stop the threads.
     """
     pool = ThreadPoolExecutor(threads, thread_name_prefix="patches")
     waiting: deque[Future[Batch]] = deque()
@@ -313,11 +314,11 @@ def batches(
 
 
 def cut_patch(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int, int]) -> npt.NDArray[Any]:
-    """Cut a patch out of the last three axes: inside the volume where that is large enough, else padded with 0.
+    """Cut a patch out of the last three axes: shifted to lie inside the volume, or padded with 0 if it is too large.
 
     Args:
         array: shape (..., X, Y, Z).
-        centre: voxel that the patch's middle should be on; the patch moves where it would leave the volume.
+        centre: voxel to centre the patch on; the patch is shifted if it would leave the volume.
         patch: shape of the result's last three axes.
     """
     inside, outside = _where(array.shape[-3:], centre, patch)
@@ -332,7 +333,7 @@ def cut_patch(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int
 def cut_image(
     image: npt.NDArray[np.float16], centre: tuple[int, ...], patch: tuple[int, int, int]
 ) -> npt.NDArray[np.float32]:
-    """As :func:`cut_patch`, and from float16 to float32 on the way, which torch does faster than numpy."""
+    """Like :func:`cut_patch`, converting float16 to float32 on the way, which is faster in torch than in numpy."""
     inside, outside = _where(image.shape[-3:], centre, patch)
     piece = torch.from_numpy(image)[..., inside[0], inside[1], inside[2]]
     make = torch.empty if piece.shape[-3:] == tuple(patch) else torch.zeros
@@ -344,7 +345,7 @@ def cut_image(
 def _where(
     shape: tuple[int, ...], centre: tuple[int, ...], patch: tuple[int, int, int]
 ) -> tuple[list[slice], list[slice]]:
-    """The part of a volume that a patch takes, and the part of the patch that it fills."""
+    """The slices of the volume covered by a patch, and the slices of the patch that they fill."""
     inside: list[slice] = []
     outside: list[slice] = []
     for size, middle, side in zip(shape, centre, patch, strict=True):
@@ -375,14 +376,14 @@ def _shape_in(place: Path) -> tuple[int, int, int]:
 
 
 def _save_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """As np.save, but a full disk is told as the system tells it; np.save has an error of its own without a number."""
+    """Like np.save, but a full disk raises the system's error; np.save raises an error without a number."""
     buffer = io.BytesIO()
     np.save(buffer, array)
     path.write_bytes(buffer.getbuffer())
 
 
 def _centres(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.int16]:
-    """Up to :data:`_CENTRES_PER_TISSUE` voxels of each tissue, spread evenly over it, as rows (code, x, y, z)."""
+    """Up to :data:`_CENTRES_PER_TISSUE` voxels of each tissue, evenly spread over it, as rows (code, x, y, z)."""
     rows = []
     for code in (NECROSIS, OEDEMA, ENHANCING):
         voxels = np.argwhere(codes == code)

@@ -1,9 +1,9 @@
-"""Synthetic glioma cases, named and stored as BraTS names and stores its own.
+"""Synthetic glioma cases with the names and file format of BraTS.
 
-A phantom is the MNI152 anatomy that nilearn carries (Fonov et al., NeuroImage 54, 2011), bent anew for every case, with
-a glioma grown into it and four contrasts rendered from it. It needs no download and nobody's data, so that tests and
-first steps have something to work on. It is no substitute for patients: numbers measured on phantoms say nothing about
-the clinic.
+A phantom is the MNI152 anatomy shipped with nilearn (Fonov et al., NeuroImage 54, 2011), warped differently for every
+case, with a simulated glioma and four contrasts rendered from it. Phantoms need no download and no patient data, so
+they serve tests and first steps. They are no substitute for patients: numbers measured on phantoms have no clinical
+meaning.
 
 Positions are millimetres from the centre of the first voxel along the voxel axes (left, posterior, superior). Every
 random field is drawn on a lattice fixed in millimetres, so a case has the same anatomy and tumour at every spacing.

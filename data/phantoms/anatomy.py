@@ -1,4 +1,4 @@
-"""One person's head, and its tissue on a grid."""
+"""The head of one person, and its tissue on a grid."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from data.phantoms.plan import TumourPlan
 from data.phantoms.template import load_anatomy, load_landmarks
 
 _BRAIN_CENTRE_MM: Final = (120.0, 120.0, 69.0)
-#: The point of MNI space (right, anterior, superior) that comes to lie there: about the middle of the brain mask.
+#: The point of MNI space (right, anterior, superior) mapped to the brain's centre: about the middle of the brain mask.
 _TEMPLATE_CENTRE_MM: Final = (0.0, -18.0, 5.0)
-#: MNI's average head is larger than the SRI24 head that BraTS uses: 1.88 l of brain against about 1.3 l.
+#: MNI's average head is larger than BraTS' SRI24 head: 1.88 l of brain instead of about 1.3 l.
 _HEAD_SCALE: Final = 0.87
 
 
 @dataclass(frozen=True, kw_only=True)
 class Head:
-    """One person: how the template is turned, scaled, bent and aged."""
+    """One person: how the template is rotated, scaled, warped and aged."""
 
     matrix: npt.NDArray[np.float64]
-    """From mm off the brain's centre (left, posterior, superior) to mm off the template's centre."""
+    """Maps mm from the brain's centre (left, posterior, superior) to mm from the template's centre."""
     shift_mm: npt.NDArray[np.float64]
     bends: tuple[tuple[float, tuple[Field, Field, Field]], ...]
     """Amplitude in mm and the three components of each warp."""
     atrophy: float
-    """Share by which fluid is widened at the cost of grey matter."""
+    """How much fluid is widened at the expense of grey matter."""
     ragged: Field
     """Where the skull stripping cut deeper."""
 
@@ -53,7 +53,7 @@ def draw_head(rng: np.random.Generator) -> Head:
 
 
 def rotation(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Matrix of the turns about x, y and z, shape (3, 3)."""
+    """Matrix of the rotations about x, y and z, shape (3, 3)."""
     (a, b, c), (u, v, w) = np.cos(angles), np.sin(angles)
     about_x = np.array([[1, 0, 0], [0, a, -u], [0, u, a]])
     about_y = np.array([[b, 0, v], [0, 1, 0], [-v, 0, b]])
@@ -62,7 +62,7 @@ def rotation(angles: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def template_points(head: Head, axes_mm: tuple[Floats, ...], plan: TumourPlan | None) -> Floats:
-    """Where in MNI space the points of a grid lie, shape (3, X, Y, Z); the tumour pushes tissue away from its foci."""
+    """Positions in MNI space of a grid's points, shape (3, X, Y, Z); a tumour pushes tissue away from its foci."""
     points = np.stack(np.meshgrid(*axes_mm, indexing="ij"))
     if plan is not None:
         _pull_to_foci_(points, plan)
@@ -76,7 +76,7 @@ def template_points(head: Head, axes_mm: tuple[Floats, ...], plan: TumourPlan | 
 
 
 def _pull_to_foci_(points: Floats, plan: TumourPlan) -> None:
-    """Mass effect: tissue seen at a point comes from nearer to the focus, so it was pushed outwards."""
+    """Mass effect: sample tissue nearer to the focus than the point itself, so that it appears pushed outwards."""
     for focus in plan.foci:
         centre = focus.centre_mm.astype(np.float32)[:, None, None, None]
         offset = points - centre
@@ -87,10 +87,10 @@ def _pull_to_foci_(points: Floats, plan: TumourPlan) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TissueClass:
-    """A head on a grid; all but ``inside`` are vectors over the brain's voxels."""
+    """A head on a grid; all fields but ``inside`` are vectors over the brain's voxels."""
 
     inside: Mask
-    """The brain, shape of the box."""
+    """Mask of the brain, shape of the box."""
     white: Floats
     grey: Floats
     fluid: Floats
@@ -102,7 +102,7 @@ class TissueClass:
 
 
 def sample_tissue(head: Head, plan: TumourPlan | None, grid: PhantomGrid, *, fine: bool) -> TissueClass:
-    """The head's tissue on a grid, pushed aside by a planned tumour; ``fine`` takes the 1 mm template."""
+    """Sample a head's tissue on a grid, displaced by a planned tumour; ``fine`` uses the 1 mm template."""
     anatomy, landmarks = load_anatomy(1 if fine else 2), load_landmarks()
     points_mm = template_points(head, grid.axes_mm, plan)
     cut = 0.5 + 0.12 * head.ragged.on(grid.axes_mm)
@@ -122,7 +122,7 @@ def sample_tissue(head: Head, plan: TumourPlan | None, grid: PhantomGrid, *, fin
 
 
 def _sharpen(white: Floats, grey: Floats, atrophy: float) -> tuple[Floats, Floats, Floats]:
-    """Fractions as crisp as one person's: the template's are the average of 152 people."""
+    """Sharpen tissue fractions to those of one person: the template's are averages of 152 people."""
     fluid = np.clip(1 - white - grey, 0, 1) * np.float32(1.2 + atrophy)
     powers = [np.clip(tissue, 1e-4, None) ** np.float32(2.2) for tissue in (white, grey, fluid)]
     total = powers[0] + powers[1] + powers[2]

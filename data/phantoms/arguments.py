@@ -1,4 +1,4 @@
-"""Which arguments are allowed."""
+"""Validate the arguments of the phantom functions."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from data.phantoms.naming import NAMINGS
 
 
 def check_arguments(*, index: int = 0, seed: int = 0, spacing_mm: float = 2.0, year: int = 2021) -> None:
-    """Raise DataError, saying what is allowed, if an argument is out of range."""
+    """Raise a DataError that states the allowed range if an argument is out of range."""
     if not 0 <= index <= 99_999:
         raise DataError(f"case index is {index}; allowed are 0 to 99999, because names carry five digits.")
     if seed < 0:

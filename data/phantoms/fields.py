@@ -1,4 +1,4 @@
-"""Smooth random fields, and the smooth step that turns them into shares."""
+"""Smooth random fields, and the sigmoid that turns them into shares."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from data.phantoms.grids import BOX_END_MM, BOX_START_MM, Floats
 
 @dataclass(frozen=True, kw_only=True)
 class Field:
-    """A smooth random field over the brain's box: cubic B-splines on a lattice of normal numbers, of unit spread."""
+    """A smooth random field over the brain's box with unit spread: cubic B-splines on a lattice of normal numbers."""
 
     lattice: Floats
     pitch_mm: float
 
     @classmethod
     def draw(cls, rng: np.random.Generator, pitch_mm: float) -> Field:
-        """A field whose lattice points lie ``pitch_mm`` apart."""
+        """Draw a field whose lattice points are ``pitch_mm`` apart."""
         lengths = zip(BOX_START_MM, BOX_END_MM, strict=True)
         shape = [math.ceil((b - a) / pitch_mm) + 4 for a, b in lengths]
         # A cubic B-spline averages independent numbers; 0.479 is its mean sum of squared weights along one axis.
@@ -30,7 +30,7 @@ class Field:
         values = self.lattice
         for axis_mm, start_mm in zip(axes_mm, BOX_START_MM, strict=True):
             weights = self._weights((axis_mm - start_mm) / self.pitch_mm, values.shape[0])
-            # tensordot moves the axis just done to the end, so three rounds restore the order.
+            # tensordot moves the processed axis to the end, so three rounds restore the order.
             values = np.tensordot(values, weights, axes=([0], [1]))
         return values
 

@@ -1,4 +1,4 @@
-"""Cases as files: their names, and folders that appear only when complete."""
+"""Write phantoms as files: case names, and folders that appear only once complete."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from data.phantoms.naming import NAMINGS, Naming
 
 
 def case_name(index: int, year: int) -> str:
-    """Name of a case as BraTS of that year writes it.
+    """Name of a case in the style of BraTS of that year.
 
     Args:
         index: number of the case, 0 to 99999.
         year: 2021 or 2023.
 
     Returns:
-        the name, which is also that of the case's folder.
+        the name, which is also the name of the case's folder.
 
     Raises:
-        DataError: an argument out of range.
+        DataError: an argument is out of range.
 
     Example:
         >>> case_name(7, 2021), case_name(7, 2023)
@@ -42,20 +42,20 @@ def case_name(index: int, year: int) -> str:
 
 
 def write_phantom(folder: Path, index: int, *, seed: int = 0, spacing_mm: float = 2.0, year: int = 2021) -> Path:
-    """Make one case and write it as compressed NIfTI; its folder appears only when it is complete.
+    """Make one case and write it as compressed NIfTI; its folder appears only once it is complete.
 
     Args:
-        folder: folder of the data set, made if missing.
+        folder: folder of the data set, created if missing.
         index: number of the case, 0 to 99999.
         seed: number of the series, 0 or more (default 0).
         spacing_mm: edge of a voxel, 0.5 to 8 mm (default 2).
-        year: 2021 or 2023 (default 2021); decides names and label numbers, not voxels.
+        year: 2021 or 2023 (default 2021); determines names and label numbers, not voxels.
 
     Returns:
         the case's folder, with five files.
 
     Raises:
-        DataError: an argument out of range, or the case is already there.
+        DataError: an argument is out of range, or the case already exists.
     """
     check_arguments(index=index, seed=seed, spacing_mm=spacing_mm, year=year)
     case = case_name(index, year)
@@ -75,11 +75,11 @@ def write_phantoms(
     year: int = 2021,
     on_case: Callable[[Path], None] | None = None,
 ) -> list[Path]:
-    """Make the cases 0 to ``count`` - 1 and write them; a case does not depend on how many there are.
+    """Make the cases 0 to ``count`` - 1 and write them; a case does not depend on ``count``.
 
     Args:
-        folder: folder of the data set, made if missing.
-        count: how many cases, 1 or more.
+        folder: folder of the data set, created if missing.
+        count: number of cases, 1 or more.
         seed: number of the series, 0 or more (default 0).
         spacing_mm: edge of a voxel, 0.5 to 8 mm (default 2).
         year: 2021 or 2023 (default 2021).
@@ -89,7 +89,7 @@ def write_phantoms(
         the folders of the cases, in order.
 
     Raises:
-        DataError: an argument out of range, or one of the cases is already there; then nothing is written.
+        DataError: an argument is out of range, or one of the cases already exists; nothing is written then.
     """
     if count < 1:
         raise DataError(f"count is {count}; allowed is 1 or more. Ask for at least one case.")
@@ -113,7 +113,7 @@ def _refuse_overwriting(folder: Path, case: str) -> None:
 
 @contextmanager
 def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
-    """A hidden folder to write into, renamed to the case's name at the end, or removed after a failure."""
+    """Yield a hidden folder to write to; it is renamed to the case's name on success and removed on failure."""
     partial = folder / f".{case}.partial-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -132,7 +132,7 @@ def _write_files(phantom: Phantom, folder: Path, case: str, naming: Naming) -> N
     volumes["seg"] = encode(phantom.codes, naming.convention)
     for suffix, volume in volumes.items():
         image = nib.Nifti1Image(volume, phantom.affine)
-        # The codes are those of the released BraTS files: images 2 and 1, label maps 1 and 1.
+        # qform codes as in the released BraTS files: 2 for images, 1 for label maps; their sform code is 1.
         image.set_qform(phantom.affine, code=1 if suffix == "seg" else 2)
         image.set_sform(phantom.affine, code=1)
         image.header.set_xyzt_units("mm")

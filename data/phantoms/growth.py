@@ -1,4 +1,4 @@
-"""Grow a planned tumour: its core's border and the spread of oedema."""
+"""Grow a planned tumour: the border of its core and the spread of oedema."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class GrownTumour:
 
 
 def core_depth_mm(plan: TumourPlan, axes_mm: tuple[Floats, ...]) -> Floats:
-    """Depth below the core's border before it is moved to enclose the volume asked for; negative outside."""
+    """Depth below the core's border, before the border is shifted to enclose the planned volume; negative outside."""
     coarse, fine = (field.on(axes_mm) for field in plan.contour)
     swelling = 1 + np.float32(0.34) * coarse + np.float32(0.14) * fine
     depth_mm = np.full(coarse.shape, -np.inf, dtype=np.float32)
@@ -39,7 +39,7 @@ def core_depth_mm(plan: TumourPlan, axes_mm: tuple[Floats, ...]) -> Floats:
 
 
 def grow(plan: TumourPlan, head: Head) -> GrownTumour:
-    """Move the core's border and the oedema's reach until both have the volumes asked for."""
+    """Shift the core's border and the oedema's reach until both have their planned volumes."""
     grid = PhantomGrid.of_spacing(GROWTH_SPACING_MM)
     tissue = sample_tissue(head, plan, grid, fine=False)
     voxel_ml = GROWTH_SPACING_MM**3 / 1000
@@ -61,17 +61,17 @@ def _nth_largest(values: Floats, n: float) -> float:
 
 
 def _oedema_cost(tissue: TissueClass) -> Floats:
-    """Millimetres of white matter that one millimetre of this tissue is worth."""
+    """Resistance of tissue to oedema: the millimetres of white matter equivalent to one millimetre of it."""
     return np.float32(1) / (tissue.white + np.float32(0.12) * tissue.grey + np.float32(0.02))
 
 
 def cortical_delay_mm(tissue: TissueClass) -> Floats:
-    """Keeps oedema out of the cortex at a finer scale than that of the growth grid."""
+    """Extra distance that keeps oedema out of the cortex at a finer scale than the growth grid."""
     return np.float32(6.0) * (1 - tissue.white)
 
 
 def _arrival(cost: Floats, open_tissue: Mask, core: Mask) -> Floats:
-    """Cheapest way from the core to every voxel, by Dijkstra over the 26 neighbours; fluid bars the way."""
+    """Shortest path from the core to every voxel, by Dijkstra over the 26 neighbours; fluid is impassable."""
     from scipy import ndimage, sparse
     from scipy.sparse import csgraph
 
@@ -86,7 +86,7 @@ def _arrival(cost: Floats, open_tissue: Mask, core: Mask) -> Floats:
     reached[open_tissue] = np.isfinite(found)
     arrival_mm = np.zeros(cost.shape, dtype=np.float32)
     arrival_mm[reached] = found[np.isfinite(found)]
-    # Elsewhere the nearest voxel's value, so that interpolation next to fluid meets no jump.
+    # Unreached voxels take the nearest reached value, so that interpolation next to fluid has no jump.
     nearest = ndimage.distance_transform_edt(~reached, return_distances=False, return_indices=True)
     return np.asarray(arrival_mm[tuple(nearest)], dtype=np.float32)
 
@@ -94,7 +94,7 @@ def _arrival(cost: Floats, open_tissue: Mask, core: Mask) -> Floats:
 def _edges(
     number: npt.NDArray[np.int32], cost: Floats, step: tuple[int, ...]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """Pairs of open neighbours one step apart (0 to 2 per axis, 1 is none), and the cost of each pair."""
+    """Pairs of open neighbours one step apart (0 to 2 per axis, 1 for no step), and the path length of each pair."""
     offset = [s - 1 for s in step]
     here = tuple(slice(max(0, -o), -o if o > 0 else None) for o in offset)
     there = tuple(slice(max(0, o), o if o < 0 else None) for o in offset)

@@ -1,4 +1,4 @@
-"""A grown tumour on a grid: labels and shares of its tissues."""
+"""A grown tumour on a grid: its labels and the shares of its tissues."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Lesion:
 
     codes: npt.NDArray[np.uint8]
     core: Floats
-    """Share of tumour core in a voxel, soft at its border."""
+    """Share of tumour core in each voxel, soft at its border."""
     enhancing: Floats
     """Share of the core that enhances."""
     oedema: Floats
-    """Strength of oedema; fades outwards and beyond the border that is labelled."""
+    """Strength of oedema; fades outwards, beyond the labelled border."""
     enhances: bool
-    """Whether any of the tumour does; a core that does not looks otherwise than necrosis."""
+    """Whether any of the tumour enhances; a core without enhancement looks different from necrosis."""
 
 
 def place_lesion(tumour: GrownTumour, tissue: TissueClass, grid: PhantomGrid) -> Lesion:
@@ -54,7 +54,7 @@ def place_lesion(tumour: GrownTumour, tissue: TissueClass, grid: PhantomGrid) ->
 
 
 def _enhancing_depth_mm(plan: TumourPlan, depth_mm: Floats, tissue: TissueClass, grid: PhantomGrid) -> Floats:
-    """Depth in the part of the core that enhances: an uneven rim with gaps, and nests; negative elsewhere."""
+    """Depth within the enhancing part of the core (an uneven rim with gaps, and nests); negative elsewhere."""
     if plan.rim_share == 0:
         return np.full(depth_mm.shape, -100.0, dtype=np.float32)
     thickness, gaps, nests = (field.on(grid.axes_mm)[tissue.inside] for field in plan.rim)

@@ -1,4 +1,4 @@
-"""What is bright on a contrast but no tumour."""
+"""Structures that are bright on a contrast but are not tumour."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from data.phantoms.grids import Floats, PhantomGrid
 
 @dataclass(frozen=True, kw_only=True)
 class Confounders:
-    """What is bright but no tumour, as strengths from 0 to 1 over the brain's voxels."""
+    """Bright structures other than tumour, as strengths from 0 to 1 over the brain's voxels."""
 
     leukoaraiosis: Floats
-    """White-matter hyperintensities of age: bright on FLAIR and T2, never labelled."""
+    """White-matter hyperintensities of ageing: bright on FLAIR and T2, never labelled."""
     vessels: Floats
-    """Blood that takes up contrast agent: bright on T1c only, dark on T2."""
+    """Blood that takes up contrast agent: bright only on T1c, dark on T2."""
 
 
 def draw_confounders(rng: np.random.Generator, tissue: TissueClass, grid: PhantomGrid) -> Confounders:
@@ -28,7 +28,7 @@ def draw_confounders(rng: np.random.Generator, tissue: TissueClass, grid: Phanto
     caps = sigmoid(np.float32(8) * (tissue.ventricle + np.float32(0.25) * patches + np.float32(0.5 * age - 1.05)))
     spotted = sigmoid(np.float32(6) * (np.float32(0.7) * spots + np.float32(0.5) * patches - np.float32(2.6 - age)))
     leukoaraiosis = age * np.maximum(caps, spotted * (tissue.depth_mm > 8)) * tissue.white**2
-    # Two sheets, where a field is 0, meet in a line: a tube about it winds like a vessel.
+    # The zero sets of two fields are sheets that intersect in a line: a tube around it winds like a vessel.
     width = np.float32(0.16)
     tubes = np.exp(-(one**2 + other**2) / (2 * width**2)) * np.clip(tissue.fluid + 0.6 * (tissue.depth_mm < 12), 0, 1)
     sinus = sigmoid(2 * (2.5 - tissue.midline_mm)) * sigmoid(1.5 * (3.5 - tissue.depth_mm))

@@ -1,4 +1,4 @@
-"""One synthetic case in memory, from the number of the case, that of the series and the spacing."""
+"""Make one synthetic case in memory from the case number, the series number and the spacing."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ class Phantom:
 
 
 def make_phantom(index: int, *, seed: int = 0, spacing_mm: float = 2.0) -> Phantom:
-    """Make one case; its voxels depend on the three arguments and on nothing else.
+    """Make one case; its voxels depend only on the three arguments.
 
     Args:
         index: number of the case, 0 to 99999.
-        seed: number of the series, 0 or more (default 0); each has its own cases.
+        seed: number of the series, 0 or more (default 0); each series has different cases.
         spacing_mm: edge of a voxel, 0.5 to 8 mm (default 2); the field of view is always 240 x 240 x 155 mm.
 
     Returns:
-        the case, of shape (round(240 / s), round(240 / s), round(155 / s)).
+        the case, with images of shape (round(240 / s), round(240 / s), round(155 / s)).
 
     Raises:
-        DataError: an argument out of range.
+        DataError: an argument is out of range.
 
     Example:
         >>> make_phantom(0, spacing_mm=4.0).codes.shape

@@ -1,4 +1,4 @@
-"""How each year of BraTS names and numbers things."""
+"""File names and label numbers of BraTS, by year."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SUFFIXES_2023: Final[dict[Contrast, str]] = {"t1": "t1n", "t1c": "t1c", "t2": "
 
 @dataclass(frozen=True, kw_only=True)
 class Naming:
-    """How one year of BraTS names and numbers things."""
+    """The file names and label numbers of one year of BraTS."""
 
     prefix: str
     visit: str

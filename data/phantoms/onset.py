@@ -1,4 +1,4 @@
-"""Draw a tumour's plan: its kind, its size and where it starts."""
+"""Draw a tumour's plan: its kind, size and origin."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from data.phantoms.template import load_anatomy, load_landmarks
 
 @dataclass(frozen=True, kw_only=True)
 class Kind:
-    """What sort of tumour a case has."""
+    """The kind of tumour of a case."""
 
     enhances: bool
     n_foci: int
@@ -25,10 +25,10 @@ class Kind:
 
 
 def draw_kind(index: int, seed: int) -> Kind:
-    """Kinds in fixed shares, spread evenly over the cases, so that a series of ten has some of each.
+    """Draw the kind of a case in fixed proportions, spread evenly, so that ten cases in a row have some of each.
 
-    Case i takes the i-th point of Richtmyer's additive recurrence, started by the seed: its steps are irrational
-    numbers that no short fraction comes near, so that no short run of cases clusters.
+    Case i takes the i-th point of Richtmyer's additive recurrence, with a start given by the seed. Its steps are badly
+    approximable irrational numbers, so short runs of cases do not cluster.
     """
     steps = np.array([(math.sqrt(5) - 1) / 2, math.sqrt(2) - 1, math.sqrt(3) - 1])
     plain, many, size = (np.random.default_rng(seed).random(3) + index * steps) % 1
@@ -40,7 +40,7 @@ def draw_kind(index: int, seed: int) -> Kind:
 
 
 def draw_tumour(rng: np.random.Generator, head: Head, kind: Kind) -> TumourPlan:
-    """Draw all of a tumour that is settled before it grows."""
+    """Draw all properties of a tumour that are fixed before it grows."""
     core_share = rng.uniform(0.18, 0.65) if kind.enhances else rng.uniform(0.3, 0.75)
     core_ml = kind.whole_ml * core_share
     return TumourPlan(
@@ -58,7 +58,7 @@ def draw_tumour(rng: np.random.Generator, head: Head, kind: Kind) -> TumourPlan:
 
 
 def _draw_foci(rng: np.random.Generator, head: Head, core_ml: float, n_foci: int) -> tuple[Focus, ...]:
-    """Foci in cerebral white matter, apart from one another, whose balls add up to the core's volume."""
+    """Draw foci in cerebral white matter, apart from each other, whose balls add up to the core's volume."""
     candidates_mm = _possible_centres(head)
     shares = rng.uniform(0.35, 1.0, n_foci)
     radii_mm = np.cbrt(shares / shares.sum() * core_ml * 1000 * 3 / (4 * math.pi))
@@ -67,7 +67,7 @@ def _draw_foci(rng: np.random.Generator, head: Head, core_ml: float, n_foci: int
         tries = candidates_mm[rng.integers(len(candidates_mm), size=64)]
         gaps = [np.linalg.norm(tries - c, axis=1) - r for c, r in zip(centres_mm, radii_mm, strict=False)]
         gap_mm = np.min(gaps, axis=0) - radius_mm
-        # The nearest place with a clear gap: foci of one glioma are seldom at opposite ends of the brain.
+        # Take the nearest candidate with a clear gap: foci of one glioma are seldom at opposite ends of the brain.
         centres_mm.append(tries[np.argmin(np.where(gap_mm > 10, gap_mm, 1000 - gap_mm))])
     return tuple(
         Focus(centre_mm=c, radius_mm=float(r), stretch=_draw_stretch(rng))
@@ -82,7 +82,7 @@ def _draw_stretch(rng: np.random.Generator) -> npt.NDArray[np.float64]:
 
 
 def _possible_centres(head: Head) -> npt.NDArray[np.float64]:
-    """Points of the growth grid in the white matter of the cerebrum, shape (N, 3) in mm."""
+    """Points of the growth grid in cerebral white matter, shape (N, 3) in mm."""
     grid = PhantomGrid.of_spacing(GROWTH_SPACING_MM)
     points_mm = template_points(head, grid.axes_mm, None)
     white = load_anatomy(2).at("white", points_mm)

@@ -1,4 +1,4 @@
-"""Random pairs of label maps with several lesions, for scorers: a reference, and a prediction with faults."""
+"""Random pairs of label maps with several lesions, for testing scorers: a reference and a faulty prediction."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ _MOST_LESIONS = 7
 def lesion_pair(
     seed: int, shape: tuple[int, int, int] = (64, 64, 48), labels: tuple[int, ...] = (1, 2, 3), size: float = 1.0
 ) -> tuple[Labels, Labels]:
-    """A prediction and its reference.
+    """Draw a prediction and its reference.
 
-    The reference has 0 to 7 lesions of nested ellipsoids, some near each other, some of a few voxels. The prediction
-    misses some, shifts and scales the others, mixes up labels and invents lesions, single voxels among them.
+    The reference has 0 to 7 lesions made of nested ellipsoids, some close to each other, some only a few voxels large.
+    The prediction misses some, shifts and scales the others, mixes up labels and adds lesions, including single voxels.
 
     Args:
         seed: the same seed gives the same pair.
-        shape: of the grid.
-        labels: numbers that occur.
-        size: factor on all radii.
+        shape: shape of the grid.
+        labels: the label numbers to use.
+        size: factor applied to all radii.
 
     Returns:
         prediction and reference, uint8, of ``shape``.
     """
-    # Only ``random`` is asked for: its stream is the same in every version of numpy.
+    # Use only ``random``: its stream is the same in every version of numpy.
     rng = np.random.default_rng(seed)
     reference, prediction = np.zeros(shape, dtype=np.uint8), np.zeros(shape, dtype=np.uint8)
     centres: list[npt.NDArray[np.float64]] = []
@@ -48,7 +48,7 @@ def lesion_pair(
 
 
 def _drawn(labels: tuple[int, ...], rng: np.random.Generator) -> list[int]:
-    """Labels from outside to inside, one to three of them."""
+    """Draw one to three labels, ordered from the outside to the inside."""
     order = sorted(labels, key=lambda _: rng.random())
     return order[: 1 + int(rng.random() * 3)]
 

@@ -1,4 +1,4 @@
-"""What is drawn about a tumour before it grows."""
+"""The properties of a tumour that are drawn before it grows."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ class Focus:
     centre_mm: npt.NDArray[np.float64]
     radius_mm: float
     stretch: npt.NDArray[np.float64]
-    """Matrix that turns the ellipsoid about the centre into a ball, shape (3, 3)."""
+    """Matrix that maps the ellipsoid around the centre to a ball, shape (3, 3)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TumourPlan:
-    """What is drawn about a tumour before it grows."""
+    """The properties of a tumour that are drawn before it grows."""
 
     foci: tuple[Focus, ...]
     core_ml: float
     oedema_ml: float
     rim_share: float
-    """Thickness of the enhancing rim over the radius; 0 where nothing enhances."""
+    """Thickness of the enhancing rim relative to the radius; 0 if nothing enhances."""
     mass_effect: float
     contour: tuple[Field, Field]
     """Coarse and fine irregularity of the core's border."""

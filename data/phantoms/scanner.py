@@ -1,4 +1,4 @@
-"""The four contrasts of a head with its tumour, as a scanner shows them."""
+"""Simulate the four contrasts of a head with its tumour."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from data.phantoms.grids import Floats, Mask, PhantomGrid, scatter
 from data.phantoms.lesion import Lesion
 from data.phantoms.lookalikes import Confounders
 
-#: Intensity of (white matter, grey matter, fluid); white matter on T1 is 1.
+#: Intensity of (white matter, grey matter, fluid), relative to white matter on T1.
 _TISSUES: Final[dict[Contrast, tuple[float, float, float]]] = {
     "t1": (1.00, 0.76, 0.30),
     "t1c": (0.98, 0.80, 0.28),
     "t2": (0.50, 0.70, 1.75),
     "flair": (0.66, 0.84, 0.22),
 }
-#: Intensity of (necrosis, oedema, enhancing tumour, core of a tumour that does not enhance).
+#: Intensity of (necrosis, oedema, enhancing tumour, core of a non-enhancing tumour).
 _LESIONS: Final[dict[Contrast, tuple[float, float, float, float]]] = {
     "t1": (0.58, 0.74, 0.78, 0.62),
     "t1c": (0.52, 0.72, 1.45, 0.60),
     "t2": (1.30, 1.05, 0.88, 1.15),
     "flair": (0.85, 1.25, 1.12, 1.15),
 }
-#: How the template's own detail, which its tissue maps do not explain, shows on each contrast.
+#: How strongly the template's own detail, which its tissue maps do not explain, shows on each contrast.
 _DETAIL_GAIN: Final[dict[Contrast, float]] = {"t1": 1.0, "t1c": 0.9, "t2": -0.8, "flair": -0.3}
-#: Standard deviation of the blur in mm, in the plane and across slices; T2 and FLAIR are often scanned in thick slices.
+#: Standard deviation of the blur in mm, in plane and across slices; T2 and FLAIR are often scanned in thick slices.
 _BLUR_MM: Final[dict[Contrast, tuple[float, float]]] = {
     "t1": (0.5, 0.5),
     "t1c": (0.5, 0.6),
@@ -50,9 +50,9 @@ def scan(
     confounders: Confounders,
     grid: PhantomGrid,
 ) -> dict[Contrast, npt.NDArray[np.int16]]:
-    """The four contrasts over the box; scanners differ in gain, bias field, blur and noise from case to case.
+    """Render the four contrasts over the box; gain, bias field, blur and noise differ from case to case.
 
-    Noise alone is drawn voxel by voxel; it has its own stream, so that the rest does not depend on the spacing.
+    Only noise is drawn voxel by voxel; it has a separate stream, so that the rest does not depend on the spacing.
     """
     images: dict[Contrast, npt.NDArray[np.int16]] = {}
     patches = Field.draw(rng, 7.0)
@@ -81,20 +81,20 @@ def _healthy_signal(
 
 
 def _open_fluid(tissue: TissueClass, contrast: Contrast) -> Floats:
-    """Fluid as it shines on T2: less in the thin layer over the brain, which the skull stripping half removes."""
+    """Fluid as it appears on T2: darker in the thin layer on the brain, half of which skull stripping removes."""
     if contrast != "t2":
         return tissue.fluid
     return tissue.fluid * np.clip(0.35 + 0.65 * tissue.depth_mm / 7, 0, 1)
 
 
 def _mottle(rng: np.random.Generator, patches: Field, grid: PhantomGrid, inside: Mask) -> Floats:
-    """Unevenness inside a tumour: patches that all contrasts share, and finer ones of each contrast's own."""
+    """Texture inside a tumour: patches shared by all contrasts, and finer ones specific to each."""
     own = Field.draw(rng, 4.0)
     return (0.7 * patches.on(grid.axes_mm) + 0.7 * own.on(grid.axes_mm))[inside]
 
 
 def _add_lesion(rng: np.random.Generator, contrast: Contrast, signal: Floats, lesion: Lesion, mottle: Floats) -> Floats:
-    """Mix the tumour's tissues into the healthy signal; oedema lets the anatomy below shine through."""
+    """Mix the tumour's tissues into the healthy signal; the underlying anatomy shows through oedema."""
     necrosis, oedema, enhancing, solid = _LESIONS[contrast] * np.exp(rng.normal(0, 0.08, 4))
     inner = necrosis if lesion.enhances else solid
     swollen = signal + 0.85 * lesion.oedema * (oedema * (1 + 0.06 * mottle) - signal)
@@ -104,15 +104,15 @@ def _add_lesion(rng: np.random.Generator, contrast: Contrast, signal: Floats, le
 
 @dataclass(frozen=True, kw_only=True)
 class _Scanner:
-    """How one contrast of one case was acquired."""
+    """Acquisition parameters of one contrast of one case."""
 
     gain: float
-    """Stored number of a signal of 1."""
+    """Stored value of a signal of 1."""
     blur_mm: tuple[float, float, float]
     noise: float
-    """Spread of the thermal noise, as a signal."""
+    """Standard deviation of the thermal noise, in units of signal."""
     surroundings: float
-    """Signal outside the brain while the scanner blurred; it was cut away later."""
+    """Signal outside the brain during blurring; it is removed afterwards."""
 
 
 def _draw_scanner(rng: np.random.Generator, contrast: Contrast) -> _Scanner:
@@ -128,7 +128,7 @@ def _draw_scanner(rng: np.random.Generator, contrast: Contrast) -> _Scanner:
 def _acquire(
     scanner: _Scanner, noise_rng: np.random.Generator, signal: Floats, inside: Mask, grid: PhantomGrid
 ) -> npt.NDArray[np.int16]:
-    """Blur, Rician noise, gain and rounding; 0 outside the brain, at least 1 inside."""
+    """Apply blur, Rician noise, gain and rounding; 0 outside the brain, at least 1 inside."""
     from scipy import ndimage
 
     texture, real, imaginary = noise_rng.standard_normal((3, signal.size), dtype=np.float32)

@@ -12,14 +12,14 @@ from data.phantoms.grids import Floats
 
 @dataclass(frozen=True, kw_only=True)
 class _Anatomy:
-    """Maps of the MNI152 brain, each of shape (X, Y, Z), and where they lie."""
+    """Maps of the MNI152 brain, each of shape (X, Y, Z), with their position."""
 
     maps: dict[str, Floats]
     spacing_mm: float
     origin_mm: tuple[float, float, float]
 
     def at(self, name: str, points_mm: Floats) -> Floats:
-        """Linear interpolation of a map at points in MNI space, shape (3, ...)."""
+        """Interpolate a map linearly at points in MNI space, shape (3, ...)."""
         from scipy import ndimage
 
         origin = np.array(self.origin_mm, dtype=np.float32).reshape(3, *[1] * (points_mm.ndim - 1))
@@ -29,7 +29,7 @@ class _Anatomy:
 
 @functools.cache
 def load_anatomy(spacing_mm: int) -> _Anatomy:
-    """Tissue fractions, brain mask and the detail of the T1 template that they leave unexplained."""
+    """Tissue fractions, brain mask, and the detail of the T1 template that they do not explain."""
     from nilearn import datasets  # type: ignore[import-untyped]
 
     template = datasets.load_mni152_template(resolution=spacing_mm)
@@ -38,7 +38,7 @@ def load_anatomy(spacing_mm: int) -> _Anatomy:
     white = np.asarray(datasets.load_mni152_wm_template(resolution=spacing_mm).dataobj, dtype=np.float32)
     brain = np.asarray(datasets.load_mni152_brain_mask(resolution=spacing_mm).dataobj, dtype=np.float32)
     fluid = np.clip(1 - grey - white, 0, 1)
-    # 0.87, 0.65 and 0.28 are the template's own means where a tissue fills the voxel.
+    # 0.87, 0.65 and 0.28 are the template's mean values in voxels filled by a single tissue.
     detail = np.where(brain > 0, t1 - 0.87 * white - 0.65 * grey - 0.28 * fluid, 0).astype(np.float32)
     maps = {"grey": grey, "white": white, "brain": brain, "detail": np.clip(detail, -0.15, 0.15)}
     x_mm, y_mm, z_mm = template.affine[:3, 3].tolist()
@@ -47,7 +47,7 @@ def load_anatomy(spacing_mm: int) -> _Anatomy:
 
 @functools.cache
 def load_landmarks() -> _Anatomy:
-    """Depth below the brain's surface in mm, and nearness of the ventricles from 0 to 1."""
+    """Depth below the brain's surface in mm, and proximity to the ventricles from 0 to 1."""
     from scipy import ndimage
 
     anatomy = load_anatomy(2)

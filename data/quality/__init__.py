@@ -1,9 +1,8 @@
-"""What can be wrong with a case or between cases: pure judgements on volumes that were read once.
+"""Quality checks on a case and between cases: pure functions of volumes that are read only once.
 
-``digest`` makes of a volume what is kept of it, a few megabytes; ``volume`` judges one contrast, ``contrasts`` those of
-one case together, ``labels`` the label map, ``cases`` the cases of a data set together. Thresholds are constants beside
-the judgement they belong to; each was set on real cases and phantoms with room to both sides, so that a healthy scan
-raises no problem.
+``digest`` condenses a volume to a few megabytes; ``volume`` judges one contrast, ``contrasts`` those of one case
+together, ``labels`` the label map, ``cases`` the cases of a data set together. Each threshold is a constant next to
+its check, and was set on real cases and phantoms with a margin on both sides, so that a healthy scan raises no problem.
 """
 
 from data.quality.finding import Finding, Kind, Severity

@@ -1,4 +1,4 @@
-"""Judgements on the cases of a data set together: the same images, or the same patient, under two ids."""
+"""Checks across the cases of a data set: the same image, or the same patient, under two ids."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from data.labels import Contrast
 from data.quality.digest import Digest
 from data.quality.finding import Finding
 
-#: Pictures of two patients in one atlas correlate by 0.6 to 0.85; the same scan, exported or scaled anew, by 1.
+#: Correlation of thumbnails: 0.6 to 0.85 between two patients in one atlas, 1 for the same scan exported or rescaled.
 SAME_SCAN: Final = 0.985
-#: Distance of the voxels of such a picture.
+#: Voxel spacing of a thumbnail.
 _PICTURE_MM: Final = 12.0
-#: Pictures with fewer voxels that are not 0 say nothing.
+#: Thumbnails with fewer non-zero voxels are not compared.
 _LEAST_VOXELS: Final = 200
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prints:
-    """What is kept of a case to find it again."""
+    """The data kept of a case to recognise it."""
 
     fingerprints: Mapping[Contrast, bytes]
-    """Of every contrast that is an image."""
+    """Fingerprint of every contrast that is an image."""
     pictures: Mapping[Contrast, npt.NDArray[np.float32]]
-    """A few hundred to thousand voxels of each, of mean 0 and norm 1; 0 stays apart from the brain."""
+    """Thumbnails of a few hundred to thousand voxels with mean 0 and norm 1, in which background differs from brain."""
 
 
 def prints_of(images: Mapping[Contrast, Digest]) -> Prints:
-    """What is kept of a case; of T1 alone, or else of the first contrast there is, a picture is kept."""
+    """Fingerprints of a case's contrasts, and a thumbnail of T1 or, without one, of the first contrast."""
     pictures = {}
     for contrast, one in list(images.items())[:1]:
         steps = [max(1, round(_PICTURE_MM / mm)) for mm in one.coarse_spacing_mm]
@@ -44,7 +44,7 @@ def prints_of(images: Mapping[Contrast, Digest]) -> Prints:
 
 
 def _unit(picture: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Values scaled over the brain so that its mean is 1 and 0 stays outside; then centred and of norm 1."""
+    """Scale the brain to mean 2 and standard deviation 1 on a background of 0, then the image to mean 0 and norm 1."""
     brain = picture != 0
     values = picture - picture[brain].mean()
     values = np.where(brain, values / max(float(values[brain].std()), 1e-12) + 2, 0)
@@ -53,7 +53,7 @@ def _unit(picture: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def judge_cases(prints: Mapping[str, Prints], patients: Mapping[str, str]) -> dict[str, list[Finding]]:
-    """Findings by case id; cases of one patient, by case id in ``patients``, are not compared by their looks."""
+    """Findings by case id; cases of one patient (according to ``patients``) are not compared by appearance."""
     findings: dict[str, list[Finding]] = defaultdict(list)
     same = _same_images(prints)
     for pair, contrasts in same.items():
@@ -82,7 +82,7 @@ def judge_cases(prints: Mapping[str, Prints], patients: Mapping[str, str]) -> di
 
 
 def _same_images(prints: Mapping[str, Prints]) -> dict[tuple[str, str], list[Contrast]]:
-    """Pairs of cases that share an image, each with the first case that had it."""
+    """Contrasts with equal images, by pair of cases; the first case that had an image comes first."""
     first: dict[bytes, str] = {}
     same: dict[tuple[str, str], list[Contrast]] = defaultdict(list)
     for case, own in prints.items():
@@ -94,7 +94,7 @@ def _same_images(prints: Mapping[str, Prints]) -> dict[tuple[str, str], list[Con
 
 
 def _alike(prints: Mapping[str, Prints]) -> set[tuple[str, str]]:
-    """Pairs of cases whose pictures of one contrast on one shape of grid correlate."""
+    """Pairs of cases whose thumbnails, of the same contrast and shape, correlate."""
     groups: dict[tuple[Contrast, tuple[int, ...]], list[str]] = defaultdict(list)
     for case, own in prints.items():
         for contrast, picture in own.pictures.items():

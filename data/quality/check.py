@@ -1,8 +1,8 @@
-"""Look a data set over before it is used: what was recognised, and what is wrong, case by case.
+"""Check a data set before it is used: what was recognised and what is wrong, case by case.
 
-Every file is read once; what is kept of it (:mod:`data.quality.digest`) is judged by the rules in
-:mod:`data.findings`. At most :data:`MOST_AT_ONCE` cases are read at a time, and of large ones one, so that memory does
-not grow with the machine's cores.
+Every file is read once; its digest (:mod:`data.quality.digest`) is judged by the rules in :mod:`data.quality`. No more
+than :data:`MOST_AT_ONCE` cases are read at a time, large ones one by one, so that memory does not grow with the number
+of cores.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ from data.quality.finding import Finding, Kind, problem_from
 from data.quality.labels import LabelDigest, digest_labels, judge_labels
 from data.quality.volume import judge_volume
 
-#: Cases read at a time; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
+#: Cases read concurrently; each holds one whole volume (36 MB at 240 x 240 x 155), four masks and four coarse copies.
 MOST_AT_ONCE: Final = 8
-#: Of cases with more voxels than this (512 x 512 x 256) one is read at a time.
+#: Cases with more voxels than this (512 x 512 x 256) are read one at a time.
 LARGE_VOXELS: Final = 2**26
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedCase:
-    """One case as it was found."""
+    """The result of checking one case."""
 
     case: str
     patient: str
@@ -48,40 +48,40 @@ class CheckedCase:
     shape: tuple[int, ...] | None
     spacing_mm: tuple[float, float, float] | None
     labels: tuple[int, ...] | None
-    """Values in the label map, 0 included; None without a readable one."""
+    """Values in the label map, including 0; None if there is no readable one."""
     findings: tuple[Finding, ...] = ()
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What makes the case unusable or wrong, a line each."""
+        """Findings that make the case unusable or wrong, one line each."""
         return tuple(finding.sentence for finding in self.findings if finding.severity == "problem")
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What is worth knowing, a line each."""
+        """Findings that are worth knowing, one line each."""
         return tuple(finding.sentence for finding in self.findings if finding.severity == "note")
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedDataSet:
-    """A data set as it was found."""
+    """The result of checking a data set."""
 
     root: Path
     cases: tuple[CheckedCase, ...]
     patients: int
     convention: str | None
-    """Name of the label convention, None where no label map was found or they contradict each other."""
+    """Name of the label convention; None if there is no label map or the label maps contradict each other."""
     findings: tuple[Finding, ...]
-    """What concerns the data set as a whole."""
+    """Findings about the data set as a whole."""
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What is wrong with the data set as a whole."""
+        """Problems of the data set as a whole."""
         return tuple(finding.sentence for finding in self.findings if finding.severity == "problem")
 
     @property
     def is_clean(self) -> bool:
-        """Nothing wrong anywhere; there may be notes."""
+        """Whether there are no problems anywhere; there may be notes."""
         return not self.problems and not any(case.problems for case in self.cases)
 
     def to_json(self) -> dict[str, Any]:
@@ -115,16 +115,16 @@ def check(
     labels: str | None = None,
     on_case: Callable[[str], None] | None = None,
 ) -> CheckedDataSet:
-    """Read every file of a data set once and say what was found.
+    """Read every file of a data set once and report what was found.
 
     Args:
         root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        follow_links: accept symbolic links that lead out of ``root``.
-        labels: name of the label convention, where the data set does not tell.
-        on_case: called with the id of each case that is done.
+        follow_links: accept symlinks that leave ``root``.
+        labels: name of the label convention, if it cannot be inferred from the data set.
+        on_case: called with the id of each case that has been checked.
 
     Raises:
-        DataError: no data set at all (no folder, no case, one id twice).
+        DataError: there is no data set at all (no folder, no case, or a duplicate id).
     """
     cases = find_cases(root, follow_links=follow_links)
 
@@ -162,7 +162,7 @@ def check(
 
 
 def _is_large(case: Case) -> bool:
-    """Whether the header of any contrast that can be read claims more than :data:`LARGE_VOXELS`."""
+    """Whether any readable header of the case claims more than :data:`LARGE_VOXELS` voxels."""
     for contrast, path in case.contrasts.items():
         with suppress(DataError):
             if prod(read_grid(path, case.volumes.get(contrast))[0]) > LARGE_VOXELS:
@@ -171,7 +171,7 @@ def _is_large(case: Case) -> bool:
 
 
 def check_case(case: Case) -> CheckedCase:
-    """Read the files of one case; every problem is collected, none raised."""
+    """Read the files of one case; problems are collected, not raised."""
     return _look(case)[0]
 
 
@@ -208,7 +208,7 @@ def _look(case: Case) -> tuple[CheckedCase, Prints]:
 def _read_contrasts(
     case: Case,
 ) -> tuple[dict[Contrast, Digest], dict[Contrast, npt.NDArray[np.bool_]], list[Finding]]:
-    """Read each contrast once, in the order of axes of the first: digests, where voxels are not 0, what failed."""
+    """Read each contrast once, in the axis order of the first: digests, masks of non-zero voxels, read failures."""
     seen: dict[Contrast, Digest] = {}
     nonzero: dict[Contrast, npt.NDArray[np.bool_]] = {}
     findings = []
@@ -231,7 +231,7 @@ def _read_contrasts(
 
 
 def _read_label(case: Case, first: Volume | None) -> tuple[LabelDigest | None, list[Finding]]:
-    """Read the label map, where there is one, in the order of axes of the first contrast."""
+    """Read the label map, if there is one, in the axis order of the first contrast."""
     if case.label is None:
         return None, []
     try:
@@ -242,7 +242,7 @@ def _read_label(case: Case, first: Volume | None) -> tuple[LabelDigest | None, l
 
 
 def _as_first(first: Volume | None, volume: Volume) -> Volume:
-    """The volume with its axes in the order of another's; as it is where the affines are the same already."""
+    """Return the volume in the axis order of another; unchanged if the affines are equal."""
     if first is None or np.array_equal(first.affine, volume.affine):
         return volume
     return in_order_of(first, volume)
@@ -259,19 +259,19 @@ def _non_finite(contrast: Contrast, count: int) -> Finding:
 
 
 def _background(contrast: Contrast, message: str) -> Finding:
-    """A note on an image whose background was brought to 0; all else is judged with it at 0."""
+    """A note on an image whose background was set to 0; all other checks see it that way."""
     action = "Usable; every command takes it as 0. Look whether the brain was cut out as you meant, or set it to 0"
     return Finding(kind="background", severity="note", contrast=contrast, message=message, action=action)
 
 
 def _rounded(message: str) -> Finding:
-    """A note on a label map that an editor saved with a scale."""
+    """A note on a label map saved with a scale by an editor."""
     action = "Usable; every command rounds them. Save the label map as whole numbers (UINT8, slope 1)"
     return Finding(kind="rounded labels", severity="note", contrast="label map", message=message, action=action)
 
 
 def _without_label(cases: list[str], count: int) -> Finding:
-    """A note on cases that can be predicted and not be trained on."""
+    """A note on cases that can be predicted but not used for training."""
     some = ", ".join(cases[:5]) + (" ..." if len(cases) > 5 else "")
     return Finding(
         kind="no label map",
@@ -284,7 +284,7 @@ def _without_label(cases: list[str], count: int) -> Finding:
 
 
 def _visits(cases: Sequence[Case]) -> list[Finding]:
-    """Notes on what is taken for visits of one patient by words in the ids, and on what may be such and is not."""
+    """Notes on cases grouped as visits of one patient by words in their ids, and on others that may be visits."""
     findings = []
     by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None])
     if by_words:
@@ -318,7 +318,7 @@ def _first(groups: Sequence[str]) -> str:
 
 
 def _kind_of(text: str) -> Kind:
-    """The kind of a problem that the file names of a case have."""
+    """The kind of a problem reported by the case's layout."""
     if text.startswith("contrast ") and " missing" in text:
         return "missing contrast"
     return "duplicate contrast" if text.startswith("two files for ") else "names and links"

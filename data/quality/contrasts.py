@@ -1,8 +1,8 @@
-"""Judgements on the contrasts of one case together: grids, masks, what the intensities say against the names.
+"""Check the contrasts of one case together: grids, masks, and whether intensities contradict the names.
 
-Tissue is compared after taking the local mean off, so that bias fields, gains and the fall-off to the brain's rim do
-not count. Then physics decides: T1 and T1c show white matter brighter than grey, T2 and FLAIR the reverse, so two pairs
-go together by rank correlation; fluid is dark on T1 and FLAIR and bright on T2.
+Tissue is compared after subtracting the local mean, so that bias fields, gains and the fall-off to the brain's rim
+cancel. Physics then decides: white matter is brighter than grey matter on T1 and T1c and darker on T2 and FLAIR, so
+rank correlation identifies the two pairs; fluid is dark on T1 and FLAIR and bright on T2.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from data.preprocess import smallest_box
 from data.quality.digest import Digest
 from data.quality.finding import Finding
 
-#: The local mean is taken over a box of about this edge.
+#: Approximate edge of the box for the local mean.
 _LOCAL_MM: Final = 14.0
-#: Coarser voxels, or fewer of them well inside the brain, tell no tissues apart.
+#: Coarser voxels, or fewer of them well inside the brain, do not distinguish tissues.
 _COARSEST_MM: Final = 6.5
 _LEAST_VOXELS: Final = 5000
-#: Rank correlations are taken over about as many voxels.
+#: Approximate number of voxels used for rank correlations.
 _SAMPLE: Final = 40_000
-#: Pairs go together by this much more than the names say before names are called wrong. Real cases: 0.4 to 1.3 for the
-#: right names.
+#: Minimum advantage in correlation of another pairing over that of the names before names are reported as wrong. Real
+#: cases with correct names have 0.4 to 1.3.
 _PAIR_MARGIN: Final = 0.15
-#: The same for fluid, in spreads of the local contrast. Real cases: 2.2 to 7.
+#: The same margin for fluid, in spreads of the local contrast. Real cases: 2.2 to 7.
 _FLUID_MARGIN: Final = 1.5
-#: Share of the voxels that is fluid at the least, where an image on which it is dark is darkest.
+#: Share of the voxels assumed to be fluid: the darkest ones of an image on which fluid is dark.
 _FLUID_SHARE: Final = 0.03
-#: Contrasts of one patient share a brain mask to this Dice (real cases 1.00, different patients up to 0.95), ...
+#: Contrasts are of one patient if the Dice of their brain masks reaches this (real cases 1.00, others up to 0.95),
 SAME_MASK_DICE: Final = 0.97
-#: ... or one's lies in the other's to this share, cut by its field of view (different patients up to 0.99), ...
+#: or if this share of one mask lies within the other, as after a cut field of view (different patients up to 0.99),
 PART_OF_MASK: Final = 0.997
-#: ... or their local contrast correlates with another's by this much (real cases 0.18 to 0.6, different ones to 0.13).
+#: or if their local contrasts correlate by at least this (real cases 0.18 to 0.6, different patients up to 0.13).
 SAME_ANATOMY: Final = 0.16
-#: Skew of the difference T1c - T1. Contrast agent only adds: 1.2 to 2.9 in real cases.
+#: Minimum skew of the difference T1c - T1. Contrast agent only adds signal: real cases have 1.2 to 2.9.
 _AGENT_SKEW: Final = -1.0
-#: Share of the brain that one contrast lacks and the others have, from which its field of view was cut.
+#: Share of the brain missing from one contrast but present in the others at which its field of view counts as cut.
 _LACKING: Final = 0.03
 
 
@@ -53,13 +53,13 @@ class Tissue:
     """Local contrast of the four contrasts over voxels well inside the brain."""
 
     spread: npt.NDArray[np.float32]
-    """Shape (contrasts, voxels), in spreads (half the distance between the quantiles 0.16 and 0.84)."""
+    """Shape (contrasts, voxels), in units of spread (half the distance between the quantiles 0.16 and 0.84)."""
     correlation: npt.NDArray[np.float64]
     """Rank correlation, shape (contrasts, contrasts)."""
 
 
 def judge_contrasts(seen: Mapping[Contrast, Digest]) -> list[Finding]:
-    """All findings on contrasts together; those that lie on another grid are left out of the comparisons."""
+    """All findings on the contrasts together; those on another grid are excluded from the comparisons."""
     if not seen:
         return []
     findings, fitting = judge_grids(seen)
@@ -76,7 +76,7 @@ def judge_contrasts(seen: Mapping[Contrast, Digest]) -> list[Finding]:
 
 
 def judge_grids(seen: Mapping[Contrast, Digest]) -> tuple[list[Finding], dict[Contrast, Digest]]:
-    """Findings on grids, and the contrasts on the grid that most of them share (the first in order on a tie)."""
+    """Findings on grids, and the contrasts on the most common grid (the first in order on a tie)."""
     groups: list[dict[Contrast, Digest]] = []
     for contrast, one in seen.items():
         for group in groups:
@@ -102,7 +102,7 @@ def judge_grids(seen: Mapping[Contrast, Digest]) -> tuple[list[Finding], dict[Co
 
 
 def same_voxels(images: Mapping[Contrast, Digest]) -> list[Finding]:
-    """A problem for every contrast that is a copy of one before it."""
+    """A problem for every contrast whose voxels equal those of an earlier one."""
     findings = []
     first: dict[bytes, Contrast] = {}
     for contrast, one in images.items():
@@ -117,7 +117,7 @@ def same_voxels(images: Mapping[Contrast, Digest]) -> list[Finding]:
 
 
 def compare_tissue(images: Mapping[Contrast, Digest]) -> Tissue | None:
-    """Local contrast and its correlations, or None where voxels are too coarse or too few."""
+    """Local contrast and its correlations; None if voxels are too coarse or too few."""
     one = next(iter(images.values()))
     if max(one.coarse_spacing_mm) > _COARSEST_MM or len({image.coarse.shape for image in images.values()}) > 1:
         return None
@@ -147,7 +147,7 @@ def _local_contrast(
     cover: npt.NDArray[np.float32],
     widths: list[int],
 ) -> npt.NDArray[np.float32]:
-    """Voxels inside less the mean of the brain around them."""
+    """Voxels inside minus the mean of the brain around them."""
     values = np.where(brain, voxels, 0).astype(np.float32)
     values /= max(np.abs(values).max(), np.finfo(np.float32).tiny)
     mean = ndimage.uniform_filter(values, widths, mode="constant")[inside] / cover[inside]
@@ -155,13 +155,13 @@ def _local_contrast(
 
 
 def _ranks(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float64]:
-    """Spearman's correlation between rows; equal values share no rank, which does not matter for so many."""
+    """Spearman's correlation between rows; ties are broken arbitrarily, which does not matter for so many values."""
     ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
     return np.asarray(np.corrcoef(ranks), dtype=np.float64)
 
 
 def other_patients(images: Mapping[Contrast, Digest], tissue: Tissue | None) -> list[Finding]:
-    """A problem for contrasts whose mask and whose anatomy both fit none of the others'."""
+    """A problem for contrasts whose mask and anatomy match none of the others'."""
     if tissue is None:
         return []
     names = list(images)
@@ -198,7 +198,7 @@ def other_patients(images: Mapping[Contrast, Digest], tissue: Tissue | None) -> 
 
 
 def lacking(images: Mapping[Contrast, Digest]) -> list[Finding]:
-    """A note for every contrast that lacks a part of the brain that the others have."""
+    """A note for every contrast that lacks a part of the brain present in the others."""
     masks = {contrast: image.coarse != 0 for contrast, image in images.items()}
     findings = []
     for contrast, mask in masks.items():
@@ -221,7 +221,7 @@ def lacking(images: Mapping[Contrast, Digest]) -> list[Finding]:
 
 
 def swapped(tissue: Tissue) -> list[Finding]:
-    """Findings on names that the intensities contradict, for the four contrasts in the project's order."""
+    """Findings on names contradicted by intensities, for the four contrasts in project order."""
     looks = most_likely(tissue)
     wrong = [(name, look) for name, look in zip(CONTRASTS, looks, strict=True) if look != _weighting(name)]
     if wrong:
@@ -246,12 +246,13 @@ def swapped(tissue: Tissue) -> list[Finding]:
 
 
 def most_likely(tissue: Tissue) -> tuple[str, str, str, str]:
-    """What each of the four contrasts looks like: ``T1 or T1c``, ``T2`` or ``FLAIR``.
+    """Infer what each of the four contrasts looks like: ``T1 or T1c``, ``T2`` or ``FLAIR``.
 
-    1. Of the three ways to make two pairs of four, the one whose pairs correlate most; another than that of the names
-       must win by :data:`_PAIR_MARGIN`.
-    2. Of its four readings - which pair is T1-weighted, which of the others is T2 - the one on which fluid, the darkest
-       voxels of either T1-weighted image, is brightest on T2 against FLAIR; likewise by :data:`_FLUID_MARGIN`.
+    1. Of the three ways to split four into two pairs, choose the one whose pairs correlate most; a pairing other than
+       that of the names must win by :data:`_PAIR_MARGIN`.
+    2. Of its four readings (which pair is T1-weighted, which of the others is T2), choose the one on which fluid, the
+       darkest voxels of either T1-weighted image, is brightest on T2 relative to FLAIR; a reading other than that of
+       the names must win by :data:`_FLUID_MARGIN`.
     """
     pairings = (((0, 1), (2, 3)), ((0, 2), (1, 3)), ((0, 3), (1, 2)))
     scores = [tissue.correlation[one] + tissue.correlation[other] for one, other in pairings]
@@ -269,7 +270,7 @@ def most_likely(tissue: Tissue) -> tuple[str, str, str, str]:
 
 
 def _fluid_contrast(spread: npt.NDArray[np.float32], reading: tuple[int, ...]) -> float:
-    """How much brighter the third image is than the fourth where either of the first two is darkest."""
+    """How much brighter the third image is than the fourth where the first or the second is darkest."""
     first, second, t2, flair = reading
     total = 0.0
     for anchor in (first, second):

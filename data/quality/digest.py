@@ -1,4 +1,4 @@
-"""What is kept of a contrast once it was read: its grid, a coarse copy, a few numbers."""
+"""Digest of a contrast: its grid, a subsampled copy and a few numbers, kept after its voxels are released."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ import numpy.typing as npt
 from data.nifti import Spacing, Volume, spacing_of
 from data.preprocess import MAX_NONZERO_FACES
 
-#: Statistics are taken on every n-th voxel along each axis, so that those lie about this far apart.
+#: Statistics use every n-th voxel along each axis, so that neighbouring samples are about this far apart.
 COARSE_MM: Final = 2.0
-#: Of a volume with fewer voxels nothing is left out.
+#: Smaller volumes are not subsampled.
 _SMALL_VOXELS: Final = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Digest:
-    """A contrast as the judgements see it."""
+    """A contrast as seen by the checks."""
 
     grid: Volume
-    """Shape, affine and path; its voxels are zeros that take no memory."""
+    """Shape, affine and path; its voxels are zeros that use no memory."""
     coarse: npt.NDArray[np.float32]
     """Every n-th voxel along each axis, shape (X, Y, Z), C order."""
     coarse_spacing_mm: Spacing
     nonzero_faces: float
     """Share of the voxels on the volume's six faces that are not 0."""
     has_range: bool
-    """Whether voxels that are not 0 differ from one another."""
+    """Whether the non-zero voxels have different values."""
     is_empty: bool
     """Whether every voxel is 0."""
     fingerprint: bytes
-    """Equal for equal voxels."""
+    """Equal for images with equal voxels."""
 
     @property
     def spacing_mm(self) -> Spacing:
-        """Voxel size of the file along each axis of the array."""
+        """Voxel size of the file along each array axis."""
         return self.grid.spacing_mm
 
     @property
     def is_image(self) -> bool:
-        """Whether there is a brain to judge: not where the background is not 0, which would be taken for brain."""
+        """Whether there is a brain to judge; False if the background is not 0, since it would be taken for brain."""
         return self.has_range and not self.is_empty and not self.has_background
 
     @property
@@ -53,12 +53,12 @@ class Digest:
 
 
 def grid_alone(volume: Volume) -> Volume:
-    """The volume without its voxels: zeros of its shape that take no memory."""
+    """The volume with its voxels replaced by zeros of the same shape, which use no memory."""
     return Volume(voxels=np.broadcast_to(np.uint8(0), volume.voxels.shape), affine=volume.affine, path=volume.path)
 
 
 def strides(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[int, int, int]:
-    """How many voxels to step along each axis for voxels about :data:`COARSE_MM` apart; 1 in small volumes.
+    """Step along each axis for voxels about :data:`COARSE_MM` apart; 1 in small volumes.
 
     Example:
         >>> strides((240, 240, 155), (1.0, 1.0, 1.0)), strides((512, 512, 24), (0.5, 0.5, 6.0))
@@ -71,11 +71,11 @@ def strides(shape: tuple[int, ...], spacing_mm: Spacing) -> tuple[int, int, int]
 
 
 def digest(volume: Volume) -> Digest:
-    """Make the digest of a contrast whose voxels are finite."""
+    """Create the digest of a contrast whose voxels are finite."""
     steps = strides(volume.voxels.shape, volume.spacing_mm)
     coarse = np.ascontiguousarray(volume.voxels[tuple(slice(None, None, step) for step in steps)])
-    whole = coarse if _differ(coarse) else volume.voxels  # what differs in the coarse copy differs in the volume
-    # Indexed, as np.take copies a whole volume in Fortran order, which files have, for each face.
+    whole = coarse if _differ(coarse) else volume.voxels  # differences in the coarse copy exist in the volume too
+    # np.take would copy a whole volume in Fortran order, as in NIfTI files, for each face.
     faces = [np.moveaxis(volume.voxels, axis, 0)[side] != 0 for axis in range(3) for side in (0, -1)]
     return Digest(
         grid=grid_alone(volume),
@@ -89,7 +89,7 @@ def digest(volume: Volume) -> Digest:
 
 
 def _differ(voxels: npt.NDArray[np.float32]) -> bool:
-    """Whether the voxels that are not 0 differ."""
+    """Whether the non-zero voxels have different values."""
     values = voxels[voxels != 0]
     return bool(values.size) and bool(values.max() > values.min())
 

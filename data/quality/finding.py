@@ -1,11 +1,11 @@
-"""What a finding is."""
+"""The result type of all checks."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-#: ``problem``: the data cannot be used as they are, or would teach the wrong thing. ``note``: worth knowing, usable.
+#: ``problem``: the data are unusable, or would teach the network something wrong. ``note``: worth knowing, but usable.
 Severity = Literal["problem", "note"]
 Kind = Literal[
     "missing contrast",
@@ -38,20 +38,20 @@ Kind = Literal[
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One thing that was noticed."""
+    """One observation about a case or a data set."""
 
     kind: Kind
     severity: Severity
     contrast: str | None = None
-    """The contrast, or ``label map``; None where it concerns the case or the data set as a whole."""
+    """The contrast, or ``label map``; None if the finding concerns the case or the data set as a whole."""
     message: str
-    """What came, as the beginning of a sentence without its full stop."""
+    """What was found, as the beginning of a sentence without a full stop."""
     action: str
-    """What will be done about it, or what to do; may be empty."""
+    """What will be done about it, or what the user should do; may be empty."""
 
     @property
     def sentence(self) -> str:
-        """All in one line.
+        """Contrast, message and action in one line.
 
         Example:
             >>> Finding(kind="empty", severity="problem", contrast="t2", message="no voxel", action="Add it").sentence
@@ -72,7 +72,7 @@ class Finding:
 
 
 def problem_from(text: str, *, kind: Kind, contrast: str | None = None) -> Finding:
-    """A problem from an error's text, whose first sentence says what came and whose others say what to do.
+    """Create a problem from an error's text: its first sentence is the message, the rest the action.
 
     Example:
         >>> problem_from("a.nii: the file is empty. Copy it again.", kind="unreadable").action

@@ -1,7 +1,7 @@
-"""The range of intensities in a data set, so that a case unlike its cases is noticed.
+"""The range of intensities in a data set, used to detect cases unlike those in it.
 
-What is compared are quantiles of the z-scored brain, which know neither a scanner's scale nor its offset: a skull that
-was left on, a swapped or inverted contrast, clipped or gamma-changed intensities move them.
+Quantiles of the z-scored brain are compared, since they do not depend on a scanner's scale and offset. A skull that was
+left on, a swapped or inverted contrast, and clipped or gamma-corrected intensities change them.
 """
 
 from __future__ import annotations
@@ -15,38 +15,38 @@ import numpy.typing as npt
 
 from data.labels import CONTRASTS, Contrast
 
-#: Which quantiles.
+#: The quantiles compared.
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
-#: Of fewer cases a range says too little; chosen.
+#: Minimum number of cases for a meaningful range; chosen by judgement.
 LEAST_CASES: Final = 10
-#: A case is unusual where a quantile lies beyond the range by more than the range's width - that of few cases is
-#: narrower than that of all to come - and by more than a quarter of a standard deviation of the brain, which
-#: differences in brain masks and a large tumour can do. Chosen on six cases of BraTS 2021, each against the other
-#: five: with half the width and a tenth of a deviation four were unusual, so two; with either, all six were when T1 and
-#: T2 were swapped.
+#: A case is unusual if a quantile lies beyond the range by more than the range's width (the range of few cases is
+#: narrower than that of all future ones) and by more than a quarter of a standard deviation of the brain (which
+#: different brain masks and a large tumour can cause). Chosen on six cases of BraTS 2021, each against the other
+#: five: with half the width and a tenth of a deviation four were unusual, with these values two; with either, all six
+#: were when T1 and T2 were swapped.
 MARGIN_SHARE: Final = 1.0
 MARGIN_SD: Final = 0.25
-#: Planes of a volume that are looked at, or up to twice as many; they hold more than enough voxels.
+#: Minimum number of planes sampled per volume; at most twice as many. They hold more than enough voxels.
 _PLANES: Final = 16
 
-#: By contrast that is there: a number a quantile.
+#: For each contrast present, one number per quantile.
 Quantiles = Mapping[Contrast, tuple[float, ...]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IntensityRange:
-    """Least and largest quantiles over cases."""
+    """Smallest and largest quantiles over cases."""
 
     cases: int
-    """How many."""
+    """Number of cases."""
     least: Quantiles
     largest: Quantiles
 
     def unusual(self, found: Quantiles) -> tuple[Contrast, ...]:
-        """The contrasts of a case of which a quantile lies clearly beyond the range; none where it is of too few cases.
+        """Contrasts of a case with a quantile clearly beyond the range; empty if the range covers too few cases.
 
         Args:
-            found: of the case; contrasts that it lacks are not judged.
+            found: quantiles of the case; missing contrasts are not judged.
         """
         if self.cases < LEAST_CASES:
             return ()
@@ -63,7 +63,7 @@ class IntensityRange:
         return bool(((values < least - margin) | (values > largest + margin)).any())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as :func:`range_from_json` takes it."""
+        """Plain data, the input of :func:`range_from_json`."""
         return {
             "version": 1,
             "cases": self.cases,
@@ -77,7 +77,7 @@ def range_from_json(content: Mapping[str, Any]) -> IntensityRange:
     """Undo :meth:`IntensityRange.to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: it is not of that form.
+        KeyError, TypeError, ValueError, AttributeError: the content has another form.
     """
     if content["version"] != 1 or tuple(content["quantiles"]) != QUANTILES:
         raise ValueError(f"version {content['version']}, quantiles {content['quantiles']}")
@@ -92,11 +92,11 @@ def range_from_json(content: Mapping[str, Any]) -> IntensityRange:
 
 
 def quantiles_of(image: npt.NDArray[np.floating]) -> dict[Contrast, tuple[float, ...]]:
-    """Quantiles of the voxels that are not 0, of evenly spread planes.
+    """Quantiles of the non-zero voxels in evenly spaced planes.
 
     Args:
         image: shape (4, X, Y, Z), order of :data:`data.labels.CONTRASTS`, z-scored in the brain; a contrast that is 0
-            everywhere is missing.
+            everywhere counts as missing.
     """
     planes = image[:, :: max(1, image.shape[1] // _PLANES)]
     found: dict[Contrast, tuple[float, ...]] = {}
@@ -125,7 +125,7 @@ def range_of(cases: Iterable[Quantiles]) -> IntensityRange:
 
 
 def merged_range(ranges: Iterable[IntensityRange]) -> IntensityRange:
-    """The range over the cases of several; cases in more than one of them count in each."""
+    """The range over the cases of several ranges; a case in more than one of them is counted in each."""
     found = list(ranges)
     both = range_of([*(one.least for one in found), *(one.largest for one in found)])
     return IntensityRange(cases=sum(one.cases for one in found), least=both.least, largest=both.largest)

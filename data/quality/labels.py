@@ -1,4 +1,4 @@
-"""Judgements on a label map, against the brain it lies in and the images it was drawn on."""
+"""Checks on a label map, against the brain that contains it and the images it was drawn on."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from data.quality.digest import Digest, grid_alone, strides
 from data.quality.finding import Finding
 
 WHAT: Final = "label map"
-#: A label of which more than this share lies outside of the brain is not where it belongs.
+#: A label map with more than this share outside the brain is misplaced.
 MOST_OUTSIDE: Final = 0.1
-#: Tumours smaller than this many voxels of the coarse copy tell nothing by their intensities.
+#: Tumours with fewer voxels than this in the coarse copy are too small to be judged by intensity.
 _LEAST_TUMOUR: Final = 500
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelDigest:
-    """What is kept of a label map."""
+    """The data kept of a label map."""
 
     grid: Volume
     """Shape, affine and path, without voxels."""
     values: tuple[int, ...]
-    """Values that occur, 0 included."""
+    """The distinct values, including 0."""
     box: tuple[slice, slice, slice] | None
-    """The smallest box with every voxel that is not 0, None without any."""
+    """The smallest box that contains every non-zero voxel; None if there is none."""
     tumour: npt.NDArray[np.bool_]
-    """Where it is not 0, inside of the box."""
+    """Mask of the non-zero voxels within the box."""
     coarse: npt.NDArray[np.bool_]
-    """Where it is not 0 at the voxels of :attr:`data.quality.digest.Digest.coarse`."""
+    """Mask of the non-zero voxels, subsampled like :attr:`data.quality.digest.Digest.coarse`."""
 
 
 def digest_labels(label: Volume) -> LabelDigest:
-    """Make the digest of a label map (uint8)."""
+    """Create the digest of a label map (uint8)."""
     marked = label.voxels != 0
     box = smallest_box(marked) if marked.any() else None
     tumour = marked if box is None else marked[box]
@@ -61,9 +61,9 @@ def judge_labels(
 
     Args:
         label: the label map.
-        brains: where each contrast on the reference's grid is not 0.
-        reference: the grid of the contrasts; None where no contrast could be read.
-        flair: FLAIR, where it is there and on the same grid.
+        brains: for each contrast on the reference's grid, the mask of its non-zero voxels.
+        reference: the grid of the contrasts; None if no contrast could be read.
+        flair: FLAIR, if present and on the same grid.
     """
     difference = None if reference is None else grid_difference(reference, label.grid)
     if reference is not None and difference is not None:
@@ -87,16 +87,16 @@ def judge_labels(
 
 
 def findings_of_place(findings: list[Finding]) -> bool:
-    """Whether one of the findings says that the label map lies elsewhere."""
+    """Whether a finding reports that the label map is misplaced."""
     return any(finding.kind == "label outside the brain" for finding in findings)
 
 
 def outside(tumour: npt.NDArray[np.bool_], brains: Sequence[npt.NDArray[np.bool_]]) -> list[Finding]:
-    """A finding where labelled voxels lie where every image is 0: a problem if they are many, a note if few.
+    """A finding if labelled voxels lie where every image is 0: a problem if there are many, a note if few.
 
     Args:
-        tumour: where it is labelled.
-        brains: where each image is not 0, same shape.
+        tumour: mask of the labelled voxels.
+        brains: for each image, the mask of its non-zero voxels; same shape.
     """
     stray = tumour.copy()
     for brain in brains:
@@ -121,7 +121,7 @@ def outside(tumour: npt.NDArray[np.bool_], brains: Sequence[npt.NDArray[np.bool_
 
 
 def islands(tumour: npt.NDArray[np.bool_]) -> list[Finding]:
-    """A note on labelled voxels without any neighbour among the 26 around them."""
+    """A note on labelled voxels without any labelled voxel among their 26 neighbours."""
     count = lonely(tumour)
     if not count:
         return []
@@ -137,7 +137,7 @@ def islands(tumour: npt.NDArray[np.bool_]) -> list[Finding]:
 
 
 def lonely(mask: npt.NDArray[np.bool_]) -> int:
-    """How many marked voxels have no marked neighbour, diagonals included.
+    """Number of marked voxels without a marked neighbour, diagonals included.
 
     Example:
         >>> mask = np.zeros((3, 3, 3), dtype=bool)
@@ -146,7 +146,7 @@ def lonely(mask: npt.NDArray[np.bool_]) -> int:
         1
     """
     around = np.pad(mask, 1).astype(np.uint8)
-    for axis in range(3):  # sums over three voxels along each axis in turn: the 27 of a cube
+    for axis in range(3):  # sums of three voxels along each axis in turn give the 27 of a cube
         size = around.shape[axis]
         before, here, after = (np.take(around, range(k, size - 2 + k), axis=axis) for k in range(3))
         around = before + here + after
@@ -154,7 +154,7 @@ def lonely(mask: npt.NDArray[np.bool_]) -> int:
 
 
 def beside(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
-    """A note where FLAIR is not brighter in the label than in the rest of the brain, as it is in a glioma."""
+    """A note if FLAIR is not brighter in the label than in the rest of the brain, as it is in a glioma."""
     if coarse.shape != flair.coarse.shape:
         return []
     inside, healthy = flair.coarse[coarse], flair.coarse[(flair.coarse != 0) & ~coarse]

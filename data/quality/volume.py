@@ -1,4 +1,4 @@
-"""Judgements on one contrast: nothing in it, a skull left on, thick slices, a cut field of view."""
+"""Checks on one contrast: empty image, skull not stripped, thick slices, cut field of view."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ from data.nifti import Spacing
 from data.quality.digest import Digest
 from data.quality.finding import Finding
 
-#: Spacing along one axis from which slices are called thick, if it is also this many times the finest.
+#: Slices are thick from this spacing on if it is also at least ``THICK_RATIO`` times the finest spacing.
 THICK_MM: Final = 3.0
 THICK_RATIO: Final = 1.5
-#: Slices this many times as thick as the finest spacing are thick whatever they measure.
+#: Slices this many times the finest spacing are thick at any spacing.
 VERY_THICK_RATIO: Final = 3.0
-#: A brain with its fluid takes 1 to 2 litres; MNI152's mask has 1.9, a head with its skull 3 and more.
+#: A brain with its fluid takes 1 to 2 litres; MNI152's mask has 1.9, a head with its skull 3 or more.
 MOST_BRAIN_LITRES: Final = 2.5
-#: A brain that ends in a plane of more than this was cut. The brain stem of a BraTS volume takes up to 5 cm2.
+#: A brain that ends in a larger plane was cut. The brain stem in a BraTS volume takes up to 5 cm2.
 CUT_CM2: Final = 25.0
-#: The convex end of a head of 70 mm radius grows by 2 pi 70 mm2 for each mm; a thick slice of it is no cut.
+#: Area that the convex end of a head gains per mm (2 pi 70 mm2 at a radius of 70 mm, with a margin), so that its last
+#: thick slice does not count as a cut.
 _END_MM: Final = 900.0
-#: A skull lies above this depth in mm below the outermost tissue, and the brain from there to the second.
+#: Depths in mm below the outermost tissue: a skull lies above the first, and brain between the first and the second.
 _BAND_MM: Final = 24.0
 _INNER_MM: Final = 45.0
-#: Longer steps along a ray miss it.
+#: Longer steps along a ray could miss the skull.
 _LONGEST_STEP_MM: Final = 6.0
 #: A skull's band is darker than rim and brain by this factor; sulci average out over many rays.
 _DARK_BAND: Final = 0.55
-#: Quantile that stands for the darkest tissue.
+#: Quantile used as the darkest tissue.
 _DARKEST: Final = 0.005
-#: Fewer rays into the head than this say nothing.
+#: Minimum number of rays into the head for a verdict.
 _LEAST_RAYS: Final = 30
 
 _AXES: Final = ("left-right", "anterior-posterior", "inferior-superior")
@@ -42,8 +43,8 @@ def judge_volume(seen: Digest, contrast: str) -> list[Finding]:
     """All findings on one contrast.
 
     Args:
-        seen: the contrast.
-        contrast: its name.
+        seen: digest of the contrast.
+        contrast: name of the contrast.
     """
     if seen.is_empty:
         message, action = "every voxel is 0", "Export the image again, or leave the case out"
@@ -58,7 +59,7 @@ def judge_volume(seen: Digest, contrast: str) -> list[Finding]:
 
 
 def thick_slices(spacing_mm: Spacing, contrast: str) -> Finding | None:
-    """A note where slices are thick; a coarse grid that is equally coarse along all axes has no slices.
+    """A note if slices are thick; a coarse grid with equal spacing along all axes has no slices.
 
     Example:
         >>> thick_slices((1.0, 1.0, 5.0), "t2").message
@@ -78,9 +79,9 @@ def thick_slices(spacing_mm: Spacing, contrast: str) -> Finding | None:
 
 
 def skull(seen: Digest, contrast: str) -> Finding | None:
-    """A problem where the image is no skull-stripped brain.
+    """A problem if the image is not a skull-stripped brain.
 
-    Three signs, each enough: most of the volume's faces are not 0 (air was not removed); more than
+    Each of three signs is enough: most of the volume's faces are not 0 (air was not removed); more than
     :data:`MOST_BRAIN_LITRES` are not 0; a dark band (skull) lies between a bright rim (scalp) and the brain.
     """
     if seen.has_background:
@@ -111,14 +112,14 @@ def has_dark_band(
 ) -> bool:
     """Whether most directions into the head cross bright, dark, bright within 45 mm.
 
-    Where there are negative numbers, as after z-scoring, dark is counted from the darkest tissue instead of from 0.
+    If there are negative values, as after z-scoring, darkness is measured from the darkest tissue instead of from 0.
 
-    Rays go in along both directions of each axis. Each direction's profile is the
-    median over its rays, by depth below the first tissue, so that single sulci and vessels do not show.
+    Rays enter along both directions of each axis. The profile of a direction is the median over its rays, by depth
+    below the first tissue, so that single sulci and vessels do not show.
 
     Args:
         voxels: shape (X, Y, Z).
-        tissue: where there is any, same shape.
+        tissue: mask of the tissue, same shape.
         spacing_mm: voxel size.
     """
     if voxels.min() < 0:
@@ -135,7 +136,7 @@ def has_dark_band(
 def _both_ways(
     voxels: npt.NDArray[np.float32], tissue: npt.NDArray[np.bool_], axis: int
 ) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
-    """The rays along an axis, depth first, from both ends; those alone that meet the middle third of the tissue."""
+    """The rays from both ends of an axis, depth first, limited to those through the middle third of the tissue."""
     there = np.argwhere(tissue.any(axis=axis))
     if not there.size:
         return []
@@ -147,7 +148,7 @@ def _both_ways(
 
 
 def _band_along(rays: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_], step_mm: float) -> bool | None:
-    """Bright, dark, bright along one direction; None where too few rays go deep enough or steps are too long."""
+    """Whether one direction is bright, dark, bright; None if too few rays go deep enough or steps are too long."""
     depth = round(_INNER_MM / step_mm) + 1
     if step_mm > _LONGEST_STEP_MM:
         return None
@@ -165,7 +166,7 @@ def _band_along(rays: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_], st
 
 
 def cut_field_of_view(seen: Digest, contrast: str) -> Finding | None:
-    """A note where the brain ends in a plane, at the volume's border or before it."""
+    """A note if the brain ends in a plane, at the volume's border or before it."""
     tissue = seen.coarse != 0
     ends = []
     for axis, mm in enumerate(seen.coarse_spacing_mm):
@@ -175,7 +176,7 @@ def cut_field_of_view(seen: Digest, contrast: str) -> Finding | None:
         taken = np.flatnonzero(areas_mm2)
         limit_mm2 = max(CUT_CM2 * 100, _END_MM * mm)
         ends += [(float(areas_mm2[end]), axis) for end in (taken[0], taken[-1]) if areas_mm2[end] > limit_mm2]
-    if not ends or len(ends) > 3:  # a box that is filled to all sides was not cut: nothing can be told
+    if not ends or len(ends) > 3:  # a box filled on all sides was not cut, so there is no verdict
         return None
     area_mm2, axis = max(ends)
     return Finding(
@@ -188,5 +189,5 @@ def cut_field_of_view(seen: Digest, contrast: str) -> Finding | None:
 
 
 def _name(seen: Digest, axis: int) -> str:
-    """The anatomical name of the array's axis."""
+    """The anatomical name of an array axis."""
     return _AXES[int(np.abs(seen.grid.affine[:3, axis]).argmax())]

@@ -1,4 +1,4 @@
-"""Backgrounds that are not 0, against images whose right answer is known."""
+"""Backgrounds that are not 0, tested on images with a known result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Call = Callable[..., Any]
 
 @cache
 def brain() -> Voxels:
-    """A ball of tissue from 200 to 1200 with dark fluid in the middle and some on its rim, on a background of 0."""
+    """A ball of tissue from 200 to 1200 with dark fluid in the middle and partly on its rim, on a background of 0."""
     random = np.random.default_rng(0)
     x, y, z = np.ogrid[-24:24, -24:24, -24:24]
     radius = np.sqrt(x**2 + y**2 + z**2)
@@ -137,7 +137,7 @@ def test_rings_of_interpolation_are_background(fill: float) -> None:
     image = ndimage.shift(np.where(brain() == 0, np.float32(fill), brain()), shift, order=3, cval=fill)
     there = cleaned(image) != 0
     true = ndimage.shift((brain() != 0).astype(np.float32), shift, order=1) >= 0.5
-    # Which voxels of the rim count is open to one voxel; the ball has 0.2 of its own in its outermost layer.
+    # The rim may be off by one voxel; the ball's outermost layer holds 0.2 of its voxels.
     assert 2 * np.count_nonzero(there & true) / (there.sum() + true.sum()) > 0.93
 
 
@@ -165,7 +165,7 @@ def test_a_background_that_is_refused_is_not_judged_further() -> None:
 
 
 def with_background(folder: Path, target: Path, change: Callable[[Voxels], Voxels]) -> Path:
-    """A copy of a case whose images have another background."""
+    """A copy of a case whose images have a different background."""
     (target / folder.name).mkdir(parents=True)
     for path in folder.glob("*.nii.gz"):
         image: Any = nib.load(path)
@@ -254,12 +254,12 @@ def test_no_voxel_of_a_real_case_is_changed(real_cases: Path) -> None:
             assert read_image(path).background is None
 
 
-# Label maps that an editor saved with a scale
+# Label maps saved with a scale by an editor
 
 
 @pytest.fixture
 def scaled(phantoms: Path, tmp_path: Path) -> Path:
-    """A case whose label map holds 1.0039, 1.9922 and 4."""
+    """A case whose label map contains 1.0039, 1.9922 and 4."""
     case = find_cases(phantoms)[0]
     folder = with_background(case.folder, tmp_path / "scaled", lambda v: v)
     (path,) = folder.rglob("*_seg.nii.gz")

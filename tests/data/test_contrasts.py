@@ -1,4 +1,4 @@
-"""Which contrasts are there: fifteen subsets, one reference, one mask."""
+"""Subsets of contrasts: fifteen subsets, one reference, one presence mask."""
 
 from __future__ import annotations
 

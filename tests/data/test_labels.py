@@ -1,4 +1,4 @@
-"""Label numbers, codes and regions: there and back, and what a label map may hold."""
+"""Label numbers, codes and regions: round trips, and the values a label map may contain."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The geometry contract: label maps on exactly the reference's grid, every voxel order, every kind of bad file."""
+"""NIfTI geometry: label maps on exactly the reference's grid, every voxel order, every kind of bad file."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ properties = settings(derandomize=True, deadline=None, max_examples=40)
 Affine = npt.NDArray[np.float64]
 SHAPE = (4, 5, 6)
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
-#: All signed permutations of the axes: every way to store a volume without turning it.
+#: All signed permutations of the axes: every way to store a volume without rotating it.
 AXIS_ORDERS = [
     tuple(zip(order, signs, strict=True))
     for order in itertools.permutations(range(3))
     for signs in itertools.product((1, -1), repeat=3)
 ]
-#: Header fields that say where a voxel is, and how long a side.
+#: Header fields that determine where a voxel is and how large.
 GRID_FIELDS = [
     *("pixdim", "xyzt_units", "qform_code", "sform_code", "quatern_b", "quatern_c", "quatern_d"),
     *("qoffset_x", "qoffset_y", "qoffset_z", "srow_x", "srow_y", "srow_z"),
@@ -87,7 +87,7 @@ def save(path: Path, voxels: npt.NDArray[Any], affine: Affine = LPS) -> Path:
 def reference(
     path: Path, codes: tuple[int, int], affine: Affine, form: tuple[Any, str] = (nib.Nifti1Image, "<")
 ) -> Path:
-    """A scaled int16 image with every field set that could be lost."""
+    """A scaled int16 image with every field set that might be lost."""
     kind, order = nib.Nifti2Image if "2" in form else nib.Nifti1Image, form[-1]
     header = kind.header_class(endianness=order)
     header.set_data_dtype(np.dtype(np.int16).newbyteorder(order))
@@ -106,7 +106,7 @@ def reference(
 
 
 def raw_header(path: Path) -> Any:
-    """As the bytes on disk say it, before nibabel reads a meaning into them."""
+    """The header as stored on disk, before nibabel interprets it."""
     content = gzip.decompress(path.read_bytes()) if path.name.endswith("gz") else path.read_bytes()
     order = "<" if content[0] in (348 % 256, 540 % 256) else ">"
     kind = nib.Nifti1Header if 348 in (int.from_bytes(content[:4], b) for b in ("little", "big")) else nib.Nifti2Header
@@ -324,7 +324,7 @@ def write_cut_short(path: Path) -> None:
 
 
 def write_flipped_bit(path: Path) -> None:
-    """One voxel other than it was, which only gzip's checksum can tell."""
+    """Change one voxel so that only gzip's checksum can reveal it."""
     content = nib.Nifti1Image(np.full((20, 20, 20), 7, dtype=np.uint8), LPS).to_bytes()
     packed = bytearray(gzip.compress(content, compresslevel=0))
     packed[5000] ^= 1
@@ -332,7 +332,7 @@ def write_flipped_bit(path: Path) -> None:
 
 
 def write_header(path: Path, **fields: Any) -> None:
-    """A header alone, uncompressed or not, as nibabel would never write it."""
+    """Write a header only, compressed or not, as nibabel never would."""
     image = nib.Nifti1Image(np.zeros(SHAPE, dtype=np.float32), LPS)
     image.header.set_qform(LPS, 0)
     for name, value in fields.items():
@@ -392,7 +392,7 @@ def test_the_checksum_of_a_4d_file_counts_whichever_volume_is_read(tmp_path: Pat
     save(path, voxels)
     assert np.array_equal(read_volume(path, 0).voxels, voxels[..., 0])
     content = bytearray(path.read_bytes())
-    content[-8] ^= 1  # of the checksum, after the voxels of all four
+    content[-8] ^= 1  # in the checksum, after the voxels of all four volumes
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"four\.nii\.gz"):
         read_volume(path, 0)
@@ -567,7 +567,7 @@ def test_the_path_to_write_to_keeps_the_ending_and_the_folder(tmp_path: Path) ->
     assert beside.name.endswith("a.nii.gz")
 
 
-# Files whose names mislead
+# Files with misleading names
 
 
 @pytest.mark.parametrize(("name", "packed"), [("a.nii", True), ("a.nii.gz", False)])
@@ -613,7 +613,7 @@ def test_a_packed_file_named_nii_that_is_cut_short_is_refused(tmp_path: Path) ->
         read_volume(tmp_path / "a.nii")
 
 
-# Names of files that are being written
+# Names of partial files
 
 
 @pytest.mark.parametrize("stem", ["x" * 248, "\u00e4" * 124, "a"])

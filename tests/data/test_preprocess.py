@@ -1,4 +1,4 @@
-"""The way in and back: the same head gives the same array however it is stored, and masks return to its files' grid."""
+"""Preprocessing: a head gives the same array however it is stored, and masks return to the grid of its files."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from data.preprocess import (
 properties = settings(derandomize=True, deadline=None, max_examples=40)
 LPS = np.array([[-0.9, 0, 0, 12], [0, -1.1, 0, 7], [0, 0, 2.0, -5], [0, 0, 0, 1]])
 SHAPE = (14, 12, 10)
-#: Where the brain of :func:`head` lies.
+#: Bounds of the brain in :func:`head`.
 BOX = (slice(2, 12), slice(1, 9), slice(3, 8))
 SIDES = (10, 8, 5)
 ORDERS = ["".join(order) for axes in ("LAS", "RPI", "RAS", "LPI") for order in itertools.permutations(axes)]
@@ -45,7 +45,7 @@ sides = st.tuples(*[st.integers(1, 12)] * 3)
 
 
 def head(seed: int = 0) -> tuple[dict[Contrast, npt.NDArray[np.float32]], npt.NDArray[np.uint8]]:
-    """Four contrasts of whole numbers in a box, each with a level of its own, and BraTS 2021 labels inside."""
+    """Four contrasts of whole numbers in a box, each at a different level, with BraTS 2021 labels inside."""
     random = np.random.default_rng(seed)
     images: dict[Contrast, npt.NDArray[np.float32]] = {c: np.zeros(SHAPE, dtype=np.float32) for c in CONTRASTS}
     for level, image in enumerate(images.values(), start=1):
@@ -266,7 +266,7 @@ def test_resampling_stays_between_the_extremes(voxels: Any, target: tuple[int, i
 @properties
 @given(st.integers(0, 2), st.sampled_from([8, 12, 24, 36, 48, 60]))
 def test_resampling_covers_the_same_box(axis: int, side: int) -> None:
-    """A ball keeps its centre and its volume in shares of the box."""
+    """A ball keeps its centre and its volume as a share of the box."""
     distance = ((np.indices((24, 24, 24)) - np.array([9, 13, 11]).reshape(3, 1, 1, 1)) ** 2).sum(axis=0)
     ball = np.exp(-distance / 20).astype(np.float32)
     shape = [24, 24, 24]

@@ -31,6 +31,8 @@ def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_
         KeyboardInterrupt: stopped while predicting; whole cases are kept.
     """
     run, result = folds.run(fold), folds.result_file(fold)
+    # As predict chooses, so that its label maps have these scores; before the hours of training, as it may refuse.
+    runtime = choose_backend("auto", folds.config.runtime)
     if not (result.exists() and has_begun(run)):
 
         def told(progress: Progress) -> None:
@@ -50,7 +52,6 @@ def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_
         result.parent.mkdir(exist_ok=True)
         write_json(result, {**outcome.to_json(), "run": run.name})
     json_object(read_json(result), result)
-    runtime = choose_backend("auto", folds.config.runtime)  # as predict, so that its label maps have these scores
     model = load_model(run, runtime)
     validation = folds.splits[fold].validation
     for number, case_id in enumerate(validation):

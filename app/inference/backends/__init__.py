@@ -1,1 +1,1 @@
-"""What computes a network's answer for a window: a graph of operations, and torch or OpenVINO to run it."""
+"""Computation of a network on windows: a graph of operations, and torch or OpenVINO to run it."""

@@ -1,4 +1,4 @@
-"""Which backend computes a trained network, on what, and why."""
+"""Choose the backend and device of a trained network, with the reasons."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from app.system.device import Runtime, RuntimeConfig, choose_runtime, cpu_precis
 
 Backend = Literal["auto", "torch", "openvino"]
 
-#: Where drivers of GPUs that torch knows show themselves: NVIDIA, NVIDIA Tegra, AMD, and either under Windows' Linux.
+#: Device files of the GPU drivers that torch supports: NVIDIA, NVIDIA Tegra, AMD, and either under WSL.
 _DRIVERS: Final = ("nvidiactl", "nvidia0", "nvhost-gpu", "kfd", "dxg")
 
 
 def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("/dev")) -> Runtime:
-    """Choose what computes a trained network.
+    """Choose the backend, device and precision of a trained network.
 
-    ``auto`` takes torch on a GPU, and on a CPU OpenVINO where it is installed: it is faster there, and it spares the
-    import of torch. Whatever scores a trained network asks here, as ``predict`` does, so that on one machine all of
-    them compute alike; backends and precisions round differently.
+    ``auto`` takes torch on a GPU. On a CPU it takes OpenVINO if that is installed: it is faster there, and torch need
+    not be imported. Everything that scores a trained network calls this, as ``predict`` does, so that all results on
+    one machine are computed alike; backends and precisions round differently.
 
     Args:
         wanted: ``auto``, ``torch`` or ``openvino``.
-        config: device and precision that are asked for.
-        devices: where the system shows devices.
+        config: device and precision that are requested.
+        devices: folder of the system's device files.
 
     Raises:
-        DeviceError: what is asked for is not there.
+        DeviceError: what is requested is not available.
         ValueError: ``wanted`` is none of the three.
     """
     if wanted not in get_args(Backend):
@@ -69,9 +69,9 @@ def _require_openvino(config: RuntimeConfig) -> None:
 
 
 def may_have_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether a driver of a GPU shows itself, so that it is worth while to import torch and ask it.
+    """Whether a GPU driver is present, so that it is worthwhile to import torch and query it.
 
-    True on systems that show no devices.
+    True on systems without a folder of device files.
     """
     return not devices.is_dir() or any((devices / name).exists() for name in _DRIVERS)
 

@@ -1,4 +1,4 @@
-"""What computes a whole volume with a trained network: torch on CPU or GPU, or OpenVINO on the CPU."""
+"""Executors of a trained network on whole volumes: torch on CPU or GPU, or OpenVINO on the CPU."""
 
 from __future__ import annotations
 
@@ -23,68 +23,68 @@ if TYPE_CHECKING:
     from app.inference.backends.openvino_backend import CompiledNetwork
     from app.inference.backends.torch_backend import GraphNetwork
 
-#: What libraries take beside the values of a network that must be held, as a factor on these.
+#: Memory for the values that a network must hold, with the overhead of libraries, as a factor on those values.
 _OVERHEAD: Final = 1.6
-#: Windows at once on a GPU: as many as have together the voxels of this many windows of 128x128x128.
+#: Batch on a GPU: as many windows as together have the voxels of this many windows of 128x128x128.
 _GPU_WINDOWS: Final = 2
 
 
 class Backend(Protocol):
-    """A network and what computes it."""
+    """A network and the library that computes it."""
 
     @property
     def graph(self) -> Graph:
-        """Its operations."""
+        """Operations of the network."""
         ...
 
     def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """How windows are computed where memory is enough."""
+        """Plan for the windows if memory is sufficient."""
         ...
 
     def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
-        """Do what can be done before there is an image, for windows of a way where that is known already.
+        """Do what can be done before there is an image, for the windows of a plan if it is known already.
 
         Raises:
-            MemoryError, RuntimeError: it cannot be done; the same will come, and be handled, with the image.
+            MemoryError, RuntimeError: it failed; the same error will recur, and be handled, with the image.
         """
         ...
 
     def settle(self, runtime: Runtime) -> None:
-        """Compute one small window, the first time, so that what stays in the process from then on is in its memory.
+        """Compute one small window on the first call, so that the memory libraries keep is counted from then on.
 
         Raises:
-            MemoryError, RuntimeError: as of :meth:`warm_up`.
+            MemoryError, RuntimeError: as in :meth:`warm_up`.
         """
         ...
 
     def forget(self) -> None:
-        """Give back what is held for the next volume alone."""
+        """Release what is only held for the next volume."""
         ...
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
-        """Logits of a volume.
+        """Compute the logits of a volume.
 
         Args:
             image: shape (contrasts, X, Y, Z).
-            present: which contrasts are there, for a network that is told; else None.
-            runtime: as the network was loaded for.
-            overlap: of windows.
-            way: how windows are computed.
+            present: which contrasts are present, for a network with presence channels; else None.
+            runtime: the one that the network was loaded for.
+            overlap: least share of a window that its neighbour also covers.
+            way: plan for the windows.
 
         Returns:
-            float32, or float16 where the way says half; shape (regions, X, Y, Z).
+            float32, or float16 with ``way.half``; shape (regions, X, Y, Z).
         """
         ...
 
     def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
-        """Estimate of what computing takes on the CPU, beside image and answer."""
+        """Estimate of the CPU memory that computing takes, in addition to the image and the answer."""
         ...
 
 
 class TorchEngine:
-    """A graph computed by torch.
+    """Computes a graph with torch.
 
     Args:
         graph: the operations.
@@ -106,16 +106,16 @@ class TorchEngine:
         self._live = live_values(graph, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 
     def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """On the runtime's device; on a GPU some windows at once."""
+        """A plan for the runtime's device, on a GPU with several windows at once."""
         device = runtime.device_name
         batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
         return ComputePlan(window=window, batch=batch, device=device, stitch_on=device)
 
     def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
-        """Nothing: torch needs no preparation."""
+        """Do nothing: torch needs no preparation."""
 
     def settle(self, runtime: Runtime) -> None:
-        """As of :class:`Backend`: torch's libraries, and those of a GPU."""
+        """As :meth:`Backend.settle`: loads torch's libraries, and those of a GPU."""
         import torch
 
         if self._settled:
@@ -126,12 +126,12 @@ class TorchEngine:
             self.network(torch.zeros(_small_shape(self.graph), device=runtime.device))
 
     def forget(self) -> None:
-        """Nothing: torch keeps nothing of a volume on the CPU."""
+        """Do nothing: torch keeps nothing of a volume on the CPU."""
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As of :class:`Backend`."""
+        """As :meth:`Backend.logits`."""
         import torch
 
         from app.inference.sliding_window.torch_blend import sliding_logits
@@ -154,7 +154,7 @@ class TorchEngine:
         return answer
 
     def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
-        """As of :class:`Backend`; a GPU's memory is not the CPU's."""
+        """As :meth:`Backend.window_bytes`; 0 on a GPU, whose memory is not the CPU's."""
         if way.device != "cpu":
             return 0
         return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
@@ -164,11 +164,11 @@ class TorchEngine:
 
 
 class OpenvinoEngine:
-    """A graph computed by OpenVINO.
+    """Computes a graph with OpenVINO.
 
     Args:
         graph: the operations.
-        weights: the whole state dict as arrays.
+        weights: the whole state dict, as arrays.
 
     Raises:
         ValueError: weights are missing.
@@ -183,18 +183,18 @@ class OpenvinoEngine:
         self._live = live_values(graph, {name: array.shape for name, array in weights.items()})
 
     def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """One window at once: all cores work on it."""
+        """A plan with one window at a time, since all cores work on it."""
         return ComputePlan(window=window, device=runtime.device_name)
 
     def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
-        """Import OpenVINO, and have it compile the network."""
+        """Import OpenVINO, and compile the network if the plan is known."""
         from app.inference.backends import openvino_backend  # noqa: F401 - imports openvino
 
         if way is not None:
             self._compiled_for(way, runtime)
 
     def settle(self, runtime: Runtime) -> None:
-        """As of :class:`Backend`: OpenVINO's plugin for CPUs, and code that it makes for them."""
+        """As :meth:`Backend.settle`: loads OpenVINO's CPU plugin and the code it generates."""
         if self._settled:
             return
         self._settled = True
@@ -203,13 +203,13 @@ class OpenvinoEngine:
         self.forget()
 
     def forget(self) -> None:
-        """As of :class:`Backend`: the compiled network, which holds the values of its windows."""
+        """As :meth:`Backend.forget`: releases the compiled network, which holds the values of its windows."""
         self._compiled = None
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As of :class:`Backend`."""
+        """As :meth:`Backend.logits`."""
         network = self._compiled_for(way, runtime)
 
         def compute(patches: Array) -> Array:
@@ -218,7 +218,7 @@ class OpenvinoEngine:
         return stitched_logits(compute, image, window=way.window, overlap=overlap, batch=way.batch, half=way.half)
 
     def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
-        """As of :class:`Backend`."""
+        """As :meth:`Backend.window_bytes`."""
         return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
 
     def _compiled_for(self, way: ComputePlan, runtime: Runtime) -> CompiledNetwork:
@@ -226,7 +226,7 @@ class OpenvinoEngine:
         return self._network(shape, bfloat16=runtime.precision_name == "bfloat16")
 
     def _network(self, shape: tuple[int, int, int, int, int], *, bfloat16: bool) -> CompiledNetwork:
-        """The network for one shape; the one for another shape goes before, with its memory."""
+        """The network compiled for one shape; one compiled for another shape is freed first."""
         from app.inference.backends.openvino_backend import CompiledNetwork
 
         if self._compiled is None or (self._compiled.shape, self._compiled.bfloat16) != (shape, bfloat16):
@@ -236,7 +236,7 @@ class OpenvinoEngine:
 
 
 def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> Backend:
-    """The engine of a runtime's backend; weights are tensors for torch, arrays for OpenVINO.
+    """Create the engine of a runtime's backend; weights are tensors for torch, arrays for OpenVINO.
 
     Raises:
         ValueError: weights are missing.
@@ -257,16 +257,16 @@ def needed_bytes(
     uncertainty: bool = False,
     mirrored: bool = False,
 ) -> int:
-    """Estimate of the memory that logits, their way to the files' spacing and masks take beside the image.
+    """Estimate the memory for logits, resampling to the files' spacing and masks, in addition to the image.
 
     Args:
         engine: of the network.
-        way: how windows are computed.
-        runtime: as the network was loaded for.
-        image_shape: of what the network sees.
-        box_shape: of the answer.
-        several: whether the mean of the answers before is held while the next one is computed.
-        uncertainty: whether entropies are computed, in float32, and of several answers their mean is held too.
+        way: plan for the windows.
+        runtime: the one that the network was loaded for.
+        image_shape: shape of what the network sees.
+        box_shape: shape of the answer.
+        several: whether the mean of the previous answers is held while the next one is computed.
+        uncertainty: whether entropies are computed, in float32; with several answers, their mean is held too.
         mirrored: whether a mirrored copy of the image is held.
     """
     number = 2 if way.half else 4
@@ -281,8 +281,8 @@ def needed_bytes(
     copy = len(CONTRASTS) * prod(image_shape) * 4 + prod(box_shape) if mirrored else 0
     computing = before + copy + padded + on_cpu + patches + engine.window_bytes(way, runtime)
     other = image_shape != box_shape
-    # Of the box: the answer (twice where it was resampled or averaged), masks before and after they are cleaned; where
-    # entropies are computed, three arrays at once beside their mean.
+    # Over the box: the answer (twice if it was resampled or averaged), and masks before and after cleaning; with
+    # entropies, three arrays at once in addition to their mean.
     answering = (logits if other else 0) + prod(box_shape) * (2 * 3 * number + 8) + 3 * entropy
     if several:
         answering += entropy
@@ -290,12 +290,12 @@ def needed_bytes(
 
 
 def window_divisor(engine: Backend) -> int:
-    """What every side of a window must be a multiple of."""
+    """Number that every side of a window must be a multiple of."""
     return divisor(engine.graph)
 
 
 def _small_shape(graph: Graph) -> tuple[int, int, int, int, int]:
-    """Of a batch of one window, the smallest that a network takes."""
+    """Shape of a batch of one window, the smallest that the network accepts."""
     side = 2 * divisor(graph)
     return (1, graph.in_channels, side, side, side)
 
@@ -305,7 +305,7 @@ def _item_bytes(runtime: Runtime) -> int:
 
 
 def _with_presence(patches: Array, present: Sequence[bool]) -> Array:
-    """As :func:`models.presence.with_presence`, for input of which all lacks the same."""
+    """As :func:`models.presence.with_presence`, for inputs that all lack the same contrasts."""
     brain = (patches != 0).any(axis=1, keepdims=True)
     given = np.array(present, dtype=np.float32).reshape(1, -1, 1, 1, 1)
     return np.concatenate([patches, brain * given], axis=1)

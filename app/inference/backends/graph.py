@@ -1,7 +1,7 @@
 """A network as plain data: a list of operations, each with the names of its weights.
 
-A trained network is then its weights and this list, as JSON; what computes it needs neither the code that built it nor
-torch. Value 0 is the image, value i the result of operation i; the last result is the answer.
+A trained network is then its weights and this list, stored as JSON, so that neither the code that built it nor torch is
+needed to compute it. Value 0 is the image, value i the result of operation i; the last result is the answer.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ VERSION: Final = 1
 #: Key of a network's graph in the JSON of a checkpoint.
 GRAPH_KEY: Final = "graph"
 
-#: By kind: how many values it takes, weights it must have, weights it may have, settings it must have. Settings ending
-#: in ``s`` are three whole numbers, one an axis.
+#: By kind: number of input values, required weights, optional weights, required settings. Settings whose names end in
+#: ``s`` are three integers, one per axis.
 _FORMS: Final[dict[str, tuple[int, frozenset[str], frozenset[str], frozenset[str]]]] = {
     "conv": (1, frozenset({"weight"}), frozenset({"bias"}), frozenset({"strides", "paddings", "dilations"})),
     "conv_transpose": (
@@ -55,11 +55,11 @@ class Operation:
     kind: Kind
     """``cat`` joins two values along channels; ``interpolate`` is linear, with half-voxel centres."""
     inputs: tuple[int, ...]
-    """Numbers of the values it takes."""
+    """Numbers of the input values."""
     weights: Mapping[str, str]
-    """By role (``weight``, ``bias``): the name in the checkpoint."""
+    """By role (``weight``, ``bias``): name in the checkpoint."""
     settings: Mapping[str, Any]
-    """Strides, paddings, epsilon, ...: numbers, or three whole numbers, one an axis."""
+    """Strides, paddings, epsilon, ...: a number, or three integers, one per axis."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
@@ -79,14 +79,14 @@ class Operation:
                 raise ValueError(f"{self.kind}: {name} is {value!r}, a number is needed")
 
     def triple(self, name: str) -> tuple[int, int, int]:
-        """A setting of three whole numbers."""
+        """A setting of three integers."""
         x, y, z = self.settings[name]
         return (x, y, z)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
-    """A network's operations, in the order in which they are computed."""
+    """Operations of a network, in the order of computation."""
 
     in_channels: int
     """Channels of the image, value 0, of shape (N, in_channels, X, Y, Z)."""
@@ -104,22 +104,22 @@ class Graph:
         return {name for operation in self.operations for name in operation.weights.values()}
 
     def require_weights(self, names: Collection[str]) -> None:
-        """Make sure that weights are complete.
+        """Check that no weight is missing.
 
         Raises:
-            ValueError: some are missing; names one of them.
+            ValueError: weights are missing; the message names one of them.
         """
         if missing := sorted(self.weight_names() - set(names)):
             raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
 
     def steps(self) -> Iterator[tuple[int, Operation, tuple[int, ...]]]:
-        """Number, operation, and values that nobody needs any more after it."""
+        """Number and operation of each step, and the values that are not needed after it."""
         last = {value: number for number, operation in enumerate(self.operations, 1) for value in operation.inputs}
         for number, operation in enumerate(self.operations, 1):
             yield number, operation, tuple(value for value in set(operation.inputs) if last[value] == number)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as :func:`graph_from_json` takes it."""
+        """Plain data for :func:`graph_from_json`."""
         return {
             "version": VERSION,
             "in_channels": self.in_channels,
@@ -139,10 +139,10 @@ class Graph:
 
 
 def graph_from_json(content: Mapping[str, Any]) -> Graph:
-    """Undo :meth:`Graph.to_json`.
+    """Inverse of :meth:`Graph.to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: it is not of that form, or of another version.
+        KeyError, TypeError, ValueError: the content is not valid, or of another version.
     """
     if content["version"] != VERSION:
         raise ValueError(f"a network of version {content['version']}, this program reads version {VERSION}")
@@ -166,7 +166,7 @@ Shape = tuple[int, ...]
 
 
 def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
-    """Channels of every value, from the image on.
+    """Number of channels of every value, starting with the image.
 
     Args:
         graph: the operations.
@@ -185,7 +185,7 @@ def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
 
 
 def coarseness(graph: Graph) -> tuple[tuple[int, int, int], ...]:
-    """By value, from the image on: how many voxels of the image one of its voxels spans along each axis."""
+    """For every value, starting with the image: how many image voxels one of its voxels spans along each axis."""
     spans = [(1, 1, 1)]
     for operation in graph.operations:
         x, y, z = spans[operation.inputs[0]]
@@ -201,14 +201,14 @@ def coarseness(graph: Graph) -> tuple[tuple[int, int, int], ...]:
 
 
 def divisor(graph: Graph) -> int:
-    """What every side of a window must be a multiple of, in voxels."""
+    """Number that every side of a window must be a multiple of, in voxels."""
     return max(max(span) for span in coarseness(graph))
 
 
 def live_values(graph: Graph, shapes: Mapping[str, Shape]) -> float:
-    """Numbers that must be held at once at the most, per voxel of a window, as :meth:`Graph.steps` lets them go.
+    """Most numbers that are held at once per voxel of a window, if values are freed as in :meth:`Graph.steps`.
 
-    Example: two convolutions of 4 to 16 to 3 channels hold 4 + 16, then 16 + 3: 20.
+    Example: two convolutions from 4 to 16 to 3 channels hold 4 + 16, then 16 + 3 numbers: at most 20.
     """
     channels, spans = out_channels(graph, shapes), coarseness(graph)
     sizes = [count / (x * y * z) for count, (x, y, z) in zip(channels, spans, strict=True)]

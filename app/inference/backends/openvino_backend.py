@@ -1,4 +1,4 @@
-"""A graph computed by OpenVINO on the CPU; it is built as it is, so that neither torch nor a conversion takes part."""
+"""Computes a graph with OpenVINO on the CPU; the model is built directly, without torch or a conversion."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Shape = tuple[int, int, int, int, int]
 
 
 def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Shape) -> Any:
-    """The graph as an ``openvino.Model`` for input of one shape.
+    """Build the graph as an ``openvino.Model`` for input of one shape.
 
     Args:
         graph: the operations.
@@ -26,7 +26,7 @@ def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Sh
         shape: of the input, (N, in_channels, X, Y, Z).
 
     Raises:
-        ValueError: weights are missing, or the shape is of other channels.
+        ValueError: weights are missing, or the shape has the wrong number of channels.
     """
     graph.require_weights(weights)
     if shape[1] != graph.in_channels:
@@ -41,18 +41,18 @@ def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Sh
 
 
 class CompiledNetwork:
-    """A graph ready to compute batches of windows of one shape.
+    """A graph compiled for batches of windows of one shape.
 
     Args:
         graph: the operations.
         weights: float arrays by name.
         shape: of the input, (N, in_channels, X, Y, Z).
-        bfloat16: whether to multiply in bfloat16 where OpenVINO does so; else in float32.
-        threads: of the computation.
+        bfloat16: whether to multiply in bfloat16 where OpenVINO supports it; else in float32.
+        threads: number of threads.
 
     Raises:
-        ValueError: as :func:`build_model`.
-        RuntimeError: OpenVINO cannot compile it, or memory is not enough.
+        ValueError: as in :func:`build_model`.
+        RuntimeError: OpenVINO cannot compile the graph, or memory is not sufficient.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class CompiledNetwork:
         self._output = compiled.output(0)
 
     def __call__(self, batch: Array) -> Array:
-        """Logits of shape (N, regions, X, Y, Z); valid until the next call, which writes over them."""
+        """Logits of shape (N, regions, X, Y, Z); valid until the next call, which overwrites them."""
         found: Array = self._request.infer([np.ascontiguousarray(batch)], share_inputs=True, share_outputs=True)[
             self._output
         ]
@@ -77,7 +77,7 @@ class CompiledNetwork:
 
 
 def openvino_version() -> str:
-    """As in ``2025.3.0``."""
+    """Version of OpenVINO, such as ``2025.3.0``."""
     return str(ov.__version__).partition("-")[0]
 
 

@@ -1,4 +1,4 @@
-"""A graph computed by torch, on CPU or GPU."""
+"""Computes a graph with torch, on CPU or GPU."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class GraphNetwork(nn.Module):
 
     Args:
         graph: the operations.
-        weights: the whole state dict, also what the graph does not use (heads of deep supervision).
+        weights: the whole state dict, including weights that the graph does not use (heads of deep supervision).
 
     Raises:
         ValueError: weights are missing.

@@ -1,4 +1,4 @@
-"""A built network to a graph, by following its forward pass symbolically (torch.fx)."""
+"""Turn a network into a graph by following its forward pass symbolically (torch.fx)."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from app.inference.backends.graph import Graph, Kind, Operation
 from data.labels import REGIONS
 from models import NetworkConfig, build_network
 
-#: What does nothing when a network predicts.
+#: Modules that do nothing when a network predicts.
 _NOTHING: Final = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _ADD: Final = (operator.add, operator.iadd, torch.add)
 
 
 def trace(network: nn.Module, *, in_channels: int) -> Graph:
-    """The operations of a network in eval mode, whatever mode it is in.
+    """Trace the operations of a network in eval mode, whatever its current mode.
 
     Args:
-        network: any of :data:`models.ARCHITECTURES`; it stays as it is.
-        in_channels: of its input.
+        network: any of :data:`models.ARCHITECTURES`; it is not changed.
+        in_channels: number of input channels.
 
     Raises:
-        ValueError: it does something that a graph has no operation for.
+        ValueError: it does something for which a graph has no operation.
     """
     was_training = network.training
     network.eval()
@@ -62,10 +62,10 @@ def trace(network: nn.Module, *, in_channels: int) -> Graph:
 
 
 def trace_of(config: NetworkConfig, *, in_channels: int) -> Graph:
-    """The graph of a network of which only the config is at hand; its weights are random and go.
+    """Trace the graph of a network that is built from its config, with random weights that are discarded.
 
     Raises:
-        ValueError: as :func:`trace`.
+        ValueError: as in :func:`trace`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return trace(build_network(config, in_channels=in_channels, out_channels=len(REGIONS)), in_channels=in_channels)
@@ -78,7 +78,7 @@ def _inputs(node: fx.Node, values: Mapping[fx.Node, int]) -> tuple[int, ...]:
 
 
 def _operation(node: fx.Node, modules: Mapping[str, nn.Module], inputs: tuple[int, ...]) -> Operation | None:
-    """What a node does; None where it does nothing."""
+    """Operation of a node; None if the node does nothing."""
     if node.op == "call_module":
         name = str(node.target)
         module = modules[name]

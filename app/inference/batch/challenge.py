@@ -1,4 +1,4 @@
-"""As BraTS runs containers: the folders ``/input`` and ``/output``, and nothing but ``<case>.nii.gz`` in the latter."""
+"""Containers as BraTS runs them: folders ``/input`` and ``/output``, the latter with only ``<case>.nii.gz``."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import replacing
 
-#: Where a container has its model, the cases, and the folder for the label maps.
+#: Folders in a container: the model, the cases, and the label maps.
 MODEL: Final = Path("/model")
 INPUT: Final = Path("/input")
 OUTPUT: Final = Path("/output")
@@ -20,16 +20,16 @@ OUTPUT: Final = Path("/output")
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """Where label maps that are written elsewhere are wanted; each is brought there as soon as its case is done."""
+    """Copies label maps that are written elsewhere to a folder, each as soon as its case is done."""
 
     output: Path
-    """Folder; gets ``<case>.nii.gz``."""
+    """Folder; receives ``<case>.nii.gz``."""
 
     def make_place(self, cases: Sequence[Case]) -> None:
-        """Make the folder, before anything is computed.
+        """Create the folder, before anything is computed.
 
         Args:
-            cases: what will be predicted.
+            cases: the cases to predict.
 
         Raises:
             DataError: ``output`` is a file, or a label map would replace a file of its case.
@@ -50,7 +50,7 @@ class Delivery:
         (self.output / ".znormseg").unlink()
 
     def bring(self, label_map: Path) -> None:
-        """Copy a label map, whole or not at all.
+        """Copy a label map, which appears complete or not at all.
 
         Raises:
             OSError: ``output`` cannot be written to.

@@ -1,4 +1,4 @@
-"""Many cases: those that are finished left as they are, the others done by an engine, a manifest at the end."""
+"""Prediction of many cases: finished ones are skipped, an executor does the others, a manifest lists the outcomes."""
 
 from __future__ import annotations
 
@@ -26,31 +26,31 @@ _HASHING_THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What was written for one case."""
+    """Files that were written for one case."""
 
     case: str
     label_map: Path
     content: dict[str, Any]
-    """As in ``<case>.json``."""
+    """Content of ``<case>.json``."""
     skipped: bool = False
-    """Whether it was finished before."""
+    """Whether it was finished by an earlier command."""
 
     @property
     def files(self) -> list[Path]:
-        """The label map, and what the JSON lists under ``files`` where that is there; all lie in one folder."""
+        """The label map, and the optional files that the JSON lists under ``files``; all are in one folder."""
         return [self.label_map, *(Path(path) for path in self.content.get("files", {}).values() if path)]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predictions:
-    """What was written for all cases, and what could not be."""
+    """Results of all cases, and the failures."""
 
     done: tuple[Prediction, ...]
-    """In the order of the cases, with those that were finished before."""
+    """In the order of the cases, including those that were finished before."""
     failures: dict[str, str]
-    """Case id to message."""
+    """Message by case id."""
     manifest: Path | None = None
-    """Where one was written."""
+    """Path of the manifest, if one was written."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -63,7 +63,7 @@ class Predictions:
         }
 
     def brought_to(self, folder: Path) -> Predictions:
-        """The same, where the label maps alone have been brought to another folder."""
+        """The same predictions, after only the label maps were copied to another folder."""
 
         def brought(one: Prediction) -> Prediction:
             place = folder / one.label_map.name
@@ -73,31 +73,31 @@ class Predictions:
 
 
 class CaseObserver(Protocol):
-    """Who is told by an engine what becomes of the cases; from any thread."""
+    """Receives the events of cases from an executor, on any thread."""
 
     def begun(self, case: str, what: str = "") -> None:
-        """A case is worked on; ``what`` says on which part of it, where that is told."""
+        """A case is being worked on; ``what`` describes the step, where known."""
         ...
 
     def ended(self, outcome: Outcome) -> None:
-        """A case is done, or failed."""
+        """A case is done or has failed."""
         ...
 
 
 class CaseExecutor(Protocol):
-    """What does cases: this process, others on this machine, or Ray."""
+    """Executes cases: in this process, in others on this machine, or on Ray."""
 
     @property
     def name(self) -> str:
-        """For the manifest."""
+        """Name for the manifest."""
         ...
 
     def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
-        """Do every case; one that cannot be done is told and does not stop the others.
+        """Execute every case; one that fails is reported and does not stop the others.
 
         Raises:
-            Exception: what stops all cases.
-            KeyboardInterrupt: stopped; nothing is written any more.
+            Exception: an error that stops all cases.
+            KeyboardInterrupt: interrupted; nothing is written any more.
         """
         ...
 
@@ -113,20 +113,20 @@ def predict_each(
     delivery: Delivery | None = None,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Have an engine do every case that is not finished; a case that it refuses does not stop the others.
+    """Have an executor do every unfinished case; a case that fails does not stop the others.
 
     Args:
-        cases: what is to be predicted.
-        output: folder, made where it is missing.
-        engine: what does them.
-        settings: as of :func:`app.inference.batch.fingerprint.settings_of`.
+        cases: the cases to predict.
+        output: folder, created if missing.
+        engine: the executor.
+        settings: as returned by :func:`app.inference.batch.fingerprint.settings_of`.
         run: folder of the run or the ensemble, for the manifest.
-        overwrite: do also what is finished.
-        delivery: where each label map is brought as well, once it is done.
-        on_progress: told which case is being worked on.
+        overwrite: also do finished cases.
+        delivery: where each label map is copied as well, once it is done.
+        on_progress: called with the case that is being worked on.
 
     Raises:
-        DataError, OSError, InterruptedRunError: as :func:`app.inference.batch.predict.predict`.
+        DataError, OSError, InterruptedRunError: as in :func:`app.inference.batch.predict.predict`.
     """
     cohort = Cohort(run=run, settings=json.loads(json.dumps(settings)), engine=engine.name)
     ledger = _Progress(cases, output, cohort, on_progress, delivery)
@@ -157,7 +157,7 @@ def predict_each(
 
 
 def _nameable(cases: Sequence[Case], told: CaseObserver) -> list[Case]:
-    """The cases whose JSON would not stand where the manifest does."""
+    """The cases whose JSON would not overwrite the manifest; any other is reported as failed."""
     for case in cases:
         if f"{case.id}.json" == MANIFEST_FILE:
             told.ended(
@@ -167,7 +167,7 @@ def _nameable(cases: Sequence[Case], told: CaseObserver) -> list[Case]:
 
 
 class _Progress:
-    """What became of each case so far."""
+    """Outcomes of the cases so far; reports progress and writes the manifest."""
 
     def __init__(
         self,
@@ -187,7 +187,7 @@ class _Progress:
         self.manifest: Path | None = None
 
     def look_for_finished(self) -> None:
-        """Note the cases that need not be done."""
+        """Record the cases that are finished."""
         self._on_progress(Progress(job="predicting", share=0.0, detail="looking for finished cases"))
 
         def content_of(case: Case) -> dict[str, Any] | None:
@@ -201,12 +201,12 @@ class _Progress:
             LOG.info("%d of %d were finished before", len(self.outcomes), len(self._cases))
 
     def begun(self, case: str, what: str = "") -> None:
-        """Tell the progress."""
+        """Report the progress."""
         share = len(self.outcomes) / len(self._cases)
         self._on_progress(Progress(job="predicting", share=share, detail=what or case))
 
     def ended(self, outcome: Outcome) -> None:
-        """Note what became of a case, and deliver what is done."""
+        """Record the outcome of a case, and deliver its label map if it was successful."""
         if outcome.message is not None:
             LOG.error("%s", outcome.message)
         elif self._delivery is not None:
@@ -214,7 +214,7 @@ class _Progress:
         self.outcomes[outcome.case] = outcome
 
     def write(self, *, ended: bool) -> None:
-        """Write the manifest; not where nothing came of the command and there is none."""
+        """Write the manifest, unless there is none yet and no case has a result."""
         path = self._output / MANIFEST_FILE
         outcomes = dict(self.outcomes)
         if not path.exists() and not any(outcome.content is not None for outcome in outcomes.values()):
@@ -225,12 +225,12 @@ class _Progress:
         self.manifest = path
 
     def write_if_possible(self) -> None:
-        """The same where the command was stopped, perhaps because nothing can be written."""
+        """Write the manifest of a stopped command; it may have stopped because writing is impossible."""
         with suppress(OSError):
             self.write(ended=False)
 
     def predictions(self) -> Predictions:
-        """All of it, in the order of the cases."""
+        """Results of all cases, in the order of the cases."""
         found = [self.outcomes[case.id] for case in self._cases]
         return Predictions(
             done=tuple(

@@ -1,8 +1,8 @@
-"""Which cases need not be predicted again: what a label map was made from, told by SHA-256.
+"""Decide by SHA-256 which cases are finished: whether a label map's inputs, settings and files are unchanged.
 
-Every ``<case>.json`` has ``made_from``: the SHA-256 of the settings (weights, rules, options), of each input file, and
-of each file that was written. A case is finished when all of them are what they were. Contents are hashed, not
-times compared: copies and restored backups count as what they hold.
+Every ``<case>.json`` has an entry ``made_from``: the SHA-256 of the settings (weights, rules, options), of each input
+file and of each output file. A case is finished if all of them are unchanged. Contents are hashed rather than
+timestamps compared, so copies and restored backups count by their content.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from data.datasets.layouts import Case
 from data.files import file_sha256
 from data.labels import Contrast
 
-#: The object in ``<case>.json``.
+#: Key of this entry in ``<case>.json``.
 MADE_FROM: Final = "made_from"
 
 
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
-    """What decides a case's result beside its files, as plain data.
+    """Everything but its files that determines a case's result, as plain data.
 
-    Device, backend and precision are not in it: a cohort may be begun on one machine and ended on another. The bound on
-    memory is, but counts for those cases alone that were computed in another way because of it.
+    Device, backend and precision are left out: a cohort may be started on one machine and finished on another. The
+    memory bound is included, but only matters for cases that were computed differently because of it.
 
     Args:
-        model: what predicts.
-        options: what is asked for.
-        more: further settings, such as how scans are brought in.
+        model: the predictor.
+        options: options of the prediction.
+        more: further settings, such as how scans are prepared.
     """
     return {
         "weights_sha256": model.sha256,
@@ -48,7 +48,7 @@ def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[
 
 
 def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result of a case is made from; to be found out before the case is read, so that a change meanwhile shows.
+    """Hash the inputs of a case; call it before the case is read, so that a change in the meantime is detected.
 
     Raises:
         OSError: a file cannot be read.
@@ -61,15 +61,15 @@ def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The content of ``<case>.json`` where the case is finished, else None.
+    """Content of ``<case>.json`` if the case is finished, else None.
 
-    It is not finished where anything is missing, damaged or other than it was: the JSON, the settings, an input, a
-    file that was written. Nor where memory was short and another bound is asked for now: the answer may be another.
+    A case is not finished if anything is missing, damaged or changed: the JSON, the settings, an input file or an
+    output file. Nor is it if memory was short and the memory bound has changed, as the result may then differ.
 
     Args:
-        case: what is to be predicted.
+        case: the case to predict.
         output: folder of the results.
-        settings: as of :func:`settings_of`.
+        settings: as returned by :func:`settings_of`.
     """
     try:
         content = json.loads((output / f"{case.id}.json").read_text(encoding="utf-8"))
@@ -91,17 +91,17 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
 
 
 def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by name."""
+    """SHA-256 of files, by file name."""
     return {path.name: file_sha256(path) for path in paths}
 
 
 def sha256_of(content: Any) -> str:
-    """SHA-256 of plain data in a form that does not depend on the order of keys."""
+    """SHA-256 of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
-    """Over the settings and what the layout told of the case: label numbers, and which volume a contrast is."""
+    """SHA-256 of the settings and of what the layout determines: label numbers, and which volume a contrast is."""
     convention = case.written_convention
     volumes: dict[Contrast, int] = dict(case.volumes)
     unbound = {**settings, "options": {k: v for k, v in settings["options"].items() if k != "max_memory_gb"}}
@@ -109,6 +109,6 @@ def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
 
 
 def _bound_of(settings: Mapping[str, Any]) -> float | None:
-    """``--max-memory-gb`` of the settings."""
+    """Memory bound in the settings (``--max-memory-gb``)."""
     bound: float | None = settings["options"].get("max_memory_gb")
     return bound

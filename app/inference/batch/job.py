@@ -1,4 +1,4 @@
-"""What a process has to know to predict cases of a cohort: plain data, so that it can be told to any process."""
+"""All that a process must know to predict cases of a cohort, as plain data that can be sent to any process."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
-    """How scans as they come from the scanner are taken."""
+    """How scans that come from the scanner are handled."""
 
     config: BringInConfig
-    """How they are brought in."""
+    """How the scans are prepared."""
     space: Contrast = "t1c"
-    """The contrast on whose grid the label map is wanted."""
+    """The contrast whose grid the label map is mapped to."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PredictJob:
-    """Which network predicts, with what settings, and where results go."""
+    """Which network predicts, with which settings, and where results are written."""
 
     run: Path
     """Folder of a run or an ensemble."""
     output: Path
     """Folder of the results."""
     device: str = "auto"
-    """As of :class:`app.system.device.RuntimeConfig`."""
+    """See :class:`app.system.device.RuntimeConfig`."""
     backend: Backend = "auto"
-    """As of :func:`app.inference.backends.choose.choose_backend`."""
+    """See :func:`app.inference.backends.choose.choose_backend`."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """As of :class:`app.system.device.RuntimeConfig`."""
+    """See :class:`app.system.device.RuntimeConfig`."""
     options: PredictOptions = DEFAULTS
     postprocess: bool = True
-    """Of an ensemble: apply its rules."""
+    """Whether to apply the post-processing rules of an ensemble."""
     native: Native | None = None
-    """None: cases are on one grid and skull-stripped."""
+    """None if cases are skull-stripped and on one grid."""
 
     def to_plain(self) -> dict[str, Any]:
-        """As JSON can hold it."""
+        """Plain data that JSON can hold."""
         return {
             "run": str(self.run),
             "output": str(self.output),
@@ -68,17 +68,17 @@ class PredictJob:
         }
 
     def load(self) -> tuple[Predictor, Runtime]:
-        """The network on its device.
+        """Load the network on its device.
 
         Raises:
-            RunError: as :func:`app.inference.ensemble.load_predictor`.
-            DeviceError: as :func:`app.inference.backends.choose.choose_backend`.
+            RunError: as in :func:`app.inference.ensemble.load_predictor`.
+            DeviceError: as in :func:`app.inference.backends.choose.choose_backend`.
         """
         runtime = choose_backend(self.backend, RuntimeConfig(device=self.device, precision=self.precision))
         return load_predictor(self.run, runtime, postprocess=self.postprocess), runtime
 
     def settings(self, model: Predictor) -> dict[str, Any]:
-        """As of :func:`app.inference.batch.fingerprint.settings_of`."""
+        """Settings, as returned by :func:`app.inference.batch.fingerprint.settings_of`."""
         if self.native is None:
             return settings_of(model, self.options)
         from app.inference.batch.native import native_settings
@@ -88,13 +88,13 @@ class PredictJob:
     def engine(
         self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
     ) -> InThisProcess[Any, Any]:
-        """The engine that does cases of this job in this process.
+        """Create the executor that does cases of this job in this process.
 
         Args:
-            model: as :meth:`load` gave it.
-            runtime: likewise.
+            model: as returned by :meth:`load`.
+            runtime: as returned by :meth:`load`.
             worker: name of this process in the manifest.
-            device: what the manifest calls the device, where this process sees it under another name.
+            device: name of the device in the manifest, if this process sees it under another name.
         """
         steps: Steps[Any, Any]
         options = replace(self.options, training=training_record(self.run))
@@ -114,7 +114,7 @@ class PredictJob:
 
 
 def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
-    """The job that :meth:`PredictJob.to_plain` made plain data of."""
+    """Inverse of :meth:`PredictJob.to_plain`."""
     native = None
     if content["native"] is not None:
         from data.native_space.to_brats import BringInConfig
@@ -133,7 +133,7 @@ def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
 
 
 def case_to_plain(case: Case) -> dict[str, Any]:
-    """A case as JSON can hold it."""
+    """A case as plain data that JSON can hold."""
     return {
         **vars(case),
         "folder": str(case.folder),
@@ -143,7 +143,7 @@ def case_to_plain(case: Case) -> dict[str, Any]:
 
 
 def case_from_plain(content: Mapping[str, Any]) -> Case:
-    """The case that :func:`case_to_plain` made plain data of."""
+    """Inverse of :func:`case_to_plain`."""
     return Case(
         **{
             **content,
@@ -151,5 +151,6 @@ def case_from_plain(content: Mapping[str, Any]) -> Case:
             "contrasts": {contrast: Path(path) for contrast, path in content["contrasts"].items()},
             "label": None if content["label"] is None else Path(content["label"]),
             "problems": tuple(content["problems"]),
+            "unrecognised": tuple(content["unrecognised"]),
         }
     )

@@ -1,4 +1,4 @@
-"""``OUT/manifest.json``: every case of a cohort, what came of it, and where."""
+"""``OUT/manifest.json``: every case of a cohort, its outcome and its worker."""
 
 from __future__ import annotations
 
@@ -21,40 +21,40 @@ Status = Literal["done", "skipped", "failed", "left"]
 
 @dataclass(frozen=True, kw_only=True)
 class Worker:
-    """Who works on cases."""
+    """A process that works on cases."""
 
     name: str
     """``main``, ``cuda:1``, ``worker-2``, or a process of Ray."""
     device: str
-    """``cpu`` or ``cuda:N``, as the machine counts."""
+    """``cpu`` or ``cuda:N``, as the machine numbers its GPUs."""
     host: str
     """Name of the machine."""
 
 
 def this_worker(device: str, name: str = "main") -> Worker:
-    """A worker on this machine."""
+    """Describe a worker on this machine."""
     return Worker(name=name, device=device, host=platform.node())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What came of one case."""
+    """Outcome of one case."""
 
     case: str
     content: dict[str, Any] | None = None
-    """As in ``<case>.json``; None where it failed."""
+    """Content of ``<case>.json``; None if the case failed."""
     message: str | None = None
     """Why it failed."""
     skipped: bool = False
-    """Whether it was finished before."""
+    """Whether it was finished by an earlier command."""
     worker: Worker | None = None
-    """Who did it, where it was done now."""
+    """Worker that executed it, if it was executed now."""
     attempts: int | None = 1
-    """How often it was begun: more than once where workers were lost. None: not known."""
+    """Number of attempts: more than one if workers were lost; None if not known."""
 
     @property
     def status(self) -> Status:
-        """In a word."""
+        """Status in one word."""
         if self.content is None:
             return "failed"
         return "skipped" if self.skipped else "done"
@@ -62,12 +62,12 @@ class Outcome:
 
 @dataclass(frozen=True, kw_only=True)
 class Cohort:
-    """What is the same for all cases of one command."""
+    """Facts that are the same for all cases of one command."""
 
     run: Path | None
-    """Folder of the run or the ensemble, where it is known."""
+    """Folder of the run or the ensemble, if known."""
     settings: Mapping[str, Any]
-    """As of :func:`app.inference.batch.fingerprint.settings_of`."""
+    """As returned by :func:`app.inference.batch.fingerprint.settings_of`."""
     engine: str
     """``local`` or ``ray``."""
 
@@ -75,18 +75,18 @@ class Cohort:
 def write_manifest(
     output: Path, cohort: Cohort, cases: Iterable[str], outcomes: Mapping[str, Outcome], *, seconds: float, ended: bool
 ) -> None:
-    """Write the manifest; whole or not at all.
+    """Write the manifest; the file appears complete or not at all.
 
     Args:
         output: folder of the results.
-        cohort: what is the same for all cases.
-        cases: every case id that was asked for, in order.
-        outcomes: by case id; a case without is left.
-        seconds: spent by the command on the cohort.
-        ended: whether it came to its end.
+        cohort: facts that are the same for all cases.
+        cases: every case id that was requested, in order.
+        outcomes: by case id; a case without one is listed as ``left``.
+        seconds: time that the command spent on the cohort.
+        ended: whether the command reached its end.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     listed = [_entry(case, outcomes.get(case)) for case in cases]
     counts = {
@@ -110,7 +110,7 @@ def write_manifest(
 
 
 def _entry(case: str, outcome: Outcome | None) -> dict[str, Any]:
-    """What the manifest says of one case."""
+    """Entry of one case in the manifest."""
     if outcome is None:
         return {"case": case, "status": "left"}
     if outcome.content is None:

@@ -1,4 +1,4 @@
-"""Label maps for scans as they come from the scanner: brought in, predicted, brought back to a scan's own grid."""
+"""Label maps for scans as they come from the scanner: prepared, predicted, and mapped back to a scan's own grid."""
 
 from __future__ import annotations
 
@@ -47,17 +47,17 @@ from data.preprocess import image_problem, prepare
 
 @dataclass(frozen=True, kw_only=True)
 class NativeAnswer:
-    """A label map on the grid of one scan, and how the case was brought in."""
+    """A label map on the grid of one scan, and how the case was prepared."""
 
     codes: npt.NDArray[np.uint8]
     """The program's codes, shape of the scan's image."""
     brought: BroughtIn
     companions: Mapping[Companion, ShareSteps]
-    """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
+    """Contents of the optional files, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
     trust: Trust
     flags: tuple[Flag, ...]
     ladder: tuple[str, ...]
-    """What was done where memory was short, in sentences."""
+    """What was done because memory was short, one sentence each."""
 
 
 def predict_native(
@@ -72,21 +72,21 @@ def predict_native(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Predict cases whose contrasts lie on different grids; label maps are on the grid of ``space``.
+    """Predict cases whose contrasts are on different grids; label maps are on the grid of ``space``.
 
     Args:
         model: the trained network.
-        cases: what to predict.
-        output: folder, made where it is missing; gets ``<case>.nii.gz`` and ``<case>.json``.
-        runtime: as the model was loaded for.
-        config: how cases are brought in.
-        space: the contrast whose file the label map's grid and header are those of.
-        options: what is asked for.
-        overwrite: predict also what is finished.
-        on_progress: told what is being worked on.
+        cases: the cases to predict.
+        output: folder, created if missing; receives ``<case>.nii.gz`` and ``<case>.json``.
+        runtime: the one that the model was loaded for.
+        config: how cases are prepared.
+        space: the contrast whose file gives the label map its grid and header.
+        options: options of the prediction.
+        overwrite: also predict finished cases.
+        on_progress: called with the case and step in progress.
 
     Raises:
-        DataError, OSError, InterruptedRunError: as :func:`app.inference.batch.predict.predict`.
+        DataError, OSError, InterruptedRunError: as in :func:`app.inference.batch.predict.predict`.
     """
     settings = native_settings(model, options, config, space)
     engine = InThisProcess(
@@ -101,7 +101,7 @@ def predict_native(
 def native_settings(
     model: Predictor, options: PredictOptions, config: BringInConfig, space: Contrast
 ) -> dict[str, Any]:
-    """What decides a case's result beside its files, as :func:`app.inference.batch.fingerprint.settings_of`."""
+    """What determines a case's result besides its files; see :func:`app.inference.batch.fingerprint.settings_of`."""
     prepare = asdict(config)
     if config.mask not in MASK_WORDS and (mask := Path(config.mask)).is_file():
         prepare["mask"] = file_sha256(mask)
@@ -117,7 +117,7 @@ def native_steps(
     space: Contrast = "t1c",
     options: PredictOptions = DEFAULTS,
 ) -> Steps[_Read, _Answered]:
-    """The three parts of each case for an engine: read the scans, bring in and predict, write."""
+    """The three steps of each case for an executor: read the scans, prepare and predict, write."""
 
     def read(case: Case) -> _Read:
         place_for(case, output, asked_for(options))
@@ -174,7 +174,7 @@ def native_steps(
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """A case whose scans are read."""
+    """A case whose scans have been read."""
 
     case: Case
     native: NativeCase
@@ -202,19 +202,19 @@ def answer_for(
     options: PredictOptions = DEFAULTS,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> NativeAnswer:
-    """Bring one case in, predict it and bring the answer back.
+    """Prepare one case, predict it and map the answer back.
 
     Args:
         model: the trained network.
         native: the four contrasts, from files or any other source.
-        runtime: as the model was loaded for.
-        config: how the case is brought in.
-        space: the contrast on whose grid the answer is wanted.
-        options: window, overlap and the bound on memory.
-        on_step: told what is being done.
+        runtime: the one that the model was loaded for.
+        config: how the case is prepared.
+        space: the contrast whose grid the answer is mapped to.
+        options: options of the prediction.
+        on_step: called with a description of each step.
 
     Raises:
-        DataError: the case cannot be brought in, or is no skull-stripped brain then.
+        DataError: the case cannot be prepared, or is not a skull-stripped brain afterwards.
     """
     brought = bring_in(native, config, on_step=on_step)
     for contrast, voxels in brought.images.items():
@@ -225,7 +225,7 @@ def answer_for(
         write_brats_case(brought, Path(folder))
         (case,) = find_cases(Path(folder))
         prepared = prepare(case, spacing_mm=model.spacing_mm)
-    # The case was written in canonical order, which is that of the shares.
+    # The case was written in canonical voxel order, so the answer is in that order too.
     ladder = ladder_for(options)
     answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
     on_step(f"{native.id}: back to the grid of {space}")

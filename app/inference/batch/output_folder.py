@@ -1,4 +1,4 @@
-"""The folder that ``predict`` writes to: who is at work there, and what killed ones left."""
+"""The folder that ``predict`` writes to: concurrent writers, and partial files that killed ones left behind."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from data.filesystem import lock
 
 
 def make_output(output: Path) -> None:
-    """Make the folder where it is missing.
+    """Create the output folder if it is missing.
 
     Raises:
-        DataError: it is a file.
-        OSError: it cannot be made.
+        DataError: ``output`` is a file.
+        OSError: the folder cannot be created.
     """
     if output.exists() and not output.is_dir():
         raise DataError(f"{output} is a file; give a folder for the label maps")
@@ -27,16 +27,16 @@ def make_output(output: Path) -> None:
 
 
 def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Sequence[Case]) -> None:
-    """Refuse a folder in which label maps would lie among the files of the run or among scans.
+    """Refuse an output folder where label maps would be among the files of the run or among scans.
 
     Args:
-        output: where label maps are to be written.
+        output: folder for the label maps.
         run: folder of the run, the model or the ensemble.
-        source: where the cases were found.
-        cases: those.
+        source: folder in which the cases were found.
+        cases: those cases.
 
     Raises:
-        DataError: it is such a folder.
+        DataError: ``output`` is such a folder.
     """
     place = output.resolve()
     if place == run.resolve():
@@ -50,11 +50,11 @@ def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Se
 
 @contextmanager
 def at_work(output: Path) -> Iterator[None]:
-    """Be one of those who write to a folder; the first of them removes what killed ones left half written.
+    """Register as a writer to a folder; the first one removes partial files that killed writers left behind.
 
-    All hold a shared lock on the folder itself, which the kernel takes back when a process ends, however it ends. Who
-    gets it exclusively for a moment is alone on this machine, also beside containers; the names of partial files tell
-    those of other machines. Where the file system has no locks nothing is removed.
+    Every writer holds a shared lock on the folder, which the kernel releases when the process ends, however it ends. A
+    process that gets the lock exclusively for a moment is the only writer on this machine, containers included; partial
+    files of other machines are recognised by their names and kept. On file systems without locks nothing is removed.
     """
     with naming_the_place(output):
         folder = os.open(output, os.O_RDONLY)

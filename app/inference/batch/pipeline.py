@@ -1,4 +1,4 @@
-"""Cases through one process: the next is read while this one is computed, files are written beside."""
+"""Cases in one process: while one is computed, the next is read and the previous one is written."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from data.nifti import voxel_count
 R = TypeVar("R")
 C = TypeVar("C")
 
-#: A case of more voxels is not read ahead: beside the one that is computed it would need too much memory.
+#: A case with more voxels is not read ahead: it and the case being computed would need too much memory.
 MOST_VOXELS_AHEAD: Final = 320**3
 
 
 def most_voxels_ahead(options: PredictOptions) -> int:
-    """Where memory is bounded nothing is read ahead: it would come on top of what is planned for the case before."""
+    """Limit for reading ahead: 0 if memory is bounded, as the plan for the current case leaves no room for another."""
     return MOST_VOXELS_AHEAD if options.max_memory_gb is None else 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Steps(Generic[R, C]):
-    """The three parts of a case."""
+    """The three steps of a case."""
 
     read: Callable[[Case], R]
-    """Needs no device; called on a thread of its own."""
+    """Needs no device; called on a separate thread."""
     compute: Callable[[R, Callable[[str], None]], C]
-    """Called on the thread that works through the cases, with a function to tell what is being done."""
+    """Called on the thread that works through the cases, with a function that reports what is being done."""
     write: Callable[[C], Prediction]
-    """Writes every file but ``<case>.json``; called on a thread of its own."""
+    """Writes every file except ``<case>.json``; called on a separate thread."""
     warm_up: Callable[[], None] = lambda: None
     """Called once on the thread that computes, while the first case is read."""
     most_voxels_ahead: int = MOST_VOXELS_AHEAD
-    """A case with a larger image is read once the one before it is computed."""
+    """A case with a larger image is only read after the previous one has been computed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,31 +58,31 @@ class _Read(Generic[R]):
 
 @dataclass(frozen=True, kw_only=True)
 class InThisProcess(Generic[R, C]):
-    """The engine that starts no other."""
+    """Executes cases in this process."""
 
     steps: Steps[R, C]
     output: Path
     settings: Mapping[str, Any]
-    """As of :func:`app.inference.batch.fingerprint.settings_of`."""
+    """As returned by :func:`app.inference.batch.fingerprint.settings_of`."""
     worker: Worker
     """This process."""
 
     @property
     def name(self) -> str:
-        """For the manifest."""
+        """Name for the manifest."""
         return "local"
 
     def work(self, cases: Iterable[Case], told: CaseObserver, *, stop_cases: Callable[[], None] = lambda: None) -> None:
-        """Do cases one after the other; at most one is read ahead, and at most one is being written.
+        """Execute cases one after the other; at most one is read ahead, and at most one is being written.
 
         Args:
-            cases: in order; may wait before it gives the next, and is asked for it on another thread.
-            told: what becomes of them.
-            stop_cases: called when no more are asked for; has to end a wait of ``cases``.
+            cases: in order; the iterator may block before the next case, and is advanced on another thread.
+            told: receives the events.
+            stop_cases: called when no more cases are needed; must unblock ``cases``.
 
         Raises:
-            OSError, MemoryError, RuntimeError: of any part, once the file being written is whole or gone.
-            KeyboardInterrupt: stopped, likewise.
+            OSError, MemoryError, RuntimeError: from any step, once the file being written is complete or removed.
+            KeyboardInterrupt: interrupted, likewise.
         """
         ahead = _Ahead(self, iter(cases), told)
         writer = ThreadPoolExecutor(1, "write")
@@ -111,10 +111,10 @@ class InThisProcess(Generic[R, C]):
             writer.shutdown()
 
     def one(self, case: Case, told: CaseObserver) -> None:
-        """Do a single case on this thread.
+        """Execute a single case on this thread.
 
         Raises:
-            OSError, MemoryError, RuntimeError: of any part.
+            OSError, MemoryError, RuntimeError: from any step.
         """
         try:
             took = self.read(case)
@@ -126,7 +126,7 @@ class InThisProcess(Generic[R, C]):
         self._write(case, took.made, computed, told)
 
     def read(self, case: Case) -> _Read[R]:
-        """The first part of a case, with the hashes of its files taken before.
+        """Read a case, after hashing its files.
 
         Raises:
             DataError: the case cannot be used.
@@ -135,13 +135,13 @@ class InThisProcess(Generic[R, C]):
         try:
             made = made_from(case.require(all_contrasts=False), self.settings)
         except (OSError, DataError):
-            self.steps.read(case)  # says in its own words what is wrong
+            self.steps.read(case)  # its own error describes the problem better
             raise
         with _naming_memory(case, "read"):
             return _Read(case=case, made=made, read=self.steps.read(case))
 
     def _write(self, case: Case, made: dict[str, Any], computed: C, told: CaseObserver) -> None:
-        """The last part: first the files, then the JSON that says that they are whole."""
+        """Write the files, then the JSON, which marks them as complete."""
         try:
             with _naming_memory(case, "write"):
                 prediction = self.steps.write(computed)
@@ -154,13 +154,13 @@ class InThisProcess(Generic[R, C]):
         told.ended(Outcome(case=case.id, content=content, worker=self.worker))
 
     def failed(self, case: Case, error: DataError) -> Outcome:
-        """A case that cannot be done."""
+        """Outcome of a case that failed."""
         return Outcome(case=case.id, message=str(error), worker=self.worker)
 
 
 @contextmanager
 def _naming_memory(case: Case, doing: str) -> Iterator[None]:
-    """Make a lack of memory the fault of one case, so that the others go on."""
+    """Make a lack of memory the failure of a single case, so that the others continue."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -174,7 +174,7 @@ def _naming_memory(case: Case, doing: str) -> Iterator[None]:
 
 
 class _Ahead(Generic[R]):
-    """Reads one case ahead, on a thread of its own."""
+    """Reads one case ahead on a separate thread."""
 
     def __init__(self, engine: InThisProcess[R, Any], cases: Iterator[Case], told: CaseObserver) -> None:
         self._engine = engine
@@ -187,7 +187,7 @@ class _Ahead(Generic[R]):
         self._reading = self._reader.submit(self._next)
 
     def take(self) -> _Read[R] | None:
-        """The next case that could be read, None where there is none; the one after it is begun with."""
+        """The next case that could be read, or None at the end; starts to read the one after it."""
         took = self._reading.result()
         self._idle.clear()
         if took is not None:
@@ -195,11 +195,11 @@ class _Ahead(Generic[R]):
         return took
 
     def computed(self) -> None:
-        """The case that was taken last needs no memory any more."""
+        """Signal that the case taken last no longer needs memory."""
         self._idle.set()
 
     def stop(self) -> None:
-        """Wait for the thread, which begins with nothing any more."""
+        """Wait for the thread, which starts nothing further."""
         self._stopped = True
         self._idle.set()
         self._reader.shutdown(cancel_futures=True)
@@ -209,7 +209,7 @@ class _Ahead(Generic[R]):
             try:
                 if any(voxel_count(path) > self._engine.steps.most_voxels_ahead for path in case.contrasts.values()):
                     self._idle.wait()
-            except DataError:  # told when it is read
+            except DataError:  # reported when the case is read
                 self._idle.wait()
             if self._stopped:
                 return None

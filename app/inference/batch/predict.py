@@ -46,21 +46,21 @@ def predict(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Predict cases in this process; a bad case is noted and does not stop the others, a finished one is kept.
+    """Predict cases in this process; a failed case is recorded and does not stop the others, finished ones are kept.
 
     Args:
         model: the trained network.
-        cases: what to predict.
-        output: folder, made where it is missing; gets ``<case>.nii.gz``, ``<case>.json`` and ``manifest.json``.
-        runtime: as the model was loaded for.
-        options: what is asked for.
-        overwrite: predict also what is finished.
-        on_progress: told which case is being worked on.
+        cases: the cases to predict.
+        output: folder, created if missing; receives ``<case>.nii.gz``, ``<case>.json`` and ``manifest.json``.
+        runtime: the one that the model was loaded for.
+        options: options of the prediction.
+        overwrite: also predict finished cases.
+        on_progress: called with the case that is being worked on.
 
     Raises:
         DataError: ``output`` is a file.
         OSError: ``output`` cannot be written to.
-        InterruptedRunError: stopped by Ctrl-C or SIGTERM; what is written is whole.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; all files that were written are complete.
     """
     settings = settings_of(model, options)
     engine = InThisProcess(
@@ -74,43 +74,43 @@ def predict(
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedCase:
-    """A case that is read and can be computed."""
+    """A case that has been read and can be computed."""
 
     case: Case
     prepared: Prepared
     options: PredictOptions
     seconds: float
-    """Spent on reading and preparing."""
+    """Time spent on reading and preparing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComputedCase:
-    """A case that is predicted and can be written; what the network saw of it is gone."""
+    """A case that has been predicted and can be written; the network's input has been freed."""
 
     case: Case
     codes: npt.NDArray[np.uint8]
     """Label map in the program's codes, on the grid and in the voxel order of the case's files."""
     spacing_mm: Spacing
-    """Of the files' grid."""
+    """Spacing of the files' grid."""
     companions: Mapping[Companion, ShareSteps]
-    """What was asked for beside the label map, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
+    """Contents of the optional files, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
     trust: Trust
     flags: tuple[Flag, ...]
     options: PredictOptions
     zeroed: Mapping[Contrast, int]
-    """By contrast: voxels that were NaN or infinite and were taken as 0."""
+    """By contrast: number of NaN or infinite voxels that were replaced with 0."""
     missing: tuple[Contrast, ...]
     """Contrasts that the case lacks."""
     ladder: tuple[str, ...]
-    """What was done where memory was short, in sentences."""
+    """What was done because memory was short, one sentence each."""
     seconds: Mapping[str, float]
-    """Spent on ``read`` and ``compute``."""
+    """Time spent on ``read`` and ``compute``."""
 
 
 def steps_of(
     model: Predictor, output: Path, runtime: Runtime, options: PredictOptions = DEFAULTS
 ) -> Steps[PreparedCase, ComputedCase]:
-    """The three parts of each case for an engine."""
+    """The three steps of each case for an executor."""
     return Steps(
         read=lambda case: prepare_case(model, case, output, options),
         compute=lambda given, _: compute_case(model, given, runtime),
@@ -121,10 +121,10 @@ def steps_of(
 
 
 def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOptions = DEFAULTS) -> PreparedCase:
-    """Read a case and prepare it for a network; needs no device, so another thread may do it for the next case.
+    """Read a case and prepare it for a network; uses no device, so another thread can do it for the next case.
 
     Raises:
-        DataError: as :func:`data.preprocess.prepare`, :func:`require_contrasts` and :func:`place_for`.
+        DataError: as in :func:`data.preprocess.prepare`, :func:`require_contrasts` and :func:`place_for`.
     """
     place_for(case, output, asked_for(options))
     began = time.monotonic()
@@ -143,10 +143,10 @@ def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOpt
 
 
 def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
-    """Predict a prepared case; the one of the three parts that uses the device.
+    """Predict a prepared case; the only one of the three steps that uses the device.
 
     Raises:
-        DataError: memory is not enough.
+        DataError: memory is not sufficient.
     """
     began = time.monotonic()
     prepared, options = given.prepared, given.options
@@ -197,7 +197,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
 
 
 def write_label_map_of(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
-    """Write the label map of a case; needs no device, so another thread may do it. The JSON is the engine's.
+    """Write the label map of a case; uses no device, so another thread can do it. The executor writes the JSON.
 
     Raises:
         DataError: the label map would replace a file of the case.
@@ -230,25 +230,25 @@ def write_label_map_of(model: Predictor, computed: ComputedCase, output: Path, r
 
 
 def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
-    """The contrasts of a case whose intensities are unlike those of the training cases, where these are known."""
+    """Contrasts of a case whose intensities are unlike those of the training cases; empty if those are unknown."""
     return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
 
 
 def write_companions(case: Case, found: Mapping[Companion, ShareSteps], output: Path, reference: Path) -> None:
-    """Write what was asked for beside a label map.
+    """Write the optional files next to a label map.
 
     Args:
-        case: what was predicted.
-        found: by name, in 65535ths, shape (X, Y, Z, 3).
+        case: the predicted case.
+        found: contents by name, in 65535ths, shape (X, Y, Z, 3).
         output: folder of the label map.
-        reference: the file whose grid that is.
+        reference: file whose grid the contents are on.
     """
     for name, steps in found.items():
         write_shares(companion_path(case, name, output), steps, reference, what=f"{name} of {', '.join(REGIONS)}")
 
 
 def companion_path(case: Case, name: Companion, output: Path) -> Path:
-    """Where a file beside the label map is written."""
+    """Path of an optional file next to the label map."""
     return output / f"{case.id}_{name}.nii.gz"
 
 
@@ -266,20 +266,20 @@ def finish(  # noqa: PLR0913 - each goes into the file
     flags: Sequence[Flag],
     notes: Mapping[str, Any],
 ) -> Prediction:
-    """What ``<case>.json`` says of a label map that is written; the engine adds what it was made from, and writes it.
+    """Build the content of ``<case>.json`` for a label map; the executor adds ``made_from`` and writes the file.
 
     Args:
-        model: what predicted.
-        case: what was predicted.
+        model: the predictor.
+        case: the predicted case.
         codes: the label map in the program's codes.
         output: folder of both files.
-        runtime: as the model was loaded for.
-        convention: what the numbers in the file mean.
-        spacing_mm: of the label map's grid.
-        trust: what is known of the answer.
-        companions: the files that were written beside the label map.
-        flags: what to know of the case.
-        notes: what else belongs into the file: seconds by stage, voxels that were taken as 0, ``missing_contrasts``.
+        runtime: the one that the model was loaded for.
+        convention: meaning of the numbers in the file.
+        spacing_mm: spacing of the label map's grid.
+        trust: how far the prediction can be trusted.
+        companions: the optional files that were written.
+        flags: flags of the case.
+        notes: further entries: seconds by step, voxels that were replaced with 0, ``missing_contrasts``.
     """
     label_map = output / f"{case.id}.nii.gz"
     voxel_ml = float(np.prod(spacing_mm)) / 1000
@@ -310,11 +310,11 @@ def finish(  # noqa: PLR0913 - each goes into the file
 
 
 def require_contrasts(case: Case, model: Predictor) -> None:
-    """Make sure that a case has what a network needs.
+    """Check that a case has the contrasts that a network needs.
 
     Raises:
-        DataError: as :meth:`data.datasets.layouts.Case.require`; a contrast may be missing where the network was
-            trained so.
+        DataError: as in :meth:`data.datasets.layouts.Case.require`; a contrast may be missing if the network was
+            trained for that.
     """
     if model.takes_missing_contrasts or not missing_contrasts(case.contrasts):
         case.require(all_contrasts=False)
@@ -328,7 +328,7 @@ def require_contrasts(case: Case, model: Predictor) -> None:
 
 
 def asked_for(options: PredictOptions) -> tuple[Companion, ...]:
-    """The companions that may be written."""
+    """The optional files that these options may produce."""
     return (
         *(("probabilities",) if options.save_probabilities else ()),
         *(("uncertainty", "disagreement") if options.uncertainty else ()),
@@ -336,16 +336,16 @@ def asked_for(options: PredictOptions) -> tuple[Companion, ...]:
 
 
 def place_for(case: Case, output: Path, companions: Collection[Companion] = ()) -> Path:
-    """Where a case's label map is written.
+    """Path of a case's label map, after a check that the path can be used.
 
     Args:
-        case: what is predicted.
+        case: the case to predict.
         output: folder of the results.
-        companions: what may be written beside the label map.
+        companions: the optional files that may be written.
 
     Raises:
-        DataError: one of the case's own files is there, or where a file beside it may be written; or the file system
-            takes no name that long.
+        DataError: the label map or an optional file would replace one of the case's own files, or a name is too long
+            for the file system.
     """
     names = [f"{case.id}.nii.gz", *(companion_path(case, name, output).name for name in companions)]
     longest, most = max(names, key=lambda name: len(os.fsencode(name))), most_name_bytes(output)

@@ -1,9 +1,8 @@
-"""Cases in processes of their own on this machine, one on each device; the cases of one that is lost go to another.
+"""Predict cases in worker processes on this machine, one per device; cases of a lost worker go to another one.
 
-A worker is ``python -m app.inference.batch.process_pool``, as :mod:`app.system.worker_process` says. After the job
-each line of its
-standard input is a case; it has one beside the one it computes, to read it ahead. What it tells: that it is ready, what
-became of each case, warnings, and what stopped it.
+A worker is ``python -m app.inference.batch.process_pool`` and speaks the protocol of :mod:`app.system.worker_process`.
+After the job, each line of its standard input is a case; it holds one more than it computes, to read it ahead. It
+reports that it is ready, the outcome of each case, warnings, and the error that stopped it.
 """
 
 from __future__ import annotations
@@ -41,21 +40,21 @@ from app.system.worker_process import (
 )
 from data.datasets.layouts import Case
 
-#: A case is begun so often at most; whoever ends its worker each time fails.
+#: Maximum attempts before a case that keeps killing its worker is reported as failed.
 MOST_ATTEMPTS: Final = 3
 _MOST_WORKERS: Final = 64
 
 
 def devices_of(text: str, there: int) -> tuple[str, ...]:
-    """The devices that ``--devices`` names.
+    """Parse the devices given by ``--devices``.
 
     Args:
         text: ``auto`` for every GPU, a number of them, or names such as ``cuda:0,cuda:1``.
-        there: how many GPUs there are.
+        there: number of GPUs on this machine.
 
     Raises:
-        ConfigError: it is none of these.
-        DeviceError: there are not so many GPUs.
+        ConfigError: ``text`` is none of these.
+        DeviceError: there are fewer GPUs.
 
     Example:
         >>> devices_of("2", 4)
@@ -77,10 +76,10 @@ def devices_of(text: str, there: int) -> tuple[str, ...]:
 
 
 def slots_of(workers: int) -> tuple[None, ...]:
-    """So many processes on the device of the job.
+    """One entry per worker process on the device of the job.
 
     Raises:
-        ConfigError: not 1 to 64.
+        ConfigError: ``workers`` is not from 1 to 64.
     """
     if not 1 <= workers <= _MOST_WORKERS:
         raise ConfigError(f"--workers takes 1 to {_MOST_WORKERS} processes, got {workers}")
@@ -89,7 +88,7 @@ def slots_of(workers: int) -> tuple[None, ...]:
 
 @dataclass(kw_only=True)
 class _Todo:
-    """A case and how often it was begun."""
+    """A case and its number of attempts."""
 
     case: Case
     attempts: int = 0
@@ -97,11 +96,11 @@ class _Todo:
 
 @dataclass(frozen=True, kw_only=True)
 class InProcesses:
-    """The engine of several processes."""
+    """Executes cases in several processes."""
 
     job: PredictJob
     devices: Sequence[str | None]
-    """One entry a process: its device, or None for that of the job."""
+    """One entry per process: its device, or None for the device of the job."""
 
     @property
     def name(self) -> str:
@@ -109,12 +108,12 @@ class InProcesses:
         return "local"
 
     def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
-        """Do cases, each worker the next one when it has done one.
+        """Execute cases; a worker gets the next one when it has finished one.
 
         Raises:
-            DataError, ConfigError, RunError, DeviceError, OSError: what stopped a worker that was at work, or all of
-                them before they were.
-            KeyboardInterrupt: this process was interrupted; the others have ended.
+            DataError, ConfigError, RunError, DeviceError, OSError: the error that stopped a worker that was ready, or
+                all workers before they were.
+            KeyboardInterrupt: this process was interrupted; the workers have ended.
         """
         if not cases:
             return
@@ -127,7 +126,7 @@ class InProcesses:
 
 
 class _WorkerPool:
-    """The workers, and which case is where; everything but reading what they tell is done on one thread."""
+    """The workers, and the cases that each holds; apart from reading workers' output, all is done on one thread."""
 
     def __init__(self, engine: InProcesses, cases: Sequence[Case], told: CaseObserver, logs: Path) -> None:
         self._told = told
@@ -148,7 +147,7 @@ class _WorkerPool:
         ]
 
     def work(self) -> None:
-        """Until every case is done or failed."""
+        """Run until every case is done or has failed."""
         for slot in self._slots:
             slot.start()
         while self._left:
@@ -157,7 +156,7 @@ class _WorkerPool:
                 self._take(slot, event)
 
     def stop(self) -> None:
-        """End every worker; one that is at work stops as if by SIGTERM."""
+        """End every worker; one that is still working stops as on SIGTERM."""
         for slot in self._slots:
             slot.stop(at_once=self._left > 0)
         for slot in self._slots:
@@ -188,7 +187,7 @@ class _WorkerPool:
         )
 
     def _hand_out(self, slot: _Slot) -> None:
-        """Give a worker what it may have: two cases, or one alone that was with a worker that is lost."""
+        """Give a worker up to two cases; a case that was with a lost worker is given out by itself."""
         while slot.ready and self._waiting:
             again = self._waiting[0].attempts > 0 or any(todo.attempts > 1 for todo in slot.held.values())
             if len(slot.held) >= (1 if again else 2):
@@ -199,7 +198,7 @@ class _WorkerPool:
             slot.tell(case_to_plain(todo.case))
 
     def _gone(self, slot: _Slot, status: int) -> None:
-        """A worker has ended though there are cases left."""
+        """Handle a worker that ended while cases are left."""
         was_ready, slot.ready = slot.ready, False
         stopped = slot.error is not None and slot.error["error"] == InterruptedRunError.__name__
         if slot.error is not None and was_ready and not stopped:
@@ -227,7 +226,7 @@ class _WorkerPool:
 
 @dataclass(kw_only=True, eq=False)
 class _Slot:
-    """A device: one process after the other, should they be lost."""
+    """A device: runs one process, and a new one whenever a process is lost."""
 
     name: str
     device: str | None
@@ -236,20 +235,20 @@ class _Slot:
     events: queue.SimpleQueue[tuple[_Slot, int, dict[str, Any]]]
     log: Path
     held: dict[str, _Todo] = field(default_factory=dict)
-    """What its process has, by case id."""
+    """Cases that its process holds, by case id."""
     ready: bool = False
     error: dict[str, Any] | None = None
-    """What its process told of its end."""
+    """Error that its process reported before it ended."""
     retired: dict[str, Any] | None = None
-    """Why there is no process any more."""
+    """Why no further process is started."""
     seen_device: str | None = None
     starts: int = 0
     process: subprocess.Popen[str] | None = None
     thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Start a process, and a thread that passes on what it tells."""
-        self._close_input()  # of the process before
+        """Start a process, and a thread that forwards what it reports."""
+        self._close_input()  # of the previous process
         self.starts += 1
         self.error = None
         device = "cpu" if self.device == "cpu" else "cuda" if self.device else self.job.device
@@ -260,7 +259,7 @@ class _Slot:
         self.tell({"job": replace(self.job, device=device).to_plain(), "name": self.name, "device": self.device})
 
     def tell(self, content: dict[str, Any]) -> None:
-        """A line for the process; one that is gone is told of by its thread."""
+        """Send a line to the process; if the process is gone, its thread reports that."""
         assert self.process is not None
         assert self.process.stdin is not None
         with suppress(OSError, ValueError):
@@ -268,7 +267,7 @@ class _Slot:
             self.process.stdin.flush()
 
     def stop(self, *, at_once: bool) -> None:
-        """Have the process end: after what it has, or at once, as if by SIGTERM."""
+        """Make the process end: after the cases it holds, or at once, as on SIGTERM."""
         if self.process is None or self.process.stdin is None:
             return
         if not at_once:
@@ -277,7 +276,7 @@ class _Slot:
 
     def _close_input(self) -> None:
         if self.process is not None and self.process.stdin is not None:
-            with suppress(OSError):  # what it had not read yet is lost
+            with suppress(OSError):  # input that it has not read yet is lost
                 self.process.stdin.close()
 
     def join(self) -> None:
@@ -288,7 +287,7 @@ class _Slot:
             self.thread.join()
 
     def last_words(self) -> str:
-        """The last line of what the process wrote to stderr."""
+        """Last line that the process wrote to stderr."""
         lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
         last = next((line for line in reversed(lines) if line), "")
         return f"It wrote: {last}" if last else ""
@@ -305,22 +304,22 @@ class _Slot:
 
 
 class _Telling:
-    """Tells the process that started this one what becomes of cases."""
+    """Reports the events of cases to the parent process."""
 
     def __init__(self, tell: Tell) -> None:
         self._tell = tell
 
     def begun(self, case: str, what: str = "") -> None:
-        """As :class:`app.inference.batch.cohort.CaseObserver`."""
+        """See :class:`app.inference.batch.cohort.CaseObserver`."""
         self._tell({"begun": case, "what": what})
 
     def ended(self, outcome: Outcome) -> None:
-        """As :class:`app.inference.batch.cohort.CaseObserver`."""
+        """See :class:`app.inference.batch.cohort.CaseObserver`."""
         self._tell({"case": outcome.case, "content": outcome.content, "message": outcome.message})
 
 
 def _main() -> int:
-    """Do the job and the cases on standard input; 0 when it is told that there are no more."""
+    """Run the job and the cases from standard input; returns 0 after the message that there are no more cases."""
     return be_worker(_work)
 
 
@@ -337,7 +336,7 @@ def _work(lines: Iterator[str], tell: Tell) -> None:
 
 
 def _listen(lines: Iterator[str], cases: queue.SimpleQueue[Case | None]) -> None:
-    """Take cases from standard input; its end without a word is that of the process that started this one."""
+    """Read cases from standard input; if it closes without an end message, the parent process is gone."""
     for line in lines:
         content = json.loads(line)
         if "end" in content:

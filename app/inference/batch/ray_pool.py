@@ -1,7 +1,7 @@
-"""Cases on the hosts of a Ray cluster: a task each, given to whoever is free, and to another where a worker is lost.
+"""Predict cases on the hosts of a Ray cluster: one task per case, retried elsewhere if its worker is lost.
 
-Every host must have this program, and see the run, the cases and the output folder under the same paths; only words go
-through Ray, no volumes. Ray is an extra (``pip install 'znormseg[ray]'``).
+Every host must have this program and see the run, the cases and the output folder under the same paths: only text goes
+through Ray, no volumes. Ray is an optional dependency (``pip install 'znormseg[ray]'``).
 """
 
 from __future__ import annotations
@@ -31,40 +31,40 @@ from app.system.resources import cores
 from app.system.worker_process import error_of, name_of
 from data.datasets.layouts import Case
 
-#: A case is begun so often at most; whoever ends its worker each time fails.
+#: Maximum attempts before a case that keeps killing its worker is reported as failed.
 MOST_ATTEMPTS: Final = 3
-#: Only words go through Ray's store; this is the least it takes.
+#: Size of Ray's object store: only text goes through it, and this is the minimum that Ray accepts.
 _STORE_BYTES: Final = 80 << 20
-#: How long a task that is stopped may take to leave its files whole.
+#: Time that a cancelled task has to leave its files complete.
 _STOP_SECONDS: Final = 60.0
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a warning without it
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # avoids a warning
     "RAY_DEDUP_LOGS": "0",
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class OnRay:
-    """The engine that hands cases to Ray."""
+    """Executes cases as Ray tasks."""
 
     job: PredictJob
     processes: int = 1
-    """Cases at once on the CPU of a host; on GPUs there is one a GPU."""
+    """Cases at once on the CPU of each host; on GPUs, one per GPU."""
 
     @property
     def name(self) -> str:
-        """For the manifest."""
+        """Name for the manifest."""
         return "ray"
 
     def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
-        """Do cases, each as a task.
+        """Predict cases, each as a task.
 
         Raises:
-            ConfigError: Ray is not installed, or the cluster of RAY_ADDRESS does not answer.
-            DeviceError: a GPU is asked for by number, or there is none.
-            DataError, RunError, OSError: what stopped a worker, such as a run that its host does not see.
-            KeyboardInterrupt: stopped; tasks at work have left whole files.
+            ConfigError: Ray is not installed, or the cluster at RAY_ADDRESS does not respond.
+            DeviceError: a GPU is requested by number, or there is none.
+            DataError, RunError, OSError: the error that stopped a worker, such as a run that its host does not see.
+            KeyboardInterrupt: interrupted; tasks in progress have left complete files.
         """
         if not cases:
             return
@@ -84,7 +84,7 @@ class OnRay:
                 raise
 
     def _collect(self, ray: Any, pending: dict[Any, Case], told: CaseObserver) -> None:
-        """Wait for one task after the other."""
+        """Collect the results of tasks as they finish."""
         warned = False
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
@@ -120,10 +120,10 @@ class OnRay:
 
 
 def ray_module() -> Any:
-    """Ray, told to be quiet.
+    """Import Ray, configured to be quiet.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: Ray is not installed.
     """
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
@@ -137,7 +137,7 @@ def ray_module() -> Any:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """What Ray prints of nodes that are lost, also from below Python, is no result of ours."""
+    """Redirect stdout to stderr, below Python too: what Ray prints about lost nodes is not part of the results."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -151,7 +151,7 @@ def _stdout_to_stderr() -> Iterator[None]:
 
 @contextmanager
 def _connected(ray: Any) -> Iterator[None]:
-    """Join the cluster of RAY_ADDRESS, else one that runs on this machine, else start one for now."""
+    """Join the cluster at RAY_ADDRESS, or one that runs on this machine, or start a temporary one."""
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False}
     before = signal.getsignal(signal.SIGTERM)
     given = os.environ.get("RAY_ADDRESS") or None
@@ -169,7 +169,7 @@ def _connected(ray: Any) -> Iterator[None]:
         )
     try:
         if before is not None:
-            signal.signal(signal.SIGTERM, before)  # Ray puts one there that ends the process
+            signal.signal(signal.SIGTERM, before)  # Ray installs a handler that ends the process
         yield
     finally:
         ray.shutdown()
@@ -178,7 +178,7 @@ def _connected(ray: Any) -> Iterator[None]:
 
 
 def _resources(ray: Any, device: str, processes: int) -> tuple[str, dict[str, float]]:
-    """The device that a task asks for, and what it takes of a host."""
+    """Device that a task requests, and the resources it takes of a host."""
     if device.startswith("cuda:"):
         raise DeviceError(f"--engine ray with --device {device}: Ray gives out the GPUs. Use --device cuda.")
     gpus = ray.cluster_resources().get("GPU", 0)
@@ -192,8 +192,8 @@ def _resources(ray: Any, device: str, processes: int) -> tuple[str, dict[str, fl
 
 
 def _cancel(ray: Any, references: list[Any]) -> None:
-    """Stop tasks the way Ctrl-C does, and wait for those at work."""
-    with suppress(Exception):  # what stopped the cohort is told
+    """Cancel tasks as Ctrl-C does, and wait for those in progress."""
+    with suppress(Exception):  # the error that stopped the cohort is reported instead
         for reference in references:
             ray.cancel(reference)
         ray.wait(references, num_returns=len(references), timeout=_STOP_SECONDS)
@@ -209,15 +209,15 @@ def _absolute(case: Case) -> Case:
 
 
 def do_case(job: str, case: str) -> dict[str, Any]:
-    """Do one case in a worker of Ray.
+    """Predict one case in a Ray worker.
 
     Args:
-        job: as JSON of :meth:`app.inference.batch.job.Job.to_plain`.
+        job: as JSON of :meth:`app.inference.batch.job.PredictJob.to_plain`.
         case: as JSON of :func:`app.inference.batch.job.case_to_plain`.
 
     Returns:
-        plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of what stops all of them; log
-        lines; who did it.
+        plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of an error that stops all
+        cases; log lines; and the host, its versions and the worker.
     """
     one = case_from_plain(json.loads(case))
     told = _Noting()
@@ -239,14 +239,14 @@ def do_case(job: str, case: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _engine(job: str) -> InThisProcess[Any, Any]:
-    """The network of a job, kept in the process for its next case."""
+    """Load the network of a job, and keep it for the next case in this process."""
     found = job_from_plain(json.loads(job))
     model, runtime = found.load()
     return found.engine(model, runtime)
 
 
 class _Noting(logging.Handler):
-    """Keeps what is said of a case for whoever asked for it."""
+    """Keeps the log lines and the outcome of a case for the caller."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -254,12 +254,12 @@ class _Noting(logging.Handler):
         self.outcome = Outcome(case="")
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Keep a line."""
+        """Keep a log line."""
         self.lines.append((record.levelno, record.getMessage()))
 
     def begun(self, case: str, what: str = "") -> None:
-        """Nobody is told."""
+        """Do nothing: progress is not reported from here."""
 
     def ended(self, outcome: Outcome) -> None:
-        """Keep what became of the case."""
+        """Keep the outcome of the case."""
         self.outcome = outcome

@@ -1,1 +1,1 @@
-"""The sliding window: where windows lie, blending in torch or numpy, and fallbacks when memory is short."""
+"""The sliding window: placement of windows, blending in torch or numpy, and fallbacks when memory is short."""

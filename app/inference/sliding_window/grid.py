@@ -1,4 +1,4 @@
-"""Where windows lie in a volume, and how they are weighted; numpy alone."""
+"""Placement and weights of windows in a volume; depends only on numpy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 #: Width of the Gaussian weights as a share of the window, as in nnU-Net and MONAI.
 SIGMA: Final = 0.125
-#: Least weight: corners must not vanish, or a voxel that only they cover would be noise divided by noise.
+#: Minimum weight: without it, a voxel that only corners of windows cover would be noise divided by noise.
 LEAST_WEIGHT: Final = 1e-3
 #: Logit of voxels that no window with brain in it covers.
 SURE_BACKGROUND: Final = -30.0
@@ -22,12 +22,12 @@ Place = tuple[slice, slice, slice]
 
 
 def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
-    """Where the windows lie: evenly spread from border to border along each axis.
+    """Places of the windows, evenly spread from border to border along each axis.
 
     Args:
         shape: of the volume, at least ``window`` along each axis.
         window: size of each window.
-        overlap: the least share that neighbours have in common.
+        overlap: least share that neighbours have in common.
     """
     starts = [window_starts(size, side, overlap) for size, side in zip(shape, window, strict=True)]
     for x, y, z in product(*starts):
@@ -35,7 +35,7 @@ def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
 
 
 def window_starts(size: int, side: int, overlap: float) -> list[int]:
-    """First voxels of the windows along one axis.
+    """First voxel of each window along one axis.
 
     Example:
         >>> window_starts(100, 64, 0.5)
@@ -48,7 +48,7 @@ def window_starts(size: int, side: int, overlap: float) -> list[int]:
 
 
 def paddings(sizes: Size, window: Size) -> list[tuple[int, int]]:
-    """Voxels of 0 before and after a volume along each axis, so that a window fits."""
+    """Voxels of zero padding before and after a volume along each axis, so that a window fits."""
     return [
         (max(0, side - size) // 2, max(0, side - size) - max(0, side - size) // 2)
         for size, side in zip(sizes, window, strict=True)
@@ -56,7 +56,7 @@ def paddings(sizes: Size, window: Size) -> list[tuple[int, int]]:
 
 
 def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
-    """Weights that fall from the middle of a window to its borders; the largest is 1, none is 0.
+    """Weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
     """
@@ -70,7 +70,7 @@ def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
 
 
 def rounded_up(sizes: Size, divisor: int) -> Size:
-    """The smallest window of a network that holds a volume: multiples of ``divisor``, at least twice that.
+    """Smallest window that holds a volume and fits a network: sides are multiples of ``divisor``, at least twice that.
 
     Example:
         >>> rounded_up((141, 170, 9), 8)
@@ -81,7 +81,7 @@ def rounded_up(sizes: Size, divisor: int) -> Size:
 
 
 def smaller(window: Size, divisor: int) -> Size | None:
-    """About half a window: its longest side halved; None where no side can be.
+    """Halve the longest side of a window, rounded up to a multiple of ``divisor``; None if it is too short for that.
 
     Example:
         >>> smaller((64, 64, 96), 8)

@@ -1,7 +1,7 @@
-"""How windows are computed when memory is short: planned before, and a step down where it ran out all the same.
+"""Fallbacks when memory is short: a plan made in advance, and a step down whenever memory runs out all the same.
 
-The steps, in this order: fewer windows at once, stitching in the CPU's memory, smaller windows, computing on the CPU.
-Each step taken is told in a sentence, which goes to the log and into the case's JSON.
+The steps, in order: fewer windows at once, blending in the CPU's memory, smaller windows, computing on the CPU. Each
+step taken is described in a sentence for the log and the case's JSON.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from data.errors import DataError
 T = TypeVar("T")
 
 GB: Final = 10**9
-#: What a process holds that has read nothing, where the system does not tell.
+#: Assumed memory of a process that has read nothing yet, on systems that do not report it.
 _PROGRAM_BYTES: Final = GB
 
 
@@ -29,18 +29,18 @@ class ComputePlan:
     """How windows are computed."""
 
     window: Size
-    """Voxels along each axis."""
+    """Size of a window along each axis."""
     batch: int = 1
-    """Windows at once."""
+    """Windows per forward pass."""
     device: str = "cpu"
-    """Where they are computed: ``cpu`` or ``cuda:N``."""
+    """Device that computes windows: ``cpu`` or ``cuda:N``."""
     stitch_on: str = "cpu"
-    """Where they are put together."""
+    """Device that blends windows."""
     half: bool = False
-    """Whether logits are kept in float16 where they are stitched."""
+    """Whether blended logits are kept in float16."""
 
     def __str__(self) -> str:
-        """As in ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
+        """Description, such as ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
         said = f"windows of {'x'.join(map(str, self.window))} voxels, {self.batch} at once, on {self.device}"
         if self.stitch_on != self.device:
             said += f", stitched on {self.stitch_on}"
@@ -48,10 +48,10 @@ class ComputePlan:
 
 
 class MemoryFallback:
-    """The way of one case, and the sentences that tell how it came about.
+    """The plan for the windows of one case, and sentences that explain how it came about.
 
     Args:
-        max_memory_bytes: what the process may hold at its peak; None for no bound.
+        max_memory_bytes: peak memory that the process may use; None for no bound.
     """
 
     def __init__(self, max_memory_bytes: int | None = None) -> None:
@@ -67,16 +67,16 @@ class MemoryFallback:
         divisor: int,
         needed_bytes: Callable[[ComputePlan], int],
     ) -> T:
-        """Compute, with less memory where it runs out; the next call begins with the way that did.
+        """Compute, with less memory each time it runs out; the next call starts with the plan that worked.
 
         Args:
-            compute: does it; lets go of what it holds when it fails.
-            first: how, if memory is enough.
+            compute: does the work, and releases what it holds when it fails.
+            first: plan if memory is sufficient.
             divisor: sides of windows are multiples of it.
-            needed_bytes: what a way is estimated to take on the CPU beside what the process holds.
+            needed_bytes: estimates the CPU memory that a plan takes in addition to what the process already holds.
 
         Raises:
-            DataError: memory is not enough for the last way either, or the bound is too low.
+            DataError: memory is not even sufficient for the last plan, or the bound is too low.
         """
         way = self._way or self._planned(first, divisor, needed_bytes)
         while True:
@@ -99,7 +99,7 @@ class MemoryFallback:
             way = after
 
     def _planned(self, first: ComputePlan, divisor: int, needed_bytes: Callable[[ComputePlan], int]) -> ComputePlan:
-        """The first way that the bound has room for."""
+        """First plan that fits within the bound."""
         if self._max_bytes is None:
             return first
         give_back_freed_memory()
@@ -123,11 +123,11 @@ class MemoryFallback:
 
 
 def next_way(way: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan | None:
-    """One step down, or None where there is none.
+    """The next plan, which needs less memory, or None if there is no further step.
 
     Args:
-        way: that needs too much.
-        first: of the case; on the CPU windows have their size again.
+        way: plan that needs too much.
+        first: first plan of the case; on the CPU, windows return to its size.
         divisor: sides of windows are multiples of it.
     """
     if way.batch > 1:

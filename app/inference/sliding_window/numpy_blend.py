@@ -1,4 +1,4 @@
-"""The sliding window in numpy: windows computed by whatever takes arrays, blended in place."""
+"""The sliding window in numpy: windows are computed by any function of arrays, and blended in place."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy.typing as npt
 from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, paddings, window_places
 
 Array = npt.NDArray[np.float32]
-#: Planes that are divided or converted at once, so that no second volume is held.
+#: Planes divided at a time, so that no second volume is held.
 _PLANES: Final = 16
 
 
@@ -24,17 +24,17 @@ def stitched_logits(
     batch: int = 1,
     half: bool = False,
 ) -> npt.NDArray[Any]:
-    """Logits of a whole volume, as :func:`app.inference.sliding_window.torch_blend.sliding_logits` has them.
+    """Compute the logits of a whole volume, as :func:`app.inference.sliding_window.torch_blend.sliding_logits` does.
 
-    A volume that one window covers is that window's answer, without any weights.
+    If one window covers the volume, its answer is returned without any weighting.
 
     Args:
-        compute: logits of shape (batch, regions, *window) of windows of shape (batch, contrasts, *window); always whole
-            batches.
+        compute: maps windows of shape (batch, contrasts, *window) to logits of shape (batch, regions, *window); always
+            gets whole batches.
         image: shape (contrasts, X, Y, Z), not all zero.
         window: in voxels.
-        overlap: the least share that neighbours have in common, 0 to below 1.
-        batch: windows at once; the last ones are filled up with zeros.
+        overlap: least share that neighbours have in common, from 0 to below 1.
+        batch: windows per call; the last batch is filled up with zeros.
         half: blend in float16, for half the memory.
 
     Returns:
@@ -82,17 +82,17 @@ def _fill(patches: Array, image: Array, places: list[Place]) -> None:
 
 
 def resized(values: npt.NDArray[Any], shape: Size) -> npt.NDArray[Any]:
-    """Linear interpolation to another shape over the same box, half-voxel centres, borders repeated.
+    """Interpolate linearly to another shape over the same box, with half-voxel centres and repeated borders.
 
-    The same as torch's trilinear interpolation without aligned corners. The first axis of the volume
-    comes last, plane by plane, so that memory holds the answer and little else.
+    The result is that of torch's trilinear interpolation without aligned corners. The first axis of the volume is
+    interpolated last, plane by plane, so that memory holds little more than the result.
 
     Args:
         values: shape (n, X, Y, Z).
-        shape: wanted.
+        shape: target shape.
 
     Returns:
-        shape (n, *shape), type as of ``values``.
+        shape (n, *shape), dtype of ``values``.
     """
     low, high, share = _between(values.shape[1], shape[0])
     answer = np.empty((values.shape[0], *shape), dtype=values.dtype)
@@ -117,7 +117,7 @@ def resized(values: npt.NDArray[Any], shape: Size) -> npt.NDArray[Any]:
 
 
 def _between(size: int, wanted: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Array]:
-    """By new index: the two old ones it lies between, and the share of the second."""
+    """For each new index: the two old indices around it, and the weight of the second."""
     at = np.clip((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0, None)
     low = np.minimum(np.floor(at).astype(np.intp), size - 1)
     return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)

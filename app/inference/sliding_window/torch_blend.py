@@ -1,4 +1,4 @@
-"""A network over a whole volume: overlapping windows, blended with Gaussian weights."""
+"""Apply a network to a whole volume in overlapping windows, blended with Gaussian weights."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ def sliding_logits(
     half: bool = False,
     between_windows: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Logits of a whole volume.
+    """Compute the logits of a whole volume.
 
     Windows are spread evenly, so that neighbours overlap by at least ``overlap``; a volume smaller than the window is
-    padded with 0. Windows without any brain (all zero) are not computed.
+    padded with 0. Windows without any brain (all zero) are skipped.
 
     Args:
         network: in eval mode, on ``runtime.device``.
         image: float32, shape (contrasts, X, Y, Z), on the CPU.
-        window: the size the network was trained on, in voxels.
-        overlap: 0 to below 1.
+        window: size that the network was trained on, in voxels.
+        overlap: least share that neighbours have in common, from 0 to below 1.
         runtime: device, precision, memory layout.
-        batch: windows in one forward pass.
-        stitch_on: device on which windows are put together; None takes the runtime's.
+        batch: windows per forward pass.
+        stitch_on: device on which windows are blended; None means the runtime's device.
         half: blend in float16, for half the memory, as
             :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
         between_windows: called before each forward pass; may raise to stop.
@@ -84,7 +84,7 @@ def sliding_logits(
 
 
 def _patches(image: Tensor, places: list[Place], device: torch.device, layout: torch.memory_format) -> Tensor:
-    """Windows of an image as a batch on the device; to a GPU by way of pinned memory."""
+    """Windows of an image as a batch on the device; a GPU receives them through pinned memory."""
     patches = torch.stack([image[(slice(None), *place)] for place in places])
     if device.type == "cuda":
         patches = patches.pin_memory().to(device, non_blocking=True)
@@ -92,7 +92,7 @@ def _patches(image: Tensor, places: list[Place], device: torch.device, layout: t
 
 
 def gaussian_weights(window: Size) -> Tensor:
-    """Weights that fall from the middle of a window to its borders; the largest is 1, none is 0.
+    """Weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
     """

@@ -1,4 +1,4 @@
-"""Layouts of every year are recognised without a flag, ambiguous ones refused by naming one, broken trees survived."""
+"""Described data sets: every layout is recognised without a flag, ambiguous ones are rejected, broken trees survive."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def save(path: Path, labels: Any) -> None:
 
 
 def describe(root: Path, **changes: Any) -> Path:
-    """Change keys of a dataset.json; None takes one away."""
+    """Change keys of a dataset.json; None removes a key."""
     path = root / "dataset.json"
     content = {**json.loads(path.read_text()), **changes}
     path.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
@@ -94,7 +94,7 @@ def test_the_cavity_of_2024_is_in_no_region(render: Render, tmp_path: Path) -> N
     assert not decode(read_label_map(case.label).voxels, convention_of(cases))[cavity].any()
 
 
-# What is ambiguous
+# Ambiguous data sets
 
 
 def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_an_ambiguous_data_set_without_label_maps_can_still_be_predicted(
     assert all(case.require() for case in find_cases(root))
 
 
-# Single layouts
+# Individual layouts
 
 
 def test_radiotherapy_cases_are_refused_in_words(tmp_path: Path) -> None:
@@ -338,16 +338,16 @@ def test_a_flat_folder_names_the_case_that_lacks_a_contrast(render: Render, tmp_
     assert "contrast flair is missing" in problems["BraTS-GLI-00001-000"][0]
 
 
-# Whatever lies there: a sentence, no traceback
+# Arbitrary content: a message, never a traceback
 
 
 def survives(root: Path) -> None:
-    """Everything that reads a data set ends well or with a DataError."""
+    """Check that everything that reads a data set succeeds or raises a DataError."""
     for read in (find_cases, find_label_maps, check):
         try:
             read(root)
         except DataError as error:
-            assert str(error)  # noqa: PT017 - there may be none
+            assert str(error)  # noqa: PT017 - the error is optional
 
 
 json_values = st.recursive(
@@ -424,7 +424,7 @@ def spoil(path: Path, data: st.DataObject) -> None:
         path.write_bytes(b"case,t1\n{}[]")
 
 
-# Patients and names of a manifest
+# Patients and names in a manifest
 
 
 def table(folder: Path, head: str, *rows: str) -> Path:

@@ -1,4 +1,4 @@
-"""A data set in another layout: read back with the same voxels, grids and regions; nothing is left half-written."""
+"""Export: reading the exported data set gives the same voxels, grids and regions; no partial result is left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What label maps hold: each is read once, and a change of one is noticed."""
+"""Label statistics: each label map is read once, and a changed one is detected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recognising data sets: names of both eras, what is missing or there twice, and who is whose patient."""
+"""Recognising data sets: names of both eras, missing or duplicate files, and the patient of each case."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NAMES_2023 = ["-t1n", "-t1c", "-t2w", "-t2f"]
 
 
 def touch(folder: Path, *names: str) -> Path:
-    """Files without content: finding a case does not open them."""
+    """Create empty files: finding a case does not open them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in names:
         (folder / name).touch()
@@ -279,7 +279,7 @@ def test_cases_that_contradict_each_other_are_refused(tmp_path: Path) -> None:
         convention_of(find_cases(tmp_path))
 
 
-# Names in use
+# Names found in practice
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Names of files and columns: contrasts as people spell them, Unicode forms, what belongs to the case."""
+"""Names of files and columns: contrasts in all spellings, Unicode forms, and the parts that belong to the case id."""
 
 from __future__ import annotations
 

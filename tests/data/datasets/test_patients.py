@@ -1,4 +1,4 @@
-"""Patients: which ids are visits of one, which are not, and which only look like it."""
+"""Patients: which ids are visits of one patient, which are not, and which only look like visits."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.datasets.patients import grouped_by_words, patient_of, possible_visits
 from data.datasets.splits import fold_split, stratified_split
 
 properties = settings(derandomize=True, deadline=None, max_examples=60)
-#: Every naming of visits that is known, for a patient's number and a visit's.
+#: Every known naming of visits, with placeholders for the numbers of patient and visit.
 NAMINGS = (
     "BraTS-GLI-{0:05}-{1:03}",
     "Brats18_TCIA01_{0}_{1}",
@@ -29,7 +29,7 @@ NAMINGS = (
     "PatientID_{0:04}_Timepoint_{1}_brain",
     "Patient-{0:03}_week-00{1}-1",
 )
-#: P1_tp1 and P1_20190312 are one patient's, under two namings.
+#: P1_tp1 and P1_20190312 belong to one patient although their namings differ.
 OF_P = {naming for naming in NAMINGS if naming.startswith("P{0}")}
 
 

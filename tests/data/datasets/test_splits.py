@@ -34,7 +34,7 @@ IDS = ["BraTS-GLI-00001-000", "BraTS-GLI-00001-001", "BraTS-GLI-00002-000", "Bra
 
 
 def by_id(ids: Iterable[str]) -> dict[str, str]:
-    """The patient of each case as its id tells it."""
+    """The patient of each case, inferred from its id."""
     return {case_id: patient_of(case_id) for case_id in ids}
 
 
@@ -114,7 +114,7 @@ def test_a_split_that_was_written_is_read_back_the_same(
     assert read_split(write_split(tmp_path_factory.mktemp("split"), split.to_json()), by_id(ids)) == split
 
 
-# Folds with like tumours
+# Folds with similar tumours
 
 
 @st.composite

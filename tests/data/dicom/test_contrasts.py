@@ -1,4 +1,4 @@
-"""Which series is which contrast: names in several languages, timings, what is passed over, what is refused."""
+"""Identifying contrasts: names in several languages, timings, series that are skipped, series that are rejected."""
 
 from __future__ import annotations
 

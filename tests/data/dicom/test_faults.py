@@ -1,4 +1,4 @@
-"""DICOM as scanners and anonymisers really write it: padding, half-rescaled series, repeated UIDs, scattered series."""
+"""DICOM as scanners and anonymisers write it: padding, partly rescaled series, repeated UIDs, scattered series."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def voxels() -> Voxels:
 
 @pytest.fixture
 def padded(tmp_path: Path, voxels: Voxels, write_series: Write) -> tuple[list[Path], Voxels]:
-    """A signed series whose first two columns are padding, and the voxels that it should be read as."""
+    """A signed series whose first two columns are padding, and the voxels expected from reading it."""
     stored = voxels.copy()
     stored[:2] = PAD
     expected = voxels.copy()
@@ -198,7 +198,7 @@ def test_padding_above_the_bits_that_are_used_is_known(
     vr: str, value: int, tmp_path: Path, voxels: Voxels, write_series: Write
 ) -> None:
     stored, expected = voxels.copy(), voxels.copy()
-    stored[:2], expected[:2] = 63536, 0  # of 12 bits used; its lower 12 bits alone would be a likely intensity
+    stored[:2], expected[:2] = 63536, 0  # exceeds the 12 bits used; its lower 12 bits would be a likely intensity
     paths = write_series(tmp_path, stored, AFFINE)
     change_all(paths, set_fields(BitsStored=12, HighBit=11))
     change_all(paths, lambda image: image.add_new(0x00280120, vr, value))
@@ -263,7 +263,7 @@ def test_a_series_that_is_all_padding_is_refused(tmp_path: Path, voxels: Voxels,
 
 @pytest.fixture
 def rescaled(tmp_path: Path, voxels: Voxels, write_series: Write) -> list[Path]:
-    """Six slices with slope and intercept, in the order of their places."""
+    """Six slices with slope and intercept, in order of position."""
     return by_place(
         write_series(tmp_path / "in", voxels, AFFINE, RescaleSlope="3", RescaleIntercept="0", SeriesNumber=1)
     )
@@ -323,7 +323,7 @@ def test_frames_without_the_transformation_of_the_others_are_named(
 
 
 def repeat_uids(paths: list[Path], each: int) -> None:
-    """Give ``each`` neighbouring slices one SOPInstanceUID."""
+    """Give every ``each`` neighbouring slices the same SOPInstanceUID."""
     for place, path in enumerate(by_place(paths)):
         uid = f"1.2.3.{place // each}"
         image = pydicom.dcmread(path)
@@ -402,7 +402,7 @@ def test_a_segmentation_cannot_refer_to_images_that_share_a_uid(stack: list[Path
 
 
 def scatter(paths: list[Path]) -> None:
-    """Give every file a SeriesInstanceUID of its own."""
+    """Give every file a different SeriesInstanceUID."""
     change_all(paths, lambda image: setattr(image, "SeriesInstanceUID", pydicom.uid.generate_uid()))
 
 

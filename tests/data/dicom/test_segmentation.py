@@ -1,4 +1,4 @@
-"""DICOM segmentations: read back by another library, the lesion lies where it was drawn, and refers to its images."""
+"""DICOM segmentations: read by another library, the lesion lies where it was drawn, and references its images."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Points = set[tuple[float, float, float]]
 
 
 def lesion(shape: tuple[int, ...]) -> npt.NDArray[np.uint8]:
-    """Different in every direction: a flat box, a spike, a voxel in a corner of the volume."""
+    """A lesion without any symmetry: a flat box, a spike, a voxel in a corner of the volume."""
     codes = np.zeros(shape, dtype=np.uint8)
     codes[1:5, 2:4, 1:3] = OEDEMA
     codes[2, 2, 1] = NECROSIS
@@ -58,7 +58,7 @@ def rounded(points: Any) -> Points:
 
 
 def drawn(source: Series, code: int) -> Points:
-    """Physical points (LPS) of a tissue as ITK sees the image it was drawn on."""
+    """Physical points (LPS) of a tissue, computed by ITK from the image it was drawn on."""
     image = read_series(source)
     return rounded(
         image.TransformIndexToPhysicalPoint(voxel.tolist()) for voxel in np.argwhere(lesion(source.shape) == code)
@@ -79,7 +79,7 @@ def from_raw_attributes(path: Path) -> dict[str, Points]:
         strict=True,
     ):
         position = np.array(frame.PlanePositionSequence[0].ImagePositionPatient, dtype=float)
-        segment = frame if "SegmentIdentificationSequence" in frame else shared  # shared where there is only one
+        segment = frame if "SegmentIdentificationSequence" in frame else shared  # shared if there is only one segment
         label = labels[int(segment.SegmentIdentificationSequence[0].ReferencedSegmentNumber)]
         for row, column in np.argwhere(pixels):
             found[label].append(position + directions[:3] * columns * column + directions[3:] * rows * row)
@@ -137,7 +137,7 @@ def test_of_two_echoes_in_one_enhanced_object_the_right_one_is_referred_to(
 ) -> None:
     image = pydicom.dcmread(enhanced[0] / "IM_0001")
     directions = image.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence
-    del image.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence  # some scanners say it of each frame
+    del image.SharedFunctionalGroupsSequence[0].PlaneOrientationSequence  # some scanners store it in each frame
     del image.SharedFunctionalGroupsSequence[0].MREchoSequence
     frames = []
     for echo, frame in itertools.product((10, 100), image.PerFrameFunctionalGroupsSequence):

@@ -1,4 +1,4 @@
-"""DICOM studies in: every voxel at its place, volumes told apart, bad files refused, nothing of the patient kept."""
+"""Reading DICOM studies: positions of voxels, separation of volumes, rejection of bad files, no patient data kept."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_every_voxel_lies_where_itk_puts_it(
     affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ np.diag(spacing)
     affine[:3, 3] = (10, -20, 30)
     if flip:
-        affine[:3, 2] *= -1  # then the slices are stored against the normal
+        affine[:3, 2] *= -1  # the slices are then stored against the normal
     write_series(folder, stored, affine)
     reader = sitk.ImageSeriesReader()
     reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
@@ -335,7 +335,7 @@ def test_a_truncated_image_is_named(tmp_path: Path) -> None:
 
 
 @properties
-@given(share=st.floats(0, 0.98))  # what follows is padding
+@given(share=st.floats(0, 0.98))  # the rest of the file is padding
 def test_an_image_cut_anywhere_is_refused_in_words(share: float, tmp_path_factory: pytest.TempPathFactory) -> None:
     content = (PYDICOM_FILES / "MR_small.dcm").read_bytes()
     folder = tmp_path_factory.mktemp("cut")
@@ -360,7 +360,7 @@ def test_an_image_with_flipped_bytes_is_read_or_refused_in_words(
                 identify(series)
                 read_volume_of(series)
     except DataError as error:
-        assert str(error)  # noqa: PT017 - reading it is as good
+        assert str(error)  # noqa: PT017 - success is allowed too
 
 
 def test_a_header_that_announces_other_voxels_than_there_are_is_refused(stack: list[Path]) -> None:
@@ -412,7 +412,7 @@ def test_an_archive_that_points_out_of_itself_is_refused(name: str, tmp_path: Pa
 def test_an_archive_with_a_password_is_refused(tmp_path: Path) -> None:
     archive = zipped(tmp_path / "a.zip", {"a.dcm": bytes(200)})
     content = bytearray(archive.read_bytes())
-    content[6] |= 1  # the flag, in the file's own entry and in the directory at the end
+    content[6] |= 1  # the encryption flag, in the local header and in the central directory
     content[content.index(b"PK\x01\x02") + 8] |= 1
     archive.write_bytes(content)
     assert "protected by a password" in refusal(archive)
@@ -454,7 +454,7 @@ def test_a_damaged_archive_is_read_or_refused_in_words(seed: int, tmp_path_facto
         with open_study(archive) as study:
             read_volume_of(study.series[0])
     except DataError as error:
-        assert str(error)  # noqa: PT017 - reading it is as good
+        assert str(error)  # noqa: PT017 - success is allowed too
 
 
 @pytest.fixture(scope="module")

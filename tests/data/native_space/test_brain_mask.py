@@ -1,4 +1,4 @@
-"""Brain masks: an image's own background, a file, tools that are installed, the template."""
+"""Brain masks: from an image's own background, a file, installed tools, the template."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from data.native_space.brain_mask import find_brain, is_stripped
 from data.native_space.itk import to_itk, voxels_of
 from data.nifti import Volume, read_volume
 
-#: Stands in for an installed tool: the file it has is copied to where an option says.
+#: A stand-in for an installed tool: copies a fixed file to the path given by an option.
 TOOL = """#!/usr/bin/env python3
 import sys
 arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
@@ -31,7 +31,7 @@ def t1c(phantoms: Path) -> Volume:
 
 @pytest.fixture(scope="module")
 def head(t1c: Volume) -> Volume:
-    """The same with fluid, skull, scalp and the noise of air around the brain."""
+    """The brain surrounded by fluid, skull, scalp and air noise."""
     brain = t1c.voxels > 0
     bright = float(np.median(t1c.voxels[brain]))
     away_mm = ndimage.distance_transform_edt(~brain, sampling=4.0)
@@ -42,7 +42,7 @@ def head(t1c: Volume) -> Volume:
 
 
 def installed(folder: Path, command: str, made: Path, option: str) -> None:
-    """Put a command into a folder that copies ``made`` to where its option says."""
+    """Install a command in a folder that copies ``made`` to the path given by its option."""
     folder.mkdir(exist_ok=True)
     (folder / command).write_text(TOOL.format(made=str(made), option=option))
     (folder / command).chmod(0o755)

@@ -1,6 +1,6 @@
-"""From native grids to one and back: a known motion is found again, and labels land where they were drawn.
+"""Conversion to one grid and back: a known motion is recovered, and labels return to where they were drawn.
 
-Every native case here is made of a case on one grid, by moves that are known; the fast tests take a phantom of 4 mm
+Every native case here is derived from a case on one grid by known motions; the fast tests use a phantom with 4 mm
 voxels, the slow ones the real cases of ``ZNORMSEG_CASES``.
 """
 
@@ -43,7 +43,7 @@ ENDINGS = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
 
 @dataclass(frozen=True, kw_only=True)
 class Scan:
-    """How a contrast is scanned: the head's pose, and slices."""
+    """How a contrast is scanned: the head's pose, and the slices."""
 
     degrees: tuple[float, float, float] = (0.0, 0.0, 0.0)
     shift_mm: tuple[float, float, float] = (0.0, 0.0, 0.0)
@@ -73,8 +73,8 @@ SCANS = {
     ),
     "flair": Scan(degrees=(5, 8, 15), shift_mm=(4, 15, -10), spacing_mm=(1, 1, 3), order=(2, 0, 1), flips=(1, 1, -1)),
 }
-#: Where BraTS left a contrast a millimetre off the others, the known motion is not the truth: T2 of BraTS2021_01476 is
-#: found that far off also unmoved.
+#: Cases without a contrast that BraTS left a millimetre off the others, since the known motion is not the truth for
+#: those: T2 of BraTS2021_01476 is found that far off even without motion.
 REAL_CASES = ("BraTS2021_01479", "BraTS2021_01481")
 FIELD_OF_VIEW_MM = (240.0, 240.0, 180.0)
 
@@ -91,19 +91,19 @@ def rigid(degrees: tuple[float, ...], shift_mm: tuple[float, ...], centre: npt.N
 
 @dataclass(frozen=True, kw_only=True)
 class Scanner:
-    """A scan's voxels, before they are stored: each looked at in some places across its slice's thickness."""
+    """Samples a scan's voxels before they are stored, each at several points across the slice thickness."""
 
     pose: Affine
-    """Of the head."""
+    """Pose of the head."""
     grid: Affine
     shape: tuple[int, ...]
     parts: int
     change: npt.NDArray[np.int_]
-    """From these axes to those stored, as nibabel has it."""
+    """From these axes to the stored ones, as a nibabel orientation transform."""
 
     @classmethod
     def of(cls, scan: Scan, centre: npt.NDArray[np.float64], *, coarser: float) -> Scanner:
-        """A field of view around the head, whose middle is given; voxels ``coarser`` times as large."""
+        """A field of view around the head with the given centre; voxels are ``coarser`` times as large."""
         pose = rigid(scan.degrees, scan.shift_mm, centre)
         middle = (pose @ [*centre, 1])[:3]
         spacing = np.array(scan.spacing_mm) * coarser
@@ -120,12 +120,12 @@ class Scanner:
 
     @property
     def affine(self) -> Affine:
-        """Of what is stored."""
+        """Affine of the stored image."""
         stored: Affine = self.grid @ orientations.inv_ornt_aff(self.change, self.shape)
         return stored
 
     def image(self, voxels: npt.NDArray[Any], affine: Affine) -> npt.NDArray[np.float32]:
-        """Each voxel's mean over its slice's thickness."""
+        """Mean of each voxel over the slice thickness."""
         return self._stored(sum(self._looks(voxels.astype(np.float32), affine, order=1)) / self.parts)
 
     def labels(self, codes: npt.NDArray[np.uint8], affine: Affine) -> npt.NDArray[np.uint8]:
@@ -148,17 +148,17 @@ class Scanner:
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
-    """A case on four grids, and what is known of it."""
+    """A case on four grids, with its ground truth."""
 
     case: NativeCase
     poses: dict[str, Affine]
     brain_ras: npt.NDArray[np.float64]
-    """200 places in the brain, before the head was moved, shape (4, 200)."""
+    """200 points in the brain before the head was moved, shape (4, 200)."""
     truth: dict[str, npt.NDArray[np.uint8]]
-    """The label map as each scan would have it."""
+    """The true label map on the grid of each scan."""
 
     def errors_mm(self, brought: BroughtIn, contrast: str) -> npt.NDArray[np.float64]:
-        """Distance of each place from where it should be."""
+        """Distance of each point from its true position."""
         found = linear_part(brought.transform(contrast))  # type: ignore[arg-type]
         there = LPS @ self.poses[contrast] @ self.brain_ras
         gaps: npt.NDArray[np.float64] = np.linalg.norm(
@@ -168,7 +168,7 @@ class Native:
 
 
 def native_of(folder: Path, *, coarser: float) -> Native:
-    """Scan a case on one grid anew, contrast by contrast, with voxels ``coarser`` times as large."""
+    """Scan a case on one grid again, contrast by contrast, with voxels ``coarser`` times as large."""
     (case,) = find_cases(folder)
     images = {c: nib.load(path) for c, path in case.contrasts.items()}
     affine = images["t1c"].affine
@@ -193,7 +193,7 @@ def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
 
 
 def there_and_back(brought: BroughtIn, native: Native, contrast: str) -> dict[str, float]:
-    """Dice by region of the truth, put in the network's place, with the truth on a scan's own grid."""
+    """Dice by region of the truth, mapped back to a scan's own grid like a prediction, against the truth there."""
     assert brought.codes is not None
     codes = bring_back(
         to_regions(brought.codes).astype(np.float32),

@@ -32,7 +32,7 @@ STRONG = AugmentConfig(
     blur_probability=1.0,
     low_resolution_probability=1.0,
 )
-#: Each thing that can be switched on by itself: its probability, and its strength where that has another name.
+#: Each augmentation that can be enabled separately: its probability, and its strength if that has another name.
 INTENSITIES = {
     "gain": {"gain": 0.3, "gain_probability": 1},
     "shift": {"shift": 0.3, "shift_probability": 1},
@@ -57,12 +57,12 @@ Codes = npt.NDArray[np.uint8]
 
 
 def config(**settings: float) -> AugmentConfig:
-    """Only what is named."""
+    """A config with only the given settings enabled."""
     return AugmentConfig(**{**NOTHING, **settings})
 
 
 def patch(seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> tuple[Image, Codes]:
-    """Noise inside a box that fills half of each side, 0 outside; codes anywhere."""
+    """Noise inside a box of half the side lengths, 0 outside; codes everywhere."""
     random = np.random.default_rng(seed)
     image = np.zeros((4, *shape), dtype=np.float32)
     inside = tuple(slice(side // 4, side - side // 4) for side in shape)
@@ -71,7 +71,7 @@ def patch(seed: int = 0, shape: tuple[int, int, int] = SHAPE) -> tuple[Image, Co
 
 
 def blob(shape: tuple[int, int, int] = SHAPE) -> tuple[Image, Codes]:
-    """A lopsided ellipsoid; the codes say where the image is above one half."""
+    """An asymmetric ellipsoid; the codes mark where the image is above one half."""
     centre = np.array([n * share for n, share in zip(shape, (0.4, 0.55, 0.45), strict=True)]).reshape(3, 1, 1, 1)
     radii = np.array([n * share for n, share in zip(shape, (0.3, 0.2, 0.35), strict=True)]).reshape(3, 1, 1, 1)
     distance = (((np.indices(shape) - centre) / radii) ** 2).sum(axis=0)
@@ -250,7 +250,7 @@ def test_noise_has_the_standard_deviation_that_was_drawn() -> None:
     assert float(noise.std()) == pytest.approx(variation.noise, rel=0.02)
 
 
-# One thing at a time
+# One augmentation at a time
 
 
 @pytest.mark.parametrize("name", INTENSITIES)
@@ -275,7 +275,7 @@ def test_geometry_moves_codes_and_image_and_changes_no_intensity(name: str, seed
     moved, labels = varied(config(**GEOMETRY[name]), image, codes, seed)
     assert moved.min() >= 0
     assert moved.max() <= 1 + 1e-5
-    # A code is the nearest voxel's, and that voxel weighs an eighth or more in the interpolated image.
+    # A code is that of the nearest voxel, which has a weight of at least one eighth in the interpolated image.
     assert (moved[0][labels > 0] >= 0.124).all()
     assert (moved[0][labels == 0] <= 0.876).all()
 

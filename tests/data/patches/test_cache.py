@@ -1,4 +1,4 @@
-"""The cache of prepared cases: found by content, whole or not there, bounded, shared by processes that get killed."""
+"""The cache of prepared cases: content-addressed, atomic, size-limited, shared by processes that may be killed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from data.patches import cache
 from data.patches.cache import ARRAYS, CaseFolder, SharedCache
 
 properties = settings(derandomize=True, deadline=None, max_examples=25)
-#: Bytes of an entry that `entry` writes, with its source.json.
+#: Size in bytes of an entry written by `entry`, including its source.json.
 SIZE = 3 * (128 + 1000) + 2
 SETTINGS = {"spacing_mm": [1.0, 1.0, 1.0]}
 
@@ -59,7 +59,7 @@ def leftovers(folder: Path) -> list[Path]:
 
 
 def in_process(code: str, folder: Path, *, stdout: int | None = None) -> subprocess.Popen[str]:
-    """Python code that has the shared cache in a folder open as ``store``."""
+    """Run Python code in a process that has the shared cache of a folder open as ``store``."""
     lines = f"""
         import os, signal, sys, time
         from pathlib import Path
@@ -117,7 +117,7 @@ def test_a_file_that_changed_a_moment_ago_is_hashed_each_time(tmp_path: Path) ->
         stamp = (tmp_path / "x" / "a_t1.nii").stat().st_mtime_ns
         case = case_in(tmp_path / "x", content=b"two", age_seconds=0)
         for path in (tmp_path / "x").iterdir():
-            os.utime(path, ns=(stamp, stamp))  # as a coarse clock would have it
+            os.utime(path, ns=(stamp, stamp))  # as with a coarse clock
         assert store.key(case, SETTINGS) != first
 
 
@@ -225,7 +225,7 @@ def test_what_a_living_process_is_writing_stays(tmp_path: Path) -> None:
         assert store.add("k", interrupted) == store.find("k")
 
 
-# Bound
+# Size limit
 
 
 @properties

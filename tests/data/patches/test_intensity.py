@@ -1,4 +1,4 @@
-"""Changes of intensity: what each keeps, on tensors of any type."""
+"""Intensity augmentation: what each function preserves, on tensors of any type."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ NEUTRAL: dict[str, Change] = {
 
 
 def scan(seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Standard normal values in a box, 0 outside; and the box."""
+    """Standard normal values in a box, 0 outside; also the mask of the box."""
     brain = torch.zeros(SHAPE, dtype=torch.bool)
     brain[2:-2, 3:-3, 1:-1] = True
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed)) * brain, brain

@@ -1,4 +1,4 @@
-"""Training patches: the cache is made anew when it must be, patch k is always the same, threads come and go."""
+"""Training patches: the cache is rebuilt if necessary, patch k is always the same, threads end with their iterator."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ sides = st.tuples(*[st.integers(1, 9)] * 3)
 
 
 def write_case(root: Path, name: str, labels: tuple[int, ...] = (1, 2, 4)) -> Case:
-    """Brain everywhere but on the outermost voxels; one tumour voxel in each tissue's own corner."""
+    """A case with brain everywhere but in the outermost voxels, and one voxel of each tissue in separate corners."""
     folder = root / name
     folder.mkdir(parents=True)
     random = np.random.default_rng(list(name.encode()))
@@ -76,7 +76,7 @@ def patches(cases: list[CachedCase], **changes: Any) -> PatchSource:
 
 
 def stamps(folder: Path) -> dict[str, tuple[int, int]]:
-    """Identity and time of every file below a folder."""
+    """Inode and modification time of every file below a folder."""
     return {str(p): (p.stat().st_ino, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()}
 
 

@@ -37,7 +37,7 @@ def same(a: Phantom, b: Phantom) -> bool:
 
 
 def healthy(phantom: Phantom) -> npt.NDArray[np.bool_]:
-    """Brain at least three voxels away from the tumour, where neither oedema's fading nor the blur reaches."""
+    """Brain at least three voxels away from the tumour, beyond the reach of fading oedema and blur."""
     return (phantom.images["t1"] > 0) & ~ndimage.binary_dilation(phantom.codes > 0, iterations=3)
 
 
@@ -117,7 +117,7 @@ def test_the_brain_stays_off_the_edge_of_the_box_it_is_rendered_in() -> None:
         for axis, (start, stop) in enumerate(zip(grid.start, grid.stop, strict=True)):
             hit = np.flatnonzero((phantom.images["t1"] > 0).any(axis=tuple({0, 1, 2} - {axis})))
             assert hit[-1] < stop - 1
-            # The brainstem is cut off below, as it is in real volumes.
+            # The brainstem is cut off at the bottom, as in real volumes.
             assert hit[0] > start or axis == 2
 
 
@@ -197,7 +197,7 @@ def test_oedema_prefers_white_matter(monkeypatch: pytest.MonkeyPatch) -> None:
 )
 def test_tumour_tissues_relate_to_white_matter(contrast: Contrast, code: int, least: float, most: float) -> None:
     present = [p for p in cases(20) if np.count_nonzero(p.codes == code) > 30]
-    # Loose, because white matter elsewhere lies under another part of the bias field.
+    # The limits are loose, because white matter elsewhere is affected differently by the bias field.
     assert all(least < mean_over_white(p, contrast, code) < most for p in present)
 
 

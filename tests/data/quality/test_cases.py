@@ -1,4 +1,4 @@
-"""Cases together: one scan under two ids."""
+"""Checks across cases: one scan under two ids."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looking a data set over: what is wrong is told case by case, and nothing is raised."""
+"""Checking a data set: problems are reported case by case, and nothing is raised."""
 
 from __future__ import annotations
 

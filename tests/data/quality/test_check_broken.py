@@ -1,4 +1,4 @@
-"""Whatever lies in a data folder, looking it over ends in findings or a DataError, without a warning."""
+"""Whatever a data folder contains, checking it ends in findings or a DataError, without a warning."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def image(path: Path, voxels: np.ndarray[Any, Any], affine: np.ndarray[Any, Any]
 
 
 def patched(path: Path, place: int, content: bytes) -> None:
-    """Bytes of a header changed; the voxels stay."""
+    """Overwrite bytes of a header; the voxels are kept."""
     image(path, volume(1))
     raw = bytearray(gzip.decompress(path.read_bytes()))
     raw[place : place + len(content)] = content
@@ -116,7 +116,7 @@ DAMAGES: dict[str, Callable[[Path], Any]] = {
 
 
 def look(damages: tuple[str, ...]) -> CheckedDataSet | str:
-    """Check one case of damaged files beside a whole one; what a DataError says, where one is raised."""
+    """Check a case with damaged files next to an intact one; return the result, or the text of a DataError."""
     with tempfile.TemporaryDirectory() as folder:
         for case, what in (("a", damages), ("b", ("whole",) * len(FILES))):
             (Path(folder) / case).mkdir()

@@ -1,4 +1,4 @@
-"""The label map against its brain: strays, islands, another patient's."""
+"""The label map against its brain: stray voxels, islands, another patient's label map."""
 
 from __future__ import annotations
 

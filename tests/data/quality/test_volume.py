@@ -1,4 +1,4 @@
-"""One contrast: what a skull, thick slices and a cut look like, and that a brain has none of them."""
+"""One contrast: how a skull, thick slices and a cut field of view are detected, and that a plain brain passes."""
 
 from __future__ import annotations
 
