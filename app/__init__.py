@@ -1,1 +1,1 @@
-"""The application: training, inference, evaluation, reporting, and the command line over them."""
+"""The application: training, inference, evaluation, reports and the command line."""

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-# ``python -m`` puts the current folder first; its own data/ or models.py must not stand in for ours.
+# ``python -m`` puts the current folder first on sys.path; a data/ or models.py in it must not shadow ours.
 if sys.path and Path(sys.path[0]).resolve() != Path(__file__).resolve().parent.parent:
     del sys.path[0]
 

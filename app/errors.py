@@ -1,15 +1,15 @@
-"""What can go wrong, and the exit code each kind of it has.
+"""Exceptions of the application, and the exit code of each kind of error.
 
 | code | meaning |
 |---|---|
-| 0 | all done |
-| 1 | a fault of this program |
-| 2 | the command line is wrong (unknown option, value missing) |
-| 3 | the data cannot be used |
-| 4 | the configuration is wrong |
-| 5 | the run folder does not fit: not empty, nothing to resume, no weights, changed weights |
-| 6 | some cases failed, the others are done |
-| 7 | the machine: disk full, not writable, no such device, out of memory, a command not installed |
+| 0 | success |
+| 1 | a bug in this program |
+| 2 | invalid command line (unknown option, missing value) |
+| 3 | unusable data |
+| 4 | invalid configuration |
+| 5 | unusable run folder: not empty, nothing to resume, no weights, changed weights |
+| 6 | some cases failed, the others succeeded |
+| 7 | a problem of the machine: disk full, not writable, no such device, out of memory, a command not installed |
 | 130 | interrupted by Ctrl-C, SIGTERM or SIGHUP |
 """
 
@@ -32,27 +32,27 @@ EXIT_INTERRUPTED: Final = 130
 
 
 class ConfigError(ValueError):
-    """A config file or an override cannot be used. The message names the key, the value and what is allowed."""
+    """A config file or an override is invalid. The message names the key, its value and the allowed values."""
 
 
 class RunError(RuntimeError):
-    """A run folder cannot be used as asked. The message names the folder and the way out."""
+    """A run folder cannot be used as requested. The message names the folder and a remedy."""
 
 
 class DeviceError(RuntimeError):
-    """The device asked for is not there. The message names it and what is there."""
+    """The requested device does not exist. The message names it and the devices that do."""
 
 
 class MissingToolError(RuntimeError):
-    """A command of others is not installed, or cannot be started. The message says how to install it."""
+    """An external command is not installed or cannot be started. The message says how to install it."""
 
 
 class MemoryShortError(RuntimeError):
-    """Nothing that could be planned fits into the memory there is. The message says what the least of it needed."""
+    """No plan fits into the available memory. The message says how much the smallest plan needed."""
 
 
 class InterruptedRunError(Exception):
-    """A job was interrupted and what it had is whole. The message says how to go on."""
+    """A job was interrupted with its finished output intact. The message says how to continue."""
 
 
 _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
@@ -63,7 +63,7 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
-#: Parts of messages of torch, OpenVINO and the system that say that memory ran out.
+#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system.
 _SAID: Final = (
     "out of memory",
     "not enough memory",
@@ -76,7 +76,7 @@ _SAID: Final = (
 
 
 def exit_code(error: BaseException) -> int:
-    """Exit code for an exception, from the table above."""
+    """Return the exit code of an exception, from the table above."""
     if is_out_of_memory(error) or _has_no_deterministic_form(error):
         return EXIT_MACHINE
     for kinds, code in _CODES:
@@ -86,7 +86,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def message(error: BaseException) -> str:
-    """One line for the user: what came, and what to do about it."""
+    """Return a one-line message for the user: what went wrong, and what to do about it."""
     if isinstance(error, OSError) and not isinstance(error, DataError):
         return _of_the_system(error)
     if is_out_of_memory(error):
@@ -100,7 +100,7 @@ def message(error: BaseException) -> str:
 
 
 def _of_the_system(error: OSError) -> str:
-    """A system error with its place and a way out; one without a number has a text of the program already."""
+    """Describe a system error with its path and a remedy; an error without errno carries our own text already."""
     if error.errno is None:
         return f"{str(error).rstrip('.')}."
     if error.filename is None:
@@ -110,12 +110,12 @@ def _of_the_system(error: OSError) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception of numpy, torch or OpenVINO says that memory ran out."""
+    """Whether an exception of numpy, torch or OpenVINO means out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
     return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)
 
 
 def _has_no_deterministic_form(error: BaseException) -> bool:
-    """Whether torch refused an operation because of ``runtime.deterministic``; it tells so in the text alone."""
+    """Whether torch refused an operation under ``runtime.deterministic``; only the error's text shows it."""
     return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

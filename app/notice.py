@@ -1,6 +1,6 @@
-"""What every output says."""
+"""The research-use notice in every output."""
 
 from typing import Final
 
-#: On pages, in JSON and in the terminal; ``data.nifti`` has the same in the headers of what it writes.
+#: Shown on pages, in JSON and in the terminal; ``data.nifti`` writes the same text into NIfTI headers.
 NOTICE: Final = "Research use only; not a medical device."

@@ -1,4 +1,4 @@
-"""How long jobs tell whoever started them what they are doing; the command line draws it."""
+"""Log messages and progress reports of long jobs; the command line displays both."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-#: Everything the application has to say goes through this logger; the command line sends it to stderr.
+#: The logger for all messages of the application; the command line sends it to stderr.
 LOG: Final = logging.getLogger("znormseg")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """Where a job is."""
+    """A snapshot of a job's progress."""
 
     job: str
-    """What is being done, e.g. ``training``."""
+    """Name of the job, e.g. ``training``."""
     share: float
-    """0 to 1."""
+    """Completed fraction, 0 to 1."""
     detail: str
-    """Loss, case id, and the like."""
+    """Additional text, such as the loss or a case id."""
     eta_seconds: float | None = None
 
 
@@ -28,4 +28,4 @@ OnProgress = Callable[[Progress], None]
 
 
 def silent(progress: Progress) -> None:
-    """Tell nobody."""
+    """Ignore a progress report; the default callback."""

@@ -1,9 +1,9 @@
-"""Every augmentation on one phantom, as a picture: a row each, the original on the left, three draws beside it.
+"""Draw every augmentation of one phantom as a picture: one row each, the original on the left, then three draws.
 
     python bench/augmentation_sheet.py docs/images/augmentation.png
 
-FLAIR, in the axial slice with most tumour, and the tumour's outline; strengths are those of resunet, and the defaults
-for what resunet leaves out. The rows are those of docs/how-to/augmentation.md.
+Each tile shows FLAIR in the axial slice with the most tumour, and the tumour's outline. Strengths are those of resunet,
+or the defaults for augmentations that resunet leaves out. The rows are those of docs/how-to/augmentation.md.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_au
 from data.phantoms import make_phantom
 from data.preprocess import brain_box, zscore_nonzero
 
-#: The rows: which probability is 1 while all others are 0.
+#: For each row, the probability that is set to 1 while all others are 0.
 ROWS: Final = (
     "flip_probability",
     "affine_probability",
@@ -45,10 +45,10 @@ ROWS: Final = (
 )
 DRAWS: Final = 3
 SPACING_MM: Final = 2.0
-#: Pixels of the picture along a voxel.
+#: Picture pixels per voxel edge.
 ZOOM: Final = 2
 GAP_PX: Final = 3
-#: Standard deviations of the brain that are black and white.
+#: Intensities shown as black and white, in standard deviations of the brain.
 WINDOW: Final = (-3.0, 3.5)
 
 Picture = npt.NDArray[np.uint8]
@@ -70,7 +70,7 @@ def main(path: Path) -> None:
 
 
 def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
-    """The brain of a phantom as a network sees it, with some room around it."""
+    """Return the brain of a phantom as a network sees it, with a margin."""
     phantom = make_phantom(0, spacing_mm=SPACING_MM)
     image = np.stack([phantom.images[contrast] for contrast in CONTRASTS]).astype(np.float32)
     box = brain_box(image)
@@ -80,13 +80,13 @@ def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
 
 
 def only(config: AugmentConfig, wanted: str) -> AugmentConfig:
-    """All probabilities 0 but one, which is 1; mirroring stays a matter of chance for each axis."""
+    """Set all probabilities to 0 except one, which becomes 1 (0.5 for mirroring, which is drawn for each axis)."""
     off = {field.name: 0.0 for field in fields(config) if field.name.endswith("_probability")}
     return replace(config, **{**off, wanted: 0.5 if wanted == "flip_probability" else 1.0})
 
 
 def tile(image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> Picture:
-    """One slice in grey, the tumour outlined; x runs to the right, y down."""
+    """Draw one slice in grey with the tumour outlined; x points to the right, y down."""
     index = largest_slice(codes > 0, PLANES[0])
     values, tumour = image[CONTRASTS.index("flair"), :, :, index], codes[:, :, index] > 0
     low, high = WINDOW
@@ -97,13 +97,13 @@ def tile(image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> Pictur
 
 
 def beside(tiles: list[Picture]) -> Picture:
-    """Tiles in a row, a gap between them."""
+    """Join tiles into a row, with gaps between them."""
     space = np.full((tiles[0].shape[0], GAP_PX, 3), 255, np.uint8)
     return np.concatenate([part for one in tiles for part in (one, space)][:-1], axis=1)
 
 
 def gap(row: Picture) -> Picture:
-    """White below a row."""
+    """Return the white gap below a row."""
     return np.full((GAP_PX, row.shape[1], 3), 255, np.uint8)
 
 

@@ -1,12 +1,12 @@
-"""Compare `--rules brats2026` with `brats-evaluate` called by hand, and record what the command gives.
+"""Compare `--rules brats2026` with `brats-evaluate` called by hand, and record the command's output.
 
-    python bench/brats2026_scores.py                     # 100 made pairs in each of the six configurations
+    python bench/brats2026_scores.py                     # 100 synthetic pairs in each of the six configurations
     python bench/brats2026_scores.py --pairs 5
     python bench/brats2026_scores.py --record OUT.json   # the command's output on a few pairs: tests/golden
 
-`brats-evaluate` of the package brats-evaluation has to be on the PATH. By hand it is called once for all pairs of a
-configuration, on the files themselves; `--rules brats2026` calls it for each case, on copies. Every number has to be
-equal, bit for bit.
+`brats-evaluate` of the package brats-evaluation must be on the PATH. By hand it is called once for all pairs of a
+configuration, on the original files; `--rules brats2026` calls it for each case, on copies. All values must be equal,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from data.phantoms.pairs import lesion_pair
 
 SHAPE = (32, 32, 24)
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.75, 1.5, 2.0))
-#: Pairs that are recorded: a usual one, one with nothing in either map, one of anisotropic voxels.
+#: Recorded pairs: an ordinary one, one with two empty maps, one with anisotropic voxels.
 RECORDED = (0, 3, 7)
 
 
 def labels_of(rules: PackageRules) -> tuple[int, ...]:
-    """The numbers in the files of a task."""
+    """Return the label numbers in the files of a task."""
     return tuple(sorted(set(rules.numbers.values())))
 
 
 def convention_of(rules: PackageRules) -> str:
-    """The label convention of the files of a task."""
+    """Return the label convention of the files of a task."""
     return BRATS2024_PED.name if rules.task == "PED" else BRATS2024.name
 
 
 def write_pairs(folder: Path, rules: PackageRules, seeds: Iterable[int]) -> None:
-    """Label maps of each seed, in ``prediction`` and ``reference``."""
+    """Write the label maps of each seed to ``prediction`` and ``reference``."""
     for seed in seeds:
         for side, voxels in zip(("prediction", "reference"), lesion_pair(seed, SHAPE, labels_of(rules)), strict=True):
             (folder / side).mkdir(exist_ok=True)
@@ -58,7 +58,7 @@ def write_pairs(folder: Path, rules: PackageRules, seeds: Iterable[int]) -> None
 
 
 def by_hand(folder: Path, rules: PackageRules) -> list[dict[str, Any]]:
-    """What the command says of all pairs."""
+    """Run the command on all pairs and return its metrics."""
     words = ["--config", rules.config, "--ref_path", folder / "reference", "--pred_path", folder / "prediction"]
     out = folder / "summary.json"
     subprocess.run(
@@ -68,7 +68,7 @@ def by_hand(folder: Path, rules: PackageRules) -> list[dict[str, Any]]:
 
 
 def differing(rules: PackageRules, pairs: int) -> int:
-    """How many numbers of a configuration differ."""
+    """Count the metrics of a configuration that differ."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_pairs(folder, rules, range(pairs))

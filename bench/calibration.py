@@ -1,9 +1,10 @@
-"""What calibration brings on cases that nothing was chosen on: calibration error, and how often intervals hold.
+"""Measure the effect of calibration on unseen cases: calibration error, and how often volume intervals hold.
 
     python bench/calibration.py [--train 15] [--test 30] [--folds 3] [--steps 120] [--spacing 4] [--folder DIR]
 
-Phantoms; ``crossval`` makes an ensemble of the first, which predicts the others: their ECE and Brier score without and
-with the temperatures, and the share of their true volumes inside the intervals that ``predict`` writes.
+All cases are phantoms. ``crossval`` makes an ensemble from the first ones, which predicts the others. Reported are the
+ECE and Brier score of these without and with the temperatures, and the share of their true volumes inside the intervals
+that ``predict`` writes.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from data.phantoms import write_phantom
 from data.preprocess import prepare
 
 RUNTIME = choose_runtime(RuntimeConfig())
-#: Without and with temperatures: by region, of the voxels around the tumours of all cases.
+#: Reliability by region of the voxels around the tumours of all cases, without and with temperatures.
 Pair = tuple[tuple[Reliability, ...], tuple[Reliability, ...]]
 
 
 def main() -> None:
-    """Make the cases, cross-validate, predict, print."""
+    """Make the cases, cross-validate, predict, and print the results."""
     options = _options()
     print(f"{machine()}; {vars(options)}")
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
@@ -64,7 +65,7 @@ def _settings(steps: int) -> list[str]:
 
 
 def show_out_of_fold(outcome: CrossValidation) -> None:
-    """What the cross-validation itself says."""
+    """Print the estimates of the cross-validation itself."""
     means = outcome.raw.spread()
     print("out of fold: Dice", ", ".join(f"{region} {means[region].mean:.3f}" for region in REGIONS))
     for region, one in outcome.calibrated.regions.items():
@@ -79,7 +80,7 @@ def show_out_of_fold(outcome: CrossValidation) -> None:
 
 
 def errors_of(ensemble: Ensemble, cases: tuple[Case, ...]) -> Pair:
-    """Without and with the ensemble's temperatures; the same box around the tumour for both."""
+    """Return the reliability without and with the ensemble's temperatures, in the same box around the tumour."""
     plain, calibrated = [], []
     for case in cases:
         prepared = prepare(case, spacing_mm=ensemble.spacing_mm)
@@ -96,14 +97,14 @@ def errors_of(ensemble: Ensemble, cases: tuple[Case, ...]) -> Pair:
 
 
 def show_probabilities(pair: Pair) -> None:
-    """ECE and Brier score by region."""
+    """Print ECE and Brier score by region."""
     print("held out:")
     for region, before, after in zip(REGIONS, *pair, strict=True):
         print(f"  {region}: ECE {before.ece:.4f} -> {after.ece:.4f}, Brier {before.brier:.4f} -> {after.brier:.4f}")
 
 
 def show_volumes(ensemble: Ensemble, cases: tuple[Case, ...], output: Path) -> None:
-    """How often the interval in a case's JSON holds the true volume."""
+    """Print how often the interval in a case's JSON contains the true volume."""
     done = predict(ensemble, cases, output, runtime=RUNTIME).done
     for number, region in enumerate(REGIONS):
         inside, widths = [], []
@@ -129,7 +130,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--folds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--spacing", type=float, default=4.0)
-    parser.add_argument("--folder", type=Path, help="where files are made and removed again")
+    parser.add_argument("--folder", type=Path, help="folder for temporary files")
     return parser.parse_args()
 
 

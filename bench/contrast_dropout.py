@@ -1,10 +1,10 @@
-"""What training with contrast dropout costs where all contrasts are there, and brings where one is missing.
+"""Measure what contrast dropout in training costs with complete input, and gains when a contrast is missing.
 
     python bench/contrast_dropout.py [--seeds 3] [--steps 1500] [--probability 0.5] [--folder DIR]
 
-Phantoms at 2 mm, the laptop network, patches of 2 x 48^3; per seed one run without and one with dropout: same cases,
-same patches. Mean Dice on test cases that chose nothing. A run without dropout is given zeros for what is missing;
-``predict`` would refuse, as the network has never seen that.
+Phantoms at 2 mm, the laptop network, patches of 2 x 48^3. For each seed there is one run without dropout and one with
+it, on the same cases and patches. The score is the mean Dice on test cases that nothing was chosen on. Runs without
+dropout get zeros for missing contrasts; ``predict`` would refuse such input, which the network has never seen.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from data.datasets.layouts import Case, find_cases
 from data.labels import CONTRASTS, REGIONS, Contrast
 from data.phantoms import write_phantoms
 
-#: Nothing, each contrast by itself, all but T1c.
+#: Missing contrasts: none, each one, all but T1c.
 MISSING: tuple[tuple[Contrast, ...], ...] = ((), ("flair",), ("t1c",), ("t2",), ("t1",), ("t1", "t2", "flair"))
 ROWS = ("mean", *REGIONS)
-#: Mean Dice over cases, by what is missing, then by region; ``mean`` is over the regions.
+#: Mean Dice over cases by missing contrasts, then by region; ``mean`` is the mean over the regions.
 Table = dict[tuple[Contrast, ...], dict[str, float]]
 
 
 def main() -> None:
-    """Train the pairs, print a table row by row, then the differences between them."""
+    """Train the pairs of runs, and print a table row by row and then the differences."""
     options = _options()
     print(f"{machine()}; {options.train} cases train, {options.test} test, {options.steps} steps")
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -57,17 +57,17 @@ def main() -> None:
 
 
 def phantoms(folder: Path, training: int, testing: int) -> tuple[Case, ...]:
-    """The data set, and its split beside it."""
+    """Write the data set and, next to it, its split."""
     write_phantoms(folder, training + testing, seed=0, spacing_mm=2.0)
     cases = find_cases(folder)
     ids = [case.id for case in cases]
-    # One of the training cases validates: a run wants one to say where it is; nothing is chosen by it but the weights.
+    # One of the training cases is used for validation, so that the run reports a Dice; it chooses only the weights.
     write_json(folder.parent / "split.json", {"train": ids[1:training], "validation": ids[:1]})
     return cases
 
 
 def train(folder: Path, run: Path, *, seed: int, probability: float, steps: int) -> None:
-    """One run of the laptop network, validated once, at its end."""
+    """Train the laptop network once, with one validation at the end."""
     settings = {
         "augment.contrast_dropout": probability,
         "training.steps": steps,
@@ -81,7 +81,7 @@ def train(folder: Path, run: Path, *, seed: int, probability: float, steps: int)
 
 
 def score(run: Path, cases: tuple[Case, ...]) -> Table:
-    """The Dice of a run."""
+    """Return the Dice of a run."""
     runtime = choose_runtime(RuntimeConfig())
     model = load_model(run, runtime)
     table: Table = {}
@@ -95,12 +95,12 @@ def score(run: Path, cases: tuple[Case, ...]) -> Table:
 
 
 def average(tables: list[Table]) -> Table:
-    """Mean over seeds."""
+    """Return the mean over seeds."""
     return {missing: {row: fmean(t[missing][row] for t in tables) for row in ROWS} for missing in MISSING}
 
 
 def show(seed: str, probability: float, table: Table) -> None:
-    """Four lines of the table."""
+    """Print four lines of the table."""
     for row in ROWS:
         numbers = " | ".join(f"{table[missing][row]:.3f}" for missing in MISSING)
         print(f"| {seed} | {probability:g} | {row} | {numbers} |", flush=True)
@@ -113,7 +113,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--probability", type=float, default=0.5)
     parser.add_argument("--train", type=int, default=20)
     parser.add_argument("--test", type=int, default=10)
-    parser.add_argument("--folder", type=Path, help="where runs are made and removed again")
+    parser.add_argument("--folder", type=Path, help="folder for temporary runs")
     return parser.parse_args()
 
 

@@ -1,10 +1,10 @@
-"""The tables of docs/evidence.md from comparisons that ``znormseg compare`` has made, in Markdown.
+"""Print the tables of docs/evidence.md in Markdown, from comparisons made by ``znormseg compare``.
 
     python bench/evidence_tables.py OUT [OUT ...]
 
 For each folder: final Dice by arm with its difference from the best arm of that optimiser, validation Dice at equal
-learning rates, and the overlap of gradients at the junctions where telemetry was on. No figure is made here that the
-comparison did not write down.
+learning rates, and the overlap of gradients at the junctions if telemetry was on. All figures are derived from files of
+the comparison.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def final_table(content: Content) -> Iterator[str]:
-    """Final Dice by arm; the last column pairs seeds and cases with those of the optimiser's best arm."""
+    """Yield the table of final Dice by arm; the last column is the paired difference from the optimiser's best arm."""
     yield "| optimizer | arm | rate | WT | TC | ET | mean | SD of seeds | steps to target by seed | minus the best |"
     yield "|---|---|---|---|---|---|---|---|---|---|"
     for optimizer in content["plan"]["optimizers"]:
@@ -52,19 +52,19 @@ def final_table(content: Content) -> Iterator[str]:
 
 
 def minus(content: Content, arm: Content, other: Content) -> str:
-    """The paired difference of the mean Dice of two arms, with its 95 % interval."""
+    """Format the paired difference of the mean Dice of two arms, with its 95 % interval."""
     difference = paired_difference(dice_of(content, arm), dice_of(content, other))
     return f"{difference.mean:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
 
 
 def dice_of(content: Content, arm: Content) -> FloatArray:
-    """Mean Dice over regions, shape (seeds, cases)."""
+    """Return the mean Dice over regions of an arm, shape (seeds, cases)."""
     runs = [run for run in content["runs"] if is_final(run, arm)]
     return np.array([[fmean(case.values()) for case in run["dice"].values()] for run in runs], dtype=np.float64)
 
 
 def is_final(run: Content, arm: Content) -> bool:
-    """Whether a run is one of the arm's at its chosen rate."""
+    """Whether a run is a final run of the arm, at its chosen rate."""
     return "dice" in run and (run["optimizer"], run["arm"], run["learning_rate"]) == (
         arm["optimizer"],
         arm["arm"],
@@ -73,7 +73,7 @@ def is_final(run: Content, arm: Content) -> bool:
 
 
 def sweep_table(content: Content) -> Iterator[str]:
-    """Best validation Dice of the first seed at equal settings."""
+    """Yield the table of best validation Dice of the first seed at equal settings."""
     for optimizer, arms in content["sweep"].items():
         rates = list(next(iter(arms.values())))
         yield f"| {optimizer}, learning rate | " + " | ".join(f"{float(rate):g}" for rate in rates) + " |"
@@ -84,7 +84,7 @@ def sweep_table(content: Content) -> Iterator[str]:
 
 
 def overlap_table(content: Content, folder: Path) -> Iterator[str]:
-    """Cosine and ||a + b|| / (||a|| + ||b||) of the two gradients at a junction, mean over junctions, steps, seeds."""
+    """Yield the table of cosine and ||a + b|| / (||a|| + ||b||) of the two gradients at a junction, averaged."""
     rows = []
     for arm in content["arms"]:
         found: list[Mapping[str, float]] = []

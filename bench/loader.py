@@ -1,15 +1,15 @@
-"""Training patches beside MONAI's CacheDataset, and reading a case beside nibabel: ratios of one run on one machine.
+"""Compare patch loading with MONAI's CacheDataset, and reading a case with nibabel: ratios within one run.
 
     python bench/loader.py CASES [--patch 64] [--threads 2] [--copies 1] [--rounds 5] [--monai-threads]
     python bench/loader.py CASES --layouts
 
-CASES is a folder of cases. Both sides read the same prepared cases, cut patches of the same size, mirror them and make
-batches of two, nothing else. MONAI gets its best form: float32 cached in memory, centres precomputed (at most 2000 a
-class), no copy of the cache and no metadata a patch; its workers are processes, or one thread with --monai-threads.
-Each side is a process of its own, and they take turns; the median of the rounds counts. Memory is the proportional set
-size of a side and its children (pages that processes share are counted once): with the files that are mapped, and
-without those, which the system takes back when memory is short. Linux alone tells it. Files are in the system's page
-cache for both. --layouts compares how an image may lie on disk.
+CASES is a folder of cases. Both sides read the same prepared cases, crop patches of the same size, mirror them and make
+batches of two, nothing else. MONAI is used in its fastest form: float32 cached in memory, precomputed centres (at most
+2000 per class), no copy of the cache and no metadata per patch; its workers are processes, or one thread with
+--monai-threads. Each side runs in a separate process, and they take turns; the median of the rounds counts. Memory is
+the proportional set size of a side and its children (shared pages are counted once), with and without memory-mapped
+files, which the system reclaims when memory is short; only Linux reports it. Files are in the system's page cache for
+both sides. --layouts compares memory layouts of the image on disk.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ BATCH = 2
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     options = _options()
     if options.side:
         serve(options)
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def compare(places: list[str], options: argparse.Namespace) -> None:
-    """Both sides in turn."""
+    """Run both sides in turn, and print their ratios."""
     sides = {name: Side(name, places, options) for name in ("ours", "monai")}
     rates: dict[str, list[float]] = {name: [] for name in sides}
     work: dict[str, list[float]] = {name: [] for name in sides}
@@ -76,7 +76,7 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
         for name, side in sides.items():
             before = side.processor_seconds()
             seconds = side.ask(f"{number}")["seconds"]
-            if number:  # warm by then
+            if number:  # the first round is a warm-up
                 rates[name].append(options.patches / seconds)
                 work[name].append((side.processor_seconds() - before) / options.patches)
     for side in sides.values():
@@ -95,7 +95,7 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
 
 
 class Side:
-    """A process that makes patches when it is asked to, watched for the memory it and its children take."""
+    """A process that makes patches on request; the memory of the process and its children is monitored."""
 
     def __init__(self, name: str, places: list[str], options: argparse.Namespace) -> None:
         words = [sys.executable, __file__, str(options.cases), "--side", name, "--patch", str(options.patch)]
@@ -113,7 +113,7 @@ class Side:
         self.ask(json.dumps(places))
 
     def ask(self, what: str) -> Any:
-        """Send a line, give the JSON that comes back; memory is looked at meanwhile."""
+        """Send a line and return the JSON reply; memory is sampled in the meantime."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         done = threading.Event()
@@ -129,7 +129,7 @@ class Side:
         return json.loads(answer)
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self._process.communicate("\n")
 
     def _watch(self, done: threading.Event) -> None:
@@ -138,7 +138,7 @@ class Side:
             self.peak_bytes, self.peak_kept_bytes = max(self.peak_bytes, total), max(self.peak_kept_bytes, kept)
 
     def processor_seconds(self) -> float:
-        """What it and its children have used so far; on a machine with other work this tells more than the clock."""
+        """Return the CPU time of the process and its children; on a busy machine it is more telling than the clock."""
         return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def _tree(self) -> list[psutil.Process]:
@@ -146,7 +146,7 @@ class Side:
         return [process, *process.children(recursive=True)]
 
     def _bytes(self) -> tuple[int, int]:
-        """Proportional set size: all of it, and without mapped files, which the system takes back when it must."""
+        """Return the proportional set size, in total and without mapped files, which the system can reclaim."""
         total = kept = 0
         for process in self._tree():
             try:
@@ -160,7 +160,7 @@ class Side:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """One side: answer the lines that come in."""
+    """Act as one side: answer each line of standard input."""
     if options.side == "monai":
         import monai.data
         import monai.transforms  # noqa: F401
@@ -179,10 +179,10 @@ def serve(options: argparse.Namespace) -> None:
 
 
 class Mirrored(PatchSource):
-    """Patches as training cuts them, mirrored and no more."""
+    """Patches as in training, but only mirrored."""
 
     def batch(self, step: int, size: int) -> Batch:
-        """The patches of one step; the codes stand where the masks would."""
+        """Return the patches of one step, with label codes in place of masks."""
         images, codes, ids = [], [], []
         for number in range(step * size, (step + 1) * size):
             image, labels, case_id, rng = self.piece(number)
@@ -195,7 +195,7 @@ class Mirrored(PatchSource):
 
 
 def ours(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Batches by this project."""
+    """Yield batches made by this project."""
     cases = []
     for place in places:
         x, y, z = np.load(place / "codes.npy", mmap_mode="r").shape
@@ -213,7 +213,7 @@ def ours(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tens
 
 
 def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torch.Tensor]:
-    """Batches by MONAI."""
+    """Yield batches made by MONAI."""
     from monai.data import CacheDataset, DataLoader, ThreadDataLoader, set_track_meta
     from monai.transforms import (
         ClassesToIndicesd,
@@ -226,7 +226,7 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
 
     set_track_meta(False)
 
-    # CacheDataset keeps what comes before the first transform that is random or not of MONAI's class.
+    # CacheDataset caches the output of all transforms before the first one that is random or not a MONAI Transform.
     class Load(Transform):  # type: ignore[misc]
         def __call__(self, entry: dict[str, Any]) -> dict[str, Any]:
             codes = np.load(entry["place"] / "codes.npy")[None]
@@ -258,7 +258,7 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
         ]
     )
     data = CacheDataset([{"place": p} for p in places], transform, copy_cache=False, progress=False, num_workers=1)
-    # One epoch without end: what an epoch costs to begin is left out.
+    # One endless epoch, so that the start-up cost of epochs is excluded.
     sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**7)
     if options.monai_threads:
         return (batch["image"] for batch in ThreadDataLoader(data, batch_size=BATCH, sampler=sampler, buffer_size=4))
@@ -267,7 +267,7 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
 
 
 def reading(paths: list[Path], rounds: int) -> None:
-    """Reading the contrasts of a case to float32: nibabel's own way, and ours with all its checks."""
+    """Compare reading the contrasts of a case as float32: nibabel's own way, and ours with all its checks."""
     jobs: dict[str, Callable[[Path], Any]] = {
         "nibabel": lambda path: np.asanyarray(nib.load(path).dataobj, dtype=np.float32),
         "ours": read_volume,
@@ -277,7 +277,7 @@ def reading(paths: list[Path], rounds: int) -> None:
 
 
 def layouts(places: list[Path], rounds: int) -> None:
-    """Cutting patches to float32 of (contrasts, X, Y, Z) out of images that lie on disk in different ways."""
+    """Compare layouts on disk for cropping float32 patches of shape (contrasts, X, Y, Z) from images."""
     lasts = []
     for place in places:
         lasts.append(place / "last.npy")
@@ -325,14 +325,14 @@ def layouts(places: list[Path], rounds: int) -> None:
 
 
 def in_turn(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median processor seconds of each job in one thread; the jobs take turns."""
+    """Return the median CPU seconds of each job in one thread; the jobs take turns."""
     torch.set_num_threads(1)
     spent: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
             began = time.thread_time()
             job()
-            if number:  # warm by then
+            if number:  # the first round is a warm-up
                 spent[name].append(time.thread_time() - began)
     return {name: median(values) for name, values in spent.items()}
 
@@ -351,12 +351,12 @@ def _options() -> argparse.Namespace:
     parser.add_argument("cases", type=Path)
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--copies", type=int, default=1, help="use every case so many times, from files of its own")
+    parser.add_argument("--copies", type=int, default=1, help="use every case this many times, from separate files")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--patches", type=int, default=120, help="patches in a round")
+    parser.add_argument("--patches", type=int, default=120, help="patches per round")
     parser.add_argument("--layouts", action="store_true")
     parser.add_argument("--monai-threads", action="store_true")
-    parser.add_argument("--scratch", type=Path, help="folder for the prepared cases while it runs")
+    parser.add_argument("--scratch", type=Path, help="folder for temporary prepared cases")
     parser.add_argument("--side", choices=["ours", "monai"], help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,14 +1,13 @@
-"""Run the challenges' own scripts on the random pairs of data.phantoms.pairs, and write what they give as JSON.
+"""Run the challenges' own scripts on the random pairs of data.phantoms.pairs, and write their output as JSON.
 
     python bench/official_scores.py SCRIPTS OUT.json          # 200 pairs of 64 x 64 x 48: tests/golden
-    python bench/official_scores.py SCRIPTS OUT.json --nsd    # 500 smaller, the scripts that give NSD: tests/golden
+    python bench/official_scores.py SCRIPTS OUT.json --nsd    # 500 smaller pairs, scripts with NSD: tests/golden
     python bench/official_scores.py SCRIPTS OUT.json --full   # a few of 240 x 240 x 155, with seconds: bench/scorer.py
 
-SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py and the package surface_distance are
-what rachitsaluja/BraTS-2023-Metrics and -2024-Metrics publish, at COMMITS. For --nsd they are those of COMMITS_NSD:
-SSA, MET and SCRIPTS/2024-f1131e3/metrics_MET.py are put together from two of them, since none with NSD was to be had.
-None of it is part of this project. This file itself needs only numpy and nibabel, so it runs in an environment made for
-the scripts.
+SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py and the package surface_distance
+come from rachitsaluja/BraTS-2023-Metrics and -2024-Metrics, at COMMITS. For --nsd they are those of COMMITS_NSD: SSA,
+MET and SCRIPTS/2024-f1131e3/metrics_MET.py are combined from two commits, since none with NSD was available. None of
+this is part of this project. This file itself needs only numpy and nibabel, so it can run in the scripts' environment.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ SOURCE_NSD = (
     "brats2024 the surface Dice only. Where two commits are named there was no such script: it was put together from "
     "both, and is a reading, see docs/how-to/scores.md."
 )
-#: Of the scripts of the pairs of --nsd.
+#: Commits of the scripts for --nsd.
 COMMITS_NSD = {
     "brats2024 PED": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
     "brats2024 MEN-RT": "9e8879a9201b9b6f2e069eb07e2acb6d4dee34b6",
@@ -57,7 +56,7 @@ COMMITS_NSD = {
     "brats2024 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a",
     "brats2024-f1131e3 MET": "b04e5a0a24b458c332713fb3a00fe27e0ca2008c, with the NSD of 9e8879a, RC and the diagonal",
 }
-#: Name of each column in this project, by the names in the scripts' tables.
+#: This project's name of each column, by its name in the scripts' tables.
 COLUMNS = {
     "Num_TP": "true_positives",
     "Num_FP": "false_positives",
@@ -78,15 +77,15 @@ COLUMNS = {
 }
 
 
-#: Grid and size of the full pairs.
+#: Grid and size of the pairs of --full.
 FULL_SHAPE, FULL_SIZE = (240, 240, 155), 3.0
-#: Of the pairs of --nsd.
+#: Grid and size of the pairs of --nsd.
 NSD_SHAPE, NSD_SIZE = (44, 40, 32), 0.8
 FULL = (("brats2023", "GLI", 2003), ("brats2024", "GLI", 2003))
 
 
 def plan() -> list[tuple[str, str, int]]:
-    """Year, task and seed of each pair: 200 in all."""
+    """Return year, task and seed of each pair: 200 in total."""
     rows: list[tuple[str, str, int]] = []
     for task, count in (("GLI", 24), ("PED", 12), ("SSA", 12), ("MEN", 16), ("MET", 24)):
         rows += [("brats2023", task, seed) for seed in range(count)]
@@ -96,7 +95,7 @@ def plan() -> list[tuple[str, str, int]]:
 
 
 def plan_nsd() -> list[tuple[str, str, int]]:
-    """Year, task and seed of the pairs of --nsd: 100 of each script."""
+    """Return year, task and seed of the pairs of --nsd: 100 for each script."""
     rows = []
     for year, task in (key.split() for key in COMMITS_NSD):
         rows += [(year, task, 3000 + seed) for seed in range(100)]
@@ -104,20 +103,20 @@ def plan_nsd() -> list[tuple[str, str, int]]:
 
 
 def labels_of(year: str, task: str) -> tuple[int, ...]:
-    """Label numbers of the files of a task."""
+    """Return the label numbers in the files of a task."""
     if year == "brats2023":
         return (1, 2, 3)
     return (1, 2, 3, 4) if task == "GLI" or year == "brats2024-f1131e3" else LABELS[task]
 
 
 def spacing_of(seed: int) -> tuple[float, float, float]:
-    """Edge lengths in mm of the pair of a seed."""
+    """Return the edge lengths in mm of the pair of a seed."""
     return SPACINGS[seed % 4]
 
 
 @functools.cache
 def module_of(file: Path) -> object:
-    """A module by its file: two scripts have one name, and the package around a file needs more than there is here."""
+    """Import a module by its file: two scripts share a name, and importing their packages needs more packages."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None
@@ -127,18 +126,18 @@ def module_of(file: Path) -> object:
 
 
 def pairs() -> object:
-    """data.phantoms.pairs."""
+    """Return the module data.phantoms.pairs."""
     return module_of(ROOT / "data" / "phantoms" / "pairs.py")
 
 
 def write(path: Path, voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> None:
-    """A label map on the voxel order of BraTS."""
+    """Write a label map in the voxel order of BraTS."""
     x, y, z = spacing_mm
     nibabel.save(nibabel.Nifti1Image(voxels, np.diag([-x, -y, z, 1.0])), path)
 
 
 def official(scripts: Path, year: str, task: str, prediction: Path, reference: Path) -> dict[str, dict[str, float]]:
-    """The table of the script of a year and a task."""
+    """Return the table of the script of a year and a task."""
     folder = (scripts / year.removeprefix("brats")).resolve()
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
@@ -157,7 +156,7 @@ def official(scripts: Path, year: str, task: str, prediction: Path, reference: P
 
 
 def main() -> None:
-    """Run them and write the file."""
+    """Run the scripts and write the file."""
     scripts, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     full, nsd = "--full" in sys.argv[3:], "--nsd" in sys.argv[3:]
     lesion_pair = pairs().lesion_pair

@@ -1,19 +1,19 @@
-"""The whole ``znormseg predict`` command against MONAI's own way, in one run: seconds, memory, equal label maps.
+"""Compare the whole ``znormseg predict`` command with MONAI in one run: seconds, memory, agreement of label maps.
 
     python bench/predict.py RUN CASE [--out FOLDER] [--window brain] [--repeats 1] [--small]
 
-Same weights, same case, every command a process of its own, timed from its start to the file written:
+All commands use the same weights and case. Each is a separate process, timed from its start until the file is written:
 
-- znormseg: as ``--window`` says (default: brain), precision as chosen, and the same in float32;
-- znormseg with the windows that the network was trained on;
+- znormseg with ``--window`` (default: brain), in the automatic precision and in float32;
+- znormseg with windows of the size the network was trained on;
 - MONAI as in its BraTS bundle: window 240x240x160, overlap 0.5, fp32, MONAI's transforms and SlidingWindowInferer;
 - MONAI with Gaussian windows of 128x128x128, overlap 0.5, fp32.
 
-RUN is the folder of a trained run; ``random-segresnet`` (16 filters, as the bundle) or ``random-resunet`` (as the
-config resunet-znorm) makes one of random weights. ``--small`` cuts the case to every third voxel and the windows to a
-third, to try this script itself. Reported: seconds and peak resident memory of each, parts of znormseg's, voxels of the
-brain with another label, Dice with the truth where the case has one, and what the network reaches of the machine's
-measured peak.
+RUN is the folder of a trained run; ``random-segresnet`` (16 filters, like the bundle) or ``random-resunet`` (like the
+config resunet-znorm) makes one with random weights. ``--small`` keeps every third voxel of the case and reduces the
+windows to a third, to test this script itself. Reported are the seconds and peak resident memory of each command, the
+stages of znormseg, the share of brain voxels with different labels, Dice against the truth if the case has one, and the
+network's GFLOP/s next to the machine's measured peak.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ import psutil
 
 HERE: Final = Path(__file__).resolve().parent
 CONTRASTS: Final = ("t1", "t1c", "t2", "flair")
-#: One in this many voxels along each axis is taken with ``--small``.
+#: Stride of the voxels that ``--small`` keeps along each axis.
 SMALL: Final = 3
 
 REFERENCE: Final = """
@@ -80,14 +80,16 @@ print(json.dumps({"load": loaded - begun, "compute": computed - loaded, "save": 
 
 
 def main() -> None:
-    """Parse the command line, run all, print a table and write it as JSON."""
-    parser = argparse.ArgumentParser(description="znormseg predict against MONAI, process by process")
+    """Run all commands, and print the results and write them as JSON."""
+    parser = argparse.ArgumentParser(description="Compare znormseg predict with MONAI, each in a separate process")
     parser.add_argument("run", help="folder of a run, random-segresnet or random-resunet")
     parser.add_argument("case", type=Path, help="folder of one case in BraTS 2021 layout")
-    parser.add_argument("--out", type=Path, default=None, help="where to keep label maps and results.json")
-    parser.add_argument("--window", default="brain", help="of znormseg; as predict --window")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each; the fastest counts")
-    parser.add_argument("--small", action="store_true", help="every third voxel, windows of a third")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="folder for label maps and results.json; default: temporary"
+    )
+    parser.add_argument("--window", default="brain", help="window of znormseg, as for predict --window")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each command; the fastest counts")
+    parser.add_argument("--small", action="store_true", help="every third voxel, and windows of a third of the size")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         out = options.out or Path(scratch) / "out"
@@ -100,7 +102,7 @@ def main() -> None:
 
 
 def measure(run: Path, case: Path, out: Path, *, window: str, small: bool, repeats: int) -> dict[str, Any]:
-    """All commands one after the other."""
+    """Run all commands one after the other, and return their results."""
     scale = SMALL if small else 1
     trained = ",".join(str(max(32, 128 // scale // 16 * 16)) for _ in range(3))
     ways = {
@@ -163,7 +165,7 @@ def _best(command: Sequence[str], repeats: int) -> dict[str, Any]:
 
 
 def _timed(command: Sequence[str]) -> dict[str, Any]:
-    """Seconds and peak resident memory of a command and what it starts, seen from outside every 10 ms."""
+    """Run a command; return its seconds and the peak resident memory with its children, sampled every 10 ms."""
     begun = time.perf_counter()
     process = subprocess.Popen(command, cwd=HERE.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     watched, peak = psutil.Process(process.pid), 0
@@ -184,7 +186,7 @@ def _timed(command: Sequence[str]) -> dict[str, Any]:
 
 
 def _peaks() -> dict[str, float]:
-    """GFLOP/s of a matrix product of 4096x4096, the best of five."""
+    """Return the GFLOP/s of a 4096x4096 matrix product, best of five."""
     import torch
 
     torch.set_num_threads(len(psutil.Process().cpu_affinity() or [1]))
@@ -201,7 +203,7 @@ def _peaks() -> dict[str, float]:
 
 
 def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
-    """Seconds of one window around the brain alone, and the GFLOP/s that OpenVINO reaches in it."""
+    """Return the seconds of one window around the brain, and the GFLOP/s that OpenVINO reaches in it."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -214,7 +216,7 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
     x, y, z = (part.stop - part.start for part in smallest_box(brain))
     network = load_model(run, choose_backend("torch", RuntimeConfig(device="cpu"))).network
     window = rounded_up((x, y, z), 16)
-    # Counted on a sixteenth of the voxels; but for borders the work is proportional to them.
+    # Counted on a sixteenth of the voxels; except for borders, the work is proportional to their number.
     part = (window[0], max(32, window[1] // 4 // 16 * 16), max(32, window[2] // 4 // 16 * 16))
     with FlopCounterMode(display=False) as counted, torch.inference_mode():
         network(torch.zeros(1, 4, *part))
@@ -234,7 +236,7 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
 
 
 def _random_run(name: str, folder: Path) -> Path:
-    """A run folder of random weights with seed 0."""
+    """Make a run folder with random weights from seed 0."""
     import torch
 
     from app.config.load import load_config, to_plain
@@ -250,7 +252,7 @@ def _random_run(name: str, folder: Path) -> Path:
     torch.manual_seed(0)
     network = build_network(config.network, in_channels=4, out_channels=len(REGIONS))
     biases = [one for name, one in network.named_parameters() if name.endswith("bias") and one.numel() == len(REGIONS)]
-    torch.nn.init.zeros_(biases[-1])  # else every voxel is background, and no two label maps differ
+    torch.nn.init.zeros_(biases[-1])  # otherwise all voxels are background, and label maps cannot differ
     details = {
         "contrasts": list(ORDER),
         "takes_missing_contrasts": False,
@@ -265,7 +267,7 @@ def _random_run(name: str, folder: Path) -> Path:
 
 
 def _smaller(case: Path, folder: Path) -> Path:
-    """Every third voxel of a case, called 1 mm, so that everything is as before but for its size."""
+    """Keep every third voxel of a case but not its spacing, so that only its size changes."""
     target = folder / case.name
     target.mkdir()
     for path in case.glob("*.nii*"):

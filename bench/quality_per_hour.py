@@ -1,21 +1,21 @@
-"""What a number of minutes of training brings: this project beside MONAI's recipe, same data, same processor.
+"""Compare the quality after some minutes of training with that of MONAI's recipe, on the same data and processor.
 
     python bench/quality_per_hour.py OUT [CASES] [--minutes 5] [--seeds 3] [--sweep-minutes 5] [--splits 1] [--crop 96]
 
-CASES are real cases, each split holding out a third of them; without CASES, 24 phantoms at 2 mm train and 12 others
-are scored. Three sides:
+CASES are real cases, of which each split holds out a third; without CASES, 24 phantoms at 2 mm are used for training
+and 12 others for scoring. There are three sides:
 
 * ``ours``: ``znormseg train --config laptop``;
 * ``monai``: the recipe of MONAI's BraTS tutorial and bundle (SegResNet of 16 filters, random crops, flips, intensity
-  scale and shift, DiceLoss with squared probabilities, Adam with weight decay 1e-5 and a cosine, batch 1). Its crop of
-  224 x 224 x 144 is for a GPU; here it is ``--crop`` voxels a side;
+  scale and shift, DiceLoss with squared probabilities, Adam with weight decay 1e-5 and a cosine schedule, batch 1). Its
+  crop of 224 x 224 x 144 is for a GPU; here it has ``--crop`` voxels along each side;
 * ``monai-same``: the same recipe with our network, patch and batch.
 
-MONAI's cases lie in memory (CacheDataset). Each side's learning rate is the best of three (``RATES``) on a sixth of the
-training cases, with one seed; then every seed trains on all of them. The minutes count from the first look at the data
-to the last step; imports and scoring do not count. All are scored alike: whole volumes, Gaussian windows of the
-training's size, Dice at the training's spacing, a region empty in both counting 1. Each run is a process on one core of
-its own, two runs at a time. What is done is kept in OUT and not done again.
+MONAI's cases are kept in memory (CacheDataset). Each side's learning rate is the best of three (``RATES``) on a sixth
+of the training cases, with one seed; then every seed trains on all training cases. The minutes count from the first
+access to the data to the last step, without imports and scoring. All sides are scored in the same way: whole volumes,
+Gaussian windows of the training size, Dice at the training spacing, a region empty in both masks scores 1. Each run is
+a process on a dedicated core, two runs at a time. Completed runs are kept in OUT and not repeated.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from data.phantoms import write_phantoms
 from data.preprocess import prepare
 from models import NetworkConfig, build_network
 
-#: Learning rates tried: ours about the config's, MONAI's from the recipe's own upwards, as minutes are few.
+#: Candidate learning rates: ours around the config's, MONAI's from the recipe's upwards, since the time is short.
 RATES: Final = {
     "ours": (0.002, 0.006, 0.018),
     "monai": (1e-4, 5e-4, 2.5e-3),
@@ -65,7 +65,7 @@ SPACING: Final = {"phantoms": 2.0, "cases": 1.0}
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training and its scores."""
+    """One training run to make and score."""
 
     side: str
     rate: float
@@ -79,7 +79,7 @@ class Job:
 
 
 def main() -> None:
-    """Choose the rates, train, print the table."""
+    """Choose the learning rates, train, and print the table."""
     options = _options()
     if options.job:
         work(options.out, options.cases, Job(**json.loads(options.job)))
@@ -145,13 +145,13 @@ def main() -> None:
 
 
 def hold_out(ids: Sequence[str], number: int) -> tuple[list[str], list[str]]:
-    """A third of the cases for the test, another third for each number."""
+    """Split off a third of the cases for the test, a different third for each number."""
     test = [case_id for index, case_id in enumerate(ids) if index % 3 == number]
     return [case_id for case_id in ids if case_id not in test], test
 
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Scores by name; what has scores already is not done again. As many at once as there are cores given."""
+    """Return scores by name; jobs with scores are not repeated. As many jobs run at once as there are cores."""
     cores: Queue[int] = Queue()
     for core in options.cores.split(","):
         cores.put(int(core))
@@ -181,19 +181,19 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[
 
 
 def mean_of(content: dict[str, Any]) -> float:
-    """Mean Dice over regions, at the end."""
+    """Return the mean Dice over regions at the end of a run."""
     return fmean(content["dice"].values())
 
 
 def half_interval(values: Sequence[float]) -> float:
-    """Half the width of the 95 % interval of a mean; none from one value."""
+    """Return half the width of the 95 % interval of a mean; NaN for a single value."""
     return (
         T95[len(values) - 1] * stdev(values) / math.sqrt(len(values)) if 1 < len(values) <= len(T95) + 1 else math.nan
     )
 
 
 def show(side: str, rate: float, several: Sequence[dict[str, Any]]) -> None:
-    """One row."""
+    """Print one row of the table."""
     regions = " | ".join(f"{fmean(one['dice'][region] for one in several):.3f}" for region in REGIONS)
     means = [mean_of(one) for one in several]
     parts = [fmean(fmean(one["early"][index].values()) for one in several) for index in range(2)]
@@ -203,7 +203,7 @@ def show(side: str, rate: float, several: Sequence[dict[str, Any]]) -> None:
 
 
 def work(out: Path, data: Path, job: Job) -> None:
-    """One job, in a process of its own."""
+    """Do one job; it has a separate process."""
     keep_freed_memory()
     cases = {case.id: case for case in find_cases(data)}
     held = cache_cases(
@@ -230,8 +230,8 @@ def work(out: Path, data: Path, job: Job) -> None:
 Trained = tuple[int, list[dict[str, torch.Tensor]], torch.nn.Module, tuple[int, int, int]]
 
 
-def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - as train_monai
-    """The trainer as ``znormseg train`` runs it; its checkpoints of a quarter and a half of the time are copied."""
+def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - same signature as train_monai
+    """Train as ``znormseg train`` does; keep the checkpoints at a quarter and half of the time."""
     from app.training.run import start
     from data.patches.cache import CaseFolder
 
@@ -262,8 +262,8 @@ def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Train
     return result.steps, [*early, last.weights], network, config.training.patch_voxels
 
 
-def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - as train_ours
-    """The recipe of MONAI's tutorial and bundle."""
+def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trained:  # noqa: ARG001 - same signature as train_ours
+    """Train by the recipe of MONAI's tutorial and bundle."""
     from monai.data import CacheDataset, DataLoader, set_track_meta
     from monai.losses import DiceLoss
     from monai.transforms import (
@@ -295,7 +295,7 @@ def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trai
 
     class Load(Transform):  # type: ignore[misc]
         def __call__(self, case: Case) -> dict[str, Any]:
-            # Read, cropped to the brain and z-scored as ours: the network sees the same numbers.
+            # Read, cropped to the brain and z-scored like ours, so that the network sees the same values.
             prepared = prepare(case, spacing_mm=(job.spacing_mm,) * 3, convention=convention, nan_to_zero=True)
             assert prepared.codes is not None
             return {"image": prepared.image, "label": to_regions(prepared.codes).astype(np.float32)}
@@ -315,7 +315,7 @@ def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trai
     loss_of = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=False, sigmoid=True)
     optimizer = torch.optim.Adam(network.parameters(), job.rate, weight_decay=1e-5)
     began, budget = time.monotonic(), 60 * job.minutes
-    # Prepared by one thread, as the run has one core.
+    # Prepared by one thread, since the run has one core.
     dataset = CacheDataset([cases[case_id] for case_id in job.train], transform, progress=False, num_workers=1)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**7)
     snapshots: list[dict[str, torch.Tensor]] = []
@@ -340,13 +340,15 @@ def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trai
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="where runs and scores are kept")
+    parser.add_argument("out", type=Path, help="folder for runs and scores")
     parser.add_argument("cases", nargs="?", type=Path)
     parser.add_argument("--minutes", type=float, default=5.0)
-    parser.add_argument("--sweep-minutes", type=float, help="of the runs that choose the learning rate; as --minutes")
+    parser.add_argument(
+        "--sweep-minutes", type=float, help="minutes of the runs that choose the learning rate; default: --minutes"
+    )
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--splits", type=int, default=1, help="1 to 3")
-    parser.add_argument("--crop", type=int, default=96, help="of MONAI's SegResNet; a multiple of 8")
+    parser.add_argument("--splits", type=int, default=1, help="number of splits, 1 to 3")
+    parser.add_argument("--crop", type=int, default=96, help="crop of MONAI's SegResNet; a multiple of 8")
     parser.add_argument("--sides", default="ours,monai,monai-same")
     parser.add_argument("--cores", default=",".join(str(core) for core in sorted(os.sched_getaffinity(0))[:2]))
     parser.add_argument("--job", help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""Processor seconds a case of the official scores: here, and by the scripts of the challenges, in one run.
+"""Compare the CPU seconds per case of the official scores with those of the challenges' scripts, in one run.
 
     python bench/scorer.py SCRIPTS PYTHON
 
-SCRIPTS as for bench/official_scores.py, PYTHON the interpreter of the environment in which they run. Both sides read
-the same files of 240 x 240 x 155 voxels; the time to start Python and import is left out. Every number is compared.
+SCRIPTS is as for bench/official_scores.py, PYTHON the interpreter of the environment in which they run. Both sides read
+the same files of 240 x 240 x 155 voxels; Python's start-up and imports are not timed. Every score is compared.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 
 def main() -> None:
-    """Print one line a pair, and the ratios."""
+    """Print one line per pair, and the ratios."""
     spec = importlib.util.spec_from_file_location("official_scores", HERE / "official_scores.py")
     assert spec is not None
     assert spec.loader is not None

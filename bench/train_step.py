@@ -1,14 +1,14 @@
-"""Training steps beside the loop of MONAI's BraTS tutorial: samples a second, ratios of one run on one machine.
+"""Compare training steps with the loop of MONAI's BraTS tutorial: samples per second, ratios within one run.
 
     python bench/train_step.py [CASES] [--config resunet] [--patch 64] [--batch 2] [--steps 4] [--rounds 5]
 
-Both sides train the same network on patches of the same prepared cases (CASES, or phantoms made for it), loader and
-optimiser included. Ours is the trainer's own step, with the config's optimiser and gradient transform, once in float32
-and, where the machine multiplies it, once in bfloat16. MONAI's side is the tutorial's (brats_segmentation_3d in
+Both sides train the same network on patches of the same prepared cases (CASES, or temporary phantoms), including loader
+and optimiser. Ours is the trainer's own step, with the config's optimiser and gradient transform, in float32 and, if
+the hardware supports it, in bfloat16. MONAI's side is that of its tutorial (brats_segmentation_3d in
 Project-MONAI/tutorials): CacheDataset, random crop, three flips, z-score, scale and shift of intensities, DataLoader,
-DiceLoss, Adam, loss read at every step; on a GPU with its autocast and scaler. Ours draws the same kinds of
-augmentation. Each side is a process of its own; they take turns, and the median of the rounds counts. Also printed:
-the share of our step that waits for data, and the share of the measured peak of matrix products.
+DiceLoss, Adam, and reading the loss at every step; on a GPU with its autocast and scaler. Ours draws the same kinds of
+augmentation. Each side is a separate process; they take turns, and the median of the rounds counts. Also printed are
+the share of our step spent waiting for data, and its share of the measured peak of matrix products.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from data.phantoms import write_phantoms
 from models import RegionLoss, build_network
 
-#: What the tutorial's loop draws: flips, a factor and a shift for each contrast.
+#: Augmentations of the tutorial's loop: flips, and a factor and a shift for each contrast.
 AUGMENTATION = {"gain": 0.1, "shift": 0.1, "flip_probability": 0.5}
 
 
 def main() -> None:
-    """Measure and print."""
+    """Run the measurements and print the results."""
     options = _options()
     if options.side:
         serve(options)
@@ -69,7 +69,7 @@ def main() -> None:
         for number in range(options.rounds + 1):
             for name, side in sides.items():
                 answer = side.ask()
-                if number:  # warm by then
+                if number:  # the first round is a warm-up
                     answers[name].append(answer)
         for side in sides.values():
             side.end()
@@ -84,7 +84,7 @@ def main() -> None:
 
 
 class Side:
-    """A process that makes steps when it is asked to."""
+    """A process that makes steps on request."""
 
     def __init__(self, name: str, cases: list[CachedCase], options: argparse.Namespace) -> None:
         words = [sys.executable, __file__, "--side", name, "--config", options.config, "--device", options.device]
@@ -94,14 +94,14 @@ class Side:
         self._send(json.dumps([str(case.folder) for case in cases]))
 
     def ask(self) -> dict[str, float]:
-        """Let it make steps."""
+        """Request one round of steps, and return its timings."""
         self._send("go")
         assert self._process.stdout is not None
         answer: dict[str, float] = json.loads(self._process.stdout.readline())
         return answer
 
     def end(self) -> None:
-        """Let the process end."""
+        """End the process."""
         self._process.communicate("\n")
 
     def _send(self, line: str) -> None:
@@ -111,7 +111,7 @@ class Side:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """One side: make steps for each line that comes in."""
+    """Act as one side: make a round of steps for each line of standard input."""
     places = [Path(place) for place in json.loads(sys.stdin.readline())]
     steps = monai_steps(places, options) if options.side == "monai" else our_steps(places, options)
     while sys.stdin.readline().strip():
@@ -127,12 +127,12 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """Steps by this project; seconds waited for data, and operations of a step."""
+    """Make steps by this project; yield the seconds spent waiting for data, and the operations of a step."""
     keep_freed_memory()
     settings = {"training.patch_voxels": [options.patch] * 3, "training.batch_size": options.batch}
     settings |= {f"augment.{key}": value for key, value in AUGMENTATION.items()}
     settings |= {"runtime.precision": options.side, "runtime.device": options.device}
-    # Of what the config augments beyond that, nothing.
+    # Switch off all other augmentations of the config.
     plain = load_config(options.config)
     off = [name for name in vars(plain.augment) if name.endswith("_probability") and name not in AUGMENTATION]
     settings |= {f"augment.{name}": 0 for name in off if not name.startswith(("gain", "shift"))}
@@ -169,7 +169,7 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
 
 
 def operations(config: Any, options: argparse.Namespace) -> float:
-    """Floating-point operations of one step, counted by torch."""
+    """Return the floating-point operations of one step, counted by torch."""
     from torch.utils.flop_counter import FlopCounterMode
 
     network = build_network(config.network, in_channels=4, out_channels=len(REGIONS))
@@ -179,7 +179,7 @@ def operations(config: Any, options: argparse.Namespace) -> float:
 
 
 def peak_flops(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of a large matrix product."""
+    """Return the operations per second of a large matrix product."""
     place = choose_runtime(RuntimeConfig(device=device)).device
     side = 2048 if place.type == "cpu" else 8192
     one = torch.randn(side, side, dtype=dtype, device=place)
@@ -195,7 +195,7 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 
 def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """Steps as the tutorial makes them."""
+    """Make steps like the tutorial."""
     from monai.data import CacheDataset, DataLoader, set_track_meta
     from monai.losses import DiceLoss
     from monai.transforms import (
@@ -232,7 +232,7 @@ def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tup
         ]
     )
     data = CacheDataset(places, transform, progress=False, num_workers=1)
-    # One epoch without end: what an epoch costs to begin is left out.
+    # One endless epoch, so that the start-up cost of epochs is excluded.
     sampler = torch.utils.data.RandomSampler(data, replacement=True, num_samples=10**7)
     loader = DataLoader(data, batch_size=options.batch, sampler=sampler, num_workers=options.workers)
     device = choose_runtime(RuntimeConfig(device=options.device)).device
@@ -257,19 +257,19 @@ def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tup
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="?", type=Path, help="default: phantoms made for it")
+    parser.add_argument("cases", nargs="?", type=Path, help="folder of cases; default: temporary phantoms")
     parser.add_argument("--config", default="resunet")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--patch", type=int, default=64)
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=4, help="a round")
+    parser.add_argument("--steps", type=int, default=4, help="steps per round")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--workers", type=int, default=1, help="processes of MONAI's loader")
+    parser.add_argument("--workers", type=int, default=1, help="worker processes of MONAI's loader")
     parser.add_argument("--side", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    # Both sides wait for work as the program does: asleep, not spinning on a processor the other needs.
+    # As in the program, idle threads of either side sleep instead of spinning on a processor that the other needs.
     share_processors()
     main()

@@ -1,10 +1,10 @@
-"""What ZNorm costs: beside clipping, an optimiser step, a training step, and the memory it must move at least.
+"""Measure the cost of ZNorm relative to clipping, an optimiser step, a training step and minimal memory traffic.
 
     python bench/znorm_step.py [--device cuda] [--rounds 15] [--without-steps] [--processor-time]
 
-All jobs take turns, round by round, on one set of gradients, and another begins each round. Before each a block larger
-than the caches is read, since gradients come out of a backward pass that moves gigabytes. A ratio is the median of the
-rounds' ratios. On a machine shared with other jobs, ``OMP_NUM_THREADS=1`` with ``--processor-time`` leaves out the time
+All jobs take turns on one set of gradients, and each round starts with a different job. Before each job a block larger
+than the caches is read, since gradients come from a backward pass that moves gigabytes. A ratio is the median of the
+rounds' ratios. On a machine shared with other jobs, ``OMP_NUM_THREADS=1`` with ``--processor-time`` excludes the time
 in which others had the processor. The floor is the time to read every gradient twice and write it once at the bandwidth
 measured in the same run.
 """
@@ -28,7 +28,7 @@ LARGE = NetworkConfig(architecture="resunet", channels=(64, 128, 256, 512, 1280)
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Run the measurements and print a table."""
     options = _options()
     device = torch.device(options.device)
     print(f"{machine()}; torch {torch.__version__}, {torch.get_num_threads()} threads, {device}")
@@ -52,7 +52,7 @@ def row(
     step_ms: float | None,
     clock: Callable[[], float],
 ) -> str:
-    """One line of the table: ZNorm on every weight of two or more dimensions, the rivals on every parameter."""
+    """Return one line of the table: ZNorm on every weight of two or more dimensions, the others on every parameter."""
     parameters = list(network.parameters())
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
@@ -83,7 +83,7 @@ def row(
 
 
 def floor(gradients: list[Tensor]) -> Callable[[], object]:
-    """Two reads and a write of as many bytes: a dot product reads, a multiplication in place reads and writes."""
+    """Return a job that reads as many bytes twice (dot product, in-place product) and writes them once."""
     size = sum(g.numel() for g in gradients)
     block = torch.randn(size, device=gradients[0].device)
 
@@ -97,7 +97,7 @@ def floor(gradients: list[Tensor]) -> Callable[[], object]:
 def side_by_side(
     jobs: dict[str, Callable[[], object]], device: torch.device, rounds: int, clock: Callable[[], float]
 ) -> dict[str, list[float]]:
-    """Milliseconds of each job by round; the jobs take turns."""
+    """Return the milliseconds of each job by round; the jobs take turns."""
     spent: dict[str, list[float]] = {name: [] for name in jobs}
     larger_than_caches = torch.ones(2**24, device=device)
     names = list(jobs)
@@ -107,13 +107,13 @@ def side_by_side(
             larger_than_caches.sum()
             began = _now(device, clock)
             jobs[name]()
-            if number >= 2:  # warm by then
+            if number >= 2:  # the first two rounds are a warm-up
                 spent[name].append(1000 * (_now(device, clock) - began))
     return spent
 
 
 def training_step_ms(network: nn.Module, config: object, device: torch.device, clock: Callable[[], float]) -> float:
-    """Forward, loss, backward and optimiser step on one batch of the config; the second of two counts."""
+    """Time forward, loss, backward and optimiser step on one batch of the config; the second of two runs counts."""
     training = config.training  # type: ignore[attr-defined]
     runtime = choose_runtime(RuntimeConfig(device=device.type))
     network.to(memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
@@ -143,8 +143,10 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--processor-time", action="store_true", help="of this process, not by the clock")
-    parser.add_argument("--without-steps", action="store_true", help="leave the training steps out")
+    parser.add_argument(
+        "--processor-time", action="store_true", help="measure the CPU time of this process instead of wall-clock time"
+    )
+    parser.add_argument("--without-steps", action="store_true", help="skip the training steps")
     return parser.parse_args()
 
 

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Makes a base image with debootstrap, for machines that reach a Debian mirror but no image registry, and prints its
-# name. Needs root. What it takes, from the environment:
-#   ENGINE       as build.sh
-#   SUITE        bookworm (default), or noble and the like with an Ubuntu mirror
-#   MIRROR       default http://deb.debian.org/debian, for Ubuntu http://archive.ubuntu.com/ubuntu
-#   KEYRING      default that of debian-archive-keyring or ubuntu-keyring
-#   REBUILD      1 makes it anew where it exists
+# Makes a base image with debootstrap, for machines that can reach a Debian mirror but no image registry, and prints its
+# name. Needs root. Environment variables:
+#   ENGINE       as in build.sh
+#   SUITE        bookworm (default), or an Ubuntu suite: noble or jammy
+#   MIRROR       default: http://deb.debian.org/debian, for Ubuntu http://archive.ubuntu.com/ubuntu
+#   KEYRING      default: that of debian-archive-keyring or ubuntu-keyring
+#   REBUILD      1 rebuilds an existing image
 #   IMAGE_WORK   folder for temporary files
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
@@ -18,7 +18,7 @@ case "$SUITE" in
         MIRROR=${MIRROR:-http://archive.ubuntu.com/ubuntu}
         KEYRING=${KEYRING:-/usr/share/keyrings/ubuntu-archive-keyring.gpg}
         components=main,universe
-        # debootstrap of Debian 12 does not know noble by name; every Ubuntu since gutsy is made alike.
+        # Debian 12's debootstrap does not know noble by name; all Ubuntu releases since gutsy share one script.
         script=/usr/share/debootstrap/scripts/gutsy
         others="$SUITE-updates $SUITE-security"
         security=$MIRROR
@@ -54,7 +54,7 @@ undo() {
 }
 
 say "debootstrap $SUITE from $MIRROR"
-# shellcheck disable=SC2086 # no script is no argument
+# shellcheck disable=SC2086 # an empty script must be no argument
 debootstrap --variant=minbase --keyring="$KEYRING" --components="$components" --include=ca-certificates \
     "$SUITE" "$root" "$MIRROR" $script >"$work/log" 2>&1 || {
     tail -n 20 "$work/log" >&2
@@ -68,7 +68,7 @@ debootstrap --variant=minbase --keyring="$KEYRING" --components="$components" --
     [ "$security" = "$MIRROR" ] || echo "deb $security $SUITE-security $components"
 } >"$root/etc/apt/sources.list"
 rm -rf "$root"/var/cache/apt/* "$root"/var/lib/apt/lists/* "$root"/var/log/*
-# debootstrap copies the name servers and the name of this machine.
+# debootstrap copies this machine's name servers and host name.
 : >"$root/etc/resolv.conf"
 echo localhost >"$root/etc/hostname"
 

@@ -1,16 +1,16 @@
 #!/bin/sh
-# Builds the image; `make image` calls this. What it takes, from the environment:
+# Builds the image; `make image` calls this. Environment variables:
 #   ENGINE          auto (default), docker, buildah or podman
 #   TARGET          gpu (default) or cpu
-#   IMAGE           the name; default znormseg:latest, of cpu znormseg:cpu
-#   BASE_IMAGE      default as in Dockerfile; "debootstrap" makes one of Debian 12 with base.sh
-#   PIP_CERT        file with the certificates to trust, for a proxy that opens TLS
+#   IMAGE           name of the image; default: znormseg:latest, for the cpu target znormseg:cpu
+#   BASE_IMAGE      default: that of the Dockerfile; "debootstrap" makes one from Debian 12 with base.sh
+#   PIP_CERT        file with the certificates to trust, for a proxy that intercepts TLS
 #   PIP_INDEX_URL   package index instead of PyPI
-#   PIP_FIND_LINKS  folder with wheels, or the address of a page of links
-#   TORCH_INDEX     index of another torch build, as https://download.pytorch.org/whl/cu126; of cpu PyTorch's own, or
-#                   none where PIP_FIND_LINKS is given
-#   IMAGE_WORK      folder for temporary files; default TMPDIR or /tmp
-# http_proxy, https_proxy and no_proxy are handed on. None of all this is left in the image.
+#   PIP_FIND_LINKS  folder with wheels, or the URL of a page of links
+#   TORCH_INDEX     index of another torch build, such as https://download.pytorch.org/whl/cu126; default for the cpu
+#                   target: PyTorch's CPU index, or none if PIP_FIND_LINKS is given
+#   IMAGE_WORK      folder for temporary files; default: TMPDIR or /tmp
+# http_proxy, https_proxy and no_proxy are passed on. None of these settings remains in the image.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -37,7 +37,7 @@ done
 choose_engine
 make_work
 
-# Containers of buildah and podman with their images, and images without a name.
+# Lists the containers of buildah and podman with their images; nameless() lists the images without a name.
 containers() {
     case "$ENGINE" in
         buildah) buildah containers --all --format '{{.ContainerID}} {{.ImageID}}' ;;
@@ -46,9 +46,9 @@ containers() {
 }
 nameless() { [ "$ENGINE" = docker ] || "$ENGINE" images --quiet --no-trunc --filter dangling=true; }
 
-# buildah 1.28 leaves a stage's container, mounted, and its image behind where a build fails or is broken off. What is
-# new since this build began, and comes from its base or has a step of this Dockerfile in its history, is taken to be
-# its own; a second such build at the same time would suffer.
+# When a build fails or is interrupted, buildah 1.28 leaves the mounted container of a stage and its image behind. This
+# removes all that are newer than the start of this build and come from its base or have a step of this Dockerfile in
+# their history. It would break a second such build at the same time.
 undo() {
     [ "${building:-no}" = yes ] || return 0
     base=${BASE_IMAGE:-$(sed -n "s/^ARG $base_argument=//p" "$here/../Dockerfile")}
@@ -70,7 +70,7 @@ if [ "${BASE_IMAGE:-}" = debootstrap ]; then
     BASE_IMAGE=$(ENGINE=$ENGINE "$here/base.sh")
 fi
 
-# Values go through the environment (`--build-arg NAME` without a value), so that `ps` shows no password.
+# Values are passed through the environment (`--build-arg NAME` without a value), so that `ps` shows no passwords.
 set -- --file "$here/../Dockerfile" --target "$TARGET" --tag "$IMAGE"
 [ -z "${BASE_IMAGE:-}" ] || set -- "$@" --build-arg "$base_argument=$BASE_IMAGE"
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/../pyproject.toml")
@@ -110,12 +110,12 @@ case "$ENGINE" in
             eval "value=\${$name:-}"
             [ -z "$value" ] || set -- "$@" --build-arg "$name"
         done
-        # Attestations would record the build arguments beside the image.
+        # Attestations would record the build arguments along with the image.
         export BUILDX_NO_DEFAULT_ATTESTATIONS=1
         docker buildx build --load "$@" "$here/.."
         ;;
     *)
-        # buildah hands the proxy variables on by itself. Without layers no step is kept between builds.
+        # buildah passes the proxy variables on by itself. Without layers, no step is cached between builds.
         "$ENGINE" build --layers=false --network host --format oci "$@" "$here/.."
         ;;
 esac

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Runs a program in a root folder as `docker run --read-only --network none --cap-drop ALL
-# --security-opt no-new-privileges --tmpfs /tmp --shm-size 64m --user U:G -v DATA:/data` would, for machines without a
-# container runtime. test.sh calls it; needs root.
+# Runs a program in a root folder like `docker run --read-only --network none --cap-drop ALL
+# --security-opt no-new-privileges --tmpfs /tmp --shm-size 64m --user U:G -v DATA:/data`, for machines without a
+# container runtime. test.sh calls it. Needs root.
 #   emulate.sh ROOT DATA UID:GID WORKDIR ENVIRONMENT_FILE TMP PROGRAM ARGUMENTS...
-# TMP is tmpfs or as-is. The script starts itself again inside namespaces of its own; all mounts are in there and go
+# TMP is tmpfs or as-is. The script re-executes itself inside new namespaces; all mounts are made there and disappear
 # with the program.
 set -eu
 if [ "${1:-}" != --inside ]; then
@@ -35,9 +35,9 @@ while IFS= read -r variable; do
     set -- "$variable" "$@"
 done <"$environment"
 
-# `chroot --userspec` changes to the user inside; capabilities go with uid 0, and no_new_privs keeps them gone.
-# A shell in there looks the program up on the image's PATH, after changing to WORKDIR.
-# shellcheck disable=SC2016 # expanded inside
+# `chroot --userspec` switches to the user; capabilities are lost with uid 0, and no_new_privs prevents regaining them.
+# A shell inside changes to WORKDIR and looks the program up on the image's PATH.
+# shellcheck disable=SC2016 # expanded by the inner shell
 exec setpriv --no-new-privs chroot --userspec="$user" --groups='' "$root" \
     /usr/bin/env -i sh -c '
         cd "$1" && shift

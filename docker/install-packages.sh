@@ -1,13 +1,13 @@
 #!/bin/sh
-# In the build of an image: what znormseg stands on, into /opt/venv; pip lives beside it, in /opt/pip, and stays behind.
-# From the environment: TORCH_INDEX, and what pip takes by itself.
+# During the build of an image: installs znormseg's dependencies into /opt/venv, with a pip in /opt/pip that is not
+# copied to the final image. Environment variables: TORCH_INDEX, and those of pip.
 set -eu
 python3 -c 'import ensurepip' 2>/dev/null || "$(dirname "$0")/install-python.sh" python3-venv
 python3 -m venv /opt/pip
 python3 -m venv --without-pip /opt/venv
 python3 requirements.py build >build.txt
 python3 requirements.py run >run.txt
-# Wheels only: a source package would run code of its own.
+# Wheels only, since installing a source package runs its code.
 export PIP_ONLY_BINARY=:all:
 PIP_CONSTRAINT=/src/constraints.txt
 [ -n "$TORCH_INDEX" ] || PIP_CONSTRAINT="$PIP_CONSTRAINT /src/torch-constraints.txt"

@@ -1,6 +1,6 @@
 #!/bin/sh
-# In the build of an image: the base's own Python, else the distribution's (3.11 on Debian 12, 3.12 on Ubuntu 24.04),
-# and the distribution's packages that are named as arguments.
+# During the build of an image: installs the distribution's Python (3.11 on Debian 12, 3.12 on Ubuntu 24.04) unless the
+# base image has one, and the distribution's packages that are given as arguments.
 set -eu
 packages=$*
 command -v python3 >/dev/null || packages="python3 $packages"

@@ -1,5 +1,5 @@
 # shellcheck shell=sh
-# What the scripts beside this file share. Read with `.`, not run.
+# Functions shared by the scripts in this folder. Sourced with `.`, not run.
 
 say() { printf 'image: %s\n' "$*" >&2; }
 
@@ -10,10 +10,10 @@ fail() {
 
 have() { command -v "$1" >/dev/null 2>&1; }
 
-# Whether a docker engine answers; a client alone builds nothing.
+# Whether a docker engine answers; a client without an engine cannot build.
 docker_answers() { have docker && docker info >/dev/null 2>&1; }
 
-# Sets ENGINE to docker, buildah or podman, or ends with what to install.
+# Sets ENGINE to docker, buildah or podman, or exits with a message about what to install.
 choose_engine() {
     case "${ENGINE:-auto}" in
         auto)
@@ -53,7 +53,7 @@ choose_engine() {
     fi
 }
 
-# image_exists NAME: whether the engine has it already.
+# image_exists NAME: whether the engine already has the image.
 image_exists() {
     case "$ENGINE" in
         buildah) buildah inspect --type image "$1" >/dev/null 2>&1 ;;
@@ -61,7 +61,7 @@ image_exists() {
     esac
 }
 
-# Makes the folder $work, which goes when the script ends however it ends; `undo`, where defined, is called before.
+# Makes the folder $work, which is removed when the script ends, however it ends; `undo` is called first.
 make_work() {
     work=$(mktemp -d "${IMAGE_WORK:-${TMPDIR:-/tmp}}/znormseg-image.XXXXXX") || exit 1
     trap 'clean_up $?' EXIT

@@ -1,4 +1,4 @@
-"""What pyproject.toml asks for, one requirement a line: ``requirements.py build`` or ``requirements.py run``."""
+"""Print the requirements in pyproject.toml, one per line: ``requirements.py build`` or ``requirements.py run``."""
 
 import sys
 import tomllib

@@ -1,11 +1,11 @@
 #!/bin/sh
-# Builds an image and uses it as a hospital would: a user it does not know, read-only root, no network, 64 MB /dev/shm.
-# `make image-test` calls this. Stops at the first check that fails. From the environment, besides what build.sh takes:
-#   TARGET       gpu (default) or cpu; `make image-test` does one after the other
-#   TEST_IMAGE   name of the image it makes; default znormseg:image-test, of cpu znormseg:image-test-cpu
-#   BASE_IMAGE   default: Dockerfile's where docker builds, else "debootstrap"
+# Builds an image and uses it as a hospital would: unknown user, read-only root, no network, 64 MB /dev/shm.
+# `make image-test` calls this. Stops at the first failed check. Environment variables, besides those of build.sh:
+#   TARGET       gpu (default) or cpu; `make image-test` tests both
+#   TEST_IMAGE   name of the image to make; default: znormseg:image-test, for cpu znormseg:image-test-cpu
+#   BASE_IMAGE   default: that of the Dockerfile if docker builds, else "debootstrap"
 #   RUNNER       auto (default), docker, podman, or emulated (unshare, bind mounts, chroot; needs root and buildah)
-# "ok" is a check that passed, "note" a fact.
+# In the output, "ok" marks a passed check, "note" a fact.
 set -eu
 here=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
 # shellcheck source-path=SCRIPTDIR source=lib.sh
@@ -29,7 +29,7 @@ broken() {
 
 # ---- the image's config -----------------------------------------------------------------------------------------
 
-# config NAME: a field of the image's config, one value a line.
+# config NAME: prints a field of the image's config, one value per line.
 config() {
     case "$1" in
         User | WorkingDir) template="{{println .$1}}" ;;
@@ -41,7 +41,7 @@ config() {
     esac | sed '/^$/d'
 }
 
-# Config and history, all of it.
+# Prints the complete config and history.
 inspect() {
     case "$ENGINE" in
         buildah) buildah inspect --type image "$IMAGE" ;;
@@ -62,7 +62,7 @@ identity() {
 megabytes() {
     case "$ENGINE" in
         buildah)
-            # buildah prints "1.86 GB"; the layers' sizes are in the manifest.
+            # buildah prints the size as "1.86 GB"; the manifest has the exact sizes of the layers.
             buildah inspect --type image --format '{{.Manifest}}' "$IMAGE" |
                 tr ',' '\n' | sed -n '/layers/,$ s/.*"size":\([0-9]*\).*/\1/p'
             ;;
@@ -72,7 +72,7 @@ megabytes() {
 
 # ---- ways to run ------------------------------------------------------------------------------------------------
 
-# in_image TMP USER PROGRAM ARGUMENTS...: TMP is tmpfs or as-is, the image's own; USER "" is the image's user;
+# in_image TMP USER PROGRAM ARGUMENTS...: TMP is tmpfs, or as-is for the image's /tmp; USER "" is the image's user;
 # PROGRAM "" is the image's entry point.
 in_image() {
     tmp=$1 as=$2 program=$3
@@ -85,16 +85,16 @@ in_image() {
     fi
     tmpfs='--tmpfs /tmp'
     [ "$tmp" = tmpfs ] || tmpfs=
-    # shellcheck disable=SC2086 # several words each, or none
+    # shellcheck disable=SC2086 # each may be several words or none
     "$RUNNER" $runner_flags run --rm $run_flags --network none --read-only $tmpfs --shm-size 64m \
         --security-opt no-new-privileges --cap-drop ALL ${as:+--user "$as:$as"} ${program:+--entrypoint "$program"} \
         --volume "$work/data:/data" "$IMAGE" "$@"
 }
 
-# As a caller that the image does not know: `znormseg ARGUMENTS...`, and other programs.
+# Run as a user unknown to the image: `znormseg ARGUMENTS...`, and other programs.
 znormseg() { in_image tmpfs "$caller" '' "$@"; }
 tool() { in_image tmpfs "$caller" "$@"; }
-# As root, with the image's own /tmp, to look for what was left behind.
+# Runs as root, with the image's own /tmp, to look for leftovers of the build.
 look() { in_image as-is 0 "$@"; }
 
 choose_runner() {
@@ -124,9 +124,9 @@ choose_runner() {
     esac
 }
 
-# Whether podman runs this image; inside some virtual machines only with limits it does not have to raise.
+# Whether podman can run this image; inside some virtual machines only with limits that it need not raise.
 podman_runs() {
-    # As docker: no user of --user in /etc/passwd, no tmpfs but those asked for.
+    # Like docker: do not add the user of --user to /etc/passwd, and mount only the requested tmpfs.
     plain='--passwd=false --read-only-tmpfs=false'
     for runner_flags in '' '--runtime runc'; do
         for limits in '' ' --ulimit nofile=1024:1024 --ulimit nproc=1024:1024'; do
@@ -143,7 +143,7 @@ podman_runs() {
 
 undo() {
     if [ "${RUNNER:-}" = docker ] || [ "${RUNNER:-}" = podman ]; then
-        # What uid 1234 wrote, only it or root can remove.
+        # Only uid 1234 or root can remove what uid 1234 wrote.
         [ ! -d "$work/data" ] || tool sh -c 'rm -rf /data/*' >/dev/null 2>&1 || :
     fi
     [ -z "${container:-}" ] || buildah rm "$container" >/dev/null 2>&1 || :
@@ -157,7 +157,7 @@ mkdir "$work/data"
 chmod 777 "$work/data"
 given="${PIP_CERT:-} ${PIP_FIND_LINKS:-} ${PIP_INDEX_URL:-} ${TORCH_INDEX:-} ${http_proxy:-} ${https_proxy:-}"
 
-# Marks in all that the build is handed, to look for in the image afterwards.
+# Put marks into everything that is passed to the build, and look for them in the image afterwards.
 canary=canary-$$-$(date +%s)
 : >"$work/data/canaries"
 if have openssl && openssl req -x509 -newkey rsa:2048 -nodes -keyout /dev/null -subj "/CN=$canary" -days 1 \
@@ -193,7 +193,7 @@ if ! ENGINE=$ENGINE TARGET=$TARGET IMAGE=$IMAGE BASE_IMAGE=${BASE_IMAGE:-} "$her
     tail -n 40 "$work/build.log"
     broken "the build; above are the last lines of its log"
 fi
-# The image of the last test has lost its name, and would stay for ever.
+# The image of the previous test has lost its name and would never be removed.
 [ -z "$before" ] || [ "$before" = "$(identity)" ] || "$ENGINE" rmi "$before" >/dev/null 2>&1 || :
 ok "built $IMAGE in $(($(date +%s) - started)) s: $(megabytes) MB uncompressed"
 
@@ -225,7 +225,7 @@ ok "config and history hold no certificate, index address, wheel folder or proxy
 
 choose_runner
 
-# search PATTERN_FILE: files of the image with one of its lines.
+# search PATTERN_FILE: prints the files of the image that contain a line of the pattern file.
 search() {
     look find / -xdev -type f -not -path '/proc/*' -not -path '/sys/*' -not -path '/data/*' \
         -exec grep -lF -f "/data/$1" '{}' + 2>/dev/null || :
@@ -264,7 +264,7 @@ print(torch.version.cuda or "", *[d.metadata["Name"] for d in m.distributions() 
     [ -z "$found" ] || broken "a CPU image with CUDA: $found"
     ok "torch without CUDA, no CUDA libraries"
 else
-    # shellcheck disable=SC2016 # the shell inside expands it
+    # shellcheck disable=SC2016 # expanded by the inner shell
     tool sh -c 'printf "#include <Python.h>\nint main(void) { return 0; }\n" >/tmp/probe.c &&
         gcc $(python3 -c "import sysconfig; print(\"-I\" + sysconfig.get_path(\"include\"))") -o /tmp/probe /tmp/probe.c' ||
         broken "gcc cannot compile against Python.h, which Triton needs"
@@ -282,7 +282,7 @@ ok "without --user it runs as uid $name"
 [ "$(tool sed -n 's/^CapEff:[[:space:]]*0*//p' /proc/self/status)" = "" ] || broken "uid $caller has capabilities"
 ok "uid and gid $caller, unknown to /etc/passwd, no capabilities"
 
-# -writable asks the kernel, which says no on a read-only file system whatever the mode.
+# -writable asks the kernel, which denies it on a read-only file system whatever the mode.
 found=$(tool find / -xdev -writable -not -type l -not -path '/proc/*' -not -path '/dev/*' \
     -not -path /tmp -not -path /data 2>/dev/null | head -n 5)
 [ -z "$found" ] || broken "writable in the image: $found"
@@ -320,7 +320,7 @@ ok "user name and HOME: $(cat "$work/home"); HOME and the caches of torch, Trito
 
 # ---- the program ------------------------------------------------------------------------------------------------
 
-# step WORDS COMMAND...: one command of znormseg, timed; its messages only where it fails.
+# step WORDS COMMAND...: runs and times one command of znormseg; prints its messages only if it fails.
 step() {
     words=$1
     shift
@@ -347,7 +347,7 @@ step "evaluate" znormseg evaluate /data/out /data/cases --out /data/scores.csv
 
 rm -f "$work/data/canaries" "$work/data/control" "$work/data/constraints.txt"
 if [ "$RUNNER" = podman ] && [ "$(id -u)" != 0 ]; then
-    # Rootless podman maps the uid; only inside is it 1234.
+    # Rootless podman maps the uid; it is 1234 only inside the container.
     found=$(tool find /data -mindepth 1 -not -uid "$caller") || broken "cannot list /data"
 else
     found=$(find "$work/data" -mindepth 1 -not -uid "$caller")

@@ -1,11 +1,11 @@
-"""Install znormseg into .venv: ``install.py run`` for what running needs, ``install.py dev`` for everything.
+"""Install znormseg into .venv: ``install.py run`` for what it needs to run, ``install.py dev`` for everything.
 
-``make`` calls this. It reads from the environment, besides pip's own variables:
+``make`` calls this. Besides pip's own variables it reads these environment variables:
 
 TORCH_INDEX
-    The index torch comes from, whatever this machine has.
+    The index to install torch from, whatever hardware this machine has.
 LOCKED
-    If set, every file must have a hash from ``locks/``.
+    If set, every file must match a hash from ``locks/``.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CUDA_COST = "a download of about 2.7 GB, 5 GB on disk"
 class Choice(NamedTuple):
     """Where torch comes from."""
 
-    options: tuple[str, ...]  # of pip; empty: all sources that pip has by itself
+    options: tuple[str, ...]  # pip options; empty: pip's default sources
     reason: str
 
 
@@ -44,14 +44,14 @@ def choose(
     gpu: Callable[[], str | None],
     cpu_index_has_torch: Callable[[], bool],
 ) -> Choice:
-    """Choose the index for torch; the last two are asked only where the answer matters.
+    """Choose the index for torch; the last two arguments are called only if the answer matters.
 
     Args:
-        environment: Variables; TORCH_INDEX counts here.
-        system: As ``platform.system()``.
-        own_source: The source that the user's pip settings name for torch, or None.
-        gpu: How an NVIDIA GPU shows, or None.
-        cpu_index_has_torch: Whether torch's CPU index answers and has the version we pin.
+        environment: Environment variables, of which TORCH_INDEX is used.
+        system: Name of the system, as in ``platform.system()``.
+        own_source: The source that the user's pip settings give for torch, or None.
+        gpu: Returns the evidence of an NVIDIA GPU, or None.
+        cpu_index_has_torch: Whether torch's CPU index is reachable and has the version we pin.
     """
     if index := environment.get("TORCH_INDEX"):
         return Choice(("--index-url", index), "TORCH_INDEX is set")
@@ -74,7 +74,7 @@ def choose(
 
 
 def nvidia_gpu(root: Path = Path("/")) -> str | None:
-    """How an NVIDIA GPU shows on this machine, or None."""
+    """Return the evidence of an NVIDIA GPU on this machine, or None."""
     smi = shutil.which("nvidia-smi") or shutil.which("nvidia-smi", path=str(root / "usr/lib/wsl/lib"))
     if smi is not None:
         try:
@@ -91,7 +91,7 @@ def nvidia_gpu(root: Path = Path("/")) -> str | None:
 
 
 def pip_settings(listed: str) -> dict[str, str]:
-    r"""Parse ``pip config list``: the settings that hold for ``pip install``.
+    r"""Parse the settings that apply to ``pip install`` from the output of ``pip config list``.
 
     Example:
         >>> pip_settings("global.find-links='/srv/wheels'\n:env:.no-index='1'\ndownload.index-url='X'")
@@ -102,10 +102,10 @@ def pip_settings(listed: str) -> dict[str, str]:
 
 
 def own_source(settings: Mapping[str, str], has_torch: Callable[..., bool]) -> Choice | None:
-    """Return the source that the user's pip settings name for torch, or None.
+    """Return the source that the user's pip settings give for torch, or None.
 
-    An index instead of PyPI always counts. Sources that pip searches in addition to PyPI count if they have torch, and
-    it then comes from nowhere else: where hashes are required, pip prefers PyPI, which states them, to a folder, which
+    An index that replaces PyPI is always used. Sources that pip searches in addition to PyPI are used if they have
+    torch, and then exclusively: if hashes are required, pip would prefer PyPI, which states them, to a folder, which
     does not.
     """
     decides = "pip's setting {} decides; TORCH_INDEX=URL overrides it"
@@ -123,13 +123,13 @@ def own_source(settings: Mapping[str, str], has_torch: Callable[..., bool]) -> C
 
 
 def pinned(package: str) -> str:
-    """Return the version in constraints.txt."""
+    """Return a package's version in constraints.txt."""
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     return next(line.partition("==")[2] for line in lines if line.startswith(f"{package}=="))
 
 
 def installed_torch() -> str | None:
-    """Return the version of torch in .venv with its build, such as 2.13.0+cpu."""
+    """Return the version of torch in .venv including its build, such as 2.13.0+cpu, or None."""
     try:
         return importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
@@ -137,7 +137,7 @@ def installed_torch() -> str | None:
 
 
 def has_torch(*options: str) -> bool:
-    """Whether pip finds the torch we pin, for this Python, where ``options`` say. Takes seconds at most."""
+    """Whether pip finds the torch version we pin, for this Python, in the sources of ``options``; takes seconds."""
     command = [*PIP, "index", "versions", "torch", "--timeout", "10", "--retries", "0", *options]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
@@ -152,13 +152,13 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def pip_install(*arguments: str) -> None:
-    """Run ``pip install`` quietly; its warnings and errors are shown, those about one kind of thing as one line."""
+    """Run ``pip install`` quietly; show warnings and errors, but those about missing locations as one line."""
     command = [*PIP, "install", "--quiet", *arguments]
     absent = 0
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace") as process:
         assert process.stderr is not None
         for line in process.stderr:
-            # pip prints this for each package that a local index lacks.
+            # pip prints this for every package that a local index lacks.
             if line.startswith("WARNING: Location '") and "is ignored" in line:
                 absent += 1
             else:
@@ -170,7 +170,7 @@ def pip_install(*arguments: str) -> None:
 
 
 def provide_pip() -> None:
-    """Put pip into .venv; one made by ``uv venv``, or with Debian's Python without python3-venv, has none."""
+    """Install pip into .venv; a .venv made by ``uv venv`` or by Debian's Python without python3-venv has none."""
     if importlib.util.find_spec("pip") is not None:
         return
     ways = [[sys.executable, "-m", "ensurepip", "--default-pip"]]
@@ -183,7 +183,7 @@ def provide_pip() -> None:
 
 
 def install_torch(locked: bool) -> None:
-    """Install torch by itself, so that only torch comes from torch's index."""
+    """Install torch separately, so that nothing else comes from torch's index."""
     record, wanted = VENV / ".torch-index", os.environ.get("TORCH_INDEX")
     have = installed_torch()
     asked_anew = wanted and wanted != (record.read_text(encoding="utf-8").strip() if record.exists() else None)
@@ -205,7 +205,7 @@ def install_torch(locked: bool) -> None:
 
 
 def main(which: str) -> None:
-    """Make .venv if there is none, and install what is asked for into it."""
+    """Create .venv if there is none, and install into it: ``which`` is run or dev."""
     if Path(sys.prefix).resolve() != VENV.resolve():
         python = VENV / "bin" / "python"
         if not python.exists():

@@ -1,15 +1,16 @@
-"""Write locks/*.txt from pyproject.toml and constraints.txt, with the hashes of the index; ``make lock`` calls this.
+"""Write locks/*.txt from pyproject.toml and constraints.txt, with hashes from the index; ``make lock`` calls this.
 
-uv resolves, for every system and Python at once. Four files, since torch differs from machine to machine:
+uv resolves the versions for all systems and Pythons at once. There are four files, since torch differs between
+machines:
 
 torch.txt
-    torch, as PyPI and torch's CPU index have it.
+    torch, with the hashes of PyPI and of torch's CPU index.
 cuda.txt
-    What PyPI's torch for Linux needs besides.
+    What PyPI's torch for Linux needs in addition.
 run.txt
-    Everything else that running needs, and setuptools, which builds the package.
+    Everything else that znormseg needs to run, and setuptools, which builds the package.
 dev.txt
-    run.txt, and what the tests and documents need.
+    run.txt, and what the tests and the documentation need.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _CUDA = re.compile(r"(nvidia|cuda)-|triton$")
 
 
 def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
-    """Resolve with uv; returns the lines of each package, hashes included."""
+    """Resolve with uv, and return the lines of each package including hashes."""
     command = ["uv", "pip", "compile", "--quiet", "--universal", "--generate-hashes", "--no-header", "--no-annotate"]
     ended = subprocess.run(
         [*command, "--python-version", "3.11", *arguments],
@@ -43,13 +44,13 @@ def compiled(*arguments: str, stdin: str = "") -> dict[str, str]:
 
 
 def parsed(text: str) -> dict[str, str]:
-    """Split a requirements file into packages: name to its lines."""
+    """Split a requirements file into packages, and return the lines of each by name."""
     blocks = re.findall(r"^([a-z][\w.-]*)(==.*(?:\n +--hash.*)*\n)", text, re.MULTILINE)
     return {name: name + rest for name, rest in blocks}
 
 
 def with_cpu_hashes(torch: str) -> str:
-    """Add the hashes of torch's CPU index; keep those of the present file where it cannot be reached."""
+    """Add the hashes of torch's CPU index; if it cannot be reached, keep those of the current lock file."""
     version = torch.partition("==")[2].split()[0]
     try:
         cpu = compiled("--no-deps", "--default-index", CPU_INDEX, "-", stdin=f"torch=={version}+cpu\n")["torch"]

@@ -11,14 +11,14 @@ from app.cli import terminal
 
 def cache(
     *,
-    info: Annotated[bool, typer.Option("--info", help="Tell where the cache is and what it holds (default).")] = False,
-    clear: Annotated[bool, typer.Option("--clear", help="Delete what no running process uses.")] = False,
+    info: Annotated[bool, typer.Option("--info", help="Show the location and size of the cache (default).")] = False,
+    clear: Annotated[bool, typer.Option("--clear", help="Delete all entries that no running process uses.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Look at the cache of prepared cases, or empty it.
+    """Show or clear the cache of prepared cases.
 
-    train, compare and demo keep prepared cases in $ZNORMSEG_CACHE, else in the system's folder for caches, up to
-    $ZNORMSEG_CACHE_GB gigabytes (default 50); what was not used for longest goes first.
+    train, compare and demo cache prepared cases in $ZNORMSEG_CACHE or, by default, in the system's cache folder. The
+    cache is limited to $ZNORMSEG_CACHE_GB gigabytes (default 50); the least recently used cases are deleted first.
     """
     if info and clear:
         raise typer.BadParameter("give either --info or --clear")

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 EXAMPLES = "znormseg compare BraTS2021 OUT --arms none,clip,znorm --seeds 3"
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
-    "What is compared": ("arms", "variants", "optimizers", "baseline", "target_dice"),
+    "Comparison": ("arms", "variants", "optimizers", "baseline", "target_dice"),
     "Runs": ("seeds", "first_seed", "steps", "learning_rates"),
     "Config": ("config", "overrides"),
     "Cases": ("fold", "split", "labels", "follow_links"),
@@ -26,15 +26,17 @@ PANELS = {
 
 def compare_command(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
+    ],
     out: Annotated[
-        Path, typer.Argument(metavar="OUT", help="Folder for the comparison; the same command goes on in it.")
+        Path, typer.Argument(metavar="OUT", help="Output folder; the same command resumes an interrupted comparison.")
     ],
     arms: Annotated[
         str,
         typer.Option(
             "--arms",
-            help="Gradient rules, names of gradient.transform: none, clip, clip-value, centralize, "
+            help="Gradient rules to compare, as in gradient.transform: none, clip, clip-value, centralize, "
             "adaptive-clip, scale, znorm.",
         ),
     ] = "none,clip,centralize,znorm",
@@ -43,59 +45,64 @@ def compare_command(
         typer.Option(
             "--variant",
             metavar="NAME:KEY=VALUE",
-            help="An arm of your own, to be named in --arms: the config with znorm and this change, such as "
+            help="Define another arm, to be listed in --arms by its NAME: znorm with one changed key, such as "
             "everything:gradient.znorm.output_block=none; may be repeated.",
         ),
     ] = None,
-    optimizers: Annotated[str, typer.Option("--optimizers", help="adamw, sgd or both.")] = "adamw",
-    seeds: Annotated[int, typer.Option("--seeds", help="Runs of each arm at its best learning rate.")] = 3,
+    optimizers: Annotated[str, typer.Option("--optimizers", help="adamw, sgd, or adamw,sgd for both.")] = "adamw",
+    seeds: Annotated[int, typer.Option("--seeds", help="Number of runs per arm at its best learning rate.")] = 3,
     first_seed: Annotated[
-        int, typer.Option("--first-seed", help="Seeds count up from it; another one makes fresh runs.")
+        int, typer.Option("--first-seed", help="First seed; the others count up from it. Another one makes new runs.")
     ] = 0,
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps of every run.")] = 500,
+    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps per run.")] = 500,
     learning_rates: Annotated[
         list[str] | None,
         typer.Option(
             "--learning-rates",
             metavar="RATES",
-            help="Peak rates that every arm is tried with, or sgd=1e-2,1e-1 for one optimizer; may be repeated. "
-            "Default 1e-3,3e-3,1e-2,3e-2 for adamw and 1e-3,1e-2,1e-1,1 for sgd.",
+            help="Peak learning rates to try for every arm, or sgd=1e-2,1e-1 for one optimizer; may be repeated. "
+            "Default: 1e-3,3e-3,1e-2,3e-2 for adamw and 1e-3,1e-2,1e-1,1 for sgd.",
         ),
     ] = None,
     baseline: Annotated[
         str | None,
-        typer.Option("--baseline", help="Arm the others are compared with; default clip, else the first."),
+        typer.Option("--baseline", help="Arm to compare the others with; default: clip, or else the first arm."),
     ] = None,
     target_dice: Annotated[
         float | None,
-        typer.Option("--target-dice", help="Validation Dice to count steps to; default 90% of the best arm's last."),
+        typer.Option(
+            "--target-dice", help="Validation Dice to count the steps to; default: 90% of the best arm's last."
+        ),
     ] = None,
     config: Annotated[
         str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, large, or a YAML file.")
     ] = "laptop",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the config; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."),
     ] = None,
     fold: Annotated[
         int | None,
-        typer.Option("--fold", "-f", help="Fold that tests, 0 (default) to 4, by patient; the next one validates."),
+        typer.Option("--fold", "-f", help="Test fold, 0 (default) to 4, split by patient; the next fold validates."),
     ] = None,
     split: Annotated[
         Path | None,
-        typer.Option("--split", help='JSON instead of a fold: {"train": [ids], "validation": [ids], "test": [ids]}.'),
+        typer.Option(
+            "--split", help='JSON file to use instead of a fold: {"train": [ids], "validation": [ids], "test": [ids]}.'
+        ),
     ] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Compare gradient rules fairly: curves, Dice, statistics, a verdict.
+    """Compare gradient rules fairly, with curves, Dice, statistics and a verdict.
 
-    Cases, initial weights and batches are the same in every arm, and each arm gets as many learning rates. The first
-    seed tries every rate and validation cases choose; the final Dice is of test cases that chose nothing. Writes
-    OUT/compare.html, compare.json and compare.csv. Interrupted, the same command goes on where it was.
+    All arms share cases, initial weights and batches, and each tries the same number of learning rates. The first seed
+    tries every rate, and the validation cases select one; the final Dice is measured on test cases that were not used
+    for any choice. Writes OUT/compare.html, compare.json and compare.csv. If interrupted, run the same command to
+    resume.
     """
     if split is not None and fold is not None:
         raise typer.BadParameter("give either --fold or --split")

@@ -1,4 +1,4 @@
-"""``znormseg config``: the named configs, and what each of their fields means."""
+"""``znormseg config``: the named configs and the documentation of their fields."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import typer
 from app.cli import terminal
 from app.cli.verbs import Verb, quietly
 
-app = typer.Typer(
-    help="Show the named configs, and what each field means.", no_args_is_help=True, rich_markup_mode=None
-)
+app = typer.Typer(help="Show the named configs and explain their fields.", no_args_is_help=True, rich_markup_mode=None)
 
-_OVERRIDE_HELP = "Change one key first; may be repeated."
+_OVERRIDE_HELP = "Override one key first; may be repeated."
 
 
 @app.command(
@@ -25,16 +23,14 @@ def show(
     *,
     name: Annotated[
         str,
-        typer.Argument(
-            metavar="CONFIG", help="A named config, or a YAML file.", autocompletion=terminal.complete_config
-        ),
+        typer.Argument(metavar="CONFIG", help="Named config or YAML file.", autocompletion=terminal.complete_config),
     ],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help=_OVERRIDE_HELP)
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the values as JSON on stdout.")] = False,
 ) -> None:
-    """Print every key of a config with its meaning, as YAML that train takes."""
+    """Print every key of a config with an explanation, as YAML that train accepts."""
     from app.config.describe import documented_yaml
     from app.config.load import load_config, to_plain
 

@@ -16,45 +16,50 @@ EXAMPLES = """\
 znormseg crossval BraTS2021 OUT --folds 5 --config resunet
 znormseg predict OUT/ensemble NEW_CASES PREDICTIONS"""
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
     "Config": ("config", "overrides"),
     "Cases": ("folds", "labels", "follow_links"),
-    "What on": ("devices", "jobs"),
+    "Hardware": ("devices", "jobs"),
     "Output": ("as_json",),
 }
 
 
 def crossval(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the folds; the same command goes on in it.")],
-    folds: Annotated[int, typer.Option("--folds", "-k", help="How many, split by patient; 2 to 20.")] = 5,
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Output folder; the same command resumes an interrupted job.")
+    ],
+    folds: Annotated[int, typer.Option("--folds", "-k", help="Number of folds, 2 to 20, split by patient.")] = 5,
     config: Annotated[
         str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, or a YAML file.")
     ] = "laptop",
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the config; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."),
     ] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     devices: Annotated[
         str | None,
-        typer.Option("--devices", help="Such as cuda:0,cuda:1: a fold on each at once, in processes of their own."),
+        typer.Option("--devices", help="Train folds in parallel, one process per device, such as cuda:0,cuda:1."),
     ] = None,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="So many folds at once on the config's device; default one.")
+        int | None,
+        typer.Option("--jobs", help="Number of folds to train in parallel on the config's device; default: 1."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Cross-validate: train a network for each fold, tune post-processing, make an ensemble.
+    """Cross-validate: train a network per fold, tune post-processing, build an ensemble.
 
-    Every case is predicted by the network that has not trained on it; on these predictions thresholds, smallest
-    components and the least enhancing tumour are chosen. Writes OUT/ensemble, which predict takes like a run,
-    OUT/crossval.html, crossval.json and crossval.csv. Interrupted, the same command goes on where it was.
+    Each case is predicted by the network that was not trained on it. Thresholds, minimum component sizes and the
+    minimum volume of enhancing tumour are tuned on these predictions. Writes OUT/ensemble, which predict accepts like
+    a run, OUT/crossval.html, crossval.json and crossval.csv. If interrupted, run the same command to resume.
     """
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate

@@ -1,4 +1,4 @@
-"""``znormseg data``: look data sets over, export them, make phantoms; other verbs are in files of their own."""
+"""``znormseg data``: check and export data sets, make phantoms; the other subcommands are in separate modules."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ from app.cli import cache, dicom, prepare, terminal
 from app.cli.verbs import Verb, quietly, verb
 
 app = typer.Typer(
-    help="Check, prepare and export data sets, take DICOM studies in and segmentations out, make phantoms, see to the "
-    "cache.",
+    help="Check, prepare and export data sets, convert DICOM, make phantoms, manage the cache.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -20,7 +19,7 @@ app.command(name="prepare", cls=verb(prepare.PANELS))(quietly(prepare.prepare_co
 app.command(name="cache", cls=Verb)(quietly(cache.cache))
 
 
-@app.command(cls=Verb)
+@app.command(name="check", cls=Verb)
 @quietly
 def check_command(
     *,
@@ -28,19 +27,19 @@ def check_command(
         Path,
         typer.Argument(
             metavar="DIR",
-            help="A case folder, a folder of cases (BraTS of any year, UCSF-PDGM), a flat folder, MSD, nnU-Net raw, "
-            "or a manifest (.csv: case, t1, t1c, t2, flair, seg).",
+            help="Case folder, folder of cases (BraTS of any year, UCSF-PDGM), flat folder, MSD or nnU-Net raw data "
+            "set, or manifest (.csv: case, t1, t1c, t2, flair, seg).",
         ),
     ],
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DIR.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DIR.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Tell what was recognised in a data set and what is wrong with it, case by case.
+    """Report what a data set contains and what is wrong with it, case by case.
 
-    Problems end with the exit code of bad data; notes are worth knowing and do not.
+    If there are problems, the exit code is 3. Notes are only informative.
     """
     from app.errors import EXIT_DATA
     from app.progress import Progress
@@ -76,7 +75,7 @@ def check_command(
         terminal.result(f"{len(found.cases)} cases of {found.patients} patients; labels: {found.convention or 'none'}")
         told = [(finding, case.case) for case in found.cases for finding in case.findings]
         told += [(finding, "data set") for finding in found.findings]
-        for severity in ("note", "problem"):  # what matters most stands where a terminal ends
+        for severity in ("note", "problem"):  # problems last, where a terminal shows them
             for finding, where in told:
                 if finding.severity == severity:
                     terminal.result(f"{severity}, {where}: {finding.kind}: {finding.sentence}")
@@ -87,26 +86,26 @@ def check_command(
         raise typer.Exit(EXIT_DATA)
 
 
-@app.command(cls=Verb)
+@app.command(name="export", cls=Verb)
 @quietly
 def export_command(
     *,
     source: Annotated[Path, typer.Argument(metavar="DATA", help="Data set in any layout that data check recognises.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write to; empty or not there yet.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must be empty or not exist yet.")],
     layout: Annotated[
         str,
         typer.Option(
             "--format",
-            help="nnunet (OUT/Dataset001_BraTS, for nnU-Net v2), msd (4D files), csv (manifest.csv, files beside it).",
+            help="nnunet (OUT/Dataset001_BraTS, for nnU-Net v2), msd (4D files) or csv (files with a manifest.csv).",
         ),
     ],
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Write a data set in another layout; grids and voxel values are kept, files are copied."""
+    """Copy a data set into another layout, with grids and voxel values unchanged."""
     from data.datasets.export import export_dataset as write
 
     with terminal.watched() as on_progress:
@@ -120,13 +119,13 @@ def export_command(
         terminal.result(note)
 
 
-@app.command(cls=Verb)
+@app.command(name="phantom", cls=Verb)
 @quietly
 def phantom(
     *,
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases.")],
-    count: Annotated[int, typer.Option("-n", "--count", help="How many cases.")],
-    seed: Annotated[int, typer.Option(help="Same seed, same cases.")] = 0,
+    count: Annotated[int, typer.Option("-n", "--count", help="Number of cases.")],
+    seed: Annotated[int, typer.Option(help="Random seed; the same seed makes the same cases.")] = 0,
     spacing_mm: Annotated[float, typer.Option(help="Voxel size in mm.")] = 2.0,
     year: Annotated[int, typer.Option(help="File names and labels of BraTS 2021 or 2023.")] = 2021,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,

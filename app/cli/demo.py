@@ -16,12 +16,15 @@ EXAMPLES = "znormseg demo --out demo"
 
 def demo(
     *,
-    out: Annotated[Path, typer.Option("--out", "-o", help="New folder for everything the demo makes.")] = Path(
+    out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be empty or not exist yet.")] = Path(
         "znormseg-demo"
     ),
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
-    """Run the main job on synthetic cases, in about five minutes: make them, train, predict, evaluate, show a page."""
+    """Try the whole workflow on synthetic cases, in about five minutes.
+
+    Makes the cases, trains on some, predicts and evaluates the others, and writes a page with the results.
+    """
     from app.evaluation.evaluate import score_rows
     from app.experiments.demo import run_demo
     from app.reports.demo import COMMANDS, write_demo_page

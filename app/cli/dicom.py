@@ -1,4 +1,4 @@
-"""``znormseg data dicom``, a study in; ``znormseg data dicom-seg``, a label map out as a segmentation object."""
+"""``znormseg data dicom`` imports a study; ``znormseg data dicom-seg`` writes a label map as a DICOM segmentation."""
 
 from __future__ import annotations
 
@@ -15,30 +15,33 @@ if TYPE_CHECKING:
     from data.dicom.study import Study
     from data.labels import Contrast
 
-_HELP = "Its series, by number or UID, where it is not recognised."
+_HELP = "Series of this contrast, by number or UID, if it is not recognised."
 
 
 def dicom(
     *,
     study: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, a .zip of one, or a DICOMDIR.")
+        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, .zip of such a folder, or DICOMDIR.")
     ],
     out: Annotated[
-        Path | None, typer.Argument(metavar="OUT", help="Folder for the case; without, the series are listed.")
+        Path | None, typer.Argument(metavar="OUT", help="Folder for the case; if omitted, the series are only listed.")
     ] = None,
     t1: Annotated[str | None, typer.Option("--t1", metavar="SERIES", help=_HELP)] = None,
     t1c: Annotated[str | None, typer.Option("--t1c", metavar="SERIES", help=_HELP)] = None,
     t2: Annotated[str | None, typer.Option("--t2", metavar="SERIES", help=_HELP)] = None,
     flair: Annotated[str | None, typer.Option("--flair", metavar="SERIES", help=_HELP)] = None,
     case_id: Annotated[
-        str | None, typer.Option("--id", metavar="ID", help="Name of the case; else a hash of the study's UID.")
+        str | None, typer.Option("--id", metavar="ID", help="Case id; default: a hash of the study's UID.")
     ] = None,
     study_uid: Annotated[
-        str | None, typer.Option("--study", metavar="UID", help="Which study, where several lie there.")
+        str | None, typer.Option("--study", metavar="UID", help="UID of the study, if there are several.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Find T1, T1c, T2, FLAIR in a DICOM study and write them as NIfTI, each on its grid."""
+    """Find T1, T1c, T2 and FLAIR in a DICOM study and convert them to NIfTI.
+
+    Each image stays on its own grid.
+    """
     from data.dicom.contrasts import choose_series
     from data.dicom.study import open_study, read_chosen, write_dicom_case
     from data.errors import DataError
@@ -62,7 +65,7 @@ def dicom(
             terminal.json_result(_content(opened, choices, notes, case=case, folder=folder, problem=problem))
         elif folder is not None:
             for contrast, choice in choices.items():
-                for note in notes[contrast][len(choice.series.notes) :]:  # the list above has those of the series
+                for note in notes[contrast][len(choice.series.notes) :]:  # those of the series are in the list above
                     terminal.result(f"note: {contrast}, series {choice.series.key}: {note}")
             terminal.result(f"{len(choices)} contrasts in {folder}")
     if problem is not None:
@@ -71,20 +74,20 @@ def dicom(
 
 def dicom_seg(
     *,
-    label_map: Annotated[Path, typer.Argument(metavar="LABELMAP", help="NIfTI on the grid of the series.")],
+    label_map: Annotated[Path, typer.Argument(metavar="LABELMAP", help="NIfTI label map on the grid of the series.")],
     study: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, a .zip of one, or a DICOMDIR.")
+        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, .zip of such a folder, or DICOMDIR.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT.dcm", help="File to write.")],
     reference: Annotated[
-        str, typer.Option(metavar="SERIES", help="t1, t1c, t2, flair, or a series by number or UID.")
+        str, typer.Option(metavar="SERIES", help="Source series: t1, t1c, t2, flair, or a number or UID.")
     ] = "t1c",
     study_uid: Annotated[
-        str | None, typer.Option("--study", metavar="UID", help="Which study, where several lie there.")
+        str | None, typer.Option("--study", metavar="UID", help="UID of the study, if there are several.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Write a label map as a DICOM segmentation (SEG) on the series that it was made on."""
+    """Convert a label map to a DICOM segmentation (SEG) of its source series."""
     from importlib import metadata
 
     from data.dicom.contrasts import describe_series, series_of
@@ -114,7 +117,7 @@ def _taken(choices: dict[Contrast, Choice], key: str) -> str:
 
 
 def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
-    """The series as a table, and below it why each was taken or not."""
+    """Return a table of the series, followed by the reason why each was chosen or not."""
     from data.dicom.contrasts import MOST_VOLUMES, identify
 
     def number(value: float | None) -> str:
@@ -125,7 +128,7 @@ def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     for series in study.series:
         is_one_of_many = series.volumes_in_series > MOST_VOLUMES and not _taken(choices, series.key)
         if is_one_of_many and not series.key.endswith("/1"):
-            continue  # time points: the first stands for all
+            continue  # time points: list only the first
         acquisition, spacing = series.acquisition, series.spacing_mm
         finding = identify(series)
         rows.append(
@@ -153,7 +156,7 @@ def _content(
     folder: Path | None,
     problem: Exception | None,
 ) -> dict[str, Any]:
-    """The same as plain data."""
+    """Return the findings as plain data."""
     from data.dicom.contrasts import identify, to_json
 
     return {

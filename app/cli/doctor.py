@@ -18,14 +18,14 @@ def doctor(
     *,
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="FOLDER", help="Data set, folder for runs: their disk is looked at too."),
+        typer.Argument(metavar="FOLDER", help="Folders of data sets or runs, whose disks are checked too."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Say what on this machine is in the way of training, and what to do about it.
+    """Check this machine for problems that affect training, and suggest remedies.
 
-    GPU driver against torch, bfloat16, memory and processors that are allowed, threads, disk, versions of packages.
-    Each finding is ok, a note, a warning or a problem; with a problem the exit code is 7.
+    Checks the GPU driver against torch, bfloat16, the available memory and processors, threads, disk and package
+    versions. Each finding is ok, a note, a warning or a problem; if there is a problem, the exit code is 7.
     """
     from app.doctor.findings import examine
     from app.doctor.probe import probe

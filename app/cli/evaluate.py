@@ -17,10 +17,10 @@ znormseg evaluate PREDICTIONS REFERENCES --resample --out scores.csv
 znormseg evaluate PREDICTIONS REFERENCES --rules brats2023 --task GLI
 znormseg evaluate RUN DATA --contrast-subsets"""
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
     "Label maps": ("resample", "nsd_mm", "labels", "follow_links"),
-    "By the rules of a challenge": ("rules", "task"),
+    "Challenge rules": ("rules", "task"),
     "Missing contrasts": ("contrast_subsets", "cases", "device"),
     "Output": ("out", "as_json"),
 }
@@ -32,27 +32,27 @@ def evaluate_command(
         Path,
         typer.Argument(
             metavar="PREDICTIONS",
-            help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders. With --contrast-subsets: RUN.",
+            help="Folder of label maps: <case>.nii.gz, <case>_seg, case folders. With --contrast-subsets: a run.",
         ),
     ],
     references: Annotated[
         Path,
         typer.Argument(
             metavar="REFERENCES",
-            help="Folder of expert label maps, named in any of these ways. With --contrast-subsets: DATA.",
+            help="Folder of expert label maps, named in any of these ways. With --contrast-subsets: a data set.",
         ),
     ],
     resample: Annotated[
-        bool, typer.Option("--resample", help="Bring predictions on other grids to those of their references.")
+        bool, typer.Option("--resample", help="Resample predictions to the grids of their references.")
     ] = False,
     labels: Annotated[
         str | None,
         typer.Option(
-            "--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Two: of PREDICTIONS and of REFERENCES."
+            "--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Give two for PREDICTIONS and REFERENCES."
         ),
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside the folders.")
     ] = False,
     nsd_mm: Annotated[
         float | None,
@@ -63,35 +63,38 @@ def evaluate_command(
         typer.Option(
             "--rules",
             metavar="YEAR",
-            help="Score as a challenge, lesion by lesion: brats2023, brats2024 or brats2026 (runs brats-evaluate).",
+            help="Score lesion by lesion, as in a challenge: brats2023, brats2024 or brats2026 (runs brats-evaluate).",
         ),
     ] = None,
     task: Annotated[
         str | None,
-        typer.Option("--task", help="With --rules: GLI (default), PED, SSA, MEN, MET, MEN-RT; of 2026 MEN-PRE, GOAT."),
+        typer.Option(
+            "--task",
+            help="With --rules: GLI (default), PED, SSA, MEN, MET, MEN-RT; brats2026 has MEN-PRE and GOAT instead of "
+            "SSA and MEN.",
+        ),
     ] = None,
     contrast_subsets: Annotated[
         bool,
         typer.Option(
             "--contrast-subsets",
-            help="Predict the cases of DATA with RUN from each subset of the contrasts; mean Dice.",
+            help="Measure the mean Dice of a run on a data set, from every subset of the contrasts.",
         ),
     ] = False,
     cases: Annotated[
         str | None,
-        typer.Option(
-            "--cases", help="With --contrast-subsets: unseen (by the training of RUN; default), validation or all."
-        ),
+        typer.Option("--cases", help="With --contrast-subsets: unseen (not trained on; default), validation or all."),
     ] = None,
     device: Annotated[
         str | None, typer.Option("--device", help="With --contrast-subsets: auto (default), cpu, cuda or cuda:N.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table as CSV.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write the table to a CSV file.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
-    """Score predictions against references: Dice, HD95, sensitivity, specificity, volumes by region and case.
+    """Score predictions against references: Dice, HD95 and more, by region and case.
 
-    Or see what a run loses when contrasts are missing: znormseg evaluate RUN DATA --contrast-subsets
+    Also reports sensitivity, specificity, surface Dice and volumes. To measure what a run loses when contrasts are
+    missing: znormseg evaluate RUN DATA --contrast-subsets
     """
     if task is not None and rules is None:
         raise typer.BadParameter("--task goes with --rules")
@@ -163,10 +166,10 @@ def evaluate_command(
 
 
 def _require_company(given: set[str], *, officially: bool) -> None:
-    """Refuse options that do not go together.
+    """Reject combinations of options that make no sense.
 
     Raises:
-        typer.BadParameter: two do not.
+        typer.BadParameter: two options cannot be combined, or one is missing.
     """
     apart = sorted(given & {"--resample", "--nsd-mm", "--contrast-subsets"})
     if officially and apart:
@@ -191,7 +194,7 @@ def _official(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """The table of ``--rules``."""
+    """Score by the rules of a challenge, for ``--rules``."""
     from app.evaluation.brats.challenge import (
         challenge_remarks,
         challenge_rows,
@@ -226,7 +229,7 @@ def _official(
 
 
 def _end(failures: Mapping[str, str], predictions: tuple[str, ...], references: tuple[str, ...]) -> None:
-    """Name the cases that one side lacks; exit with a code of its own where one failed."""
+    """List the cases missing on one side; exit with code 6 if a case failed."""
     for what, ids in (("prediction", predictions), ("reference", references)):
         if ids:
             terminal.say(f"no {what} for {len(ids)} cases: {_some(ids)}")
@@ -247,7 +250,7 @@ def _subsets(
     out: Path | None,
     as_json: bool,
 ) -> None:
-    """The table of ``--contrast-subsets``."""
+    """Score a run on subsets of the contrasts, for ``--contrast-subsets``."""
     if which not in {None, "unseen", "validation", "all"}:
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
     from app.errors import EXIT_SOME_FAILED, ConfigError
@@ -298,5 +301,5 @@ def _subsets(
 
 
 def _some(ids: tuple[str, ...]) -> str:
-    """The first few case ids."""
+    """Join the first few case ids."""
     return ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")

@@ -19,17 +19,18 @@ def export_network_command(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Folder of a trained run, or of one network of an ensemble.")
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Output folder; must be empty or not exist yet.")],
     file_format: Annotated[str, typer.Option("--format", metavar="NAME", help="openvino, onnx or monai-bundle.")],
     case: Annotated[
         Path | None,
-        typer.Option("--case", help="Case folder whose windows are compared; default: a phantom made for it."),
+        typer.Option("--case", help="Case folder for the comparison; default: a synthetic case."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Write a network for another program, and compare the two on real windows.
+    """Export a network to another format, and verify that it gives the same output.
 
-    Where the logits or the labels differ by more than rounding, nothing is written. OUT/parity.json has both.
+    Both networks are compared on windows of a case. If their logits or labels differ by more than rounding, nothing
+    is written; otherwise OUT/parity.json records the differences.
     """
     from app.exporting.export import FORMATS, export_run
 

@@ -1,4 +1,4 @@
-"""The command ``znormseg``: its verbs, and what happens to their errors."""
+"""The ``znormseg`` command: its subcommands, and the handling of their errors."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-_BEGIN, _TRAIN, _USE, _SHARE = "Begin", "Train", "Predict and score", "Share"
+_BEGIN, _TRAIN, _USE, _SHARE = "Get started", "Train", "Predict and score", "Share"
 app.command(name="demo", cls=Verb, rich_help_panel=_BEGIN, epilog=demo.EXAMPLES)(quietly(demo.demo))
 app.command(name="doctor", cls=Verb, rich_help_panel=_BEGIN, epilog=doctor.EXAMPLES)(quietly(doctor.doctor))
 app.add_typer(data.app, name="data", rich_help_panel=_BEGIN)
@@ -94,9 +94,9 @@ def options(
     version: Annotated[  # noqa: ARG001 - its callback does the work
         bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
     ] = False,
-    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback on errors.")] = False,
 ) -> None:
-    """Take the options that stand before the verb."""
+    """Handle the options that precede the command."""
     terminal.settings.debug = debug
     if context.invoked_subcommand is None:
         terminal.say(_FIVE_THINGS)
@@ -114,7 +114,7 @@ def run() -> None:
     with outlasting_streams(), terminal.signals_unwind():
         try:
             code = app(standalone_mode=False)
-            if code == EXIT_INTERRUPTED:  # typer turns KeyboardInterrupt into this, without a word
+            if code == EXIT_INTERRUPTED:  # typer silently turns KeyboardInterrupt into this
                 raise KeyboardInterrupt(terminal.settings.stopped_by)
         except BaseException as error:
             code = terminal.fail(error)

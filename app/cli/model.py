@@ -12,7 +12,7 @@ from app.cli.verbs import Verb, quietly
 
 app = typer.Typer(
     name="model",
-    help="Trained models: take one of MONAI's in, say what one is, check that nothing changed.",
+    help="Import, describe and verify models.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -23,12 +23,12 @@ app = typer.Typer(
 def import_(
     *,
     bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of MONAI's brats_mri_segmentation bundle.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to make; predict takes it like a run.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to create; predict accepts it like a run.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Make a model folder of MONAI's BraTS bundle: predict without training.
+    """Import MONAI's BraTS bundle as a model, to predict without training.
 
-    Weights are read as tensors alone; nothing is unpickled.
+    Only tensors are read from the weights; nothing is unpickled.
     """
     from app.exporting.monai_import import import_bundle
 
@@ -48,7 +48,7 @@ def info(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Say what a model is: data, network, metrics, weights, limits, licence."""
+    """Describe a model: data, network, metrics, weights, limits, licence."""
     from app.runs.model_card import card, describe_model
 
     description = describe_model(model)
@@ -67,7 +67,7 @@ def verify_command(
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Check that no file of a model changed since it was written, by its SHA256SUMS."""
+    """Verify the files of a model against its SHA256SUMS."""
     from app.runs.model_card import verify as verify_sums
 
     names = verify_sums(model)

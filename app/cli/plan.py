@@ -16,39 +16,40 @@ znormseg train BraTS2021 RUN --config plan.yaml"""
 
 def plan(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
+    ],
     config: Annotated[
         str | None,
         typer.Option(
             "--config",
             "-c",
-            help="What is not planned comes from it: default laptop on a CPU, resunet-znorm on a GPU.",
+            help="Base for everything that is not planned; default: laptop on a CPU, resunet-znorm on a GPU.",
         ),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Keep this value in the plan; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Fix one key of the plan; may be repeated."),
     ] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="YAML file for the plan; default: it goes to stdout.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="YAML file for the plan; default: stdout.")] = None,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="Make some real steps; where they do not fit into memory, plan smaller."),
+        typer.Option("--dry-run", help="Try some real training steps; if they run out of memory, plan a smaller run."),
     ] = False,
     max_memory_gb: Annotated[
-        float | None, typer.Option("--max-memory-gb", help="RAM that a run may take; default: what is free.")
+        float | None,
+        typer.Option("--max-memory-gb", help="RAM that the run may use, in GB; default: all that is free."),
     ] = None,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Choose a config for a data set and this machine, with a reason for each choice.
 
-    Patch, batch, depth, steps, threads and spacing follow the data and the memory there is. train --config takes the
-    file. --dry-run says what memory and time the run will take.
+    Chooses patch, batch, depth, steps, threads and spacing by the data and the available memory. Pass the file to
+    train --config. --dry-run also reports how much memory and time the run will take.
     """
     if max_memory_gb is not None and not 0 < max_memory_gb < 1e6:
         raise typer.BadParameter(f"--max-memory-gb takes a number above 0, got {max_memory_gb:g}")

@@ -25,18 +25,18 @@ znormseg predict RUN PREDICTIONS --t1 a.nii.gz --t1c b.nii.gz --t2 c.nii.gz --fl
 znormseg predict RUN SCANS PREDICTIONS --prepare --space flair
 znormseg predict --challenge"""
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
     "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
-    "Scans as they come from the scanner": ("prepare", "space", "mask", "n4"),
-    "How to predict": ("tta", "no_postprocess", "window", "overlap", "max_memory_gb"),
-    "What on": ("device", "backend", "precision", "engine", "devices", "workers"),
+    "Unprepared scans": ("prepare", "space", "mask", "n4"),
+    "Prediction": ("tta", "no_postprocess", "window", "overlap", "max_memory_gb"),
+    "Hardware": ("device", "backend", "precision", "engine", "devices", "workers"),
     "Output": ("labels", "save_probabilities", "uncertainty", "overwrite", "challenge", "as_json"),
 }
 
 _LABELS_HELP = (
-    "Label numbers to write: brats2021 (ET 4), brats2023 (ET 3), brats2024, brats2024-ped, brats2015 or msd; "
-    "default as the input's, where its names tell, else as the training data's."
+    "Label convention of the output: brats2021 (ET 4), brats2023 (ET 3), brats2024, brats2024-ped, brats2015 or msd; "
+    "default: the one implied by the input's file names, or else that of the training data."
 )
 _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 
@@ -44,11 +44,11 @@ _CONTRAST_HELP = "Image of this contrast, instead of INPUT."
 def predict_command(
     *,
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Folder of a trained run, or an ensemble of crossval.")
+        Path | None, typer.Argument(metavar="RUN", help="Folder of a trained run, or of an ensemble from crossval.")
     ] = None,
     places: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[INPUT] OUTPUT", help="Case folder or folder of cases; then the folder to write to."),
+        typer.Argument(metavar="[INPUT] OUTPUT", help="Case folder or folder of cases; then the output folder."),
     ] = None,
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
     t1c: Annotated[Path | None, typer.Option("--t1c", "--t1ce", help=_CONTRAST_HELP)] = None,
@@ -59,28 +59,29 @@ def predict_command(
         typer.Option("--labels", metavar="NAME", help=_LABELS_HELP),
     ] = None,
     nan_to_zero: Annotated[
-        bool, typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0 instead of refusing the case.")
+        bool,
+        typer.Option("--nan-to-zero", help="Replace NaN and infinite voxels with 0 instead of rejecting the case."),
     ] = False,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of INPUT.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside INPUT.")
     ] = False,
     prepare: Annotated[
         bool,
         typer.Option(
-            "--prepare", help="Register and resample the contrasts and remove the skull first, as data prepare does."
+            "--prepare", help="First register and resample the contrasts and remove the skull, as data prepare does."
         ),
     ] = False,
     space: Annotated[
         str | None,
-        typer.Option("--space", help="With --prepare: contrast on whose grid to answer; default t1c."),
+        typer.Option("--space", help="With --prepare: contrast whose grid the label map gets; default: t1c."),
     ] = None,
     mask: Annotated[
-        str | None, typer.Option("--mask", help="With --prepare: brain mask, as of data prepare; default auto.")
+        str | None, typer.Option("--mask", help="With --prepare: brain mask, as in data prepare; default: auto.")
     ] = None,
-    n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the brightness by N4.")] = False,
+    n4: Annotated[bool, typer.Option("--n4", help="With --prepare: correct the bias field with N4.")] = False,
     tta: Annotated[
         bool,
-        typer.Option("--tta", help="Average over the image mirrored in all eight ways; eight times slower."),
+        typer.Option("--tta", help="Average over all eight mirrored versions of the image; eight times slower."),
     ] = False,
     save_probabilities: Annotated[
         bool, typer.Option("--save-probabilities", help="Write OUTPUT/<case>_probabilities.nii.gz: WT, TC, ET, 0 to 1.")
@@ -89,69 +90,70 @@ def predict_command(
         bool,
         typer.Option(
             "--uncertainty",
-            help="Write OUTPUT/<case>_uncertainty.nii.gz: WT, TC, ET; of several answers disagreement too.",
+            help="Write OUTPUT/<case>_uncertainty.nii.gz: WT, TC, ET; with an ensemble or --tta also the disagreement.",
         ),
     ] = False,
     no_postprocess: Annotated[
         bool,
-        typer.Option("--no-postprocess", help="Of an ensemble: the mean probabilities cut at one half, no more."),
+        typer.Option("--no-postprocess", help="For an ensemble: only threshold the mean probabilities at one half."),
     ] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Predict also cases that are finished, instead of keeping them.")
+        bool, typer.Option("--overwrite", help="Predict finished cases again instead of keeping them.")
     ] = False,
     engine: Annotated[
-        str, typer.Option("--engine", metavar="NAME", help="local, or ray: the hosts of a Ray cluster.")
+        str, typer.Option("--engine", metavar="NAME", help="local, or ray for the hosts of a Ray cluster.")
     ] = "local",
     devices: Annotated[
         str | None,
         typer.Option(
             "--devices",
-            help="GPUs at work at once, a process each: auto for all, a number, or such as cuda:0,cuda:1.",
+            help="GPUs to use in parallel, one process each: auto (all), a number, or names such as cuda:0,cuda:1.",
         ),
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", help="So many processes at once on --device; with ray, on the CPU of each host."),
+        typer.Option("--workers", help="Number of parallel processes on --device; with ray, on the CPU of each host."),
     ] = None,
     device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
     backend: Annotated[
-        str, typer.Option("--backend", help="auto, torch or openvino; auto takes OpenVINO on a CPU, torch on a GPU.")
+        str, typer.Option("--backend", help="auto, torch or openvino; auto uses OpenVINO on a CPU, torch on a GPU.")
     ] = "auto",
     precision: Annotated[
-        str, typer.Option("--precision", help="auto, float32, bfloat16 or float16; auto takes what is fastest.")
+        str, typer.Option("--precision", help="auto, float32, bfloat16 or float16; auto uses the fastest.")
     ] = "auto",
     window: Annotated[
         str,
-        typer.Option("--window", help="trained, brain (one window around the brain) or X,Y,Z in voxels."),
+        typer.Option("--window", help="Window size: trained, brain (one window around the brain) or X,Y,Z in voxels."),
     ] = "trained",
     overlap: Annotated[
         float | None,
         typer.Option(
-            "--overlap", min=0, max=0.9, help="Share of a window that the next covers too; default the run's."
+            "--overlap", min=0, max=0.9, help="Overlap of windows as a fraction of their side; default: the run's."
         ),
     ] = None,
     max_memory_gb: Annotated[
         float | None,
         typer.Option(
-            "--max-memory-gb", min=0.1, help="Plan for at most this much memory at the peak; default no bound."
+            "--max-memory-gb", min=0.1, help="Plan for a peak memory of at most this many GB; default: no limit."
         ),
     ] = None,
     challenge: Annotated[
         bool,
         typer.Option(
             "--challenge",
-            help="As BraTS runs containers: RUN, INPUT, OUTPUT are /model, /input, /output where not given, and OUTPUT "
-            "gets <case>.nii.gz alone.",
+            help="Follow the BraTS convention for containers: RUN, INPUT and OUTPUT default to /model, /input and "
+            "/output, and only <case>.nii.gz is written.",
         ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Write a label map for each case: OUTPUT/<case>.nii.gz, with volumes in OUTPUT/<case>.json.
+    """Segment cases: write a label map, volumes and flags for each.
 
-    Give INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D. With
-    --prepare the contrasts may come from the scanner: on different grids, with the skull on. A run trained with
-    augment.contrast_dropout above 0 takes cases in which some of them are missing. Cases that are finished - same
-    weights, options and files, by SHA-256 - are kept; interrupted, the same command goes on.
+    Writes OUTPUT/<case>.nii.gz and OUTPUT/<case>.json. Give INPUT, or the four files of one case: znormseg predict RUN
+    OUTPUT --t1 A --t1c B --t2 C --flair D. With --prepare the contrasts may come straight from the scanner: on
+    different grids, with the skull. A run trained with augment.contrast_dropout above 0 accepts cases with missing
+    contrasts. Finished cases - same weights, options and files, by SHA-256 - are kept; if interrupted, run the same
+    command to resume.
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -218,7 +220,7 @@ def predict_command(
         if not files:
             require_place_of_its_own(wanted, run=run, source=source, cases=cases)
         with terminal.watched() as on_progress:
-            # Others load the network themselves; here only what it is counts.
+            # Workers load the network themselves; here it only provides the settings.
             model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()
             settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
             del model
@@ -242,7 +244,7 @@ def predict_command(
 
 
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
-    """RUN, INPUT (any where four files stand for it) and OUTPUT."""
+    """Return RUN, INPUT and OUTPUT; INPUT is meaningless if the files of one case are given instead."""
     if challenge:
         from app.inference.batch.challenge import INPUT, MODEL, OUTPUT
 
@@ -280,7 +282,7 @@ def _precision(text: str) -> Literal["auto", "float32", "bfloat16", "float16"]:
 
 
 def _elsewhere(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
-    """The engine that starts other processes; None where this one does the work."""
+    """Return the executor that uses other processes; None if this process does the work."""
     from app.inference.batch.process_pool import InProcesses, devices_of, slots_of
 
     slots = slots_of(1 if workers is None else workers)
@@ -300,7 +302,7 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
     from data.datasets.layouts import case_from_files, find_cases
 
     if files:
-        return (case_from_files(files, all_contrasts=False),)  # whether that is enough, the run will tell
+        return (case_from_files(files, all_contrasts=False),)  # the run decides whether a contrast may be missing
     return find_cases(source, follow_links=follow_links)
 
 

@@ -14,10 +14,10 @@ if TYPE_CHECKING:
     from data.labels import Contrast
     from data.native_space.to_brats import BroughtIn, NativeCase
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
     "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
-    "How to prepare": ("mask", "n4"),
+    "Preparation": ("mask", "n4"),
     "Output": ("as_json",),
 }
 
@@ -30,7 +30,7 @@ def prepare_command(
         list[Path],
         typer.Argument(
             metavar="[CASE] OUT",
-            help="Case folder, folder of cases or DICOM study (folder or .zip); then the folder to write to.",
+            help="Case folder, folder of cases or DICOM study (folder or .zip); then the output folder.",
         ),
     ],
     t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
@@ -40,21 +40,22 @@ def prepare_command(
     mask: Annotated[
         str, typer.Option("--mask", help="Brain mask: auto, hd-bet, synthstrip, atlas, none, or a file.")
     ] = "auto",
-    n4: Annotated[bool, typer.Option("--n4", help="Correct each contrast's brightness by N4.")] = False,
+    n4: Annotated[bool, typer.Option("--n4", help="Correct the bias field of each contrast with N4.")] = False,
     nan_to_zero: Annotated[
-        bool, typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0 instead of refusing the case.")
+        bool,
+        typer.Option("--nan-to-zero", help="Replace NaN and infinite voxels with 0 instead of rejecting the case."),
     ] = False,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of CASE.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside CASE.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Make BraTS cases of scans: register to T1c, resample to 1 mm, remove the skull.
+    """Make BraTS cases from scans: register to T1c, resample to 1 mm, remove the skull.
 
-    Of a DICOM study the contrasts are recognised; where they are not, see data dicom. Writes OUT/<case>/ with the
-    images, a label map where there was one, transforms/ and prepare.json. Give CASE, or four files: znormseg data
-    prepare OUT --t1 A --t1c B --t2 C --flair D. The mask of auto is, in this order: the background of 0 of an image
-    whose skull is off, HD-BET, SynthStrip, the MNI152 template's (coarse).
+    Give CASE, or the four files of one case: znormseg data prepare OUT --t1 A --t1c B --t2 C --flair D. In a DICOM
+    study the contrasts are recognised automatically; if that fails, use data dicom. Writes OUT/<case>/ with the
+    images, the label map if there is one, transforms/ and prepare.json. --mask auto uses the first that is available:
+    the zero background of an image without skull, HD-BET, SynthStrip, the mask of the MNI152 template (coarse).
     """
     given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
     files = {contrast: path for contrast, path in given.items() if path is not None}
@@ -101,7 +102,7 @@ def prepare_command(
 
 
 def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
-    """NIfTI cases, or where there are none the one study of DICOM files."""
+    """Return the NIfTI cases or, if the path is a DICOM study, its one case."""
     from data.datasets.layouts import find_cases
     from data.dicom.files import is_study
     from data.dicom.study import read_study

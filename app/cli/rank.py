@@ -25,36 +25,47 @@ def rank_command(
     *,
     sets: Annotated[
         list[Path],
-        typer.Argument(metavar="SETS", help="Two or more folders of label maps, or tables of evaluate (.csv, .json)."),
+        typer.Argument(
+            metavar="SETS", help="Two or more folders of label maps, or tables from evaluate (.csv, .json)."
+        ),
     ],
     references: Annotated[
-        Path | None, typer.Option("--references", "-r", help="Folder of expert label maps, to score folders with.")
+        Path | None, typer.Option("--references", "-r", help="Folder of expert label maps, to score folders against.")
     ] = None,
     rules: Annotated[
         str | None, typer.Option("--rules", metavar="YEAR", help="Score folders as evaluate --rules does.")
     ] = None,
-    task: Annotated[str | None, typer.Option("--task", help="With --rules: see evaluate; default GLI.")] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="With --rules: task, as in evaluate; default: GLI.")
+    ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
             "--metrics",
-            help="Rank by these, such as dice,sensitivity; default Dice and HD95, lesion-wise ones where there are.",
+            help="Metrics to rank by, such as dice,sensitivity; default: Dice and HD95, lesion-wise if available.",
         ),
     ] = None,
     labels: Annotated[
         str | None,
-        typer.Option("--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Two: of SETS and of REFERENCES."),
+        typer.Option(
+            "--labels", metavar="NAME[,NAME]", help=f"{terminal.LABELS_HELP} Give two for SETS and REFERENCES."
+        ),
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of the folders.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside the folders.")
     ] = False,
     page: Annotated[
-        Path | None, typer.Option("--page", help="Write one HTML page: plots by case, worst cases.")
+        Path | None, typer.Option("--page", help="Write an HTML page with plots by case and the worst cases.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write ranks and scores by case as CSV.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Write ranks and scores by case to a CSV file.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the ranking as JSON on stdout.")] = False,
 ) -> None:
-    """Rank several sets of predictions of the same cases: mean ranks as in BraTS, paired tests, bootstrap intervals."""
+    """Rank several sets of predictions for the same cases, as BraTS does.
+
+    Reports mean ranks, paired tests and bootstrap intervals.
+    """
     if task is not None and rules is None:
         raise typer.BadParameter("--task goes with --rules")
     if rules is not None and references is None:
@@ -92,14 +103,14 @@ def rank_command(
 
 
 def _tell_failures(scored: Sequence[Scored]) -> None:
-    """Say why cases could not be scored, before they are ranked: where no case is left, these are the reasons."""
+    """Print why cases could not be scored, before ranking: if no case is left, ranking fails for these reasons."""
     for one in scored:
         for case, text in one.failures.items():
             terminal.say(f"znormseg: {one.name}: {case}: {text}")
 
 
 def _end(ranking: Ranking) -> None:
-    """Name the cases that were left out; exit with a code of its own where one could not be scored."""
+    """List the cases that were left out; exit with code 6 if a case could not be scored."""
     if ranking.left_out:
         shown = ", ".join(ranking.left_out[:_SHOWN]) + (" ..." if len(ranking.left_out) > _SHOWN else "")
         terminal.say(f"left out, not scored in all of them: {len(ranking.left_out)} cases: {shown}")

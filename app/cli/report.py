@@ -18,9 +18,7 @@ def report_command(
     *,
     what: Annotated[
         Path,
-        typer.Argument(
-            metavar="WHAT", help="Folder of a run, of predictions, of a comparison or of a cross-validation."
-        ),
+        typer.Argument(metavar="WHAT", help="Folder of a run, predictions, a comparison or a cross-validation."),
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pages; open OUT/index.html.")],
     images: Annotated[
@@ -28,27 +26,27 @@ def report_command(
         typer.Option(
             "--images",
             metavar="DATA",
-            help="Of predictions: data set with their scans; default where they were predicted from.",
+            help="For predictions: data set with their scans; default: the files they were predicted from.",
         ),
     ] = None,
     references: Annotated[
         Path | None,
         typer.Option(
-            "--references", metavar="DATA", help="Of predictions: expert label maps, for scores and outlines."
+            "--references", metavar="DATA", help="For predictions: expert label maps, for scores and outlines."
         ),
     ] = None,
     labels: Annotated[
-        str | None, typer.Option("--labels", metavar="NAME", help=f"{terminal.LABELS_HELP} With --references.")
+        str | None, typer.Option("--labels", metavar="NAME", help=f"{terminal.LABELS_HELP} Needs --references.")
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
 ) -> None:
-    """Write pages to look at: HTML that opens offline, in any browser, on a phone, in print.
+    """Write HTML pages that open offline, in any browser, on a phone and in print.
 
-    Of a run: curves, validation cases, gradients. Of predictions: a table that sorts and filters, and a page for each
-    case with pictures and a viewer. Of a comparison or a cross-validation: its page made anew.
+    For a run: curves, validation cases and gradients. For predictions: a table to sort and filter, and a page per case
+    with pictures and a viewer. For a comparison or a cross-validation: its page, rebuilt.
     """
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")

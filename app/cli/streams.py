@@ -1,8 +1,8 @@
-"""Standard output and error that outlast their reader.
+"""Standard output and error that survive the loss of their reader.
 
-Whoever reads may leave at any time: ``znormseg train ... 2>&1 | head``, a closed terminal, a lost connection. Messages
-are then dropped and the job carries on. A result that nobody wants to read is no error either; one that a full disk
-does not take is.
+The reader may disappear at any time: ``znormseg train ... 2>&1 | head``, a closed terminal, a lost connection. Messages
+are then dropped and the job continues. A result without a reader is not an error either, but a result that does not
+fit on a full disk is.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
 
-#: The reader of a pipe or a socket has left.
+#: Error numbers of a pipe or socket whose reader is gone.
 _LEFT: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENXIO})
 
 
 class _Outlasting(io.FileIO):
-    """A standard stream's descriptor, which leads nowhere once its reader has left."""
+    """The descriptor of a standard stream, redirected to the null device once its reader is gone."""
 
     def __init__(self, descriptor: int, *, messages: bool) -> None:
-        """``messages`` are never a reason to fail."""
+        """Wrap a descriptor; with ``messages``, writing never fails."""
         super().__init__(descriptor, "w", closefd=False)
         self._messages = messages
         self._is_terminal = os.isatty(descriptor)
 
     def write(self, content: Any) -> int:
-        """Write, or drop what has no reader.
+        """Write, or drop the content if there is no reader.
 
         Raises:
-            OSError: a result could not be written, such as on a full disk.
+            OSError: a result could not be written, for example to a full disk.
         """
         try:
-            while (written := super().write(content)) is None:  # a pipe that does not block, and is full
+            while (written := super().write(content)) is None:  # a non-blocking pipe that is full
                 select.select([], [self.fileno()], [])
         except OSError as error:
-            # A terminal that is gone says EIO, as does a disk that fails.
+            # A closed terminal raises EIO, as does a failing disk.
             left = error.errno in _LEFT or (error.errno == errno.EIO and self._is_terminal)
             if left or not self._messages:
-                self._lead_nowhere()  # what a buffer still has is not tried again either
+                self._lead_nowhere()  # so that buffered content is not retried either
             if not left and not self._messages:
                 raise OSError(error.errno, f"cannot be written: {error.strerror}", "standard output") from error
             return memoryview(content).nbytes
@@ -56,7 +56,7 @@ class _Outlasting(io.FileIO):
 
 @contextmanager
 def outlasting_streams() -> Iterator[None]:
-    """Have ``sys.stdout`` and ``sys.stderr`` outlast their readers; those that were put in their place stay."""
+    """Let ``sys.stdout`` and ``sys.stderr`` survive the loss of their readers; replaced streams are left alone."""
     _open_closed_ones()
     before = sys.stdout, sys.stderr
     if sys.stdout is sys.__stdout__:
@@ -64,7 +64,7 @@ def outlasting_streams() -> Iterator[None]:
     if sys.stderr is sys.__stderr__:
         sys.stderr = _outlasting(sys.stderr, 2, messages=True)
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a name that cannot be shown stops no result
+        if isinstance(stream, io.TextIOWrapper):  # a name that cannot be encoded must not prevent a result
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
@@ -76,7 +76,7 @@ def outlasting_streams() -> Iterator[None]:
 
 
 def _outlasting(stream: TextIO | None, descriptor: int, *, messages: bool) -> TextIO:
-    """A stream like the one given, which is None where the process was started without."""
+    """Wrap a stream; ``stream`` is None if the process was started without it."""
     descriptor = descriptor if stream is None else stream.fileno()
     if stream is not None:
         with suppress(OSError):
@@ -91,9 +91,9 @@ def _outlasting(stream: TextIO | None, descriptor: int, *, messages: bool) -> Te
 
 
 def _open_closed_ones() -> None:
-    """Occupy 0, 1 and 2 where they are closed (``2>&-``): else the next file gets their number, and messages in it."""
+    """Open closed descriptors 0 to 2 (``2>&-``); otherwise the next file opened gets the number, and the messages."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number

@@ -1,4 +1,4 @@
-"""What the command line shows: messages and progress on stderr, results on stdout, an error as a line and a code."""
+"""Terminal output: messages and progress on stderr, results on stdout, errors as one line and an exit code."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @runtime_checkable
 class _UsageError(Protocol):
-    """An error in the command line, which knows how to show itself; typer brings the class from a click of its own."""
+    """A usage error that can print itself; a protocol, since typer's class comes from its vendored copy of click."""
 
     exit_code: int
 
@@ -36,47 +36,47 @@ class _UsageError(Protocol):
 
 @dataclass
 class Settings:
-    """Options that stand before the verb."""
+    """Options that apply to every command, and the state of the process."""
 
     debug: bool = False
     quiet: bool = False
-    """No progress and no notes; warnings and errors stay."""
+    """Show only warnings and errors, no progress or notes."""
     stopped_by: str = ""
-    """What a signal did to the job, in words."""
+    """Description of the signal that stopped the job, such as ``stopped by SIGTERM``."""
 
 
 settings = Settings()
 
-#: The same in every command that reads label maps.
+#: Help of ``--labels`` in every command that reads label maps.
 LABELS_HELP = (
-    "Where the data set does not tell what its label numbers mean: brats2021, brats2023, brats2024, brats2024-ped, "
+    "Label convention, if the data set does not determine it: brats2021, brats2023, brats2024, brats2024-ped, "
     "brats2015 or msd."
 )
 
-#: Columns of a terminal up to which the bar is short.
+#: Terminals up to this many columns wide get a short progress bar.
 _NARROW = 100
 
-#: Without a terminal, progress becomes a line at most this often.
+#: Minimum interval between lines of progress when stderr is not a terminal.
 _SECONDS_BETWEEN_LINES = 15.0
 
 
 def say(text: str) -> None:
-    """A message for the user, on stderr."""
+    """Print a message on stderr."""
     typer.echo(text, err=True)
 
 
 def result(text: str) -> None:
-    """A result, on stdout."""
+    """Print a result on stdout."""
     typer.echo(text)
 
 
 def json_result(content: Any) -> None:
-    """A result as one JSON object on stdout."""
+    """Print a result on stdout as one JSON object."""
     typer.echo(json.dumps(content, indent=1))
 
 
 def conventions(labels: str | None) -> tuple[str | None, str | None]:
-    """What ``--labels NAME[,NAME]`` says of two sides; one name is that of both.
+    """Parse ``--labels NAME[,NAME]`` for two data sets; a single name applies to both.
 
     Example:
         >>> conventions("msd"), conventions("msd,brats2023"), conventions(None)
@@ -87,15 +87,15 @@ def conventions(labels: str | None) -> tuple[str | None, str | None]:
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Complete the name of a config; reads its folder, since importing app.config.load takes seconds."""
+    """Complete the name of a config; lists the folder, because importing app.config.load takes seconds."""
     names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
     return sorted(name for name in names if name.startswith(incomplete))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of text as a table, the first column to the left, the others to the right; in a terminal with colour.
+    """Format rows as a table, the first column left-aligned and the others right-aligned; coloured in a terminal.
 
-    Nothing is cut: where the terminal is narrower, lines run over.
+    Nothing is truncated: in a narrow terminal, lines wrap.
     """
     if sys.stdout.isatty():
         return _rich_table(rows)
@@ -117,7 +117,7 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
     for column, name in enumerate(rows[0]):
         drawn.add_column(Text(name), justify="right" if column else "left", no_wrap=True)
     for row in rows[1:]:
-        drawn.add_row(*map(Text, row))  # as text: a case id is never markup
+        drawn.add_row(*map(Text, row))  # as Text, so that a case id is never parsed as markup
     console = Console()
     console.width = max(console.width, console.measure(drawn, options=console.options.update(max_width=10_000)).maximum)
     with console.capture() as caught:
@@ -127,14 +127,14 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
 
 @contextmanager
 def signals_unwind() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a job the way Ctrl-C does, so that files are tidied up.
+    """Let SIGTERM and SIGHUP end a job in the same way as Ctrl-C, so that files are cleaned up.
 
-    ``docker stop`` and batch systems send SIGTERM, a closed terminal SIGHUP; under nohup that is ignored, and stays so.
+    ``docker stop`` and batch systems send SIGTERM, a closed terminal sends SIGHUP; under nohup SIGHUP stays ignored.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
+    def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         name = signal.Signals(number).name
-        # A second SIGTERM ends the process at once; a second SIGHUP is the shell's after the kernel's.
+        # A second SIGTERM ends the process at once; a second SIGHUP only repeats the first (kernel, then shell).
         signal.signal(number, signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
         settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
@@ -148,14 +148,14 @@ def signals_unwind() -> Iterator[None]:
 
 
 def fail(error: BaseException) -> int:
-    """Tell the user what went wrong, and give the exit code for it."""
+    """Print what went wrong, and return the exit code."""
     if isinstance(error, _UsageError):
         error.show()
         return error.exit_code
     if isinstance(error, typer.Abort):
         error = KeyboardInterrupt()
     if isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError):
-        error = error.__context__  # typer exits without a word, also where the pipe is no standard stream
+        error = error.__context__  # typer exits silently, even if the pipe is not a standard stream
     from app.errors import EXIT_FAULT, exit_code, message
 
     code = exit_code(error)
@@ -171,11 +171,11 @@ def fail(error: BaseException) -> int:
 
 @contextmanager
 def watched() -> Iterator[OnProgress]:
-    """Send the application's messages to stderr, and give a callback that draws its progress there."""
+    """Send the application's messages to stderr, and yield a callback that shows progress there."""
     log = logging.getLogger("znormseg")
     log.setLevel(logging.DEBUG if settings.debug else logging.WARNING if settings.quiet else logging.INFO)
     log.propagate = False
-    # What nibabel mends in a header it logs without the file's name; what matters of it is in our own messages.
+    # nibabel logs header repairs without the file's name; our own messages cover those that matter.
     logging.getLogger("nibabel.global").setLevel(logging.CRITICAL)
     with _threads_without_tracebacks(), _drawn(log) as drawn:
         yield drawn
@@ -183,9 +183,9 @@ def watched() -> Iterator[OnProgress]:
 
 @contextmanager
 def _threads_without_tracebacks() -> Iterator[None]:
-    """Show no traceback for a system error in a library's thread, such as TensorBoard's.
+    """Suppress tracebacks of system errors in a library's thread, such as TensorBoard's.
 
-    Whoever uses the thread meets the error too, names its place, and decides what becomes of the job.
+    The code that uses the thread gets the error as well, reports its path and decides whether the job continues.
     """
     before = threading.excepthook
 
@@ -223,7 +223,7 @@ def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
 
 
 def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
-    """A callback for what tells each case that is done and the share of the cases that is."""
+    """Return a callback that takes a finished case and the fraction of finished cases, and reports progress."""
     from app.progress import Progress
 
     def ready(case: str, share: float) -> None:
@@ -243,12 +243,12 @@ def _handling(log: logging.Logger, handler: logging.Handler) -> Iterator[None]:
 
 @contextmanager
 def _bar(console: Any) -> Iterator[OnProgress]:
-    """A progress bar with detail and remaining time."""
+    """Show a progress bar with detail and remaining time."""
     from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeElapsedColumn
     from rich.progress import Progress as Bar
     from rich.table import Column
 
-    # What a narrow terminal has no room for is the end of the detail, never the bar or the time.
+    # In a narrow terminal only the detail is truncated, never the bar or the time.
     def whole() -> Any:
         return Column(no_wrap=True, overflow="ignore")
 
@@ -274,7 +274,7 @@ def _bar(console: Any) -> Iterator[OnProgress]:
 
 
 class _Lines:
-    """Progress as lines, for logs and pipes."""
+    """Prints progress as lines, for logs and pipes."""
 
     def __init__(self) -> None:
         self._last = 0.0
@@ -290,7 +290,7 @@ class _Lines:
 
 
 def _eta(seconds: float | None) -> str:
-    """Time left in words.
+    """Format the remaining time.
 
     Example:
         >>> _eta(75)

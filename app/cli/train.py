@@ -15,41 +15,47 @@ znormseg train BraTS2021 RUN --config resunet --set training.hours=12 --fold 1
 znormseg train BraTS2021 RUN --resume --set training.hours=24
 znormseg train MYCASES TUNED --init-from RUN --set training.hours=1"""
 
-#: Options by task, as the help shows them.
+#: Headings of the help, with the options below each.
 PANELS = {
     "Config": ("config", "overrides"),
     "Cases": ("fold", "split", "labels", "nan_to_zero", "follow_links"),
-    "Going on from another run": ("resume", "allow", "init_from"),
+    "Resume or start from another run": ("resume", "allow", "init_from"),
 }
 
 
 def train(
     *,
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="Data set with label maps: see data check.")],
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder for the run; empty or not there yet.")],
+    data: Annotated[
+        Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
+    ],
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Run folder; empty or not existing yet, except with --resume.")
+    ],
     config: Annotated[
         str | None,
         typer.Option("--config", "-c", help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file."),
     ] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one key of the config; may be repeated."),
+        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."),
     ] = None,
     fold: Annotated[
         str | None,
         typer.Option(
             "--fold",
             "-f",
-            help="Fold that validates, 0 (default) to 4, split by patient; 'all' trains on every case.",
+            help="Validation fold, 0 (default) to 4, split by patient; 'all' trains on every case.",
         ),
     ] = None,
     split: Annotated[
         Path | None,
-        typer.Option("--split", help='JSON instead of a fold: {"train": [ids], "validation": [ids]}.'),
+        typer.Option("--split", help='JSON file to use instead of a fold: {"train": [ids], "validation": [ids]}.'),
     ] = None,
     nan_to_zero: Annotated[
         bool,
-        typer.Option("--nan-to-zero", help="Take NaN and infinite voxels as 0; same as --set data.nan_to_zero=true."),
+        typer.Option(
+            "--nan-to-zero", help="Replace NaN and infinite voxels with 0; same as --set data.nan_to_zero=true."
+        ),
     ] = False,
     labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
     init_from: Annotated[
@@ -57,26 +63,26 @@ def train(
         typer.Option(
             "--init-from",
             metavar="RUN",
-            help="Start from the best weights of another run; without --config with its network and patch size.",
+            help="Start from the best weights of another run; without --config, also use its network and patch size.",
         ),
     ] = None,
     follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that lead out of DATA.")
+        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run, or a finished one with a longer budget.")
+        bool, typer.Option("--resume", help="Resume an interrupted run, or a finished run with a longer budget.")
     ] = False,
     allow: Annotated[
         list[str] | None,
         typer.Option(
-            "--allow", metavar="SECTION.KEY", help="Let --resume change this key of the config; may be repeated."
+            "--allow", metavar="SECTION.KEY", help="Allow --resume to change this key of the config; may be repeated."
         ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
-    """Train a network on a folder of cases.
+    """Train a network on a data set.
 
-    The config gives the budget: --set training.hours=2 or --set training.steps=5000.
+    The config sets the budget; override it with --set training.hours=2 or --set training.steps=5000.
     """
     number = _fold(fold)
     if split is not None and fold is not None:

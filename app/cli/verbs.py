@@ -1,4 +1,4 @@
-"""What all verbs have in common: help with options by task and examples, and ``--quiet``."""
+"""Parts shared by all commands: ``--quiet``, and help with grouped options and examples."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typer.core import TyperCommand, TyperGroup
 
 from app.cli import terminal
 
-#: Panel of options that every verb has.
-_EVERYWHERE = "Everywhere"
+#: Heading of the options that every command has.
+_EVERYWHERE = "Common options"
 
 
 _Quiet = Annotated[
@@ -21,13 +21,13 @@ _Quiet = Annotated[
     typer.Option(
         "--quiet",
         "-q",
-        help="No progress and no notes on stderr; warnings and errors stay.",
+        help="Show only warnings and errors on stderr, no progress or notes.",
     ),
 ]
 
 
 def quietly(function: Callable[..., None]) -> Callable[..., None]:
-    """A verb with the option ``--quiet`` besides its own."""
+    """Add the option ``--quiet`` to a command."""
 
     @functools.wraps(function)
     def call(*, quiet: bool, **options: Any) -> None:
@@ -44,13 +44,13 @@ def quietly(function: Callable[..., None]) -> Callable[..., None]:
 
 
 class Verb(TyperCommand):
-    """A command whose help shows its options by task, then its examples (``epilog``)."""
+    """A command whose help groups its options under headings and ends with examples (``epilog``)."""
 
     panels: Mapping[str, Sequence[str]] = {}
-    """By heading: names of the parameters under it; those without one come first, under Options."""
+    """Parameter names by heading; parameters without a heading come first, under Options."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Arguments, options without a heading, each heading, then what is the same everywhere."""
+        """Write arguments, options without a heading, the headings, then the common options."""
         heading = {name: panel for panel, names in self.panels.items() for name in names}
         heading |= dict.fromkeys(("quiet", "help"), _EVERYWHERE)
         rows: dict[str, list[tuple[str, str]]] = {}
@@ -64,8 +64,8 @@ class Verb(TyperCommand):
                 with formatter.section(panel):
                     formatter.write_dl(rows[panel])
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - as in the class above it
-        """The examples, a line each, as they are typed."""
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
+        """Write the examples, one per line, without wrapping."""
         if not self.epilog:
             return
         with formatter.section("Examples"):
@@ -74,15 +74,15 @@ class Verb(TyperCommand):
 
 
 def verb(panels: Mapping[str, Sequence[str]]) -> type[Verb]:
-    """The class of a command with these headings."""
+    """Return a command class with these headings."""
     return type("Verb", (Verb,), {"panels": panels})
 
 
 class Verbs(TyperGroup):
-    """A group whose help shows its commands by task (``rich_help_panel``)."""
+    """A group whose help lists its commands under headings (``rich_help_panel``)."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Each panel with its commands, in the order in which they came."""
+        """Write each heading with its commands, in order of registration."""
         panels: dict[str, list[Any]] = {}
         for name in self.list_commands(ctx):
             command: Any = self.get_command(ctx, name)

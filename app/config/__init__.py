@@ -1,1 +1,1 @@
-"""RunConfig: its sections, loading it from YAML, and what each field means."""
+"""RunConfig: its sections, its YAML loader and the documentation of its fields."""

@@ -1,4 +1,4 @@
-"""What every field of the configuration means, read from the line that stands under it in the source."""
+"""Documentation of every config field, read from the string literal below the field in the source."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _WIDTH = 100
 
 
 def meanings(owner: type[Any]) -> dict[str, str]:
-    """The documentation of a dataclass's fields, by name, in the order of the source.
+    """Return the documentation of a dataclass's fields by name, in source order.
 
     Args:
-        owner: a dataclass whose fields have a string literal under them.
+        owner: a dataclass whose fields are each followed by a string literal.
 
     Raises:
-        ValueError: a field has none.
+        ValueError: a field has no documentation.
     """
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
     assert isinstance(definition, ast.ClassDef)
@@ -33,7 +33,7 @@ def meanings(owner: type[Any]) -> dict[str, str]:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
             continue
         if isinstance(under, ast.Expr) and isinstance(under.value, ast.Constant) and isinstance(under.value.value, str):
-            text = re.sub(r":[a-z]+:`~?([^`]*)`", r"\1", under.value.value)  # marks for a documentation program
+            text = re.sub(r":[a-z]+:`~?([^`]*)`", r"\1", under.value.value)  # Sphinx roles
             found[line.target.id] = " ".join(text.replace("``", "").split())
     missing = [field.name for field in dataclasses.fields(owner) if field.name not in found]
     if missing:
@@ -42,12 +42,12 @@ def meanings(owner: type[Any]) -> dict[str, str]:
 
 
 def sections(config: RunConfig) -> dict[str, Any]:
-    """The parts of a config by name."""
+    """Return the sections of a config by name."""
     return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
 
 
 def documented_yaml(config: RunConfig) -> str:
-    """A config as YAML, each key under a comment that says what it means; reads back as the same config."""
+    """Return a config as YAML with a comment above each key; it reads back as the same config."""
     lines: list[str] = []
     for section, part in sections(config).items():
         lines += [f"# {inspect.getdoc(part).splitlines()[0]}", f"{section}:"]  # type: ignore[union-attr]
@@ -63,6 +63,6 @@ def _documented(part: Any, plain: Mapping[str, Any], indent: str) -> Iterator[st
             yield f"{indent}{key}:"
             yield from _documented(inner, plain[key], indent + "  ")
         else:
-            # In a list, as a value alone would be followed by a mark of the document's end.
+            # Dumped as a one-element list: after a bare scalar, YAML writes an end-of-document marker.
             value = yaml.safe_dump([plain[key]], default_flow_style=True, width=10_000).strip()[1:-1]
             yield f"{indent}{key}: {value}"

@@ -1,4 +1,4 @@
-"""Which rule the gradients go through before each optimiser step."""
+"""Config of the gradient rule that is applied before each optimiser step."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ from typing import Final, Literal
 
 import znorm
 
-#: The name that stands for a choice, no rule of its own.
+#: Placeholder that is resolved to one of the rules when the optimiser is known.
 AUTO: Final = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientConfig:
-    """Which rule the gradients go through."""
+    """The rule applied to the gradients before each optimiser step."""
 
     transform: Literal["auto", "none", "clip", "clip-value", "centralize", "adaptive-clip", "scale", "znorm"] = "auto"
-    """``auto``: ``clip`` under SGD, else ``znorm`` (docs/evidence.md); ``clip``: by global norm; ``clip-value``: each
-    element; ``centralize``: arXiv 2004.01461; ``adaptive-clip``: arXiv 2102.06171; ``scale``: ZNorm without taking the
-    mean off; ``znorm``: z-score by layer (arXiv 2408.01215)."""
+    """``auto``: ``clip`` under SGD, otherwise ``znorm`` (docs/evidence.md); ``clip``: by global norm; ``clip-value``:
+    by element; ``centralize``: arXiv 2004.01461; ``adaptive-clip``: arXiv 2102.06171; ``scale``: ZNorm without
+    subtracting the mean; ``znorm``: z-score per layer (arXiv 2408.01215)."""
     clip_norm: float = 1.0
-    """Largest global norm with ``clip``."""
+    """Maximum global norm under ``clip``."""
     clip_value: float = 1.0
-    """Largest magnitude of an element with ``clip-value``."""
+    """Maximum magnitude of an element under ``clip-value``."""
     adaptive_clip_ratio: float = 0.01
-    """Largest norm of a channel's gradient as a share of its weights' norm, with ``adaptive-clip``."""
+    """Maximum ratio of the norm of a channel's gradient to the norm of its weights, under ``adaptive-clip``."""
     znorm: znorm.ZNormConfig = field(default_factory=znorm.ZNormConfig)
-    """Settings of ``znorm``, and which parameters ``scale`` takes."""
+    """Settings of ``znorm``; ``scale`` uses its ``eps`` and its selection of parameters, ``adaptive-clip`` its output
+    block."""
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "clip_value", "adaptive_clip_ratio"):

@@ -1,4 +1,4 @@
-"""How a trained network is applied to whole volumes."""
+"""Config of inference on whole volumes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from data.labels import CONVENTIONS, LabelConvention
 
 @dataclass(frozen=True, kw_only=True)
 class InferenceConfig:
-    """Sliding-window settings, used by validation and by ``predict``."""
+    """Sliding-window settings of validation and ``predict``."""
 
     overlap: float = 0.5
-    """Share of a window that its neighbour covers too."""
+    """Overlap of neighbouring windows, as a fraction of the window's side."""
     crop: bool = True
-    """Cut the volume to the brain before windows are laid over it. False leaves the empty space around it in, as
-    imported networks saw it: group norms count it. Training takes True alone."""
+    """Crop the volume to the brain before placing the windows. False keeps the empty space around it, for imported
+    networks that were trained with it: their group norms include it. Training requires True."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:
@@ -27,28 +27,29 @@ class InferenceConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictOptions:
-    """What may be asked of ``predict`` beside the network and the cases."""
+    """Options of ``predict`` other than the network and the cases."""
 
     labels: LabelConvention | None = None
-    """Numbers of the label maps; None takes those that go with each case's file names, else the model's."""
+    """Label convention of the output; None follows each case's file names or, if they imply none, the model."""
     nan_to_zero: bool = False
-    """Take voxels that are NaN or infinite as 0; how many is logged and stands in ``<case>.json``."""
+    """Replace NaN and infinite voxels with 0; their number is logged and recorded in ``<case>.json``."""
     window: Literal["trained", "brain"] | tuple[int, int, int] = "trained"
-    """Size of the windows: ``trained`` as the network was trained on; ``brain`` one window around the whole brain; or
-    voxels along each axis. Sides are rounded up to what the network takes."""
+    """Size of the windows: ``trained``, the network's training patch; ``brain``, one window around the whole brain; or
+    voxels along each axis. Sides are rounded up to sizes that the network accepts."""
     overlap: float | None = None
-    """Share of a window that its neighbour covers too; None takes that of the run's validations."""
+    """Overlap of neighbouring windows, as a fraction of the window's side; None takes the run's."""
     max_memory_gb: float | None = None
-    """Memory that the process may hold at its peak, in 10^9 bytes; None for no bound."""
+    """Peak memory that the process may use, in 10^9 bytes; None for no limit."""
 
     tta: bool = False
-    """Test-time augmentation: the mean over the image mirrored along every subset of its axes; eight times the work."""
+    """Test-time augmentation: average over mirroring along every subset of the axes, at eight times the cost."""
     save_probabilities: bool = False
     """Write ``<case>_probabilities.nii.gz``: WT, TC and ET in one 4D file on the label map's grid."""
     uncertainty: bool = False
-    """Write ``<case>_uncertainty.nii.gz`` and, of several answers, ``<case>_disagreement.nii.gz``, likewise."""
+    """Write ``<case>_uncertainty.nii.gz`` in the same form and, if several answers are averaged (an ensemble, test-time
+    augmentation), ``<case>_disagreement.nii.gz``."""
     training: TrainingRecord = UNKNOWN
-    """What is known of the cases that the networks learnt from, for the flags of a case."""
+    """What is known about the networks' training cases; used to flag unusual cases."""
 
     def __post_init__(self) -> None:
         if isinstance(self.window, tuple) and not all(1 <= side <= 1024 for side in self.window):
@@ -59,19 +60,19 @@ class PredictOptions:
             raise ValueError(f"max_memory_gb: above 0, got {self.max_memory_gb:g}")
 
 
-#: Nothing asked for.
+#: Every option at its default.
 DEFAULTS: Final = PredictOptions()
 
 
 def options_to_plain(options: PredictOptions) -> dict[str, Any]:
-    """Every option as plain data, a label convention by its name; but ``training``, which the run's folder tells."""
+    """Return the options as plain data, the convention by name, without ``training``, which is read from the run."""
     left_out = ("labels", "training")
     plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in left_out}
     return {**plain, "labels": None if options.labels is None else options.labels.name}
 
 
 def options_from_plain(content: Mapping[str, Any]) -> PredictOptions:
-    """Options from the plain data that :func:`options_to_plain` made, also after a way through JSON."""
+    """Return the options from the output of :func:`options_to_plain`, also after a JSON round trip."""
     labels, window = content["labels"], content["window"]
     return PredictOptions(
         **{

@@ -1,6 +1,6 @@
-"""The complete configuration of a run: the owners' configs in one, read from YAML and strictly checked.
+"""The complete configuration of a run: all sections in one dataclass, loaded from YAML and strictly validated.
 
-Precedence: a config file (named or by path), then ``--set section.key=value``; nothing else.
+Precedence: a config file (named or by path), overridden by ``--set section.key=value``; there is no other source.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from models import NetworkConfig, patch_divisor
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """How cases are prepared."""
+    """Preparation of the cases."""
 
     spacing_mm: float | None = None
-    """Isotropic spacing the network works at; null takes the median of the training cases."""
+    """Isotropic voxel spacing at which the network works; null takes the median of the training cases."""
     nan_to_zero: bool = False
-    """Take image voxels that are NaN or infinite as 0 instead of refusing their case."""
+    """Replace NaN and infinite image voxels with 0 instead of rejecting the case."""
 
     def __post_init__(self) -> None:
         if self.spacing_mm is not None and not 0.25 <= self.spacing_mm <= 10:
@@ -46,7 +46,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """Everything that decides a run, but for data, fold and folder."""
+    """Everything that defines a run except its data, fold and folder."""
 
     network: NetworkConfig = field(default_factory=NetworkConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
@@ -68,31 +68,31 @@ class RunConfig:
 
     @property
     def takes_missing_contrasts(self) -> bool:
-        """Whether the network is told which contrasts are there, by one channel more for each."""
+        """Whether the network accepts missing contrasts; one extra input channel per contrast marks its presence."""
         return self.augment.contrast_dropout > 0
 
     @property
     def input_channels(self) -> int:
-        """Channels of the network's input: the contrasts, and their presence where it is told."""
+        """Number of input channels of the network: one per contrast, doubled if presence channels are used."""
         return len(CONTRASTS) * (2 if self.takes_missing_contrasts else 1)
 
 
 class _Document(BaseModel):
-    """Hands strictness on to the dataclasses inside, which know nothing of pydantic."""
+    """Applies pydantic's strict mode to the nested dataclasses, which do not depend on pydantic."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
     run: RunConfig
 
 
 def config_names() -> list[str]:
-    """Names that ``--config`` takes."""
+    """Return the names that ``--config`` accepts."""
     return sorted(
         Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if _is_yaml(entry.name)
     )
 
 
 def purpose(name: str) -> str:
-    """What a named config is for: the first sentence of the comment at the head of its file."""
+    """Return the purpose of a named config: the first sentence of the comment at the top of its file."""
     text, _ = _read(name)
     head = itertools.takewhile(lambda line: line.startswith("#"), text.splitlines())
     return " ".join(line.lstrip("# ") for line in head).partition(". ")[0].rstrip(".")
@@ -101,16 +101,17 @@ def purpose(name: str) -> str:
 def load_config(
     name_or_path: str, overrides: Sequence[str] = (), *, sections: Mapping[str, Mapping[str, Any]] | None = None
 ) -> RunConfig:
-    """Read a config and apply overrides.
+    """Load a config and apply overrides.
 
     Args:
         name_or_path: one of :func:`config_names`, or the path of a YAML file.
-        overrides: ``section.key=value``, the value in YAML. Setting one of ``training.steps`` and ``training.hours``
-            clears the other.
-        sections: values by section and key that replace those of the file, before the overrides.
+        overrides: ``section.key=value``, with the value in YAML. Setting ``training.steps`` clears
+            ``training.hours``, and vice versa.
+        sections: values by section and key that replace those of the file before the overrides are applied.
 
     Raises:
-        ConfigError: no such config, not YAML, an unknown key, a value of the wrong type or out of range.
+        ConfigError: there is no such config, it is not YAML, a key is unknown, or a value has the wrong type or is
+            out of range.
     """
     text, origin = _read(name_or_path)
     return parse_config(text, origin, overrides, sections=sections)
@@ -123,7 +124,7 @@ def parse_config(
     *,
     sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunConfig:
-    """The same from text; ``origin`` is what messages call it.
+    """Parse a config from text, as :func:`load_config`; ``origin`` is its name in messages.
 
     Raises:
         ConfigError: as :func:`load_config`.
@@ -144,7 +145,7 @@ def parse_config(
 
 
 def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
-    """Config from the plain data that :func:`to_plain` made.
+    """Return the config from the output of :func:`to_plain`.
 
     Raises:
         ConfigError: as :func:`load_config`.
@@ -153,28 +154,28 @@ def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
-    """Every key of a config as plain data."""
+    """Return every key of a config as plain data."""
     return cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Every key of a config as YAML that :func:`load_config` reads back."""
+    """Return every key of a config as YAML that :func:`load_config` reads back."""
     return yaml.safe_dump(to_plain(config), sort_keys=False, default_flow_style=None)
 
 
 def config_differences(old: RunConfig, new: RunConfig) -> list[str]:
-    """Keys in which two configs differ, each as ``section.key: old -> new``."""
+    """Return the differences between two configs, each as ``section.key: old -> new``."""
     before, after = flat(old), flat(new)
     return [f"{key}: {before[key]} -> {after[key]}" for key in differing_keys(old, new)]
 
 
 def flat(config: RunConfig) -> dict[str, Any]:
-    """Every value of a config as plain data, by ``section.key``."""
+    """Return every value of a config as plain data, by ``section.key``."""
     return _flatten(to_plain(config))
 
 
 def differing_keys(old: RunConfig, new: RunConfig) -> list[str]:
-    """``section.key`` of the values in which two configs differ."""
+    """Return the ``section.key`` of every value that differs between two configs."""
     before, after = flat(old), flat(new)
     return [key for key in before if before[key] != after[key]]
 
@@ -196,9 +197,9 @@ def _read(name_or_path: str) -> tuple[str, str]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-3 as the number it is meant as (YAML 1.1 takes it for text), and refuses what hides or multiplies.
+    """Parses 1e-3 as a float (YAML 1.1 returns a string) and rejects duplicate keys and aliases.
 
-    That is a key that stands twice, and an alias: a few lines of them can stand for more values than memory holds.
+    A duplicate key silently hides a value; a few lines of nested aliases can expand to more than fits in memory.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
@@ -260,7 +261,7 @@ def _validate(content: dict[str, Any], origin: str) -> RunConfig:
 
 
 def _in_words(detail: Any, origin: str) -> str:
-    """One finding of pydantic as: where, what came, what is allowed."""
+    """Word a pydantic error for the user: where it is, what was found and what is allowed."""
     path = ".".join(str(part) for part in detail["loc"][1:])
     if detail["type"] == "unexpected_keyword_argument":
         known = [key for key in _known_keys() if key.rpartition(".")[0] == path.rpartition(".")[0]]
@@ -278,7 +279,7 @@ def _in_words(detail: Any, origin: str) -> str:
 
 
 def _known_keys() -> list[str]:
-    """Every section and key, with its path."""
+    """Return the dotted path of every section and key."""
     plain = to_plain(RunConfig())
     keys = list(_flatten(plain))
     return sorted({".".join(key.split(".")[:end]) for key in keys for end in range(1, key.count(".") + 2)})

@@ -1,4 +1,4 @@
-"""How a run trains: budget, batches, optimiser."""
+"""Config of training: budget, batches and optimiser."""
 
 from __future__ import annotations
 
@@ -11,47 +11,49 @@ class TrainingConfig:
     """Budget, batches and optimiser of a run."""
 
     steps: int | None = None
-    """Budget in optimiser steps; exactly one of ``steps`` and ``hours`` is set."""
+    """Budget in optimiser steps; set exactly one of ``steps`` and ``hours``."""
     hours: float | None = None
-    """Budget in hours of wall-clock time, preparation and validation included."""
+    """Budget in hours of wall-clock time, including preparation and validation."""
     patch_voxels: tuple[int, int, int] = (128, 128, 128)
     """Size of training patches and of inference windows."""
     batch_size: int = 2
-    """Patches in one forward pass, of each process."""
+    """Patches per forward pass, in each process."""
     accumulate: int = 1
-    """Forward passes whose gradients are summed before a step."""
+    """Forward passes whose gradients are accumulated before each step."""
     tumour_probability: float = 0.5
-    """Share of patches that are centred on a tumour voxel, each tissue equally often."""
+    """Fraction of patches that are centred on a tumour voxel; all tumour tissues are equally likely."""
     enhancing_probability: float | None = None
-    """Share of those that are centred on enhancing tumour where the case has some; null: each tissue equally often."""
+    """Fraction of the tumour-centred patches that are centred on enhancing tumour, in cases that have any; null makes
+    all tumour tissues equally likely."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    """``sgd`` has Nesterov momentum."""
+    """Optimiser; ``sgd`` uses Nesterov momentum."""
     learning_rate: float = 1e-3
     """Peak learning rate."""
     weight_decay: float = 1e-5
-    """Decay of weights; biases and norms are spared."""
+    """Weight decay; biases and normalisation parameters are excluded."""
     momentum: float = 0.9
     """Momentum of ``sgd``."""
     schedule: Literal["cosine", "poly", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up; poly has exponent 0.9."""
+    """Decay of the learning rate after the warm-up; ``poly`` has exponent 0.9."""
     warmup: float = 0.05
-    """Share of the budget in which the learning rate rises from 0."""
+    """Fraction of the budget during which the learning rate rises from 0."""
     ema_decay: float = 0.0
-    """Above 0, such as 0.999: validation, the best weights and so prediction use a moving average of the weights.
-    After step t the decay is at most (1 + t) / (10 + t), so that 0.99 and more are the same up to step 890."""
+    """Decay of a moving average of the weights, such as 0.999; 0 disables it. Validation, the best checkpoint and
+    therefore prediction use the average. After step t the decay is capped at (1 + t) / (10 + t), so all values from
+    0.99 on are equivalent up to step 890."""
     validations: int = 10
-    """How often the validation cases are predicted, spread evenly, the last at the end."""
+    """Number of validations, evenly spaced; the last one is at the end of the run."""
     patience: int | None = None
-    """Validations without a better mean Dice that end the run early; null: the budget alone ends it."""
+    """Stop early after this many validations without a better mean Dice; null disables early stopping."""
     checkpoint_minutes: float = 10.0
-    """Time between checkpoints; one is also saved at the start, at each validation and on interruption."""
+    """Minutes between checkpoints; one is also saved at the start, at each validation and on interruption."""
     max_rollbacks: int = 3
-    """How often a run may go back to its last checkpoint because of a loss that is not finite."""
+    """Maximum number of rollbacks to the last checkpoint after a non-finite loss."""
     telemetry_steps: int = 0
-    """Steps from one measurement of every layer's gradient and of the gradient overlap to the next; 0 measures none.
-    In float16 the norms of the overlap are those of the scaled loss."""
+    """Steps between measurements of each layer's gradient and of the gradient overlap; 0 disables them. In float16 the
+    norms of the overlap are those of the scaled loss."""
     seed: int = 0
-    """Initial weights, patches and their augmentation."""
+    """Random seed of the initial weights, the patches and their augmentation."""
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.hours is None):

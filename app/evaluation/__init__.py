@@ -1,1 +1,1 @@
-"""Scores of predicted label maps against references: the metrics, and whole folders at once."""
+"""Score predicted label maps against references: metrics, and whole folders at once."""

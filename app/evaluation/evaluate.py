@@ -37,16 +37,16 @@ from data.labels import REGIONS, LabelConvention, Region, decode, require_known_
 from data.nifti import Spacing, Volume, grid_difference, in_order_of, read_label_map, reorient, strip_nifti_ending
 from data.preprocess import resample_codes_onto, smallest_box
 
-#: What is known of each region beside :data:`METRICS` where there are probabilities.
+#: Additional metrics of each region for cases with probabilities.
 CALIBRATION: Final = ("ece", "brier")
 
-#: :data:`CALIBRATION` by region.
+#: Values of :data:`CALIBRATION` by region.
 CalibrationErrors = dict[Region, dict[str, float]]
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
-#: The numbers of each region, in the order in which every file and table gives them.
+#: Metrics of each region, in the order of every file and table.
 METRICS: Final = tuple(field.name for field in dataclasses.fields(RegionScores))
 
 _NAMING_RULES: Final = (
@@ -60,58 +60,58 @@ _IN_TERMINAL: Final = {"dice": ".3f", "hd95_mm": ".1f"}
 
 @dataclass(frozen=True, kw_only=True)
 class CaseScores:
-    """The scores of one case."""
+    """Scores of one case."""
 
     case: str
     """Case id."""
     regions: Mapping[Region, RegionScores]
     """Scores of WT, TC and ET."""
     resampled: bool = False
-    """Whether the prediction lay on another grid and was brought to that of the reference."""
+    """Whether the prediction was on a different grid and was resampled to that of the reference."""
     reliability: tuple[Reliability, ...] | None = None
-    """By region; None without a file of probabilities on the reference's grid, or without any tumour."""
+    """Reliability by region; None without a probability file on the reference's grid, or without any tumour."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """The scores of all cases that could be scored, and the names of those that could not."""
+    """Scores of all cases that could be scored, and the names of those that could not."""
 
     cases: tuple[CaseScores, ...]
     """Sorted by case id, at least one."""
     missing_predictions: tuple[str, ...]
-    """Case ids that have a reference but no prediction; they count in no mean."""
+    """Case ids that have a reference but no prediction; means do not include them."""
     missing_references: tuple[str, ...]
     """Case ids that have a prediction but no reference."""
     failures: Mapping[str, str]
-    """Why a case that has both could not be scored, by case id."""
+    """Reasons why cases with both label maps could not be scored, by case id."""
     prediction_convention: str
     """Name of the label convention of the predictions, e.g. ``brats2023``."""
     reference_convention: str
-    """The same for the references."""
+    """Name of the label convention of the references."""
     nsd_mm: float = NSD_MM
     """Tolerance of the surface Dice in mm."""
     made_by_us: tuple[str, ...] = ()
-    """Case ids whose reference has the JSON of ``predict`` beside it: perhaps both sides are swapped."""
+    """Case ids whose reference has a JSON file of ``predict`` next to it: the two sides may be swapped."""
 
     def summary(self) -> dict[Region, dict[str, float]]:
-        """Mean over cases of every number in :data:`METRICS`, by region, e.g. ``summary()["WT"]["dice"]``."""
+        """Return the mean over cases of all :data:`METRICS`, by region, e.g. ``summary()["WT"]["dice"]``."""
         return self._over_cases(statistics.fmean)
 
     def medians(self) -> dict[Region, dict[str, float]]:
-        """Median over cases of every number in :data:`METRICS`, by region."""
+        """Return the median over cases of all :data:`METRICS`, by region."""
         return self._over_cases(statistics.median)
 
     @property
     def resampled(self) -> tuple[str, ...]:
-        """Case ids whose prediction was brought to the reference's grid, sorted."""
+        """Sorted case ids whose prediction was resampled to the reference's grid."""
         return tuple(scores.case for scores in self.cases if scores.resampled)
 
     def to_json(self) -> dict[str, object]:
-        """Everything as plain Python values that ``json.dumps`` accepts.
+        """Return everything as plain Python values that ``json.dumps`` accepts.
 
         Returns:
-            ``regions`` (means), ``cases``, then the medians, what is missing, failed or was resampled, and which
-            definitions were used, in words. Distances in mm, volumes in ml, the rest from 0 to 1.
+            ``regions`` (means), ``cases``, then the medians, the cases that are missing, failed or were resampled, and
+            the definitions in words. Distances are in mm, volumes in ml, all other metrics from 0 to 1.
         """
         return {
             "regions": self.summary(),
@@ -139,7 +139,7 @@ class Evaluation:
         return any(scores.reliability is not None for scores in self.cases)
 
     def calibration(self) -> dict[str, CalibrationErrors]:
-        """ECE and Brier score by row name: the cases that have them, then ``mean`` and ``median`` over these."""
+        """Return ECE and Brier score by row: the cases that have them, then their ``mean`` and ``median``."""
         cases = {scores.case: _errors(scores.reliability) for scores in self.cases if scores.reliability is not None}
 
         def middle(of: Callable[[list[float]], float]) -> CalibrationErrors:
@@ -183,26 +183,26 @@ def evaluate(
 ) -> Evaluation:
     """Score every case that has a label map in both folders.
 
-    Each side's label convention is decided from all of its files, so predictions with 3 for enhancing tumour can be
-    scored against references with 4. Label maps of one physical grid may be stored in different voxel orders.
-    References are never changed: scores, distances and volumes are those on their grid.
+    The label convention of each side is determined from all of its files, so predictions with 3 for enhancing tumour
+    can be scored against references with 4. Label maps on the same physical grid may be stored in different voxel
+    orders. References are never changed: scores, distances and volumes are computed on their grid.
 
     Args:
-        predictions: folder of predicted label maps, laid out as ``data.datasets.layouts.find_label_maps`` accepts.
+        predictions: folder of predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
         references: folder of reference label maps, in any such layout.
-        resample: bring a prediction on another grid to the grid of its reference; without it such a case fails.
+        resample: resample a prediction on a different grid to the grid of its reference; otherwise such a case fails.
         nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.
-        labels: names of the label conventions of predictions and references, where the files do not tell.
-        follow_links: accept symbolic links that lead out of the folders.
-        on_case: called on the caller's thread with each case id, in sorted order, once the case is scored or has
-            failed, and with the share of the cases that is done.
+        labels: names of the label conventions of predictions and references, if the files do not determine them.
+        follow_links: accept symlinks that lead out of the folders.
+        on_case: called on the caller's thread, in sorted order, with each case id that was scored or failed, and the
+            share of cases done so far.
 
     Returns:
-        the scores, and by name every case that is missing on one side or could not be scored.
+        the scores, and the ids of all cases that are missing on one side or could not be scored.
 
     Raises:
-        DataError: a folder cannot be used, one folder mixes label conventions, the folders have no case in common, or
-            not one case could be scored (the message then gives the reasons).
+        DataError: a folder cannot be used, a folder mixes label conventions, the folders have no case in common, or no
+            case could be scored (the message then gives reasons).
 
     Example:
         >>> evaluation = evaluate(Path("predicted"), Path("BraTS2021"))  # doctest: +SKIP
@@ -231,37 +231,37 @@ def evaluate(
 
 @dataclass(frozen=True, kw_only=True)
 class Folders:
-    """The label maps of two folders, matched by case."""
+    """Label maps of two folders, matched by case."""
 
     predicted: Mapping[str, Path]
-    """Label map of each case, by case id."""
+    """Predicted label maps by case id."""
     expected: Mapping[str, Path]
-    """The references, likewise."""
+    """Reference label maps by case id."""
     prediction_convention: LabelConvention
-    """What the numbers of the predictions mean."""
+    """Label convention of the predictions."""
     reference_convention: LabelConvention
-    """What those of the references mean."""
+    """Label convention of the references."""
     faults: Mapping[str, str]
-    """Why a case that has both cannot be read, by case id."""
+    """Reasons why cases with both label maps cannot be read, by case id."""
     read: Callable[[Path], Volume]
-    """Reads one of the label maps, or gives it again; see :class:`LabelMapsOnce`."""
+    """Reads one of the label maps, or returns it from memory; see :class:`LabelMapsOnce`."""
     pixdim_mm: Mapping[str, Spacing]
-    """The voxel size in the header of the prediction (else of the reference) where the affine has another and is
-    followed, by id of the cases that have both."""
+    """Voxel size in the header of the prediction (or else the reference) that disagrees with the affine, which takes
+    precedence; by id of the cases with both label maps."""
 
     @property
     def common(self) -> list[str]:
-        """Case ids that both folders have, sorted; at least one."""
+        """Sorted case ids that both folders have; at least one."""
         return sorted(self.predicted.keys() & self.expected.keys())
 
     @property
     def missing_predictions(self) -> tuple[str, ...]:
-        """Case ids that have a reference but no prediction, sorted."""
+        """Sorted case ids that have a reference but no prediction."""
         return tuple(sorted(self.expected.keys() - self.predicted.keys()))
 
     @property
     def missing_references(self) -> tuple[str, ...]:
-        """Case ids that have a prediction but no reference, sorted."""
+        """Sorted case ids that have a prediction but no reference."""
         return tuple(sorted(self.predicted.keys() - self.expected.keys()))
 
 
@@ -272,18 +272,18 @@ def match(
     labels: tuple[str | None, str | None] = (None, None),
     follow_links: bool = False,
 ) -> Folders:
-    """Find the label maps of both folders and decide what their numbers mean.
+    """Find the label maps of both folders and determine their label conventions.
 
-    A header whose voxel size is not that of its affine is warned of: the affine is followed.
+    A header whose voxel size disagrees with its affine causes a warning; the affine takes precedence.
 
     Args:
         predictions: folder of predicted label maps.
         references: folder of reference label maps.
-        labels: names of the label conventions of predictions and references, where the files do not tell.
-        follow_links: accept symbolic links that lead out of the folders.
+        labels: names of the label conventions of predictions and references, if the files do not determine them.
+        follow_links: accept symlinks that lead out of the folders.
 
     Raises:
-        DataError: as :func:`evaluate`, but for what only scoring shows.
+        DataError: as :func:`evaluate`, except for errors that only scoring reveals.
     """
     predicted_cases = find_label_cases(predictions, follow_links=follow_links)
     expected_cases = find_label_cases(references, follow_links=follow_links)
@@ -318,7 +318,7 @@ def match(
 
 
 def _about_pixdim(pixdim_mm: Mapping[str, Spacing]) -> str:
-    """The warning of headers that state two voxel sizes."""
+    """Return the warning about headers whose pixdim and affine state different voxel sizes."""
     first, (x, y, z) = next(iter(pixdim_mm.items()))
     return (
         f"the voxel size in the header (pixdim) is not that of the affine: {_some(pixdim_mm)}; in {first} pixdim is "
@@ -328,25 +328,25 @@ def _about_pixdim(pixdim_mm: Mapping[str, Spacing]) -> str:
 
 
 class LabelMapsOnce:
-    """Label maps that are asked for twice: first for the numbers in them, which settle the convention, then to score.
+    """Label maps that are used twice, to determine the convention from their values and to score, but read once.
 
-    What was read is kept for the second time, cropped to what is not background, as long as there is room.
+    After the first use a label map is kept in memory, cropped to its foreground, as long as there is room.
     """
 
     def __init__(self, paths: frozenset[Path], *, room_bytes: int = _KEPT_BYTES) -> None:
-        """Keep nothing yet.
+        """Set up an empty store.
 
         Args:
-            paths: the label maps that will be asked for twice.
-            room_bytes: of those kept at a time, default 512 MiB.
+            paths: the label maps that will be used twice.
+            room_bytes: maximum size of the label maps kept at any time; default: 512 MiB.
         """
         self._paths, self._room_bytes, self._lock = paths, room_bytes, Lock()
         self._kept: dict[Path, tuple[Volume, tuple[slice, slice, slice], tuple[int, ...]]] = {}
-        #: The voxel size in the header of each label map read whose affine has another.
+        #: Voxel size in the header of each label map whose affine states a different one.
         self.pixdim_mm: dict[Path, Spacing] = {}
 
     def values(self, path: Path) -> set[int]:
-        """The numbers in a label map.
+        """Return the numbers in a label map.
 
         Raises:
             DataError: as :func:`data.nifti.read_label_map`.
@@ -367,7 +367,7 @@ class LabelMapsOnce:
         return {int(value) for value in values_in(inside)} | ({0} if inside.size < mask.size else set())
 
     def give(self, path: Path) -> Volume:
-        """The label map as it was read the first time, which is then forgotten, or read anew.
+        """Return a label map: the copy kept in memory, which is then dropped, or else read from its file again.
 
         Raises:
             DataError: as :func:`data.nifti.read_label_map`.
@@ -394,17 +394,17 @@ def score_each(
     """Score the cases that both folders have, several at once.
 
     Args:
-        folders: of :func:`match`.
-        score: scores the case of an id.
-        on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
-        workers: cases at a time, default one a core.
-        on_stop: called when the job is interrupted or fails, to end what ``score`` is waiting for in other threads.
+        folders: folders from :func:`match`.
+        score: scores the case with a given id.
+        on_case: called in order with each case id that is done, and the share of cases done so far.
+        workers: number of cases at a time; default: one per core.
+        on_stop: called if the job is interrupted or fails, to end whatever ``score`` waits for in other threads.
 
     Returns:
-        what ``score`` gave, in the order of the ids, without the cases that failed; and why those failed, by id.
+        the results of ``score`` in the order of the ids, without failed cases; and the reasons of failures, by id.
 
     Raises:
-        DataError: not one case could be scored; the message gives reasons.
+        DataError: no case could be scored; the message gives reasons.
     """
 
     def outcome(case: str) -> _Result | _Failure:
@@ -439,11 +439,11 @@ class _Failure:
 
 
 def score_rows(evaluation: Evaluation) -> list[list[str]]:
-    """The table for the terminal: header, one row per case, then mean and median.
+    """Return the table for the terminal: header, one row per case, then mean and median.
 
     Returns:
         rows of seven texts each: the case id, then Dice (3 decimals) and HD95 in mm (1 decimal) of WT, TC and ET,
-        e.g. ``["BraTS2021_00000", "0.912", "4.1", ...]``; where a case has probabilities, three more: ECE (4 decimals).
+        e.g. ``["BraTS2021_00000", "0.912", "4.1", ...]``; if any case has probabilities, three more: ECE (4 decimals).
     """
     errors = evaluation.calibration()
     ece = [f"{region} ECE" for region in REGIONS] if errors else []
@@ -461,7 +461,7 @@ def score_rows(evaluation: Evaluation) -> list[list[str]]:
 
 
 def region_remarks(evaluation: Evaluation) -> list[str]:
-    """What the terminal's table does not tell by itself, a sentence each."""
+    """Return explanations of the table in the terminal, one sentence each."""
     said = ["sensitivity, specificity, surface Dice and volumes are in --out scores.csv and --json"]
     if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in evaluation.cases for one in case.regions.values()):
         said.append(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: marked by one side alone (the rule of BraTS 2023)")
@@ -469,18 +469,18 @@ def region_remarks(evaluation: Evaluation) -> list[str]:
 
 
 def write_score_table(evaluation: Evaluation, path: Path) -> None:
-    """Write all numbers as CSV: columns ``case``, ``WT_dice``, ``WT_hd95_mm``, ...; rows: cases, ``mean``, ``median``.
+    """Write all scores as CSV: columns ``case``, ``WT_dice``, ``WT_hd95_mm``, ...; rows: cases, ``mean``, ``median``.
 
-    Where a case has probabilities ``WT_ece``, ``WT_brier``, ... follow; they are empty for cases without. Numbers are
-    written in full precision. The file is there whole or not at all.
+    If any case has probabilities, columns ``WT_ece``, ``WT_brier``, ... follow; they are empty for cases without.
+    Numbers are written in full precision. The file is written atomically.
 
     Args:
-        evaluation: what to write.
-        path: the CSV file; replaced if it exists.
+        evaluation: scores to write.
+        path: CSV file; an existing one is replaced.
 
     Raises:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written to.
+        OSError: the disk is full or the folder cannot be written.
     """
     require_table_place(path)
     with (
@@ -489,7 +489,7 @@ def write_score_table(evaluation: Evaluation, path: Path) -> None:
             "w",
             newline="",
             encoding="utf-8",
-            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+            errors="backslashreplace",  # a file name may contain bytes that are not UTF-8
         ) as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -505,10 +505,10 @@ def write_score_table(evaluation: Evaluation, path: Path) -> None:
 
 
 def require_table_place(path: Path) -> None:
-    """Make sure that a table can be written to a path.
+    """Require that a table can be written to a path.
 
     Raises:
-        DataError: its folder does not exist, or it is a folder itself.
+        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
     """
     if path.is_dir():
         raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
@@ -517,7 +517,7 @@ def require_table_place(path: Path) -> None:
 
 
 def _named_values(evaluation: Evaluation) -> Iterator[tuple[str, dict[Region, dict[str, float]]]]:
-    """The rows of every table: the cases, then mean and median."""
+    """Yield the rows of every table: the cases, then mean and median."""
     for scores in evaluation.cases:
         yield scores.case, {region: dataclasses.asdict(scores.regions[region]) for region in REGIONS}
     yield "mean", evaluation.summary()
@@ -552,16 +552,16 @@ def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -
 
 
 def _probabilities_of(case: str, label_map: Path) -> Path | None:
-    """The file of probabilities that belongs to a label map; where predict's JSON is there, if it says so."""
+    """Return the probability file of a label map, unless predict's JSON shows that it belongs to an earlier one."""
     names = dict.fromkeys((strip_nifti_ending(label_map.name), case))
     path = next((p for name in names if (p := label_map.with_name(f"{name}{ENDING}")).exists()), None)
     files = _record_beside(label_map, case).get("files")
-    earlier = isinstance(files, dict) and files.get("probabilities", path) is None  # of an earlier label map
+    earlier = isinstance(files, dict) and files.get("probabilities", path) is None
     return None if earlier else path
 
 
 def _record_beside(label_map: Path, case: str) -> dict[str, Any]:
-    """The JSON of ``predict`` beside a label map; empty where there is none, or something else."""
+    """Return the JSON of ``predict`` next to a label map; empty if there is none, or it is something else."""
     try:
         record = json.loads(label_map.with_name(f"{case}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -580,9 +580,9 @@ def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
 def _survey(
     folder: Path, cases: Mapping[str, Case], labels: str | None, maps: LabelMapsOnce
 ) -> tuple[LabelConvention, dict[str, str]]:
-    """Decide one side's convention from all of its files; the files that have no say come back by case, with reasons.
+    """Determine one side's convention from all of its files; return unusable files as well, as reasons by case id.
 
-    Cases without a counterpart are read as well: they may hold the only 3 or 4 of the data set.
+    Cases without a counterpart are read too: they may contain the only 3 or 4 of the data set.
     """
     label_maps = _label_maps(cases)
 
@@ -612,7 +612,7 @@ def _parallel(
     workers: int | None = None,
     on_stop: Callable[[], None] | None = None,
 ) -> list[_Result]:
-    """Results in the order of the items, computed on all cores; an exception or Ctrl-C drops what has not begun."""
+    """Return results in the order of the items, computed in parallel; an exception or Ctrl-C cancels pending items."""
     results = []
     with ThreadPoolExecutor(max_workers=workers or os.cpu_count()) as pool:
         futures = [pool.submit(function, item) for item in items]
@@ -631,6 +631,6 @@ def _parallel(
 
 
 def _some(ids: Collection[str]) -> str:
-    """The first few case ids: ``a, b, c and 7 more``."""
+    """Format the first few case ids: ``a, b, c and 7 more``."""
     shown = ", ".join(list(ids)[:_SHOWN])
     return shown if len(ids) <= _SHOWN else f"{shown} and {len(ids) - _SHOWN} more"

@@ -20,22 +20,22 @@ from data.preprocess import smallest_box
 
 #: HD95 in mm when exactly one of two masks is empty: the diagonal of 240 x 240 x 155 mm, rounded up (BraTS 2023).
 ONE_EMPTY_HD95_MM: Final = 374.0
-#: One sentence that says which of several "HD95" this is; it goes into every result file.
+#: One sentence that defines which "HD95" this is; every result file contains it.
 HD95_DEFINITION: Final = "surface-distance robust Hausdorff, 95 %; one mask empty 374 mm (BraTS 2023)"
-#: Distance in mm within which two surfaces agree, unless another is asked for; what BraTS 2024 reports beside 0.5 mm.
+#: Default distance in mm within which two surfaces agree; BraTS 2024 reports this one and 0.5 mm.
 NSD_MM: Final = 1.0
-#: The same for Dice.
+#: One sentence that defines Dice.
 DICE_DEFINITION: Final = "whole volume; both masks empty 1, one mask empty 0 (BraTS 2023)"
 
 
 def nsd_definition(tolerance_mm: float) -> str:
-    """One sentence that says which normalised surface Dice this is."""
+    """Return one sentence that defines which normalised surface Dice this is."""
     return f"surface-distance surface Dice at {tolerance_mm:g} mm, by area; both masks empty 1, one mask empty 0"
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionScores:
-    """How well one region of one case was found."""
+    """Scores of one region of one case."""
 
     dice: float
     """0 to 1, see :func:`dice`."""
@@ -50,13 +50,13 @@ class RegionScores:
     reference_volume_ml: float
     """Reference volume in millilitres."""
     volume_error_ml: float
-    """Predicted minus reference volume in millilitres: positive where too much was marked."""
+    """Predicted minus reference volume in millilitres: positive if the prediction is too large."""
     nsd: float
     """0 to 1, see :func:`surface_dice`."""
 
 
 def dice(prediction: Mask, reference: Mask) -> float:
-    """Dice overlap, ``2 |P and R| / (|P| + |R|)``.
+    """Compute the Dice overlap, ``2 |P and R| / (|P| + |R|)``.
 
     Args:
         prediction: bool, shape (X, Y, Z).
@@ -78,14 +78,14 @@ def dice(prediction: Mask, reference: Mask) -> float:
 
 
 def sensitivity(prediction: Mask, reference: Mask) -> float:
-    """Share of the reference that was found, ``TP / (TP + FN)``.
+    """Compute the share of the reference that was found, ``TP / (TP + FN)``.
 
     Args:
         prediction: bool, shape (X, Y, Z).
         reference: bool, same shape.
 
     Returns:
-        0 to 1; with an empty reference 1 if the prediction is empty too, else 0 (BraTS 2023).
+        0 to 1; if the reference is empty, 1 for an empty prediction, else 0 (BraTS 2023).
 
     Raises:
         ValueError: shapes differ, or a mask is not boolean.
@@ -102,15 +102,15 @@ def sensitivity(prediction: Mask, reference: Mask) -> float:
 
 
 def specificity(prediction: Mask, reference: Mask) -> float:
-    """Share of the voxels outside the reference that were left alone, ``TN / (TN + FP)``.
+    """Compute the share of voxels outside the reference that are outside the prediction too, ``TN / (TN + FP)``.
 
     Args:
         prediction: bool, shape (X, Y, Z).
         reference: bool, same shape.
 
     Returns:
-        0 to 1; 0 when the reference fills the whole grid, as the BraTS 2023 script has it (it adds the smallest float
-        to the denominator).
+        0 to 1; 0 when the reference fills the whole grid, as in the BraTS 2023 script (which adds the smallest float to
+        the denominator).
 
     Raises:
         ValueError: shapes differ, or a mask is not boolean.
@@ -126,7 +126,7 @@ def specificity(prediction: Mask, reference: Mask) -> float:
 
 
 def volume_ml(mask: Mask, spacing_mm: Spacing) -> float:
-    """Volume of a mask: number of voxels times the volume of one, 1 ml being 1000 cubic millimetres.
+    """Compute the volume of a mask: number of voxels times voxel volume; 1 ml is 1000 cubic millimetres.
 
     Args:
         mask: bool, any shape.
@@ -147,15 +147,15 @@ def volume_ml(mask: Mask, spacing_mm: Spacing) -> float:
 
 
 def hausdorff95_mm(prediction: Mask, reference: Mask, spacing_mm: Spacing) -> float:
-    """Robust Hausdorff distance at 95 %, area-weighted: the "HD95" of DeepMind's ``surface-distance`` and of BraTS.
+    """Compute the area-weighted robust Hausdorff distance at 95 %, the "HD95" of ``surface-distance`` and BraTS.
 
-    The surface of a mask lives on the corners of the voxel grid: a corner belongs to it when the eight voxels around
-    it are neither all inside nor all outside, and it stands for the area in mm^2 of the marching-cubes patch of those
-    eight. For each direction, with ``d_i`` the Euclidean distance of corner i to the nearest surface corner of the
-    other mask, ascending, and ``a_i`` its area, the robust distance is the first ``d_k`` with
+    The surface of a mask is defined on the corners of the voxel grid: a corner belongs to it if the eight voxels around
+    it are neither all inside nor all outside, and represents the area in mm^2 of the marching-cubes patch of those
+    eight. In each direction, let ``d_i`` be the Euclidean distances of the corners to the nearest surface corner of the
+    other mask, ascending, and ``a_i`` their areas. The robust distance is the first ``d_k`` with
     ``a_1 + ... + a_k >= 0.95 sum(a)``. The result is the larger of the two directions.
 
-    Other programs weight every border voxel alike, or pool the two directions; their "HD95" differs.
+    Other programs give every border voxel the same weight, or pool the two directions; their "HD95" differs.
 
     Args:
         prediction: bool, shape (X, Y, Z).
@@ -178,10 +178,10 @@ def hausdorff95_mm(prediction: Mask, reference: Mask, spacing_mm: Spacing) -> fl
 
 
 def surface_dice(prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float = NSD_MM) -> float:
-    """Surface Dice at a tolerance: the share of both surfaces' area that lies within it of the other surface.
+    """Compute the surface Dice: the share of both surfaces' area within a tolerance of the other surface.
 
     Surfaces and areas are those of :func:`hausdorff95_mm`. nnU-Net and the script of BraTS 2024 count border voxels
-    instead of areas; ``evaluate --rules brats2024`` gives theirs.
+    instead of areas; ``evaluate --rules brats2024`` computes that variant.
 
     Args:
         prediction: bool, shape (X, Y, Z).
@@ -206,7 +206,7 @@ def surface_dice(prediction: Mask, reference: Mask, spacing_mm: Spacing, toleran
 
 
 def _surface_scores(prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerance_mm: float) -> tuple[float, float]:
-    """HD95 in mm and surface Dice."""
+    """Compute HD95 in mm and surface Dice together."""
     _require_masks(prediction, reference)
     _require_spacing(spacing_mm)
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
@@ -227,11 +227,11 @@ def region_scores(
     *,
     nsd_mm: float = NSD_MM,
 ) -> dict[Region, RegionScores]:
-    """All scores of one case, for whole tumour, tumour core and enhancing tumour.
+    """Compute all scores of one case, for whole tumour, tumour core and enhancing tumour.
 
     Args:
-        prediction_codes: label map in the program's codes 0 to 3 (see ``data.labels``), shape (X, Y, Z).
-        reference_codes: the same for the reference, same shape and grid.
+        prediction_codes: predicted label map in the program's codes 0 to 3 (see ``data.labels``), shape (X, Y, Z).
+        reference_codes: reference label map of the same shape and grid.
         spacing_mm: voxel edge lengths in mm along X, Y, Z.
         nsd_mm: tolerance of :func:`surface_dice` in mm, default 1.
 
@@ -239,8 +239,8 @@ def region_scores(
         scores by region, in the order of ``data.labels.REGIONS``.
 
     Raises:
-        ValueError: shapes differ, a code above 3, the spacing is not three positive finite numbers, or the tolerance
-            is no distance.
+        ValueError: shapes differ, a code is above 3, the spacing is not three positive finite numbers, or the tolerance
+            is negative or not finite.
 
     Example:
         >>> codes = np.full((10, 10, 10), 2, dtype=np.uint8)  # oedema everywhere: no core
@@ -267,12 +267,12 @@ def region_scores(
 
 
 def _count(mask: Mask) -> int:
-    """Marked voxels as a plain int, so that ratios are plain floats and not numpy scalars."""
+    """Count the voxels of a mask as a plain int, so that ratios are plain floats and not numpy scalars."""
     return int(np.count_nonzero(mask))
 
 
 def _region_mask(codes: npt.NDArray[np.uint8], region: Region) -> Mask:
-    """Mask of one region; one at a time, since a stack of three is memory that nobody needs at once."""
+    """Return the mask of one region; computing one at a time saves the memory of a stack of three."""
     inside = np.zeros(ENHANCING + 1, dtype=np.bool_)
     inside[list(region_codes(region))] = True
     if codes.size and codes.max() > ENHANCING:
@@ -297,9 +297,9 @@ def _require_spacing(spacing_mm: Spacing) -> None:
 
 
 def _joint_box(prediction: Mask, reference: Mask) -> tuple[slice, slice, slice]:
-    """Smallest box that holds both masks.
+    """Return the smallest box that contains both masks.
 
-    Cropping to it loses nothing: every voxel outside is outside both masks, as the border that ``corner_codes`` adds,
-    so both surfaces, and with them all distances between them, stay the same.
+    Cropping to it is lossless: every voxel outside the box is outside both masks, like the border that ``corner_codes``
+    adds, so both surfaces and all distances between them stay the same.
     """
     return smallest_box(prediction | reference)

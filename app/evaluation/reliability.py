@@ -1,12 +1,12 @@
-"""How well probabilities tell how often they are right: expected calibration error (ECE) and Brier score.
+"""Calibration of probabilities: expected calibration error (ECE) and Brier score.
 
-ECE: Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015, of the
-probability of a region, not of the more likely of two answers. Brier, "Verification of forecasts expressed in terms of
-probability", Monthly Weather Review 78, 1950.
+ECE: Naeini, Cooper and Hauskrecht, "Obtaining well calibrated probabilities using Bayesian binning", AAAI 2015,
+computed for the probability of a region, not for that of the more likely answer. Brier, "Verification of forecasts
+expressed in terms of probability", Monthly Weather Review 78, 1950.
 
-Nearly all voxels of a head are sure background, and would make every network look calibrated. So voxels count that lie
-in a box around the tumour, marked or true. The box depends on which side of one half a probability lies, which
-temperature scaling leaves as it is.
+Nearly all voxels of a head are certain background and would make every network look calibrated. So only voxels in a box
+around the predicted and true tumour count. The box depends only on which side of one half a probability lies, which
+temperature scaling does not change.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ from data.preprocess import smallest_box
 FloatArray = npt.NDArray[np.float64]
 Box = tuple[slice, slice, slice]
 
-#: Bins of equal width between 0 and 1; each has its lower border, the last has 1 too.
+#: Number of bins of equal width between 0 and 1; each includes its lower border, the last one also 1.
 BINS: Final = 15
-#: How far the box reaches beyond the tumour, in mm.
+#: Margin of the box around the tumour in mm.
 MARGIN_MM: Final = 10.0
-#: What the numbers mean, in words; it goes into every result file.
+#: Definition of the metrics in words; every result file contains it.
 DEFINITION: Final = (
     f"of the probability of each region, over the voxels of the smallest box that holds the whole tumour (reference, "
     f"and probability above one half), grown by {MARGIN_MM:g} mm on every side; ECE: {BINS} bins of equal width; "
     "Brier: mean squared difference; a case without any tumour, marked or true, has none"
 )
-#: How the file of a case's probabilities is called.
+#: Ending of the name of a case's probability file.
 ENDING: Final = "_probabilities.nii.gz"
 _ROUNDING: Final = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reliability:
-    """Voxels by the probability that was said of them."""
+    """Voxel counts by predicted probability."""
 
     voxels: FloatArray
-    """How many are in each bin, shape (BINS,)."""
+    """Number of voxels in each bin, shape (BINS,)."""
     said: FloatArray
-    """Sum of their probabilities, shape (BINS,)."""
+    """Sum of the voxels' probabilities, shape (BINS,)."""
     right: FloatArray
-    """How many of them are in the region, shape (BINS,)."""
+    """Number of the voxels that are in the region, shape (BINS,)."""
     squares: float
-    """Sum over all of the squared difference."""
+    """Sum over all voxels of the squared difference of probability and truth (0 or 1)."""
 
     def __add__(self, other: Reliability) -> Reliability:
-        """Of both sets of voxels together."""
+        """Combine two sets of voxels."""
         return Reliability(
             voxels=self.voxels + other.voxels,
             said=self.said + other.said,
@@ -66,28 +66,28 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Mean over voxels of how far the share in the region is from the mean probability in their bin; 0 of none."""
+        """Mean over voxels of the gap between mean probability and share in the region in their bin; 0 if empty."""
         return float(np.abs(self.said - self.right).sum() / max(1.0, self.voxels.sum()))
 
     @property
     def brier(self) -> float:
-        """Mean squared difference of probability and truth (0 or 1); 0 of no voxels."""
+        """Mean squared difference of probability and truth (0 or 1); 0 for no voxels."""
         return self.squares / max(1.0, float(self.voxels.sum()))
 
 
-#: Of nothing.
+#: Reliability of an empty set of voxels.
 NO_VOXELS: Final = Reliability(voxels=np.zeros(BINS), said=np.zeros(BINS), right=np.zeros(BINS), squares=0.0)
 
 
 def reliability(
     probabilities: npt.NDArray[np.floating], right: npt.NDArray[np.bool_], weights: FloatArray | None = None
 ) -> Reliability:
-    """Count voxels.
+    """Count voxels by probability.
 
     Args:
         probabilities: 0 to 1, any shape.
-        right: whether they are in the region, the same shape.
-        weights: how many voxels each stands for; one each, where it is None.
+        right: whether each voxel is in the region, same shape.
+        weights: number of voxels that each entry stands for; None means one each.
 
     Example:
         >>> found = reliability(np.array([0.1, 0.9, 0.9, 0.9]), np.array([False, True, True, False]))
@@ -110,14 +110,14 @@ def reliability(
 
 
 def box_around(marked: npt.NDArray[np.bool_], spacing_mm: Spacing) -> Box | None:
-    """The smallest box that holds a mask, grown by at least :data:`MARGIN_MM`, cut at the grid.
+    """Return the smallest box that contains a mask, grown by at least :data:`MARGIN_MM` and clipped to the grid.
 
     Args:
-        marked: shape (X, Y, Z).
-        spacing_mm: of the grid.
+        marked: mask of shape (X, Y, Z).
+        spacing_mm: spacing of the grid.
 
     Returns:
-        None of an empty mask.
+        the box; None for an empty mask.
     """
     if not marked.any():
         return None
@@ -137,11 +137,11 @@ def case_reliability(
 
     Args:
         probabilities: shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
-        codes: of the reference, shape (X, Y, Z).
-        spacing_mm: of the grid.
+        codes: label codes of the reference, shape (X, Y, Z).
+        spacing_mm: spacing of the grid.
 
     Returns:
-        by region; None where there is no tumour, marked or true.
+        the reliability of each region; None if there is no predicted or true tumour.
     """
     box = box_around((probabilities[0] > 0.5) | (codes != 0), spacing_mm)
     if box is None:
@@ -151,17 +151,17 @@ def case_reliability(
 
 
 def read_probabilities(path: Path, reference: Volume) -> npt.NDArray[np.float32]:
-    """Probabilities of the regions in the voxel order of the reference.
+    """Read the probabilities of the regions in the voxel order of the reference.
 
     Args:
-        path: a 4D NIfTI of three volumes, in the order of :data:`data.labels.REGIONS`.
-        reference: on whose grid they must lie.
+        path: a 4D NIfTI file of three volumes, in the order of :data:`data.labels.REGIONS`.
+        reference: volume whose grid the probabilities must have.
 
     Returns:
         float32, shape (3, X, Y, Z), 0 to 1.
 
     Raises:
-        DataError: the file is damaged, of another shape or grid, or holds values that are no probabilities.
+        DataError: the file is damaged, has a different shape or grid, or contains values that are not probabilities.
     """
     parts: list[npt.NDArray[np.float32]] = []
     for number in range(len(REGIONS)):
@@ -181,5 +181,5 @@ def read_probabilities(path: Path, reference: Volume) -> npt.NDArray[np.float32]
 
 
 def pooled(cases: Sequence[Sequence[Reliability]]) -> tuple[Reliability, ...]:
-    """By region: the voxels of all cases together; at least one case."""
+    """Combine the voxels of all cases, by region; at least one case is required."""
     return tuple(sum(rest, first) for first, *rest in zip(*cases, strict=True))

@@ -1,7 +1,7 @@
-"""Paired differences between arms: bootstrap interval, signed-rank test, correction for several tests.
+"""Paired differences between arms: bootstrap interval, signed-rank test, correction for multiple tests.
 
-Pure functions of arrays. The cases are the independent units: differences are averaged over seeds before the test, and
-the bootstrap draws cases and seeds each with replacement.
+Pure functions of arrays. The cases are the independent units: differences are averaged over seeds before the test. The
+bootstrap draws both cases and seeds with replacement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from scipy import stats
 
 FloatArray = npt.NDArray[np.float64]
 
-#: With fewer cases that differ, no two-sided signed-rank test can reach 0.05: 2 / 2^5 is 0.0625.
+#: With fewer differing cases, a two-sided signed-rank test cannot reach 0.05: for five, 2 / 2^5 is 0.0625.
 LEAST_CASES: Final = 6
 RESAMPLES: Final = 10_000
 CONFIDENCE: Final = 0.95
@@ -26,7 +26,7 @@ SIGNIFICANCE: Final = 0.05
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """One arm against the baseline: mean paired difference, positive where the arm is better."""
+    """Mean paired difference of one arm from the baseline; positive if the arm is better."""
 
     mean: float
     low: float
@@ -35,14 +35,14 @@ class Difference:
     cases: int
     seeds: int
     p: float | None
-    """Two-sided signed-rank test over cases; None where it cannot be made."""
+    """Two-sided signed-rank test over cases; None if it is not possible."""
     p_holm: float | None = None
-    """Corrected for the other arms under the same optimiser."""
+    """``p`` corrected for the other arms under the same optimiser."""
     no_test: str = ""
-    """Why there is no ``p``."""
+    """Reason why there is no ``p``; otherwise empty."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return asdict(self)
 
 
@@ -52,11 +52,11 @@ def paired_difference(arm: FloatArray, baseline: FloatArray, *, resamples: int =
     Args:
         arm: scores, shape (seeds, cases).
         baseline: scores of the other arm, same shape and order.
-        resamples: of the bootstrap; default 10,000.
+        resamples: number of bootstrap resamples, default 10,000.
 
     Returns:
-        The mean of ``arm - baseline`` with its 95 % interval and the signed-rank test; ``p_holm`` is for
-        :func:`holm` to give.
+        the mean of ``arm - baseline`` with its 95 % interval and the signed-rank test; ``p_holm`` is left for
+        :func:`holm`.
 
     Raises:
         ValueError: the shapes differ, or there is no seed or no case.
@@ -73,16 +73,16 @@ def paired_difference(arm: FloatArray, baseline: FloatArray, *, resamples: int =
 def bootstrap_interval(
     values: FloatArray, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile interval of the mean; rows and columns are drawn with replacement, each for itself.
+    """Return the percentile interval of the mean; rows and columns are independently drawn with replacement.
 
     Args:
         values: shape (seeds, cases).
-        resamples: how often.
+        resamples: number of resamples.
         confidence: share of the resampled means within the interval.
-        seed: of the random generator; the same input has the same interval.
+        seed: seed of the random generator; the same input gives the same interval.
 
     Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007), arXiv 0712.1111, for drawing both
-    ways; with few rows or columns such an interval is too narrow, as every percentile bootstrap.
+    ways. With few rows or columns the interval is too narrow, like that of every percentile bootstrap.
     """
     rng = np.random.default_rng(seed)
     seeds, cases = values.shape
@@ -91,18 +91,18 @@ def bootstrap_interval(
     means = np.einsum("rs,sc,rc->r", of_seeds, values, of_cases, optimize=True)
     tail = 50 * (1 - confidence)
     low, high = np.percentile(means, [tail, 100 - tail])
-    # Rounded, so that sums that should be 0 decide nothing by being 1e-17.
+    # Rounded, so that a sum that should be 0 but is 1e-17 does not decide a verdict.
     return round(float(low), 12), round(float(high), 12)
 
 
 def signed_rank(differences: FloatArray) -> tuple[float | None, str]:
-    """Two-sided Wilcoxon signed-rank test.
+    """Perform a two-sided Wilcoxon signed-rank test.
 
     Args:
-        differences: one for each case, shape (cases,); those that are 0 are left out, as Wilcoxon did.
+        differences: one difference per case, shape (cases,); zeros are left out, as Wilcoxon did.
 
     Returns:
-        p and an empty text, or None and why there is no test.
+        p and an empty text, or None and the reason why there is no test.
     """
     nonzero = differences[differences != 0]
     if not len(nonzero):
@@ -114,7 +114,7 @@ def signed_rank(differences: FloatArray) -> tuple[float | None, str]:
 
 
 def holm(p: Sequence[float | None]) -> list[float | None]:
-    """Holm's correction of p values of one family; None stays None and does not count.
+    """Apply Holm's correction to the p values of one family; None stays None and does not count.
 
     Example:
         >>> holm([0.01, None, 0.04])
@@ -132,12 +132,12 @@ def holm(p: Sequence[float | None]) -> list[float | None]:
 
 
 def spread(values: Sequence[float]) -> float | None:
-    """Standard deviation of a sample, None for fewer than two values."""
+    """Return the standard deviation of a sample; None for fewer than two values."""
     return float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
 def first_step_at(steps: Sequence[int], dice: Sequence[float], target: float) -> int | None:
-    """The first step whose validation reached a Dice, or None.
+    """Return the first step whose validation reached a target Dice, or None.
 
     Example:
         >>> first_step_at([10, 20, 30], [0.2, 0.6, 0.5], 0.5)

@@ -1,4 +1,4 @@
-"""The surface of a mask on the corners of the voxel grid, and distances from one such surface to another.
+"""Surfaces of masks on the corners of the voxel grid, and the distances between them.
 
 Sources: Nikolov et al., "Deep learning to achieve clinically applicable segmentation of head and neck anatomy for
 radiotherapy", arXiv 1809.04430, and their package ``surface-distance``.
@@ -22,10 +22,10 @@ FloatArray = npt.NDArray[np.float64]
 
 _INSIDE_CODE: Final = 255
 _SHARE: Final = 0.95
-_SLACK_MM: Final = 1e-4  # single precision makes 1.00000003 mm of a voxel of 1 mm; a distance is no longer for that
-_SPARSE: Final = 60  # voxels a corner from which on a search is faster than a distance transform
-#: The marching-cubes patch of the codes 0 to 127; 255 - c has that of c. Three digits a triangle: its area in eighths
-#: seen along X, Y and Z. These are the numbers of the table in surface-distance (Apache-2.0), without signs.
+_SLACK_MM: Final = 1e-4  # single precision turns a 1 mm voxel into 1.00000003 mm; that must not fail a 1 mm tolerance
+_SPARSE: Final = 60  # voxels per corner above which a tree search is faster than a distance transform
+#: Marching-cubes patches of the codes 0 to 127; code 255 - c has the same patch as c. Each triangle has three digits:
+#: its area in eighths as seen along X, Y and Z. Values of the table in surface-distance (Apache-2.0), without signs.
 _PATCHES: Final = """
     - 111 111 220220 111 202202 111111 400222111 111 111111 202202 400222111 220220 400222111 400222111 400400 111
     022022 111111 040222111 111111 004222111 111111111 111222222111 111111 022022111 202202111 111333022202
@@ -43,14 +43,14 @@ _PATCHES: Final = """
 
 
 def corner_codes(voxels: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> Codes:
-    """Which of the eight voxels around each grid corner are inside, one bit each.
+    """Encode which of the eight voxels around each grid corner are inside, one bit each.
 
-    The voxel before the corner on all three axes has the highest bit, the one after it on all three axes the lowest, Z
-    running fastest: the bit order of the area table.
+    The voxel before the corner on all three axes has the highest bit, the one after it on all three axes the lowest,
+    and Z varies fastest: the bit order of the area table.
 
     Args:
-        voxels: a mask, shape (X, Y, Z); or numbers, by which the bits are multiplied and then summed modulo 256 - what
-            ``surface-distance`` makes of a map of lesion numbers, see ``app.evaluation.official``.
+        voxels: a mask, shape (X, Y, Z); or numbers by which the bits are multiplied before they are summed modulo 256,
+            as ``surface-distance`` does with a map of lesion numbers (see ``app.evaluation.brats.score``).
 
     Returns:
         uint8, shape (X + 1, Y + 1, Z + 1).
@@ -65,17 +65,17 @@ def corner_codes(voxels: npt.NDArray[np.bool_] | npt.NDArray[np.uint8]) -> Codes
 
 
 def on_surface(codes: Codes) -> Mask:
-    """The corners whose eight voxels are neither all outside nor all inside."""
+    """Return the corners whose eight voxels are neither all outside nor all inside."""
     surface: Mask = (codes != 0) & (codes != _INSIDE_CODE)
     return surface
 
 
 def surface_areas_mm2(spacing_mm: Spacing) -> FloatArray:
-    """Area of the surface patch at a corner for each of the 256 codes, shape (256,), in mm^2.
+    """Return the area in mm^2 of the surface patch at a corner for each of the 256 codes, shape (256,).
 
-    A patch is up to four triangles. The table gives each as a normal as long as the triangle's area in voxels of unit
-    edges; on other voxels the area of the face perpendicular to each axis scales its component. In double precision:
-    the error of single precision can move the 95 % point to the next distance.
+    A patch has up to four triangles. The table gives each as a normal whose length is the triangle's area for voxels
+    with unit edges; for other voxels each component is scaled by the area of the face perpendicular to its axis.
+    Computed in double precision, as the error of single precision can move the 95 % point to the next distance.
     """
     dx, dy, dz = spacing_mm
     face_mm2 = np.array([dy * dz, dx * dz, dx * dy])
@@ -84,17 +84,17 @@ def surface_areas_mm2(spacing_mm: Spacing) -> FloatArray:
 
 
 def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, may_search: bool = False) -> FloatArray:
-    """Euclidean distance of each marked corner of the first to the nearest marked one of the second.
+    """Return the Euclidean distance from each corner of the first surface to the nearest corner of the second.
 
     Args:
-        from_surface: shape (X, Y, Z).
-        to_surface: same shape, at least one marked.
+        from_surface: mask of corners, shape (X, Y, Z).
+        to_surface: mask of the same shape, with at least one corner.
         spacing_mm: edge lengths in mm along X, Y, Z.
-        may_search: search a tree of the marked corners where they are few in a large box, which is faster; the result
-            is the same but for rounding where corners are equally near.
+        may_search: allow a tree search, which is faster for few corners in a large box; the result is the same except
+            for rounding where corners are equally near.
 
     Returns:
-        millimetres, shape (number of corners marked in ``from_surface``,), in C order.
+        distances in mm, shape (number of corners in ``from_surface``,), in C order.
     """
     start = np.nonzero(from_surface)
     if may_search and to_surface.size > _SPARSE * len(start[0]):
@@ -102,8 +102,8 @@ def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, m
         found = cKDTree(places * spacing_mm).query(np.stack(start, axis=1) * spacing_mm)[1]
         steps_mm = [(places[found, axis] - start[axis]) * spacing_mm[axis] for axis in range(3)]
         return cast(FloatArray, np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2))
-    # Only the nearest corners are asked for, not the map of distances: half the memory, and the distances below are
-    # needed at the few corners of one surface only.
+    # Request only the indices of the nearest corners, not the distance map: this halves the memory, and distances are
+    # needed only at the few corners of one surface.
     nearest = ndimage.distance_transform_edt(
         ~to_surface, sampling=spacing_mm, return_distances=False, return_indices=True
     )
@@ -113,24 +113,24 @@ def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, m
 
 @dataclass(frozen=True, kw_only=True)
 class SurfaceDistances:
-    """How far each of two surfaces lies from the other, corner by corner."""
+    """Distances between two surfaces in both directions, corner by corner."""
 
     there_mm: FloatArray
-    """From the first surface's corners to the second surface, mm."""
+    """Distances from the first surface's corners to the second surface in mm."""
     there_mm2: FloatArray
-    """Area that each of these corners stands for, mm^2."""
+    """Area in mm^2 that each corner of the first surface represents."""
     back_mm: FloatArray
-    """From the second to the first."""
+    """Distances from the second surface's corners to the first surface in mm."""
     back_mm2: FloatArray
-    """Area of the corners of the second."""
+    """Area in mm^2 that each corner of the second surface represents."""
 
     @property
     def robust_mm(self) -> float:
-        """The larger of the two distances within which 95 % of one surface's area lies of the other surface."""
+        """Distance within which 95 % of a surface's area lies from the other; the larger of both directions."""
         return max(_percentile_mm(self.there_mm, self.there_mm2), _percentile_mm(self.back_mm, self.back_mm2))
 
     def share_within(self, tolerance_mm: float) -> float:
-        """Share of both surfaces' area that lies within a distance of the other surface, 0 to 1."""
+        """Return the share of both surfaces' area that lies within a distance of the other surface, 0 to 1."""
         near = (areas[mm <= tolerance_mm + _SLACK_MM].sum() for mm, areas in self._both)
         return float(sum(near) / sum(areas.sum() for _, areas in self._both))
 
@@ -142,13 +142,13 @@ class SurfaceDistances:
 def surface_distances(
     first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
 ) -> SurfaceDistances | None:
-    """The distances of two surfaces from each other; None where one of them is empty.
+    """Return the distances between two surfaces; None if one of them is empty.
 
     Args:
-        first: codes of :func:`corner_codes`.
-        second: the same of the other mask, same shape.
+        first: codes of the first mask, from :func:`corner_codes`.
+        second: codes of the second mask, same shape.
         spacing_mm: edge lengths in mm along X, Y, Z.
-        areas_mm2: of :func:`surface_areas_mm2`.
+        areas_mm2: areas from :func:`surface_areas_mm2`.
         may_search: as for :func:`distances_mm`.
     """
     one, other = on_surface(first), on_surface(second)
@@ -165,24 +165,24 @@ def surface_distances(
 def robust_distance_mm(
     first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
 ) -> float:
-    """The larger of the two distances within which 95 % of one surface's area lies of the other surface.
+    """Return the distance within which 95 % of a surface's area lies from the other; the larger of both directions.
 
     Args:
-        first: codes of :func:`corner_codes`, with some surface.
-        second: the same of the other mask, same shape.
+        first: codes of the first mask, from :func:`corner_codes`.
+        second: codes of the second mask, same shape.
         spacing_mm: edge lengths in mm along X, Y, Z.
-        areas_mm2: of :func:`surface_areas_mm2`.
+        areas_mm2: areas from :func:`surface_areas_mm2`.
         may_search: as for :func:`distances_mm`.
 
     Returns:
-        millimetres; infinite where exactly one has a surface.
+        distance in mm; infinite if either surface is empty.
     """
     found = surface_distances(first, second, spacing_mm, areas_mm2, may_search=may_search)
     return float("inf") if found is None else found.robust_mm
 
 
 def _percentile_mm(distances: FloatArray, weights_mm2: FloatArray) -> float:
-    # Area breaks ties of distance, as in the original: it fixes the rounding of the cumulative sum.
+    # Ties of distance are sorted by area, as in the original; this fixes the rounding of the cumulative sum.
     order = np.lexsort((weights_mm2, distances))
     reached = np.cumsum(weights_mm2[order]) / np.sum(weights_mm2[order])
     position = min(int(np.searchsorted(reached, _SHARE)), len(order) - 1)
@@ -191,7 +191,7 @@ def _percentile_mm(distances: FloatArray, weights_mm2: FloatArray) -> float:
 
 @functools.cache
 def _triangles() -> FloatArray:
-    """Up to four triangles a code, as normals without their signs, as long as the triangle's area: (256, 4, 3)."""
+    """Return up to four triangles per code as unsigned normals as long as the triangle's area, shape (256, 4, 3)."""
     half = np.zeros((128, 12))
     for code, digits in enumerate(_PATCHES.split()):
         half[code, : len(digits)] = [int(digit) / 8 for digit in digits.strip("-")] or [0.0]

@@ -1,1 +1,1 @@
-"""Jobs made of several runs: the gradient comparison, cross-validation and the demo."""
+"""Jobs built on whole runs: the gradient comparison, cross-validation and the demo."""

@@ -1,4 +1,4 @@
-"""The main job end to end on phantoms: make, train, predict, evaluate."""
+"""The demo: make phantoms, train on them, predict and evaluate, end to end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data.datasets.layouts import Case, find_cases
 from data.labels import LabelConvention
 from data.phantoms import write_phantoms
 
-#: Phantoms that train, validate and are held out.
+#: Numbers of phantoms for training, for validation and held out.
 TRAINING: Final = 24
 VALIDATING: Final = 2
 HELD_OUT: Final = 6
@@ -31,31 +31,31 @@ CONFIG: Final = "laptop"
 
 @dataclass(frozen=True, kw_only=True)
 class DemoResult:
-    """What the demo made."""
+    """Results of the demo."""
 
     out: Path
     """Folder with ``phantoms/ run/ predictions/ scores.csv``."""
     config: RunConfig
-    """Of the run."""
+    """Config of the run."""
     trained_on: int
-    """Number of phantoms that trained."""
+    """Number of training phantoms."""
     unseen: Sequence[Case]
     """Held-out phantoms, with their label maps."""
     convention: LabelConvention
-    """Of the predicted label maps."""
+    """Label convention of the predicted label maps."""
     weights_sha256: str
-    """Of the weights that predicted."""
+    """Hash of the weights that made the predictions."""
     evaluation: Evaluation
     seconds: Mapping[str, float]
-    """By stage."""
+    """Duration of each stage."""
 
     @property
     def page(self) -> Path:
-        """Where the page goes; :func:`app.reports.demo.write_demo_page` writes it."""
+        """Path of the page that :func:`app.reports.demo.write_demo_page` writes."""
         return self.out / "index.html"
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             **self.evaluation.to_json(),
             "page": str(self.page),
@@ -70,13 +70,13 @@ def run_demo(
     counts: tuple[int, int, int] | None = None,
     on_progress: OnProgress = silent,
 ) -> DemoResult:
-    """Run the demo into a folder.
+    """Run the demo in a folder.
 
     Args:
         out: new or empty folder; gets ``phantoms/ run/ predictions/ scores.csv``.
-        overrides: changes to the ``laptop`` config, as ``--set`` takes them.
-        counts: phantoms that train, validate and are held out; default 24, 2 and 6.
-        on_progress: told which stage is under way.
+        overrides: changes to the ``laptop`` config, in the form of ``--set``.
+        counts: numbers of phantoms for training, for validation and held out; default: 24, 2 and 6.
+        on_progress: called with the progress of each stage.
 
     Raises:
         RunError: ``out`` is a file or not empty.
@@ -119,14 +119,14 @@ def run_demo(
 
 
 class _Clock:
-    """Seconds by stage."""
+    """Measures the seconds of each stage."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._before = time.monotonic()
 
     def note(self, stage: str) -> None:
-        """End a stage."""
+        """End a stage, and record and log its duration."""
         now = time.monotonic()
         self.seconds[stage] = now - self._before
         self._before = now

@@ -1,6 +1,6 @@
-"""What jobs that make several runs have in common: their folder, going on with a run, a quiet log.
+"""Shared by jobs that make several runs: their folder, resuming a run, and a quiet log.
 
-Such a job keeps one file that says what it is, and its runs; the same command goes on with what is not done.
+The folder of such a job has one file that describes the job, and the runs; the same command resumes unfinished work.
 """
 
 from __future__ import annotations
@@ -22,16 +22,17 @@ from data.patches.cache import CaseFolder
 
 
 def require_place(out: Path, told_by: str, what: str, *, before: Collection[str] = ()) -> None:
-    """Make sure that a folder can hold a job, or holds one.
+    """Require that a folder can hold a job, or already holds one.
 
     Args:
         out: the folder.
-        told_by: name of the file that says what the job is.
-        what: the job, in a word.
-        before: names of what the job writes before that file; a kill may have left it, or half of a file.
+        told_by: name of the file that describes the job.
+        what: the kind of job, in one word, for messages.
+        before: names of entries that the job writes before that file; a killed job may have left them, or partial
+            files, behind.
 
     Raises:
-        RunError: it is a file, or holds something else.
+        RunError: ``out`` is a file, or holds something else.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; give a folder for the {what}")
@@ -44,10 +45,10 @@ def require_place(out: Path, told_by: str, what: str, *, before: Collection[str]
 
 
 def json_object(content: Any, path: Path) -> dict[str, Any]:
-    """The content of a JSON file that holds an object.
+    """Return the content of a JSON file, which must be an object.
 
     Raises:
-        RunError: it holds something else.
+        RunError: the content is something else.
     """
     if not isinstance(content, dict):
         raise RunError(f"{path}: damaged, it holds no JSON object. Delete it, and its run is made again.")
@@ -55,7 +56,7 @@ def json_object(content: Any, path: Path) -> dict[str, Any]:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two objects of plain data differ, each as ``key: old -> new``."""
+    """List the differences between two objects of plain data, each as ``key: old -> new``."""
     found = []
     for key in sorted({*old, *new}):
         before, after = old.get(key), new.get(key)
@@ -67,7 +68,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def has_begun(run: Path) -> bool:
-    """Whether a run has a checkpoint to go on from."""
+    """Whether a run has a checkpoint to resume from."""
     return any((run / "checkpoints").glob("last-*.json"))
 
 
@@ -82,17 +83,17 @@ def start_or_resume(
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
-    """Start a run, or go on with one that has begun; one that was killed before its first checkpoint starts anew.
+    """Start a run, or resume it if it has a checkpoint; a run killed before its first checkpoint is restarted.
 
     Args:
         data: folder of cases.
         run: folder of the run.
         config: the complete configuration.
-        split_file: JSON with the lists ``train`` and ``validation``, whose patients the caller has seen to.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``data``.
-        store: where prepared cases are kept; default the user's cache.
-        on_progress: told where the run is.
+        split_file: JSON file with the lists ``train`` and ``validation``, whose patients the caller has checked.
+        labels: name of the label convention, if the data set does not determine it.
+        follow_links: accept symlinks that lead out of ``data``.
+        store: where prepared cases are kept; default: the user's cache.
+        on_progress: called with the progress of the run.
 
     Raises:
         DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start` and
@@ -117,13 +118,14 @@ def start_or_resume(
 
 
 def count_backends(records: Iterable[Mapping[str, str] | None]) -> list[dict[str, str | int | None]]:
-    """How often networks were applied with each backend, precision and device, the most frequent first.
+    """Count the records by backend, precision and device, most frequent first.
 
     Args:
-        records: as of :meth:`app.system.device.Runtime.record`; None where a version that always took torch wrote none.
+        records: from :meth:`app.system.device.Runtime.record`; None for results of versions that always used torch and
+            recorded nothing.
 
     Returns:
-        objects of ``backend``, ``precision``, ``device`` (None where not recorded) and ``count``.
+        dicts of ``backend``, ``precision``, ``device`` (None if not recorded) and ``count``.
     """
     keys = ("backend", "precision", "device")
     found = Counter(tuple((record or {}).get(key) for key in keys) for record in records)
@@ -131,7 +133,7 @@ def count_backends(records: Iterable[Mapping[str, str] | None]) -> list[dict[str
 
 
 def backends_sentence(counts: Sequence[Mapping[str, str | int | None]]) -> str:
-    """The counts of :func:`count_backends` in words.
+    """Describe the counts of :func:`count_backends` in words.
 
     Example:
         >>> backends_sentence([{"backend": "openvino", "precision": "float32", "device": "cpu", "count": 6}])
@@ -150,10 +152,10 @@ def backends_sentence(counts: Sequence[Mapping[str, str | int | None]]) -> str:
 
 @contextmanager
 def only_warnings(but_of: str) -> Iterator[None]:
-    """Keep what every single run would say out of the log; the job says a line a run.
+    """Suppress the info messages of single runs in the log; the job itself logs one line per run.
 
     Args:
-        but_of: path of the module whose every line stays.
+        but_of: path of the module whose messages are all kept.
     """
 
     def wanted(record: logging.LogRecord) -> bool:

@@ -1,1 +1,1 @@
-"""The report of a run: an HTML page and the pictures and charts in it."""
+"""Building blocks of the HTML pages: templates, tables, charts and pictures."""

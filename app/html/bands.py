@@ -1,4 +1,4 @@
-"""Curves of several runs: for each arm the mean over seeds, and a band from the lowest to the highest seed."""
+"""Charts that compare several runs: for each arm the mean over seeds, and a band from the lowest to the highest."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Series = Mapping[int, float]
 """Value by step."""
 
 _MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
-_STYLES: Final = 7  # arms in arms.css
-_MOST_POINTS: Final = 250  # of a line; a band has twice as many, still below what a chart thins
+_STYLES: Final = 7  # arm classes in arms.css
+_MOST_POINTS: Final = 250  # per line; a band has twice as many, still fewer than a chart thins
 
 
 def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> str:
-    """Charts of runs to compare: loss, validation Dice, and the overlap of skip connections where it was recorded.
+    """Return charts of loss, validation Dice and, if it was recorded, gradient overlap at skip connections.
 
     Args:
-        arms: by arm, the metric records of each of its seeds.
-        target_dice: drawn as a line across the validation chart; None draws none.
+        arms: by arm, the metric records of each seed.
+        target_dice: value at which to draw a line across the validation chart; None draws no line.
     """
     loss = {arm: [_losses(records) for records in seeds] for arm, seeds in arms.items()}
     dice = {arm: [_validations(records) for records in seeds] for arm, seeds in arms.items()}
@@ -54,7 +54,7 @@ def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | 
 
 
 def bands(seeds: Sequence[Series]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
-    """Steps that every seed has, and mean, lowest and highest value over the seeds, each of shape (N,).
+    """Return the steps recorded for every seed, and the mean, lowest and highest value over seeds, each of shape (N,).
 
     Example:
         >>> [array.tolist() for array in bands([{1: 0.0, 2: 1.0}, {1: 1.0}])]
@@ -77,14 +77,14 @@ def _figure(
     y_range: tuple[float, float] | None = None,
     level: float | None = None,
 ) -> str:
-    """One chart: bands at the back, then lines."""
+    """Draw one chart, with the bands behind the lines."""
     back, front = [], []
     several = any(len(seeds) > 1 for seeds in arms.values())
     for number, (arm, seeds) in enumerate(arms.items()):
         steps, mean, low, high = (_every(array) for array in bands(seeds))
         style = f"arm{number % _STYLES}"
         if several:
-            # A closed outline: forth along the highest, back along the lowest.
+            # A closed outline: forward along the highest values, back along the lowest.
             around = np.concatenate([steps, steps[::-1]])
             outline = np.concatenate([high, low[::-1]])
             back.append(Line(label="", style=f"band {style}", x=around, y=outline))
@@ -115,7 +115,7 @@ def _validations(records: Records) -> Series:
 
 
 def _overlaps(records: Records, key: str) -> Series:
-    """Mean over the junctions of a record of kind ``overlap``; those without a finite value are left out."""
+    """Return the mean over the junctions of each ``overlap`` record, ignoring junctions without a finite value."""
 
     def mean(record: Mapping[str, Any]) -> float:
         junctions = record.get("junctions")

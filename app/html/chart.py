@@ -1,4 +1,4 @@
-"""Draw a line chart as inline SVG: axes, ticks, labels and legend; the colours come from the page's style sheet."""
+"""Line charts as inline SVG: axes, ticks, labels and legend, with colours from the page's style sheet."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import numpy.typing as npt
 FloatArray = npt.NDArray[np.float64]
 Marker = Literal["circle", "square", "triangle"]
 
-#: Width of every chart in its own units; the page scales it to the column.
+#: Width of every chart in SVG units; the page scales it to the column.
 WIDTH: Final = 460
-#: Most points of one line in the page; longer ones are thinned.
+#: Maximum number of points per line; longer lines are thinned.
 MOST_POINTS: Final = 600
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 34, 40
@@ -31,18 +31,18 @@ _MARKER_PATHS: Final[dict[Marker, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """One line of a chart; points that are not finite are left out."""
+    """One line of a chart; non-finite points are left out."""
 
     label: str
-    """Name in the legend; empty for a line that needs none."""
+    """Name in the legend; empty for no entry."""
     style: str
-    """CSS class that gives colour, width and dashes."""
+    """CSS class that sets colour, width and dashes."""
     x: FloatArray
-    """Shape (N,), in rising order."""
+    """Shape (N,), in ascending order."""
     y: FloatArray
     """Shape (N,)."""
     marker: Marker | None = None
-    """Mark on every point, drawn while there are few."""
+    """Symbol at every point; drawn only if there are few points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,21 +50,21 @@ class Chart:
     """A chart of one or more lines over a common x axis."""
 
     title: str
-    """What a screen reader says in place of the picture."""
+    """Text for screen readers."""
     y_label: str
-    """Legend of the y axis."""
+    """Label of the y axis."""
     lines: Sequence[Line]
-    """Later lines lie over earlier ones."""
+    """The lines; later ones are drawn over earlier ones."""
     x_label: str = "training step"
-    """Legend of the x axis."""
+    """Label of the x axis."""
     height: int = 260
-    """In the units of WIDTH."""
+    """Height in the units of WIDTH."""
     y_range: tuple[float, float] | None = None
-    """Limits of the y axis; None takes those of the data."""
+    """Limits of the y axis; None fits them to the data."""
 
 
 def thin(x: FloatArray, y: FloatArray, *, most: int = MOST_POINTS) -> tuple[FloatArray, FloatArray]:
-    """Keep at most ``most`` points of a line: the lowest and the highest of each stretch, so that no spike is lost.
+    """Thin a line to at most ``most`` points: the lowest and highest of each segment, so that spikes are kept.
 
     Args:
         x: shape (N,).
@@ -72,7 +72,7 @@ def thin(x: FloatArray, y: FloatArray, *, most: int = MOST_POINTS) -> tuple[Floa
         most: 2 or more; default :data:`MOST_POINTS`.
 
     Returns:
-        x and y of the points kept, in their order.
+        x and y of the remaining points, in their original order.
     """
     if len(y) <= most:
         return x, y
@@ -83,7 +83,7 @@ def thin(x: FloatArray, y: FloatArray, *, most: int = MOST_POINTS) -> tuple[Floa
 
 
 def nice_ticks(low: float, high: float, *, about: int = 5) -> FloatArray:
-    """Round numbers within [low, high], a step of 1, 2 or 5 times a power of ten apart.
+    """Return round numbers within [low, high], spaced by 1, 2 or 5 times a power of ten.
 
     Example:
         >>> nice_ticks(0.0, 1.0).tolist()
@@ -98,7 +98,7 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> FloatArray:
 
 
 def draw_chart(chart: Chart) -> str:
-    """The chart as an ``<svg>`` element, or a paragraph saying so where there is not one finite point."""
+    """Return the chart as an ``<svg>`` element, or a paragraph that says it is empty if no point is finite."""
     lines = [_finite(line) for line in chart.lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:
@@ -113,7 +113,7 @@ def draw_chart(chart: Chart) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class _Frame:
-    """Limits of the data and where they lie on the picture."""
+    """Limits of the data, and their mapping to the picture."""
 
     x_low: float
     x_high: float
@@ -142,7 +142,7 @@ def _frame(chart: Chart, lines: Sequence[Line]) -> _Frame:
 
 
 def _widened(low: float, high: float, *, share: float) -> tuple[float, float]:
-    """Limits with some air; a non-negative quantity does not get a negative limit, a constant gets a span."""
+    """Add a margin to the limits; a non-negative quantity keeps a non-negative limit, and a constant gets a span."""
     span = (high - low) or abs(high) or 1.0
     lower = low - share * span
     return float(max(lower, 0.0) if low >= 0 else lower), float(high + share * span)
@@ -176,7 +176,7 @@ def _line(line: Line, frame: _Frame) -> str:
 
 
 def _legend(lines: Sequence[Line]) -> str:
-    """Samples of the lines at the top right, with their names."""
+    """Draw the legend at the top right: a sample and the name of each line."""
     parts: list[str] = []
     x = float(WIDTH - _RIGHT)
     for line in reversed([line for line in lines if line.label]):

@@ -1,4 +1,4 @@
-"""The learning curves of a run: which lines its metric records make, and what is said beneath them."""
+"""Learning curves of a run: charts of its metric records, with captions."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from data.labels import REGIONS, Region
 Records = Sequence[Mapping[str, object]]
 
 _MARKERS: Final[dict[Region, Marker]] = {"WT": "circle", "TC": "square", "ET": "triangle"}
-#: Colours of junctions in the style sheet; the next ones are dashed.
+#: Number of junction colours in the style sheet; further junctions repeat them with dashes.
 _COLOURS: Final = 8
 _WHEN: Final = ("before", "after")
 _LEAST_TO_SMOOTH: Final = 20
-_LARGEST_DRAWN: Final = 1e30  # beyond it a chart's arithmetic would overflow
+_LARGEST_DRAWN: Final = 1e30  # larger values would overflow in the chart's arithmetic
 
 
 def curves_html(metrics: Records) -> str:
-    """Figures of training loss, learning rate and validation Dice.
+    """Return figures of training loss, learning rate and validation Dice.
 
     Args:
-        metrics: records of ``metrics.jsonl``; unknown kinds and keys are passed over, a null counts as not finite.
+        metrics: records of ``metrics.jsonl``; unknown kinds and keys are ignored, and null counts as non-finite.
 
     Returns:
-        HTML, complete in itself; one paragraph where there is no record at all.
+        self-contained HTML; a single paragraph if there are no records.
     """
     train = [record for record in metrics if record.get("kind") == "train"]
     validation = [record for record in metrics if record.get("kind") == "validation"]
@@ -39,13 +39,13 @@ def curves_html(metrics: Records) -> str:
 
 
 def gradients_html(metrics: Records) -> str:
-    """Figures of the gradient norms before and after the rule, and of the gradient overlap, where telemetry was on.
+    """Return figures of the gradient norms before and after the rule and of the gradient overlap, from telemetry.
 
     Args:
         metrics: records of ``metrics.jsonl``, as for :func:`curves_html`.
 
     Returns:
-        HTML, complete in itself; empty where neither was measured.
+        self-contained HTML; empty if neither was measured.
     """
     gradients = [record for record in metrics if record.get("kind") == "gradients"]
     overlap = [record for record in metrics if record.get("kind") == "overlap"]
@@ -54,7 +54,7 @@ def gradients_html(metrics: Records) -> str:
 
 
 def running_mean(y: FloatArray, *, window: int) -> FloatArray:
-    """Mean of the ``window`` values around each value, of fewer at the two ends.
+    """Return the mean of the ``window`` values around each value, of fewer values at the two ends.
 
     Example:
         >>> running_mean(np.array([0.0, 3.0, 6.0]), window=3).tolist()
@@ -78,7 +78,7 @@ def _training_figure(train: Records) -> str:
 
 
 def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
-    """The lines of the loss, and a sentence about them."""
+    """Return the lines of the loss, and a sentence about them."""
     good = np.isfinite(steps) & np.isfinite(loss)
     x, y = steps[good], loss[good]
     missing = f" {len(loss) - len(y):,} of {len(loss):,} records have no finite loss." if len(y) < len(loss) else ""
@@ -137,7 +137,7 @@ def _is_changed(layer: Mapping[str, object]) -> bool:
 
 
 def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[Line]:
-    """Quartiles, and over them the median, of log10 of the norms of each record's layers."""
+    """Return lines of the quartiles and, on top, the median of log10 of each record's layer norms."""
     low, middle, high = np.array([_log_quartiles(_column(layers, f"norm_{when}")) for layers in norms]).T
     return [
         Line(label="", style=f"{when} quartile", x=steps, y=low),
@@ -147,7 +147,7 @@ def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[
 
 
 def _log_quartiles(norms: FloatArray) -> FloatArray:
-    """Quartiles and median, in rising order; NaN where no norm is above 0."""
+    """Return lower quartile, median and upper quartile of log10 of the norms; NaN if no norm is above 0."""
     logs = np.log10(norms[norms > 0])
     return np.quantile(logs, [0.25, 0.5, 0.75]) if len(logs) else np.full(3, math.nan)
 
@@ -185,7 +185,7 @@ def _mapping(value: object) -> Mapping[str, object]:
 
 
 def _column(records: Records, key: str) -> FloatArray:
-    """One value per record; NaN where it is missing, null, not a number or too large to draw."""
+    """Return one value per record; NaN if it is missing, null, not a number or too large to draw."""
     return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
 
 

@@ -1,4 +1,4 @@
-"""How a score lies over cases: a dot a case, quartiles as a box, by region."""
+"""Distribution of a score over cases, by region: one dot per case, and a box for the quartiles."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _AXIS: Final = 40
 
 
 def distribution_svg(values: Mapping[Region, Sequence[float]], *, name: str) -> str:
-    """A row for each region from 0 to 1, as an ``<svg>`` element that says its numbers.
+    """Return an ``<svg>`` element with a row from 0 to 1 for each region; its label has the numbers as text.
 
     Args:
-        values: by region, a score of every case, 0 to 1; those that are not finite are left out.
-        name: of the score.
+        values: by region, the score of every case, 0 to 1; non-finite values are left out.
+        name: name of the score.
     """
     kept = {region: np.array([v for v in values.get(region, ()) if math.isfinite(v)]) for region in REGIONS}
     height = _ROW * len(REGIONS) + _AXIS
@@ -35,7 +35,7 @@ def distribution_svg(values: Mapping[Region, Sequence[float]], *, name: str) -> 
             continue
         low, median, high = np.quantile(scores, (0.25, 0.5, 0.75))
         said.append(f"{region} median {median:.3f}, quartiles {low:.3f} and {high:.3f}, least {scores.min():.3f}")
-        # Spread over the height by rank, so that equal scores do not hide each other.
+        # Dots are spread vertically by rank, so that equal scores do not hide each other.
         ranks = np.argsort(np.argsort(scores, kind="stable"), kind="stable")
         for score, rank in zip(scores, ranks, strict=True):
             y = middle + (rank * 7 % 11 - 5) * 1.6

@@ -1,4 +1,4 @@
-"""What the pages have in common: the document around them, sections, tables, notes."""
+"""HTML elements shared by all pages: document, section, table and note."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from markupsafe import Markup
 
 from app.html.templates import fill, policy, source
 
-#: In the place of a number that is not there.
+#: Placeholder for a missing number.
 DASH: Final = '<span role="img" aria-label="none">&ndash;</span>'
 
 
 @dataclass(frozen=True, kw_only=True)
 class Link:
-    """A way to another page."""
+    """A link to another page."""
 
     href: str
-    """Relative address, percent-encoded."""
+    """Relative URL, percent-encoded."""
     text: str
-    """What it says."""
+    """Text of the link."""
 
 
 def document(
@@ -35,16 +35,16 @@ def document(
     scripts: Sequence[str] = (),
     links: Sequence[Link] = (),
 ) -> str:
-    """A page as one HTML document that needs nothing else.
+    """Return a page as one self-contained HTML document.
 
     Args:
         title: heading, and title of the window.
-        lead: one sentence: what this is.
-        facts: name and value, told below the lead.
-        sections: HTML, as of :func:`section`.
-        styles: names of style sheets in ``app.reporting``.
-        scripts: names of scripts in ``app.reporting``; the page runs no others.
-        links: to other pages, above the heading.
+        lead: one sentence that says what the page shows.
+        facts: pairs of name and value, shown below the lead.
+        sections: HTML, as from :func:`section`.
+        styles: names of style sheets in ``app.html``.
+        scripts: names of scripts in ``app.html``; the page runs no others.
+        links: links to other pages, shown above the heading.
     """
     style = "".join(source(name) for name in styles)
     script = "".join(source(name) for name in scripts)
@@ -55,7 +55,7 @@ def document(
         facts=facts,
         links=links,
         policy=policy(script),
-        # Ours, from files of this package: no text from outside is in them.
+        # Read from files of this package, so they contain no external text.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
         sections=[Markup(one) for one in sections if one],  # noqa: S704
@@ -63,12 +63,12 @@ def document(
 
 
 def section(name: str, heading: str, body: str) -> str:
-    """A section; ``heading`` and ``body`` are HTML."""
+    """Return a section; ``heading`` and ``body`` are HTML."""
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'
 
 
 def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in a container that scrolls by itself; cells are HTML, ``name`` is that of its section."""
+    """Return a table in its own scrolling container; cells are HTML, and ``name`` is the id of the section."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
@@ -80,10 +80,10 @@ def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -
 
 
 def note(text: str) -> str:
-    """A remark in small print."""
+    """Return a remark in small print; the text is escaped."""
     return f'<p class="note">{escape(text)}</p>'
 
 
 def number(value: float | None) -> str:
-    """Three decimals, or a dash."""
+    """Format a number with three decimals, or as a dash if it is None."""
     return DASH if value is None else f"{value:.3f}"

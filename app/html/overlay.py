@@ -1,4 +1,4 @@
-"""One picture per case: the outlines of reference and prediction, side by side, in three planes."""
+"""A picture of each case: outlines of reference and prediction side by side, in three planes."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from data.labels import REGIONS, Region, to_regions
 
 Picture = npt.NDArray[np.uint8]
 
-#: Outline colours on grey tissue; page.css repeats them. Blue and yellow are Okabe and Ito's (2008); their vermilion is
-#: replaced by this red, which stays 25 or more (CIE76 colour difference) from the other two and from every grey in
+#: Outline colours on grey tissue, repeated in page.css. Blue and yellow are from Okabe and Ito (2008); their vermilion
+#: is replaced with this red, whose CIE76 colour difference from the other two and from every grey is at least 25 in
 #: simulated protanopia, deuteranopia and tritanopia (Machado et al. 2009).
 OUTLINE_COLOURS: Final[dict[Region, tuple[int, int, int]]] = {
     "WT": (86, 180, 233),
@@ -32,7 +32,7 @@ GAP_PX: Final = 4
 _LEAST_PANEL_PX: Final = 64
 _MARK_GREY: Final = 190
 _GAP_GREY: Final = 60
-#: Letters of the sides of the patient, 5 by 7 pixels, rows from top to bottom.
+#: Bitmaps of the letters for the patient's sides, 5 by 7 pixels, rows from top to bottom.
 _LETTERS: Final[dict[str, str]] = {
     "R": "####. #...# #...# ####. #.#.. #..#. #...#",
     "L": "#.... #.... #.... #.... #.... #.... #####",
@@ -45,23 +45,23 @@ _LETTERS: Final[dict[str, str]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class OverlayCase:
-    """What one picture shows; arrays lie in canonical LPS voxel order (x to Left, y to Posterior, z to Superior)."""
+    """Content of one picture; arrays are in canonical LPS voxel order (x to Left, y to Posterior, z to Superior)."""
 
     case: str
     """Case id."""
     background: npt.NDArray[np.float32]
-    """Contrast behind the outlines, shape (X, Y, Z), any intensity scale, 0 outside the brain."""
+    """Contrast behind the outlines, shape (X, Y, Z), of any intensity scale, 0 outside the brain."""
     background_name: str
     """Name of that contrast for the caption, e.g. ``FLAIR``."""
     prediction: npt.NDArray[np.uint8]
-    """The program's label codes 0 to 3, shape (X, Y, Z)."""
+    """Predicted label codes 0 to 3, shape (X, Y, Z)."""
     reference: npt.NDArray[np.uint8] | None
-    """The expert's label map in the same codes, or None where there is none."""
+    """Expert label map in the same codes, or None if there is none."""
     spacing_mm: tuple[float, float, float]
     """Voxel size along x, y and z."""
 
     def __post_init__(self) -> None:
-        """Refuse arrays that do not lie on one grid, and impossible voxel sizes."""
+        """Reject arrays of different shapes and invalid voxel sizes."""
         label_maps = [self.prediction] if self.reference is None else [self.prediction, self.reference]
         shapes = [self.background.shape, *(label_map.shape for label_map in label_maps)]
         if len(shapes[0]) != 3 or len(set(shapes)) != 1:
@@ -71,12 +71,12 @@ class OverlayCase:
 
 
 def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
-    """Draw a case: rows axial, coronal, sagittal; left column the reference, right column the prediction.
+    """Draw a case: rows axial, coronal and sagittal; reference in the left column, prediction in the right.
 
-    Each plane is cut where the tumour of the reference is largest (of the prediction where the reference is absent or
-    empty). Every panel is a square of ``height_px``, all at one scale in pixels per mm. Without a reference the left
-    column shows the bare image. A line runs along the outside of WT and TC and along the inside of ET, so that equal
-    borders of two regions stay visible beside each other.
+    Each plane shows the slice where the reference's tumour is largest (the prediction's if the reference is missing or
+    empty). Every panel is a square of ``height_px``, all at the same scale in pixels per mm. Without a reference the
+    left column shows the plain image. Lines run along the outside of WT and TC and along the inside of ET, so that
+    coinciding borders of two regions appear side by side.
 
     Args:
         case: arrays and spacing.
@@ -94,7 +94,7 @@ def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
 
 
 def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
-    """What :func:`overlay_png` writes, as an array.
+    """Draw the picture of :func:`overlay_png` as an array.
 
     Args:
         case: arrays and spacing.
@@ -110,7 +110,7 @@ def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
 
 
 def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
-    """The axial row of :func:`overlay_png` alone, as an array.
+    """Draw only the axial row of :func:`overlay_png`, as an array.
 
     Args:
         case: arrays and spacing.
@@ -126,12 +126,12 @@ def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
 
 
 def shown_slices(case: OverlayCase) -> tuple[int, int, int]:
-    """Voxel index of the axial (z), coronal (y) and sagittal (x) slice with the largest area of tumour.
+    """Return the voxel index of the axial (z), coronal (y) and sagittal (x) slice with the largest tumour area.
 
     Example: a tumour whose largest axial area is at z = 40 gives 40 first.
     """
     mask = np.ones(case.background.shape, dtype=np.bool_)
-    for array in (case.background, case.prediction, case.reference):  # the last one that holds anything decides
+    for array in (case.background, case.prediction, case.reference):  # the last non-empty one wins
         if array is not None and np.any(array):
             mask = np.not_equal(array, 0)
     axial, coronal, sagittal = (largest_slice(mask, plane) for plane in PLANES)
@@ -139,14 +139,14 @@ def shown_slices(case: OverlayCase) -> tuple[int, int, int]:
 
 
 def overlay_caption(case: OverlayCase) -> str:
-    """One sentence for beneath the picture: the contrast and the slices, e.g. "FLAIR; axial slice z = 40, ..."."""
+    """Return the caption of the picture: contrast and slices, e.g. "FLAIR; axial slice z = 40, ..."."""
     axial, coronal, sagittal = shown_slices(case)
     where = f"axial slice z = {axial}, coronal y = {coronal}, sagittal x = {sagittal}"
     return f"{case.background_name}; {where} (voxel index from 0)."
 
 
 def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:
-    """The reference, or the bare image, beside the prediction, by plane; ``planes`` are the first of PLANES."""
+    """Draw a row for each plane: reference (or plain image) and prediction; ``planes`` is a prefix of PLANES."""
     if height_px < _LEAST_PANEL_PX:
         raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
     grey = to_grey(case.background)
@@ -162,16 +162,16 @@ def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Pi
 
 
 def _shown(case: OverlayCase) -> npt.NDArray[np.bool_]:
-    """Everything that the panels must hold: the brain and both label maps."""
+    """Return the mask of everything that must be visible: the brain and both label maps."""
     shown = (case.background != 0) | (case.prediction != 0)
     return np.asarray(shown if case.reference is None else shown | (case.reference != 0), dtype=np.bool_)
 
 
 def to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Window a contrast to grey between the 1st and 99.5th percentile of the brain; outside it is 0.
+    """Window a contrast to grey between the 1st and 99.5th percentile of the brain; outside the brain it is 0.
 
-    The brain takes 20 to 210 of 0..255: its darkest part stands off the black outside, and a yellow line off its
-    brightest.
+    The brain uses 20 to 210 of 0..255, so that its darkest part differs from the black outside, and a yellow line
+    from its brightest part.
     """
     values = np.nan_to_num(background, nan=0.0, posinf=0.0, neginf=0.0)
     brain = values != 0
@@ -183,7 +183,7 @@ def to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
 
 
 def _marked(grey: npt.NDArray[np.float32], marks: str) -> Picture:
-    """An RGB panel with the letters of the patient's sides at the left, right, top and bottom."""
+    """Return an RGB panel, with the letters of the patient's sides at the left, right, top and bottom."""
     panel = np.repeat(np.rint(grey).astype(np.uint8)[..., None], 3, axis=2)
     side, scale = len(panel), _letter_scale(len(panel))
     height, width = 7 * scale, 5 * scale
@@ -204,8 +204,8 @@ def _letter_scale(panel_px: int) -> int:
 
 
 def _outlined(panel: Picture, codes: npt.NDArray[np.uint8], cut: Cut) -> Picture:
-    """A copy of a panel with the outlines of the regions of a label map."""
-    shown = sample(codes, cut, smooth=False).astype(np.uint8)  # nearest: the outline follows the true voxel edges
+    """Return a copy of a panel with the outlines of a label map's regions."""
+    shown = sample(codes, cut, smooth=False).astype(np.uint8)  # nearest, so that outlines follow the voxel edges
     lines = _lines(to_regions(shown), width_px=max(1, len(panel) // 150))
     outlined = panel.copy()
     for region, line in zip(REGIONS, lines, strict=True):
@@ -214,7 +214,7 @@ def _outlined(panel: Picture, codes: npt.NDArray[np.uint8], cut: Cut) -> Picture
 
 
 def _lines(masks: npt.NDArray[np.bool_], *, width_px: int) -> tuple[npt.NDArray[np.bool_], ...]:
-    """The line of each region: WT outside the line of TC, TC outside its border, ET inside its border."""
+    """Return the line of each region: WT outside the line of TC, TC outside its border, ET inside its border."""
     whole, core, enhancing = masks
     inner = ndimage.binary_erosion(enhancing, iterations=width_px)
     return (
@@ -229,7 +229,7 @@ def _grown(mask: npt.NDArray[np.bool_], pixels: int) -> npt.NDArray[np.bool_]:
 
 
 def _join(panels: list[Picture], *, axis: int) -> Picture:
-    """Put panels beside (axis 1) or below (axis 0) each other with a grey gap between them."""
+    """Join panels side by side (axis 1) or one below the other (axis 0), with a grey gap between them."""
     shape = list(panels[0].shape)
     shape[axis] = GAP_PX
     gap = np.full(shape, _GAP_GREY, dtype=np.uint8)

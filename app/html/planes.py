@@ -1,4 +1,4 @@
-"""How a slice of a volume lies on the screen: radiological orientation, one scale, square pixels."""
+"""Mapping of a volume's slices to the screen: radiological orientation, one scale, square pixels."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ class Plane:
     """One anatomical plane of a volume in canonical LPS voxel order (x to Left, y to Posterior, z to Superior)."""
 
     name: str
-    """Name for people."""
+    """Display name."""
     normal: int
-    """Axis along which slices are counted."""
+    """Axis along which slices are numbered."""
     column_axis: int
     """Axis that runs from left to right on the screen."""
     row_axis: int
-    """Axis that runs along the height of the screen."""
+    """Axis that runs vertically on the screen."""
     row_sign: int
-    """+1 where the voxel index grows downwards on the screen, -1 where it grows upwards."""
+    """+1 if the voxel index increases downwards on the screen, -1 if upwards."""
     marks: str
     """Sides of the patient at the left, right, top and bottom of the picture."""
 
 
-#: Radiological display: the patient's right is on the left of the picture; the face looks up, or to the left.
+#: Radiological display: the patient's right is on the left of the picture; the face points up, or to the left.
 PLANES: Final = (
     Plane(name="axial", normal=2, column_axis=0, row_axis=1, row_sign=1, marks="RLAP"),
     Plane(name="coronal", normal=1, column_axis=0, row_axis=2, row_sign=-1, marks="RLSI"),
@@ -38,12 +38,12 @@ PLANES: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """The part of space that every panel of a picture shows, at one scale, so that sizes compare between planes."""
+    """The part of space that all panels of a picture show, at one scale, so that sizes are comparable across planes."""
 
     panel_px: int
     """Side of the square panel."""
     centre_mm: tuple[float, float, float]
-    """Middle of the panel, from the outer corner of voxel (0, 0, 0)."""
+    """Centre of the panel, relative to the outer corner of voxel (0, 0, 0)."""
     pixels_per_mm: float
     """Scale, the same in all directions."""
     spacing_mm: tuple[float, float, float]
@@ -52,29 +52,29 @@ class View:
 
 @dataclass(frozen=True, kw_only=True)
 class Cut:
-    """One slice as one panel shows it."""
+    """One slice as shown in one panel."""
 
     plane: Plane
-    """Which plane."""
+    """Plane of the slice."""
     index: int
-    """Which slice along the normal, in voxels from 0."""
+    """Position along the plane's normal, in voxels from 0."""
     view: View
-    """Which part of it."""
+    """Visible part of the slice."""
 
 
 def fit_view(
     shown: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float], *, panel_px: int, margin_px: int
 ) -> View:
-    """Fit the box around everything that is to be shown into a panel.
+    """Fit the bounding box of everything to be shown into a panel.
 
     Args:
-        shown: shape (X, Y, Z); all of the volume is shown where nothing is set.
+        shown: mask of shape (X, Y, Z); if it is empty, the whole volume is shown.
         spacing_mm: voxel size.
         panel_px: side of the square panel.
-        margin_px: free pixels at each side.
+        margin_px: free pixels on each side.
 
     Returns:
-        a view in which the longest side of the box takes ``panel_px - 2 * margin_px`` pixels.
+        a view in which the longest side of the box is ``panel_px - 2 * margin_px`` pixels long.
     """
     found = ndimage.find_objects(shown.astype(np.int8))
     box = found[0] if found else tuple(slice(0, size) for size in shown.shape)
@@ -85,17 +85,17 @@ def fit_view(
 
 
 def largest_slice(mask: npt.NDArray[np.bool_], plane: Plane) -> int:
-    """Index of the slice of a plane with the largest area of a mask; the first of equals."""
+    """Return the index of the slice with the largest mask area; the first one in a tie."""
     return int(np.argmax(np.count_nonzero(mask, axis=(plane.column_axis, plane.row_axis))))
 
 
 def sample(volume: npt.NDArray[np.generic], cut: Cut, *, smooth: bool) -> npt.NDArray[np.float32]:
-    """Values at the pixel centres of a panel, 0 beyond the volume.
+    """Sample a volume at the pixel centres of a panel; values beyond the volume are 0.
 
     Args:
         volume: shape (X, Y, Z).
         cut: slice and view.
-        smooth: True interpolates linearly (intensities), False takes the nearest voxel (labels).
+        smooth: True for linear interpolation (intensities), False for the nearest voxel (labels).
 
     Returns:
         shape (panel_px, panel_px), row 0 at the top of the screen.
@@ -104,7 +104,7 @@ def sample(volume: npt.NDArray[np.generic], cut: Cut, *, smooth: bool) -> npt.ND
     offset_mm = np.asarray((np.arange(view.panel_px) + 0.5 - view.panel_px / 2) / view.pixels_per_mm, dtype=np.float64)
     columns = _voxel(offset_mm, plane.column_axis, view)
     rows = _voxel(plane.row_sign * offset_mm, plane.row_axis, view)
-    # The two axes left by `take` keep their order, in which the column axis comes before the row axis.
+    # `take` keeps the order of the two remaining axes: the column axis comes before the row axis.
     image = np.take(volume, cut.index, axis=plane.normal).astype(np.float32)
     where = np.stack(np.meshgrid(columns, rows, indexing="xy"))
     sampled = ndimage.map_coordinates(image, where, order=1 if smooth else 0, mode="constant", cval=0.0)
@@ -112,5 +112,5 @@ def sample(volume: npt.NDArray[np.generic], cut: Cut, *, smooth: bool) -> npt.ND
 
 
 def _voxel(offset_mm: npt.NDArray[np.float64], axis: int, view: View) -> npt.NDArray[np.float64]:
-    """Voxel coordinate, 0 at the centre of the first voxel, of a distance from the middle of the panel."""
+    """Convert a distance from the panel's centre to a voxel coordinate, 0 at the centre of the first voxel."""
     return np.asarray((view.centre_mm[axis] + offset_mm) / view.spacing_mm[axis] - 0.5, dtype=np.float64)

@@ -1,4 +1,4 @@
-"""Which machine and which versions made what a page shows."""
+"""Provenance of a page's content: machine and versions."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 
 def made_by(record: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Machine and versions, name and value.
+    """Return machine and versions as pairs of name and value.
 
     Args:
-        record: JSON with ``machine`` and ``versions`` of the time.
+        record: JSON with the keys ``machine`` and ``versions``, as recorded at the time.
     """
     held = record.get("versions")
     listed = (

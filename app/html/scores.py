@@ -1,4 +1,4 @@
-"""The numbers of the page: summary tiles, the table of scores by case, and the small table beside each picture."""
+"""Scores on a page: summary tiles, the table of scores by case, and the small table next to each picture."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UNDEFINED: Final = '<span role="img" aria-label="not defined">&ndash;</span>'
 
 @dataclass(frozen=True, kw_only=True)
 class _Metric:
-    """One column of the table within each region."""
+    """One column of each region in the table."""
 
     key: str
     name: str
@@ -37,19 +37,19 @@ _COLUMNS: Final = tuple((region, metric) for region in REGIONS for metric in _ME
 
 
 def number_html(value: float, digits: int) -> str:
-    """A number for a table cell; a dash for NaN and a sign for infinity, e.g. ``0.912``."""
+    """Format a number for a table cell, e.g. ``0.912``; NaN becomes a dash, infinity its sign."""
     if math.isnan(value):
         return _UNDEFINED
     return f"{value:.{digits}f}" if math.isfinite(value) else ("∞" if value > 0 else "-∞")
 
 
 def score(scores: Scores, region: Region, key: str) -> float:
-    """One score of a case, NaN where it has none."""
+    """Return one score of a case, or NaN if it has none."""
     return float(scores.get(region, {}).get(key, math.nan))
 
 
 def summary_html(cases: Sequence[Scores]) -> str:
-    """A tile per region: mean Dice large, median HD95 small; empty where no case has a Dice."""
+    """Return a tile per region with the mean Dice and, smaller, the median HD95; empty if no case has a Dice."""
     if not any(_defined(cases, region, "dice") for region in REGIONS):
         return ""
     tiles = []
@@ -64,14 +64,14 @@ def summary_html(cases: Sequence[Scores]) -> str:
 
 
 def scores_table_html(names: Sequence[str], cases: Sequence[Scores]) -> str:
-    """Dice and HD95 of every region by case, with mean and median; best and worst of a column carry a sign.
+    """Return a table of Dice and HD95 by case and region, with mean and median; best and worst values are marked.
 
     Args:
         names: case ids, one for each of ``cases``.
-        cases: scores by region, keys ``dice`` and ``hd95_mm``.
+        cases: scores by region, with the keys ``dice`` and ``hd95_mm``.
 
     Returns:
-        HTML: the table in a container that scrolls by itself, and a note.
+        HTML: the table in its own scrolling container, and a note.
     """
     if not cases:
         return '<p class="empty">No case has been scored.</p>'
@@ -93,7 +93,7 @@ def scores_table_html(names: Sequence[str], cases: Sequence[Scores]) -> str:
 
 
 def case_table_html(scores: Scores) -> str:
-    """Scores and volumes of one case, a row per region."""
+    """Return a table of one case's scores and volumes, with a row per region."""
     keys = (
         ("dice", "Dice", 3),
         ("hd95_mm", "HD95 (mm)", 1),
@@ -132,7 +132,7 @@ def _summary_row(name: str, summary: Callable[[Sequence[float]], float], cases: 
 
 
 def _sign(value: float, metric: _Metric, column: Sequence[float]) -> str:
-    """A sign for the best and the worst value of a column in which the values differ."""
+    """Return the mark of a column's best or worst value; empty if all values are equal."""
     if math.isnan(value) or metric.best(column) == metric.worst(column):
         return ""
     if value == metric.best(column):

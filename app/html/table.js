@@ -7,7 +7,7 @@
   const heads = [...table.tHead.rows[0].cells];
   const status = document.querySelector("[data-status]");
 
-  // An empty key, of what is not known, comes last in both orders.
+  // Rows with an unknown value have an empty key and come last in both orders.
   function order(column, numeric, sign) {
     return (one, other) => {
       const a = one.cells[column].dataset.key, b = other.cells[column].dataset.key;

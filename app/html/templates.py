@@ -1,4 +1,4 @@
-"""HTML from the templates of this package: every value is escaped unless it is :class:`markupsafe.Markup`."""
+"""HTML from the templates of this package; every value is escaped unless it is :class:`markupsafe.Markup`."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from jinja2 import Environment, FunctionLoader, StrictUndefined
 
 from app.notice import NOTICE
 
-# A page may use what it carries and nothing else, whatever a string in it contains.
+# A page may load nothing from outside, whatever its text contains.
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"
 
 
 def fill(template: str, **values: object) -> str:
-    """A template with its values, as HTML.
+    """Render a template.
 
     Args:
         template: name of an HTML file of this package.
-        values: what it asks for; text is escaped, :class:`markupsafe.Markup` is taken as HTML.
+        values: variables of the template; text is escaped, :class:`markupsafe.Markup` is inserted as HTML.
 
     Raises:
         jinja2.UndefinedError: a value is missing.
@@ -30,15 +30,15 @@ def fill(template: str, **values: object) -> str:
 
 
 def source(name: str) -> str:
-    """A style sheet, script or template of this package, as it is in its file."""
+    """Return the text of a style sheet, script or template of this package."""
     return resources.files("app.html").joinpath(name).read_text(encoding="utf-8")
 
 
 def policy(script: str) -> str:
-    """The page's Content-Security-Policy: nothing from outside, and no script but this one.
+    """Return the page's Content-Security-Policy: nothing from outside, and no script except this one.
 
     Args:
-        script: the script as it stands in the page; empty allows none.
+        script: the exact text of the page's script; empty allows no script.
     """
     if not script:
         return _POLICY

@@ -6,7 +6,7 @@
   const data = JSON.parse(source.textContent);
   const size = data.shape;
   const at = data.start.slice();
-  // Per plane: axis along which slices are counted, axes of columns and rows, whether rows are upside down, sides.
+  // Per plane: slice axis, column axis, row axis, whether rows are flipped, sides of the patient.
   const planes = {
     axial: { normal: 2, column: 0, row: 1, flip: false, sides: "RLAP" },
     coronal: { normal: 1, column: 0, row: 2, flip: true, sides: "RLSI" },

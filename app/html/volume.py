@@ -1,4 +1,4 @@
-"""Volumes small enough to lie in a page: 8-bit slices on a coarser grid, side by side in one picture."""
+"""Volumes small enough to embed in a page: 8-bit slices on a coarser grid, tiled into one picture."""
 
 from __future__ import annotations
 
@@ -19,34 +19,34 @@ from app.html.overlay import to_grey
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
-#: WebP quality of scans, 0 to 100: at 62 slices of brain take about a fifth of what they take as PNG.
+#: WebP quality of scans, 0 to 100; at 62, brain slices take about a fifth of their size as PNG.
 QUALITY: Final = 62
-#: Grids to choose from in mm, and the bytes that a page of a case takes with two contrasts on it; measured on
-#: phantoms of 1 and 2 mm, and rounded up.
+#: Available grids in mm, and the size in bytes of a case page with two contrasts; measured on phantoms of 1 and 2 mm,
+#: and rounded up.
 _GRIDS: Final = ((1.0, 700_000), (1.5, 300_000), (2.0, 180_000))
-#: What all pages of a cohort should take at most.
+#: Target for the total size of a cohort's pages.
 MOST_BYTES: Final = 38_000_000
-_CODE_STEP: Final = 16  # between two codes in the picture, so that no decoder mistakes one for another
+_CODE_STEP: Final = 16  # distance between codes in the picture, so that no decoder confuses them
 
 
 @dataclass(frozen=True, kw_only=True)
 class ViewerCase:
-    """What the viewer of one case shows; arrays lie in canonical LPS voxel order, all of shape (X, Y, Z)."""
+    """Content of the viewer of one case; arrays are in canonical LPS voxel order, all of shape (X, Y, Z)."""
 
     images: Mapping[str, Floats]
-    """By name of the contrast: any intensity scale, 0 outside the brain; at least one."""
+    """By contrast name: an image of any intensity scale, 0 outside the brain; at least one."""
     prediction: Bytes
-    """The program's label codes 0 to 3."""
+    """Predicted label codes 0 to 3."""
     reference: Bytes | None
-    """The expert's label map in the same codes, or None."""
+    """Expert label map in the same codes, or None."""
     uncertainty: Floats | None
-    """0 or more, larger where the network is less sure, or None."""
+    """Non-negative, larger where the network is less certain, or None."""
     spacing_mm: tuple[float, float, float]
     """Voxel size along x, y and z."""
 
 
 def grid_for(cases: int) -> float:
-    """The finest grid, in mm, on which this many pages stay below :data:`MOST_BYTES` together; the coarsest, if none.
+    """Return the finest grid, in mm, that keeps this many pages below :data:`MOST_BYTES`, or else the coarsest.
 
     Example:
         >>> grid_for(1), grid_for(200)
@@ -56,20 +56,20 @@ def grid_for(cases: int) -> float:
 
 
 def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
-    """What ``viewer.js`` reads.
+    """Return the data that ``viewer.js`` reads.
 
-    Everything is cropped to what is not empty and sampled at the centres of cubes of ``grid_mm``: scans linearly after
-    smoothing, label maps and uncertainty by the nearest voxel.
+    Everything is cropped to the non-empty part and sampled at the centres of cubes of ``grid_mm``: scans linearly
+    after smoothing, label maps and uncertainty by nearest voxel.
 
     Args:
-        case: what is shown.
+        case: content of the viewer.
         grid_mm: edge of the cubes, above 0.
 
     Returns:
-        plain data: ``shape`` and ``start`` (voxel of the crosshair: the deepest one of the predicted tumour, else of
-        the reference's) in cubes along x, y, z; ``columns`` of the pictures; ``images``, ``labels`` and
-        ``uncertainty`` as data URIs (labels: 16 times prediction + 4 reference); ``has_reference``;
-        ``uncertainty_top``, the value of the brightest grey.
+        plain data: ``shape`` and ``start`` (initial crosshair: the deepest voxel of the predicted tumour, or of the
+        reference if nothing is predicted) in cubes along x, y, z; ``columns``, the tiles per row of the pictures;
+        ``images``, ``labels`` and ``uncertainty`` as data URIs (labels: 16 * (prediction + 4 * reference));
+        ``has_reference``; ``uncertainty_top``, the uncertainty shown as the brightest grey.
     """
     shown = (case.prediction != 0) | (next(iter(case.images.values())) != 0)
     if case.reference is not None:
@@ -103,12 +103,12 @@ def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
 
 
 def data_uri(kind: str, content: bytes) -> str:
-    """A picture as the address of itself."""
+    """Return an encoded picture as a data URI."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 
 def webp(picture: Bytes, *, quality: int = QUALITY) -> bytes:
-    """A picture as WebP with losses.
+    """Encode a picture as lossy WebP.
 
     Args:
         picture: uint8, shape (height, width) for grey or (height, width, 3) for colour.
@@ -120,7 +120,7 @@ def webp(picture: Bytes, *, quality: int = QUALITY) -> bytes:
 
 
 def shrunk(picture: Bytes, side_px: int) -> Bytes:
-    """A square picture made smaller, every pixel a mean of those it covers; uint8, shape (height, width, 3)."""
+    """Downscale a square picture, averaging the pixels; uint8, shape (height, width, 3)."""
     return np.asarray(Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.BOX), dtype=np.uint8)
 
 
@@ -137,7 +137,7 @@ def _png(grey: Bytes) -> str:
 def _places(
     shape: tuple[int, ...], spacing_mm: tuple[float, float, float], grid_mm: float
 ) -> tuple[npt.NDArray[np.float64], ...]:
-    """Along each axis: where the centres of the cubes lie, in voxels from the centre of the first voxel."""
+    """Return the centres of the cubes along each axis, in voxels from the centre of the first voxel."""
     places = []
     for size, mm in zip(shape, spacing_mm, strict=True):
         count = max(1, round(size * mm / grid_mm))
@@ -158,7 +158,7 @@ def _smooth(
     spacing_mm: tuple[float, float, float],
     grid_mm: float,
 ) -> Bytes:
-    """Sampled linearly; before, what is finer than the grid is smoothed away."""
+    """Smooth away detail finer than the grid, then sample linearly."""
     sigmas = [0.4 * max(0.0, grid_mm / mm - 1) for mm in spacing_mm]
     values = ndimage.gaussian_filter(volume, sigmas) if any(sigmas) else volume
     for axis, along in enumerate(places):
@@ -170,7 +170,7 @@ def _smooth(
 
 
 def _mosaic(volume: Bytes, columns: int) -> Bytes:
-    """Axial slices in rows of ``columns``, each as on the screen: x to the right, y down."""
+    """Tile the axial slices in rows of ``columns``, oriented as on the screen: x to the right, y down."""
     x, y, z = volume.shape
     rows = math.ceil(z / columns)
     tiles = np.zeros((rows * columns, y, x), dtype=np.uint8)
@@ -179,7 +179,7 @@ def _mosaic(volume: Bytes, columns: int) -> Bytes:
 
 
 def _deepest(prediction: Bytes, reference: Bytes) -> tuple[int, int, int]:
-    """The voxel of the tumour that is farthest from its surface; without any, the middle."""
+    """Return the tumour voxel farthest from the tumour's surface, or the centre of the volume if there is no tumour."""
     for codes in (prediction, reference):
         if codes.any():
             depth = np.asarray(ndimage.distance_transform_edt(np.pad(codes != 0, 1)))[1:-1, 1:-1, 1:-1]

@@ -1,1 +1,1 @@
-"""Whole HTML pages: runs, cohorts, comparisons, cross-validations, rankings and the demo."""
+"""Complete HTML pages: runs, cohorts, comparisons, cross-validations, rankings and the demo."""

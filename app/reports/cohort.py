@@ -1,4 +1,4 @@
-"""The pages of predictions: a cohort page, and one for each case beside it."""
+"""The pages of predictions: a cohort page and one page per case."""
 
 from __future__ import annotations
 
@@ -33,43 +33,44 @@ Codes = npt.NDArray[np.uint8]
 
 _FOLDER: Final = "cases"
 _CONTRAST_NAMES: Final[Mapping[Contrast, str]] = {"t1": "T1", "t1c": "T1c", "t2": "T2", "flair": "FLAIR"}
-#: What the pictures and the viewer show, the first of each that is there.
+#: Contrasts in order of preference: the first available one is the picture's background, the first two are in the
+#: viewer.
 _BEHIND: Final[tuple[Contrast, ...]] = ("flair", "t2", "t1c", "t1")
 _IN_VIEWER: Final[tuple[Contrast, ...]] = ("t1c", "flair", "t2", "t1")
 _MOST_SHOWN: Final = 2
 _PANEL_PX: Final = 300
 _THUMBNAIL_PX: Final = 96
-#: Fine coloured lines need more than scans do.
+#: WebP quality; fine coloured lines need more than scans do.
 _LINE_QUALITY: Final = 75
 
 
 @dataclass(frozen=True, kw_only=True)
 class CohortPages:
-    """What was written."""
+    """The pages that were written."""
 
     index: Path
     """The cohort page."""
     cases: Mapping[str, Path]
     """Page by case id."""
     failures: Mapping[str, str]
-    """Why a case has no page, by case id."""
+    """Reason why a case has no page, by case id."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Truth:
-    """What ``--references`` gives."""
+    """Scores and label maps from ``--references``."""
 
     evaluation: Evaluation
     label_maps: Mapping[str, Path]
 
     def scores(self, case: str) -> Mapping[Region, RegionScores]:
-        """Of a case; empty where it has none."""
+        """Return the scores of a case; empty if it has none."""
         return next((one.regions for one in self.evaluation.cases if one.case == case), {})
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """A case on the cohort page."""
+    """The row of a case on the cohort page."""
 
     case: str
     href: str
@@ -92,18 +93,18 @@ def write_cohort(
     """Write ``index.html`` and ``cases/<case>.html``.
 
     Args:
-        folder: predictions, as ``znormseg predict`` wrote them.
-        out: folder of the pages, made where it is missing.
-        images: data set with the scans; default where the JSON of each case says they were.
-        references: data set or folder with the expert's label maps; without, no scores and no outlines of the truth.
-        labels: name of the label convention of ``references``, where their files do not tell.
+        folder: folder of predictions, as written by ``znormseg predict``.
+        out: folder of the pages, created if missing.
+        images: data set with the scans; by default the paths recorded in each case's JSON are used.
+        references: data set or folder with expert label maps; without it there are no scores or reference outlines.
+        labels: name of the label convention of ``references``, if their files do not determine it.
         follow_links: accept symbolic links that lead out of ``images`` and ``references``.
-        on_progress: told which case is under way.
+        on_progress: called with the current case.
 
     Raises:
-        DataError: nothing can be shown, or ``images`` or ``references`` cannot be used.
+        DataError: no case can be shown, or ``images`` or ``references`` cannot be used.
         OSError: ``out`` cannot be written to.
-        InterruptedRunError: stopped by Ctrl-C or SIGTERM; pages that are written are whole.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; the pages written so far are complete.
     """
     cases = None if images is None else {case.id: case for case in find_cases(images, follow_links=follow_links)}
     predicted, failures = find_predictions(folder, cases)
@@ -145,7 +146,7 @@ def write_cohort(
 
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
-    """A case with its voxels, all in canonical voxel order on the label map's grid."""
+    """A case with its voxel arrays, all in canonical voxel order on the label map's grid."""
 
     predicted: Predicted
     prediction: Codes
@@ -155,14 +156,14 @@ class _Shown:
     spacing_mm: tuple[float, float, float]
     scores: Mapping[Region, RegionScores]
     remarks: tuple[str, ...]
-    """Why something is not shown."""
+    """Reasons why something is not shown."""
 
     @classmethod
     def of(cls, predicted: Predicted, truth: _Truth | None) -> _Shown:
-        """Read everything; what cannot be read but for the label map is a remark.
+        """Read the files of a case; an unreadable file other than the label map becomes a remark.
 
         Raises:
-            DataError: the label map cannot be read or understood.
+            DataError: the label map cannot be read or decoded.
         """
         label_map = reorient(read_label_map(predicted.label_map))
         prediction = decode(label_map.voxels, predicted.convention)
@@ -185,7 +186,7 @@ class _Shown:
         )
 
     def overlay(self) -> OverlayCase:
-        """What the still pictures show; without a scan, the tumour alone."""
+        """Return the content of the still picture; without a scan, only the tumour."""
         behind = next((contrast for contrast in _BEHIND if contrast in self.images), None)
         return OverlayCase(
             case=self.predicted.case,
@@ -197,7 +198,7 @@ class _Shown:
         )
 
     def viewer(self, grid_mm: float) -> dict[str, Any] | None:
-        """What the viewer shows; None without a scan."""
+        """Return the data of the viewer; None without a scan."""
         if not self.images:
             return None
         case = ViewerCase(
@@ -213,7 +214,7 @@ class _Shown:
 def _read_images(
     predicted: Predicted, label_map: Volume, remarks: list[str]
 ) -> dict[Contrast, npt.NDArray[np.float32]]:
-    """The first scans that can be shown, in the viewer's order."""
+    """Read the first two scans that can be shown, in the viewer's order of preference."""
     images: dict[Contrast, npt.NDArray[np.float32]] = {}
     absent = []
     for contrast in _IN_VIEWER:
@@ -249,7 +250,7 @@ def _read_reference(case: str, truth: _Truth, label_map: Volume, remarks: list[s
 
 
 def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str]) -> npt.NDArray[np.float32] | None:
-    """The map; of one with a volume for each region the largest at each voxel."""
+    """Read the uncertainty map; if it has a volume per region, take the maximum at each voxel."""
     path = predicted.uncertainty
     if path is None:
         return None
@@ -364,7 +365,7 @@ def _neighbours(predicted: Sequence[Predicted], number: int) -> list[Link]:
 
 
 def _address(name: str) -> str:
-    """A file name in a link, also one that is not valid Unicode."""
+    """Percent-encode a file name for a link, even if it is not valid Unicode."""
     return quote(os.fsencode(name))
 
 
@@ -405,7 +406,7 @@ def _lead(one: Predicted) -> str:
 
 
 def _provenance(one: Predicted) -> list[tuple[str, str]]:
-    """What the JSON tells of how the label map came to be, name and value."""
+    """Return the provenance of the label map recorded in the JSON, as pairs of name and value."""
     record = one.record
     facts = [("label map", str(record.get("label_map", one.label_map)))]
     labels = record.get("labels")
@@ -429,7 +430,7 @@ def _provenance(one: Predicted) -> list[tuple[str, str]]:
 
 
 def _command(one: Predicted) -> str:
-    """The command that predicts the case again: that of the JSON, else one of its scans; none of volumes of a file."""
+    """Return a command that repeats the prediction: the recorded one, else one with the scans, unless they are 4D."""
     told = one.record.get("command")
     if isinstance(told, str) and told:
         return told
@@ -444,5 +445,5 @@ def _command(one: Predicted) -> str:
 def _write(path: Path, page: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as beside:
-        # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
+        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
         beside.write_text(page, encoding="utf-8", errors="replace")

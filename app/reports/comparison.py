@@ -1,4 +1,4 @@
-"""The page of a comparison: one HTML file that opens anywhere, without network and without script."""
+"""The page of a comparison: one self-contained HTML file that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from data.files import replacing
 
 
 def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        outcome: what the comparison found.
-        path: file to write, default ``outcome.page``; its folder is made where it is missing.
+        outcome: result of the comparison.
+        path: file to write, default ``outcome.page``; its folder is created if missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -35,7 +35,7 @@ def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None
 
 
 def render_comparison(outcome: Comparison) -> str:
-    """The page as one HTML document; every string from outside is escaped."""
+    """Render the page as one HTML document; every external string is escaped."""
     results, analysis, metrics = outcome.results, outcome.analysis, outcome.metrics
     plan = results.plan
     curves = "".join(

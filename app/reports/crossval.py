@@ -1,4 +1,4 @@
-"""The page of a cross-validation: one HTML file that opens anywhere, without network and without script."""
+"""The page of a cross-validation: one self-contained HTML file that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _HEADS: Final = ("Mean", *REGIONS, *(f"{region} HD95" for region in REGIONS))
 
 
 def write_crossval_page(outcome: CrossValidation, path: Path | None = None) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
-        outcome: what the cross-validation found.
-        path: file to write, default ``outcome.page``; its folder is made where it is missing.
+        outcome: result of the cross-validation.
+        path: file to write, default ``outcome.page``; its folder is created if missing.
 
     Raises:
         OSError: the file cannot be written.
@@ -44,7 +44,7 @@ def write_crossval_page(outcome: CrossValidation, path: Path | None = None) -> N
 
 
 def render_crossval(outcome: CrossValidation) -> str:
-    """The page as one HTML document; every string from outside is escaped."""
+    """Render the page as one HTML document; every external string is escaped."""
     raw, tuned, results = outcome.raw, outcome.tuned, outcome.results
     count = len(results)
     dice = raw.spread()["mean"]

@@ -1,4 +1,4 @@
-"""The demo's HTML page: one file that opens anywhere, without network or script."""
+"""The page of the demo: one self-contained HTML file that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from data.files import replacing
 from data.labels import REGIONS, LabelConvention, Region, decode
 from data.nifti import read_image, read_label_map, reorient
 
-#: What to type next: what it does, and the command.
+#: Suggested next commands, as pairs of purpose and command.
 COMMANDS: Final = (
     ("Look your data set over", "znormseg data check DATA"),
     ("Train on it, for an hour here or longer on a GPU", "znormseg train DATA RUN --set training.hours=1"),
@@ -41,33 +41,33 @@ class PageCase:
     case: str
     """Case id."""
     scores: Mapping[Region, Mapping[str, float]]
-    """By region: ``dice``, ``hd95_mm``, ``volume_ml``, ``reference_volume_ml``; what is missing shows as a dash."""
+    """By region: ``dice``, ``hd95_mm``, ``volume_ml``, ``reference_volume_ml``; a missing score is shown as a dash."""
     overlay: bytes | None
-    """PNG file of :func:`app.html.overlay.overlay_png`."""
+    """PNG file from :func:`app.html.overlay.overlay_png`."""
     overlay_caption: str = ""
-    """Sentence of :func:`app.html.overlay.overlay_caption`."""
+    """Caption from :func:`app.html.overlay.overlay_caption`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Page:
-    """What the page says, in the order of the page."""
+    """Content of the page, in the order of the page."""
 
     title: str
     """Heading."""
     lead: str
-    """One sentence: what this is."""
+    """One sentence that says what the page shows."""
     provenance: Sequence[tuple[str, str]]
-    """Name and value: version, configuration, seed, machine, seconds."""
+    """Pairs of name and value: versions, configuration, seed, machine, seconds."""
     cases: Sequence[PageCase]
-    """Cases that were scored."""
+    """The scored cases."""
     metrics: Sequence[Mapping[str, object]]
     """Records of ``metrics.jsonl``."""
     commands: Sequence[tuple[str, str]]
-    """What to do next: what it does, and the command."""
+    """Suggested next commands, as pairs of purpose and command."""
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document; every string from outside is escaped, every picture is inside."""
+    """Render the page as one HTML document; every external string is escaped, every picture is embedded."""
     scores = [case.scores for case in page.cases]
     gradients = gradients_html(page.metrics)
     sections = [
@@ -81,17 +81,17 @@ def render(page: Page) -> str:
 
 
 def write_page(path: Path, page: Page) -> None:
-    """Write the page; a reader of ``path`` sees the old file or the whole new one, never a part.
+    """Write the page atomically: a reader of ``path`` sees the complete old or new file, never a part.
 
     Args:
-        path: file to write; its folder exists.
-        page: what it says.
+        path: file to write; its folder must exist.
+        page: content of the page.
 
     Raises:
-        OSError: the folder is missing or cannot be written.
+        OSError: the folder is missing or not writable.
     """
     with replacing(path) as beside:
-        # A file name that is not valid Unicode reaches us with surrogates, which UTF-8 cannot hold.
+        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
         beside.write_text(render(page), encoding="utf-8", errors="replace")
 
 
@@ -99,7 +99,7 @@ def write_demo_page(outcome: DemoResult) -> None:
     """Write the page of a demo: scores, curves and a picture of each held-out case.
 
     Args:
-        outcome: what the demo made.
+        outcome: result of the demo.
 
     Raises:
         OSError: the page cannot be written.
@@ -129,7 +129,7 @@ def write_demo_page(outcome: DemoResult) -> None:
 
 
 def _page_case(case: Case, outcome: DemoResult) -> PageCase:
-    """Scores and overlay picture of one held-out case."""
+    """Collect scores and overlay picture of one held-out case."""
     assert case.label is not None
     background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
     overlay = OverlayCase(
@@ -170,17 +170,17 @@ def _convention() -> str:
 
 
 def _card(case: PageCase) -> dict[str, object]:
-    """What the template of the cards asks for."""
+    """Return the variables of the card template for one case."""
     shown: dict[str, object] = {
         "case": case.case,
         "picture": None,
         "caption": case.overlay_caption,
-        "table": Markup(case_table_html(case.scores)),  # noqa: S704 - numbers alone
+        "table": Markup(case_table_html(case.scores)),  # noqa: S704 - contains only numbers
     }
     if case.overlay is None:
         return shown
     left = "Reference" if _has_reference(case) else "Image"
-    width, height = struct.unpack(">II", case.overlay[16:24])  # of the PNG's IHDR chunk
+    width, height = struct.unpack(">II", case.overlay[16:24])  # in the PNG's IHDR chunk
     picture = data_uri("png", case.overlay)
     return {**shown, "picture": picture, "left": left, "width": width, "height": height, "alt": _alt(case, left)}
 

@@ -1,4 +1,4 @@
-"""Predictions as ``znormseg predict`` wrote them: the files of each case, and what its JSON tells."""
+"""Folders of predictions as ``znormseg predict`` writes them: the files and the JSON record of each case."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ _ENDING: Final = ".nii.gz"
 
 @dataclass(frozen=True, kw_only=True)
 class ShownFlag:
-    """Something about a case that a reader should know."""
+    """A warning about a case."""
 
     code: str
     """Name of the rule, e.g. ``missing-contrast``."""
     sentence: str
-    """What it found."""
+    """Finding of the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Predicted:
-    """One case of a folder of predictions."""
+    """One case in a folder of predictions."""
 
     case: str
-    """Case id: the name of both files."""
+    """Case id, the stem of the label map's and the JSON's name."""
     label_map: Path
     uncertainty: Path | None
-    """A map of the same grid, 3D or one volume a region, where there is one."""
+    """Uncertainty map on the same grid, 3D or with one volume per region, or None."""
     record: Mapping[str, Any]
-    """The content of ``<case>.json``."""
+    """Content of ``<case>.json``."""
     images: Mapping[Contrast, Path] = field(default_factory=dict)
-    """Scans that are there, as the JSON or ``--images`` names them."""
+    """Paths of the scans, from the JSON or from ``--images``."""
     volumes: Mapping[Contrast, int] = field(default_factory=dict)
-    """Which volume a contrast is, of scans that are 4D."""
+    """Volume index of each contrast in a 4D file."""
 
     @property
     def convention(self) -> LabelConvention:
-        """What the numbers of the label map mean.
+        """The label convention of the label map.
 
         Raises:
-            DataError: the JSON names no convention of this program.
+            DataError: the JSON does not name a known convention.
         """
         name = _mapping(self.record.get("labels")).get("convention")
         if not isinstance(name, str) or name not in CONVENTIONS:
@@ -59,20 +59,20 @@ class Predicted:
 
     @property
     def volumes_ml(self) -> dict[Region, float | None]:
-        """Predicted volume by region."""
+        """Predicted volume by region; None where the JSON has none."""
         told = _mapping(self.record.get("volumes_ml"))
         return {region: number_or_none(told.get(region)) for region in REGIONS}
 
     @property
     def confidence(self) -> dict[Region, float]:
-        """Mean probability within the marked region, of regions where the JSON tells it."""
+        """Mean probability within the segmented region, for the regions in the JSON."""
         told = _mapping(self.record.get("confidence"))
         found = {region: number_or_none(told.get(region)) for region in REGIONS}
         return {region: value for region, value in found.items() if value is not None}
 
     @property
     def volume_intervals_ml(self) -> dict[Region, tuple[float, float]]:
-        """Least and largest volume by region: the interval of the JSON, else the range of single answers."""
+        """Lowest and highest volume by region: the interval in the JSON, else the range over single answers."""
         answers = _mapping(self.record.get("answers"))
         told = _mapping(self.record.get("volume_interval_ml")) or _mapping(answers.get("volume_range_ml"))
         found: dict[Region, tuple[float, float]] = {}
@@ -86,7 +86,7 @@ class Predicted:
 
     @property
     def interval_name(self) -> str:
-        """What :attr:`volume_intervals_ml` are, for the head of a column."""
+        """Column heading for :attr:`volume_intervals_ml`."""
         level = number_or_none(self.record.get("volume_interval_level"))
         if _mapping(self.record.get("volume_interval_ml")):
             return "Interval (ml)" if level is None else f"{level:.0%} interval (ml)"
@@ -94,7 +94,7 @@ class Predicted:
 
     @property
     def flags(self) -> tuple[ShownFlag, ...]:
-        """What the JSON warns of; contrasts that were missing, where it has no flags."""
+        """The flags in the JSON; if it has none, a flag for missing contrasts."""
         told = self.record.get("flags")
         if not isinstance(told, list):
             missing = self.record.get("missing_contrasts")
@@ -108,19 +108,19 @@ class Predicted:
 
 
 def is_predictions(folder: Path) -> bool:
-    """Whether a folder holds a label map with its JSON, as ``znormseg predict`` writes them."""
+    """Whether a folder contains a label map with its JSON, as written by ``znormseg predict``."""
     return any(path.with_name(path.stem + _ENDING).is_file() for path in folder.glob("*.json"))
 
 
 def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> tuple[list[Predicted], dict[str, str]]:
-    """Every case of a folder of predictions, sorted by id.
+    """Return every case in a folder of predictions, sorted by id.
 
     Args:
-        folder: of label maps, each with its JSON.
-        cases: by id, where to find the scans instead of where they were predicted from.
+        folder: folder of label maps, each with its JSON.
+        cases: cases by id, whose scans replace the paths recorded in the JSON.
 
     Returns:
-        the cases, and why others could not be read, by case id.
+        the cases, and the reasons why others could not be read, by case id.
     """
     found, failures = [], {}
     for path in sorted(folder.glob("*.json")):
@@ -134,7 +134,7 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
             continue
         images, volumes = _images(record, None if cases is None else cases.get(path.stem))
         beside = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
-        # A file that the JSON knows and does not have is of an earlier label map.
+        # If the JSON has null for this file, the one on disk belongs to an earlier label map.
         belongs = _mapping(record.get("files")).get("uncertainty", beside) is not None
         found.append(
             Predicted(
@@ -150,7 +150,7 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
 
 
 def number_or_none(value: object) -> float | None:
-    """A number of JSON, or None for anything else."""
+    """Return a JSON number as a float, or None for anything else."""
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
@@ -159,7 +159,7 @@ def _mapping(value: object) -> Mapping[str, Any]:
 
 
 def _is_place(value: object) -> bool:
-    """Whether a value of JSON can be the number of a volume."""
+    """Whether a JSON value is a valid volume index."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 

@@ -1,4 +1,4 @@
-"""The page of a ranking: one HTML file that opens anywhere, without network and without script."""
+"""The page of a ranking: one self-contained HTML file that needs neither network nor scripts."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from app.html.elements import DASH, document, note, section, table_html
 from data.files import replacing
 
 _WORST: Final = 10
-_STYLES: Final = 7  # arms in arms.css
+_STYLES: Final = 7  # arm classes in arms.css
 _MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
 
 
 def write_ranking_page(path: Path, ranking: Ranking) -> None:
-    """Write the page, whole or not at all.
+    """Write the page atomically.
 
     Args:
         path: file to write.
-        ranking: what it says.
+        ranking: content of the page.
     """
     with replacing(path) as beside:
         beside.write_text(render_ranking(ranking), encoding="utf-8", errors="replace")
 
 
 def render_ranking(ranking: Ranking) -> str:
-    """The page as one HTML document; every string from outside is escaped."""
+    """Render the page as one HTML document; every external string is escaped."""
     best = ranking.names[ranking.order[0]]
     lead = (
         f"{len(ranking.names)} sets of predictions of the same {len(ranking.cases)} cases, ranked by "
@@ -92,7 +92,7 @@ def _differences_html(ranking: Ranking) -> str:
 
 
 def _p(value: float | None) -> str:
-    """Three decimals, or that it is smaller; a dash where there is none."""
+    """Format a p-value with three decimals, as "< 0.001" if it is smaller, or as a dash if there is none."""
     return DASH if value is None else f"{value:.3f}" if value >= 0.001 else "&lt; 0.001"
 
 

@@ -1,4 +1,4 @@
-"""``znormseg report``: what a folder holds, and its pages."""
+"""``znormseg report``: recognise the content of a folder and write its pages."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _PAGE: Final = "index.html"
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """What was written."""
+    """The pages that were written."""
 
     kind: Kind
     page: Path
     """The page to open first."""
     cases: Mapping[str, Path] = field(default_factory=dict)
-    """Of predictions: page by case id."""
+    """For predictions: page by case id."""
     failures: Mapping[str, str] = field(default_factory=dict)
-    """Of predictions: why a case has no page, by case id."""
+    """For predictions: reason why a case has no page, by case id."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "kind": self.kind,
             "page": str(self.page),
@@ -44,10 +44,10 @@ class Report:
 
 
 def recognise(folder: Path) -> Kind:
-    """What a folder holds, told by the files in it.
+    """Recognise the content of a folder by its files.
 
     Raises:
-        RunError: there is no such folder, or nothing in it that has a page.
+        RunError: the folder does not exist, or contains nothing that has a page.
     """
     if not folder.is_dir():
         raise RunError(f"{folder}: {'is a file' if folder.exists() else 'does not exist'}; give a folder")
@@ -77,23 +77,23 @@ def report(
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Report:
-    """Write the pages of a folder: ``index.html``, and for predictions a page a case in ``cases``.
+    """Write the pages of a folder: ``index.html`` and, for predictions, a page per case in ``cases``.
 
     Args:
-        folder: a run, predictions, a comparison or a cross-validation.
-        out: folder of the pages, made where it is missing; pages of before are replaced.
-        images: of predictions: data set with their scans.
-        references: of predictions: data set or folder with the expert's label maps.
-        labels: name of the label convention of ``references``, where their files do not tell.
+        folder: folder of a run, predictions, a comparison or a cross-validation.
+        out: folder of the pages, created if missing; existing pages are replaced.
+        images: for predictions: data set with their scans.
+        references: for predictions: data set or folder with expert label maps.
+        labels: name of the label convention of ``references``, if their files do not determine it.
         follow_links: accept symbolic links that lead out of ``images`` and ``references``.
-        on_progress: told how far the pages are.
+        on_progress: called as pages are finished.
 
     Raises:
-        RunError: ``folder`` cannot be recognised, has not ended or is damaged; ``out`` is a file or ``folder`` itself.
-        ConfigError: ``images`` or ``references`` with something else than predictions.
-        DataError: predictions, scans or references that cannot be used.
+        RunError: ``folder`` is not recognised, unfinished or damaged; ``out`` is a file or ``folder`` itself.
+        ConfigError: ``images`` or ``references`` are given but ``folder`` does not contain predictions.
+        DataError: predictions, scans or references cannot be used.
         OSError: ``out`` cannot be written to.
-        InterruptedRunError: stopped by Ctrl-C or SIGTERM; pages that are written are whole.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; the pages written so far are complete.
     """
     kind = recognise(folder)
     for option, value in (("--images", images), ("--references", references)):

@@ -1,4 +1,4 @@
-"""The page of a run: scores of its validation cases, curves, gradients, config, provenance."""
+"""The page of a run: scores of its validation cases, curves, gradients, config and provenance."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def write_run(run: Path, page: Path) -> None:
-    """Write the page of a run, whole or not at all; the run may still be under way.
+    """Write the page of a run atomically; the run may still be in progress.
 
     Args:
-        run: folder that ``train`` made.
-        page: file to write; its folder is made where it is missing.
+        run: run folder, as written by ``train``.
+        page: file to write; its folder is created if missing.
 
     Raises:
         RunError: a file of the run is missing or damaged.
@@ -43,7 +43,7 @@ def write_run(run: Path, page: Path) -> None:
 
 
 def render_run(run: Path) -> str:
-    """The page of a run as one HTML document.
+    """Render the page of a run as one HTML document.
 
     Raises:
         RunError: a file of the run is missing or damaged.
@@ -75,7 +75,7 @@ def render_run(run: Path) -> str:
 
 
 def best_validation(records: Records) -> Mapping[str, Any] | None:
-    """The validation with the best mean Dice, whose weights ``predict`` takes; of equals the first; None of none.
+    """Return the validation with the best mean Dice (the first in a tie), whose weights ``predict`` uses, or None.
 
     Example:
         >>> best_validation([{"kind": "validation", "step": 5, "mean_dice": 0.4}])["step"]
@@ -134,7 +134,7 @@ def _lead(records: Records, best: Mapping[str, Any] | None) -> str:
 
 
 def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], records: Records) -> list[tuple[str, str]]:
-    """Provenance, name and value."""
+    """Return the provenance of the run, as pairs of name and value."""
     seconds = [s for s in (number_or_none(record.get("seconds")) for record in records) if s is not None]
     spacing = facts.get("spacing_mm")
     versions = facts.get("versions")

@@ -18,14 +18,14 @@ from app.runs.folder import read_json, read_metrics
 
 
 def rebuild_comparison_report(out: Path, page: Path) -> None:
-    """Write the page of a comparison that ended, whole or not at all; nothing is trained or scored.
+    """Write the page of a finished comparison atomically, without training or scoring anything.
 
     Args:
         out: folder of the comparison.
-        page: file to write; its folder is made where it is missing.
+        page: file to write; its folder is created if missing.
 
     Raises:
-        RunError: the comparison has not ended, or a file of it is missing or damaged.
+        RunError: the comparison is unfinished, or one of its files is missing or damaged.
         OSError: ``page`` cannot be written.
     """
     results = results_of(out)
@@ -40,13 +40,13 @@ def rebuild_comparison_report(out: Path, page: Path) -> None:
 
 
 def results_of(out: Path) -> Results:
-    """The results of a comparison that ended.
+    """Read the results of a finished comparison.
 
     Args:
         out: folder of the comparison.
 
     Raises:
-        RunError: it has not ended, or a file of it is missing or damaged.
+        RunError: the comparison is unfinished, or one of its files is missing or damaged.
     """
     path = out / "plan.json"
     content = json_object(read_json(path), path)
@@ -80,7 +80,7 @@ def _plan(out: Path, content: dict[str, Any]) -> ComparisonPlan:
 
 
 def _config_of(out: Path, plan: ComparisonPlan, arm: str) -> RunConfig:
-    """The config of a variant, from its first run."""
+    """Read the config of a variant from its first run."""
     first = next(key for key in plan.sweep() if key.arm == arm)
     try:
         return load_config(str(out / "runs" / first.name / "config.yaml"), ())

@@ -24,17 +24,17 @@ from data.labels import CONVENTIONS
 
 
 def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
-    """Write the page of a cross-validation that ended, whole or not at all; nothing is trained or predicted.
+    """Write the page of a finished cross-validation atomically, without training or predicting anything.
 
-    Scores and post-processing are worked out once more from the out-of-fold answers.
+    Scores and post-processing are recomputed from the saved out-of-fold answers.
 
     Args:
         out: folder of the cross-validation.
-        page: file to write; its folder is made where it is missing.
-        on_progress: told how far the scores are.
+        page: file to write; its folder is created if missing.
+        on_progress: called as cases are scored.
 
     Raises:
-        RunError: the cross-validation has not ended, or a file of it is missing or damaged.
+        RunError: the cross-validation is unfinished, or one of its files is missing or damaged.
         OSError: ``page`` cannot be written.
     """
     folds = folds_on_record(out)
@@ -71,7 +71,7 @@ def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = 
 
 
 def folds_on_record(out: Path) -> Folds:
-    """The folds of a cross-validation, of whose cases only the ids are known.
+    """Read the folds of a cross-validation; its cases have ids but no files.
 
     Args:
         out: folder of the cross-validation.

@@ -1,1 +1,1 @@
-"""Run folders: checkpoints, metrics, model cards and the record of the training cases."""
+"""Run folders: checkpoints, metrics, model cards and records of the training cases."""

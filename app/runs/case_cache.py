@@ -1,4 +1,4 @@
-"""Where prepared cases are kept: the user's cache, or the run's own folder where that cannot be used."""
+"""Location of prepared cases: the user's cache, with the run folder as the fallback."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from app.progress import LOG
 from data.filesystem import why
 from data.patches.cache import CaseFolder, SharedCache
 
-#: Names the cache folder.
+#: Environment variable with the path of the cache folder.
 FOLDER_VARIABLE: Final = "ZNORMSEG_CACHE"
-#: Bounds it, in gigabytes.
+#: Environment variable with the maximum size of the cache, in gigabytes.
 SIZE_VARIABLE: Final = "ZNORMSEG_CACHE_GB"
 DEFAULT_GB: Final = 50.0
 
 
 def cache_folder() -> Path:
-    """``$ZNORMSEG_CACHE``, else ``znormseg`` in the system's folder for caches.
+    """Return ``$ZNORMSEG_CACHE`` or, if it is not set, ``znormseg`` in the system's cache folder.
 
     Raises:
         OSError: there is no home folder.
@@ -40,10 +40,10 @@ def cache_folder() -> Path:
 
 
 def cache_bytes() -> int:
-    """The most that the cache may take, from ``$ZNORMSEG_CACHE_GB``.
+    """Return the maximum size of the cache in bytes, from ``$ZNORMSEG_CACHE_GB`` (default 50 GB).
 
     Raises:
-        ConfigError: it is not a number above 0.
+        ConfigError: the variable is not a number above 0.
     """
     text = os.environ.get(SIZE_VARIABLE) or str(DEFAULT_GB)
     try:
@@ -56,24 +56,24 @@ def cache_bytes() -> int:
 
 
 def open_cache(overflow: Path) -> SharedCache:
-    """The user's cache; close it after use.
+    """Open the user's cache; the caller closes it.
 
     Args:
-        overflow: folder for the cases that it does not take.
+        overflow: folder for cases that do not fit into the cache.
 
     Raises:
-        ConfigError: the bound is no number.
-        OSError: the folder cannot be used.
+        ConfigError: ``$ZNORMSEG_CACHE_GB`` is not a number above 0.
+        OSError: the cache folder cannot be used.
     """
     return SharedCache(cache_folder(), most_bytes=cache_bytes(), overflow=CaseFolder(overflow))
 
 
 @contextmanager
 def prepared_cases(own: Path) -> Iterator[CaseFolder]:
-    """Where a run keeps its prepared cases: the user's cache, which lets go of none of them before the block ends.
+    """Open the store for a run's prepared cases: the user's cache, which evicts none of them until the block ends.
 
     Args:
-        own: folder of the run for the cases that the cache does not take; for all where it cannot be used at all.
+        own: folder of the run for cases that do not fit into the cache, or for all cases if the cache is unusable.
     """
     try:
         shared = open_cache(own)

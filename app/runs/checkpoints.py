@@ -1,8 +1,8 @@
-"""Checkpoints: safetensors with a JSON beside it; nothing is pickled, nothing half-written counts.
+"""Checkpoints: safetensors files with JSON metadata; nothing is pickled, and a partial write is never loaded.
 
-A checkpoint is two files, ``<kind>-<step>.safetensors`` and ``<kind>-<step>.json``. The JSON is written last and holds
-the SHA-256 of the other and of itself; a pair that is not complete is as good as not there. Both are on the disk before
-older pairs go, and the pair before the newest stays, so that there is one to go on from when the newest is damaged.
+A checkpoint is a pair of files, ``<kind>-<step>.safetensors`` and ``<kind>-<step>.json``. The JSON is written last and
+holds the SHA-256 of the tensors and of itself; an incomplete pair is ignored. Both files are synced to disk before
+older pairs are removed, and the pair before the newest is kept as a fallback in case the newest is damaged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from app.progress import LOG
 from app.runs.folder import write_durably, write_json
 from data.filesystem import in_words
 
-# torch is imported where it is used: predicting with OpenVINO reads arrays, and does without it.
+# torch is imported lazily: prediction with OpenVINO reads arrays and does not need it.
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
@@ -33,11 +33,11 @@ T = TypeVar("T")
 
 Kind = Literal["best", "last"]
 
-#: Pairs of a kind that are kept: the newest and the one before.
+#: Number of pairs of each kind that are kept: the newest and the one before it.
 GENERATIONS: Final = 2
 
 _NAME: Final = re.compile(r"^(?P<kind>best|last)-(?P<step>\d{9})\.(json|safetensors)$")
-#: Key of the JSON's own SHA-256, taken over all its other keys.
+#: Key of the JSON's own SHA-256, computed over all its other keys.
 _OWN_DIGEST: Final = "json_sha256"
 _WEIGHTS: Final = "weights."
 _OPTIMIZER: Final = "optimizer."
@@ -46,12 +46,12 @@ _RNG: Final = "rng."
 
 @dataclass(frozen=True, kw_only=True)
 class Saved(Generic[T]):
-    """What a checkpoint holds, in memory, as tensors or as arrays."""
+    """A loaded checkpoint, with torch tensors or numpy arrays."""
 
     step: int
     tensors: dict[str, T]
     details: dict[str, Any]
-    """The JSON beside the tensors."""
+    """Content of the JSON file."""
     sha256: str
 
     @property
@@ -61,20 +61,20 @@ class Saved(Generic[T]):
 
 
 class Checkpoint(Saved["Tensor"]):
-    """What a checkpoint holds, as torch's tensors."""
+    """A loaded checkpoint with torch tensors."""
 
 
 def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
-    """Save a checkpoint, durably, then remove what is neither it nor the one before.
+    """Save a checkpoint durably, then remove all others of its kind except the one before it.
 
-    Pairs of later steps go too: they are damaged, or of a run that went back.
+    Pairs of later steps are removed too: they are damaged, or remain from before a rollback.
 
     Args:
-        folder: made where it is missing.
+        folder: destination, created if missing.
         kind: ``best`` or ``last``.
-        step: optimiser steps done.
-        tensors: as of :func:`weight_tensors`, :func:`optimizer_tensors`.
-        details: plain data that goes into the JSON.
+        step: number of completed optimiser steps.
+        tensors: as from :func:`weight_tensors` and :func:`optimizer_tensors`.
+        details: plain data for the JSON.
     """
     import safetensors.torch
 
@@ -83,7 +83,7 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = _sha256(content)
     facts = json.loads(json.dumps({"kind": kind, "step": step, "sha256": digest, **details}))
-    # The same tensors saved again, with other details: then the pair is whole at every moment.
+    # Saving the same tensors with other details leaves their file alone, so that the pair stays complete throughout.
     is_there = path.is_file() and _sha256(path.read_bytes()) == digest
     try:
         if not is_there:
@@ -102,24 +102,24 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
 
 
 def size_bytes(tensors: Mapping[str, Tensor]) -> int:
-    """Room on disk that tensors take, but for names and details."""
+    """Return the size of tensors on disk in bytes, without names and details."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def load_newest(
     folder: Path, kind: Kind, *, unfit: Callable[[Checkpoint], str | None] = lambda _: None
 ) -> Checkpoint | None:
-    """The newest checkpoint of a kind that can be used, or None where there is none.
+    """Load the newest usable checkpoint of a kind; None if there is no checkpoint.
 
-    Where it is not the newest of all, a warning says which files were not used, and why.
+    A warning names every newer checkpoint that was skipped, and the reason.
 
     Args:
-        folder: of checkpoints.
+        folder: folder of checkpoints.
         kind: ``best`` or ``last``.
-        unfit: says why a whole checkpoint is not to be used, or None.
+        unfit: returns the reason why an intact checkpoint must not be used, or None if it may be.
 
     Raises:
-        RunError: there are checkpoints, and each is damaged or not fit.
+        RunError: there are checkpoints, but all are damaged or unfit.
     """
 
     def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Checkpoint:
@@ -131,7 +131,7 @@ def load_newest(
 
 
 def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
-    """The same as numpy's arrays, without torch.
+    """Load the newest usable checkpoint as numpy arrays, without importing torch; as :func:`load_newest`.
 
     Raises:
         RunError: as :func:`load_newest`.
@@ -157,7 +157,7 @@ def _newest(
     refused: list[str] = []
     for step, stem in sorted(_saved(folder, kind).items(), reverse=True):
         if not stem.with_suffix(".json").exists():
-            # What an interruption while it was written leaves behind; not to be told where nothing else is there.
+            # Left by an interrupted save; not worth a message if there is no complete checkpoint at all.
             refused.append(f"{stem.with_suffix('.safetensors')}: its JSON is missing")
             continue
         try:
@@ -176,10 +176,10 @@ def _newest(
 
 
 def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], str], _Found]) -> _Found:
-    """One pair.
+    """Load one pair.
 
     Raises:
-        RunError: a part is missing, damaged, or not that it was saved with.
+        RunError: a file is missing or damaged, or the two do not belong together.
     """
     path, tensors_path = stem.with_suffix(".json"), stem.with_suffix(".safetensors")
     try:
@@ -196,7 +196,7 @@ def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], s
         raise RunError(
             f"{tensors_path}: its SHA-256 is not the one in {path.name}: the file was changed or damaged since training"
         )
-    # Checkpoints of older versions have no digest of the JSON.
+    # Checkpoints written by older versions have no digest of the JSON.
     if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
         raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
     try:
@@ -206,12 +206,12 @@ def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], s
 
 
 def weight_tensors(network: nn.Module) -> dict[str, Tensor]:
-    """A network's state dict under the names a checkpoint uses."""
+    """Return a network's state dict under the names used in a checkpoint."""
     return {_WEIGHTS + name: tensor for name, tensor in network.state_dict().items()}
 
 
 def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state by parameter: its tensors, and what is no tensor as plain data."""
+    """Return an optimiser's state: its tensors, and everything else as plain data, by parameter index and key."""
     import torch
 
     tensors: dict[str, Tensor] = {}
@@ -226,7 +226,7 @@ def optimizer_tensors(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str
 
 
 def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
-    """Put back what :func:`optimizer_tensors` took; the groups' settings stay the optimiser's own."""
+    """Restore the state saved by :func:`optimizer_tensors`; the settings of the parameter groups are unchanged."""
     content = optimizer.state_dict()
     content["state"] = {}
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -238,9 +238,9 @@ def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def _in_layout_of(parameter: Tensor, value: Any) -> Any:
-    """A state tensor in its parameter's memory layout, which may be channels-last where the file's is contiguous.
+    """Return a state tensor in its parameter's memory layout, which may be channels-last; the file is contiguous.
 
-    Fused optimisers walk both in memory order, whatever the strides.
+    Fused optimisers traverse both in memory order and ignore the strides.
     """
     import torch
 
@@ -250,7 +250,7 @@ def _in_layout_of(parameter: Tensor, value: Any) -> Any:
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """State of torch's random generators (dropout uses them)."""
+    """Return the state of torch's random number generators, which dropout uses."""
     import torch
 
     tensors = {f"{_RNG}cpu": torch.get_rng_state()}
@@ -260,7 +260,7 @@ def rng_tensors() -> dict[str, Tensor]:
 
 
 def restore_rng(checkpoint: Checkpoint) -> None:
-    """Put back what :func:`rng_tensors` took."""
+    """Restore the state saved by :func:`rng_tensors`."""
     import torch
 
     states = _section(checkpoint.tensors, _RNG)
@@ -270,7 +270,7 @@ def restore_rng(checkpoint: Checkpoint) -> None:
 
 
 def _saved(folder: Path, kind: Kind) -> dict[int, Path]:
-    """Steps of a kind of which at least one file is there, with the path of both but for the ending."""
+    """Return the steps of a kind with at least one file, each with the pair's path without suffix."""
     found = {}
     for path in folder.glob(f"{kind}-*"):
         match = _NAME.match(path.name)

@@ -1,19 +1,19 @@
-"""The run folder: resolved config, split, provenance, metrics.
+"""The run folder: resolved config, split, provenance and metrics.
 
-A run folder holds::
+A run folder contains::
 
     config.yaml     the resolved config
-    split.json      case ids by part
-    labels.json     what the label maps hold, and their hash: a resumed run must find the same
-    intensities.json  range of the training cases' intensities, for the flags of predict
-    backgrounds.json  cases whose background was not 0 in the files and was taken as 0, where there were any
+    split.json      case ids of each part
+    labels.json     summary and hash of the label maps, which must be unchanged when the run is resumed
+    intensities.json  intensity range of the training cases, for the flags of predict
+    backgrounds.json  cases whose non-zero background was replaced with 0, if any
     run.json        data, conventions, versions, machine
-    metrics.jsonl   one JSON object a line: kind train, validation, gradients or overlap
-    nonfinite/      batches whose loss was not finite, where there were any
-    tensorboard/    the same for TensorBoard
-    MODEL_CARD.md   data, configuration, metrics, limits; model.json has the same, SHA256SUMS sums of what predict takes
-    checkpoints/    best (weights) and last (weights and optimiser), safetensors with JSON beside
-    cache/          prepared cases that the user's cache does not take; may be deleted
+    metrics.jsonl   one JSON object per line, of kind train, validation, gradients or overlap
+    nonfinite/      batches with a non-finite loss, if any
+    tensorboard/    the metrics for TensorBoard
+    MODEL_CARD.md   data, configuration, metrics, limits; also as model.json; SHA256SUMS covers the files predict reads
+    checkpoints/    best (weights) and last (weights and optimiser state), as safetensors and JSON
+    cache/          prepared cases that do not fit into the user's cache; safe to delete
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ if TYPE_CHECKING:
 
 
 def write_json(path: Path, content: object) -> None:
-    """Write JSON as :func:`write_durably`."""
+    """Write a JSON file with :func:`write_durably`."""
     write_durably(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def write_durably(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; when this returns, a power cut takes neither the file nor its name away."""
+    """Write a file atomically, and sync it and its folder to disk, so that it survives a power cut."""
     with replacing(path) as beside, beside.open("wb") as file:
         file.write(content)
         file.flush()
@@ -55,16 +55,16 @@ def write_durably(path: Path, content: bytes) -> None:
 
 
 def remove_partial_files(run: Path) -> None:
-    """Remove what a process that was killed while it wrote left in a run. Holds for a locked run."""
+    """Remove partial files left in a run by a process that was killed while writing; the run must be locked."""
     for path in [*run.glob(".partial-*"), *(run / "checkpoints").glob(".partial-*")]:
         path.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:
-    """Read JSON of a run folder.
+    """Read a JSON file of a run folder.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """Every record of a run's metrics.jsonl; a line cut short by a crash is left out."""
+    """Read every record of a run's metrics.jsonl; a line truncated by a crash is skipped."""
     records = []
     path = run / "metrics.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
@@ -89,10 +89,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def require_new(run: Path) -> None:
-    """Make sure that a run can start in a folder.
+    """Check that a new run can start in a folder.
 
     Raises:
-        RunError: it is a file, or holds something.
+        RunError: the path is a file, or the folder is not empty.
     """
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; give a folder for the run")
@@ -100,25 +100,25 @@ def require_new(run: Path) -> None:
         raise RunError(f"{run} is not empty. Go on with --resume, or give another folder.")
 
 
-#: What metrics and TensorBoard's events need at the very least.
+#: Minimum free space for metrics and TensorBoard events.
 LEAST_ROOM_BYTES: Final = 1 << 16
-#: Writers of TensorBoard's events that may fail before there is no other; curves are no reason to end a run.
+#: After this many failed TensorBoard writers no new one is opened; missing curves are no reason to end a run.
 MOST_BOARDS_LOST: Final = 3
-#: Held while a process trains in the folder.
+#: Lock file, held while a process trains in the folder.
 LOCK = ".lock"
 
 
 @contextmanager
 def locked(run: Path, *, job: str = "", wait_seconds: float = 0.0) -> Iterator[None]:
-    """Hold a run folder for this process; the lock goes with the process, however it ends.
+    """Lock a run folder for this process; the system releases the lock when the process ends, however it ends.
 
     Args:
-        run: made where it is missing.
-        job: what :func:`job_of` tells from now on.
-        wait_seconds: for another process to let go of it.
+        run: folder to lock, created if missing.
+        job: name of the job, to be recorded for :func:`job_of`.
+        wait_seconds: how long to wait for another process to release the lock.
 
     Raises:
-        RunError: another process trains there.
+        RunError: another process is training in the folder.
     """
     with naming_the_place(run):
         run.mkdir(parents=True, exist_ok=True)
@@ -153,7 +153,7 @@ def _lock(file: TextIO, run: Path, wait_seconds: float) -> None:
 
 
 def job_of(run: Path) -> str:
-    """The job of the process that held a run folder last; empty where there is none."""
+    """Return the job name recorded by the last process that locked a run folder; empty if there is none."""
     try:
         return (run / LOCK).read_text(encoding="utf-8")
     except OSError:
@@ -176,14 +176,14 @@ class MetricsLog:
         patiently: Callable[[Callable[[], None]], None] = _at_once,
         writes: bool = True,
     ) -> None:
-        """Open the log; records of steps and validations that will be done again are dropped.
+        """Open the log and drop the records of steps and validations that will be repeated.
 
         Args:
-            run: the run's folder.
-            keep_up_to_step: records of later steps go.
-            keep_validations_up_to_step: validations of later steps go.
-            patiently: calls what it is given, and again while the disk is full.
-            writes: without, records are taken and forgotten, for a process that is not the one to write.
+            run: folder of the run.
+            keep_up_to_step: records of later steps are dropped.
+            keep_validations_up_to_step: validations of later steps are dropped.
+            patiently: calls the function it is given, and retries it while the disk is full.
+            writes: False discards all records; for the processes of a distributed run that do not write.
         """
         self._run = run
         self._patiently = patiently
@@ -199,13 +199,13 @@ class MetricsLog:
         path = self._run / "metrics.jsonl"
         write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
         _require_room(self._run)
-        # Not buffered: what a full disk did not take is known to the byte, and written again.
+        # Unbuffered, so that a write cut short by a full disk can be resumed at the exact byte.
         with naming_the_place(path):
             self._file = path.open("ab", buffering=0)
         self._board = _summary_writer(self._run / "tensorboard", step)
 
     def go_back(self, *, step: int, validated_step: int) -> None:
-        """Drop the records of steps and validations that will be done again."""
+        """Drop the records of steps and validations that will be repeated."""
         if self._file is not None:
             self.close()
             self._patiently(lambda: self._open(step, validated_step))
@@ -225,14 +225,14 @@ class MetricsLog:
         """Record one training step.
 
         Args:
-            step: its number, from 1.
+            step: number of the step, from 1.
             loss: mean over its micro-batches.
-            learning_rate: at this step.
-            seconds: since the run began.
-            skipped_steps: of the run so far.
-            waited_seconds: of this step, for batches that were not ready.
-            step_seconds: that the step took, waiting included.
-            gradient_norm: global, before the gradient rule, where it was measured.
+            learning_rate: learning rate of the step.
+            seconds: time since the run began.
+            skipped_steps: number of skipped steps in the run so far.
+            waited_seconds: part of the step spent waiting for batches.
+            step_seconds: duration of the step, including the wait.
+            gradient_norm: global norm before the gradient rule, if it was measured.
         """
         measured = {} if gradient_norm is None else {"gradient_norm": gradient_norm}
         self._write(
@@ -260,24 +260,24 @@ class MetricsLog:
         seconds: float,
         cases: Mapping[str, Mapping[str, float]],
     ) -> None:
-        """Record a validation: Dice by region, their mean, and Dice by region of each case."""
+        """Record a validation: Dice by region, its mean, and Dice by region for each case."""
         self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds, cases=cases)
         for region, value in dice.items():
             self._scalar(f"validation/dice_{region}", value, step)
         self._scalar("validation/mean_dice", mean_dice, step)
 
     def picture(self, *, step: int, rgb: npt.NDArray[np.uint8]) -> None:
-        """Show a validation case in TensorBoard; uint8 of shape (height, width, 3)."""
+        """Show a picture of a validation case in TensorBoard; uint8, shape (height, width, 3)."""
         self._to_board(lambda board: board.add_image("validation/first_case", rgb, step, dataformats="HWC"))
 
     def gradients(self, *, step: int, layers: Mapping[str, Mapping[str, float | None]], skipped_steps: int) -> None:
         """Record each layer's gradient at one step.
 
         Args:
-            step: its number, from 1.
-            layers: by name of the parameter: ``mean``, ``std`` and ``norm``, each with ``_before`` and ``_after`` the
-                gradient rule; None after it where the step was skipped.
-            skipped_steps: of the run so far.
+            step: number of the step, from 1.
+            layers: by parameter name: ``mean``, ``std`` and ``norm``, each with the suffix ``_before`` or ``_after``
+                (the gradient rule); the latter are None if the step was skipped.
+            skipped_steps: number of skipped steps in the run so far.
         """
         self._write(kind="gradients", step=step, layers=layers, skipped_steps=skipped_steps)
         self._scalars("gradients", layers, step)
@@ -286,15 +286,15 @@ class MetricsLog:
         """Record the gradient overlap at one step.
 
         Args:
-            step: its number, from 1.
-            junctions: by name: ``cosine``, ``ratio``, ``norm_skip`` and ``norm_transformation``, as in
+            step: number of the step, from 1.
+            junctions: by junction: ``cosine``, ``ratio``, ``norm_skip`` and ``norm_transformation``, as in
                 :class:`znorm.overlap.Overlap`.
         """
         self._write(kind="overlap", step=step, junctions=junctions)
         self._scalars("overlap", junctions, step)
 
     def sync(self) -> None:
-        """Have what was recorded on the disk, so that a power cut does not take what a checkpoint counts on."""
+        """Sync the records to disk; a checkpoint relies on them, so a power cut must not lose them."""
         if self._file is not None:
             sync_file(self._file, self._run / "metrics.jsonl")
 
@@ -316,7 +316,7 @@ class MetricsLog:
     def _write(self, **record: object) -> None:
         if (file := self._file) is None:
             return
-        # JSON has no NaN or infinity; a number that is not finite becomes null.
+        # JSON has no NaN or infinity; non-finite numbers become null.
         left = memoryview((json.dumps(_finite(record), allow_nan=False) + "\n").encode())
 
         def write() -> None:
@@ -338,7 +338,7 @@ class MetricsLog:
         try:
             add(self._board)
         except OSError as error:
-            # Its thread met a full disk and is gone, and the events of up to two minutes; metrics.jsonl has them.
+            # The writer's thread died on a full disk, with up to two minutes of events; metrics.jsonl has them.
             self._lost_board(error)
             self._board = None
             if self._boards_lost < MOST_BOARDS_LOST:
@@ -353,7 +353,7 @@ class MetricsLog:
 
 
 def _finite(value: object) -> object:
-    """The same with None for numbers that are not finite, however deep they lie."""
+    """Replace non-finite numbers with None, at any depth."""
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -362,12 +362,12 @@ def _finite(value: object) -> object:
 def _is_short_of_room(run: Path) -> bool:
     try:
         return shutil.disk_usage(run).free < LEAST_ROOM_BYTES
-    except OSError:  # some shared folders do not say
+    except OSError:  # some shared folders do not report their usage
         return False
 
 
 def _require_room(run: Path) -> None:
-    """Refuse a disk with next to nothing left: TensorBoard would meet it in a thread of its own, with a traceback."""
+    """Raise OSError if the disk is almost full: TensorBoard would fail in a background thread, with a traceback."""
     probe = run / f".partial-{os.getpid()}-room"
     try:
         with naming_the_place(run):
@@ -377,7 +377,7 @@ def _require_room(run: Path) -> None:
 
 
 def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
-    """A writer of TensorBoard's events; None, with a warning, where its folder cannot be written to."""
+    """Open a TensorBoard writer; None, with a warning, if its folder is not writable."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     from torch.utils.tensorboard import SummaryWriter
 

@@ -1,12 +1,12 @@
-"""What every folder of a model says of itself: a card for people, the same for programs, and SHA-256 sums.
+"""Model cards: a description for people, the same for programs, and checksums, in every model folder.
 
 ::
 
-    MODEL_CARD.md   data, configuration, metrics, limits, licence, in words
+    MODEL_CARD.md   data, configuration, metrics, limits and licence, in words
     model.json      the same as plain data
-    SHA256SUMS      of these and of all that the model is made of; ``sha256sum -c SHA256SUMS`` checks it
+    SHA256SUMS      checksums of both and of the model's files; check them with ``sha256sum -c SHA256SUMS``
 
-Nothing is invented: the card has what the files of the folder tell, and says where they tell nothing.
+Nothing is invented: the card states what the files of the folder record, and what they do not.
 """
 
 from __future__ import annotations
@@ -25,33 +25,33 @@ CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
 NOTICE: Final = "Research use only; not a medical device."
-#: What the card of a network of this program says of its licence.
+#: Licence statement on the card of a network trained by this program.
 LICENCE: Final = (
     "not stated. The program is Apache-2.0; of the weights whoever trained them decides, within the terms of the "
     "data they were trained on."
 )
-#: What holds for every network here.
+#: Limits of every network trained by this program.
 LIMITS: Final = (
     "Made for skull-stripped T1, T1c, T2 and FLAIR images on one grid.",
     "Not tested on other scanners, patients or diseases than those of its validation cases, where it has any.",
     "Validation cases chose the weights, so their Dice is somewhat better than that of new cases.",
 )
 
-#: Of a run, an ensemble or a network of it: what goes into the sums. Metrics, TensorBoard and pages may change.
+#: Files of a run, an ensemble or one of its networks that are checksummed. Metrics, TensorBoard and pages may change.
 _PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
 _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
 def describe_model(folder: Path) -> dict[str, Any]:
-    """What the files of a model's folder tell of it, as plain data.
+    """Describe a model from the files in its folder, as plain data.
 
-    A folder that holds a ``model.json`` and is no run and no ensemble (an export) is described by that.
+    An export, which has a ``model.json`` but is neither a run nor an ensemble, is described by that file.
 
     Args:
-        folder: of a run, an ensemble, an import or an export.
+        folder: folder of a run, an ensemble, an import or an export.
 
     Raises:
-        RunError: there is no model, or a file of it is damaged.
+        RunError: the folder contains no model, or one of its files is damaged.
     """
     if not folder.is_dir():
         raise RunError(
@@ -67,19 +67,19 @@ def describe_model(folder: Path) -> dict[str, Any]:
             content = _of_ensemble(folder)
         else:
             content = read_json(folder / DESCRIPTION_FILE)
-        card(content)  # shows whether it has all that a description has
+        card(content)  # raises if the description is incomplete
     except (KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
         raise RunError(f"{folder}: its files are damaged, or of another version ({error!r})") from error
     return content
 
 
 def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everything: bool = False) -> None:
-    """Write card, description and sums of a model's folder; those that are there are replaced.
+    """Write the card, the description and the checksums of a model folder, replacing existing ones.
 
     Args:
-        folder: complete but for these three.
-        description: what :func:`describe_model` would find, where that knows less.
-        everything: sum up every file there is; else those that the model is made of.
+        folder: model folder, complete except for these three files.
+        description: the description to write; by default the result of :func:`describe_model`.
+        everything: checksum every file in the folder, not only those that make up the model.
 
     Raises:
         RunError: as :func:`describe_model`.
@@ -93,28 +93,28 @@ def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everythi
 
 
 def unseal(folder: Path) -> None:
-    """Take the sums away before the model changes, so that they never contradict it."""
+    """Remove the checksums before the model changes, so that they never contradict it."""
     (folder / SUMS_FILE).unlink(missing_ok=True)
 
 
 def write_sums(folder: Path, paths: Iterable[Path]) -> None:
-    """Write ``SHA256SUMS`` of files in a folder, in the form of ``sha256sum``."""
+    """Write ``SHA256SUMS`` for files in a folder, in the format of ``sha256sum``."""
     names = sorted(path.relative_to(folder).as_posix() for path in paths if path.name != SUMS_FILE)
     lines = [f"{file_sha256(folder / name)}  {name}\n" for name in names]
     write_durably(folder / SUMS_FILE, "".join(lines).encode())
 
 
 def verify(folder: Path) -> tuple[str, ...]:
-    """Check every file that ``SHA256SUMS`` lists.
+    """Verify every file that ``SHA256SUMS`` lists.
 
     Args:
-        folder: of a model.
+        folder: model folder.
 
     Returns:
-        the names of the files, all as they were written.
+        the names of the verified files.
 
     Raises:
-        RunError: there are no sums, they are damaged, or a file is missing or was changed; the message names each.
+        RunError: ``SHA256SUMS`` is missing or damaged, or files are missing or changed; the message names each.
     """
     if not folder.is_dir():
         raise RunError(
@@ -148,13 +148,13 @@ def verify(folder: Path) -> tuple[str, ...]:
 
 
 def newest_best(folder: Path) -> Path | None:
-    """The JSON of the weights that ``predict`` takes of a run, or None where it has none."""
+    """Return the JSON of the checkpoint that ``predict`` loads from a run; None if there is none."""
     pairs = sorted((folder / "checkpoints").glob("best-*.json"))
     return pairs[-1] if pairs else None
 
 
 def card(description: Mapping[str, Any]) -> str:
-    """A description in words, as Markdown."""
+    """Render a description as Markdown."""
     parts = [f"# {description['name']}", description["summary"], f"**{description['notice']}**"]
     for title in ("data", "network", "metrics", "weights", "export"):
         if content := description.get(title):

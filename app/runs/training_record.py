@@ -1,4 +1,4 @@
-"""What a run or an ensemble tells of its training cases: their ids, the range of their intensities."""
+"""Records of the training cases in a run or ensemble: their ids and the range of their intensities."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from app.runs.folder import read_json
 from data.datasets.naming import composed
 from data.quality.intensity_range import IntensityRange, merged_range, range_from_json
 
-#: In the folder of a run.
+#: File in the run folder.
 INTENSITIES_FILE: Final = "intensities.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What is known of the cases that a network learnt from."""
+    """What is known about the training cases of a network."""
 
     trained_on: tuple[str, ...] = ()
-    """Case ids."""
+    """Ids of the training cases."""
     validated_on: tuple[str, ...] = ()
-    """Case ids by which its weights were chosen."""
+    """Ids of the validation cases, by which the weights were selected."""
     intensities: IntensityRange | None = None
-    """None of runs of older versions, and of models that come from elsewhere."""
+    """Intensity range of the training cases; None for runs of older versions and imported models."""
 
 
-#: Nothing is known.
+#: A record without any information.
 UNKNOWN: Final = TrainingRecord()
 
 
 def training_record(folder: Path) -> TrainingRecord:
-    """Read what a run or an ensemble tells of its training cases; what is not there, or damaged, is not known.
+    """Read the record of the training cases; missing or damaged files leave it incomplete.
 
-    What it is for are hints, so nothing of it stops a prediction; a file that is damaged is logged.
+    It only feeds warnings, so it never blocks a prediction; a damaged file is logged.
 
     Args:
-        folder: of a run or of an ensemble.
+        folder: folder of a run or an ensemble.
     """
     trained: tuple[str, ...] = ()
     validated: tuple[str, ...] = ()

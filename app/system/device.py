@@ -1,4 +1,4 @@
-"""Device, precision, threads, versions: each choice with its reason."""
+"""Choice of device and precision, each with its reason; facts about the CPU, the machine and package versions."""
 
 from __future__ import annotations
 
@@ -13,38 +13,39 @@ from typing import TYPE_CHECKING, Final, Literal
 from app.errors import DeviceError
 from app.system.resources import cores
 
-# torch is imported where it is used: predicting with OpenVINO does without it, and it takes a second.
+# torch is imported lazily: it takes a second, and prediction with OpenVINO does not need it.
 if TYPE_CHECKING:
     import torch
 
-#: CPU flags of instruction sets that multiply bfloat16; without them it is emulated, and slower than float32.
+#: CPU flags of instruction sets with bfloat16 products; without them bfloat16 is emulated and slower than float32.
 BF16_FLAGS: Final = {"avx512_bf16", "amx_bf16"}
 
-#: Variables that limit oneDNN, which multiplies for torch and OpenVINO, to older instructions; the first one counts.
+#: Environment variables that limit oneDNN (used by torch and OpenVINO) to older instructions; the first one set wins.
 ISA_VARIABLES: Final = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
-#: Their values that exclude AVX2, AVX-512, and products of bfloat16 (oneDNN, "CPU Dispatcher Control").
+#: Values of these variables that exclude AVX2, AVX-512 and bfloat16 products (oneDNN, "CPU Dispatcher Control").
 _BELOW_AVX2: Final = {"SSE41", "AVX"}
 _BELOW_AVX512: Final = _BELOW_AVX2 | {"AVX2", "AVX2_VNNI", "AVX2_VNNI_2"}
 _BELOW_BF16: Final = _BELOW_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
 
-#: Compute capability from which on GPUs multiply float16 faster than float32.
+#: Lowest compute capability of GPUs that multiply float16 faster than float32.
 TENSOR_CORES: Final = (7, 0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
-    """What a run computes on."""
+    """Device, precision and threads of a run."""
 
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """``auto`` takes bfloat16 autocast where the hardware multiplies it, else float16 on a GPU with tensor cores."""
+    """``auto``: bfloat16 autocast if the hardware multiplies it, else float16 on a GPU with tensor cores, else
+    float32."""
     channels_last: bool = True
-    """Keep channels innermost in memory; faster for small 3D U-Nets on CPU."""
+    """Use the channels-last memory format; faster for small 3D U-Nets on a CPU."""
     loader_threads: int = 2
-    """Threads that make batches."""
+    """Number of threads that prepare batches."""
     deterministic: bool = False
-    """On a GPU, only operations that give the same numbers each time, slower; a CPU does so anyway."""
+    """Use only deterministic operations on a GPU, which is slower; a CPU is deterministic anyway."""
 
     def __post_init__(self) -> None:
         if not 1 <= self.loader_threads <= 256:
@@ -55,7 +56,7 @@ class RuntimeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Runtime:
-    """What is computed on, and why."""
+    """The chosen device, precision and backend, with reasons."""
 
     device_name: str
     """``cpu`` or ``cuda:N``."""
@@ -63,30 +64,30 @@ class Runtime:
     channels_last: bool
     reasons: tuple[str, ...]
     backend: Literal["torch", "openvino"] = "torch"
-    """What computes a trained network; only ``predict`` knows another than torch."""
+    """The library that runs a trained network; only ``predict`` supports one other than torch."""
     precision_asked_for: bool = False
-    """Whether the precision was chosen by the user, not by the hardware."""
+    """Whether the user chose the precision; if not, the hardware decided."""
 
     def record(self) -> dict[str, str]:
-        """What results depend on, as plain data: ``backend``, ``precision`` and ``device``."""
+        """Return the parts that results depend on, as plain data: ``backend``, ``precision`` and ``device``."""
         return {"backend": self.backend, "precision": self.precision_name, "device": self.device_name}
 
     @property
     def device(self) -> torch.device:
-        """Of tensors."""
+        """The device of all tensors."""
         import torch
 
         return torch.device(self.device_name)
 
     @property
     def precision(self) -> torch.dtype:
-        """Of the matrix products."""
+        """The dtype of matrix products."""
         import torch
 
         return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[self.precision_name]
 
     def autocast(self) -> torch.autocast:
-        """Context for forward passes."""
+        """Return the autocast context for forward passes."""
         import torch
 
         lower = torch.bfloat16 if self.precision is torch.float32 else self.precision
@@ -94,27 +95,27 @@ class Runtime:
 
     @property
     def scales_gradients(self) -> bool:
-        """Whether training scales its loss: small gradients are 0 in float16."""
+        """Whether training scales the loss; small gradients would underflow to 0 in float16."""
         return self.precision_name == "float16"
 
     @property
     def memory_format(self) -> torch.memory_format:
-        """Memory layout of the network's weights and input."""
+        """The memory format of the network's weights and input."""
         import torch
 
         return torch.channels_last_3d if self.channels_last else torch.contiguous_format
 
 
 def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> Runtime:
-    """Choose device and precision; a GPU that is chosen becomes torch's current one.
+    """Choose device and precision; a chosen GPU becomes torch's current device.
 
     Args:
-        config: what is asked for.
-        local_rank: number of this process among those of a training on this host: it takes the GPU of that number.
-            None: there are no others.
+        config: the user's request.
+        local_rank: rank of this process among the training processes on this host; it uses the GPU of that index.
+            None if there is only one process.
 
     Raises:
-        DeviceError: the device asked for is not there, or is one for several processes.
+        DeviceError: the requested device does not exist, or several processes request one GPU.
     """
     _set_deterministic(on=config.deterministic)
     device, device_reason = _choose_device(_own_device(config.device, local_rank))
@@ -123,7 +124,7 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
     if device.type == "cuda":
         import torch
 
-        torch.cuda.set_device(device)  # what is asked of "the" GPU from here on is asked of this one
+        torch.cuda.set_device(device)  # for later calls that do not name a device
     precision, precision_reason = _choose_precision(config.precision, device)
     return Runtime(
         device_name=str(device),
@@ -135,9 +136,9 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
 
 
 def below_gpu(runtime: Runtime) -> Runtime:
-    """What computes on the CPU where a GPU's memory is not enough.
+    """Return the CPU runtime to fall back to when a GPU is out of memory.
 
-    A precision that was asked for stays, and so does float32; else it is what the CPU multiplies fastest.
+    A precision that the user chose is kept, and so is float32; otherwise the CPU's fastest precision is used.
     """
     if runtime.precision_asked_for or runtime.precision_name == "float32":
         return replace(runtime, device_name="cpu")
@@ -145,39 +146,39 @@ def below_gpu(runtime: Runtime) -> Runtime:
 
 
 def require_device(name: str) -> None:
-    """Make sure that a device is there, without taking any of its memory.
+    """Check that a device exists, without allocating memory on it.
 
     Args:
         name: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises:
-        DeviceError: it is not.
+        DeviceError: the device does not exist.
     """
     _choose_device(name)
 
 
 def _set_deterministic(*, on: bool) -> None:
-    """Have torch take operations whose result does not depend on the order in which a GPU's threads end, or not.
+    """Switch torch's deterministic algorithms on or off; their results do not depend on the order of GPU threads.
 
     Source: PyTorch's notes on reproducibility.
     """
     import torch
 
     if on:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS is first used
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read on the first use of cuBLAS
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
 
 
 def versions() -> dict[str, str]:
-    """Versions that a result depends on."""
+    """Return the versions of Python and of the packages that results depend on."""
     names = ("znormseg", "torch", "monai", "openvino", "nibabel", "numpy")
     return {"python": platform.python_version(), **{name: _version(name) for name in names}}
 
 
 def machine() -> str:
-    """Processor, cores and GPU, in one line."""
+    """Describe processor, cores and GPU in one line."""
     import torch
 
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
@@ -185,7 +186,7 @@ def machine() -> str:
 
 
 def _own_device(wanted: str, local_rank: int | None) -> str:
-    """The device that one of several processes on a host takes."""
+    """Return the device for one of several training processes on a host."""
     import torch
 
     if local_rank is None or wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
@@ -240,7 +241,7 @@ def _choose_precision(
 
 
 def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
-    """What a CPU multiplies fastest, and why."""
+    """Return the precision that this CPU multiplies fastest, and the reason."""
     if found := sorted(bf16_flags()):
         return "bfloat16", f"precision bfloat16: the CPU has {', '.join(found)}"
     if BF16_FLAGS & cpu_flags():
@@ -249,19 +250,20 @@ def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
 
 
 def bf16_flags() -> set[str]:
-    """Instruction sets that multiply bfloat16, of those that the CPU has and oneDNN's environment variable allows."""
+    """Return the instruction sets with bfloat16 products that the CPU has and oneDNN's variables allow."""
     return set() if _isa_limit(_BELOW_BF16) else BF16_FLAGS & cpu_flags()
 
 
 def limit_below_avx512() -> str | None:
-    """The setting that keeps oneDNN from AVX-512, such as ``ONEDNN_MAX_CPU_ISA=AVX2``; None where there is none."""
+    """Return the setting that keeps oneDNN below AVX-512, such as ``ONEDNN_MAX_CPU_ISA=AVX2``, or None."""
     return _isa_limit(_BELOW_AVX512)
 
 
 def without_avx2() -> str | None:
-    """Why AVX2 cannot be used, in words; None where it can, or where the system does not say what the CPU has.
+    """Say in words why AVX2 is unavailable; None if it is available or the system does not list the CPU's flags.
 
-    OpenVINO's kernels for norms need it: below, it cannot compile the networks (measured with 2026.4 on an EPYC).
+    OpenVINO's normalisation kernels need AVX2: without it, the networks do not compile (measured with OpenVINO 2026.4
+    on an EPYC).
     """
     flags = cpu_flags()
     if flags and "avx2" not in flags:
@@ -271,7 +273,7 @@ def without_avx2() -> str | None:
 
 
 def _isa_limit(among: Collection[str] = frozenset(_BELOW_BF16)) -> str | None:
-    """The variable of oneDNN that is set, with its value, where that is one of some; oneDNN ignores upper case."""
+    """Return oneDNN's variable as ``NAME=VALUE`` if its value is in ``among``; case is ignored, as in oneDNN."""
     for variable in ISA_VARIABLES:
         if value := os.environ.get(variable):
             return f"{variable}={value}" if value.upper() in among else None
@@ -279,7 +281,7 @@ def _isa_limit(among: Collection[str] = frozenset(_BELOW_BF16)) -> str | None:
 
 
 def cpu_flags() -> set[str]:
-    """Instruction sets of the CPU, as Linux names them; empty where they are not told."""
+    """Return the CPU's instruction sets by their Linux names; empty if the system does not list them."""
     for line in _cpuinfo():
         if line.startswith("flags"):
             return set(line.partition(":")[2].split())
@@ -287,7 +289,7 @@ def cpu_flags() -> set[str]:
 
 
 def processor() -> str:
-    """Name of the CPU."""
+    """Return the name of the CPU."""
     for line in _cpuinfo():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""A full disk: wait until there is room instead of ending a run."""
+"""Retry writes while the disk is full, instead of ending the run."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from typing import Final
 
 from app.progress import LOG
 
-#: What a full disk says; a file that may grow no larger (EFBIG) says so for good, and is no reason to wait.
+#: Error numbers of a full disk. Not EFBIG: a file size limit does not go away by waiting.
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
-#: Between two tries.
+#: Seconds between attempts.
 RETRY_SECONDS = 5.0
-#: Between two messages.
+#: Seconds between messages.
 MESSAGE_SECONDS = 60.0
 
 
 @dataclass(kw_only=True)
 class RetryOnFullDisk:
-    """Repeats a write that met a full disk until it fits."""
+    """Retries a write that failed because the disk is full, until it succeeds."""
 
     stopped: Callable[[], bool]
-    """Whether someone asked the run to stop; then the wait ends with the error."""
+    """Returns whether the run was asked to stop; the wait then ends with the error."""
     waited_seconds: float = field(default=0.0, init=False)
-    """Spent waiting so far."""
+    """Total seconds spent waiting so far."""
 
     def write(self, write: Callable[[], None], *, what: str, needed_bytes: int, folder: Path) -> None:
-        """Call ``write`` until no full disk stops it.
+        """Call ``write`` until it succeeds or fails for a reason other than a full disk.
 
         Args:
-            write: leaves nothing half-written when it raises.
-            what: for the message, such as ``the checkpoint of step 40``.
-            needed_bytes: room that it takes.
-            folder: where to.
+            write: must leave nothing half-written when it raises.
+            what: what is written, for the message, such as ``the checkpoint of step 40``.
+            needed_bytes: its size.
+            folder: its destination.
 
         Raises:
-            OSError: the disk is full and the run was asked to stop, or anything but a full disk.
+            OSError: the disk is full and the run was asked to stop, or ``write`` failed for another reason.
         """
         said_at: float | None = None
         while True:

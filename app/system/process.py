@@ -1,4 +1,4 @@
-"""How this process uses processors and memory. Imports nothing slow: the first has to come before torch."""
+"""Processor and memory settings of this process; imports nothing slow, as threads must be set before torch loads."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Final
 
 from app.system.resources import cores, processor_quota
 
-#: mallopt's parameters, of glibc's malloc.h.
+#: Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_INT: Final = 2**31 - 1
-#: OpenMP's variable for the number of threads.
+#: OpenMP's environment variable for the number of threads.
 _THREADS: Final = "OMP_NUM_THREADS"
 
 
 @dataclass
 class _Set:
-    """What this process has set in its own environment."""
+    """Environment variables that this process set itself, as opposed to the user."""
 
     threads: str | None = None
 
@@ -31,15 +31,15 @@ _SET: Final = _Set()
 
 
 def granted_processors() -> int:
-    """Processors this process may run on, and no more than its control group grants, rounded."""
+    """Return the number of processors this process may use, capped at its control group's quota (rounded)."""
     quota = processor_quota()
     return cores() if quota is None else min(cores(), max(1, round(quota)))
 
 
 def stopping_signals() -> tuple[signal.Signals, ...]:
-    """The signals that ask a job to save and stop.
+    """Return the signals that ask a job to save and stop.
 
-    SIGHUP, which comes when a terminal or a connection closes, is one of them unless it is ignored, as under nohup.
+    They include SIGHUP, sent when a terminal or connection closes, unless it is ignored, as under nohup.
     """
     hangup = getattr(signal, "SIGHUP", None)
     asked = (signal.SIGINT, signal.SIGTERM)
@@ -47,12 +47,11 @@ def stopping_signals() -> tuple[signal.Signals, ...]:
 
 
 def share_processors() -> None:
-    """Settle how OpenMP's threads wait and how many there are; what the user has set stays.
+    """Set OpenMP's wait policy and number of threads unless the user has; must run before torch is imported.
 
-    Threads sleep while they wait for each other: one that spins holds a processor that whoever it waits for may need,
-    and beside another job a step takes two to three times as long. Where a control group grants less than the
-    processors that are visible (``docker run --cpus``), there are as many threads as it grants: more would stop each
-    other. It counts only before torch is imported.
+    Waiting threads sleep instead of spinning: a spinning thread occupies a processor that the thread it waits for may
+    need, and next to another job a step takes two to three times as long. If a control group grants fewer processors
+    than are visible (``docker run --cpus``), the number of threads is what it grants: more would stall each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     granted = granted_processors()
@@ -61,11 +60,11 @@ def share_processors() -> None:
 
 
 def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
-    """``OMP_NUM_THREADS`` of processes that work at once: what the user has set, else their share of the processors.
+    """Return ``OMP_NUM_THREADS`` for concurrent processes: the user's value, else an equal share of the processors.
 
     Args:
-        processes: how many.
-        given: the environment of this process.
+        processes: number of concurrent processes.
+        given: environment of this process.
     """
     asked = given.get(_THREADS)
     if asked is not None and asked != _SET.threads:
@@ -74,13 +73,13 @@ def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
 
 
 def give_back_freed_memory() -> bool:
-    """Let the C library give back what is freed, so that it does not count beside what comes next.
+    """Return freed memory to the system, so that it does not add to the next peak.
 
-    Reading a case frees hundreds of megabytes in small pieces between others, which stay with the process otherwise.
-    Takes milliseconds. With another C library than glibc nothing happens.
+    Reading a case frees hundreds of megabytes in small pieces scattered over the heap, which the process would
+    otherwise keep. Takes milliseconds. Does nothing unless the C library is glibc.
 
     Returns:
-        Whether anything was given back.
+        Whether any memory was returned.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -91,13 +90,13 @@ def give_back_freed_memory() -> bool:
 
 
 def give_back_large_blocks() -> bool:
-    """Let the C library give back each freed block of 128 KiB or more at once, for what is planned by memory.
+    """Return each freed block of 128 KiB or more to the system at once, for jobs with a memory limit.
 
-    It begins so, but raises that size with what is freed; blocks of other threads then stay with the process, tens of
-    megabytes more from case to case. With another C library than glibc nothing happens.
+    That is glibc's initial setting, but it raises the threshold as larger blocks are freed; blocks of other threads
+    then stay with the process, which grows by tens of megabytes per case. Does nothing unless the C library is glibc.
 
     Returns:
-        Whether it took.
+        Whether the setting was accepted.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -108,13 +107,13 @@ def give_back_large_blocks() -> bool:
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed for the next tensor of that size, instead of giving it back each time.
+    """Keep freed memory for the next tensor of its size, instead of returning it to the system each time.
 
-    Every step of a training frees and takes the same gigabytes; from the system they come page by page, each cleared
-    first. Costs no memory at the peak. With another C library than glibc nothing happens.
+    Every training step frees and allocates the same gigabytes; the system would hand them out page by page, each
+    zeroed first. Peak memory does not rise. Does nothing unless the C library is glibc.
 
     Returns:
-        Whether it took.
+        Whether the setting was accepted.
     """
     if not sys.platform.startswith("linux"):
         return False
@@ -122,6 +121,6 @@ def keep_freed_memory() -> bool:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):
         return False
-    # Above the mmap threshold a block is a mapping of its own, cleared by the system each time; below the trim
-    # threshold the end of the heap is kept.
+    # A block above the mmap threshold is mapped separately and zeroed by the system each time; free memory at the end
+    # of the heap is kept up to the trim threshold.
     return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))

@@ -1,4 +1,4 @@
-"""What the machine lets a process have: memory, processors, disk. Read from the system, without torch."""
+"""Memory, processors and disk space available to a process, read from the system without torch."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-#: Memory limits at and above this are how version 1 of control groups writes "none".
+#: Version 1 of control groups writes "no limit" as a number of at least this size.
 _NO_LIMIT_BYTES: Final = 1 << 60
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryLimit:
-    """One bound on the memory of a process started now."""
+    """One limit on the memory of a process started now."""
 
     name: str
-    """What bounds it, e.g. ``MemAvailable``."""
+    """Source of the limit, e.g. ``MemAvailable``."""
     free_bytes: int
-    """What is left below the bound."""
+    """Memory left below the limit."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """What a process holds at one moment, in bytes, from /proc."""
+    """Memory of a process at one moment, in bytes, from /proc."""
 
     resident: int
-    """All that is in RAM (VmRSS)."""
+    """Resident memory (VmRSS)."""
     peak: int
-    """The most that was (VmHWM)."""
+    """Highest resident memory so far (VmHWM)."""
     own: int
-    """Without pages of files (RssAnon and RssShmem): what the system cannot take back."""
+    """Resident memory that is not backed by files (RssAnon + RssShmem), which the system cannot reclaim."""
     files: int
-    """Pages of mapped files: programs, libraries, prepared cases (RssFile)."""
+    """Resident pages of mapped files: programs, libraries, prepared cases (RssFile)."""
 
 
 def memory_of(process: int | str = "self", *, proc: Path = Path("/proc")) -> Memory | None:
-    """Memory of a process; None where the system does not tell, or the process is gone.
+    """Return the memory of a process; None if the process is gone or the system does not report it.
 
-    Not ``getrusage``: its peak of a child counts what the parent held when it started the child.
+    ``getrusage`` would not do: a child's peak includes the memory that its parent held when it started the child.
     """
     told = _table(proc / str(process) / "status")
     if "VmRSS" not in told:
@@ -53,13 +53,13 @@ def memory_of(process: int | str = "self", *, proc: Path = Path("/proc")) -> Mem
 
 
 def memory_limits(*, root: Path = Path("/")) -> list[MemoryLimit]:
-    """Every bound on memory that is known here, the tightest first.
+    """Return every known limit on memory, the tightest first.
 
-    MemAvailable of the system; the control group of this process (version 2 or 1) and those above it, less what is in
-    use there and cannot be taken back; RLIMIT_AS and RLIMIT_DATA.
+    The sources are MemAvailable, the control group of this process and its ancestors (version 1 or 2; memory in use
+    that cannot be reclaimed is subtracted), RLIMIT_AS and RLIMIT_DATA.
 
     Args:
-        root: where /proc and /sys are.
+        root: folder that contains /proc and /sys.
     """
     found = []
     free = _table(root / "proc/meminfo").get("MemAvailable")
@@ -72,21 +72,22 @@ def memory_limits(*, root: Path = Path("/")) -> list[MemoryLimit]:
 
 
 def cores() -> int:
-    """Processors this process may run on."""
+    """Return the number of processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:
-    """Threads to compute with: one a processor of :func:`cores`, and no more than OMP_NUM_THREADS says.
+    """Return the number of compute threads: :func:`cores`, capped at OMP_NUM_THREADS.
 
-    Of a list, for nested levels, the first number counts; what is no whole number above 0 bounds nothing.
+    If the variable is a list (one number per nesting level), the first number counts; a value that is not a positive
+    integer is ignored.
     """
     asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
     return min(cores(), int(asked)) if asked.isdecimal() and int(asked) > 0 else cores()
 
 
 def processor_quota(*, root: Path = Path("/")) -> float | None:
-    """Processors' worth of time that the control group gives (cpu.max, cpu.cfs_quota_us); None without a bound."""
+    """Return the control group's CPU quota in processors (cpu.max, cpu.cfs_quota_us); None if there is no limit."""
     found = []
     for folder in _group_folders(root, "cpu"):
         words = (_text(folder / "cpu.max") or "").split()
@@ -99,10 +100,10 @@ def processor_quota(*, root: Path = Path("/")) -> float | None:
 
 
 def free_disk(place: Path) -> int:
-    """Free bytes at a place, which need not be there yet.
+    """Return the free bytes at a path, which need not exist yet.
 
     Raises:
-        OSError: nothing of its path can be looked at.
+        OSError: no part of the path can be examined.
     """
     while not place.exists() and place != place.parent:
         place = place.parent
@@ -127,9 +128,9 @@ def _group_memory(root: Path) -> list[MemoryLimit]:
 
 
 def _group_folders(root: Path, controller: str) -> list[Path]:
-    """Folders of this process's control group and those above it, of both versions.
+    """Return the folders of this process's control group and its ancestors, for versions 1 and 2.
 
-    Inside of a container the path of /proc/self/cgroup may be the host's; then the folder at the top is the group.
+    Inside a container, /proc/self/cgroup may show the path on the host; the top folder is then the group itself.
     """
     folders = []
     for line in (_text(root / "proc/self/cgroup") or "").splitlines():
@@ -158,7 +159,7 @@ def _resource_limits() -> list[MemoryLimit]:
 
 
 def _table(path: Path) -> dict[str, int]:
-    """Numbers by name, of files as /proc/meminfo; what is in kB in bytes."""
+    """Parse a file in the format of /proc/meminfo: numbers by name, with kB converted to bytes."""
     numbers = {}
     for line in (_text(path) or "").splitlines():
         words = line.replace(":", " ").split()

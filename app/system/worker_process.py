@@ -1,7 +1,7 @@
-"""What processes that this program starts as its workers have in common, and what they tell whoever started them.
+"""Worker subprocesses: start-up, and the JSON-lines protocol they speak with their parent.
 
-A worker's standard input begins with a line of JSON and stays open: when it closes, the process that started it is
-gone, and the worker stops as if by SIGTERM. Its standard output has one JSON object a line.
+The parent sends one line of JSON on a worker's standard input and keeps the pipe open. When it closes, the parent is
+gone, and the worker stops as if by SIGTERM. The worker writes events to standard output, one JSON object per line.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from app.system.process import threads_of_each
 from data.errors import DataError
 
 DEVICE: Final = re.compile(r"^(cpu|cuda|cuda:(?P<index>\d+))$")
-#: Told by name; others are faults.
+#: Errors that keep their type across the pipe; any other error is a bug and becomes a RuntimeError.
 _ERRORS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind for kind in (DataError, ConfigError, RunError, DeviceError, InterruptedRunError, OSError)
 }
-#: What a process prints so that its line is not taken for something that a library printed.
+#: Prefix of every event, which distinguishes it from output printed by a library.
 _MARK: Final = "znormseg-worker"
 
 Tell = Callable[[dict[str, Any]], None]
 
 
 def environment_of(device: str | None, processes: int, *, given: dict[str, str]) -> dict[str, str]:
-    """The environment of a worker: it sees its own GPU alone, so that runs do not depend on which one it is.
+    """Return the environment of a worker; under ``cuda:N`` only that GPU is visible, so results do not depend on N.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:N``, or None for that of the job.
-        processes: that work at once; they share the processors, unless the user has set OMP_NUM_THREADS.
-        given: the environment of this process.
+        device: ``cpu``, ``cuda``, ``cuda:N``, or None for the device of the job.
+        processes: number of concurrent workers; they share the processors unless the user has set OMP_NUM_THREADS.
+        given: environment of this process.
 
     Raises:
         ConfigError: ``CUDA_VISIBLE_DEVICES`` hides the device.
@@ -64,14 +64,14 @@ def environment_of(device: str | None, processes: int, *, given: dict[str, str])
 
 
 def start_worker(module: str, environment: Mapping[str, str], stderr: IO[str]) -> subprocess.Popen[str]:
-    """Start a worker; its standard input and output are pipes of text.
+    """Start a worker, with text pipes for its standard input and output.
 
     Args:
-        module: whose ``__main__`` it is, such as ``app.inference.batch.process_pool``.
-        environment: of :func:`environment_of`.
-        stderr: file for what it writes there.
+        module: module to run as ``__main__``, such as ``app.inference.batch.process_pool``.
+        environment: as from :func:`environment_of`.
+        stderr: file for its standard error.
     """
-    # A session of its own: Ctrl-C reaches the process that starts it alone, which then stops it.
+    # In a new session, so that Ctrl-C reaches only the parent, which then stops the worker.
     return subprocess.Popen(  # noqa: S603 - this program itself
         [sys.executable, "-P", "-m", module],
         env=environment,
@@ -84,7 +84,7 @@ def start_worker(module: str, environment: Mapping[str, str], stderr: IO[str]) -
 
 
 def how_it_ended(status: int) -> str:
-    """What became of a process, in words.
+    """Describe the exit status of a process in words.
 
     Example:
         >>> how_it_ended(-9)
@@ -94,10 +94,10 @@ def how_it_ended(status: int) -> str:
 
 
 def be_worker(work: Callable[[Iterator[str], Tell], None]) -> int:
-    """What a worker's process does: its work, telling warnings and the error that stops it.
+    """Run a worker, forwarding its warnings and the error that stops it to the parent.
 
     Args:
-        work: given the lines of standard input and a function that tells an event.
+        work: called with the lines of standard input and a function that sends an event.
 
     Returns:
         the exit status: 0, or 1 after an error.
@@ -111,14 +111,14 @@ def be_worker(work: Callable[[Iterator[str], Tell], None]) -> int:
         work(lines_in(), tell)
     except BaseException as error:
         traceback.print_exc()
-        with suppress(OSError):  # nobody may be listening any more
+        with suppress(OSError):  # the parent may be gone
             tell({"error": name_of(error), "message": message(error)})
         return 1
     return 0
 
 
 def name_of(error: BaseException) -> str:
-    """How an error is told: by the kind that has its exit code."""
+    """Return the type name under which an error is sent, so that the parent ends with the same exit code."""
     if isinstance(error, KeyboardInterrupt):
         return InterruptedRunError.__name__
     if exit_code(error) == EXIT_MACHINE and not isinstance(error, DeviceError):
@@ -127,14 +127,15 @@ def name_of(error: BaseException) -> str:
 
 
 def error_of(event: Mapping[str, Any], who: str) -> Exception:
-    """The error that a worker told by ``error`` (a name of :func:`name_of`) and ``message``."""
+    """Rebuild a worker's error from its event: ``error``, a name from :func:`name_of`, and ``message``."""
     return _ERRORS.get(event["error"], RuntimeError)(f"{who}: {event['message']}")
 
 
 def teller() -> Tell:
-    """A function that prints an event for whoever started this process; from any thread.
+    """Return a thread-safe function that sends an event to the parent.
 
-    Events are dropped once nobody reads them: the end of standard input stops the worker, with everything saved.
+    Events are dropped once nobody reads them; the worker then notices that its standard input has ended, saves its
+    work and stops.
     """
     out, writing = sys.stdout, threading.Lock()
 
@@ -147,7 +148,7 @@ def teller() -> Tell:
 
 
 def event_of(line: str) -> dict[str, Any] | None:
-    """The event in a line of a worker's output; None where something else printed it."""
+    """Parse the event in a line of a worker's output; None if the line is not an event."""
     mark, _, text = line.partition(" ")
     try:
         event = json.loads(text) if mark == _MARK else None
@@ -157,21 +158,21 @@ def event_of(line: str) -> dict[str, Any] | None:
 
 
 class Passing(logging.Handler):
-    """Log lines, for the process that started this one."""
+    """A logging handler that forwards records to the parent."""
 
     def __init__(self, tell: Tell) -> None:
         super().__init__()
         self._tell = tell
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell a line."""
+        """Send a record as an event."""
         self._tell({"log": record.getMessage(), "level": record.levelno})
 
 
 def stop_on_sigterm() -> None:
-    """SIGTERM unwinds as Ctrl-C does; Ctrl-C itself is for the process that started this one."""
+    """Raise KeyboardInterrupt on SIGTERM, and ignore Ctrl-C, which the parent handles."""
 
-    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - the shape of a handler
+    def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - signature of a signal handler
         raise KeyboardInterrupt("stopped by SIGTERM")
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -179,7 +180,7 @@ def stop_on_sigterm() -> None:
 
 
 def lines_in() -> Iterator[str]:
-    """Lines of standard input; read without a buffer, whose lock a thread would still hold at the end."""
+    """Yield the lines of standard input, unbuffered: a thread blocked on a buffer would hold its lock at exit."""
     found = b""
     while part := os.read(0, 1):
         found += part
@@ -189,7 +190,7 @@ def lines_in() -> Iterator[str]:
 
 
 def stop_when_alone() -> None:
-    """Wait for the end of standard input, which is the end of the process that started this one; then stop."""
+    """Wait until standard input closes, which means that the parent is gone; then stop this process by SIGTERM."""
     while os.read(0, 1):
         pass
     os.kill(os.getpid(), signal.SIGTERM)

@@ -1,1 +1,1 @@
-"""From a data set to a trained network."""
+"""Training: from a data set to a trained network."""

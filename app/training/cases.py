@@ -1,4 +1,4 @@
-"""What a run trains on: its cases, their split and spacing, and the record of their label maps."""
+"""The cases of a run: their split and spacing, and the record of their label maps."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
 from data.quality.intensity_range import quantiles_of, range_of
 
-#: In the folder of a run.
+#: File name in the run folder.
 BACKGROUNDS_FILE: Final = "backgrounds.json"
-#: Cases that are named in the log.
+#: Maximum number of cases named in the log.
 _MOST_WARNED: Final = 5
-#: The fold that means: train on every case, validate on none.
+#: Value of ``fold`` that trains on every case and validates on none.
 ALL_CASES: Final = "all"
-#: Training cases whose intensities are looked at, or up to twice as many; each takes some hundredths of a second.
+#: Number of training cases whose intensities are read (at most twice as many); each takes a few hundredths of a second.
 _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
 
 
 def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path | None) -> Split:
-    """The cases that train and those that validate: of a file, or of a fold by patient; with ``all`` none validates.
+    """Choose the training and validation cases: from a split file, or from a fold by patient.
 
     Args:
-        patients: the patient of every case, by case id.
-        fold: from 0 on, or :data:`ALL_CASES`.
-        split_file: JSON with the two lists, instead of a fold.
+        patients: the patient of each case, by case id.
+        fold: fold number from 0, or :data:`ALL_CASES` to train on every case and validate on none.
+        split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
 
     Raises:
-        DataError: a case of the file is not there, or there are too few patients.
+        DataError: the file names a case that is not in the data set, or there are too few patients.
     """
     if split_file is not None:
         return read_split(split_file, patients)
@@ -52,11 +52,11 @@ def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path 
 
 
 def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
-    """Log by what cases count as visits of one patient, and warn where a patient, or what looks like one, is parted.
+    """Log how cases were grouped into patients; warn if the split separates (likely) visits of one patient.
 
     Args:
-        cases: all of the data set.
-        parts: case ids of each part of the split, e.g. of training and of validation.
+        cases: all cases of the data set.
+        parts: case ids of each part of the split, e.g. training and validation.
     """
     used = {case_id for part in parts for case_id in part}
     by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None and case.id in used])
@@ -87,20 +87,20 @@ def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]
 
 
 def tell_of_names(cases: Collection[Case]) -> None:
-    """Log a warning where the names of files say otherwise than their content whether they are compressed."""
+    """Log a warning about files whose extension does not match whether they are compressed."""
     found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
     if found:
         LOG.warning("%s", _some_groups(found))
 
 
 def _some_groups(groups: Sequence[str]) -> str:
-    """The first groups, and how many more there are."""
+    """Join the first groups for a message, and count the rest."""
     more = f"; and {len(groups) - _GROUPS_SHOWN} more" if len(groups) > _GROUPS_SHOWN else ""
     return "; ".join(groups[:_GROUPS_SHOWN]) + more
 
 
 def split_on_record(path: Path) -> Split:
-    """The split that a run or a fold has written down.
+    """Read the recorded split of a run or fold.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -114,10 +114,10 @@ def split_on_record(path: Path) -> Split:
 
 
 def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
-    """The cases of a data set by id, those of a split among them.
+    """Return all cases of a data set by id, and require those of a split to be among them.
 
     Raises:
-        DataError: one of those is not there.
+        DataError: a case of the split is missing.
     """
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
     gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
@@ -127,14 +127,14 @@ def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]
 
 
 def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave the cases out with --split.") -> None:
-    """Make sure that every case has a label map.
+    """Require that every case has a label map.
 
     Args:
-        cases: to look at.
-        advice: what to do, at the end of the message.
+        cases: the cases to check.
+        advice: what the user can do about it; ends the message.
 
     Raises:
-        DataError: some have none; they are named.
+        DataError: cases have no label map; the message names the first five.
     """
     without = [case.id for case in cases if case.label is None]
     if without:
@@ -144,13 +144,15 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 
 
 def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
-    """What the label maps of a run hold when it begins."""
+    """Return the record of a run's label maps at its start, by which later changes are noticed."""
     used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
     return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
 
 
 def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
-    """Refuse a data set whose label maps are not those that a run began with; runs of older versions have no record.
+    """Refuse a data set whose label maps have changed since a run began.
+
+    Runs of older versions have no record and are not checked.
 
     Raises:
         DataError: label maps have changed.
@@ -173,11 +175,11 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
 
 
 def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
-    """Write the range of the training cases' intensities into a run that has none yet, for the flags of ``predict``.
+    """Write the intensity range of the training cases to a run that lacks it; ``predict`` flags cases outside it.
 
     Args:
-        run: its folder.
-        prepared: the training cases; of very many, evenly spread ones stand for all.
+        run: the run's folder.
+        prepared: the training cases; of a large number, evenly spaced ones are read.
     """
     path = run / INTENSITIES_FILE
     if not path.exists():
@@ -186,10 +188,10 @@ def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
 
 
 def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
-    """Write of which cases the background was not 0 in the files, and warn of it; nothing where there are none.
+    """Record the cases whose background was not 0 in their files, and warn about them; no file if there are none.
 
     Args:
-        run: its folder.
+        run: the run's folder.
         prepared: all cases of the run.
     """
     found = {case.id: said for case in prepared if (said := case.backgrounds())}
@@ -205,7 +207,7 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
 
 
 def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
-    """The configured spacing, or the training cases' median along each axis."""
+    """Return the configured spacing, or else the median of the training cases along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
     found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]

@@ -1,4 +1,4 @@
-"""A run that goes on with another config: what may change, what may on demand, and what cannot."""
+"""Resume a run with a changed config: which keys may change, which need ``--allow``, and which cannot change."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from app.runs.folder import read_json, write_durably, write_json
 from app.training.schedule import learning_rate, spent_share
 from app.training.state import State, to_checkpoint
 
-#: Keys, and sections with a dot at the end, that may change without a word. They cannot change what is learned, but
-#: for its length: the budget, when to validate and save, when to give up, what is measured beside, and what computes -
-#: which rounds in another way.
+#: Keys, and sections ending in a dot, that may change without ``--allow``. They affect how long a run trains, when it
+#: validates, saves or gives up, what telemetry records and which hardware computes (other hardware rounds
+#: differently), but not what is learned.
 HARMLESS: Final = (
     "training.steps",
     "training.hours",
@@ -28,7 +28,7 @@ HARMLESS: Final = (
     "training.telemetry_steps",
     "runtime.",
 )
-#: The same for what can never change, with the reason.
+#: Keys and sections that can never change, with the reason.
 FIXED: Final = {
     "network.": "the saved weights would not fit another network",
     "training.optimizer": "the saved state of the optimiser is of another kind",
@@ -40,7 +40,7 @@ _NEW_CHANNELS: Final = "the network was made with other input channels"
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """A key whose value is another one now."""
+    """A config key whose value has changed."""
 
     key: str
     old: Any
@@ -51,22 +51,23 @@ class Change:
 
 
 def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
-    """What differs between two configs, in the order of the config."""
+    """List the differences between two configs, in the order of the config."""
     before, after = flat(old), flat(new)
     return [Change(key=key, old=before[key], new=after[key]) for key in differing_keys(old, new)]
 
 
 def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collection[str]) -> list[Change]:
-    """What a resumed run is to change.
+    """Check that a resumed run may adopt the requested config, and return the changes.
 
     Args:
-        run: its folder, for the message.
+        run: the run's folder, for the message.
         own: the run's config.
-        asked: the one it should go on with.
-        allowed: keys that may change although they change what is learned.
+        asked: the requested config.
+        allowed: keys that may change although they affect what is learned.
 
     Raises:
-        ConfigError: a key cannot change, or may only on demand; the message shows every difference.
+        ConfigError: a key cannot change, or needs ``--allow`` (the message lists every difference); or ``allowed``
+            contains an unknown key.
     """
     for key in allowed:
         if key not in flat(own):
@@ -91,7 +92,7 @@ def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collec
 
 
 def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence[Change], state: State) -> None:
-    """Take a changed config over, into the log, run.json and config.yaml; spread validations over the new budget."""
+    """Adopt a changed config: log it, update run.json and config.yaml, and spread validations over the new budget."""
     if not changes:
         return
     settings = asked.training
@@ -112,14 +113,14 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
     if before != now or own.training.validations != settings.validations:
         since_best = state.validations - state.best_validation
         state.validations = int(min(now, 1) * settings.validations)
-        state.best_validation = state.validations - since_best  # patience goes on counting where it was
-        # Saved before the config is: who is interrupted in between does the same again.
+        state.best_validation = state.validations - since_best  # training.patience keeps its count
+        # Saved before the config, so that after an interruption in between the next resume repeats the change.
         tensors, details = to_checkpoint(state)
         counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
         checkpoints.save(run / "checkpoints", "last", state.step, tensors, {**details, **counts})
     facts = read_json(run / "run.json")
     record = {"step": state.step, "changes": [str(change) for change in changes]}
-    if facts.get("config_changes", [])[-1:] != [record]:  # else noted before an interruption
+    if facts.get("config_changes", [])[-1:] != [record]:  # else already recorded before an interruption
         write_json(run / "run.json", {**facts, "config_changes": [*facts.get("config_changes", []), record]})
     write_durably(run / "config.yaml", to_yaml(asked).encode())
 

@@ -1,8 +1,8 @@
-"""One training by several processes, as ``torchrun`` starts them; a process alone is the case of one.
+"""Training in several processes started by ``torchrun``; a single process is the special case of one.
 
-Every process holds the whole network and takes its share of each batch. Gradients are averaged once a step, in the
-backward pass of its last micro-batch; whatever is decided (a stop, the end of a budget in hours) is decided by all
-together, and the first process alone writes. Control goes over gloo, tensors on GPUs over nccl.
+Every process holds the whole network and computes its share of each batch. Gradients are averaged once per step, in
+the backward pass of its last micro-batch. All processes decide together when to stop or when a budget in hours has
+ended; only the first one writes. Control messages use gloo, GPU tensors nccl.
 """
 
 from __future__ import annotations
@@ -32,37 +32,37 @@ from app.progress import LOG
 
 T = TypeVar("T")
 
-#: For the processes to find each other; torchrun starts them when all hosts are there.
+#: Timeout for the processes to find each other; torchrun starts them once all hosts are present.
 _MEETING: Final = timedelta(minutes=5)
-#: For what one process does while the others wait, such as preparing the cases of a large data set.
+#: Timeout for what one process does while the others wait, such as preparing the cases of a large data set.
 _PATIENCE: Final = timedelta(hours=12)
-#: What ``torchrun`` sets for each process it starts.
+#: Environment variables that ``torchrun`` sets for each process.
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """What ``torchrun`` told a process."""
+    """A process's place in a ``torchrun`` launch."""
 
     rank: int = 0
-    """Number of the process, from 0."""
+    """Rank of the process, from 0."""
     size: int = 1
-    """How many processes there are."""
+    """Number of processes."""
     local_rank: int | None = None
-    """Number of the process on its host, and of its GPU; None where nothing was launched."""
+    """Rank of the process on its host, which is also its GPU index; None without ``torchrun``."""
     local_size: int = 1
-    """How many processes its host has."""
+    """Number of processes on its host."""
     restarts: int = 0
-    """How often the processes were started anew."""
+    """How often ``torchrun`` has restarted the processes."""
     job: str = ""
-    """What tells this launch from others, the same after a restart; empty where nothing was launched."""
+    """Identifies the launch and survives a restart; empty without ``torchrun``."""
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
-    """What the environment variables of ``torchrun`` say; a process alone where any of them is missing.
+    """Read the environment variables of ``torchrun``; without all of them, describe a single process.
 
     Raises:
-        DeviceError: one of them is not the number it should be.
+        DeviceError: a variable is not a number, or the rank is not below the number of processes.
     """
     if any(not environment.get(name) for name in _VARIABLES):
         return Launch()
@@ -76,16 +76,16 @@ def launched(environment: Mapping[str, str]) -> Launch:
         local_rank=local,
         local_size=_number(environment, "LOCAL_WORLD_SIZE", 1),
         restarts=_number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
-        # Without --rdzv-id all launches have one name; the launcher's process tells them apart.
+        # Without --rdzv-id all launches share one id; the launcher's process id distinguishes them.
         job=job if job not in ("", "none") else f"{socket.gethostname()}:{os.getppid()}",
     )
 
 
 class World:
-    """The processes of a training, as one of them sees them. What is alone waits for nobody."""
+    """The processes that train together, as one of them sees them; a single process never waits."""
 
     def __init__(self, launch: Launch | None = None, *, restarts: int = 0) -> None:
-        """``restarts`` is the largest of all processes, since a host that joined later counts from 0."""
+        """``restarts`` is the maximum over all processes, since a host that joined later counts from 0."""
         self.launch = launch if launch is not None else Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.restarts = max(restarts, self.launch.restarts)
@@ -93,34 +93,34 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes for all."""
+        """Whether this process writes for all of them."""
         return self.rank == 0
 
-    # What every process must call together
+    # Collective: every process must call these together
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of a tensor over all processes, through which gradients flow.
+        """Sum a tensor over all processes, differentiably.
 
-        The gradients that arrive here are taken to be the same in each process, as they are where all compute the same
-        from the sum; each is multiplied by the number of processes, so that averaged parameter gradients are those of
-        one process with all the patches.
+        Incoming gradients are assumed to be equal in all processes, as they are when all compute the same function of
+        the sum. They are multiplied by the number of processes, so that the averaged parameter gradients equal those
+        of one process with all the patches.
         """
         return values if self.size == 1 else _Total.apply(values, self.size)  # type: ignore[no-untyped-call]
 
     def mean(self, value: float) -> float:
-        """Mean of a number over all processes; NaN where it is NaN in one."""
+        """Return the mean of a number over all processes; NaN if it is NaN in any of them."""
         return value if self.size == 1 else self._reduced([value], dist.ReduceOp.SUM)[0] / self.size
 
     def largest(self, value: float) -> float:
-        """Largest of a number over all processes."""
+        """Return the maximum of a number over all processes."""
         return value if self.size == 1 else self._reduced([value], dist.ReduceOp.MAX)[0]
 
     def rows(self, count: int, row_of: Callable[[int], Sequence[float]]) -> list[list[float]]:
-        """A table whose rows the processes make in turns, whole in each of them.
+        """Compute the rows of a table, divided among the processes, and return the whole table in each of them.
 
         Args:
             count: number of rows, at least one.
-            row_of: makes the row of a number, all of one length.
+            row_of: computes the row of an index; all rows have the same length.
         """
         mine = {index: list(row_of(index)) for index in range(self.rank, count, self.size)}
         if self.size == 1:
@@ -131,15 +131,15 @@ class World:
         return [summed[index * width : (index + 1) * width] for index in range(count)]
 
     def agree(self, *, seconds: float, signal_name: str | None, save: bool) -> tuple[str | None, bool]:
-        """Take the first process's clock for all, and tell what any of them was asked.
+        """Adopt the first process's clock in all of them, and combine their stop and save requests.
 
         Args:
             seconds: time spent, by this process's clock.
-            signal_name: of the signal that asked this process to stop, or None.
-            save: whether it is to save.
+            signal_name: the signal that asked this process to stop, or None.
+            save: whether this process was asked to save.
 
         Returns:
-            the signal that asked any of them to stop, or None, and whether any is to save.
+            the signal that asked any process to stop, or None, and whether any was asked to save.
         """
         if self.size == 1:
             return signal_name, save
@@ -150,7 +150,7 @@ class World:
         return next((name for name, count in zip(names, counts, strict=True) if count), None), saving > 0
 
     def tell(self, content: T | None = None) -> T:
-        """What the first process gives, in all of them; the others give nothing and wait for it."""
+        """Broadcast ``content`` from the first process; the others pass nothing and wait for it."""
         box = [content]
         if self.size > 1:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
@@ -158,14 +158,14 @@ class World:
         return box[0]
 
     def wait(self) -> None:
-        """Go on when all are here."""
+        """Block until every process has called this."""
         self.largest(0.0)
 
     def require_same(self, facts: Mapping[str, object]) -> None:
-        """Make sure that something is the same in all processes.
+        """Require that facts are equal in all processes.
 
         Raises:
-            DeviceError: it is not; with its name and the first two values.
+            DeviceError: a fact differs; the message has its name and the first two values.
         """
         if self.size == 1:
             return
@@ -179,12 +179,13 @@ class World:
                         f"{rank}. Use hosts of one kind with one installation, or set it in the config."
                     )
 
-    # What each does by itself
+    # Local: no process waits for another
 
     def shares(self, items: Sequence[T]) -> list[Sequence[T]]:
-        """What this process does of a work whose results all need, in two turns.
+        """Return this process's share, in two rounds, of work whose results all processes need.
 
-        The first is for results that all hosts see, the second for those that each host needs for itself.
+        The first round divides the items among all processes, for hosts that share a file system; the second among the
+        processes of each host, for hosts that do not. A single process gets no rounds.
         """
         if self.size == 1:
             return []
@@ -192,11 +193,11 @@ class World:
         return [items[self.rank :: self.size], items[local :: self.launch.local_size]]
 
     def seconds(self, own: float) -> float:
-        """Time spent: this process's own where it is alone, else what was agreed on last."""
+        """Return the time spent: ``own`` in a single process, else the value last agreed on."""
         return own if self.size == 1 else self._seconds
 
     def replica(self, network: nn.Module) -> nn.Module:
-        """What to call in training instead of the network: averages gradients over the processes in backward."""
+        """Wrap the network for training, so that its backward pass averages gradients over the processes."""
         if self.size == 1:
             return network
         device = next(network.parameters()).device
@@ -205,16 +206,16 @@ class World:
         )
 
     def gradients(self, replica: nn.Module, *, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a micro-batch: gradients are averaged in the ``last`` one alone."""
+        """Context for the forward and backward pass of a micro-batch; only the ``last`` one averages gradients."""
         if last or not isinstance(replica, DistributedDataParallel):
             return nullcontext()
         context: AbstractContextManager[None] = replica.no_sync()
         return context
 
     def seed_step(self, seed: int, step: int) -> None:
-        """Random numbers of a step (dropout): the first process keeps its sequence, the others get one of their own.
+        """Seed the random numbers of a step (dropout), except in the first process, which keeps its sequence.
 
-        It depends on seed, rank and step alone, so a resumed run has the same.
+        The sequence depends only on seed, rank and step, so a resumed run repeats it.
         """
         if not self.is_first:
             torch.manual_seed(int(np.random.SeedSequence([seed, self.rank, step]).generate_state(1)[0]))
@@ -225,16 +226,16 @@ class World:
         return table.tolist()
 
 
-#: A process that nothing launched.
+#: The world of a process that ``torchrun`` did not start.
 ALONE: Final = World()
 
 
 @contextmanager
 def joined_processes() -> Iterator[World]:
-    """Join the other processes of a launch for as long as the block lasts; the first one alone logs.
+    """Join the other processes of a launch for the duration of the block; all but the first log errors only.
 
     Raises:
-        DeviceError: the others cannot be reached, or one of them ended while this one waited for it.
+        DeviceError: another process cannot be reached, or ended while this one waited for it.
     """
     launch = launched(os.environ)
     if launch.size == 1:
@@ -243,7 +244,7 @@ def joined_processes() -> Iterator[World]:
     _set_up(launch)
     level = LOG.level
     try:
-        # The strides of 1x1x1 weights with channels innermost are ambiguous; torch copies them, and need not say so.
+        # The strides of 1x1x1 weights with channels innermost are ambiguous; torch copies them, which needs no warning.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         try:
             restarts = torch.tensor(launch.restarts)
@@ -264,7 +265,7 @@ def joined_processes() -> Iterator[World]:
 
 
 class _Total(torch.autograd.Function):
-    """All-reduce whose backward needs no second one: see :meth:`World.total`."""
+    """All-reduce whose backward pass needs no second all-reduce; see :meth:`World.total`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, size: int) -> Tensor:
@@ -298,13 +299,14 @@ def _set_up(launch: Launch) -> None:
 
 
 def fresh_place(store: Store, *, rank: int, size: int) -> Store:
-    """A part of the launch's store that is empty, the same in all processes.
+    """Return an empty part of the launch's store, the same one in all processes.
 
-    The store may outlive a restart, and then holds the addresses of processes that are gone. Restarts are not counted
-    alike on all hosts, so the first process makes a name up and hands it to those who ask; nobody answers the dead.
+    The store may outlive a restart, and then still holds the addresses of dead processes. Hosts may count restarts
+    differently, so the first process invents a name and sends it to every process that asks. Each request has a unique
+    token, so that leftover requests and answers of dead processes match nothing.
 
     Raises:
-        TimeoutError: some process did not come.
+        TimeoutError: not every process arrived in time.
     """
     until = time.monotonic() + _MEETING.total_seconds()
 
@@ -334,7 +336,7 @@ def fresh_place(store: Store, *, rank: int, size: int) -> Store:
 
 
 def _is_lost_connection(error: RuntimeError) -> bool:
-    """Whether a process of the group is gone; gloo has no exception of its own for it, only a text."""
+    """Whether a process of the group is gone; gloo has no exception for this, only a message text."""
     return isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed by peer" in str(error)
 
 

@@ -1,4 +1,4 @@
-"""What happens to the gradients before each optimiser step."""
+"""Attach the configured gradient rule, which runs before each optimiser step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from app.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class AttachedTransform:
-    """A rule on its optimiser."""
+    """A gradient rule attached to its optimiser."""
 
     report: str
-    """What it does to which tensors, for the log."""
+    """What the rule does to which tensors, for the log."""
     skipped_steps: Callable[[], int]
-    """How many steps were left out because a gradient was not finite."""
+    """Returns how many steps were skipped because a gradient was not finite."""
 
 
 def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
-    """Put the configured rule before every step of an optimiser; steps with a non-finite gradient are skipped.
+    """Attach the configured rule to every step of an optimiser; steps with a non-finite gradient are skipped.
 
     Raises:
-        ConfigError: what ``gradient.znorm`` chooses is not in the model, or leaves nothing to normalise.
+        ConfigError: ``gradient.znorm`` selects something that is not in the model, or leaves nothing to normalise.
     """
     name, reason = choose_transform(config, optimizer)
     try:
@@ -38,7 +38,7 @@ def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Mod
 
 
 def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str, str]:
-    """Name of the rule for an optimiser, and the reason where the configuration leaves it open."""
+    """Return the name of the rule for an optimiser, and the reason if the configuration leaves the choice open."""
     if config.transform != AUTO:
         return config.transform, ""
     if isinstance(optimizer, SGD):

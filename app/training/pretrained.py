@@ -1,4 +1,4 @@
-"""Starting from the weights of another run: what fits, and what the new run takes over from its config."""
+"""Start from the weights of another run: compatibility checks, and config values that the new run inherits."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from data.nifti import Spacing
 
 @dataclass(frozen=True, kw_only=True)
 class InitialWeights:
-    """Weights of another run, and where they are from."""
+    """Weights of another run, and their origin."""
 
     weights: dict[str, Tensor]
-    """A state dict."""
+    """State dict of the network."""
     run: Path
     sha256: str
-    """Of the file of the weights."""
+    """Hash of the weights file."""
     step: int
     spacing_mm: Spacing
-    """That the other run worked at."""
+    """Spacing at which the other run worked."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``run.json``."""
+        """Return plain data for ``run.json``."""
         return {
             "run": str(self.run.resolve()),
             "sha256": self.sha256,
@@ -39,10 +39,10 @@ class InitialWeights:
 
 
 def sections_of(run: Path) -> dict[str, dict[str, Any]]:
-    """Of the config of a run what belongs to its weights: the network, and the patches it saw.
+    """Return the part of a run's config that belongs to its weights: the network and the patch size.
 
     Raises:
-        RunError: not the folder of a run.
+        RunError: ``run`` is not a run folder.
         ConfigError: its config cannot be read.
     """
     _require_one_run(run)
@@ -51,16 +51,16 @@ def sections_of(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def initial_weights(run: Path, config: RunConfig, runtime: Runtime) -> InitialWeights:
-    """The weights that ``predict`` would take of a run, for a new run of another config.
+    """Load the weights that ``predict`` would use from a run, for a new run with another config.
 
     Args:
-        run: folder of a run.
-        config: of the new run.
-        runtime: where the weights go.
+        run: folder of the run to start from.
+        config: config of the new run.
+        runtime: device that the weights are loaded to.
 
     Raises:
-        RunError: not the folder of a run, or its weights cannot be used.
-        ConfigError: the new run's network is another one.
+        RunError: ``run`` is not a run folder, or its weights cannot be used.
+        ConfigError: the new run's network is different, in more than its dropout.
     """
     _require_one_run(run)
     model = load_model(run, runtime)

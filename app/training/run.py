@@ -63,13 +63,13 @@ from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, PatchSource, cache_cases
 
-#: For a process that was killed on another host to let go of the run folder.
+#: How long a restarted run waits for a killed process on another host to release the run folder.
 _LOCK_SECONDS: Final = 120.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
-    """What a finished run has to show."""
+    """Result of a finished run."""
 
     run: Path
     steps: int
@@ -77,14 +77,14 @@ class TrainResult:
     loss: float | None
     """Mean training loss over the last tenth of the steps."""
     dice: dict[str, float] | None
-    """Dice by region of the checkpoint that ``predict`` takes; None without validation cases."""
+    """Dice by region of the checkpoint that ``predict`` uses; None without validation cases."""
     best_step: int
     skipped_steps: int
     stopped_early: bool = False
-    """Whether ``training.patience`` ended it with budget left."""
+    """Whether ``training.patience`` ended the run with budget left."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "run": str(self.run),
             "steps": self.steps,
@@ -98,7 +98,7 @@ class TrainResult:
 
 
 @not_ended_by_sigusr1()
-def start(  # noqa: PLR0913 - each is an option of the command
+def start(  # noqa: PLR0913 - one argument per command-line option
     data: Path,
     run: Path,
     config: RunConfig,
@@ -113,28 +113,28 @@ def start(  # noqa: PLR0913 - each is an option of the command
     world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
-    """Start a run.
+    """Start a run and train until its budget is spent.
 
     Args:
         data: folder of cases.
-        run: folder for the run; empty or not there yet.
+        run: folder for the run; it must be empty or not exist yet.
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
-        split_file: JSON with the lists ``train`` and ``validation``, instead of a fold.
-        split_is_judged: the job that gives ``split_file`` has seen to its patients; they are not looked at again.
-        labels: name of the label convention, where the data set does not tell.
-        init_from: folder of a run whose best weights this one starts from instead of random ones.
-        follow_links: accept symbolic links that lead out of ``data``.
-        store: where prepared cases are kept; default the user's cache.
-        world: the processes that train together; each calls this, the first one alone writes to ``run``.
-        on_progress: told where the run is.
+        split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
+        split_is_judged: the caller has already checked the patients in ``split_file``; skip the check here.
+        labels: name of the label convention, if the data set does not determine it.
+        init_from: folder of a run whose best weights replace the random initial weights.
+        follow_links: accept symlinks that lead out of ``data``.
+        store: where prepared cases are kept; default: the user's cache.
+        world: the processes that train together; each of them calls this, but only the first writes to ``run``.
+        on_progress: called with the progress of the run.
 
     Raises:
-        ConfigError: ``init_from`` has another network; ``training.patience`` without validation cases;
+        ConfigError: ``init_from`` has a different network; ``training.patience`` is set without validation cases;
             ``inference.crop`` is false.
         DataError: the data cannot be used.
-        RunError: the run folder is not empty, or in use; ``init_from`` is no run, or has no weights.
-        DeviceError: the device asked for is not there.
+        RunError: the run folder is not empty or is in use; ``init_from`` is not a run or has no weights.
+        DeviceError: the requested device is not available.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
@@ -170,7 +170,7 @@ def start(  # noqa: PLR0913 - each is an option of the command
     with _locked(run, world), _opened(store, run) as opened:
         if again:
             _empty(run)  # killed before its first checkpoint
-        require_new(run)  # once more: another process may have been here since
+        require_new(run)  # checked again under the lock: another process may have got here first
         with _removed_unless_started(run, keep_folder=was_there):
             write_durably(run / "config.yaml", to_yaml(config).encode())
             write_json(run / "split.json", split.to_json())
@@ -225,24 +225,24 @@ def resume(
     world: World = ALONE,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
-    """Go on with an interrupted run, as if it had not been interrupted.
+    """Resume an interrupted run, as if it had not been interrupted.
 
     Args:
-        data: the folder of cases it was started with.
+        data: the folder of cases that the run was started with.
         run: the run's folder.
-        config: the configuration asked for now, where one was.
-        allow: keys in which it may differ from the run's own although they change what is learned; without, it may in
-            those of :data:`app.training.config_changes.HARMLESS`.
+        config: the requested configuration; default: the run's own.
+        allow: keys in which ``config`` may differ although they change what is learned; it may always differ in those
+            of :data:`app.training.config_changes.HARMLESS`.
         split_is_judged: as in :func:`start`.
-        follow_links: accept symbolic links that lead out of ``data``.
-        store: where prepared cases are kept; default the user's cache.
-        world: the processes that train together; each calls this, the first one alone writes to ``run``.
-        on_progress: told where the run is.
+        follow_links: accept symlinks that lead out of ``data``.
+        store: where prepared cases are kept; default: the user's cache.
+        world: the processes that train together; each of them calls this, but only the first writes to ``run``.
+        on_progress: called with the progress of the run.
 
     Raises:
-        RunError: there is nothing to resume, or another process trains there.
+        RunError: there is nothing to resume, or another process is training in ``run``.
         ConfigError: ``config`` differs from the run's own in a key that cannot change, or that ``allow`` lacks.
-        DataError: a case of the run is gone or damaged, or its label map is another one than when the run began.
+        DataError: a case of the run is missing or damaged, or its label map has changed since the run began.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     clock = time.monotonic()
@@ -289,7 +289,7 @@ def resume(
 
 @dataclass(frozen=True, kw_only=True)
 class _Begun:
-    """What all processes of a run must know, as the first one found or decided it."""
+    """What all processes of a run need to know, as determined by the first one."""
 
     config: RunConfig
     split: Split
@@ -298,7 +298,7 @@ class _Begun:
 
 
 def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
-    """A state as one that other processes can restore: in RAM, as a tensor of a GPU would come to them on that GPU."""
+    """Return the state as a checkpoint in RAM for other processes; a GPU tensor would arrive on the sender's GPU."""
     on_device, details = to_checkpoint(state)
     tensors = {name: tensor.detach().cpu() for name, tensor in on_device.items()}
     counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
@@ -314,7 +314,7 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
     cases = cases_of(begun.split, data, follow_links=follow_links)
     torch.manual_seed(begun.config.training.seed)
     state = new_state(begun.config, choose_runtime(begun.config.runtime, local_rank=world.launch.local_rank))
-    if checkpoint is not None:  # else it follows from the seed
+    if checkpoint is not None:  # otherwise the seed determines the state
         restore(state, checkpoint, begun.config.training)
         del checkpoint
     with _opened(store, run) as opened:
@@ -332,7 +332,7 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
 
 
 def _locked(run: Path, world: World) -> AbstractContextManager[None]:
-    """Hold the run folder; after a restart, what was killed on another host may take a while to let go of it."""
+    """Lock the run folder; after a restart, wait for a killed process on another host to release it."""
     return locked(run, job=world.launch.job, wait_seconds=_LOCK_SECONDS if world.restarts else 0.0)
 
 
@@ -348,7 +348,7 @@ def _train(
     world: World,
     on_progress: OnProgress,
 ) -> TrainResult:
-    """Prepare the cases, train until the budget is spent, tidy up; what every process of every run does."""
+    """Prepare the cases, train until the budget is spent, and clean up; every process of a run calls this."""
     keep_freed_memory()
     config, split, facts = begun.config, begun.split, begun.facts
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
@@ -394,7 +394,7 @@ def _train(
     )
     transform = gradient.attach_transform(config.gradient, state.optimizer, state.network)
     LOG.info("%s", "\n".join(line for line in transform.report.splitlines() if not line.startswith(" ")))
-    LOG.debug("%s", transform.report)  # tensor by tensor
+    LOG.debug("%s", transform.report)  # one line per tensor
     with stop_on_signals(patient=world.size > 1) as stop:
         room = RetryOnFullDisk(stopped=lambda: stop.signal_name is not None)
         log = MetricsLog(
@@ -446,7 +446,7 @@ def _train(
 
 
 def _seal(run: Path) -> None:
-    """Write the model card and the sums; a full disk does not make a trained run a failed one."""
+    """Write the model card and checksums; a full disk here does not make a trained run fail."""
     try:
         seal(run)
     except OSError as error:
@@ -455,7 +455,7 @@ def _seal(run: Path) -> None:
 
 
 def _require_best(run: Path, state: State) -> None:
-    """Have the best Dice of a state be that of weights that can be loaded, so that lost ones are replaced."""
+    """Lower the state's best Dice to that of the best weights that still load, so that lost ones are replaced."""
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
@@ -468,7 +468,7 @@ def _require_best(run: Path, state: State) -> None:
 
 
 def _start_from(initial: InitialWeights, state: State, spacing_mm: Spacing) -> None:
-    """Put weights of another run into a new state, and say so."""
+    """Load the weights of another run into a new state, and log their origin."""
     state.start_from(initial.weights)
     LOG.info("weights of %s, step %d, sha256 %s", initial.run, initial.step, initial.sha256)
     if any(abs(here - there) > 0.05 * there for here, there in zip(spacing_mm, initial.spacing_mm, strict=True)):
@@ -479,7 +479,7 @@ def _start_from(initial: InitialWeights, state: State, spacing_mm: Spacing) -> N
 
 
 def _opened(store: CaseFolder | None, run: Path) -> AbstractContextManager[CaseFolder]:
-    """The store that was given, or the user's cache for as long as the block lasts."""
+    """Return the given store, or open the user's cache for the duration of the block."""
     return prepared_cases(run / "cache") if store is None else nullcontext(store)
 
 
@@ -508,7 +508,7 @@ def _prepare(
 
 @contextmanager
 def _removed_unless_started(run: Path, *, keep_folder: bool) -> Iterator[None]:
-    """Leave no half-made run folder behind when something fails before the first checkpoint. Holds for a locked run."""
+    """Remove the half-made, locked run folder if something fails before the first checkpoint."""
     try:
         yield
     except BaseException:
@@ -521,7 +521,7 @@ def _removed_unless_started(run: Path, *, keep_folder: bool) -> Iterator[None]:
 
 
 def _empty(run: Path) -> None:
-    """Delete everything in a locked run folder."""
+    """Delete everything in a locked run folder but the lock file."""
     for entry in run.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""Progress, and the learning rate as a pure function of it."""
+"""Training progress, and the learning rate as a pure function of it."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from app.config.training import TrainingConfig
 
 
 def spent_share(config: TrainingConfig, *, step: int, seconds: float, validation_seconds: float) -> float:
-    """Share of the budget that is spent; 1 or more at its end.
+    """Return the share of the budget that is spent; 1 or more when it is used up.
 
     Args:
-        config: budget in steps or hours; one in hours keeps the time of one validation for the last one.
+        config: budget in steps or hours; a budget in hours reserves time for the final validation.
         step: optimiser steps done.
-        seconds: since the run began.
-        validation_seconds: that the latest validation took.
+        seconds: time since the run began.
+        validation_seconds: duration of the latest validation; at most half the budget is reserved for it.
     """
     if config.steps is not None:
         return step / config.steps
@@ -24,7 +24,7 @@ def spent_share(config: TrainingConfig, *, step: int, seconds: float, validation
 
 
 def learning_rate(config: TrainingConfig, progress: float) -> float:
-    """Learning rate at a point of the run.
+    """Return the learning rate at a point of the run.
 
     Args:
         config: peak, warm-up and shape.
@@ -36,7 +36,7 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
     """
     progress = min(max(progress, 0.0), 1.0)
     if progress < config.warmup:
-        # Not from 0 itself: the first step should count.
+        # Not 0, so that the first step has an effect.
         return config.learning_rate * max(progress / config.warmup, 0.01)
     left = (1 - progress) / (1 - config.warmup)
     match config.schedule:

@@ -1,4 +1,4 @@
-"""Stop a run, or save it, between two steps when the user or the system asks for it."""
+"""Stop or save a run between two steps when the user or the system asks for it."""
 
 from __future__ import annotations
 
@@ -11,30 +11,31 @@ from types import FrameType
 
 from app.system.process import stopping_signals
 
-#: Asks for a checkpoint; Windows has no such signal.
+#: Requests a checkpoint; Windows has no such signal.
 _SAVE = getattr(signal, "SIGUSR1", None)
 
 
 @dataclass
 class StopRequest:
-    """What a signal asked for."""
+    """What a signal has requested."""
 
     signal_name: str | None = None
-    """The one that asked to save and stop."""
+    """Name of the signal that asked the run to save and stop."""
     save: bool = False
-    """Whether SIGUSR1 asked to save and go on; who has done it sets it back."""
+    """Whether SIGUSR1 asked the run to save and continue; whoever saves resets it."""
 
 
 @contextmanager
 def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
-    """Note SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 instead of ending at once; old handlers come back afterwards.
+    """Record SIGINT (Ctrl-C), SIGTERM, SIGHUP and SIGUSR1 instead of ending at once; restore the handlers on exit.
 
-    A second SIGINT or SIGTERM of the same kind ends the process as usual; of SIGHUP, the kernel and the shell of a
-    closed terminal both send one. A SIGHUP that is ignored (nohup) stays so. Outside the main thread nothing is caught.
+    A second SIGINT or SIGTERM of the same kind ends the process as usual. A second SIGHUP does not: the kernel and the
+    shell of a closed terminal both send one. An ignored SIGHUP (nohup) stays ignored. Outside the main thread no signal
+    is caught.
 
     Args:
-        patient: take second signals as the first: a batch system sends one to every process, and torchrun hands its own
-            on to them.
+        patient: treat a repeated signal like the first: a batch system sends one to every process, and torchrun also
+            forwards its own.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -44,7 +45,7 @@ def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     caught = stopping if _SAVE is None else (*stopping, _SAVE)
     before = {number: signal.getsignal(number) for number in caught}
 
-    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - the shape of a handler
+    def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         request.signal_name = signal.Signals(number).name
         if not patient and request.signal_name != "SIGHUP":
             signal.signal(number, before[signal.Signals(number)])
@@ -65,7 +66,7 @@ def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
 
 @contextmanager
 def not_ended_by_sigusr1() -> Iterator[None]:
-    """Let SIGUSR1 do nothing, while there is nothing to save yet; by default it ends a process."""
+    """Ignore SIGUSR1, which ends a process by default, while there is nothing to save yet."""
     if _SAVE is None or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -1,4 +1,4 @@
-"""What changes while a run trains, and how it goes to a checkpoint and back."""
+"""The state of a run in training, and its conversion to a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -22,46 +22,46 @@ _AVERAGE: Final = "average."
 
 @dataclass
 class State:
-    """What changes while a run trains; all of it is in a ``last`` checkpoint."""
+    """Everything that changes while a run trains; a ``last`` checkpoint holds all of it."""
 
     network: nn.Module
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
-    """Scales the loss where the run computes in float16; else it does nothing."""
+    """Scales the loss if the run computes in float16; otherwise it does nothing."""
     average: WeightAverage | None = None
-    """Of the weights, where ``training.ema_decay`` is above 0."""
+    """Moving average of the weights; None if ``training.ema_decay`` is 0."""
     step: int = 0
     patches: int = 0
-    """Number of the next patch; it does not go back where the run does, after a loss that was not finite."""
+    """Number of the next patch; a rollback after a non-finite loss does not reset it."""
     seconds: float = 0.0
-    """Spent by this run before the present process took over."""
+    """Time that the run had spent before the current process took over."""
     best_dice: float = -1.0
     best_step: int = 0
     best_validation: int = 0
-    """Number of the validation that was the best, from 1; counted anew with ``validations`` where the budget changes,
-    then it may be below 1."""
+    """Number of the best validation, from 1; renumbered with ``validations`` when the budget changes, and may then be
+    below 1."""
     validations: int = 0
     validated_step: int = 0
     """Step of the latest validation."""
     validation_seconds: float = 0.0
     skipped_before: int = 0
     rollbacks: list[dict[str, Any]] = field(default_factory=list)
-    """By return to a checkpoint: ``step``, ``back_to``, ``cases`` and ``file``."""
+    """One entry per rollback: ``step``, ``back_to``, ``cases`` and ``file``."""
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is validated and kept as the best: the average of the weights where there is one."""
+        """The network that is validated and saved as the best: the average of the weights if there is one."""
         return self.network if self.average is None else self.average.network
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Take other weights before the first step: a state dict of the network."""
+        """Load a state dict of the network before the first step, into the average as well."""
         self.network.load_state_dict(weights)
         if self.average is not None:
             self.average.load(weights)
 
 
 def new_state(config: RunConfig, runtime: Runtime) -> State:
-    """A network with random weights and its optimiser, before the first step."""
+    """Create a network with random weights, and its optimiser."""
     network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
     network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
     decay = config.training.ema_decay
@@ -74,7 +74,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> State:
 
 
 def _optimizer(config: RunConfig, network: nn.Module) -> Optimizer:
-    """AdamW or SGD; weights decay, biases and norms do not."""
+    """Create AdamW or SGD; weight decay applies to weights, not to biases and norms."""
     settings = config.training
     groups = [
         {"params": [p for p in network.parameters() if p.ndim >= 2], "weight_decay": settings.weight_decay},
@@ -88,7 +88,7 @@ def _optimizer(config: RunConfig, network: nn.Module) -> Optimizer:
 
 
 def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: TrainingConfig) -> None:
-    """Put back what :func:`to_checkpoint` took; checkpoints of older versions count no patches."""
+    """Restore what :func:`to_checkpoint` saved; fields that older versions did not save get a default."""
     state.network.load_state_dict(checkpoint.weights)
     checkpoints.restore_optimizer(state.optimizer, checkpoint)
     checkpoints.restore_rng(checkpoint)
@@ -103,14 +103,14 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: Training
     state.seconds = details["seconds"]
     state.best_dice, state.best_step = details["best_dice"], details["best_step"]
     state.validations, state.validated_step = details["validations"], details["validated_step"]
-    state.best_validation = details.get("best_validation", state.validations)  # runs of older versions lack it
+    state.best_validation = details.get("best_validation", state.validations)  # missing in older versions
     state.validation_seconds = details["validation_seconds"]
     state.skipped_before = details["skipped_steps"]
-    state.rollbacks = list(details.get("rollbacks", []))  # older versions never went back
+    state.rollbacks = list(details.get("rollbacks", []))  # older versions had no rollbacks
 
 
 def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and plain data of a ``last`` checkpoint; ``seconds`` and ``skipped_steps`` are the caller's to add."""
+    """Return the tensors and plain data of a ``last`` checkpoint; the caller adds ``seconds`` and ``skipped_steps``."""
     tensors, plain = checkpoints.optimizer_tensors(state.optimizer)
     if state.average is not None:
         tensors |= {_AVERAGE + name: tensor for name, tensor in state.average.network.state_dict().items()}

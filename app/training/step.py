@@ -1,4 +1,4 @@
-"""One optimiser step: batches in, weights moved, what it came to."""
+"""One optimiser step: from batches to updated weights and a result."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from models import DeepLoss, RegionLoss, with_presence
 
 
 def loss_for(config: RunConfig, world: World = ALONE) -> RegionLoss | DeepLoss:
-    """The loss that a run trains with, over the batches of all processes."""
+    """Return the training loss of a run, taken over the batches of all processes."""
     loss = RegionLoss(total=world.total if world.size > 1 else None)
     return DeepLoss(loss) if config.network.deep_supervision else loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepResult:
-    """What one optimiser step came to."""
+    """Result of one optimiser step."""
 
     loss: float
-    """Mean over its micro-batches, and over the processes."""
+    """Mean over the micro-batches and processes."""
     waited_seconds: float
-    """For batches that were not ready."""
+    """Time spent waiting for batches."""
     cases: tuple[str, ...]
-    """Ids of the cases whose patches were in it."""
+    """Ids of the cases that the patches came from."""
     gradient_norm: float | None = None
-    """Global norm before the gradient rule, where it was asked for."""
+    """Global norm before the gradient rule; None unless requested."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stepper:
-    """Makes the optimiser steps of a run."""
+    """Performs the optimiser steps of a run."""
 
     config: RunConfig
     runtime: Runtime
@@ -49,15 +49,15 @@ class Stepper:
     loss_of: RegionLoss | DeepLoss
     world: World = ALONE
     replica: nn.Module | None = None
-    """The network as :meth:`World.replica` gives it; None for a process alone."""
+    """The network wrapped by :meth:`World.replica`; None in a single process."""
 
     def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
-        """One optimiser step.
+        """Perform one optimiser step.
 
         Args:
-            batches: ``training.accumulate`` micro-batches are taken from it.
+            batches: iterator from which ``training.accumulate`` micro-batches are taken.
             rate: learning rate.
-            with_norm: measure the gradient's norm.
+            with_norm: measure the norm of the gradient.
         """
         state, settings = self.state, self.config.training
         measured = self.telemetry.is_due(state.step + 1)
@@ -78,7 +78,7 @@ class Stepper:
             losses.append(loss.detach())
         for group in state.optimizer.param_groups:
             group["lr"] = rate
-        # The gradient rule runs at the beginning of the optimiser's step and must see gradients as they are.
+        # The gradient rule runs at the beginning of the optimiser's step and must see unscaled gradients.
         state.scaler.unscale_(state.optimizer)
         norm = self._gradient_norm() if with_norm else None
         with self.telemetry.step(measured=measured):
@@ -87,7 +87,7 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         if state.average is not None:
             state.average.update(state.network, state.step + 1)
-        # Read after the step, so that a GPU has it queued before the host waits.
+        # Read after the step, so that the GPU has the step queued before the host waits.
         total = sum(float(loss) / settings.accumulate for loss in losses)
         state.patches += settings.accumulate * settings.batch_size * self.world.size
         return StepResult(loss=self.world.mean(total), waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)

@@ -1,4 +1,4 @@
-"""Telemetry: every few steps, what the gradients of a run are like. Between those steps nothing is installed."""
+"""Telemetry: gradient statistics every few steps, with no hooks installed in between."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from znorm.stats import LayerGradient, StepObservation, observe_step
 
 
 class Telemetry:
-    """Measures gradients and their overlap at every ``every``-th step; at none where ``every`` is 0.
+    """Measures gradients and their overlap at every ``every``-th step; never if ``every`` is 0.
 
     Args:
-        every: distance of measured steps; they are ``every``, ``2 * every`` and so on, so that a resumed run measures
-            the same ones.
-        network: what is trained.
+        every: interval between measured steps: ``every``, ``2 * every`` and so on, so that a resumed run measures the
+            same ones.
+        network: the network in training.
         optimizer: its optimiser, with the gradient rule attached.
     """
 
@@ -33,12 +33,12 @@ class Telemetry:
         self._step: StepObservation | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether a step, counted from 1, is measured."""
+        """Whether a step (counted from 1) is measured."""
         return self._every > 0 and step % self._every == 0
 
     @contextmanager
     def backward(self, *, measured: bool) -> Iterator[None]:
-        """Around the forward and backward pass of one micro-batch."""
+        """Context for the forward and backward pass of one micro-batch."""
         if not measured:
             yield
             return
@@ -47,7 +47,7 @@ class Telemetry:
 
     @contextmanager
     def step(self, *, measured: bool) -> Iterator[None]:
-        """Around the optimiser's step."""
+        """Context for the optimiser's step."""
         if not measured:
             yield
             return
@@ -55,12 +55,12 @@ class Telemetry:
             yield
 
     def write(self, log: MetricsLog, *, step: int, skipped_steps: int) -> None:
-        """Record what was measured at a step and forget it; nothing where nothing was.
+        """Log the measurements of a step and forget them; do nothing if there are none.
 
         Args:
-            log: where to.
-            step: its number, from 1.
-            skipped_steps: of the run so far, this one included.
+            log: the log to write to.
+            step: number of the step, from 1.
+            skipped_steps: steps skipped in the run so far, including this one.
         """
         if self._step is not None:
             layers = {name: _plain(gradient) for name, gradient in self._step.layers().items()}
@@ -70,7 +70,7 @@ class Telemetry:
         self.forget()
 
     def forget(self) -> None:
-        """Drop what was measured and is not recorded yet."""
+        """Drop measurements that have not been logged."""
         self._step = self._overlap = None
 
 

@@ -1,4 +1,4 @@
-"""The training loop: steps, validations, checkpoints, until the budget is spent."""
+"""The training loop: steps, validations and checkpoints until the budget is spent."""
 
 from __future__ import annotations
 
@@ -38,32 +38,32 @@ from data.labels import CONTRASTS
 from data.patches.sampler import Batch, CachedCase, PatchSource, batches
 from models import GivenPresence
 
-#: Validation may take this share of a budget in hours; beyond it, validations are left out, but for the last.
+#: Maximum share of a budget in hours spent on validation; beyond it, all validations but the last are skipped.
 _VALIDATION_SHARE: Final = 0.1
-#: Steps from one measurement of the gradient's norm to the next.
+#: Number of steps between measurements of the gradient norm.
 _NORM_EVERY: Final = 10
-#: The norm and the waiting time that progress shows are taken over this many steps.
+#: Number of recent steps over which progress reports average the loss and the waiting time.
 _RECENT_STEPS: Final = 20
 
 
 class _WentBackError(Exception):
-    """The run went back to a checkpoint; batches are to be made from there."""
+    """The run rolled back to a checkpoint, so its batches must be restarted."""
 
 
 @dataclass
 class _View:
-    """What progress shows beside the step."""
+    """Figures for progress reports."""
 
     first_step: int = 0
-    """Where this process took over, or went back to."""
+    """Step at which this process took over, or to which it rolled back."""
     began: float = field(default_factory=time.monotonic)
     losses: list[float] = field(default_factory=list)
-    """Of this process, one a step."""
+    """One loss per step of this process."""
     times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
-    """Seconds of the latest steps: waited for batches, and in all."""
+    """Seconds of each recent step: waiting for batches, and in total."""
     gradient_norm: float | None = None
     dice: dict[str, float] | None = None
-    """Of the latest validation."""
+    """Dice of the latest validation."""
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.losses.append(result.loss)
@@ -72,12 +72,12 @@ class _View:
             self.gradient_norm = result.gradient_norm
 
     def go_back(self, step: int) -> None:
-        """Forget what came after a step."""
+        """Discard the losses after a step."""
         del self.losses[max(0, step - self.first_step) :]
         self.first_step = min(self.first_step, step)
 
     def seconds_a_step(self) -> float:
-        """Validations and checkpoints included."""
+        """Return the mean seconds per step, including validations and checkpoints."""
         return (time.monotonic() - self.began) / max(len(self.losses), 1)
 
     def in_words(self, rate: float, best_dice: float) -> str:
@@ -99,7 +99,7 @@ class _View:
 
 @dataclass(frozen=True, kw_only=True)
 class Loop:
-    """One process at work on a run: steps, validations and checkpoints."""
+    """The training loop of one process: steps, validations and checkpoints."""
 
     run: Path
     data: Path
@@ -107,7 +107,7 @@ class Loop:
     runtime: Runtime
     state: State
     clock: float
-    """When this process took over, on the monotonic clock."""
+    """Monotonic time at which this process took over."""
     transform: gradient.AttachedTransform
     telemetry: Telemetry
     log: MetricsLog
@@ -118,12 +118,12 @@ class Loop:
     view: _View = field(default_factory=_View)
 
     def train(self, source: PatchSource, validating: Sequence[CachedCase]) -> list[float]:
-        """Train until the budget is spent; returns the losses of this process.
+        """Train until the budget is spent, and return the losses of this process's steps.
 
         Raises:
-            InterruptedRunError: a stop was asked for; everything is saved.
-            RunError: losses were not finite more often than ``training.max_rollbacks`` allows.
-            OSError: the disk is full, and a stop was asked for.
+            InterruptedRunError: a stop was requested; everything is saved.
+            RunError: the loss was non-finite more often than ``training.max_rollbacks``, or no checkpoint is good.
+            OSError: the disk is full, and a stop was requested or the first checkpoint does not fit.
         """
         self.view.first_step, self.view.began = self.state.step, time.monotonic()
         if self.state.step == 0:
@@ -139,10 +139,10 @@ class Loop:
         return self.view.losses
 
     def _train_on(self, replica: nn.Module, source: PatchSource, validating: Sequence[CachedCase]) -> None:
-        """Train from where the state is.
+        """Train from the current state.
 
         Raises:
-            _WentBackError: the state is an earlier one now.
+            _WentBackError: the state was rolled back to an earlier step.
         """
         settings, state, world = self.config.training, self.state, self.world
         stepper = Stepper(
@@ -165,7 +165,7 @@ class Loop:
         with closing(made):
             state.network.train()
             self._agree(saved_at)
-            if self._validation_is_due(validating):  # a stop came while it went on
+            if self._validation_is_due(validating):  # a stop interrupted it
                 self._validate(validating)
                 self._save_last()
             while self._progress() < 1 and not self._has_stalled():
@@ -196,10 +196,10 @@ class Loop:
         self._save_last()
 
     def _step(self, stepper: Stepper, made: Iterator[Batch], source: PatchSource) -> None:
-        """One step, recorded.
+        """Perform and log one step.
 
         Raises:
-            _WentBackError: its loss was not finite.
+            _WentBackError: the loss was not finite.
         """
         state = self.state
         began = time.monotonic()
@@ -224,16 +224,16 @@ class Loop:
         self._report(rate)
 
     def _require_finite_weights(self, source: PatchSource) -> None:
-        """Go back where the weights of a finite loss are not finite themselves, before they are saved."""
+        """Roll back before a save if the weights are not finite although the loss was."""
         if not rollback.weights_are_finite(self.state.network):
             self._go_back("it left weights that are not finite", self.view.losses[-1], source)
 
     def _go_back(self, why: str, loss: float, source: PatchSource) -> None:
-        """From a step that failed to the last good checkpoint, with other patches from there on.
+        """Roll back from a failed step to the last good checkpoint, and continue with other patches.
 
         Raises:
-            _WentBackError: always, but for the next.
-            RunError: there were too many of these, or no checkpoint is good.
+            _WentBackError: always, unless RunError is raised.
+            RunError: ``training.max_rollbacks`` is exceeded, or no checkpoint is good.
         """
         state, settings = self.state, self.config.training
         failed, after = state.step, state.patches
@@ -255,7 +255,7 @@ class Loop:
         )
         seconds = state.seconds
         restore(state, good, settings)
-        state.seconds = seconds  # the clock went on
+        state.seconds = seconds  # a rollback gives no time back
         state.skipped_before -= self.transform.skipped_steps()
         state.patches = after
         state.rollbacks = every
@@ -267,7 +267,7 @@ class Loop:
         raise _WentBackError
 
     def _last_good(self, why: str, loss: float, source: PatchSource) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
-        """The checkpoint to go back to, and the record of why; the batch of the step that failed is kept beside.
+        """Save the batch of the failed step; return the checkpoint to go back to, and a record of the rollback.
 
         Raises:
             RunError: no checkpoint is good.
@@ -298,14 +298,14 @@ class Loop:
         return good, record
 
     def _agree(self, saved_at: float) -> tuple[str | None, bool]:
-        """Make all processes go by one clock; which signal asked any of them to stop, and whether to save now."""
+        """Synchronise the clocks; return the signal that asked any process to stop, and whether to save now."""
         late = time.monotonic() - saved_at >= 60 * self.config.training.checkpoint_minutes
         return self.world.agree(
             seconds=self._own_seconds(), signal_name=self.stop.signal_name, save=late or self.stop.save
         )
 
     def _save_as_asked(self) -> None:
-        """Save; say so where SIGUSR1 asked for it."""
+        """Save a checkpoint, and log it if SIGUSR1 requested it."""
         asked, self.stop.save = self.stop.save, False
         self._save_last()
         if asked:
@@ -318,9 +318,9 @@ class Loop:
         )
 
     def _while_validating(self) -> None:
-        """Between two windows: a validation may take longer than who sent a signal waits."""
+        """Handle signals between windows: a full validation can outlast the sender's grace period."""
         if self.world.size > 1:
-            return  # several processes stop together, between two steps
+            return  # several processes stop together, between steps
         if self.stop.signal_name is not None:
             self._save_last()
             raise self._stopped(self.stop.signal_name)
@@ -328,7 +328,7 @@ class Loop:
             self._save_as_asked()
 
     def _validate(self, cases: Sequence[CachedCase]) -> None:
-        """Score the validation cases; keep the weights when they are the best so far."""
+        """Score the validation cases, and save the weights if they are the best so far."""
         state, settings = self.state, self.config.training
         before = time.monotonic()
         network = state.evaluated
@@ -361,9 +361,9 @@ class Loop:
             self._save_best(dice)
 
     def _validate_again(self, validating: Sequence[CachedCase]) -> None:
-        """Do the latest validation of a run that has ended once more: its best weights are lost.
+        """Repeat the latest validation of a finished run whose best weights are lost.
 
-        ``training.patience`` counts as before, so that what it has ended stays ended.
+        The count for ``training.patience`` is preserved, so that a run it has ended stays ended.
         """
         state = self.state
         since_best = state.validations - state.best_validation
@@ -373,7 +373,7 @@ class Loop:
         state.best_validation = state.validations - since_best
 
     def _picture(self, case: CachedCase, codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """Axial slice through the tumour: reference on the left, prediction on the right."""
+        """Draw an axial slice through the tumour: reference on the left, prediction on the right."""
         contrast = CONTRASTS[-1]
         x, y, z = read_json(self.run / "run.json")["spacing_mm"]
         shown = OverlayCase(
@@ -421,7 +421,7 @@ class Loop:
             checkpoints.save(folder, kind, step, tensors, details)
 
         if step == 0 and not self.state.rollbacks:
-            save()  # nothing is lost yet: who started the run should know at once
+            save()  # nothing to lose yet: report a full disk at once instead of waiting
             return
         self.room.write(
             save,
@@ -431,7 +431,7 @@ class Loop:
         )
 
     def _progress(self) -> float:
-        """Share of the budget that is spent."""
+        """Return the share of the budget that is spent."""
         return spent_share(
             self.config.training,
             step=self.state.step,
@@ -440,16 +440,16 @@ class Loop:
         )
 
     def _has_stalled(self) -> bool:
-        """Whether the latest ``training.patience`` validations brought no better mean Dice."""
+        """Whether the latest ``training.patience`` validations failed to improve the mean Dice."""
         patience, state = self.config.training.patience, self.state
         return patience is not None and state.validations - state.best_validation >= patience
 
     def stopped_early(self) -> bool:
-        """Whether the run ended with budget left, since validation got no better."""
+        """Whether the run ended with budget left because validation stopped improving."""
         return self._has_stalled() and self._progress() < 1
 
     def _validation_is_due(self, validating: Sequence[CachedCase]) -> bool:
-        """By steps: at even distances, whatever the clock says. By hours: only while validation stays cheap."""
+        """Whether to validate now: at even intervals; with a budget in hours, only while validation stays cheap."""
         settings, state = self.config.training, self.state
         progress = self._progress()
         if not validating or progress >= 1 or state.validated_step == state.step:
@@ -461,11 +461,11 @@ class Loop:
         return spent <= _VALIDATION_SHARE * self.seconds()
 
     def skipped_steps(self) -> int:
-        """Steps left out because a gradient was not finite, over all processes of the run."""
+        """Return how many steps were skipped because a gradient was not finite, over all resumptions of the run."""
         return self.state.skipped_before + self.transform.skipped_steps()
 
     def seconds(self) -> float:
-        """Wall-clock time of the run so far, over all its processes, but for waiting on a full disk."""
+        """Return the run's wall-clock time so far, over all its resumptions, excluding waits for a full disk."""
         return self.world.seconds(self._own_seconds())
 
     def _own_seconds(self) -> float:

@@ -1,4 +1,4 @@
-"""Dice of a network on the validation cases, whole volumes, by sliding window."""
+"""Dice of a network on the whole volumes of the validation cases, predicted by sliding window."""
 
 from __future__ import annotations
 
@@ -31,18 +31,18 @@ def validation_dice(
     on_case: Callable[[CachedCase, npt.NDArray[np.uint8]], None] = lambda *_: None,
     on_scores: Callable[[dict[str, dict[str, float]]], None] = lambda _: None,
 ) -> dict[str, float]:
-    """Mean Dice by region over cases, at the spacing the network works at; a region empty in both counts 1.
+    """Return the mean Dice by region over cases, at the network's spacing; a region empty in both masks scores 1.
 
     Args:
-        network: in any mode; it is put into eval mode and back.
+        network: in any mode; it is set to eval mode and restored afterwards.
         cases: prepared cases with label maps, at least one.
-        window: size of the windows in voxels.
-        config: overlap.
+        window: window size in voxels.
+        config: supplies the overlap.
         runtime: device and precision.
-        world: the processes that share the cases.
+        world: the processes among which the cases are divided.
         between_windows: called before each window; may raise to stop.
-        on_case: called with each case and its prediction, label codes of shape (X, Y, Z).
-        on_scores: called with the Dice of every case by region, by case id, in every process.
+        on_case: called with each case of this process and its prediction, label codes of shape (X, Y, Z).
+        on_scores: called in every process with the Dice by region of all cases, keyed by case id.
     """
     was_training = network.training
     network.eval()

@@ -214,7 +214,11 @@ def to_be_run(block: Any) -> Any:
 
 
 @pytest.mark.parametrize("block", [to_be_run(block) for block in BLOCKS if block.runs])
-def test_a_block_runs(block: Any, things: dict[str, Callable[[Path], object]], tmp_path: Path) -> None:
+def test_a_block_runs(
+    block: Any, things: dict[str, Callable[[Path], object]], tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    if "openvino" in block.code:
+        request.getfixturevalue("openvino_computes")
     place, programs = tmp_path / "folder", tmp_path / "bin"
     (place / ".venv" / "bin").mkdir(parents=True)
     (place / ".venv" / "bin" / "activate").touch()

@@ -63,7 +63,7 @@ def test_a_config_key_without_a_word_is_noticed(reference: Any, elsewhere: Path)
 
 
 def test_a_public_function_without_a_word_is_noticed(reference: Any, elsewhere: Path) -> None:
-    (elsewhere / "data" / "names.py").write_text('"""Names."""\n\n\ndef public():\n    pass\n')
+    (elsewhere / "data" / "datasets" / "naming.py").write_text('"""Names."""\n\n\ndef public():\n    pass\n')
     assert reference.modules("data").undocumented == ["public (data/datasets/naming.py): no docstring"]
 
 

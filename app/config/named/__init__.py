@@ -1,1 +1,1 @@
-"""Complete named runs as YAML: what ``--config NAME`` takes."""
+"""The named configs that ``--config NAME`` accepts, as YAML."""

@@ -1,7 +1,7 @@
-"""Score a folder of predicted label maps as the challenges of 2026 do, with their own command.
+"""Score a folder of predicted label maps with the command of the 2026 challenges.
 
-Label maps are handed over as copies in the numbers of the task, prediction and reference on the reference's header. The
-numbers come back as the command gives them, under its own names.
+The command gets copies of the label maps with the label numbers of the task, prediction and reference both with the
+reference's header. Its results keep its own metric names and values.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ from data.labels import (
 from data.nifti import Volume, grid_difference, in_order_of, write_label_map
 
 YEAR: Final = "brats2026"
-#: The command's numbers of each region, under its names: lesions counted; F1 of detection (rq); means over matched
-#: lesions (sq), times F1 (pq); the whole region (global_bin).
+#: The command's metrics of each region, under its names: lesion counts; F1 of detection (rq); means over matched
+#: lesions (sq), and those times F1 (pq); the whole region (global_bin).
 METRICS: Final = (
     "sq_dsc",
     "sq_hd95",
@@ -71,16 +71,16 @@ METRICS: Final = (
     "global_bin_volume_pred",
     "global_bin_volume_ref",
 )
-#: Those that the command leaves out where they are not defined.
+#: Metrics that the command omits if they are undefined.
 _MAY_LACK: Final = ("prec", "rec")
-#: Those that say how large, how many or how spread, not how good.
+#: Metrics that describe size, count or spread, not quality.
 NO_SCORE: Final = METRICS[METRICS.index("n_ref_instances") :]
-#: Those of which a lower number is better.
+#: Metrics of which a lower value is better.
 LOWER: Final = ("sq_hd95", "global_bin_hd95", "fp", "fn")
-#: What an infinite HD95 counts in means and ranks: brats-parse-metrics, of the same package, takes it for that of a
-#: whole region in the table of the challenge.
+#: Value of an infinite HD95 in means and ranks: brats-parse-metrics, of the same package, uses it for whole regions in
+#: the table of the challenge.
 FINITE_HD95: Final = 373.0
-#: Columns of the terminal's table: metric, heading, format.
+#: Columns of the table in the terminal: metric, heading, format.
 _IN_TERMINAL: Final = (
     ("sq_dsc", "lesion Dice", ".3f"),
     ("sq_hd95", "lesion HD95", ".1f"),
@@ -90,21 +90,21 @@ _EDGE_TOLERANCE_MM: Final = 1e-3
 _SHOWN: Final = 3
 
 Values = Mapping[str, Mapping[str, float]]
-"""Number by region and metric."""
+"""Value by region and metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageRules:
-    """How one task of 2026 is scored."""
+    """Scoring rules of one task of 2026."""
 
     task: str
     """Name of the task, e.g. ``GLI``."""
     config: str
     """Name of the package's configuration."""
     regions: tuple[str, ...]
-    """In the order of every table; the package has the same names in lower case."""
+    """Regions in table order; the package has the same names in lower case."""
     numbers: Mapping[int, int]
-    """The number that the configuration expects for each code of ``data.labels.decode_tissues``; others are refused."""
+    """Label number that the configuration expects, by code of ``data.labels.decode_tissues``; others are refused."""
 
 
 _THREE: Final = ("WT", "TC", "ET")
@@ -130,59 +130,59 @@ TASKS: Final[Mapping[str, PackageRules]] = {rules.task: rules for rules in _ALL}
 
 @dataclass(frozen=True, kw_only=True)
 class PackageCase:
-    """The numbers of one case."""
+    """Scores of one case."""
 
     case: str
     """Case id."""
     regions: Values
-    """By region and metric, in the order of :data:`METRICS`; NaN and infinity as the command gives them."""
+    """Values by region and metric, in the order of :data:`METRICS`; NaN and infinity as the command gives them."""
     uneven: bool = False
-    """Whether voxels are no cubes of 1 mm."""
+    """Whether the voxels are not 1 mm cubes."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackageEvaluation:
-    """The numbers of all cases."""
+    """Scores of all cases."""
 
     rules: PackageRules
-    """Which task was scored."""
+    """Rules of the scored task."""
     installed: Installed
-    """With which command."""
+    """The command that computed the scores."""
     cases: tuple[PackageCase, ...]
     """Sorted by case id, at least one."""
     folders: Folders
-    """What was compared."""
+    """The label maps that were compared."""
     failures: Mapping[str, str]
-    """Why a case that has both label maps could not be scored, by case id."""
+    """Reasons why cases with both label maps could not be scored, by case id."""
 
     @property
     def scored_by(self) -> str:
-        """Year, task, configuration and versions, in words; sets with other words are not ranked together."""
+        """Year, task, configuration and versions in words; sets for which these differ are not ranked together."""
         versions = ", ".join(f"{name} {version or '?'}" for name, version in self.installed.versions.items())
         return f"{YEAR} {self.rules.task} (configuration {self.rules.config}, {versions})"
 
     @property
     def uneven(self) -> tuple[str, ...]:
-        """Case ids whose voxels are no cubes of 1 mm."""
+        """Ids of the cases whose voxels are not 1 mm cubes."""
         return tuple(case.case for case in self.cases if case.uneven)
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Mean over the cases in which a number is defined, an infinite HD95 as :data:`FINITE_HD95`."""
+        """Return means over the cases in which a metric is defined; an infinite HD95 counts :data:`FINITE_HD95`."""
         return self._over_cases(statistics.fmean)
 
     def medians(self) -> dict[str, dict[str, float]]:
-        """Median, likewise."""
+        """Return medians over the same cases as :meth:`means`."""
         return self._over_cases(statistics.median)
 
     def named_values(self) -> Iterator[tuple[str, Values]]:
-        """The rows of every table: cases, mean, median."""
+        """Yield the rows of every table: cases, mean, median."""
         for case in self.cases:
             yield case.case, case.regions
         yield "mean", self.means()
         yield "median", self.medians()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values; JSON has no NaN, which is null, and no infinity, which is ``"inf"``."""
+        """Return everything as plain values that JSON can hold: NaN becomes null, infinity ``"inf"``."""
         return {
             "rules": YEAR,
             "task": self.rules.task,
@@ -213,10 +213,10 @@ class PackageEvaluation:
 
 
 def package_rules(task: str) -> PackageRules:
-    """The rules of a task of 2026.
+    """Return the rules of a task of 2026.
 
     Raises:
-        DataError: there is no such task; the message lists what there is.
+        DataError: there is no such task; the message lists the tasks.
     """
     if task not in TASKS:
         raise DataError(f"--task {task}: {YEAR} has {', '.join(TASKS)}. Give one of them.")
@@ -233,19 +233,19 @@ def evaluate_by_package(
     on_case: Callable[[str, float], None] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> PackageEvaluation:
-    """Have ``brats-evaluate`` score every case that has a label map in both folders, several cases at once.
+    """Score every case that has a label map in both folders with ``brats-evaluate``, several cases at once.
 
     Args:
         predictions: folder of predicted label maps.
         references: folder of reference label maps.
-        rules: of :func:`package_rules`.
-        labels: names of the label conventions of predictions and references, where the files do not tell.
-        follow_links: accept symbolic links that lead out of the folders.
-        on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
-        timeout_s: seconds that one case may take, default one hour.
+        rules: rules from :func:`package_rules`.
+        labels: names of the label conventions of predictions and references, if the files do not determine them.
+        follow_links: accept symlinks that lead out of the folders.
+        on_case: called in order with each case id that is done, and the share of cases done so far.
+        timeout_s: time limit for one case in seconds; default: one hour.
 
     Raises:
-        MissingToolError: the command is not installed, or cannot be started.
+        MissingToolError: the command is not installed or cannot be started.
         DataError: as :func:`app.evaluation.evaluate.evaluate`.
     """
     installed = find_installed()
@@ -291,7 +291,7 @@ def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner
     with tempfile.TemporaryDirectory(prefix="znormseg-brats2026-") as name:
         for side, numbers in sides.items():
             (Path(name) / side).mkdir()
-            # Both on one header: the command refuses affines that differ by rounding, which grid_difference accepts.
+            # The same header for both: the command refuses affines that differ by rounding; grid_difference does not.
             write_label_map(Path(name) / side / FILE, numbers, reference.path)
         found = runner.score(Path(name))
     edges = np.asarray(reference.spacing_mm)
@@ -303,10 +303,10 @@ def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner
 
 
 def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvention) -> Any:
-    """The label map in the numbers that the configuration expects.
+    """Convert a label map to the label numbers that the configuration expects.
 
     Raises:
-        DataError: it holds a tissue that the task has no number for; the package would refuse it as well.
+        DataError: it contains a tissue for which the task has no number; the package would refuse it as well.
     """
     table = np.zeros(max(CAVITY, CYST) + 1, dtype=np.uint8)
     table[list(rules.numbers)] = list(rules.numbers.values())
@@ -326,10 +326,10 @@ def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvent
 
 
 def _numbers_of(region: str, found: Mapping[str, Any]) -> dict[str, float]:
-    """Every number of a region.
+    """Return all metrics of a region.
 
     Raises:
-        DataError: the region or one of its numbers is not there.
+        DataError: the region or one of its metrics is missing.
     """
     told = found.get(region.lower())
     if not isinstance(told, dict):
@@ -346,13 +346,13 @@ def _numbers_of(region: str, found: Mapping[str, Any]) -> dict[str, float]:
 
 
 def rankable(values: Mapping[str, float]) -> dict[str, float]:
-    """The scores of one region as finite numbers, which a ranking needs.
+    """Return the scores of one region as finite numbers, which a ranking needs.
 
-    An infinite HD95 is :data:`FINITE_HD95`. Where neither label map has the region, what is not defined is as good as
-    can be; where one has it, as bad as can be (precision without a prediction, recall without a reference).
+    An infinite HD95 becomes :data:`FINITE_HD95`. An undefined metric gets its best value if neither label map has the
+    region, and its worst value if one of them has it (precision without a prediction, recall without a reference).
 
     Args:
-        values: as in :attr:`PackageCase.regions`; without what is in :data:`NO_SCORE` in the result.
+        values: metrics of a region from :attr:`PackageCase.regions`; those in :data:`NO_SCORE` are dropped.
     """
     neither = values["n_ref_instances"] == values["n_pred_instances"] == 0
     best = {True: 0.0, False: 1.0}
@@ -367,7 +367,7 @@ def rankable(values: Mapping[str, float]) -> dict[str, float]:
 
 
 def package_rows(evaluation: PackageEvaluation) -> list[list[str]]:
-    """The table for the terminal: header, cases, mean and median; lesion-wise Dice, HD95 and F1 of each region."""
+    """Return the table for the terminal: header, cases, mean, median; lesion-wise Dice, HD95 and F1 of each region."""
     regions = evaluation.rules.regions
 
     def text(value: float, form: str) -> str:
@@ -383,7 +383,7 @@ def package_rows(evaluation: PackageEvaluation) -> list[list[str]]:
 
 
 def package_remarks(evaluation: PackageEvaluation) -> list[str]:
-    """What the numbers of the terminal's table turn on, a sentence each."""
+    """Return explanations of the numbers in the terminal table, one sentence each."""
     shown = [
         values[metric] for case in evaluation.cases for values in case.regions.values() for metric, *_ in _IN_TERMINAL
     ]
@@ -399,15 +399,15 @@ def package_remarks(evaluation: PackageEvaluation) -> list[str]:
 
 
 def write_package_table(evaluation: PackageEvaluation, path: Path) -> None:
-    """Write all numbers as CSV: columns ``case``, ``WT_sq_dsc``, ..., ``scored_by``; rows: cases, ``mean``, ``median``.
+    """Write all metrics as CSV: columns ``case``, ``WT_sq_dsc``, ..., ``scored_by``; rows: cases, ``mean``, ``median``.
 
     Args:
-        evaluation: what to write; NaN is ``nan``, infinity ``inf``.
-        path: the CSV file; replaced if it exists, whole or not at all.
+        evaluation: scores to write; NaN is written as ``nan``, infinity as ``inf``.
+        path: CSV file, written atomically; an existing one is replaced.
 
     Raises:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written to.
+        OSError: the disk is full or the folder cannot be written.
     """
     require_table_place(path)
     columns = [(region, metric) for region in evaluation.rules.regions for metric in METRICS]
@@ -419,7 +419,7 @@ def write_package_table(evaluation: PackageEvaluation, path: Path) -> None:
 
 
 def _over(values: list[float], middle: Callable[[list[float]], float]) -> float:
-    """Mean or median of the numbers that are defined, NaN where none is."""
+    """Return the mean or median of the defined values; NaN if there are none."""
     defined = [FINITE_HD95 if math.isinf(value) else float(value) for value in values if not math.isnan(value)]
     return middle(defined) if defined else math.nan
 

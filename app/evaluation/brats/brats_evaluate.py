@@ -1,7 +1,7 @@
-"""Run ``brats-evaluate``, the scorer of the BraTS challenges of 2026, one process a case.
+"""Run ``brats-evaluate``, the scorer of the 2026 BraTS challenges, one process per case.
 
-It belongs to the package brats-evaluation, which is no dependency and is never imported: it has a licence and an
-environment of its own. This module knows where the command is, what it takes and what it writes; facts are from
+It belongs to the package brats-evaluation, which is not a dependency and is never imported: it has a different licence
+and a separate environment. This module knows where to find the command, what it takes and what it writes, as of
 brats-evaluation 0.0.10 with panoptica 2.1.7.
 """
 
@@ -28,11 +28,11 @@ from data.errors import DataError
 
 COMMAND: Final = "brats-evaluate"
 PACKAGE: Final = "brats-evaluation"
-#: What the numbers depend on, and the versions this project was tested with.
+#: Packages that determine the scores, and the versions this project was tested with.
 TESTED: Final[Mapping[str, str]] = {PACKAGE: "0.0.10", "panoptica": "2.1.7"}
-#: A case of 240 x 240 x 155 voxels takes seconds; thousands of small components may take very much longer.
+#: A case of 240 x 240 x 155 voxels takes seconds; thousands of small components can take very much longer.
 TIMEOUT_S: Final = 3600.0
-#: The command pairs files by the five digits in their names; with one case in a folder any will do.
+#: The command pairs files by the five digits in their names; with one case per folder any digits will do.
 FILE: Final = "00000.nii.gz"
 
 _PINNED: Final = " ".join(f"{name}=={version}" for name, version in TESTED.items())
@@ -42,22 +42,22 @@ _INSTALL: Final = (
     "znormseg contains no part of it and only runs the command"
 )
 _TAIL_LINES, _TAIL_CHARACTERS = 3, 400
-#: What one process may need: 0.4 GB were measured on 240 x 240 x 155 voxels.
+#: Memory reserved for one process; 0.4 GB were measured on 240 x 240 x 155 voxels.
 _BYTES_EACH: Final = 1 << 30
 
 
 @dataclass(frozen=True, kw_only=True)
 class Installed:
-    """The command as it was found."""
+    """The installed command."""
 
     command: Path
     """The executable."""
     versions: Mapping[str, str | None]
-    """Of the packages in :data:`TESTED`; None where the environment of the command does not say."""
+    """Versions of the packages in :data:`TESTED`; None if the command's environment has no metadata of them."""
 
     @property
     def doubt(self) -> str | None:
-        """Which versions are not those tested, in words; None where all are."""
+        """A sentence on versions that differ from those tested; None if all are the same."""
         others = {name: version for name, version in self.versions.items() if version != TESTED[name]}
         if not others:
             return None
@@ -69,10 +69,10 @@ class Installed:
 
 
 def find_installed() -> Installed:
-    """The command on the PATH.
+    """Find the command on the PATH.
 
     Raises:
-        MissingToolError: it is not there; the message says how to install it, and its licence.
+        MissingToolError: the command is missing; the message explains how to install it, and its licence.
     """
     found = shutil.which(COMMAND)
     if found is None:
@@ -84,7 +84,7 @@ def find_installed() -> Installed:
 
 
 def _versions(command: Path) -> dict[str, str | None]:
-    """Versions from the metadata files of the environment that a command lies in; nothing of it is run or imported."""
+    """Read versions from the metadata files of the command's environment, without running or importing any of it."""
     root = command.resolve().parent.parent
     folders = [str(found) for pattern in _SITES for found in sorted(root.glob(pattern))]
     return {
@@ -96,47 +96,48 @@ _SITES: Final = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages", "
 
 
 def processes_at_once() -> int:
-    """How many processes this machine has room for: one a processor, and a gigabyte of memory for each."""
+    """Return how many processes the machine has room for: one per processor, and a gigabyte of memory for each."""
     free = min((limit.free_bytes for limit in memory_limits()), default=None)
     processors = min(threads(), granted_processors())
     return processors if free is None else max(1, min(processors, free // _BYTES_EACH))
 
 
 class Runner:
-    """Processes of the command, each for one case."""
+    """Runs the command, one process per case."""
 
     def __init__(self, installed: Installed, config: str, *, timeout_s: float = TIMEOUT_S) -> None:
-        """Start nothing yet.
+        """Set up a runner; no process is started yet.
 
         Args:
-            installed: of :func:`find_installed`.
+            installed: the command from :func:`find_installed`.
             config: name of the package's configuration, e.g. ``gli``.
-            timeout_s: seconds that one case may take, default one hour.
+            timeout_s: time limit for one case in seconds; default: one hour.
         """
         self._installed, self._config, self._timeout_s = installed, config, timeout_s
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock, self._closed = Lock(), False
 
     def stop(self) -> None:
-        """Kill what still runs, and start nothing more; from any thread."""
+        """Kill all running processes and start no more; callable from any thread."""
         with self._lock:
             self._closed = True
             for process in self._running:
                 _kill(process)
 
     def score(self, folder: Path) -> dict[str, Any]:
-        """What the command says of one case; from any thread.
+        """Score one case with the command; callable from any thread.
 
         Args:
-            folder: holds ``prediction/`` and ``reference/``, each with the label map as :data:`FILE`; output is
-                written beside them.
+            folder: contains ``prediction/`` and ``reference/``, each with the label map as :data:`FILE`; output is
+                written next to them.
 
         Returns:
-            the command's own numbers by its names of regions and metrics.
+            the command's values, by its own names of regions and metrics.
 
         Raises:
-            DataError: it crashed, took too long, refused the case, or wrote something else; with its last words.
-            MissingToolError: it cannot be started.
+            DataError: the command crashed, timed out, refused the case or wrote no valid summary; the message quotes
+                its last output.
+            MissingToolError: the command cannot be started.
         """
         summary, out, err = (folder / name for name in ("summary.json", "stdout", "stderr"))
         words = ("--config", self._config, "--ref_path", folder / "reference", "--pred_path", folder / "prediction")
@@ -165,15 +166,15 @@ class Runner:
         return entry
 
     def _run(self, words: list[Any], folder: Path, **outputs: Any) -> int | None:
-        """Exit status, or None where it took too long."""
-        # In its environment our paths would hide packages of its own. One thread each: cases are what runs at once.
+        """Run the command, and return its exit status, or None after a timeout."""
+        # Our Python paths would shadow the packages of its environment. One thread each: cases run in parallel.
         given = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         with self._lock:
             if self._closed:
                 raise KeyboardInterrupt
             try:
-                # The command comes from the PATH and its arguments from us: no shell takes part. A session of its
-                # own, so that children of it can be killed with it.
+                # The command comes from the PATH and its arguments from us; no shell is involved. It gets a new
+                # session, so that its children can be killed with it.
                 process = subprocess.Popen(  # noqa: S603
                     [self._installed.command, *words],
                     cwd=folder,
@@ -200,18 +201,18 @@ class Runner:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and its children; nothing happens where all have ended."""
+    """Kill a process and its children; do nothing if all have ended."""
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
 
 
 def _tail(path: Path) -> str:
-    """The last lines of a file of output as one."""
+    """Return the last lines of an output file as one line."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines()]
     return _shortened(" / ".join([line for line in lines if line][-_TAIL_LINES:]))
 
 
 def _shortened(text: str) -> str:
-    """One line of bounded length, the end of what is too long."""
+    """Return a text as one line of limited length, keeping the end of a text that is too long."""
     line = " ".join(text.split()).rstrip(".")
     return line if len(line) <= _TAIL_CHARACTERS else f"...{line[-_TAIL_CHARACTERS:]}"

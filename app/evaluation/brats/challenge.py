@@ -1,4 +1,4 @@
-"""The rules of every challenge under one roof: those computed here, and those of 2026, which a command computes."""
+"""One interface to the rules of all challenges: those computed here, and those of 2026, computed by a command."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ ChallengeEvaluation = OfficialEvaluation | PackageEvaluation
 
 
 def challenge_rules(year: str, task: str) -> ChallengeRules:
-    """The rules of a year and a task, by their names on the command line.
+    """Return the rules of a year and a task, by their names on the command line.
 
     Raises:
-        DataError: there is no such year, or the year has not this task; the message lists what there is.
+        DataError: there is no such year, or the year does not have the task; the message lists the choices.
     """
     return package_rules(task) if year == brats2026.YEAR else rules_for(year, task)
 
@@ -47,7 +47,7 @@ def evaluate_by_rules(
 
 
 def challenge_rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
-    """The table for the terminal: header, cases, mean and median."""
+    """Return the table for the terminal: header, cases, mean and median."""
     return (
         brats2026.package_rows(evaluation)
         if isinstance(evaluation, PackageEvaluation)
@@ -56,7 +56,7 @@ def challenge_rows(evaluation: ChallengeEvaluation) -> list[list[str]]:
 
 
 def challenge_remarks(evaluation: ChallengeEvaluation) -> list[str]:
-    """What the numbers of the terminal's table turn on, a sentence each."""
+    """Return explanations of the numbers in the terminal table, one sentence each."""
     return (
         brats2026.package_remarks(evaluation)
         if isinstance(evaluation, PackageEvaluation)
@@ -65,7 +65,7 @@ def challenge_remarks(evaluation: ChallengeEvaluation) -> list[str]:
 
 
 def write_challenge_table(evaluation: ChallengeEvaluation, path: Path) -> None:
-    """Write all numbers as CSV; see the functions of this name of either module."""
+    """Write all scores as CSV; see ``write_package_table`` and ``write_lesion_table``."""
     if isinstance(evaluation, PackageEvaluation):
         brats2026.write_package_table(evaluation, path)
     else:

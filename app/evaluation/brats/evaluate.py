@@ -1,4 +1,4 @@
-"""Score a folder of predicted label maps by the rules of a challenge, and write the numbers."""
+"""Score a folder of predicted label maps by the rules of a challenge, and write the scores."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from data.files import replacing
 from data.labels import BRATS2024, decode_tissues
 from data.nifti import grid_difference, in_order_of
 
-#: Columns of the terminal's table: metric, heading, format.
+#: Columns of the table in the terminal: metric, heading, format.
 _IN_TERMINAL: Final = (
     ("lesion_dice", "lesion Dice", ".3f"),
     ("lesion_hd95_mm", "lesion HD95 mm", ".1f"),
 )
 Values = Mapping[str, Mapping[str, float]]
-"""Number by region and metric."""
+"""Value by region and metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialCase:
-    """The scores of one case."""
+    """Scores of one case."""
 
     case: str
     """Case id."""
     regions: Mapping[str, OfficialScores]
-    """By region, in the order of the script."""
+    """Scores by region, in the order of the script."""
 
     def values(self) -> dict[str, dict[str, float]]:
-        """Every number that the script gives, by region and metric."""
+        """Return every metric that the script gives, by region and metric."""
         return {
             region: {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for region, scores in self.regions.items()
@@ -46,39 +46,39 @@ class OfficialCase:
 
 @dataclass(frozen=True, kw_only=True)
 class OfficialEvaluation:
-    """The scores of all cases by the rules of a challenge."""
+    """Scores of all cases by the rules of a challenge."""
 
     rules: Rules
-    """By which they were scored."""
+    """Rules by which the cases were scored."""
     cases: tuple[OfficialCase, ...]
     """Sorted by case id, at least one."""
     folders: Folders
-    """What was compared."""
+    """The label maps that were compared."""
     failures: Mapping[str, str]
-    """Why a case that has both label maps could not be scored, by case id."""
+    """Reasons why cases with both label maps could not be scored, by case id."""
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Names of the numbers, in the order of every file."""
+        """Names of the metrics, in the order of every file."""
         return tuple(next(iter(self.cases[0].values().values())))
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Mean over cases, by region and metric."""
+        """Return means over cases, by region and metric."""
         return self._over_cases(statistics.fmean)
 
     def medians(self) -> dict[str, dict[str, float]]:
-        """Median over cases, by region and metric."""
+        """Return medians over cases, by region and metric."""
         return self._over_cases(statistics.median)
 
     def named_values(self) -> Iterator[tuple[str, Values]]:
-        """The rows of every table: cases, mean, median."""
+        """Yield the rows of every table: cases, mean, median."""
         for case in self.cases:
             yield case.case, case.values()
         yield "mean", self.means()
         yield "median", self.medians()
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain values: ``rules``, ``task``, ``regions`` (means), ``cases``, and what is missing."""
+        """Return everything as plain values: ``rules``, ``task``, ``regions`` (means), ``cases``, missing cases etc."""
         return {
             "rules": self.rules.year,
             "task": self.rules.task,
@@ -112,18 +112,18 @@ def evaluate_officially(
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> OfficialEvaluation:
-    """Score every case that has a label map in both folders as the challenge's script does.
+    """Score every case that has a label map in both folders, as the challenge's script does.
 
-    The scripts take the numbers in the files as they are; here each side's numbers are read by its label convention
-    first. Label maps of one grid may be stored in different voxel orders.
+    Unlike the scripts, which take the numbers in the files as they are, this first decodes each side by its label
+    convention. Label maps on the same grid may be stored in different voxel orders.
 
     Args:
         predictions: folder of predicted label maps.
         references: folder of reference label maps.
-        rules: of :func:`app.evaluation.brats.rules.rules_for`.
-        labels: names of the label conventions of predictions and references, where the files do not tell.
-        follow_links: accept symbolic links that lead out of the folders.
-        on_case: called with each case id, in order, when it is done, and with the share of the cases that is done.
+        rules: rules from :func:`app.evaluation.brats.rules.rules_for`.
+        labels: names of the label conventions of predictions and references, if the files do not determine them.
+        follow_links: accept symlinks that lead out of the folders.
+        on_case: called in order with each case id that is done, and the share of cases done so far.
 
     Raises:
         DataError: as :func:`app.evaluation.evaluate.evaluate`.
@@ -156,7 +156,7 @@ def evaluate_officially(
 
 
 def lesion_rows(evaluation: OfficialEvaluation) -> list[list[str]]:
-    """The table for the terminal: header, cases, mean and median; lesion-wise Dice and HD95 in mm of each region."""
+    """Return the table for the terminal: header, cases, mean, median; lesion-wise Dice and HD95 in mm by region."""
     regions = [rule.name for rule in evaluation.rules.scored]
     return [
         ["case", *(f"{region} {heading}" for region in regions for _, heading, _ in _IN_TERMINAL)],
@@ -168,7 +168,7 @@ def lesion_rows(evaluation: OfficialEvaluation) -> list[list[str]]:
 
 
 def lesion_remarks(evaluation: OfficialEvaluation) -> list[str]:
-    """What the numbers of the terminal's table turn on, a sentence each."""
+    """Return explanations of the numbers in the terminal table, one sentence each."""
     found: dict[str, tuple[int, int]] = {}
     for rule in evaluation.rules.scored:
         scores = [case.regions[rule.name] for case in evaluation.cases]
@@ -189,20 +189,20 @@ def lesion_remarks(evaluation: OfficialEvaluation) -> list[str]:
 
 
 def _counts(numbers: Mapping[str, int]) -> str:
-    """As in ``WT 149, ET 3``."""
+    """Format counts by region, as in ``WT 149, ET 3``."""
     return ", ".join(f"{name} {count}" for name, count in numbers.items())
 
 
 def write_lesion_table(evaluation: OfficialEvaluation, path: Path) -> None:
-    """Write all numbers as CSV: columns ``case``, ``WT_lesion_dice``, ...; rows: cases, ``mean``, ``median``.
+    """Write all scores as CSV: columns ``case``, ``WT_lesion_dice``, ...; rows: cases, ``mean``, ``median``.
 
     Args:
-        evaluation: what to write.
-        path: the CSV file; replaced if it exists, whole or not at all.
+        evaluation: scores to write.
+        path: CSV file, written atomically; an existing one is replaced.
 
     Raises:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written to.
+        OSError: the disk is full or the folder cannot be written.
     """
     require_table_place(path)
     regions = [rule.name for rule in evaluation.rules.scored]
@@ -212,7 +212,7 @@ def write_lesion_table(evaluation: OfficialEvaluation, path: Path) -> None:
             "w",
             newline="",
             encoding="utf-8",
-            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+            errors="backslashreplace",  # a file name may contain bytes that are not UTF-8
         ) as file,
     ):
         writer = csv.writer(file, lineterminator="\n")

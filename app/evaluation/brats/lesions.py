@@ -1,4 +1,4 @@
-"""Lesions of a region: components joined by dilation, small ones dropped, touching ones made one."""
+"""Lesions of a region: components joined by dilation, without small ones, and merged if they touch."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ _STEPS_18: Final = tuple(s for s in itertools.product((-1, 0, 1), repeat=3) if 0
 
 @dataclass(frozen=True, kw_only=True)
 class Lesions:
-    """The numbered lesions of one region of one label map."""
+    """Numbered lesions of one region of one label map."""
 
     numbers: Numbers
-    """Number of the lesion at each voxel of the region, 0 elsewhere, shape (X, Y, Z)."""
+    """Lesion number of each voxel of the region, 0 elsewhere, shape (X, Y, Z)."""
     grown: Numbers
-    """The same for the dilated lesions; a voxel of the region has the same number in both."""
+    """The same for the dilated lesions; voxels of the region have the same number in both."""
 
     @property
     def most(self) -> int:
-        """The highest number, 0 without a lesion; numbers may be missing below it."""
+        """The highest lesion number, 0 without lesions; lower numbers may be unused."""
         return int(self.numbers.max(initial=0))
 
     def renumbered(self, table: Numbers) -> Lesions:
-        """The lesions with ``table[n]`` for number n; 0 takes a lesion away."""
+        """Replace each lesion number n by ``table[n]``; 0 removes the lesion."""
         return Lesions(numbers=table[self.numbers], grown=table[self.grown])
 
 
 def components(mask: Mask) -> Lesions:
-    """26-connected components, each as it is.
+    """Return the 26-connected components of a mask, without joining any.
 
     Args:
         mask: shape (X, Y, Z).
@@ -47,25 +47,26 @@ def components(mask: Mask) -> Lesions:
 
 
 def joined_components(mask: Mask, dilation: int) -> Lesions:
-    """Components that touch after dilation are one; numbered by their first dilated voxel in C order.
+    """Return components, joined if they touch after dilation, numbered by their first dilated voxel in C order.
 
     Args:
         mask: shape (X, Y, Z).
-        dilation: steps with 18 neighbours.
+        dilation: number of 18-neighbour dilation steps.
     """
     grown = components(dilated(mask, dilation)).numbers
     return Lesions(numbers=np.where(mask, grown, np.int32(0)), grown=grown)
 
 
 def dilated(mask: Mask, steps: int) -> Mask:
-    """The mask and, ``steps`` times over, the 18 neighbours of each of its voxels; outside of it is nothing.
+    """Dilate a mask ``steps`` times by the 18 neighbours of each voxel; beyond the grid is background.
 
-    The neighbourhood is three squares, one across each axis, and a square is a step along one of its axes after a step
-    along the other: ten passes over bytes, where scipy's ``binary_dilation`` visits 19 neighbours of each voxel.
+    The neighbourhood is the union of three squares, one perpendicular to each axis, and a square is a step along one of
+    its axes followed by a step along the other. That takes ten passes over bytes, where scipy's ``binary_dilation``
+    visits 19 voxels for each voxel.
 
     Args:
         mask: shape (X, Y, Z).
-        steps: 0 or more.
+        steps: number of steps, 0 or more.
     """
     for _ in range(steps):
         rows = [_spread(mask, axis) for axis in (0, 1)]
@@ -76,7 +77,7 @@ def dilated(mask: Mask, steps: int) -> Mask:
 
 
 def _spread(mask: Mask, axis: int, *, into: Mask | None = None) -> Mask:
-    """The voxels of a mask and those beside them along an axis, added to ``into`` where one is given."""
+    """Dilate a mask by one voxel along an axis; add the result to ``into`` if that is given."""
     out = mask.copy() if into is None else into
     if into is not None:
         out |= mask
@@ -88,7 +89,7 @@ def _spread(mask: Mask, axis: int, *, into: Mask | None = None) -> Mask:
 
 
 def without_small_lesions(lesions: Lesions, most_voxels: float) -> Lesions:
-    """Lesions of more voxels than ``most_voxels``; the others keep their numbers."""
+    """Remove lesions of ``most_voxels`` voxels or fewer; the others keep their numbers."""
     sizes = np.bincount(lesions.numbers.ravel())
     table = np.arange(len(sizes), dtype=np.int32)
     table[sizes <= most_voxels] = 0
@@ -96,14 +97,14 @@ def without_small_lesions(lesions: Lesions, most_voxels: float) -> Lesions:
 
 
 def joined_by(lesions: Lesions, other: Lesions) -> Lesions:
-    """Make lesions one that touch the same lesion of another region, as the scripts of 2024 do.
+    """Merge lesions that touch the same lesion of another region, as the scripts of 2024 do.
 
-    A lesion that touches several counts with the one of the lowest number alone, and nothing happens where only one
-    pair touches. What touched has new numbers, above those that were there.
+    A lesion that touches several is merged only with those of the lowest-numbered one, and nothing changes if only one
+    pair touches. Lesions that touch get new numbers above the existing ones.
 
     Args:
-        lesions: of one region.
-        other: of the other, on the same grid.
+        lesions: lesions of one region.
+        other: lesions of the other region, on the same grid.
     """
     pairs = touching(lesions.numbers, other.numbers)
     if len(pairs) <= 1:
@@ -116,7 +117,7 @@ def joined_by(lesions: Lesions, other: Lesions) -> Lesions:
 
 
 def counted(lesions: Lesions) -> Lesions:
-    """The lesions numbered 1, 2, 3 in the order of their numbers."""
+    """Renumber lesions consecutively from 1, keeping their order."""
     there = np.flatnonzero(np.bincount(lesions.numbers.ravel()))
     table = np.zeros(lesions.most + 1, dtype=np.int32)
     table[there] = np.arange(len(there)) + (there[0] != 0)
@@ -124,11 +125,11 @@ def counted(lesions: Lesions) -> Lesions:
 
 
 def touching(first: Numbers, second: Numbers) -> list[tuple[int, int]]:
-    """Pairs of numbers of which a voxel of the first is one of the 18 neighbours of a voxel of the second, sorted.
+    """Return the sorted pairs of lesions that touch, that is, have voxels that are 18-neighbours.
 
     Args:
-        first: shape (X, Y, Z), 0 where there is nothing.
-        second: same shape, with no voxel in common.
+        first: lesion numbers, shape (X, Y, Z), 0 for background.
+        second: lesion numbers of the same shape; no voxel is a lesion in both.
     """
     near = dilated(second > 0, 1) & (first > 0)
     places, padded = np.argwhere(near), np.pad(second, 1)

@@ -1,9 +1,9 @@
-"""What the scripts of the challenges count as a lesion, by year and task: data, no computation.
+"""What the challenges' scripts count as a lesion, by year and task: data only, no computation.
 
-Sources: rachitsaluja/BraTS-2023-Metrics, brats_metrics.py at 0c603fc, and rachitsaluja/BraTS-2024-Metrics,
-metrics_GLI.py, metrics_MEN.py, metrics_PED.py and metrics_MEN_RT.py at 9e8879a, which adds the surface Dice to those of
-the challenge, metrics_SSA.py at f61f7de, metrics_MET.py at b04e5a0; what their later version f1131e3 changes, by
-comparison of its numbers; docs/how-to/scores.md says what of that is inferred.
+Sources: rachitsaluja/BraTS-2023-Metrics, brats_metrics.py at 0c603fc; rachitsaluja/BraTS-2024-Metrics, metrics_GLI.py,
+metrics_MEN.py, metrics_PED.py and metrics_MEN_RT.py at 9e8879a, which adds the surface Dice to the challenge's scripts,
+metrics_SSA.py at f61f7de, and metrics_MET.py at b04e5a0. The changes of the later version f1131e3 were found by
+comparing its results; docs/how-to/scores.md lists which of them are inferred.
 """
 
 from __future__ import annotations
@@ -20,49 +20,49 @@ Task = Literal["GLI", "PED", "SSA", "MEN", "MET", "MEN-RT"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegionRule:
-    """What one region is, and which of its voxels are one lesion."""
+    """Definition of one region, and of which of its voxels form a lesion."""
 
     name: str
     """Name of the region, e.g. ``ET``."""
     tissues: tuple[int, ...]
-    """Codes of ``data.labels.decode_tissues`` that make it up."""
+    """Codes of ``data.labels.decode_tissues`` in the region."""
     dilation: int
-    """Steps of 18-neighbour dilation: lesions that touch after them are one."""
+    """Number of 18-neighbour dilation steps; components that touch afterwards are one lesion."""
     threshold_mm3: float
-    """Reference lesions of this volume or less are left out of the means."""
+    """Reference lesions of at most this volume are left out of the means."""
     joins: tuple[str, ...] = ()
-    """Regions whose lesions join those of this region that touch the same one of them, in this order."""
+    """Regions whose lesions merge the lesions of this region that touch them, applied in this order."""
     scored: bool = True
-    """Whether it has a row; one that has none is there for ``joins``."""
+    """Whether the region has a row in the table; an unscored one is used only in ``joins``."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rules:
-    """How one task of one year is scored."""
+    """Scoring rules of one task of one year."""
 
     year: Year
-    """``brats2023`` or ``brats2024``; with a commit the later version of a script, where its numbers differ."""
+    """``brats2023`` or ``brats2024``; a commit is added for a later version of a script whose results differ."""
     task: Task
     """Name of the task, e.g. ``GLI``."""
     regions: tuple[RegionRule, ...]
-    """In the order of the script's table."""
+    """Regions in the order of the script's table."""
     penalty_mm: float | None = 374.0
-    """HD95 of a lesion that is missed or invented, default 374 mm; None: the diagonal of the grid, in voxels."""
+    """HD95 of a missed or invented lesion, default 374 mm; None: the diagonal of the grid in voxels."""
     joined_predictions: bool = True
-    """Whether predicted components are joined and small ones dropped as in the reference; then the whole-volume HD95,
-    sensitivity and specificity are computed from lesion numbers, as the scripts of 2024 do."""
+    """Whether predicted components are joined as in the reference, and small ones dropped. If so, whole-volume HD95,
+    sensitivity and specificity are computed from lesion numbers, as in the scripts of 2024."""
     least_in_mm3: bool = False
-    """Whether predicted lesions are dropped by volume in mm^3 (MEN-RT); else by voxels."""
+    """Whether predicted lesions are dropped by their volume in mm^3 (MEN-RT) or their number of voxels."""
     counts_invented: bool = True
     """Whether invented lesions lower the lesion-wise means; MEN-RT leaves them out."""
     surface_dice: bool = True
-    """Whether the script gives normalised surface Dice at 0.5 and 1 mm, as those of 2024 do."""
+    """Whether the script gives the normalised surface Dice at 0.5 and 1 mm, as those of 2024 do."""
     least_denominator: float = 2.2250738585072014e-308
-    """Added to the denominators of sensitivity and specificity; default the smallest normal float."""
+    """Added to the denominators of sensitivity and specificity; default: the smallest normal float."""
 
     @property
     def scored(self) -> tuple[RegionRule, ...]:
-        """The regions that have a row."""
+        """The regions that have a row in the table."""
         return tuple(region for region in self.regions if region.scored)
 
 
@@ -71,7 +71,7 @@ _WHOLE: Final = (*_CORE, OEDEMA, ENHANCING)
 
 
 def _three(dilation: int, threshold_mm3: float, *, joined: bool = False) -> tuple[RegionRule, ...]:
-    """WT, TC and ET; ``joined``: lesions of ET that touch the same lesion of NETC are one."""
+    """Return WT, TC and ET; with ``joined``, lesions of ET that touch the same lesion of NETC are merged."""
 
     def rule(name: str, tissues: tuple[int, ...], joins: tuple[str, ...] = (), *, scored: bool = True) -> RegionRule:
         return RegionRule(
@@ -85,7 +85,7 @@ def _three(dilation: int, threshold_mm3: float, *, joined: bool = False) -> tupl
 
 
 def _gli_2024() -> tuple[RegionRule, ...]:
-    # The script means SNFH to be dilated by 5 as well, but asks for a region "SFNH".
+    # The script intends to dilate SNFH by 5 as well, but asks for a region "SFNH".
     return (
         RegionRule(name="WT", tissues=_WHOLE, dilation=3, threshold_mm3=20),
         RegionRule(name="TC", tissues=(*_CORE, ENHANCING), dilation=3, threshold_mm3=20),
@@ -151,10 +151,10 @@ _ALL: Final = (
 
 
 def rules_for(year: str, task: str) -> Rules:
-    """The rules of a year and a task, by their names on the command line.
+    """Return the rules of a year and a task, by their names on the command line.
 
     Raises:
-        DataError: there is no such year, no such task, or the year has not this task; the message lists what there is.
+        DataError: there is no such year, or the year does not have the task; the message lists the choices.
 
     Example:
         >>> [region.name for region in rules_for("brats2024", "GLI").regions]

@@ -1,7 +1,7 @@
 """Scores of one case by the rules of a challenge: each region as a whole, and lesion by lesion.
 
-Everything is computed in the joint box of all tissues plus the dilation, and distances in the joint box of what is
-compared, which changes nothing: all beyond is background.
+Everything is computed in the joint box of all tissues plus the dilation, and distances in the joint box of the masks
+that are compared. This does not change any score, since everything outside is background.
 """
 
 from __future__ import annotations
@@ -39,48 +39,48 @@ class OfficialScores:
     """One row of the table of a challenge's script."""
 
     lesion_dice: float
-    """Mean Dice over the reference's lesions above the threshold and the invented ones, which have 0."""
+    """Mean Dice over reference lesions above the threshold and invented lesions, which score 0."""
     lesion_hd95_mm: float
-    """The same of HD95 in mm, with the rules' penalty for missed and invented lesions."""
+    """Mean HD95 in mm over the same lesions, with the rules' penalty for missed and invented ones."""
     dice: float
     """Dice of the whole region ("legacy")."""
     hd95_mm: float
     """HD95 of the whole region in mm ("legacy")."""
     sensitivity: float
-    """Of the whole region; from 2024 on of lesion numbers, not of voxels."""
+    """Sensitivity of the whole region; from 2024 on computed from lesion numbers, not voxels."""
     specificity: float
-    """The same."""
+    """Specificity, computed in the same way."""
     true_positives: int
-    """Reference lesions above the threshold that a predicted one reaches."""
+    """Number of reference lesions above the threshold that a predicted lesion reaches."""
     false_positives: int
-    """Predicted lesions that reach none of the reference, whatever its size."""
+    """Number of predicted lesions that reach no reference lesion of any size."""
     false_negatives: int
-    """Reference lesions above the threshold that none reaches."""
+    """Number of reference lesions above the threshold that no predicted lesion reaches."""
     reference_volume_mm3: float
-    """Volume of the region in the reference, in mm^3."""
+    """Volume of the region in the reference in mm^3."""
     nsd_05: float | None = None
-    """Normalised surface Dice at 0.5 mm of the whole region; None in 2023, where the script has none."""
+    """Normalised surface Dice of the whole region at 0.5 mm; None for 2023, whose script has none."""
     nsd_10: float | None = None
-    """At 1 mm."""
+    """The same at 1 mm."""
     lesion_nsd_05: float | None = None
-    """Mean over lesions, as :attr:`lesion_dice`."""
+    """Mean surface Dice at 0.5 mm over the same lesions as :attr:`lesion_dice`."""
     lesion_nsd_10: float | None = None
-    """At 1 mm."""
+    """The same at 1 mm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Lesion:
-    """What one lesion of the reference got."""
+    """Scores of one reference lesion."""
 
     voxels: int
     found: bool
     dice: float
     hd95_mm: float
-    """Infinite where it was missed."""
+    """Infinite if the lesion was missed."""
     nsd: tuple[float, ...]
 
 
-#: Tolerances in mm of the surface Dice that the scripts give.
+#: Tolerances in mm of the scripts' surface Dice.
 TOLERANCES_MM = (0.5, 1.0)
 
 
@@ -91,13 +91,14 @@ def official_scores(
 
     Args:
         prediction: codes of ``data.labels.decode_tissues``, shape (X, Y, Z), in the voxel order of the reference's
-            file, by which lesions are numbered.
-        reference: the same, same grid.
-        spacing_mm: voxel edge lengths in mm along X, Y, Z; single precision, as the scripts read them from the header.
-        rules: of :func:`app.evaluation.brats.rules.rules_for`.
+            file, which determines the numbering of lesions.
+        reference: the same for the reference, on the same grid.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z; rounded to single precision, in which the scripts read them
+            from the header.
+        rules: rules from :func:`app.evaluation.brats.rules.rules_for`.
 
     Returns:
-        by name of the region, in the order of the script's table.
+        scores by name of the region, in the order of the script's table.
 
     Raises:
         ValueError: the shapes differ.
@@ -110,7 +111,7 @@ def official_scores(
 
 
 class _Case:
-    """Both label maps cropped, and the lesions of their regions."""
+    """Both label maps of a case, cropped, and the lesions of their regions."""
 
     def __init__(self, *, prediction: Tissues, reference: Tissues, spacing_mm: Spacing, rules: Rules) -> None:
         self.rules, self.spacing_mm, self.voxels, self.shape = rules, spacing_mm, reference.size, reference.shape
@@ -120,7 +121,7 @@ class _Case:
         box = _grown_box((prediction > 0) | (reference > 0), margin)
         pair = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
         masks = {rule.name: _region_masks(pair, rule) for rule in rules.regions}
-        if not any(rule.joins for rule in rules.regions):  # else regions are compared with each other
+        if not any(rule.joins for rule in rules.regions):  # otherwise regions are compared with each other
             masks = {rule.name: _cropped(masks[rule.name], rule.dilation + 1) for rule in rules.regions}
         found = [
             {rule.name: self._lesions(masks[rule.name][side], rule, side) for rule in rules.regions} for side in (0, 1)
@@ -140,7 +141,7 @@ class _Case:
 
     @property
     def penalty_mm(self) -> float:
-        """HD95 where one side has nothing."""
+        """HD95 if one side is empty."""
         return math.hypot(*self.shape) if self.rules.penalty_mm is None else self.rules.penalty_mm
 
     def scores(self, rule: RegionRule) -> OfficialScores:
@@ -176,7 +177,7 @@ class _Case:
 
     @staticmethod
     def _mean(values: list[float], invented: int, of_invented: float, of_none: float) -> float:
-        """Mean over lesions and invented ones; ``of_none`` where there are neither."""
+        """Return the mean over reference and invented lesions; ``of_none`` if there are neither."""
         count = len(values) + invented
         return (math.fsum(values) + invented * of_invented) / count if count else of_none
 
@@ -234,7 +235,7 @@ class _Case:
         )
 
     def _shares(self, prediction: Numbers, reference: Numbers) -> tuple[float, float]:
-        """Sensitivity and specificity; of lesion numbers n the scripts of 2024 count n, not 1, a voxel."""
+        """Return sensitivity and specificity; a voxel of lesion n counts n times, as in the scripts of 2024."""
         marked, expected = int(prediction.sum(dtype=np.int64)), int(reference.sum(dtype=np.int64))
         both = int(np.count_nonzero((prediction == 1) & (reference == 1)))
         neither = self.voxels - int(np.count_nonzero((prediction == 1) | (reference == 1)))
@@ -245,11 +246,11 @@ class _Case:
 
 @dataclass(frozen=True, kw_only=True)
 class _Whole:
-    """What a whole region got."""
+    """Scores of a whole region."""
 
     dice: float
     hd95_mm: float
-    """Infinite where one side is empty."""
+    """Infinite if one side is empty."""
     sensitivity: float
     specificity: float
     nsd: tuple[float, ...]
@@ -258,19 +259,19 @@ class _Whole:
 def border_dice(
     prediction: Mask, reference: Mask, spacing_mm: Spacing, tolerances_mm: tuple[float, ...]
 ) -> tuple[float, ...]:
-    """Normalised surface Dice as nnU-Net and MedPy have it: on border voxels, each counted alike.
+    """Compute the normalised surface Dice of nnU-Net and MedPy, in which every border voxel has the same weight.
 
-    A voxel is of the border when one of its six neighbours is outside. This is not the area-weighted surface Dice of
-    ``surface-distance``.
+    A voxel is on the border if one of its six neighbours is outside the mask. This differs from the area-weighted
+    surface Dice of ``surface-distance``.
 
     Args:
-        prediction: shape (X, Y, Z), some voxel marked.
-        reference: same shape, some voxel marked.
+        prediction: shape (X, Y, Z), not empty.
+        reference: same shape, not empty.
         spacing_mm: voxel edge lengths in mm.
-        tolerances_mm: distances up to each of them count as agreement.
+        tolerances_mm: distances up to which borders agree; one result each.
 
     Returns:
-        for each tolerance 0 to 1 less 5e-9: the original adds 1e-8 to the denominator.
+        for each tolerance a value from 0 to 1 - 5e-9, since the original adds 1e-8 to the denominator.
     """
     reach = [(math.floor(max(tolerances_mm) / edge),) * 2 for edge in spacing_mm]
     first, second = (np.pad(_border(mask), reach) for mask in (prediction, reference))
@@ -284,13 +285,13 @@ def border_dice(
 
 
 def _border(mask: Mask) -> Mask:
-    """The voxels of a mask of which one of the six neighbours is outside; beyond the grid is outside."""
+    """Return the voxels of a mask with one of their six neighbours outside; beyond the grid counts as outside."""
     border: Mask = mask ^ ndimage.binary_erosion(mask)
     return border
 
 
 def _within(border: Mask, spacing_mm: Spacing, tolerance_mm: float) -> Mask:
-    """Voxels that lie within a tolerance of a border, which has background that far around it."""
+    """Return the voxels within a tolerance of a border, which must have that much background around it."""
     close = border.copy()
     reach = [math.floor(tolerance_mm / edge) for edge in spacing_mm]
     for step in itertools.product(*(range(-voxels, voxels + 1) for voxels in reach)):
@@ -306,13 +307,13 @@ def _region_masks(pair: tuple[Tissues, Tissues], rule: RegionRule) -> tuple[Mask
 
 
 def _cropped(masks: tuple[Mask, Mask], margin: int) -> tuple[Mask, Mask]:
-    """Both masks in their joint box and some voxels around it."""
+    """Crop both masks to their joint box plus a margin in voxels."""
     box = _grown_box(masks[0] | masks[1], margin)
     return np.ascontiguousarray(masks[0][box]), np.ascontiguousarray(masks[1][box])
 
 
 def _grown_box(mask: Mask, margin: int) -> Box:
-    """The box of a mask and some voxels around it; one voxel of an empty mask."""
+    """Return the box of a mask plus a margin in voxels; a single voxel for an empty mask."""
     if not mask.any():
         return (slice(0, 1),) * 3
     x, y, z = (
@@ -323,7 +324,7 @@ def _grown_box(mask: Mask, margin: int) -> Box:
 
 
 def _joined(rule: RegionRule, found: Mapping[str, Lesions]) -> Lesions:
-    """The lesions of a region after those that touch the same lesion of another are one."""
+    """Merge the lesions of a region that touch the same lesion of another region, by its rule."""
     lesions = found[rule.name]
     for other in rule.joins:
         lesions = joined_by(lesions, found[other])
@@ -331,14 +332,14 @@ def _joined(rule: RegionRule, found: Mapping[str, Lesions]) -> Lesions:
 
 
 def _matches(predicted: Lesions, expected: Lesions) -> dict[int, set[int]]:
-    """The predicted lesions that reach each dilated lesion of the reference, by its number."""
+    """Return the predicted lesions that reach each dilated reference lesion, by its number."""
     both = (expected.grown > 0) & (predicted.numbers > 0)
     pairs = set(zip(expected.grown[both].tolist(), predicted.numbers[both].tolist(), strict=True))
     return {n: {p for e, p in pairs if e == n} for n in range(expected.most + 1)}
 
 
 def _overlaps(predicted: Lesions, expected: Lesions) -> npt.NDArray[np.int64]:
-    """Voxels of each pair of numbers, shape (expected.most + 1, predicted.most + 1); 0 and 0 are not counted."""
+    """Count the voxels of each pair of lesion numbers except (0, 0): (expected.most + 1, predicted.most + 1)."""
     width = predicted.most + 1
     marked = (expected.numbers | predicted.numbers) != 0
     both = np.bincount(expected.numbers[marked].astype(np.int64) * width + predicted.numbers[marked], minlength=width)

@@ -1,1 +1,1 @@
-"""Several sets of predictions of the same cases: which is better, by how much, and on which cases."""
+"""Rank several sets of predictions of the same cases: which is better, by how much, and on which cases."""

@@ -1,8 +1,8 @@
-"""Rank several sets of predictions case by case, and test the differences between each two.
+"""Rank several sets of predictions case by case, and test all pairwise differences.
 
-Ranks as BraTS has them: within each case, region and metric the sets are ranked, ties shared; the ranks of a case are
-averaged, and these averages over cases are the score of a set. Two sets are told apart by a permutation test that swaps
-their ranks case by case. Source: Bakas et al., arXiv 1811.02629, section on ranking.
+Ranking follows BraTS: the sets are ranked within each case, region and metric, with shared ranks for ties; the ranks of
+a case are averaged, and the mean of these averages over cases is the score of a set. Two sets are compared by a
+permutation test that swaps their ranks case by case. Source: Bakas et al., arXiv 1811.02629, section on ranking.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from data.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Metrics that are ranked when none are asked for: the first of these groups that all sets have.
+#: Default metrics for the ranking: the first of these groups that all sets have.
 _USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("sq_dsc", "sq_hd95", "rq"), ("dice", "hd95_mm"))
-#: Metrics that are better the lower they are; of the others the higher is better.
+#: Metrics of which a lower value is better; for all others a higher one is.
 _LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION, *brats2026.LOWER)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
@@ -38,7 +38,7 @@ _SHOWN: Final = 3
 
 @dataclass(frozen=True, kw_only=True)
 class RankDifference:
-    """How two sets differ in one metric, mean over regions."""
+    """Difference of two sets in one metric, averaged over regions."""
 
     metric: str
     """Name of the metric, e.g. ``dice``."""
@@ -47,76 +47,76 @@ class RankDifference:
     second: str
     """Name of the second set."""
     mean: float
-    """Mean over cases of the first less the second."""
+    """Mean over cases of the first minus the second."""
     low: float
     """Lower end of its 95 % bootstrap interval over cases."""
     high: float
-    """Upper end."""
+    """Upper end of the interval."""
     p: float | None
-    """Two-sided Wilcoxon signed-rank test over cases; None where it cannot be made."""
+    """Two-sided Wilcoxon signed-rank test over cases; None if it is not possible."""
     p_holm: float | None
-    """Corrected for the other pairs of sets in this metric."""
+    """``p`` corrected for the other pairs of sets in this metric."""
     no_test: str
-    """Why there is no ``p``; else empty."""
+    """Reason why there is no ``p``; otherwise empty."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankTest:
-    """Whether two sets differ in mean rank."""
+    """Test of whether two sets differ in mean rank."""
 
     first: str
     """Name of the first set."""
     second: str
     """Name of the second set."""
     difference: float
-    """Mean rank of the first less that of the second: negative where the first is better."""
+    """Mean rank of the first minus that of the second: negative if the first is better."""
     p: float
-    """Permutation test over cases, two-sided."""
+    """Two-sided permutation test over cases."""
     p_holm: float
-    """Corrected for the other pairs."""
+    """``p`` corrected for the other pairs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ranking:
-    """Several sets of predictions, ranked."""
+    """A ranking of several sets of predictions."""
 
     names: tuple[str, ...]
-    """Of the sets, as they were given."""
+    """Names of the sets, in the order they were given."""
     cases: tuple[str, ...]
-    """Case ids that all sets have, sorted."""
+    """Sorted case ids that all sets have."""
     regions: tuple[str, ...]
-    """That all sets have."""
+    """Regions that all sets have."""
     metrics: tuple[str, ...]
-    """By which was ranked."""
+    """Metrics that the ranking is based on."""
     values: FloatArray
     """Scores, shape (sets, cases, regions, metrics)."""
     case_ranks: FloatArray
-    """Mean rank of each set in each case, shape (sets, cases); 1 is the best."""
+    """Mean rank of each set in each case, shape (sets, cases); 1 is best."""
     tests: tuple[RankTest, ...]
-    """Each two sets, in mean rank."""
+    """Tests of all pairs of sets in mean rank."""
     differences: tuple[RankDifference, ...]
-    """Each two sets, in each metric."""
+    """Differences of all pairs of sets in each metric."""
     left_out: tuple[str, ...]
-    """Case ids that are not scored in all sets, sorted."""
+    """Sorted case ids that are not scored in all sets."""
     failures: Mapping[str, Mapping[str, str]]
-    """Why cases could not be scored, by name of the set and case id; sets without any are not in it."""
+    """Reasons why cases could not be scored, by name of the set and case id; sets without failures are left out."""
 
     @property
     def mean_ranks(self) -> FloatArray:
-        """Shape (sets,)."""
+        """Mean rank of each set over cases, shape (sets,)."""
         return np.asarray(self.case_ranks.mean(axis=1))
 
     @property
     def order(self) -> list[int]:
-        """Places of the sets in :attr:`names`, the best first."""
+        """Indices of the sets in :attr:`names`, best set first."""
         return [int(place) for place in np.argsort(self.mean_ranks, kind="stable")]
 
     def by_case(self, metric: str) -> FloatArray:
-        """One metric, mean over regions, shape (sets, cases)."""
+        """Return one metric averaged over regions, shape (sets, cases)."""
         return np.asarray(self.values[..., self.metrics.index(metric)].mean(axis=2))
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain Python values."""
+        """Return everything as plain Python values."""
         return {
             "ranking": [
                 {
@@ -148,7 +148,7 @@ class Ranking:
 
 
 def is_lower_better(metric: str) -> bool:
-    """Whether a lower number of a metric is the better one."""
+    """Whether a lower value of a metric is better."""
     return metric in _LOWER
 
 
@@ -156,12 +156,12 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     """Rank sets of predictions over the cases that all of them have.
 
     Args:
-        sets: two or more, with names of their own.
-        metrics: by which to rank; default lesion-wise Dice and HD95 where all sets have them, else Dice and HD95.
+        sets: two or more, with different names.
+        metrics: metrics to rank by; default: the lesion-wise scores if all sets have them, else Dice and HD95.
 
     Raises:
-        DataError: no case or no region is in all sets, or a metric is not; or sets that tell how they were scored were
-            not scored alike.
+        DataError: no case or no region is in all sets, a metric is not in all sets, or the sets' records show that they
+            were scored differently.
     """
     _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
@@ -200,26 +200,26 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
 
 
 def ranks(values: FloatArray, metrics: Sequence[str]) -> FloatArray:
-    """Ranks over the first axis, 1 the best, ties shared.
+    """Rank over the first axis; 1 is best, and ties share a rank.
 
     Args:
         values: shape (sets, cases, regions, metrics).
-        metrics: names of the last axis, which say whether high or low is better.
+        metrics: names of the metrics on the last axis; they determine whether high or low is better.
 
     Returns:
-        same shape.
+        ranks of the same shape.
     """
     signs = np.array([1.0 if is_lower_better(metric) else -1.0 for metric in metrics])
     return np.asarray(stats.rankdata(values * signs, axis=0), dtype=np.float64)
 
 
 def permutation_p(differences: FloatArray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Two-sided test that paired differences have mean 0: their signs are drawn anew.
+    """Return p of a two-sided permutation test that paired differences have mean 0, by random signs.
 
     Args:
-        differences: one for each case, shape (cases,).
-        permutations: how many draws; the observed one counts as well, so p is never 0.
-        seed: of the random generator.
+        differences: one difference per case, shape (cases,).
+        permutations: number of draws; the observed signs count as well, so p is never 0.
+        seed: seed of the random generator.
 
     Example:
         >>> permutation_p(np.zeros(5))
@@ -232,7 +232,7 @@ def permutation_p(differences: FloatArray, *, permutations: int = PERMUTATIONS, 
 
 
 def rank_rows(ranking: Ranking) -> list[list[str]]:
-    """The table for the terminal: one row a set, the best first."""
+    """Return the table for the terminal: one row per set, best set first."""
     best = ranking.order[0]
     against = {frozenset((test.first, test.second)): test for test in ranking.tests}
     table = [["set", "mean rank", *ranking.metrics, f"p, {ranking.names[best]} first"]]
@@ -250,7 +250,7 @@ def rank_rows(ranking: Ranking) -> list[list[str]]:
 
 
 def difference_rows(ranking: Ranking) -> list[list[str]]:
-    """The second table for the terminal: each two sets in each metric."""
+    """Return the second table for the terminal: all pairs of sets in each metric."""
     return [
         ["difference", "metric", "mean", "95 % interval", "p", "p, Holm"],
         *(
@@ -268,11 +268,11 @@ def difference_rows(ranking: Ranking) -> list[list[str]]:
 
 
 def write_rank_table(ranking: Ranking, path: Path) -> None:
-    """Write a CSV with one row for each case and set: its mean rank, and the numbers it was ranked by.
+    """Write a CSV with one row per case and set: its mean rank, and the scores it was ranked by.
 
     Raises:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written to.
+        OSError: the disk is full or the folder cannot be written.
     """
     require_table_place(path)
     with (
@@ -281,7 +281,7 @@ def write_rank_table(ranking: Ranking, path: Path) -> None:
             "w",
             newline="",
             encoding="utf-8",
-            errors="backslashreplace",  # a file name may hold bytes that are no UTF-8
+            errors="backslashreplace",  # a file name may contain bytes that are not UTF-8
         ) as file,
     ):
         writer = csv.writer(file, lineterminator="\n")
@@ -291,10 +291,10 @@ def write_rank_table(ranking: Ranking, path: Path) -> None:
 
 
 def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
-    """Refuse sets that were scored in different ways, by what each tells; those that tell nothing are taken.
+    """Refuse sets that state different ways of scoring; sets without a statement pass.
 
     Raises:
-        DataError: two tell different things.
+        DataError: two statements differ.
     """
     known = [(name, text) for name, text in told.items() if text is not None]
     for name, text in known[1:]:
@@ -336,7 +336,7 @@ def _rank_tests(names: Sequence[str], case_ranks: FloatArray) -> tuple[RankTest,
 
 
 def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[RankDifference]:
-    """Each two sets in one metric; ``values``: shape (sets, cases)."""
+    """Compare all pairs of sets in one metric; ``values`` has the shape (sets, cases)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
     gaps = [values[a] - values[b] for a, b in pairs]
     tested = [signed_rank(gap) for gap in gaps]

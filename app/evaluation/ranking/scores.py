@@ -1,4 +1,4 @@
-"""Scores of one set of predictions by case: computed from label maps, or read from a table of ``evaluate``."""
+"""Scores of sets of predictions by case: computed from label maps, or read from tables of ``evaluate``."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _SUMMARY_ROWS: Final = {"mean", "median"}
 
 @dataclass(frozen=True, kw_only=True)
 class Scored:
-    """The scores of one set of predictions."""
+    """Scores of one set of predictions."""
 
     name: str
     """Short name, for tables."""
     cases: Mapping[str, Mapping[Measure, float]]
-    """Numbers by case id."""
+    """Scores by case id."""
     failures: Mapping[str, str] = field(default_factory=dict)
-    """Why other cases could not be scored, by case id."""
+    """Reasons why other cases could not be scored, by case id."""
     missing: tuple[str, ...] = ()
-    """Case ids of which there is a reference and no prediction."""
+    """Case ids that have a reference but no prediction."""
     scored_by: str | None = None
-    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None where that is not told, as in CSV before 2026."""
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None if not stated, as in CSV of rules before 2026."""
     nsd_definition: str | None = None
-    """Which surface Dice ``nsd`` is, in words; None where that is not told."""
+    """Definition of the surface Dice ``nsd`` in words; None if not stated."""
 
 
 def load(
@@ -48,19 +48,19 @@ def load(
     follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> list[Scored]:
-    """The scores of every source, each under a name of its own.
+    """Load the scores of every source, each under a unique name.
 
     Args:
-        sources: two or more folders of label maps, or tables of ``evaluate`` (.csv or .json), in any mix.
-        references: folder of reference label maps; for sources that are folders.
-        rules: those by which folders are scored; None: as ``evaluate`` does without ``--rules``.
-        labels: names of the label conventions of folders and references, where the files do not tell.
-        follow_links: accept symbolic links that lead out of the folders.
-        on_case: called with each case of a folder that is scored, its folder before it, and with the share of all
-            sources that is done.
+        sources: two or more folders of label maps or tables of ``evaluate`` (.csv or .json), in any mix.
+        references: folder of reference label maps, for sources that are folders.
+        rules: rules by which folders are scored; None scores them like ``evaluate`` without ``--rules``.
+        labels: names of the label conventions of folders and references, if the files do not determine them.
+        follow_links: accept symlinks that lead out of the folders.
+        on_case: called with each case of a folder that is scored, prefixed by the folder's name, and the share of all
+            sources done so far.
 
     Raises:
-        DataError: fewer than two sources, one of them twice or none that can be read, or a folder without references.
+        DataError: there are fewer than two sources, one is given twice or unreadable, or a folder has no references.
     """
     if len(sources) < 2:
         raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
@@ -80,7 +80,7 @@ def load(
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """The last part of each path, and of those that are alike the part before as well."""
+    """Name each source by the last part of its path, or by as many parts as make all names different."""
     parts = 1
     most = max(len(source.parts) for source in sources)
     while True:
@@ -147,7 +147,7 @@ def _scored_folder(
 
 
 def _of_json(name: str, content: Any) -> Scored:
-    """What ``evaluate --json`` prints; of older versions without the cases that failed."""
+    """Read the output of ``evaluate --json``; older versions do not list the cases that failed."""
     by_package = content.get("rules") == brats2026.YEAR
     cases = {
         str(case["case"]): {
@@ -190,7 +190,7 @@ def _of_csv(name: str, text: str) -> Scored:
 
 
 def _of_package(values: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers of a region by the rules of 2026, of which some are not finite."""
+    """Return the scores of a region by the rules of 2026, with finite values for those that are not."""
     return brats2026.rankable({metric: math.nan if n is None else float(n) for metric, n in values.items()})
 
 

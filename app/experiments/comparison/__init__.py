@@ -1,1 +1,1 @@
-"""Compare what is done to gradients: the same runs under every arm, statistics, a page."""
+"""Compare gradient rules: the same runs under every arm, and statistics of their results."""

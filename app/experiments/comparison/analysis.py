@@ -1,4 +1,4 @@
-"""From the results of the runs to what is told: final Dice, differences, steps to a Dice, seconds, verdicts."""
+"""Analyse the runs of a comparison: final Dice, differences, steps to a target Dice, seconds and verdicts."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from app.experiments.comparison.verdict import caveats, verdict
 from app.experiments.runs import backends_sentence, count_backends
 from data.labels import REGIONS
 
-#: The measure that verdicts are about; the others are the regions.
+#: The measure that verdicts refer to; the others are the regions.
 MEAN: Final = "mean"
 MEASURES: Final = (MEAN, *REGIONS)
-#: Share of the best final mean that is the Dice to reach, where none is given.
+#: Default target Dice, as a share of the best final mean.
 _TARGET_SHARE: Final = 0.9
 
 Records = Sequence[Mapping[str, Any]]
@@ -36,7 +36,7 @@ Records = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class ArmSummary:
-    """What one arm came to under one optimiser, at its chosen learning rate."""
+    """Results of one arm under one optimiser, at its chosen learning rate."""
 
     optimizer: str
     arm: str
@@ -49,39 +49,39 @@ class ArmSummary:
     between_seeds: float | None
     """Standard deviation of the mean Dice between seeds; None for one seed."""
     steps_to_target: tuple[int | None, ...]
-    """By seed: the first validated step at or above the target; None where it was not reached."""
+    """By seed: the first validated step at or above the target; None if it was not reached."""
     seconds: float
-    """Of one run, mean over seeds: preparation and validation included."""
+    """Duration of one run, mean over seeds, including preparation and validation."""
     seconds_per_step: float | None
-    """Median over the steps of all seeds; None where no two steps follow each other."""
+    """Median over the steps of all seeds; None if there are no two consecutive steps."""
     skipped_steps: int
-    """Over all seeds."""
+    """Total over all seeds."""
     differences: Mapping[str, Difference]
-    """Against the baseline, by measure; empty for the baseline itself."""
+    """Differences from the baseline, by measure; empty for the baseline itself."""
     verdict: str
-    """In words; empty for the baseline itself."""
+    """One sentence; empty for the baseline itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """All that is told of a comparison."""
+    """The complete analysis of a comparison."""
 
     arms: tuple[ArmSummary, ...]
     target_dice: float
     tested: bool
-    """Whether the final Dice is of a third part."""
+    """Whether the final Dice is measured on a third part of the cases."""
     same_start: bool
-    """Whether initial weights and first batch are on record as the same in all runs of each seed."""
+    """Whether the records show the same initial weights and first batch in all runs of each seed."""
     sweep: Mapping[str, Mapping[str, Mapping[float, float]]]
     """Mean validation Dice of the first seed by optimiser, arm and learning rate."""
     caveats: tuple[str, ...]
 
     def verdicts(self) -> list[str]:
-        """The sentences, arm by arm."""
+        """Return the verdicts, one sentence per arm."""
         return [summary.verdict for summary in self.arms if summary.verdict]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {
             "verdicts": self.verdicts(),
             "caveats": list(self.caveats),
@@ -97,10 +97,10 @@ class Analysis:
 
 
 def analyse(results: Results, metrics: Mapping[RunKey, Records]) -> Analysis:
-    """Work everything out.
+    """Analyse a comparison.
 
     Args:
-        results: of every run.
+        results: results of every run.
         metrics: records of ``metrics.jsonl`` of the final runs.
     """
     plan = results.plan
@@ -130,7 +130,7 @@ def analyse(results: Results, metrics: Mapping[RunKey, Records]) -> Analysis:
 
 
 def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
-    """Whether initial weights and first batch are on record for every run, and the same in all runs of one seed."""
+    """Whether initial weights and first batch are recorded for every run, and equal in all runs of one seed."""
     by_seed: dict[int, set[tuple[str, str] | None]] = {}
     for key, result in runs.items():
         start = result.get("start")
@@ -146,12 +146,12 @@ def scored_by(results: Results) -> list[dict[str, str | int | None]]:
 
 
 def final_keys(results: Results, optimizer: str, arm: str) -> list[RunKey]:
-    """The final runs of one arm, by seed."""
+    """Return the final runs of one arm, in the order of the seeds."""
     return [key for key in results.plan.finals(results.chosen) if (key.optimizer, key.arm) == (optimizer, arm)]
 
 
 def dice_array(results: Results, optimizer: str, arm: str, measure: str) -> FloatArray:
-    """Final Dice of one arm, shape (seeds, cases); ``mean`` is the mean over the regions of each case."""
+    """Return the final Dice of one arm, shape (seeds, cases); ``mean`` is the mean over the regions of each case."""
     regions = REGIONS if measure == MEAN else (measure,)
     rows = [
         [fmean(float(results.runs[key]["dice"][case][region]) for region in regions) for case in results.parts.scored]
@@ -193,7 +193,7 @@ def _summary(
 
 
 def _with_verdicts(plan: ComparisonPlan, summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
-    """The summaries of one optimiser with p values corrected over its arms, and with words."""
+    """Add verdicts, and p values corrected over the arms, to the summaries of one optimiser."""
     others = [summary for summary in summaries if summary.arm != plan.baseline]
     corrected = {measure: holm([summary.differences[measure].p for summary in others]) for measure in MEASURES}
     done = []
@@ -212,7 +212,7 @@ def _with_verdicts(plan: ComparisonPlan, summaries: Sequence[ArmSummary]) -> lis
 
 
 def _usual_target(results: Results, metrics: Mapping[RunKey, Records]) -> float:
-    """A share of the best arm's mean validation Dice at the end."""
+    """Return a fixed share of the best arm's mean validation Dice at the end of its runs."""
     best = 0.0
     for optimizer, arm in results.chosen:
         ends = [_validations(metrics[key])[1][-1:] for key in final_keys(results, optimizer, arm)]
@@ -227,7 +227,7 @@ def _validations(records: Records) -> tuple[list[int], list[float]]:
 
 
 def _seconds_per_step(runs: Sequence[Records]) -> float | None:
-    """Median time between two steps that no validation lies between."""
+    """Return the median time between consecutive steps with no validation in between."""
     gaps = []
     for records in runs:
         kinds = [record for record in records if record.get("kind") in ("train", "validation")]

@@ -1,4 +1,4 @@
-"""Compare arms: make the runs, analyse them, write CSV and JSON."""
+"""Compare arms: make the runs, analyse them, and write CSV and JSON."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLUMNS: Final = (
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """What a comparison made."""
+    """Results of a comparison."""
 
     out: Path
     results: Results
@@ -44,11 +44,11 @@ class Comparison:
     metrics: Mapping[RunKey, Records]
     """Records of ``metrics.jsonl`` of the final runs."""
     content: Mapping[str, Any]
-    """As in ``compare.json``."""
+    """Content of ``compare.json``."""
 
     @property
     def page(self) -> Path:
-        """Where the page goes; :func:`app.reports.comparison.write_comparison_page` writes it."""
+        """Path of the page that :func:`app.reports.comparison.write_comparison_page` writes."""
         return self.out / "compare.html"
 
 
@@ -63,17 +63,17 @@ def compare(
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Comparison:
-    """Make the runs that are not there yet, and write ``compare.csv`` and ``compare.json``.
+    """Make the missing runs of a comparison, and write ``compare.csv`` and ``compare.json``.
 
     Args:
         data: folder of cases.
-        out: folder of the comparison; new, empty, or one where the same comparison was begun.
-        plan: what is compared.
-        fold: 0 to 4; the fold that tests, the next one validates.
-        split_file: JSON with the lists ``train``, ``validation`` and ``test``, instead of a fold.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``data``.
-        on_progress: told how far the whole comparison is.
+        out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
+        plan: what to compare.
+        fold: the test fold, 0 to 4; the next fold is used for validation.
+        split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
+        labels: name of the label convention, if the data set does not determine it.
+        follow_links: accept symlinks that lead out of ``data``.
+        on_progress: called with the progress of the whole comparison.
 
     Raises:
         DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as
@@ -106,11 +106,11 @@ def compare(
 
 
 def write_csv(path: Path, results: Results) -> None:
-    """Write the final Dice as CSV, a row for each final run and scored case, in full precision.
+    """Write the final Dice as CSV in full precision, one row per final run and scored case.
 
     Args:
-        path: file to write; there whole or not at all.
-        results: with ``dice`` in every final run.
+        path: file to write, atomically.
+        results: every final run must have ``dice``.
     """
     part = "test" if results.parts.test else "validation"
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""What a comparison will do: which runs, and what is the same in all of them."""
+"""The plan of a comparison: its runs, and the settings that all of them share."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from app.config.load import config_differences as changed_keys
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 
-#: What ``gradient.transform`` (but for its automatic choice) and ``training.optimizer`` may be.
+#: Values of ``gradient.transform`` (except its automatic choice) and of ``training.optimizer``.
 ARMS: Final[tuple[str, ...]] = tuple(
     name for name in get_args(get_type_hints(GradientConfig)["transform"]) if name != AUTO
 )
 OPTIMIZERS: Final[tuple[str, ...]] = get_args(get_type_hints(TrainingConfig)["optimizer"])
 DEFAULT_ARMS: Final = ("none", "clip", "centralize", "znorm")
-#: Peak learning rates tried where none are given; decades for SGD, whose best rate the arms move the most.
+#: Default peak learning rates; a decade apart for SGD, whose best rate varies the most between arms.
 DEFAULT_RATES: Final[Mapping[str, tuple[float, ...]]] = {
     "adamw": (1e-3, 3e-3, 1e-2, 3e-2),
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
 }
 _USUAL_BASELINE: Final = "clip"
-#: What a variant is a variant of, unless it says otherwise.
+#: The rule that a variant starts from, unless it sets another.
 _VARIED: Final = "znorm"
 _VARIANT_NAME: Final = re.compile("[a-z0-9][a-z0-9-]{0,39}")
-#: Keys that a comparison sets itself, and the option that does it.
+#: Keys that a comparison sets itself, and the option that controls each.
 _TAKEN: Final = {
     "gradient.transform": "--arms",
     "training.optimizer": "--optimizers",
@@ -49,37 +49,37 @@ class RunKey:
     rate: float
     """Peak learning rate."""
     seed: int
-    """Initial weights and patches; the same in every arm."""
+    """Seed of the initial weights and patches; every arm uses the same seeds."""
 
     @property
     def name(self) -> str:
-        """Folder of the run, e.g. ``adamw-znorm-lr0.003-seed0``."""
+        """Name of the run's folder, e.g. ``adamw-znorm-lr0.003-seed0``."""
         return f"{self.optimizer}-{self.arm}-lr{self.rate!r}-seed{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonPlan:
-    """Which runs are made; :func:`plan_comparison` checks it."""
+    """The runs of a comparison; :func:`plan_comparison` validates them."""
 
     config: RunConfig
-    """What all runs share."""
+    """Settings that all runs share."""
     arms: tuple[str, ...]
     optimizers: tuple[str, ...]
     seeds: int
-    """How many; the first one chooses the learning rate."""
+    """Number of seeds; the first one chooses the learning rate."""
     rates: Mapping[str, tuple[float, ...]]
-    """Peak learning rates by optimizer, rising; every arm gets all of them."""
+    """Peak learning rates by optimiser, ascending; every arm is trained with all of them."""
     baseline: str
-    """The arm the others are compared with."""
+    """The arm that the others are compared with."""
     target_dice: float | None = None
-    """For the steps to reach it; None takes 90 % of the best final mean on validation."""
+    """Dice for which the steps to reach it are counted; None takes 90 % of the best final mean on validation."""
     variants: Mapping[str, RunConfig] = field(default_factory=dict)
-    """Arms that are no rule's name but a config of their own."""
+    """Configs of the arms that are variants instead of rules, by name."""
     first_seed: int = 0
-    """The seeds count up from here."""
+    """The first seed; the others follow it."""
 
     def sweep(self) -> list[RunKey]:
-        """Runs that choose the learning rate: first seed, every rate; the arms take turns."""
+        """Return the runs that choose the learning rate: first seed, every rate; the arms alternate."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=self.first_seed)
             for optimizer in self.optimizers
@@ -88,7 +88,7 @@ class ComparisonPlan:
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Runs that are scored: every seed at the rate chosen for (optimizer, arm); the first is in the sweep too."""
+        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first one."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers
@@ -97,28 +97,28 @@ class ComparisonPlan:
         ]
 
     def count(self) -> int:
-        """How many runs there are."""
+        """Return the number of runs."""
         return sum(len(self.arms) * (len(self.rates[optimizer]) + self.seeds - 1) for optimizer in self.optimizers)
 
     def config_of(self, key: RunKey) -> RunConfig:
-        """The complete configuration of one run."""
+        """Return the complete configuration of one run."""
         changes = cast("dict[str, Any]", {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed})
         config = self.config_of_arm(key.arm)
         return replace(config, training=replace(config.training, **changes))
 
     def config_of_arm(self, arm: str) -> RunConfig:
-        """What all runs of one arm share."""
+        """Return the config that all runs of one arm share."""
         if arm in self.variants:
             return self.variants[arm]
         gradient = replace(self.config.gradient, **cast("dict[str, Any]", {"transform": arm}))
         return replace(self.config, gradient=gradient)
 
     def settings_of(self, variant: str) -> list[str]:
-        """In what a variant differs from the shared config, each as ``section.key: shared -> its own``."""
+        """List how a variant differs from the shared config, each as ``section.key: shared -> variant``."""
         return changed_keys(self.config, self.variants[variant])
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data; two plans are the same where this is."""
+        """Return plain data; two plans are the same if their data are equal."""
         return {
             "arms": list(self.arms),
             "optimizers": list(self.optimizers),
@@ -132,7 +132,7 @@ class ComparisonPlan:
         }
 
 
-def plan_comparison(  # noqa: PLR0913 - one for each option of the command
+def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
     *,
     config: str = "laptop",
     overrides: Sequence[str] = (),
@@ -146,25 +146,25 @@ def plan_comparison(  # noqa: PLR0913 - one for each option of the command
     variants: Sequence[str] = (),
     first_seed: int = 0,
 ) -> ComparisonPlan:
-    """Check what was asked for and make a plan of it.
+    """Validate the requested options and make a plan of them.
 
     Args:
-        config: name or path, as ``--config`` of ``train`` takes it.
-        overrides: ``section.key=value``; not the keys that the comparison sets itself.
+        config: name or path, as for ``train --config``.
+        overrides: ``section.key=value``, except for keys that the comparison sets itself.
         arms: names of ``gradient.transform`` or of variants, at least two.
         optimizers: names of ``training.optimizer``.
-        seeds: how many, 1 or more.
+        seeds: number of seeds, 1 or more.
         steps: optimiser steps of every run.
-        rates: texts such as ``1e-3,3e-3`` for every optimiser or ``sgd=1e-2,1e-1`` for one; default
+        rates: texts such as ``1e-3,3e-3`` for every optimiser or ``sgd=1e-2,1e-1`` for one; default:
             :data:`DEFAULT_RATES`.
-        baseline: the arm the others are compared with; default ``clip`` where it is among them, else the first.
-        target_dice: above 0 and below 1, for the steps to reach it.
-        variants: texts ``name:section.key=value``, each a change of the config that makes an arm of that name; texts of
-            one name add up. Its rule is ``znorm`` unless one of them says otherwise.
-        first_seed: 0 or more.
+        baseline: the arm that the others are compared with; default: ``clip`` if it is among the arms, else the first.
+        target_dice: count the steps to reach this Dice; between 0 and 1, exclusive.
+        variants: texts ``name:section.key=value``; each changes one key for the arm ``name``, and texts with the same
+            name are combined. The arm's rule is ``znorm`` unless one of them changes it.
+        first_seed: the first seed, 0 or more.
 
     Raises:
-        ConfigError: any of these is not so, or the config cannot be used.
+        ConfigError: an argument is invalid, or the config cannot be used.
     """
     changes = _variants(variants)
     _require_known("--arms", arms, (*ARMS, *changes))
@@ -213,7 +213,7 @@ def plan_comparison(  # noqa: PLR0913 - one for each option of the command
 
 
 def shared_settings(config: RunConfig) -> dict[str, Any]:
-    """Plain data of a config, without the keys that differ between the runs of a comparison."""
+    """Return plain data of a config, without the keys that differ between the runs of a comparison."""
     plain = to_plain(config)
     for key in _TAKEN:
         section, _, name = key.partition(".")
@@ -223,7 +223,7 @@ def shared_settings(config: RunConfig) -> dict[str, Any]:
 
 
 def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
-    """Overrides by the name of the variant."""
+    """Group the overrides by the name of their variant."""
     changes: dict[str, list[str]] = {}
     for text in texts:
         name, colon, override = text.partition(":")

@@ -1,11 +1,11 @@
-"""Make the runs of a comparison one after the other; what is done already is kept.
+"""Make the runs of a comparison one after the other; completed runs are kept.
 
 The folder of a comparison holds::
 
     plan.json       what is compared, and the case ids by part
-    split.json      the parts that a single run is given
-    runs/           one run folder for each run, as ``train`` makes them
-    results/        one JSON for each run: how it began, how it ended; scores on the third part for the final ones
+    split.json      the training and validation cases of every run
+    runs/           one run folder per run, as ``train`` makes them
+    results/        one JSON file per run: how it began, how it ended; scores on the third part for the final ones
     compare.csv     Dice of every final run and scored case
     compare.json    everything in numbers and words
     compare.html    the page
@@ -50,20 +50,20 @@ from data.patches.cache import CaseFolder
 from data.patches.sampler import PatchSource, cache_cases
 
 _VERSION: Final = 1
-#: Says what is compared.
+#: Describes the comparison.
 _PLAN: Final = "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Results:
-    """What the runs of a comparison gave."""
+    """Results of the runs of a comparison."""
 
     plan: ComparisonPlan
     parts: ThreeWaySplit
     chosen: Mapping[tuple[str, str], float]
-    """Learning rate by optimiser and arm."""
+    """Chosen learning rate by optimiser and arm."""
     runs: Mapping[RunKey, Mapping[str, Any]]
-    """The content of ``results/<run>.json``, of every run."""
+    """The content of ``results/<run>.json`` of every run."""
 
 
 def make_runs(
@@ -77,22 +77,22 @@ def make_runs(
     follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Results:
-    """Make every run that is not there yet, choose the learning rates, score the final runs.
+    """Make every missing run, choose the learning rates, and score the final runs.
 
     Args:
         data: folder of cases.
-        out: folder of the comparison; new, empty, or one where the same comparison was begun.
-        plan: what is compared.
-        fold: the fold that tests; the next one validates.
-        split_file: JSON with the lists ``train``, ``validation`` and ``test``, instead of a fold.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``data``.
-        on_progress: told how far the whole comparison is.
+        out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
+        plan: what to compare.
+        fold: the test fold; the next fold is used for validation.
+        split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
+        labels: name of the label convention, if the data set does not determine it.
+        follow_links: accept symlinks that lead out of ``data``.
+        on_progress: called with the progress of the whole comparison.
 
     Raises:
         DataError: the data cannot be used, or has too few patients.
-        ConfigError: ``out`` holds another comparison.
-        RunError: ``out`` is a file, holds something else, or another process works there.
+        ConfigError: ``out`` holds a different comparison.
+        RunError: ``out`` is a file, holds something else, or is in use by another process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
     cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
@@ -137,7 +137,7 @@ def make_runs(
 
 @dataclass
 class _Work:
-    """One process at work on a comparison."""
+    """The work of one process on a comparison."""
 
     data: Path
     out: Path
@@ -146,17 +146,17 @@ class _Work:
     cases: Mapping[str, Case]
     labels: str | None
     store: CaseFolder
-    """Where prepared cases are kept, for all runs."""
+    """Prepared cases, shared by all runs."""
     follow_links: bool
     on_progress: OnProgress
     position: int = 0
-    """Runs that are behind us."""
+    """Number of runs done so far."""
     began: float = field(default_factory=time.monotonic)
     kept: int = 0
-    """Runs that were complete before this process."""
+    """Number of runs that were complete before this process started."""
 
     def all_runs(self) -> Results:
-        """Sweep, choose, finals."""
+        """Make the sweep, choose the learning rates, and make and score the final runs."""
         runs: dict[RunKey, Mapping[str, Any]] = {}
         for key in self.plan.sweep():
             runs[key] = self._one(key)
@@ -171,7 +171,7 @@ class _Work:
         return Results(plan=self.plan, parts=self.parts, chosen=chosen, runs=runs)
 
     def _one(self, key: RunKey) -> Mapping[str, Any]:
-        """Make one run, or read what it gave."""
+        """Make one run, or read its result if it is complete."""
         path = self._result_path(key)
         known = read_json(path) if path.exists() else {}
         if "steps" in known and has_begun(self._run(key)):
@@ -223,7 +223,7 @@ class _Work:
         )
 
     def _note_start(self, key: RunKey) -> None:
-        """Record the initial weights and the first batch of a run while its checkpoint of step 0 is there."""
+        """Record hashes of a run's initial weights and first batch while its checkpoint of step 0 exists."""
         path, run = self._result_path(key), self._run(key)
         if path.exists():
             return
@@ -237,7 +237,7 @@ class _Work:
         )
 
     def _batch_sha256(self, key: RunKey, run: Path) -> str:
-        """SHA-256 of the first batch, made from the run's own prepared cases as the run makes it."""
+        """Return the SHA-256 of the first batch, rebuilt from the prepared cases as the run builds it."""
         config, facts = self.plan.config_of(key), read_json(run / "run.json")
         prepared = cache_cases(
             [self.cases[case_id] for case_id in self.parts.train],
@@ -261,7 +261,7 @@ class _Work:
         return digest.hexdigest()
 
     def _scored(self, key: RunKey, result: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Add the final Dice by case, where it is not there yet."""
+        """Add the final Dice by case if it is missing."""
         ids = list(self.parts.scored)
         if list(result.get("dice", {})) == ids:
             return result
@@ -283,7 +283,7 @@ class _Work:
         return scored
 
     def _tell(self, share: float, detail: str) -> None:
-        """Progress of the whole comparison; the time left from the runs that this process made."""
+        """Report progress of the whole comparison; estimate the time left from the runs that this process made."""
         total, share = self.plan.count(), min(share, 0.999)
         made = self.position - self.kept + share
         spent = time.monotonic() - self.began
@@ -308,11 +308,14 @@ class _Work:
 
 
 def choose_rates(plan: ComparisonPlan, runs: Mapping[RunKey, Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """By optimiser and arm the rate with the best mean validation Dice for the first seed; of equals the lowest.
+    """Choose the learning rate with the best mean validation Dice for the first seed, by optimiser and arm.
 
     Args:
         plan: what is compared.
         runs: results of its sweep.
+
+    Returns:
+        the chosen rates; of equally good rates the lowest.
     """
     chosen = {}
     for optimizer in plan.optimizers:
@@ -330,13 +333,13 @@ def _mean(dice: Mapping[str, float] | None) -> float:
 
 
 def _require_same(out: Path, plan: dict[str, Any]) -> None:
-    """Write the plan, or compare it with the one that is there."""
+    """Write the plan, or require that an existing one is the same."""
     path = out / _PLAN
     if not path.exists():
         write_json(path, plan)
         return
     there = json_object(read_json(path), path)
-    # Keys that came with a later version are at their defaults.
+    # Keys that later versions added have their defaults.
     there = {"variants": {}, "first_seed": 0, **there}
     there["config"] = shared_settings(from_plain(there.get("config", {}), str(path)))
     changed = differences(there, plan)
@@ -348,18 +351,18 @@ def _require_same(out: Path, plan: dict[str, Any]) -> None:
 
 
 def _parts_on_record(out: Path) -> Any:
-    """The parts that a comparison was begun with, or None."""
+    """Return the parts that a comparison was started with, or None."""
     path = out / _PLAN
     return json_object(read_json(path), path).get("parts") if path.exists() else None
 
 
 def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> ThreeWaySplit:
-    """The parts of a fold; those a comparison began with where an older version dealt them by its own rules."""
+    """Return the parts of a fold; in a comparison that an older version started, the parts by that version's rules."""
     patients = patients_of(cases.values())
     before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
     tumours: dict[str, LabelStats] | None = None
     if begun is not None:
-        for known in (patients, before):  # by case id alone, as the oldest versions did
+        for known in (patients, before):  # by case id only, as in the oldest versions
             with suppress(DataError):
                 if (parts := fold_parts(known, fold)).to_json() == begun:
                     return parts

@@ -1,4 +1,4 @@
-"""Three parts by patient: what trains, what chooses, and what nothing was chosen on."""
+"""Split cases by patient into three parts: to train, to choose (validation), and to score (test)."""
 
 from __future__ import annotations
 
@@ -21,36 +21,36 @@ class ThreeWaySplit:
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
-    """Choose the learning rate and the weights of each run."""
+    """Cases that choose the learning rate and the weights of each run."""
     test: tuple[str, ...]
-    """Choose nothing; may be empty, then the final scores are of ``validation``."""
+    """Cases that nothing is chosen on; if empty, the final scores are those of ``validation``."""
 
     @property
     def split(self) -> Split:
-        """What a single run is given."""
+        """The training and validation cases of every run."""
         return Split(train=self.train, validation=self.validation)
 
     @property
     def scored(self) -> tuple[str, ...]:
-        """The cases that the final Dice is of."""
+        """The cases that the final Dice is measured on."""
         return self.test or self.validation
 
     def to_json(self) -> dict[str, list[str]]:
-        """The three lists, as :func:`read_parts` reads them."""
+        """Return the three lists, in the form that :func:`read_parts` reads."""
         return {"train": list(self.train), "validation": list(self.validation), "test": list(self.test)}
 
 
 def fold_parts(
     patients: Mapping[str, str], fold: int, tumours: Mapping[str, LabelStats] | None = None
 ) -> ThreeWaySplit:
-    """Fold ``fold`` tests, the next one validates, the others train.
+    """Use fold ``fold`` for the test, the next one for validation, and the others for training.
 
-    The folds are those of ``train``, so that every case is tested in one fold.
+    The folds are the same as in ``train``, so that every case is a test case in exactly one fold.
 
     Args:
-        patients: the patient of every case, by case id.
-        fold: 0 to 4, less with fewer than five patients.
-        tumours: of all cases; without, the folds are dealt by case id alone.
+        patients: the patient of each case, by case id.
+        fold: 0 to 4; the maximum is lower with fewer than five patients.
+        tumours: tumour statistics of all cases, for stratified folds; None deals the folds by case id only.
 
     Raises:
         DataError: fewer than three patients, or no such fold.
@@ -70,12 +70,11 @@ def fold_parts(
 
 
 def read_parts(path: Path, patients: Mapping[str, str]) -> ThreeWaySplit:
-    """Read the parts from a JSON object with the lists ``train``, ``validation`` and, where there is one, ``test``.
+    """Read the parts from a JSON object with the lists ``train``, ``validation`` and, optionally, ``test``.
 
     Raises:
-        DataError: as :func:`data.datasets.splits.read_split`; nothing validates; ``test`` is no list of case ids,
-            names one
-            twice or that is not in the data set, or shares a patient with another part.
+        DataError: as :func:`data.datasets.splits.read_split`; ``validation`` is empty; ``test`` is not a list of case
+            ids, repeats one, names one that is not in the data set, or shares a patient with another part.
     """
     split = read_split(path, patients)
     if not split.validation:

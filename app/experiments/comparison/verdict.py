@@ -1,4 +1,4 @@
-"""The verdict in words: what the numbers say, and no more."""
+"""Verdicts in words, which claim no more than the numbers support."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _FEW_CASES: Final = 10
 
 
 def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> str:
-    """One sentence on one arm.
+    """Return one sentence on one arm.
 
-    "Better" and "worse" stand there only where the interval leaves 0 out and the signed-rank test, corrected for the
-    number of arms, agrees; without a test the sentence says what was seen and that it proves nothing.
+    It says "better" or "worse" only if the interval excludes 0 and the signed-rank test, corrected for the number of
+    arms, agrees. Without a test it states the observation and that it proves nothing.
 
     Args:
         arm: the arm under test.
         baseline: the arm it is compared with.
-        optimizer: under which optimiser.
-        difference: of the mean Dice, from at least one seed and case.
+        optimizer: the optimiser that both were trained with.
+        difference: their difference in mean Dice, from at least one seed and case.
     """
     pair = f"{arm} and {baseline}"
     size = f"{_short(abs(difference.mean))} Dice"
@@ -57,15 +57,15 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
 def caveats(
     *, seeds: int, cases: int, tested: bool, at_border: Sequence[str], same_start: bool, backends: Sequence[str]
 ) -> list[str]:
-    """What limits every verdict of a comparison, a sentence each.
+    """Return the limitations of every verdict of a comparison, one sentence each.
 
     Args:
-        seeds: how many seeds there were.
-        cases: how many cases were scored.
-        tested: whether these are test cases; False for validation cases.
-        at_border: arms whose best learning rate is the lowest or highest that was tried, as texts.
-        same_start: whether initial weights and first batch were recorded as the same in every arm.
-        backends: what computed the predictions that are scored, as texts; one where all were computed alike.
+        seeds: number of seeds.
+        cases: number of scored cases.
+        tested: whether the scored cases are test cases; False for validation cases.
+        at_border: descriptions of the arms whose best learning rate is the lowest or highest one tried.
+        same_start: whether the records show the same initial weights and first batch in every arm.
+        backends: descriptions of the backends that computed the scored predictions; only one if all used the same.
     """
     said = []
     if seeds == 1:
@@ -92,7 +92,7 @@ def caveats(
 
 
 def _short(value: float) -> str:
-    """A number in three decimals; one that is not 0 does not look like 0."""
+    """Format a number with three decimals, or one significant digit if it would look like 0."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 0.0005 else f"{value:.1g}"
 
 

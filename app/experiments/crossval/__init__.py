@@ -1,1 +1,1 @@
-"""Cross-validation: a network for each fold, tuned post-processing, one ensemble of them."""
+"""Cross-validation: one network per fold, tuned post-processing, and an ensemble of the networks."""

@@ -1,10 +1,10 @@
-"""Fit temperatures and volume intervals on out-of-fold predictions, and say honestly what they bring.
+"""Fit temperatures and volume intervals on out-of-fold predictions, and estimate honestly what they gain.
 
-A temperature has the least negative log likelihood over the voxels around the tumours of all cases (Guo et al. 2017,
-arXiv 1706.04599). What is reported of it is found without it: each fold's cases are scored under the temperature of the
-other folds, and their volumes compared with intervals from the other folds. A temperature is kept where these scores,
-calibration error and likelihood, are both better than without; else it is 1. The likelihood alone does not tell: few
-voxels that are surely wrong can ask for a temperature that spoils a network which is right as often as it says.
+A temperature minimises the negative log likelihood over the voxels around the tumours of all cases (Guo et al. 2017,
+arXiv 1706.04599). Its reported scores are held out: each fold's cases are scored under the temperature fitted on the
+other folds, and their volumes are compared with intervals from the other folds. A temperature is kept only if it
+improves both held-out scores, calibration error and likelihood; otherwise it is 1. The likelihood is not enough: a few
+confidently wrong voxels can call for a temperature that spoils a well-calibrated network.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from data.labels import REGIONS, Region
 
 @dataclass(frozen=True, kw_only=True)
 class RegionCalibration:
-    """What a temperature brings to one region, on cases that it was not fitted on."""
+    """Effect of a temperature on one region, measured on cases that it was not fitted on."""
 
     fitted: float
     """The temperature fitted on all cases."""
     left_out: tuple[float, ...]
-    """By fold: fitted without the fold's cases."""
+    """By fold: the temperature fitted without the fold's cases."""
     before: Reliability
-    """All cases together, as the networks say it."""
+    """All cases together, with the networks' probabilities as they are."""
     after: Reliability
-    """All cases together, each under the temperature that its fold had no part in."""
+    """All cases together, each under the temperature fitted without its fold."""
     case_ece: tuple[float, float]
     """Mean over cases of each case's ECE, before and after."""
     nll: tuple[float, float]
-    """Mean over voxels, before and after."""
+    """Mean negative log likelihood over voxels, before and after."""
     log_ratio: Mapping[str, float | None]
-    """``plain`` and ``postprocessed``: the quantile of volume errors over all cases; None of too few."""
+    """Quantile of volume errors over all cases, ``plain`` and ``postprocessed``; None if there are too few cases."""
     coverage: float | None
-    """Share of cases whose true volume lies in the interval of the other folds; None where these are too few."""
+    """Share of cases whose true volume lies in the interval from the other folds; None if those have too few cases."""
 
     @property
     def temperature(self) -> float:
-        """What the ensemble gets: what was fitted, or 1 where that does not help cases it was not fitted on."""
+        """Temperature of the ensemble: the fitted one, or 1 if that does not help cases it was not fitted on."""
         return self.fitted if self.after.ece < self.before.ece and self.nll[1] < self.nll[0] else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {
             "temperature": self.temperature,
             "temperature_fitted": self.fitted,
@@ -79,12 +79,12 @@ class Calibrated:
 
     regions: Mapping[Region, RegionCalibration]
     cases: int
-    """How many the volume intervals are from."""
+    """Number of cases that the volume intervals are based on."""
     cases_with_tumour: int
-    """How many the temperatures are from."""
+    """Number of cases that the temperatures are fitted on."""
 
     def ensemble_json(self) -> dict[str, Any]:
-        """What :func:`app.inference.calibration.calibration_from_json` reads."""
+        """Return plain data in the form that :func:`app.inference.calibration.calibration_from_json` reads."""
 
         def ratios(masks: str) -> dict[str, float | None] | None:
             found: dict[str, float | None] = {region: one.log_ratio[masks] for region, one in self.regions.items()}
@@ -102,7 +102,7 @@ class Calibrated:
         }
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data: what the ensemble gets, and by region what it brings."""
+        """Return plain data: the values of the ensemble, and their effect by region."""
         return {
             **self.ensemble_json(),
             "regions": {region: one.to_json() for region, one in self.regions.items()},
@@ -112,13 +112,13 @@ class Calibrated:
 
 
 def calibrate(counts: Mapping[str, Counts], raw: Summary, tuned: Summary) -> Calibrated:
-    """Fit temperatures and volume intervals, on all cases and without each fold.
+    """Fit temperatures and volume intervals on all cases, and again without each fold.
 
     Args:
-        counts: of :func:`app.experiments.crossval.logits.count_logits`, by case id; all 0 of a case without tumour,
-            marked or true.
+        counts: counts from :func:`app.experiments.crossval.logits.count_logits`, by case id; all 0 for a case without
+            predicted or true tumour.
         raw: scores without post-processing.
-        tuned: scores with it.
+        tuned: scores with post-processing.
     """
     fold_of = raw.fold_of
     return Calibrated(
@@ -153,7 +153,7 @@ def _region(
 
 
 def volume_errors(summary: Summary, region: Region) -> dict[str, float]:
-    """By case id: :func:`app.inference.calibration.log_ratio` of a region's volume."""
+    """Return the :func:`app.inference.calibration.log_ratio` of a region's volume, by case id."""
     return {
         case_id: log_ratio(scores[region].reference_volume_ml, scores[region].volume_ml)
         for case_id, scores in summary.cases.items()
@@ -161,7 +161,7 @@ def volume_errors(summary: Summary, region: Region) -> dict[str, float]:
 
 
 def _coverage(summary: Summary, region: Region) -> float | None:
-    """Share of cases that intervals from the cases of the other folds cover."""
+    """Return the share of cases whose true volume lies in the interval from the other folds."""
     errors, covered = volume_errors(summary, region), []
     for case_id, error in errors.items():
         fold = summary.fold_of[case_id]
@@ -177,7 +177,7 @@ def _fit(counts: Sequence[Counts]) -> float:
 
 
 def _reliabilities(counts: Mapping[str, Counts], temperatures: Mapping[str, float]) -> tuple[Reliability, float, float]:
-    """Of cases under their temperatures: all voxels together, mean ECE of the cases, mean negative log likelihood."""
+    """Score cases under their temperatures: all voxels together, mean ECE of the cases, negative log likelihood."""
     if not counts:
         return NO_VOXELS, 0.0, 0.0
     cases = [under_temperature(one, temperatures[case_id]) for case_id, one in counts.items()]

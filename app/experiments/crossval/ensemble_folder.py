@@ -1,4 +1,4 @@
-"""Make the ensemble of a cross-validation: a folder that holds all it needs."""
+"""Write the ensemble of a cross-validation as a self-contained folder."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ _PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
 
 
 def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: Calibrated) -> Path:
-    """Write the ensemble beside its place, then put it there; an older one goes.
+    """Write the ensemble to a temporary folder, then move it into place and replace an older one.
 
-    Weights are hard links to those of the folds where the file system has them, else copies: a run never writes into
-    a file that is there, so neither changes with the other.
+    Weights are hard links to those of the folds if the file system supports them, else copies. A run never writes into
+    an existing file, so changing a fold does not change the ensemble, nor the reverse.
 
     Args:
-        folds: every fold is trained.
-        tuning: its choice goes into the ensemble.
-        summary: out-of-fold scores under that choice.
+        folds: the cross-validation, with every fold trained.
+        tuning: the chosen post-processing goes into the ensemble.
+        summary: out-of-fold scores with that post-processing.
         calibrated: temperatures and volume intervals.
 
     Returns:
         the ensemble's folder.
 
     Raises:
-        RunError: a fold has no weights, or they were changed.
-        OSError: the folder cannot be written to.
+        RunError: a fold has no weights, or they have been altered.
+        OSError: the folder cannot be written.
     """
     beside, place = folds.out / _PARTIAL, folds.out / ENSEMBLE_FOLDER
     shutil.rmtree(beside, ignore_errors=True)

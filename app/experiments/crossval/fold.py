@@ -1,4 +1,4 @@
-"""The work of one fold: train its network, predict the cases that it has not trained on."""
+"""One fold: train its network, and predict the cases that it has not trained on."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _TRAINING: float = 0.9
 
 
 def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_progress: OnProgress) -> None:
-    """Train a fold's network and predict its validation cases; what is done already is kept.
+    """Train a fold's network and predict its validation cases; completed work is kept.
 
     Args:
         data: folder of cases.
         folds: the cross-validation.
-        fold: from 0 on.
-        follow_links: accept symbolic links that lead out of ``data``.
-        on_progress: told where this fold is.
+        fold: number of the fold, from 0.
+        follow_links: accept symlinks that lead out of ``data``.
+        on_progress: called with the progress of this fold.
 
     Raises:
         DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start`.
-        KeyboardInterrupt: stopped while predicting; whole cases are kept.
+        KeyboardInterrupt: stopped while predicting; completed cases are kept.
     """
     run, result = folds.run(fold), folds.result_file(fold)
-    # As predict chooses, so that its label maps have these scores; before the hours of training, as it may refuse.
+    # Chosen like predict, so that its label maps get these scores; and before hours of training, since it may fail.
     runtime = choose_backend("auto", folds.config.runtime)
     if not (result.exists() and has_begun(run)):
 

@@ -1,18 +1,18 @@
-"""What is cross-validated: cases by fold, and what a resumed job must find unchanged.
+"""The folds of a cross-validation, and what must be unchanged when it is resumed.
 
 The folder of a cross-validation holds::
 
     folds.json      config, case ids by fold, hash of the label maps
-    splits/         what each fold trains and validates on
-    fold-0/, ...    one run folder for each fold, as ``train`` makes them
-    results/        one JSON for each fold that is trained
-    out-of-fold/    one file for each case: what the network that has not trained on it says
-    (app.experiments.crossval.out_of_fold)
-    logs/           what worker processes said last, where there were any
+    splits/         training and validation cases of each fold
+    fold-0/, ...    one run folder per fold, as ``train`` makes them
+    results/        one JSON file per trained fold
+    out-of-fold/    one file per case: the prediction of the network that has not trained on it
+                    (app.experiments.crossval.out_of_fold)
+    logs/           stderr of the worker processes, if there are any, until all folds are done
     crossval.csv    scores of every case, without and with post-processing
     crossval.json   everything in numbers and words
     crossval.html   the page
-    ensemble/       what ``predict`` takes (app.inference.ensemble)
+    ensemble/       the ensemble that ``predict`` uses (app.inference.ensemble)
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from data.preprocess import SPACING_TOLERANCE
 
 LEAST_FOLDS: Final = 2
 MOST_FOLDS: Final = 20
-#: Folder of the splits; its files are there before ``folds.json`` is.
+#: Folder of the splits; its files are written before ``folds.json``.
 SPLITS: Final = "splits"
 _VERSION: Final = 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Folds:
-    """Cases of a cross-validation, and how they are dealt."""
+    """Cases of a cross-validation, and their folds."""
 
     out: Path
     """Folder of the cross-validation."""
@@ -55,33 +55,33 @@ class Folds:
     config: RunConfig
     convention: LabelConvention
     splits: tuple[Split, ...]
-    """Of each fold."""
+    """Split of each fold."""
     label_maps_sha256: str
-    """Over all label maps."""
+    """Hash over all label maps."""
 
     def run(self, fold: int) -> Path:
-        """Run folder of a fold."""
+        """Return the run folder of a fold."""
         return self.out / f"fold-{fold}"
 
     def split_file(self, fold: int) -> Path:
-        """What the run of a fold is given."""
+        """Return the file with the split of a fold's run."""
         return self.out / SPLITS / f"fold-{fold}.json"
 
     def result_file(self, fold: int) -> Path:
-        """There once a fold is trained."""
+        """Return the file with a fold's result; it exists once the fold is trained."""
         return self.out / "results" / f"fold-{fold}.json"
 
     def answer_file(self, case_id: str) -> Path:
-        """Out-of-fold probabilities of a case."""
+        """Return the file with the out-of-fold probabilities of a case."""
         return self.out / "out-of-fold" / f"{case_id}.npz"
 
     def fold_of(self) -> dict[str, int]:
-        """By case id: the fold that validates on it; in the order of the ids."""
+        """Map each case id, in sorted order, to the fold that validates on it."""
         of = {case_id: fold for fold, split in enumerate(self.splits) for case_id in split.validation}
         return dict(sorted(of.items()))
 
     def to_json(self) -> dict[str, Any]:
-        """The content of ``folds.json``."""
+        """Return the content of ``folds.json``."""
         return {
             "version": _VERSION,
             "folds": [list(split.validation) for split in self.splits],
@@ -94,20 +94,21 @@ class Folds:
 def deal(
     data: Path, out: Path, config: RunConfig, *, folds: int, labels: str | None = None, follow_links: bool = False
 ) -> Folds:
-    """Deal the cases of a data set to folds, by patient, with like tumours; folds that were begun stay as they are.
+    """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
     Args:
         data: folder of cases.
         out: folder of the cross-validation.
-        config: of every fold's run.
-        folds: how many.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``data``.
+        config: config of every fold's run.
+        folds: number of folds.
+        labels: name of the label convention, if the data set does not determine it.
+        follow_links: accept symlinks that lead out of ``data``.
 
     Raises:
         DataError: the data cannot be used, or has fewer patients than folds.
         RunError: ``folds.json`` is damaged.
-        ConfigError: too many folds or too few; ``data.spacing_mm`` is open and the folds would work at different ones.
+        ConfigError: too many or too few folds; ``data.spacing_mm`` is null and the folds would work at different
+            spacings.
     """
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
@@ -143,12 +144,12 @@ def deal(
 
 
 def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
-    """The cross-validation that was begun in a folder, with the files of its cases.
+    """Load the cross-validation that was started in a folder, with the files of its cases.
 
     Args:
         data: folder of cases.
         out: folder of the cross-validation.
-        follow_links: accept symbolic links that lead out of ``data``.
+        follow_links: accept symlinks that lead out of ``data``.
 
     Raises:
         DataError: the data cannot be read.
@@ -167,11 +168,11 @@ def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
 
 
 def require_same(folds: Folds) -> None:
-    """Write down what is cross-validated, or make sure that it is what was begun in the folder.
+    """Record a new cross-validation, or require that it matches the one that was started in the folder.
 
     Raises:
-        ConfigError: another config, or other folds.
-        DataError: other cases or label maps.
+        ConfigError: the config or the number of folds differs.
+        DataError: the cases or label maps differ.
         RunError: ``folds.json`` is damaged.
     """
     path, plan = folds.out / CROSSVAL_FILE, folds.to_json()
@@ -182,7 +183,7 @@ def require_same(folds: Folds) -> None:
         write_json(path, plan)
         return
     there = json_object(read_json(path), path)
-    # Keys that came with a later version are at their defaults.
+    # Keys that later versions added have their defaults.
     there["config"] = to_plain(from_plain(there.get("config", {}), str(path)))
     settings = ("version", "config", "labels")
     changed = differences({key: there.get(key) for key in settings}, {key: plan[key] for key in settings})
@@ -208,7 +209,7 @@ def require_same(folds: Folds) -> None:
 
 
 def _splits_on_record(out: Path, cases: Mapping[str, Case]) -> tuple[Split, ...] | None:
-    """The splits that a cross-validation of these cases was begun with: a later version may know more patients."""
+    """Return the splits a cross-validation of these cases began with; a later version may recognise more patients."""
     path = out / CROSSVAL_FILE
     if not path.exists():
         return None
@@ -217,7 +218,7 @@ def _splits_on_record(out: Path, cases: Mapping[str, Case]) -> tuple[Split, ...]
     except (KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged, it does not hold the folds ({error}). Restore it from a copy.") from error
     if sorted(case_id for fold in folds for case_id in fold) != sorted(cases):
-        return None  # other cases, which require_same names
+        return None  # other cases; require_same reports them
     return tuple(Split(train=tuple(sorted(cases.keys() - set(fold))), validation=tuple(sorted(fold))) for fold in folds)
 
 
@@ -227,7 +228,7 @@ def _some(ids: set[str]) -> str:
 
 
 def _require_one_spacing(cases: Mapping[str, Case], splits: Sequence[Split]) -> None:
-    """Each run takes the median spacing of the cases it trains on; an ensemble needs one for all."""
+    """Require one spacing for all folds: a run takes the median of its training cases, an ensemble has only one."""
     found = {
         case.id: canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
         for case in cases.values()

@@ -1,6 +1,6 @@
-"""Logits of the voxels around a tumour as counts: what a temperature is fitted on.
+"""Histograms of the logits around a tumour, on which temperatures are fitted.
 
-Bins of 1/32 are fine enough that the likelihood of a temperature is that of the voxels: within a bin the probability
+Bins of width 1/32 are fine enough for their likelihood to equal that of the voxels: within a bin the probability
 changes by less than 0.01.
 """
 
@@ -17,12 +17,12 @@ from data.labels import REGIONS
 
 Counts = npt.NDArray[np.int64]
 
-#: Logits beyond are counted as this; float32 probabilities less one half do not tell larger ones apart.
+#: Logits are clipped to this magnitude; float32 probabilities minus one half cannot resolve larger ones.
 _EDGE: Final = 20.0
 _WIDTH: Final = 1 / 32
 _BINS: Final = round(2 * _EDGE / _WIDTH)
 _CENTRES: Final = -_EDGE + _WIDTH * (np.arange(_BINS) + 0.5)
-#: Where temperatures are sought.
+#: Range in which temperatures are searched.
 _LEAST, _MOST = 0.1, 10.0
 
 
@@ -30,12 +30,12 @@ def count_logits(centred: npt.NDArray[np.float32], regions: npt.NDArray[np.bool_
     """Count voxels by their logit.
 
     Args:
-        centred: probabilities less one half, shape (3, X, Y, Z).
-        regions: what is right, the same shape.
+        centred: probabilities minus one half, shape (3, X, Y, Z).
+        regions: reference masks of the same shape.
 
     Returns:
-        shape (3, 2, 1 + bins + 1): by region, not in it and in it, by logit from -20 to 20; the first and the last are
-        of probabilities that are exactly 0 (outside of the brain) and 1, which no temperature changes.
+        counts of shape (3, 2, 1 + bins + 1): by region; outside and inside it; by logit from -20 to 20. The first and
+        last bins count probabilities of exactly 0 (outside the brain) and 1, which no temperature changes.
     """
     counts = no_counts()
     for into, shares, right in zip(counts, centred, regions, strict=True):
@@ -49,19 +49,19 @@ def count_logits(centred: npt.NDArray[np.float32], regions: npt.NDArray[np.bool_
 
 
 def no_counts() -> Counts:
-    """Of no voxel."""
+    """Return counts of zero for every bin."""
     return np.zeros((len(REGIONS), 2, _BINS + 2), dtype=np.int64)
 
 
 def negative_log_likelihood(counts: Counts, temperature: float) -> float:
-    """Mean over voxels of minus the log of the probability of what is right.
+    """Return the mean over voxels of minus the log probability of the correct answer.
 
     Args:
-        counts: of one region, shape (2, 1 + bins + 1); those of exactly 0 and 1 are left out.
+        counts: counts of one region, shape (2, 1 + bins + 1); probabilities of exactly 0 and 1 are left out.
         temperature: above 0.
 
     Returns:
-        0 where nothing is left.
+        the mean; 0 if no voxel is left.
     """
     outside, inside = counts[0, 1:-1], counts[1, 1:-1]
     logits = _CENTRES / temperature
@@ -70,17 +70,17 @@ def negative_log_likelihood(counts: Counts, temperature: float) -> float:
 
 
 def fit_temperature(counts: Counts) -> float:
-    """The temperature with the least negative log likelihood.
+    """Return the temperature with the lowest negative log likelihood.
 
     Args:
-        counts: of one region, shape (2, 1 + bins + 1).
+        counts: counts of one region, shape (2, 1 + bins + 1).
 
     Returns:
-        0.1 to 10; 1 where all voxels are in the region, or none is.
+        a temperature from 0.1 to 10; 1 if all voxels are in the region, or none is.
     """
     if not counts[0, 1:-1].any() or not counts[1, 1:-1].any():
         return 1.0
-    # The likelihood has one optimum in 1 / T, and so in log T.
+    # The likelihood has a single optimum in 1 / T, and so in log T.
     found = optimize.minimize_scalar(
         lambda log: negative_log_likelihood(counts, float(np.exp(log))),
         bounds=(np.log(_LEAST), np.log(_MOST)),
@@ -91,10 +91,10 @@ def fit_temperature(counts: Counts) -> float:
 
 
 def under_temperature(counts: Counts, temperature: float) -> Reliability:
-    """Voxels of one region by their probability under a temperature.
+    """Return the reliability of one region's voxels under a temperature.
 
     Args:
-        counts: of one region, shape (2, 1 + bins + 1).
+        counts: counts of one region, shape (2, 1 + bins + 1).
         temperature: above 0.
     """
     shares = np.concatenate([[0.0], 1 / (1 + np.exp(-_CENTRES / temperature)), [1.0]])

@@ -1,17 +1,17 @@
-"""Out-of-fold probabilities: what a network that has not trained on a case says of it, kept in one byte a voxel.
+"""Out-of-fold probabilities: predictions of a network that has not trained on the case, one byte per voxel.
 
-A file is a compressed npz of the smallest box that holds the brain and the reference::
+A file is a compressed npz of the smallest box that contains the brain and the reference::
 
     answers         uint8, shape (3, X, Y, Z), order of data.labels.REGIONS
-    reference       uint8, shape (X, Y, Z), the program's codes
+    reference       uint8, shape (X, Y, Z), the program's label codes
     spacing_mm      float64, shape (3,)
     logit_counts    int64, shape (3, 2, bins): voxels around the tumour by their logit (app.experiments.crossval.logits)
-    weights_sha256  of the network, as text
-    computed_by     backend, precision and device, a JSON object as text (versions that always took torch lack it)
+    weights_sha256  hash of the network's weights, as text
+    computed_by     backend, precision and device, a JSON object as text (missing in versions that always used torch)
 
-A probability is above k/256 exactly where its byte is k or more (k from 1 to 255), so that thresholds which are whole
-256ths cut the bytes as they would have cut the probabilities. For temperatures bytes are too coarse: what is
-below 1/256 would be taken as 1/512, and most of the background lies far below.
+A probability is above k/256 exactly if its byte is k or more (k from 1 to 255), so thresholds that are whole 256ths
+give the same masks from bytes as from probabilities. Bytes are too coarse for fitting temperatures: anything below
+1/256 would count as 1/512, and most of the background lies far below that. Hence the logit counts.
 """
 
 from __future__ import annotations
@@ -49,30 +49,30 @@ _DAMAGE: Final = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, z
 
 @dataclass(frozen=True, kw_only=True)
 class OutOfFoldPrediction:
-    """What a network says of a case, and what is right."""
+    """A network's prediction of a case, and the reference."""
 
     answers: Bytes
-    """Shape (3, X, Y, Z)."""
+    """Probabilities as bytes, shape (3, X, Y, Z)."""
     reference: Bytes
-    """Shape (X, Y, Z), the program's codes."""
+    """Label codes of the program, shape (X, Y, Z)."""
     logit_counts: Counts
-    """As of :func:`app.experiments.crossval.logits.count_logits`, of the voxels around the tumour; all 0 where there
+    """Counts from :func:`app.experiments.crossval.logits.count_logits` for the voxels around the tumour; all 0 if there
     is none.
     """
     spacing_mm: Spacing
     weights_sha256: str
     computed_by: Mapping[str, str] | None = None
-    """As of :meth:`app.system.device.Runtime.record`; None in files of versions that did not record it."""
+    """From :meth:`app.system.device.Runtime.record`; None in files of versions that did not record it."""
 
     def cut(self, rules: Postprocess) -> Masks:
-        """As :meth:`app.inference.postprocess.Postprocess.cut`, of thresholds that are whole 256ths."""
+        """Like :meth:`app.inference.postprocess.Postprocess.cut`, for thresholds that are whole 256ths."""
         bounds = [threshold * _STEPS for threshold in rules.thresholds]
         assert all(bound == int(bound) for bound in bounds)
         return np.asarray(self.answers >= np.array(bounds).reshape(3, 1, 1, 1))
 
 
 def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
-    """Probabilities less one half in one byte each.
+    """Convert probabilities minus one half to one byte each.
 
     Example:
         >>> to_bytes(np.array([-0.5, 0.0, 1e-9, 0.5], dtype=np.float32)).tolist()
@@ -88,11 +88,11 @@ def answer_of(
     """Predict a case and read its reference.
 
     Args:
-        model: that has not trained on the case.
-        case: with a label map.
-        runtime: as the model was loaded for.
-        convention: of the label map.
-        nan_to_zero: take voxels that are NaN or infinite as 0.
+        model: a model that has not trained on the case.
+        case: a case with a label map.
+        runtime: the runtime that the model was loaded for.
+        convention: label convention of the label map.
+        nan_to_zero: replace NaN and infinite voxels by 0.
 
     Raises:
         DataError: the case cannot be used.
@@ -124,7 +124,7 @@ def answer_of(
 
 
 def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
-    """Write a file, whole or not at all."""
+    """Write an out-of-fold file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
         "answers": answer.answers,
@@ -140,10 +140,10 @@ def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
 
 
 def read_counts(path: Path) -> Counts:
-    """The logit counts of a file alone.
+    """Read only the logit counts of an out-of-fold file.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -153,10 +153,10 @@ def read_counts(path: Path) -> Counts:
 
 
 def read_answer(path: Path) -> OutOfFoldPrediction:
-    """Read a file.
+    """Read an out-of-fold file.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -177,10 +177,10 @@ def read_answer(path: Path) -> OutOfFoldPrediction:
 
 
 def read_computed_by(path: Path) -> dict[str, str] | None:
-    """What computed the answer of a file, as of :meth:`app.system.device.Runtime.record`; None where it does not say.
+    """Read what computed a file, from :meth:`app.system.device.Runtime.record`; None if it was not recorded.
 
     Raises:
-        RunError: missing or damaged.
+        RunError: the file is missing or damaged.
     """
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
@@ -190,7 +190,7 @@ def read_computed_by(path: Path) -> dict[str, str] | None:
 
 
 def is_of(path: Path, weights_sha256: str) -> bool:
-    """Whether a file is there that network made, with all that belongs into it; the voxels are not looked at."""
+    """Whether a file exists, is complete and comes from the network with these weights; its voxels are not checked."""
     try:
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256

@@ -1,6 +1,6 @@
-"""Cross-validate: train the folds, tune post-processing on what they say of cases they have not seen, make an ensemble.
+"""Cross-validate: train the folds, tune post-processing on their out-of-fold predictions, build an ensemble.
 
-What is done already is kept, so the same command goes on after an interruption (see
+Completed work is kept, so the same command resumes after an interruption (see
 :mod:`app.experiments.crossval.folds`).
 """
 
@@ -32,34 +32,34 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
 
-#: Share of the whole that training and prediction take, for the progress bar.
+#: Share of the total time that training and prediction take, for the progress bar.
 _FOLDS = 0.97
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidation:
-    """What a cross-validation made."""
+    """Results of a cross-validation."""
 
     out: Path
     ensemble: Path
     raw: Summary
-    """Out-of-fold scores of probabilities cut at one half."""
+    """Out-of-fold scores of probabilities thresholded at one half."""
     tuned: Summary
-    """Out-of-fold scores under what was chosen on the same cases."""
+    """Out-of-fold scores with the post-processing that was chosen on the same cases."""
     tuning: Tuning
     calibrated: Calibrated
     results: Sequence[Mapping[str, Any]]
-    """By fold, how training ended."""
+    """Result of training, by fold."""
     metrics: Sequence[Sequence[Mapping[str, object]]]
-    """By fold, the records of ``metrics.jsonl``."""
+    """Records of ``metrics.jsonl``, by fold."""
     backends: str
-    """What computed the out-of-fold predictions, in words."""
+    """The backends that computed the out-of-fold predictions, in words."""
     content: Mapping[str, Any]
-    """As in ``crossval.json``."""
+    """Content of ``crossval.json``."""
 
     @property
     def page(self) -> Path:
-        """Where the page goes; :func:`app.reports.crossval.write_crossval_page` writes it."""
+        """Path of the page that :func:`app.reports.crossval.write_crossval_page` writes."""
         return self.out / "crossval.html"
 
 
@@ -75,25 +75,25 @@ def cross_validate(
     jobs: int | None = None,
     on_progress: OnProgress = silent,
 ) -> CrossValidation:
-    """Do what is not done yet, and write scores and ensemble.
+    """Do the remaining work of a cross-validation, and write its scores and ensemble.
 
     Args:
         data: folder of cases.
-        out: folder of the cross-validation; new, empty, or one where the same was begun.
-        config: of every fold's run.
-        folds: 2 to 20; every one has a patient at least.
-        labels: name of the label convention, where the data set does not tell.
-        follow_links: accept symbolic links that lead out of ``data``.
-        devices: names with commas between; a fold is worked on on each, in a process of its own.
-        jobs: the same with a number of processes on the config's device.
-        on_progress: told how far the whole is.
+        out: folder of the cross-validation: new, empty, or holding the same one, which is then resumed.
+        config: config of every fold's run.
+        folds: 2 to 20; each has at least one patient.
+        labels: name of the label convention, if the data set does not determine it.
+        follow_links: accept symlinks that lead out of ``data``.
+        devices: comma-separated names; each device runs one fold at a time in a separate process.
+        jobs: number of such processes on the config's device, instead of ``devices``.
+        on_progress: called with the progress of the whole job.
 
     Raises:
-        DataError: the data cannot be used, or changed since the cross-validation was begun.
-        ConfigError: folds, devices or jobs that cannot be; or ``out`` holds another cross-validation.
-        RunError: ``out`` is a file, holds something else, has damaged files, or another process works there.
-        DeviceError: a device is not there.
-        OSError: the machine, as full disks or a process that was killed.
+        DataError: the data cannot be used, or have changed since the cross-validation was started.
+        ConfigError: ``folds``, ``devices`` or ``jobs`` is invalid, or ``out`` holds a different cross-validation.
+        RunError: ``out`` is a file, holds something else, has damaged files, or is in use by another process.
+        DeviceError: a device is not available.
+        OSError: the machine failed, such as a full disk or a killed worker process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
     slots = fold_slots(devices, jobs, config_device=config.runtime.device)
@@ -117,7 +117,7 @@ def cross_validate(
 
 @dataclass
 class _Work:
-    """One process at work on a cross-validation."""
+    """The work of one process on a cross-validation."""
 
     data: Path
     folds: Folds
@@ -125,14 +125,14 @@ class _Work:
     follow_links: bool
     on_progress: OnProgress
     what: str = "the first fold"
-    """What is being done, for messages."""
+    """The current stage, for messages."""
     shares: dict[int, float] = field(default_factory=dict)
     began: float = field(default_factory=time.monotonic)
     kept: float = 0.0
-    """Share of the folds that was done before this process."""
+    """Share of the folds that was complete before this process started."""
 
     def all_folds(self) -> None:
-        """Train and predict every fold that is not done."""
+        """Train and predict every fold that is not complete."""
         count = len(self.folds.splits)
         left = [fold for fold in range(count) if not self._is_done(fold)]
         self.shares = {fold: 0.0 if fold in left else 1.0 for fold in range(count)}
@@ -168,7 +168,7 @@ class _Work:
         shutil.rmtree(self.folds.out / "logs", ignore_errors=True)
 
     def summary(self) -> CrossValidation:
-        """Tune, score, write."""
+        """Tune post-processing, calibrate, write the ensemble and the scores."""
         self.what = "the choice of post-processing"
         fold_of = self.folds.fold_of()
 
@@ -241,7 +241,7 @@ class _Work:
         )
 
     def _is_done(self, fold: int) -> bool:
-        """Whether a fold is trained and all its cases are predicted with the weights that are there."""
+        """Whether a fold is trained and all its cases are predicted with its current weights."""
         if not (self.folds.result_file(fold).exists() and has_begun(self.folds.run(fold))):
             return False
         saved = sorted((self.folds.run(fold) / "checkpoints").glob("best-*.json"))
@@ -249,7 +249,7 @@ class _Work:
             return False
         try:
             weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
-        except RunError:  # damaged: loading takes the pair before
+        except RunError:  # damaged: loading falls back to the previous pair
             return False
         return all(is_of(self.folds.answer_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
 
@@ -259,7 +259,7 @@ class _Work:
         LOG.info("fold %d is done: Dice while training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
 
     def _tell(self, fold: int, progress: Progress) -> None:
-        """Progress of the whole; the time left from what this process has done."""
+        """Report progress of the whole job; estimate the time left from what this process has done."""
         self.shares[fold] = min(progress.share, 0.999)
         share = sum(self.shares.values()) / len(self.shares)
         made, spent = share - self.kept, time.monotonic() - self.began

@@ -1,4 +1,4 @@
-"""The numbers of a cross-validation: scores of every case, of every fold, of all."""
+"""Scores of a cross-validation: by case, by fold and overall."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.inference.postprocess import Postprocess
 from data.files import replacing
 from data.labels import REGIONS, Region, from_regions
 
-#: The numbers that are kept of each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
+#: Scores kept for each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
 METRICS: Final = ("dice", "hd95_mm", "sensitivity", "volume_ml", "reference_volume_ml")
 
 CaseScores = Mapping[Region, RegionScores]
@@ -25,18 +25,18 @@ CaseScores = Mapping[Region, RegionScores]
 
 @dataclass(frozen=True, kw_only=True)
 class Spread:
-    """A mean over cases, and how far cases and folds lie apart."""
+    """Mean over cases, and the spread of cases and folds."""
 
     mean: float
     sd_cases: float | None
-    """Standard deviation of the cases; None of one case."""
+    """Standard deviation of the cases; None for a single case."""
     sd_folds: float | None
-    """Standard deviation of the folds' means."""
+    """Standard deviation of the folds' means; None for a single fold."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """Out-of-fold scores under some rules."""
+    """Out-of-fold scores under some post-processing rules."""
 
     rules: Postprocess
     fold_of: Mapping[str, int]
@@ -44,15 +44,15 @@ class Summary:
     cases: Mapping[str, CaseScores]
 
     def dice_of(self, case_id: str) -> float:
-        """Mean Dice of a case over its regions."""
+        """Return the mean Dice of a case over its regions."""
         return fmean(self.cases[case_id][region].dice for region in REGIONS)
 
     def fold_means(self, fold: int) -> dict[str, float]:
-        """Of a fold's cases: mean Dice by region and over regions (``mean``), mean HD95 by region (``WT_hd95_mm``)."""
+        """Return a fold's mean Dice by region and over regions (``mean``), and mean HD95 by region (``WT_hd95_mm``)."""
         return self._means(case_id for case_id, its_fold in self.fold_of.items() if its_fold == fold)
 
     def spread(self) -> dict[str, Spread]:
-        """Over all cases, the same keys as :meth:`fold_means`."""
+        """Return means and spreads over all cases, with the keys of :meth:`fold_means`."""
         by_fold = [self.fold_means(fold) for fold in sorted(set(self.fold_of.values()))]
         by_case = [self._means([case_id]) for case_id in self.cases]
         return {
@@ -65,11 +65,11 @@ class Summary:
         }
 
     def worst(self, count: int) -> list[str]:
-        """Case ids with the lowest mean Dice, the lowest first."""
+        """Return the ids of the cases with the lowest mean Dice, lowest first."""
         return sorted(self.cases, key=lambda case_id: (self.dice_of(case_id), case_id))[:count]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {
             "postprocess": self.rules.to_json(),
             "all": {key: asdict(spread) for key, spread in self.spread().items()},
@@ -86,7 +86,7 @@ class Summary:
 
 
 def summarise(folds: Folds, rules: Postprocess) -> Summary:
-    """Score the out-of-fold answers of all cases under some rules.
+    """Score the out-of-fold predictions of all cases under some post-processing rules.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -98,11 +98,11 @@ def summarise(folds: Folds, rules: Postprocess) -> Summary:
 
 
 def write_crossval_table(path: Path, summaries: Mapping[str, Summary]) -> None:
-    """Write the scores of every case as CSV, in full precision; the file is there whole or not at all.
+    """Write the scores of every case as CSV, in full precision and atomically.
 
     Args:
         path: file to write.
-        summaries: by what the column ``masks`` says.
+        summaries: summaries by the name to write in the column ``masks``.
     """
     with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")

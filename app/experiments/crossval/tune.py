@@ -1,9 +1,10 @@
-"""Choose post-processing on out-of-fold predictions, and estimate honestly what it brings.
+"""Choose post-processing on out-of-fold predictions, and estimate honestly what it gains.
 
-One rule after the other - threshold of each region, smallest component of each, least enhancing tumour - is given the
-value with the best objective, the others held; a value is taken only where it gains :data:`MARGIN` or more over the one
-that stands. So the result is never worse than no post-processing on the cases it was chosen on. What it brings on
-others is estimated as the networks' Dice is: chosen on all folds but one, scored on that one.
+The rules are tuned one after the other: threshold of each region, smallest component of each region, least enhancing
+tumour. Each gets the value with the best objective while the others are held fixed, but only if that gains at least
+:data:`MARGIN` over its current value. So on the cases it was chosen on, the result is never worse than no
+post-processing. The gain on other cases is estimated like the networks' Dice: chosen on all folds but one, scored on
+that one.
 """
 
 from __future__ import annotations
@@ -26,48 +27,48 @@ from data.preprocess import smallest_box
 
 FloatArray = npt.NDArray[np.float64]
 
-#: Whole 256ths, so that they cut kept bytes exactly.
+#: Whole 256ths, so that they threshold stored bytes exactly.
 THRESHOLDS: Final = (0.5, 0.4375, 0.5625, 0.375, 0.625, 0.3125, 0.6875)
 SMALLEST_MM3: Final = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
 LEAST_ENHANCING_MM3: Final = (0.0, 50.0, 100.0, 200.0, 300.0, 500.0, 750.0)
-#: What a rule must gain in the objective to be kept.
+#: Minimum gain in the objective for which a value is adopted.
 MARGIN: Final = 0.001
 OBJECTIVE: Final = "mean Dice over cases and regions; a region empty in both counts 1"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One rule that was looked at."""
+    """The tuning of one rule."""
 
     rule: str
-    """As in ``threshold TC``."""
+    """Name of the rule, such as ``threshold TC``."""
     value: float
-    """What it is now."""
+    """Its value after tuning."""
     gain: float
-    """Of the objective over the value before; 0 where that stayed."""
+    """Gain in the objective over the previous value; 0 if that was kept."""
     best: float
-    """The largest gain there was among the candidates, taken or not."""
+    """Largest gain among the candidates, adopted or not."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """What was chosen, and what it brings."""
+    """The chosen post-processing, and its gain."""
 
     chosen: Postprocess
     steps: tuple[Step, ...]
     before: float
     """Objective without post-processing, over all cases."""
     after: float
-    """Objective with what was chosen, on the cases it was chosen on."""
+    """Objective with the chosen rules, on the cases they were chosen on."""
     nested: tuple[Postprocess, ...]
-    """By fold: chosen without the fold's cases."""
+    """By fold: the rules chosen without the fold's cases."""
     nested_gains: tuple[float, ...]
-    """By fold: gain of that on the fold's cases."""
+    """By fold: gain of those rules on the fold's cases."""
     estimated_gain: float
-    """Mean over all cases of the gain of what was chosen without their fold."""
+    """Mean over all cases of the gain of the rules chosen without their fold."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data."""
+        """Return plain data."""
         return {
             "objective": OBJECTIVE,
             "margin": MARGIN,
@@ -87,21 +88,21 @@ class Tuning:
 
 
 class Scores:
-    """Dice of every case under rules, each computed once."""
+    """Dice of every case under post-processing rules, computed once per set of rules."""
 
     def __init__(self, files: Mapping[str, Path], *, on_share: Callable[[float], None] = lambda _: None) -> None:
-        """Dice of cases.
+        """Take the files of the cases; scores are computed on demand.
 
         Args:
-            files: of :mod:`app.experiments.crossval.out_of_fold`, by case id.
-            on_share: told after each case, from 0 to 1 in each pass over the cases.
+            files: files of :mod:`app.experiments.crossval.out_of_fold`, by case id.
+            on_share: called after each case with the share done, which goes from 0 to 1 in each pass over the cases.
         """
         self._files = dict(files)
         self._known: dict[Postprocess, FloatArray] = {}
         self._on_share = on_share
 
     def of(self, candidates: Sequence[Postprocess]) -> list[FloatArray]:
-        """Dice under each of the rules, shape (cases, 3); one pass over the files for those that are new.
+        """Return the Dice under each candidate, shape (cases, 3); one pass over the files computes all new ones.
 
         Raises:
             RunError: a file is missing or damaged.
@@ -123,11 +124,11 @@ class Scores:
 
 
 def tune(scores: Scores, fold_of: Sequence[int]) -> Tuning:
-    """Choose rules on all cases, and once more without each fold.
+    """Choose rules on all cases, and again without each fold.
 
     Args:
-        scores: of the cases.
-        fold_of: the fold of each case, in the order of the scores; from 0 on, none without a case.
+        scores: scores of the cases.
+        fold_of: fold of each case, in the order of the scores; from 0, with no empty fold.
 
     Raises:
         RunError: a file is missing or damaged.
@@ -151,18 +152,18 @@ def tune(scores: Scores, fold_of: Sequence[int]) -> Tuning:
 
 
 def choose_rules(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postprocess, tuple[Step, ...]]:
-    """Rules that are best on some of the cases, chosen one after the other.
+    """Choose the rules that are best on some of the cases, one after the other.
 
     Args:
-        scores: of all cases.
-        used: shape (cases,): the cases to choose on, at least one.
+        scores: scores of all cases.
+        used: mask of the cases to choose on, shape (cases,); at least one is True.
     """
     chosen, steps = Postprocess(), []
     for name, changes in _coordinates():
         candidates = [change(chosen) for change, _ in changes]
         found = [float(dices[used].mean()) for dices in scores.of([chosen, *candidates])]
         gains = np.array(found[1:]) - found[0]
-        best = int(gains.argmax())  # of equals the first, which is the one that changes least
+        best = int(gains.argmax())  # of equal gains the first, which changes least
         taken = bool(gains[best] >= MARGIN)
         before = next(value for (_, value), rules in zip(changes, candidates, strict=True) if rules == chosen)
         steps.append(
@@ -182,7 +183,7 @@ _Change = tuple[Callable[[Postprocess], Postprocess], float]
 
 
 def _coordinates() -> list[tuple[str, list[_Change]]]:
-    """The rules in the order in which they are chosen: name, and how to give each candidate to others."""
+    """Return the rules in tuning order: the name, and for each candidate a function that sets it and its value."""
     found: list[tuple[str, list[_Change]]] = []
     for number, region in enumerate(REGIONS):
         found.append((f"threshold {region}", [(_threshold(number, value), value) for value in THRESHOLDS]))
@@ -212,7 +213,7 @@ def _with(values: ByRegion, number: int, value: float) -> ByRegion:
 
 
 def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
-    """Dice of one case under each of the rules, shape (candidates, 3)."""
+    """Return the Dice of one case under each candidate, shape (candidates, 3)."""
     answer = cropped(read_answer(file))
     expected = to_regions(answer.reference)
     rows = []
@@ -223,7 +224,7 @@ def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
 
 
 def cropped(answer: OutOfFoldPrediction) -> OutOfFoldPrediction:
-    """The part of an answer where there is tumour, or may be under some candidate; it holds all that Dice counts."""
+    """Crop a prediction to where there is tumour in the reference or under any candidate; Dice needs no more."""
     may_be = (answer.answers >= min(THRESHOLDS) * 256).any(axis=0) | (answer.reference != 0)
     if not may_be.any():
         may_be[0, 0, 0] = True

@@ -1,9 +1,8 @@
-"""Folds in processes of their own, one on each device, and what they tell the process that started them.
+"""Run folds in worker processes, one per device; workers report to their parent in JSON lines.
 
-A worker is ``python -m app.experiments.crossval.workers``. Its standard input has one line of JSON, the job, and
-stays open: when
-it closes, the process that started it is gone, and the worker stops as if by SIGTERM, everything saved. Its standard
-output has one JSON object a line: progress, warnings, and how it ended.
+A worker is ``python -m app.experiments.crossval.workers``. It reads its job from the first line of standard input, as
+JSON. Standard input then stays open: when it closes, the parent is gone, and the worker saves everything and stops as
+if by SIGTERM. Standard output has one JSON object per line: progress, warnings and the outcome.
 """
 
 from __future__ import annotations
@@ -38,32 +37,32 @@ from app.system.worker_process import (
 
 @dataclass(frozen=True, kw_only=True)
 class FoldJob:
-    """One fold for one worker."""
+    """The job of one worker: one fold."""
 
     data: str
     out: str
     fold: int
     follow_links: bool
     needs_cuda: bool = False
-    """Whether a GPU must be there."""
+    """Whether the worker must see a GPU."""
 
 
 def fold_slots(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:
-    """Where folds are worked on, an entry a process: a device, or None for that of the config.
+    """Return one entry per process for working on folds: a device, or None for the config's device.
 
     Args:
-        devices: names with commas between, such as ``cuda:0,cuda:1``.
-        jobs: processes on the device of the config.
+        devices: comma-separated names, such as ``cuda:0,cuda:1``.
+        jobs: number of processes on the config's device.
         config_device: ``runtime.device``.
 
     Returns:
-        one None where everything is done in this process.
+        the devices; a single None if all work is done in the current process.
 
     Raises:
-        ConfigError: both are given, one is no device or no number of processes, or the config names a device too.
+        ConfigError: both are given, one of them is invalid, or ``devices`` is given and the config names a device too.
 
     Example:
-        >>> slots_of("cuda:0,cuda:1", None, config_device="auto")
+        >>> fold_slots("cuda:0,cuda:1", None, config_device="auto")
         ('cuda:0', 'cuda:1')
     """
     if devices is not None and jobs is not None:
@@ -90,19 +89,19 @@ def work_in_processes(
     on_progress: Callable[[int, Progress], None],
     on_done: Callable[[int], None],
 ) -> None:
-    """Do jobs in processes, as many at once as there are devices; a device takes the next job when it has done one.
+    """Run jobs in worker processes, one per device; a device that finishes a job takes the next one.
 
-    When one fails, or this process is interrupted, the others are stopped the way SIGTERM stops them, everything saved.
+    If one fails, or this process is interrupted, the others are stopped by SIGTERM and save everything.
 
     Args:
-        jobs: what is to be done.
-        devices: as of :func:`fold_slots`.
-        logs: folder for what the processes write to stderr.
-        on_progress: told the fold and where it is, on the caller's thread.
-        on_done: told the fold that is done, on the caller's thread.
+        jobs: the folds to do.
+        devices: devices from :func:`fold_slots`.
+        logs: folder for the stderr of the processes.
+        on_progress: called with the fold and its progress, on the caller's thread.
+        on_done: called with the fold that is done, on the caller's thread.
 
     Raises:
-        DataError, ConfigError, RunError, DeviceError, OSError: of the first process that failed.
+        DataError, ConfigError, RunError, DeviceError, OSError: the error of the first process that failed.
         KeyboardInterrupt: this process was interrupted; the others have ended.
     """
     waiting: queue.SimpleQueue[FoldJob] = queue.SimpleQueue()
@@ -143,7 +142,7 @@ def work_in_processes(
 
 @dataclass(kw_only=True)
 class _Slot:
-    """A device: a thread that starts one process after the other and passes on what they tell."""
+    """A device and its thread, which runs one worker process after the other and forwards their messages."""
 
     device: str | None
     environment: dict[str, str]
@@ -156,7 +155,7 @@ class _Slot:
     thread: threading.Thread | None = None
 
     def start(self) -> None:
-        """Begin with the first job."""
+        """Start the thread."""
         self.thread = threading.Thread(target=self._work, daemon=True)
         self.thread.start()
 
@@ -174,13 +173,13 @@ class _Slot:
                 return
 
     def stop(self) -> None:
-        """Ask the process to end; none is started any more."""
+        """Send SIGTERM to the running process; callers set ``stopping`` first, so that no other one is started."""
         with self.starting:
             if self.process is not None and self.process.poll() is None:
                 self.process.send_signal(signal.SIGTERM)
 
     def join(self) -> None:
-        """Wait until the process has ended."""
+        """Wait until the last process has ended."""
         if self.thread is not None:
             self.thread.join()
 
@@ -200,7 +199,7 @@ class _Slot:
             self.told.put((job, {"error": "OSError", "message": text}))
 
     def _told_by(self, process: subprocess.Popen[str], job: FoldJob) -> bool:
-        """Pass on every line; whether the process said how it ended."""
+        """Forward every line of the process, and return whether it reported its outcome."""
         assert process.stdin is not None
         assert process.stdout is not None
         content = {**vars(job), "needs_cuda": (self.device or "").startswith("cuda")}
@@ -220,7 +219,7 @@ class _Slot:
 
 
 def _main() -> int:
-    """Do the job on standard input; 0 when it is done."""
+    """Do the job given on standard input, and return 0 once it is done."""
     return be_worker(_work)
 
 
