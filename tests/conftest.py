@@ -21,7 +21,7 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Two workers of pytest-xdist whose OpenMP threads wait for each other on two processors are slower than one worker.
+# Several workers of pytest-xdist share the processors, so each computes with one thread, as do the processes it starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
