@@ -206,7 +206,7 @@ def modules(package: str) -> Page:
     undocumented: list[str] = []
     for place in sorted((ROOT / package).rglob("*.py")):
         module = ".".join(place.relative_to(ROOT).with_suffix("").parts)
-        if place.name == "__init__.py" or place.parent != ROOT / package:
+        if place.name == "__init__.py":
             continue
         lines += [f"## `{module}`", "", _text(_docstring(place)), ""]
         if not _docstring(place):
