@@ -21,6 +21,10 @@ import pytest
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# Several workers of pytest-xdist share the processors, so each computes with one thread, as do the processes it starts.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 SCRIPT = Path(sys.executable).with_name("znormseg")
 
 

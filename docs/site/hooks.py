@@ -19,7 +19,12 @@ sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 import reference  # noqa: E402 - it lies beside this file, which mkdocs loads from its path
 
 #: Files of the root that are pages of the site.
-FROM_ROOT = {"SECURITY.md": "security.md", "CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
+FROM_ROOT = {
+    "SECURITY.md": "security.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CODE_OF_CONDUCT.md": "code-of-conduct.md",
+}
 
 #: A page that mkdocs.yml does not name comes last in the section of its folder.
 SECTIONS = {"how-to": "How-to", "reference": "Reference", "explanation": "Explanation"}
@@ -49,8 +54,14 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, path, content=page.text))
     for name, path in FROM_ROOT.items():
         text = (ROOT / name).read_text(encoding="utf-8")
-        files.append(File.generated(config, path, content=re.sub(r"\]\((?:docs/)", "](", text)))
+        files.append(File.generated(config, path, content=re.sub(r"\]\(([^)#]+)", _link_of_site, text)))
     return files
+
+
+def _link_of_site(link: re.Match[str]) -> str:
+    """Turn a link of a page of the root into a link of the site."""
+    target = link[1].removeprefix("docs/")
+    return f"]({FROM_ROOT.get(target, target)}"
 
 
 def _named(nav: Any) -> list[str]:

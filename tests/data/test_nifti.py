@@ -593,7 +593,7 @@ def test_a_name_that_is_right_misleads_nobody(tmp_path: Path, name: str, packed:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (gzip.compress(gzip.compress(b"x" * 400)), "compressed twice"),
+        (gzip.compress(gzip.compress(b"x" * 400, mtime=0), mtime=0), "compressed twice"),
         (b"PK\x03\x04" + bytes(400), "a ZIP archive"),
         (b"\n<!DOCTYPE html>" + bytes(400), "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a pointer of Git LFS"),

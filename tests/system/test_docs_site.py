@@ -129,7 +129,7 @@ def test_the_citation_file_has_what_the_format_requires() -> None:
     assert {reference["type"] for reference in content["references"]} == {"article"}
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "SECURITY.md", "CHANGELOG.md"])
+@pytest.mark.parametrize("name", sorted(path.name for path in ROOT.glob("*.md")))
 def test_what_a_document_of_the_root_links_to_exists(name: str) -> None:
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", (ROOT / name).read_text(encoding="utf-8"))
     assert [link for link in links if not (ROOT / link).exists()] == []

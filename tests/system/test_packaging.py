@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,11 @@ def test_the_module_and_the_script_are_the_same_program(shell: Callable[..., Any
     assert shell(["python", "-m", "app", "--version"], cwd=tmp_path) == shell(["znormseg", "--version"], cwd=tmp_path)
 
 
-def test_every_package_on_disk_is_in_the_package_list_and_none_besides() -> None:
-    roots = ("znorm", "models", "data", "app")
-    found = {
-        ".".join(place.parent.relative_to(ROOT).parts) for root in roots for place in (ROOT / root).rglob("__init__.py")
-    }
-    assert sorted(PROJECT["tool"]["setuptools"]["packages"]) == sorted(found)
+def test_the_wheel_has_our_four_packages_and_no_other_folder_of_the_root_matches() -> None:
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
+    folders = [place.name for place in ROOT.iterdir() if place.is_dir()]
+    matching = {name for name in folders if any(fnmatch(name, pattern) for pattern in patterns)}
+    assert matching == {"znorm", "models", "data", "app"}
 
 
 def test_every_python_file_lies_in_a_package() -> None:
