@@ -20,6 +20,9 @@ import pytest
 # A shell starts background jobs with Ctrl-C ignored, and the processes under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+# nohup, and some CI runners, ignore SIGHUP, and the processes under test would inherit that too.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # Several workers of pytest-xdist share the processors, so each computes with one thread, as do the processes it starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
