@@ -45,7 +45,7 @@ def run(script: str, environment: dict[str, str]) -> subprocess.CompletedProcess
 
 def test_every_package_of_the_wheel_is_copied() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
-    for package in {pattern.rstrip("*") for pattern in setuptools["packages"]["find"]["include"]}:
+    for package in {pattern.removesuffix(".*") for pattern in setuptools["packages"]["find"]["include"]}:
         assert f"COPY {package} ./{package}\n" in DOCKERFILE
 
 
