@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from data import nifti
 from data.errors import DataError
-from data.files import partial_name, replacing
+from data.files import partial_name, partial_prefix, replacing
 from data.nifti import (
     Volume,
     canonical_spacing,
@@ -625,7 +625,7 @@ def test_a_file_with_the_longest_name_there_may_be_is_written(tmp_path: Path, st
 
 @pytest.mark.parametrize("name", ["x" * 143, "x" * 100 + ".nii.gz", "\u00e4" * 60 + ".json", "x." + "y" * 200])
 def test_a_name_beside_is_no_longer_than_the_name_and_keeps_its_ending(name: str) -> None:
-    beside = partial_name(nifti.partial_prefix(4_194_303), name)
+    beside = partial_name(partial_prefix(4_194_303), name)
     assert len(os.fsencode(beside)) <= len(os.fsencode(name))
     assert beside.endswith(".nii.gz") == name.endswith(".nii.gz")
     assert partial_name("a-", name) != partial_name("a-", f"{name}x")

@@ -370,13 +370,13 @@ GUARDS: dict[str, Guard] = {
         "system/test_bad_input.py::test_an_output_that_is_a_file_is_refused_and_kept",
     ),
     "the place in a system error": Guard(
-        NIFTI,
+        "data/files.py",
         "        raise OSError(error.errno, what, error.filename if named else str(path)) from error",
         "        raise",
         "system/test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_by_place",
     ),
     "a half-written file goes": Guard(
-        NIFTI,
+        "data/files.py",
         "        beside.unlink(missing_ok=True)",
         "        pass",
         "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
