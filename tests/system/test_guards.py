@@ -33,6 +33,7 @@ TRAIN = "system/test_bad_input.py::test_train_refuses_a_bad_image_and_leaves_no_
 LABEL = "system/test_bad_input.py::test_train_refuses_a_bad_label_map_and_leaves_no_run"
 SETTING = "system/test_bad_input.py::test_train_refuses_a_bad_setting_before_it_looks_at_the_data"
 RUN = "system/test_bad_input.py::test_predict_refuses_a_run_it_cannot_use_and_writes_nothing"
+FILES = "data/files.py"
 NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/datasets/layouts.py", "data/preprocess.py"
 
 GUARDS: dict[str, Guard] = {
@@ -370,13 +371,13 @@ GUARDS: dict[str, Guard] = {
         "system/test_bad_input.py::test_an_output_that_is_a_file_is_refused_and_kept",
     ),
     "the place in a system error": Guard(
-        "data/files.py",
+        FILES,
         "        raise OSError(error.errno, what, error.filename if named else str(path)) from error",
         "        raise",
         "system/test_hostile_machine.py::test_phantoms_on_a_full_disk_are_refused_by_place",
     ),
     "a half-written file goes": Guard(
-        "data/files.py",
+        FILES,
         "        beside.unlink(missing_ok=True)",
         "        pass",
         "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
