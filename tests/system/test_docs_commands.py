@@ -43,7 +43,7 @@ ALWAYS = {
     **dict.fromkeys(("RUN", "SCANS", "STUDY", "PREDICTIONS")),
 }
 #: Blocks of these verbs alone take less than five seconds.
-QUICK = {"check", "export", "doctor"}
+QUICK = {"data check", "data export", "doctor"}
 #: Makes a training small enough for a test; later settings win.
 SMALL = [
     *("network.channels=[4, 8]", "network.residual_units=1", "training.patch_voxels=[16, 16, 16]"),
@@ -208,7 +208,7 @@ def wanted(block: Any) -> dict[str, str]:
 
 def to_be_run(block: Any) -> Any:
     """A block as a parameter; slow unless it is known to be quick."""
-    verbs = {c[2] if c[1] == "data" else c[1] for c in blocks.commands(block.code) if c[0] == "znormseg"}
+    verbs = {" ".join(c[1:3]) if c[1] == "data" else c[1] for c in blocks.commands(block.code) if c[0] == "znormseg"}
     quick = block.language == "python" or (verbs and verbs <= QUICK)
     return pytest.param(block, id=block.place, marks=[] if quick else [pytest.mark.slow])
 
