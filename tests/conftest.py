@@ -15,7 +15,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
+
+# Other jobs on a machine make an example slow, and that is no fault of the program.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 # A shell starts background jobs with Ctrl-C ignored, and the processes under test would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -18,7 +18,9 @@ from data.errors import DataError
 from data.nifti import grid_difference, read_grid, read_label_map, read_volume, reorient, write_label_map
 
 a_thousand = settings(
-    max_examples=1000, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=1000,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 SHAPE = (3, 4, 5)
 

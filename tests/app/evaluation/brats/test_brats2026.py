@@ -349,7 +349,7 @@ def test_a_case_that_hangs_is_stopped_with_its_children(stand_in: Put, tmp_path:
         save(tmp_path / side / "00000.nii.gz", np.zeros((2, 2, 2), np.uint8), np.eye(4))
     with pytest.raises(DataError, match="was stopped after 3 s without a result: matching"):
         Runner(find_installed(), "gli", timeout_s=3).score(tmp_path)
-    assert not lives(int(child.read_text()))
+    assert ends(int(child.read_text()))
 
 
 def lives(process: int) -> bool:
@@ -358,6 +358,14 @@ def lives(process: int) -> bool:
         return "State:\tZ" not in Path(f"/proc/{process}/status").read_text()
     except OSError:
         return False
+
+
+def ends(process: int) -> bool:
+    """Whether a process that was killed ends within ten seconds; a busy machine may take a moment."""
+    until = time.monotonic() + 10
+    while lives(process) and time.monotonic() < until:
+        time.sleep(0.02)
+    return not lives(process)
 
 
 def test_sigterm_ends_the_command_and_leaves_no_copies(
@@ -376,7 +384,7 @@ def test_sigterm_ends_the_command_and_leaves_no_copies(
     finally:
         process.kill()
     assert (process.returncode, "stopped by SIGTERM" in err) == (130, True), err
-    assert not lives(int((tmp_path / "pid").read_text()))
+    assert ends(int((tmp_path / "pid").read_text()))
     assert list((tmp_path / "copies").iterdir()) == []
 
 
