@@ -617,8 +617,12 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
 
 
 def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
-    if len(stream.read(count)) < count:
-        raise EOFError("the voxels are not there")
+    """Skip bytes in pieces: a damaged header may claim an offset that no memory holds."""
+    while count > 0:
+        skipped = len(stream.read(min(count, _PIECE_BYTES)))
+        if not skipped:
+            raise EOFError("the voxels are not there")
+        count -= skipped
 
 
 def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:

@@ -66,6 +66,7 @@ def use(path: Path, folder: Path) -> None:
 
 @a_thousand
 @example(kind=("2", "<"), damage=[(439, 96)], length=None, ending=".nii")  # an affine of 1e200
+@example(kind=("2", ">"), damage=[(168, 1)], length=None, ending=".nii.gz")  # voxels 72 petabytes into the file
 @given(kind=kinds, damage=damages, length=st.none() | st.integers(0, 900), ending=st.sampled_from([".nii", ".nii.gz"]))
 def test_any_bytes_of_a_header_are_read_or_refused_by_name(
     tmp_path: Path, kind: tuple[str, str], damage: list[tuple[int, int]], length: int | None, ending: str
