@@ -195,7 +195,7 @@ def write_series() -> Callable[..., list[Path]]:
             **dict.fromkeys(("ReferringPhysicianName", "Manufacturer", "PositionReferenceIndicator"), ""),
             **fields,
         }
-        written = []
+        written: list[Path] = []
         for place in np.random.default_rng(voxels.shape[2]).permutation(voxels.shape[2]):
             meta = pydicom.dataset.FileMetaDataset()
             meta.TransferSyntaxUID = ExplicitVRLittleEndian

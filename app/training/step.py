@@ -74,7 +74,7 @@ class Stepper:
             last = number == settings.accumulate - 1
             with self.telemetry.backward(measured=measured and last), self.world.gradients(network, last=last):
                 loss = self._loss(network, batch)
-                state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+                state.scaler.scale(loss / settings.accumulate).backward()
             losses.append(loss.detach())
         for group in state.optimizer.param_groups:
             group["lr"] = rate

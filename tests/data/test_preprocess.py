@@ -100,15 +100,17 @@ def test_a_label_map_goes_back_to_the_grid_of_its_files(tmp_path: Path, order: s
     case = write_case(tmp_path, order)
     prepared = prepare(case, convention=BRATS2021)
     assert prepared.codes is not None
-    stored = np.asanyarray(nib.load(case.label).dataobj)
+    assert case.label is not None
+    stored = np.asanyarray(nib.Nifti1Image.from_filename(case.label).dataobj)
     np.testing.assert_array_equal(to_native_grid(prepared.codes, prepared), decode(stored, BRATS2021))
 
 
 def test_channels_come_in_the_order_of_the_contrasts_cut_to_the_brain(tmp_path: Path) -> None:
     prepared = prepare(write_case(tmp_path))
     assert CONTRASTS == ("t1", "t1c", "t2", "flair")
+    images: Any = head()[0]
     for channel, contrast in zip(prepared.image, CONTRASTS, strict=True):
-        np.testing.assert_array_equal(channel, zscore_nonzero(head()[0][contrast][BOX]))
+        np.testing.assert_array_equal(channel, zscore_nonzero(images[contrast][BOX]))
 
 
 def test_what_was_prepared_says_where_it_was_cut(tmp_path: Path) -> None:

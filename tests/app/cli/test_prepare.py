@@ -24,7 +24,7 @@ def scans(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A case folder whose T2 has every second slice alone, and whose FLAIR lies 9 mm off in its scanner."""
     place = tmp_path_factory.mktemp("scans") / CASE
     shutil.copytree(phantoms / CASE, place)
-    t2, flair = (nib.load(place / f"{CASE}_{ending}.nii.gz") for ending in ("t2", "flair"))
+    t2, flair = (nib.Nifti1Image.from_filename(place / f"{CASE}_{ending}.nii.gz") for ending in ("t2", "flair"))
     nib.save(t2.slicer[:, :, ::2], place / f"{CASE}_t2.nii.gz")
     moved = flair.affine.copy()
     moved[:3, 3] += (9, -6, 3)
@@ -46,7 +46,7 @@ def options(case: Path) -> list[str | Path]:
 
 
 def same_grid(label_map: Path, image: Path) -> bool:
-    one, other = nib.load(label_map), nib.load(image)
+    one, other = nib.Nifti1Image.from_filename(label_map), nib.Nifti1Image.from_filename(image)
     return one.shape == other.shape and np.array_equal(one.affine, other.affine)
 
 
@@ -99,7 +99,7 @@ def test_a_missing_contrast_is_named_and_nothing_written(scans: Path, tmp_path: 
 
 def test_a_label_map_on_the_grid_of_no_scan_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = Path(shutil.copytree(phantoms / CASE, tmp_path / "in" / CASE))
-    label = nib.load(case / f"{CASE}_seg.nii.gz")
+    label = nib.Nifti1Image.from_filename(case / f"{CASE}_seg.nii.gz")
     nib.save(label.slicer[2:, :, :], case / f"{CASE}_seg.nii.gz")
     ended = znormseg("data", "prepare", case, tmp_path / "out")
     assert ended.code == 3
@@ -196,12 +196,19 @@ def test_the_answer_lies_on_the_grid_of_the_scan_that_was_named(
     ended = znormseg("predict", tiny_run, tmp_path, *options(scans), "--prepare", *asked)
     assert ended.code == 0, ended.err
     assert same_grid(tmp_path / f"{CASE}.nii.gz", scans / f"{CASE}_{ending}.nii.gz")
-    assert set(np.unique(np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj))) <= {0, 1, 2, 4}
+    assert set(np.unique(np.asarray(nib.Nifti1Image.from_filename(tmp_path / f"{CASE}.nii.gz").dataobj))) <= {
+        0,
+        1,
+        2,
+        4,
+    }
     content = json.loads((tmp_path / f"{CASE}.json").read_text())
-    shares = nib.load(content["files"]["probabilities"])
-    assert np.array_equal(shares.affine, nib.load(scans / f"{CASE}_{ending}.nii.gz").affine)
+    shares = nib.Nifti1Image.from_filename(content["files"]["probabilities"])
+    assert np.array_equal(shares.affine, nib.Nifti1Image.from_filename(scans / f"{CASE}_{ending}.nii.gz").affine)
     # A share within 0.001 of one half counts as one half.
-    differ = (shares.get_fdata()[..., 0] > 0.5) != (np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj) > 0)
+    differ = (shares.get_fdata()[..., 0] > 0.5) != (
+        np.asarray(nib.Nifti1Image.from_filename(tmp_path / f"{CASE}.nii.gz").dataobj) > 0
+    )
     assert np.abs(shares.get_fdata()[..., 0][differ] - 0.5).max(initial=0) < 2e-3
     assert content["space"] == (space or "t1c")
     assert content["prepare"]["mask"]["source"] == "own"
@@ -230,7 +237,7 @@ def test_a_dicom_study_is_prepared_like_a_case(
     case = find_cases(phantoms)[0]
     timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
     for number, (contrast, path) in enumerate(case.contrasts.items(), start=1):
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_filename(path)
         voxels = np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2")
         echo, repetition = timing[contrast]
         write_series(

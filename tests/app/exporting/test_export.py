@@ -118,7 +118,7 @@ def test_an_export_that_differs_is_not_kept(
     def other(*arguments: Any) -> Callable[[Any], Any]:
         return lambda image: np.zeros((1, 3, *image.shape[2:]), dtype=np.float32)
 
-    monkeypatch.setattr(exporting.formats, "write_openvino", other)
+    monkeypatch.setattr("app.exporting.formats.write_openvino", other)
     ended = znormseg("export", tiny_run, tmp_path / "out", "--format", "openvino")
     assert ended.code == 5
     assert "not the network it was made of" in ended.err
@@ -159,9 +159,7 @@ def test_labels_that_differ_in_too_many_voxels_are_refused() -> None:
 def test_without_the_extra_onnx_the_message_names_it(
     tiny_run: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.exporting import formats
-
-    monkeypatch.setattr(formats.util, "find_spec", lambda name: None if name == "onnxruntime" else object())
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else object())
     ended = znormseg("export", tiny_run, tmp_path / "out", "--format", "onnx")
     assert ended.code == 4
     assert "pip install 'znormseg[onnx]'" in ended.err

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_png, shown_slices
-from data.labels import ENHANCING, NECROSIS, OEDEMA
+from data.labels import ENHANCING, NECROSIS, OEDEMA, Region
 
 SIDE = 128
 Codes = npt.NDArray[np.uint8]
@@ -54,11 +54,12 @@ def test_picture_holds_three_rows_of_two_square_panels() -> None:
 
 @pytest.mark.parametrize("code", [OEDEMA, NECROSIS, ENHANCING])
 def test_prediction_is_outlined_in_the_right_column_alone(code: int) -> None:
-    region = {OEDEMA: "WT", NECROSIS: "TC", ENHANCING: "ET"}[code]
+    regions: dict[int, Region] = {OEDEMA: "WT", NECROSIS: "TC", ENHANCING: "ET"}
+    colour = OUTLINE_COLOURS[regions[code]]
     picture = draw(overlay(np.where(SPOT, code, 0).astype(np.uint8), empty()))
     for row in range(3):
-        assert pixels_of(panel(picture, row, 1), OUTLINE_COLOURS[region])[0].size > 0
-        assert pixels_of(panel(picture, row, 0), OUTLINE_COLOURS[region])[0].size == 0
+        assert pixels_of(panel(picture, row, 1), colour)[0].size > 0
+        assert pixels_of(panel(picture, row, 0), colour)[0].size == 0
 
 
 def test_reference_is_outlined_in_the_left_column_alone() -> None:

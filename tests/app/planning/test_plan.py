@@ -504,10 +504,10 @@ def test_two_windows_of_a_validation_case_are_computed(asked: Asked, monkeypatch
     from app.planning import trial
 
     windows: list[int] = []
-    forward = trial.new_state
+    from app.training.state import new_state
 
     def counting(*arguments: Any) -> Any:
-        state = forward(*arguments)
+        state = new_state(*arguments)
         state.network.register_forward_hook(lambda network, *_: windows.append(1) if not network.training else None)
         return state
 

@@ -70,7 +70,8 @@ def cohort_of(data: Path, folder: Path, count: int, *, hostile: bool = False) ->
         name = HOSTILE if hostile and number == 0 else f"BraTS2021_{number:05}"
         label_map = folder / "predictions" / f"{name}.nii.gz"
         if hostile or first:
-            image = nib.load(case.label)
+            assert case.label is not None
+            image = nib.Nifti1Image.from_filename(case.label)
             voxels = np.roll(np.asarray(image.dataobj), 2, axis=0).astype(np.uint8)
             nib.save(nib.Nifti1Image(voxels, image.affine), label_map)
         else:

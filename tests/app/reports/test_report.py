@@ -57,7 +57,7 @@ def predictions_of(data: Path, folder: Path, *, ids: tuple[str, ...] = (), **mor
     for number, case in enumerate(find_cases(data)[: len(ids) or 2]):
         name = ids[number] if ids else case.id
         assert case.label is not None
-        image = nib.load(case.label)
+        image = nib.Nifti1Image.from_filename(case.label)
         voxels = np.roll(np.asarray(image.dataobj), 1, axis=0)
         nib.save(nib.Nifti1Image(voxels.astype(np.uint8), image.affine), folder / f"{name}.nii.gz")
         record = {
@@ -205,7 +205,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     case = find_cases(phantoms)[0]
     assert case.label is not None
     folder = predictions_of(phantoms, tmp_path / "p", ids=("patient1",))
-    image = nib.load(case.label)
+    image = nib.Nifti1Image.from_filename(case.label)
     voxels = np.asarray(image.dataobj).astype(np.uint8)
     voxels[voxels == 4] = 3
     (tmp_path / "refs" / "patient1").mkdir(parents=True)
@@ -232,7 +232,7 @@ def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path:
 
 def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
-    image = nib.load(case.contrasts["flair"])
+    image = nib.Nifti1Image.from_filename(case.contrasts["flair"])
     moved = image.affine + np.diag([0, 0, 0, 0])
     moved[0, 3] += 30
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), tmp_path / "moved.nii.gz")
@@ -247,7 +247,7 @@ def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_
 def test_uncertainty_beside_the_label_map_is_in_the_viewer(volumes: int | None, phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,))
-    label_map = nib.load(folder / f"{case.id}.nii.gz")
+    label_map = nib.Nifti1Image.from_filename(folder / f"{case.id}.nii.gz")
     shape = label_map.shape if volumes is None else (*label_map.shape, volumes)
     unsure = np.linspace(0, 0.5, int(np.prod(shape)), dtype=np.float32).reshape(shape)
     nib.save(nib.Nifti1Image(unsure, label_map.affine), folder / f"{case.id}_uncertainty.nii.gz")

@@ -17,6 +17,7 @@ from app.runs import case_cache
 from app.training.run import start
 from data.nifti import read_label_map, write_label_map
 from data.patches import sampler
+from data.preprocess import prepare
 
 Call = Callable[..., Any]
 
@@ -38,7 +39,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the cases that were prepared for training, in turn."""
     ids: list[str] = []
-    prepare = sampler.prepare
     monkeypatch.setattr(sampler, "prepare", lambda case, **others: (ids.append(case.id), prepare(case, **others))[1])
     return ids
 

@@ -141,7 +141,8 @@ def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: 
 
 
 def _deep(depth: int) -> Any:
-    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+    empty: list[Any] = []
+    return functools.reduce(lambda inner, _: [inner], range(depth), empty)
 
 
 @pytest.mark.parametrize(

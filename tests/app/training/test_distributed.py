@@ -19,6 +19,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import HashStore
 
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
@@ -227,7 +228,7 @@ def test_processes_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
-    store = torch.distributed.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):  # the second meets what the first one left
             meeting = [pool.submit(fresh_place, store, rank=rank, size=3) for rank in (1, 0, 2)]

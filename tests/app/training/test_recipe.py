@@ -83,7 +83,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
     """Let validations find these Dice, whatever the network predicts."""
-    validate, given = trainer.validation_dice, iter(values)
+    from app.training.validation import validation_dice as validate
+
+    given = iter(values)
 
     def validation_dice(*arguments: Any, **options: Any) -> dict[str, float]:
         validate(*arguments, **options)

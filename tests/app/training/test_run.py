@@ -274,8 +274,9 @@ def test_a_second_process_that_comes_while_the_first_prepares_leaves_its_folder_
 ) -> None:
     from app.errors import RunError
     from app.training import run as train
+    from data.datasets.layouts import find_cases as find
 
-    config, run, find = load_config("laptop", tiny_settings), tmp_path / "run", train.find_cases
+    config, run = load_config("laptop", tiny_settings), tmp_path / "run"
 
     with ExitStack() as stack:
 

@@ -163,7 +163,7 @@ def test_families_with_different_numbers_in_one_folder_are_refused_with_a_case_o
 
 
 def test_years_whose_numbers_mean_the_same_may_be_mixed() -> None:
-    cases = [Case(id=name, folder=Path(), naming=naming) for name, naming in (("a", "brats2021"), ("b", "brats2023"))]
+    cases = [Case(id="a", folder=Path(), naming="brats2021"), Case(id="b", folder=Path(), naming="brats2023")]
     assert decide_for({"a": (0, 1, 2), "b": (0, 1, 2)}, cases).name == "brats2021"
 
 

@@ -93,7 +93,7 @@ def test_the_description_for_nnunet_has_regions_in_the_order_they_are_written(re
 def test_contrasts_in_several_voxel_orders_and_of_fractions_fit_in_one_4d_file(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2021").root
     path = find_cases(root)[0].contrasts["t2"]
-    image = nib.load(path)
+    image = nib.Nifti1Image.from_filename(path)
     halves = nib.Nifti1Image(np.asarray(image.dataobj, dtype=np.float32) / 2, image.affine)
     nib.save(halves.as_reoriented(np.array([[2, 1], [0, -1], [1, 1]])), path)
     for layout in LAYOUTS:
@@ -134,10 +134,12 @@ def test_a_bad_file_leaves_nothing(render: Render, tmp_path: Path, layout: str, 
 
 def test_another_grid_and_nan_are_refused_where_files_are_put_together(render: Render, tmp_path: Path) -> None:
     path = find_cases(render(tmp_path / "in", "2021").root)[0].contrasts["t2"]
-    nib.save(nib.Nifti1Image(np.full((8, 8, 8), np.nan, dtype=np.float32), nib.load(path).affine), path)
+    nib.save(
+        nib.Nifti1Image(np.full((8, 8, 8), np.nan, dtype=np.float32), nib.Nifti1Image.from_filename(path).affine), path
+    )
     with pytest.raises(DataError, match="512 voxels are NaN or infinite"):
         export_dataset(tmp_path / "in", tmp_path / "out", "msd")
-    nib.save(nib.Nifti1Image(np.ones((8, 8, 9), dtype=np.float32), nib.load(path).affine), path)
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 9), dtype=np.float32), nib.Nifti1Image.from_filename(path).affine), path)
     with pytest.raises(DataError, match="t2 is not on the grid of t1c"):
         export_dataset(tmp_path / "in", tmp_path / "out", "msd")
 

@@ -327,7 +327,7 @@ def repeat_uids(paths: list[Path], each: int) -> None:
     for place, path in enumerate(by_place(paths)):
         uid = f"1.2.3.{place // each}"
         image = pydicom.dcmread(path)
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = uid
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.UID(uid)
         image.save_as(path)
 
 

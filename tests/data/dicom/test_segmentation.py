@@ -54,7 +54,7 @@ def written(source: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded(points: Any) -> Points:
-    return {tuple(float(mm) for mm in np.round(point, 2) + 0.0) for point in points}
+    return {(float(x), float(y), float(z)) for x, y, z in (np.round(point, 2) + 0.0 for point in points)}
 
 
 def drawn(source: Series, code: int) -> Points:
@@ -294,8 +294,8 @@ def test_a_real_label_map_comes_back_from_a_study_made_of_its_images(
     real_cases: Path, tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     case = sorted(path for path in real_cases.iterdir() if path.is_dir())[0]
-    image = nib.load(case / f"{case.name}_t1ce.nii.gz")
-    labels = nib.load(case / f"{case.name}_seg.nii.gz")
+    image = nib.Nifti1Image.from_filename(case / f"{case.name}_t1ce.nii.gz")
+    labels = nib.Nifti1Image.from_filename(case / f"{case.name}_seg.nii.gz")
     write_series(tmp_path / "in", np.asanyarray(image.dataobj), image.affine, SeriesNumber=1)
     codes = np.asanyarray(labels.dataobj).astype(np.uint8)
     codes[codes == 4] = ENHANCING

@@ -474,7 +474,7 @@ def test_a_case_is_written_as_it_was_read(images: StudyImages, tmp_path: Path) -
     assert sorted(path.name for path in folder.iterdir()) == [
         f"one_{name}.nii.gz" for name in ("flair", "t1", "t1ce", "t2")
     ]
-    written = nib.load(folder / "one_flair.nii.gz")
+    written = nib.Nifti1Image.from_filename(folder / "one_flair.nii.gz")
     assert np.array_equal(np.asanyarray(written.dataobj), images.volumes["flair"].voxels)
     assert np.allclose(written.affine, images.volumes["flair"].affine, atol=1e-4)
     assert written.get_data_dtype() == np.int16
@@ -512,6 +512,6 @@ def test_nothing_of_the_patient_leaves_the_study(
     folder = write_dicom_case(tmp_path, images)
     shown += caplog.text + repr(images) + " ".join(path.name for path in folder.iterdir())
     for path in folder.iterdir():
-        header = bytes(nib.load(path).header.structarr.tobytes())
+        header = bytes(nib.Nifti1Image.from_filename(path).header.structarr.tobytes())
         shown += header.decode("latin-1")
     assert [name for name in NAMES if name.lower() in shown.lower()] == []

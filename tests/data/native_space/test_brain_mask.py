@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,11 @@ arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 import shutil
 shutil.copy({made!r}, arguments[{option!r}])
 """
+
+
+def mask_of(found: Any) -> Any:
+    """The brain that was found, as a boolean array."""
+    return voxels_of(found.mask) > 0
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +78,7 @@ def test_a_stripped_image_keeps_its_own_mask(t1c: Volume) -> None:
     image = to_itk(t1c)
     found = find_brain(image, image, "auto", name="a")
     assert found.source == "own"
-    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.999
+    assert dice(mask_of(found), t1c.voxels > 0) > 0.999
 
 
 def test_nothing_is_masked_where_none_is_asked_for(t1c: Volume) -> None:
@@ -84,7 +90,7 @@ def test_a_given_mask_is_taken_from_any_grid(t1c: Volume, head: Volume, tmp_path
     path = mask_file(tmp_path / "mask.nii.gz", turned)
     found = find_brain(to_itk(head), to_itk(head), str(path), name="a")
     assert (found.source, found.detail) == ("file", str(path))
-    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+    assert np.array_equal(mask_of(found), t1c.voxels > 0)
 
 
 def flip(count: int) -> npt.NDArray[np.float64]:
@@ -125,7 +131,7 @@ def test_an_installed_tool_is_found_and_its_mask_taken(
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
     found = find_brain(to_itk(head), to_itk(head), "auto", name="a")
     assert (found.source, found.coarse) == (tool, False)
-    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+    assert np.array_equal(mask_of(found), t1c.voxels > 0)
 
 
 def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,4 +147,4 @@ def test_the_template_finds_the_brain_of_a_head_and_says_that_it_is_coarse(t1c: 
     found = find_brain(to_itk(head), to_itk(head), "atlas", name="a")
     assert (found.source, found.coarse) == ("atlas", True)
     assert "coarse" in found.warnings[0]
-    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.9
+    assert dice(mask_of(found), t1c.voxels > 0) > 0.9

@@ -155,6 +155,7 @@ def test_a_case_remembers_at_most_2000_centres_of_a_tissue_spread_over_all_of_it
     case = write_case(tmp_path, "a")
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels.ravel()[:count] = 2
+    assert case.label is not None
     nib.save(nib.Nifti1Image(np.pad(labels, 1), np.diag([-1.0, -1, 1, 1])), case.label)
     centres = cache([case], tmp_path / "cache")[0].centres()
     assert 1000 <= len(centres) <= 2000
@@ -191,7 +192,7 @@ def test_a_file_that_changed_makes_its_case_anew_and_no_other(tmp_path: Path, wh
     first = cache(cases, tmp_path / "cache")
     changed = cases[0].label if what == "label" else cases[0].contrasts["t2"]
     assert changed is not None
-    stored = nib.load(changed)
+    stored = nib.Nifti1Image.from_filename(changed)
     nib.save(nib.Nifti1Image(np.roll(np.asarray(stored.dataobj), 1, axis=0), stored.affine), changed)
     second = cache(cases, tmp_path / "cache")
     assert second[0].folder != first[0].folder

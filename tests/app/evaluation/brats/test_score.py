@@ -97,7 +97,7 @@ def test_the_sensitivity_of_2024_counts_lesion_numbers() -> None:
 def test_more_background_changes_nothing_but_specificity() -> None:
     pair = [decode_tissues(side, BRATS2024) for side in lesion_pair(1003, labels=(1, 2, 3, 4))]
     rules = rules_for("brats2024", "GLI")
-    small, large = (official_scores(*sides, MM, rules) for sides in (pair, [np.pad(side, 9) for side in pair]))
+    small, large = (official_scores(one, other, MM, rules) for one, other in (pair, [np.pad(side, 9) for side in pair]))
     for region in small:
         kept = [{**vars(scores[region]), "specificity": 0} for scores in (small, large)]
         assert kept[0] == kept[1]
@@ -192,7 +192,8 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 def test_numbers_are_read_by_convention_before_the_rules(sides: tuple[Path, Path]) -> None:
     rules = rules_for("brats2023", "GLI")
     cases = evaluate_officially(*sides, rules, labels=("brats2023", None)).cases
-    expected = official_scores(*(decode_tissues(side, BRATS2024) for side in lesion_pair(5)), MM, rules)
+    one, other = (decode_tissues(side, BRATS2024) for side in lesion_pair(5))
+    expected = official_scores(one, other, MM, rules)
     assert cases[0].regions == expected
 
 

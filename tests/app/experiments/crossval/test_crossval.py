@@ -541,7 +541,11 @@ def test_a_signal_stops_the_other_processes_and_the_same_command_goes_on(
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = znormseg_process(*command)
         done = [len(read_metrics(out / f"fold-{fold}")) for fold in range(2)]
-        wait_for(process, lambda done=done: all(len(read_metrics(out / f"fold-{f}")) > done[f] + 9 for f in range(2)))
+
+        def both_go_on(done: list[int] = done) -> bool:
+            return all(len(read_metrics(out / f"fold-{fold}")) > done[fold] + 9 for fold in range(2))
+
+        wait_for(process, both_go_on)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)

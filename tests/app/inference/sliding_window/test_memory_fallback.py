@@ -244,7 +244,7 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 def test_memory_that_runs_out_in_predict_stands_in_the_json(
     *,
     backend: str,
-    engine: type,
+    engine: Any,
     tiny_run: Path,
     phantoms: Path,
     tmp_path: Path,
