@@ -16,7 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel import cifti2
+from nibabel.cifti2 import cifti2_axes
 
 Call = Callable[..., Any]
 
@@ -80,7 +80,8 @@ def claim(path: Path, side: int) -> None:
 def cifti(path: Path, *, compressed: bool) -> None:
     """A dense scalar file of one map over a few voxels, under the name of a volume."""
     mask = np.ones((2, 2, 2), dtype=bool)
-    axes = (cifti2.ScalarAxis(["thickness"]), cifti2.BrainModelAxis.from_mask(mask, affine=np.eye(4), name="other"))
+    brain = cifti2_axes.BrainModelAxis.from_mask(mask, affine=np.eye(4), name="other")
+    axes = (cifti2_axes.ScalarAxis(["thickness"]), brain)
     image = nib.Cifti2Image(np.zeros((1, 8), dtype=np.float32), header=axes)
     plain = path.with_name(path.name.removesuffix(".gz"))
     image.to_filename(plain)
@@ -229,7 +230,9 @@ def test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer(
     znormseg("predict", run, data / CASE, tmp_path / "before")
     hole(np.inf)(data / CASE / f"{CASE}_t2.nii.gz")
     znormseg("predict", run, data / CASE, tmp_path / "after", "--nan-to-zero")
-    before, after = (np.asarray(nib.load(tmp_path / p / f"{CASE}.nii.gz").dataobj) for p in ("before", "after"))
+    before, after = (
+        np.asarray(nib.Nifti1Image.from_filename(tmp_path / p / f"{CASE}.nii.gz").dataobj) for p in ("before", "after")
+    )
     np.testing.assert_array_equal(before, after)
 
 

@@ -26,7 +26,7 @@ def decathlon(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def predicted(folder: Path, case: str) -> Any:
     """A predicted label map in the program's codes."""
     convention = CONVENTIONS[json.loads((folder / f"{case}.json").read_text())["labels"]["convention"]]
-    return decode(np.asarray(nib.load(folder / f"{case}.nii.gz").dataobj), convention)
+    return decode(np.asarray(nib.Nifti1Image.from_filename(folder / f"{case}.nii.gz").dataobj), convention)
 
 
 def test_a_prediction_from_a_4d_file_is_that_from_single_files_and_3d(
@@ -38,10 +38,12 @@ def test_a_prediction_from_a_4d_file_is_that_from_single_files_and_3d(
     for path in (tmp_path / "one").glob("BraTS*.json"):
         np.testing.assert_array_equal(predicted(tmp_path / "one", path.stem), predicted(tmp_path / "other", path.stem))
         assert json.loads((tmp_path / "other" / path.name).read_text())["labels"]["convention"] == "msd"
-        written = nib.load(tmp_path / "other" / f"{path.stem}.nii.gz")
+        written = nib.Nifti1Image.from_filename(tmp_path / "other" / f"{path.stem}.nii.gz")
         told = [json.loads((tmp_path / name / path.name).read_text()).get("input_volumes") for name in ("one", "other")]
         assert told == [None, {"t1": 1, "t1c": 2, "t2": 3, "flair": 0}]
-        np.testing.assert_array_equal(written.affine, nib.load(decathlon / "imagesTr" / f"{path.stem}.nii.gz").affine)
+        np.testing.assert_array_equal(
+            written.affine, nib.Nifti1Image.from_filename(decathlon / "imagesTr" / f"{path.stem}.nii.gz").affine
+        )
     ended = znormseg("evaluate", tmp_path / "one", tmp_path / "other", "--json")
     assert {values["dice"] for values in json.loads(ended.out)["regions"].values()} == {1.0}
 

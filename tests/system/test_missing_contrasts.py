@@ -62,7 +62,7 @@ def with_only(phantoms: Path, folder: Path, *contrasts: str, case: str = CASE) -
 
 
 def voxels(path: Path) -> npt.NDArray[np.uint8]:
-    return np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+    return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
 
 
 def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
@@ -70,7 +70,7 @@ def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
 ) -> None:
     case = shutil.copytree(phantoms / CASE, tmp_path / "other" / CASE)
     (label_map,) = case.glob("*seg.nii.gz")
-    image = nib.load(label_map)
+    image = nib.Nifti1Image.from_filename(label_map)
     swapped = np.array([0, 2, 1, 3, 3], dtype=np.uint8)[np.asarray(image.dataobj).astype(int)]  # as the Decathlon's
     nib.save(nib.Nifti1Image(swapped, image.affine), label_map)
     words = ["evaluate", dropout_run, tmp_path / "other", "--contrast-subsets", "--cases", "all", "--json"]
@@ -168,21 +168,22 @@ def test_files_given_one_by_one_may_be_fewer_than_four(
     files = [word for c in ("t2", "t1") for word in (f"--{c}", place(phantoms, CASE, c))]
     assert znormseg("predict", dropout_run, tmp_path / "one", *files).code == 0
     assert znormseg("predict", dropout_run, case, tmp_path / "two").code == 0
-    assert np.array_equal(*(voxels(tmp_path / folder / f"{CASE}.nii.gz") for folder in ("one", "two")))
+    one, two = (voxels(tmp_path / folder / f"{CASE}.nii.gz") for folder in ("one", "two"))
+    assert np.array_equal(one, two)
 
 
 def test_without_t1c_the_label_map_lies_on_the_grid_of_the_first_that_is_there(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t2", "flair")
-    stored = nib.load(place(phantoms, CASE, "t2"))
-    other_order = stored.as_reoriented([[0, -1], [1, 1], [2, 1]])  # type: ignore[attr-defined]
+    stored = nib.Nifti1Image.from_filename(place(phantoms, CASE, "t2"))
+    other_order = stored.as_reoriented([[0, -1], [1, 1], [2, 1]])
     nib.save(other_order, case / f"{CASE}_t2.nii.gz")
     ended = znormseg("predict", dropout_run, case, tmp_path / "out")
     assert ended.code == 0, ended.err
-    label_map = nib.load(tmp_path / "out" / f"{CASE}.nii.gz")
-    assert np.array_equal(label_map.affine, other_order.affine)  # type: ignore[attr-defined]
-    assert not np.array_equal(label_map.affine, stored.affine)  # type: ignore[attr-defined]
+    label_map = nib.Nifti1Image.from_filename(tmp_path / "out" / f"{CASE}.nii.gz")
+    assert np.array_equal(label_map.affine, other_order.affine)
+    assert not np.array_equal(label_map.affine, stored.affine)
     assert voxels(tmp_path / "out" / f"{CASE}.nii.gz").any()
 
 

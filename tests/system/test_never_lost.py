@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from app.config.load import RunConfig, load_config
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.runs.checkpoints import load_newest, save
-from app.runs.folder import read_metrics
+from app.runs.folder import read_metrics, write_durably
 from app.system.disk_full import RetryOnFullDisk
 from app.training.config_changes import FIXED, HARMLESS, require_allowed
 from app.training.run import resume, start
@@ -77,7 +77,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Stepper], object]) -> None:
     """Have something happen once, in the middle of a step counted from 1."""
-    steps, done = Stepper.step, []
+    steps = Stepper.step
+    done: list[object] = []
 
     def acting(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
         result = steps(self, *arguments, **options)
@@ -184,8 +185,7 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import run as train
-
-    prepare = train.cache_cases
+    from data.patches.sampler import cache_cases as prepare
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
@@ -207,8 +207,7 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import trainer
-
-    validate = trainer.validation_dice
+    from app.training.validation import validation_dice as validate
 
     def stopped(*arguments: Any, **options: Any) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
@@ -410,7 +409,7 @@ def test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room(
     from app.system import disk_full
 
     monkeypatch.setattr(disk_full, "RETRY_SECONDS", 0.01)
-    fill = full_for(3, checkpoints.write_durably)
+    fill = full_for(3, write_durably)
     at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(checkpoints, "write_durably", fill))
     start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
     (line,) = (line for line in messages() if "Training waits" in line)
@@ -422,11 +421,10 @@ def test_a_stop_while_the_disk_is_full_ends_with_the_error_and_the_old_checkpoin
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.runs import checkpoints
-    from app.system import disk_full
 
     def fill(_: Stepper) -> None:
-        monkeypatch.setattr(checkpoints, "write_durably", full_for(10**9, checkpoints.write_durably))
-        monkeypatch.setattr(disk_full.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+        monkeypatch.setattr(checkpoints, "write_durably", full_for(10**9, write_durably))
+        monkeypatch.setattr("time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
 
     at_step(monkeypatch, 3, fill)
     with pytest.raises(OSError, match="No space left"):

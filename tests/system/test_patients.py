@@ -201,7 +201,7 @@ def test_scores_of_names_that_are_no_utf8_are_written(phantoms: Path, tmp_path: 
         form = name if folder == "predicted" else os.fsencode(unicodedata.normalize("NFC", os.fsdecode(name)))
         label = find_cases(phantoms)[names.index(name)].label
         assert label is not None
-        shutil.copy(label, os.fsencode(tmp_path / folder) + b"/" + form + b".nii.gz")
+        shutil.copy(os.fsencode(label), os.fsencode(tmp_path / folder) + b"/" + form + b".nii.gz")
     table = tmp_path / "scores.csv"
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--labels", "brats2021", "-o", table)
     assert ended.code == 0, ended.err

@@ -223,7 +223,10 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
     assert problems("predict-output", json.loads(ended.out)) == []
     (content,) = json.loads(ended.out)["cases"]
     assert {"code": "preparation", "sentence": "look at it."} in content["flags"]
-    shares, labels = nib.load(content["files"]["probabilities"]).get_fdata(), nib.load(content["label_map"]).get_fdata()
+    shares, labels = (
+        nib.Nifti1Image.from_filename(content["files"]["probabilities"]).get_fdata(),
+        nib.Nifti1Image.from_filename(content["label_map"]).get_fdata(),
+    )
     sure = np.abs(shares - 0.5) > 2e-3  # closer ones count as one half
     assert np.array_equal((shares[..., 0] > 0.5)[sure[..., 0]], (labels > 0)[sure[..., 0]])
     assert content["volumes_ml"]["WT"] > 0
