@@ -113,10 +113,10 @@ def evaluate_command(
         return
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
+    from app import NOTICE
     from app.evaluation.evaluate import evaluate as score
     from app.evaluation.evaluate import region_remarks, require_table_place, score_rows, write_score_table
     from app.evaluation.metrics import NSD_MM
-    from app.notice import NOTICE
 
     conventions = terminal.conventions(labels)
     if rules is not None:
@@ -195,6 +195,7 @@ def _official(
     as_json: bool,
 ) -> None:
     """Score by the rules of a challenge, for ``--rules``."""
+    from app import NOTICE
     from app.evaluation.brats.challenge import (
         challenge_remarks,
         challenge_rows,
@@ -203,7 +204,6 @@ def _official(
         write_challenge_table,
     )
     from app.evaluation.evaluate import require_table_place
-    from app.notice import NOTICE
 
     rules = challenge_rules(year, task)
     if out is not None:
@@ -253,6 +253,7 @@ def _subsets(
     """Score a run on subsets of the contrasts, for ``--contrast-subsets``."""
     if which not in {None, "unseen", "validation", "all"}:
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
+    from app import NOTICE
     from app.errors import EXIT_SOME_FAILED, ConfigError
     from app.evaluation.evaluate import require_table_place
     from app.inference.backends.choose import choose_backend
@@ -265,7 +266,6 @@ def _subsets(
         subset_rows,
         write_subset_table,
     )
-    from app.notice import NOTICE
     from app.system.device import RuntimeConfig
     from data.datasets.layouts import find_cases
 

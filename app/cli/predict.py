@@ -307,8 +307,8 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
 
 
 def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
+    from app import NOTICE
     from app.inference.batch.cohort import Prediction
-    from app.notice import NOTICE
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for prediction in done:

@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from app import NOTICE
 from app.errors import RunError
 from app.evaluation.evaluate import require_table_place
 from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import read_json
 from app.system.device import Runtime

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from app import NOTICE
 from app.inference.batch.fingerprint import MADE_FROM, sha256_of
-from app.notice import NOTICE
 from app.runs.folder import write_json
 from app.system.device import versions
 

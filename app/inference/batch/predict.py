@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from app import NOTICE
 from app.config.inference import DEFAULTS, PredictOptions
 from app.inference.batch.cohort import Prediction, Predictions, predict_each
 from app.inference.batch.fingerprint import settings_of
@@ -21,7 +22,6 @@ from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, c
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, silent
 from app.runs.training_record import TrainingRecord
 from app.system.device import Runtime, versions
