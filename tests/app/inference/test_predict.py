@@ -288,7 +288,7 @@ def test_an_input_folder_besides_the_four_files_is_refused(
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *files_of(phantoms / CASE))
     assert ended.code == 2
-    assert "give RUN and OUTPUT alone" in ended.err
+    assert "give only RUN and OUTPUT" in ended.err
 
 
 # Bad input
