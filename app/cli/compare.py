@@ -57,7 +57,7 @@ def compare_command(
             "Default: 1e-3,3e-3,1e-2,3e-2 for adamw and 1e-3,1e-2,1e-1,1 for sgd.",
         ),
     ] = None,
-    config: options.Config = "laptop",
+    config: options.Config = None,
     overrides: options.Overrides = None,
     fold: Annotated[
         int | None,
@@ -87,7 +87,7 @@ def compare_command(
     from app.reports.comparison import write_comparison_page
 
     plan = plan_comparison(
-        config=config,
+        config=config or "laptop",
         overrides=overrides or (),
         arms=_names(arms),
         optimizers=_names(optimizers),

@@ -25,7 +25,7 @@ def crossval(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder; the same command resumes an interrupted job.")
     ],
-    config: options.Config = "laptop",
+    config: options.Config = None,
     overrides: options.Overrides = None,
     folds: Annotated[
         int, options.panel("Input")("--folds", "-k", help="Number of folds, 2 to 20, split by patient.")
@@ -53,7 +53,7 @@ def crossval(
         outcome = cross_validate(
             data,
             out,
-            load_config(config, overrides or ()),
+            load_config(config or "laptop", overrides or ()),
             folds=folds,
             labels=labels,
             follow_links=follow_links,

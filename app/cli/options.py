@@ -50,11 +50,11 @@ NanToZero = Annotated[
     bool, _input("--nan-to-zero", help="Replace NaN and infinite voxels with 0 instead of rejecting the case.")
 ]
 Config = Annotated[
-    str,
+    str | None,
     _config(
         "--config",
         "-c",
-        help="laptop, unet, resunet, resunet-znorm, large, or a YAML file.",
+        help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file.",
         autocompletion=complete_config,
     ),
 ]

@@ -24,15 +24,7 @@ def train(
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder; empty or not existing yet, except with --resume.")
     ],
-    config: Annotated[
-        str | None,
-        options.panel("Config")(
-            "--config",
-            "-c",
-            help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file.",
-            autocompletion=options.complete_config,
-        ),
-    ] = None,
+    config: options.Config = None,
     overrides: options.Overrides = None,
     fold: Annotated[
         str | None,
