@@ -101,9 +101,8 @@ def evaluate_command(
                     f"znormseg predict wrote references: {terminal.some(ours)}. Are PREDICTIONS and REFERENCES swapped?"
                 )
             if moved := scores.resampled:
-                notes.append(
-                    f"predictions resampled to the grids of their references ({len(moved)}): {terminal.some(moved)}"
-                )
+                what = "prediction was resampled to its" if len(moved) == 1 else "predictions were resampled to their"
+                notes.append(f"{len(moved)} {what} reference's grid: {terminal.some(moved)}")
     terminal.result(content, terminal.table(rows), *remarks, NOTICE)
     if out is not None:
         write(out)

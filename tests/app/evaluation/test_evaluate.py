@@ -252,7 +252,7 @@ def test_the_command_line_says_which_cases_were_resampled(
     save(sides[0] / "b.nii.gz", tumour(4))
     ended = znormseg("evaluate", *sides, "--resample", "--json", "--out", tmp_path / "scores.csv")
     assert ended.code == 0
-    assert "predictions resampled to the grids of their references (1): a\n" in ended.err
+    assert "1 prediction was resampled to its reference's grid: a\n" in ended.err
     assert json.loads(ended.out)["resampled"] == ["a"]
     assert "resampled" not in (tmp_path / "scores.csv").read_text()
 
@@ -262,7 +262,7 @@ def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path
         save_shifted(tmp_path / "predicted" / f"{number}.nii.gz")
         save(tmp_path / "expected" / f"{number}.nii.gz", tumour(4))
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--resample")
-    assert "predictions resampled to the grids of their references (7): 0, 1, 2, 3, 4 ...\n" in ended.err
+    assert "7 predictions were resampled to their reference's grid: 0, 1, 2, 3, 4 ...\n" in ended.err
     assert "resampled" not in ended.out
 
 
