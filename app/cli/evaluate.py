@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -75,6 +76,8 @@ def evaluate_command(
     from app.evaluation.metrics import NSD_MM
 
     first, second = options.conventions(labels)
+    content: Mapping[str, Any]
+    write: Callable[[Path], None]
     notes = []
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")

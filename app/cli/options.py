@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
-def panel(heading: str) -> partial[typer.models.OptionInfo]:
+def panel(heading: str) -> partial[Any]:
     """Return ``typer.Option`` for options under a heading of the help."""
     return partial(typer.Option, rich_help_panel=heading)
 
