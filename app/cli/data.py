@@ -41,7 +41,7 @@ def check_command(
 
     count = len(find_cases(folder, follow_links=follow_links))
     with terminal.watched() as on_progress:
-        ready = terminal.counted(on_progress, "checking", count)
+        ready = terminal.case_counter(on_progress, "checking", count)
         found = look(folder, follow_links=follow_links, labels=labels, on_case=ready)
     rows = [["case", "contrasts", "shape", "spacing mm", "labels", "problems", "notes"]]
     rows += [
@@ -111,7 +111,7 @@ def phantom(
     from data.phantoms import write_phantoms
 
     with terminal.watched() as on_progress:
-        ready = terminal.counted(on_progress, "making phantoms", count)
+        ready = terminal.case_counter(on_progress, "making phantoms", count)
         cases = write_phantoms(
             out, count, seed=seed, spacing_mm=spacing_mm, year=year, on_case=lambda case: ready(case.name)
         )

@@ -231,7 +231,7 @@ def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
     return ready
 
 
-def counted(on_progress: OnProgress, job: str, count: int) -> Callable[[str], None]:
+def case_counter(on_progress: OnProgress, job: str, count: int) -> Callable[[str], None]:
     """Return a callback that takes each of ``count`` cases when it is finished, and reports progress."""
     ready, numbers = by_case(on_progress, job), itertools.count(1)
     return lambda case: ready(case, next(numbers) / count)
