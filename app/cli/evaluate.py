@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -76,7 +76,7 @@ def evaluate_command(
     from app.evaluation.metrics import NSD_MM
 
     first, second = options.conventions(labels)
-    content: Mapping[str, Any]
+    content: Any
     write: Callable[[Path], None]
     notes = []
     with terminal.watched() as on_progress:

@@ -327,7 +327,7 @@ def test_a_case_without_any_contrast_inside_the_brain_does_not_stop_the_others(
     ("arguments", "code", "words"),
     [
         (["--device", "nonsense"], 4, "auto, cpu, cuda or cuda:N, got 'nonsense'"),
-        (["--labels", "brats1999"], 2, "or brats2015 or msd, got 'brats1999'"),
+        (["--labels", "brats1999"], 2, "'brats1999' is not one of 'brats2021', 'brats2023'"),
         (["--label", "brats2021"], 2, "No such option"),
     ],
 )
