@@ -185,7 +185,7 @@ class Mirrored(PatchSource):
         """Return the patches of one step, with label codes in place of masks."""
         images, codes, ids = [], [], []
         for number in range(step * size, (step + 1) * size):
-            image, labels, case_id, rng = self.piece(number)
+            image, labels, case_id, rng = self.crop(number)
             axes = np.flatnonzero(rng.random(3) < 0.5)
             images.append(torch.from_numpy(np.ascontiguousarray(np.flip(image, tuple(axes + 1)))))
             codes.append(torch.from_numpy(np.ascontiguousarray(np.flip(labels, tuple(axes)))))

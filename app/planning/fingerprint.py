@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
@@ -147,7 +146,7 @@ def read_data_set(
         extents=extents,
         tumour_ml=tuple(volumes),
         enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
-        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in _files(case)),
+        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in case.files),
     )
     return DataSet(cases=cases, held=held, convention=convention, fingerprint=fingerprint)
 
@@ -182,10 +181,6 @@ def _sides(mask: Any, spacing_mm: Spacing) -> Spacing:
 
 def _spacing(case: Case) -> Spacing:
     return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
-
-
-def _files(case: Case) -> set[Path]:
-    return {*case.contrasts.values(), *([case.label] if case.label is not None else [])}
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:

@@ -14,11 +14,12 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from data.datasets.naming import composed, contrast_of, split_name
+from data.datasets.case import Case
+from data.datasets.naming import ENDINGS_OF_A_YEAR, composed, contrast_of, naming_of, split_name
 from data.errors import DataError
 from data.labels import CONVENTIONS, MSD, Contrast, convention_of_names
 from data.nifti import nifti_files, read_grid, strip_nifti_ending
@@ -35,29 +36,6 @@ _PATIENT_COLUMNS: Final = {
     *("participant", "participant_id", "participant id", "participantid"),
 }
 _LABEL_COLUMNS: Final = {"seg", "label", "label_map", "segmentation", "mask", "tumor_segmentation"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DescribedCase:
-    """One case as stated in a description."""
-
-    id: str
-    folder: Path
-    contrasts: dict[Contrast, Path] = field(default_factory=dict)
-    volumes: dict[Contrast, int] = field(default_factory=dict)
-    """For contrasts stored in a 4D file, the index of their volume."""
-    label: Path | None = None
-    declared: str | None = None
-    """Name of the label convention stated in the description."""
-    endings: frozenset[str] = frozenset()
-    """Endings of the file names, where they may reveal the year."""
-    id_tells: bool = True
-    """Whether the case id may be used to infer the label numbers."""
-    patient: str | None = None
-    """The patient as stated in a manifest."""
-    unrecognised: tuple[str, ...] = ()
-    """Columns or channels with an image whose names match no contrast."""
-    problems: tuple[str, ...] = ()
 
 
 def description_of(folder: Path) -> Path | None:
@@ -82,7 +60,7 @@ def declared_convention(description: Path) -> str | None:
     return None if convention is None else convention.name
 
 
-def read_description(description: Path, only: str | None = None) -> tuple[DescribedCase, ...]:
+def read_description(description: Path, only: str | None = None) -> tuple[Case, ...]:
     """The cases of an MSD or nnU-Net data set.
 
     Args:
@@ -100,7 +78,7 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
         of_layout: str | None = MSD.name
     else:
         of_layout = declared
-    cases: list[DescribedCase] = []
+    cases: list[Case] = []
     for images, labels in _PARTS:
         if only not in (None, images) or not (description.parent / images).is_dir():
             continue
@@ -129,7 +107,7 @@ def find_manifest(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
+def read_manifest(path: Path) -> tuple[Case, ...]:
     """The cases of a manifest, in file order.
 
     Raises:
@@ -171,9 +149,7 @@ def _names_an_image(cell: str) -> bool:
     return strip_nifti_ending(cell.strip() if match is None else match["path"]) is not None
 
 
-def _row_case(
-    path: Path, line: int, case_id: str, cells: Mapping[str, str], unrecognised: Sequence[str]
-) -> DescribedCase:
+def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str], unrecognised: Sequence[str]) -> Case:
     """One row of a manifest."""
     contrasts: dict[Contrast, Path] = {}
     volumes: dict[Contrast, int] = {}
@@ -200,15 +176,16 @@ def _row_case(
         known = ", ".join(CONVENTIONS)
         raise DataError(f"{path}, line {line}: labels is {declared!r}; there are {known}. Repair the manifest.")
     names = [split_name(strip_nifti_ending(file.name) or "") for file in contrasts.values()]
-    return DescribedCase(
+    return Case(
         id=case_id,
         folder=path.parent,
         contrasts=contrasts,
         volumes=volumes,
         label=label,
+        naming=naming_of(case_id, ENDINGS_OF_A_YEAR & {name.ending for name in names if name is not None}),
         declared=declared,
-        endings=frozenset(name.ending for name in names if name is not None),
-        patient=composed(cells.get("patient", "")) or None,
+        case_folder=False,
+        stated_patient=composed(cells.get("patient", "")) or None,
         unrecognised=tuple(unrecognised),
         problems=tuple(problems),
     )
@@ -363,7 +340,7 @@ def _is_4d(path: Path) -> bool:
 
 def _one_file_a_channel(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
-) -> Iterator[DescribedCase]:
+) -> Iterator[Case]:
     """Cases of nnU-Net. Their ids say nothing about label numbers: nnU-Net's conversions keep ids but renumber."""
     files: dict[str, dict[Contrast, Path]] = {}
     twice: dict[str, list[str]] = {}
@@ -379,29 +356,29 @@ def _one_file_a_channel(
         elif contrast is not None:
             own[contrast] = path
     for case_id, contrasts in files.items():
-        yield DescribedCase(
+        yield Case(
             id=case_id,
             folder=paths[0].parent,
             contrasts=contrasts,
             label=label_maps.get(case_id),
             declared=declared,
-            id_tells=False,
+            case_folder=False,
             problems=tuple(twice.get(case_id, ())),
         )
 
 
 def _one_file_a_case(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
-) -> Iterator[DescribedCase]:
+) -> Iterator[Case]:
     """Cases of the Decathlon, one 4D file each."""
     for path in paths:
         case_id = _stem(path)
-        yield DescribedCase(
+        yield Case(
             id=case_id,
             folder=path.parent,
             contrasts=dict.fromkeys(channels.values(), path),
             volumes={contrast: channel for channel, contrast in channels.items()},
             label=label_maps.get(case_id),
             declared=declared,
-            id_tells=False,
+            case_folder=False,
         )

@@ -13,37 +13,41 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 import numpy as np
 
 from data.contrasts import missing_contrasts, reference_contrast
+from data.datasets.case import Case, id_problems, missing_problems, some_names
 from data.datasets.descriptions import (
-    DescribedCase,
     declared_convention,
     description_of,
     find_manifest,
     read_description,
     read_manifest,
 )
-from data.datasets.naming import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
-from data.datasets.patients import patient_of, possible_visits
+from data.datasets.naming import (
+    COMPANION_ENDINGS,
+    ENDINGS_OF_A_YEAR,
+    FileName,
+    composed,
+    naming_of,
+    split_name,
+    split_names,
+)
+from data.datasets.patients import possible_visits
 from data.errors import DataError
-from data.files import MOST_NAME_BYTES
 from data.labels import (
     BACKGROUND,
     BRATS2021,
     BRATS2024,
-    CONTRASTS,
     CONVENTIONS,
     Contrast,
     LabelConvention,
-    Naming,
     convention_named,
     decide_convention,
-    written_convention,
 )
 from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
 
@@ -57,7 +61,6 @@ __all__ = [
     "find_label_maps",
     "look_like_visits",
     "misnamed_files",
-    "patient_of",
     "patients_of",
 ]
 
@@ -68,80 +71,8 @@ NAMING_RULES: Final = (
     "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
 )
 
-#: Endings that reveal the year even without case folders; t1c, t2w and flair are used everywhere.
-_TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
-MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
-_LONGEST_SHOWN: Final = 80
 _SHOWN: Final = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """The files of one case, and the problems found with them."""
-
-    id: str
-    """Case id: the part of the file names before the contrast, in composed Unicode form (NFC)."""
-    folder: Path
-    contrasts: dict[Contrast, Path] = field(default_factory=dict)
-    """The file of each contrast found."""
-    volumes: dict[Contrast, int] = field(default_factory=dict)
-    """For contrasts stored in a 4D file, the index of their volume."""
-    label: Path | None = None
-    """The label map, if there is one."""
-    naming: Naming | None = None
-    """What the file names imply about the label numbers; None if nothing."""
-    declared: str | None = None
-    """Name of the label convention stated in the data set's description; None if it states none."""
-    case_folder: bool = True
-    """Whether the case has its own folder, as in the releases of BraTS."""
-    stated_patient: str | None = None
-    """The patient as stated in a manifest; None if it states none."""
-    unrecognised: tuple[str, ...] = ()
-    """Names of files, columns or channels that match no contrast; one of them may be a missing contrast."""
-    problems: tuple[str, ...] = ()
-    """One sentence per problem; empty if every contrast was found exactly once and nothing else is wrong."""
-
-    def __post_init__(self) -> None:
-        """Normalise the id, so that ids from files, manifests and splits compare equal whatever their Unicode form."""
-        object.__setattr__(self, "id", composed(self.id))
-
-    @property
-    def patient(self) -> str:
-        """The patient of the case: as stated in a manifest, else derived from the id."""
-        return self.stated_patient if self.stated_patient is not None else patient_of(self.id)
-
-    @property
-    def written_convention(self) -> LabelConvention | None:
-        """The convention for label maps written for this case; None if neither description nor names determine it."""
-        return CONVENTIONS[self.declared] if self.declared is not None else written_convention(self.naming)
-
-    @property
-    def reference(self) -> Contrast:
-        """The contrast whose grid label maps are written on; at least one contrast is required."""
-        return reference_contrast(self.contrasts)
-
-    def require(self, *, all_contrasts: bool = True) -> Case:
-        """Return the case itself if it has no problems.
-
-        Args:
-            all_contrasts: whether all four contrasts are required; if False, one is enough.
-
-        Raises:
-            DataError: a contrast is missing, present twice or behind a symlink that leaves the data folder, or the id
-                is not usable as a file name.
-        """
-        problems = self.problems
-        if not all_contrasts and self.contrasts:
-            absent = _missing(self.contrasts, self.unrecognised)
-            problems = tuple(problem for problem in problems if problem not in absent)
-        problems = problems or tuple(_id_problems(self.id))
-        if problems:
-            name = (
-                self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
-            )
-            raise DataError(f"case {name}: " + "; ".join(problems))
-        return self
 
 
 def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
@@ -163,7 +94,7 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
     )
     links = _Links(root if manifest != root else root.parent, follow=follow_links)
     cases = (
-        [_from_description(row, links) for row in read_manifest(manifest)]
+        [_checked(case, links) for case in read_manifest(manifest)]
         if manifest is not None
         else [case for folder in _folders(root, links) for case in _cases_in(folder, links)]
     )
@@ -186,9 +117,8 @@ def patients_of(cases: Iterable[Case]) -> dict[str, str]:
 
 def misnamed_files(case: Case) -> list[str]:
     """One sentence for each file of a case whose name contradicts its content about compression."""
-    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
     found = []
-    for path in dict.fromkeys(files):
+    for path in case.files:
         with suppress(OSError):  # reported when the file is read
             if (what := name_misleads(path)) is not None:
                 ending = ".nii.gz" if is_compressed(path) else ".nii"
@@ -220,9 +150,9 @@ def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) 
     return Case(
         id=match.case if match is not None else name,
         folder=reference.parent,
-        contrasts={contrast: files[contrast] for contrast in CONTRASTS if contrast in files},
+        contrasts=files,
         naming=naming_of(match.case, {match.ending}) if match is not None else None,
-        problems=tuple(_missing(files)),
+        problems=tuple(missing_problems(files)),
     ).require(all_contrasts=all_contrasts)
 
 
@@ -251,7 +181,7 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     links = _Links(folder if manifest != folder else folder.parent, follow=follow_links)
     found: dict[str, Case] = {}
     for case in (
-        (_from_description(row, links) for row in read_manifest(manifest))
+        (_checked(case, links) for case in read_manifest(manifest))
         if manifest is not None
         else _label_cases(folder, links)
     ):
@@ -440,27 +370,14 @@ def _described_in(folder: Path, links: _Links) -> list[Case]:
     if description is None or not _is_described(folder):
         return []
     only = None if description.parent == folder else folder.absolute().name
-    return [_from_description(row, links) for row in read_description(description, only)]
+    return [_checked(case, links) for case in read_description(description, only)]
 
 
-def _from_description(row: DescribedCase, links: _Links) -> Case:
-    """Convert a case from a description, with its problems."""
-    problems = [*_missing(row.contrasts, row.unrecognised), *row.problems, *_id_problems(row.id)]
-    files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
-    problems += [problem for path in files for problem in links.problems(path)]
-    return Case(
-        id=row.id,
-        folder=row.folder,
-        contrasts={contrast: row.contrasts[contrast] for contrast in CONTRASTS if contrast in row.contrasts},
-        volumes=row.volumes,
-        label=row.label,
-        naming=naming_of(row.id, row.endings & _TELLING) if row.id_tells else None,
-        declared=row.declared,
-        case_folder=False,
-        stated_patient=row.patient,
-        unrecognised=row.unrecognised,
-        problems=tuple(problems),
-    )
+def _checked(case: Case, links: _Links) -> Case:
+    """Add the problems of a case that a description states: missing contrasts, an unusable id, links."""
+    problems = [*missing_problems(case.contrasts, case.unrecognised), *case.problems, *id_problems(case.id)]
+    problems += [problem for path in case.files for problem in links.problems(path)]
+    return replace(case, problems=tuple(problems))
 
 
 def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
@@ -507,14 +424,14 @@ def _case_of(
     # One label map of BraTS 2020 follows another naming scheme: W39_1998.09.19_Segm.
     ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
     unrecognised = tuple(others) if missing_contrasts(contrasts.keys()) else ()
-    problems = _missing(contrasts, unrecognised)
+    problems = missing_problems(contrasts, unrecognised)
     for what, paths in [*contrasts.items(), ("label map", labels)]:
         if len(paths) > 1:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
     if len(ids) > 1:
         problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
     case_id = ids[0] if len(ids) == 1 else folder.name
-    problems += _id_problems(case_id)
+    problems += id_problems(case_id)
     if any(name.is_target for _, name in files) or case_id.upper().startswith("BRATS-MEN-RT-"):
         problems.append(_RADIOTHERAPY)
     paths = [path for paths in [*contrasts.values(), labels] for path in paths]
@@ -523,9 +440,9 @@ def _case_of(
     return Case(
         id=case_id,
         folder=folder,
-        contrasts={contrast: contrasts[contrast][0] for contrast in CONTRASTS if contrast in contrasts},
+        contrasts={contrast: paths[0] for contrast, paths in contrasts.items()},
         label=labels[0] if labels else None,
-        naming=naming_of(case_id, endings & _TELLING if flat else endings),
+        naming=naming_of(case_id, endings & ENDINGS_OF_A_YEAR if flat else endings),
         case_folder=not flat,
         unrecognised=unrecognised,
         problems=tuple(problems),
@@ -538,52 +455,12 @@ _RADIOTHERAPY: Final = (
 )
 
 
-def _id_problems(case_id: str) -> list[str]:
-    """One sentence if a case id cannot serve as a file name, as it does in output and cache folders; else empty."""
-    if any("\udc80" <= sign <= "\udcff" for sign in case_id):
-        return [
-            f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
-            "Rename the files, for instance with convmv -f latin1 -t utf8 --notest"
-        ]
-    size = len(case_id.encode(errors="replace"))
-    if size > MOST_ID_BYTES:
-        return [
-            f"the id takes {size} bytes; file systems take {MOST_NAME_BYTES} for a name, which leaves {MOST_ID_BYTES} "
-            "for an id before .nii.gz. Give the case a shorter id"
-        ]
-    bad = [part for part in ("..", "/", "\\") if part in case_id]
-    if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
-        return []
-    return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
-
-
-def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:
-    """One sentence about the missing contrasts; empty if there are none."""
-    absent = missing_contrasts(set(contrasts))
-    if not absent:
-        return []
-    if not unrecognised:
-        return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
-    wanted = absent[0]
-    return [
-        f"contrast {', '.join(absent)} is missing, and these names match no contrast: {_some(unrecognised)}. If it is "
-        f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
-        "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
-    ]
-
-
 def _not_taken(root: Path, links: _Links) -> list[str]:
     """One sentence if there are NIfTI files, none of which is named as a contrast; else empty."""
     if not root.is_dir():
         return []
     names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
-    return [f"These names match no contrast: {_some(names)}."] if names else []
-
-
-def _some(names: Sequence[str]) -> str:
-    """The first few names, made printable, and the number of the others."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
+    return [f"These names match no contrast: {some_names(names)}."] if names else []
 
 
 def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
@@ -607,12 +484,13 @@ def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
             if name is not None and name.ending == "segm" and len(images) == 1:
                 case_id = images[0]
             endings = {name.ending for name in named.values()}
+            endings = endings if len(images) == 1 else endings & ENDINGS_OF_A_YEAR
             yield Case(
                 id=case_id,
                 folder=place,
                 label=path,
                 # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
-                naming=None if renumbered else naming_of(case_id, endings if len(images) == 1 else endings & _TELLING),
+                naming=None if renumbered else naming_of(case_id, endings),
                 declared=declared or _declared_beside(path),
                 case_folder=len(images) == 1,
             )

@@ -78,9 +78,9 @@ class CachedCase:
         except (OSError, EOFError, ValueError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise DataError(f"case {self.id}: {self.folder / name}: cannot be read: {in_words(error)}") from error
-            raise self.lost(error) from error
+            raise self.missing_error(error) from error
 
-    def lost(self, why: object) -> DataError:
+    def missing_error(self, why: object) -> DataError:
         """The error for prepared arrays that were removed or changed during a run."""
         return DataError(
             f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
@@ -197,11 +197,11 @@ class PatchSource:
         self, number: int
     ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
         """Like :meth:`patch`, with the contrasts that are present."""
-        image, codes, case_id, rng = self.piece(number)
+        image, codes, case_id, rng = self.crop(number)
         variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
         return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
 
-    def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
+    def crop(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
         """Like :meth:`patch`, before augmentation, with the generator for drawing the augmentation."""
         epoch, position = divmod(number, len(self._cases))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
@@ -276,7 +276,7 @@ class _Mapped:
         """Raise DataError if a file was truncated: accessing the lost part would kill the process without a message."""
         now = self._sizes_now()
         if any(size is not None and size != before for size, before in zip(now, self._sizes, strict=True)):
-            raise self._case.lost(f"file sizes were {self._sizes}, are {now}")
+            raise self._case.missing_error(f"file sizes were {self._sizes}, are {now}")
 
     def _sizes_now(self) -> list[int | None]:
         sizes: list[int | None] = []

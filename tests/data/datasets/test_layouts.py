@@ -17,8 +17,8 @@ from data.datasets.layouts import (
     decide_for,
     find_cases,
     find_label_maps,
-    patient_of,
 )
+from data.datasets.patients import patient_of
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 

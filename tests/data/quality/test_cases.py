@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.labels import CONTRASTS
 from data.nifti import Volume
 from data.phantoms import make_phantom
