@@ -322,7 +322,7 @@ def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConventi
 def _translated(
     label_map: npt.NDArray[np.generic], convention: LabelConvention, codes: Mapping[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """The code of every voxel; uint8 maps are translated in one pass with a lookup table."""
+    """The code of every voxel, from a lookup table by label number."""
     foreign = [float(v) for v in values_in(label_map) if float(v) not in codes]
     if foreign:
         shown = ", ".join(f"{v:g}" for v in foreign[:8])
@@ -330,20 +330,10 @@ def _translated(
             f"label values {shown} are not in the convention {convention.name}, which allows "
             f"{', '.join(str(v) for v in sorted(codes))}. Convert the label map, or leave the case out."
         )
-    if label_map.dtype == np.uint8:
-        decoded: npt.NDArray[np.uint8] = _table_of(codes)[label_map]
-        return decoded
-    translated = np.zeros(label_map.shape, dtype=np.uint8)
-    for value, code in codes.items():
-        translated[label_map == value] = code
-    return translated
-
-
-def _table_of(codes: Mapping[int, int]) -> npt.NDArray[np.uint8]:
-    """Lookup table from byte to code, 0 for bytes without a code, shape (256,)."""
     table = np.zeros(256, dtype=np.uint8)
     table[list(codes)] = list(codes.values())
-    return table
+    decoded: npt.NDArray[np.uint8] = table[label_map.astype(np.uint8, copy=False)]
+    return decoded
 
 
 def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDArray[np.uint8]:

@@ -179,7 +179,7 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
     """
     with _reading(path):
         image, shape = _checked(path, volume)
-        voxels = _voxels(image, path, volume).reshape(shape)
+        voxels = _voxels(image, path, volume, np.float32).reshape(shape)
     zeroed = 0
     if not _always_finite(image) and not np.isfinite(voxels).all():
         bad = ~np.isfinite(voxels)
@@ -227,11 +227,12 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
     """
     with _reading(path):
         image, shape = _checked(path)
-        stored = _byte_voxels(image, path)
+        bytes_only = image.get_data_dtype() == np.uint8 and _is_unscaled(image)
+        stored = _voxels(image, path, None, np.uint8).reshape(shape) if bytes_only else None
     affine = _affine(image, path)
     pixdim_mm = _other_pixdim(image, affine)
-    if stored is not None:
-        return Volume(voxels=stored.reshape(shape), affine=affine, path=path, pixdim_mm=pixdim_mm)
+    if stored is not None:  # without a detour through float32
+        return Volume(voxels=stored, affine=affine, path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
         raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
@@ -533,52 +534,34 @@ def _claims_cifti(image: Any) -> bool:
 
 def _always_finite(image: Any) -> bool:
     """Whether no voxel can be NaN or infinite: true of unscaled integers, all of which fit into float32."""
-    return image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+    return image.get_data_dtype().kind in "iu" and _is_unscaled(image)
 
 
-def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float32]:
+def _is_unscaled(image: Any) -> bool:
+    return (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+
+
+def _voxels(image: Any, path: Path, volume: int | None, dtype: type[_Number]) -> npt.NDArray[_Number]:
     """The scaled voxels of a 3D file or of one volume; for a compressed file, the checksum is verified too."""
     part = ... if volume is None else (..., volume)
     if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
         if name_misleads(path) is None:
-            return _scaled(image.dataobj, part)
+            return _scaled(image.dataobj, part, dtype)
         with path.open("rb") as plain:
-            return _scaled(type(image).from_stream(plain).dataobj, part)
+            return _scaled(type(image).from_stream(plain).dataobj, part, dtype)
     with gzip_ng.open(path) as stream:
         if volume is None:
-            voxels = _unpacked(stream, image.dataobj)
+            voxels = _unpacked(stream, image.dataobj, dtype)
         else:
-            voxels = _scaled(type(image).from_stream(stream).dataobj, part)
+            voxels = _scaled(type(image).from_stream(stream).dataobj, part, dtype)
         _read_to_end(stream)
     return voxels
 
 
-def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
-    """The voxels of a file that stores unscaled bytes, without a detour through float32; None for other files."""
-    stored = image.dataobj
-    if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
-        return None
-    if name_misleads(path) is not None and not is_compressed(path):
-        return None
-    if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
-        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # copy, or it stays a memory map
-        return copied
-    with gzip_ng.open(path) as stream:
-        voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
-        _skip(stream, stored.offset)
-        read = _fill(stream, memoryview(voxels.data))
-        if read < voxels.size:
-            raise EOFError(f"{voxels.size} voxels expected, the file ends after {read}")
-        _read_to_end(stream)
-    return voxels.reshape(stored.shape, order="F")
-
-
-def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
-    """Voxels as float32; the other volumes of a 4D file are not loaded."""
-    if part is ...:
-        return _mapped_or_read(stored).astype(np.float32, copy=False)
-    voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
-    return voxels
+def _scaled(stored: Any, part: Any, dtype: type[_Number]) -> npt.NDArray[_Number]:
+    """Voxels in a dtype; the other volumes of a 4D file are not loaded."""
+    voxels = _mapped_or_read(stored) if part is ... else np.asanyarray(stored[part])
+    return voxels.astype(dtype, copy=dtype is np.uint8)  # an image may stay a memory map, a label map must not
 
 
 def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
@@ -592,7 +575,7 @@ def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
     return np.asanyarray(type(stored)(stored.file_like, described, mmap=False))
 
 
-def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32]:
+def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any, dtype: type[_Number]) -> npt.NDArray[_Number]:
     """Read and scale voxels piece by piece, with the result nibabel would give for the whole array.
 
     No more than one piece is held in the file's own dtype.
@@ -600,10 +583,11 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
     Args:
         stream: positioned at the start of a NIfTI file.
         stored: nibabel's proxy of the voxels: offset, dtype, shape, slope and intercept.
+        dtype: of the result.
     """
     _skip(stream, stored.offset)
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
-    voxels = np.empty(int(np.prod(stored.shape)), dtype=np.float32)
+    voxels = np.empty(math.prod(stored.shape), dtype=dtype)
     piece = np.empty(max(1, _PIECE_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
     room = memoryview(piece.view(np.uint8).data)
     for start in range(0, voxels.size, piece.size):
@@ -612,7 +596,8 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
         if read < count * piece.itemsize:
             raise EOFError(f"{voxels.size} voxels expected, the file ends after {start + read // piece.itemsize}")
         scaled = apply_read_scaling(piece[:count], slope, intercept)
-        voxels[start : start + count] = scaled.astype(np.promote_types(scaled.dtype, np.float32), copy=False)
+        wide = dtype if scaled.dtype == dtype else np.promote_types(scaled.dtype, np.float32)
+        voxels[start : start + count] = scaled.astype(wide, copy=False)
     return voxels.reshape(stored.shape, order="F")
 
 

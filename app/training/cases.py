@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -149,7 +150,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
     used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
-    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+    return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
 def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:

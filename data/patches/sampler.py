@@ -184,19 +184,12 @@ class PatchSource:
         self._open: OrderedDict[int, _Mapped] = OrderedDict()
         self._lock = Lock()
 
-    def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
-        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one augmented patch.
+    def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
+        """Image (contrasts, X, Y, Z), codes (X, Y, Z), case id and contrasts present of one augmented patch.
 
         Raises:
             DataError: the prepared arrays of its case were removed or damaged.
         """
-        image, codes, case_id, _ = self._patch_and_presence(number)
-        return image, codes, case_id
-
-    def _patch_and_presence(
-        self, number: int
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
-        """Like :meth:`patch`, with the contrasts that are present."""
         image, codes, case_id, rng = self.crop(number)
         variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
         return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
@@ -214,18 +207,13 @@ class PatchSource:
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch if gradients are accumulated."""
-        images, masks, present, ids = [], [], [], []
-        for number in range(step * size, (step + 1) * size):
-            image, codes, case_id, there = self._patch_and_presence(number)
-            images.append(torch.from_numpy(image))
-            masks.append(torch.from_numpy(to_regions(codes)))
-            present.append(there)
-            ids.append(case_id)
+        patches = [self.patch(number) for number in range(step * size, (step + 1) * size)]
+        images, codes, cases, present = zip(*patches, strict=True)
         return Batch(
-            image=torch.stack(images),
-            masks=torch.stack(masks).float(),
+            image=torch.stack([torch.from_numpy(image) for image in images]),
+            masks=torch.stack([torch.from_numpy(to_regions(one)) for one in codes]).float(),
             present=torch.tensor(present),
-            cases=tuple(ids),
+            cases=cases,
         )
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:

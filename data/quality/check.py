@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -62,6 +62,12 @@ class CheckedCase:
         """Findings that are worth knowing, one line each."""
         return tuple(finding.sentence for finding in self.findings if finding.severity == "note")
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        content = asdict(self)
+        findings = content.pop("findings")
+        return {**content, "problems": self.problems, "findings": findings}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedDataSet:
@@ -92,20 +98,8 @@ class CheckedDataSet:
             "convention": self.convention,
             "patients": self.patients,
             "problems": list(self.problems),
-            "findings": [finding.to_json() for finding in self.findings],
-            "cases": [
-                {
-                    "case": case.case,
-                    "patient": case.patient,
-                    "contrasts": list(case.contrasts),
-                    "shape": None if case.shape is None else list(case.shape),
-                    "spacing_mm": None if case.spacing_mm is None else list(case.spacing_mm),
-                    "labels": None if case.labels is None else list(case.labels),
-                    "problems": list(case.problems),
-                    "findings": [finding.to_json() for finding in case.findings],
-                }
-                for case in self.cases
-            ],
+            "findings": [asdict(finding) for finding in self.findings],
+            "cases": [case.to_json() for case in self.cases],
         }
 
 
@@ -161,11 +155,6 @@ def _is_large(case: Case) -> bool:
             if prod(read_grid(path, case.volumes.get(contrast))[0]) > LARGE_VOXELS:
                 return True
     return False
-
-
-def check_case(case: Case) -> CheckedCase:
-    """Read the files of one case; problems are collected, not raised."""
-    return _look(case)[0]
 
 
 def _look(case: Case) -> tuple[CheckedCase, Prints]:

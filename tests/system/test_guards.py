@@ -393,7 +393,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "no permission to write": Guard(
         "data/filesystem.py",
-        '"EACCES": _NO_PERMISSION,',
+        '**dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),',
         '"EACCES": _OTHER,',
         "system/test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
     ),
