@@ -34,7 +34,8 @@ import numpy as np
 import psutil
 import torch
 
-from data.datasets.layouts import convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import find_cases
 from data.nifti import read_volume
 from data.patches.augmentation import AugmentConfig
 from data.patches.sampler import Batch, CachedCase, PatchSource, batches, cache_cases

@@ -22,7 +22,8 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from data.datasets.descriptions import DESCRIPTION
-from data.datasets.layouts import Case, convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, find_cases
 from data.datasets.patients import patient_of
 from data.datasets.source import DataSource
 from data.errors import DataError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from pydantic import TypeAdapter
 
-from data.datasets.layouts import Case
+from data.datasets.layouts import Case, decide_for
 from data.errors import DataError
-from data.labels import ENHANCING, LabelConvention, decode
+from data.labels import ENHANCING, LabelConvention, convention_named, decode
 from data.nifti import read_label_map
 
 
@@ -62,6 +62,21 @@ def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
         ValueError: the content is damaged.
     """
     return TypeAdapter(LabelMap).validate_python(content)
+
+
+def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
+    """Infer the label convention of a data set from all of its label maps; see :func:`decide_for`.
+
+    Args:
+        cases: all cases of the data set.
+        labels: name of a convention that overrides the inference, as given to ``--labels``; no label map is read then.
+
+    Raises:
+        DataError: the values fit no convention, or several.
+    """
+    if labels is not None:
+        return convention_named(labels)
+    return decide_for(values_of([case.id for case in cases], read_label_maps(cases)), cases)
 
 
 def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:

@@ -8,16 +8,12 @@ read in data/datasets/descriptions.py.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
-
-import numpy as np
 
 from data.contrasts import missing_contrasts, reference_contrast
 from data.datasets.case import Case, id_problems, missing_problems, some_names
@@ -49,12 +45,11 @@ from data.labels import (
     convention_named,
     decide_convention,
 )
-from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
+from data.nifti import is_compressed, name_misleads, nifti_files, strip_nifti_ending
 
 __all__ = [
     "Case",
     "case_from_files",
-    "convention_of",
     "decide_for",
     "find_cases",
     "find_label_cases",
@@ -88,16 +83,8 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         DataError: the folder does not exist or has no case, an id occurs in two folders, or a description of the data
             set is invalid.
     """
-    manifest = _manifest_at(
-        root,
-        "is a file; give the folder that holds the case, a manifest that ends in .csv, or predict's --t1 ... --flair",
-    )
-    links = _Links(root if manifest != root else root.parent, follow=follow_links)
-    cases = (
-        [_checked(case, links) for case in read_manifest(manifest)]
-        if manifest is not None
-        else [case for folder in _folders(root, links) for case in _cases_in(folder, links)]
-    )
+    expected = "the folder that contains the case, a manifest that ends in .csv, or predict's --t1 ... --flair"
+    cases, links = _search(root, _cases_in, expected, follow_links=follow_links)
     if not cases:
         rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
         raise DataError(" ".join([f"{root}: no case found.", rules, *_not_taken(root, links), *links.not_followed()]))
@@ -177,14 +164,11 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     Raises:
         DataError: as :func:`find_label_maps`.
     """
-    manifest = _manifest_at(folder, "is a file; give the folder that holds the label maps")
-    links = _Links(folder if manifest != folder else folder.parent, follow=follow_links)
+    cases, links = _search(
+        folder, _label_cases_in, "the folder that contains the label maps", follow_links=follow_links
+    )
     found: dict[str, Case] = {}
-    for case in (
-        (_checked(case, links) for case in read_manifest(manifest))
-        if manifest is not None
-        else _label_cases(folder, links)
-    ):
+    for case in cases:
         if case.label is None:
             continue
         if problems := links.problems(case.label):
@@ -199,32 +183,19 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     return dict(sorted(found.items()))
 
 
-def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
-    """Infer the label convention from all label maps of a data set, its names and its description.
-
-    Unreadable label maps are ignored; an error is raised when their case is used.
+def decide_for(
+    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
+) -> LabelConvention:
+    """Infer the label convention from the values of all label maps of a data set, its names and its description.
 
     Args:
+        values: the label numbers of each case, by case id.
         cases: all cases of the data set.
         labels: name of a convention that overrides the inference, as given to ``--labels``.
 
     Raises:
-        DataError: the values fit no convention, or several; the message names a case for each value.
-    """
-    if labels is not None:
-        return convention_named(labels)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        values = list(pool.map(lambda case: _label_values(case.label), cases))
-    return decide_for({case.id: found for case, found in zip(cases, values, strict=True)}, cases)
-
-
-def decide_for(
-    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
-) -> LabelConvention:
-    """Like :func:`convention_of`, for label values that have already been read, by case id.
-
-    Raises:
-        DataError: as :func:`convention_of`, or values that are not in the convention named by ``labels``.
+        DataError: the values fit no convention, or several, or are not in the one named by ``labels``; the message
+            names a case for each value.
     """
     seen: dict[int, str] = {}
     for case_id, found in values.items():
@@ -286,17 +257,6 @@ def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> La
     return BRATS2021 if BRATS2021 in conventions else conventions[0]
 
 
-def _label_values(path: Path | None) -> tuple[int, ...]:
-    """The values in a label map; empty if there is none or it is unreadable."""
-    if path is None:
-        return ()
-    try:
-        voxels = read_label_map(path).voxels
-    except DataError:
-        return ()
-    return tuple(int(value) for value in np.flatnonzero(np.bincount(voxels.ravel())))
-
-
 class _Links:
     """Decides which symlinks below a data folder to follow, and phrases the problems they cause."""
 
@@ -350,13 +310,19 @@ def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
             yield from _folders(below, links, depth + 1)
 
 
-def _manifest_at(root: Path, not_a_folder: str) -> Path | None:
-    """The manifest that a data set consists of: ``root`` itself or a file in that folder; None if there is none."""
+def _search(
+    root: Path, cases_in: Callable[[Path, _Links], Iterable[Case]], expected: str, *, follow_links: bool
+) -> tuple[list[Case], _Links]:
+    """The cases of a manifest (``root`` itself or a file in it) or, without one, of all folders; and the links seen."""
     if root.is_file() and root.suffix.lower() == ".csv":
-        return root
-    if not root.is_dir():
-        raise DataError(f"{root}: {not_a_folder if root.exists() else 'does not exist'}")
-    return find_manifest(root)
+        manifest, links = root, _Links(root.parent, follow=follow_links)
+    elif root.is_dir():
+        manifest, links = find_manifest(root), _Links(root, follow=follow_links)
+    else:
+        raise DataError(f"{root}: " + (f"is a file; give {expected}" if root.exists() else "does not exist"))
+    if manifest is not None:
+        return [_checked(case, links) for case in read_manifest(manifest)], links
+    return [case for folder in _folders(root, links) for case in cases_in(folder, links)], links
 
 
 def _is_described(folder: Path) -> bool:
@@ -463,37 +429,36 @@ def _not_taken(root: Path, links: _Links) -> list[str]:
     return [f"These names match no contrast: {some_names(names)}."] if names else []
 
 
-def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
-    """Label maps of a flat folder, of case folders or of a described data set; images next to them are skipped."""
-    for place in _folders(folder, links):
-        if _is_described(place):
-            yield from _described_in(place, links)
+def _label_cases_in(folder: Path, links: _Links) -> Iterator[Case]:
+    """Label maps in a flat folder, a case folder or a described data set; images next to them are skipped."""
+    if _is_described(folder):
+        yield from _described_in(folder, links)
+        return
+    named = dict(_named_files(folder))
+    images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
+    described = description_of(folder) or (folder / "dataset.json" if (folder / "dataset.json").is_file() else None)
+    declared = declared_convention(described) if described is not None else None
+    renumbered = not images and (described is not None or folder.absolute().name in ("labelsTr", "labelsTs"))
+    for path in nifti_files(folder):
+        name = named.get(path)
+        if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
             continue
-        named = dict(_named_files(place))
-        images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
-        described = description_of(place) or (place / "dataset.json" if (place / "dataset.json").is_file() else None)
-        declared = declared_convention(described) if described is not None else None
-        renumbered = not images and (described is not None or place.absolute().name in ("labelsTr", "labelsTs"))
-        for path in nifti_files(place):
-            name = named.get(path)
-            if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
-                continue
-            if not (name.is_label if name is not None else not images):
-                continue
-            case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
-            if name is not None and name.ending == "segm" and len(images) == 1:
-                case_id = images[0]
-            endings = {name.ending for name in named.values()}
-            endings = endings if len(images) == 1 else endings & ENDINGS_OF_A_YEAR
-            yield Case(
-                id=case_id,
-                folder=place,
-                label=path,
-                # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
-                naming=None if renumbered else naming_of(case_id, endings),
-                declared=declared or _declared_beside(path),
-                case_folder=len(images) == 1,
-            )
+        if not (name.is_label if name is not None else not images):
+            continue
+        case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
+        if name is not None and name.ending == "segm" and len(images) == 1:
+            case_id = images[0]
+        endings = {name.ending for name in named.values()}
+        endings = endings if len(images) == 1 else endings & ENDINGS_OF_A_YEAR
+        yield Case(
+            id=case_id,
+            folder=folder,
+            label=path,
+            # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
+            naming=None if renumbered else naming_of(case_id, endings),
+            declared=declared or _declared_beside(path),
+            case_folder=len(images) == 1,
+        )
 
 
 def _declared_beside(label_map: Path) -> str | None:

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from data.datasets import descriptions
 from data.datasets import naming as names
-from data.datasets.layouts import Case, convention_of, decide_for, find_cases, find_label_cases, find_label_maps
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, decide_for, find_cases, find_label_cases, find_label_maps
 from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, decode

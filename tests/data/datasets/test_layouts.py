@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from data.datasets import layouts
-from data.datasets.layouts import (
-    Case,
-    case_from_files,
-    convention_of,
-    decide_for,
-    find_cases,
-    find_label_maps,
-)
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, case_from_files, decide_for, find_cases, find_label_maps
 from data.datasets.patients import patient_of
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
