@@ -264,8 +264,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _channel_names(content: Mapping[str, Any]) -> Any:
-    told = content.get("channel_names", content.get("modality"))
-    return dict(enumerate(told)) if isinstance(told, list) else told
+    names = content.get("channel_names", content.get("modality"))
+    return dict(enumerate(names)) if isinstance(names, list) else names
 
 
 def _other_channels(content: Mapping[str, Any]) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
     cases = list(cases)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(_read, cases))
-    return {case.id: held for case, held in zip(cases, found, strict=True) if held is not None}
+    return {case.id: label_map for case, label_map in zip(cases, found, strict=True) if label_map is not None}
 
 
 def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
@@ -79,7 +79,7 @@ def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelC
     return decide_for(values_of([case.id for case in cases], read_label_maps(cases)), cases)
 
 
-def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
+def tumour_of(label_map: LabelMap, convention: LabelConvention) -> LabelStats:
     """Tumour volume (number of non-zero codes times voxel volume), and whether the tumour enhances.
 
     Raises:
@@ -90,19 +90,19 @@ def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
         >>> tumour_of(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
         LabelStats(volume_um3=11000000000, enhances=True)
     """
-    numbers = np.array(list(held.counts), dtype=np.uint8)
+    numbers = np.array(list(label_map.counts), dtype=np.uint8)
     codes = decode(numbers, convention).tolist()
-    voxels = sum(count for count, code in zip(held.counts.values(), codes, strict=True) if code)
-    return LabelStats(volume_um3=voxels * held.voxel_um3, enhances=ENHANCING in codes)
+    voxels = sum(count for count, code in zip(label_map.counts.values(), codes, strict=True) if code)
+    return LabelStats(volume_um3=voxels * label_map.voxel_um3, enhances=ENHANCING in codes)
 
 
-def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
+def values_of(case_ids: Iterable[str], label_maps: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
     """Label numbers by case id, for :func:`data.datasets.layouts.decide_for`; empty for unreadable label maps."""
-    return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
+    return {case_id: tuple(label_maps[case_id].counts) if case_id in label_maps else () for case_id in case_ids}
 
 
 def tumours_of(
-    case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention
+    case_ids: Iterable[str], label_maps: Mapping[str, LabelMap], convention: LabelConvention
 ) -> dict[str, LabelStats]:
     """Tumours by case id, for the folds; volume 0 for unreadable label maps, which are rejected when they are used.
 
@@ -110,19 +110,20 @@ def tumours_of(
         DataError: as :func:`tumour_of`.
     """
     none = LabelStats(volume_um3=0, enhances=False)
-    return {case_id: tumour_of(held[case_id], convention) if case_id in held else none for case_id in case_ids}
+    return {
+        case_id: tumour_of(label_maps[case_id], convention) if case_id in label_maps else none for case_id in case_ids
+    }
 
 
-def hash_of(held: Mapping[str, LabelMap]) -> str:
+def hash_of(label_maps: Mapping[str, LabelMap]) -> str:
     """SHA-256 over case ids and label maps, independent of their order."""
-    lines = "".join(f"{case_id} {held[case_id].sha256}\n" for case_id in sorted(held))
+    lines = "".join(f"{case_id} {label_maps[case_id].sha256}\n" for case_id in sorted(label_maps))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def changed(before: Mapping[str, LabelMap], cases: Iterable[Case]) -> list[str]:
     """Ids of cases whose label map has changed or is gone. Files with the same size and time are not read again."""
-    asked = [case for case in cases if case.id in before]
-    touched = [case for case in asked if _stamp(case) != before[case.id].stamp]
+    touched = [case for case in cases if case.id in before and _stamp(case) != before[case.id].stamp]
     now = read_label_maps(touched)
     return [case.id for case in touched if case.id not in now or now[case.id].sha256 != before[case.id].sha256]
 

@@ -202,14 +202,14 @@ def decide_for(
         for value in found:
             seen.setdefault(value, case_id)
     labelled = [case for case in cases if case.id in values and set(values[case.id]) - {BACKGROUND}]
-    told = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
+    implied = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
         (None, None, True): ""
     }
     try:
         if labels is not None:
             return _require_fit(convention_named(labels), seen, "--labels")
         decided: dict[str, LabelConvention] = {}
-        for (declared, naming, case_folder), case_id in told.items():
+        for (declared, naming, case_folder), case_id in implied.items():
             if declared is not None:
                 decided[case_id] = _require_fit(CONVENTIONS[declared], seen, "the data set's description")
             else:

@@ -295,19 +295,19 @@ class SharedCache(CaseFolder):
 
     def _users(self) -> dict[str, set[str]]:
         """The keys held by each running process; files of dead processes are deleted. Requires the lock."""
-        living = {}
+        active = {}
         for path in (self.folder / ".users").iterdir():
             with path.open("r+", encoding="utf-8") as file:  # NFS cannot lock files open for reading only
                 try:
                     lock(file, path)
                 except BlockingIOError:
                     try:
-                        living[path.name] = set(file.read().split())
+                        active[path.name] = set(file.read().split())
                     except PermissionError:  # on SMB, locked files cannot be read
-                        living[path.name] = {place.name for place in self.folder.iterdir()}
+                        active[path.name] = {place.name for place in self.folder.iterdir()}
                 else:
                     path.unlink(missing_ok=True)
-        return living
+        return active
 
     def _sign_in(self) -> IO[str]:
         """Create this process's file among the users, locked until it is closed. Requires the lock."""

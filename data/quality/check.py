@@ -125,9 +125,9 @@ def check(source: DataSource, *, on_case: Callable[[str], None] | None = None) -
         return found
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
-        looked = list(pool.map(look, cases))
-    between = judge_cases({case.case: prints for case, prints in looked}, patients_of(cases))
-    checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in looked)
+        judged = list(pool.map(look, cases))
+    between = judge_cases({case.case: prints for case, prints in judged}, patients_of(cases))
+    checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in judged)
     values = {case.case: case.labels for case in checked if case.labels is not None}
     convention, findings = None, []
     if values:
@@ -171,8 +171,8 @@ def _look(case: Case) -> tuple[CheckedCase, Prints]:
     label, unread = _read_label(case, next(iter(seen.values())).grid if seen else None)
     findings += unread
     if label is not None:
-        doubted = any(finding.kind in {"swapped contrasts", "another patient", "same image"} for finding in together)
-        flair = None if doubted else shared.get("flair")
+        mixed_up = any(finding.kind in {"swapped contrasts", "another patient", "same image"} for finding in together)
+        flair = None if mixed_up else shared.get("flair")
         findings += judge_labels(label, [nonzero[contrast] for contrast in shared], reference, flair)
     images = {contrast: one for contrast, one in seen.items() if one.is_image}
     checked = CheckedCase(

@@ -129,8 +129,8 @@ def has_dark_band(
         for axis in range(3)
         for view, inside in _both_ways(voxels, tissue, axis)
     ]
-    told = [verdict for verdict in verdicts if verdict is not None]
-    return len(told) >= 3 and sum(told) > len(told) / 2
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return len(known) >= 3 and sum(known) > len(known) / 2
 
 
 def _both_ways(
