@@ -29,12 +29,12 @@ _NO_MAPPING: Final = _NOT_SUPPORTED | {errno.ENODEV, errno.EACCES, errno.EPERM}
 
 _NO_PERMISSION: Final = "Check who may read and write it, or choose another place."
 _NOT_ABLE: Final = (
-    "The file system cannot do this or does not take such a name, as network and shared folders often do not; "
+    "The file system does not support this or does not accept the name, as is common on network and shared folders; "
     "choose a folder on a local disk."
 )
 _TOO_MANY_OPEN: Final = "Too many files are open: raise the limit (ulimit -n), or close other programs."
 _IN_USE: Final = "Another program uses it: close that program and run the same command again."
-_IN_THE_WAY: Final = "Something with this name is in the way: move it, or choose another place."
+_IN_THE_WAY: Final = "Something with this name already exists: move it, or choose another place."
 _SERVER_LOST: Final = "The server of this folder does not answer: check the network, mount the folder again, and retry."
 _LOGIN_EXPIRED: Final = "The login at the server of this folder has expired: log in again (such as with kinit)."
 _DISK_FAILED: Final = (
@@ -58,14 +58,14 @@ _REMEDIES: Final[dict[str, str]] = {
     "EISDIR": "A folder is where a file is expected: check the path.",
     "ENOENT": "Check the path; a folder above it may be missing, or another program removed it.",
     **dict.fromkeys(("EEXIST", "ENOTEMPTY"), _IN_THE_WAY),
-    "EXDEV": "It lies on two file systems (mounts): choose a folder within one.",
-    "EMLINK": "The file system takes no more entries there: choose another folder.",
+    "EXDEV": "It is on two file systems (mounts): choose a folder within one.",
+    "EMLINK": "The file system allows no more entries there: choose another folder.",
     **dict.fromkeys(("EBUSY", "ETXTBSY"), _IN_USE),
     **dict.fromkeys(("EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOTTY", "ENOLCK", "ENODEV"), _NOT_ABLE),
-    "EILSEQ": "The file system does not take such a name: use plain letters and digits.",
+    "EILSEQ": "The file system does not accept this name: use plain letters and digits.",
     "EINTR": "A signal interrupted it: run the same command again.",
     **dict.fromkeys(("EAGAIN", "EWOULDBLOCK"), "The system was busy: run the same command again."),
-    "ENOMEM": "Memory is short: close other programs.",
+    "ENOMEM": "Memory is low: close other programs.",
     "ENXIO": "Nobody reads from this pipe, or its device is gone: choose another place.",
     "EPIPE": "Nobody reads from this pipe: choose another place.",
     "EOVERFLOW": "The file is larger than this system can open: check its size.",
@@ -121,7 +121,7 @@ def sync_file(file: IO[Any], path: Path) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in _NO_FILE_SYNC:
-            raise _at(path, "cannot be brought to the disk (fsync)", error) from error
+            raise _at(path, "cannot be flushed to the disk (fsync)", error) from error
         warn_once(path.parent, "sync files", error, "A power cut may take the newest files.")
 
 
@@ -139,7 +139,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
-            raise _at(folder, "the folder cannot be brought to the disk (fsync)", error) from error
+            raise _at(folder, "the folder cannot be flushed to the disk (fsync)", error) from error
         warn_once(folder, "sync folders", error, "A power cut may take the newest files.")
 
 

@@ -235,7 +235,7 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
         return Volume(voxels=stored, affine=affine, path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
-        raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
+        raise DataError(f"{path}: {volume.zeroed} voxels of the label map are NaN or infinite. Repair the file.")
     with np.errstate(invalid="ignore"):  # out-of-range values wrap around, so the comparison below finds them
         labels = volume.voxels.astype(np.uint8)
     if np.array_equal(labels, volume.voxels):
@@ -253,9 +253,9 @@ def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[n
     off = np.abs(values - whole) > LABEL_TOLERANCE
     if off.any():
         raise DataError(
-            f"{path}: a label map holds whole numbers from 0 to 255, this file holds others: {_some(values[off])}. "
-            "Is it an image? If a label map was interpolated or saved with a scale, save it again as whole numbers "
-            f"(UINT8, slope 1; nearest neighbour). Only within {LABEL_TOLERANCE:g} of one it is rounded."
+            f"{path}: label values must be whole numbers from 0 to 255, this file has {_some(values[off])}. Is it an "
+            "image? If a label map was interpolated or saved with a scale, save it again as whole numbers (UINT8, "
+            f"slope 1; nearest neighbour). Values are rounded only within {LABEL_TOLERANCE:g} of a whole number."
         )
     near = values != whole
     labels: npt.NDArray[np.uint8] = np.clip(np.rint(voxels), 0, 255).astype(np.uint8)
@@ -392,7 +392,7 @@ def _write_like(
         shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
     if shape != voxels.shape[:3]:
         raise DataError(
-            f"{reference}: its grid is {_times(shape)} voxels, that of what is written {_times(voxels.shape)}"
+            f"{reference}: its grid has {_times(shape)} voxels, the array to be written {_times(voxels.shape)}"
         )
     header = image.header.copy()
     header.extensions.clear()  # they may contain patient data, and they describe the reference image
@@ -419,13 +419,13 @@ def _write_like(
 def _open(path: Path) -> Any:
     """Open a file with nibabel and check its header; the voxels are not read yet."""
     if path.is_dir():
-        raise DataError(f"{path}: a folder stands where a NIfTI file is expected. Give the file.")
+        raise DataError(f"{path}: a folder, not a NIfTI file. Give the file.")
     if not path.exists():
         raise DataError(f"{path}: no such file. Check the name.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
+        raise DataError(f"{path}: no permission to read it. Grant it to this user, or leave the case out.")
     try:
         image = nib.load(path) if name_misleads(path) is None else _by_content(path)
     except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError) as error:
@@ -606,7 +606,7 @@ def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
     while count > 0:
         skipped = len(stream.read(min(count, _PIECE_BYTES)))
         if not skipped:
-            raise EOFError("the voxels are not there")
+            raise EOFError("the file ends before the voxels")
         count -= skipped
 
 
@@ -633,8 +633,8 @@ def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, i
     if volume is not None:
         if len(shape) != 4 or volume >= shape[3]:
             raise DataError(
-                f"{path}: {len(shape)}D with shape {_times(shape)}; volume {volume} (counted from 0) of a 4D file is "
-                "needed. Does the description of the data set belong to it?"
+                f"{path}: {len(shape)}D with shape {_times(shape)}; volume {volume} (from 0) of a 4D file is needed. "
+                "Does the data set's description match its files?"
             )
         shape = shape[:3]
     while len(shape) > 3 and shape[-1] == 1:
@@ -660,8 +660,8 @@ def _require_room(path: Path, claimed: int) -> None:
     most = size * _MOST_BYTES_PER_BYTE if is_compressed(path) else size
     if claimed > most:
         raise DataError(
-            f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, the file can hold {most} at "
-            "most. Copy or download it again."
+            f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, but the file can hold {most} "
+            "at most. Copy or download it again."
         )
 
 
@@ -671,7 +671,7 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
     linear = affine[:3, :3]
     # No head is larger than a kilometre, and larger numbers would overflow.
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-12:
-        raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
+        raise DataError(f"{path}: the affine is not invertible, so voxels have no position. Convert the file again.")
     smallest, largest = min(spacing_of(affine)), max(spacing_of(affine))
     low, high = VOXEL_SIZE_MM
     if not low <= smallest <= largest <= high:

@@ -97,19 +97,19 @@ def id_problems(case_id: str) -> list[str]:
     """One sentence if a case id cannot serve as a file name, as it does in output and cache folders; else empty."""
     if any("\udc80" <= sign <= "\udcff" for sign in case_id):
         return [
-            f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
+            f"the name {case_id!r} is not valid UTF-8; it comes from a system with another encoding. "
             "Rename the files, for instance with convmv -f latin1 -t utf8 --notest"
         ]
     size = len(case_id.encode(errors="replace"))
     if size > MOST_ID_BYTES:
         return [
-            f"the id takes {size} bytes; file systems take {MOST_NAME_BYTES} for a name, which leaves {MOST_ID_BYTES} "
-            "for an id before .nii.gz. Give the case a shorter id"
+            f"the id is {size} bytes long; the limit of {MOST_NAME_BYTES} for a file name leaves {MOST_ID_BYTES} "
+            "before .nii.gz. Give the case a shorter id"
         ]
     bad = [part for part in ("..", "/", "\\") if part in case_id]
     if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
         return []
-    return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
+    return [f"{case_id!r} cannot be used in file names: no leading dot, no '..', no slash. Rename the case"]
 
 
 def missing_problems(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:

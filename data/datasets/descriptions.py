@@ -117,14 +117,14 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
     rows = _rows(path)
     if not rows:
         raise DataError(
-            f"{path}: the manifest is empty. Its first row names the columns: case, t1, t1c, t2, flair, seg."
+            f"{path}: the manifest is empty. Its first row must name the columns: case, t1, t1c, t2, flair, seg."
         )
     columns = _columns(rows[0][1], path)
     contrasts = [column for column in columns if column not in ("case", "seg", "labels", "patient")]
     if "case" not in columns or not contrasts:
         raise DataError(
-            f"{path}: no manifest: its first row must name the columns case, t1, t1c, t2, flair and, where there are "
-            f"label maps, seg; it has {', '.join(rows[0][1])[:200]}."
+            f"{path}: not a manifest: its first row must name the columns case, t1, t1c, t2, flair and, for label "
+            f"maps, seg; it has {', '.join(rows[0][1])[:200]}."
         )
     others = {at: text.strip() for at, text in enumerate(rows[0][1]) if at not in columns.values()}
     lines: dict[str, int] = {}
@@ -137,7 +137,7 @@ def read_manifest(path: Path) -> tuple[Case, ...]:
         if not case_id:
             raise DataError(f"{path}, line {line}: no case id. Fill in the column of the case.")
         if case_id in lines:
-            raise DataError(f"{path}: case {case_id} is there twice, in lines {lines[case_id]} and {line}. Keep one.")
+            raise DataError(f"{path}: case {case_id} appears twice, in lines {lines[case_id]} and {line}. Keep one.")
         lines[case_id] = line
         images = [name for at, name in others.items() if at < len(row) and _names_an_image(row[at])]
         cases.append(_row_case(path, line, case_id, cells, [f"column {name}" for name in images]))
@@ -160,7 +160,7 @@ def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str], unr
         if not text or (contrast is None and name != "seg"):
             continue
         if not text.isprintable():
-            raise DataError(f"{path}, line {line}: {name} is {text!r}, which is no path. Repair the manifest.")
+            raise DataError(f"{path}, line {line}: {name} is {text!r}, which is not a path. Repair the manifest.")
         match = _VOLUME.match(text)
         file = as_on_disk(path.parent / (match["path"] if match is not None else text))
         if not file.is_symlink() and not file.exists():
@@ -174,7 +174,7 @@ def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str], unr
     declared = cells.get("labels") or None
     if declared is not None and declared not in CONVENTIONS:
         known = ", ".join(CONVENTIONS)
-        raise DataError(f"{path}, line {line}: labels is {declared!r}; there are {known}. Repair the manifest.")
+        raise DataError(f"{path}, line {line}: labels is {declared!r}, not one of {known}. Repair the manifest.")
     names = [split_name(strip_nifti_ending(file.name) or "") for file in contrasts.values()]
     return Case(
         id=case_id,
@@ -259,7 +259,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({str(error)[:200]}). Repair it.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: a dataset.json is an object with channel_names or modality. Repair it.")
+        raise DataError(f"{path}: not an object with channel_names or modality, as a dataset.json must be. Repair it.")
     return content
 
 
@@ -281,7 +281,7 @@ def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
     ):
         raise DataError(
             f'{path}: channel_names (or modality) must name the channels, such as {{"0": "T1", "1": "T1ce", "2": "T2", '
-            '"3": "FLAIR"}. Write them in.'
+            '"3": "FLAIR"}. Add them.'
         )
     channels: dict[int, Contrast] = {}
     for number, name in names.items():
@@ -289,14 +289,12 @@ def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
         if contrast is None:
             continue
         if contrast in channels.values():
-            raise DataError(
-                f"{path}: two channels are {contrast} by their names: {', '.join(names.values())}. Rename one."
-            )
+            raise DataError(f"{path}: two channels are named {contrast}: {', '.join(names.values())}. Rename one.")
         channels[int(number)] = contrast
     if not channels:
         raise DataError(
-            f"{path}: no channel is named after a contrast: {', '.join(names.values())[:200]}. Name them in "
-            "channel_names: T1, T1ce, T2, FLAIR, in their order."
+            f"{path}: no channel is named after a contrast: {', '.join(names.values())[:200]}. List T1, T1ce, T2 and "
+            "FLAIR in channel_names, in the order of the channels."
         )
     return channels
 

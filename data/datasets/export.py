@@ -105,7 +105,7 @@ def export_dataset(
         OSError: ``out`` is not writable.
     """
     if layout not in LAYOUTS:
-        raise DataError(f"no layout is named {layout!r}; there are {', '.join(LAYOUTS)}. Give one of them.")
+        raise DataError(f"no layout is named {layout!r}. Give one of {', '.join(LAYOUTS)}.")
     _require_place(source.root, out)
     cases = [case.require() for case in source.find_cases().values()]
     convention = convention_of(cases, labels=source.labels) if any(case.label is not None for case in cases) else None
@@ -369,4 +369,4 @@ def _require_place(root: Path, out: Path) -> None:
         what = "is not empty" if out.is_dir() else "is a file"
         raise DataError(f"{out} {what}; give a new folder to export to.")
     if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{out} lies in {root}, the data set that is exported; give a folder outside of it.")
+        raise DataError(f"{out} is inside {root}, the data set to be exported; give a folder outside it.")

@@ -62,8 +62,8 @@ __all__ = [
 NAMING_RULES: Final = (
     "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2017-2021) or <case>-t1n, -t1c, -t2w, -t2f "
     "(BraTS 2023 and later), each .nii or .nii.gz, or other usual names of the contrasts, such as _t1gd, _t1_post or "
-    "_fla; its label map ends in seg. All cases may lie in one folder; "
-    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
+    "_fla; its label map ends in seg. All cases may be in one folder; "
+    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) work too"
 )
 
 _DEEPEST_FOLDER: Final = 3
@@ -93,7 +93,7 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         folders[case.id].append(str(case.folder))
     for case_id, places in folders.items():
         if len(places) > 1:
-            raise DataError(f"case {case_id} is there {len(places)} times: {', '.join(places)}. Keep one of them.")
+            raise DataError(f"case {case_id} appears {len(places)} times: {', '.join(places)}. Keep one of them.")
     return tuple(sorted(cases, key=lambda case: case.id))
 
 
@@ -228,8 +228,8 @@ def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) 
     foreign = sorted(set(seen) - convention.codes.keys())
     if foreign:
         raise DataError(
-            f"label values {foreign} do not belong to {convention.name}, which {source} says they are; it has "
-            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or say what they are with "
+            f"label values {foreign} are not in {convention.name}, the convention stated by {source}; it has "
+            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or give their convention with "
             f"--labels, one of {', '.join(CONVENTIONS)}."
         )
     return convention
@@ -239,9 +239,9 @@ def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
     """Distinguish 2024's cavities (4) next to enhancing tumour (3) from a mixture of cases from different years."""
     if not any({3, 4} <= set(found) for found in values.values()):
         raise DataError(
-            "label values 3 and 4 occur together in the data set, and in no case: are cases with the numbers of "
-            "BraTS 2021 (enhancing tumour 4) among those of 2023 (3)? Then keep them in different folders; if 4 is the "
-            f"resection cavity of 2024, say so with --labels {BRATS2024.name}."
+            "the data set has the label values 3 and 4, but no case has both: does it mix cases of BraTS 2021 "
+            "(enhancing tumour is 4) and 2023 (3)? If so, keep them in different folders; if 4 is the resection cavity "
+            f"of 2024, give --labels {BRATS2024.name}."
         )
 
 
@@ -249,10 +249,10 @@ def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> La
     """The convention of all parts of a data set; if there are several, they must agree on the values seen."""
     conventions = [c for c in CONVENTIONS.values() if c in decided.values()]
     if len({tuple(c.codes.get(value) for value in seen) for c in conventions}) > 1:
-        parts = ", ".join(f"{convention.name} goes with {case_id}" for case_id, convention in decided.items())
+        parts = ", ".join(f"{convention.name} for {case_id}" for case_id, convention in decided.items())
         raise DataError(
-            f"names and descriptions of the cases tell different label conventions: {parts}. Keep such data sets in "
-            f"different folders, or say which it is with --labels, one of {', '.join(CONVENTIONS)}."
+            f"names and descriptions of the cases imply different label conventions: {parts}. Keep such data sets in "
+            f"different folders, or give --labels, one of {', '.join(CONVENTIONS)}."
         )
     return BRATS2021 if BRATS2021 in conventions else conventions[0]
 
@@ -284,14 +284,14 @@ class _Links:
             return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
         if self._follow or not self._leads_out(path):
             return []
-        return [f"{path} lies at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
+        return [f"{path} is a link to {path.resolve()}, outside {self._root}. {_LINK_REMEDY}"]
 
     def not_followed(self) -> list[str]:
         """One sentence if symlinked folders were not followed; else empty."""
         if not self._left:
             return []
         shown = ", ".join(str(path) for path in self._left[:3])
-        return [f"Not looked into, as they are links out of the folder: {shown}. {_LINK_REMEDY}"]
+        return [f"Folders behind links that leave the data folder were not searched: {shown}. {_LINK_REMEDY}"]
 
     def _leads_out(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self._real_root)
@@ -395,7 +395,7 @@ def _case_of(
         if len(paths) > 1:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
     if len(ids) > 1:
-        problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
+        problems.append(f"{folder} contains files of several cases: {', '.join(ids)}. Keep one case in each folder")
     case_id = ids[0] if len(ids) == 1 else folder.name
     problems += id_problems(case_id)
     if any(name.is_target for _, name in files) or case_id.upper().startswith("BRATS-MEN-RT-"):
@@ -416,8 +416,8 @@ def _case_of(
 
 
 _RADIOTHERAPY: Final = (
-    "a case of meningioma radiotherapy (BraTS MEN-RT) has one contrast and a target volume (gtv), and none of the "
-    "regions that this program learns: whole tumour, core, enhancing tumour. Leave such cases out"
+    "cases of meningioma radiotherapy (BraTS MEN-RT) have one contrast and a target volume (gtv), but no whole tumour, "
+    "core and enhancing tumour to learn. Leave them out"
 )
 
 

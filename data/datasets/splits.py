@@ -127,7 +127,7 @@ def _fold_count(patients: int, fold: int, folds: int) -> int:
     if folds < 2:
         raise DataError(
             f"{patients} patient cannot be split into training and validation; "
-            'give --fold all, or a split: {"train": [...], "validation": [...]} with --split FILE'
+            'give --fold all, or --split FILE with {"train": [...], "validation": [...]}'
         )
     if not 0 <= fold < folds:
         raise DataError(f"fold {fold} does not exist; {patients} patients give the folds 0 to {folds - 1}")

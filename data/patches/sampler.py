@@ -84,7 +84,7 @@ class CachedCase:
         """The error for prepared arrays that were removed or changed during a run."""
         return DataError(
             f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
-            f"({why}). Go on with --resume; they are made anew."
+            f"({why}). Resume with --resume; they will be prepared again."
         )
 
 

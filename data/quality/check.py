@@ -236,13 +236,13 @@ def _non_finite(contrast: Contrast, count: int) -> Finding:
         severity="problem",
         contrast=contrast,
         message=f"{count} {'voxel is' if count == 1 else 'voxels are'} NaN or infinite",
-        action="Repair the file, leave the case out, or take them as 0 with --nan-to-zero",
+        action="Repair the file, leave the case out, or set them to 0 with --nan-to-zero",
     )
 
 
 def _background(contrast: Contrast, message: str) -> Finding:
     """A note on an image whose background was set to 0; all other checks see it that way."""
-    action = "Usable; every command takes it as 0. Look whether the brain was cut out as you meant, or set it to 0"
+    action = "Usable; every command sets it to 0. Check that the brain was extracted as intended, or set it to 0"
     return Finding(kind="background", severity="note", contrast=contrast, message=message, action=action)
 
 
@@ -260,8 +260,8 @@ def _without_label(cases: list[str], count: int) -> Finding:
         severity="note",
         message="no case has a label map"
         if len(cases) == count
-        else f"{len(cases)} of {count} have no label map: {some}",
-        action="They can be predicted; to train, leave them out with --split or add the label maps",
+        else f"{len(cases)} of {count} cases have no label map: {some}",
+        action="They can be predicted; for training, leave them out with --split or add the label maps",
     )
 
 
@@ -275,9 +275,9 @@ def _visits(cases: Sequence[Case]) -> list[Finding]:
             Finding(
                 kind="visits",
                 severity="note",
-                message=f"by words or dates in their ids these are visits of one patient: {_first(shown)}",
-                action="They stay in one part of a split. If they are not, name the patients in a manifest's column "
-                "patient",
+                message=f"ids with words or dates for visits are taken as one patient: {_first(shown)}",
+                action="They stay in one part of a split. If they are not one patient's, name the patients in a "
+                "manifest's column patient",
             )
         )
     maybe = look_like_visits(cases)
@@ -286,10 +286,10 @@ def _visits(cases: Sequence[Case]) -> list[Finding]:
             Finding(
                 kind="possible visits",
                 severity="note",
-                message="ids look like visits of one patient, and nothing says whether they are: "
+                message="ids look like visits of one patient, but this is uncertain: "
                 f"{_first([', '.join(ids) for ids in maybe])}",
-                action="They count as different patients and may be parted by a split. If they are one patient's, say "
-                "so in a manifest's column patient, or keep them together with --split",
+                action="They count as different patients, and a split may separate them. If they are one patient's, "
+                "name the patient in a manifest's column patient, or keep them together with --split",
             )
         )
     return findings

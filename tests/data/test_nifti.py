@@ -438,7 +438,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0.5, -1.0, 256.0, 1e9])
 def test_a_label_map_with_other_than_small_whole_numbers_is_refused(tmp_path: Path, value: float) -> None:
     path = save(tmp_path / "seg.nii.gz", np.array([0, 1, value], dtype=np.float32).reshape(3, 1, 1))
-    with pytest.raises(DataError, match=r"seg\.nii\.gz: a label map holds whole numbers from 0 to 255"):
+    with pytest.raises(DataError, match=r"seg\.nii\.gz: label values must be whole numbers from 0 to 255"):
         read_label_map(path)
 
 
@@ -470,7 +470,7 @@ def test_label_values_within_a_hundredth_of_whole_numbers_are_rounded(
 
 def test_the_values_that_a_label_map_may_not_have_are_named_with_the_remedy(tmp_path: Path) -> None:
     path = save(tmp_path / "seg.nii", np.array([0, 1.004, 1.02, 2.5], dtype=np.float32).reshape(4, 1, 1))
-    with pytest.raises(DataError, match=r"holds others: 1\.02, 2\.5\. .*save it again as whole numbers"):
+    with pytest.raises(DataError, match=r"this file has 1\.02, 2\.5\. .*save it again as whole numbers"):
         read_label_map(path)
 
 

@@ -381,7 +381,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a half-written file goes": Guard(
         FILES,
-        "        beside.unlink(missing_ok=True)",
+        "        partial.unlink(missing_ok=True)",
         "        pass",
         "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
     ),

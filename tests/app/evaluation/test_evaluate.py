@@ -101,7 +101,7 @@ def test_label_maps_without_a_name_that_tells_their_numbers_are_refused_with_the
     save(sides[1] / "a.nii.gz", tumour(3))
     save(sides[1] / "b.nii.gz", tumour(3))
     with pytest.raises(
-        DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels, one of brats2023 .* msd .*3 in a"
+        DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels: brats2023 .* msd .*3 in a"
     ):
         evaluate(*map(DataSource, sides))
     predictions, references = map(DataSource, sides)

@@ -102,7 +102,7 @@ def test_the_cavity_of_2024_is_in_no_region(render: Render, tmp_path: Path) -> N
 def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     cases = find_cases(render(tmp_path, "flat").root)
     with pytest.raises(
-        DataError, match=r"values 0, 1, 2, 3 .*--labels, one of brats2023 .*msd .*Seen: 1 in a.* 3 in a"
+        DataError, match=r"values 1, 2, 3 .*--labels: brats2023 .*msd .*Seen: 1 in a.* 3 in a"
     ):
         convention_of(cases)
     assert convention_of(cases, labels="msd").name == "msd"
@@ -111,7 +111,7 @@ def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render:
 def test_a_manifest_without_a_word_on_labels_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     manifest = render(tmp_path, "manifest").root
     manifest.write_text(manifest.read_text().replace(",msd,", ",,"))
-    with pytest.raises(DataError, match=r"--labels, one of brats2023 .*msd"):
+    with pytest.raises(DataError, match=r"--labels: brats2023 .*msd"):
         convention_of(find_cases(manifest))
 
 
@@ -120,14 +120,14 @@ def test_nnunet_raw_without_names_of_tissues_is_refused_with_the_flag(
     render: Render, tmp_path: Path, labels: object
 ) -> None:
     cases = find_cases(describe(render(tmp_path, "nnU-Net").root, labels=labels))
-    with pytest.raises(DataError, match=r"--labels, one of brats2023 .*msd"):
+    with pytest.raises(DataError, match=r"--labels: brats2023 .*msd"):
         convention_of(cases)
 
 
 @pytest.mark.parametrize(
     ("layout", "numbers", "words"),
     [
-        ("2024 PED", {4: 1}, "of the PED task, without a 4 anywhere, .*--labels, one of brats2023 .*brats2024-ped"),
+        ("2024 PED", {4: 1}, "of the PED task, without a 4 anywhere, .*--labels: brats2023 .*brats2024-ped"),
         ("2024 GLI", {3: 2}, "a 4 and no 3 under names of GLI or MET .*--labels, one of brats2021 .*brats2024"),
         ("2021", {1: 3}, "3 and 4 occur together.*--labels, one of brats2024 .*brats2024-ped .*brats2015"),
         ("MSD", {2: 4}, "do not belong to msd, which the data set's description says .* --labels"),
@@ -160,7 +160,7 @@ def test_families_with_different_numbers_in_one_folder_are_refused_with_a_case_o
 ) -> None:
     render(tmp_path, "2024 GLI")
     render(tmp_path, "2024 PED")
-    with pytest.raises(DataError, match=r"brats2024 goes with BraTS-GLI.*brats2024-ped goes with BraTS-PED.*--labels"):
+    with pytest.raises(DataError, match=r"brats2024 for BraTS-GLI.*brats2024-ped for BraTS-PED.*--labels"):
         convention_of(find_cases(tmp_path))
 
 
@@ -170,7 +170,7 @@ def test_years_whose_numbers_mean_the_same_may_be_mixed() -> None:
 
 
 def test_an_unknown_convention_is_refused_with_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"named 'brats1999'; there are brats2021, .*msd"):
+    with pytest.raises(DataError, match=r"named 'brats1999'. Give one of brats2021, .*msd"):
         convention_of([], labels="brats1999")
 
 

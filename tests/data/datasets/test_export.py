@@ -195,7 +195,7 @@ def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
     path.write_text("\n".join([f"patient,{head}", *(f"anna,{row}" for row in rows)]), encoding="utf-8")
     done = export_dataset(DataSource(root), tmp_path / "out", layout)
     assert {case.patient == "anna" for case in find_cases(tmp_path / "out")} == {kept}
-    assert (f"{layout} has no place for patients" in " ".join(done.notes)) is not kept
+    assert (f"{layout} cannot store patients" in " ".join(done.notes)) is not kept
 
 
 def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:

@@ -120,7 +120,7 @@ def test_names_of_both_eras_in_one_case_leave_its_naming_open(tmp_path: Path) ->
 def test_one_id_in_two_folders_is_refused_with_both_places(tmp_path: Path) -> None:
     make_case(tmp_path / "HGG" / "a")
     make_case(tmp_path / "LGG" / "a")
-    with pytest.raises(DataError, match=r"case a is there 2 times: .*HGG.*LGG"):
+    with pytest.raises(DataError, match=r"case a appears 2 times: .*HGG.*LGG"):
         find_cases(tmp_path)
 
 

@@ -118,7 +118,7 @@ def test_a_contrast_of_zeros_is_a_problem(tmp_path: Path) -> None:
 def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 0.5, 1, 2])
     (problem,) = checked(tmp_path)["a"].problems
-    assert "a label map holds whole numbers" in problem
+    assert "label values must be whole numbers" in problem
 
 
 @pytest.mark.parametrize(
@@ -236,7 +236,7 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
     write_case(tmp_path, "up..up")
-    assert "'up..up' cannot name the files" in checked(tmp_path)["up..up"].problems[0]
+    assert "'up..up' cannot be used in file names" in checked(tmp_path)["up..up"].problems[0]
 
 
 def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> None:
