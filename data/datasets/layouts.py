@@ -284,7 +284,7 @@ class _Links:
             return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
         if self._follow or not self._leads_out(path):
             return []
-        return [f"{path} is a link to {path.resolve()}, outside {self._root}. {_LINK_REMEDY}"]
+        return [f"{path} is at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
 
     def not_followed(self) -> list[str]:
         """One sentence if symlinked folders were not followed; else empty."""

@@ -153,7 +153,7 @@ def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp
 
 def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
-    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, that of what is written 6x5x4"):
+    with pytest.raises(DataError, match=r"reference\.nii: its grid has 4x5x6 voxels, the array to be written 6x5x4"):
         write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.nii"]
 
@@ -648,7 +648,7 @@ def test_a_volume_that_is_not_in_the_file_is_refused_with_its_shape(
     tmp_path: Path, shape: tuple[int, ...], volume: int
 ) -> None:
     path = save(tmp_path / "a.nii.gz", np.ones(shape, dtype=np.float32))
-    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(counted from 0\)"):
+    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(from 0\)"):
         read_volume(path, volume)
 
 
