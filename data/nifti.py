@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -286,7 +286,8 @@ def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, in
 
 def reorient(volume: Volume) -> Volume:
     """Return the volume in the program's voxel order (LPS): axes are swapped and flipped, nothing is interpolated."""
-    to_canonical = _orientation_change(volume.affine)
+    own, canonical = orientations.io_orientation(volume.affine), orientations.axcodes2ornt(CANONICAL_AXES)
+    to_canonical = orientations.ornt_transform(own, canonical)
     affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
     voxels = orientations.apply_orientation(volume.voxels, to_canonical)
     return replace(volume, voxels=np.ascontiguousarray(voxels), affine=affine, doubt=None)
@@ -503,13 +504,11 @@ def _opened(path: Path) -> Any:
 
 def _require_no_stranger(path: Path) -> None:
     """Reject a file of another type and name the type; return if the file is damaged or of unknown type."""
-    with suppress(EOFError, zlib.error, _ZLIB_NG_ERROR, OSError), _opened(path) as stream:
-        start = stream.read(132)
-        _refuse(path, start)
-
-
-def _refuse(path: Path, start: bytes) -> None:
-    """Reject a file whose first decompressed bytes identify it as another type."""
+    try:
+        with _opened(path) as stream:
+            start = stream.read(132)
+    except (EOFError, zlib.error, _ZLIB_NG_ERROR, OSError):
+        return
     if start[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: compressed twice. Unpack it once (gunzip).")
     for sign, what, remedy in _FOREIGN:
@@ -720,14 +719,6 @@ def _other_pixdim(image: Any, affine: npt.NDArray[np.float64]) -> Spacing | None
 def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int_]:
     """The corners of a grid as columns of homogeneous voxel indices."""
     return np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
-
-
-def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Nibabel's orientation transform from an affine's voxel order to the program's."""
-    change: npt.NDArray[np.float64] = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(CANONICAL_AXES)
-    )
-    return change
 
 
 @contextmanager

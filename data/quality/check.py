@@ -260,7 +260,7 @@ def _without_label(cases: list[str], count: int) -> Finding:
         severity="note",
         message="no case has a label map"
         if len(cases) == count
-        else f"{len(cases)} of {count} cases have no label map: {some}",
+        else f"{len(cases)} of {count} have no label map: {some}",
         action="They can be predicted; for training, leave them out with --split or add the label maps",
     )
 
