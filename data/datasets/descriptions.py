@@ -74,10 +74,7 @@ def read_description(description: Path, only: str | None = None) -> tuple[Case, 
     channels = _channels(content, description)
     others = _other_channels(content)
     declared = declared_convention(description)
-    if declared is None and not _label_names(content):
-        of_layout: str | None = MSD.name
-    else:
-        of_layout = declared
+    of_layout = MSD.name if declared is None and not _label_names(content) else declared
     cases: list[Case] = []
     for images, labels in _PARTS:
         if only not in (None, images) or not (description.parent / images).is_dir():
