@@ -235,7 +235,7 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
         return Volume(voxels=stored, affine=affine, path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
-        raise DataError(f"{path}: {volume.zeroed} voxels of the label map are NaN or infinite. Repair the file.")
+        raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite. Repair the label map.")
     with np.errstate(invalid="ignore"):  # out-of-range values wrap around, so the comparison below finds them
         labels = volume.voxels.astype(np.uint8)
     if np.array_equal(labels, volume.voxels):

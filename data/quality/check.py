@@ -66,7 +66,7 @@ class CheckedCase:
         """Plain data."""
         content = asdict(self)
         findings = content.pop("findings")
-        return {**content, "problems": self.problems, "findings": findings}
+        return {**content, "problems": list(self.problems), "findings": list(findings)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -353,7 +353,7 @@ SHEARED[0, 1] = 0.1
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (write_nothing, "no such file"),
-    "a folder": (Path.mkdir, "a folder stands where a NIfTI file is expected"),
+    "a folder": (Path.mkdir, "a folder, not a NIfTI file"),
     "empty": (Path.touch, "the file is empty"),
     "cut short": (write_cut_short, "damaged or cut short"),
     "a flipped bit": (write_flipped_bit, "damaged or cut short"),

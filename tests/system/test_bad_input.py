@@ -369,7 +369,7 @@ BAD_LABELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "another grid": (lambda p: move(p, 1, 2), [f"case {CASE}", "label map", "2.00 mm on axis y (anterior-posterior)"]),
     "another shape": (lambda p: change(p, lambda v: v[1:], np.uint8), [f"case {CASE}", "label map", "shape"]),
     "fractions": (lambda p: change(p, lambda v: v + 0.5), [f"case {CASE}, label map", "whole numbers", "an image?"]),
-    "NaN": (hole(np.nan), [f"case {CASE}, label map", "2 voxels are NaN", "Repair the file"]),
+    "NaN": (hole(np.nan), [f"case {CASE}, label map", "2 voxels are NaN", "Repair the label map"]),
     "empty file": (lambda p: p.write_bytes(b""), [f"case {CASE}, label map", "the file is empty"]),
     "link out": (link_out, [f"case {CASE}", "outside of", "--follow-links"]),
 }

@@ -177,8 +177,8 @@ def test_one_image_under_two_ids_is_a_problem_of_both_cases(tmp_path: Path) -> N
     for case in "ab":
         save(write_case(tmp_path, case) / f"{case}_t2.nii.gz", [0, 3, 7, 9])
     first, second = checked(tmp_path).values()
-    assert first.problems[0].startswith("t2 holds the same voxels as in case b. ")
-    assert second.problems[0].startswith("t2 holds the same voxels as in case a. ")
+    assert first.problems[0].startswith("t2 has the same voxels as in case b. ")
+    assert second.problems[0].startswith("t2 has the same voxels as in case a. ")
 
 
 def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: Path) -> None:
