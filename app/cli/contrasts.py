@@ -38,12 +38,12 @@ def contrasts_command(
     from app.inference.backends.choose import choose_backend
     from app.inference.ensemble import load_predictor
     from app.inference.subsets import choose_cases, convention_for, score_subsets, subset_rows, write_subset_table
-    from data.datasets.layouts import find_cases
+    from data.datasets.source import DataSource
 
     runtime = choose_backend("auto", options.runtime_config(device))
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime)
-        found = find_cases(data, follow_links=follow_links)
+        found = tuple(DataSource(data, follow_links=follow_links).find_cases().values())
         scores = score_subsets(
             model,
             choose_cases(run, found, cases),

@@ -36,13 +36,13 @@ def check_command(
     If there are problems, the exit code is 3. Notes are only informative.
     """
     from app.errors import EXIT_DATA
-    from data.datasets.layouts import find_cases
-    from data.quality.check import check as look
+    from data.datasets.source import DataSource
+    from data.quality.check import check
 
-    count = len(find_cases(folder, follow_links=follow_links))
+    data = DataSource(folder, labels=labels, follow_links=follow_links)
+    count = len(data.find_cases())
     with terminal.watched() as on_progress:
-        ready = terminal.case_counter(on_progress, "checking", count)
-        found = look(folder, follow_links=follow_links, labels=labels, on_case=ready)
+        found = check(data, on_case=terminal.case_counter(on_progress, "checking", count))
     rows = [["case", "contrasts", "shape", "spacing mm", "labels", "problems", "notes"]]
     rows += [
         [
@@ -87,10 +87,11 @@ def export_command(
 ) -> None:
     """Copy a data set into another layout, with grids and voxel values unchanged."""
     from data.datasets.export import export_dataset
+    from data.datasets.source import DataSource
 
+    data = DataSource(source, labels=labels, follow_links=follow_links)
     with terminal.watched() as on_progress:
-        ready = terminal.by_case(on_progress, "exporting")
-        done = export_dataset(source, out, layout, labels=labels, follow_links=follow_links, on_case=ready)
+        done = export_dataset(data, out, layout, on_case=terminal.by_case(on_progress, "exporting"))
     terminal.result(
         done.to_json(),
         f"{done.cases} cases, {done.labelled} with a label map ({done.labels or 'none'}), in {done.out}",

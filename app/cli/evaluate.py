@@ -74,27 +74,26 @@ def evaluate_command(
     )
     from app.evaluation.evaluate import evaluate, region_remarks, score_rows, write_score_table
     from app.evaluation.metrics import NSD_MM
+    from data.datasets.source import DataSource
 
-    first, second = options.conventions(labels)
+    of_predictions, of_references = options.conventions(labels)
+    predicted = DataSource(predictions, labels=of_predictions, follow_links=follow_links)
+    expected = DataSource(references, labels=of_references, follow_links=follow_links)
     content: Any
     write: Callable[[Path], None]
     notes = []
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
         if chosen is not None:
-            official = evaluate_by_rules(
-                predictions, references, chosen, labels=(first, second), follow_links=follow_links, on_case=ready
-            )
+            official = evaluate_by_rules(predicted, expected, chosen, on_case=ready)
             content, rows, remarks = official.to_json(), challenge_rows(official), challenge_remarks(official)
             write = partial(write_challenge_table, official)
         else:
             scores = evaluate(
-                predictions,
-                references,
+                predicted,
+                expected,
                 resample=resample,
                 nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
-                labels=(first, second),
-                follow_links=follow_links,
                 on_case=ready,
             )
             content, rows, remarks = scores.to_json(), score_rows(scores), region_remarks(scores)

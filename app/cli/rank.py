@@ -49,12 +49,15 @@ def rank_command(
     from app.evaluation.ranking.rank import rank as rank_sets
     from app.evaluation.ranking.scores import load
     from app.reports.ranking import write_ranking_page
+    from data.datasets.source import DataSource
 
     chosen = options.challenge(rules, task)
+    of_sets, of_references = options.conventions(labels)
+    sources = [DataSource(path, labels=of_sets, follow_links=follow_links) for path in sets]
+    truth = None if references is None else DataSource(references, labels=of_references, follow_links=follow_links)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        conventions = options.conventions(labels)
-        scored = load(sets, references, chosen, labels=conventions, follow_links=follow_links, on_case=ready)
+        scored = load(sources, truth, chosen, on_case=ready)
     failures = {f"{one.name}: {case}": text for one in scored for case, text in one.failures.items()}
     terminal.complain(failures)  # before ranking: if no case is left, ranking fails for these reasons
     ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())

@@ -40,15 +40,14 @@ def report_command(
     """
     options.refuse(labels is not None and references is None, "--labels requires --references")
     from app.reports.report import report
+    from data.datasets.source import DataSource
 
     with terminal.watched() as on_progress:
         written = report(
             what,
             out,
-            images=images,
-            references=references,
-            labels=labels,
-            follow_links=follow_links,
+            images=None if images is None else DataSource(images, follow_links=follow_links),
+            references=None if references is None else DataSource(references, labels=labels, follow_links=follow_links),
             on_progress=on_progress,
         )
     pages = f", with {len(written.cases)} case pages" if written.cases else ""
