@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -68,6 +70,24 @@ def replacing(path: Path) -> Iterator[Path]:
         beside.unlink(missing_ok=True)
 
 
+@contextmanager
+def folder_when_complete(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to ``folder`` to write to; it becomes ``folder`` on success and is deleted on failure.
+
+    ``folder`` must not exist or be empty.
+    """
+    place = Path(os.path.realpath(folder))  # unlike Path.resolve, leaves a loop of symlinks to mkdir, which names it
+    partial = place.with_name(partial_name(f"{_PARTIAL}{os.getpid()}-", place.name))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming_the_place(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
 def remove_stale(folder: Path) -> list[Path]:
     """Remove the partial files that :func:`replacing` left behind in processes of this host that were killed.
 
@@ -122,6 +142,8 @@ def naming_the_place(path: Path) -> Iterator[None]:
         # shutil.copyfile names its source as well, whichever side failed.
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
         named = bool(names) and not any(map(_is_partial, names))
+        if isinstance(error, BlockingIOError) and not named:  # a buffered writer changes number and text of EAGAIN
+            error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if named and not is_raw(error):
             raise
         what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror
