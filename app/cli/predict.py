@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -175,7 +176,8 @@ def predict_command(
     from app.errors import ConfigError
     from app.inference.batch.challenge import Delivery
     from app.inference.batch.cohort import predict_each
-    from app.inference.batch.job import Native, PredictJob
+    from app.inference.batch.job import PredictJob
+    from app.inference.batch.native import Native
     from app.inference.batch.output_folder import require_place_of_its_own
     from app.system.device import RuntimeConfig
     from data.labels import CONTRASTS, CONVENTIONS
@@ -191,9 +193,9 @@ def predict_command(
         raise ConfigError(f"--device: {error}") from error
     native = None
     if prepare:
-        from data.native_space.to_brats import BringInConfig
+        from data.native_space.config import PrepareConfig
 
-        native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=answer_on)
+        native = Native(config=PrepareConfig(n4=n4, mask=mask or "auto"), space=answer_on)
     held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
     with held as output:
         job = PredictJob(
@@ -235,12 +237,12 @@ def predict_command(
                 on_progress=on_progress,
             )
     if challenge:
-        outcome = outcome.brought_to(wanted)
+        outcome = outcome.copied_to(wanted)
     if as_json:
         terminal.json_result(outcome.to_json())
-    elif outcome.done:
-        _show(outcome.done, wanted, alone=challenge)
-    _exit(len(outcome.done), outcome.failures)
+    elif outcome.cases:
+        _show(outcome.cases, wanted, alone=challenge)
+    _exit(len(outcome.cases), outcome.failures)
 
 
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
@@ -306,23 +308,21 @@ def _cases(files: dict[Contrast, Path], source: Path, *, follow_links: bool) -> 
     return find_cases(source, follow_links=follow_links)
 
 
-def _show(done: tuple[object, ...], output: Path, *, alone: bool) -> None:
-    from app.inference.batch.cohort import Prediction
+def _show(cases: Sequence[Mapping[str, Any]], output: Path, *, alone: bool) -> None:
     from app.notice import NOTICE
 
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
-    for prediction in done:
-        assert isinstance(prediction, Prediction)
-        volumes, seconds = prediction.content["volumes_ml"], prediction.content["seconds"]
-        codes = list(dict.fromkeys(flag["code"] for flag in prediction.content["flags"]))
+    for content in cases:
+        volumes, seconds = content["volumes_ml"], content["seconds"]
+        codes = list(dict.fromkeys(flag["code"] for flag in content["flags"]))
         shown = [f"{volumes[r]:.1f}" for r in volumes]
-        rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
+        rows.append([content["case"], *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     terminal.result(terminal.table(rows))
     said = "" if alone else "; <case>.json says what each flag means"
     terminal.result(f"label maps in {output}{said}. {NOTICE}")
 
 
-def _exit(done: int, failures: dict[str, str]) -> None:
+def _exit(done: int, failures: Mapping[str, str]) -> None:
     from app.errors import EXIT_DATA, EXIT_SOME_FAILED
 
     if failures:
