@@ -152,16 +152,17 @@ def predict_command(
     from app.config.inference import PredictOptions
     from app.inference.batch.challenge import Delivery
     from app.inference.batch.cohort import predict_each
-    from app.inference.batch.job import Native, PredictJob
+    from app.inference.batch.job import PredictJob
+    from app.inference.batch.native import Native
     from app.inference.batch.output_folder import require_place_of_its_own
     from data.labels import CONVENTIONS
 
     options.runtime_config(device)
     native = None
     if prepare:
-        from data.native_space.to_brats import BringInConfig
+        from data.native_space.config import PrepareConfig
 
-        native = Native(config=BringInConfig(n4=n4, mask=mask or "auto"), space=space or "t1c")
+        native = Native(config=PrepareConfig(n4=n4, mask=mask or "auto"), space=space or "t1c")
     held = tempfile.TemporaryDirectory(prefix="znormseg-") if challenge else nullcontext(str(wanted))
     with held as output:
         job = PredictJob(
@@ -203,17 +204,17 @@ def predict_command(
                 on_progress=on_progress,
             )
     if challenge:
-        outcome = outcome.brought_to(wanted)
+        outcome = outcome.copied_to(wanted)
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
-    for prediction in outcome.done:
-        volumes, seconds = prediction.content["volumes_ml"], prediction.content["seconds"]
-        codes = list(dict.fromkeys(flag["code"] for flag in prediction.content["flags"]))
+    for case in outcome.cases:
+        volumes, seconds = case["volumes_ml"], case["seconds"]
+        codes = list(dict.fromkeys(flag["code"] for flag in case["flags"]))
         shown = [f"{volumes[region]:.1f}" for region in volumes]
-        rows.append([prediction.case, *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
+        rows.append([case["case"], *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
     flags = "" if challenge else "; <case>.json explains the flags"
-    lines = [terminal.table(rows), f"label maps in {wanted}{flags}. {NOTICE}"] if outcome.done else []
+    lines = [terminal.table(rows), f"label maps in {wanted}{flags}. {NOTICE}"] if outcome.cases else []
     terminal.result(outcome.to_json(), *lines)
-    terminal.name_failed(outcome.failures, done=len(outcome.done))
+    terminal.name_failed(outcome.failures, done=len(outcome.cases))
 
 
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:

@@ -11,7 +11,7 @@ from app.cli import options, terminal
 
 if TYPE_CHECKING:
     from data.datasets.layouts import Case
-    from data.native_space.to_brats import BroughtIn, NativeCase
+    from data.native_space.to_brats import NativeCase
 
 _preparation = options.panel("Preparation")
 
@@ -46,36 +46,16 @@ def prepare_command(
         len(places) != (1 if files else 2),
         "with --t1, --t1c, --t2 and --flair, give only OUT" if files else "give CASE and OUT",
     )
-    from app.progress import LOG, Progress
-    from data.datasets.layouts import Case, case_from_files
-    from data.errors import DataError
-    from data.native_space.case_files import require_empty, write_brats_case
-    from data.native_space.to_brats import BringInConfig, bring_in, read_native
+    from app.inference.batch.prepare import prepare_cases
+    from data.datasets.layouts import case_from_files
+    from data.native_space.case_files import require_empty
+    from data.native_space.config import PrepareConfig
 
-    out, config = places[-1], BringInConfig(n4=n4, mask=mask)
+    out, config = places[-1], PrepareConfig(n4=n4, mask=mask)
     require_empty(out)
     cases = (case_from_files(files),) if files else _found(places[0], follow_links=follow_links)
-    done: list[BroughtIn] = []
-    failures: dict[str, str] = {}
     with terminal.watched() as on_progress:
-        for number, case in enumerate(cases):
-
-            def step(what: str, share: float = number / len(cases)) -> None:
-                on_progress(Progress(job="preparing", share=share, detail=what))
-
-            try:
-                native = read_native(case, nan_to_zero=nan_to_zero) if isinstance(case, Case) else case
-                brought = bring_in(native, config, on_step=step)
-                step(f"{case.id}: writing")
-                write_brats_case(brought, out)
-            except DataError as error:
-                failures[case.id] = str(error)
-                LOG.error("%s", error)
-                continue
-            for warning in brought.warnings:
-                LOG.warning("case %s: %s", case.id, warning)
-            done.append(brought)
-        on_progress(Progress(job="preparing", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
+        done, failures = prepare_cases(cases, out, config, nan_to_zero=nan_to_zero, on_progress=on_progress)
     rows = [["case", "contrast", "moved mm", "turned deg", "information", "head overlap", "CPU s", "mask"]]
     for one in done:
         for contrast, found in one.registrations.items():

@@ -552,16 +552,16 @@ def cache_goes(scene: Scene) -> None:
 
 def stopped_while_predicting(scene: Scene) -> None:
     """Ctrl-C while the second case is computed."""
-    from app.inference.batch import predict
+    from app.inference.batch.predict import PredictSteps
 
-    compute = predict.compute_case
+    compute = PredictSteps.compute
 
-    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
-        if prepared.case.id == OTHER:
+    def interrupted(steps: Any, read: Any, on_step: Any) -> Any:
+        if read.case.id == OTHER:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, prepared, runtime)
+        return compute(steps, read, on_step)
 
-    scene.patch.setattr(predict, "compute_case", interrupted)
+    scene.patch.setattr(PredictSteps, "compute", interrupted)
 
 
 def in_use(scene: Scene) -> None:
@@ -753,7 +753,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "a mask file that marks nothing of T1c": [
             Shown(command=f"{PREPARE} --mask MASK.nii.gz", code=3, prepare=both(smaller, mask_elsewhere))
         ],
-        "a label map on the grid of no contrast": [
+        "a label map that is not on the grid of any contrast": [
             Shown(command=PREPARE, code=3, prepare=change(LABEL, lambda v: v[2:], np.uint8))
         ],
         "a prepared image that is no stripped brain (`--mask none`)": [

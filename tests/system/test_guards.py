@@ -46,7 +46,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a contrast missing where the run needs it": Guard(
         "app/inference/batch/predict.py",
-        "    require_contrasts(case, model)\n",
+        "        require_contrasts(case, self.model)\n",
         "",
         "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_says_which_kind_does_not",
     ),
