@@ -314,12 +314,11 @@ def _search(
     root: Path, cases_in: Callable[[Path, _Links], Iterable[Case]], expected: str, *, follow_links: bool
 ) -> tuple[list[Case], _Links]:
     """The cases of a manifest (``root`` itself or a file in it) or, without one, of all folders; and the links seen."""
-    if root.is_file() and root.suffix.lower() == ".csv":
-        manifest, links = root, _Links(root.parent, follow=follow_links)
-    elif root.is_dir():
-        manifest, links = find_manifest(root), _Links(root, follow=follow_links)
-    else:
+    is_manifest = root.is_file() and root.suffix.lower() == ".csv"
+    if not is_manifest and not root.is_dir():
         raise DataError(f"{root}: " + (f"is a file; give {expected}" if root.exists() else "does not exist"))
+    links = _Links(root.parent if is_manifest else root, follow=follow_links)
+    manifest = root if is_manifest else find_manifest(root)
     if manifest is not None:
         return [_checked(case, links) for case in read_manifest(manifest)], links
     return [case for folder in _folders(root, links) for case in cases_in(folder, links)], links
