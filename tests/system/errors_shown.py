@@ -584,16 +584,16 @@ def cache_goes(scene: Scene) -> None:
 
 def stopped_while_predicting(scene: Scene) -> None:
     """Ctrl-C while the second case is computed."""
-    from app.inference.batch import predict
+    from app.inference.batch.predict import PredictSteps
 
-    compute = predict.compute_case
+    compute = PredictSteps.compute
 
-    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
-        if prepared.case.id == OTHER:
+    def interrupted(steps: Any, read: Any, on_step: Any) -> Any:
+        if read.case.id == OTHER:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, prepared, runtime)
+        return compute(steps, read, on_step)
 
-    scene.patch.setattr(predict, "compute_case", interrupted)
+    scene.patch.setattr(PredictSteps, "compute", interrupted)
 
 
 def in_use(scene: Scene) -> None:
@@ -1288,7 +1288,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
                 Path("RUN").absolute()
             ),
         ),
-        Shown(title="subsets", command="znormseg evaluate RUN DATA --contrast-subsets --cases all", code=5),
+        Shown(title="subsets", command="znormseg contrasts RUN DATA --cases all", code=5),
         # `predict` with the folder of a cross-validation
         Shown(
             command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
@@ -1337,7 +1337,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         # a case named `manifest`
         Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("manifest")),
     ],
-    "`evaluate` and `rank`": [
+    "`evaluate`, `contrasts` and `rank`": [
         # `evaluate`: a folder without label maps
         Shown(command="znormseg evaluate OUT DATA", code=3, prepare=folder("OUT")),
         # `evaluate`: prediction and reference on different grids (6)
@@ -1425,8 +1425,8 @@ TABLES: dict[str, list[Shown | Raised]] = {
             code=3,
             prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
         ),
-        # `evaluate --contrast-subsets`: no labelled case that the run has not trained on
-        Shown(command="znormseg evaluate RUN DATA --contrast-subsets", code=3),
+        # `contrasts`: no labelled case that the run has not trained on
+        Shown(command="znormseg contrasts RUN DATA", code=3),
     ],
     "`compare`, `crossval` and `report`": [
         # `compare`: fewer than three patients
