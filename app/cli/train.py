@@ -134,7 +134,7 @@ def train(
     if as_json:
         terminal.json_result(outcome.to_json())
         return
-    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.dice or {}).items())
+    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.validation_dice or {}).items())
     terminal.result(
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; of {run} predict takes the weights of step "
         f"{outcome.best_step}, the best validation's"

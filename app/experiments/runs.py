@@ -101,7 +101,7 @@ def start_or_resume(
     """
     if has_begun(run):
         return resume(
-            data, run, config, split_is_judged=True, follow_links=follow_links, store=store, on_progress=on_progress
+            data, run, config, split_is_checked=True, follow_links=follow_links, store=store, on_progress=on_progress
         )
     shutil.rmtree(run, ignore_errors=True)
     return start(
@@ -109,7 +109,7 @@ def start_or_resume(
         run,
         config,
         split_file=split_file,
-        split_is_judged=True,
+        split_is_checked=True,
         labels=labels,
         follow_links=follow_links,
         store=store,

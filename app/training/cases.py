@@ -51,7 +51,7 @@ def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path 
     return fold_split(patients, int(fold))
 
 
-def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
+def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
     """Log how cases were grouped into patients; warn if the split separates (likely) visits of one patient.
 
     Args:
@@ -86,7 +86,7 @@ def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]
         )
 
 
-def tell_of_names(cases: Collection[Case]) -> None:
+def report_misnamed_files(cases: Collection[Case]) -> None:
     """Log a warning about files whose extension does not match whether they are compressed."""
     found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
     if found:
@@ -204,6 +204,18 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
         LOG.warning(
             "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE
         )
+
+
+def patch_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of a run's :class:`data.patches.sampler.PatchSource`."""
+    training = config.training
+    return {
+        "patch_voxels": training.patch_voxels,
+        "tumour_probability": training.tumour_probability,
+        "enhancing_probability": training.enhancing_probability,
+        "augmentation": config.augment,
+        "seed": training.seed,
+    }
 
 
 def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:

@@ -39,7 +39,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, write_json
-from app.training.cases import require_labels, tell_of_names, tell_of_patients
+from app.training.cases import require_labels, report_misnamed_files, report_visits
 from app.training.run import TrainResult
 from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
@@ -103,8 +103,8 @@ def make_runs(
     require_place(out, _PLAN, "comparison")
     if split_file is None:
         parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))
-    tell_of_patients(cases.values(), (parts.train, parts.validation, parts.test))
-    tell_of_names(used)
+    report_visits(cases.values(), (parts.train, parts.validation, parts.test))
+    report_misnamed_files(used)
     with locked(out):
         settled = {} if labels is None else {"labels": convention_named(labels).name}
         _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})

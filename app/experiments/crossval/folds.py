@@ -28,7 +28,7 @@ from app.errors import ConfigError, RunError
 from app.experiments.runs import differences, json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
-from app.training.cases import require_labels, split_on_record, tell_of_names, tell_of_patients
+from app.training.cases import require_labels, split_on_record, report_misnamed_files, report_visits
 from data.datasets.label_stats import hash_of, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
 from data.datasets.naming import composed
@@ -129,8 +129,8 @@ def deal(
     else:
         tumours = tumours_of(cases, held, convention)
         splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
-    tell_of_patients(cases.values(), [split.validation for split in splits])
-    tell_of_names(cases.values())
+    report_visits(cases.values(), [split.validation for split in splits])
+    report_misnamed_files(cases.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
 from app.runs.folder import read_metrics
-from app.training.distributed import ALONE, Launch, World, fresh_place, joined_processes, launched
+from app.training.distributed import ALONE, Launch, World, fresh_store, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
 
@@ -230,7 +230,7 @@ def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
     store = torch.distributed.HashStore()
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):  # the second meets what the first one left
-            meeting = [pool.submit(fresh_place, store, rank=rank, size=3) for rank in (1, 0, 2)]
+            meeting = [pool.submit(fresh_store, store, rank=rank, size=3) for rank in (1, 0, 2)]
             places = [one.result(timeout=30) for one in meeting]
             assert not any(place.check(["address"]) for place in places)
             places[0].set("address", "here")
