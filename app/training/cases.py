@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -222,6 +222,15 @@ def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
     """Return the configured spacing, or else the median of the training cases along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
-    x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
+    return median_by_axis(map(spacing_of, cases))
+
+
+def spacing_of(case: Case) -> Spacing:
+    """Read the voxel spacing of a case along the canonical axes, from the header of its T1c image."""
+    return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
+
+
+def median_by_axis(sizes: Iterable[Spacing]) -> Spacing:
+    """Return the median along each axis, to 0.1 micrometres for sizes in millimetres."""
+    x, y, z = (round(median(along), 4) for along in zip(*sizes, strict=True))
     return (x, y, z)

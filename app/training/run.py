@@ -43,11 +43,11 @@ from app.training.cases import (
     network_spacing,
     record_backgrounds,
     record_intensities,
+    report_misnamed_files,
+    report_visits,
     require_labels,
     require_same_labels,
     split_on_record,
-    report_misnamed_files,
-    report_visits,
 )
 from app.training.distributed import ALONE, World
 from app.training.pretrained import InitialWeights, initial_weights

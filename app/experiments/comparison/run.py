@@ -26,20 +26,13 @@ from app.config.load import from_plain
 from app.errors import ConfigError, InterruptedRunError
 from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
 from app.experiments.comparison.split import ThreeWaySplit, fold_parts, read_parts
-from app.experiments.runs import (
-    differences,
-    has_begun,
-    json_object,
-    only_warnings,
-    require_place,
-    start_or_resume,
-)
+from app.experiments.runs import differences, has_begun, json_object, only_warnings, require_place, start_or_resume
 from app.inference.scoring import score_run
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, write_json
-from app.training.cases import require_labels, report_misnamed_files, report_visits
+from app.training.cases import report_misnamed_files, report_visits, require_labels
 from app.training.run import TrainResult
 from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of

@@ -19,13 +19,7 @@ import numpy as np
 from app.evaluation.reliability import DEFINITION, NO_VOXELS, Reliability
 from app.experiments.crossval.logits import Counts, fit_temperature, negative_log_likelihood, under_temperature
 from app.experiments.crossval.summary import Summary
-from app.inference.calibration import (
-    LEVEL,
-    OFFSET_ML,
-    VERSION,
-    conformal_quantile,
-    log_ratio,
-)
+from app.inference.calibration import LEVEL, OFFSET_ML, VERSION, conformal_quantile, log_ratio
 from data.labels import REGIONS, Region
 
 

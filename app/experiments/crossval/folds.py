@@ -28,7 +28,7 @@ from app.errors import ConfigError, RunError
 from app.experiments.runs import differences, json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
-from app.training.cases import require_labels, split_on_record, report_misnamed_files, report_visits
+from app.training.cases import report_misnamed_files, report_visits, require_labels, split_on_record
 from data.datasets.label_stats import hash_of, read_label_maps, tumours_of, values_of
 from data.datasets.layouts import Case, decide_for, find_cases, patients_of
 from data.datasets.naming import composed
