@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -66,6 +67,24 @@ def replacing(path: Path) -> Iterator[Path]:
             beside.replace(place)
     finally:
         beside.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_when_complete(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to ``folder`` to write to; it becomes ``folder`` on success and is deleted on failure.
+
+    ``folder`` must not exist or be empty.
+    """
+    place = Path(os.path.realpath(folder))  # unlike Path.resolve, leaves a loop of symlinks to mkdir, which names it
+    partial = place.with_name(partial_name(f"{_PARTIAL}{os.getpid()}-", place.name))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming_the_place(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_stale(folder: Path) -> list[Path]:

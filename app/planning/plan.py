@@ -34,6 +34,7 @@ from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
 from data.datasets.label_stats import tumours_of
 from data.datasets.layouts import patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.patches.sampler import MOST_OPEN
 
@@ -150,7 +151,7 @@ class PlannedRun:
         low, high = map(times, fingerprint.spacing_percentiles_mm)
         small, middle, large = fingerprint.tumour_ml
         lines = [
-            f"Plan for {self.data}",
+            f"Plan for {self.data.root}",
             "",
             f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
             f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
@@ -186,7 +187,7 @@ class PlannedRun:
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         return {
-            "data": str(self.data),
+            "data": str(self.data.root),
             "fingerprint": self.fingerprint.to_json(),
             "training_cases": len(self.split.train),
             "validation_cases": len(self.split.validation),
@@ -201,12 +202,10 @@ class PlannedRun:
 
 
 def plan_run(
-    data: Path,
+    data: DataSource,
     *,
     config: str | None = None,
     overrides: Sequence[str] = (),
-    labels: str | None = None,
-    follow_links: bool = False,
     with_dry_run: bool = False,
     max_memory_bytes: int | None = None,
     on_progress: OnProgress = silent,
@@ -217,8 +216,6 @@ def plan_run(
         data: a data set with label maps.
         config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
-        labels: name of the label convention, if the data set leaves it open.
-        follow_links: accept symbolic links that lead out of ``data``.
         with_dry_run: try the plan, and make it smaller if it does not fit.
         max_memory_bytes: RAM that may be used, if it is less than what is free.
         on_progress: called with the progress of each stage.
@@ -236,8 +233,6 @@ def plan_run(
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
         data,
-        labels=labels,
-        follow_links=follow_links,
         on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id)),
     )
     tumours = tumours_of(read.cases, read.held, read.convention)
@@ -272,9 +267,7 @@ def plan_run(
     )
     if not with_dry_run:
         return planned
-    return _tried(
-        planned, plan, read, hardware=hardware, fixed=fixed, follow_links=follow_links, on_progress=on_progress
-    )
+    return _tried(planned, plan, read, hardware=hardware, fixed=fixed, on_progress=on_progress)
 
 
 def _tried(
@@ -284,7 +277,6 @@ def _tried(
     *,
     hardware: Hardware,
     fixed: set[str],
-    follow_links: bool,
     on_progress: OnProgress,
 ) -> PlannedRun:
     """Try a plan: the same plan with measurements, made smaller if it does not fit."""
@@ -296,14 +288,13 @@ def _tried(
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
         work = Path(folder)
         request = TrialRequest(
-            data=planned.data.resolve(),
+            data=replace(planned.data, root=planned.data.root.resolve()),
             folder=work / "run",
             config=plan.config,
             training=_trial_cases(split.train, read),
             validation=validating,
             labels=read.convention.name,
             spacing_mm=plan.spacing_mm,
-            follow_links=follow_links,
             most_share_of_limits=_SHARE_OF_LIMITS,
         )
         request.folder.mkdir()

@@ -35,7 +35,7 @@ from app.training.step import Stepper, loss_for
 from app.training.telemetry import Telemetry
 from app.training.validation import on_contrasts, validation_dice
 from data.datasets.label_stats import read_label_maps
-from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS, CONVENTIONS
 from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 
@@ -51,7 +51,7 @@ _WALKED_PER_CASE: Final = 60
 class TrialRequest:
     """What to try."""
 
-    data: Path
+    data: DataSource
     folder: Path
     """An empty folder for the files that a run writes."""
     config: RunConfig
@@ -62,8 +62,8 @@ class TrialRequest:
     validation: str | None
     """Id of the case whose windows are tried; None without validation cases."""
     labels: str
+    """Name of the label convention."""
     spacing_mm: tuple[float, float, float]
-    follow_links: bool
     most_share_of_limits: float
     """Share of RLIMIT_AS and RLIMIT_DATA, if they are set, that may be used."""
 
@@ -121,7 +121,7 @@ def run_trial(request: TrialRequest) -> TrialReport | None:
     config, folder = request.config, request.folder
     runtime = choose_runtime(config.runtime)
     with prepared_cases(folder / "cache") as store:
-        found = {case.id: case for case in find_cases(request.data, follow_links=request.follow_links)}
+        found = request.data.find_cases()
         ids = [*request.training, *([request.validation] if request.validation is not None else [])]
         used = [found[case_id].require() for case_id in ids]
         # As in a training run: the allocator keeps what this frees, so that it is part of the run's memory.

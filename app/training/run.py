@@ -54,8 +54,9 @@ from app.training.pretrained import InitialWeights, initial_weights
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.trainer import Codes, Session, Trainer
-from data.datasets.label_stats import read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from data.datasets.label_stats import read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
@@ -89,16 +90,14 @@ class TrainResult:
 
 @not_ended_by_sigusr1()
 def start(  # noqa: PLR0913 - one argument per command-line option
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig,
     *,
     fold: int | str = 0,
     split_file: Path | None = None,
     split_is_checked: bool = False,
-    labels: str | None = None,
     init_from: Path | None = None,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     world: World = ALONE,
     on_progress: OnProgress = silent,
@@ -106,15 +105,13 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """Start a run and train until its budget is spent.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         run: folder for the run; it must be empty or not exist yet.
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
         split_is_checked: the caller has already checked the patients in ``split_file``; skip the check here.
-        labels: name of the label convention, if the data set does not determine it.
         init_from: folder of a run whose best weights replace the random initial weights.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         world: the processes that train together; each of them calls this, but only the first writes to ``run``.
         on_progress: called with the progress of the run.
@@ -129,13 +126,13 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """
     session = Session(data=data, run=run, world=world, on_progress=on_progress)
     if not world.is_first:
-        return _follow(session, follow_links=follow_links, store=store)
+        return _follow(session, store)
     restarted = world.restarts > 0 and world.launch.job != "" and job_of(run) == world.launch.job
     if restarted and checkpoints.load_newest(run / "checkpoints", "last") is not None:
-        return resume(data, run, config, follow_links=follow_links, store=store, world=world, on_progress=on_progress)
+        return resume(data, run, config, store=store, world=world, on_progress=on_progress)
     if not restarted:
         require_new(run)
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     patients = {case_id: case_id for case_id in cases} if split_is_checked else patients_of(cases.values())
     split = choose_split(patients, fold, split_file)
     require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
@@ -149,7 +146,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    convention = data.decide_convention(cases, held)
     if split_file is None and fold != ALL_CASES:
         split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
     if not split_is_checked:
@@ -166,7 +163,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
             write_json(run / "split.json", split.to_json())
             write_json(run / "labels.json", labels_on_record(split, held))
             facts = {
-                "data": str(data.resolve()),
+                "data": str(data.root.resolve()),
                 "fold": fold if split_file is None else None,
                 "split_file": None if split_file is None else str(split_file.resolve()),
                 "contrasts": list(CONTRASTS),
@@ -190,13 +187,12 @@ def start(  # noqa: PLR0913 - one argument per command-line option
 
 @not_ended_by_sigusr1()
 def resume(
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig | None = None,
     *,
     allow: Collection[str] = (),
     split_is_checked: bool = False,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     world: World = ALONE,
     on_progress: OnProgress = silent,
@@ -204,13 +200,12 @@ def resume(
     """Resume an interrupted run, as if it had not been interrupted.
 
     Args:
-        data: the folder of cases that the run was started with.
+        data: the data set that the run was started with; its ``labels`` are those of the run.
         run: the run's folder.
         config: the requested configuration; default: the run's own.
         allow: keys in which ``config`` may differ although they change what is learned; it may always differ in those
             of :data:`app.training.config_changes.HARMLESS`.
         split_is_checked: as in :func:`start`.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         world: the processes that train together; each of them calls this, but only the first writes to ``run``.
         on_progress: called with the progress of the run.
@@ -223,7 +218,7 @@ def resume(
     """
     session = Session(data=data, run=run, world=world, on_progress=on_progress)
     if not world.is_first:
-        return _follow(session, follow_links=follow_links, store=store)
+        return _follow(session, store)
     if not (run / "checkpoints").is_dir():
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
@@ -235,8 +230,8 @@ def resume(
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = split_on_record(run / "split.json")
-        cases = cases_of(split, data, follow_links=follow_links)
-        require_same_labels(run, data, cases)
+        cases = cases_of(split, data)
+        require_same_labels(run, data.root, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))
         runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
@@ -253,12 +248,12 @@ def resume(
         return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
 
 
-def _follow(session: Session, *, follow_links: bool, store: CaseFolder | None) -> TrainResult:
+def _follow(session: Session, store: CaseFolder | None) -> TrainResult:
     """Take part in a run that the first process starts or resumes."""
     world = session.world
     received: tuple[RunConfig, dict[str, Any], Split, checkpoints.Checkpoint] = world.broadcast()
     config, facts, split, checkpoint = received
-    cases = cases_of(split, session.data, follow_links=follow_links)
+    cases = cases_of(split, session.data)
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     state = new_state(config, runtime)
     restore(state, checkpoint, config.training)

@@ -32,6 +32,7 @@ from app.training.step import Stepper, StepResult, loss_for
 from app.training.telemetry import Telemetry
 from app.training.validation import on_contrasts, validation_dice
 from data.datasets.layouts import Case
+from data.datasets.source import DataSource
 from data.datasets.splits import Split
 from data.patches.sampler import Batch, CachedCase, PatchSource, batches
 
@@ -99,7 +100,7 @@ class _Figures:
 class Session:
     """One process's share of a run, from the start of its command to the end."""
 
-    data: Path
+    data: DataSource
     run: Path
     world: World
     on_progress: OnProgress
@@ -340,7 +341,7 @@ class Trainer:
     def _stopped(self, signal_name: str) -> InterruptedRunError:
         return InterruptedRunError(
             f"stopped by {signal_name} after step {self.state.step}; everything is saved. "
-            f"Resume with: znormseg train {self.session.data} {self.session.run} --resume"
+            f"Resume with: znormseg train {self.session.data.root} {self.session.run} --resume"
         )
 
     def _while_validating(self) -> None:

@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -24,8 +23,9 @@ import numpy as np
 
 from data.datasets.descriptions import DESCRIPTION
 from data.datasets.layouts import Case, convention_of, find_cases, patient_of
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.files import naming_the_place, partial_name
+from data.files import folder_when_complete
 from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
 from data.nifti import (
     LOG,
@@ -79,41 +79,37 @@ class ExportedDataset:
 
 
 def export_dataset(
-    root: Path,
+    source: DataSource,
     out: Path,
     layout: str,
     *,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> ExportedDataset:
     """Write every case of a data set in another layout; ``out`` appears only once the export is complete.
 
     Args:
-        root: a data set in any recognised layout.
+        source: the data set.
         out: folder to write to; must be new or empty.
         layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, its label numbers those of nnU-Net's conversions and
             the regions as nnU-Net trains them; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a
             folder for each case, label maps unchanged.
-        labels: name of the label convention, if it cannot be inferred from the data set.
-        follow_links: accept symlinks that leave ``root``.
         on_case: called with each case's id and the fraction of cases completed.
 
     Returns:
         a summary of the export.
 
     Raises:
-        DataError: the data set is invalid, ``out`` is not empty or lies in ``root``, or the layout is unknown.
+        DataError: the data set is invalid, ``out`` is not empty or lies in the data set, or the layout is unknown.
         OSError: ``out`` is not writable.
     """
     if layout not in LAYOUTS:
         raise DataError(f"no layout is named {layout!r}; there are {', '.join(LAYOUTS)}. Give one of them.")
-    _require_place(root, out)
-    cases = [case.require() for case in find_cases(root, follow_links=follow_links)]
-    convention = convention_of(cases, labels=labels) if any(case.label is not None for case in cases) else None
+    _require_place(source.root, out)
+    cases = [case.require() for case in source.find_cases().values()]
+    convention = convention_of(cases, labels=source.labels) if any(case.label is not None for case in cases) else None
     writers: dict[Layout, Callable[[Path, LabelConvention | None], _Writer]]
     writers = {"nnunet": _NNUNet, "msd": _Decathlon, "csv": _Manifest}
-    with _folder_when_complete(out) as folder:
+    with folder_when_complete(out) as folder:
         writer = writers[layout](folder, convention)
         with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
             futures = [pool.submit(writer.write, case) for case in cases]
@@ -127,8 +123,8 @@ def export_dataset(
         writer.describe(cases)
         if {case.id for case in find_cases(folder)} != {case.id for case in cases}:
             raise DataError(
-                f"{root}: not every case id is read back as it is in the layout {layout}: are there blanks around one? "
-                "Rename the cases, or take another layout."
+                f"{source.root}: the layout {layout} does not preserve every case id; does one begin or end with a "
+                "blank? Rename the cases, or choose another layout."
             )
     rewritten = convention is not None and layout != "csv"
     dropped = ", ".join(str(value) for value in convention.also_background) if convention and rewritten else ""
@@ -382,17 +378,3 @@ def _require_place(root: Path, out: Path) -> None:
         raise DataError(f"{out} {what}; give a new folder to export to.")
     if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
         raise DataError(f"{out} lies in {root}, the data set that is exported; give a folder outside of it.")
-
-
-@contextmanager
-def _folder_when_complete(out: Path) -> Iterator[Path]:
-    """Yield a folder next to ``out`` to write to; it is renamed to ``out`` on success and deleted on failure."""
-    place = out.resolve()
-    beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
-    try:
-        with naming_the_place(out):
-            beside.mkdir(parents=True)
-            yield beside
-            beside.replace(place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +10,7 @@ import nibabel as nib
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import naming_the_place
+from data.files import folder_when_complete
 from data.labels import CONTRASTS, encode
 from data.phantoms.arguments import check_arguments
 from data.phantoms.make import Phantom, make_phantom
@@ -61,8 +58,9 @@ def write_phantom(folder: Path, index: int, *, seed: int = 0, spacing_mm: float 
     case = case_name(index, year)
     _refuse_overwriting(folder, case)
     phantom = make_phantom(index, seed=seed, spacing_mm=spacing_mm)
-    with _folder_when_complete(folder, case) as partial:
+    with folder_when_complete(folder / case) as partial:
         _write_files(phantom, partial, case, NAMINGS[year])
+        _refuse_overwriting(folder, case)
     return folder / case
 
 
@@ -109,22 +107,6 @@ def _refuse_overwriting(folder: Path, case: str) -> None:
         raise DataError(f"{folder} is a file, but phantoms go into a folder. Choose another place.")
     if (folder / case).exists():
         raise DataError(f"{folder / case} already exists and is not overwritten. Remove it or choose another folder.")
-
-
-@contextmanager
-def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
-    """Yield a hidden folder to write to; it is renamed to the case's name on success and removed on failure."""
-    partial = folder / f".{case}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming_the_place(folder / case):
-            partial.mkdir(parents=True)
-            yield partial
-            _refuse_overwriting(folder, case)
-            partial.replace(folder / case)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _write_files(phantom: Phantom, folder: Path, case: str, naming: Naming) -> None:

@@ -20,8 +20,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data.datasets.layouts import Case, decide_for, find_cases, look_like_visits, misnamed_files, patients_of
+from data.datasets.layouts import Case, decide_for, look_like_visits, misnamed_files, patients_of
 from data.datasets.patients import grouped_by_words
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 from data.nifti import Volume, in_order_of, read_grid, read_image, read_label_map
@@ -108,25 +109,17 @@ class CheckedDataSet:
         }
 
 
-def check(
-    root: Path,
-    *,
-    follow_links: bool = False,
-    labels: str | None = None,
-    on_case: Callable[[str], None] | None = None,
-) -> CheckedDataSet:
+def check(source: DataSource, *, on_case: Callable[[str], None] | None = None) -> CheckedDataSet:
     """Read every file of a data set once and report what was found.
 
     Args:
-        root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        follow_links: accept symlinks that leave ``root``.
-        labels: name of the label convention, if it cannot be inferred from the data set.
+        source: the data set.
         on_case: called with the id of each case that has been checked.
 
     Raises:
         DataError: there is no data set at all (no folder, no case, or a duplicate id).
     """
-    cases = find_cases(root, follow_links=follow_links)
+    cases = list(source.find_cases().values())
 
     large = Lock()
 
@@ -145,7 +138,7 @@ def check(
     convention, findings = None, []
     if values:
         try:
-            convention = decide_for(values, cases, labels=labels).name
+            convention = decide_for(values, cases, labels=source.labels).name
         except DataError as error:
             findings.append(problem_from(str(error), kind="label values"))
     without = [case.id for case in cases if case.label is None]
@@ -153,7 +146,7 @@ def check(
         findings.append(_without_label(without, len(cases)))
     findings += _visits(cases)
     return CheckedDataSet(
-        root=root,
+        root=source.root,
         cases=checked,
         patients=len({case.patient for case in cases}),
         convention=convention,

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.datasets.export import export_dataset
+from data.datasets.source import DataSource
 from data.labels import CONVENTIONS, decode
 
 Call = Callable[..., Any]
@@ -20,7 +21,7 @@ Call = Callable[..., Any]
 @pytest.fixture(scope="module")
 def decathlon(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms as 4D files."""
-    return export_dataset(phantoms, tmp_path_factory.mktemp("exported") / "Task01", "msd").out
+    return export_dataset(DataSource(phantoms), tmp_path_factory.mktemp("exported") / "Task01", "msd").out
 
 
 def predicted(folder: Path, case: str) -> Any:

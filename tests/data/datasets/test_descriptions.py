@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from data.datasets import descriptions
 from data.datasets import naming as names
 from data.datasets.layouts import Case, convention_of, decide_for, find_cases, find_label_cases, find_label_maps
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, decode
 from data.nifti import read_label_map, read_volume
@@ -63,7 +64,7 @@ def test_a_data_set_is_recognised_with_its_contrasts_and_regions(render: Render,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_check_of_every_layout_finds_nothing_wrong(render: Render, tmp_path: Path, layout: str) -> None:
-    found = check(render(tmp_path, layout).root)
+    found = check(DataSource(render(tmp_path, layout).root))
     assert (found.is_clean, [case.problems for case in found.cases]) == (True, [(), ()])
 
 
@@ -265,7 +266,7 @@ def test_a_channel_that_is_no_contrast_is_left_alone_and_a_missing_one_is_named(
 def test_a_4d_file_with_fewer_volumes_than_are_described_is_a_problem(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "MSD").root
     save(root / "imagesTr" / "BRATS_001.nii.gz", np.ones((8, 8, 8, 2)))
-    problems = check(root).cases[0].problems
+    problems = check(DataSource(root)).cases[0].problems
     assert any("volume 3 (counted from 0) of a 4D file is needed" in problem for problem in problems)
 
 
