@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -145,11 +146,8 @@ def read_counts(path: Path) -> Counts:
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return _counts(file["logit_counts"])
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _counts(file["logit_counts"])
 
 
 def read_answer(path: Path) -> OutOfFoldPrediction:
@@ -158,22 +156,19 @@ def read_answer(path: Path) -> OutOfFoldPrediction:
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            answers, reference = file["answers"], file["reference"]
-            x, y, z = file["spacing_mm"].tolist()
-            if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
-                raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
-            return OutOfFoldPrediction(
-                answers=answers,
-                reference=reference,
-                logit_counts=_counts(file["logit_counts"]),
-                spacing_mm=(x, y, z),
-                weights_sha256=str(file["weights_sha256"]),
-                computed_by=_computed_by(file),
-            )
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        answers, reference = file["answers"], file["reference"]
+        x, y, z = file["spacing_mm"].tolist()
+        if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
+            raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
+        return OutOfFoldPrediction(
+            answers=answers,
+            reference=reference,
+            logit_counts=_counts(file["logit_counts"]),
+            spacing_mm=(x, y, z),
+            weights_sha256=str(file["weights_sha256"]),
+            computed_by=_computed_by(file),
+        )
 
 
 def read_computed_by(path: Path) -> dict[str, str] | None:
@@ -182,36 +177,39 @@ def read_computed_by(path: Path) -> dict[str, str] | None:
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return _computed_by(file)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _computed_by(file)
 
 
 def is_of(path: Path, weights_sha256: str) -> bool:
     """Whether a file exists, is complete and comes from the network with these weights; its voxels are not checked."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with _opened(path) as file:
             return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
-    except _DAMAGE:
+    except RunError:
         return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """Open a file for the block; errors within it mean that the file is missing or damaged."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            yield file
+    except _DAMAGE as error:
+        raise RunError(f"{path}: missing or damaged ({error}). Delete it to predict its case again.") from error
 
 
 def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
     if "computed_by" not in file:
         return None
-    told = json.loads(str(file["computed_by"]))
-    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
-        raise ValueError(f"computed_by is {told!r}")
-    return told
+    record = json.loads(str(file["computed_by"]))
+    if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+        raise ValueError(f"computed_by is {record!r}")
+    return record
 
 
 def _counts(found: Counts) -> Counts:
     if found.dtype != np.int64 or found.shape != no_counts().shape or found.min() < 0:
         raise ValueError(f"it holds logit counts of {found.dtype} {found.shape}")
     return found
-
-
-def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.")
