@@ -102,11 +102,7 @@ class DataSet:
     fingerprint: Fingerprint
 
 
-def read_data_set(
-    data: DataSource,
-    *,
-    on_case: Callable[[str, float], None] | None = None,
-) -> DataSet:
+def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] | None = None) -> DataSet:
     """Take the fingerprint of a data set from every header and label map, and the images of a sample.
 
     Args:

@@ -232,8 +232,7 @@ def plan_run(
         base = load_config("resunet-znorm", overrides)
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
-        data,
-        on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id)),
+        data, on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id))
     )
     tumours = tumours_of(read.cases, read.held, read.convention)
     one = read.fingerprint.patients < 2

@@ -17,7 +17,7 @@ from data.datasets.layouts import Case, look_like_visits, misnamed_files, patien
 from data.datasets.naming import composed
 from data.datasets.patients import grouped_by_words
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, fold_split, parted, read_split
+from data.datasets.splits import Split, parted
 from data.errors import DataError
 from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
@@ -32,24 +32,6 @@ ALL_CASES: Final = "all"
 #: Number of training cases whose intensities are read (at most twice as many); each takes a few hundredths of a second.
 _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
-
-
-def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path | None) -> Split:
-    """Choose the training and validation cases: from a split file, or from a fold by patient.
-
-    Args:
-        patients: the patient of each case, by case id.
-        fold: fold number from 0, or :data:`ALL_CASES` to train on every case and validate on none.
-        split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
-
-    Raises:
-        DataError: the file names a case that is not in the data set, or there are too few patients.
-    """
-    if split_file is not None:
-        return read_split(split_file, patients)
-    if fold == ALL_CASES:
-        return Split(train=tuple(patients), validation=())
-    return fold_split(patients, int(fold))
 
 
 def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
@@ -121,7 +103,7 @@ def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
         DataError: a case of the split is missing.
     """
     cases = data.find_cases()
-    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    gone = [case_id for case_id in split.cases if case_id not in cases]
     if gone:
         raise DataError(
             f"{data.root}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
@@ -148,7 +130,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 
 def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
-    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
+    used = {case_id: held[case_id] for case_id in split.cases if case_id in held}
     return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
 
 

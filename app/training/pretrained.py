@@ -82,11 +82,7 @@ def initial_weights(run: Path, config: RunConfig, runtime: Runtime) -> InitialWe
             f"has. Different (there -> here): {'; '.join(others)}"
         )
     return InitialWeights(
-        weights=model.network.state_dict(),
-        run=run,
-        sha256=model.sha256,
-        step=model.step,
-        spacing_mm=model.spacing_mm,
+        weights=model.network.state_dict(), run=run, sha256=model.sha256, step=model.step, spacing_mm=model.spacing_mm
     )
 
 

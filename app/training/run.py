@@ -38,7 +38,6 @@ from app.training import config_changes
 from app.training.cases import (
     ALL_CASES,
     cases_of,
-    choose_split,
     labels_on_record,
     network_spacing,
     record_backgrounds,
@@ -57,7 +56,7 @@ from app.training.trainer import Codes, Session, Trainer
 from data.datasets.label_stats import read_label_maps, tumours_of
 from data.datasets.layouts import Case, patients_of
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, stratified_split
+from data.datasets.splits import Split, fold_count, read_split, stratified_split
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
 from data.patches.cache import CaseFolder
@@ -134,9 +133,15 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         require_new(run)
     cases = data.find_cases()
     patients = {case_id: case_id for case_id in cases} if split_is_checked else patients_of(cases.values())
-    split = choose_split(patients, fold, split_file)
-    require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
-    if config.training.patience is not None and not split.validation:
+    split: Split | None = None
+    if split_file is not None:
+        split = read_split(split_file, patients)
+    elif fold == ALL_CASES:
+        split = Split(train=tuple(patients), validation=())
+    else:  # dealt below, once the label maps are read
+        fold_count(len(set(patients.values())), int(fold))
+    require_labels([cases[case_id].require() for case_id in (cases if split is None else split.cases)])
+    if config.training.patience is not None and split is not None and not split.validation:
         raise ConfigError(
             "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
             "with validation cases"
@@ -147,11 +152,11 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
     convention = data.decide_convention(cases, held)
-    if split_file is None and fold != ALL_CASES:
+    if split is None:
         split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
-        report_misnamed_files([cases[case_id] for case_id in (*split.train, *split.validation)])
+        report_misnamed_files([cases[case_id] for case_id in split.cases])
     spacing_mm = network_spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
     with _locked(run, world), _opened(store, run) as opened:
@@ -296,7 +301,7 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     if world.size > 1:
         batch = config.training.batch_size
         LOG.info("%d processes with batches of %d: %d patches together", world.size, batch, world.size * batch)
-    used = [trainer.cases[case_id].require() for case_id in (*split.train, *split.validation)]
+    used = [trainer.cases[case_id].require() for case_id in split.cases]
     prepare = partial(
         _prepare,
         store=store,

@@ -431,10 +431,7 @@ class Trainer:
         """Return the share of the budget that is spent."""
         state = self.state
         return spent_share(
-            self.config.training,
-            step=state.step,
-            seconds=self.seconds(),
-            validation_seconds=state.validation_seconds,
+            self.config.training, step=state.step, seconds=self.seconds(), validation_seconds=state.validation_seconds
         )
 
     def _has_stalled(self) -> bool:

@@ -59,12 +59,7 @@ def validation_dice(
         case = cases[number]
         image = torch.from_numpy(case.image().astype(np.float32))
         logits = sliding_logits(
-            network,
-            image,
-            window=window,
-            overlap=config.overlap,
-            runtime=runtime,
-            between_windows=between_windows,
+            network, image, window=window, overlap=config.overlap, runtime=runtime, between_windows=between_windows
         )
         codes = from_regions((logits > 0).cpu().numpy())
         on_case(case, codes)

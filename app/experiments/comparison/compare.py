@@ -16,14 +16,7 @@ from app.experiments.comparison.analysis import Analysis, Records, analyse
 from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
 from app.experiments.comparison.run import ComparisonRuns, Results
 from app.experiments.comparison.split import deal_parts, read_parts
-from app.experiments.runs import (
-    JobProgress,
-    differences,
-    json_object,
-    require_place,
-    require_unchanged,
-    resumable,
-)
+from app.experiments.runs import JobProgress, differences, json_object, require_place, require_unchanged, resumable
 from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.case_cache import prepared_cases

@@ -139,12 +139,7 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(
-        out=out,
-        cases=cases,
-        config=config,
-        convention=convention,
-        splits=splits,
-        label_maps_sha256=hash_of(held),
+        out=out, cases=cases, config=config, convention=convention, splits=splits, label_maps_sha256=hash_of(held)
     )
 
 

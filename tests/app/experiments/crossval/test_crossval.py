@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from app.errors import ConfigError, RunError
-from app.experiments.crossval.folds import begun
+from app.experiments.crossval.folds import read_folds
 from app.experiments.crossval.logits import no_counts
 from app.experiments.crossval.out_of_fold import (
     OutOfFoldPrediction,
@@ -114,7 +114,7 @@ def test_the_gain_is_that_of_the_steps(answers: dict[str, Path]) -> None:
 
 def test_a_rule_is_kept_only_where_it_gains_the_margin(answers: dict[str, Path]) -> None:
     for step in tune(Scores(answers), [0, 0, 1, 1, 2, 2]).steps:
-        assert step.gain == (step.best if step.best >= MARGIN else 0.0)
+        assert step.gain == (step.best_candidate_gain if step.best_candidate_gain >= MARGIN else 0.0)
 
 
 def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Pat
     cut = tmp_path / "cut.npz"
     cut.write_bytes(answers["case1"].read_bytes()[:-40])
     assert (is_of(answers["case1"], "1"), is_of(cut, "1"), is_of(answers["case1"], "2")) == (True, False, False)
-    with pytest.raises(RunError, match=r"cut.npz: missing or damaged .* Delete it, and it is predicted again"):
+    with pytest.raises(RunError, match=r"cut.npz: missing or damaged .* Delete it to predict its case again"):
         read_answer(cut)
 
 
@@ -220,7 +220,7 @@ def test_a_gpu_that_is_hidden_is_refused() -> None:
 def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patient(
     finished: Path, phantoms: Path
 ) -> None:
-    folds = begun(DataSource(phantoms), finished)
+    folds = read_folds(finished, DataSource(phantoms))
     assert sorted(folds.fold_of()) == sorted(folds.cases)
     for case_id, fold in folds.fold_of().items():
         assert read_answer(folds.answer_file(case_id)).weights_sha256 == weights_of(finished)[fold]
@@ -231,7 +231,7 @@ def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patie
 def test_the_table_has_every_case_without_and_with_rules(finished: Path, phantoms: Path) -> None:
     with (finished / "crossval.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cases = sorted(begun(DataSource(phantoms), finished).cases)
+    cases = sorted(read_folds(finished, DataSource(phantoms)).cases)
     assert sorted(row["case"] for row in rows if row["masks"] == "raw") == cases
     assert sorted(row["case"] for row in rows if row["masks"] == "tuned") == cases
     mean = np.mean(
@@ -330,7 +330,7 @@ def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: d
 
 def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     alone = shutil.copytree(finished / "ensemble", tmp_path / "moved")
-    case = sorted(begun(DataSource(phantoms), finished).cases)[0]
+    case = sorted(read_folds(finished, DataSource(phantoms)).cases)[0]
     assert znormseg("predict", alone, phantoms / case, tmp_path / "out", "--device=cpu").code == 0
     told = read(tmp_path / "out" / f"{case}.json")
     assert [one["weights_sha256"] for one in told["ensemble"]] == weights_of(finished)
@@ -422,11 +422,11 @@ def test_other_cases_are_refused(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     data = shutil.copytree(phantoms, tmp_path / "data")
-    gone = sorted(begun(DataSource(phantoms), finished).cases)[0]
+    gone = sorted(read_folds(finished, DataSource(phantoms)).cases)[0]
     shutil.rmtree(data / gone)
     ended = znormseg("crossval", data, finished, *options)
     assert ended.code == 3
-    assert f"begun with other cases: 1 ({gone}) gone, 0 new" in ended.err
+    assert f"started with other cases: 1 ({gone}) gone, 0 new" in ended.err
 
 
 @pytest.mark.parametrize(("folds", "code", "told"), [(1, 4, "--folds takes 2 to 20"), (7, 3, "6 patients for 7 folds")])
@@ -460,7 +460,7 @@ def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phan
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "splits" / "fold-1.json").write_text('{"train": ["x"]}')
     with pytest.raises(RunError, match=r"fold-1\.json: damaged"):
-        begun(DataSource(phantoms), out)
+        read_folds(out, DataSource(phantoms))
 
 
 def test_a_folder_that_holds_something_else_is_refused(
@@ -584,4 +584,4 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
     shutil.copy(finished / "folds.json", tmp_path / "begun")
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
-    assert "the cross-validation has not ended" in ended.err
+    assert "the cross-validation is not finished" in ended.err
