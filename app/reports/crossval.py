@@ -136,13 +136,10 @@ def _calibration_html(calibrated: Calibrated) -> str:
     probabilities, volumes = [], []
     for region, one in calibrated.regions.items():
         spread = f"{min(one.left_out):.2f} to {max(one.left_out):.2f}"
-        pairs = [
-            (one.before.ece, one.after.ece),
-            one.case_ece,
-            (one.before.brier, one.after.brier),
-            one.nll,
+        numbers = [
+            f"{getattr(one.before, name):.4f} / {getattr(one.after, name):.4f}"
+            for name in ("ece", "case_ece", "brier", "nll")
         ]
-        numbers = [f"{before:.4f} / {after:.4f}" for before, after in pairs]
         probabilities.append([region, f"{one.temperature:.2f}", f"{one.fitted:.2f}", spread, *numbers])
         bound, covered = one.log_ratio["postprocessed"], one.coverage
         volumes.append(

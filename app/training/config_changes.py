@@ -34,7 +34,6 @@ FIXED: Final = {
     "training.ema_decay": "the average of the weights began with the run",
     "data.spacing_mm": "the run's spacing was decided when it began",
 }
-_NEW_CHANNELS: Final = "the network was made with other input channels"
 
 
 def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collection[str]) -> list[str]:
@@ -106,7 +105,7 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
 
 def _why_fixed(key: str, own: RunConfig, asked: RunConfig) -> str | None:
     if key == "augment.contrast_dropout" and own.input_channels != asked.input_channels:
-        return _NEW_CHANNELS
+        return "the network was made with other input channels"
     return next((reason for fixed, reason in FIXED.items() if _among(key, [fixed])), None)
 
 

@@ -49,7 +49,7 @@ from app.training.cases import (
     split_on_record,
 )
 from app.training.distributed import ALONE, World
-from app.training.pretrained import InitialWeights, initial_weights
+from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.trainer import Codes, Session, Trainer
@@ -149,7 +149,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     if not config.inference.crop:
         raise ConfigError("inference.crop: false is for imported networks; training and its validation take true")
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
-    initial = None if init_from is None else initial_weights(init_from, config, runtime)
+    initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     held = read_label_maps(cases.values())
     convention = data.decide_convention(cases, held)
     if split is None:
@@ -180,13 +180,13 @@ def start(  # noqa: PLR0913 - one argument per command-line option
                 "machine": machine(),
                 "processes": world.size,
                 "runtime": list(runtime.reasons),
-                "init_from": None if initial is None else initial.to_json(),
+                "init_from": None if initial is None else origin_of(initial),
             }
             write_json(run / "run.json", facts)
             torch.manual_seed(config.training.seed)
             state = new_state(config, runtime)
             if initial is not None:
-                _start_from(initial, state, spacing_mm)
+                start_from(initial, state, spacing_mm)
             return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
 
 
@@ -376,17 +376,6 @@ def _require_best(run: Path, state: State) -> None:
         dice = None if best is None else best.details["dice"]
         state.best_dice = sum(dice.values()) / len(dice) if dice else -1.0
         state.best_step = best.step if best is not None else 0
-
-
-def _start_from(initial: InitialWeights, state: State, spacing_mm: Spacing) -> None:
-    """Load the weights of another run into a new state, and log their origin."""
-    state.start_from(initial.weights)
-    LOG.info("weights of %s, step %d, sha256 %s", initial.run, initial.step, initial.sha256)
-    if any(abs(here - there) > 0.05 * there for here, there in zip(spacing_mm, initial.spacing_mm, strict=True)):
-        there, here = ("x".join(f"{mm:g}" for mm in spacing) for spacing in (initial.spacing_mm, spacing_mm))
-        LOG.warning(
-            "the weights are of %s mm, this run works at %s mm; data.spacing_mm takes the cases there", there, here
-        )
 
 
 def _opened(store: CaseFolder | None, run: Path) -> AbstractContextManager[CaseFolder]:
