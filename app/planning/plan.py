@@ -235,12 +235,9 @@ def plan_run(
         data, on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id))
     )
     tumours = tumours_of(read.cases, read.held, read.convention)
-    one = read.fingerprint.patients < 2
-    split = (
-        Split(train=tuple(read.cases), validation=())
-        if one
-        else stratified_split(tumours, patients_of(read.cases.values()), 0)
-    )
+    split = Split(train=tuple(read.cases), validation=())
+    if read.fingerprint.patients > 1:
+        split = stratified_split(tumours, patients_of(read.cases.values()), 0)
     limits = memory_limits()
     if max_memory_bytes is not None:
         limits = [*limits, MemoryLimit(name="--max-memory-gb", free_bytes=max_memory_bytes)]
@@ -253,7 +250,7 @@ def plan_run(
         cores=cores(),
     )
     plan = plan_training(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)
-    disk = _disk(read.fingerprint, plan, split)
+    disk = _disk(plan, split)
     planned = PlannedRun(
         data=data,
         fingerprint=read.fingerprint,
@@ -266,20 +263,12 @@ def plan_run(
     )
     if not with_dry_run:
         return planned
-    return _tried(planned, plan, read, hardware=hardware, fixed=fixed, on_progress=on_progress)
+    return _tried(planned, plan, read, on_progress)
 
 
-def _tried(
-    planned: PlannedRun,
-    plan: TrainingPlan,
-    read: DataSet,
-    *,
-    hardware: Hardware,
-    fixed: set[str],
-    on_progress: OnProgress,
-) -> PlannedRun:
+def _tried(planned: PlannedRun, plan: TrainingPlan, read: DataSet, on_progress: OnProgress) -> PlannedRun:
     """Try a plan: the same plan with measurements, made smaller if it does not fit."""
-    split, brain = planned.split, read.fingerprint.brain_voxels(plan.spacing_mm)
+    split, hardware, fixed = planned.split, plan.bounds.hardware, plan.bounds.fixed
     validating = next(iter(_trial_cases(split.validation, read)), None)
     # Limits of this process also apply to the child, which runs into them by itself.
     outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
@@ -293,7 +282,7 @@ def _tried(
             training=_trial_cases(split.train, read),
             validation=validating,
             labels=read.convention.name,
-            spacing_mm=plan.spacing_mm,
+            spacing_mm=plan.bounds.spacing_mm,
             most_share_of_limits=_SHARE_OF_LIMITS,
         )
         request.folder.mkdir()
@@ -316,8 +305,8 @@ def _tried(
                 Progress(job=f"dry run, attempt {number}", share=0.0, detail=step_in_words(config))
             ),
         )
-    config, why = with_steps(fitted.config, brain, len(split.train), hardware=hardware, fixed=fixed)
-    dry_run = _foreseen(config, fitted, split, brain, prepare_seconds)
+    config, why = with_steps(fitted.config, plan.bounds)
+    dry_run = _foreseen(config, fitted, split, plan.bounds.brain, prepare_seconds)
     if hardware.device == "cpu" and "training.steps" not in fixed and config.training.steps is not None:
         config, dry_run, why = cut_to_hours(config, dry_run, why, fixed=fixed)
     choices = [_after_trial(choice, config, why) for choice in plan.choices]
@@ -406,11 +395,10 @@ def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
     return replace(choice, value=now, reason=f"{choice.value} did not fit in the dry run")
 
 
-def _disk(fingerprint: Fingerprint, plan: TrainingPlan, split: Split) -> Disk:
-    voxels = prod(fingerprint.brain_voxels(plan.spacing_mm))
+def _disk(plan: TrainingPlan, split: Split) -> Disk:
     folder = cache_folder()
     return Disk(
-        cache_bytes=CACHE_BYTES_A_VOXEL * voxels * (len(split.train) + len(split.validation)),
+        cache_bytes=CACHE_BYTES_A_VOXEL * prod(plan.bounds.brain) * len(split.cases),
         cache_folder=str(folder),
         cache_free_bytes=_free(folder),
         cache_limit_bytes=cache_bytes(),

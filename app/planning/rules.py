@@ -88,15 +88,17 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bounds:
+class Bounds:
     """What the sizes of a plan depend on, apart from the config."""
 
     brain: tuple[int, int, int]
     """Median brain box in voxels of the network's spacing."""
     spacing_mm: Spacing
+    """Spacing that the network works at."""
     training_cases: int
     hardware: Hardware
     fixed: Collection[str]
+    """Keys that the user set; they are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,8 +106,7 @@ class TrainingPlan:
     """A config for a data set on a machine."""
 
     config: RunConfig
-    spacing_mm: Spacing
-    """Spacing that the network works at."""
+    bounds: Bounds
     choices: tuple[Chosen, ...]
 
 
@@ -130,9 +131,14 @@ def plan_training(
     spacing_mm, wanted_mm, why = _spacing(fingerprint, base, fixed)
     config = replace(base, data=replace(base.data, spacing_mm=wanted_mm))
     chosen("data.spacing_mm", spacing_mm, why)
-    brain = fingerprint.brain_voxels(spacing_mm)
-    bounds = _Bounds(brain=brain, spacing_mm=spacing_mm, training_cases=training_cases, hardware=hardware, fixed=fixed)
-    config, levels_why = _with_levels(config, brain, fixed)
+    bounds = Bounds(
+        brain=fingerprint.brain_voxels(spacing_mm),
+        spacing_mm=spacing_mm,
+        training_cases=training_cases,
+        hardware=hardware,
+        fixed=fixed,
+    )
+    config, levels_why = _with_levels(config, bounds)
     config, patch_why = _with_patch(config, bounds)
     patch = config.training.patch_voxels
     chosen("network.channels", config.network.channels, levels_why)
@@ -141,16 +147,12 @@ def plan_training(
     chosen("training.patch_voxels", patch, f"{patch_why}; {inside}")
     config, why = _with_batch(config, bounds)
     chosen("training.batch_size", config.training.batch_size, why)
-    config, why = with_steps(config, brain, training_cases, hardware=hardware, fixed=fixed)
-    budget = config.training.steps
-    chosen(
-        "training.steps" if budget is not None else "training.hours",
-        budget if budget is not None else config.training.hours,
-        why,
-    )
-    config, why = _with_threads(config, hardware, fixed)
+    config, why = with_steps(config, bounds)
+    budget = "steps" if config.training.steps is not None else "hours"
+    chosen(f"training.{budget}", getattr(config.training, budget), why)
+    config, why = _with_threads(config, bounds)
     chosen("runtime.loader_threads", config.runtime.loader_threads, why)
-    return TrainingPlan(config=config, spacing_mm=spacing_mm, choices=tuple(choices))
+    return TrainingPlan(config=config, bounds=bounds, choices=tuple(choices))
 
 
 def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
@@ -185,19 +187,12 @@ def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunCo
     return None
 
 
-def with_steps(
-    config: RunConfig,
-    brain_voxels: tuple[int, int, int],
-    training_cases: int,
-    *,
-    hardware: Hardware,
-    fixed: Collection[str],
-) -> tuple[RunConfig, str]:
+def with_steps(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """The config with its number of steps, and the reason for it."""
-    settings = config.training
-    if not {"training.steps", "training.hours"}.isdisjoint(fixed):
+    settings, hardware, training_cases = config.training, bounds.hardware, bounds.training_cases
+    if not {"training.steps", "training.hours"}.isdisjoint(bounds.fixed):
         return config, "set by you"
-    covering = ceil(prod(brain_voxels) / prod(settings.patch_voxels))
+    covering = ceil(prod(bounds.brain) / prod(settings.patch_voxels))
     patches = _COVERS * training_cases * covering
     wanted = ceil(patches / (settings.batch_size * settings.accumulate))
     low, high = FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
@@ -219,22 +214,22 @@ def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) 
     return found, None, "median of the training cases along each axis (null in the config)"
 
 
-def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collection[str]) -> tuple[RunConfig, str]:
+def _with_levels(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Reduce the network to the levels that the brain has voxels for."""
-    network = config.network
+    network, fixed = config.network, bounds.fixed
     levels = len(network.channels)
     why = f"levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
     if "network.blocks" in fixed and network.blocks is not None:
         why = "levels: as many as network.blocks has, set by you"
     elif "network.channels" not in fixed:
-        while levels > _fewest_levels(network) and min(brain) < _COARSEST_VOXELS * patch_divisor(network):
+        while levels > _fewest_levels(network) and min(bounds.brain) < _COARSEST_VOXELS * patch_divisor(network):
             levels -= 1
             blocks = None if network.blocks is None else network.blocks[:levels]
             network = replace(network, channels=network.channels[:levels], blocks=blocks)
     # A provisional patch, valid for any number of levels; a patch set by the user is also valid with fewer levels.
-    patch = (
-        config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
-    )
+    patch = (_least_side(patch_divisor(network)),) * 3
+    if "training.patch_voxels" in fixed:
+        patch = config.training.patch_voxels
     config = replace(config, network=network, training=replace(config.training, patch_voxels=patch))
     return config, f"{levels} {why}"
 
@@ -244,7 +239,7 @@ def _fewest_levels(network: NetworkConfig) -> int:
     return 3 if network.deep_supervision and network.first_stride == 1 else 2
 
 
-def _with_patch(config: RunConfig, bounds: _Bounds) -> tuple[RunConfig, str]:
+def _with_patch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Find the largest patch that fits the machine in a batch of two, starting from the median brain's box."""
     if "training.patch_voxels" in bounds.fixed:
         return config, ""
@@ -269,7 +264,7 @@ def _with_patch(config: RunConfig, bounds: _Bounds) -> tuple[RunConfig, str]:
     return tried(), why
 
 
-def _with_batch(config: RunConfig, bounds: _Bounds) -> tuple[RunConfig, str]:
+def _with_batch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Find the largest batch that memory and data allow, of at least two patches."""
     if "training.batch_size" in bounds.fixed:
         return config, ""
@@ -288,8 +283,9 @@ def _with_batch(config: RunConfig, bounds: _Bounds) -> tuple[RunConfig, str]:
     return _training(config, batch_size=batch), why
 
 
-def _with_threads(config: RunConfig, hardware: Hardware, fixed: Collection[str]) -> tuple[RunConfig, str]:
-    if "runtime.loader_threads" in fixed:
+def _with_threads(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
+    hardware = bounds.hardware
+    if "runtime.loader_threads" in bounds.fixed:
         return config, ""
     if hardware.device == "cuda":
         threads, why = min(8, hardware.cores), f"the processors ({hardware.cores}), up to 8"

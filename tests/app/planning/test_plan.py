@@ -116,7 +116,7 @@ def test_levels_go_with_their_blocks_and_leave_what_deep_supervision_needs(
 
 def test_unequal_spacing_is_left_to_the_median_by_axis() -> None:
     plan = planned(spacing_mm=(0.5, 0.5, 5.0))
-    assert (plan.config.data.spacing_mm, plan.spacing_mm) == (None, (0.5, 0.5, 5.0))
+    assert (plan.config.data.spacing_mm, plan.bounds.spacing_mm) == (None, (0.5, 0.5, 5.0))
 
 
 @pytest.mark.parametrize(("cases", "steps"), [(1, 1_000), (30, 9_750), (1000, 20_000)])
