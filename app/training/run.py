@@ -285,13 +285,8 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     keep_freed_memory()
     if world.is_first and world.size > 1:
         world.broadcast((config, facts, split, _as_checkpoint(state)))
-    world.require_same(
-        {
-            "the version of torch": torch.__version__,
-            "the device": runtime.device.type,
-            "the precision": runtime.precision,
-        }
-    )
+    machine_facts = {"the device": runtime.device.type, "the precision": runtime.precision}
+    world.require_same({"the version of torch": torch.__version__, **machine_facts})
     for reason in runtime.reasons:
         LOG.info("%s", reason)
     spacing_mm: Spacing = tuple(facts["spacing_mm"])

@@ -18,7 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.split import ThreeWaySplit
@@ -34,6 +34,9 @@ from data.datasets.source import DataSource
 from data.labels import CONVENTIONS
 from data.patches.cache import CaseFolder
 from data.patches.sampler import PatchSource, cache_cases
+
+#: Entries of a run's result that the comparison keeps.
+_KEPT: Final = ("steps", "seconds", "validation_dice", "best_step", "skipped_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,11 +96,7 @@ class ComparisonRuns:
             "arm": key.arm,
             "learning_rate": key.rate,
             "seed": key.seed,
-            "steps": outcome.steps,
-            "seconds": round(outcome.seconds, 3),
-            "validation_dice": outcome.validation_dice,
-            "best_step": outcome.best_step,
-            "skipped_steps": outcome.skipped_steps,
+            **{name: outcome.to_json()[name] for name in _KEPT},
             "start": (read_json(path) if path.exists() else {}).get("start"),
         }
         write_json(path, result)
