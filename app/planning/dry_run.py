@@ -114,7 +114,7 @@ def _watched(
                     trial.kill()
 
     def too_much(how: str) -> TooMuch:
-        return TooMuch(why=f"{how} when it held {held_words(held)}", needed_bytes=held)
+        return TooMuch(why=f"{how} when it held {memory_in_words(held)}", needed_bytes=held)
 
     if stopped:
         return too_much("it was ended")
@@ -141,7 +141,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def held_words(held: int | None) -> str:
+def memory_in_words(held: int | None) -> str:
     """Bytes in words, or an unknown amount."""
     return "an unknown amount" if held is None else f"{held / 1e9:.2f} GB"
 

@@ -97,7 +97,7 @@ class DataSet:
 
     cases: Mapping[str, Case]
     """All cases with a label map, by id."""
-    held: Mapping[str, LabelMap]
+    label_maps: Mapping[str, LabelMap]
     convention: LabelConvention
     fingerprint: Fingerprint
 
@@ -116,9 +116,9 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] | N
     cases = {case.id: case.require() for case in found.values() if case.label is not None}
     if not cases:
         raise DataError(f"{data.root}: no case has a label map (a file that ends in seg); training needs them")
-    held = read_label_maps(cases.values())
-    convention = data.decide_convention(cases, held)
-    tumours = tumours_of(cases, held, convention).values()
+    label_maps = read_label_maps(cases.values())
+    convention = data.decide_convention(cases, label_maps)
+    tumours = tumours_of(cases, label_maps, convention).values()
     sample = _spread(list(cases.values()), SAMPLE)
     done: list[str] = []
 
@@ -148,7 +148,7 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] | N
         enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
         bytes_on_disk=sum(path.stat().st_size for of_case in files for path in of_case),
     )
-    return DataSet(cases=cases, held=held, convention=convention, fingerprint=fingerprint)
+    return DataSet(cases=cases, label_maps=label_maps, convention=convention, fingerprint=fingerprint)
 
 
 def _extent(case: Case) -> Extent:

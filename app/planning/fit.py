@@ -8,7 +8,7 @@ from typing import Final
 
 from app.config.load import RunConfig
 from app.errors import MemoryShortError
-from app.planning.dry_run import Needed, TooMuch, held_words
+from app.planning.dry_run import Needed, TooMuch, memory_in_words
 from app.planning.estimate import Estimate, estimate
 from app.planning.rules import PROGRAM_BYTES, smaller_network, times
 
@@ -70,7 +70,7 @@ def fit(
     while True:
         on_attempt(config, len(attempts) + 1)
         outcome = try_out(config)
-        words = f"fits, with {held_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
+        words = f"fits, with {memory_in_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
         attempts.append(
             Attempt(
                 patch_voxels=config.training.patch_voxels,
@@ -82,8 +82,8 @@ def fit(
         )
         if isinstance(outcome, Needed):
             return Fitted(config=config, needed=outcome, attempts=tuple(attempts))
-        held = estimate(config, half=half, gpu=gpu)
-        target = _target(outcome, held, most_bytes)
+        needed = estimate(config, half=half, gpu=gpu)
+        target = _target(outcome, needed, most_bytes)
         steps = []
         while len(attempts) < _MOST_ATTEMPTS and (smaller := smaller_network(config, fixed=fixed)) is not None:
             config, step = smaller
@@ -100,10 +100,10 @@ def fit(
         changed = ", ".join(steps)
 
 
-def _target(outcome: TooMuch, held: Estimate, most_bytes: int | None) -> float:
+def _target(outcome: TooMuch, needed: Estimate, most_bytes: int | None) -> float:
     """Maximum estimate for the next attempt; reduced in proportion if the bound was RAM."""
-    now = held.host + held.gpu
-    if most_bytes is None or outcome.needed_bytes is None or held.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
+    now = needed.host + needed.gpu
+    if most_bytes is None or outcome.needed_bytes is None or needed.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
         return _MARGIN * now
     share = (most_bytes - PROGRAM_BYTES) / (outcome.needed_bytes - PROGRAM_BYTES)
     return now * min(_MARGIN, _MARGIN * max(share, 0.0))

@@ -14,7 +14,7 @@ import torch
 from app.config.load import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
 from app.inference.sliding_window.grid import window_starts
-from app.planning.dry_run import TooMuch, held_words, prepare_trial, try_out
+from app.planning.dry_run import TooMuch, memory_in_words, prepare_trial, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
 from app.planning.fit import Attempt, Fitted, fit, step_in_words
 from app.planning.rules import (
@@ -112,10 +112,10 @@ class DryRun:
             f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
             for number, one in enumerate(self.attempts, start=1)
         ]
-        lines.append(f"  memory: {held_words(self.own_bytes)} needed")
+        lines.append(f"  memory: {memory_in_words(self.own_bytes)} needed")
         if self.mapped_bytes is not None:
             lines[-1] += (
-                f"; tools will show up to {held_words(self.resident_bytes)}, as prepared cases are mapped: "
+                f"; tools will show up to {memory_in_words(self.resident_bytes)}, as prepared cases are mapped: "
                 "the system takes those pages back when it must"
             )
         if self.gpu_bytes is not None:
@@ -234,7 +234,7 @@ def plan_run(
     read = read_data_set(
         data, on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id))
     )
-    tumours = tumours_of(read.cases, read.held, read.convention)
+    tumours = tumours_of(read.cases, read.label_maps, read.convention)
     split = Split(train=tuple(read.cases), validation=())
     if read.fingerprint.patients > 1:
         split = stratified_split(tumours, patients_of(read.cases.values()), 0)

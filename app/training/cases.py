@@ -128,9 +128,9 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
         )
 
 
-def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
+def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
-    used = {case_id: held[case_id] for case_id in split.cases if case_id in held}
+    used = {case_id: label_maps[case_id] for case_id in split.cases if case_id in label_maps}
     return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
 
 
@@ -149,7 +149,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
     try:
         before = {composed(case_id): label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
+        raise RunError(f"{path}: damaged. Delete it to resume without checking the label maps.") from error
     others = changed(before, cases.values())
     if others:
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
@@ -179,12 +179,12 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
         run: the run's folder.
         prepared: all cases of the run.
     """
-    found = {case.id: said for case in prepared if (said := case.backgrounds())}
+    found = {case.id: texts for case in prepared if (texts := case.backgrounds())}
     if not found:
         return
     write_json(run / BACKGROUNDS_FILE, found)
-    for case_id, said in list(found.items())[:_MOST_WARNED]:
-        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in said.items()))
+    for case_id, texts in list(found.items())[:_MOST_WARNED]:
+        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in texts.items()))
     if len(found) > _MOST_WARNED:
         LOG.warning(
             "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE

@@ -36,13 +36,13 @@ FIXED: Final = {
 }
 
 
-def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collection[str]) -> list[str]:
+def require_allowed(run: Path, own: RunConfig, requested: RunConfig, allowed: Collection[str]) -> list[str]:
     """Check that a resumed run may adopt the requested config; return the changes, each as ``key: old -> new``.
 
     Args:
         run: the run's folder, for the message.
         own: the run's config.
-        asked: the requested config.
+        requested: the requested config.
         allowed: keys that may change although they affect what is learned.
 
     Raises:
@@ -53,8 +53,8 @@ def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collec
         if key not in flat(own):
             close = difflib.get_close_matches(key, flat(own), n=1)
             raise ConfigError(f"--allow {key}: unknown key{f'; did you mean {close[0]}?' if close else ''}")
-    changes = dict(zip(differing_keys(own, asked), config_differences(own, asked), strict=True))
-    fixed = {key: reason for key in changes if (reason := _why_fixed(key, own, asked))}
+    changes = dict(zip(differing_keys(own, requested), config_differences(own, requested), strict=True))
+    fixed = {key: reason for key in changes if (reason := _why_fixed(key, own, requested))}
     lacking = [key for key in changes if key not in fixed and key not in allowed and not _among(key, HARMLESS)]
     if not fixed and not lacking:
         return list(changes.values())
@@ -71,16 +71,16 @@ def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collec
     raise ConfigError("\n".join([f"{run} was started with another config:", *shown, *advice]))
 
 
-def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence[str], state: State) -> None:
+def apply_changes(run: Path, own: RunConfig, requested: RunConfig, changes: Sequence[str], state: State) -> None:
     """Adopt a changed config: log it, update run.json and config.yaml, and spread validations over the new budget."""
     if not changes:
         return
-    settings = asked.training
+    settings = requested.training
     before, now = (
         spent_share(
             config.training, step=state.step, seconds=state.seconds, validation_seconds=state.validation_seconds
         )
-        for config in (own, asked)
+        for config in (own, requested)
     )
     for change in changes:
         LOG.info("config changed at step %d: %s", state.step, change)
@@ -100,11 +100,11 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
     record = {"step": state.step, "changes": list(changes)}
     if facts.get("config_changes", [])[-1:] != [record]:  # else already recorded before an interruption
         write_json(run / "run.json", {**facts, "config_changes": [*facts.get("config_changes", []), record]})
-    write_durably(run / "config.yaml", to_yaml(asked).encode())
+    write_durably(run / "config.yaml", to_yaml(requested).encode())
 
 
-def _why_fixed(key: str, own: RunConfig, asked: RunConfig) -> str | None:
-    if key == "augment.contrast_dropout" and own.input_channels != asked.input_channels:
+def _why_fixed(key: str, own: RunConfig, requested: RunConfig) -> str | None:
+    if key == "augment.contrast_dropout" and own.input_channels != requested.input_channels:
         return "the network was made with other input channels"
     return next((reason for fixed, reason in FIXED.items() if _among(key, [fixed])), None)
 

@@ -150,10 +150,10 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         raise ConfigError("inference.crop: false is for imported networks; training and its validation take true")
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
-    held = read_label_maps(cases.values())
-    convention = data.decide_convention(cases, held)
+    label_maps = read_label_maps(cases.values())
+    convention = data.decide_convention(cases, label_maps)
     if split is None:
-        split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
+        split = stratified_split(tumours_of(cases, label_maps, convention), patients, int(fold))
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
         report_misnamed_files([cases[case_id] for case_id in split.cases])
@@ -166,7 +166,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         with _removed_unless_started(run, keep_folder=was_there):
             write_durably(run / "config.yaml", to_yaml(config).encode())
             write_json(run / "split.json", split.to_json())
-            write_json(run / "labels.json", labels_on_record(split, held))
+            write_json(run / "labels.json", labels_on_record(split, label_maps))
             facts = {
                 "data": str(data.root.resolve()),
                 "fold": fold if split_file is None else None,

@@ -249,7 +249,7 @@ def _require_known(option: str, names: Sequence[str], known: Sequence[str]) -> N
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is unknown; allowed are {', '.join(known)}")
         if names.count(name) > 1:
-            raise ConfigError(f"{option}: {name} stands there twice")
+            raise ConfigError(f"{option}: {name} is given twice")
 
 
 def _rates(texts: Sequence[str], optimizers: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -271,5 +271,5 @@ def _numbers(text: str, listed: str) -> tuple[float, ...]:
     if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
         raise ConfigError(f"--learning-rates {text}: expected numbers above 0, such as 1e-3,3e-3,1e-2 or sgd=1e-2,1e-1")
     if len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--learning-rates {text}: a rate stands there twice")
+        raise ConfigError(f"--learning-rates {text}: a rate is given twice")
     return tuple(sorted(numbers))

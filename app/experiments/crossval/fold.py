@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from app.experiments.crossval.folds import Folds
-from app.experiments.crossval.out_of_fold import answer_of, is_of, write_answer
+from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
 from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model
@@ -48,11 +48,11 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
     model = load_model(run, runtime)
     validation = folds.splits[fold].validation
     for number, case_id in enumerate(validation):
-        if is_of(folds.answer_file(case_id), model.sha256):
+        if is_of(folds.prediction_file(case_id), model.sha256):
             continue
         share = _TRAINING + (1 - _TRAINING) * number / len(validation)
         on_progress(Progress(job="fold", share=share, detail=f"predicting {case_id}"))
-        nan_to_zero = folds.config.data.nan_to_zero
-        answer = answer_of(model, folds.cases[case_id], runtime, convention=folds.convention, nan_to_zero=nan_to_zero)
-        write_answer(folds.answer_file(case_id), answer)
+        case, nan_to_zero = folds.cases[case_id], folds.config.data.nan_to_zero
+        prediction = predict_left_out(model, case, runtime, convention=folds.convention, nan_to_zero=nan_to_zero)
+        write_prediction(folds.prediction_file(case_id), prediction)
     on_progress(Progress(job="fold", share=1.0, detail="done"))

@@ -77,7 +77,7 @@ class Folds:
         """Return the file with a fold's result; it exists once the fold is trained."""
         return self.out / "results" / f"fold-{fold}.json"
 
-    def answer_file(self, case_id: str) -> Path:
+    def prediction_file(self, case_id: str) -> Path:
         """Return the file with the out-of-fold probabilities of a case."""
         return self.out / "out-of-fold" / f"{case_id}.npz"
 
@@ -126,20 +126,20 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
             "Give fewer --folds, or more cases."
         )
     require_labels([case.require() for case in cases.values()], advice="Add them, or take the cases out.")
-    held = read_label_maps(cases.values())
-    convention = data.decide_convention(cases, held)
+    label_maps = read_label_maps(cases.values())
+    convention = data.decide_convention(cases, label_maps)
     if recorded is not None and kept and len(recorded["folds"]) == folds:
         # A later version may recognise more patients.
         splits = _splits(recorded["folds"])
     else:
-        tumours = tumours_of(cases, held, convention)
+        tumours = tumours_of(cases, label_maps, convention)
         splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
     report_visits(cases.values(), [split.validation for split in splits])
     report_misnamed_files(cases.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(
-        out=out, cases=cases, config=config, convention=convention, splits=splits, label_maps_sha256=hash_of(held)
+        out=out, cases=cases, config=config, convention=convention, splits=splits, label_maps_sha256=hash_of(label_maps)
     )
 
 

@@ -83,7 +83,7 @@ def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
     return values
 
 
-def answer_of(
+def predict_left_out(
     model: Model, case: Case, runtime: Runtime, *, convention: LabelConvention, nan_to_zero: bool = False
 ) -> OutOfFoldPrediction:
     """Predict a case and read its reference.
@@ -124,18 +124,18 @@ def answer_of(
     )
 
 
-def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
+def write_prediction(path: Path, prediction: OutOfFoldPrediction) -> None:
     """Write an out-of-fold file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
-        "answers": answer.answers,
-        "reference": answer.reference,
-        "logit_counts": answer.logit_counts,
-        "spacing_mm": np.array(answer.spacing_mm, dtype=np.float64),
-        "weights_sha256": np.array(answer.weights_sha256),
+        "answers": prediction.answers,
+        "reference": prediction.reference,
+        "logit_counts": prediction.logit_counts,
+        "spacing_mm": np.array(prediction.spacing_mm, dtype=np.float64),
+        "weights_sha256": np.array(prediction.weights_sha256),
     }
-    if answer.computed_by is not None:
-        arrays["computed_by"] = np.array(json.dumps(dict(answer.computed_by)))
+    if prediction.computed_by is not None:
+        arrays["computed_by"] = np.array(json.dumps(dict(prediction.computed_by)))
     with replacing(path) as beside, beside.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -150,7 +150,7 @@ def read_counts(path: Path) -> Counts:
         return _counts(file["logit_counts"])
 
 
-def read_answer(path: Path) -> OutOfFoldPrediction:
+def read_prediction(path: Path) -> OutOfFoldPrediction:
     """Read an out-of-fold file.
 
     Raises:

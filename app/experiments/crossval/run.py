@@ -135,7 +135,7 @@ def analyse_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossVa
         RunError: a file is missing or damaged.
     """
     fold_of = folds.fold_of()
-    files = {case_id: folds.answer_file(case_id) for case_id in fold_of}
+    files = {case_id: folds.prediction_file(case_id) for case_id in fold_of}
     numbers = range(len(folds.splits))
     tuning = tune(Scores(files, on_share=on_share), list(fold_of.values()))
     raw = summarise(folds, Postprocess())
@@ -237,7 +237,9 @@ class _Work:
             weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
         except RunError:  # damaged: loading falls back to the previous pair
             return False
-        return all(is_of(self.folds.answer_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
+        return all(
+            is_of(self.folds.prediction_file(case_id), weights) for case_id in self.folds.splits[fold].validation
+        )
 
     def _note_done(self, fold: int) -> None:
         self.shares[fold] = 1.0

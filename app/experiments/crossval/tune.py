@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.evaluation.metrics import dice
-from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, read_answer
+from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, read_prediction
 from app.inference.postprocess import Postprocess
 from data.labels import REGIONS, to_regions
 from data.preprocess import smallest_box
@@ -194,19 +194,19 @@ def _with(name: str, number: int, rules: Postprocess, value: float) -> Postproce
 
 def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
     """Return the Dice of one case under each candidate, shape (candidates, 3)."""
-    answer = cropped(read_answer(file))
-    expected = to_regions(answer.reference)
+    prediction = cropped(read_prediction(file))
+    expected = to_regions(prediction.reference)
     rows = []
     for rules in candidates:
-        masks = rules.clean(answer.cut(rules), answer.spacing_mm)
+        masks = rules.clean(prediction.cut(rules), prediction.spacing_mm)
         rows.append([dice(one, other) for one, other in zip(masks, expected, strict=True)])
     return np.array(rows, dtype=np.float64)
 
 
-def cropped(answer: OutOfFoldPrediction) -> OutOfFoldPrediction:
+def cropped(prediction: OutOfFoldPrediction) -> OutOfFoldPrediction:
     """Crop a prediction to where there is tumour in the reference or under any candidate; Dice needs no more."""
-    may_be = (answer.answers >= min(THRESHOLDS) * 256).any(axis=0) | (answer.reference != 0)
+    may_be = (prediction.answers >= min(THRESHOLDS) * 256).any(axis=0) | (prediction.reference != 0)
     if not may_be.any():
         may_be[0, 0, 0] = True
     box = smallest_box(may_be)
-    return replace(answer, answers=answer.answers[:, *box], reference=answer.reference[box])
+    return replace(prediction, answers=prediction.answers[:, *box], reference=prediction.reference[box])
