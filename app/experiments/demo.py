@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -127,12 +128,11 @@ def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
     LOG.info("%s: %.0f s", stage, seconds[stage])
 
 
-def _make_phantoms(folder: Path, count: int, on_progress: OnProgress) -> tuple[Case, ...]:
-    done: list[Path] = []
+def _make_phantoms(folder: Path, number: int, on_progress: OnProgress) -> tuple[Case, ...]:
+    done = count(1)
 
     def made(case: Path) -> None:
-        done.append(case)
-        on_progress(Progress(job="making phantoms", share=len(done) / count, detail=case.name))
+        on_progress(Progress(job="making phantoms", share=next(done) / number, detail=case.name))
 
-    write_phantoms(folder, count, spacing_mm=SPACING_MM, on_case=made)
+    write_phantoms(folder, number, spacing_mm=SPACING_MM, on_case=made)
     return find_cases(folder)

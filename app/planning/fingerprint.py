@@ -102,7 +102,7 @@ class DataSet:
     fingerprint: Fingerprint
 
 
-def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] | None = None) -> DataSet:
+def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = lambda *_: None) -> DataSet:
     """Take the fingerprint of a data set from every header and label map, and the images of a sample.
 
     Args:
@@ -120,18 +120,12 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] | N
     convention = data.decide_convention(cases, label_maps)
     tumours = tumours_of(cases, label_maps, convention).values()
     sample = _spread(list(cases.values()), SAMPLE)
-    done: list[str] = []
-
-    def look(case: Case) -> Extent:
-        extent = _extent(case)
-        done.append(case.id)
-        if on_case is not None:
-            on_case(case.id, len(done) / len(sample))
-        return extent
-
+    extents: dict[str, Extent] = {}
     # Reading a case takes about 100 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        extents = dict(zip((case.id for case in sample), pool.map(look, sample), strict=True))
+        for case, extent in zip(sample, pool.map(_extent, sample), strict=True):
+            extents[case.id] = extent
+            on_case(case.id, len(extents) / len(sample))
     spacings = np.array([spacing_of(case) for case in cases.values()])
     low, high = np.percentile(spacings, [10, 90], axis=0).round(4).tolist()
     volumes = np.percentile([tumour.volume_um3 / 1e12 for tumour in tumours], [10, 50, 90]).round(2).tolist()

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
@@ -289,10 +290,9 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     world.require_same({"the version of torch": torch.__version__, **machine_facts})
     for reason in runtime.reasons:
         LOG.info("%s", reason)
-    spacing_mm: Spacing = tuple(facts["spacing_mm"])
-    spacing = "x".join(f"{mm:g}" for mm in spacing_mm)
+    x, y, z = facts["spacing_mm"]
     counts = len(split.train), len(split.validation)
-    LOG.info("%d cases train, %d validate; labels %s; spacing %s mm", *counts, facts["labels"], spacing)
+    LOG.info("%d cases train, %d validate; labels %s; spacing %gx%gx%g mm", *counts, facts["labels"], x, y, z)
     if world.size > 1:
         batch = config.training.batch_size
         LOG.info("%d processes with batches of %d: %d patches together", world.size, batch, world.size * batch)
@@ -300,7 +300,7 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     prepare = partial(
         _prepare,
         store=store,
-        spacing_mm=spacing_mm,
+        spacing_mm=(x, y, z),
         convention=CONVENTIONS[facts["labels"]],
         nan_to_zero=config.data.nan_to_zero,
         on_progress=session.on_progress,
@@ -314,7 +314,7 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
         record_backgrounds(run, prepared)
     losses = trainer.train(
         prepared,
-        draw=partial(_picture, spacing_mm=spacing_mm),
+        draw=partial(_picture, spacing_mm=(x, y, z)),
         describe=lambda network: {GRAPH_KEY: trace(network, in_channels=config.input_channels).to_json()},
     )
     world.wait()
@@ -387,11 +387,10 @@ def _prepare(
     nan_to_zero: bool,
     on_progress: OnProgress,
 ) -> list[CachedCase]:
-    done: list[str] = []
+    done = count(1)
 
     def ready(case_id: str) -> None:
-        done.append(case_id)
-        on_progress(Progress(job="preparing cases", share=len(done) / len(cases), detail=case_id))
+        on_progress(Progress(job="preparing cases", share=next(done) / len(cases), detail=case_id))
 
     prepared = cache_cases(
         cases, store, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero, on_case=ready
