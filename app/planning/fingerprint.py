@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from app.training.cases import median_by_axis, spacing_of
+from app.training.cases import case_spacing, median_by_axis
 from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
@@ -126,7 +126,7 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = l
         for case, extent in zip(sample, pool.map(_extent, sample), strict=True):
             extents[case.id] = extent
             on_case(case.id, len(extents) / len(sample))
-    spacings = np.array([spacing_of(case) for case in cases.values()])
+    spacings = np.array([case_spacing(case) for case in cases.values()])
     low, high = np.percentile(spacings, [10, 90], axis=0).round(4).tolist()
     volumes = np.percentile([tumour.volume_um3 / 1e12 for tumour in tumours], [10, 50, 90]).round(2).tolist()
     files = [{path for path in (*case.contrasts.values(), case.label) if path is not None} for case in cases.values()]

@@ -207,10 +207,10 @@ def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
     """Return the configured spacing, or else the median of the training cases along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    return median_by_axis(map(spacing_of, cases))
+    return median_by_axis(map(case_spacing, cases))
 
 
-def spacing_of(case: Case) -> Spacing:
+def case_spacing(case: Case) -> Spacing:
     """Read the voxel spacing of a case along the canonical axes, from the header of its T1c image."""
     return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
 

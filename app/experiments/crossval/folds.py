@@ -28,11 +28,11 @@ from app.experiments.runs import differences, json_object, require_unchanged
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
 from app.training.cases import (
+    case_spacing,
     median_by_axis,
     report_misnamed_files,
     report_visits,
     require_labels,
-    spacing_of,
     split_on_record,
 )
 from data.datasets.label_stats import hash_of, read_label_maps, tumours_of
@@ -237,7 +237,7 @@ def _some(ids: set[str]) -> str:
 
 def _require_one_spacing(cases: Mapping[str, Case], splits: Sequence[Split]) -> None:
     """Require one spacing for all folds: a run takes the median of its training cases, an ensemble has only one."""
-    found = {case_id: spacing_of(case) for case_id, case in cases.items()}
+    found = {case_id: case_spacing(case) for case_id, case in cases.items()}
     medians = [median_by_axis(found[case_id] for case_id in split.train) for split in splits]
     for along in zip(*medians, strict=True):
         if max(along) > min(along) * (1 + SPACING_TOLERANCE):
