@@ -286,7 +286,7 @@ def test_where_nothing_fits_the_error_says_what_the_smallest_attempt_needed() ->
 
 
 def test_an_error_names_the_settings_that_were_not_touched() -> None:
-    with pytest.raises(MemoryShortError, match=r"The settings training\.batch_size, training\.patch_voxels were not"):
+    with pytest.raises(MemoryShortError, match=r"The settings training\.batch_size, training\.patch_voxels were kept"):
         fit(
             LAPTOP,
             made_up_trial(1),

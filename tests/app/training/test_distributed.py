@@ -163,7 +163,7 @@ def test_launches_without_a_name_are_told_apart_by_their_launcher() -> None:
 def test_what_is_alone_keeps_its_numbers() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.total(values) is values
-    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.tell("x")) == (3.0, 4.0, 5.0, "x")
+    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.broadcast("x")) == (3.0, 4.0, 5.0, "x")
     assert ALONE.agree(seconds=1.0, signal_name="SIGINT", save=True) == ("SIGINT", True)
     assert ALONE.rows(2, lambda index: [index, index + 1]) == [[0, 1], [1, 2]]
     assert ALONE.shares([1, 2]) == []
