@@ -135,7 +135,7 @@ class DryRun:
 class PlannedRun:
     """A plan with the facts that it is based on."""
 
-    data: Path
+    data: DataSource
     fingerprint: Fingerprint
     split: Split
     limits: tuple[MemoryLimit, ...]
