@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -58,7 +58,7 @@ from data.datasets.label_stats import read_label_maps, tumours_of
 from data.datasets.layouts import Case, patients_of
 from data.datasets.source import DataSource
 from data.datasets.splits import Split, fold_count, read_split, stratified_split
-from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
+from data.labels import CONTRASTS, CONVENTIONS, REGIONS
 from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, cache_cases
@@ -297,18 +297,10 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
         batch = config.training.batch_size
         LOG.info("%d processes with batches of %d: %d patches together", world.size, batch, world.size * batch)
     used = [trainer.cases[case_id].require() for case_id in split.cases]
-    prepare = partial(
-        _prepare,
-        store=store,
-        spacing_mm=(x, y, z),
-        convention=CONVENTIONS[facts["labels"]],
-        nan_to_zero=config.data.nan_to_zero,
-        on_progress=session.on_progress,
-    )
     for share in world.shares(used):
-        prepare(share)
+        _prepare(trainer, share, store)
         world.wait()
-    prepared = prepare(used)
+    prepared = _prepare(trainer, used, store)
     if world.is_first:
         record_intensities(run, prepared[: len(split.train)])
         record_backgrounds(run, prepared)
@@ -378,26 +370,41 @@ def _opened(store: CaseFolder | None, run: Path) -> AbstractContextManager[CaseF
     return prepared_cases(run / "cache") if store is None else nullcontext(store)
 
 
-def _prepare(
-    cases: Sequence[Case],
-    store: CaseFolder,
-    *,
-    spacing_mm: Spacing,
-    convention: LabelConvention,
-    nan_to_zero: bool,
-    on_progress: OnProgress,
-) -> list[CachedCase]:
+def _prepare(trainer: Trainer, cases: Sequence[Case], store: CaseFolder) -> list[CachedCase]:
     done = count(1)
 
     def ready(case_id: str) -> None:
-        on_progress(Progress(job="preparing cases", share=next(done) / len(cases), detail=case_id))
+        share = next(done) / len(cases)
+        trainer.session.on_progress(Progress(job="preparing cases", share=share, detail=case_id))
 
-    prepared = cache_cases(
-        cases, store, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero, on_case=ready
-    )
+    prepared = prepare_as_run(cases, store, trainer.config, trainer.facts, on_case=ready)
     if store.problem is not None:
         LOG.warning("some prepared cases are in the run's own folder: %s", store.problem)
     return prepared
+
+
+def prepare_as_run(
+    cases: Sequence[Case],
+    store: CaseFolder,
+    config: RunConfig,
+    facts: Mapping[str, Any],
+    on_case: Callable[[str], None] | None = None,
+) -> list[CachedCase]:
+    """Prepare cases for a run, or find them in the store.
+
+    Args:
+        cases: with label maps.
+        store: where prepared cases are kept.
+        config: of the run.
+        facts: content of its ``run.json``.
+        on_case: called with the id of each case that is ready.
+
+    Raises:
+        DataError: a case is unusable.
+    """
+    spacing_mm, convention = tuple(facts["spacing_mm"]), CONVENTIONS[facts["labels"]]
+    options: dict[str, Any] = {"spacing_mm": spacing_mm, "nan_to_zero": config.data.nan_to_zero, "on_case": on_case}
+    return cache_cases(cases, store, convention=convention, **options)
 
 
 @contextmanager

@@ -28,12 +28,11 @@ from app.progress import LOG, Progress
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_json
 from app.training.cases import patch_settings
-from app.training.run import TrainResult
+from app.training.run import TrainResult, prepare_as_run
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
-from data.labels import CONVENTIONS
 from data.patches.cache import CaseFolder
-from data.patches.sampler import PatchSource, cache_cases
+from data.patches.sampler import PatchSource
 
 #: Entries of a run's result that the comparison keeps.
 _KEPT: Final = ("steps", "seconds", "validation_dice", "best_step", "skipped_steps")
@@ -136,13 +135,7 @@ class ComparisonRuns:
     def _batch_sha256(self, key: RunKey, run: Path) -> str:
         """Return the SHA-256 of the first batch, rebuilt from the prepared cases as the run builds it."""
         config, facts = self.plan.config_of(key), read_json(run / "run.json")
-        prepared = cache_cases(
-            [self.cases[case_id] for case_id in self.parts.train],
-            self.store,
-            spacing_mm=tuple(facts["spacing_mm"]),
-            convention=CONVENTIONS[facts["labels"]],
-            nan_to_zero=config.data.nan_to_zero,
-        )
+        prepared = prepare_as_run([self.cases[case_id] for case_id in self.parts.train], self.store, config, facts)
         batch = PatchSource(prepared, **patch_settings(config)).batch(0, config.training.batch_size)
         digest = hashlib.sha256(" ".join(batch.cases).encode())
         for tensor in (batch.image, batch.masks):
