@@ -25,12 +25,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from lesion_pairs import lesion_pair
 
 from app.evaluation.brats.brats2026 import METRICS, TASKS, PackageRules, evaluate_by_package
 from app.evaluation.brats.brats_evaluate import COMMAND, find_installed
 from data.datasets.source import DataSource
 from data.labels import BRATS2024, BRATS2024_PED
-from data.phantoms.pairs import lesion_pair
 
 SHAPE = (32, 32, 24)
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.75, 1.5, 2.0))

@@ -45,7 +45,8 @@ from app.runs.folder import write_json
 from app.system.device import RuntimeConfig, choose_runtime, machine, versions
 from app.system.process import keep_freed_memory, share_processors
 from app.training.validation import validation_dice
-from data.datasets.layouts import Case, convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, find_cases
 from data.datasets.source import DataSource
 from data.labels import REGIONS, to_regions
 from data.patches.sampler import cache_cases

@@ -18,10 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from lesion_pairs import lesion_pair
+
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
 from data.datasets.source import DataSource
-from data.phantoms.pairs import lesion_pair
 
 HERE = Path(__file__).parent
 

@@ -129,7 +129,6 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = l
     spacings = np.array([case_spacing(case) for case in cases.values()])
     low, high = np.percentile(spacings, [10, 90], axis=0).round(4).tolist()
     volumes = np.percentile([tumour.volume_um3 / 1e12 for tumour in tumours], [10, 50, 90]).round(2).tolist()
-    files = [{path for path in (*case.contrasts.values(), case.label) if path is not None} for case in cases.values()]
     fingerprint = Fingerprint(
         cases=len(found),
         with_label_map=len(cases),
@@ -140,7 +139,7 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = l
         extents=extents,
         tumour_ml=tuple(volumes),
         enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
-        bytes_on_disk=sum(path.stat().st_size for of_case in files for path in of_case),
+        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in case.files),
     )
     return DataSet(cases=cases, label_maps=label_maps, convention=convention, fingerprint=fingerprint)
 

@@ -251,7 +251,7 @@ def _mapped_by_a_long_run(config: RunConfig, cases: list[CachedCase]) -> int | N
     if settings.steps is not None:
         patches = min(patches, settings.steps * settings.batch_size * settings.accumulate)
     for number in range(patches):
-        source.piece(number)
+        source.crop(number)
     after = memory_of()
     return None if before is None or after is None else max(0, after.files - before.files) // len(cases)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -131,7 +132,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
     used = {case_id: label_maps[case_id] for case_id in split.cases if case_id in label_maps}
-    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+    return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
 def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data.datasets.layouts import Case, convention_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import file_sha256
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions

@@ -175,7 +175,7 @@ def test_one_name_that_cannot_be_used_is_that_cases_trouble(
 ) -> None:
     ended = znormseg("predict", tiny_run, odd, tmp_path / "out")
     assert ended.code == 6
-    assert "holds bytes that are no UTF-8" in ended.err
+    assert "is not valid UTF-8" in ended.err
     written = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
     assert written == {"usual.nii.gz", "Zo\u00eb.nii.gz", f"{'x' * 240}.nii.gz"}
 

@@ -37,7 +37,7 @@ class Delivery:
         """
         if self.output.exists() and not self.output.is_dir():
             raise DataError(f"{self.output} is a file; give a folder for the label maps")
-        inputs = {path.resolve(): case.id for case in cases for path in (*case.contrasts.values(), case.label) if path}
+        inputs = {path.resolve(): case.id for case in cases for path in case.files}
         for case in cases:
             target = self.output / f"{case.id}.nii.gz"
             if (owner := inputs.get(target.resolve())) is not None:

@@ -16,7 +16,8 @@ import pytest
 
 from data.datasets import export as exporting
 from data.datasets.export import LAYOUTS, export_dataset
-from data.datasets.layouts import convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import find_cases
 from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, decode
@@ -160,7 +161,7 @@ def test_a_place_that_is_not_free_is_refused(render: Render, tmp_path: Path) -> 
     root = render(tmp_path / "in", "2021").root
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for place, words in (("full", "not empty"), ("full/file", "is a file"), ("in/out", "lies in")):
+    for place, words in (("full", "not empty"), ("full/file", "is a file"), ("in/out", "is inside")):
         with pytest.raises(DataError, match=words):
             export_dataset(DataSource(root), tmp_path / place, "csv")
     (tmp_path / "empty").mkdir()
@@ -195,7 +196,7 @@ def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
     path.write_text("\n".join([f"patient,{head}", *(f"anna,{row}" for row in rows)]), encoding="utf-8")
     done = export_dataset(DataSource(root), tmp_path / "out", layout)
     assert {case.patient == "anna" for case in find_cases(tmp_path / "out")} == {kept}
-    assert (f"{layout} has no place for patients" in " ".join(done.notes)) is not kept
+    assert (f"{layout} cannot store patients" in " ".join(done.notes)) is not kept
 
 
 def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:

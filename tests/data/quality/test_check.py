@@ -118,7 +118,7 @@ def test_a_contrast_of_zeros_is_a_problem(tmp_path: Path) -> None:
 def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 0.5, 1, 2])
     (problem,) = checked(tmp_path)["a"].problems
-    assert "a label map holds whole numbers" in problem
+    assert "label values must be whole numbers" in problem
 
 
 @pytest.mark.parametrize(
@@ -177,8 +177,8 @@ def test_one_image_under_two_ids_is_a_problem_of_both_cases(tmp_path: Path) -> N
     for case in "ab":
         save(write_case(tmp_path, case) / f"{case}_t2.nii.gz", [0, 3, 7, 9])
     first, second = checked(tmp_path).values()
-    assert first.problems[0].startswith("t2 holds the same voxels as in case b. ")
-    assert second.problems[0].startswith("t2 holds the same voxels as in case a. ")
+    assert first.problems[0].startswith("t2 has the same voxels as in case b. ")
+    assert second.problems[0].startswith("t2 has the same voxels as in case a. ")
 
 
 def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
     write_case(tmp_path, "up..up")
-    assert "'up..up' cannot name the files" in checked(tmp_path)["up..up"].problems[0]
+    assert "'up..up' cannot be used in file names" in checked(tmp_path)["up..up"].problems[0]
 
 
 def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesion_pairs import lesion_pair
 
 from app.errors import EXIT_MACHINE, EXIT_SOME_FAILED
 from app.evaluation.brats.brats2026 import (
@@ -44,7 +45,6 @@ from app.evaluation.ranking.rank import rank
 from app.evaluation.ranking.scores import Scored, load
 from data.datasets.source import DataSource
 from data.errors import DataError
-from data.phantoms.pairs import lesion_pair
 
 ROOT = Path(__file__).parents[4]
 RECORDED = json.loads((ROOT / "tests" / "golden" / "brats2026_recorded.json").read_text(encoding="utf-8"))

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesion_pairs import lesion_pair
 from scipy import ndimage
 
 from app.evaluation.brats import score
@@ -24,7 +25,6 @@ from app.evaluation.brats.score import OfficialScores, border_dice, official_sco
 from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import BRATS2024, BRATS2024_PED, CAVITY, decode_tissues
-from data.phantoms.pairs import lesion_pair
 
 FOLDER = Path(__file__).parents[3] / "golden"
 GOLDEN = json.loads((FOLDER / "official_scores.json").read_text(encoding="utf-8"))

@@ -12,13 +12,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from lesion_pairs import lesion_pair
 
 from app.evaluation.ranking.rank import permutation_p, rank, ranks
 from app.evaluation.ranking.scores import Scored, load
 from app.reports.ranking import render_ranking
 from data.datasets.source import DataSource
 from data.errors import DataError
-from data.phantoms.pairs import lesion_pair
 
 
 def scored(name: str, dice: list[float], hd95_mm: list[float] | None = None) -> Scored:

@@ -20,7 +20,7 @@ from app.experiments.comparison.split import fold_parts, read_parts
 from app.experiments.runs import differences
 from app.inference.backends.choose import choose_backend
 from app.system.device import RuntimeConfig
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.datasets.source import DataSource
 from data.errors import DataError
 

@@ -34,7 +34,7 @@ from app.inference.postprocess import Postprocess
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig
 from app.system.worker_process import environment_of
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
