@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
@@ -141,6 +142,8 @@ def naming_the_place(path: Path) -> Iterator[None]:
         # shutil.copyfile names its source as well, whichever side failed.
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
         named = bool(names) and not any(map(_is_partial, names))
+        if isinstance(error, BlockingIOError) and not named:  # a buffered writer changes number and text of EAGAIN
+            error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if named and not is_raw(error):
             raise
         what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror

@@ -208,7 +208,11 @@ def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fal
     Raises:
         DataError: as :func:`read_volume`.
     """
-    image = read_volume(path, volume, nan_to_zero=nan_to_zero)
+    return with_clean_background(read_volume(path, volume, nan_to_zero=nan_to_zero))
+
+
+def with_clean_background(image: Volume) -> Volume:
+    """The image with its background set to 0 (see :mod:`data.background`)."""
     cleaned = clean_background(image.voxels)
     return image if cleaned is None else replace(image, voxels=cleaned.voxels, background=cleaned.sentence)
 
@@ -379,9 +383,23 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
     Raises:
         DataError, OSError: as :func:`write_label_map`.
     """
+    _write_like(path, in_16_bits(voxels), reference, b"")
+
+
+def in_16_bits(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
+    """The same values as 16-bit integers if all fit, else the array itself."""
     with np.errstate(invalid="ignore"):
         whole = voxels.astype(np.int16)
-    _write_like(path, whole if np.array_equal(whole, voxels) else voxels, reference, b"")
+    return whole if np.array_equal(whole, voxels) else voxels
+
+
+def scanner_image(voxels: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> nib.Nifti1Image:
+    """An image in scanner coordinates: qform and sform with code 1, millimetres."""
+    image = nib.Nifti1Image(voxels, affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 def _write_like(

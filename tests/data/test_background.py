@@ -243,10 +243,10 @@ def test_data_export_writes_it_as_0(changed: Path, phantoms: Path, tmp_path: Pat
 
 
 def test_scans_on_their_own_grids_are_read_so_too(changed: Path, phantoms: Path) -> None:
-    from data.native_space.to_brats import background_warnings, read_native
+    from data.native_space.to_brats import read_native
 
     native = read_native(replace(find_cases(changed)[0], label=None))
-    assert len(background_warnings(native)) == 4
+    assert len(native.backgrounds) == 4
 
 
 def test_no_voxel_of_a_real_case_is_changed(real_cases: Path) -> None:

@@ -46,7 +46,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a contrast missing where the run needs it": Guard(
         "app/inference/batch/predict.py",
-        "    require_contrasts(case, model)\n",
+        "        require_contrasts(case, self.model)\n",
         "",
         "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_says_which_kind_does_not",
     ),
@@ -260,7 +260,10 @@ GUARDS: dict[str, Guard] = {
         "data/datasets/test_descriptions.py::test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem",
     ),
     "a label map on another grid": Guard(
-        PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
+        PREPARE,
+        '    _require_same_grid(case.id, canonical, label, "the label map", case.reference)\n',
+        "",
+        f"{LABEL}[another grid]",
     ),
     "a label map of fractions": Guard(NIFTI, "    if off.any():", "    if False:", f"{LABEL}[fractions]"),
     "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from app import NOTICE
 from app.config.load import from_plain
 from app.evaluation.metrics import DICE_DEFINITION
 from app.experiments.comparison.analysis import Analysis, Records, analyse
@@ -17,7 +18,6 @@ from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_setti
 from app.experiments.comparison.run import ComparisonRuns, Results
 from app.experiments.comparison.split import deal_parts, read_parts
 from app.experiments.runs import JobProgress, differences, json_object, require_place, require_unchanged, resumable
-from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, read_metrics, write_json

@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from app import NOTICE
 from app.config.load import RunConfig
 from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
@@ -35,7 +36,6 @@ from app.experiments.runs import (
 )
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FOLDER
 from app.inference.postprocess import Postprocess
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
