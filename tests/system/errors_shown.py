@@ -991,7 +991,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
             command=PREPARE,
             code=3,
             prepare=both(smaller, noise),
-            steady={r"\d\.\d+ is \d\.\d+ times": "0.001 is 1.00 times"},
+            steady={r"\d\.\d+ is only \d\.\d+ times": "0.001 is only 0.66 times"},
         ),
         # `--mask hd-bet` or `synthstrip` without the command
         Shown(

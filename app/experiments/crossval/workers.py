@@ -232,7 +232,7 @@ def _work(lines: Iterator[str], tell: Tell) -> None:
 
 def _do_job(job: FoldJob, tell: Tell) -> None:
     from app.experiments.crossval.fold import work_on_fold
-    from app.experiments.crossval.folds import begun
+    from app.experiments.crossval.folds import read_folds
     from data.datasets.source import DataSource
 
     if job.needs_cuda:
@@ -241,7 +241,7 @@ def _do_job(job: FoldJob, tell: Tell) -> None:
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Give other --devices.")
     data = DataSource(Path(job.data), follow_links=job.follow_links)
-    folds = begun(data, Path(job.out))
+    folds = read_folds(Path(job.out), data)
 
     def told(progress: Progress) -> None:
         tell({"progress": {"share": progress.share, "detail": progress.detail}})
