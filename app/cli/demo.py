@@ -25,7 +25,6 @@ def demo(
 
     Makes the cases, trains on some, predicts and evaluates the others, and writes a page with the results.
     """
-    from app.evaluation.evaluate import score_rows
     from app.experiments.demo import run_demo
     from app.reports.demo import COMMANDS, write_demo_page
 
@@ -35,7 +34,7 @@ def demo(
     if as_json:
         terminal.json_result(outcome.to_json())
         return
-    terminal.result(terminal.table(score_rows(outcome.evaluation)))
+    terminal.result(terminal.table(outcome.evaluation.rows()))
     terminal.result(f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:")
     if shutil.which("znormseg") is None:
         terminal.result(

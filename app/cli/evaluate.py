@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, cast
 
@@ -113,56 +112,47 @@ def evaluate_command(
         return
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
+    from app.evaluation.brats.challenge import challenge_rules, evaluate_by_rules
     from app.evaluation.evaluate import evaluate as score
-    from app.evaluation.evaluate import region_remarks, require_table_place, score_rows, write_score_table
     from app.evaluation.metrics import NSD_MM
+    from app.evaluation.tables import FolderScores, require_table_place
     from app.notice import NOTICE
 
     conventions = terminal.conventions(labels)
-    if rules is not None:
-        _official(
-            predictions,
-            references,
-            rules,
-            task or "GLI",
-            conventions,
-            follow_links=follow_links,
-            out=out,
-            as_json=as_json,
-        )
-        return
+    challenge = None if rules is None else challenge_rules(rules, task or "GLI")
     if out is not None:
         require_table_place(out)
     with terminal.watched() as on_progress:
-        scores = score(
-            predictions,
-            references,
-            resample=resample,
-            nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
-            labels=conventions,
-            follow_links=follow_links,
-            on_case=terminal.by_case(on_progress, "scoring"),
-        )
+        ready = terminal.by_case(on_progress, "scoring")
+        scores: FolderScores
+        if challenge is None:
+            scores = score(
+                predictions,
+                references,
+                resample=resample,
+                nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
+                labels=conventions,
+                follow_links=follow_links,
+                on_case=ready,
+            )
+        else:
+            scores = evaluate_by_rules(
+                predictions, references, challenge, labels=conventions, follow_links=follow_links, on_case=ready
+            )
     if as_json:
         terminal.json_result(scores.to_json())
     else:
-        terminal.result(terminal.table(score_rows(scores)))
-        for sentence in region_remarks(scores):
+        terminal.result(terminal.table(scores.rows()))
+        for sentence in (*scores.remarks(), NOTICE):
             terminal.result(sentence)
-        terminal.result(NOTICE)
     if out is not None:
-        write_score_table(scores, out)
-    if scores.made_by_us:
-        terminal.say(
-            f"znormseg predict wrote references: {_some(scores.made_by_us)}. Are PREDICTIONS and REFERENCES swapped?"
-        )
-    for case, text in scores.failures.items():
-        terminal.say(f"znormseg: {case}: {text}")
-    if scores.resampled:
-        count = len(scores.resampled)
-        what = "prediction was resampled to its" if count == 1 else "predictions were resampled to their"
-        terminal.say(f"{count} {what} reference's grid: {_some(scores.resampled)}")
-    _end(scores.failures, scores.missing_predictions, scores.missing_references)
+        scores.write_table(out)
+    for sentence in scores.notes():
+        terminal.say(sentence)
+    if scores.failures:
+        from app.errors import EXIT_SOME_FAILED
+
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def _require_company(given: set[str], *, officially: bool) -> None:
@@ -183,62 +173,6 @@ def _require_company(given: set[str], *, officially: bool) -> None:
         raise typer.BadParameter("--nsd-mm does not go with --contrast-subsets, which gives Dice")
 
 
-def _official(
-    predictions: Path,
-    references: Path,
-    year: str,
-    task: str,
-    labels: tuple[str | None, str | None],
-    *,
-    follow_links: bool,
-    out: Path | None,
-    as_json: bool,
-) -> None:
-    """Score by the rules of a challenge, for ``--rules``."""
-    from app.evaluation.brats.challenge import (
-        challenge_remarks,
-        challenge_rows,
-        challenge_rules,
-        evaluate_by_rules,
-        write_challenge_table,
-    )
-    from app.evaluation.evaluate import require_table_place
-    from app.notice import NOTICE
-
-    rules = challenge_rules(year, task)
-    if out is not None:
-        require_table_place(out)
-    with terminal.watched() as on_progress:
-        ready = terminal.by_case(on_progress, "scoring")
-        scores = evaluate_by_rules(
-            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=ready
-        )
-    if as_json:
-        terminal.json_result(scores.to_json())
-    else:
-        terminal.result(terminal.table(challenge_rows(scores)))
-        for sentence in challenge_remarks(scores):
-            terminal.result(sentence)
-        terminal.result(NOTICE)
-    if out is not None:
-        write_challenge_table(scores, out)
-    folders = scores.folders
-    for case, text in scores.failures.items():
-        terminal.say(f"znormseg: {case}: {text}")
-    _end(scores.failures, folders.missing_predictions, folders.missing_references)
-
-
-def _end(failures: Mapping[str, str], predictions: tuple[str, ...], references: tuple[str, ...]) -> None:
-    """List the cases missing on one side; exit with code 6 if a case failed."""
-    for what, ids in (("prediction", predictions), ("reference", references)):
-        if ids:
-            terminal.say(f"no {what} for {len(ids)} cases: {_some(ids)}")
-    if failures:
-        from app.errors import EXIT_SOME_FAILED
-
-        raise typer.Exit(EXIT_SOME_FAILED)
-
-
 def _subsets(
     run: Path,
     data: Path,
@@ -254,7 +188,7 @@ def _subsets(
     if which not in {None, "unseen", "validation", "all"}:
         raise typer.BadParameter(f"--cases takes unseen, validation or all, got {which!r}")
     from app.errors import EXIT_SOME_FAILED, ConfigError
-    from app.evaluation.evaluate import require_table_place
+    from app.evaluation.tables import require_table_place
     from app.inference.backends.choose import choose_backend
     from app.inference.ensemble import load_predictor
     from app.inference.subsets import (
@@ -298,8 +232,3 @@ def _subsets(
         terminal.say(f"znormseg: {case}: {text}")
     if table.failures:
         raise typer.Exit(EXIT_SOME_FAILED)
-
-
-def _some(ids: tuple[str, ...]) -> str:
-    """Join the first few case ids."""
-    return ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")

@@ -73,10 +73,10 @@ def rank_command(
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
     from app.evaluation.brats.challenge import challenge_rules
-    from app.evaluation.evaluate import require_table_place
     from app.evaluation.ranking.rank import difference_rows, rank_rows, write_rank_table
     from app.evaluation.ranking.rank import rank as rank_sets
     from app.evaluation.ranking.scores import load
+    from app.evaluation.tables import require_table_place
     from app.reports.ranking import write_ranking_page
 
     chosen = None if rules is None else challenge_rules(rules, task or "GLI")

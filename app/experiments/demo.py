@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from app.config.load import RunConfig, load_config
 from app.errors import RunError
-from app.evaluation.evaluate import Evaluation, evaluate, write_score_table
+from app.evaluation.evaluate import Evaluation, evaluate
 from app.inference.backends.choose import choose_backend
 from app.inference.batch.predict import predict
 from app.inference.model import load_model
@@ -103,7 +103,7 @@ def run_demo(
     predict(model, images_only, out / "predictions", runtime=runtime, on_progress=on_progress)
     clock.note("prediction")
     evaluation = evaluate(out / "predictions", out / "phantoms")
-    write_score_table(evaluation, out / "scores.csv")
+    evaluation.write_table(out / "scores.csv")
     clock.note("evaluation")
 
     return DemoResult(

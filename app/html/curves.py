@@ -9,17 +9,15 @@ from typing import Final
 
 import numpy as np
 
-from app.html.chart import Chart, FloatArray, Line, Marker, draw_chart
+from app.html.chart import MARKERS, Chart, FloatArray, Line, draw_chart
+from app.html.elements import figure
+from app.html.records import Records, column, mapping, number_or_nan
 from data.labels import REGIONS, Region
 
-Records = Sequence[Mapping[str, object]]
-
-_MARKERS: Final[dict[Region, Marker]] = {"WT": "circle", "TC": "square", "ET": "triangle"}
 #: Number of junction colours in the style sheet; further junctions repeat them with dashes.
 _COLOURS: Final = 8
 _WHEN: Final = ("before", "after")
 _LEAST_TO_SMOOTH: Final = 20
-_LARGEST_DRAWN: Final = 1e30  # larger values would overflow in the chart's arithmetic
 
 
 def curves_html(metrics: Records) -> str:
@@ -68,13 +66,13 @@ def running_mean(y: FloatArray, *, window: int) -> FloatArray:
 
 
 def _training_figure(train: Records) -> str:
-    steps, loss = _column(train, "step"), _column(train, "loss")
-    rate = _column(train, "learning_rate")
+    steps, loss = column(train, "step"), column(train, "loss")
+    rate = column(train, "learning_rate")
     lines, said = _loss_lines(steps, loss)
     loss_chart = Chart(title="Training loss over steps", y_label="loss", lines=lines, height=230)
     rate_line = Line(label="", style="rate", x=steps, y=rate)
     rate_chart = Chart(title="Learning rate over steps", y_label="learning rate", lines=[rate_line], height=145)
-    return _figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {said}")
+    return figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {said}")
 
 
 def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
@@ -95,11 +93,14 @@ def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
 
 
 def _validation_figure(validation: Records) -> str:
-    steps = _column(validation, "step")
-    dice = {region: _column([_mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
-    lines = [Line(label=r, style=r.lower(), x=steps, y=dice[r], marker=_MARKERS[r]) for r in REGIONS]
+    steps = column(validation, "step")
+    dice = {region: column([mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
+    lines = [
+        Line(label=region, style=region.lower(), x=steps, y=dice[region], marker=marker)
+        for region, marker in zip(REGIONS, MARKERS, strict=True)
+    ]
     chart = Chart(title="Validation Dice over steps", y_label="Dice", lines=lines, height=375, y_range=(0.0, 1.0))
-    return _figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
+    return figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
 
 
 def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
@@ -114,16 +115,16 @@ def _score_text(value: float) -> str:
 
 
 def _norms_figure(gradients: Records) -> str:
-    steps = _column(gradients, "step")
-    layers = [{n: _mapping(v) for n, v in _mapping(record.get("layers")).items()} for record in gradients]
+    steps = column(gradients, "step")
+    layers = [{n: mapping(v) for n, v in mapping(record.get("layers")).items()} for record in gradients]
     names = {name for record in layers for name in record}
     changed = {name for record in layers for name, values in record.items() if _is_changed(values)}
     shown = changed or names
     norms = {when: [[v for n, v in record.items() if n in shown] for record in layers] for when in _WHEN}
     lines = [line for when in _WHEN for line in _norm_lines(norms[when], steps, when)]
     chart = Chart(title="Gradient norm over steps", y_label="log10 of the gradient's norm", lines=lines, height=300)
-    skipped = _number(gradients[-1].get("skipped_steps"))
-    return _figure(
+    skipped = number_or_nan(gradients[-1].get("skipped_steps"))
+    return figure(
         draw_chart(chart),
         "Norm of a layer's gradient before and after the gradient rule, over the "
         f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
@@ -132,13 +133,13 @@ def _norms_figure(gradients: Records) -> str:
 
 
 def _is_changed(layer: Mapping[str, object]) -> bool:
-    before, after = (_number(layer.get(f"norm_{when}")) for when in _WHEN)
+    before, after = (number_or_nan(layer.get(f"norm_{when}")) for when in _WHEN)
     return math.isfinite(before) and math.isfinite(after) and before != after
 
 
 def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[Line]:
     """Return lines of the quartiles and, on top, the median of log10 of each record's layer norms."""
-    low, middle, high = np.array([_log_quartiles(_column(layers, f"norm_{when}")) for layers in norms]).T
+    low, middle, high = np.array([_log_quartiles(column(layers, f"norm_{when}")) for layers in norms]).T
     return [
         Line(label="", style=f"{when} quartile", x=steps, y=low),
         Line(label="", style=f"{when} quartile", x=steps, y=high),
@@ -153,44 +154,20 @@ def _log_quartiles(norms: FloatArray) -> FloatArray:
 
 
 def _overlap_figure(overlap: Records) -> str:
-    steps = _column(overlap, "step")
-    names = list(dict.fromkeys(name for record in overlap for name in _mapping(record.get("junctions"))))
+    steps = column(overlap, "step")
+    names = list(dict.fromkeys(name for record in overlap for name in mapping(record.get("junctions"))))
     lines, entries = [], []
     for number, name in enumerate(names):
-        at = [_mapping(_mapping(record.get("junctions")).get(name)) for record in overlap]
-        cosine, ratio = _column(at, "cosine"), _column(at, "ratio")
+        at = [mapping(mapping(record.get("junctions")).get(name)) for record in overlap]
+        cosine, ratio = column(at, "cosine"), column(at, "ratio")
         style = f"junction j{number % _COLOURS}{' dashed' if number // _COLOURS % 2 else ''}"
         lines.append(Line(label="", style=style, x=steps, y=cosine))
         last = f"cosine {_score_text(cosine[-1])}, ratio {_score_text(ratio[-1])}"
         entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
     chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
-    return _figure(
+    return figure(
         f'{draw_chart(chart)}<ul class="legend">{"".join(entries)}</ul>',
         "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
-        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Beside each "
-        f"junction its last values{_at_step(steps[-1])}.",
+        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Next to each "
+        f"junction: its last values{f', at step {steps[-1]:,.0f}' if math.isfinite(steps[-1]) else ''}.",
     )
-
-
-def _at_step(step: float) -> str:
-    return f", at step {step:,.0f}" if math.isfinite(step) else ""
-
-
-def _figure(charts: str, caption: str) -> str:
-    return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _column(records: Records, key: str) -> FloatArray:
-    """Return one value per record; NaN if it is missing, null, not a number or too large to draw."""
-    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return math.nan
-    number = float(value)
-    return number if abs(number) < _LARGEST_DRAWN else math.nan

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
+from pathlib import Path
 from typing import Final
 
 from markupsafe import Markup
 
 from app.html.templates import fill, policy, source
+from data.files import replacing
 
 #: Placeholder for a missing number.
 DASH: Final = '<span role="img" aria-label="none">&ndash;</span>'
@@ -62,6 +64,22 @@ def document(
     )
 
 
+def write_html(path: Path, html: str) -> None:
+    """Write a page atomically.
+
+    Args:
+        path: file to write; its folder is created if missing.
+        html: from :func:`document`.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as beside:
+        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
+        beside.write_text(html, encoding="utf-8", errors="replace")
+
+
 def section(name: str, heading: str, body: str) -> str:
     """Return a section; ``heading`` and ``body`` are HTML."""
     return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'
@@ -77,6 +95,11 @@ def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -
         f'<div class="scroll" role="group" aria-labelledby="{name}" tabindex="0"><table>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def figure(charts: str, caption: str) -> str:
+    """Return charts with a caption below; both are HTML."""
+    return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
 
 
 def note(text: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -143,6 +143,22 @@ def overlay_caption(case: OverlayCase) -> str:
     axial, coronal, sagittal = shown_slices(case)
     where = f"axial slice z = {axial}, coronal y = {coronal}, sagittal x = {sagittal}"
     return f"{case.background_name}; {where} (voxel index from 0)."
+
+
+def overlay_alt(case: str, dice: Mapping[Region, float], *, has_reference: bool) -> str:
+    """Return the text of the picture for people who do not see it.
+
+    Args:
+        case: case id.
+        dice: Dice by region, for the regions that have one.
+        has_reference: whether the left column shows the outlines of a reference; else it shows the plain image.
+    """
+    text = (
+        f"Case {case}: {'reference outlines' if has_reference else 'the image'} on the left, predicted outlines on the "
+        "right, in three planes where the tumour is largest."
+    )
+    scores = ", ".join(f"{region} {value:.3f}" for region, value in dice.items())
+    return f"{text} Dice {scores}." if scores else text
 
 
 def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:

@@ -12,9 +12,11 @@ import numpy as np
 
 from data.labels import REGIONS, Region
 
-Scores = Mapping[Region, Mapping[str, float]]
+Scores = Mapping[str, Mapping[str, float]]
 
 REGION_NAMES: Final[dict[Region, str]] = {"WT": "whole tumour", "TC": "tumour core", "ET": "enhancing tumour"}
+#: The regions with their names, for captions.
+REGIONS_IN_WORDS: Final = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
 _UNDEFINED: Final = '<span role="img" aria-label="not defined">&ndash;</span>'
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from statistics import fmean
 from typing import Any, Literal
 
 from app.errors import RunError
-from app.evaluation.evaluate import require_table_place
+from app.evaluation.tables import write_csv
 from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
 from app.notice import NOTICE
@@ -20,7 +19,6 @@ from app.system.device import Runtime
 from data.contrasts import SUBSETS
 from data.datasets.layouts import Case, convention_of
 from data.errors import DataError
-from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
 #: Cases of a data set that are scored: those the run did not train on, those it was validated on, or all.
@@ -201,12 +199,8 @@ def write_subset_table(evaluation: SubsetEvaluation, path: Path) -> None:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
         OSError: the file cannot be written.
     """
-    require_table_place(path)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"])
-        for scores in evaluation.subsets:
-            writer.writerow([scores.name, len(scores.cases), *_values(scores)])
+    header = ["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"]
+    write_csv(path, [header, *([scores.name, len(scores.cases), *_values(scores)] for scores in evaluation.subsets)])
 
 
 def _values(scores: SubsetScores) -> list[float]:

@@ -16,17 +16,16 @@ import numpy.typing as npt
 from app.errors import InterruptedRunError
 from app.evaluation.evaluate import Evaluation, evaluate
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores
-from app.html.elements import Link, document
-from app.html.overlay import OverlayCase, Picture, overlay_caption, overlay_picture
+from app.html.elements import Link, document, write_html
+from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill
 from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
 from app.progress import LOG, OnProgress, Progress, silent
-from app.reports.predictions import Predicted, ShownFlag, find_predictions
-from data.datasets.layouts import find_cases, find_label_maps
+from app.reports.predictions import Predicted, find_predictions
+from data.datasets.layouts import find_cases
 from data.errors import DataError
-from data.files import replacing
-from data.labels import REGIONS, Contrast, Region, convention_named, decode
+from data.labels import REGIONS, Contrast, Region, decode
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map, read_volume, reorient
 
 Codes = npt.NDArray[np.uint8]
@@ -42,6 +41,7 @@ _PANEL_PX: Final = 300
 _THUMBNAIL_PX: Final = 96
 #: WebP quality; fine coloured lines need more than scans do.
 _LINE_QUALITY: Final = 75
+_DISPLAY: Final = "Radiological display: the right side of the patient (R) is on the left of the picture."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,30 +54,6 @@ class CohortPages:
     """Page by case id."""
     failures: Mapping[str, str]
     """Reason why a case has no page, by case id."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Truth:
-    """Scores and label maps from ``--references``."""
-
-    evaluation: Evaluation
-    label_maps: Mapping[str, Path]
-
-    def scores(self, case: str) -> Mapping[Region, RegionScores]:
-        """Return the scores of a case; empty if it has none."""
-        return next((one.regions for one in self.evaluation.cases if one.case == case), {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """The row of a case on the cohort page."""
-
-    case: str
-    href: str
-    thumbnail: str
-    volumes_ml: tuple[float | None, ...]
-    dice: tuple[float | None, ...]
-    flags: tuple[ShownFlag, ...]
 
 
 def write_cohort(
@@ -110,12 +86,9 @@ def write_cohort(
     predicted, failures = find_predictions(folder, cases)
     truth = None
     if references is not None:
-        truth = _Truth(
-            evaluation=evaluate(folder, references, labels=(None, labels), follow_links=follow_links),
-            label_maps=find_label_maps(references, follow_links=follow_links),
-        )
+        truth = evaluate(folder, references, labels=(None, labels), follow_links=follow_links)
     grid_mm = grid_for(len(predicted))
-    rows: list[_Row] = []
+    rows: list[dict[str, Any]] = []
     pages: dict[str, Path] = {}
     try:
         for number, one in enumerate(predicted):
@@ -128,7 +101,7 @@ def write_cohort(
                 continue
             page = out / _FOLDER / f"{one.case}.html"
             picture = overlay_picture(shown.overlay(), height_px=_PANEL_PX)
-            _write(page, _case_page(shown, picture, _neighbours(predicted, number), grid_mm))
+            write_html(page, _case_page(shown, picture, _neighbours(predicted, number), grid_mm))
             pages[one.case] = page
             rows.append(_row(shown, picture))
     except KeyboardInterrupt as error:
@@ -139,7 +112,7 @@ def write_cohort(
     if not rows:
         raise DataError(f"{folder}: not one case can be shown. {' '.join(list(failures.values())[:3])}")
     index = out / "index.html"
-    _write(index, _cohort_page(folder, rows, truth, failures, predicted))
+    write_html(index, _cohort_page(folder, rows, truth, failures, predicted))
     on_progress(Progress(job="pages", share=1.0, detail=f"{len(rows)} cases"))
     return CohortPages(index=index, cases=pages, failures=failures)
 
@@ -159,7 +132,7 @@ class _Shown:
     """Reasons why something is not shown."""
 
     @classmethod
-    def of(cls, predicted: Predicted, truth: _Truth | None) -> _Shown:
+    def of(cls, predicted: Predicted, truth: Evaluation | None) -> _Shown:
         """Read the files of a case; an unreadable file other than the label map becomes a remark.
 
         Raises:
@@ -172,7 +145,7 @@ class _Shown:
         reference, scores = None, {}
         if truth is not None:
             reference = _read_reference(predicted.case, truth, label_map, remarks)
-            scores = dict(truth.scores(predicted.case))
+            scores = next((dict(one.regions) for one in truth.cases if one.case == predicted.case), {})
         uncertainty = _read_uncertainty(predicted, label_map, remarks)
         return cls(
             predicted=predicted,
@@ -238,15 +211,15 @@ def _read_images(
     return images
 
 
-def _read_reference(case: str, truth: _Truth, label_map: Volume, remarks: list[str]) -> Codes | None:
-    if case in truth.evaluation.failures:
-        remarks.append(f"Not scored: {truth.evaluation.failures[case]}")
+def _read_reference(case: str, truth: Evaluation, label_map: Volume, remarks: list[str]) -> Codes | None:
+    if case in truth.failures:
+        remarks.append(f"Not scored: {truth.failures[case]}")
         return None
-    if case not in truth.label_maps:
-        remarks.append("There is no reference of this case.")
+    if case not in truth.folders.expected:
+        remarks.append("This case has no reference.")
         return None
-    reference = in_order_of(label_map, read_label_map(truth.label_maps[case]))
-    return decode(reference.voxels, convention_named(truth.evaluation.reference_convention))
+    reference = in_order_of(label_map, read_label_map(truth.folders.expected[case]))
+    return decode(reference.voxels, truth.folders.reference_convention)
 
 
 def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str]) -> npt.NDArray[np.float32] | None:
@@ -273,15 +246,20 @@ def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str
 def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: float) -> str:
     one = shown.predicted
     data = shown.viewer(grid_mm)
+    has_reference = shown.reference is not None
+    dice = {region: scores.dice for region, scores in shown.scores.items()}
+    still = {
+        "picture": data_uri("webp", webp(picture, quality=_LINE_QUALITY)),
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+        "alt": overlay_alt(one.case, dice, has_reference=has_reference),
+        "caption": f"{overlay_caption(shown.overlay())} {_DISPLAY}",
+        "left": "Reference" if has_reference else "Image",
+    }
     body = fill(
         "case.html",
         case=one.case,
-        picture=data_uri("webp", webp(picture, quality=_LINE_QUALITY)),
-        width=picture.shape[1],
-        height=picture.shape[0],
-        alt=_alt(shown),
-        caption=overlay_caption(shown.overlay()),
-        left="Reference" if shown.reference is not None else "Image",
+        still=still,
         region_names=REGION_NAMES,
         rows=_measures(shown),
         has_scores=bool(shown.scores),
@@ -308,19 +286,19 @@ def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: 
 
 def _cohort_page(
     folder: Path,
-    rows: Sequence[_Row],
-    truth: _Truth | None,
+    rows: Sequence[Mapping[str, Any]],
+    truth: Evaluation | None,
     failures: Mapping[str, str],
     predicted: Sequence[Predicted],
 ) -> str:
-    codes = sorted({flag.code for row in rows for flag in row.flags})
-    flagged = sum(bool(row.flags) for row in rows)
+    codes = sorted({flag.code for row in rows for flag in row["flags"]})
+    flagged = sum(bool(row["flags"]) for row in rows)
     facts = [("cases", str(len(rows))), ("flagged", str(flagged))]
     if truth is not None:
-        means = truth.evaluation.summary()
+        means = truth.means()
         facts += [(f"mean Dice, {region}", f"{means[region]['dice']:.3f}") for region in REGIONS]
         facts.append(("Dice", DICE_DEFINITION))
-    weights = sorted({str(one.record.get("weights_sha256", "not told")) for one in predicted})
+    weights = sorted({str(one.record.get("weights_sha256", "not recorded")) for one in predicted})
     facts.append(("weights, SHA-256", ", ".join(weights[:3]) + (" ..." if len(weights) > 3 else "")))
     body = fill(
         "cohort.html",
@@ -342,17 +320,18 @@ def _cohort_page(
     )
 
 
-def _row(shown: _Shown, picture: Picture) -> _Row:
+def _row(shown: _Shown, picture: Picture) -> dict[str, Any]:
+    """Return the row of a case on the cohort page."""
     one, scores = shown.predicted, shown.scores
     thumbnail = shrunk(np.ascontiguousarray(picture[:_PANEL_PX, -_PANEL_PX:]), _THUMBNAIL_PX)
-    return _Row(
-        case=one.case,
-        href=f"{_FOLDER}/{_address(one.case)}.html",
-        thumbnail=data_uri("webp", webp(thumbnail)),
-        volumes_ml=tuple(one.volumes_ml.values()),
-        dice=tuple(scores[region].dice if region in scores else None for region in REGIONS),
-        flags=one.flags,
-    )
+    return {
+        "case": one.case,
+        "href": f"{_FOLDER}/{_address(one.case)}.html",
+        "thumbnail": data_uri("webp", webp(thumbnail)),
+        "volumes_ml": list(one.volumes_ml.values()),
+        "dice": [scores[region].dice if region in scores else None for region in REGIONS],
+        "flags": one.flags,
+    }
 
 
 def _neighbours(predicted: Sequence[Predicted], number: int) -> list[Link]:
@@ -369,7 +348,8 @@ def _address(name: str) -> str:
     return quote(os.fsencode(name))
 
 
-def _measures(shown: _Shown) -> list[dict[str, Any]]:
+def _measures(shown: _Shown) -> list[dict[str, str | None]]:
+    """Return the rows of the table of volumes and scores, with None for missing values."""
     one = shown.predicted
     rows = []
     for region in REGIONS:
@@ -378,31 +358,22 @@ def _measures(shown: _Shown) -> list[dict[str, Any]]:
         rows.append(
             {
                 "region": region,
-                "dice": None if scores is None else f"{scores.dice:.3f}",
-                "hd95": None if scores is None else f"{scores.hd95_mm:.1f}",
-                "reference": None if scores is None else f"{scores.reference_volume_ml:.1f}",
+                "dice": scores and f"{scores.dice:.3f}",
+                "hd95": scores and f"{scores.hd95_mm:.1f}",
+                "reference": scores and f"{scores.reference_volume_ml:.1f}",
                 "volume": None if one.volumes_ml[region] is None else f"{one.volumes_ml[region]:.1f}",
-                "interval": None if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
+                "interval": ends and f"{ends[0]:.1f} to {ends[1]:.1f}",
                 "confidence": f"{one.confidence[region]:.2f}" if region in one.confidence else None,
             }
         )
     return rows
 
 
-def _alt(shown: _Shown) -> str:
-    said = ", ".join(f"{region} {shown.scores[region].dice:.3f}" for region in REGIONS if region in shown.scores)
-    left = "reference outlines" if shown.reference is not None else "the bare image"
-    return (
-        f"Case {shown.predicted.case}: {left} on the left, predicted outlines on the right, in three planes where the "
-        f"tumour is largest.{f' Dice {said}.' if said else ''}"
-    )
-
-
 def _lead(one: Predicted) -> str:
-    told = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
-    if not any(told.values()):
+    known = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
+    if not any(known.values()):
         return "No tumour was marked."
-    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in told.items()) + "."
+    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in known.items()) + "."
 
 
 def _provenance(one: Predicted) -> list[tuple[str, str]]:
@@ -431,19 +402,12 @@ def _provenance(one: Predicted) -> list[tuple[str, str]]:
 
 def _command(one: Predicted) -> str:
     """Return a command that repeats the prediction: the recorded one, else one with the scans, unless they are 4D."""
-    told = one.record.get("command")
-    if isinstance(told, str) and told:
-        return told
-    if isinstance(told, list) and told:
-        return shlex.join(map(str, told))
+    recorded = one.record.get("command")
+    if isinstance(recorded, str) and recorded:
+        return recorded
+    if isinstance(recorded, list) and recorded:
+        return shlex.join(map(str, recorded))
     if one.volumes:
         return ""
     scans = [word for contrast, path in one.images.items() for word in (f"--{contrast}", str(path))]
     return f"znormseg predict RUN OUTPUT {shlex.join(scans)}" if scans else ""
-
-
-def _write(path: Path, page: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
-        beside.write_text(page, encoding="utf-8", errors="replace")

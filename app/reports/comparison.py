@@ -12,10 +12,9 @@ from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.run import Results
 from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
-from app.html.elements import DASH, document, note, number, section, table_html
+from app.html.elements import DASH, document, note, number, section, table_html, write_html
 from app.html.provenance import made_by
-from app.html.scores import REGION_NAMES
-from data.files import replacing
+from app.html.scores import REGIONS_IN_WORDS
 
 
 def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None:
@@ -28,10 +27,7 @@ def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None
     Raises:
         OSError: the file cannot be written.
     """
-    path = path or outcome.page
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_text(render_comparison(outcome), encoding="utf-8", errors="replace")
+    write_html(path or outcome.page, render_comparison(outcome))
 
 
 def render_comparison(outcome: Comparison) -> str:
@@ -103,12 +99,11 @@ def _dice_html(results: Results, analysis: Analysis) -> str:
         for arm in analysis.arms
     ]
     scored = len(results.parts.scored)
-    regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     part = "test cases, on which nothing was chosen" if analysis.tested else "validation cases; there is no third part"
     return table_html("dice", heads, rows) + note(
         f"Dice of {scored} {part}, by the weights that were best on validation, on each case's own grid; mean over "
-        f"regions ({regions}), seeds and cases. Interval: bootstrap over seeds and cases; it holds the differences "
-        "between cases, which the paired differences below do not."
+        f"regions ({REGIONS_IN_WORDS}), seeds and cases. Interval: bootstrap over seeds and cases; it includes the "
+        "differences between cases, which the paired differences below do not."
     )
 
 

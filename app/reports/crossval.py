@@ -15,11 +15,10 @@ from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
 from app.html.bands import figures_html
-from app.html.elements import document, note, number, section, table_html
+from app.html.elements import document, note, number, section, table_html, write_html
 from app.html.provenance import made_by
-from app.html.scores import REGION_NAMES
+from app.html.scores import REGIONS_IN_WORDS
 from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
-from data.files import replacing
 from data.labels import REGIONS
 
 _WORST: Final = 10
@@ -37,10 +36,7 @@ def write_crossval_page(outcome: CrossValidation, path: Path | None = None) -> N
     Raises:
         OSError: the file cannot be written.
     """
-    path = path or outcome.page
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        beside.write_text(render_crossval(outcome), encoding="utf-8", errors="replace")
+    write_html(path or outcome.page, render_crossval(outcome))
 
 
 def render_crossval(outcome: CrossValidation) -> str:
@@ -85,12 +81,11 @@ def _folds_html(raw: Summary, results: Sequence[Mapping[str, Any]]) -> str:
     rows.append(["All", str(len(raw.cases)), *_cells({key: spread[key].mean for key in _KEYS}), "", ""])
     rows.append(["SD of cases", "", *_cells({key: spread[key].sd_cases for key in _KEYS}), "", ""])
     rows.append(["SD of folds", "", *_cells({key: spread[key].sd_folds for key in _KEYS}), "", ""])
-    regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     return table_html("folds", ["Fold", "Cases", *_HEADS, "Step", "Seconds"], rows) + note(
-        f"Dice and HD95 (mm) of cases that the fold's network has not trained on, on each case's own grid; {regions}. "
-        "Probabilities are cut at one half, without post-processing. The network is the one of the step with the best "
-        "validation Dice of the fold, chosen on these same cases: with several validations in a run the numbers are "
-        "a little too good."
+        f"Dice and HD95 (mm) of cases that the fold's network has not trained on, on each case's own grid; "
+        f"{REGIONS_IN_WORDS}. Probabilities are cut at one half, without post-processing. The weights are those of the "
+        "step with the best validation Dice of the fold, chosen on these same cases: with several validations in a run "
+        "the numbers are a little too good."
     )
 
 

@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import math
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from markupsafe import Markup
+from PIL import Image
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
-from app.html.elements import document, section
-from app.html.overlay import OverlayCase, overlay_caption, overlay_png
-from app.html.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
+from app.html.elements import document, section, write_html
+from app.html.overlay import OverlayCase, overlay_alt, overlay_caption, overlay_png
+from app.html.scores import REGION_NAMES, Scores, case_table_html, score, scores_table_html, summary_html
 from app.html.templates import fill
 from app.html.volume import data_uri
 from app.runs.folder import read_metrics
 from app.system.device import machine, versions
-from data.datasets.layouts import Case, find_label_maps
-from data.files import replacing
-from data.labels import REGIONS, LabelConvention, Region, decode
+from data.datasets.layouts import Case
+from data.labels import REGIONS, LabelConvention, decode
 from data.nifti import read_image, read_label_map, reorient
 
 #: Suggested next commands, as pairs of purpose and command.
@@ -40,7 +40,7 @@ class PageCase:
 
     case: str
     """Case id."""
-    scores: Mapping[Region, Mapping[str, float]]
+    scores: Scores
     """By region: ``dice``, ``hd95_mm``, ``volume_ml``, ``reference_volume_ml``; a missing score is shown as a dash."""
     overlay: bytes | None
     """PNG file from :func:`app.html.overlay.overlay_png`."""
@@ -84,15 +84,13 @@ def write_page(path: Path, page: Page) -> None:
     """Write the page atomically: a reader of ``path`` sees the complete old or new file, never a part.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; its folder is created if missing.
         page: content of the page.
 
     Raises:
-        OSError: the folder is missing or not writable.
+        OSError: the file cannot be written.
     """
-    with replacing(path) as beside:
-        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
-        beside.write_text(render(page), encoding="utf-8", errors="replace")
+    write_html(path, render(page))
 
 
 def write_demo_page(outcome: DemoResult) -> None:
@@ -131,22 +129,19 @@ def write_demo_page(outcome: DemoResult) -> None:
 def _page_case(case: Case, outcome: DemoResult) -> PageCase:
     """Collect scores and overlay picture of one held-out case."""
     assert case.label is not None
+    folders = outcome.evaluation.folders
     background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
     overlay = OverlayCase(
         case=case.id,
         background=background.voxels,
         background_name="FLAIR",
-        prediction=_codes(find_label_maps(outcome.out / "predictions")[case.id], outcome.convention),
+        prediction=_codes(folders.predicted[case.id], outcome.convention),
         reference=_codes(case.label, outcome.convention),
         spacing_mm=background.spacing_mm,
     )
-    scores = {scored.case: scored for scored in outcome.evaluation.cases}
-    by_region: dict[Region, Mapping[str, float]] = {
-        region: asdict(values) for region, values in scores[case.id].regions.items()
-    }
     return PageCase(
         case=case.id,
-        scores=by_region,
+        scores=outcome.evaluation.by_case[case.id],
         overlay=overlay_png(overlay, height_px=320),
         overlay_caption=overlay_caption(overlay),
     )
@@ -157,16 +152,7 @@ def _codes(path: Path, convention: LabelConvention) -> np.ndarray[Any, np.dtype[
 
 
 def _cases_html(cases: Sequence[PageCase]) -> str:
-    cards = [_card(case) for case in cases]
-    return fill("cards.html", cards=cards, convention=_convention(), region_names=REGION_NAMES)
-
-
-def _convention() -> str:
-    return (
-        "Each picture shows the slices where the tumour is largest: from top to bottom axial, coronal and sagittal, "
-        "at one scale. Radiological display: the right side of the patient (R) is on the left of the picture; L left, "
-        "A anterior, P posterior, S superior, I inferior. Lines lie beside a border, so equal borders stay visible."
-    )
+    return fill("cards.html", cards=[_card(case) for case in cases], region_names=REGION_NAMES)
 
 
 def _card(case: PageCase) -> dict[str, object]:
@@ -179,19 +165,16 @@ def _card(case: PageCase) -> dict[str, object]:
     }
     if case.overlay is None:
         return shown
-    left = "Reference" if _has_reference(case) else "Image"
-    width, height = struct.unpack(">II", case.overlay[16:24])  # in the PNG's IHDR chunk
-    picture = data_uri("png", case.overlay)
-    return {**shown, "picture": picture, "left": left, "width": width, "height": height, "alt": _alt(case, left)}
-
-
-def _alt(case: PageCase, left: str) -> str:
-    dice = [(region, score(case.scores, region, "dice")) for region in REGIONS]
-    said = ", ".join(f"{region} {value:.3f}" for region, value in dice if not math.isnan(value))
-    text = f"Case {case.case}: {left.lower()} on the left, predicted outlines on the right, in three planes."
-    return text + (f" Dice {said}." if said else "")
-
-
-def _has_reference(case: PageCase) -> bool:
     keys = ("dice", "reference_volume_ml")
-    return any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
+    has_reference = any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
+    width, height = Image.open(io.BytesIO(case.overlay)).size
+    scores = ((region, score(case.scores, region, "dice")) for region in REGIONS)
+    dice = {region: value for region, value in scores if not math.isnan(value)}
+    return {
+        **shown,
+        "picture": data_uri("png", case.overlay),
+        "left": "Reference" if has_reference else "Image",
+        "width": width,
+        "height": height,
+        "alt": overlay_alt(case.case, dice, has_reference=has_reference),
+    }

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from app.html.records import mapping, number_or_none
 from data.datasets.layouts import Case
 from data.errors import DataError
 from data.filesystem import why
@@ -49,7 +50,7 @@ class Predicted:
         Raises:
             DataError: the JSON does not name a known convention.
         """
-        name = _mapping(self.record.get("labels")).get("convention")
+        name = mapping(self.record.get("labels")).get("convention")
         if not isinstance(name, str) or name not in CONVENTIONS:
             raise DataError(
                 f"{self.label_map.with_name(self.case + '.json')}: the label convention is {name!r}; expected one of "
@@ -60,21 +61,21 @@ class Predicted:
     @property
     def volumes_ml(self) -> dict[Region, float | None]:
         """Predicted volume by region; None where the JSON has none."""
-        told = _mapping(self.record.get("volumes_ml"))
+        told = mapping(self.record.get("volumes_ml"))
         return {region: number_or_none(told.get(region)) for region in REGIONS}
 
     @property
     def confidence(self) -> dict[Region, float]:
         """Mean probability within the segmented region, for the regions in the JSON."""
-        told = _mapping(self.record.get("confidence"))
+        told = mapping(self.record.get("confidence"))
         found = {region: number_or_none(told.get(region)) for region in REGIONS}
         return {region: value for region, value in found.items() if value is not None}
 
     @property
     def volume_intervals_ml(self) -> dict[Region, tuple[float, float]]:
         """Lowest and highest volume by region: the interval in the JSON, else the range over single answers."""
-        answers = _mapping(self.record.get("answers"))
-        told = _mapping(self.record.get("volume_interval_ml")) or _mapping(answers.get("volume_range_ml"))
+        answers = mapping(self.record.get("answers"))
+        told = mapping(self.record.get("volume_interval_ml")) or mapping(answers.get("volume_range_ml"))
         found: dict[Region, tuple[float, float]] = {}
         for region in REGIONS:
             ends = told.get(region)
@@ -88,7 +89,7 @@ class Predicted:
     def interval_name(self) -> str:
         """Column heading for :attr:`volume_intervals_ml`."""
         level = number_or_none(self.record.get("volume_interval_level"))
-        if _mapping(self.record.get("volume_interval_ml")):
+        if mapping(self.record.get("volume_interval_ml")):
             return "Interval (ml)" if level is None else f"{level:.0%} interval (ml)"
         return "Range of answers (ml)"
 
@@ -135,7 +136,7 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
         images, volumes = _images(record, None if cases is None else cases.get(path.stem))
         beside = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
         # If the JSON has null for this file, the one on disk belongs to an earlier label map.
-        belongs = _mapping(record.get("files")).get("uncertainty", beside) is not None
+        belongs = mapping(record.get("files")).get("uncertainty", beside) is not None
         found.append(
             Predicted(
                 case=path.stem,
@@ -147,15 +148,6 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
             )
         )
     return found, failures
-
-
-def number_or_none(value: object) -> float | None:
-    """Return a JSON number as a float, or None for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
 
 
 def _is_place(value: object) -> bool:
@@ -176,7 +168,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _images(record: Mapping[str, Any], case: Case | None) -> tuple[dict[Contrast, Path], dict[Contrast, int]]:
     if case is not None:
         return dict(case.contrasts), dict(case.volumes)
-    told, volumes = _mapping(record.get("inputs")), _mapping(record.get("input_volumes"))
+    told, volumes = mapping(record.get("inputs")), mapping(record.get("input_volumes"))
     return (
         {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)},
         {contrast: volumes[contrast] for contrast in CONTRASTS if _is_place(volumes.get(contrast))},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -13,16 +13,13 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
-from app.html.elements import document, note, number, section, table_html
-from app.html.scores import REGION_NAMES
+from app.html.elements import document, note, number, section, table_html, write_html
+from app.html.records import Records, number_or_none
+from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
-from app.reports.predictions import number_or_none
 from app.runs.folder import read_json, read_metrics
-from data.files import replacing
 from data.filesystem import why
 from data.labels import REGIONS, Region
-
-Records = Sequence[Mapping[str, Any]]
 
 
 def write_run(run: Path, page: Path) -> None:
@@ -36,10 +33,7 @@ def write_run(run: Path, page: Path) -> None:
         RunError: a file of the run is missing or damaged.
         OSError: ``page`` cannot be written.
     """
-    html = render_run(run)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(page) as beside:
-        beside.write_text(html, encoding="utf-8", errors="replace")
+    write_html(page, render_run(run))
 
 
 def render_run(run: Path) -> str:
@@ -99,11 +93,10 @@ def _scores_html(best: Mapping[str, Any] | None) -> str:
         [escape(case), number(fmean(cases[case].values())), *(number(cases[case][region]) for region in REGIONS)]
         for case in worst_first
     ]
-    regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
     chart = distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice")
     return (
         f'<figure class="chart alone">{chart}<figcaption>Dice of each validation case by region: '
-        f"{regions}. Box: quartiles and median.</figcaption></figure>"
+        f"{REGIONS_IN_WORDS}. Box: quartiles and median.</figcaption></figure>"
         "<h3>Worst cases first</h3>"
         + table_html("scores", ["Case", "Mean", *REGIONS], rows)
         + note(

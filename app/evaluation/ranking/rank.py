@@ -7,7 +7,6 @@ permutation test that swaps their ranks case by case. Source: Bakas et al., arXi
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +18,12 @@ import numpy.typing as npt
 from scipy import stats
 
 from app.evaluation.brats import brats2026
-from app.evaluation.evaluate import CALIBRATION, require_table_place
+from app.evaluation.evaluate import CALIBRATION
+from app.evaluation.folders import some
 from app.evaluation.ranking.scores import Scored
-from app.evaluation.statistics import bootstrap_interval, holm, signed_rank
+from app.evaluation.statistics import holm, paired_difference
+from app.evaluation.tables import write_csv
 from data.errors import DataError
-from data.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -33,7 +33,6 @@ _USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("sq_dsc", "sq_hd95", "rq"),
 _LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION, *brats2026.LOWER)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
-_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +165,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
-        held = "; ".join(f"{scored.name} holds {_some(sorted(scored.cases))}" for scored in sets)
+        held = "; ".join(f"{scored.name} holds {some(sorted(scored.cases))}" for scored in sets)
         raise DataError(f"no case is in all of them: {held}. Rank predictions of the same cases.")
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
@@ -243,7 +242,7 @@ def rank_rows(ranking: Ranking) -> list[list[str]]:
                 ranking.names[place],
                 f"{ranking.mean_ranks[place]:.2f}",
                 *(f"{ranking.by_case(metric)[place].mean():.3f}" for metric in ranking.metrics),
-                "-" if test is None else _p(test.p_holm),
+                "-" if test is None else p_text(test.p_holm),
             ]
         )
     return table
@@ -259,8 +258,8 @@ def difference_rows(ranking: Ranking) -> list[list[str]]:
                 d.metric,
                 f"{d.mean:+.3f}",
                 f"{d.low:+.3f} to {d.high:+.3f}",
-                _p(d.p),
-                _p(d.p_holm),
+                p_text(d.p),
+                p_text(d.p_holm),
             ]
             for d in ranking.differences
         ),
@@ -274,29 +273,21 @@ def write_rank_table(ranking: Ranking, path: Path) -> None:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
         OSError: the disk is full or the folder cannot be written.
     """
-    require_table_place(path)
-    with (
-        replacing(path) as beside,
-        beside.open(
-            "w",
-            newline="",
-            encoding="utf-8",
-            errors="backslashreplace",  # a file name may contain bytes that are not UTF-8
-        ) as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
-        for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):
-            writer.writerow([case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()])
+    header = ["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)]
+    rows = (
+        [case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()]
+        for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names))
+    )
+    write_csv(path, [header, *rows])
 
 
-def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
+def _require_alike(stated: Mapping[str, str | None], how: str, options: str) -> None:
     """Refuse sets that state different ways of scoring; sets without a statement pass.
 
     Raises:
         DataError: two statements differ.
     """
-    known = [(name, text) for name, text in told.items() if text is not None]
+    known = [(name, text) for name, text in stated.items() if text is not None]
     for name, text in known[1:]:
         if text != known[0][1]:
             raise DataError(
@@ -305,14 +296,14 @@ def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> No
             )
 
 
-def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:
-    rankable = sorted(there - set(_NO_SCORE))
+def _chosen(metrics: Sequence[str], common: set[str]) -> tuple[str, ...]:
+    rankable = sorted(common - set(_NO_SCORE))
     if metrics:
         missing = [metric for metric in metrics if metric not in rankable]
         if missing:
             raise DataError(f"metric {missing[0]}: is not in all of them; there are {', '.join(rankable) or 'none'}.")
         return tuple(metrics)
-    found = next((group for group in _USUAL if set(group) <= there), None)
+    found = next((group for group in _USUAL if set(group) <= common), None)
     if found is None:
         raise DataError(
             "some have lesion-wise scores and others have not, or there is no Dice at all. Score all alike."
@@ -338,32 +329,23 @@ def _rank_tests(names: Sequence[str], case_ranks: FloatArray) -> tuple[RankTest,
 def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[RankDifference]:
     """Compare all pairs of sets in one metric; ``values`` has the shape (sets, cases)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
-    gaps = [values[a] - values[b] for a, b in pairs]
-    tested = [signed_rank(gap) for gap in gaps]
-    corrected = holm([p for p, _ in tested])
-    found = []
-    for (a, b), gap, (p, no_test), p_holm in zip(pairs, gaps, tested, corrected, strict=True):
-        low, high = bootstrap_interval(gap[None])
-        found.append(
-            RankDifference(
-                metric=metric,
-                first=names[a],
-                second=names[b],
-                mean=float(gap.mean()),
-                low=low,
-                high=high,
-                p=p,
-                p_holm=p_holm,
-                no_test=no_test,
-            )
+    found = [paired_difference(values[[a]], values[[b]]) for a, b in pairs]
+    return [
+        RankDifference(
+            metric=metric,
+            first=names[a],
+            second=names[b],
+            mean=difference.mean,
+            low=difference.low,
+            high=difference.high,
+            p=difference.p,
+            p_holm=p_holm,
+            no_test=difference.no_test,
         )
-    return found
+        for (a, b), difference, p_holm in zip(pairs, found, holm([one.p for one in found]), strict=True)
+    ]
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """Format a p-value with three decimals; "< 0.001" if it is smaller, a dash if there is none."""
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _some(cases: Sequence[str]) -> str:
-    shown = ", ".join(cases[:_SHOWN])
-    return shown if len(cases) <= _SHOWN else f"{shown} and {len(cases) - _SHOWN} more"

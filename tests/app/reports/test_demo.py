@@ -133,8 +133,8 @@ def test_every_link_within_the_page_has_its_target() -> None:
 def test_every_picture_says_what_it_shows() -> None:
     (image,) = [attrs for tag, attrs in outline(render(page(case("a", 0.75)))).seen if tag == "img"]
     assert image["alt"] == (
-        "Case a: reference on the left, predicted outlines on the right, in three planes. "
-        "Dice WT 0.750, TC 0.750, ET 0.750."
+        "Case a: reference outlines on the left, predicted outlines on the right, in three planes where the tumour is "
+        "largest. Dice WT 0.750, TC 0.750, ET 0.750."
     )
 
 

@@ -37,7 +37,6 @@ from app.evaluation.brats.brats2026 import (
     rankable,
 )
 from app.evaluation.brats.brats_evaluate import COMMAND, TESTED, Installed, Runner, find_installed, processes_at_once
-from app.evaluation.brats.challenge import write_challenge_table
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.ranking.rank import rank
@@ -219,7 +218,7 @@ def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
     assert "configuration GoAT, brats-evaluation 0.0.10, panoptica 2.1.7" in shown.out
     assert "inf: no lesion matched; mean and median count 373" in shown.out
     assert "Research use only" in shown.out
-    assert "voxels are no cubes of 1 mm in 2 of the cases: case-00003, case-00007." in shown.err
+    assert "the voxels of 2 cases are not 1 mm cubes: case-00003, case-00007." in shown.err
 
 
 def test_means_leave_out_what_is_not_defined(stand_in: Put, sides: Write) -> None:
@@ -252,7 +251,7 @@ def test_the_command_ranks_folders(
 def test_tables_rank_as_their_folders_do(stand_in: Put, sides: Write, tmp_path: Path) -> None:
     stand_in()
     found = scored("GLI", sides("GLI"))
-    write_challenge_table(found, tmp_path / "a.csv")
+    found.write_table(tmp_path / "a.csv")
     (tmp_path / "b.json").write_text(json.dumps(found.to_json(), allow_nan=False))
     tables = load([tmp_path / "a.csv", tmp_path / "b.json"], None, None)
     assert tables[0].scored_by == tables[1].scored_by == found.scored_by
@@ -321,7 +320,7 @@ WRONG = {
     "skipped": ("""write('{"metrics": [], "missings": [1]}')""", f"{UNREADABLE} (ValueError)"),
     "another shape": ("""write('{"metrics": [[1]]}')""", f"{UNREADABLE} (TypeError)"),
     "refused": ("""write('{"metrics": [{"error": "Size\\\\nMismatch"}]}')""", "refused the case: Size Mismatch"),
-    "region": ("""write('{"metrics": [{"et": {}}]}')""", "told nothing of region WT"),
+    "region": ("""write('{"metrics": [{"et": {}}]}')""", "gave no scores of region WT"),
     "number": ("""write('{"metrics": [{"wt": {"sq_dsc": "high"}}]}')""", "gave 'high' for sq_dsc"),
 }
 
@@ -465,9 +464,9 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are no part of task GOAT"),
+        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are not part of task GOAT"),
         ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
-        ("PED", 4, "no part of task PED"),
+        ("PED", 4, "not part of task PED"),
     ],
 )
 def test_a_tissue_that_the_task_has_no_number_for_is_refused(

@@ -243,7 +243,7 @@ def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
     after = json.loads(done.out)
     assert after["cases"] == before["cases"]
     assert after["pixdim_not_followed_mm"] == {"BraTS2021_00001": [1.0, 1.0, 3.0]}
-    assert "BraTS2021_00001 pixdim is 1 x 1 x 3 mm. The affine is followed" in done.err
+    assert "BraTS2021_00001, pixdim is 1 x 1 x 3 mm. The affine is used" in done.err
 
 
 def test_a_pixdim_rounded_to_single_precision_is_no_other(
