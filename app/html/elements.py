@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from markupsafe import Markup
 
+from app.html.records import mapping
 from app.html.templates import fill, policy, source
 from data.files import replacing
 
@@ -100,6 +101,21 @@ def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -
 def figure(charts: str, caption: str) -> str:
     """Return charts with a caption below; both are HTML."""
     return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
+
+
+def listed(values: object) -> str:
+    """Return the entries of a JSON object as text, e.g. ``torch 2.13, numpy 2.4``; empty for anything else."""
+    return ", ".join(f"{name} {value}" for name, value in mapping(values).items())
+
+
+def made_by(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return machine and versions as pairs of name and value.
+
+    Args:
+        record: JSON with the keys ``machine`` and ``versions``, as recorded at the time.
+    """
+    machine, versions = record.get("machine"), listed(record.get("versions"))
+    return [("machine", str(machine or "not recorded")), ("versions", versions or "not recorded")]
 
 
 def note(text: str) -> str:

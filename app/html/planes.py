@@ -62,6 +62,12 @@ class Cut:
     """Visible part of the slice."""
 
 
+def shown_box(shown: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Return the bounding box of a mask; that of the whole volume for an empty mask."""
+    found = ndimage.find_objects(shown.astype(np.int8))
+    return found[0] if found else tuple(slice(0, size) for size in shown.shape)
+
+
 def fit_view(
     shown: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float], *, panel_px: int, margin_px: int
 ) -> View:
@@ -76,9 +82,7 @@ def fit_view(
     Returns:
         a view in which the longest side of the box is ``panel_px - 2 * margin_px`` pixels long.
     """
-    found = ndimage.find_objects(shown.astype(np.int8))
-    box = found[0] if found else tuple(slice(0, size) for size in shown.shape)
-    sides = [(part.start * mm, part.stop * mm) for part, mm in zip(box, spacing_mm, strict=True)]
+    sides = [(part.start * mm, part.stop * mm) for part, mm in zip(shown_box(shown), spacing_mm, strict=True)]
     x, y, z = ((first + last) / 2 for first, last in sides)
     scale = (panel_px - 2 * margin_px) / max(last - first for first, last in sides)
     return View(panel_px=panel_px, centre_mm=(x, y, z), pixels_per_mm=scale, spacing_mm=spacing_mm)

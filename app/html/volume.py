@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from app.html.overlay import to_grey
+from app.html.planes import shown_box
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -74,8 +75,7 @@ def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
     shown = (case.prediction != 0) | (next(iter(case.images.values())) != 0)
     if case.reference is not None:
         shown |= case.reference != 0
-    found = ndimage.find_objects(shown.astype(np.int8))
-    box = found[0] if found else tuple(slice(0, size) for size in shown.shape)
+    box = shown_box(shown)
     places = _places(tuple(part.stop - part.start for part in box), case.spacing_mm, grid_mm)
     prediction = _nearest(case.prediction[box], places)
     reference = np.zeros_like(prediction) if case.reference is None else _nearest(case.reference[box], places)

@@ -16,8 +16,9 @@ import numpy.typing as npt
 from app.errors import InterruptedRunError
 from app.evaluation.evaluate import Evaluation, evaluate
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores
-from app.html.elements import Link, document, write_html
+from app.html.elements import Link, document, listed, write_html
 from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
+from app.html.records import mapping
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill
 from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
@@ -379,25 +380,17 @@ def _lead(one: Predicted) -> str:
 def _provenance(one: Predicted) -> list[tuple[str, str]]:
     """Return the provenance of the label map recorded in the JSON, as pairs of name and value."""
     record = one.record
-    facts = [("label map", str(record.get("label_map", one.label_map)))]
-    labels = record.get("labels")
-    if isinstance(labels, Mapping):
-        facts.append(("labels", ", ".join(f"{name} {value}" for name, value in labels.items())))
+    facts = [("label map", str(record.get("label_map", one.label_map))), ("labels", listed(record.get("labels")))]
     for key, name in (("weights_sha256", "weights, SHA-256"), ("weights_step", "weights, step")):
-        if key in record:
-            facts.append((name, str(record[key])))
+        facts.append((name, str(record.get(key, ""))))
     facts += [
         (f"weights of {network.get('network')}, SHA-256", str(network.get("weights_sha256")))
-        for network in record.get("ensemble") or ()
-        if isinstance(network, Mapping)
+        for network in map(mapping, record.get("ensemble") or ())
     ]
-    for key in ("versions", "inputs", "seconds", "nan_to_zero"):
-        held = record.get(key)
-        if isinstance(held, Mapping) and held:
-            facts.append((key, ", ".join(f"{name} {value}" for name, value in held.items())))
+    facts += [(key, listed(record.get(key))) for key in ("versions", "inputs", "seconds", "nan_to_zero")]
     if isinstance(record.get("runtime"), list):
         facts.append(("runtime", "; ".join(map(str, record["runtime"]))))
-    return facts
+    return [(name, value) for name, value in facts if value]
 
 
 def _command(one: Predicted) -> str:

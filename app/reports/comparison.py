@@ -12,8 +12,7 @@ from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.run import Results
 from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
-from app.html.elements import DASH, document, note, number, section, table_html, write_html
-from app.html.provenance import made_by
+from app.html.elements import DASH, document, made_by, note, number, section, table_html, write_html
 from app.html.scores import REGIONS_IN_WORDS
 
 

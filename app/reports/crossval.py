@@ -15,8 +15,7 @@ from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
 from app.html.bands import figures_html
-from app.html.elements import document, note, number, section, table_html, write_html
-from app.html.provenance import made_by
+from app.html.elements import document, made_by, note, number, section, table_html, write_html
 from app.html.scores import REGIONS_IN_WORDS
 from app.inference.calibration import LEVEL, OFFSET_ML, fewest_cases
 from data.labels import REGIONS

@@ -15,7 +15,7 @@ from PIL import Image
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
-from app.html.elements import document, section, write_html
+from app.html.elements import document, listed, section, write_html
 from app.html.overlay import OverlayCase, overlay_alt, overlay_caption, overlay_png
 from app.html.scores import REGION_NAMES, Scores, case_table_html, score, scores_table_html, summary_html
 from app.html.templates import fill
@@ -116,7 +116,7 @@ def write_demo_page(outcome: DemoResult) -> None:
                 ("seed", str(outcome.config.training.seed)),
                 ("machine", machine()),
                 ("seconds", ", ".join(f"{stage} {spent:.0f}" for stage, spent in outcome.seconds.items())),
-                ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+                ("versions", listed(versions())),
                 ("weights", outcome.weights_sha256),
             ],
             cases=[_page_case(case, outcome) for case in outcome.unseen],

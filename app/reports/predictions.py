@@ -9,22 +9,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from app.html.records import mapping, number_or_none
+from app.inference.flags import Flag
 from data.datasets.layouts import Case
 from data.errors import DataError
 from data.filesystem import why
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention, Region
 
 _ENDING: Final = ".nii.gz"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownFlag:
-    """A warning about a case."""
-
-    code: str
-    """Name of the rule, e.g. ``missing-contrast``."""
-    sentence: str
-    """Finding of the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,28 +52,26 @@ class Predicted:
     @property
     def volumes_ml(self) -> dict[Region, float | None]:
         """Predicted volume by region; None where the JSON has none."""
-        told = mapping(self.record.get("volumes_ml"))
-        return {region: number_or_none(told.get(region)) for region in REGIONS}
+        recorded = mapping(self.record.get("volumes_ml"))
+        return {region: number_or_none(recorded.get(region)) for region in REGIONS}
 
     @property
     def confidence(self) -> dict[Region, float]:
         """Mean probability within the segmented region, for the regions in the JSON."""
-        told = mapping(self.record.get("confidence"))
-        found = {region: number_or_none(told.get(region)) for region in REGIONS}
-        return {region: value for region, value in found.items() if value is not None}
+        recorded = mapping(self.record.get("confidence"))
+        found = ((region, number_or_none(recorded.get(region))) for region in REGIONS)
+        return {region: value for region, value in found if value is not None}
 
     @property
     def volume_intervals_ml(self) -> dict[Region, tuple[float, float]]:
         """Lowest and highest volume by region: the interval in the JSON, else the range over single answers."""
         answers = mapping(self.record.get("answers"))
-        told = mapping(self.record.get("volume_interval_ml")) or mapping(answers.get("volume_range_ml"))
+        recorded = mapping(self.record.get("volume_interval_ml")) or mapping(answers.get("volume_range_ml"))
         found: dict[Region, tuple[float, float]] = {}
         for region in REGIONS:
-            ends = told.get(region)
-            if isinstance(ends, list) and len(ends) == 2:
-                low, high = map(number_or_none, ends)
-                if low is not None and high is not None:
-                    found[region] = (low, high)
+            match recorded.get(region):
+                case [int() | float() as low, int() | float() as high]:
+                    found[region] = (float(low), float(high))
         return found
 
     @property
@@ -94,16 +83,16 @@ class Predicted:
         return "Range of answers (ml)"
 
     @property
-    def flags(self) -> tuple[ShownFlag, ...]:
+    def flags(self) -> tuple[Flag, ...]:
         """The flags in the JSON; if it has none, a flag for missing contrasts."""
-        told = self.record.get("flags")
-        if not isinstance(told, list):
+        flags = self.record.get("flags")
+        if not isinstance(flags, list):
             missing = self.record.get("missing_contrasts")
-            names = [str(name) for name in missing] if isinstance(missing, list) else []
-            return (ShownFlag(code="missing-contrast", sentence=f"Missing: {', '.join(names)}."),) if names else ()
+            names = ", ".join(map(str, missing)) if isinstance(missing, list) else ""
+            return (Flag(code="missing-contrast", sentence=f"Missing: {names}."),) if names else ()
         return tuple(
-            ShownFlag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
-            for one in told
+            Flag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
+            for one in flags
             if isinstance(one, Mapping)
         )
 
@@ -150,11 +139,6 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
     return found, failures
 
 
-def _is_place(value: object) -> bool:
-    """Whether a JSON value is a valid volume index."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
 def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -168,8 +152,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _images(record: Mapping[str, Any], case: Case | None) -> tuple[dict[Contrast, Path], dict[Contrast, int]]:
     if case is not None:
         return dict(case.contrasts), dict(case.volumes)
-    told, volumes = mapping(record.get("inputs")), mapping(record.get("input_volumes"))
+    paths = {contrast: mapping(record.get("inputs")).get(contrast) for contrast in CONTRASTS}
+    volumes = {contrast: mapping(record.get("input_volumes")).get(contrast) for contrast in CONTRASTS}
     return (
-        {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)},
-        {contrast: volumes[contrast] for contrast in CONTRASTS if _is_place(volumes.get(contrast))},
+        {contrast: Path(path) for contrast, path in paths.items() if isinstance(path, str)},
+        {contrast: place for contrast, place in volumes.items() if type(place) is int and place >= 0},
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from statistics import fmean
@@ -13,8 +13,8 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
-from app.html.elements import document, note, number, section, table_html, write_html
-from app.html.records import Records, number_or_none
+from app.html.elements import document, listed, note, number, section, table_html, write_html
+from app.html.records import Records, mapping, number_or_none
 from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
 from app.runs.folder import read_json, read_metrics
@@ -107,9 +107,8 @@ def _scores_html(best: Mapping[str, Any] | None) -> str:
 
 
 def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
-    told = best.get("cases")
     found: dict[str, dict[Region, float]] = {}
-    for case, scores in told.items() if isinstance(told, Mapping) else ():
+    for case, scores in mapping(best.get("cases")).items():
         values = {region: number_or_none(scores.get(region)) for region in REGIONS}
         known = {region: value for region, value in values.items() if value is not None}
         if len(known) == len(REGIONS):
@@ -119,19 +118,19 @@ def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
 
 def _lead(records: Records, best: Mapping[str, Any] | None) -> str:
     steps = max((int(record["step"]) for record in records if record.get("kind") == "train"), default=0)
-    said = f"{steps:,} optimiser steps."
+    lead = f"{steps:,} optimiser steps."
     if best is None:
-        return said
+        return lead
     dice = ", ".join(f"{region} {value:.3f}" for region, value in best.get("dice", {}).items() if value is not None)
-    return f"{said} Best validation at step {best['step']:,}: mean Dice {best['mean_dice']:.3f} ({dice})."
+    return f"{lead} Best validation at step {best['step']:,}: mean Dice {best['mean_dice']:.3f} ({dice})."
 
 
 def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], records: Records) -> list[tuple[str, str]]:
     """Return the provenance of the run, as pairs of name and value."""
     seconds = [s for s in (number_or_none(record.get("seconds")) for record in records) if s is not None]
     spacing = facts.get("spacing_mm")
-    versions = facts.get("versions")
-    told = [
+    weights = sorted(run.glob("checkpoints/best-*.json")) or sorted(run.glob("checkpoints/last-*.json"))
+    known = [
         ("cases", f"{len(split.get('train', ()))} train, {len(split.get('validation', ()))} validate"),
         ("data", facts.get("data")),
         ("labels", facts.get("labels")),
@@ -139,24 +138,16 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
         ("seconds", f"{max(seconds):,.0f}" if seconds else None),
         ("machine", facts.get("machine")),
         ("runtime", "; ".join(map(str, facts.get("runtime") or ()))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else None),
-        ("weights, SHA-256", _weights(run)),
-        ("label maps, SHA-256", _label_maps(run)),
+        ("versions", listed(facts.get("versions"))),
+        ("weights, SHA-256", _sha256_in(weights)),
+        ("label maps, SHA-256", _sha256_in([*run.glob("labels.json")])),
     ]
-    return [(name, str(value)) for name, value in told if value]
+    return [(name, str(value)) for name, value in known if value]
 
 
-def _weights(run: Path) -> str:
-    saved = sorted((run / "checkpoints").glob("best-*.json")) or sorted((run / "checkpoints").glob("last-*.json"))
-    if not saved:
-        return ""
-    content = read_json(saved[-1])
-    return str(content.get("sha256", "")) if isinstance(content, dict) else ""
-
-
-def _label_maps(run: Path) -> str:
-    content = read_json(run / "labels.json") if (run / "labels.json").exists() else {}
-    return str(content.get("sha256", "")) if isinstance(content, dict) else ""
+def _sha256_in(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 that the last of these JSON files states; empty if it states none."""
+    return str(mapping(read_json(paths[-1])).get("sha256", "")) if paths else ""
 
 
 def _command(run: Path, facts: Mapping[str, Any]) -> str:

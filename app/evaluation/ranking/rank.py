@@ -21,7 +21,7 @@ from app.evaluation.brats import brats2026
 from app.evaluation.evaluate import CALIBRATION
 from app.evaluation.folders import some
 from app.evaluation.ranking.scores import Scored
-from app.evaluation.statistics import holm, paired_difference
+from app.evaluation.statistics import Difference, holm, paired_difference
 from app.evaluation.tables import write_csv
 from data.errors import DataError
 
@@ -36,8 +36,8 @@ PERMUTATIONS: Final = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankDifference:
-    """Difference of two sets in one metric, averaged over regions."""
+class RankDifference(Difference):
+    """Difference of two sets in one metric, averaged over regions: the first minus the second."""
 
     metric: str
     """Name of the metric, e.g. ``dice``."""
@@ -45,18 +45,11 @@ class RankDifference:
     """Name of the first set."""
     second: str
     """Name of the second set."""
-    mean: float
-    """Mean over cases of the first minus the second."""
-    low: float
-    """Lower end of its 95 % bootstrap interval over cases."""
-    high: float
-    """Upper end of the interval."""
-    p: float | None
-    """Two-sided Wilcoxon signed-rank test over cases; None if it is not possible."""
-    p_holm: float | None
-    """``p`` corrected for the other pairs of sets in this metric."""
-    no_test: str
-    """Reason why there is no ``p``; otherwise empty."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        keys = ("metric", "first", "second", "mean", "low", "high", "p", "p_holm", "no_test")
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +121,7 @@ class Ranking:
             "regions": list(self.regions),
             "metrics": list(self.metrics),
             "rank_tests": [asdict(test) for test in self.tests],
-            "differences": [asdict(difference) for difference in self.differences],
+            "differences": [difference.to_json() for difference in self.differences],
             "cases": [
                 {
                     "case": case,
@@ -331,18 +324,8 @@ def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[
     pairs = list(itertools.combinations(range(len(names)), 2))
     found = [paired_difference(values[[a]], values[[b]]) for a, b in pairs]
     return [
-        RankDifference(
-            metric=metric,
-            first=names[a],
-            second=names[b],
-            mean=difference.mean,
-            low=difference.low,
-            high=difference.high,
-            p=difference.p,
-            p_holm=p_holm,
-            no_test=difference.no_test,
-        )
-        for (a, b), difference, p_holm in zip(pairs, found, holm([one.p for one in found]), strict=True)
+        RankDifference(**{**vars(one), "metric": metric, "first": names[a], "second": names[b], "p_holm": p_holm})
+        for (a, b), one, p_holm in zip(pairs, found, holm([one.p for one in found]), strict=True)
     ]
 
 

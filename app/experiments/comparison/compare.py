@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
 from app.evaluation.metrics import DICE_DEFINITION
+from app.evaluation.tables import write_csv
 from app.experiments.comparison.analysis import Analysis, Records, analyse
 from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results, make_runs
@@ -17,7 +17,6 @@ from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.folder import read_metrics, write_json
 from app.system.device import machine, versions
-from data.files import replacing
 from data.labels import REGIONS
 
 COLUMNS: Final = (
@@ -100,12 +99,12 @@ def compare(
         "runs": [dict(result) for result in results.runs.values()],
         "notice": NOTICE,
     }
-    write_csv(out / "compare.csv", results)
+    write_comparison_table(out / "compare.csv", results)
     write_json(out / "compare.json", content)
     return Comparison(out=out, results=results, analysis=analysis, metrics=metrics, content=content)
 
 
-def write_csv(path: Path, results: Results) -> None:
+def write_comparison_table(path: Path, results: Results) -> None:
     """Write the final Dice as CSV in full precision, one row per final run and scored case.
 
     Args:
@@ -113,16 +112,11 @@ def write_csv(path: Path, results: Results) -> None:
         results: every final run must have ``dice``.
     """
     part = "test" if results.parts.test else "validation"
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for key in results.plan.finals(results.chosen):
-            result = results.runs[key]
-            for case, dice in result["dice"].items():
-                values = [dice[region] for region in REGIONS]
-                writer.writerow(
-                    [
-                        *(key.optimizer, key.arm, key.rate, key.seed, part, case),
-                        *(*values, fmean(values), result["best_step"], result["run"]),
-                    ]
-                )
+    rows: list[Sequence[object]] = [COLUMNS]
+    for key in results.plan.finals(results.chosen):
+        result = results.runs[key]
+        for case, dice in result["dice"].items():
+            values = [dice[region] for region in REGIONS]
+            run = (key.optimizer, key.arm, key.rate, key.seed, part, case)
+            rows.append([*run, *values, fmean(values), result["best_step"], result["run"]])
+    write_csv(path, rows)
