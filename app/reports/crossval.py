@@ -14,6 +14,7 @@ from app.experiments.crossval.calibrate import Calibrated
 from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
+from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
 from app.html.elements import document, made_by, note, number, section, table_html, write_html
 from app.html.scores import REGIONS_IN_WORDS
@@ -60,7 +61,7 @@ def render_crossval(outcome: CrossValidation) -> str:
         facts=(
             ("Dice", DICE_DEFINITION),
             ("HD95", HD95_DEFINITION),
-            ("predictions", outcome.backends),
+            ("predictions", backends_sentence(outcome.backends)),
             *made_by(outcome.content),
         ),
         sections=sections,

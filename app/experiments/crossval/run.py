@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from app.experiments.crossval.summary import Summary, summarise, write_crossval_
 from app.experiments.crossval.tune import Scores, Tuning, tune
 from app.experiments.crossval.workers import FoldJob, fold_slots, work_in_processes
 from app.experiments.runs import backends_sentence, count_backends, has_begun, json_object, only_warnings, require_place
-from app.inference.ensemble import CROSSVAL_FILE
+from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FOLDER
 from app.inference.postprocess import Postprocess
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
@@ -52,15 +52,40 @@ class CrossValidation:
     """Result of training, by fold."""
     metrics: Sequence[Sequence[Mapping[str, object]]]
     """Records of ``metrics.jsonl``, by fold."""
-    backends: str
-    """The backends that computed the out-of-fold predictions, in words."""
-    content: Mapping[str, Any]
+    backends: Sequence[Mapping[str, str | int | None]]
+    """The backends that computed the out-of-fold predictions, as returned by ``count_backends``."""
+    content: Mapping[str, Any] = field(default_factory=dict)
     """Content of ``crossval.json``."""
 
     @property
     def page(self) -> Path:
         """Path of the page that :func:`app.reports.crossval.write_crossval_page` writes."""
         return self.out / "crossval.html"
+
+
+def measure(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
+    """Tune post-processing on the saved out-of-fold answers, score them, and calibrate.
+
+    Args:
+        folds: folds that are all trained and predicted.
+        on_share: called with the share of the cases whose answers have been scored.
+    """
+    fold_of, numbers = folds.fold_of(), range(len(folds.splits))
+    answers = {case_id: folds.answer_file(case_id) for case_id in fold_of}
+    tuning = tune(Scores(answers, on_share=on_share), list(fold_of.values()))
+    raw = summarise(folds, Postprocess())
+    tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
+    return CrossValidation(
+        out=folds.out,
+        ensemble=folds.out / ENSEMBLE_FOLDER,
+        raw=raw,
+        tuned=tuned,
+        tuning=tuning,
+        calibrated=calibrate({case_id: read_counts(file) for case_id, file in answers.items()}, raw, tuned),
+        results=[read_json(folds.result_file(fold)) for fold in numbers],
+        metrics=[read_metrics(folds.run(fold)) for fold in numbers],
+        backends=count_backends(map(read_computed_by, answers.values())),
+    )
 
 
 def cross_validate(
@@ -169,18 +194,15 @@ class _Work:
 
     def summary(self) -> CrossValidation:
         """Tune post-processing, calibrate, write the ensemble and the scores."""
-        self.what = "the choice of post-processing"
-        fold_of = self.folds.fold_of()
+        self.what = "the scores"
+        count = len(self.folds.fold_of())
 
-        def told(share: float) -> None:
-            detail = f"post-processing: {share:.0%} of {len(fold_of)} cases"
+        def report(share: float) -> None:
+            detail = f"post-processing: {share:.0%} of {count} cases"
             self.on_progress(Progress(job="cross-validating", share=_FOLDS, detail=detail))
 
-        scores = Scores({case_id: self.folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
-        tuning = tune(scores, list(fold_of.values()))
-        self.what = "the scores"
-        raw = summarise(self.folds, Postprocess())
-        tuned = raw if tuning.chosen.changes_nothing else summarise(self.folds, tuning.chosen)
+        outcome = measure(self.folds, on_share=report)
+        tuning, raw, tuned, backends = outcome.tuning, outcome.raw, outcome.tuned, outcome.backends
         if not tuning.chosen.changes_nothing and tuning.estimated_gain <= 0:
             LOG.warning(
                 "post-processing gains %.4f on the cases it was chosen on, but %.4f where it is chosen without the "
@@ -188,10 +210,6 @@ class _Work:
                 tuning.after - tuning.before,
                 tuning.estimated_gain,
             )
-        self.what = "the calibration"
-        counts = {case_id: read_counts(self.folds.answer_file(case_id)) for case_id in fold_of}
-        calibrated = calibrate(counts, raw, tuned)
-        backends = count_backends(read_computed_by(self.folds.answer_file(case_id)) for case_id in fold_of)
         if len(backends) > 1:
             LOG.warning(
                 "out-of-fold predictions were not all computed alike (%s), so their scores differ by rounding. To "
@@ -200,19 +218,17 @@ class _Work:
                 self.folds.out / "out-of-fold",
             )
         self.what = "the ensemble"
-        ensemble = write_ensemble(self.folds, tuning, tuned, calibrated)
         out = self.folds.out
-        results = [read_json(self.folds.result_file(fold)) for fold in range(len(self.folds.splits))]
         content = {
-            "ensemble": str(ensemble),
+            "ensemble": str(write_ensemble(self.folds, tuning, tuned, outcome.calibrated)),
             "folds": [
                 {**result, "fold": fold, "cases": len(split.validation), "trained_on": len(split.train)}
-                for fold, (result, split) in enumerate(zip(results, self.folds.splits, strict=True))
+                for fold, (result, split) in enumerate(zip(outcome.results, self.folds.splits, strict=True))
             ],
             "raw": raw.to_json(),
             "tuned": tuned.to_json(),
             "tuning": tuning.to_json(),
-            "calibration": calibrated.to_json(),
+            "calibration": outcome.calibrated.to_json(),
             "out_of_fold": backends,
             "dice": DICE_DEFINITION,
             "hd95": HD95_DEFINITION,
@@ -223,22 +239,10 @@ class _Work:
         }
         write_crossval_table(out / "crossval.csv", {"raw": raw, "tuned": tuned})
         write_json(out / "crossval.json", content)
-        metrics = [read_metrics(self.folds.run(fold)) for fold in range(len(self.folds.splits))]
         self.on_progress(
             Progress(job="cross-validating", share=1.0, detail=f"{len(self.folds.splits)} folds", eta_seconds=0.0)
         )
-        return CrossValidation(
-            out=out,
-            ensemble=ensemble,
-            raw=raw,
-            tuned=tuned,
-            tuning=tuning,
-            calibrated=calibrated,
-            results=results,
-            metrics=metrics,
-            backends=backends_sentence(backends),
-            content=content,
-        )
+        return replace(outcome, content=content)
 
     def _is_done(self, fold: int) -> bool:
         """Whether a fold is trained and all its cases are predicted with its current weights."""
