@@ -218,8 +218,8 @@ def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -
         place = f"case {case}: {prediction_path} and {reference_path}"
         if not resample:
             raise DataError(
-                f"{place} lie on different grids: {difference}. Give --resample to bring the prediction to the grid of "
-                "the reference."
+                f"{place} are on different grids: {difference}. Give --resample to resample the prediction to the grid "
+                "of the reference."
             )
         x, y, z = expected.shape
         try:

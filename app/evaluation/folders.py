@@ -238,7 +238,7 @@ def score_each(
     failures = {case: str(found) for case, found in zip(common, outcomes, strict=True) if isinstance(found, DataError)}
     if len(failures) == len(common):
         reasons = " ".join(list(failures.values())[:_SHOWN])
-        raise DataError(f"not one of the {len(common)} cases in both folders could be scored. {reasons}")
+        raise DataError(f"none of the {len(common)} cases in both folders could be scored. {reasons}")
     return [found for found in outcomes if not isinstance(found, DataError)], failures
 
 

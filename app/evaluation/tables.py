@@ -162,8 +162,8 @@ def write_csv(path: Path, rows: Iterable[Iterable[object]]) -> None:
     require_table_place(path)
     # A file name may contain bytes that are not UTF-8.
     with (
-        replacing(path) as beside,
-        beside.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
+        replacing(path) as partial,
+        partial.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file,
     ):
         csv.writer(file, lineterminator="\n").writerows(rows)
 

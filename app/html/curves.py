@@ -68,11 +68,11 @@ def running_mean(y: FloatArray, *, window: int) -> FloatArray:
 def _training_figure(train: Records) -> str:
     steps, loss = column(train, "step"), column(train, "loss")
     rate = column(train, "learning_rate")
-    lines, said = _loss_lines(steps, loss)
+    lines, about = _loss_lines(steps, loss)
     loss_chart = Chart(title="Training loss over steps", y_label="loss", lines=lines, height=230)
     rate_line = Line(label="", style="rate", x=steps, y=rate)
     rate_chart = Chart(title="Learning rate over steps", y_label="learning rate", lines=[rate_line], height=145)
-    return figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {said}")
+    return figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {about}")
 
 
 def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:

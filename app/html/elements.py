@@ -76,9 +76,9 @@ def write_html(path: Path, html: str) -> None:
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
+    with replacing(path) as partial:
         # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
-        beside.write_text(html, encoding="utf-8", errors="replace")
+        partial.write_text(html, encoding="utf-8", errors="replace")
 
 
 def section(name: str, heading: str, body: str) -> str:

@@ -107,11 +107,11 @@ def write_cohort(
             rows.append(_row(shown, picture))
     except KeyboardInterrupt as error:
         raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} pages written, whole. The same "
-            "command begins again."
+            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} complete pages written. "
+            "The same command starts over."
         ) from error
     if not rows:
-        raise DataError(f"{folder}: not one case can be shown. {' '.join(list(failures.values())[:3])}")
+        raise DataError(f"{folder}: no case can be shown. {' '.join(list(failures.values())[:3])}")
     index = out / "index.html"
     write_html(index, _cohort_page(folder, rows, truth, failures, predicted))
     on_progress(Progress(job="pages", share=1.0, detail=f"{len(rows)} cases"))
@@ -204,7 +204,7 @@ def _read_images(
             remarks.append(f"{name} is not shown: {error}")
             continue
         if difference := grid_difference(volume, label_map):
-            remarks.append(f"{name} is not shown, since it lies on another grid than the label map: {difference}.")
+            remarks.append(f"{name} is not shown, since it is on a different grid than the label map: {difference}.")
         else:
             images[contrast] = volume.voxels
     if absent:
@@ -238,7 +238,7 @@ def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str
         remarks.append(f"Uncertainty is not shown: {error}")
         return None
     if difference := grid_difference(volumes[0], label_map):
-        remarks.append(f"Uncertainty is not shown, since it lies on another grid: {difference}.")
+        remarks.append(f"Uncertainty is not shown, since it is on a different grid: {difference}.")
         return None
     largest: npt.NDArray[np.float32] = np.max([volume.voxels for volume in volumes], axis=0)
     return largest

@@ -123,14 +123,14 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
             failures[path.stem] = str(error)
             continue
         images, volumes = _images(record, None if cases is None else cases.get(path.stem))
-        beside = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
+        uncertainty = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
         # If the JSON has null for this file, the one on disk belongs to an earlier label map.
-        belongs = mapping(record.get("files")).get("uncertainty", beside) is not None
+        belongs = mapping(record.get("files")).get("uncertainty", uncertainty) is not None
         found.append(
             Predicted(
                 case=path.stem,
                 label_map=label_map,
-                uncertainty=beside if belongs and beside.is_file() else None,
+                uncertainty=uncertainty if belongs and uncertainty.is_file() else None,
                 record=record,
                 images=images,
                 volumes=volumes,

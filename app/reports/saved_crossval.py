@@ -8,7 +8,7 @@ from pathlib import Path
 from app.config.load import from_plain
 from app.errors import RunError
 from app.experiments.crossval.folds import Folds
-from app.experiments.crossval.run import measure
+from app.experiments.crossval.run import measure_folds
 from app.experiments.runs import json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.progress import OnProgress, Progress, silent
@@ -36,16 +36,14 @@ def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = 
     folds = folds_on_record(out)
     numbers = range(len(folds.splits))
     if not (out / "crossval.json").exists() or not all(folds.result_file(fold).exists() for fold in numbers):
-        raise RunError(
-            f"{out}: the cross-validation has not ended. Give the command it was begun with once more; it goes on."
-        )
+        raise RunError(f"{out}: the cross-validation is unfinished. Give the same command again to resume it.")
     recorded = json_object(read_json(out / "crossval.json"), out / "crossval.json")
     detail = f"{len(folds.fold_of())} cases"
 
     def report(share: float) -> None:
         on_progress(Progress(job="scores", share=0.99 * share, detail=detail))
 
-    write_crossval_page(replace(measure(folds, on_share=report), content=recorded), page)
+    write_crossval_page(replace(measure_folds(folds, on_share=report), content=recorded), page)
     on_progress(Progress(job="scores", share=1.0, detail=detail))
 
 

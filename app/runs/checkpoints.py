@@ -157,7 +157,7 @@ def _newest(
             refused.append(str(error))
             continue
         for reason in refused:
-            LOG.warning("%s Not used; the checkpoint of step %d is.", _sentence(reason), step)
+            LOG.warning("%s Skipped; using the checkpoint of step %d is.", _sentence(reason), step)
         return found
     if not any(stem.with_suffix(".json").exists() for stem in _saved(folder, kind).values()):
         return None
@@ -187,7 +187,7 @@ def _load(stem: Path, step: int, unpack: Callable[[bytes], dict[str, T]]) -> Sav
         )
     # Checkpoints written by older versions have no digest of the JSON.
     if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
-        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
+        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not match")
     try:
         return Saved(step=step, tensors=unpack(content), details=details, sha256=digest)
     except SafetensorError as error:

@@ -47,7 +47,7 @@ def write_json(path: Path, content: object) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file atomically, and sync it and its folder to disk, so that it survives a power cut."""
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(content)
         file.flush()
         sync_file(file, path)
@@ -97,7 +97,7 @@ def require_new(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; give a folder for the run")
     if run.is_dir() and any(entry.name != LOCK for entry in run.iterdir()):
-        raise RunError(f"{run} is not empty. Go on with --resume, or give another folder.")
+        raise RunError(f"{run} is not empty. Continue with --resume, or give another folder.")
 
 
 #: Minimum free space for metrics and TensorBoard events.
@@ -378,4 +378,6 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
 
 
 def _lacks_curves(folder: Path, error: OSError) -> None:
-    LOG.warning("%s: cannot be written, TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error))
+    LOG.warning(
+        "%s: cannot be written, so TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error)
+    )

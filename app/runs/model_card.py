@@ -56,7 +56,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     _require_folder(folder)
     best = newest_best(folder)
     if best is None and not (folder / "ensemble.json").exists() and not (folder / DESCRIPTION_FILE).exists():
-        raise RunError(f"{folder}: no model there: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
+        raise RunError(f"{folder}: contains no model: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
     try:
         if best is not None:
             content = _of_run(folder, best)
@@ -117,8 +117,8 @@ def verify(folder: Path) -> tuple[str, ...]:
     place = folder / SUMS_FILE
     if not place.exists():
         raise RunError(
-            f"{folder}: no {SUMS_FILE} there, so nothing can be checked. Training writes it at its end; a run that is "
-            "not done, or of an older version, has none."
+            f"{folder}: contains no {SUMS_FILE}, so nothing can be verified. Training writes it at the end; unfinished "
+            "runs and those of older versions have none."
         )
     try:
         lines = place.read_text(encoding="utf-8").splitlines()
@@ -128,7 +128,7 @@ def verify(folder: Path) -> tuple[str, ...]:
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or Path(match["name"]).is_absolute() or ".." in Path(match["name"]).parts:
-            raise RunError(f"{place}: damaged; this is no line of it: {line[:100]!r}. Restore the folder from a copy.")
+            raise RunError(f"{place}: damaged; invalid line: {line[:100]!r}. Restore the folder from a copy.")
         listed[match["name"]] = match["sum"]
     if not listed:
         raise RunError(f"{place}: damaged; it lists no file. Restore the folder from a copy.")
@@ -217,7 +217,7 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
 def _best_of(folder: Path) -> Path:
     best = newest_best(folder)
     if best is None:
-        raise RunError(f"{folder}: no weights there. Restore the folder from a copy.")
+        raise RunError(f"{folder}: contains no weights. Restore the folder from a copy.")
     return best
 
 

@@ -155,7 +155,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         DataError: no case or no region is in all sets, a metric is not in all sets, or the sets' records show that they
             were scored differently.
     """
-    _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
+    _require_alike({scored.name: scored.scored_by for scored in sets}, "by different rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
         held = "; ".join(f"{scored.name} holds {some(sorted(scored.cases))}" for scored in sets)
@@ -164,7 +164,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
     chosen = _chosen(metrics, {metric for _, metric in common})
     if "nsd" in chosen:
-        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with another nsd", "--nsd-mm")
+        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with different nsd", "--nsd-mm")
     regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
     if not regions:
         raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
@@ -284,8 +284,8 @@ def _require_alike(stated: Mapping[str, str | None], how: str, options: str) -> 
     for name, text in known[1:]:
         if text != known[0][1]:
             raise DataError(
-                f"{known[0][0]} and {name}: one was scored {how} than the other: {known[0][1]}; {text}. Score both by "
-                f"evaluate with the same {options}."
+                f"{known[0][0]} and {name}: scored {how}: {known[0][1]}; {text}. Score both with evaluate and the same "
+                f"{options}."
             )
 
 
@@ -294,13 +294,11 @@ def _chosen(metrics: Sequence[str], common: set[str]) -> tuple[str, ...]:
     if metrics:
         missing = [metric for metric in metrics if metric not in rankable]
         if missing:
-            raise DataError(f"metric {missing[0]}: is not in all of them; there are {', '.join(rankable) or 'none'}.")
+            raise DataError(f"metric {missing[0]}: is not in all of them; choose from {', '.join(rankable) or 'none'}.")
         return tuple(metrics)
     found = next((group for group in _USUAL if set(group) <= common), None)
     if found is None:
-        raise DataError(
-            "some have lesion-wise scores and others have not, or there is no Dice at all. Score all alike."
-        )
+        raise DataError("some have lesion-wise scores and others do not, or none has Dice. Score all in the same way.")
     return found
 
 

@@ -63,7 +63,7 @@ class CrossValidation:
         return self.out / "crossval.html"
 
 
-def measure(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
+def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
     """Tune post-processing on the saved out-of-fold answers, score them, and calibrate.
 
     Args:
@@ -201,7 +201,7 @@ class _Work:
             detail = f"post-processing: {share:.0%} of {count} cases"
             self.on_progress(Progress(job="cross-validating", share=_FOLDS, detail=detail))
 
-        outcome = measure(self.folds, on_share=report)
+        outcome = measure_folds(self.folds, on_share=report)
         tuning, raw, tuned, backends = outcome.tuning, outcome.raw, outcome.tuned, outcome.backends
         if not tuning.chosen.changes_nothing and tuning.estimated_gain <= 0:
             LOG.warning(

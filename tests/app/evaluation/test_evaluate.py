@@ -171,7 +171,7 @@ def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]
 def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     evaluation = evaluate(*sides)
-    assert "Give --resample to bring the prediction to the grid of the reference." in evaluation.failures["a"]
+    assert "Give --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
     assert evaluation.resampled == ()
 
 
@@ -308,7 +308,7 @@ def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: t
 def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(4)[:-1])
-    with pytest.raises(DataError, match=r"not one of the 2 cases.*case a: .*11x10x8.*case b: "):
+    with pytest.raises(DataError, match=r"none of the 2 cases.*case a: .*11x10x8.*case b: "):
         evaluate(*sides)
 
 

@@ -267,7 +267,7 @@ def test_sets_of_other_versions_or_years_are_not_ranked_together(tmp_path: Path)
     (tmp_path / "c.csv").write_text("case,WT_lesion_dice,WT_lesion_hd95_mm\nx,0.5,2\n")
     with pytest.raises(DataError, match=r"panoptica 2\.1\.7\); brats2026 GLI \(panoptica 2\.2\.0"):
         rank(load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None))
-    with pytest.raises(DataError, match="Score all alike"):
+    with pytest.raises(DataError, match="Score all in the same way"):
         rank(load([tmp_path / "a.csv", tmp_path / "c.csv"], None, None))
 
 
@@ -313,7 +313,7 @@ IF_EMPTY = "if not any(stored[1]):\n    "
 UNREADABLE = "wrote no summary of one case that can be read"
 WRONG = {
     "crash": ("sys.exit('Traceback\\nline\\nValueError: no')", "ended with 1: Traceback / line / ValueError: no. Run"),
-    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it said nothing"),
+    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it printed nothing"),
     "garbage": ("""write('{"metrics": [')""", f"{UNREADABLE} (JSONDecodeError)"),
     "bytes": ("write(bytes(range(256)))", UNREADABLE),
     "nothing": ("print('Error: no configuration') or sys.exit(0)", "(FileNotFoundError): Error: no configuration"),
@@ -392,7 +392,7 @@ def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put,
     command.write_text("#!/nowhere/bin/python\n")
     done = znormseg("evaluate", *sides("GLI"), "--rules", "brats2026", "--labels", "brats2024")
     assert done.code == EXIT_MACHINE
-    assert "cannot be started (No such file or directory). Is its environment still whole?" in done.err
+    assert "cannot be started (No such file or directory). Is its environment intact?" in done.err
 
 
 @pytest.mark.parametrize(

@@ -438,4 +438,4 @@ def test_a_comparison_that_has_not_ended_has_no_page(finished: Path, tmp_path: P
     next((tmp_path / "begun" / "results").iterdir()).unlink()
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
-    assert "the comparison has not ended" in ended.err
+    assert "the comparison is unfinished" in ended.err

@@ -583,4 +583,4 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
     shutil.copy(finished / "folds.json", tmp_path / "begun")
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
-    assert "the cross-validation has not ended" in ended.err
+    assert "the cross-validation is unfinished" in ended.err
