@@ -36,31 +36,14 @@ from data.labels import CAVITY, CYST, ENHANCING, NECROSIS, OEDEMA, LabelConventi
 from data.nifti import Volume, write_label_map
 
 YEAR: Final = "brats2026"
-#: The command's metrics of each region, under its names: lesion counts; F1 of detection (rq); means over matched
-#: lesions (sq), and those times F1 (pq); the whole region (global_bin).
+#: The command's metrics of each region, under its names: means over matched lesions (sq), F1 of detection (rq), their
+#: product (pq); the whole region (global_bin); lesion counts, precision and recall; spread; sizes.
 METRICS: Final = (
-    "sq_dsc",
-    "sq_hd95",
-    "sq_nsd",
-    "rq",
-    "pq_dsc",
-    "global_bin_dsc",
-    "global_bin_hd95",
-    "global_bin_nsd",
-    "tp",
-    "fp",
-    "fn",
-    "prec",
-    "rec",
-    "n_ref_instances",
-    "n_pred_instances",
-    "sq_dsc_std",
-    "sq_hd95_std",
-    "sq_nsd_std",
-    "instance_voxel_count_ref",
-    "instance_volume_ref",
-    "global_bin_volume_pred",
-    "global_bin_volume_ref",
+    *("sq_dsc", "sq_hd95", "sq_nsd", "rq", "pq_dsc"),
+    *("global_bin_dsc", "global_bin_hd95", "global_bin_nsd"),
+    *("tp", "fp", "fn", "prec", "rec", "n_ref_instances", "n_pred_instances"),
+    *("sq_dsc_std", "sq_hd95_std", "sq_nsd_std"),
+    *("instance_voxel_count_ref", "instance_volume_ref", "global_bin_volume_pred", "global_bin_volume_ref"),
 )
 #: Metrics that the command omits if they are undefined.
 _MAY_LACK: Final = ("prec", "rec")
