@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
 from app.html.elements import document, listed, section, write_html
 from app.html.overlay import OverlayCase, overlay_alt, overlay_caption, overlay_png
-from app.html.scores import REGION_NAMES, Scores, case_table_html, score, scores_table_html, summary_html
+from app.html.scores import REGION_NAMES, Scores, case_table, score, scores_html
 from app.html.templates import fill
 from app.html.volume import data_uri
 from app.runs.folder import read_metrics
@@ -71,7 +70,7 @@ def render(page: Page) -> str:
     scores = [case.scores for case in page.cases]
     gradients = gradients_html(page.metrics)
     sections = [
-        section("scores", "Scores", summary_html(scores) + scores_table_html([c.case for c in page.cases], scores)),
+        section("scores", "Scores", scores_html([c.case for c in page.cases], scores)),
         section("curves", "Learning curves", curves_html(page.metrics)),
         section("gradients", "Gradients", gradients) if gradients else "",
         section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
@@ -161,7 +160,7 @@ def _card(case: PageCase) -> dict[str, object]:
         "case": case.case,
         "picture": None,
         "caption": case.overlay_caption,
-        "table": Markup(case_table_html(case.scores)),  # noqa: S704 - contains only numbers
+        "table": case_table(case.scores),
     }
     if case.overlay is None:
         return shown
