@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
+from markupsafe import Markup
 
 from app.html.chart import Chart, FloatArray, Line, arm_line, arm_style, draw_chart
 from app.html.curves import running_mean
-from app.html.elements import figure
+from app.html.elements import charts_html, figure
 from app.html.records import Records, mapping, number_or_nan
 
 Series = Mapping[int, float]
@@ -21,7 +21,7 @@ Series = Mapping[int, float]
 _MOST_POINTS: Final = 250  # per line; a band has twice as many, still fewer than a chart thins
 
 
-def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> str:
+def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> Markup:
     """Return charts of loss, validation Dice and, if it was recorded, gradient overlap at skip connections.
 
     Args:
@@ -49,7 +49,7 @@ def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | 
         overlap = {arm: [_overlaps(records, key) for records in seeds] for arm, seeds in arms.items()}
         if any(series for seeds in overlap.values() for series in seeds):
             figures.append(_figure(name, f"Overlap: {name}", overlap, words))
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return charts_html(figures)
 
 
 def bands(seeds: Sequence[Series]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -75,7 +75,7 @@ def _figure(
     *,
     y_range: tuple[float, float] | None = None,
     level: float | None = None,
-) -> str:
+) -> Markup:
     """Draw one chart, with the bands behind the lines."""
     back, front = [], []
     several = any(len(seeds) > 1 for seeds in arms.values())
@@ -92,7 +92,7 @@ def _figure(
         back.append(Line(label="", style="level", x=ends, y=np.array([level, level])))
     chart = Chart(title=f"{title} over steps", y_label=quantity, lines=[*back, *front], y_range=y_range, height=300)
     about_bands = " Line: mean over seeds; band: from the lowest to the highest seed." if several else ""
-    return figure(draw_chart(chart), escape(f"{title}. {words}{about_bands}"))
+    return figure(draw_chart(chart), f"{title}. {words}{about_bands}")
 
 
 def _every(array: FloatArray) -> FloatArray:

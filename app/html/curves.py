@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Final
 
 import numpy as np
+from markupsafe import Markup
 
 from app.html.chart import MARKERS, Chart, FloatArray, Line, draw_chart
-from app.html.elements import figure
+from app.html.elements import charts_html, figure
 from app.html.records import Records, column, mapping, number_or_nan
 from data.labels import REGIONS, Region
 
@@ -20,7 +20,7 @@ _WHEN: Final = ("before", "after")
 _LEAST_TO_SMOOTH: Final = 20
 
 
-def curves_html(metrics: Records) -> str:
+def curves_html(metrics: Records) -> Markup:
     """Return figures of training loss, learning rate and validation Dice.
 
     Args:
@@ -32,11 +32,11 @@ def curves_html(metrics: Records) -> str:
     train = [record for record in metrics if record.get("kind") == "train"]
     validation = [record for record in metrics if record.get("kind") == "validation"]
     if not train and not validation:
-        return '<p class="empty">No training was recorded.</p>'
-    return f'<div class="charts">{_training_figure(train)}{_validation_figure(validation)}</div>'
+        return Markup('<p class="empty">No training was recorded.</p>')
+    return charts_html([_training_figure(train), _validation_figure(validation)])
 
 
-def gradients_html(metrics: Records) -> str:
+def gradients_html(metrics: Records) -> Markup:
     """Return figures of the gradient norms before and after the rule and of the gradient overlap, from telemetry.
 
     Args:
@@ -47,8 +47,8 @@ def gradients_html(metrics: Records) -> str:
     """
     gradients = [record for record in metrics if record.get("kind") == "gradients"]
     overlap = [record for record in metrics if record.get("kind") == "overlap"]
-    figures = (_norms_figure(gradients) if gradients else "") + (_overlap_figure(overlap) if overlap else "")
-    return f'<div class="charts">{figures}</div>' if figures else ""
+    figures = [draw(records) for draw, records in ((_norms_figure, gradients), (_overlap_figure, overlap)) if records]
+    return charts_html(figures) if figures else Markup("")
 
 
 def running_mean(y: FloatArray, *, window: int) -> FloatArray:
@@ -65,7 +65,7 @@ def running_mean(y: FloatArray, *, window: int) -> FloatArray:
     return np.asarray((total[last] - total[first]) / (last - first), dtype=np.float64)
 
 
-def _training_figure(train: Records) -> str:
+def _training_figure(train: Records) -> Markup:
     steps, loss = column(train, "step"), column(train, "loss")
     rate = column(train, "learning_rate")
     lines, about = _loss_lines(steps, loss)
@@ -92,7 +92,7 @@ def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
     return lines, f"Running mean of {window:,} records; it ends at {smooth[-1]:.4g} at step {x[-1]:,.0f}.{missing}"
 
 
-def _validation_figure(validation: Records) -> str:
+def _validation_figure(validation: Records) -> Markup:
     steps = column(validation, "step")
     dice = {region: column([mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
     lines = [
@@ -114,7 +114,7 @@ def _score_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "not defined"
 
 
-def _norms_figure(gradients: Records) -> str:
+def _norms_figure(gradients: Records) -> Markup:
     steps = column(gradients, "step")
     layers = [{n: mapping(v) for n, v in mapping(record.get("layers")).items()} for record in gradients]
     names = {name for record in layers for name in record}
@@ -153,7 +153,7 @@ def _log_quartiles(norms: FloatArray) -> FloatArray:
     return np.quantile(logs, [0.25, 0.5, 0.75]) if len(logs) else np.full(3, math.nan)
 
 
-def _overlap_figure(overlap: Records) -> str:
+def _overlap_figure(overlap: Records) -> Markup:
     steps = column(overlap, "step")
     names = list(dict.fromkeys(name for record in overlap for name in mapping(record.get("junctions"))))
     lines, entries = [], []
@@ -163,10 +163,10 @@ def _overlap_figure(overlap: Records) -> str:
         style = f"junction j{number % _COLOURS}{' dashed' if number // _COLOURS % 2 else ''}"
         lines.append(Line(label="", style=style, x=steps, y=cosine))
         last = f"cosine {_score_text(cosine[-1])}, ratio {_score_text(ratio[-1])}"
-        entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
+        entries.append(Markup('<li class="{}">{} <small>{}</small></li>').format(style, name, last))
     chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
     return figure(
-        f'{draw_chart(chart)}<ul class="legend">{"".join(entries)}</ul>',
+        draw_chart(chart) + Markup('<ul class="legend">{}</ul>').format(Markup("").join(entries)),
         "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
         "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Next to each "
         f"junction: its last values{f', at step {steps[-1]:,.0f}' if math.isfinite(steps[-1]) else ''}.",

@@ -1,12 +1,11 @@
-"""HTML elements shared by all pages: document, section, table and note."""
+"""What all pages have in common: the document, figures, and values as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,8 +13,8 @@ from app.html.records import mapping
 from app.html.templates import fill, policy, source
 from data.files import replacing
 
-#: Placeholder for a missing number.
-DASH: Final = '<span role="img" aria-label="none">&ndash;</span>'
+Row = Sequence[str | None]
+"""Cells of a table row: text is escaped, Markup inserted, None shown as a dash."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +32,7 @@ def document(
     title: str,
     lead: str,
     facts: Sequence[tuple[str, str]],
-    sections: Sequence[str],
+    body: Markup,
     styles: Sequence[str],
     scripts: Sequence[str] = (),
     links: Sequence[Link] = (),
@@ -44,7 +43,7 @@ def document(
         title: heading, and title of the window.
         lead: one sentence that says what the page shows.
         facts: pairs of name and value, shown below the lead.
-        sections: HTML, as from :func:`section`.
+        body: sections of the page, from :func:`app.html.templates.fill`.
         styles: names of style sheets in ``app.html``.
         scripts: names of scripts in ``app.html``; the page runs no others.
         links: links to other pages, shown above the heading.
@@ -61,7 +60,7 @@ def document(
         # Read from files of this package, so they contain no external text.
         style=Markup(style),  # noqa: S704
         script=Markup(script),  # noqa: S704
-        sections=[Markup(one) for one in sections if one],  # noqa: S704
+        body=body,
     )
 
 
@@ -81,26 +80,14 @@ def write_html(path: Path, html: str) -> None:
         partial.write_text(html, encoding="utf-8", errors="replace")
 
 
-def section(name: str, heading: str, body: str) -> str:
-    """Return a section; ``heading`` and ``body`` are HTML."""
-    return f'<section aria-labelledby="{name}">\n<h2 id="{name}">{heading}</h2>\n{body}\n</section>\n'
+def figure(charts: Markup, caption: str) -> Markup:
+    """Return charts with a caption below."""
+    return Markup('<figure class="chart">{}<figcaption>{}</figcaption></figure>').format(charts, caption)
 
 
-def table_html(name: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table in its own scrolling container; cells are HTML, and ``name`` is the id of the section."""
-    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
-    body = "".join(
-        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
-    )
-    return (
-        f'<div class="scroll" role="group" aria-labelledby="{name}" tabindex="0"><table>'
-        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def figure(charts: str, caption: str) -> str:
-    """Return charts with a caption below; both are HTML."""
-    return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
+def charts_html(figures: Sequence[Markup]) -> Markup:
+    """Return figures in columns."""
+    return Markup('<div class="charts">{}</div>').format(Markup("").join(figures))
 
 
 def listed(values: object) -> str:
@@ -118,11 +105,6 @@ def made_by(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [("machine", str(machine or "not recorded")), ("versions", versions or "not recorded")]
 
 
-def note(text: str) -> str:
-    """Return a remark in small print; the text is escaped."""
-    return f'<p class="note">{escape(text)}</p>'
-
-
-def number(value: float | None) -> str:
-    """Format a number with three decimals, or as a dash if it is None."""
-    return DASH if value is None else f"{value:.3f}"
+def number(value: float | None) -> str | None:
+    """Format a number with three decimals; None stays None, which a table shows as a dash."""
+    return None if value is None else f"{value:.3f}"

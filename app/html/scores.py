@@ -36,7 +36,7 @@ def score(scores: Scores, region: Region, key: str) -> float:
     return float(scores.get(region, {}).get(key, math.nan))
 
 
-def scores_html(names: Sequence[str], cases: Sequence[Scores]) -> str:
+def scores_html(names: Sequence[str], cases: Sequence[Scores]) -> Markup:
     """Return tiles with mean Dice and median HD95, and a table by case with mean, median, best and worst values.
 
     Args:

@@ -278,7 +278,7 @@ def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: 
         title=one.case,
         lead=_lead(one),
         facts=(),
-        sections=[body],
+        body=body,
         styles=("page.css", "report.css"),
         scripts=() if data is None else ("viewer.js",),
         links=links,
@@ -315,7 +315,7 @@ def _cohort_page(
         title=f"{len(rows)} predicted {'case' if len(rows) == 1 else 'cases'}",
         lead=f"Label maps in {folder.name or folder}, by case: volumes, flags{', Dice' if truth else ''}.",
         facts=facts,
-        sections=[body],
+        body=body,
         styles=("page.css", "report.css"),
         scripts=("table.js",),
     )

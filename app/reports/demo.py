@@ -14,7 +14,7 @@ from PIL import Image
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
-from app.html.elements import document, listed, section, write_html
+from app.html.elements import document, listed, write_html
 from app.html.overlay import OverlayCase, overlay_alt, overlay_caption, overlay_png
 from app.html.scores import REGION_NAMES, Scores, case_table, score, scores_html
 from app.html.templates import fill
@@ -68,15 +68,16 @@ class Page:
 def render(page: Page) -> str:
     """Render the page as one HTML document; every external string is escaped, every picture is embedded."""
     scores = [case.scores for case in page.cases]
-    gradients = gradients_html(page.metrics)
-    sections = [
-        section("scores", "Scores", scores_html([c.case for c in page.cases], scores)),
-        section("curves", "Learning curves", curves_html(page.metrics)),
-        section("gradients", "Gradients", gradients) if gradients else "",
-        section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
-        section("next", "What next", fill("commands.html", commands=page.commands)) if page.commands else "",
-    ]
-    return document(title=page.title, lead=page.lead, facts=page.provenance, sections=sections, styles=("page.css",))
+    body = fill(
+        "demo.html",
+        scores=scores_html([case.case for case in page.cases], scores),
+        curves=curves_html(page.metrics),
+        gradients=gradients_html(page.metrics),
+        cards=[_card(case) for case in page.cases],
+        region_names=REGION_NAMES,
+        commands=page.commands,
+    )
+    return document(title=page.title, lead=page.lead, facts=page.provenance, body=body, styles=("page.css",))
 
 
 def write_page(path: Path, page: Page) -> None:
@@ -148,10 +149,6 @@ def _page_case(case: Case, outcome: DemoResult) -> PageCase:
 
 def _codes(path: Path, convention: LabelConvention) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return decode(reorient(read_label_map(path)).voxels, convention)
-
-
-def _cases_html(cases: Sequence[PageCase]) -> str:
-    return fill("cards.html", cards=[_card(case) for case in cases], region_names=REGION_NAMES)
 
 
 def _card(case: PageCase) -> dict[str, object]:

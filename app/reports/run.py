@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +12,7 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
-from app.html.elements import document, listed, note, number, section, table_html, write_html
+from app.html.elements import Row, document, listed, number, write_html
 from app.html.records import Records, mapping, number_or_none
 from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
@@ -52,18 +51,26 @@ def render_run(run: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{run}: missing or damaged ({why(error)}). Is it a run folder?") from error
     best = best_validation(records)
-    gradients = gradients_html(records)
-    sections = [
-        section("scores", "Validation cases", _scores_html(best)),
-        section("curves", "Learning curves", curves_html(records)),
-        section("gradients", "Gradients", gradients) if gradients else "",
-        fill("run.html", config=config, command=_command(run, facts)),
-    ]
+    cases = {} if best is None else _by_case(best)
+    body = fill(
+        "run.html",
+        validated=best is not None,
+        rows=_worst_first(cases),
+        chart=distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice"),
+        regions=list(REGIONS),
+        regions_in_words=REGIONS_IN_WORDS,
+        step=f"{best['step']:,}" if best else "",
+        dice_definition=DICE_DEFINITION,
+        curves=curves_html(records),
+        gradients=gradients_html(records),
+        config=config,
+        command=_command(run, facts),
+    )
     return document(
         title=f"Run {run.resolve().name}",
         lead=_lead(records, best),
         facts=_facts(run, facts, split, records),
-        sections=sections,
+        body=body,
         styles=("page.css", "report.css"),
     )
 
@@ -79,31 +86,12 @@ def best_validation(records: Records) -> Mapping[str, Any] | None:
     return max(scored, key=lambda record: float(record["mean_dice"]), default=None)
 
 
-def _scores_html(best: Mapping[str, Any] | None) -> str:
-    if best is None:
-        return '<p class="empty">No validation was recorded.</p>'
-    cases = _by_case(best)
-    if not cases:
-        return (
-            '<p class="empty">Dice by case was not recorded: the run is of an older version. Predict its validation '
-            "cases and score them: znormseg predict, znormseg evaluate.</p>"
-        )
-    worst_first = sorted(cases, key=lambda case: (fmean(cases[case].values()), case))
-    rows = [
-        [escape(case), number(fmean(cases[case].values())), *(number(cases[case][region]) for region in REGIONS)]
-        for case in worst_first
+def _worst_first(cases: Mapping[str, Mapping[Region, float]]) -> list[Row]:
+    mean = {case: fmean(scores.values()) for case, scores in cases.items()}
+    return [
+        [case, number(mean[case]), *(number(cases[case][region]) for region in REGIONS)]
+        for case in sorted(cases, key=lambda case: (mean[case], case))
     ]
-    chart = distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice")
-    return (
-        f'<figure class="chart alone">{chart}<figcaption>Dice of each validation case by region: '
-        f"{REGIONS_IN_WORDS}. Box: quartiles and median.</figcaption></figure>"
-        "<h3>Worst cases first</h3>"
-        + table_html("scores", ["Case", "Mean", *REGIONS], rows)
-        + note(
-            f"At step {best['step']:,}, the one with the best mean. Dice at the spacing the network works at; "
-            f"{DICE_DEFINITION}. The step was chosen on these same cases, so the numbers are a little too good."
-        )
-    )
 
 
 def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
