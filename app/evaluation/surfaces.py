@@ -106,7 +106,7 @@ def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, m
         indices = ndimage.distance_transform_edt(
             ~to_surface, sampling=spacing_mm, return_distances=False, return_indices=True
         )
-        nearest = indices[(slice(None), *start)]
+        nearest = np.stack([along[start] for along in indices])
     x, y, z = ((nearest[axis] - start[axis]) * spacing_mm[axis] for axis in range(3))
     return cast(FloatArray, np.sqrt(x**2 + y**2 + z**2))
 

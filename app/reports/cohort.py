@@ -359,11 +359,11 @@ def _measures(shown: _Shown) -> list[dict[str, str | None]]:
         rows.append(
             {
                 "region": region,
-                "dice": scores and f"{scores.dice:.3f}",
-                "hd95": scores and f"{scores.hd95_mm:.1f}",
-                "reference": scores and f"{scores.reference_volume_ml:.1f}",
+                "dice": None if scores is None else f"{scores.dice:.3f}",
+                "hd95": None if scores is None else f"{scores.hd95_mm:.1f}",
+                "reference": None if scores is None else f"{scores.reference_volume_ml:.1f}",
                 "volume": None if one.volumes_ml[region] is None else f"{one.volumes_ml[region]:.1f}",
-                "interval": ends and f"{ends[0]:.1f} to {ends[1]:.1f}",
+                "interval": None if ends is None else f"{ends[0]:.1f} to {ends[1]:.1f}",
                 "confidence": f"{one.confidence[region]:.2f}" if region in one.confidence else None,
             }
         )

@@ -47,7 +47,7 @@ def render_comparison(outcome: Comparison) -> str:
         "comparison.html",
         verdicts=analysis.verdicts(),
         limits=analysis.caveats,
-        regions=REGIONS,
+        regions=list(REGIONS),
         regions_in_words=REGIONS_IN_WORDS,
         dice=[_dice_row(arm) for arm in analysis.arms],
         scored=len(results.parts.scored),

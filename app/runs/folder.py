@@ -325,7 +325,10 @@ class MetricsLog:
 
     def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
-            self._to_board(lambda board, tag=f"{group}/{name}", value=value: board.add_scalar(tag, value, step))
+            self._scalar(f"{group}/{name}", value, step)
+
+    def _scalar(self, name: str, value: float, step: int) -> None:
+        self._to_board(lambda board: board.add_scalar(name, value, step))
 
     def _to_board(self, add: Callable[[SummaryWriter], None]) -> None:
         if self._board is None:

@@ -137,7 +137,7 @@ def test_a_run_that_goes_on_has_no_sums_until_it_ends(
 def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("model", "info", tmp_path)
     assert ended.code == 5
-    assert "no model there" in ended.err
+    assert "contains no model" in ended.err
 
 
 def _deep(depth: int) -> Any:
