@@ -37,9 +37,12 @@ There are JSON Schemas (draft 2020-12) for a case (`predict`), for `manifest` an
 (`predict-output`). The documentation site has them in the folder of this page, as `predict.schema.json` and so on. The
 installed program prints its own:
 
-```sh
-python -c 'import json; from app.notice import NOTICE
-from app.schemas import json_schema; print(json.dumps(json_schema("predict"), indent=1))'
+```python
+import json
+
+from app.schemas import json_schema
+
+print(json.dumps(json_schema("predict"), indent=1))
 ```
 
 This page and the schemas are generated from the types in `app/schemas.py`.
