@@ -27,9 +27,9 @@ from data.nifti import read_image, read_label_map, reorient
 
 #: Suggested next commands, as pairs of purpose and command.
 COMMANDS: Final = (
-    ("Look your data set over", "znormseg data check DATA"),
+    ("Check your data set", "znormseg data check DATA"),
     ("Train on it, for an hour here or longer on a GPU", "znormseg train DATA RUN --set training.hours=1"),
-    ("Segment new cases with what it learnt", "znormseg predict RUN NEW_CASES OUTPUT"),
+    ("Segment new cases with the trained network", "znormseg predict RUN NEW_CASES OUTPUT"),
 )
 
 
