@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Final, Generic, Literal, NotRequired, TypeVar
 
-from annotated_types import Ge, Gt, Le, Len, Lt, MinLen
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
@@ -17,14 +16,15 @@ from data.labels import Contrast
 
 T = TypeVar("T")
 
-Text = Annotated[str, MinLen(1)]
+Text = Annotated[str, Field(min_length=1)]
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-Count = Annotated[int, Ge(0)]
-Positive = Annotated[int, Ge(1)]
-Amount = Annotated[float, Ge(0)]
-Share = Annotated[float, Ge(0), Le(1)]
-Cut = Annotated[float, Gt(0), Lt(1)]
-LabelNumber = Annotated[int, Ge(1), Le(255)]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Amount = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Cut = Annotated[float, Field(gt=0, lt=1)]
+LabelNumber = Annotated[int, Field(ge=1, le=255)]
+Ends = Annotated[list[float], Field(min_length=2, max_length=2)]
 Notice = Annotated[str, Field(json_schema_extra={"const": NOTICE})]
 
 _complete = with_config(ConfigDict(extra="forbid", use_attribute_docstrings=True))
@@ -76,7 +76,7 @@ class Answers(TypedDict):
     """Number of networks: 1 for a run, several for an ensemble."""
     flips: Literal[1, 8]
     """Number of mirrored images that each network saw: 8 with --tta."""
-    volume_range_ml: ByRegion[Annotated[list[Amount], Len(2, 2)]] | None
+    volume_range_ml: ByRegion[Annotated[list[Amount], Field(min_length=2, max_length=2)]] | None
     """Smallest and largest volume of each region over the answers, cut at the thresholds; null for a single answer."""
 
 
@@ -86,7 +86,7 @@ class CalibrationState(TypedDict):
 
     state: Literal["calibrated", "not calibrated"]
     """Only ensembles made by crossval are calibrated."""
-    temperature: ByRegion[Annotated[float, Gt(0)]] | None
+    temperature: ByRegion[Annotated[float, Field(gt=0)]] | None
     """Divisor of the logits of the probabilities that are shown; masks are cut before. null if it was not measured."""
 
 
@@ -191,7 +191,7 @@ class CaseRecord(TypedDict):
     """The answers that the probabilities are the mean of: `networks` times `flips`."""
     calibration: CalibrationState
     """Whether the probabilities are calibrated (docs/how-to/calibration.md)."""
-    volume_interval_ml: ByRegion[Annotated[list[float], Len(2, 2)]] | None
+    volume_interval_ml: ByRegion[Ends] | None
     """Interval of the true volume of each region in ml, from the errors on cross-validated cases; null if there is
     none."""
     volume_interval_level: Cut | None
@@ -224,7 +224,7 @@ class CaseRecord(TypedDict):
     """SHA-256 of the weights file; for an ensemble, over those of its networks."""
     weights_step: NotRequired[Count]
     """For a run: optimiser step of the weights."""
-    ensemble: NotRequired[Annotated[list[EnsembleNetwork], MinLen(1)]]
+    ensemble: NotRequired[Annotated[list[EnsembleNetwork], Field(min_length=1)]]
     """For an ensemble: its networks."""
     postprocess: NotRequired[PostprocessRules | None]
     """For an ensemble: the rules between probabilities and label map; null with --no-postprocess."""
