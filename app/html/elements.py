@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,6 @@ Row = Sequence[str | None]
 """Cells of a table row: text is escaped, Markup inserted, None shown as a dash."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Link:
-    """A link to another page."""
-
-    href: str
-    """Relative URL, percent-encoded."""
-    text: str
-    """Text of the link."""
-
-
 def document(
     *,
     title: str,
@@ -35,7 +24,7 @@ def document(
     body: Markup,
     styles: Sequence[str],
     scripts: Sequence[str] = (),
-    links: Sequence[Link] = (),
+    links: Sequence[tuple[str, str]] = (),
 ) -> str:
     """Return a page as one self-contained HTML document.
 
@@ -46,7 +35,7 @@ def document(
         body: sections of the page, from :func:`app.html.templates.fill`.
         styles: names of style sheets in ``app.html``.
         scripts: names of scripts in ``app.html``; the page runs no others.
-        links: links to other pages, shown above the heading.
+        links: links to other pages, shown above the heading: percent-encoded URL and text.
     """
     style = "".join(source(name) for name in styles)
     script = "".join(source(name) for name in scripts)

@@ -16,12 +16,12 @@ import numpy.typing as npt
 from app.errors import InterruptedRunError
 from app.evaluation.evaluate import Evaluation, evaluate
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores
-from app.html.elements import Link, document, listed, write_html
+from app.html.elements import document, listed, write_html
 from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
 from app.html.records import mapping
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill
-from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
+from app.html.volume import ViewerCase, grid_for, picture_uri, shrunk, viewer_data
 from app.progress import LOG, OnProgress, Progress, silent
 from app.reports.predictions import Predicted, find_predictions
 from data.datasets.layouts import find_cases
@@ -244,13 +244,13 @@ def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str
     return largest
 
 
-def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: float) -> str:
+def _case_page(shown: _Shown, picture: Picture, links: Sequence[tuple[str, str]], grid_mm: float) -> str:
     one = shown.predicted
     data = shown.viewer(grid_mm)
     has_reference = shown.reference is not None
     dice = {region: scores.dice for region, scores in shown.scores.items()}
     still = {
-        "picture": data_uri("webp", webp(picture, quality=_LINE_QUALITY)),
+        "picture": picture_uri(picture, quality=_LINE_QUALITY),
         "width": picture.shape[1],
         "height": picture.shape[0],
         "alt": overlay_alt(one.case, dice, has_reference=has_reference),
@@ -328,19 +328,18 @@ def _row(shown: _Shown, picture: Picture) -> dict[str, Any]:
     return {
         "case": one.case,
         "href": f"{_FOLDER}/{_address(one.case)}.html",
-        "thumbnail": data_uri("webp", webp(thumbnail)),
+        "thumbnail": picture_uri(thumbnail),
         "volumes_ml": list(one.volumes_ml.values()),
         "dice": [scores[region].dice if region in scores else None for region in REGIONS],
         "flags": one.flags,
     }
 
 
-def _neighbours(predicted: Sequence[Predicted], number: int) -> list[Link]:
-    links = [Link(href="../index.html", text="All cases")]
+def _neighbours(predicted: Sequence[Predicted], number: int) -> list[tuple[str, str]]:
+    links = [("../index.html", "All cases")]
     for text, place in (("Previous", number - 1), ("Next", number + 1)):
         if 0 <= place < len(predicted):
-            name = predicted[place].case
-            links.append(Link(href=f"{_address(name)}.html", text=f"{text}: {name}"))
+            links.append((f"{_address(predicted[place].case)}.html", f"{text}: {predicted[place].case}"))
     return links
 
 

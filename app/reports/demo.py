@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,15 +9,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from PIL import Image
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
 from app.html.elements import document, listed, write_html
-from app.html.overlay import OverlayCase, overlay_alt, overlay_caption, overlay_png
+from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
 from app.html.scores import REGION_NAMES, Scores, case_table, score, scores_html
 from app.html.templates import fill
-from app.html.volume import data_uri
+from app.html.volume import picture_uri
 from app.runs.folder import read_metrics
 from app.system.device import machine, versions
 from data.datasets.layouts import Case
@@ -41,8 +39,8 @@ class PageCase:
     """Case id."""
     scores: Scores
     """By region: ``dice``, ``hd95_mm``, ``volume_ml``, ``reference_volume_ml``; a missing score is shown as a dash."""
-    overlay: bytes | None
-    """PNG file from :func:`app.html.overlay.overlay_png`."""
+    overlay: Picture | None
+    """Picture from :func:`app.html.overlay.overlay_picture`."""
     overlay_caption: str = ""
     """Caption from :func:`app.html.overlay.overlay_caption`."""
 
@@ -142,7 +140,7 @@ def _page_case(case: Case, outcome: DemoResult) -> PageCase:
     return PageCase(
         case=case.id,
         scores=outcome.evaluation.by_case[case.id],
-        overlay=overlay_png(overlay, height_px=320),
+        overlay=overlay_picture(overlay, height_px=320),
         overlay_caption=overlay_caption(overlay),
     )
 
@@ -163,14 +161,13 @@ def _card(case: PageCase) -> dict[str, object]:
         return shown
     keys = ("dice", "reference_volume_ml")
     has_reference = any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
-    width, height = Image.open(io.BytesIO(case.overlay)).size
     scores = ((region, score(case.scores, region, "dice")) for region in REGIONS)
     dice = {region: value for region, value in scores if not math.isnan(value)}
     return {
         **shown,
-        "picture": data_uri("png", case.overlay),
+        "picture": picture_uri(case.overlay, "png"),
         "left": "Reference" if has_reference else "Image",
-        "width": width,
-        "height": height,
+        "width": case.overlay.shape[1],
+        "height": case.overlay.shape[0],
         "alt": overlay_alt(case.case, dice, has_reference=has_reference),
     }
