@@ -10,8 +10,8 @@ from typing import Annotated, Any, Final, Generic, Literal, NotRequired, TypeVar
 from pydantic import ConfigDict, Field, TypeAdapter, with_config
 from typing_extensions import TypedDict
 
+from app import NOTICE
 from app.inference.flags import CODES
-from app.notice import NOTICE
 from data.labels import Contrast
 
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from app import NOTICE
 from app.evaluation.folders import Folders, OnCase, match, score_each, some
 from app.evaluation.metrics import (
     DICE_DEFINITION,
@@ -23,7 +24,7 @@ from app.evaluation.metrics import (
 from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.evaluation.tables import FolderScores, Values, over_cases
-from app.notice import NOTICE
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import REGIONS, Region, decode
 from data.nifti import grid_difference, in_order_of, reorient, strip_nifti_ending
@@ -97,7 +98,7 @@ class Evaluation(FolderScores):
         return found
 
     def notes(self) -> list[str]:
-        """Return what to know about the folders: swapped sides, resampled, failed and missing cases."""
+        """Return what to know about the folders: swapped sides, resampled and missing cases."""
         found = super().notes()
         if self.resampled:
             found.insert(0, f"predictions resampled to the grid of their reference: {some(self.resampled)}")
@@ -153,13 +154,11 @@ class Evaluation(FolderScores):
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     *,
     resample: bool = False,
     nsd_mm: float = NSD_MM,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: OnCase | None = None,
 ) -> Evaluation:
     """Score every case that has a label map in both folders.
@@ -169,12 +168,10 @@ def evaluate(
     orders. References are never changed: scores, distances and volumes are computed on their grid.
 
     Args:
-        predictions: folder of predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
-        references: folder of reference label maps, in any such layout.
+        predictions: the predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
+        references: the reference label maps, in any such layout.
         resample: resample a prediction on a different grid to the grid of its reference; otherwise such a case fails.
         nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called on the caller's thread, in sorted order, with each case id that was scored or failed, and the
             share of cases done so far.
 
@@ -186,11 +183,11 @@ def evaluate(
             case could be scored (the message then gives reasons).
 
     Example:
-        >>> evaluation = evaluate(Path("predicted"), Path("BraTS2021"))  # doctest: +SKIP
+        >>> evaluation = evaluate(DataSource(Path("predicted")), DataSource(Path("BraTS2021")))  # doctest: +SKIP
         >>> evaluation.means()["WT"]["dice"]  # doctest: +SKIP
         0.912
     """
-    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+    folders = match(predictions, references)
 
     def score(case: str) -> CaseScores:
         return _score_case(case, folders, resample=resample, nsd_mm=nsd_mm)

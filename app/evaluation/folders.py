@@ -14,7 +14,8 @@ import numpy as np
 
 from app.errors import message
 from app.progress import LOG
-from data.datasets.layouts import Case, decide_for, find_label_cases
+from data.datasets.layouts import Case, decide_for
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import LabelConvention, require_known_values, values_in
 from data.nifti import Spacing, Volume, grid_difference, in_order_of, read_label_map
@@ -86,38 +87,29 @@ class Folders:
         return prediction, reference
 
 
-def match(
-    predictions: Path,
-    references: Path,
-    *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
-) -> Folders:
+def match(predictions: DataSource, references: DataSource) -> Folders:
     """Find the label maps of both folders and determine their label conventions.
 
     A header whose voxel size disagrees with its affine causes a warning; the affine takes precedence.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
+        predictions: the predicted label maps.
+        references: the reference label maps.
 
     Raises:
         DataError: a folder cannot be used, a folder mixes label conventions, or the folders have no case in common.
     """
-    predicted_cases = find_label_cases(predictions, follow_links=follow_links)
-    expected_cases = find_label_cases(references, follow_links=follow_links)
+    predicted_cases, expected_cases = predictions.find_label_cases(), references.find_label_cases()
     predicted, expected = _label_maps(predicted_cases), _label_maps(expected_cases)
     both = predicted.keys() & expected.keys()
     if not both:
         raise DataError(
-            f"no case is in both folders: {predictions} holds {some(predicted)}; {references} holds "
+            f"no case is in both folders: {predictions.root} holds {some(predicted)}; {references.root} holds "
             f"{some(expected)}. {_NAMING_RULES}"
         )
     maps = LabelMapsOnce(frozenset(side[case] for side in (predicted, expected) for case in both))
-    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0], maps)
-    reference_convention, reference_faults = _survey(references, expected_cases, labels[1], maps)
+    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, maps)
+    reference_convention, reference_faults = _survey(references, expected_cases, maps)
     pixdim_mm = {
         case: stated_mm
         for case in sorted(both)
@@ -247,7 +239,7 @@ def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
 
 
 def _survey(
-    folder: Path, cases: Mapping[str, Case], labels: str | None, maps: LabelMapsOnce
+    source: DataSource, cases: Mapping[str, Case], maps: LabelMapsOnce
 ) -> tuple[LabelConvention, dict[str, str]]:
     """Determine one side's convention from all of its files; return unusable files as well, as reasons by case id.
 
@@ -268,9 +260,9 @@ def _survey(
     faults = {case: outcome for case, outcome in outcomes.items() if isinstance(outcome, str)}
     seen = {case: outcome for case, outcome in outcomes.items() if not isinstance(outcome, str)}
     try:
-        return decide_for(seen, list(cases.values()), labels=labels), faults
+        return decide_for(seen, list(cases.values()), labels=source.labels), faults
     except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
+        raise DataError(f"{source.root}: {error}") from error
 
 
 def _parallel(

@@ -41,12 +41,9 @@ class FolderScores(ABC):
         """Return explanations of the table in the terminal, one sentence each."""
 
     def notes(self) -> list[str]:
-        """Return what to know about the folders: failed and missing cases, one sentence each."""
+        """Return what to know about the folders: which cases are missing, one sentence each."""
         missing = {"prediction": self.folders.missing_predictions, "reference": self.folders.missing_references}
-        return [
-            *(f"znormseg: {case}: {reason}" for case, reason in self.failures.items()),
-            *(f"no {side} for {len(ids)} cases: {some(ids)}" for side, ids in missing.items() if ids),
-        ]
+        return [f"no {side} for {len(ids)} cases: {some(ids)}" for side, ids in missing.items() if ids]
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of every metric over cases, e.g. ``means()["WT"]["dice"]``."""

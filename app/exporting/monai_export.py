@@ -20,10 +20,10 @@ import numpy as np
 import torch
 import yaml
 
+from app import NOTICE
 from app.errors import RunError
 from app.exporting.parity import Answer, Floats
 from app.inference.model import Model
-from app.notice import NOTICE
 from app.runs.folder import write_durably, write_json
 from data.labels import CONTRASTS, REGIONS
 from data.preprocess import SPACING_TOLERANCE

@@ -24,7 +24,7 @@ from app.html.templates import fill
 from app.html.volume import ViewerCase, grid_for, picture_uri, shrunk, viewer_data
 from app.progress import LOG, OnProgress, Progress, silent
 from app.reports.predictions import Predicted, find_predictions
-from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, Region, decode
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map, read_volume, reorient
@@ -61,10 +61,8 @@ def write_cohort(
     folder: Path,
     out: Path,
     *,
-    images: Path | None = None,
-    references: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
+    images: DataSource | None = None,
+    references: DataSource | None = None,
     on_progress: OnProgress = silent,
 ) -> CohortPages:
     """Write ``index.html`` and ``cases/<case>.html``.
@@ -74,8 +72,6 @@ def write_cohort(
         out: folder of the pages, created if missing.
         images: data set with the scans; by default the paths recorded in each case's JSON are used.
         references: data set or folder with expert label maps; without it there are no scores or reference outlines.
-        labels: name of the label convention of ``references``, if their files do not determine it.
-        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: called with the current case.
 
     Raises:
@@ -83,11 +79,11 @@ def write_cohort(
         OSError: ``out`` cannot be written to.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the pages written so far are complete.
     """
-    cases = None if images is None else {case.id: case for case in find_cases(images, follow_links=follow_links)}
+    cases = None if images is None else images.find_cases()
     predicted, failures = find_predictions(folder, cases)
     truth = None
     if references is not None:
-        truth = evaluate(folder, references, labels=(None, labels), follow_links=follow_links)
+        truth = evaluate(DataSource(folder, follow_links=references.follow_links), references)
     grid_mm = grid_for(len(predicted))
     rows: list[dict[str, Any]] = []
     pages: dict[str, Path] = {}

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from app import NOTICE
 from app.errors import RunError
-from app.notice import NOTICE
 from app.runs.folder import read_json, write_durably, write_json
 from data.files import file_sha256
 from data.filesystem import why

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from data.background import clean_background
 from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS
 from data.nifti import Volume, read_image, read_volume
 from data.preprocess import Prepared, prepare
@@ -202,9 +203,9 @@ def test_a_case_is_prepared_as_with_a_background_of_0(changed: Path, phantoms: P
 
 @pytest.mark.filterwarnings("error")
 def test_data_check_notes_it_and_finds_no_more_than_with_a_background_of_0(changed: Path, phantoms: Path) -> None:
-    (case,) = check(changed).cases
+    (case,) = check(DataSource(changed)).cases
     assert [(one.kind, one.severity) for one in case.findings[:4]] == [("background", "note")] * 4
-    assert case.findings[4:] == check(phantoms).cases[0].findings
+    assert case.findings[4:] == check(DataSource(phantoms)).cases[0].findings
 
 
 def test_predict_flags_it_and_answers_as_with_a_background_of_0(
@@ -242,10 +243,10 @@ def test_data_export_writes_it_as_0(changed: Path, phantoms: Path, tmp_path: Pat
 
 
 def test_scans_on_their_own_grids_are_read_so_too(changed: Path, phantoms: Path) -> None:
-    from data.native_space.to_brats import background_warnings, read_native
+    from data.native_space.to_brats import read_native
 
     native = read_native(replace(find_cases(changed)[0], label=None))
-    assert len(background_warnings(native)) == 4
+    assert len(native.backgrounds) == 4
 
 
 def test_no_voxel_of_a_real_case_is_changed(real_cases: Path) -> None:

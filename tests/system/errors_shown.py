@@ -552,16 +552,16 @@ def cache_goes(scene: Scene) -> None:
 
 def stopped_while_predicting(scene: Scene) -> None:
     """Ctrl-C while the second case is computed."""
-    from app.inference.batch import predict
+    from app.inference.batch.predict import PredictSteps
 
-    compute = predict.compute_case
+    compute = PredictSteps.compute
 
-    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
-        if prepared.case.id == OTHER:
+    def interrupted(steps: Any, read: Any, on_step: Any) -> Any:
+        if read.case.id == OTHER:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, prepared, runtime)
+        return compute(steps, read, on_step)
 
-    scene.patch.setattr(predict, "compute_case", interrupted)
+    scene.patch.setattr(PredictSteps, "compute", interrupted)
 
 
 def in_use(scene: Scene) -> None:
@@ -753,7 +753,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
         "a mask file that marks nothing of T1c": [
             Shown(command=f"{PREPARE} --mask MASK.nii.gz", code=3, prepare=both(smaller, mask_elsewhere))
         ],
-        "a label map on the grid of no contrast": [
+        "a label map that is not on the grid of any contrast": [
             Shown(command=PREPARE, code=3, prepare=change(LABEL, lambda v: v[2:], np.uint8))
         ],
         "a prepared image that is no stripped brain (`--mask none`)": [
@@ -894,8 +894,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
             )
         ],
-        "`evaluate --contrast-subsets`: no labelled case that the run has not trained on": [
-            Shown(command="znormseg evaluate RUN DATA --contrast-subsets", code=3)
+        "`contrasts`: no labelled case that the run has not trained on": [
+            Shown(command="znormseg contrasts RUN DATA", code=3)
         ],
     },
     "DICOM": {
@@ -1260,8 +1260,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 small=True,
             )
         ],
-        "weights whose file and config disagree on missing contrasts; `evaluate --contrast-subsets` with a run that "
-        "needs all": [
+        "weights whose file and config disagree on missing contrasts; `contrasts` with a run that needs all": [
             Shown(
                 title="they disagree",
                 command=PREDICT,
@@ -1270,7 +1269,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                     Path("RUN").absolute()
                 ),
             ),
-            Shown(title="subsets", command="znormseg evaluate RUN DATA --contrast-subsets --cases all", code=5),
+            Shown(title="subsets", command="znormseg contrasts RUN DATA --cases all", code=5),
         ],
         "RUN in use by another process, not empty, nothing to resume": [
             Shown(title="in use", command="znormseg train DATA RUN --resume", code=5, prepare=in_use),

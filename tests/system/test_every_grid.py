@@ -351,8 +351,8 @@ def test_a_real_case_gives_the_same_tissue_in_every_order(tiny_run: Path, real_c
             nib.save(load(path).as_reoriented(order), folder / f"order{number}_{contrast}.nii")
         predicted = predict(model, find_cases(folder), tmp_path / "out", runtime=runtime)
         assert not predicted.failures
-        assert_same_grid(predicted.done[0].label_map, t1c_of(folder))
-        codes = in_order(voxels(predicted.done[0].label_map), order)
+        assert_same_grid(Path(predicted.cases[0]["label_map"]), t1c_of(folder))
+        codes = in_order(voxels(Path(predicted.cases[0]["label_map"])), order)
         codes[codes == 4] = 3
         if expected is None:
             assert_no_symmetry(codes)

@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from app import NOTICE
 from app.inference.flags import CODES
 from app.inference.postprocess import Postprocess
-from app.notice import NOTICE
 from app.schemas import json_schema
 from data.labels import CONTRASTS, REGIONS
 
@@ -208,11 +208,11 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
 ) -> None:
     import SimpleITK as sitk  # noqa: N813
 
-    from app.inference.batch import native
+    from data.native_space import to_brats
     from data.native_space.brain_mask import BrainMask
     from data.native_space.itk import grid_of, voxels_of
     from data.native_space.rigid import Registration
-    from data.native_space.to_brats import BroughtIn, NativeCase
+    from data.native_space.to_brats import BratsCase, NativeCase
 
     found = Registration(
         transform=sitk.TranslationTransform(3),
@@ -223,8 +223,8 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
         cpu_seconds=0.0,
     )
 
-    def as_it_is(given: NativeCase, *_: Any, **__: Any) -> BroughtIn:
-        return BroughtIn(
+    def as_it_is(given: NativeCase, *_: Any, **__: Any) -> BratsCase:
+        return BratsCase(
             id=given.id,
             images={contrast: voxels_of(image) for contrast, image in given.images.items()},
             codes=None,
@@ -235,7 +235,7 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
             warnings=("look at it",),
         )
 
-    monkeypatch.setattr(native, "bring_in", as_it_is)
+    monkeypatch.setattr(to_brats, "prepare_native", as_it_is)
     asked = ["--prepare", "--tta", "--save-probabilities", "--uncertainty", "--json"]
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *asked)
     assert ended.code == 0, ended.err

@@ -31,6 +31,7 @@ from app.evaluation.brats.evaluate import match_for_task
 from app.evaluation.folders import Folders, OnCase, score_each, some
 from app.evaluation.tables import FolderScores, Values
 from app.progress import LOG
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CAVITY, CYST, ENHANCING, NECROSIS, OEDEMA, LabelConvention, decode_tissues, values_in
 from data.nifti import Volume, write_label_map
@@ -188,23 +189,19 @@ def package_rules(task: str) -> PackageRules:
 
 
 def evaluate_by_package(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: PackageRules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: OnCase | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> PackageEvaluation:
     """Score every case that has a label map in both folders with ``brats-evaluate``, several cases at once.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
+        predictions: the predicted label maps.
+        references: the reference label maps.
         rules: rules from :func:`package_rules`.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called in order with each case id that is done, and the share of cases done so far.
         timeout_s: time limit for one case in seconds; default: one hour.
 
@@ -215,7 +212,7 @@ def evaluate_by_package(
     installed = find_installed()
     if installed.doubt is not None:
         LOG.warning("%s", installed.doubt)
-    folders = match_for_task(predictions, references, rules.task, labels=labels, follow_links=follow_links)
+    folders = match_for_task(predictions, references, rules.task)
     runner = Runner(installed, rules.config, timeout_s=timeout_s)
 
     def score(case: str) -> PackageCase:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from app.evaluation.brats.brats2026 import YEAR, PackageRules, evaluate_by_package, package_rules
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import Rules, rules_for
 from app.evaluation.folders import OnCase
 from app.evaluation.tables import FolderScores
+from data.datasets.source import DataSource
 
 ChallengeRules = Rules | PackageRules
 
@@ -23,12 +22,10 @@ def challenge_rules(year: str, task: str) -> ChallengeRules:
 
 
 def evaluate_by_rules(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: ChallengeRules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: OnCase | None = None,
 ) -> FolderScores:
     """Score every case that has a label map in both folders.
@@ -37,9 +34,5 @@ def evaluate_by_rules(
     :func:`app.evaluation.brats.brats2026.evaluate_by_package`.
     """
     if isinstance(rules, PackageRules):
-        return evaluate_by_package(
-            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-        )
-    return evaluate_officially(
-        predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-    )
+        return evaluate_by_package(predictions, references, rules, on_case=on_case)
+    return evaluate_officially(predictions, references, rules, on_case=on_case)

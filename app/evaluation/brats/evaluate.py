@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 from app.evaluation.brats.rules import Rules
 from app.evaluation.brats.score import OfficialScores, official_scores
 from app.evaluation.folders import Folders, OnCase, match, score_each
 from app.evaluation.tables import FolderScores, Values
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import BRATS2024, decode_tissues
 
@@ -79,22 +79,18 @@ class OfficialEvaluation(FolderScores):
         )
 
 
-def match_for_task(
-    predictions: Path, references: Path, task: str, *, labels: tuple[str | None, str | None], follow_links: bool
-) -> Folders:
+def match_for_task(predictions: DataSource, references: DataSource, task: str) -> Folders:
     """Match two folders as :func:`app.evaluation.folders.match`; label maps of MEN-RT have only one label."""
     if task == "MEN-RT":
-        labels = (BRATS2024.name, BRATS2024.name)
-    return match(predictions, references, labels=labels, follow_links=follow_links)
+        predictions, references = (replace(side, labels=BRATS2024.name) for side in (predictions, references))
+    return match(predictions, references)
 
 
 def evaluate_officially(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: Rules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: OnCase | None = None,
 ) -> OfficialEvaluation:
     """Score every case that has a label map in both folders, as the challenge's script does.
@@ -103,17 +99,15 @@ def evaluate_officially(
     convention. Label maps on the same grid may be stored in different voxel orders.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
+        predictions: the predicted label maps.
+        references: the reference label maps.
         rules: rules from :func:`app.evaluation.brats.rules.rules_for`.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called in order with each case id that is done, and the share of cases done so far.
 
     Raises:
         DataError: as :func:`app.evaluation.evaluate.evaluate`.
     """
-    folders = match_for_task(predictions, references, rules.task, labels=labels, follow_links=follow_links)
+    folders = match_for_task(predictions, references, rules.task)
 
     def score(case: str) -> OfficialCase:
         prediction, reference = folders.same_grid_pair(case)

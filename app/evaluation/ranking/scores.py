@@ -15,6 +15,7 @@ from app.evaluation.brats import brats2026
 from app.evaluation.brats.challenge import ChallengeRules, evaluate_by_rules
 from app.evaluation.evaluate import evaluate
 from app.evaluation.folders import OnCase
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.filesystem import why
 
@@ -42,22 +43,18 @@ class Scored:
 
 
 def load(
-    sources: Sequence[Path],
-    references: Path | None,
+    sources: Sequence[DataSource],
+    references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: OnCase | None = None,
 ) -> list[Scored]:
     """Load the scores of every source, each under a unique name.
 
     Args:
         sources: two or more folders of label maps or tables of ``evaluate`` (.csv or .json), in any mix.
-        references: folder of reference label maps, for sources that are folders.
+        references: the reference label maps, for sources that are folders.
         rules: rules by which folders are scored; None scores them like ``evaluate`` without ``--rules``.
-        labels: names of the label conventions of folders and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called with each case of a folder that is scored, prefixed by the folder's name, and the share of all
             sources done so far.
 
@@ -66,24 +63,26 @@ def load(
     """
     if len(sources) < 2:
         raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
-    resolved = [source.resolve() for source in sources]
-    twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
+    resolved = [source.root.resolve() for source in sources]
+    twice = next((source for source, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1), None)
     if twice is not None:
-        raise DataError(f"{twice}: is given twice. Give each folder or table once.")
+        raise DataError(f"{twice.root}: is given twice. Give each folder or table once.")
     found = []
     for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
-        if not source.is_dir():
-            found.append(_read_table(source, name))
+        if not source.root.is_dir():
+            found.append(_read_table(source.root, name))
             continue
         if references is None:
-            raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
+            raise DataError(
+                f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
+            )
 
         def announce(case: str, share: float, name: str = name, number: int = number) -> None:
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
         score = evaluate if rules is None else partial(evaluate_by_rules, rules=rules)
-        scores = score(source, references, labels=labels, follow_links=follow_links, on_case=announce)
+        scores = score(source, references, on_case=announce)
         found.append(_of_json(name, scores.to_json()))
     return found
 

@@ -227,7 +227,7 @@ def do_case(job: str, case: str) -> dict[str, Any]:
     answer: dict[str, Any] = {"host": platform.node(), "versions": versions(), "worker": f"ray-{os.getpid()}"}
     try:
         engine = _engine(job)
-        with at_work(engine.output):
+        with at_work(job_from_plain(json.loads(job)).output):
             engine.one(one, told)
         answer |= {"content": told.outcome.content, "message": told.outcome.message, "device": engine.worker.device}
     except Exception as error:

@@ -61,10 +61,10 @@ def test_differing_grids_stay_an_error_that_names_the_way_out(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--space", "t2"], "go with --prepare"),
-        (["--n4"], "go with --prepare"),
-        (["--mask", "atlas"], "go with --prepare"),
-        (["--prepare", "--space", "t3"], "--space takes t1, t1c, t2, flair, got 't3'"),
+        (["--space", "t2"], "require --prepare"),
+        (["--n4"], "require --prepare"),
+        (["--mask", "atlas"], "require --prepare"),
+        (["--prepare", "--space", "t3"], "Invalid value for '--space'"),
     ],
 )
 def test_options_that_make_no_sense_are_a_wrong_command_line(
@@ -103,7 +103,7 @@ def test_a_label_map_on_the_grid_of_no_scan_is_refused(phantoms: Path, tmp_path:
     nib.save(label.slicer[2:, :, :], case / f"{CASE}_seg.nii.gz")
     ended = znormseg("data", "prepare", case, tmp_path / "out")
     assert ended.code == 3
-    assert "on the grid of no contrast" in ended.err
+    assert "is not on the grid of any contrast" in ended.err
 
 
 def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
@@ -119,13 +119,13 @@ def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
 def test_a_head_that_keeps_its_skull_is_not_predicted(
     scans: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg: Call
 ) -> None:
-    from app.inference.batch import native
+    from data.native_space import to_brats
     from data.native_space.brain_mask import BrainMask
     from data.native_space.itk import ImageGrid
-    from data.native_space.to_brats import BroughtIn
+    from data.native_space.to_brats import BratsCase
 
     head = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
-    made = BroughtIn(
+    made = BratsCase(
         id=CASE,
         images=dict.fromkeys(("t1", "t1c", "t2", "flair"), head),
         codes=None,
@@ -135,7 +135,7 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
         record={},
         warnings=(),
     )
-    monkeypatch.setattr(native, "bring_in", lambda *_, **__: made)
+    monkeypatch.setattr(to_brats, "prepare_native", lambda *_, **__: made)
     ended = znormseg("predict", tiny_run, scans, tmp_path / "out", "--prepare", "--mask", "none")
     assert ended.code == 3
     assert f"case {CASE}, contrast t1, prepared: the background is not 0" in ended.err
@@ -143,32 +143,39 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
 
 def test_the_content_of_a_mask_decides_what_is_finished_and_its_place_does_not(tiny_run: Path, tmp_path: Path) -> None:
     from app.config.inference import PredictOptions
-    from app.inference.batch.native import native_settings
+    from app.inference.batch.fingerprint import settings_of
+    from app.inference.batch.native import Native
     from app.inference.model import load_model
     from app.system.device import RuntimeConfig, choose_runtime
-    from data.native_space.to_brats import BringInConfig
+    from data.native_space.config import PrepareConfig
 
     model = load_model(tiny_run, choose_runtime(RuntimeConfig(device="cpu")))
 
     def settings(name: str, content: bytes) -> Any:
         (tmp_path / name).write_bytes(content)
-        return native_settings(model, PredictOptions(), BringInConfig(mask=str(tmp_path / name)), "t1c")
+        native = Native(config=PrepareConfig(mask=str(tmp_path / name)))
+        return settings_of(model, PredictOptions(), **native.settings())
 
     assert settings("a.nii", b"one") == settings("b.nii", b"one") != settings("a.nii", b"other")
 
 
 def test_predict_does_not_look_at_a_label_map_and_data_prepare_does(scans: Path, tmp_path: Path) -> None:
-    from app.inference.batch.native import native_steps
+    from app.inference.batch.native import Native
+    from app.inference.batch.predict import PredictSteps
     from data.datasets.layouts import find_cases
     from data.errors import DataError
-    from data.native_space.to_brats import BringInConfig, read_native
+    from data.native_space.config import PrepareConfig
+    from data.native_space.to_brats import NativeCase, read_native
 
     (case,) = find_cases(scans)
     (tmp_path / "seg.nii.gz").write_bytes(b"no label map")
     given = dataclasses.replace(case, label=tmp_path / "seg.nii.gz")
     none: Any = None  # neither network nor device is needed to read
-    read = native_steps(none, tmp_path / "out", none, config=BringInConfig()).read(given)
-    assert read.native.codes is None
+    native = Native(config=PrepareConfig())
+    steps = PredictSteps(model=none, output=tmp_path / "out", runtime=none, settings={"options": {}}, native=native)
+    images = steps.read(given).images
+    assert isinstance(images, NativeCase)
+    assert images.codes is None
     with pytest.raises(DataError, match="seg"):
         read_native(given)
 
