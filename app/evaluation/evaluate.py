@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from app import NOTICE
-from app.evaluation.folders import Folders, OnCase, match, score_each, some
+from app.evaluation.folders import Folders, OnCase, first_ids, match, score_each
 from app.evaluation.metrics import (
     DICE_DEFINITION,
     HD95_DEFINITION,
@@ -101,9 +101,9 @@ class Evaluation(FolderScores):
         """Return what to know about the folders: swapped sides, resampled and missing cases."""
         found = super().notes()
         if self.resampled:
-            found.insert(0, f"predictions resampled to the grid of their reference: {some(self.resampled)}")
+            found.insert(0, f"predictions resampled to the grid of their reference: {first_ids(self.resampled)}")
         if self.made_by_us:
-            written = f"znormseg predict wrote references: {some(self.made_by_us)}."
+            written = f"znormseg predict wrote references: {first_ids(self.made_by_us)}."
             found.insert(0, f"{written} Are PREDICTIONS and REFERENCES swapped?")
         return found
 

@@ -104,8 +104,8 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
     both = predicted.keys() & expected.keys()
     if not both:
         raise DataError(
-            f"no case is in both folders: {predictions.root} holds {some(predicted)}; {references.root} holds "
-            f"{some(expected)}. {_NAMING_RULES}"
+            f"no case is in both folders: {predictions.root} holds {first_ids(predicted)}; {references.root} holds "
+            f"{first_ids(expected)}. {_NAMING_RULES}"
         )
     maps = LabelMapsOnce(frozenset(side[case] for side in (predicted, expected) for case in both))
     prediction_convention, prediction_faults = _survey(predictions, predicted_cases, maps)
@@ -118,7 +118,7 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
     if pixdim_mm:
         first, (x, y, z) = next(iter(pixdim_mm.items()))
         LOG.warning(
-            f"the voxel size in the header (pixdim) differs from that of the affine: {some(pixdim_mm)}; in {first}, "
+            f"the voxel size in the header (pixdim) differs from that of the affine: {first_ids(pixdim_mm)}; in {first}, "
             f"pixdim is {x:g} x {y:g} x {z:g} mm. The affine is used. Programs that use pixdim, such as the scripts of "
             "BraTS 2023 and of MEN 2024, give other distances and volumes."
         )
@@ -289,7 +289,7 @@ def _parallel(
     return results
 
 
-def some(ids: Collection[str]) -> str:
+def first_ids(ids: Collection[str]) -> str:
     """Format the first few case ids: ``a, b, c and 7 more``."""
     shown = ", ".join(list(ids)[:_SHOWN])
     return shown if len(ids) <= _SHOWN else f"{shown} and {len(ids) - _SHOWN} more"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from app.evaluation.folders import Folders, some
+from app.evaluation.folders import Folders, first_ids
 from data.errors import DataError
 from data.files import replacing
 
@@ -43,7 +43,7 @@ class FolderScores(ABC):
     def notes(self) -> list[str]:
         """Return what to know about the folders: which cases are missing, one sentence each."""
         missing = {"prediction": self.folders.missing_predictions, "reference": self.folders.missing_references}
-        return [f"no {side} for {len(ids)} cases: {some(ids)}" for side, ids in missing.items() if ids]
+        return [f"no {side} for {len(ids)} cases: {first_ids(ids)}" for side, ids in missing.items() if ids]
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return the mean of every metric over cases, e.g. ``means()["WT"]["dice"]``."""

@@ -28,7 +28,7 @@ from app.evaluation.brats.brats_evaluate import (
     processes_at_once,
 )
 from app.evaluation.brats.evaluate import match_for_task
-from app.evaluation.folders import Folders, OnCase, score_each, some
+from app.evaluation.folders import Folders, OnCase, first_ids, score_each
 from app.evaluation.tables import FolderScores, Values
 from app.progress import LOG
 from data.datasets.source import DataSource
@@ -225,7 +225,7 @@ def evaluate_by_package(
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
     if found.uneven:
         LOG.warning(
-            f"the voxels of {len(found.uneven)} cases are not 1 mm cubes: {some(found.uneven)}. {COMMAND} gives "
+            f"the voxels of {len(found.uneven)} cases are not 1 mm cubes: {first_ids(found.uneven)}. {COMMAND} gives "
             "distances of whole regions in voxels, and those of lesions with the spacings of x and z exchanged. "
             "Resample to 1 mm first, as the challenge does."
         )

@@ -19,7 +19,7 @@ from scipy import stats
 
 from app.evaluation.brats import brats2026
 from app.evaluation.evaluate import CALIBRATION
-from app.evaluation.folders import some
+from app.evaluation.folders import first_ids
 from app.evaluation.ranking.scores import Scored
 from app.evaluation.statistics import Difference, holm, paired_difference
 from app.evaluation.tables import write_csv
@@ -158,7 +158,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     _require_alike({scored.name: scored.scored_by for scored in sets}, "by different rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
-        held = "; ".join(f"{scored.name} holds {some(sorted(scored.cases))}" for scored in sets)
+        held = "; ".join(f"{scored.name} holds {first_ids(sorted(scored.cases))}" for scored in sets)
         raise DataError(f"no case is in all of them: {held}. Rank predictions of the same cases.")
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
