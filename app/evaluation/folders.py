@@ -119,8 +119,8 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
         first, (x, y, z) = next(iter(pixdim_mm.items()))
         LOG.warning(
             f"the voxel size in the header (pixdim) differs from that of the affine: {first_ids(pixdim_mm)}; in "
-            f"{first}, pixdim is {x:g} x {y:g} x {z:g} mm. The affine is used. Programs that use pixdim, such as the scripts "
-            "of BraTS 2023 and of MEN 2024, give other distances and volumes."
+            f"{first}, pixdim is {x:g} x {y:g} x {z:g} mm. The affine is used. Programs that use pixdim, such as the "
+            "scripts of BraTS 2023 and of MEN 2024, give other distances and volumes."
         )
     return Folders(
         predicted=predicted,
