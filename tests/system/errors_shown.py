@@ -844,7 +844,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
                 code=3,
                 prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
-                only="^znormseg: not one",
+                only="^znormseg: none of",
             )
         ],
         "`--rules brats2026`: a tissue that the task has no number for (6)": [
@@ -852,7 +852,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
                 code=3,
                 prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
-                only="^znormseg: not one",
+                only="^znormseg: none of",
             )
         ],
         "`rank`: sets scored by different rules": [

@@ -116,27 +116,26 @@ def cross_validate(
         work = _Work(data=data, folds=dealt, slots=slots, progress=progress)
         with resumable(out, lambda: work.stage):
             work.all_folds()
-            work.stage = "the choice of post-processing"
-            outcome = analyse_folds(dealt, on_share=lambda share: progress.report(folds, f"scores: {share:.0%}"))
+            work.stage = "the scores"
+            outcome = measure_folds(dealt, on_share=lambda share: progress.report(folds, f"scores: {share:.0%}"))
             work.stage = "the ensemble"
             outcome = _write(dealt, outcome)
         progress.end(f"{folds} folds")
         return outcome
 
 
-def analyse_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
-    """Score the out-of-fold predictions, tune post-processing on them and calibrate.
+def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
+    """Tune post-processing on the out-of-fold predictions, score them with and without it, and calibrate.
 
     Args:
-        folds: the cross-validation, with every fold trained and predicted.
+        folds: folds that are all trained and predicted.
         on_share: called with the share done, from 0 to 1 in each pass over the cases.
 
     Raises:
         RunError: a file is missing or damaged.
     """
-    fold_of = folds.fold_of()
+    fold_of, numbers = folds.fold_of(), range(len(folds.splits))
     files = {case_id: folds.prediction_file(case_id) for case_id in fold_of}
-    numbers = range(len(folds.splits))
     tuning = tune(Scores(files, on_share=on_share), list(fold_of.values()))
     raw = summarise(folds, Postprocess())
     tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
