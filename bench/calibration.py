@@ -24,6 +24,7 @@ from app.inference.ensemble import Ensemble, load_ensemble
 from app.inference.probabilities import predict_centred
 from app.system.device import RuntimeConfig, choose_runtime, machine
 from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import REGIONS, decode, to_regions
 from data.nifti import canonical_spacing, read_label_map, reorient, spacing_of
 from data.phantoms import write_phantom
@@ -44,7 +45,10 @@ def main() -> None:
             part = "train" if index < options.train else "test"
             write_phantom(folder / part, index, spacing_mm=options.spacing)
         outcome = cross_validate(
-            folder / "train", folder / "out", load_config("laptop", _settings(options.steps)), folds=options.folds
+            DataSource(folder / "train"),
+            folder / "out",
+            load_config("laptop", _settings(options.steps)),
+            folds=options.folds,
         )
         show_out_of_fold(outcome)
         ensemble = load_ensemble(outcome.ensemble, RUNTIME)

@@ -61,13 +61,13 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     place = path.resolve()
-    beside = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
+    partial = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
     try:
         with naming_the_place(path):
-            yield beside
-            beside.replace(place)
+            yield partial
+            partial.replace(place)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -100,13 +100,13 @@ def remove_stale(folder: Path) -> list[Path]:
     removed = []
     for path in folder.glob(f"{_PARTIAL}{_host_mark()}-*"):
         process = path.name.removeprefix(f"{_PARTIAL}{_host_mark()}-").partition("-")[0]
-        if process.isdecimal() and not _lives(int(process)):
+        if process.isdecimal() and not _is_running(int(process)):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Whether a process with this ID is running on this host."""
     try:
         os.kill(process, 0)

@@ -109,6 +109,7 @@ def compare_command(
     from app.experiments.comparison.compare import compare as compare_arms
     from app.experiments.comparison.plan import plan_comparison
     from app.reports.comparison import write_comparison_page
+    from data.datasets.source import DataSource
 
     plan = plan_comparison(
         config=config,
@@ -125,13 +126,11 @@ def compare_command(
     )
     with terminal.watched() as on_progress:
         outcome = compare_arms(
-            data,
+            DataSource(data, labels=labels, follow_links=follow_links),
             out,
             plan,
             fold=fold or 0,
             split_file=split,
-            labels=labels,
-            follow_links=follow_links,
             on_progress=on_progress,
         )
         write_comparison_page(outcome)

@@ -64,15 +64,14 @@ def crossval(
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
+    from data.datasets.source import DataSource
 
     with terminal.watched() as on_progress:
         outcome = cross_validate(
-            data,
+            DataSource(data, labels=labels, follow_links=follow_links),
             out,
             load_config(config, overrides or ()),
             folds=folds,
-            labels=labels,
-            follow_links=follow_links,
             devices=devices,
             jobs=jobs,
             on_progress=on_progress,

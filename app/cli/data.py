@@ -43,10 +43,11 @@ def check_command(
     """
     from app.errors import EXIT_DATA
     from app.progress import Progress
-    from data.datasets.layouts import find_cases
+    from data.datasets.source import DataSource
     from data.quality.check import check as look
 
-    count = len(find_cases(folder, follow_links=follow_links))
+    data = DataSource(folder, labels=labels, follow_links=follow_links)
+    count = len(data.find_cases())
     done: list[str] = []
     with terminal.watched() as on_progress:
 
@@ -54,7 +55,7 @@ def check_command(
             done.append(case)
             on_progress(Progress(job="checking", share=len(done) / count, detail=case))
 
-        found = look(folder, follow_links=follow_links, labels=labels, on_case=ready)
+        found = look(data, on_case=ready)
     if as_json:
         terminal.json_result(found.to_json())
     else:
@@ -107,10 +108,12 @@ def export_command(
 ) -> None:
     """Copy a data set into another layout, with grids and voxel values unchanged."""
     from data.datasets.export import export_dataset as write
+    from data.datasets.source import DataSource
 
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "exporting")
-        done = write(source, out, layout, labels=labels, follow_links=follow_links, on_case=ready)
+        data = DataSource(source, labels=labels, follow_links=follow_links)
+        done = write(data, out, layout, on_case=ready)
     if as_json:
         terminal.json_result(done.to_json())
         return

@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from app.cli import terminal
+
+if TYPE_CHECKING:
+    from data.datasets.source import DataSource
 
 EXAMPLES = """\
 znormseg evaluate PREDICTIONS REFERENCES
@@ -106,10 +109,11 @@ def evaluate_command(
         "--contrast-subsets": contrast_subsets,
     }
     _require_company({option for option, given in chosen.items() if given}, officially=rules is not None)
+    from data.datasets.source import DataSource
+
     if contrast_subsets:
-        _subsets(
-            predictions, references, cases, device, labels=labels, follow_links=follow_links, out=out, as_json=as_json
-        )
+        data = DataSource(references, labels=labels, follow_links=follow_links)
+        _subsets(predictions, data, cases, device, out=out, as_json=as_json)
         return
     if nsd_mm is not None and not math.isfinite(nsd_mm):
         raise typer.BadParameter("--nsd-mm is a distance in mm")
@@ -118,29 +122,20 @@ def evaluate_command(
     from app.evaluation.metrics import NSD_MM
     from app.notice import NOTICE
 
-    conventions = terminal.conventions(labels)
+    of_predictions, of_references = terminal.conventions(labels)
+    predicted = DataSource(predictions, labels=of_predictions, follow_links=follow_links)
+    expected = DataSource(references, labels=of_references, follow_links=follow_links)
     if rules is not None:
-        _official(
-            predictions,
-            references,
-            rules,
-            task or "GLI",
-            conventions,
-            follow_links=follow_links,
-            out=out,
-            as_json=as_json,
-        )
+        _official(predicted, expected, rules, task or "GLI", out=out, as_json=as_json)
         return
     if out is not None:
         require_table_place(out)
     with terminal.watched() as on_progress:
         scores = score(
-            predictions,
-            references,
+            predicted,
+            expected,
             resample=resample,
             nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
-            labels=conventions,
-            follow_links=follow_links,
             on_case=terminal.by_case(on_progress, "scoring"),
         )
     if as_json:
@@ -184,13 +179,11 @@ def _require_company(given: set[str], *, officially: bool) -> None:
 
 
 def _official(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     year: str,
     task: str,
-    labels: tuple[str | None, str | None],
     *,
-    follow_links: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -210,9 +203,7 @@ def _official(
         require_table_place(out)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        scores = evaluate_by_rules(
-            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=ready
-        )
+        scores = evaluate_by_rules(predictions, references, rules, on_case=ready)
     if as_json:
         terminal.json_result(scores.to_json())
     else:
@@ -241,12 +232,10 @@ def _end(failures: Mapping[str, str], predictions: tuple[str, ...], references: 
 
 def _subsets(
     run: Path,
-    data: Path,
+    data: DataSource,
     which: str | None,
     device: str | None,
     *,
-    labels: str | None,
-    follow_links: bool,
     out: Path | None,
     as_json: bool,
 ) -> None:
@@ -267,7 +256,6 @@ def _subsets(
     )
     from app.notice import NOTICE
     from app.system.device import RuntimeConfig
-    from data.datasets.layouts import find_cases
 
     if out is not None:
         require_table_place(out)
@@ -277,14 +265,14 @@ def _subsets(
         raise ConfigError(f"--device: {error}") from error
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime)
-        cases = find_cases(data, follow_links=follow_links)
+        cases = tuple(data.find_cases().values())
         chosen = choose_cases(run, cases, cast("Which", which or "unseen"))
         table = score_subsets(
             model,
             chosen,
             runtime,
             nan_to_zero=model.config.data.nan_to_zero,
-            convention=convention_for(model, cases, labels=labels),
+            convention=convention_for(model, cases, labels=data.labels),
             on_progress=on_progress,
         )
     if as_json:

@@ -54,17 +54,16 @@ def plan(
     if max_memory_gb is not None and not 0 < max_memory_gb < 1e6:
         raise typer.BadParameter(f"--max-memory-gb takes a number above 0, got {max_memory_gb:g}")
     from app.planning.plan import plan_run, require_new_file
+    from data.datasets.source import DataSource
     from data.files import replacing
 
     if out is not None:
         require_new_file(out)
     with terminal.watched() as on_progress:
         planned = plan_run(
-            data,
+            DataSource(data, labels=labels, follow_links=follow_links),
             config=config,
             overrides=overrides or (),
-            labels=labels,
-            follow_links=follow_links,
             with_dry_run=dry_run,
             max_memory_bytes=None if max_memory_gb is None else int(max_memory_gb * 1e9),
             on_progress=on_progress,

@@ -78,6 +78,7 @@ def rank_command(
     from app.evaluation.ranking.rank import rank as rank_sets
     from app.evaluation.ranking.scores import load
     from app.reports.ranking import write_ranking_page
+    from data.datasets.source import DataSource
 
     chosen = None if rules is None else challenge_rules(rules, task or "GLI")
     for place in (page, out):
@@ -85,8 +86,10 @@ def rank_command(
             require_table_place(place)
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
-        conventions = terminal.conventions(labels)
-        scored = load(sets, references, chosen, labels=conventions, follow_links=follow_links, on_case=ready)
+        of_sets, of_references = terminal.conventions(labels)
+        sources = [DataSource(path, labels=of_sets, follow_links=follow_links) for path in sets]
+        truth = None if references is None else DataSource(references, labels=of_references, follow_links=follow_links)
+        scored = load(sources, truth, chosen, on_case=ready)
     _tell_failures(scored)
     ranking = rank_sets(scored, tuple(name.strip() for name in metrics.split(",")) if metrics else ())
     if as_json:

@@ -51,15 +51,14 @@ def report_command(
     if labels is not None and references is None:
         raise typer.BadParameter("--labels goes with --references")
     from app.reports.report import report as write_report
+    from data.datasets.source import DataSource
 
     with terminal.watched() as on_progress:
         written = write_report(
             what,
             out,
-            images=images,
-            references=references,
-            labels=labels,
-            follow_links=follow_links,
+            images=None if images is None else DataSource(images, follow_links=follow_links),
+            references=None if references is None else DataSource(references, labels=labels, follow_links=follow_links),
             on_progress=on_progress,
         )
     if as_json:

@@ -100,17 +100,18 @@ def train(
     from app.training import run as training
     from app.training.distributed import joined_processes
     from app.training.pretrained import sections_of
+    from data.datasets.source import DataSource
 
+    source = DataSource(data, labels=labels, follow_links=follow_links)
     with terminal.watched() as on_progress, joined_processes() as world:
         if resume:
             base = config or str(run / "config.yaml")
             asked = load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None
             outcome = training.resume(
-                data,
+                source,
                 run,
                 asked,
                 allow=allow or (),
-                follow_links=follow_links,
                 world=world,
                 on_progress=on_progress,
             )
@@ -118,14 +119,12 @@ def train(
             sections = sections_of(init_from) if init_from is not None and config is None else None
             settings = load_config(config or "laptop", overrides, sections=sections)
             outcome = training.start(
-                data,
+                source,
                 run,
                 settings,
                 fold=number,
                 split_file=split,
-                labels=labels,
                 init_from=init_from,
-                follow_links=follow_links,
                 world=world,
                 on_progress=on_progress,
             )

@@ -30,7 +30,8 @@ from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
 from app.notice import NOTICE
 from app.progress import LOG
-from data.datasets.layouts import Case, decide_for, find_label_cases
+from data.datasets.layouts import Case, decide_for
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.files import replacing
 from data.labels import REGIONS, LabelConvention, Region, decode, require_known_values, values_in
@@ -172,13 +173,11 @@ class Evaluation:
 
 
 def evaluate(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     *,
     resample: bool = False,
     nsd_mm: float = NSD_MM,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> Evaluation:
     """Score every case that has a label map in both folders.
@@ -188,12 +187,10 @@ def evaluate(
     orders. References are never changed: scores, distances and volumes are computed on their grid.
 
     Args:
-        predictions: folder of predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
-        references: folder of reference label maps, in any such layout.
+        predictions: the predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
+        references: the reference label maps, in any such layout.
         resample: resample a prediction on a different grid to the grid of its reference; otherwise such a case fails.
         nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called on the caller's thread, in sorted order, with each case id that was scored or failed, and the
             share of cases done so far.
 
@@ -205,11 +202,11 @@ def evaluate(
             case could be scored (the message then gives reasons).
 
     Example:
-        >>> evaluation = evaluate(Path("predicted"), Path("BraTS2021"))  # doctest: +SKIP
+        >>> evaluation = evaluate(DataSource(Path("predicted")), DataSource(Path("BraTS2021")))  # doctest: +SKIP
         >>> evaluation.summary()["WT"]["dice"]  # doctest: +SKIP
         0.912
     """
-    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+    folders = match(predictions, references)
 
     def score(case: str) -> CaseScores:
         return _score_case(case, folders, resample=resample, nsd_mm=nsd_mm)
@@ -265,39 +262,30 @@ class Folders:
         return tuple(sorted(self.predicted.keys() - self.expected.keys()))
 
 
-def match(
-    predictions: Path,
-    references: Path,
-    *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
-) -> Folders:
+def match(predictions: DataSource, references: DataSource) -> Folders:
     """Find the label maps of both folders and determine their label conventions.
 
     A header whose voxel size disagrees with its affine causes a warning; the affine takes precedence.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
+        predictions: the predicted label maps.
+        references: the reference label maps.
 
     Raises:
         DataError: as :func:`evaluate`, except for errors that only scoring reveals.
     """
-    predicted_cases = find_label_cases(predictions, follow_links=follow_links)
-    expected_cases = find_label_cases(references, follow_links=follow_links)
+    predicted_cases, expected_cases = predictions.find_label_cases(), references.find_label_cases()
     predicted, expected = _label_maps(predicted_cases), _label_maps(expected_cases)
     if not predicted.keys() & expected.keys():
         raise DataError(
-            f"no case is in both folders: {predictions} holds {_some(predicted)}; {references} holds "
+            f"no case is in both folders: {predictions.root} holds {_some(predicted)}; {references.root} holds "
             f"{_some(expected)}. {_NAMING_RULES}"
         )
     maps = LabelMapsOnce(
         frozenset(side[case] for side in (predicted, expected) for case in predicted.keys() & expected)
     )
-    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, labels[0], maps)
-    reference_convention, reference_faults = _survey(references, expected_cases, labels[1], maps)
+    prediction_convention, prediction_faults = _survey(predictions, predicted_cases, maps)
+    reference_convention, reference_faults = _survey(references, expected_cases, maps)
     common = sorted(predicted.keys() & expected)
     pixdim_mm = {
         case: stated_mm
@@ -578,7 +566,7 @@ def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
 
 
 def _survey(
-    folder: Path, cases: Mapping[str, Case], labels: str | None, maps: LabelMapsOnce
+    source: DataSource, cases: Mapping[str, Case], maps: LabelMapsOnce
 ) -> tuple[LabelConvention, dict[str, str]]:
     """Determine one side's convention from all of its files; return unusable files as well, as reasons by case id.
 
@@ -599,9 +587,9 @@ def _survey(
     faults = {case: outcome for case, outcome in outcomes.items() if isinstance(outcome, str)}
     seen = {case: outcome for case, outcome in outcomes.items() if not isinstance(outcome, str)}
     try:
-        return decide_for(seen, list(cases.values()), labels=labels), faults
+        return decide_for(seen, list(cases.values()), labels=source.labels), faults
     except DataError as error:
-        raise DataError(f"{folder}: {error}") from error
+        raise DataError(f"{source.root}: {error}") from error
 
 
 def _parallel(

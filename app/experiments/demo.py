@@ -18,6 +18,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import write_json
 from app.training.run import start
 from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import LabelConvention
 from data.phantoms import write_phantoms
 
@@ -88,12 +89,13 @@ def run_demo(
     out.mkdir(parents=True, exist_ok=True)
     clock = _Clock()
 
-    cases = _make_phantoms(out / "phantoms", training + validating + held_out, on_progress)
+    data = DataSource(out / "phantoms")
+    cases = _make_phantoms(data.root, training + validating + held_out, on_progress)
     clock.note("phantoms")
     names = [case.id for case in cases]
     split = {"train": names[:training], "validation": names[training : training + validating]}
-    write_json(out / "phantoms" / "split.json", split)
-    start(out / "phantoms", out / "run", config, split_file=out / "phantoms" / "split.json", on_progress=on_progress)
+    write_json(data.root / "split.json", split)
+    start(data, out / "run", config, split_file=data.root / "split.json", on_progress=on_progress)
     clock.note("training")
 
     runtime = choose_backend("auto", config.runtime)
@@ -102,7 +104,7 @@ def run_demo(
     images_only = [Case(id=c.id, folder=c.folder, contrasts=c.contrasts, naming=c.naming) for c in unseen]
     predict(model, images_only, out / "predictions", runtime=runtime, on_progress=on_progress)
     clock.note("prediction")
-    evaluation = evaluate(out / "predictions", out / "phantoms")
+    evaluation = evaluate(DataSource(out / "predictions"), data)
     write_score_table(evaluation, out / "scores.csv")
     clock.note("evaluation")
 

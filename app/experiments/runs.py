@@ -18,6 +18,7 @@ from app.errors import RunError
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import LOCK
 from app.training.run import TrainResult, resume, start
+from data.datasets.source import DataSource
 from data.patches.cache import CaseFolder
 
 
@@ -73,25 +74,21 @@ def has_begun(run: Path) -> bool:
 
 
 def start_or_resume(
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig,
     *,
     split_file: Path,
-    labels: str | None = None,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run, or resume it if it has a checkpoint; a run killed before its first checkpoint is restarted.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         run: folder of the run.
         config: the complete configuration.
         split_file: JSON file with the lists ``train`` and ``validation``, whose patients the caller has checked.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         on_progress: called with the progress of the run.
 
@@ -100,9 +97,7 @@ def start_or_resume(
             :func:`app.training.run.resume`.
     """
     if has_begun(run):
-        return resume(
-            data, run, config, split_is_judged=True, follow_links=follow_links, store=store, on_progress=on_progress
-        )
+        return resume(data, run, config, split_is_judged=True, store=store, on_progress=on_progress)
     shutil.rmtree(run, ignore_errors=True)
     return start(
         data,
@@ -110,8 +105,6 @@ def start_or_resume(
         config,
         split_file=split_file,
         split_is_judged=True,
-        labels=labels,
-        follow_links=follow_links,
         store=store,
         on_progress=on_progress,
     )

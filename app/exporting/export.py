@@ -12,7 +12,7 @@ from torch import nn
 from app.errors import DeviceError, RunError
 from app.exporting import formats, monai_export
 from app.exporting.parity import Answer, Parity, compare_outputs, windows_of
-from app.exporting.places import folder_when_complete, require_empty_export
+from app.exporting.places import export_folder_when_complete, require_empty_export
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
 from app.progress import OnProgress, Progress, silent
@@ -89,7 +89,7 @@ def export_run(
     told(0.1, "windows to compare on")
     windows, source = windows_of(model, case)
     told(0.4, f"the network as {file_format}, compared on {source}")
-    with folder_when_complete(out) as beside:
+    with export_folder_when_complete(out) as beside:
         writers: Mapping[str, Callable[[], Answer]] = {
             "openvino": lambda: formats.write_openvino(network, windows[0], beside),
             "onnx": lambda: formats.write_onnx(network, windows[0], beside),

@@ -23,7 +23,7 @@ from app.config.inference import InferenceConfig
 from app.config.load import RunConfig, to_plain, to_yaml
 from app.config.training import TrainingConfig
 from app.errors import RunError
-from app.exporting.places import folder_when_complete, require_empty_export
+from app.exporting.places import export_folder_when_complete, require_empty_export
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_durably
 from app.runs.model_card import seal
@@ -125,7 +125,7 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         "versions": versions(),
         "imported": _provenance(bundle, name, metadata, source),
     }
-    with folder_when_complete(out) as beside:
+    with export_folder_when_complete(out) as beside:
         tensors = checkpoints.weight_tensors(network)
         checkpoints.save(
             beside / "checkpoints", "best", 0, tensors, {"dice": None, **facts, "config": to_plain(config)}

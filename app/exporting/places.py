@@ -14,7 +14,7 @@ from data.files import partial_name
 
 
 @contextmanager
-def folder_when_complete(out: Path) -> Iterator[Path]:
+def export_folder_when_complete(out: Path) -> Iterator[Path]:
     """Yield a folder to fill, which becomes ``out`` if the block succeeds and is removed if it does not.
 
     An existing ``out`` (the working directory, a symlink, a mount point) is not replaced: the content is moved into it,

@@ -9,7 +9,7 @@ from typing import Final
 
 from app.inference.confidence import Trust
 from app.runs.training_record import UNKNOWN, TrainingRecord
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.labels import REGIONS, Contrast, Region
 
 #: A smaller whole tumour is tiny: a ball of 10 mm diameter, the smallest lesion that counts as measurable in the RANO

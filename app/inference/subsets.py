@@ -18,7 +18,8 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import read_json
 from app.system.device import Runtime
 from data.contrasts import SUBSETS
-from data.datasets.layouts import Case, convention_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region

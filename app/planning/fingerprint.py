@@ -6,14 +6,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import median
 from typing import Any, Final
 
 import numpy as np
 
-from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases
+from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of
+from data.datasets.layouts import Case
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import LabelConvention
 from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_image, read_label_map, reorient
@@ -100,29 +100,25 @@ class DataSet:
 
 
 def read_data_set(
-    root: Path,
+    data: DataSource,
     *,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> DataSet:
     """Take the fingerprint of a data set from every header and label map, and the images of a sample.
 
     Args:
-        root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        labels: name of the label convention, if the data set leaves it open.
-        follow_links: accept symbolic links that lead out of ``root``.
+        data: the data set.
         on_case: called with the id of each sampled case once it is read, and the share of the sample that is done.
 
     Raises:
         DataError: there is no data set or no case with a label map, labels are ambiguous, or a case cannot be read.
     """
-    found = find_cases(root, follow_links=follow_links)
-    cases = {case.id: case.require() for case in found if case.label is not None}
+    found = data.find_cases()
+    cases = {case.id: case.require() for case in found.values() if case.label is not None}
     if not cases:
-        raise DataError(f"{root}: no case has a label map (a file that ends in seg); training needs them")
+        raise DataError(f"{data.root}: no case has a label map (a file that ends in seg); training needs them")
     held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    convention = data.decide_convention(cases, held)
     tumours = tumours_of(cases, held, convention).values()
     sample = _spread(list(cases.values()), SAMPLE)
     done: list[str] = []
@@ -150,7 +146,7 @@ def read_data_set(
         extents=extents,
         tumour_ml=tuple(volumes),
         enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
-        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in _files(case)),
+        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in case.files),
     )
     return DataSet(cases=cases, held=held, convention=convention, fingerprint=fingerprint)
 
@@ -185,10 +181,6 @@ def _sides(mask: Any, spacing_mm: Spacing) -> Spacing:
 
 def _spacing(case: Case) -> Spacing:
     return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
-
-
-def _files(case: Case) -> set[Path]:
-    return {*case.contrasts.values(), *([case.label] if case.label is not None else [])}
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:

@@ -33,6 +33,7 @@ from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
 from data.datasets.label_stats import tumours_of
 from data.datasets.layouts import patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.patches.sampler import MOST_OPEN
 
@@ -110,7 +111,7 @@ class DryRun:
 class PlannedRun:
     """A plan with the facts that it is based on."""
 
-    data: Path
+    data: DataSource
     fingerprint: Fingerprint
     split: Split
     limits: tuple[MemoryLimit, ...]
@@ -130,7 +131,7 @@ class PlannedRun:
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         return {
-            "data": str(self.data),
+            "data": str(self.data.root),
             "fingerprint": self.fingerprint.to_json(),
             "training_cases": len(self.split.train),
             "validation_cases": len(self.split.validation),
@@ -145,12 +146,10 @@ class PlannedRun:
 
 
 def plan_run(
-    data: Path,
+    data: DataSource,
     *,
     config: str | None = None,
     overrides: Sequence[str] = (),
-    labels: str | None = None,
-    follow_links: bool = False,
     with_dry_run: bool = False,
     max_memory_bytes: int | None = None,
     on_progress: OnProgress = silent,
@@ -161,8 +160,6 @@ def plan_run(
         data: a data set with label maps.
         config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
-        labels: name of the label convention, if the data set leaves it open.
-        follow_links: accept symbolic links that lead out of ``data``.
         with_dry_run: try the plan, and make it smaller if it does not fit.
         max_memory_bytes: RAM that may be used, if it is less than what is free.
         on_progress: called with the progress of each stage.
@@ -180,8 +177,6 @@ def plan_run(
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
         data,
-        labels=labels,
-        follow_links=follow_links,
         on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id)),
     )
     tumours = tumours_of(read.cases, read.held, read.convention)
@@ -216,9 +211,7 @@ def plan_run(
     )
     if not with_dry_run:
         return planned
-    return _tried(
-        planned, plan, read, hardware=hardware, fixed=fixed, follow_links=follow_links, on_progress=on_progress
-    )
+    return _tried(planned, plan, read, hardware=hardware, fixed=fixed, on_progress=on_progress)
 
 
 def _tried(
@@ -228,7 +221,6 @@ def _tried(
     *,
     hardware: Hardware,
     fixed: set[str],
-    follow_links: bool,
     on_progress: OnProgress,
 ) -> PlannedRun:
     """Try a plan: the same plan with measurements, made smaller if it does not fit."""
@@ -244,7 +236,7 @@ def _tried(
 
         def asked(config: RunConfig) -> Asked:
             return Asked(
-                data=str(planned.data.resolve()),
+                data=str(planned.data.root.resolve()),
                 folder=str(run),
                 config=to_plain(config),
                 prepare_only=False,
@@ -252,7 +244,7 @@ def _tried(
                 validation=validating,
                 labels=read.convention.name,
                 spacing_mm=plan.spacing_mm,
-                follow_links=follow_links,
+                follow_links=planned.data.follow_links,
                 most_share_of_limits=_SHARE_OF_LIMITS,
             )
 
@@ -418,7 +410,7 @@ def _lines(planned: PlannedRun) -> list[str]:
     low, high = ("x".join(f"{mm:g}" for mm in along) for along in fingerprint.spacing_percentiles_mm)
     small, middle, large = fingerprint.tumour_ml
     lines = [
-        f"Plan for {planned.data}",
+        f"Plan for {planned.data.root}",
         "",
         f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
         f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",

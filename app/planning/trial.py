@@ -36,7 +36,7 @@ from app.training.telemetry import Telemetry
 from app.training.validation import validation_dice
 from data.contrasts import presence_mask
 from data.datasets.label_stats import read_label_maps
-from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS, CONVENTIONS
 from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from models import GivenPresence
@@ -119,7 +119,7 @@ def run_trial(asked: Asked) -> TrialReport | None:
     config, folder = from_plain(asked.config, "plan"), Path(asked.folder)
     runtime = choose_runtime(config.runtime)
     with prepared_cases(folder / "cache") as store:
-        found = {case.id: case for case in find_cases(Path(asked.data), follow_links=asked.follow_links)}
+        found = DataSource(Path(asked.data), follow_links=asked.follow_links).find_cases()
         ids = [*asked.training, *([asked.validation] if asked.validation is not None else [])]
         used = [found[case_id].require() for case_id in ids]
         # As in a training run: the allocator keeps what this frees, so that it is part of the run's memory.
@@ -269,7 +269,7 @@ def _mapped_by_a_long_run(config: RunConfig, cases: list[CachedCase]) -> int | N
     if settings.steps is not None:
         patches = min(patches, settings.steps * settings.batch_size * settings.accumulate)
     for number in range(patches):
-        source.piece(number)
+        source.crop(number)
     after = memory_of()
     return None if before is None or after is None else max(0, after.files - before.files) // len(cases)
 

@@ -23,7 +23,8 @@ from app.html.templates import fill
 from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
 from app.progress import LOG, OnProgress, Progress, silent
 from app.reports.predictions import Predicted, ShownFlag, find_predictions
-from data.datasets.layouts import find_cases, find_label_maps
+from data.datasets.layouts import find_label_maps
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.files import replacing
 from data.labels import REGIONS, Contrast, Region, convention_named, decode
@@ -84,10 +85,8 @@ def write_cohort(
     folder: Path,
     out: Path,
     *,
-    images: Path | None = None,
-    references: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
+    images: DataSource | None = None,
+    references: DataSource | None = None,
     on_progress: OnProgress = silent,
 ) -> CohortPages:
     """Write ``index.html`` and ``cases/<case>.html``.
@@ -97,8 +96,6 @@ def write_cohort(
         out: folder of the pages, created if missing.
         images: data set with the scans; by default the paths recorded in each case's JSON are used.
         references: data set or folder with expert label maps; without it there are no scores or reference outlines.
-        labels: name of the label convention of ``references``, if their files do not determine it.
-        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: called with the current case.
 
     Raises:
@@ -106,13 +103,13 @@ def write_cohort(
         OSError: ``out`` cannot be written to.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the pages written so far are complete.
     """
-    cases = None if images is None else {case.id: case for case in find_cases(images, follow_links=follow_links)}
+    cases = None if images is None else images.find_cases()
     predicted, failures = find_predictions(folder, cases)
     truth = None
     if references is not None:
         truth = _Truth(
-            evaluation=evaluate(folder, references, labels=(None, labels), follow_links=follow_links),
-            label_maps=find_label_maps(references, follow_links=follow_links),
+            evaluation=evaluate(DataSource(folder, follow_links=references.follow_links), references),
+            label_maps=find_label_maps(references.root, follow_links=references.follow_links),
         )
     grid_mm = grid_for(len(predicted))
     rows: list[_Row] = []

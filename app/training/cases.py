@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -13,9 +14,10 @@ from app.progress import LOG
 from app.runs.folder import read_json, write_json
 from app.runs.training_record import INTENSITIES_FILE
 from data.datasets.label_stats import LabelMap, changed, hash_of, label_map_from_json
-from data.datasets.layouts import Case, find_cases, look_like_visits, misnamed_files, patients_of
+from data.datasets.layouts import Case, look_like_visits, misnamed_files, patients_of
 from data.datasets.naming import composed
 from data.datasets.patients import grouped_by_words
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, fold_split, parted, read_split
 from data.errors import DataError
 from data.nifti import Spacing, canonical_spacing, read_grid
@@ -113,16 +115,18 @@ def split_on_record(path: Path) -> Split:
         ) from error
 
 
-def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
     """Return all cases of a data set by id, and require those of a split to be among them.
 
     Raises:
         DataError: a case of the split is missing.
     """
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
     if gone:
-        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+        raise DataError(
+            f"{data.root}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
+        )
     return cases
 
 
@@ -146,7 +150,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
     used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
-    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+    return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
 def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:

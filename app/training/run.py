@@ -55,8 +55,9 @@ from app.training.signals import not_ended_by_sigusr1, stop_on_signals
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.telemetry import Telemetry
 from app.training.trainer import Loop
-from data.datasets.label_stats import read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from data.datasets.label_stats import read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
@@ -99,16 +100,14 @@ class TrainResult:
 
 @not_ended_by_sigusr1()
 def start(  # noqa: PLR0913 - one argument per command-line option
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig,
     *,
     fold: int | str = 0,
     split_file: Path | None = None,
     split_is_judged: bool = False,
-    labels: str | None = None,
     init_from: Path | None = None,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     world: World = ALONE,
     on_progress: OnProgress = silent,
@@ -116,15 +115,13 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """Start a run and train until its budget is spent.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         run: folder for the run; it must be empty or not exist yet.
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
         split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
         split_is_judged: the caller has already checked the patients in ``split_file``; skip the check here.
-        labels: name of the label convention, if the data set does not determine it.
         init_from: folder of a run whose best weights replace the random initial weights.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         world: the processes that train together; each of them calls this, but only the first writes to ``run``.
         on_progress: called with the progress of the run.
@@ -139,13 +136,13 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """
     clock = time.monotonic()
     if not world.is_first:
-        return _follow(data, run, world, follow_links=follow_links, store=store)
+        return _follow(data, run, world, store=store)
     again = world.restarts > 0 and world.launch.job != "" and job_of(run) == world.launch.job
     if again and checkpoints.load_newest(run / "checkpoints", "last") is not None:
-        return resume(data, run, config, follow_links=follow_links, store=store, world=world, on_progress=on_progress)
+        return resume(data, run, config, store=store, world=world, on_progress=on_progress)
     if not again:
         require_new(run)
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     patients = {case_id: case_id for case_id in cases} if split_is_judged else patients_of(cases.values())
     split = choose_split(patients, fold, split_file)
     require_labels([cases[case_id].require() for case_id in (*split.train, *split.validation)])
@@ -159,7 +156,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else initial_weights(init_from, config, runtime)
     held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    convention = data.decide_convention(cases, held)
     if split_file is None and fold != ALL_CASES:
         split = stratified_split(tumours_of(cases, held, convention), patients, int(fold))
     if not split_is_judged:
@@ -178,7 +175,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
             write_json(
                 run / "run.json",
                 {
-                    "data": str(data.resolve()),
+                    "data": str(data.root.resolve()),
                     "fold": fold if split_file is None else None,
                     "split_file": None if split_file is None else str(split_file.resolve()),
                     "contrasts": list(CONTRASTS),
@@ -200,7 +197,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
             begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"))
             world.tell((begun, None if initial is None or world.size == 1 else _as_checkpoint(state)))
             return _train(
-                data=data,
+                data=data.root,
                 run=run,
                 begun=begun,
                 state=state,
@@ -214,13 +211,12 @@ def start(  # noqa: PLR0913 - one argument per command-line option
 
 @not_ended_by_sigusr1()
 def resume(
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig | None = None,
     *,
     allow: Collection[str] = (),
     split_is_judged: bool = False,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     world: World = ALONE,
     on_progress: OnProgress = silent,
@@ -228,13 +224,12 @@ def resume(
     """Resume an interrupted run, as if it had not been interrupted.
 
     Args:
-        data: the folder of cases that the run was started with.
+        data: the data set that the run was started with; its ``labels`` are those of the run.
         run: the run's folder.
         config: the requested configuration; default: the run's own.
         allow: keys in which ``config`` may differ although they change what is learned; it may always differ in those
             of :data:`app.training.config_changes.HARMLESS`.
         split_is_judged: as in :func:`start`.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         world: the processes that train together; each of them calls this, but only the first writes to ``run``.
         on_progress: called with the progress of the run.
@@ -247,7 +242,7 @@ def resume(
     """
     clock = time.monotonic()
     if not world.is_first:
-        return _follow(data, run, world, follow_links=follow_links, store=store)
+        return _follow(data, run, world, store=store)
     if not (run / "checkpoints").is_dir():
         raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
@@ -259,8 +254,8 @@ def resume(
         if checkpoint is None:
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = split_on_record(run / "split.json")
-        cases = cases_of(split, data, follow_links=follow_links)
-        require_same_labels(run, data, cases)
+        cases = cases_of(split, data)
+        require_same_labels(run, data.root, cases)
         if not split_is_judged:
             tell_of_patients(cases.values(), (split.train, split.validation))
         state = new_state(config, choose_runtime(config.runtime, local_rank=world.launch.local_rank))
@@ -275,7 +270,7 @@ def resume(
         begun = _Begun(config=config, split=split, facts=read_json(run / "run.json"))
         world.tell((begun, None if world.size == 1 else _as_checkpoint(state)))
         return _train(
-            data=data,
+            data=data.root,
             run=run,
             begun=begun,
             state=state,
@@ -305,13 +300,13 @@ def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
     return checkpoints.Checkpoint(step=state.step, tensors=tensors, details={**details, **counts}, sha256="")
 
 
-def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: CaseFolder | None) -> TrainResult:
+def _follow(data: DataSource, run: Path, world: World, *, store: CaseFolder | None) -> TrainResult:
     """Take part in a run that the first process starts or resumes."""
     clock = time.monotonic()
     begun: _Begun
     checkpoint: checkpoints.Checkpoint | None
     begun, checkpoint = world.tell()
-    cases = cases_of(begun.split, data, follow_links=follow_links)
+    cases = cases_of(begun.split, data)
     torch.manual_seed(begun.config.training.seed)
     state = new_state(begun.config, choose_runtime(begun.config.runtime, local_rank=world.launch.local_rank))
     if checkpoint is not None:  # otherwise the seed determines the state
@@ -319,7 +314,7 @@ def _follow(data: Path, run: Path, world: World, *, follow_links: bool, store: C
         del checkpoint
     with _opened(store, run) as opened:
         return _train(
-            data=data,
+            data=data.root,
             run=run,
             begun=begun,
             state=state,

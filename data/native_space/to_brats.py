@@ -18,7 +18,8 @@ import numpy as np
 import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-from data.datasets.layouts import Case, convention_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import file_sha256
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions

@@ -19,6 +19,7 @@ from scipy import ndimage
 
 from data.background import clean_background
 from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS
 from data.nifti import Volume, read_image, read_volume
 from data.preprocess import Prepared, prepare
@@ -202,9 +203,9 @@ def test_a_case_is_prepared_as_with_a_background_of_0(changed: Path, phantoms: P
 
 @pytest.mark.filterwarnings("error")
 def test_data_check_notes_it_and_finds_no_more_than_with_a_background_of_0(changed: Path, phantoms: Path) -> None:
-    (case,) = check(changed).cases
+    (case,) = check(DataSource(changed)).cases
     assert [(one.kind, one.severity) for one in case.findings[:4]] == [("background", "note")] * 4
-    assert case.findings[4:] == check(phantoms).cases[0].findings
+    assert case.findings[4:] == check(DataSource(phantoms)).cases[0].findings
 
 
 def test_predict_flags_it_and_answers_as_with_a_background_of_0(

@@ -208,7 +208,7 @@ def test_a_family_of_data_sets_has_its_own_numbers(values: list[int], naming: Na
 @pytest.mark.parametrize("naming", [None, "brats2021"])
 def test_outside_of_case_folders_a_3_or_no_4_is_not_guessed_at(values: list[int], naming: Naming | None) -> None:
     if naming is None or 3 in values:
-        with pytest.raises(DataError, match=r"--labels, one of brats2023 .* msd"):
+        with pytest.raises(DataError, match=r"--labels: brats2023 .* msd"):
             decide_convention(values, naming=naming, case_folders=False)
     else:
         assert decide_convention(values, naming=naming, case_folders=False) is BRATS2021

@@ -153,7 +153,7 @@ def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp
 
 def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
-    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, that of what is written 6x5x4"):
+    with pytest.raises(DataError, match=r"reference\.nii: its grid has 4x5x6 voxels, the array to be written 6x5x4"):
         write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.nii"]
 
@@ -353,7 +353,7 @@ SHEARED[0, 1] = 0.1
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (write_nothing, "no such file"),
-    "a folder": (Path.mkdir, "a folder stands where a NIfTI file is expected"),
+    "a folder": (Path.mkdir, "a folder, not a NIfTI file"),
     "empty": (Path.touch, "the file is empty"),
     "cut short": (write_cut_short, "damaged or cut short"),
     "a flipped bit": (write_flipped_bit, "damaged or cut short"),
@@ -438,7 +438,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0.5, -1.0, 256.0, 1e9])
 def test_a_label_map_with_other_than_small_whole_numbers_is_refused(tmp_path: Path, value: float) -> None:
     path = save(tmp_path / "seg.nii.gz", np.array([0, 1, value], dtype=np.float32).reshape(3, 1, 1))
-    with pytest.raises(DataError, match=r"seg\.nii\.gz: a label map holds whole numbers from 0 to 255"):
+    with pytest.raises(DataError, match=r"seg\.nii\.gz: label values must be whole numbers from 0 to 255"):
         read_label_map(path)
 
 
@@ -470,7 +470,7 @@ def test_label_values_within_a_hundredth_of_whole_numbers_are_rounded(
 
 def test_the_values_that_a_label_map_may_not_have_are_named_with_the_remedy(tmp_path: Path) -> None:
     path = save(tmp_path / "seg.nii", np.array([0, 1.004, 1.02, 2.5], dtype=np.float32).reshape(4, 1, 1))
-    with pytest.raises(DataError, match=r"holds others: 1\.02, 2\.5\. .*save it again as whole numbers"):
+    with pytest.raises(DataError, match=r"this file has 1\.02, 2\.5\. .*save it again as whole numbers"):
         read_label_map(path)
 
 
@@ -648,7 +648,7 @@ def test_a_volume_that_is_not_in_the_file_is_refused_with_its_shape(
     tmp_path: Path, shape: tuple[int, ...], volume: int
 ) -> None:
     path = save(tmp_path / "a.nii.gz", np.ones(shape, dtype=np.float32))
-    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(counted from 0\)"):
+    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(from 0\)"):
         read_volume(path, volume)
 
 

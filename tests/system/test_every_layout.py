@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data.datasets.export import export_dataset
+from data.datasets.source import DataSource
 from data.labels import CONVENTIONS, decode
 
 Call = Callable[..., Any]
@@ -20,7 +21,7 @@ Call = Callable[..., Any]
 @pytest.fixture(scope="module")
 def decathlon(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The phantoms as 4D files."""
-    return export_dataset(phantoms, tmp_path_factory.mktemp("exported") / "Task01", "msd").out
+    return export_dataset(DataSource(phantoms), tmp_path_factory.mktemp("exported") / "Task01", "msd").out
 
 
 def predicted(folder: Path, case: str) -> Any:
@@ -71,7 +72,7 @@ def test_label_numbers_that_nothing_tells_are_settled_by_the_flag(
     }
     ended = znormseg(*verb.split(), root, *options[verb])
     assert ended.code == 3
-    assert "--labels, one of brats2023" in ended.out + ended.err
+    assert "--labels: brats2023" in ended.out + ended.err
     assert znormseg(*verb.split(), root, *options[verb], "--labels", "nonsense").code == 3
 
 
@@ -81,7 +82,7 @@ def test_with_the_flag_a_flat_data_set_is_checked_and_trained_on(
     root = render(tmp_path / "in", "flat").root
     assert "labels: msd" in znormseg("data", "check", root, "--labels", "msd").out
     assert (
-        "do not belong to brats2021, which --labels says"
+        "are not in brats2021, the convention stated by --labels"
         in znormseg("data", "check", root, "--labels", "brats2021").out
     )
     options = [word for setting in tiny_settings for word in ("--set", setting)]

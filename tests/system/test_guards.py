@@ -39,7 +39,10 @@ NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/datasets/layouts.py", "data/pre
 GUARDS: dict[str, Guard] = {
     # Files and contrasts
     "a contrast missing": Guard(
-        LAYOUTS, "    problems = _missing(contrasts, unrecognised)\n", "    problems = []\n", f"{TRAIN}[missing]"
+        LAYOUTS,
+        "    problems = missing_problems(contrasts, unrecognised)\n",
+        "    problems = []\n",
+        f"{TRAIN}[missing]",
     ),
     "a contrast missing where the run needs it": Guard(
         "app/inference/batch/predict.py",
@@ -175,14 +178,14 @@ GUARDS: dict[str, Guard] = {
         LAYOUTS, "if path.is_symlink() and not path.exists():", "if False:", f"{TRAIN}[dangling link]"
     ),
     "a case id that leads elsewhere": Guard(
-        LAYOUTS,
-        "problems = problems or tuple(_id_problems(self.id))",
+        "data/datasets/case.py",
+        "problems = problems or tuple(id_problems(self.id))",
         "problems = problems",
         "system/test_bad_input.py::test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused",
     ),
     "a case id with dots": Guard(
         LAYOUTS,
-        "    problems += _id_problems(case_id)\n",
+        "    problems += id_problems(case_id)\n",
         "",
         "data/quality/test_check.py::test_a_case_id_that_is_no_file_name_is_a_problem",
     ),
@@ -252,7 +255,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a path of a manifest out of the data": Guard(
         LAYOUTS,
-        "    problems += [problem for path in files for problem in links.problems(path)]\n",
+        "    problems += [problem for path in case.files for problem in links.problems(path)]\n",
         "",
         "data/datasets/test_descriptions.py::test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem",
     ),
@@ -378,7 +381,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a half-written file goes": Guard(
         FILES,
-        "        beside.unlink(missing_ok=True)",
+        "        partial.unlink(missing_ok=True)",
         "        pass",
         "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
     ),
@@ -390,7 +393,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "no permission to write": Guard(
         "data/filesystem.py",
-        '"EACCES": _NO_PERMISSION,',
+        '**dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),',
         '"EACCES": _OTHER,',
         "system/test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
     ),

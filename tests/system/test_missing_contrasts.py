@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data.contrasts import SUBSETS
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -31,7 +32,7 @@ def dropout_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pyte
 
     run = tmp_path_factory.mktemp("dropout") / "run"
     settings = [*tiny_settings, "training.steps=40", "augment.contrast_dropout=0.5"]
-    start(phantoms, run, load_config("laptop", settings))
+    start(DataSource(phantoms), run, load_config("laptop", settings))
     return run
 
 
@@ -125,7 +126,7 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     # A checkpoint after nearly every step.
     frequent = ["training.checkpoint_minutes=0.001"]
     config = load_config("laptop", [*tiny_settings, *frequent, "augment.contrast_dropout=0.5"])
-    start(phantoms, tmp_path / "whole", config)
+    start(DataSource(phantoms), tmp_path / "whole", config)
     steps = Stepper.step
 
     def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
@@ -136,8 +137,8 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "step", stopping)
         with pytest.raises(InterruptedRunError):
-            start(phantoms, tmp_path / "parts", config)
-    resume(phantoms, tmp_path / "parts")
+            start(DataSource(phantoms), tmp_path / "parts", config)
+    resume(DataSource(phantoms), tmp_path / "parts")
     whole, parts = (load_newest(tmp_path / run / "checkpoints", "last") for run in ("whole", "parts"))
     assert whole is not None
     assert parts is not None

@@ -11,7 +11,7 @@ import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -29,6 +29,7 @@ from app.evaluation.brats.brats_evaluate import (
 )
 from app.evaluation.evaluate import Folders, match, require_table_place, score_each
 from app.progress import LOG
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.files import replacing
 from data.labels import (
@@ -224,23 +225,19 @@ def package_rules(task: str) -> PackageRules:
 
 
 def evaluate_by_package(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: PackageRules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> PackageEvaluation:
     """Score every case that has a label map in both folders with ``brats-evaluate``, several cases at once.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
+        predictions: the predicted label maps.
+        references: the reference label maps.
         rules: rules from :func:`package_rules`.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called in order with each case id that is done, and the share of cases done so far.
         timeout_s: time limit for one case in seconds; default: one hour.
 
@@ -252,8 +249,8 @@ def evaluate_by_package(
     if installed.doubt is not None:
         LOG.warning("%s", installed.doubt)
     if rules.task == "MEN-RT":
-        labels = (BRATS2024.name, BRATS2024.name)
-    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+        predictions, references = (replace(side, labels=BRATS2024.name) for side in (predictions, references))
+    folders = match(predictions, references)
     runner = Runner(installed, rules.config, timeout_s=timeout_s)
 
     def score(case: str) -> PackageCase:

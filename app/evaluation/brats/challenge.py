@@ -9,6 +9,7 @@ from app.evaluation.brats import brats2026, evaluate
 from app.evaluation.brats.brats2026 import PackageEvaluation, PackageRules, evaluate_by_package, package_rules
 from app.evaluation.brats.evaluate import OfficialEvaluation, evaluate_officially
 from app.evaluation.brats.rules import Rules, rules_for
+from data.datasets.source import DataSource
 
 ChallengeRules = Rules | PackageRules
 ChallengeEvaluation = OfficialEvaluation | PackageEvaluation
@@ -24,12 +25,10 @@ def challenge_rules(year: str, task: str) -> ChallengeRules:
 
 
 def evaluate_by_rules(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: ChallengeRules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> ChallengeEvaluation:
     """Score every case that has a label map in both folders.
@@ -38,12 +37,8 @@ def evaluate_by_rules(
     :func:`app.evaluation.brats.brats2026.evaluate_by_package`.
     """
     if isinstance(rules, PackageRules):
-        return evaluate_by_package(
-            predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-        )
-    return evaluate_officially(
-        predictions, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-    )
+        return evaluate_by_package(predictions, references, rules, on_case=on_case)
+    return evaluate_officially(predictions, references, rules, on_case=on_case)
 
 
 def challenge_rows(evaluation: ChallengeEvaluation) -> list[list[str]]:

@@ -6,13 +6,14 @@ import csv
 import dataclasses
 import statistics
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from app.evaluation.brats.rules import Rules
 from app.evaluation.brats.score import OfficialScores, official_scores
 from app.evaluation.evaluate import Folders, match, require_table_place, score_each
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.files import replacing
 from data.labels import BRATS2024, decode_tissues
@@ -104,12 +105,10 @@ class OfficialEvaluation:
 
 
 def evaluate_officially(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: Rules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> OfficialEvaluation:
     """Score every case that has a label map in both folders, as the challenge's script does.
@@ -118,11 +117,9 @@ def evaluate_officially(
     convention. Label maps on the same grid may be stored in different voxel orders.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
+        predictions: the predicted label maps.
+        references: the reference label maps.
         rules: rules from :func:`app.evaluation.brats.rules.rules_for`.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called in order with each case id that is done, and the share of cases done so far.
 
     Raises:
@@ -130,8 +127,8 @@ def evaluate_officially(
     """
     only_one_label = rules.task == "MEN-RT"
     if only_one_label:
-        labels = (BRATS2024.name, BRATS2024.name)
-    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+        predictions, references = (replace(side, labels=BRATS2024.name) for side in (predictions, references))
+    folders = match(predictions, references)
 
     def score(case: str) -> OfficialCase:
         reference = folders.read(folders.expected[case])

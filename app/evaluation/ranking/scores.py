@@ -13,6 +13,7 @@ from typing import Any, Final
 from app.evaluation.brats import brats2026
 from app.evaluation.brats.challenge import ChallengeRules, evaluate_by_rules
 from app.evaluation.evaluate import evaluate
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.filesystem import why
 
@@ -40,22 +41,18 @@ class Scored:
 
 
 def load(
-    sources: Sequence[Path],
-    references: Path | None,
+    sources: Sequence[DataSource],
+    references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> list[Scored]:
     """Load the scores of every source, each under a unique name.
 
     Args:
         sources: two or more folders of label maps or tables of ``evaluate`` (.csv or .json), in any mix.
-        references: folder of reference label maps, for sources that are folders.
+        references: the reference label maps, for sources that are folders.
         rules: rules by which folders are scored; None scores them like ``evaluate`` without ``--rules``.
-        labels: names of the label conventions of folders and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called with each case of a folder that is scored, prefixed by the folder's name, and the share of all
             sources done so far.
 
@@ -64,10 +61,10 @@ def load(
     """
     if len(sources) < 2:
         raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
-    resolved = [source.resolve() for source in sources]
-    twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
+    resolved = [source.root.resolve() for source in sources]
+    twice = next((source for source, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1), None)
     if twice is not None:
-        raise DataError(f"{twice}: is given twice. Give each folder or table once.")
+        raise DataError(f"{twice.root}: is given twice. Give each folder or table once.")
     found = []
     for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
 
@@ -75,7 +72,7 @@ def load(
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(_scored(source, name, references, rules, labels=labels, follow_links=follow_links, on_case=told))
+        found.append(_scored(source, name, references, rules, on_case=told))
     return found
 
 
@@ -93,57 +90,50 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
 
 def _scored(
-    source: Path,
+    source: DataSource,
     name: str,
-    references: Path | None,
+    references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    labels: tuple[str | None, str | None],
-    follow_links: bool,
     on_case: Callable[[str, float], None],
 ) -> Scored:
-    if source.is_dir():
-        return _scored_folder(
-            source, name, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-        )
-    if not source.is_file():
-        raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
+    path = source.root
+    if path.is_dir():
+        return _scored_folder(source, name, references, rules, on_case=on_case)
+    if not path.is_file():
+        raise DataError(f"{path}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
-        text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{source}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
+            f"{path}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
         ) from error
     try:
-        found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
+        found = _of_json(name, json.loads(text)) if path.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+            f"{path}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
     if not found.cases:
-        raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
+        raise DataError(f"{path}: holds no case. Write the table anew with evaluate.")
     return found
 
 
 def _scored_folder(
-    source: Path,
+    source: DataSource,
     name: str,
-    references: Path | None,
+    references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    labels: tuple[str | None, str | None],
-    follow_links: bool,
     on_case: Callable[[str, float], None],
 ) -> Scored:
     if references is None:
-        raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
-    if rules is not None:
-        official = evaluate_by_rules(
-            source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
+        raise DataError(
+            f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
         )
-        return _of_json(name, official.to_json())
-    scores = evaluate(source, references, labels=labels, follow_links=follow_links, on_case=on_case)
-    return _of_json(name, scores.to_json())
+    if rules is not None:
+        return _of_json(name, evaluate_by_rules(source, references, rules, on_case=on_case).to_json())
+    return _of_json(name, evaluate(source, references, on_case=on_case).to_json())
 
 
 def _of_json(name: str, content: Any) -> Scored:

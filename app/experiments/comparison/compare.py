@@ -17,6 +17,7 @@ from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.folder import read_metrics, write_json
 from app.system.device import machine, versions
+from data.datasets.source import DataSource
 from data.files import replacing
 from data.labels import REGIONS
 
@@ -53,26 +54,22 @@ class Comparison:
 
 
 def compare(
-    data: Path,
+    data: DataSource,
     out: Path,
     plan: ComparisonPlan,
     *,
     fold: int = 0,
     split_file: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Comparison:
     """Make the missing runs of a comparison, and write ``compare.csv`` and ``compare.json``.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
         plan: what to compare.
         fold: the test fold, 0 to 4; the next fold is used for validation.
         split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         on_progress: called with the progress of the whole comparison.
 
     Raises:
@@ -85,8 +82,6 @@ def compare(
         plan,
         fold=fold,
         split_file=split_file,
-        labels=labels,
-        follow_links=follow_links,
         on_progress=on_progress,
     )
     metrics: dict[RunKey, Records] = {key: read_metrics(out / "runs" / key.name) for key in plan.finals(results.chosen)}

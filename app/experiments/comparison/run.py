@@ -41,9 +41,10 @@ from app.runs.case_cache import prepared_cases
 from app.runs.folder import locked, read_json, write_json
 from app.training.cases import require_labels, tell_of_names, tell_of_patients
 from app.training.run import TrainResult
-from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
 from data.datasets.patients import patient_by_older_versions
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONVENTIONS, convention_named
 from data.patches.cache import CaseFolder
@@ -67,26 +68,22 @@ class Results:
 
 
 def make_runs(
-    data: Path,
+    data: DataSource,
     out: Path,
     plan: ComparisonPlan,
     *,
     fold: int = 0,
     split_file: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Results:
     """Make every missing run, choose the learning rates, and score the final runs.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
         plan: what to compare.
         fold: the test fold; the next fold is used for validation.
         split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         on_progress: called with the progress of the whole comparison.
 
     Raises:
@@ -95,18 +92,18 @@ def make_runs(
         RunError: ``out`` is a file, holds something else, or is in use by another process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     patients = patients_of(cases.values())
     parts = fold_parts(patients, fold) if split_file is None else read_parts(split_file, patients)
     used = [cases[case_id].require() for case_id in (*parts.train, *parts.validation, *parts.test)]
     require_labels(used)
     require_place(out, _PLAN, "comparison")
     if split_file is None:
-        parts = _dealt(cases, fold, labels, begun=_parts_on_record(out))
+        parts = _dealt(cases, fold, data, begun=_parts_on_record(out))
     tell_of_patients(cases.values(), (parts.train, parts.validation, parts.test))
     tell_of_names(used)
     with locked(out):
-        settled = {} if labels is None else {"labels": convention_named(labels).name}
+        settled = {} if data.labels is None else {"labels": convention_named(data.labels).name}
         _require_same(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **settled})
         write_json(out / "split.json", parts.split.to_json())
         work: _Work | None = None
@@ -118,9 +115,7 @@ def make_runs(
                     plan=plan,
                     parts=parts,
                     cases=cases,
-                    labels=labels,
                     store=store,
-                    follow_links=follow_links,
                     on_progress=on_progress,
                 )
                 results = work.all_runs()
@@ -139,15 +134,13 @@ def make_runs(
 class _Work:
     """The work of one process on a comparison."""
 
-    data: Path
+    data: DataSource
     out: Path
     plan: ComparisonPlan
     parts: ThreeWaySplit
     cases: Mapping[str, Case]
-    labels: str | None
     store: CaseFolder
     """Prepared cases, shared by all runs."""
-    follow_links: bool
     on_progress: OnProgress
     position: int = 0
     """Number of runs done so far."""
@@ -216,8 +209,6 @@ class _Work:
             run,
             config,
             split_file=self.out / "split.json",
-            labels=self.labels,
-            follow_links=self.follow_links,
             store=self.store,
             on_progress=told,
         )
@@ -356,7 +347,7 @@ def _parts_on_record(out: Path) -> Any:
     return json_object(read_json(path), path).get("parts") if path.exists() else None
 
 
-def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: Any) -> ThreeWaySplit:
+def _dealt(cases: Mapping[str, Case], fold: int, data: DataSource, *, begun: Any) -> ThreeWaySplit:
     """Return the parts of a fold; in a comparison that an older version started, the parts by that version's rules."""
     patients = patients_of(cases.values())
     before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
@@ -366,16 +357,16 @@ def _dealt(cases: Mapping[str, Case], fold: int, labels: str | None, *, begun: A
             with suppress(DataError):
                 if (parts := fold_parts(known, fold)).to_json() == begun:
                     return parts
-        tumours = _tumours(cases, labels)
+        tumours = _tumours(cases, data)
         with suppress(DataError):
             if (parts := fold_parts(before, fold, tumours)).to_json() == begun:
                 return parts
-    return fold_parts(patients, fold, _tumours(cases, labels) if tumours is None else tumours)
+    return fold_parts(patients, fold, _tumours(cases, data) if tumours is None else tumours)
 
 
-def _tumours(cases: Mapping[str, Case], labels: str | None) -> dict[str, LabelStats]:
+def _tumours(cases: Mapping[str, Case], data: DataSource) -> dict[str, LabelStats]:
     held = read_label_maps(cases.values())
-    return tumours_of(cases, held, decide_for(values_of(cases, held), list(cases.values()), labels=labels))
+    return tumours_of(cases, held, data.decide_convention(cases, held))
 
 
 def _weights_sha256(checkpoint: checkpoints.Checkpoint) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 
 from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import answer_of, is_of, write_answer
@@ -11,19 +11,19 @@ from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model
 from app.progress import OnProgress, Progress
 from app.runs.folder import read_json, write_json
+from data.datasets.source import DataSource
 
 #: Share of a fold's time that training takes, for the progress bar.
 _TRAINING: float = 0.9
 
 
-def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_progress: OnProgress) -> None:
+def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnProgress) -> None:
     """Train a fold's network and predict its validation cases; completed work is kept.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         folds: the cross-validation.
         fold: number of the fold, from 0.
-        follow_links: accept symlinks that lead out of ``data``.
         on_progress: called with the progress of this fold.
 
     Raises:
@@ -41,12 +41,10 @@ def work_on_fold(data: Path, folds: Folds, fold: int, *, follow_links: bool, on_
             on_progress(Progress(job="fold", share=_TRAINING * share, detail=detail))
 
         outcome = start_or_resume(
-            data,
+            replace(data, labels=folds.convention.name),
             run,
             folds.config,
             split_file=folds.split_file(fold),
-            labels=folds.convention.name,
-            follow_links=follow_links,
             on_progress=told,
         )
         result.parent.mkdir(exist_ok=True)

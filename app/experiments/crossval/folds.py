@@ -29,9 +29,10 @@ from app.experiments.runs import differences, json_object
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
 from app.training.cases import require_labels, split_on_record, tell_of_names, tell_of_patients
-from data.datasets.label_stats import hash_of, read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from data.datasets.label_stats import hash_of, read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
 from data.datasets.naming import composed
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.errors import DataError
 from data.labels import CONVENTIONS, LabelConvention
@@ -91,18 +92,14 @@ class Folds:
         }
 
 
-def deal(
-    data: Path, out: Path, config: RunConfig, *, folds: int, labels: str | None = None, follow_links: bool = False
-) -> Folds:
+def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the cross-validation.
         config: config of every fold's run.
         folds: number of folds.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
 
     Raises:
         DataError: the data cannot be used, or has fewer patients than folds.
@@ -112,18 +109,18 @@ def deal(
     """
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     patients = patients_of(cases.values())
     count = len(set(patients.values()))
     recorded = _splits_on_record(out, cases)
     if recorded is None and count < folds:
         raise DataError(
-            f"{data}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
+            f"{data.root}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
             "Give fewer --folds, or more cases."
         )
     require_labels([case.require() for case in cases.values()], advice="Add them, or take the cases out.")
     held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
+    convention = data.decide_convention(cases, held)
     if recorded is not None and len(recorded) == folds:
         splits = recorded
     else:
@@ -143,13 +140,12 @@ def deal(
     )
 
 
-def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
+def begun(data: DataSource, out: Path) -> Folds:
     """Load the cross-validation that was started in a folder, with the files of its cases.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the cross-validation.
-        follow_links: accept symlinks that lead out of ``data``.
 
     Raises:
         DataError: the data cannot be read.
@@ -159,7 +155,7 @@ def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
     found = [split_on_record(out / SPLITS / f"fold-{fold}.json") for fold in range(len(content["folds"]))]
     return Folds(
         out=out,
-        cases={case.id: case for case in find_cases(data, follow_links=follow_links)},
+        cases=data.find_cases(),
         config=from_plain(content["config"], str(out / CROSSVAL_FILE)),
         convention=CONVENTIONS[content["labels"]],
         splits=tuple(found),

@@ -31,6 +31,7 @@ from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
+from data.datasets.source import DataSource
 
 #: Share of the total time that training and prediction take, for the progress bar.
 _FOLDS = 0.97
@@ -64,13 +65,11 @@ class CrossValidation:
 
 
 def cross_validate(
-    data: Path,
+    data: DataSource,
     out: Path,
     config: RunConfig,
     *,
     folds: int = 5,
-    labels: str | None = None,
-    follow_links: bool = False,
     devices: str | None = None,
     jobs: int | None = None,
     on_progress: OnProgress = silent,
@@ -78,12 +77,10 @@ def cross_validate(
     """Do the remaining work of a cross-validation, and write its scores and ensemble.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the cross-validation: new, empty, or holding the same one, which is then resumed.
         config: config of every fold's run.
         folds: 2 to 20; each has at least one patient.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         devices: comma-separated names; each device runs one fold at a time in a separate process.
         jobs: number of such processes on the config's device, instead of ``devices``.
         on_progress: called with the progress of the whole job.
@@ -100,10 +97,10 @@ def cross_validate(
     for device in slots:
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
-    dealt = deal(data, out, config, folds=folds, labels=labels, follow_links=follow_links)
+    dealt = deal(data, out, config, folds=folds)
     with locked(out):
         require_same(dealt)
-        work = _Work(data=data, folds=dealt, slots=slots, follow_links=follow_links, on_progress=on_progress)
+        work = _Work(data=data, folds=dealt, slots=slots, on_progress=on_progress)
         try:
             with only_warnings(__file__):
                 work.all_folds()
@@ -119,10 +116,9 @@ def cross_validate(
 class _Work:
     """The work of one process on a cross-validation."""
 
-    data: Path
+    data: DataSource
     folds: Folds
     slots: Sequence[str | None]
-    follow_links: bool
     on_progress: OnProgress
     what: str = "the first fold"
     """The current stage, for messages."""
@@ -146,17 +142,17 @@ class _Work:
                 def told(progress: Progress, fold: int = fold) -> None:
                     self._tell(fold, progress)
 
-                work_on_fold(self.data, self.folds, fold, follow_links=self.follow_links, on_progress=told)
+                work_on_fold(self.data, self.folds, fold, on_progress=told)
                 self._note_done(fold)
             return
         self.what = f"folds {', '.join(map(str, left))}"
         work_in_processes(
             [
                 FoldJob(
-                    data=str(self.data.resolve()),
+                    data=str(self.data.root.resolve()),
                     out=str(self.folds.out.resolve()),
                     fold=fold,
-                    follow_links=self.follow_links,
+                    follow_links=self.data.follow_links,
                 )
                 for fold in left
             ],

@@ -233,18 +233,20 @@ def _work(lines: Iterator[str], tell: Tell) -> None:
 def _do_job(job: FoldJob, tell: Tell) -> None:
     from app.experiments.crossval.fold import work_on_fold
     from app.experiments.crossval.folds import begun
+    from data.datasets.source import DataSource
 
     if job.needs_cuda:
         import torch
 
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Give other --devices.")
-    folds = begun(Path(job.data), Path(job.out), follow_links=job.follow_links)
+    data = DataSource(Path(job.data), follow_links=job.follow_links)
+    folds = begun(data, Path(job.out))
 
     def told(progress: Progress) -> None:
         tell({"progress": {"share": progress.share, "detail": progress.detail}})
 
-    work_on_fold(Path(job.data), folds, job.fold, follow_links=job.follow_links, on_progress=told)
+    work_on_fold(data, folds, job.fold, on_progress=told)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ class Delivery:
             OSError: ``output`` cannot be written to.
         """
         make_output(self.output)
-        inputs = {path.resolve(): case.id for case in cases for path in (*case.contrasts.values(), case.label) if path}
+        inputs = {path.resolve(): case.id for case in cases for path in case.files}
         for case in cases:
             target = self.output / f"{case.id}.nii.gz"
             if (owner := inputs.get(target.resolve())) is not None:

@@ -15,7 +15,7 @@ from app.errors import RunError
 from app.exporting import export as exporting
 from app.exporting.export import FORMATS, export_run
 from app.exporting.parity import LARGEST_DIFFERENCE, Parity, compare_outputs
-from app.exporting.places import folder_when_complete
+from app.exporting.places import export_folder_when_complete
 from app.inference.model import load_model
 from app.runs.model_card import verify
 from app.system.device import without_avx2
@@ -223,7 +223,7 @@ def whole(folder: Path) -> bool:
 
 
 def filled(out: Path, before_the_end: Callable[[], object] = lambda: None) -> None:
-    with folder_when_complete(out) as partial:
+    with export_folder_when_complete(out) as partial:
         (partial / "SHA256SUMS").write_text("sums")
         (partial / "model.bin").write_text("weights")
         before_the_end()

@@ -23,6 +23,7 @@ from app.planning.fit import fit
 from app.planning.plan import DryRun, cut_to_hours, plan_run
 from app.planning.rules import CPU_STEP_VOXELS, Hardware, TrainingPlan, plan_training, smaller_network
 from app.planning.trial import Asked, TrialReport, run_trial, told_from_json
+from data.datasets.source import DataSource
 from data.errors import DataError
 from models import patch_divisor
 
@@ -301,7 +302,7 @@ def test_an_error_names_the_settings_that_were_not_touched() -> None:
 
 
 def test_the_fingerprint_of_phantoms_is_what_they_are(phantoms: Path) -> None:
-    read = read_data_set(phantoms)
+    read = read_data_set(DataSource(phantoms))
     found = read.fingerprint
     assert (found.cases, found.with_label_map, found.patients) == (6, 6, 6)
     assert (found.labels, found.spacing_mm) == ("brats2021", (4.0, 4.0, 4.0))
@@ -316,7 +317,7 @@ def test_the_fingerprint_of_phantoms_is_what_they_are(phantoms: Path) -> None:
 def test_the_brain_box_is_the_one_that_is_prepared(phantoms: Path) -> None:
     from data.preprocess import prepare
 
-    read = read_data_set(phantoms)
+    read = read_data_set(DataSource(phantoms))
     for case_id, extent in read.fingerprint.extents.items():
         shape = prepare(read.cases[case_id]).image.shape[1:]
         assert [side * 4.0 for side in shape] == pytest.approx(list(extent.brain_mm))
@@ -329,7 +330,7 @@ def test_a_data_set_without_label_maps_cannot_be_planned_for(phantoms: Path, tmp
     for path in data.glob("*/*_seg.nii.gz"):
         path.unlink()
     with pytest.raises(DataError, match="no case has a label map"):
-        read_data_set(data)
+        read_data_set(DataSource(data))
 
 
 # The command
@@ -376,7 +377,7 @@ def test_activations_of_two_bytes_are_planned_as_such(
         return plan_training(fingerprint, hardware, *arguments, **options)
 
     monkeypatch.setattr(plan, "plan_training", recorded)
-    plan_run(phantoms, overrides=["runtime.device=cpu", f"runtime.precision={precision}"])
+    plan_run(DataSource(phantoms), overrides=["runtime.device=cpu", f"runtime.precision={precision}"])
     assert [hardware.half for hardware in given] == [half]
 
 
@@ -386,7 +387,7 @@ def test_activations_of_two_bytes_are_planned_as_such(
 @pytest.fixture(scope="module")
 def tried(phantoms: Path, tiny_settings: list[str]) -> Any:
     """The plan of a tiny network, tried out."""
-    return plan_run(phantoms, overrides=[*tiny_settings, "training.steps=50"], with_dry_run=True)
+    return plan_run(DataSource(phantoms), overrides=[*tiny_settings, "training.steps=50"], with_dry_run=True)
 
 
 @pytest.mark.slow
@@ -569,7 +570,7 @@ def fine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_of_a_run_of_50_steps_is_what_the_dry_run_foresaw(fine: Path, tmp_path: Path, shell: Call) -> None:
     sizes = ["training.patch_voxels=[64, 64, 64]", "training.batch_size=3", "runtime.device=cpu"]
     overrides = [*sizes, "training.steps=50", "training.validations=1"]
-    foreseen = plan_run(fine, overrides=overrides, with_dry_run=True)
+    foreseen = plan_run(DataSource(fine), overrides=overrides, with_dry_run=True)
     out = tmp_path / "plan.yaml"
     out.write_text(foreseen.to_yaml())
     program = (

@@ -24,6 +24,7 @@ from app.reports.report import recognise, report
 from app.reports.run import best_validation, render_run
 from data.datasets.export import export_dataset
 from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 HOSTILE = "<img src=x onerror=alert('1')>&"
@@ -85,7 +86,7 @@ def predictions(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def pages(predictions: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> CohortPages:
     """Their pages with references; tests read them and leave them as they are."""
-    return write_cohort(predictions, tmp_path_factory.mktemp("report") / "new", references=phantoms)
+    return write_cohort(predictions, tmp_path_factory.mktemp("report") / "new", references=DataSource(phantoms))
 
 
 def texts(pages: CohortPages) -> list[str]:
@@ -195,7 +196,7 @@ def test_scans_that_have_gone_are_told_and_the_page_is_there(phantoms: Path, tmp
 
 def test_images_of_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={})
-    made = write_cohort(folder, tmp_path / "out", images=phantoms)
+    made = write_cohort(folder, tmp_path / "out", images=DataSource(phantoms))
     assert all("viewer-data" in page.read_text(encoding="utf-8") for page in made.cases.values())
 
 
@@ -212,7 +213,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
     asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
     refused = znormseg(*asked)
-    assert (refused.code, "say which it is with --labels" in refused.err) == (3, True)
+    assert (refused.code, "give the right one with --labels" in refused.err) == (3, True)
     assert znormseg(*asked, "--labels", "brats2023").code == 0
     dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
     assert dice
@@ -220,7 +221,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
 
 
 def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
-    case = find_cases(export_dataset(phantoms, tmp_path / "msd", "msd").out)[0]
+    case = find_cases(export_dataset(DataSource(phantoms), tmp_path / "msd", "msd").out)[0]
     assert case.volumes["t1c"] != case.volumes["flair"]
     inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
     told = {"inputs": inputs, "input_volumes": case.volumes}
@@ -395,7 +396,7 @@ def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, zn
 
 def test_references_of_a_run_are_refused(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--references goes with predictions"):
-        report(tiny_run, tmp_path / "out", references=tmp_path)
+        report(tiny_run, tmp_path / "out", references=DataSource(tmp_path))
 
 
 def test_the_folder_itself_is_no_place_for_its_pages(tiny_run: Path) -> None:

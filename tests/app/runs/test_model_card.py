@@ -16,6 +16,7 @@ import pytest
 
 from app.errors import RunError
 from app.runs.model_card import CARD_FILE, SUMS_FILE, card, describe_model, seal, verify
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -130,7 +131,11 @@ def test_a_run_that_goes_on_has_no_sums_until_it_ends(
     from app.training import run as train
 
     monkeypatch.setattr(train, "seal", lambda folder: None)
-    train.resume(phantoms, run, load_config("laptop", [*tiny_settings, "training.steps=61", "training.validations=3"]))
+    train.resume(
+        DataSource(phantoms),
+        run,
+        load_config("laptop", [*tiny_settings, "training.steps=61", "training.validations=3"]),
+    )
     assert not (run / SUMS_FILE).exists()
 
 

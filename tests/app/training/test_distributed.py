@@ -26,6 +26,7 @@ from app.runs.folder import read_metrics
 from app.training.distributed import ALONE, Launch, World, fresh_place, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
+from data.datasets.source import DataSource
 
 ROOT = Path(__file__).parents[3]
 TOLD = {
@@ -264,22 +265,22 @@ def restarted(job: str) -> World:
 
 def test_a_restarted_job_goes_on_with_its_own_run(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     config = load_config("laptop", tiny_settings)
-    begun = start(phantoms, tmp_path / "run", config, world=World(Launch(local_rank=0, job="7")))
-    assert start(phantoms, tmp_path / "run", config, world=restarted("7")).steps == begun.steps
+    begun = start(DataSource(phantoms), tmp_path / "run", config, world=World(Launch(local_rank=0, job="7")))
+    assert start(DataSource(phantoms), tmp_path / "run", config, world=restarted("7")).steps == begun.steps
 
 
 def test_a_restarted_job_leaves_the_runs_of_others(phantoms: Path, tiny_run: Path, tiny_settings: list[str]) -> None:
     before = last_step(tiny_run)
     with pytest.raises(RunError, match="not empty"):
-        start(phantoms, tiny_run, load_config("laptop", tiny_settings), world=restarted("7"))
+        start(DataSource(phantoms), tiny_run, load_config("laptop", tiny_settings), world=restarted("7"))
     assert last_step(tiny_run) == before
 
 
 def test_a_job_that_was_not_restarted_needs_resume(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     config, world = load_config("laptop", tiny_settings), World(Launch(local_rank=0, job="7"))
-    start(phantoms, tmp_path / "run", config, world=world)
+    start(DataSource(phantoms), tmp_path / "run", config, world=world)
     with pytest.raises(RunError, match="--resume"):
-        start(phantoms, tmp_path / "run", config, world=world)
+        start(DataSource(phantoms), tmp_path / "run", config, world=world)
 
 
 def test_a_job_killed_before_its_first_checkpoint_starts_anew(
@@ -289,21 +290,21 @@ def test_a_job_killed_before_its_first_checkpoint_starts_anew(
     (run / "checkpoints").mkdir(parents=True)
     (run / ".lock").write_text("7")
     (run / "config.yaml").write_text("half")
-    assert start(phantoms, run, load_config("laptop", tiny_settings), world=restarted("7")).steps == 4
+    assert start(DataSource(phantoms), run, load_config("laptop", tiny_settings), world=restarted("7")).steps == 4
 
 
 def test_a_run_of_other_processes_goes_on_with_the_next_patch(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    start(phantoms, run, load_config("laptop", tiny_settings))
+    start(DataSource(phantoms), run, load_config("laptop", tiny_settings))
     path = run / "checkpoints" / "last-000000004.json"
     details = json.loads(path.read_text())
     assert (details["patches"], details["processes"]) == (4, 1)
     del details["json_sha256"]  # as of a version that did not keep it
     path.write_text(json.dumps({**details, "processes": 3}))
     with caplog.at_level("INFO", logger="znormseg"):
-        resume(phantoms, run)
+        resume(DataSource(phantoms), run)
     assert "world size 1, before 3" in caplog.text
 
 

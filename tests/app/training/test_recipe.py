@@ -25,6 +25,7 @@ from app.training.state import State, new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
 from app.training.trainer import Loop
+from data.datasets.source import DataSource
 from data.patches.sampler import Batch
 from models import RegionLoss
 
@@ -37,7 +38,7 @@ def train(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> Train:
     """Train a few steps of the tiny settings under a name."""
 
     def call(name: str, *settings: str, **more: Any) -> TrainResult:
-        return start(phantoms, tmp_path / name, load_config("laptop", [*tiny_settings, *settings]), **more)
+        return start(DataSource(phantoms), tmp_path / name, load_config("laptop", [*tiny_settings, *settings]), **more)
 
     return call
 
@@ -152,7 +153,7 @@ def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result
         stop_at(4, patch)
         with pytest.raises(InterruptedRunError):
             train("stopped", *settings)
-    resume(phantoms, tmp_path / "stopped")
+    resume(DataSource(phantoms), tmp_path / "stopped")
     for kind in ("last", "best"):
         assert same(tensors_of(tmp_path / "stopped", kind), tensors_of(tmp_path / "straight", kind))
     scaler = [details_of(tmp_path / name, "last")["scaler"] for name in ("stopped", "straight")]
@@ -171,7 +172,7 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one(
     outcome = train("run", *settings)
     assert (outcome.steps, outcome.best_step, outcome.stopped_early) == (8, 4, True)
     assert outcome.to_json()["stopped_early"] is True
-    again = resume(phantoms, tmp_path / "run")
+    again = resume(DataSource(phantoms), tmp_path / "run")
     assert (again.steps, again.stopped_early) == (8, True)
 
 
@@ -194,7 +195,7 @@ def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_las
     for path in (tmp_path / "run" / "checkpoints").glob("best-*"):
         path.unlink()
     for _ in range(2):
-        again = resume(phantoms, tmp_path / "run")
+        again = resume(DataSource(phantoms), tmp_path / "run")
         assert (again.steps, again.best_step, again.stopped_early) == (4, 4, True)
 
 
@@ -216,7 +217,7 @@ def test_patience_counts_on_where_the_budget_is_changed(
 ) -> None:
     score(monkeypatch, [0.1, 0.5, *repeat(0.4, 20)])
     train("run", "training.steps=8", "training.validations=4", "training.patience=3")  # two wasted
-    resume(phantoms, tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
+    resume(DataSource(phantoms), tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
     records = read_metrics(tmp_path / "run")
     assert [one["step"] for one in records if one["kind"] == "validation"] == [2, 4, 6, 8, validated]
 

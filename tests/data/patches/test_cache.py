@@ -101,8 +101,8 @@ def test_content_settings_label_and_program_each_change_the_key(
 
 def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    content = cache._content
-    monkeypatch.setattr(cache, "_content", lambda path: (hashed.append(path), content(path))[1])
+    content = cache.file_sha256
+    monkeypatch.setattr(cache, "file_sha256", lambda path: (hashed.append(path), content(path))[1])
     with shared(tmp_path / "cache") as store:
         case = case_in(tmp_path / "x")
         keys = [store.key(case, SETTINGS) for _ in range(3)]

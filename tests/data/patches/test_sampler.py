@@ -291,7 +291,7 @@ def test_a_case_without_tumour_gives_patches_all_the_same(tmp_path: Path) -> Non
 
 
 def test_without_augmentation_a_patch_is_a_piece_of_its_case(cached: list[CachedCase]) -> None:
-    image, codes, name = patches(cached, augmentation=STILL, patch_voxels=SHAPE).patch(3)
+    image, codes, name, _ = patches(cached, augmentation=STILL, patch_voxels=SHAPE).patch(3)
     case = next(case for case in cached if case.id == name)
     np.testing.assert_array_equal(image, case.image().astype(np.float32))
     np.testing.assert_array_equal(codes, case.codes())
@@ -308,7 +308,7 @@ def test_a_batch_holds_its_patches_in_turn(cached: list[CachedCase]) -> None:
     source = patches(cached, tumour_probability=1.0)
     batch = source.batch(2, 3)
     for row, number in enumerate((6, 7, 8)):
-        image, codes, name = source.patch(number)
+        image, codes, name, _ = source.patch(number)
         assert batch.cases[row] == name
         np.testing.assert_array_equal(batch.image[row].numpy(), image)
         np.testing.assert_array_equal(batch.masks[row].numpy(), to_regions(codes))

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesion_pairs import lesion_pair
 from scipy import ndimage
 
 from app.evaluation.brats import score
@@ -21,9 +22,9 @@ from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.lesions import components, counted, dilated, joined_by, joined_components, touching
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.brats.score import OfficialScores, border_dice, official_scores
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import BRATS2024, BRATS2024_PED, CAVITY, decode_tissues
-from data.phantoms.pairs import lesion_pair
 
 FOLDER = Path(__file__).parents[3] / "golden"
 GOLDEN = json.loads((FOLDER / "official_scores.json").read_text(encoding="utf-8"))
@@ -191,7 +192,8 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_numbers_are_read_by_convention_before_the_rules(sides: tuple[Path, Path]) -> None:
     rules = rules_for("brats2023", "GLI")
-    cases = evaluate_officially(*sides, rules, labels=("brats2023", None)).cases
+    predictions, references = DataSource(sides[0], labels="brats2023"), DataSource(sides[1])
+    cases = evaluate_officially(predictions, references, rules).cases
     expected = official_scores(*(decode_tissues(side, BRATS2024) for side in lesion_pair(5)), MM, rules)
     assert cases[0].regions == expected
 
@@ -216,7 +218,7 @@ def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Pat
     image = nib.nifti1.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.diag([-1.0, -1.0, 1.0, 1.0]))
     for side in sides:
         nib.loadsave.save(image, side / "BraTS2021_00002.nii.gz")
-    evaluation = evaluate_officially(*sides, rules_for("brats2024", "MEN-RT"))
+    evaluation = evaluate_officially(*map(DataSource, sides), rules_for("brats2024", "MEN-RT"))
     assert [case.case for case in evaluation.cases] == ["BraTS2021_00002"]
     assert "MEN-RT hold 0 and 1" in evaluation.failures["BraTS2021_00001"]
 

@@ -20,7 +20,8 @@ from app.experiments.comparison.split import fold_parts, read_parts
 from app.experiments.runs import differences
 from app.inference.backends.choose import choose_backend
 from app.system.device import RuntimeConfig
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 Call = Callable[..., Any]
@@ -52,7 +53,7 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     shared = [one for one in tiny_settings if not one.startswith(TAKEN)]
     told: list[str] = []
     outcome = compare(
-        phantoms,
+        DataSource(phantoms),
         out,
         plan(overrides=shared, seeds=1, steps=4, rates=["1e-3,1e-2"]),
         on_progress=lambda progress: told.append(f"{progress.share:.0%} {progress.detail} {progress.eta_seconds}"),

@@ -34,7 +34,8 @@ from app.inference.postprocess import Postprocess
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig
 from app.system.worker_process import environment_of
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -53,7 +54,7 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     from app.reports.crossval import write_crossval_page
 
     out = tmp_path_factory.mktemp("crossval") / "out"
-    write_crossval_page(cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2))
+    write_crossval_page(cross_validate(DataSource(phantoms), out, load_config("laptop", tiny_settings), folds=2))
     return out
 
 
@@ -219,7 +220,7 @@ def test_a_gpu_that_is_hidden_is_refused() -> None:
 def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patient(
     finished: Path, phantoms: Path
 ) -> None:
-    folds = begun(phantoms, finished)
+    folds = begun(DataSource(phantoms), finished)
     assert sorted(folds.fold_of()) == sorted(folds.cases)
     for case_id, fold in folds.fold_of().items():
         assert read_answer(folds.answer_file(case_id)).weights_sha256 == weights_of(finished)[fold]
@@ -230,7 +231,7 @@ def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patie
 def test_the_table_has_every_case_without_and_with_rules(finished: Path, phantoms: Path) -> None:
     with (finished / "crossval.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cases = sorted(begun(phantoms, finished).cases)
+    cases = sorted(begun(DataSource(phantoms), finished).cases)
     assert sorted(row["case"] for row in rows if row["masks"] == "raw") == cases
     assert sorted(row["case"] for row in rows if row["masks"] == "tuned") == cases
     mean = np.mean(
@@ -329,7 +330,7 @@ def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: d
 
 def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     alone = shutil.copytree(finished / "ensemble", tmp_path / "moved")
-    case = sorted(begun(phantoms, finished).cases)[0]
+    case = sorted(begun(DataSource(phantoms), finished).cases)[0]
     assert znormseg("predict", alone, phantoms / case, tmp_path / "out", "--device=cpu").code == 0
     told = read(tmp_path / "out" / f"{case}.json")
     assert [one["weights_sha256"] for one in told["ensemble"]] == weights_of(finished)
@@ -421,7 +422,7 @@ def test_other_cases_are_refused(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     data = shutil.copytree(phantoms, tmp_path / "data")
-    gone = sorted(begun(phantoms, finished).cases)[0]
+    gone = sorted(begun(DataSource(phantoms), finished).cases)[0]
     shutil.rmtree(data / gone)
     ended = znormseg("crossval", data, finished, *options)
     assert ended.code == 3
@@ -459,7 +460,7 @@ def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phan
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "splits" / "fold-1.json").write_text('{"train": ["x"]}')
     with pytest.raises(RunError, match=r"fold-1\.json: damaged"):
-        begun(phantoms, out)
+        begun(DataSource(phantoms), out)
 
 
 def test_a_folder_that_holds_something_else_is_refused(

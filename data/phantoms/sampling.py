@@ -1,4 +1,4 @@
-"""Draw a tumour's plan: its kind, size and origin."""
+"""Draw the plan of a tumour: its kind, size and origin."""
 
 from __future__ import annotations
 
@@ -8,10 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data.phantoms.anatomy import Head, rotation, template_points
-from data.phantoms.fields import Field
-from data.phantoms.grids import GROWTH_SPACING_MM, PhantomGrid
-from data.phantoms.plan import Focus, TumourPlan
+from data.phantoms.anatomy import Focus, Head, TumourPlan, rotation, template_points
+from data.phantoms.grids import GROWTH_SPACING_MM, Field, PhantomGrid
 from data.phantoms.template import load_anatomy, load_landmarks
 
 
