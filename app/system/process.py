@@ -72,6 +72,16 @@ def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
     return str(max(1, granted_processors() // processes))
 
 
+def how_it_ended(status: int) -> str:
+    """Describe the exit status of a process in words.
+
+    Example:
+        >>> how_it_ended(-9)
+        'was ended by SIGKILL'
+    """
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+
+
 def give_back_freed_memory() -> bool:
     """Return freed memory to the system, so that it does not add to the next peak.
 

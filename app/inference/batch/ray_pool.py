@@ -28,7 +28,7 @@ from app.inference.batch.pipeline import InThisProcess
 from app.progress import LOG
 from app.system.device import versions
 from app.system.resources import cores
-from app.system.worker_process import error_of, name_of
+from app.system.worker_pool import error_name, error_of
 from data.datasets.layouts import Case
 
 #: Maximum attempts before a case that keeps killing its worker is reported as failed.
@@ -231,7 +231,7 @@ def do_case(job: str, case: str) -> dict[str, Any]:
             engine.one(one, told)
         answer |= {"content": told.outcome.content, "message": told.outcome.message, "device": engine.worker.device}
     except Exception as error:
-        answer |= {"error": name_of(error), "message": message(error)}
+        answer |= {"error": error_name(error), "message": message(error)}
     finally:
         LOG.removeHandler(told)
     return {**answer, "logs": told.lines}

@@ -8,7 +8,7 @@ import pytest
 
 from app.system import process
 from app.system.process import share_processors
-from app.system.worker_process import environment_of
+from app.system.worker_pool import worker_environment
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
 
@@ -52,7 +52,7 @@ def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_thr
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
-    assert environment_of(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
+    assert worker_environment(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
 
 
 PAGES = """
