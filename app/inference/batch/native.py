@@ -21,7 +21,7 @@ from app.inference.batch.predict import asked_for, finish, place_for, unusual_co
 from app.inference.confidence import Companion, ShareSteps, Trust, companions, measure_confidence, nested
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
-from app.inference.probabilities import ladder_for, on_canonical_grid, predict_answer
+from app.inference.probabilities import fallback_for, on_canonical_grid, predict_answer
 from app.progress import LOG, OnProgress, silent
 from app.system.device import Runtime
 from data.datasets.layouts import Case, find_cases, misnamed_files
@@ -226,8 +226,8 @@ def answer_for(
         (case,) = find_cases(Path(folder))
         prepared = prepare(case, spacing_mm=model.spacing_mm)
     # The case was written in canonical voxel order, so the answer is in that order too.
-    ladder = ladder_for(options)
-    answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
+    fallback = fallback_for(options)
+    answer = predict_answer(model, prepared, runtime, options=options, fallback=fallback)
     on_step(f"{native.id}: back to the grid of {space}")
     target = grid_of(native.images[space])
 
@@ -269,5 +269,5 @@ def answer_for(
         },
         trust=trust,
         flags=flags_of(facts),
-        ladder=tuple(ladder.said),
+        ladder=tuple(fallback.sentences),
     )

@@ -20,7 +20,7 @@ from app.inference.batch.pipeline import InThisProcess, Steps, most_voxels_ahead
 from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
-from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
+from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
 from app.notice import NOTICE
 from app.progress import LOG, OnProgress, silent
 from app.runs.training_record import TrainingRecord
@@ -150,10 +150,10 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
     """
     began = time.monotonic()
     prepared, options = given.prepared, given.options
-    ladder = ladder_for(options)
+    fallback = fallback_for(options)
     give_back_freed_memory()
     try:
-        answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
+        answer = predict_answer(model, prepared, runtime, options=options, fallback=fallback)
     except DataError as error:
         raise DataError(f"case {given.case.id}: {error}") from error
     if options.uncertainty and answer.disagreement is None:
@@ -191,7 +191,7 @@ def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> Com
         options=given.options,
         zeroed=given.prepared.zeroed,
         missing=missing,
-        ladder=tuple(ladder.said),
+        ladder=tuple(fallback.sentences),
         seconds={"read": given.seconds, "compute": time.monotonic() - began},
     )
 
