@@ -141,16 +141,7 @@ def parse_config(
         content[section] = {**(content.get(section) or {}), **values}
     for override in overrides:
         _apply(content, override)
-    return _validate(content, origin)
-
-
-def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
-    """Return the config from the output of :func:`to_plain`.
-
-    Raises:
-        ConfigError: as :func:`load_config`.
-    """
-    return _validate(content, origin)
+    return from_plain(content, origin)
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -249,7 +240,12 @@ def _apply(content: dict[str, Any], override: str) -> None:
         place[budget[path[-1]]] = None
 
 
-def _validate(content: dict[str, Any], origin: str) -> RunConfig:
+def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
+    """Return the config from the output of :func:`to_plain`; ``origin`` is its name in messages.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
     try:
         text = json.dumps({"run": content}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

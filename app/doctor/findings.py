@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from app.doctor.probe import Gpu, Package, Place, Probe
 from app.system.device import TENSOR_CORES
@@ -34,10 +34,6 @@ class DoctorFinding:
     found: str
     remedy: str = ""
     """What to do; empty if nothing needs to be done."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return asdict(self)
 
 
 def examine(probe: Probe) -> list[DoctorFinding]:

@@ -35,10 +35,6 @@ class Flag:
     """One of :data:`CODES`; codes are stable, sentences may change."""
     sentence: str
 
-    def to_json(self) -> dict[str, str]:
-        """Plain data."""
-        return {"code": self.code, "sentence": self.sentence}
-
 
 #: Every code and its meaning.
 CODES: Final[Mapping[str, str]] = {

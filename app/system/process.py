@@ -91,12 +91,7 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether any memory was returned.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
-    except (OSError, AttributeError):
-        return False
+    return _call_glibc("malloc_trim", 0)
 
 
 def give_back_large_blocks() -> bool:
@@ -108,12 +103,7 @@ def give_back_large_blocks() -> bool:
     Returns:
         Whether the setting was accepted.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 128 << 10))
-    except (OSError, AttributeError):
-        return False
+    return _call_glibc("mallopt", _M_MMAP_THRESHOLD, 128 << 10)
 
 
 def keep_freed_memory() -> bool:
@@ -125,12 +115,17 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the setting was accepted.
     """
+    # A block above the mmap threshold is mapped separately and zeroed by the system each time; free memory at the end
+    # of the heap is kept up to the trim threshold.
+    large = _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 30)
+    return large and _call_glibc("mallopt", _M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def _call_glibc(function: str, *arguments: int) -> bool:
+    """Call a function of glibc; False if it returns 0, or the C library is another one."""
     if not sys.platform.startswith("linux"):
         return False
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(getattr(ctypes.CDLL("libc.so.6"), function)(*arguments))
     except (OSError, AttributeError):
         return False
-    # A block above the mmap threshold is mapped separately and zeroed by the system each time; free memory at the end
-    # of the heap is kept up to the trim threshold.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))

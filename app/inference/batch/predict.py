@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -290,7 +290,7 @@ def finish(  # noqa: PLR0913 - each goes into the file
         "files": {name: str(companion_path(case, name, output)) if name in companions else None for name in COMPANIONS},
         "volumes_ml": {region: round(ml, 3) for region, ml in zip(REGIONS, volumes, strict=True)},
         **trust.to_json(),
-        "flags": [flag.to_json() for flag in flags],
+        "flags": [asdict(flag) for flag in flags],
         "labels": {
             "convention": convention.name,
             "necrosis": convention.necrosis,
