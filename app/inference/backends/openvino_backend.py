@@ -82,11 +82,6 @@ class CompiledNetwork:
         return found
 
 
-def openvino_version() -> str:
-    """Version of OpenVINO, such as ``2025.3.0``."""
-    return str(ov.__version__).partition("-")[0]
-
-
 def _node(operation: Operation, values: list[Any], weights: dict[str, Array]) -> Any:  # noqa: PLR0911
     x = values[0]
     settings: Mapping[str, Any] = operation.settings

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from pydantic import TypeAdapter
 
 from app.config.inference import DEFAULTS, PredictOptions, options_from_plain, options_to_plain
 from app.inference.backends.choose import Backend, choose_backend
@@ -22,6 +24,9 @@ from data.labels import Contrast
 
 if TYPE_CHECKING:
     from data.native_space.to_brats import BringInConfig
+
+#: Converts cases to plain data that JSON can hold, and back.
+CASE: Final = TypeAdapter(Case)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +62,10 @@ class PredictJob:
     def to_plain(self) -> dict[str, Any]:
         """Plain data that JSON can hold."""
         return {
+            **vars(self),
             "run": str(self.run),
             "output": str(self.output),
-            "device": self.device,
-            "backend": self.backend,
-            "precision": self.precision,
             "options": options_to_plain(self.options),
-            "postprocess": self.postprocess,
             "native": None if self.native is None else asdict(self.native),
         }
 
@@ -121,36 +123,11 @@ def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
 
         native = Native(config=BringInConfig(**content["native"]["config"]), space=content["native"]["space"])
     return PredictJob(
-        run=Path(content["run"]),
-        output=Path(content["output"]),
-        device=content["device"],
-        backend=content["backend"],
-        precision=content["precision"],
-        options=options_from_plain(content["options"]),
-        postprocess=content["postprocess"],
-        native=native,
-    )
-
-
-def case_to_plain(case: Case) -> dict[str, Any]:
-    """A case as plain data that JSON can hold."""
-    return {
-        **vars(case),
-        "folder": str(case.folder),
-        "contrasts": {contrast: str(path) for contrast, path in case.contrasts.items()},
-        "label": None if case.label is None else str(case.label),
-    }
-
-
-def case_from_plain(content: Mapping[str, Any]) -> Case:
-    """Inverse of :func:`case_to_plain`."""
-    return Case(
         **{
             **content,
-            "folder": Path(content["folder"]),
-            "contrasts": {contrast: Path(path) for contrast, path in content["contrasts"].items()},
-            "label": None if content["label"] is None else Path(content["label"]),
-            "problems": tuple(content["problems"]),
-            "unrecognised": tuple(content["unrecognised"]),
+            "run": Path(content["run"]),
+            "output": Path(content["output"]),
+            "options": options_from_plain(content["options"]),
+            "native": native,
         }
     )

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from app.errors import ConfigError, DeviceError
 from app.inference.batch.cohort import CaseObserver
-from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
 from app.system.worker_pool import Attempt, Send, TaskQueue, WorkerPool, be_worker, device_names, last_output
@@ -89,7 +89,7 @@ class InProcesses:
             WorkerPool(
                 module="app.inference.batch.process_pool",
                 job=job,
-                tasks={case.id: case_to_plain(case) for case in cases},
+                tasks={case.id: CASE.dump_python(case, mode="json") for case in cases},
                 devices=self.devices,
                 logs=Path(logs),
                 on_progress=observer.begun,
@@ -120,7 +120,7 @@ def _work(given: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
     model, runtime = job.load()
     engine = job.engine(model, runtime, worker=given["name"], device=given["device"])
     send({"ready": runtime.device_name})
-    cases = (case_from_plain(content) for _, content in iter(tasks.get, None))
+    cases = (CASE.validate_python(content) for _, content in iter(tasks.get, None))
     with at_work(job.output):
         engine.work(cases, _Reporter(send), stop_cases=lambda: tasks.put(None))
 

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from app.errors import ConfigError, DeviceError, message
 from app.inference.batch.cohort import CaseObserver
-from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.batch.output_folder import at_work
 from app.inference.batch.pipeline import InThisProcess
@@ -75,7 +75,9 @@ class OnRay:
             task = ray.remote(do_case).options(
                 **resources, max_retries=MAX_ATTEMPTS - 1, retry_exceptions=False, scheduling_strategy="SPREAD"
             )
-            pending = {task.remote(words, json.dumps(case_to_plain(_absolute(case)))): case for case in cases}
+            pending = {
+                task.remote(words, json.dumps(CASE.dump_python(_absolute(case), mode="json"))): case for case in cases
+            }
             try:
                 self._collect(ray, pending, observer)
             except BaseException:
@@ -212,7 +214,7 @@ def do_case(job: str, case: str) -> dict[str, Any]:
 
     Args:
         job: as JSON of :meth:`app.inference.batch.job.PredictJob.to_plain`.
-        case: as JSON of :func:`app.inference.batch.job.case_to_plain`.
+        case: as JSON of :data:`app.inference.batch.job.CASE`.
 
     Returns:
         plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of an error that stops all
@@ -226,7 +228,7 @@ def do_case(job: str, case: str) -> dict[str, Any]:
     try:
         engine = _engine(job)
         with at_work(engine.output):
-            engine.one(case_from_plain(json.loads(case)), recorder)
+            engine.one(CASE.validate_python(json.loads(case)), recorder)
         answer |= {
             "content": recorder.outcome.content,
             "message": recorder.outcome.message,
