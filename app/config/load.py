@@ -195,14 +195,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not read, found *{self.peek_event().anchor}; write the value out")  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"aliases are not supported, found *{self.peek_event().anchor}; write out the value")  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} stands there twice, line {node.start_mark.line + 1} and on")
+                raise yaml.YAMLError(f"{key} appears twice, from line {node.start_mark.line + 1} on")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -249,7 +249,7 @@ def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
     try:
         text = json.dumps({"run": content}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: holds a value that is no number, text, list or mapping ({error})") from error
+        raise ConfigError(f"{origin}: contains a value other than a number, text, list or mapping ({error})") from error
     try:
         return _Document.model_validate_json(text).run
     except ValidationError as error:

@@ -34,7 +34,7 @@ VERSION: Final = 1
 _SHARED: Final = ("plain_config", "takes_missing_contrasts", "spacing_mm", "convention")
 #: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
-_ANEW: Final = "Put the folder back from a copy, or delete it and give the znormseg crossval command again."
+_ANEW: Final = "Restore the folder from a copy, or delete it and give the znormseg crossval command again."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +97,8 @@ def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) 
         if (inner / ENSEMBLE_FILE).exists():
             raise RunError(f"{folder}: a cross-validation, not a run. Give its ensemble, {inner}, or one of its folds.")
         raise RunError(
-            f"{folder}: a cross-validation that is not done, so there is no ensemble yet. Go on with the command that "
-            "began it: znormseg crossval"
+            f"{folder}: a cross-validation that has not finished, so there is no ensemble yet. Resume it with the "
+            "znormseg crossval command that started it."
         )
     return load_model(folder, runtime)
 
@@ -161,8 +161,7 @@ def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
         raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
     if model.sha256 != sha256:
         raise RunError(
-            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
-            f"{_ANEW}"
+            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 differs. {_ANEW}"
         )
     return model
 
@@ -183,4 +182,4 @@ def _require_alike(folder: Path, first: Mapping[str, Any], other: Mapping[str, A
         what = "augment.contrast_dropout above 0 and 0"
     else:
         return
-    raise RunError(f"{folder}: networks that do not go together: {what}. {_ANEW}")
+    raise RunError(f"{folder}: networks that cannot be combined: {what}. {_ANEW}")

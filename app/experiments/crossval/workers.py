@@ -40,7 +40,7 @@ def fold_devices(devices: str | None, jobs: int | None, *, config_device: str) -
         return default_devices(1 if jobs is None else jobs, option="--jobs")
     names = device_names(devices)
     if not names:
-        raise ConfigError(f"--devices takes cpu, cuda and cuda:N with commas between, got {devices!r}")
+        raise ConfigError(f"--devices takes cpu, cuda and cuda:N, separated by commas, got {devices!r}")
     if config_device != "auto":
         raise ConfigError(
             f"--devices {devices} cannot be combined with runtime.device: {config_device}. Leave one of them out."

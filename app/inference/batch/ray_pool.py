@@ -96,7 +96,7 @@ class OnRay:
                     answer = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    text = f"case {case.id}: its workers were lost, {MAX_ATTEMPTS} times at most: {first}"
+                    text = f"case {case.id}: its workers were lost in up to {MAX_ATTEMPTS} attempts: {first}"
                     observer.ended(Outcome(case=case.id, message=text, attempts=None))
                     continue
                 for level, line in answer["logs"]:

@@ -264,5 +264,5 @@ def test_networks_of_different_spacings_are_refused(tiny_run: Path, tmp_path: Pa
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
     details = max(ensemble.glob("fold-1/checkpoints/*.json"))
     changed(details, spacing_mm=[1.0, 4.0, 4.0])
-    with pytest.raises(RunError, match="networks that do not go together: spacing"):
+    with pytest.raises(RunError, match="networks that cannot be combined: spacing"):
         load_predictor(ensemble, RUNTIME)
