@@ -116,11 +116,8 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     """
     if not run.is_dir():
         raise RunError(f"{run}: {'not a folder' if run.exists() else 'does not exist'}; give the folder of a run")
-    checkpoint: Saved[Any] | None
-    if runtime.backend == "openvino":
-        checkpoint = load_newest_arrays(run / "checkpoints", "best")
-    else:
-        checkpoint = load_newest(run / "checkpoints", "best")
+    load = load_newest_arrays if runtime.backend == "openvino" else load_newest
+    checkpoint: Saved[Any] | None = load(run / "checkpoints", "best")
     if checkpoint is None:
         if not (run / "config.yaml").exists():
             raise RunError(

@@ -94,19 +94,13 @@ class Postprocess:
 
     def sentence(self) -> str:
         """Describe the rules that are not at their defaults, in words."""
-        said = [
-            f"{region} above {threshold:g}"
-            for region, threshold in zip(REGIONS, self.thresholds, strict=True)
-            if threshold != 0.5
-        ]
-        said += [
-            f"{region} components of {volume:g} mm3 or more"
-            for region, volume in zip(REGIONS, self.smallest_mm3, strict=True)
-            if volume
-        ]
+        cuts = zip(REGIONS, self.thresholds, strict=True)
+        sizes = zip(REGIONS, self.smallest_mm3, strict=True)
+        parts = [f"{region} above {threshold:g}" for region, threshold in cuts if threshold != 0.5]
+        parts += [f"{region} components of {volume:g} mm3 or more" for region, volume in sizes if volume]
         if self.least_enhancing_mm3:
-            said.append(f"enhancing tumour below {self.least_enhancing_mm3:g} mm3 is necrosis")
-        return "; ".join(said) or "none: probabilities are cut at one half"
+            parts.append(f"enhancing tumour below {self.least_enhancing_mm3:g} mm3 is necrosis")
+        return "; ".join(parts) or "none: probabilities are cut at one half"
 
 
 def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from app.system.resources import cores, processor_quota
@@ -20,14 +19,8 @@ _LARGEST_INT: Final = 2**31 - 1
 _THREADS: Final = "OMP_NUM_THREADS"
 
 
-@dataclass
-class _Set:
-    """Environment variables that this process set itself, as opposed to the user."""
-
-    threads: str | None = None
-
-
-_SET: Final = _Set()
+#: Environment variables that this process set itself, as opposed to the user.
+_SET: Final[dict[str, str]] = {}
 
 
 def granted_processors() -> int:
@@ -56,7 +49,7 @@ def share_processors() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     granted = granted_processors()
     if granted < cores() and _THREADS not in os.environ:
-        os.environ[_THREADS] = _SET.threads = str(granted)
+        os.environ[_THREADS] = _SET[_THREADS] = str(granted)
 
 
 def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
@@ -67,7 +60,7 @@ def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
         given: environment of this process.
     """
     asked = given.get(_THREADS)
-    if asked is not None and asked != _SET.threads:
+    if asked is not None and asked != _SET.get(_THREADS):
         return asked
     return str(max(1, granted_processors() // processes))
 
