@@ -115,7 +115,9 @@ def _of_the_system(error: OSError) -> str:
 def first_problem(error: ValidationError) -> str:
     """Return the first problem that pydantic found, in one line: the place in the data, and what is wrong with it."""
     problem = error.errors()[0]
-    return f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].removeprefix('Value error, ')}"
+    given = f", got {problem['input']!r}" if isinstance(problem["input"], str | int | float | None) else ""
+    place = ".".join(map(str, problem["loc"]))
+    return ": ".join(filter(None, (place, problem["msg"].removeprefix("Value error, ") + given)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
