@@ -76,7 +76,7 @@ def work_in_processes(
     """
     tasks = {f"fold {fold}": fold for fold in folds}
 
-    def job(worker: str, device: str | None) -> dict[str, Any]:  # noqa: ARG001 - as WorkerPool calls it
+    def job(_: str, device: str | None) -> dict[str, Any]:
         needs_cuda = (device or "").startswith("cuda")
         place = {"data": str(data.resolve()), "out": str(out.resolve())}
         return {**place, "follow_links": follow_links, "needs_cuda": needs_cuda}
