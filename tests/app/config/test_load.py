@@ -255,7 +255,7 @@ def test_an_alias_is_refused_as_a_few_lines_of_them_fill_the_memory() -> None:
 
 
 def test_a_date_is_refused_as_no_plain_value() -> None:
-    assert "no number, text, list or mapping" in refusal("training: {steps: 2020-01-01}")
+    assert "a value other than a number, text, list or mapping" in refusal("training: {steps: 2020-01-01}")
 
 
 def test_a_config_that_does_not_exist_is_refused_with_its_path(tmp_path: Path) -> None:

@@ -170,7 +170,7 @@ def test_a_run_has_no_rules_to_tell(tiny_run: Path) -> None:
 
 def test_the_folder_of_a_cross_validation_points_to_its_ensemble(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / CROSSVAL_FILE).write_text("{}")
-    with pytest.raises(RunError, match="a cross-validation that is not done"):
+    with pytest.raises(RunError, match="a cross-validation that has not finished"):
         load_predictor(tmp_path, RUNTIME)
     packed(tmp_path / "ensemble", tiny_run)
     with pytest.raises(RunError, match=f"Give its ensemble, {tmp_path / 'ensemble'}"):
