@@ -17,7 +17,7 @@ import numpy.typing as npt
 from scipy.special import entr
 
 from app.config.inference import PredictOptions
-from app.inference.postprocess import Masks, components
+from app.inference.postprocess import Masks, connected_components
 from data.labels import REGIONS, Region
 from data.nifti import SHARE_STEPS, Spacing
 
@@ -169,7 +169,7 @@ def measure_confidence(
         volumes[region] = int(np.count_nonzero(mask)) * voxel_ml
         confidence[region] = float(share[mask].mean(dtype=np.float64)) + 0.5 if mask.any() else None
         soft[region] = float((share + np.float32(0.5)).sum(dtype=np.float64)) * voxel_ml
-        sizes[region] = components(mask)[2][1:] if mask.any() else np.zeros(0, dtype=int)
+        sizes[region] = connected_components(mask)[2][1:] if mask.any() else np.zeros(0, dtype=int)
     whole = sizes["WT"]
     return Trust(
         volumes_ml=volumes,

@@ -122,7 +122,7 @@ def by_region(numbers: Mapping[Any, Any]) -> ByRegion:
     return whole, core, enhancing
 
 
-def components(mask: Masks) -> tuple[Box, npt.NDArray[Any], npt.NDArray[np.int_]]:
+def connected_components(mask: Masks) -> tuple[Box, npt.NDArray[Any], npt.NDArray[np.int_]]:
     """Number the 26-connected components of a mask: voxels that share a face, an edge or a corner belong together.
 
     Returns:
@@ -147,7 +147,7 @@ def without_small_components(mask: Masks, least_voxels: float) -> Masks:
     """
     if least_voxels * (1 - _TOLERANCE) <= 1 or not mask.any():
         return mask
-    box, numbers, sizes = components(mask)
+    box, numbers, sizes = connected_components(mask)
     stays = sizes >= least_voxels * (1 - _TOLERANCE)
     stays[0] = False
     kept = np.zeros_like(mask)

@@ -91,7 +91,7 @@ def worker_environment(device: str | None, workers: int, *, given: dict[str, str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attempt:
+class TaskAttempt:
     """An attempt at a task."""
 
     task: str
@@ -119,9 +119,9 @@ class WorkerPool:
     """Folder for the stderr of the workers."""
     on_progress: Callable[[str, Any], None]
     """Called with a task's id and the progress that its worker reports."""
-    on_done: Callable[[Attempt, Any], None]
+    on_done: Callable[[TaskAttempt, Any], None]
     """Called with the result of a task."""
-    on_lost: Callable[[Attempt, str, Path], None]
+    on_lost: Callable[[TaskAttempt, str, Path], None]
     """Called after the last attempt at a task whose worker died, with how it ended and the worker's stderr."""
     max_attempts: int = 1
     reuse: bool = False
@@ -209,9 +209,9 @@ class WorkerPool:
         for one in self._slots:
             self._hand_out(one)
 
-    def _attempt(self, slot: _Slot, task: str) -> Attempt:
+    def _attempt(self, slot: _Slot, task: str) -> TaskAttempt:
         device = slot.device or slot.reported_device or "unknown"
-        return Attempt(task=task, number=self._attempts[task], worker=slot.name, device=device)
+        return TaskAttempt(task=task, number=self._attempts[task], worker=slot.name, device=device)
 
     def _replace(self, slot: _Slot, how: str) -> None:
         """Handle a worker that ended while tasks were left."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from app.errors import ConfigError, DeviceError
 from app.progress import Progress
-from app.system.worker_pool import Attempt, Send, TaskQueue, WorkerPool, be_worker, default_devices, device_names
+from app.system.worker_pool import TaskAttempt, Send, TaskQueue, WorkerPool, be_worker, default_devices, device_names
 
 
 def fold_devices(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:
@@ -81,7 +81,7 @@ def work_in_processes(
         place = {"data": str(data.resolve()), "out": str(out.resolve())}
         return {**place, "follow_links": follow_links, "needs_cuda": needs_cuda}
 
-    def lost(attempt: Attempt, how: str, log: Path) -> None:
+    def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
         raise OSError(
             f"{attempt.task}: its process {how} without reporting an error; see {log}. Give the same command again to "
             "resume."

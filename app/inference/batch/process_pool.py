@@ -17,7 +17,7 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
-from app.system.worker_pool import Attempt, Send, TaskQueue, WorkerPool, be_worker, device_names, last_output
+from app.system.worker_pool import TaskAttempt, Send, TaskQueue, WorkerPool, be_worker, device_names, last_output
 from data.datasets.layouts import Case
 
 #: Maximum attempts before a case that keeps killing its worker is reported as failed.
@@ -77,11 +77,11 @@ class InProcesses:
             kind = "cpu" if device == "cpu" else "cuda" if device else self.job.device
             return {"job": replace(self.job, device=kind).to_plain(), "name": worker, "device": device}
 
-        def done(attempt: Attempt, result: dict[str, Any]) -> None:
+        def done(attempt: TaskAttempt, result: dict[str, Any]) -> None:
             worker = this_worker(attempt.device, attempt.worker)
             observer.ended(Outcome(case=attempt.task, **result, worker=worker, attempts=attempt.number))
 
-        def lost(attempt: Attempt, how: str, log: Path) -> None:
+        def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
             text = f"case {attempt.task}: its process {how}, {attempt.number} times. {last_output(log)}".rstrip()
             done(attempt, {"message": text})
 
