@@ -13,7 +13,7 @@ from typing import Any
 
 from app.errors import ConfigError, DeviceError
 from app.progress import Progress
-from app.system.worker_pool import TaskAttempt, Send, TaskQueue, WorkerPool, be_worker, default_devices, device_names
+from app.system.worker_pool import Send, TaskAttempt, TaskQueue, WorkerPool, be_worker, default_devices, device_names
 
 
 def fold_devices(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:

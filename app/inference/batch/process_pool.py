@@ -17,7 +17,7 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
-from app.system.worker_pool import TaskAttempt, Send, TaskQueue, WorkerPool, be_worker, device_names, last_output
+from app.system.worker_pool import Send, TaskAttempt, TaskQueue, WorkerPool, be_worker, device_names, last_output
 from data.datasets.layouts import Case
 
 #: Maximum attempts before a case that keeps killing its worker is reported as failed.
