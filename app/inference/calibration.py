@@ -100,20 +100,20 @@ class Calibration:
             volumes_ml: of the label map, by region in the order of :data:`data.labels.REGIONS`.
             complete: whether all contrasts were present, as in the cases that the errors were measured on.
         """
-        why = self.why_no_interval
-        if self.volume is not None and not complete:
-            why = "contrasts are missing, and the errors are known of complete cases alone"
-        intervals = None
+        why, intervals, level = self.why_no_interval, None, None
         if self.volume is not None and complete:
             found = [self.volume.interval_ml(number, ml) for number, ml in enumerate(volumes_ml)]
             intervals = {region: [round(ml, 3) for ml in pair] for region, pair in zip(REGIONS, found, strict=True)}
+            level = self.volume.level
+        elif self.volume is not None:
+            why = "contrasts are missing, and the errors are known of complete cases alone"
         return {
             "calibration": {
                 "state": "not calibrated" if self.temperature is None else "calibrated",
                 "temperature": None if self.temperature is None else dict(zip(REGIONS, self.temperature, strict=True)),
             },
             "volume_interval_ml": intervals,
-            "volume_interval_level": None if intervals is None or self.volume is None else self.volume.level,
+            "volume_interval_level": level,
             "volume_interval_note": why,
         }
 

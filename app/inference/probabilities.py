@@ -181,21 +181,16 @@ def _answers(
 
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
     """Mirror the image of a prepared case, and the volume that contains its box."""
-    return replace(
-        prepared,
-        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
-        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
-        box=_mirrored_box(prepared, axes),
-    )
-
-
-def _mirrored_box(prepared: Prepared, axes: tuple[int, ...]) -> tuple[slice, slice, slice]:
-    """Place of the box in the mirrored volume."""
     x, y, z = (
         slice(side - part.stop, side - part.start) if axis in axes else part
         for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
     )
-    return (x, y, z)
+    return replace(
+        prepared,
+        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
+        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
+        box=(x, y, z),
+    )
 
 
 def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
