@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -34,7 +35,7 @@ def doctor(
     findings = examine(probe(folders or ()))
     healthy = all(finding.level != "problem" for finding in findings)
     if as_json:
-        terminal.json_result({"ok": healthy, "findings": [finding.to_json() for finding in findings]})
+        terminal.json_result({"ok": healthy, "findings": [asdict(finding) for finding in findings]})
     else:
         for finding in findings:
             terminal.result(f"{finding.level:<8} {finding.topic}: {finding.found}")

@@ -23,7 +23,7 @@ from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
 from app.experiments.crossval.tune import Scores, Tuning, tune
-from app.experiments.crossval.workers import FoldJob, fold_slots, work_in_processes
+from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import backends_sentence, count_backends, has_begun, json_object, only_warnings, require_place
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
@@ -93,7 +93,7 @@ def cross_validate(
         OSError: the machine failed, such as a full disk or a killed worker process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    slots = fold_slots(devices, jobs, config_device=config.runtime.device)
+    slots = fold_devices(devices, jobs, config_device=config.runtime.device)
     for device in slots:
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
@@ -147,17 +147,11 @@ class _Work:
             return
         self.what = f"folds {', '.join(map(str, left))}"
         work_in_processes(
-            [
-                FoldJob(
-                    data=str(self.data.root.resolve()),
-                    out=str(self.folds.out.resolve()),
-                    fold=fold,
-                    follow_links=self.data.follow_links,
-                )
-                for fold in left
-            ],
-            self.slots[: len(left)],
-            logs=self.folds.out / "logs",
+            self.data.root,
+            self.folds.out,
+            left,
+            self.slots,
+            follow_links=self.data.follow_links,
             on_progress=self._tell,
             on_done=self._note_done,
         )
