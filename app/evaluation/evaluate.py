@@ -16,6 +16,7 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 
+from app import NOTICE
 from app.errors import message
 from app.evaluation.metrics import (
     DICE_DEFINITION,
@@ -28,7 +29,6 @@ from app.evaluation.metrics import (
 )
 from app.evaluation.reliability import DEFINITION as RELIABILITY_DEFINITION
 from app.evaluation.reliability import ENDING, Reliability, case_reliability, pooled, read_probabilities
-from app.notice import NOTICE
 from app.progress import LOG
 from data.datasets.layouts import Case, decide_for
 from data.datasets.source import DataSource

@@ -18,11 +18,11 @@ from typing import Any, Final
 import numpy as np
 import torch
 
+from app import NOTICE
 from app.errors import RunError
 from app.exporting.parity import Answer, Floats
 from app.inference.model import Model
 from app.runs.folder import write_durably, write_json
-from app.runs.model_card import NOTICE
 from data.labels import CONTRASTS, REGIONS
 from data.preprocess import SPACING_TOLERANCE
 from models import NetworkConfig

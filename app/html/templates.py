@@ -10,7 +10,7 @@ from typing import Final
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined
 
-from app.notice import NOTICE
+from app import NOTICE
 
 # A page may load nothing from outside, whatever its text contains.
 _POLICY: Final = "default-src 'none'; img-src data:; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'"

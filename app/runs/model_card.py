@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from app import NOTICE
 from app.errors import RunError
 from app.runs.folder import read_json, write_durably, write_json
 from data.files import file_sha256
@@ -24,7 +25,6 @@ from data.filesystem import why
 CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
-NOTICE: Final = "Research use only; not a medical device."
 #: Licence statement on the card of a network trained by this program.
 LICENCE: Final = (
     "not stated. The program is Apache-2.0; of the weights whoever trained them decides, within the terms of the "

@@ -894,8 +894,8 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
             )
         ],
-        "`evaluate --contrast-subsets`: no labelled case that the run has not trained on": [
-            Shown(command="znormseg evaluate RUN DATA --contrast-subsets", code=3)
+        "`contrasts`: no labelled case that the run has not trained on": [
+            Shown(command="znormseg contrasts RUN DATA", code=3)
         ],
     },
     "DICOM": {
@@ -1260,8 +1260,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 small=True,
             )
         ],
-        "weights whose file and config disagree on missing contrasts; `evaluate --contrast-subsets` with a run that "
-        "needs all": [
+        "weights whose file and config disagree on missing contrasts; `contrasts` with a run that needs all": [
             Shown(
                 title="they disagree",
                 command=PREDICT,
@@ -1270,7 +1269,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                     Path("RUN").absolute()
                 ),
             ),
-            Shown(title="subsets", command="znormseg evaluate RUN DATA --contrast-subsets --cases all", code=5),
+            Shown(title="subsets", command="znormseg contrasts RUN DATA --cases all", code=5),
         ],
         "RUN in use by another process, not empty, nothing to resume": [
             Shown(title="in use", command="znormseg train DATA RUN --resume", code=5, prepare=in_use),

@@ -271,7 +271,7 @@ def assert_said_and_left_well(scene: Scene, ended: Any, fault: Failing, before: 
     about = f"{fault.call} {name} -> {ended.code}\n{ended.err}\n{ended.out[-3000:]}"
     assert ended.code in {0, 3, 5, 6, 7}, about
     assert "Traceback" not in ended.err, about
-    assert "fault of this program" not in ended.err, about
+    assert "internal error" not in ended.err, about
     for line in lines_about(fault, ended) if ended.code else ():
         assert str(scene.place) in line, about
         assert re.search("cannot be|another process|[Nn]o such file|none are there|does not exist", line), about

@@ -260,7 +260,10 @@ GUARDS: dict[str, Guard] = {
         "data/datasets/test_descriptions.py::test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem",
     ),
     "a label map on another grid": Guard(
-        PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
+        PREPARE,
+        '    _require_same_grid(case.id, canonical, label, "the label map", case.reference)\n',
+        "",
+        f"{LABEL}[another grid]",
     ),
     "a label map of fractions": Guard(NIFTI, "    if off.any():", "    if False:", f"{LABEL}[fractions]"),
     "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),

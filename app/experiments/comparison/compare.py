@@ -9,11 +9,11 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from app import NOTICE
 from app.evaluation.metrics import DICE_DEFINITION
 from app.experiments.comparison.analysis import Analysis, Records, analyse
 from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results, make_runs
-from app.notice import NOTICE
 from app.progress import OnProgress, silent
 from app.runs.folder import read_metrics, write_json
 from app.system.device import machine, versions

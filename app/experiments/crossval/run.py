@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from app import NOTICE
 from app.config.load import RunConfig
 from app.errors import InterruptedRunError, RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
@@ -27,7 +28,6 @@ from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import backends_sentence, count_backends, has_begun, json_object, only_warnings, require_place
 from app.inference.ensemble import CROSSVAL_FILE
 from app.inference.postprocess import Postprocess
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions

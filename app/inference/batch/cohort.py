@@ -11,12 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from app import NOTICE
 from app.errors import InterruptedRunError
 from app.inference.batch.challenge import Delivery
 from app.inference.batch.fingerprint import finished_content
 from app.inference.batch.manifest import MANIFEST_FILE, Outcome, write_manifest
 from app.inference.batch.output_folder import at_work, make_output
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from data.datasets.layouts import Case
 

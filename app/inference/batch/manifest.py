@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
 
+from app import NOTICE
 from app.inference.batch.fingerprint import FINGERPRINT, sha256_of
-from app.notice import NOTICE
 from app.runs.folder import write_json
 from app.system.device import versions
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from app import NOTICE
 from app.config.inference import DEFAULTS, PredictOptions
 from app.inference.batch.cohort import Predictions, predict_each
 from app.inference.batch.fingerprint import FINGERPRINT, files_sha256, fingerprint, settings_of
@@ -22,7 +23,6 @@ from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, c
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord

@@ -61,10 +61,10 @@ def test_differing_grids_stay_an_error_that_names_the_way_out(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--space", "t2"], "go with --prepare"),
-        (["--n4"], "go with --prepare"),
-        (["--mask", "atlas"], "go with --prepare"),
-        (["--prepare", "--space", "t3"], "--space takes t1, t1c, t2, flair, got 't3'"),
+        (["--space", "t2"], "require --prepare"),
+        (["--n4"], "require --prepare"),
+        (["--mask", "atlas"], "require --prepare"),
+        (["--prepare", "--space", "t3"], "Invalid value for '--space'"),
     ],
 )
 def test_options_that_make_no_sense_are_a_wrong_command_line(

@@ -355,8 +355,8 @@ sys.addaudithook(deadly)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--engine", "slurm"], "--engine takes local or ray"),
-        (["--workers", "2", "--devices", "auto"], "--devices goes without"),
+        (["--engine", "slurm"], "Invalid value for '--engine'"),
+        (["--workers", "2", "--devices", "auto"], "--devices cannot be combined with --workers"),
         (["--workers", "0"], "--workers takes 1 to 64"),
         (["--devices", "tpu"], "--devices takes auto, a number of GPUs"),
     ],
