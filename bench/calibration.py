@@ -78,7 +78,7 @@ def show_out_of_fold(outcome: CrossValidation) -> None:
             f"  {region}: T {one.temperature:.3f}, fitted {one.fitted:.3f} ({min(one.left_out):.3f} to "
             f"{max(one.left_out):.3f}), ECE {one.before.ece:.4f} -> {one.after.ece:.4f}, "
             f"Brier {one.before.brier:.4f} -> {one.after.brier:.4f}, "
-            f"NLL {one.nll[0]:.4f} -> {one.nll[1]:.4f}, interval "
+            f"NLL {one.before.nll:.4f} -> {one.after.nll:.4f}, interval "
             + ("none" if bound is None else f"factor {np.exp(bound):.2f}, coverage {one.coverage}")
         )
 

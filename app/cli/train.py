@@ -100,7 +100,7 @@ def train(
             )
     if not world.is_first:
         return
-    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.dice or {}).items())
+    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.validation_dice or {}).items())
     lines = [
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; predict will use the best checkpoint of {run}, step "
         f"{outcome.best_step}",

@@ -14,6 +14,7 @@ from app.experiments.crossval.calibrate import Calibrated
 from app.experiments.crossval.run import CrossValidation
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import MARGIN, OBJECTIVE, Tuning
+from app.experiments.runs import backends_sentence
 from app.html.bands import figures_html
 from app.html.elements import document, note, number, section, table_html
 from app.html.provenance import made_by
@@ -65,7 +66,7 @@ def render_crossval(outcome: CrossValidation) -> str:
         facts=(
             ("Dice", DICE_DEFINITION),
             ("HD95", HD95_DEFINITION),
-            ("predictions", outcome.backends),
+            ("predictions", backends_sentence(outcome.backends)),
             *made_by(outcome.content),
         ),
         sections=sections,
@@ -95,7 +96,10 @@ def _folds_html(raw: Summary, results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _tuning_html(raw: Summary, tuned: Summary, tuning: Tuning) -> str:
-    steps = [[escape(step.rule), f"{step.value:g}", f"{step.gain:+.4f}", f"{step.best:+.4f}"] for step in tuning.steps]
+    steps = [
+        [escape(step.rule), f"{step.value:g}", f"{step.gain:+.4f}", f"{step.best_candidate_gain:+.4f}"]
+        for step in tuning.steps
+    ]
     nested = [
         [
             f"Fold {fold}",
@@ -132,13 +136,10 @@ def _calibration_html(calibrated: Calibrated) -> str:
     probabilities, volumes = [], []
     for region, one in calibrated.regions.items():
         spread = f"{min(one.left_out):.2f} to {max(one.left_out):.2f}"
-        pairs = [
-            (one.before.ece, one.after.ece),
-            one.case_ece,
-            (one.before.brier, one.after.brier),
-            one.nll,
+        numbers = [
+            f"{getattr(one.before, name):.4f} / {getattr(one.after, name):.4f}"
+            for name in ("ece", "case_ece", "brier", "nll")
         ]
-        numbers = [f"{before:.4f} / {after:.4f}" for before, after in pairs]
         probabilities.append([region, f"{one.temperature:.2f}", f"{one.fitted:.2f}", spread, *numbers])
         bound, covered = one.log_ratio["postprocessed"], one.coverage
         volumes.append(

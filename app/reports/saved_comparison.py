@@ -99,4 +99,4 @@ def _result(out: Path, key: RunKey) -> dict[str, Any]:
 
 
 def _unfinished(out: Path) -> RunError:
-    return RunError(f"{out}: the comparison has not ended. Give the command it was begun with once more; it goes on.")
+    return RunError(f"{out}: the comparison is not finished. Run its command again to resume it.")

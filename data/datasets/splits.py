@@ -27,6 +27,11 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """All case ids, those for training first."""
+        return (*self.train, *self.validation)
+
     def to_json(self) -> dict[str, list[str]]:
         """The structure that :func:`read_split` reads."""
         return {"train": list(self.train), "validation": list(self.validation)}
@@ -47,7 +52,7 @@ def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: 
         DataError: the fold does not exist, or there is only one patient.
     """
     row = sorted(set(patients.values()))
-    folds = _fold_count(len(row), fold, folds)
+    folds = fold_count(len(row), fold, folds)
     assigned = np.random.default_rng(seed).permutation(len(row))
     return _parts(patients, {row[index] for index in assigned[fold::folds]})
 
@@ -70,7 +75,7 @@ def stratified_split(
         DataError: the fold does not exist, or there is only one patient.
     """
     fold_of = stratified_folds(tumours, patients, seed=seed, folds=folds)
-    _fold_count(len(fold_of), fold, folds)
+    fold_count(len(fold_of), fold, folds)
     validating = {patient for patient, its_fold in fold_of.items() if its_fold == fold}
     return _parts({case_id: patients[case_id] for case_id in tumours}, validating)
 
@@ -121,8 +126,12 @@ def _random_key(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
 
-def _fold_count(patients: int, fold: int, folds: int) -> int:
-    """The number of folds for so many patients; a DataError if they cannot be split or the fold does not exist."""
+def fold_count(patients: int, fold: int, folds: int = FOLDS) -> int:
+    """The number of folds for so many patients.
+
+    Raises:
+        DataError: they cannot be split, or the fold does not exist.
+    """
     folds = min(folds, patients)
     if folds < 2:
         raise DataError(

@@ -109,7 +109,7 @@ def same_voxels(images: Mapping[Contrast, Digest]) -> list[Finding]:
         original = first.setdefault(one.fingerprint, contrast)
         if original != contrast:
             message = f"the same voxels as {original}"
-            action = "One of the two files has the wrong name. Export it again"
+            action = "One of the two files is not what its name says. Export it again"
             findings.append(
                 Finding(kind="same image", severity="problem", contrast=contrast, message=message, action=action)
             )

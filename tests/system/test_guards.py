@@ -76,7 +76,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "more folds than patients": Guard(
         "app/experiments/crossval/folds.py",
-        "    if recorded is None and count < folds:",
+        "    if not kept and count < folds:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_folds_that_cannot_be_are_refused",
     ),
@@ -87,7 +87,7 @@ GUARDS: dict[str, Guard] = {
         "app/experiments/crossval/test_crossval.py::test_cases_of_different_spacings_need_one_to_be_named",
     ),
     "another cross-validation in its folder": Guard(
-        "app/experiments/crossval/folds.py",
+        "app/experiments/runs.py",
         "    if changed:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_another_config_is_refused",
@@ -100,8 +100,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "an out-of-fold file that is cut short": Guard(
         "app/experiments/crossval/out_of_fold.py",
-        "    except _DAMAGE:",
-        "    except KeyError:",
+        "    except RunError:\n        return False\n",
+        "    except KeyError:\n        return False\n",
         "app/experiments/crossval/test_crossval.py::test_a_file_that_is_cut_short_is_as_good_as_not_there",
     ),
     "a checkpoint that contradicts its config": Guard(
@@ -216,7 +216,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "patience without validation cases": Guard(
         "app/training/run.py",
-        "if config.training.patience is not None and not split.validation:",
+        "if config.training.patience is not None and split is not None and not split.validation:",
         "if False:",
         "app/training/test_recipe.py::test_patience_without_validation_cases_is_refused_before_a_folder_is_made",
     ),

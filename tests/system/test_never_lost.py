@@ -176,7 +176,7 @@ def test_sigusr1_saves_and_the_run_goes_on_to_the_same_result(
     saved: list[int] = []
     at_step(monkeypatch, 4, lambda _: saved.extend(steps_saved(tmp_path / "run")))
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
-    assert "SIGUSR1: step 3 is saved; going on" in messages()
+    assert "SIGUSR1: saved step 3; training continues" in messages()
     assert saved == [2, 3]
     assert_same_weights(tmp_path / "run", straight)
 
@@ -233,7 +233,7 @@ def test_a_finished_run_with_a_longer_budget_trains_on_and_says_what_the_learnin
     ended = znormseg("train", phantoms, copied, "--resume", "--set", "training.steps=16")
     assert ended.code == 0
     assert "config changed at step 8: training.steps: 8 -> 16" in ended.err
-    assert "step 8 is 50 % of the budget (before: 100 %); the learning rate goes on from 0.00" in ended.err
+    assert "step 8 is 50 % of the budget (before: 100 %); the learning rate continues at 0.00" in ended.err
     assert [record["step"] for record in records(copied)] == list(range(1, 17))
     assert [record["step"] for record in records(copied, "validation")] == [2, 4, 6, 8, 12, 16]
 
@@ -356,7 +356,7 @@ def test_a_run_that_went_back_too_often_ends_and_names_every_time(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_batches(monkeypatch, lambda number: number >= 4)
-    with pytest.raises(RunError, match=r"step 5: its loss is nan.*back 2 times before") as raised:
+    with pytest.raises(RunError, match=r"step 5: its loss is nan.*rolled back 2 times") as raised:
         start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*eight_steps, "training.max_rollbacks=2"]))
     assert str(raised.value).count("batch in ") == 3
     assert max(steps_saved(tmp_path / "run")) == 4

@@ -15,8 +15,7 @@ import pytest
 
 from app.config.load import load_config
 from app.errors import RunError
-from app.experiments.comparison.run import _dealt
-from app.experiments.comparison.split import fold_parts
+from app.experiments.comparison.split import deal_parts, fold_parts
 from app.experiments.crossval.folds import deal, require_same
 from app.training.run import resume, start
 from data.datasets.layouts import find_cases, patients_of
@@ -143,8 +142,8 @@ def test_a_comparison_of_an_older_version_keeps_its_parts(phantoms: Path, tmp_pa
     cases = data.find_cases()
     before = fold_parts({case_id: patient_by_older_versions(case_id) for case_id in ids}, 1)
     assert before != fold_parts(patients_of(cases.values()), 1)
-    assert _dealt(cases, 1, data, begun=before.to_json()) == before
-    assert _dealt(cases, 0, data, begun=before.to_json()) != before
+    assert deal_parts(data, cases, 1, recorded=before.to_json()) == before
+    assert deal_parts(data, cases, 0, recorded=before.to_json()) != before
 
 
 def test_a_split_may_name_cases_in_another_unicode_form(

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from app.evaluation.metrics import RegionScores, region_scores
 from app.experiments.crossval.folds import Folds
-from app.experiments.crossval.out_of_fold import read_answer
+from app.experiments.crossval.out_of_fold import read_prediction
 from app.experiments.crossval.tune import cropped
 from app.inference.postprocess import Postprocess
 from data.files import replacing
@@ -93,7 +93,7 @@ def summarise(folds: Folds, rules: Postprocess) -> Summary:
     """
     fold_of = folds.fold_of()
     return Summary(
-        rules=rules, fold_of=fold_of, cases={case: _scores(folds.answer_file(case), rules) for case in fold_of}
+        rules=rules, fold_of=fold_of, cases={case: _scores(folds.prediction_file(case), rules) for case in fold_of}
     )
 
 
@@ -114,9 +114,9 @@ def write_crossval_table(path: Path, summaries: Mapping[str, Summary]) -> None:
 
 
 def _scores(file: Path, rules: Postprocess) -> CaseScores:
-    answer = cropped(read_answer(file))
-    codes = from_regions(rules.clean(answer.cut(rules), answer.spacing_mm))
-    return region_scores(codes, answer.reference, answer.spacing_mm)
+    prediction = cropped(read_prediction(file))
+    codes = from_regions(rules.clean(prediction.cut(rules), prediction.spacing_mm))
+    return region_scores(codes, prediction.reference, prediction.spacing_mm)
 
 
 def _sd(values: list[float]) -> float | None:

@@ -101,7 +101,7 @@ def work_in_processes(
 
 def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
     from app.experiments.crossval.fold import work_on_fold
-    from app.experiments.crossval.folds import begun
+    from app.experiments.crossval.folds import read_folds
     from data.datasets.source import DataSource
 
     if job["needs_cuda"]:
@@ -110,7 +110,7 @@ def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Give other --devices.")
     data = DataSource(Path(job["data"]), follow_links=job["follow_links"])
-    folds = begun(data, Path(job["out"]))
+    folds = read_folds(Path(job["out"]), data)
     for task, fold in iter(tasks.get, None):
 
         def report(progress: Progress, task: str = task) -> None:

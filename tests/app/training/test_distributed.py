@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
 from app.runs.folder import read_metrics
-from app.training.distributed import ALONE, Launch, World, fresh_place, joined_processes, launched
+from app.training.distributed import ALONE, Launch, World, fresh_store, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
 from data.datasets.source import DataSource
@@ -163,7 +163,7 @@ def test_launches_without_a_name_are_told_apart_by_their_launcher() -> None:
 def test_what_is_alone_keeps_its_numbers() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.total(values) is values
-    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.tell("x")) == (3.0, 4.0, 5.0, "x")
+    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.broadcast("x")) == (3.0, 4.0, 5.0, "x")
     assert ALONE.agree(seconds=1.0, signal_name="SIGINT", save=True) == ("SIGINT", True)
     assert ALONE.rows(2, lambda index: [index, index + 1]) == [[0, 1], [1, 2]]
     assert ALONE.shares([1, 2]) == []
@@ -231,7 +231,7 @@ def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
     store = torch.distributed.HashStore()
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):  # the second meets what the first one left
-            meeting = [pool.submit(fresh_place, store, rank=rank, size=3) for rank in (1, 0, 2)]
+            meeting = [pool.submit(fresh_store, store, rank=rank, size=3) for rank in (1, 0, 2)]
             places = [one.result(timeout=30) for one in meeting]
             assert not any(place.check(["address"]) for place in places)
             places[0].set("address", "here")

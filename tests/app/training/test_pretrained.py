@@ -49,7 +49,7 @@ def state_at_step_0(
     """What a run would begin to train."""
     found: list[State] = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train", lambda **given: found.append(given["state"]))
+        patch.setattr(train, "_train", lambda trainer, _: found.append(trainer.state))
         train.start(DataSource(data), run, config, init_from=init_from)
     return found[0]
 

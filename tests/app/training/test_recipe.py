@@ -24,7 +24,7 @@ from app.training.run import TrainResult, resume, start
 from app.training.state import State, new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
-from app.training.trainer import Loop
+from app.training.trainer import Trainer
 from data.datasets.source import DataSource
 from data.patches.sampler import Batch
 from models import RegionLoss
@@ -66,20 +66,14 @@ def losses_of(run: Path) -> list[float]:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask a run to stop as a signal does, after a step."""
-    train = Loop.train
+    perform = Trainer._step
 
-    def stopped(self: Loop, source: Any, validating: Any) -> list[float]:
-        write = self.telemetry.write
+    def stopped(self: Trainer, *arguments: Any) -> None:
+        perform(self, *arguments)
+        if self.state.step == step:
+            self.stop.signal_name = "SIGTERM"
 
-        def note(log: Any, **record: Any) -> None:
-            write(log, **record)
-            if record["step"] == step:
-                self.stop.signal_name = "SIGTERM"
-
-        monkeypatch.setattr(self.telemetry, "write", note)
-        return train(self, source, validating)
-
-    monkeypatch.setattr(Loop, "train", stopped)
+    monkeypatch.setattr(Trainer, "_step", stopped)
 
 
 def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
@@ -275,7 +269,7 @@ def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
             optimizer.register_step_pre_hook(hook)
             return gradient.AttachedTransform(report="", skipped_steps=lambda: 0)
 
-        monkeypatch.setattr("app.training.run.gradient.attach_transform", look)
+        monkeypatch.setattr("app.training.trainer.gradient.attach_transform", look)
         train(precision, f"runtime.precision={precision}", "training.steps=1")
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.05)
 
