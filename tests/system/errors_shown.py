@@ -1535,7 +1535,7 @@ ROWS: dict[str, dict[str, list[Shown] | str]] = {
                 command=f"{TORCHRUN} train DATA NEW --set runtime.device=cuda:0",
                 code=1,
                 before=list,
-                only="takes a GPU",
+                only="takes its own GPU",
             )
         ],
         "`torchrun`: a process that ended, cannot be reached, or has another torch, device or precision": [

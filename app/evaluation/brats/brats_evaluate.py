@@ -21,9 +21,8 @@ from threading import Lock
 from typing import Any, Final
 
 from app.errors import MissingToolError
-from app.system.process import granted_processors
+from app.system.process import granted_processors, how_it_ended
 from app.system.resources import memory_limits, threads
-from app.system.worker_process import how_it_ended
 from data.errors import DataError
 
 COMMAND: Final = "brats-evaluate"

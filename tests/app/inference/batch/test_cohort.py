@@ -19,7 +19,8 @@ import pytest
 
 from app.config.inference import DEFAULTS, PredictOptions
 from app.errors import DeviceError
-from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import CASE as CASE_JSON
+from app.inference.batch.job import PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.native import Native
 from app.inference.batch.pipeline import InThisProcess, Steps
@@ -390,7 +391,7 @@ def test_a_job_and_its_cases_survive_the_way_through_json(cohort: Path) -> None:
     )
     assert job_from_plain(json.loads(json.dumps(job.to_plain()))) == job
     for case in find_cases(cohort):
-        assert case_from_plain(json.loads(json.dumps(case_to_plain(case)))) == case
+        assert CASE_JSON.validate_python(json.loads(json.dumps(CASE_JSON.dump_python(case, mode="json")))) == case
 
 
 # Read ahead
