@@ -115,7 +115,7 @@ def prepare(
         with _naming(case.id, f"contrast {contrast}"):
             return read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
 
-    in_order = (case.reference, *(one for one in CONTRASTS if one in case.contrasts and one != case.reference))
+    in_order = (case.reference, *(one for one in case.contrasts if one != case.reference))
     return prepare_volumes(
         {contrast: partial(read, contrast) for contrast in in_order},
         case_id=case.id,

@@ -1,5 +1,7 @@
 """ZNorm: z-score each layer's gradient before the optimiser step (Yun, arXiv 2408.01215). Depends only on torch."""
 
+from typing import Any
+
 from znorm.hook import GradientHandle, ZNormConfig, attach, attach_baseline
 from znorm.overlap import Junction, find_junctions, watch_overlap
 from znorm.select import Selection, TensorChoice, select
@@ -23,3 +25,16 @@ __all__ = [
     "watch_overlap",
     "zscore_",
 ]
+
+#: Names in earlier versions and what they are called now.
+_RENAMED = {"RIVALS": "BASELINES", "attach_rival": "attach_baseline"}
+
+
+def __getattr__(name: str) -> Any:
+    """Return the object under its old name, with a warning; the next version drops old names."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import warnings
+
+    warnings.warn(f"znorm.{name} is now znorm.{_RENAMED[name]}", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

@@ -24,7 +24,6 @@ def demo(
 
     Makes the cases, trains on some, predicts and evaluates the others, and writes a page with the results.
     """
-    from app.evaluation.evaluate import score_rows
     from app.experiments.demo import run_demo
     from app.reports.demo import COMMANDS, write_demo_page
 
@@ -36,7 +35,7 @@ def demo(
         steps.insert(0, ("Put znormseg on the PATH of this terminal", f"source {Path(sys.prefix, 'bin', 'activate')}"))
     terminal.result(
         outcome.to_json(),
-        terminal.table(score_rows(outcome.evaluation)),
+        terminal.table(outcome.evaluation.rows()),
         f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:",
         *(f"  {command}\n      {what}" for what, command in steps),
     )

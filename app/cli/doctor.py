@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,6 @@ def doctor(
         lines.append(f"{finding.level:<8} {finding.topic}: {finding.found}")
         if finding.remedy:
             lines.append(f"{'':<8} -> {finding.remedy}")
-    terminal.result({"ok": healthy, "findings": [finding.to_json() for finding in findings]}, *lines)
+    terminal.result({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, *lines)
     if not healthy:
         raise typer.Exit(EXIT_MACHINE)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -66,52 +64,27 @@ def evaluate_command(
     options.refuse(nsd_mm is not None and not math.isfinite(nsd_mm), "--nsd-mm takes a distance in mm")
     chosen = options.challenge(rules, task)
     from app import NOTICE
-    from app.evaluation.brats.challenge import (
-        challenge_remarks,
-        challenge_rows,
-        evaluate_by_rules,
-        write_challenge_table,
-    )
-    from app.evaluation.evaluate import evaluate, region_remarks, score_rows, write_score_table
+    from app.evaluation.brats.challenge import evaluate_by_rules
+    from app.evaluation.evaluate import evaluate
     from app.evaluation.metrics import NSD_MM
+    from app.evaluation.tables import FolderScores
     from data.datasets.source import DataSource
 
     of_predictions, of_references = options.conventions(labels)
     predicted = DataSource(predictions, labels=of_predictions, follow_links=follow_links)
     expected = DataSource(references, labels=of_references, follow_links=follow_links)
-    content: Any
-    write: Callable[[Path], None]
-    notes = []
     with terminal.watched() as on_progress:
         ready = terminal.by_case(on_progress, "scoring")
+        scores: FolderScores
         if chosen is not None:
-            official = evaluate_by_rules(predicted, expected, chosen, on_case=ready)
-            content, rows, remarks = official.to_json(), challenge_rows(official), challenge_remarks(official)
-            write = partial(write_challenge_table, official)
+            scores = evaluate_by_rules(predicted, expected, chosen, on_case=ready)
         else:
-            scores = evaluate(
-                predicted,
-                expected,
-                resample=resample,
-                nsd_mm=NSD_MM if nsd_mm is None else nsd_mm,
-                on_case=ready,
-            )
-            content, rows, remarks = scores.to_json(), score_rows(scores), region_remarks(scores)
-            write = partial(write_score_table, scores)
-            if ours := scores.made_by_us:
-                notes.append(
-                    f"znormseg predict wrote references: {terminal.some(ours)}. Are PREDICTIONS and REFERENCES swapped?"
-                )
-            if moved := scores.resampled:
-                what = "prediction was resampled to its" if len(moved) == 1 else "predictions were resampled to their"
-                notes.append(f"{len(moved)} {what} reference's grid: {terminal.some(moved)}")
-    terminal.result(content, terminal.table(rows), *remarks, NOTICE)
+            tolerance_mm = NSD_MM if nsd_mm is None else nsd_mm
+            scores = evaluate(predicted, expected, resample=resample, nsd_mm=tolerance_mm, on_case=ready)
+    terminal.result(scores.to_json(), terminal.table(scores.rows()), *scores.remarks(), NOTICE)
     if out is not None:
-        write(out)
-    for what in ("prediction", "reference"):
-        if ids := content[f"missing_{what}s"]:
-            notes += [f"no {what} for {len(ids)} cases: {terminal.some(ids)}"]
-    terminal.complain(content["failures"])
-    for note in notes:
+        scores.write_table(out)
+    terminal.complain(scores.failures)
+    for note in scores.notes():
         terminal.say(note)
-    terminal.exit_if_failed(content["failures"])
+    terminal.exit_if_failed(scores.failures)

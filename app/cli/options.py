@@ -81,7 +81,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_hel
 
 def _place(path: Path | None) -> Path | None:
     if path is not None:
-        from app.evaluation.evaluate import require_table_place
+        from app.evaluation.tables import require_table_place
 
         require_table_place(path)
     return path

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from app.config.load import RunConfig, load_config
 from app.errors import RunError
-from app.evaluation.evaluate import Evaluation, evaluate, write_score_table
+from app.evaluation.evaluate import Evaluation, evaluate
 from app.inference.backends.choose import choose_backend
 from app.inference.batch.predict import predict
 from app.inference.model import load_model
@@ -106,7 +106,7 @@ def run_demo(
         predict(model, images_only, out / "predictions", runtime=runtime, on_progress=on_progress)
     with _timed("evaluation", seconds):
         evaluation = evaluate(DataSource(out / "predictions"), data)
-        write_score_table(evaluation, out / "scores.csv")
+        evaluation.write_table(out / "scores.csv")
     return DemoResult(
         out=out,
         config=config,

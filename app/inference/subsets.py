@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 
 from app import NOTICE
 from app.errors import RunError
+from app.evaluation.tables import write_csv
 from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
 from app.progress import LOG, OnProgress, Progress, silent
@@ -20,7 +20,6 @@ from data.contrasts import SUBSETS
 from data.datasets.label_stats import convention_of
 from data.datasets.layouts import Case
 from data.errors import DataError
-from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
 #: Cases of a data set that are scored: those the run did not train on, those it was validated on, or all.
@@ -193,10 +192,8 @@ def write_subset_table(evaluation: SubsetEvaluation, path: Path) -> None:
     Raises:
         OSError: the file cannot be written.
     """
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"])
-        writer.writerows(_rows(evaluation))
+    header = ["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"]
+    write_csv(path, [header, *_rows(evaluation)])
 
 
 def _rows(evaluation: SubsetEvaluation) -> list[tuple[Any, ...]]:

@@ -63,7 +63,7 @@ def recognise(folder: Path) -> Kind:
     if is_predictions(folder):
         return "predictions"
     raise RunError(
-        f"{folder}: nothing there that has a page. Expected a run (config.yaml and run.json), predictions "
+        f"{folder}: contains nothing to report on. Expected a run (config.yaml and run.json), predictions "
         "(<case>.nii.gz with <case>.json), a comparison (plan.json) or a cross-validation (folds.json)."
     )
 
@@ -95,11 +95,11 @@ def report(
     kind = recognise(folder)
     for option, value in (("--images", images), ("--references", references)):
         if value is not None and kind != "predictions":
-            raise ConfigError(f"{option} goes with predictions; {folder} is a {kind}")
+            raise ConfigError(f"{option} can only be used with predictions; {folder} is a {kind}")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; give a folder for the pages")
     if out.resolve() == folder.resolve():
-        raise RunError(f"{out} is what the pages are of; give another folder for them")
+        raise RunError(f"{out} is the folder that the pages describe; give another folder for the pages")
     if kind == "predictions":
         pages = write_cohort(
             folder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ def _plan(out: Path, content: dict[str, Any]) -> ComparisonPlan:
         target_dice=content["target_dice"],
         first_seed=int(content.get("first_seed", 0)),
     )
-    names = content.get("variants", {})
-    variants = {name: _config_of(out, plan, name) for name in names}
-    return ComparisonPlan(**{**vars(plan), "variants": variants}) if variants else plan
+    return replace(plan, variants={name: _config_of(out, plan, name) for name in content.get("variants", {})})
 
 
 def _config_of(out: Path, plan: ComparisonPlan, arm: str) -> RunConfig:

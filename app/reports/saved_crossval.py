@@ -7,7 +7,7 @@ from pathlib import Path
 
 from app.errors import RunError
 from app.experiments.crossval.folds import read_folds
-from app.experiments.crossval.run import analyse_folds
+from app.experiments.crossval.run import measure_folds
 from app.experiments.runs import json_object
 from app.progress import OnProgress, Progress, silent
 from app.reports.crossval import write_crossval_page
@@ -29,14 +29,14 @@ def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = 
         OSError: ``page`` cannot be written.
     """
     folds = read_folds(out)
-    if not (out / "crossval.json").exists() or not all(
-        folds.result_file(fold).exists() for fold in range(len(folds.splits))
-    ):
+    numbers = range(len(folds.splits))
+    if not (out / "crossval.json").exists() or not all(folds.result_file(fold).exists() for fold in numbers):
         raise RunError(f"{out}: the cross-validation is not finished. Run its command again to resume it.")
-    content = json_object(read_json(out / "crossval.json"), out / "crossval.json")
+    recorded = json_object(read_json(out / "crossval.json"), out / "crossval.json")
     detail = f"{len(folds.cases)} cases"
-    outcome = analyse_folds(
-        folds, on_share=lambda share: on_progress(Progress(job="scores", share=0.99 * share, detail=detail))
-    )
-    write_crossval_page(replace(outcome, content=content), page)
+
+    def report(share: float) -> None:
+        on_progress(Progress(job="scores", share=0.99 * share, detail=detail))
+
+    write_crossval_page(replace(measure_folds(folds, on_share=report), content=recorded), page)
     on_progress(Progress(job="scores", share=1.0, detail=detail))

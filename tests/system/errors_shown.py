@@ -1248,7 +1248,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
             command=f"{TORCHRUN} train DATA NEW --set runtime.device=cuda:0",
             code=1,
             before=list,
-            only="takes a GPU",
+            only="takes its own GPU",
         ),
         # `torchrun`: a process that ended, cannot be reached, or has another torch, device or precision
         Shown(
@@ -1381,14 +1381,14 @@ TABLES: dict[str, list[Shown | Raised]] = {
             command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
             code=3,
             prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
-            only="^znormseg: not one",
+            only="^znormseg: none of",
         ),
         # `--rules brats2026`: a tissue that the task has no number for (6)
         Shown(
             command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
             code=3,
             prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
-            only="^znormseg: not one",
+            only="^znormseg: none of",
         ),
         # `rank`: sets scored by different rules
         Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules)),

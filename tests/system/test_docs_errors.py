@@ -206,7 +206,7 @@ def as_printed(shown: Any, outcome: Any, place: Path) -> list[str]:
         begin = next((n for n, line in enumerate(lines) if line.startswith(("znormseg:", "case ", "--", "Error:"))), 0)
         lines = [line for line in lines[begin:] if not SUMMARY.match(line)]
     text = "\n".join(lines).replace(f"{place}/", "").replace(str(place), ".")
-    text = re.sub(r"^(znormseg|Error): (not one of [^.]{0,60} could be scored\. )?", "", text)
+    text = re.sub(r"^(znormseg|Error): ((not one|none) of [^.]{0,60} could be scored\. )?", "", text)
     case, other = errors.CASE, errors.OTHER
     named = {rf"DATA/{case}/{case}_(t2|seg)\.nii(\.gz)?": "FILE", case: "CASE", rf"{other}|{case[:-1]}9": "OTHER"}
     steady = {

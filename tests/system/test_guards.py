@@ -64,7 +64,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "an ensemble of networks that do not go together": Guard(
         "app/inference/ensemble.py",
-        "        require_alike(folder, first, facts_of(model))\n",
+        "        _require_alike(folder, shared, facts)\n",
         "",
         "app/inference/test_ensemble.py::test_networks_of_different_spacings_are_refused",
     ),

@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from app.evaluation.brats import brats2026
 from app.evaluation.brats.challenge import ChallengeRules, evaluate_by_rules
 from app.evaluation.evaluate import evaluate
+from app.evaluation.folders import OnCase
 from data.datasets.source import DataSource
 from data.errors import DataError
 from data.filesystem import why
@@ -45,7 +47,7 @@ def load(
     references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    on_case: Callable[[str, float], None] | None = None,
+    on_case: OnCase | None = None,
 ) -> list[Scored]:
     """Load the scores of every source, each under a unique name.
 
@@ -67,73 +69,53 @@ def load(
         raise DataError(f"{twice.root}: is given twice. Give each folder or table once.")
     found = []
     for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
+        if not source.root.is_dir():
+            found.append(_read_table(source.root, name))
+            continue
+        if references is None:
+            raise DataError(
+                f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
+            )
 
-        def told(case: str, share: float, name: str = name, number: int = number) -> None:
+        def announce(case: str, share: float, name: str = name, number: int = number) -> None:
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(_scored(source, name, references, rules, on_case=told))
+        score = evaluate if rules is None else partial(evaluate_by_rules, rules=rules)
+        scores = score(source, references, on_case=announce)
+        found.append(_of_json(name, scores.to_json()))
     return found
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
     """Name each source by the last part of its path, or by as many parts as make all names different."""
-    parts = 1
-    most = max(len(source.parts) for source in sources)
-    while True:
+    for parts in range(1, max(len(source.parts) for source in sources) + 1):
         names = [
             "/".join((*source.parts[-parts:-1], source.stem if source.is_file() else source.name)) for source in sources
         ]
-        if len(set(names)) == len(names) or parts > most:
-            return names if len(set(names)) == len(names) else [str(source) for source in sources]
-        parts += 1
+        if len(set(names)) == len(names):
+            return names
+    return [str(source) for source in sources]
 
 
-def _scored(
-    source: DataSource,
-    name: str,
-    references: DataSource | None,
-    rules: ChallengeRules | None,
-    *,
-    on_case: Callable[[str, float], None],
-) -> Scored:
-    path = source.root
-    if path.is_dir():
-        return _scored_folder(source, name, references, rules, on_case=on_case)
-    if not path.is_file():
-        raise DataError(f"{path}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
+def _read_table(source: Path, name: str) -> Scored:
+    if not source.is_file():
+        raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
-        text = path.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
+        text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{path}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
+            f"{source}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
         ) from error
     try:
-        found = _of_json(name, json.loads(text)) if path.suffix == ".json" else _of_csv(name, text)
+        found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{path}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+            f"{source}: is not a table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
     if not found.cases:
-        raise DataError(f"{path}: holds no case. Write the table anew with evaluate.")
+        raise DataError(f"{source}: contains no case. Write the table again with evaluate.")
     return found
-
-
-def _scored_folder(
-    source: DataSource,
-    name: str,
-    references: DataSource | None,
-    rules: ChallengeRules | None,
-    *,
-    on_case: Callable[[str, float], None],
-) -> Scored:
-    if references is None:
-        raise DataError(
-            f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
-        )
-    if rules is not None:
-        return _of_json(name, evaluate_by_rules(source, references, rules, on_case=on_case).to_json())
-    return _of_json(name, evaluate(source, references, on_case=on_case).to_json())
 
 
 def _of_json(name: str, content: Any) -> Scored:
@@ -161,10 +143,10 @@ def _of_json(name: str, content: Any) -> Scored:
 
 def _of_csv(name: str, text: str) -> Scored:
     cases: dict[str, dict[Measure, float]] = {}
-    told: str | None = None
+    scored_by: str | None = None
     for row in csv.DictReader(text.splitlines()):
         case = row.pop("case")
-        told = row.pop("scored_by", told)
+        scored_by = row.pop("scored_by", scored_by)
         if case in _SUMMARY_ROWS:
             continue
         by_region: dict[str, dict[str, str]] = {}
@@ -172,11 +154,11 @@ def _of_csv(name: str, text: str) -> Scored:
             if value != "":  # ECE and Brier score of a case without probabilities
                 region, _, metric = column.partition("_")
                 by_region.setdefault(region, {})[metric] = value
-        numbers = _of_package if (told or "").startswith(brats2026.YEAR) else _finite
+        numbers = _of_package if (scored_by or "").startswith(brats2026.YEAR) else _finite
         cases[case] = {(r, metric): n for r, values in by_region.items() for metric, n in numbers(values).items()}
         if not cases[case]:
             raise ValueError(f"no score of {case}")
-    return Scored(name=name, cases=cases, scored_by=told)
+    return Scored(name=name, cases=cases, scored_by=scored_by)
 
 
 def _of_package(values: Mapping[str, Any]) -> dict[str, float]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -13,6 +12,7 @@ from typing import Any, Final
 from app import NOTICE
 from app.config.load import from_plain
 from app.evaluation.metrics import DICE_DEFINITION
+from app.evaluation.tables import write_csv
 from app.experiments.comparison.analysis import Analysis, Records, analyse
 from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
 from app.experiments.comparison.run import ComparisonRuns, Results
@@ -25,7 +25,6 @@ from app.system.device import machine, versions
 from app.training.cases import report_misnamed_files, report_visits, require_labels
 from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource
-from data.files import replacing
 from data.labels import REGIONS, convention_named
 
 #: Describes the comparison.
@@ -119,7 +118,7 @@ def compare(
         "runs": [dict(result) for result in results.runs.values()],
         "notice": NOTICE,
     }
-    write_csv(out / "compare.csv", results)
+    write_comparison_table(out / "compare.csv", results)
     write_json(out / "compare.json", content)
     return Comparison(out=out, results=results, analysis=analysis, metrics=metrics, content=content)
 
@@ -136,7 +135,7 @@ def _record_plan(out: Path, plan: dict[str, Any]) -> None:
     require_unchanged(out, "comparison", differences(recorded, plan))
 
 
-def write_csv(path: Path, results: Results) -> None:
+def write_comparison_table(path: Path, results: Results) -> None:
     """Write the final Dice as CSV in full precision, one row per final run and scored case.
 
     Args:
@@ -144,16 +143,11 @@ def write_csv(path: Path, results: Results) -> None:
         results: every final run must have ``dice``.
     """
     part = "test" if results.parts.test else "validation"
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for key in results.plan.finals(results.chosen):
-            result = results.runs[key]
-            for case, dice in result["dice"].items():
-                values = [dice[region] for region in REGIONS]
-                writer.writerow(
-                    [
-                        *(key.optimizer, key.arm, key.rate, key.seed, part, case),
-                        *(*values, fmean(values), result["best_step"], result["run"]),
-                    ]
-                )
+    rows: list[Sequence[object]] = [COLUMNS]
+    for key in results.plan.finals(results.chosen):
+        result = results.runs[key]
+        for case, dice in result["dice"].items():
+            values = [dice[region] for region in REGIONS]
+            run = (key.optimizer, key.arm, key.rate, key.seed, part, case)
+            rows.append([*run, *values, fmean(values), result["best_step"], result["run"]])
+    write_csv(path, rows)

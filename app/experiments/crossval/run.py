@@ -24,7 +24,7 @@ from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
 from app.experiments.crossval.tune import Scores, Tuning, tune
-from app.experiments.crossval.workers import FoldJob, fold_slots, work_in_processes
+from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import (
     JobProgress,
     backends_sentence,
@@ -105,7 +105,7 @@ def cross_validate(
         OSError: the machine failed, such as a full disk or a killed worker process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    slots = fold_slots(devices, jobs, config_device=config.runtime.device)
+    slots = fold_devices(devices, jobs, config_device=config.runtime.device)
     for device in slots:
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
@@ -116,27 +116,26 @@ def cross_validate(
         work = _Work(data=data, folds=dealt, slots=slots, progress=progress)
         with resumable(out, lambda: work.stage):
             work.all_folds()
-            work.stage = "the choice of post-processing"
-            outcome = analyse_folds(dealt, on_share=lambda share: progress.report(folds, f"scores: {share:.0%}"))
+            work.stage = "the scores"
+            outcome = measure_folds(dealt, on_share=lambda share: progress.report(folds, f"scores: {share:.0%}"))
             work.stage = "the ensemble"
             outcome = _write(dealt, outcome)
         progress.end(f"{folds} folds")
         return outcome
 
 
-def analyse_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
-    """Score the out-of-fold predictions, tune post-processing on them and calibrate.
+def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
+    """Tune post-processing on the out-of-fold predictions, score them with and without it, and calibrate.
 
     Args:
-        folds: the cross-validation, with every fold trained and predicted.
+        folds: folds that are all trained and predicted.
         on_share: called with the share done, from 0 to 1 in each pass over the cases.
 
     Raises:
         RunError: a file is missing or damaged.
     """
-    fold_of = folds.fold_of()
+    fold_of, numbers = folds.fold_of(), range(len(folds.splits))
     files = {case_id: folds.prediction_file(case_id) for case_id in fold_of}
-    numbers = range(len(folds.splits))
     tuning = tune(Scores(files, on_share=on_share), list(fold_of.values()))
     raw = summarise(folds, Postprocess())
     tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
@@ -216,11 +215,12 @@ class _Work:
                 self._note_done(fold)
         elif left:
             self.stage = f"folds {', '.join(map(str, left))}"
-            root, out, links = self.data.root.resolve(), self.folds.out.resolve(), self.data.follow_links
             work_in_processes(
-                [FoldJob(data=str(root), out=str(out), fold=fold, follow_links=links) for fold in left],
-                self.slots[: len(left)],
-                logs=self.folds.out / "logs",
+                self.data.root,
+                self.folds.out,
+                left,
+                self.slots,
+                follow_links=self.data.follow_links,
                 on_progress=self._report,
                 on_done=self._note_done,
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from app.evaluation.metrics import RegionScores, region_scores
+from app.evaluation.tables import write_csv
 from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import read_prediction
 from app.experiments.crossval.tune import cropped
 from app.inference.postprocess import Postprocess
-from data.files import replacing
 from data.labels import REGIONS, Region, from_regions
 
 #: Scores kept for each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
@@ -104,13 +103,12 @@ def write_crossval_table(path: Path, summaries: Mapping[str, Summary]) -> None:
         path: file to write.
         summaries: summaries by the name to write in the column ``masks``.
     """
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["masks", "fold", "case", *(f"{region}_{name}" for region in REGIONS for name in METRICS)])
-        for name, summary in summaries.items():
-            for case_id, scores in summary.cases.items():
-                values = [getattr(scores[region], metric) for region in REGIONS for metric in METRICS]
-                writer.writerow([name, summary.fold_of[case_id], case_id, *values])
+    rows = [
+        [name, summary.fold_of[case_id], case_id, *(getattr(scores[r], metric) for r in REGIONS for metric in METRICS)]
+        for name, summary in summaries.items()
+        for case_id, scores in summary.cases.items()
+    ]
+    write_csv(path, [["masks", "fold", "case", *(f"{region}_{name}" for region in REGIONS for name in METRICS)], *rows])
 
 
 def _scores(file: Path, rules: Postprocess) -> CaseScores:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import TypeAdapter
 
@@ -21,6 +21,9 @@ from app.inference.model import Predictor
 from app.runs.training_record import training_record
 from app.system.device import Runtime, RuntimeConfig
 from data.datasets.layouts import Case
+
+#: Converts cases to plain data that JSON can hold, and back.
+CASE: Final = TypeAdapter(Case)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,14 +91,3 @@ class PredictJob:
 def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
     """Inverse of :meth:`PredictJob.to_plain`."""
     return TypeAdapter(PredictJob).validate_python(content)
-
-
-def case_to_plain(case: Case) -> dict[str, Any]:
-    """A case as plain data that JSON can hold."""
-    plain: dict[str, Any] = TypeAdapter(Case).dump_python(case, mode="json")
-    return plain
-
-
-def case_from_plain(content: Mapping[str, Any]) -> Case:
-    """Inverse of :func:`case_to_plain`."""
-    return TypeAdapter(Case).validate_python(content)

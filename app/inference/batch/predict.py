@@ -22,7 +22,7 @@ from app.inference.batch.pipeline import MOST_VOXELS_AHEAD, InThisProcess, Steps
 from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
-from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
+from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
@@ -182,10 +182,10 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             assert self.native is not None
             scans = prepare_scans(images, self.native, model.spacing_mm, on_step)
             prepared, repairs = scans.network_input, scans.repairs
-        fallback = ladder_for(options)
+        fallback = fallback_for(options)
         give_back_freed_memory()
         try:
-            answer = predict_answer(model, prepared, self.runtime, options=options, ladder=fallback)
+            answer = predict_answer(model, prepared, self.runtime, options=options, fallback=fallback)
         except DataError as error:
             raise DataError(f"case {case.id}: {error}") from error
         if options.uncertainty and answer.disagreement is None:
@@ -240,7 +240,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             notes={
                 "nan_to_zero": dict(images.zeroed),
                 "missing_contrasts": list(missing),
-                "ladder": list(fallback.said),
+                "ladder": list(fallback.sentences),
                 **({} if scans is None else {"space": scans.space, "prepare": scans.case.record}),
             },
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from app.evaluation.evaluate import METRICS, Evaluation, LabelMapsOnce, evaluate, score_rows, write_score_table
+from app.evaluation.evaluate import Evaluation, evaluate
+from app.evaluation.folders import LabelMapsOnce
+from app.evaluation.metrics import RegionScores
 from data.datasets.source import DataSource
 from data.errors import DataError
 
@@ -87,13 +89,13 @@ def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction:
     save(tmp_path / "expected" / "BraTS-SSA-00001-000.nii.gz", tumour(reference))
     evaluation = evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"))
     assert dice_of(evaluation) == [[1, 1, 1]]
-    assert evaluation.reference_convention == {3: "brats2023", 4: "brats2021"}[reference]
+    assert evaluation.folders.reference_convention.name == {3: "brats2023", 4: "brats2021"}[reference]
 
 
 def test_a_case_without_enhancing_tumour_takes_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(2))
     evaluation = evaluate(*map(DataSource, sides))
-    assert evaluation.prediction_convention == "brats2021"
+    assert evaluation.folders.prediction_convention.name == "brats2021"
     assert evaluation.cases[0].regions["ET"].dice == 0
 
 
@@ -111,7 +113,7 @@ def test_a_prediction_says_beside_itself_what_its_numbers_are(sides: tuple[Path,
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(3))
         (sides[0] / f"{case}.json").write_text(json.dumps({"labels": {"convention": "brats2023"}}))
-    assert evaluate(*map(DataSource, sides)).prediction_convention == "brats2023"
+    assert evaluate(*map(DataSource, sides)).folders.prediction_convention.name == "brats2023"
 
 
 def test_two_storage_orders_of_one_grid_score_1(sides: tuple[Path, Path]) -> None:
@@ -169,7 +171,7 @@ def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]
 def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     evaluation = evaluate(*map(DataSource, sides))
-    assert "Give --resample to bring the prediction to the grid of the reference." in evaluation.failures["a"]
+    assert "Give --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
     assert evaluation.resampled == ()
 
 
@@ -253,7 +255,7 @@ def test_the_command_line_says_which_cases_were_resampled(
     save(sides[0] / "b.nii.gz", tumour(4))
     ended = znormseg("evaluate", *sides, "--resample", "--json", "--out", tmp_path / "scores.csv")
     assert ended.code == 0
-    assert "1 prediction was resampled to its reference's grid: a\n" in ended.err
+    assert "predictions resampled to the grid of their reference: a\n" in ended.err
     assert json.loads(ended.out)["resampled"] == ["a"]
     assert "resampled" not in (tmp_path / "scores.csv").read_text()
 
@@ -263,7 +265,7 @@ def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path
         save_shifted(tmp_path / "predicted" / f"{number}.nii.gz")
         save(tmp_path / "expected" / f"{number}.nii.gz", tumour(4))
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--resample")
-    assert "7 predictions were resampled to their reference's grid: 0, 1, 2, 3, 4 ...\n" in ended.err
+    assert "predictions resampled to the grid of their reference: 0, 1, 2 and 4 more\n" in ended.err
     assert "resampled" not in ended.out
 
 
@@ -306,7 +308,7 @@ def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: t
 def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(4)[:-1])
-    with pytest.raises(DataError, match=r"not one of the 2 cases.*case a: .*11x10x8.*case b: "):
+    with pytest.raises(DataError, match=r"none of the 2 cases.*case a: .*11x10x8.*case b: "):
         evaluate(*map(DataSource, sides))
 
 
@@ -314,8 +316,8 @@ def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "only_predicted.nii.gz", tumour(4))
     save(sides[1] / "only_expected.nii.gz", tumour(4))
     evaluation = evaluate(*map(DataSource, sides))
-    assert evaluation.missing_predictions == ("only_expected",)
-    assert evaluation.missing_references == ("only_predicted",)
+    assert evaluation.folders.missing_predictions == ("only_expected",)
+    assert evaluation.folders.missing_references == ("only_predicted",)
     assert [scores.case for scores in evaluation.cases] == ["a", "b"]
 
 
@@ -348,8 +350,8 @@ def test_the_summary_is_the_mean_and_the_medians_are_medians(sides: tuple[Path, 
     for side in sides:
         save(side / "c.nii.gz", tumour(4))
     evaluation = evaluate(*map(DataSource, sides))
-    assert evaluation.summary()["ET"]["dice"] == pytest.approx(2 / 3)
-    assert evaluation.summary()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
+    assert evaluation.means()["ET"]["dice"] == pytest.approx(2 / 3)
+    assert evaluation.means()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
     assert evaluation.medians()["ET"]["dice"] == 1
 
 
@@ -359,7 +361,11 @@ def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path,
     assert list(result["regions"]) == ["WT", "TC", "ET"]
     assert list(result["regions"]["WT"])[:4] == ["dice", "hd95_mm", "sensitivity", "specificity"]
     assert list(result["cases"][0]) == ["case", "WT", "TC", "ET"]
-    assert list(result["cases"][0]["WT"]) == list(result["regions"]["WT"]) == list(METRICS)
+    assert (
+        list(result["cases"][0]["WT"])
+        == list(result["regions"]["WT"])
+        == [field.name for field in fields(RegionScores)]
+    )
     assert {type(value) for scores in (result["regions"], result["cases"][0]) for value in scores["WT"].values()} == {
         float
     }
@@ -369,13 +375,13 @@ def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path,
 def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Path, Path], tmp_path: Path) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
     evaluation = evaluate(*map(DataSource, sides))
-    write_score_table(evaluation, tmp_path / "scores.csv")
+    evaluation.write_table(tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [line["case"] for line in table] == ["a", "b", "mean", "median"]
     assert list(table[0])[:3] == ["case", "WT_dice", "WT_hd95_mm"]
     assert float(table[0]["WT_dice"]) == evaluation.cases[0].regions["WT"].dice
-    assert float(table[2]["ET_hd95_mm"]) == evaluation.summary()["ET"]["hd95_mm"]
+    assert float(table[2]["ET_hd95_mm"]) == evaluation.means()["ET"]["hd95_mm"]
 
 
 def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
@@ -385,7 +391,7 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
     place = tmp_path / "result"
     place.mkdir()
     (place / "scores.csv").write_text("old")
-    write_score_table(evaluation, place / "scores.csv")
+    evaluation.write_table(place / "scores.csv")
     assert [path.name for path in place.iterdir()] == ["scores.csv"]
     assert (place / "scores.csv").read_text().startswith("case,WT_dice,")
 
@@ -393,14 +399,14 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
 def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
     evaluation = evaluate(*map(DataSource, sides))
     with pytest.raises(DataError, match="is a folder"):
-        write_score_table(evaluation, tmp_path)
+        evaluation.write_table(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        write_score_table(evaluation, tmp_path / "nowhere" / "scores.csv")
+        evaluation.write_table(tmp_path / "nowhere" / "scores.csv")
 
 
 def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
-    table = score_rows(evaluate(*map(DataSource, sides)))
+    table = evaluate(*map(DataSource, sides)).rows()
     assert table[0] == ["case", "WT Dice", "WT HD95 mm", "TC Dice", "TC HD95 mm", "ET Dice", "ET HD95 mm"]
     assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]
     assert table[1][:3] == ["a", "0.833", "2.0"]
@@ -419,6 +425,6 @@ def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path],
 def test_the_penalty_of_374_mm_is_explained_where_it_occurs_alone(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
-    assert "HD95 374 mm: marked by one side alone" not in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one of the two has the region" not in znormseg("evaluate", *sides).out
     save(sides[0] / "a.nii.gz", np.where(tumour(4) == 4, 1, tumour(4)).astype(np.uint8))
-    assert "HD95 374 mm: marked by one side alone" in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one of the two has the region" in znormseg("evaluate", *sides).out

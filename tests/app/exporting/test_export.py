@@ -121,7 +121,7 @@ def test_an_export_that_differs_is_not_kept(
     monkeypatch.setattr("app.exporting.formats.write_openvino", other)
     ended = znormseg("export", tiny_run, tmp_path / "out", "--format", "openvino")
     assert ended.code == 5
-    assert "not the network it was made of" in ended.err
+    assert "differs from the original network" in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -263,7 +263,7 @@ def test_a_place_where_no_folder_can_be_is_refused_before_any_work(verb: str, tm
     (tmp_path / "file").write_text("mine")
     words = {"export": ("export", "RUN"), "import": ("model", "import", "BUNDLE")}[verb]
     more = ("--format", "openvino") if verb == "export" else ()
-    for name, said in (("link", "link: a link to gone, which is not there"), ("file/sub/out", "file is a file")):
+    for name, said in (("link", "link: a symlink to gone, which does not exist"), ("file/sub/out", "file is a file")):
         ended = znormseg(*words, tmp_path / name, *more)
         assert (ended.code, said in ended.err) == (5, True), ended.err
 

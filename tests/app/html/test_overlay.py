@@ -1,11 +1,8 @@
-import io
-
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
 
-from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_png, shown_slices
+from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_picture, shown_slices
 from data.labels import ENHANCING, NECROSIS, OEDEMA, Region
 
 SIDE = 128
@@ -33,7 +30,7 @@ def overlay(
 
 
 def draw(case: OverlayCase) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(overlay_png(case, height_px=SIDE))))
+    return overlay_picture(case, height_px=SIDE)
 
 
 def panel(picture: npt.NDArray[np.uint8], row: int, column: int) -> npt.NDArray[np.uint8]:
@@ -149,4 +146,4 @@ def test_grids_that_differ_are_refused_with_the_case_id() -> None:
 
 def test_panels_too_small_to_read_are_refused() -> None:
     with pytest.raises(ValueError, match="64 pixels"):
-        overlay_png(overlay(SPOT, SPOT), height_px=10)
+        overlay_picture(overlay(SPOT, SPOT), height_px=10)

@@ -356,7 +356,7 @@ def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, 
     ("voxels", "affine", "told"),
     [
         (np.full((20, 18, 10, 3), 2.0), AFFINE, "holds 2 to 2, and probabilities are from 0 to 1"),
-        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "lies on another grid than"),
+        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "is on a different grid than"),
         (np.full((20, 18, 10), 0.5), AFFINE, "volume 0 (from 0) of a 4D file is needed"),
     ],
 )

@@ -240,7 +240,7 @@ def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_
     inputs = {"t1c": str(case.contrasts["t1c"]), "flair": str(tmp_path / "moved.nii.gz")}
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), inputs=inputs)
     made = write_cohort(folder, tmp_path / "out")
-    assert "FLAIR is not shown, since it lies on another grid" in made.cases[case.id].read_text(encoding="utf-8")
+    assert "FLAIR is not shown, since it is on a different grid" in made.cases[case.id].read_text(encoding="utf-8")
     assert set(viewer_of(made.cases[case.id])["images"]) == {"T1c"}
 
 
@@ -270,7 +270,7 @@ def test_a_case_that_cannot_be_read_does_not_stop_the_others(phantoms: Path, tmp
 
 def test_where_no_case_can_be_read_there_is_one_error_and_no_index(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", labels={"convention": "mine"})
-    with pytest.raises(DataError, match="not one case can be shown"):
+    with pytest.raises(DataError, match="no case can be shown"):
         write_cohort(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -382,7 +382,7 @@ def test_what_a_folder_holds_is_told_by_its_files(tiny_run: Path, predictions: P
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "nothing there that has a page")],
+    [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "contains nothing to report on")],
 )
 def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     (tmp_path / "empty").mkdir()
@@ -395,7 +395,7 @@ def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, zn
 
 
 def test_references_of_a_run_are_refused(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--references goes with predictions"):
+    with pytest.raises(ConfigError, match="--references can only be used with predictions"):
         report(tiny_run, tmp_path / "out", references=DataSource(tmp_path))
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from app.system import process
 from app.system.process import share_processors
-from app.system.worker_process import environment_of
+from app.system.worker_pool import worker_environment
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
 
@@ -38,7 +38,7 @@ def test_there_are_no_more_threads_than_the_control_group_grants(
 ) -> None:
     monkeypatch.setattr(process, "processor_quota", lambda: quota)
     monkeypatch.setattr(process, "cores", lambda: 4)
-    monkeypatch.setattr(process, "_SET", process._Set())
+    monkeypatch.setattr(process, "_SET", {})
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is put back after the test
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
@@ -49,14 +49,14 @@ def test_there_are_no_more_threads_than_the_control_group_grants(
 def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_threads(
     monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: str
 ) -> None:
-    monkeypatch.setattr(process, "_SET", process._Set())
+    monkeypatch.setattr(process, "_SET", {})
     monkeypatch.setattr(process, "processor_quota", lambda: 4.0)
     monkeypatch.setattr(process, "cores", lambda: 16)
     monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
-    assert environment_of(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
+    assert worker_environment(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
 
 
 PAGES = """

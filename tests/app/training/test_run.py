@@ -238,7 +238,7 @@ def test_a_folder_that_holds_something_is_refused(
     (tmp_path / "note.txt").touch()
     ended = znormseg("train", phantoms, tmp_path, *options)
     assert ended.code == 5
-    assert "is not empty. Go on with --resume, or give another folder" in ended.err
+    assert "is not empty. Continue with --resume, or give another folder" in ended.err
     assert ids_of(tmp_path) == ["note.txt"]
 
 

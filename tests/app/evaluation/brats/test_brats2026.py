@@ -38,7 +38,6 @@ from app.evaluation.brats.brats2026 import (
     rankable,
 )
 from app.evaluation.brats.brats_evaluate import COMMAND, TESTED, Installed, Runner, find_installed, processes_at_once
-from app.evaluation.brats.challenge import write_challenge_table
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.ranking.rank import rank
@@ -221,7 +220,7 @@ def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
     assert "configuration GoAT, brats-evaluation 0.0.10, panoptica 2.1.7" in shown.out
     assert "inf: no lesion matched; mean and median count 373" in shown.out
     assert "Research use only" in shown.out
-    assert "voxels are no cubes of 1 mm in 2 of the cases: case-00003, case-00007." in shown.err
+    assert "the voxels of 2 cases are not 1 mm cubes: case-00003, case-00007." in shown.err
 
 
 def test_means_leave_out_what_is_not_defined(stand_in: Put, sides: Write) -> None:
@@ -254,7 +253,7 @@ def test_the_command_ranks_folders(
 def test_tables_rank_as_their_folders_do(stand_in: Put, sides: Write, tmp_path: Path) -> None:
     stand_in()
     found = scored("GLI", sides("GLI"))
-    write_challenge_table(found, tmp_path / "a.csv")
+    found.write_table(tmp_path / "a.csv")
     (tmp_path / "b.json").write_text(json.dumps(found.to_json(), allow_nan=False))
     tables = load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.json")], None, None)
     assert tables[0].scored_by == tables[1].scored_by == found.scored_by
@@ -270,7 +269,7 @@ def test_sets_of_other_versions_or_years_are_not_ranked_together(tmp_path: Path)
     (tmp_path / "c.csv").write_text("case,WT_lesion_dice,WT_lesion_hd95_mm\nx,0.5,2\n")
     with pytest.raises(DataError, match=r"panoptica 2\.1\.7\); brats2026 GLI \(panoptica 2\.2\.0"):
         rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None))
-    with pytest.raises(DataError, match="Score all alike"):
+    with pytest.raises(DataError, match="Score all in the same way"):
         rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "c.csv")], None, None))
 
 
@@ -316,14 +315,14 @@ IF_EMPTY = "if not any(stored[1]):\n    "
 UNREADABLE = "wrote no summary of one case that can be read"
 WRONG = {
     "crash": ("sys.exit('Traceback\\nline\\nValueError: no')", "ended with 1: Traceback / line / ValueError: no. Run"),
-    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it said nothing"),
+    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it printed nothing"),
     "garbage": ("""write('{"metrics": [')""", f"{UNREADABLE} (JSONDecodeError)"),
     "bytes": ("write(bytes(range(256)))", UNREADABLE),
     "nothing": ("print('Error: no configuration') or sys.exit(0)", "(FileNotFoundError): Error: no configuration"),
     "skipped": ("""write('{"metrics": [], "missings": [1]}')""", f"{UNREADABLE} (ValueError)"),
     "another shape": ("""write('{"metrics": [[1]]}')""", f"{UNREADABLE} (TypeError)"),
     "refused": ("""write('{"metrics": [{"error": "Size\\\\nMismatch"}]}')""", "refused the case: Size Mismatch"),
-    "region": ("""write('{"metrics": [{"et": {}}]}')""", "told nothing of region WT"),
+    "region": ("""write('{"metrics": [{"et": {}}]}')""", "gave no scores of region WT"),
     "number": ("""write('{"metrics": [{"wt": {"sq_dsc": "high"}}]}')""", "gave 'high' for sq_dsc"),
 }
 
@@ -395,7 +394,7 @@ def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put,
     command.write_text("#!/nowhere/bin/python\n")
     done = znormseg("evaluate", *sides("GLI"), "--rules", "brats2026", "--labels", "brats2024")
     assert done.code == EXIT_MACHINE
-    assert "cannot be started (No such file or directory). Is its environment still whole?" in done.err
+    assert "cannot be started (No such file or directory). Is its environment intact?" in done.err
 
 
 @pytest.mark.parametrize(
@@ -469,9 +468,9 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are no part of task GOAT"),
+        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are not part of task GOAT"),
         ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
-        ("PED", 4, "no part of task PED"),
+        ("PED", 4, "not part of task PED"),
     ],
 )
 def test_a_tissue_that_the_task_has_no_number_for_is_refused(

@@ -222,7 +222,7 @@ def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Pat
     predictions, references = map(DataSource, sides)
     evaluation = evaluate_officially(predictions, references, rules_for("brats2024", "MEN-RT"))
     assert [case.case for case in evaluation.cases] == ["BraTS2021_00002"]
-    assert "MEN-RT hold 0 and 1" in evaluation.failures["BraTS2021_00001"]
+    assert "other than 0 and 1, the only ones of MEN-RT" in evaluation.failures["BraTS2021_00001"]
 
 
 def with_pixdim(sides: tuple[Path, Path], edge_mm: float, which: int) -> None:
@@ -247,7 +247,7 @@ def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
     after = json.loads(done.out)
     assert after["cases"] == before["cases"]
     assert after["pixdim_not_followed_mm"] == {"BraTS2021_00001": [1.0, 1.0, 3.0]}
-    assert "BraTS2021_00001 pixdim is 1 x 1 x 3 mm. The affine is followed" in done.err
+    assert "BraTS2021_00001, pixdim is 1 x 1 x 3 mm. The affine is used" in done.err
 
 
 def test_a_pixdim_rounded_to_single_precision_is_no_other(
@@ -335,5 +335,5 @@ def test_the_terminal_says_that_the_penalty_is_the_diagonal(
 
 
 def test_the_rules_of_earlier_years_are_said_to_be_those_without_the_option() -> None:
-    with pytest.raises(DataError, match="up to 2022, are scored without --rules"):
+    with pytest.raises(DataError, match="Without --rules, whole regions are scored, as in the challenges up to 2022"):
         rules_for("brats2021", "GLI")

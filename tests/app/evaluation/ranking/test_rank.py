@@ -164,7 +164,7 @@ def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_pat
 
 
 def spoil(label_map: Path) -> None:
-    """Move a label map by 5 mm: it lies on another grid than its reference."""
+    """Move a label map by 5 mm: it is on a different grid than its reference."""
     image: Any = nib.loadsave.load(label_map)
     moved = image.affine.copy()
     moved[0, 3] += 5

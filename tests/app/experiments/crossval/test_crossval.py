@@ -28,12 +28,12 @@ from app.experiments.crossval.out_of_fold import (
     write_prediction,
 )
 from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
-from app.experiments.crossval.workers import fold_slots
+from app.experiments.crossval.workers import fold_devices
 from app.inference.backends.choose import choose_backend
 from app.inference.postprocess import Postprocess
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig
-from app.system.worker_process import environment_of
+from app.system.worker_pool import worker_environment
 from data.datasets.patients import patient_of
 from data.datasets.source import DataSource
 
@@ -178,11 +178,11 @@ def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Pat
 
 
 def test_without_devices_everything_is_done_in_this_process() -> None:
-    assert fold_slots(None, None, config_device="cpu") == (None,)
+    assert fold_devices(None, None, config_device="cpu") == (None,)
 
 
 def test_a_device_is_a_process_and_may_come_twice() -> None:
-    assert fold_slots("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
+    assert fold_devices("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -192,12 +192,12 @@ def test_a_device_is_a_process_and_may_come_twice() -> None:
         ("gpu0", None, "auto", "--devices takes cpu, cuda and cuda:N"),
         (",", None, "auto", "--devices takes"),
         (None, 0, "auto", "--jobs takes 1 to 64"),
-        ("cuda:0", None, "cuda:1", "so does runtime.device: cuda:1"),
+        ("cuda:0", None, "cuda:1", "cannot be combined with runtime.device: cuda:1"),
     ],
 )
 def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | None, config: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        fold_slots(devices, jobs, config_device=config)
+        fold_devices(devices, jobs, config_device=config)
 
 
 @pytest.mark.parametrize(
@@ -206,12 +206,12 @@ def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | Non
 )
 def test_a_worker_sees_its_own_gpu_alone(device: str | None, visible: str | None, seen: str | None) -> None:
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert environment_of(device, 2, given=given).get("CUDA_VISIBLE_DEVICES") == seen
+    assert worker_environment(device, 2, given=given).get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_a_gpu_that_is_hidden_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES leaves 1"):
-        environment_of("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
+        worker_environment("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
 
 
 # What is written
@@ -568,7 +568,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
     child.kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 7, said
-    assert "its process was ended by SIGKILL and did not say why" in said
+    assert "its process was ended by SIGKILL without reporting an error" in said
     assert not other.is_running()
 
 
