@@ -16,7 +16,7 @@ RUN := $(VENV)/.installed-run$(if $(LOCKED),-locked)
 DEV := $(VENV)/.installed-dev$(if $(LOCKED),-locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow coverage lint types imports format docs lock clean
+.PHONY: help setup setup-dev demo test test-slow lint types imports format docs lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,11 +47,8 @@ demo: $(RUN) ## phantoms, training, prediction, scores and a page, in about five
 	@rm -rf znormseg-demo
 	$(BIN)/znormseg demo --out znormseg-demo
 
-test: $(DEV) lint imports types ## every check but the slow tests
-	$(BIN)/python -m pytest $(IN_PARALLEL)
-
-coverage: $(DEV) ## branch coverage of the fast tests; fails below the floor in pyproject.toml
-	$(BIN)/python -m pytest $(IN_PARALLEL) --cov
+test: $(DEV) lint imports types ## every check but the slow tests; branch coverage below the floor in pyproject.toml fails
+	$(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-report=
 
 test-slow: $(DEV) ## the slow tests alone
 	$(BIN)/python -m pytest -m slow

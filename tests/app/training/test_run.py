@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result(
     *,
     number: signal.Signals,
