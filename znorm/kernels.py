@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from znorm.reference import zscore_reference
+from znorm.self_check import zscore_reference
 
 _Mode = Literal["zscore", "centre", "scale"]
 _MODES: Final[tuple[_Mode, ...]] = ("zscore", "centre", "scale")

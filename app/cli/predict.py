@@ -245,7 +245,7 @@ def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
 
 def _elsewhere(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
     """Return the executor that uses other processes; None if this process does the work."""
-    from app.inference.batch.process_pool import InProcesses, devices_of
+    from app.inference.batch.parallel import InProcesses, devices_of
     from app.system.worker_pool import default_devices
 
     slots = default_devices(1 if workers is None else workers, option="--workers")

@@ -16,7 +16,7 @@ import pytest
 from app.config.load import load_config
 from app.errors import RunError
 from app.experiments.comparison.split import deal_parts, fold_parts
-from app.experiments.crossval.folds import deal, require_same
+from app.experiments.crossval.plan import deal, require_same
 from app.training.run import resume, start
 from data.datasets.layouts import find_cases, patients_of
 from data.datasets.patients import patient_by_older_versions

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.experiments.crossval.calibrate import Calibrated
-from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.plan import Folds
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import Tuning
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION

@@ -1,7 +1,7 @@
 """Cross-validate: train the folds, tune post-processing on their out-of-fold predictions, build an ensemble.
 
 Completed work is kept, so the same command resumes after an interruption (see
-:mod:`app.experiments.crossval.folds`).
+:mod:`app.experiments.crossval.plan`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.experiments.crossval.calibrate import Calibrated, calibrate
 from app.experiments.crossval.ensemble_folder import write_ensemble
-from app.experiments.crossval.fold import work_on_fold
-from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
+from app.experiments.crossval.plan import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
+from app.experiments.crossval.train_fold import work_on_fold
 from app.experiments.crossval.tune import Scores, Tuning, tune
 from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import (

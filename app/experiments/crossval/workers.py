@@ -100,8 +100,8 @@ def work_in_processes(
 
 
 def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
-    from app.experiments.crossval.fold import work_on_fold
-    from app.experiments.crossval.folds import read_folds
+    from app.experiments.crossval.plan import read_folds
+    from app.experiments.crossval.train_fold import work_on_fold
     from data.datasets.source import DataSource
 
     if job["needs_cuda"]:

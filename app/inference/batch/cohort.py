@@ -7,50 +7,21 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from app import NOTICE
 from app.errors import InterruptedRunError
 from app.inference.batch.challenge import Delivery
 from app.inference.batch.fingerprint import finished_content
 from app.inference.batch.manifest import MANIFEST_FILE, Outcome, write_manifest
 from app.inference.batch.output_folder import at_work, make_output
+from app.inference.batch.prediction_json import Predictions
 from app.progress import LOG, OnProgress, Progress, silent
 from data.datasets.layouts import Case
 
 #: Threads that hash the files of cases that may be finished.
 _HASHING_THREADS = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Results of all cases, and the failures."""
-
-    cases: tuple[Mapping[str, Any], ...]
-    """Contents of the files ``<case>.json`` in the order of the cases, including those that were finished before."""
-    skipped: tuple[str, ...]
-    """Ids of the cases that were finished before."""
-    failures: Mapping[str, str]
-    """Message by case id."""
-    manifest: Path | None
-    """Path of the manifest, if one was written."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return {
-            "cases": list(self.cases),
-            "skipped": list(self.skipped),
-            "failures": self.failures,
-            "manifest": None if self.manifest is None else str(self.manifest),
-            "notice": NOTICE,
-        }
-
-    def copied_to(self, folder: Path) -> Predictions:
-        """The same predictions, after only the label maps were copied to another folder."""
-        cases = ({**one, "label_map": str(folder / Path(one["label_map"]).name)} for one in self.cases)
-        return replace(self, cases=tuple(cases), manifest=None)
 
 
 class CaseObserver(Protocol):

@@ -15,7 +15,8 @@ from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.native import Native
 from app.inference.batch.pipeline import InThisProcess
-from app.inference.batch.predict import ComputedCase, PredictSteps, ReadCase
+from app.inference.batch.predict import PredictSteps, ReadCase
+from app.inference.batch.prediction_json import ComputedCase
 from app.inference.ensemble import load_predictor
 from app.inference.model import Predictor
 from app.runs.training_record import training_record

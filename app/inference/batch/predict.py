@@ -5,28 +5,28 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from app import NOTICE
 from app.config.inference import DEFAULTS, PredictOptions
-from app.inference.batch.cohort import Predictions, predict_each
-from app.inference.batch.fingerprint import FINGERPRINT, files_sha256, fingerprint, settings_of
+from app.inference.batch.cohort import predict_each
+from app.inference.batch.fingerprint import fingerprint, settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.native import Native, PreparedScans, prepare_scans
 from app.inference.batch.pipeline import MOST_VOXELS_AHEAD, InThisProcess, Steps
-from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
-from app.inference.flags import CaseFacts, Flag, flags_of
+from app.inference.batch.prediction_json import ComputedCase, Predictions, case_content
+from app.inference.confidence import COMPANIONS, Companion, companions, measure_confidence, nested
+from app.inference.flags import CaseFacts, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
-from app.system.device import Runtime, versions
+from app.system.device import Runtime
 from app.system.process import give_back_freed_memory
 from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
@@ -86,26 +86,6 @@ class ReadCase:
     """The network's input, or scans from which it has yet to be made."""
     seconds: float
     """Time spent on reading."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ComputedCase:
-    """A case that has been predicted and can be written; the network's input has been freed."""
-
-    case: Case
-    fingerprint: Mapping[str, Any]
-    codes: npt.NDArray[np.uint8]
-    """Label map in the program's codes, on the grid and in the voxel order of ``reference``."""
-    reference: Path
-    """File whose grid and header the results get."""
-    companions: Mapping[Companion, ShareSteps]
-    """Contents of the optional files, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
-    trust: Trust
-    flags: tuple[Flag, ...]
-    seconds: Mapping[str, float]
-    """Time spent so far, by step."""
-    notes: Mapping[str, Any]
-    """Further entries of the JSON."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,31 +241,9 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             what = f"{name} of {', '.join(REGIONS)}"
             write_shares(path, computed.companions[name], computed.reference, what=what)
         seconds = {**computed.seconds, "write": time.monotonic() - began}
-        volumes = computed.trust.volumes_ml
-        content = {
-            "case": case.id,
-            "label_map": str(label_map),
-            "files": {name: str(files[name]) if name in files else None for name in COMPANIONS},
-            "volumes_ml": {region: round(ml, 3) for region, ml in volumes.items()},
-            **computed.trust.to_json(),
-            "flags": [asdict(flag) for flag in computed.flags],
-            "labels": {
-                "convention": convention.name,
-                "necrosis": convention.necrosis,
-                "oedema": convention.oedema,
-                "enhancing": convention.enhancing,
-            },
-            "seconds": {step: round(spent, 3) for step, spent in seconds.items()},
-            **computed.notes,
-            **model.calibration.record(list(volumes.values()), complete=not computed.notes["missing_contrasts"]),
-            "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
-            **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
-            **model.record(),
-            "runtime": list(self.runtime.reasons),
-            "versions": versions(),
-            "notice": NOTICE,
-            FINGERPRINT: {**computed.fingerprint, "files_sha256": files_sha256([label_map, *files.values()])},
-        }
+        content = case_content(
+            computed, model, label_map, files, convention=convention, runtime=self.runtime, seconds=seconds
+        )
         write_json(self.output / f"{case.id}.json", content)
         return content
 

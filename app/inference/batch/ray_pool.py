@@ -24,8 +24,8 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.batch.output_folder import at_work
+from app.inference.batch.parallel import MAX_ATTEMPTS
 from app.inference.batch.pipeline import InThisProcess
-from app.inference.batch.process_pool import MAX_ATTEMPTS
 from app.progress import LOG
 from app.system.device import versions
 from app.system.resources import cores

@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from app.errors import ConfigError, RunError
-from app.experiments.crossval.folds import read_folds
 from app.experiments.crossval.logits import no_counts
 from app.experiments.crossval.out_of_fold import (
     OutOfFoldPrediction,
@@ -27,6 +26,7 @@ from app.experiments.crossval.out_of_fold import (
     read_prediction,
     write_prediction,
 )
+from app.experiments.crossval.plan import read_folds
 from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
 from app.experiments.crossval.workers import fold_devices
 from app.inference.backends.choose import choose_backend

@@ -23,8 +23,8 @@ from app.inference.batch.job import CASE as CASE_JSON
 from app.inference.batch.job import PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.native import Native
+from app.inference.batch.parallel import devices_of
 from app.inference.batch.pipeline import InThisProcess, Steps
-from app.inference.batch.process_pool import devices_of
 from app.schemas import json_schema
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
@@ -221,7 +221,7 @@ def test_partial_files_stay_while_somebody_else_is_at_work(tmp_path: Path) -> No
 KILLED_TEN_TIMES = """
 import os, random, signal, sys, time
 from pathlib import Path
-import app.inference.batch.job, app.inference.batch.process_pool
+import app.inference.batch.job, app.inference.batch.parallel
 from app.cli.main import run
 out, moments = Path(sys.argv.pop(1)), random.Random(7)
 killed = 0
@@ -321,7 +321,7 @@ def test_the_cases_of_a_worker_that_is_lost_are_done_by_another(
 def test_a_worker_that_cannot_begin_stops_the_cohort_with_its_reason(
     tiny_run: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.inference.batch.process_pool import InProcesses
+    from app.inference.batch.parallel import InProcesses
 
     job = PredictJob(run=tmp_path / "no run", output=tmp_path, device="cpu")
     with pytest.raises(RuntimeError, match="no run: does not exist"):
@@ -345,7 +345,7 @@ def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_
 DEADLY = f"""
 import os, signal, sys
 def deadly(event, arguments):
-    starts_worker = "app.inference.batch.process_pool" in " ".join(sys.orig_argv)
+    starts_worker = "app.inference.batch.parallel" in " ".join(sys.orig_argv)
     if event == "open" and "{CASE}_t2." in str(arguments[0]) and starts_worker:
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(deadly)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
+from app.experiments.crossval.plan import Folds
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
 from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model

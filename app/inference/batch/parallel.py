@@ -1,6 +1,6 @@
 """Predict cases in worker processes on this machine, one per device; cases of a lost worker are retried.
 
-A worker is ``python -m app.inference.batch.process_pool``; see :mod:`app.system.worker_pool`.
+A worker is ``python -m app.inference.batch.parallel``; see :mod:`app.system.worker_pool`.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class InProcesses:
 
         with tempfile.TemporaryDirectory(prefix="znormseg-") as logs:
             WorkerPool(
-                module="app.inference.batch.process_pool",
+                module="app.inference.batch.parallel",
                 job=job,
                 tasks={case.id: CASE.dump_python(case, mode="json") for case in cases},
                 devices=self.devices,
