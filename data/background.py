@@ -1,7 +1,7 @@
 """Set backgrounds that are not 0 to 0: interpolation ringing, residue of denoising, a fill value such as -1024.
 
-The rest of the program takes 0 for background and any other value for brain, so each image is brought to that form when
-it is read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
+The rest of the program takes 0 for background and any other value for brain, so each image is converted when it is
+read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
 
 Only voxels connected to the volume's border count as background: values near 0 inside a brain, common in z-scored
 images and dark fluid, are kept. A few dark voxels on a brain's rim are normal, so an image with only a few of them is
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-#: Quantile of the non-zero magnitudes that stands for bright tissue; isolated hot voxels lie above it.
+#: Quantile of the non-zero magnitudes that counts as bright tissue; isolated hot voxels are above it.
 _BRIGHT: Final = 0.99
 #: Values below this share of bright tissue are not signal: a signal is at most a few hundred times its noise. Used if
 #: the volume's faces are 0, that is, if the brain has already been extracted.
@@ -35,7 +35,7 @@ _LEAST_NEGATIVE: Final = 0.01
 _MOST_NEGATIVE: Final = 0.3
 #: Share of voxels inside a brain that may be negative although the brain counts as positive.
 _EXCEPTIONS: Final = 0.005
-#: Quantile of the values inside a brain that stands for its darkest tissue.
+#: Quantile of the values inside a brain that counts as its darkest tissue.
 _DARKEST: Final = 0.005
 #: Interpolation mixes brain and background this many voxels deep; voxels further inside are pure.
 _DEPTH_VOXELS: Final = 4
@@ -46,7 +46,7 @@ _LEAST_SOLID: Final = 0.3
 #: Minimum share of the volume's faces that a fill value covers; it must also cover a corner.
 _LEAST_FILL: Final = 0.01
 #: If the darkest tissue is farther from the fill than this multiple of its distance from the brain's median, only
-#: mixtures of brain and fill lie half-way between them.
+#: mixtures of brain and fill are half-way between them.
 _GAP: Final = 1.5
 #: The first look takes every fourth voxel along each axis, or every voxel of volumes smaller than ``_SMALL_VOXELS``.
 _STEP: Final = 4
@@ -75,7 +75,7 @@ def clean_background(voxels: _Voxels) -> Cleaned | None:
         voxels: one contrast, finite, shape (X, Y, Z), any memory order; not modified.
 
     Returns:
-        a copy whose background is 0; None if it is 0 already or cannot be told apart from the image.
+        a copy whose background is 0; None if it is 0 already or cannot be distinguished from the image.
 
     Example:
         >>> image = np.full((20, 20, 20), -1024, dtype=np.float32)
@@ -239,7 +239,7 @@ def _is_solid(mask: _Mask) -> bool:
 
 
 def _deep(mask: _Mask) -> _Mask:
-    """The part of a mask that lies at least ``_DEPTH_VOXELS`` inside its surface."""
+    """The part of a mask that is at least ``_DEPTH_VOXELS`` inside its surface."""
     return np.asarray(ndimage.binary_erosion(mask, iterations=_DEPTH_VOXELS, border_value=1))
 
 

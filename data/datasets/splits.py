@@ -181,7 +181,7 @@ def read_split(path: Path, patients: Mapping[str, str]) -> Split:
         raise DataError(f"{path}: cannot be read as a split ({why(error)})") from error
     form = f'{path}: a split is {{"train": [case ids], "validation": [case ids]}}'
     if not isinstance(content, dict) or not set(content) <= {"train", "validation", "val", "test"}:
-        raise DataError(f"{form}; this file has something else")
+        raise DataError(f"{form}; this file has another form")
     if {"validation", "val"} <= set(content):
         raise DataError(f"{form}; this file has both validation and val")
     train = ids_of(content.get("train"), f"{form}; train")
@@ -208,7 +208,8 @@ def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, C
             if other != part:
                 cases = f" (case {there}, case {case_id})" if there != case_id else ""
                 raise DataError(
-                    f"{path}: patient {patients[case_id]} is in {other} and in {part}{cases}; keep each in one part"
+                    f"{path}: patient {patients[case_id]} is in {other} and in {part}{cases}; "
+                    "keep each patient in one part"
                 )
 
 

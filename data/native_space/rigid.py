@@ -377,7 +377,7 @@ def _information(fixed: sitk.Image, moving: sitk.Image, pose: Any, *, mask: sitk
     try:
         return -float(method.MetricEvaluate(fixed, moving))
     except RuntimeError as error:
-        _require_out_of_sight(error)
+        _ignore_no_overlap(error)
         return 0.0
 
 
@@ -406,12 +406,12 @@ def _descend(
     try:
         method.Execute(fixed, moving)
     except RuntimeError as error:
-        _require_out_of_sight(error)
+        _ignore_no_overlap(error)
         return type(start)(start)
     return pose
 
 
-def _require_out_of_sight(error: RuntimeError) -> None:
+def _ignore_no_overlap(error: RuntimeError) -> None:
     """Ignore ITK's error about images that do not overlap; re-raise others: ITK has only one exception type."""
     if "samples map outside" not in str(error):
         raise error

@@ -23,7 +23,7 @@ CUT_CM2: Final = 25.0
 #: Area that the convex end of a head gains per mm (2 pi 70 mm2 at a radius of 70 mm, with a margin), so that its last
 #: thick slice does not count as a cut.
 _END_MM: Final = 900.0
-#: Depths in mm below the outermost tissue: a skull lies above the first, and brain between the first and the second.
+#: Depths in mm below the outermost tissue: a skull is above the first, and brain between the first and the second.
 _BAND_MM: Final = 24.0
 _INNER_MM: Final = 45.0
 #: Longer steps along a ray could miss the skull.
@@ -82,7 +82,7 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
     """A problem if the image is not a skull-stripped brain.
 
     Each of three signs is enough: most of the volume's faces are not 0 (air was not removed); more than
-    :data:`MOST_BRAIN_LITRES` are not 0; a dark band (skull) lies between a bright rim (scalp) and the brain.
+    :data:`MOST_BRAIN_LITRES` are not 0; there is a dark band (skull) between a bright rim (scalp) and the brain.
     """
     if seen.has_background:
         message = (
@@ -129,8 +129,8 @@ def has_dark_band(
         for axis in range(3)
         for view, inside in _both_ways(voxels, tissue, axis)
     ]
-    known = [verdict for verdict in verdicts if verdict is not None]
-    return len(known) >= 3 and sum(known) > len(known) / 2
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    return len(decided) >= 3 and sum(decided) > len(decided) / 2
 
 
 def _both_ways(
