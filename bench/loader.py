@@ -139,7 +139,7 @@ class Side:
             self.peak_bytes, self.peak_kept_bytes = max(self.peak_bytes, total), max(self.peak_kept_bytes, kept)
 
     def processor_seconds(self) -> float:
-        """Return the CPU time of the process and its children; on a busy machine it is more telling than the clock."""
+        """Return the CPU time of the process and its children; on a busy machine it measures better than the clock."""
         return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def _tree(self) -> list[psutil.Process]:
@@ -268,7 +268,7 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
 
 
 def reading(paths: list[Path], rounds: int) -> None:
-    """Compare reading the contrasts of a case as float32: nibabel's own way, and ours with all its checks."""
+    """Compare reading the contrasts of a case as float32: with nibabel, and with our reader and all its checks."""
     jobs: dict[str, Callable[[Path], Any]] = {
         "nibabel": lambda path: np.asanyarray(nib.load(path).dataobj, dtype=np.float32),
         "ours": read_volume,
