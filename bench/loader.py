@@ -83,14 +83,14 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
     for side in sides.values():
         side.end()
     print(
-        f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} patches a round"
+        f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} per round"
     )
     for name, side in sides.items():
         peak_mb, kept_mb = side.peak_bytes / 1e6, side.peak_kept_bytes / 1e6
         print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, without mapped files {kept_mb:.0f} MB")
     ours, monai = sides["ours"], sides["monai"]
     print(f"patches/s, ours over MONAI: {median(rates['ours']) / median(rates['monai']):.2f}")
-    print(f"processor time a patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
+    print(f"processor time per patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
     print(f"memory, ours over MONAI: {ours.peak_bytes / monai.peak_bytes:.2f}; ", end="")
     print(f"without mapped files {ours.peak_kept_bytes / monai.peak_kept_bytes:.2f}")
 

@@ -93,7 +93,7 @@ def main() -> None:
         if not options.cases.exists():
             write_phantoms(options.cases, 36, seed=0, spacing_mm=2.0)
     ids = [case.id for case in find_cases(options.cases)]
-    print(f"{machine()}; {versions()}; {options.minutes:g} minutes on one core a run, {kind}", flush=True)
+    print(f"{machine()}; {versions()}; {options.minutes:g} minutes on one core per run, {kind}", flush=True)
     splits = [hold_out(ids, number) for number in range(options.splits)]
     sides = options.sides.split(",")
 

@@ -122,22 +122,22 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     if values.size <= _LEAST_FILL * faces.size:
         return None
     fill = _middle(values)
-    apart = voxels - fill
-    others = apart[(apart != 0) & (voxels != 0)]
+    difference = voxels - fill
+    others = difference[(difference != 0) & (voxels != 0)]
     if not others.size:
         return None
     tolerance = np.float32(_NEGLIGIBLE_ON_FACES * _bright(others))
     if abs(fill) <= tolerance or np.count_nonzero(np.abs(values - fill) <= tolerance) <= values.size / 2:
         return None
-    off = np.abs(apart)
+    off = np.abs(difference)
     same = off <= _reach(off[_connected(off <= tolerance)])
-    apart[same] = 0
-    if not any(same[corner] for corner in _corners()) or not _is_solid(apart != 0):
+    difference[same] = 0
+    if not any(same[corner] for corner in _corners()) or not _is_solid(difference != 0):
         return None
-    background = same | _mixed_with_fill(apart) | _residue(apart)
+    background = same | _mixed_with_fill(difference) | _residue(difference)
     zero = voxels == 0
     outside = _connected(background | zero)
-    if not (apart < 0).any():  # a fill below all other values is background everywhere, as 0 is in other images
+    if not (difference < 0).any():  # a fill below all other values is background everywhere, as 0 is in other images
         outside |= same
     cleaned = voxels.copy(order="K")
     if values.size > faces.size / 2:
@@ -147,22 +147,22 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     return Cleaned(voxels=cleaned, sentence=f"the background is {fill:g}, not 0; {count} voxels were taken as 0")
 
 
-def _mixed_with_fill(apart: _Voxels) -> _Mask:
+def _mixed_with_fill(difference: _Voxels) -> _Mask:
     """Voxels in which interpolation mixed brain and fill, with at least half of the fill.
 
     Args:
-        apart: differences from the fill value, 0 where the voxel holds the fill.
+        difference: difference from the fill value, 0 where the voxel holds the fill.
     """
-    inside = apart[_deep(apart != 0)]
+    inside = difference[_deep(difference != 0)]
     if inside.size < _LEAST_VOXELS:
-        return np.zeros(apart.shape, dtype=bool)
+        return np.zeros(difference.shape, dtype=bool)
     side = np.sign(np.median(inside))
     darkest, middle = np.quantile(side * inside, (_DARKEST, 0.5))
     if darkest <= _GAP * (middle - darkest):
-        return np.zeros(apart.shape, dtype=bool)
-    near = side * apart <= darkest / 2
-    mixed = _connected(near) & (apart != 0)
-    return mixed if np.count_nonzero(mixed) > _LEAST_SHARE * np.count_nonzero(apart) else np.zeros_like(mixed)
+        return np.zeros(difference.shape, dtype=bool)
+    near = side * difference <= darkest / 2
+    mixed = _connected(near) & (difference != 0)
+    return mixed if np.count_nonzero(mixed) > _LEAST_SHARE * np.count_nonzero(difference) else np.zeros_like(mixed)
 
 
 def _without_residue(voxels: _Voxels) -> Cleaned | None:
@@ -170,39 +170,39 @@ def _without_residue(voxels: _Voxels) -> Cleaned | None:
     outside = _residue(voxels)
     if not outside.any():
         return None
-    gone = voxels[outside]
+    removed = voxels[outside]
     cleaned = voxels.copy(order="K")
     cleaned[outside] = 0
     return Cleaned(
         voxels=cleaned,
         sentence=(
-            f"the background around the brain is not 0; {gone.size} voxels from {gone.min():.2g} to {gone.max():.2g}, "
-            f"where bright tissue has {_bright(voxels[voxels != 0]):.4g}, were taken as 0"
+            f"the background around the brain is not 0; {removed.size} voxels from {removed.min():.2g} to "
+            f"{removed.max():.2g}, where bright tissue has {_bright(voxels[voxels != 0]):.4g}, were taken as 0"
         ),
     )
 
 
 def _residue(voxels: _Voxels) -> _Mask:
     """Mask of the values that are almost 0 around a brain, and of ringing; empty if there are only a few."""
-    there = voxels != 0
-    none: _Mask = np.zeros(there.shape, dtype=bool)
-    values = voxels[there]
+    nonzero = voxels != 0
+    none: _Mask = np.zeros(nonzero.shape, dtype=bool)
+    values = voxels[nonzero]
     if not values.size:
         return none
-    on_faces = share_of_faces(there) > 0.5
+    on_faces = share_of_faces(nonzero) > 0.5
     limit = np.float32((_NEGLIGIBLE_ON_FACES if on_faces else NEGLIGIBLE) * _bright(values))
     size = np.abs(voxels)
     ringing, darkest = _rings(voxels, size > limit, limit)
-    outside = _connected(voxels <= limit if ringing else size <= limit) & there
+    outside = _connected(voxels <= limit if ringing else size <= limit) & nonzero
     if np.count_nonzero(outside) <= _LEAST_SHARE * values.size:
         return none
     near = size[outside & (size <= limit)]
     if near.size:
         limit = _reach(near)
-    outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & there
+    outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & nonzero
     if ringing:
-        outside |= _faint_islands(voxels, there & ~outside, darkest)
-    left = there & ~outside
+        outside |= _faint_islands(voxels, nonzero & ~outside, darkest)
+    left = nonzero & ~outside
     # Keep everything if what remains is air noise around a head, or if it is only a few voxels thousands of times
     # brighter than the brain: then the brain itself would be removed.
     return none if (on_faces and share_of_faces(left) > 0.5) or not _is_solid(left) else outside

@@ -170,9 +170,9 @@ def values_in(label_map: npt.NDArray[np.generic]) -> Sequence[float]:
     """
     if label_map.dtype != np.uint8:
         return cast("list[float]", np.unique(label_map).tolist())
-    there = np.zeros(256, dtype=np.bool_)
-    there[label_map] = True
-    return cast("list[float]", np.flatnonzero(there).tolist())
+    present = np.zeros(256, dtype=np.bool_)
+    present[label_map] = True
+    return cast("list[float]", np.flatnonzero(present).tolist())
 
 
 def require_known_values(values: Iterable[int]) -> None:

@@ -151,10 +151,10 @@ class CaseFolder:
     def _remove(self, places: Sequence[Path]) -> None:
         """Delete entries; a partly deleted one is never visible."""
         for place in places:
-            gone = self._partial("gone")
+            trash = self._partial("gone")
             with suppress(FileNotFoundError):
-                place.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+                place.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".partial-{self._user}-{name[:12]}-{secrets.token_hex(4)}"

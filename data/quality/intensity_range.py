@@ -116,11 +116,11 @@ def range_of(cases: Iterable[Quantiles]) -> IntensityRange:
     """
     found = list(cases)
     by_contrast = {c: np.array([one[c] for one in found if c in one]) for c in CONTRASTS}
-    there = {contrast: values for contrast, values in by_contrast.items() if values.size}
+    present = {contrast: values for contrast, values in by_contrast.items() if values.size}
     return IntensityRange(
         cases=len(found),
-        least={contrast: tuple(values.min(axis=0).tolist()) for contrast, values in there.items()},
-        largest={contrast: tuple(values.max(axis=0).tolist()) for contrast, values in there.items()},
+        least={contrast: tuple(values.min(axis=0).tolist()) for contrast, values in present.items()},
+        largest={contrast: tuple(values.max(axis=0).tolist()) for contrast, values in present.items()},
     )
 
 

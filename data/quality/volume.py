@@ -137,10 +137,10 @@ def _both_ways(
     voxels: npt.NDArray[np.float32], tissue: npt.NDArray[np.bool_], axis: int
 ) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
     """The rays from both ends of an axis, depth first, limited to those through the middle third of the tissue."""
-    there = np.argwhere(tissue.any(axis=axis))
-    if not there.size:
+    marked = np.argwhere(tissue.any(axis=axis))
+    if not marked.size:
         return []
-    low, high = there.min(axis=0), there.max(axis=0) + 1
+    low, high = marked.min(axis=0), marked.max(axis=0) + 1
     third = (high - low) // 3
     middle = tuple(slice(int(a), max(int(a) + 1, int(b))) for a, b in zip(low + third, high - third, strict=True))
     rays, inside = np.moveaxis(voxels, axis, 0)[:, *middle], np.moveaxis(tissue, axis, 0)[:, *middle]
