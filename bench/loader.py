@@ -82,9 +82,7 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
                 work[name].append((side.processor_seconds() - before) / options.patches)
     for side in sides.values():
         side.end()
-    print(
-        f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} per round"
-    )
+    print(f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} per round")
     for name, side in sides.items():
         peak_mb, kept_mb = side.peak_bytes / 1e6, side.peak_kept_bytes / 1e6
         print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, without mapped files {kept_mb:.0f} MB")
