@@ -170,11 +170,11 @@ def serve(options: argparse.Namespace) -> None:
     source = make(places, options)
     print("{}", flush=True)
     while sys.stdin.readline().strip():
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(options.patches // BATCH):
             image = next(source)
             assert image.shape == (BATCH, 4, *(options.patch,) * 3)
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 class Mirrored(PatchSource):
@@ -329,10 +329,10 @@ def in_turn(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     spent: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
-            began = time.thread_time()
+            started = time.thread_time()
             job()
             if number:  # the first round is a warm-up
-                spent[name].append(time.thread_time() - began)
+                spent[name].append(time.thread_time() - started)
     return {name: median(values) for name, values in spent.items()}
 
 
