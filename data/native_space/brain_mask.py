@@ -29,7 +29,7 @@ MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "atlas", "none"]
 
 #: The command installed by each tool, in the order in which ``auto`` tries them.
 COMMANDS: Final = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
-#: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, lies outside this range.
+#: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, is outside this range.
 BRAIN_LITRES: Final = (0.7, 2.2)
 
 
@@ -93,7 +93,7 @@ def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str)
             template cannot be registered.
     """
     if wanted == "none":
-        return BrainMask(mask=None, source="none", detail="nothing masked, as asked for")
+        return BrainMask(mask=None, source="none", detail="nothing masked, as requested")
     is_own = wanted == "auto" and is_stripped(native)
     if wanted == "auto" and not is_own:
         wanted = next((tool for tool, command in COMMANDS.items() if shutil.which(command)), "atlas")
@@ -180,8 +180,8 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
         coarse=True,
         detail=f"MNI152 by affine registration, mutual information {found.metric_after:.4f}",
         warnings=(
-            "the brain mask is coarse: that of the MNI152 template, registered to this head. For a better one install "
-            "HD-BET or SynthStrip, or give a mask",
+            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one, "
+            "install HD-BET or SynthStrip, or give a mask",
         ),
     )
 

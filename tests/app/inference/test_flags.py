@@ -275,7 +275,7 @@ def test_headers_that_leave_the_geometry_open_are_told(phantoms: Path, tmp_path:
             image.set_qform(other, 1)
         nib.save(image, tmp_path / f"{CASE}_{kind}.nii.gz")
     repairs = prepare(find_cases(tmp_path)[0]).repairs
-    assert repairs == ("t2: its sform and qform are up to 7 mm apart; the sform was taken",)
+    assert repairs == ("t2: its sform and qform are up to 7 mm apart; the sform was used",)
 
 
 def test_headers_without_any_form_are_told(phantoms: Path, tmp_path: Path) -> None:

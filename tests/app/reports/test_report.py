@@ -213,7 +213,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
     asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
     refused = znormseg(*asked)
-    assert (refused.code, "give the right one with --labels" in refused.err) == (3, True)
+    assert (refused.code, "give the right convention with --labels" in refused.err) == (3, True)
     assert znormseg(*asked, "--labels", "brats2023").code == 0
     dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
     assert dice
