@@ -1,4 +1,4 @@
-"""Label numbers and regions: the only module that spells out BraTS label numbers.
+"""Label numbers of each convention, and regions.
 
 Inside the program, label maps use the codes :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use the
 numbers of their :class:`LabelConvention`. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring scripts
