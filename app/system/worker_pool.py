@@ -84,7 +84,8 @@ def worker_environment(device: str | None, workers: int, *, given: dict[str, str
         index = int(match["index"])
         if visible and index >= len(visible):
             raise ConfigError(
-                f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)} visible, counted from 0. Use one of them."
+                f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)} devices visible, counted from 0. "
+                "Use one of them."
             )
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return environment
@@ -175,7 +176,7 @@ class WorkerPool:
         self._hand_out(slot)
 
     def _hand_out(self, slot: _Slot) -> None:
-        """Give a worker the tasks it can hold; a task that was with a lost worker is handed out by itself."""
+        """Give a worker the tasks it can hold; a task that a lost worker held is handed out by itself."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
             if len(slot.held) >= (2 if self.reuse and not by_itself else 1):
@@ -296,7 +297,7 @@ class _Slot:
         if finish:
             self.send({"end": True})
         self.closed = True
-        with suppress(OSError):  # input that it has not read yet is lost
+        with suppress(OSError):  # input that the process has not read yet is lost
             self.process.stdin.close()
 
     def join(self) -> None:

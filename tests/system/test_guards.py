@@ -270,7 +270,7 @@ GUARDS: dict[str, Guard] = {
     # Configs
     "a mistyped key": Guard(
         "app/config/load.py",
-        "difflib.get_close_matches(path, known, n=1, cutoff=0.75)",
+        "difflib.get_close_matches(path, allowed, n=1, cutoff=0.75)",
         "None",
         f"{SETTING}[mistyped key]",
     ),

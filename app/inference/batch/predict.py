@@ -1,4 +1,4 @@
-"""Label maps for cases: from their files to files on the same grid, for prepared cases and for scans as they are."""
+"""Predict label maps on the grid of a case's files, for prepared cases and for scans as they come from the scanner."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def predict(
         runtime: the one that the model was loaded for.
         options: options of the prediction.
         overwrite: also predict finished cases.
-        on_progress: called with the case that is being worked on.
+        on_progress: called with the case that is being processed.
 
     Raises:
         DataError: ``output`` is a file.
@@ -90,7 +90,7 @@ class ReadCase:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSteps(Steps[ReadCase, ComputedCase]):
-    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans as they are."""
+    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans from the scanner."""
 
     model: Predictor
     output: Path
@@ -102,11 +102,11 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
 
     @property
     def most_voxels_ahead(self) -> int:
-        """0 if memory is bounded, as the plan for the current case leaves no room for another."""
+        """0 if memory is bounded, as the plan for the current case leaves no memory for another."""
         return MOST_VOXELS_AHEAD if self.options.max_memory_gb is None else 0
 
     def warm_up(self) -> None:
-        """Prepare the network for its windows, unless the first case has to be prepared before."""
+        """Prepare the network for its windows, unless the first case has to be prepared first."""
         if self.native is None:
             warm_up(self.model, self.runtime, self.options)
 
@@ -129,7 +129,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         for text in misnamed_files(replace(case, label=None)):
             LOG.warning("case %s: %s", case.id, text)
         for contrast, count in images.zeroed.items():
-            LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
+            LOG.warning("case %s: %d voxels of %s were NaN or infinite; replaced with 0", case.id, count, contrast)
         for contrast, sentence in images.backgrounds.items():
             LOG.warning("case %s, contrast %s: %s", case.id, contrast, sentence)
         return ReadCase(case=case, fingerprint=inputs, images=images, seconds=time.monotonic() - began)
@@ -169,13 +169,13 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         except DataError as error:
             raise DataError(f"case {case.id}: {error}") from error
         if options.uncertainty and answer.disagreement is None:
-            LOG.info("case %s: uncertainty of a single answer; --tta or an ensemble give several", case.id)
+            LOG.info("case %s: uncertainty is from a single answer; use --tta or an ensemble for several", case.id)
         spacing_mm = answer_spacing_mm = canonical_spacing(prepared.native_affine)
         if scans is None:
             masks = predict_masks(model, prepared, answer.centred)
             centred, disagreement = answer.centred, answer.disagreement
         else:
-            on_step(f"{case.id}: back to the grid of {scans.space}")
+            on_step(f"{case.id}: mapping back to the grid of {scans.space}")
             masks, centred, disagreement, spacing_mm = scans.map_back(model, answer)
 
         def in_file(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
@@ -249,12 +249,12 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
 
 
 def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
-    """Contrasts of a case whose intensities are unlike those of the training cases; empty if those are unknown."""
+    """Return the contrasts whose intensities differ from those of the training cases; empty if those are unknown."""
     return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
 
 
 def companion_path(case: Case, name: Companion, output: Path) -> Path:
-    """Path of an optional file next to the label map."""
+    """Return the path of an optional file next to the label map."""
     return output / f"{case.id}_{name}.nii.gz"
 
 
@@ -277,7 +277,7 @@ def require_contrasts(case: Case, model: Predictor) -> None:
 
 
 def requested_companions(options: PredictOptions) -> tuple[Companion, ...]:
-    """The optional files that these options may produce."""
+    """Return the optional files that these options may produce."""
     return (
         *(("probabilities",) if options.save_probabilities else ()),
         *(("uncertainty", "disagreement") if options.uncertainty else ()),

@@ -93,16 +93,16 @@ class Predictions:
     """Results of all cases, and the failures."""
 
     cases: tuple[Mapping[str, Any], ...]
-    """Contents of the files ``<case>.json`` in the order of the cases, including those that were finished before."""
+    """Contents of the files ``<case>.json`` in the order of the cases, including those that were finished earlier."""
     skipped: tuple[str, ...]
-    """Ids of the cases that were finished before."""
+    """Ids of the cases that were finished earlier."""
     failures: Mapping[str, str]
     """Message by case id."""
     manifest: Path | None
     """Path of the manifest, if one was written."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "cases": list(self.cases),
             "skipped": list(self.skipped),
@@ -112,6 +112,6 @@ class Predictions:
         }
 
     def copied_to(self, folder: Path) -> Predictions:
-        """The same predictions, after only the label maps were copied to another folder."""
+        """Return the same predictions, after only the label maps were copied to another folder."""
         cases = ({**one, "label_map": str(folder / Path(one["label_map"]).name)} for one in self.cases)
         return replace(self, cases=tuple(cases), manifest=None)

@@ -84,15 +84,15 @@ def test_a_plain_case_has_no_flag() -> None:
         (
             with_volume(40.0, soft_volumes_ml={"WT": 51.0, "TC": 40.0, "ET": 40.0}),
             "uncertain_volume",
-            "WT: 40.0 ml are marked, the probabilities add up to 51.0 ml",
+            "WT: the label map has 40.0 ml, but the probabilities add up to 51.0 ml",
         ),
         (
             with_volume(40.0, answer_volumes_ml=(dict.fromkeys(REGIONS, 40.0), {"WT": 40.0, "TC": 25.0, "ET": 40.0})),
             "uncertain_volume",
-            "TC: single answers give from 25.0 to 40.0 ml",
+            "TC: single answers range from 25.0 to 40.0 ml",
         ),
         (replace(FACTS, training=TrainingRecord(trained_on=(FACTS.case,))), "seen_in_training", "trained on this case"),
-        (replace(FACTS, training=TrainingRecord(validated_on=(FACTS.case,))), "seen_in_training", "helped to choose"),
+        (replace(FACTS, training=TrainingRecord(validated_on=(FACTS.case,))), "seen_in_training", "used to choose"),
         (
             replace(FACTS, training=TrainingRecord(trained_on=("BraTS-GLI-00001-001",))),
             "seen_in_training",

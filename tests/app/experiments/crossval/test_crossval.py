@@ -426,7 +426,7 @@ def test_other_cases_are_refused(
     shutil.rmtree(data / gone)
     ended = znormseg("crossval", data, finished, *options)
     assert ended.code == 3
-    assert f"started with other cases: 1 ({gone}) gone, 0 new" in ended.err
+    assert f"started with other cases: 1 ({gone}) missing, 0 new" in ended.err
 
 
 @pytest.mark.parametrize(("folds", "code", "told"), [(1, 4, "--folds takes 2 to 20"), (7, 3, "6 patients for 7 folds")])
@@ -469,7 +469,7 @@ def test_a_folder_that_holds_something_else_is_refused(
     (tmp_path / "notes").write_text("mine")
     ended = znormseg("crossval", phantoms, tmp_path, *options)
     assert ended.code == 5
-    assert "is not empty and holds no cross-validation" in ended.err
+    assert "is not empty and contains no cross-validation" in ended.err
 
 
 # Real processes
@@ -568,7 +568,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
     child.kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 7, said
-    assert "its process was ended by SIGKILL without reporting an error" in said
+    assert "its process was killed by SIGKILL without reporting an error" in said
     assert not other.is_running()
 
 

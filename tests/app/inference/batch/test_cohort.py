@@ -185,7 +185,7 @@ def test_a_result_of_nobody_knows_what_is_replaced(tiny_run: Path, done: Path, p
 def test_the_command_says_how_many_were_finished(tiny_run: Path, done: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, done / "in", done / "out", "--device", "cpu", "--json")
     assert ended.code == 0
-    assert "3 of 3 were finished before" in ended.err
+    assert "3 of 3 cases were already finished" in ended.err
     assert len(json.loads(ended.out)["skipped"]) == 3
 
 
@@ -337,7 +337,7 @@ def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ended = znormseg("predict", tiny_run, cohort, tmp_path / "out", "--device=cpu", "--workers=2")
     assert ended.code == 6, ended.err
-    assert f"case {CASE}: its process was ended by SIGKILL, 3 times" in ended.err
+    assert f"case {CASE}: its process was killed by SIGKILL in 3 attempts" in ended.err
     assert statuses(tmp_path / "out") == {"0": "failed", "1": "done", "2": "done"}
 
 
@@ -403,7 +403,7 @@ class Noted:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
 
-    def begun(self, case: str, what: str = "") -> None:
+    def started(self, case: str, what: str = "") -> None:
         pass
 
     def ended(self, outcome: Outcome) -> None:
@@ -504,7 +504,7 @@ def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_o
 
     told, happened = through(compute=compute)
     messages = {outcome.case: outcome.message for outcome in told.outcomes}
-    assert "case c: not enough memory for it" in (messages["c"] or "")
+    assert "case c: not enough memory" in (messages["c"] or "")
     assert messages["a"] is messages["d"] is None
     assert happened[-1] == "computed d"
 
@@ -552,7 +552,7 @@ def test_an_interrupted_command_writes_the_manifest_of_what_is_done(
         return compute(steps, read, on_step)
 
     monkeypatch.setattr(PredictSteps, "compute", interrupted)
-    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* The same command continues"):
+    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* Run the same command again to resume"):
         predict_all(tiny_run, done, overwrite=True)
     assert statuses(done / "out") == {"0": "done", "1": "left", "2": "left"}
 
@@ -571,7 +571,7 @@ def test_a_case_whose_json_would_be_the_manifest_is_refused(
         shutil.copy(path, tmp_path / "in" / path.name.replace(CASE, "manifest"))
     ended = znormseg("predict", tiny_run, tmp_path / "in", tmp_path / "out")
     assert ended.code == 3
-    assert "would overwrite manifest.json of the cohort. Rename the case" in ended.err
+    assert "would overwrite the cohort's manifest.json. Rename the case" in ended.err
 
 
 # Ray
