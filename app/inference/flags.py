@@ -91,11 +91,11 @@ def _flags(facts: CaseFacts) -> Iterator[Flag]:
     for sentence in facts.preparation:
         yield Flag("preparation", _sentence(sentence))
     if facts.unusual:
-        sentence = f"The intensities of {_and(facts.unusual)} are unlike those of the training cases."
-        yield Flag("unusual_intensities", sentence)
+        unusual = _and(facts.unusual)
+        yield Flag("unusual_intensities", f"The intensities of {unusual} are unlike those of the training cases.")
     yield from _tumour_flags(facts.trust)
-    if (sentence := _seen(facts.case, facts.training)) is not None:
-        yield Flag("seen_in_training", sentence)
+    if (seen := _seen(facts.case, facts.training)) is not None:
+        yield Flag("seen_in_training", seen)
 
 
 def _tumour_flags(trust: Trust) -> Iterator[Flag]:
