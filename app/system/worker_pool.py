@@ -343,7 +343,10 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
         the exit status: 0, or 1 after an error.
     """
 
+    stopping = threading.Event()
+
     def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - signature of a signal handler
+        stopping.set()
         raise KeyboardInterrupt("stopped by SIGTERM")
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -363,7 +366,7 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
     try:
         lines = _input_lines()
         job = json.loads(next(lines))["job"]
-        threading.Thread(target=_receive, args=(lines, tasks), daemon=True).start()
+        threading.Thread(target=_receive, args=(lines, tasks, stopping), daemon=True).start()
         work(job, tasks, send)
     except BaseException as error:
         traceback.print_exc()
@@ -383,7 +386,7 @@ def _input_lines() -> Iterator[str]:
             line = b""
 
 
-def _receive(lines: Iterator[str], tasks: TaskQueue) -> None:
+def _receive(lines: Iterator[str], tasks: TaskQueue, stopping: threading.Event) -> None:
     """Queue the tasks from standard input; if it closes without an end message, the parent is gone."""
     for line in lines:
         content = json.loads(line)
@@ -392,7 +395,10 @@ def _receive(lines: Iterator[str], tasks: TaskQueue) -> None:
             return
         tasks.put((content["task"], content["content"]))
     tasks.put(None)
-    os.kill(os.getpid(), signal.SIGTERM)
+    # A signal that comes just before the main thread blocks in a system call is only seen after that call.
+    while not stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.wait(1)
 
 
 class _Forwarding(logging.Handler):
