@@ -342,7 +342,6 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
     Returns:
         the exit status: 0, or 1 after an error.
     """
-
     stopping = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - signature of a signal handler
