@@ -189,7 +189,11 @@ class SharedCache(CaseFolder):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._file = self._sign_in()
-                users = self._users()
+                try:
+                    users = self._users()
+                except OSError:
+                    self.close()
+                    raise
                 for path in folder.glob(".partial-*"):
                     if not any(path.name.startswith(f".partial-{user}-") for user in users):
                         shutil.rmtree(path, ignore_errors=True)
