@@ -170,6 +170,11 @@ def things(
         for case in sorted(phantoms.iterdir()):
             shutil.copy(case / f"{case.name}_seg.nii.gz", place / f"{case.name}.nii.gz")
 
+    def output(place: Path) -> None:
+        """Label maps and JSON, as predict writes them."""
+        command = [sys.executable, "-m", "app", "predict", str(small_run()), str(first), str(place)]
+        subprocess.run(command, check=True, capture_output=True)
+
     def label_map(place: Path) -> None:
         """A label map on the grid of the study's T1c."""
         from data.dicom.contrasts import choose_series
@@ -188,13 +193,16 @@ def things(
     return {
         "PHANTOMS": lambda place: shutil.copytree(phantoms, place),
         "PREDICTIONS": predictions,
+        "OUTPUT": output,
         "RUN": lambda place: shutil.copytree(small_run(), place),
         "DROPOUT_RUN": lambda place: shutil.copytree(small_run("augment.contrast_dropout=0.5"), place),
         "SCANS": lambda place: shutil.copytree(first, place / first.name),
         "STUDY": lambda place: shutil.copytree(request.getfixturevalue("dicom_study"), place),
         "LABELMAP": label_map,
-        "FLAIR": lambda place: shutil.copy(first / f"{first.name}_flair.nii.gz", place),
+        "T1": lambda place: shutil.copy(first / f"{first.name}_t1.nii.gz", place),
+        "T1C": lambda place: shutil.copy(first / f"{first.name}_t1ce.nii.gz", place),
         "T2": lambda place: shutil.copy(first / f"{first.name}_t2.nii.gz", place),
+        "FLAIR": lambda place: shutil.copy(first / f"{first.name}_flair.nii.gz", place),
     }
 
 

@@ -162,5 +162,5 @@ def test_a_page_that_belongs_nowhere_ends_the_build(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mkdocs", "build", "--strict"]
     ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert ended.returncode != 0
-    assert "docs/stray.md: put it into nav" in ended.stderr
+    assert "docs/stray.md: add it to nav" in ended.stderr
     assert "new.md" not in ended.stderr
