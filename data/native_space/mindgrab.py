@@ -1,0 +1,110 @@
+"""Find the brain with MindGrab's network: bring an image into the network's frame, and its mask back.
+
+The network takes 256^3 voxels of 1 mm in the voxel order LIA, with intensities cut at two quantiles and scaled to 0..1.
+It is computed over the box around the head only; what computes it is passed in, as this package knows no networks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from data.errors import DataError
+from data.native_space.itk import ImageGrid, grid_of, resampled, voxels_of
+
+if TYPE_CHECKING:
+    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
+
+#: Marks the brain in a box of the network's frame: (values in 0..1, number of voxels of the whole frame) to a mask.
+Network = Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.bool_]]
+
+#: Voxels along each axis of the network's frame.
+SIDE: Final = 256
+#: Quantiles of all voxels that become 0 and 1.
+_QUANTILES: Final = (0.02, 0.98)
+#: Scaled intensity above which a voxel belongs to the head, not to the noise around it.
+_HEAD: Final = 0.1
+#: Voxels around the head that are computed too.
+_MARGIN: Final = 8
+
+
+def brain_voxels(image: sitk.Image, network: Network, *, name: str) -> npt.NDArray[np.bool_]:
+    """Mark the brain in an image: the largest connected part of the network's mask, without holes.
+
+    Args:
+        image: one contrast of a head, float32, on any grid.
+        network: computes the mask of a box.
+        name: name of case and contrast, for messages.
+
+    Returns:
+        shape (X, Y, Z) of the image.
+
+    Raises:
+        DataError: the network marks nothing.
+    """
+    frame = network_frame(image)
+    values = scaled(voxels_of(resampled(image, frame)))
+    box = head_box(values)
+    mask = np.zeros(values.shape, dtype=bool)
+    mask[box] = network(np.ascontiguousarray(values[box]), values.size)
+    if not mask.any():
+        raise DataError(f"case {name}: MindGrab found no brain. Look at the image, or use another --mask.")
+    return _on_grid(largest_part(mask), frame, image)
+
+
+def network_frame(image: sitk.Image) -> ImageGrid:
+    """The network's grid, centred on an image's field of view."""
+    own = grid_of(image)
+    centre = own.affine @ [*((np.array(own.size) - 1) / 2), 1.0]
+    affine = np.eye(4)
+    affine[:3, :3] = [[-1, 0, 0], [0, 0, 1], [0, -1, 0]]
+    # An image whose voxels are 1 mm along these axes keeps them: the centre is rounded to its voxels.
+    affine[:3, 3] = centre[:3] - affine[:3, :3] @ np.full(3, (SIDE - 1) / 2)
+    first = np.linalg.inv(own.affine) @ affine[:, 3]
+    affine[:, 3] = own.affine @ np.array([*np.round(first[:3]), 1.0])
+    return ImageGrid(size=(SIDE, SIDE, SIDE), affine=affine)
+
+
+def scaled(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scale intensities so that the 2 % quantile of all voxels is 0 and the 98 % quantile is 1, and cut the rest."""
+    low, high = np.quantile(voxels, _QUANTILES)
+    if high <= low:
+        low, high = float(voxels.min()), float(voxels.max()) or 1.0
+    return np.clip((voxels - np.float32(low)) / np.float32(high - low), 0, 1)
+
+
+def head_box(values: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:
+    """The box around the largest connected part that is brighter than noise, with a margin."""
+    head = ndimage.binary_opening(values > _HEAD, iterations=2)
+    if not head.any():
+        return (slice(None), slice(None), slice(None))
+    box = ndimage.find_objects(largest_part(head).astype(np.uint8))[0]
+    x, y, z = (
+        slice(max(0, one.start - _MARGIN), min(n, one.stop + _MARGIN)) for one, n in zip(box, values.shape, strict=True)
+    )
+    return (x, y, z)
+
+
+def largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """The largest connected part of a mask, with its holes filled."""
+    parts, count = ndimage.label(mask)
+    if count > 1:
+        mask = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    filled: npt.NDArray[np.bool_] = ndimage.binary_fill_holes(mask)
+    return filled
+
+
+def _on_grid(mask: npt.NDArray[np.bool_], frame: ImageGrid, image: sitk.Image) -> npt.NDArray[np.bool_]:
+    """A mask of the network's frame on the grid of an image."""
+    from pathlib import Path
+
+    from data.native_space.itk import to_itk
+    from data.nifti import Volume
+
+    marked = to_itk(Volume(voxels=mask.astype(np.float32), affine=frame.affine, path=Path("MindGrab")))
+    found: npt.NDArray[np.bool_] = voxels_of(resampled(marked, grid_of(image))) >= 0.5
+    return found
