@@ -16,10 +16,13 @@
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from data.errors import DataError
 from data.filesystem import in_words, is_raw
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 EXIT_FAULT: Final = 1
 EXIT_USAGE: Final = 2
@@ -107,6 +110,14 @@ def _of_the_system(error: OSError) -> str:
         return f"a file cannot be used: {in_words(error)} `znormseg --debug ...` shows where it was met."
     doing = "cannot be used: " if is_raw(error) else ""
     return f"{os.fsdecode(error.filename)}: {doing}{in_words(error)}"
+
+
+def first_problem(error: ValidationError) -> str:
+    """Return the first problem that pydantic found, in one line: the place in the data, and what is wrong with it."""
+    problem = error.errors()[0]
+    given = f", got {problem['input']!r}" if isinstance(problem["input"], str | int | float | None) else ""
+    place = ".".join(map(str, problem["loc"]))
+    return ": ".join(filter(None, (place, problem["msg"].removeprefix("Value error, ") + given)))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

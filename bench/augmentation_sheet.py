@@ -24,7 +24,7 @@ from app.html.planes import PLANES, largest_slice
 from data.labels import CONTRASTS
 from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_augmentation
 from data.phantoms import make_phantom
-from data.preprocess import brain_box, zscore_nonzero
+from data.preprocess import smallest_box, zscore_nonzero
 
 #: For each row, the probability that is set to 1 while all others are 0.
 ROWS: Final = (
@@ -73,7 +73,7 @@ def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Return the brain of a phantom as a network sees it, with a margin."""
     phantom = make_phantom(0, spacing_mm=SPACING_MM)
     image = np.stack([phantom.images[contrast] for contrast in CONTRASTS]).astype(np.float32)
-    box = brain_box(image)
+    box = smallest_box((image != 0).any(axis=0))
     image = np.stack([zscore_nonzero(contrast[box]) for contrast in image])
     room = ((4, 4),) * 3
     return np.pad(image, ((0, 0), *room)), np.pad(phantom.codes[box], room)

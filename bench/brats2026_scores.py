@@ -25,11 +25,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from lesion_pairs import lesion_pair
 
 from app.evaluation.brats.brats2026 import METRICS, TASKS, PackageRules, evaluate_by_package
 from app.evaluation.brats.brats_evaluate import COMMAND, find_installed
+from data.datasets.source import DataSource
 from data.labels import BRATS2024, BRATS2024_PED
-from data.phantoms.pairs import lesion_pair
 
 SHAPE = (32, 32, 24)
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.75, 1.5, 2.0))
@@ -76,7 +77,8 @@ def differing(rules: PackageRules, pairs: int) -> int:
         entries = by_hand(folder, rules)
         middle = time.monotonic()
         convention = convention_of(rules)
-        found = evaluate_by_package(folder / "prediction", folder / "reference", rules, labels=(convention, convention))
+        predictions, references = (DataSource(folder / side, labels=convention) for side in ("prediction", "reference"))
+        found = evaluate_by_package(predictions, references, rules)
         end = time.monotonic()
     assert [f"{case.case}.nii.gz" for case in found.cases] == [entry["subject_name"] for entry in entries]
     wrong = count = 0

@@ -24,6 +24,7 @@ from app.inference.ensemble import Ensemble, load_ensemble
 from app.inference.probabilities import predict_centred
 from app.system.device import RuntimeConfig, choose_runtime, machine
 from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import REGIONS, decode, to_regions
 from data.nifti import canonical_spacing, read_label_map, reorient, spacing_of
 from data.phantoms import write_phantom
@@ -44,7 +45,10 @@ def main() -> None:
             part = "train" if index < options.train else "test"
             write_phantom(folder / part, index, spacing_mm=options.spacing)
         outcome = cross_validate(
-            folder / "train", folder / "out", load_config("laptop", _settings(options.steps)), folds=options.folds
+            DataSource(folder / "train"),
+            folder / "out",
+            load_config("laptop", _settings(options.steps)),
+            folds=options.folds,
         )
         show_out_of_fold(outcome)
         ensemble = load_ensemble(outcome.ensemble, RUNTIME)
@@ -74,7 +78,7 @@ def show_out_of_fold(outcome: CrossValidation) -> None:
             f"  {region}: T {one.temperature:.3f}, fitted {one.fitted:.3f} ({min(one.left_out):.3f} to "
             f"{max(one.left_out):.3f}), ECE {one.before.ece:.4f} -> {one.after.ece:.4f}, "
             f"Brier {one.before.brier:.4f} -> {one.after.brier:.4f}, "
-            f"NLL {one.nll[0]:.4f} -> {one.nll[1]:.4f}, interval "
+            f"NLL {one.before.nll:.4f} -> {one.after.nll:.4f}, interval "
             + ("none" if bound is None else f"factor {np.exp(bound):.2f}, coverage {one.coverage}")
         )
 
@@ -105,7 +109,7 @@ def show_probabilities(pair: Pair) -> None:
 
 def show_volumes(ensemble: Ensemble, cases: tuple[Case, ...], output: Path) -> None:
     """Print how often the interval in a case's JSON contains the true volume."""
-    done = predict(ensemble, cases, output, runtime=RUNTIME).done
+    done = predict(ensemble, cases, output, runtime=RUNTIME).cases
     for number, region in enumerate(REGIONS):
         inside, widths = [], []
         for case, prediction in zip(cases, done, strict=True):
@@ -113,9 +117,9 @@ def show_volumes(ensemble: Ensemble, cases: tuple[Case, ...], output: Path) -> N
             label_map = read_label_map(case.label)
             mask = to_regions(decode(label_map.voxels, ensemble.convention))[number]
             truth = float(mask.sum() * np.prod(spacing_of(label_map.affine))) / 1000
-            intervals = prediction.content["volume_interval_ml"]
+            intervals = prediction["volume_interval_ml"]
             if intervals is None:
-                print(f"no interval: {prediction.content['volume_interval_note']}")
+                print(f"no interval: {prediction['volume_interval_note']}")
                 return
             low, high = intervals[region]
             inside.append(low - 0.001 <= truth <= high + 0.001)

@@ -22,6 +22,7 @@ from app.runs.folder import write_json
 from app.system.device import RuntimeConfig, choose_runtime, machine
 from app.training.run import start
 from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS, REGIONS, Contrast
 from data.phantoms import write_phantoms
 
@@ -77,7 +78,7 @@ def train(folder: Path, run: Path, *, seed: int, probability: float, steps: int)
         "training.seed": seed,
     }
     config = load_config("laptop", [f"{key}={value}" for key, value in settings.items()])
-    start(folder / "data", run, config, split_file=folder / "split.json")
+    start(DataSource(folder / "data"), run, config, split_file=folder / "split.json")
 
 
 def score(run: Path, cases: tuple[Case, ...]) -> Table:

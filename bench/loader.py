@@ -34,7 +34,8 @@ import numpy as np
 import psutil
 import torch
 
-from data.datasets.layouts import convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import find_cases
 from data.nifti import read_volume
 from data.patches.augmentation import AugmentConfig
 from data.patches.sampler import Batch, CachedCase, PatchSource, batches, cache_cases
@@ -185,7 +186,7 @@ class Mirrored(PatchSource):
         """Return the patches of one step, with label codes in place of masks."""
         images, codes, ids = [], [], []
         for number in range(step * size, (step + 1) * size):
-            image, labels, case_id, rng = self.piece(number)
+            image, labels, case_id, rng = self.crop(number)
             axes = np.flatnonzero(rng.random(3) < 0.5)
             images.append(torch.from_numpy(np.ascontiguousarray(np.flip(image, tuple(axes + 1)))))
             codes.append(torch.from_numpy(np.ascontiguousarray(np.flip(labels, tuple(axes)))))

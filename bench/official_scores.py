@@ -1,4 +1,4 @@
-"""Run the challenges' own scripts on the random pairs of data.phantoms.pairs, and write their output as JSON.
+"""Run the challenges' own scripts on the random pairs of bench/lesion_pairs.py, and write their output as JSON.
 
     python bench/official_scores.py SCRIPTS OUT.json          # 200 pairs of 64 x 64 x 48: tests/golden
     python bench/official_scores.py SCRIPTS OUT.json --nsd    # 500 smaller pairs, scripts with NSD: tests/golden
@@ -29,8 +29,8 @@ from pathlib import Path
 
 import nibabel
 import numpy as np
+from lesion_pairs import lesion_pair
 
-ROOT = Path(__file__).parents[1]
 LABELS = {"GLI": (1, 2, 3), "PED": (1, 2, 3, 4), "SSA": (1, 2, 3), "MEN": (1, 2, 3), "MET": (1, 2, 3), "MEN-RT": (1,)}
 SPACINGS = ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (1.0, 1.0, 1.0), (0.75, 1.5, 2.0))
 COMMITS = {
@@ -125,11 +125,6 @@ def module_of(file: Path) -> object:
     return module
 
 
-def pairs() -> object:
-    """Return the module data.phantoms.pairs."""
-    return module_of(ROOT / "data" / "phantoms" / "pairs.py")
-
-
 def write(path: Path, voxels: np.ndarray, spacing_mm: tuple[float, float, float]) -> None:
     """Write a label map in the voxel order of BraTS."""
     x, y, z = spacing_mm
@@ -159,7 +154,6 @@ def main() -> None:
     """Run the scripts and write the file."""
     scripts, out = Path(sys.argv[1]).resolve(), Path(sys.argv[2]).resolve()
     full, nsd = "--full" in sys.argv[3:], "--nsd" in sys.argv[3:]
-    lesion_pair = pairs().lesion_pair
     shape, size = (FULL_SHAPE, FULL_SIZE) if full else (NSD_SHAPE, NSD_SIZE) if nsd else ((64, 64, 48), 1.0)
     results, columns = [], {}
     with tempfile.TemporaryDirectory() as folder:

@@ -226,10 +226,10 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
     for precision in ("float32", "bfloat16"):
         runtime = choose_backend("openvino", RuntimeConfig(device="cpu", precision=precision))
         engine = load_model(run, runtime).engine
-        way = engine.first_way(window, runtime)
-        engine.logits(image, None, runtime, overlap=0, way=way)
+        plan = engine.first_plan(window, runtime)
+        engine.logits(image, None, runtime, overlap=0, plan=plan)
         begun = time.perf_counter()
-        engine.logits(image, None, runtime, overlap=0, way=way)
+        engine.logits(image, None, runtime, overlap=0, plan=plan)
         seconds = time.perf_counter() - begun
         found |= {f"{precision}_seconds": round(seconds, 3), f"{precision}_gflops": round(gflop / seconds, 1)}
     return found

@@ -45,7 +45,9 @@ from app.runs.folder import write_json
 from app.system.device import RuntimeConfig, choose_runtime, machine, versions
 from app.system.process import keep_freed_memory, share_processors
 from app.training.validation import validation_dice
-from data.datasets.layouts import Case, convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import REGIONS, to_regions
 from data.patches.sampler import cache_cases
 from data.phantoms import write_phantoms
@@ -255,7 +257,9 @@ def train_ours(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Train
             assert saved is not None
             early.append(saved.weights)
 
-    result = start(data, run, config, split_file=split, store=CaseFolder(out / f"cache-{job.name}"), on_progress=look)
+    result = start(
+        DataSource(data), run, config, split_file=split, store=CaseFolder(out / f"cache-{job.name}"), on_progress=look
+    )
     last = load_newest(run / "checkpoints", "best")
     assert last is not None
     network = build_network(config.network, in_channels=4, out_channels=len(REGIONS))

@@ -18,9 +18,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from lesion_pairs import lesion_pair
+
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
-from data.phantoms.pairs import lesion_pair
+from data.datasets.source import DataSource
 
 HERE = Path(__file__).parent
 
@@ -50,7 +52,8 @@ def main() -> None:
             start = time.process_time()
             convention = "brats2024-ped" if row["task"] == "PED" else "brats2024"
             rules = rules_for(row["rules"], row["task"])
-            scores = evaluate_officially(*sides, rules, labels=(convention, convention)).cases[0].values()
+            sources = [DataSource(side, labels=convention) for side in sides]
+            scores = evaluate_officially(*sources, rules).cases[0].values()
             seconds = time.process_time() - start
             columns = golden["columns"][f"{row['rules']} {row['task']}"]
             worst = max(

@@ -34,7 +34,8 @@ from app.training import gradient
 from app.training.state import new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
-from data.datasets.layouts import convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import find_cases
 from data.labels import REGIONS, to_regions
 from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 from data.phantoms import write_phantoms

@@ -189,7 +189,7 @@ def _residue(voxels: _Voxels) -> _Mask:
     values = voxels[there]
     if not values.size:
         return none
-    on_faces = _share_of_faces(there) > 0.5
+    on_faces = share_of_faces(there) > 0.5
     limit = np.float32((_NEGLIGIBLE_ON_FACES if on_faces else NEGLIGIBLE) * _bright(values))
     size = np.abs(voxels)
     ringing, darkest = _rings(voxels, size > limit, limit)
@@ -205,7 +205,7 @@ def _residue(voxels: _Voxels) -> _Mask:
     left = there & ~outside
     # Keep everything if what remains is air noise around a head, or if it is only a few voxels thousands of times
     # brighter than the brain: then the brain itself would be removed.
-    return none if (on_faces and _share_of_faces(left) > 0.5) or not _is_solid(left) else outside
+    return none if (on_faces and share_of_faces(left) > 0.5) or not _is_solid(left) else outside
 
 
 def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, float]:
@@ -265,8 +265,9 @@ def _middle(values: _Voxels) -> np.float32:
     return np.float32(np.quantile(values, 0.5, method="lower"))
 
 
-def _share_of_faces(mask: _Mask) -> float:
-    faces = _faces(mask)
+def share_of_faces(voxels: npt.NDArray[Any]) -> float:
+    """Share of the voxels on a volume's six faces that are not 0."""
+    faces = _faces(voxels)
     return sum(int(np.count_nonzero(face)) for face in faces) / sum(face.size for face in faces)
 
 

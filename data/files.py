@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -59,13 +61,31 @@ def replacing(path: Path) -> Iterator[Path]:
             yield path
         return
     place = path.resolve()
-    beside = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
+    partial = place.with_name(partial_name(partial_prefix(os.getpid()), place.name))
     try:
         with naming_the_place(path):
-            yield beside
-            beside.replace(place)
+            yield partial
+            partial.replace(place)
     finally:
-        beside.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def folder_when_complete(folder: Path) -> Iterator[Path]:
+    """Yield a hidden folder next to ``folder`` to write to; it becomes ``folder`` on success and is deleted on failure.
+
+    ``folder`` must not exist or be empty.
+    """
+    place = Path(os.path.realpath(folder))  # unlike Path.resolve, leaves a loop of symlinks to mkdir, which names it
+    partial = place.with_name(partial_name(f"{_PARTIAL}{os.getpid()}-", place.name))
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        with naming_the_place(folder):
+            partial.mkdir(parents=True)
+            yield partial
+            partial.replace(place)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def remove_stale(folder: Path) -> list[Path]:
@@ -80,13 +100,13 @@ def remove_stale(folder: Path) -> list[Path]:
     removed = []
     for path in folder.glob(f"{_PARTIAL}{_host_mark()}-*"):
         process = path.name.removeprefix(f"{_PARTIAL}{_host_mark()}-").partition("-")[0]
-        if process.isdecimal() and not _lives(int(process)):
+        if process.isdecimal() and not _is_running(int(process)):
             path.unlink(missing_ok=True)
             removed.append(path)
     return removed
 
 
-def _lives(process: int) -> bool:
+def _is_running(process: int) -> bool:
     """Whether a process with this ID is running on this host."""
     try:
         os.kill(process, 0)
@@ -122,6 +142,8 @@ def naming_the_place(path: Path) -> Iterator[None]:
         # shutil.copyfile names its source as well, whichever side failed.
         names = [os.fsdecode(name) for name in (error.filename, error.filename2) if name is not None]
         named = bool(names) and not any(map(_is_partial, names))
+        if isinstance(error, BlockingIOError) and not named:  # a buffered writer changes number and text of EAGAIN
+            error = BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
         if named and not is_raw(error):
             raise
         what = f"cannot be written: {error.strerror}" if is_raw(error) else error.strerror

@@ -29,12 +29,12 @@ _NO_MAPPING: Final = _NOT_SUPPORTED | {errno.ENODEV, errno.EACCES, errno.EPERM}
 
 _NO_PERMISSION: Final = "Check who may read and write it, or choose another place."
 _NOT_ABLE: Final = (
-    "The file system cannot do this or does not take such a name, as network and shared folders often do not; "
+    "The file system does not support this or does not accept the name, as is common on network and shared folders; "
     "choose a folder on a local disk."
 )
 _TOO_MANY_OPEN: Final = "Too many files are open: raise the limit (ulimit -n), or close other programs."
 _IN_USE: Final = "Another program uses it: close that program and run the same command again."
-_IN_THE_WAY: Final = "Something with this name is in the way: move it, or choose another place."
+_IN_THE_WAY: Final = "Something with this name already exists: move it, or choose another place."
 _SERVER_LOST: Final = "The server of this folder does not answer: check the network, mount the folder again, and retry."
 _LOGIN_EXPIRED: Final = "The login at the server of this folder has expired: log in again (such as with kinit)."
 _DISK_FAILED: Final = (
@@ -44,57 +44,36 @@ _DISK_FAILED: Final = (
 _OTHER: Final = "Look at the place with ls -ld and at the system's log (dmesg), or choose another folder."
 
 _REMEDIES: Final[dict[str, str]] = {
-    "EACCES": _NO_PERMISSION,
-    "EPERM": _NO_PERMISSION,
+    **dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),
     "EROFS": "The file system is read-only; choose another folder.",
     "ENOSPC": "Free some space, or choose another folder.",
     "EDQUOT": "The quota is used up. Free some space, or choose another folder.",
     "EFBIG": "Files may not grow to this size here: raise the limit (ulimit -f), or choose another file system.",
     "EIO": _DISK_FAILED,
     "EUCLEAN": "The file system is damaged: have it checked (fsck), and choose another disk until then.",
-    "EMFILE": _TOO_MANY_OPEN,
-    "ENFILE": _TOO_MANY_OPEN,
+    **dict.fromkeys(("EMFILE", "ENFILE"), _TOO_MANY_OPEN),
     "ENAMETOOLONG": "Shorten the name, or choose a folder with a shorter path.",
     "ELOOP": "Symbolic links lead in a circle: repair them, or give the path without them.",
     "ENOTDIR": "A part of the path is a file where a folder is expected: check the path.",
     "EISDIR": "A folder is where a file is expected: check the path.",
     "ENOENT": "Check the path; a folder above it may be missing, or another program removed it.",
-    "EEXIST": _IN_THE_WAY,
-    "ENOTEMPTY": _IN_THE_WAY,
-    "EXDEV": "It lies on two file systems (mounts): choose a folder within one.",
-    "EMLINK": "The file system takes no more entries there: choose another folder.",
-    "EBUSY": _IN_USE,
-    "ETXTBSY": _IN_USE,
-    "EINVAL": _NOT_ABLE,
-    "ENOSYS": _NOT_ABLE,
-    "EOPNOTSUPP": _NOT_ABLE,
-    "ENOTSUP": _NOT_ABLE,
-    "ENOTTY": _NOT_ABLE,
-    "ENOLCK": _NOT_ABLE,
-    "ENODEV": _NOT_ABLE,
-    "EILSEQ": "The file system does not take such a name: use plain letters and digits.",
+    **dict.fromkeys(("EEXIST", "ENOTEMPTY"), _IN_THE_WAY),
+    "EXDEV": "It is on two file systems (mounts): choose a folder within one.",
+    "EMLINK": "The file system allows no more entries there: choose another folder.",
+    **dict.fromkeys(("EBUSY", "ETXTBSY"), _IN_USE),
+    **dict.fromkeys(("EINVAL", "ENOSYS", "EOPNOTSUPP", "ENOTSUP", "ENOTTY", "ENOLCK", "ENODEV"), _NOT_ABLE),
+    "EILSEQ": "The file system does not accept this name: use plain letters and digits.",
     "EINTR": "A signal interrupted it: run the same command again.",
-    "EAGAIN": "The system was busy: run the same command again.",
-    "EWOULDBLOCK": "The system was busy: run the same command again.",
-    "ENOMEM": "Memory is short: close other programs.",
+    **dict.fromkeys(("EAGAIN", "EWOULDBLOCK"), "The system was busy: run the same command again."),
+    "ENOMEM": "Memory is low: close other programs.",
     "ENXIO": "Nobody reads from this pipe, or its device is gone: choose another place.",
     "EPIPE": "Nobody reads from this pipe: choose another place.",
     "EOVERFLOW": "The file is larger than this system can open: check its size.",
     "EBADF": "The file was closed, or its server is gone: mount the folder again, and retry.",
     "ESTALE": "The server no longer knows the file: mount the folder again, and run the same command again.",
-    "ENOTCONN": _SERVER_LOST,
-    "ECONNABORTED": _SERVER_LOST,
-    "ECONNREFUSED": _SERVER_LOST,
-    "ECONNRESET": _SERVER_LOST,
-    "EHOSTDOWN": _SERVER_LOST,
-    "EHOSTUNREACH": _SERVER_LOST,
-    "ENETDOWN": _SERVER_LOST,
-    "ENETUNREACH": _SERVER_LOST,
-    "ETIMEDOUT": _SERVER_LOST,
-    "EREMOTEIO": _SERVER_LOST,
-    "EKEYEXPIRED": _LOGIN_EXPIRED,
-    "EKEYREVOKED": _LOGIN_EXPIRED,
-    "ENOKEY": _LOGIN_EXPIRED,
+    **dict.fromkeys(("ENOTCONN", "ECONNABORTED", "ECONNREFUSED", "ECONNRESET", "EHOSTDOWN"), _SERVER_LOST),
+    **dict.fromkeys(("EHOSTUNREACH", "ENETDOWN", "ENETUNREACH", "ETIMEDOUT", "EREMOTEIO"), _SERVER_LOST),
+    **dict.fromkeys(("EKEYEXPIRED", "EKEYREVOKED", "ENOKEY"), _LOGIN_EXPIRED),
 }
 
 #: Pairs of file system and missing feature that have already been warned about.
@@ -142,7 +121,7 @@ def sync_file(file: IO[Any], path: Path) -> None:
         os.fsync(file.fileno())
     except OSError as error:
         if error.errno not in _NO_FILE_SYNC:
-            raise _at(path, "cannot be brought to the disk (fsync)", error) from error
+            raise _at(path, "cannot be flushed to the disk (fsync)", error) from error
         warn_once(path.parent, "sync files", error, "A power cut may take the newest files.")
 
 
@@ -160,7 +139,7 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
-            raise _at(folder, "the folder cannot be brought to the disk (fsync)", error) from error
+            raise _at(folder, "the folder cannot be flushed to the disk (fsync)", error) from error
         warn_once(folder, "sync folders", error, "A power cut may take the newest files.")
 
 

@@ -113,7 +113,7 @@ def convention_named(name: str) -> LabelConvention:
         DataError: no convention has this name; the message lists the known ones.
     """
     if name not in CONVENTIONS:
-        raise DataError(f"no label convention is named {name!r}; there are {', '.join(CONVENTIONS)}. Give one of them.")
+        raise DataError(f"no label convention is named {name!r}. Give one of {', '.join(CONVENTIONS)}.")
     return CONVENTIONS[name]
 
 
@@ -151,12 +151,12 @@ def decide_convention(
         return _of_family(seen, naming)
     if {3, 4} <= seen:
         raise DataError(
-            "label values 3 and 4 occur together, so enhancing tumour cannot be told: BraTS 2017-2022 writes it as 4, "
-            "BraTS 2023 as 3. Keep data sets of different years in different folders; if it is one data set, "
+            "label values 3 and 4 occur together, so it is unclear which is enhancing tumour: 4 in BraTS 2017-2022, 3 "
+            "in BraTS 2023. Keep data sets of different years in different folders; if it is one data set, "
             f"{_flag(BRATS2024, BRATS2024_PED, BRATS2015)}."
         )
     if not case_folders and 4 not in seen and (naming is None or (naming == "brats2021" and 3 in seen)):
-        raise _ambiguous(seen, "without names or a description that tell the data set", BRATS2023, MSD, BRATS2021)
+        raise _ambiguous(seen, "without names or a description that identify the data set", BRATS2023, MSD, BRATS2021)
     by_number = BRATS2021 if 4 in seen else BRATS2023 if 3 in seen else None
     return by_number or written_convention(naming) or BRATS2021
 
@@ -214,8 +214,8 @@ def _ambiguous(seen: set[int], where: str, *possible: LabelConvention) -> DataEr
 
 def _flag(*possible: LabelConvention) -> str:
     """The advice to use ``--labels``, with the meaning of the numbers in each possible convention."""
-    ways = ", ".join(f"{c.name} (necrosis {c.necrosis}, oedema {c.oedema}, enhancing {c.enhancing})" for c in possible)
-    return f"say which it is with --labels, one of {ways}"
+    named = (f"{c.name} (necrosis {c.necrosis}, oedema {c.oedema}, enhancing {c.enhancing})" for c in possible)
+    return f"give the right one with --labels: {', '.join(named)}"
 
 
 _TISSUE_WORDS: Final = (
@@ -322,7 +322,7 @@ def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConventi
 def _translated(
     label_map: npt.NDArray[np.generic], convention: LabelConvention, codes: Mapping[int, int]
 ) -> npt.NDArray[np.uint8]:
-    """The code of every voxel; uint8 maps are translated in one pass with a lookup table."""
+    """The code of every voxel, from a lookup table by label number."""
     foreign = [float(v) for v in values_in(label_map) if float(v) not in codes]
     if foreign:
         shown = ", ".join(f"{v:g}" for v in foreign[:8])
@@ -330,20 +330,10 @@ def _translated(
             f"label values {shown} are not in the convention {convention.name}, which allows "
             f"{', '.join(str(v) for v in sorted(codes))}. Convert the label map, or leave the case out."
         )
-    if label_map.dtype == np.uint8:
-        decoded: npt.NDArray[np.uint8] = _table_of(codes)[label_map]
-        return decoded
-    translated = np.zeros(label_map.shape, dtype=np.uint8)
-    for value, code in codes.items():
-        translated[label_map == value] = code
-    return translated
-
-
-def _table_of(codes: Mapping[int, int]) -> npt.NDArray[np.uint8]:
-    """Lookup table from byte to code, 0 for bytes without a code, shape (256,)."""
     table = np.zeros(256, dtype=np.uint8)
     table[list(codes)] = list(codes.values())
-    return table
+    decoded: npt.NDArray[np.uint8] = table[label_map.astype(np.uint8, copy=False)]
+    return decoded
 
 
 def encode(codes: npt.NDArray[np.uint8], convention: LabelConvention) -> npt.NDArray[np.uint8]:

@@ -12,7 +12,7 @@ import math
 import os
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -179,7 +179,7 @@ def read_volume(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fa
     """
     with _reading(path):
         image, shape = _checked(path, volume)
-        voxels = _voxels(image, path, volume).reshape(shape)
+        voxels = _voxels(image, path, volume, np.float32).reshape(shape)
     zeroed = 0
     if not _always_finite(image) and not np.isfinite(voxels).all():
         bad = ~np.isfinite(voxels)
@@ -208,7 +208,11 @@ def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fal
     Raises:
         DataError: as :func:`read_volume`.
     """
-    image = read_volume(path, volume, nan_to_zero=nan_to_zero)
+    return with_clean_background(read_volume(path, volume, nan_to_zero=nan_to_zero))
+
+
+def with_clean_background(image: Volume) -> Volume:
+    """The image with its background set to 0 (see :mod:`data.background`)."""
     cleaned = clean_background(image.voxels)
     return image if cleaned is None else replace(image, voxels=cleaned.voxels, background=cleaned.sentence)
 
@@ -227,14 +231,15 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
     """
     with _reading(path):
         image, shape = _checked(path)
-        stored = _byte_voxels(image, path)
+        bytes_only = image.get_data_dtype() == np.uint8 and _is_unscaled(image)
+        stored = _voxels(image, path, None, np.uint8).reshape(shape) if bytes_only else None
     affine = _affine(image, path)
     pixdim_mm = _other_pixdim(image, affine)
-    if stored is not None:
-        return Volume(voxels=stored.reshape(shape), affine=affine, path=path, pixdim_mm=pixdim_mm)
+    if stored is not None:  # without a detour through float32
+        return Volume(voxels=stored, affine=affine, path=path, pixdim_mm=pixdim_mm)
     volume = read_volume(path, nan_to_zero=True)
     if volume.zeroed:
-        raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite, in a label map. Repair the file.")
+        raise DataError(f"{path}: {volume.zeroed} voxels are NaN or infinite. Repair the label map.")
     with np.errstate(invalid="ignore"):  # out-of-range values wrap around, so the comparison below finds them
         labels = volume.voxels.astype(np.uint8)
     if np.array_equal(labels, volume.voxels):
@@ -252,9 +257,9 @@ def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[n
     off = np.abs(values - whole) > LABEL_TOLERANCE
     if off.any():
         raise DataError(
-            f"{path}: a label map holds whole numbers from 0 to 255, this file holds others: {_some(values[off])}. "
-            "Is it an image? If a label map was interpolated or saved with a scale, save it again as whole numbers "
-            f"(UINT8, slope 1; nearest neighbour). Only within {LABEL_TOLERANCE:g} of one it is rounded."
+            f"{path}: label values must be whole numbers from 0 to 255, this file has {_some(values[off])}. Is it an "
+            "image? If a label map was interpolated or saved with a scale, save it again as whole numbers (UINT8, "
+            f"slope 1; nearest neighbour). Values are rounded only within {LABEL_TOLERANCE:g} of a whole number."
         )
     near = values != whole
     labels: npt.NDArray[np.uint8] = np.clip(np.rint(voxels), 0, 255).astype(np.uint8)
@@ -285,7 +290,8 @@ def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, in
 
 def reorient(volume: Volume) -> Volume:
     """Return the volume in the program's voxel order (LPS): axes are swapped and flipped, nothing is interpolated."""
-    to_canonical = _orientation_change(volume.affine)
+    own, canonical = orientations.io_orientation(volume.affine), orientations.axcodes2ornt(CANONICAL_AXES)
+    to_canonical = orientations.ornt_transform(own, canonical)
     affine = volume.affine @ orientations.inv_ornt_aff(to_canonical, volume.voxels.shape)
     voxels = orientations.apply_orientation(volume.voxels, to_canonical)
     return replace(volume, voxels=np.ascontiguousarray(voxels), affine=affine, doubt=None)
@@ -377,9 +383,23 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
     Raises:
         DataError, OSError: as :func:`write_label_map`.
     """
+    _write_like(path, in_16_bits(voxels), reference, b"")
+
+
+def in_16_bits(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.int16] | npt.NDArray[np.float32]:
+    """The same values as 16-bit integers if all fit, else the array itself."""
     with np.errstate(invalid="ignore"):
         whole = voxels.astype(np.int16)
-    _write_like(path, whole if np.array_equal(whole, voxels) else voxels, reference, b"")
+    return whole if np.array_equal(whole, voxels) else voxels
+
+
+def scanner_image(voxels: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> nib.Nifti1Image:
+    """An image in scanner coordinates: qform and sform with code 1, millimetres."""
+    image = nib.Nifti1Image(voxels, affine)
+    image.set_qform(affine, code=1)
+    image.set_sform(affine, code=1)
+    image.header.set_xyzt_units("mm")
+    return image
 
 
 def _write_like(
@@ -391,7 +411,7 @@ def _write_like(
         shape = _shape_3d(image, reference, 0 if len(image.shape) == 4 else None)
     if shape != voxels.shape[:3]:
         raise DataError(
-            f"{reference}: its grid is {_times(shape)} voxels, that of what is written {_times(voxels.shape)}"
+            f"{reference}: its grid has {_times(shape)} voxels, the array to be written {_times(voxels.shape)}"
         )
     header = image.header.copy()
     header.extensions.clear()  # they may contain patient data, and they describe the reference image
@@ -418,13 +438,13 @@ def _write_like(
 def _open(path: Path) -> Any:
     """Open a file with nibabel and check its header; the voxels are not read yet."""
     if path.is_dir():
-        raise DataError(f"{path}: a folder stands where a NIfTI file is expected. Give the file.")
+        raise DataError(f"{path}: a folder, not a NIfTI file. Give the file.")
     if not path.exists():
         raise DataError(f"{path}: no such file. Check the name.")
     if path.stat().st_size == 0:
         raise DataError(f"{path}: the file is empty. Copy or convert it again.")
     if not os.access(path, os.R_OK):
-        raise DataError(f"{path}: no permission to read it. Give this user permission, or leave the case out.")
+        raise DataError(f"{path}: no permission to read it. Grant it to this user, or leave the case out.")
     try:
         image = nib.load(path) if name_misleads(path) is None else _by_content(path)
     except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError) as error:
@@ -502,13 +522,11 @@ def _opened(path: Path) -> Any:
 
 def _require_no_stranger(path: Path) -> None:
     """Reject a file of another type and name the type; return if the file is damaged or of unknown type."""
-    with suppress(EOFError, zlib.error, _ZLIB_NG_ERROR, OSError), _opened(path) as stream:
-        start = stream.read(132)
-        _refuse(path, start)
-
-
-def _refuse(path: Path, start: bytes) -> None:
-    """Reject a file whose first decompressed bytes identify it as another type."""
+    try:
+        with _opened(path) as stream:
+            start = stream.read(132)
+    except (EOFError, zlib.error, _ZLIB_NG_ERROR, OSError):
+        return
     if start[:2] == b"\x1f\x8b":
         raise DataError(f"{path}: compressed twice. Unpack it once (gunzip).")
     for sign, what, remedy in _FOREIGN:
@@ -533,52 +551,34 @@ def _claims_cifti(image: Any) -> bool:
 
 def _always_finite(image: Any) -> bool:
     """Whether no voxel can be NaN or infinite: true of unscaled integers, all of which fit into float32."""
-    return image.get_data_dtype().kind in "iu" and (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+    return image.get_data_dtype().kind in "iu" and _is_unscaled(image)
 
 
-def _voxels(image: Any, path: Path, volume: int | None) -> npt.NDArray[np.float32]:
+def _is_unscaled(image: Any) -> bool:
+    return (image.dataobj.slope, image.dataobj.inter) == (1, 0)
+
+
+def _voxels(image: Any, path: Path, volume: int | None, dtype: type[_Number]) -> npt.NDArray[_Number]:
     """The scaled voxels of a 3D file or of one volume; for a compressed file, the checksum is verified too."""
     part = ... if volume is None else (..., volume)
     if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
         if name_misleads(path) is None:
-            return _scaled(image.dataobj, part)
+            return _scaled(image.dataobj, part, dtype)
         with path.open("rb") as plain:
-            return _scaled(type(image).from_stream(plain).dataobj, part)
+            return _scaled(type(image).from_stream(plain).dataobj, part, dtype)
     with gzip_ng.open(path) as stream:
         if volume is None:
-            voxels = _unpacked(stream, image.dataobj)
+            voxels = _unpacked(stream, image.dataobj, dtype)
         else:
-            voxels = _scaled(type(image).from_stream(stream).dataobj, part)
+            voxels = _scaled(type(image).from_stream(stream).dataobj, part, dtype)
         _read_to_end(stream)
     return voxels
 
 
-def _byte_voxels(image: Any, path: Path) -> npt.NDArray[np.uint8] | None:
-    """The voxels of a file that stores unscaled bytes, without a detour through float32; None for other files."""
-    stored = image.dataobj
-    if stored.dtype != np.uint8 or (stored.slope, stored.inter) != (1, 0):
-        return None
-    if name_misleads(path) is not None and not is_compressed(path):
-        return None
-    if not is_compressed(path) or not isinstance(image, nib.Nifti1Image):
-        copied: npt.NDArray[np.uint8] = _mapped_or_read(stored).astype(np.uint8)  # copy, or it stays a memory map
-        return copied
-    with gzip_ng.open(path) as stream:
-        voxels: npt.NDArray[np.uint8] = np.empty(math.prod(stored.shape), dtype=np.uint8)
-        _skip(stream, stored.offset)
-        read = _fill(stream, memoryview(voxels.data))
-        if read < voxels.size:
-            raise EOFError(f"{voxels.size} voxels expected, the file ends after {read}")
-        _read_to_end(stream)
-    return voxels.reshape(stored.shape, order="F")
-
-
-def _scaled(stored: Any, part: Any) -> npt.NDArray[np.float32]:
-    """Voxels as float32; the other volumes of a 4D file are not loaded."""
-    if part is ...:
-        return _mapped_or_read(stored).astype(np.float32, copy=False)
-    voxels: npt.NDArray[np.float32] = np.asanyarray(stored[part]).astype(np.float32)
-    return voxels
+def _scaled(stored: Any, part: Any, dtype: type[_Number]) -> npt.NDArray[_Number]:
+    """Voxels in a dtype; the other volumes of a 4D file are not loaded."""
+    voxels = _mapped_or_read(stored) if part is ... else np.asanyarray(stored[part])
+    return voxels.astype(dtype, copy=dtype is np.uint8)  # an image may stay a memory map, a label map must not
 
 
 def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
@@ -592,7 +592,7 @@ def _mapped_or_read(stored: Any) -> npt.NDArray[Any]:
     return np.asanyarray(type(stored)(stored.file_like, described, mmap=False))
 
 
-def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32]:
+def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any, dtype: type[_Number]) -> npt.NDArray[_Number]:
     """Read and scale voxels piece by piece, with the result nibabel would give for the whole array.
 
     No more than one piece is held in the file's own dtype.
@@ -600,10 +600,11 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
     Args:
         stream: positioned at the start of a NIfTI file.
         stored: nibabel's proxy of the voxels: offset, dtype, shape, slope and intercept.
+        dtype: of the result.
     """
     _skip(stream, stored.offset)
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
-    voxels = np.empty(int(np.prod(stored.shape)), dtype=np.float32)
+    voxels = np.empty(math.prod(stored.shape), dtype=dtype)
     piece = np.empty(max(1, _PIECE_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
     room = memoryview(piece.view(np.uint8).data)
     for start in range(0, voxels.size, piece.size):
@@ -612,7 +613,8 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any) -> npt.NDArray[np.float32
         if read < count * piece.itemsize:
             raise EOFError(f"{voxels.size} voxels expected, the file ends after {start + read // piece.itemsize}")
         scaled = apply_read_scaling(piece[:count], slope, intercept)
-        voxels[start : start + count] = scaled.astype(np.promote_types(scaled.dtype, np.float32), copy=False)
+        wide = dtype if scaled.dtype == dtype else np.promote_types(scaled.dtype, np.float32)
+        voxels[start : start + count] = scaled.astype(wide, copy=False)
     return voxels.reshape(stored.shape, order="F")
 
 
@@ -621,7 +623,7 @@ def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
     while count > 0:
         skipped = len(stream.read(min(count, _PIECE_BYTES)))
         if not skipped:
-            raise EOFError("the voxels are not there")
+            raise EOFError("the file ends before the voxels")
         count -= skipped
 
 
@@ -648,8 +650,8 @@ def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, i
     if volume is not None:
         if len(shape) != 4 or volume >= shape[3]:
             raise DataError(
-                f"{path}: {len(shape)}D with shape {_times(shape)}; volume {volume} (counted from 0) of a 4D file is "
-                "needed. Does the description of the data set belong to it?"
+                f"{path}: {len(shape)}D with shape {_times(shape)}; volume {volume} (from 0) of a 4D file is needed. "
+                "Does the data set's description match its files?"
             )
         shape = shape[:3]
     while len(shape) > 3 and shape[-1] == 1:
@@ -675,8 +677,8 @@ def _require_room(path: Path, claimed: int) -> None:
     most = size * _MOST_BYTES_PER_BYTE if is_compressed(path) else size
     if claimed > most:
         raise DataError(
-            f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, the file can hold {most} at "
-            "most. Copy or download it again."
+            f"{path}: damaged or cut short: the header claims {claimed} bytes of voxels, but the file can hold {most} "
+            "at most. Copy or download it again."
         )
 
 
@@ -686,7 +688,7 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
     linear = affine[:3, :3]
     # No head is larger than a kilometre, and larger numbers would overflow.
     if not (np.abs(affine) < 1e6).all() or abs(np.linalg.det(linear)) < 1e-12:
-        raise DataError(f"{path}: the affine is not invertible, so its voxels have no place. Convert the file again.")
+        raise DataError(f"{path}: the affine is not invertible, so voxels have no position. Convert the file again.")
     smallest, largest = min(spacing_of(affine)), max(spacing_of(affine))
     low, high = VOXEL_SIZE_MM
     if not low <= smallest <= largest <= high:
@@ -735,14 +737,6 @@ def _other_pixdim(image: Any, affine: npt.NDArray[np.float64]) -> Spacing | None
 def _corners(shape: tuple[int, ...]) -> npt.NDArray[np.int_]:
     """The corners of a grid as columns of homogeneous voxel indices."""
     return np.array([[x, y, z, 1] for x in (0, shape[0]) for y in (0, shape[1]) for z in (0, shape[2])]).T
-
-
-def _orientation_change(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Nibabel's orientation transform from an affine's voxel order to the program's."""
-    change: npt.NDArray[np.float64] = orientations.ornt_transform(
-        orientations.io_orientation(affine), orientations.axcodes2ornt(CANONICAL_AXES)
-    )
-    return change
 
 
 @contextmanager

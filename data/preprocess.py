@@ -7,9 +7,10 @@ resampled by the caller (as probabilities, not labels).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Final, TypeVar
 
@@ -45,6 +46,8 @@ TIE_TOLERANCE: Final = 1e-3
 #: Maximum number of voxels copied to float64 at once. No brain at 0.5 mm has more, so only larger volumes are summed
 #: part by part.
 _AT_ONCE: Final = 1 << 25
+
+_NO_VOXELS: Final = np.zeros((0, 0, 0), dtype=np.float32)
 
 Box = tuple[slice, slice, slice]
 
@@ -102,68 +105,95 @@ def prepare(
             the contrasts present.
 
     Raises:
-        DataError: a contrast is missing or unreadable, the contrasts lie on different grids, a contrast is zero
+        DataError: a contrast is missing or unreadable, the contrasts are on different grids, a contrast is zero
             everywhere, constant or not skull-stripped, or the label map is missing, on another grid or not in the
             convention.
     """
     case.require(all_contrasts=all_contrasts)
-    present = tuple(contrast for contrast in CONTRASTS if all_contrasts or contrast in case.contrasts)
+
+    def read(contrast: Contrast) -> Volume:
+        with _naming(case.id, f"contrast {contrast}"):
+            return read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
+
+    in_order = (case.reference, *(one for one in case.contrasts if one != case.reference))
+    return prepare_volumes(
+        {contrast: partial(read, contrast) for contrast in in_order},
+        case_id=case.id,
+        spacing_mm=spacing_mm,
+        read_codes=None if convention is None else partial(_read_codes, case, convention=convention),
+    )
+
+
+def prepare_volumes(
+    volumes: Mapping[Contrast, Callable[[], Volume]],
+    *,
+    case_id: str,
+    spacing_mm: Spacing | None = None,
+    read_codes: Callable[[Volume], npt.NDArray[np.uint8]] | None = None,
+) -> Prepared:
+    """Prepare contrasts that come from anywhere.
+
+    Args:
+        volumes: functions that return the contrasts, first the one whose voxel order the result is mapped back to. Each
+            is called once, so only one whole volume is held at a time.
+        case_id: name of the case, for messages.
+        spacing_mm: as for :func:`prepare`.
+        read_codes: returns the label map in the program's codes and in the voxel order of the volume it is given.
+
+    Raises:
+        DataError: as :func:`prepare`.
+    """
+    reference = next(iter(volumes))
     canonical: Volume | None = None
-    native_affine = np.eye(4)
-    # Hold one whole volume at a time and crop each to its own brain: four whole volumes of a large scan may not fit.
+    # Crop each volume to its own brain: four whole volumes of a large scan may not fit into memory.
     parts: dict[Contrast, tuple[Box, npt.NDArray[np.float32]]] = {}
-    zeroed: dict[Contrast, int] = {}
-    backgrounds: dict[Contrast, str] = {}
-    found: dict[Contrast, tuple[str, str]] = {}
-    for contrast in (case.reference, *(one for one in present if one != case.reference)):
-        with _naming(case, f"contrast {contrast}"):
-            volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero)
-        found[contrast] = volume.doubt or "", voxel_order(volume.affine)
+    headers: dict[Contrast, Volume] = {}
+    for contrast, read in volumes.items():
+        volume = read()
+        headers[contrast] = replace(volume, voxels=_NO_VOXELS)
         if canonical is None:
-            native_affine, volume = volume.affine, reorient(volume)
+            volume = reorient(volume)
             canonical = replace(volume, voxels=np.broadcast_to(np.float32(0), volume.voxels.shape))  # uses no memory
         else:
             volume = in_order_of(canonical, volume)
-            _require_same_grid(case, canonical, volume, contrast)
-        if volume.zeroed:
-            zeroed[contrast] = volume.zeroed
-        if volume.background is not None:
-            backgrounds[contrast] = volume.background
+            _require_same_grid(case_id, canonical, volume, contrast, reference)
         if (problem := image_problem(volume.voxels)) is not None:
-            raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: {problem}.")
+            raise DataError(f"case {case_id}, contrast {contrast}: {volume.path}: {problem}.")
         own = smallest_box(volume.voxels != 0)
         parts[contrast] = (own, volume.voxels[own].copy())
         del volume
     assert canonical is not None
+    present = tuple(contrast for contrast in CONTRASTS if contrast in volumes)
     box = _around([own for own, _ in parts.values()])
-    own_spacing = canonical_spacing(native_affine)
-    canonical_shape = _shape_of(canonical.voxels)
-    image = np.zeros((len(present), *(part.stop - part.start for part in box)), dtype=np.float32)
+    image = np.zeros((len(CONTRASTS), *(part.stop - part.start for part in box)), dtype=np.float32)
     brain = np.zeros(image.shape[1:], dtype=bool)
-    for number, contrast in enumerate(present):
+    for contrast in present:
         own, voxels = parts.pop(contrast)
         inside = tuple(slice(a.start - b.start, a.stop - b.start) for a, b in zip(own, box, strict=True))
         brain[inside] |= voxels != 0
-        image[number][inside] = zscore_nonzero(voxels)
+        image[CONTRASTS.index(contrast)][inside] = zscore_nonzero(voxels)
         del voxels
-    codes = _read_codes(case, canonical, convention)[box] if convention is not None else None
+    codes = None if read_codes is None else read_codes(canonical)[box]
+    native_affine = headers[reference].affine
+    own_spacing = canonical_spacing(native_affine)
     target = spacing_mm if spacing_mm is not None and not _close(own_spacing, spacing_mm) else own_spacing
     if target is not own_spacing:
         shape = resampled_shape(image.shape[1:], own_spacing, target)
         image = np.stack([resample(voxels, shape) for voxels in image])
         codes = None if codes is None else resample_codes(codes, shape)
+    x, y, z = canonical.voxels.shape
     return Prepared(
-        image=image if present == CONTRASTS else _at_their_places(image, present),
+        image=image,
         present=present,
         brain=brain,
         codes=codes,
         spacing_mm=target,
         box=box,
-        canonical_shape=canonical_shape,
+        canonical_shape=(x, y, z),
         native_affine=native_affine,
-        zeroed={contrast: zeroed[contrast] for contrast in present if contrast in zeroed},
-        backgrounds={contrast: backgrounds[contrast] for contrast in present if contrast in backgrounds},
-        repairs=_geometry_repairs({contrast: found[contrast] for contrast in present}, case.reference),
+        zeroed={contrast: headers[contrast].zeroed for contrast in present if headers[contrast].zeroed},
+        backgrounds={one: found for one in present if (found := headers[one].background) is not None},
+        repairs=_geometry_repairs({contrast: headers[contrast] for contrast in present}, reference),
     )
 
 
@@ -193,37 +223,22 @@ def image_problem(voxels: npt.NDArray[np.float32]) -> str | None:
     )
 
 
-def to_native_grid(codes: npt.NDArray[np.uint8], prepared: Prepared) -> npt.NDArray[np.uint8]:
-    """Map a label map of the brain box back to the grid of the case's files.
+def to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDArray[_Number]:
+    """Map an array of the brain box, such as a label map, back to the grid of the case's files.
 
     Args:
-        codes: uint8, shape of the box at the files' own spacing (``prepared.box_shape``).
+        values: shape of the box at the files' own spacing (``prepared.box_shape``), or several such arrays: (n, X, Y,
+            Z).
         prepared: the result of :func:`prepare` for the case.
 
     Returns:
-        uint8 array in the files' own voxel order and shape, 0 outside the box.
+        array of the same dtype in the files' own voxel order and shape, 0 outside the box; n is its last axis.
     """
-    canonical = np.zeros(prepared.canonical_shape, dtype=np.uint8)
-    canonical[prepared.box] = codes
+    if values.ndim == 4:
+        return np.stack([to_native_grid(one, prepared) for one in values], axis=-1)
+    canonical = np.zeros(prepared.canonical_shape, dtype=values.dtype)
+    canonical[prepared.box] = values
     return to_native_order(canonical, prepared.native_affine)
-
-
-def values_to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDArray[_Number]:
-    """Map arrays of the brain box back to the grid of the case's files, as the volumes of one 4D array.
-
-    Args:
-        values: shape (n, X, Y, Z), where (X, Y, Z) is the box at the files' own spacing.
-        prepared: the result of :func:`prepare` for the case.
-
-    Returns:
-        array of the same dtype in the files' own voxel order and shape, with n as the last axis; 0 outside the box.
-    """
-    volumes = []
-    for one in values:
-        canonical = np.zeros(prepared.canonical_shape, dtype=values.dtype)
-        canonical[prepared.box] = one
-        volumes.append(to_native_order(canonical, prepared.native_affine))
-    return np.stack(volumes, axis=-1)
 
 
 def zscore_nonzero(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -271,20 +286,6 @@ def _around(boxes: Sequence[Box]) -> Box:
     """The smallest box that contains all the given boxes."""
     x, y, z = (slice(min(box[axis].start for box in boxes), max(box[axis].stop for box in boxes)) for axis in range(3))
     return (x, y, z)
-
-
-def _shape_of(voxels: npt.NDArray[np.float32]) -> tuple[int, int, int]:
-    x, y, z = voxels.shape
-    return (x, y, z)
-
-
-def brain_box(image: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:
-    """The smallest box that contains every non-zero voxel of any contrast.
-
-    Args:
-        image: shape (contrasts, X, Y, Z), with at least one non-zero voxel.
-    """
-    return smallest_box((image != 0).any(axis=0))
 
 
 def smallest_box(mask: npt.NDArray[np.bool_]) -> tuple[slice, slice, slice]:
@@ -337,56 +338,49 @@ def resample_codes(codes: npt.NDArray[np.uint8], shape: tuple[int, int, int]) ->
     return from_regions(fractions >= 0.5)
 
 
-def _geometry_repairs(found: Mapping[Contrast, tuple[str, str]], reference: Contrast) -> tuple[str, ...]:
+def _geometry_repairs(headers: Mapping[Contrast, Volume], reference: Contrast) -> tuple[str, ...]:
     """Describe what was chosen or changed in the files' geometry to bring the contrasts to one grid.
 
     Args:
-        found: by contrast, the ambiguity of its header (empty if there is none) and the voxel order of its file.
+        headers: the volumes, of which only the geometry is used.
         reference: the contrast that determines the voxel order.
     """
-    repairs = [f"{contrast}: {doubt}" for contrast, (doubt, _) in found.items() if doubt]
-    own_order = found[reference][1]
-    for contrast, (_, order) in found.items():
-        if order != own_order:
+    repairs = [f"{contrast}: {volume.doubt}" for contrast, volume in headers.items() if volume.doubt]
+    own_order = voxel_order(headers[reference].affine)
+    for contrast, volume in headers.items():
+        if (order := voxel_order(volume.affine)) != own_order:
             repairs.append(f"{contrast} is stored in voxel order {order}, {reference} in {own_order}; it was reordered")
     return tuple(repairs)
 
 
-def _at_their_places(image: npt.NDArray[np.float32], present: tuple[Contrast, ...]) -> npt.NDArray[np.float32]:
-    """Insert the channels present into an array of all contrasts; missing channels are 0."""
-    complete = np.zeros((len(CONTRASTS), *image.shape[1:]), dtype=np.float32)
-    complete[[CONTRASTS.index(contrast) for contrast in present]] = image
-    return complete
-
-
-def _require_same_grid(case: Case, reference: Volume, volume: Volume, name: str) -> None:
-    difference = grid_difference(reference, volume)
+def _require_same_grid(case_id: str, first: Volume, volume: Volume, name: str, reference: Contrast) -> None:
+    difference = grid_difference(first, volume)
     if difference is not None:
         raise DataError(
-            f"case {case.id}: {name} is not on the grid of {case.reference}: {difference} "
-            f"({volume.path} against {reference.path}). "
-            "Register and resample the contrasts to one grid first, or have it done: predict --prepare, data prepare."
+            f"case {case_id}: {name} is not on the grid of {reference}: {difference} ({volume.path} against "
+            f"{first.path}). Register and resample the contrasts to one grid first, for instance with data prepare or "
+            "predict --prepare."
         )
 
 
-def _read_codes(case: Case, reference: Volume, convention: LabelConvention) -> npt.NDArray[np.uint8]:
+def _read_codes(case: Case, canonical: Volume, *, convention: LabelConvention) -> npt.NDArray[np.uint8]:
     """The label map in canonical voxel order and in the program's codes."""
     if case.label is None:
         raise DataError(f"case {case.id}: no label map (a file that ends in seg) in {case.folder}")
-    with _naming(case, "label map"):
-        label = in_order_of(reference, read_label_map(case.label))
-    _require_same_grid(case, reference, label, "the label map")
-    with _naming(case, f"label map {case.label}"):
+    with _naming(case.id, "label map"):
+        label = in_order_of(canonical, read_label_map(case.label))
+    _require_same_grid(case.id, canonical, label, "the label map", case.reference)
+    with _naming(case.id, f"label map {case.label}"):
         return decode(label.voxels, convention)
 
 
 @contextmanager
-def _naming(case: Case, what: str) -> Iterator[None]:
+def _naming(case_id: str, what: str) -> Iterator[None]:
     """Prefix DataErrors with the case and the item being read."""
     try:
         yield
     except DataError as error:
-        raise DataError(f"case {case.id}, {what}: {error}") from error
+        raise DataError(f"case {case_id}, {what}: {error}") from error
 
 
 def _close(own: Spacing, wanted: Spacing) -> bool:

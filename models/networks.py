@@ -69,7 +69,7 @@ class NetworkConfig:
 
     def _check_blocks(self, blocks: tuple[int, ...]) -> None:
         if self.architecture != "resenc":
-            raise ValueError(f"network.blocks: of resenc alone, {self.architecture} has none; leave it out")
+            raise ValueError(f"network.blocks: only resenc has blocks, not {self.architecture}; leave it out")
         if len(blocks) != len(self.channels):
             raise ValueError(
                 f"network.blocks: one number a level (network.channels has {len(self.channels)}), got {list(blocks)}"
@@ -138,14 +138,6 @@ def _start_from_background(network: nn.Module, out_channels: int) -> None:
 
 
 def _unet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return _monai_unet(config, in_channels, out_channels, residual_units=0)
-
-
-def _resunet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
-    return _monai_unet(config, in_channels, out_channels, residual_units=config.residual_units)
-
-
-def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, residual_units: int) -> nn.Module:
     from monai.networks.nets.unet import UNet
 
     return UNet(
@@ -154,7 +146,7 @@ def _monai_unet(config: NetworkConfig, in_channels: int, out_channels: int, *, r
         out_channels=out_channels,
         channels=config.channels,
         strides=(config.first_stride, *(2,) * (len(config.channels) - 2)),
-        num_res_units=residual_units,
+        num_res_units=config.residual_units if config.architecture == "resunet" else 0,
         norm=("INSTANCE", {"affine": False}),
         dropout=config.dropout,
     )
@@ -194,7 +186,7 @@ def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Mo
 #: Builders of the networks by name; each takes a config, the number of input channels and that of output channels.
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
-    "resunet": _resunet,
+    "resunet": _unet,
     "segresnet": _segresnet,
     "resenc": _resenc,
 }

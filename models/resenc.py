@@ -62,25 +62,13 @@ class ResEncUNet(nn.Module):
         stages = []
         before = channels[0]
         for level, (features, count) in enumerate(zip(channels, blocks, strict=True)):
-            strides = [1 if level == 0 else 2, *(1,) * (count - 1)]
-            stages.append(
-                nn.Sequential(
-                    *(
-                        UnetResBlock(
-                            3,
-                            before if number == 0 else features,
-                            features,
-                            kernel_size=3,
-                            stride=stride,
-                            norm_name=_NORM,
-                            act_name=_ACTIVATION,
-                            dropout=dropout or None,
-                        )
-                        for number, stride in enumerate(strides)
-                    )
-                )
-            )
-            before = features
+            stage = nn.Sequential()
+            for number in range(count):
+                stride = 2 if level > 0 and number == 0 else 1
+                options: dict[str, Any] = {"norm_name": _NORM, "act_name": _ACTIVATION, "dropout": dropout or None}
+                stage.append(UnetResBlock(3, before, features, kernel_size=3, stride=stride, **options))
+                before = features
+            stages.append(stage)
         self.encoder = nn.ModuleList(stages)
         #: Coarsest first, in the order of use.
         finer = list(reversed(channels[:-1]))
@@ -118,15 +106,5 @@ class ResEncUNet(nn.Module):
 
 def _up(deep: int, fine: int) -> nn.Module:
     """Build a transposed convolution that doubles the resolution."""
-    return Convolution(
-        3,
-        deep,
-        fine,
-        kernel_size=2,
-        strides=2,
-        padding=0,
-        output_padding=0,
-        bias=False,
-        is_transposed=True,
-        conv_only=True,
-    )
+    up: dict[str, Any] = {"strides": 2, "padding": 0, "output_padding": 0, "is_transposed": True}
+    return Convolution(3, deep, fine, kernel_size=2, bias=False, conv_only=True, **up)

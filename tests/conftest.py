@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import hypothesis
 import pytest
 
+from data.datasets.source import DataSource
+
 # Other jobs on a machine make an example slow, and that is no fault of the program.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -88,7 +90,11 @@ def tiny_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     from app.training.run import start
 
     run = tmp_path_factory.mktemp("tiny") / "run"
-    start(phantoms, run, load_config("laptop", [*tiny_settings, "training.steps=60", "training.validations=3"]))
+    start(
+        DataSource(phantoms),
+        run,
+        load_config("laptop", [*tiny_settings, "training.steps=60", "training.validations=3"]),
+    )
     return run
 
 
@@ -195,7 +201,7 @@ def write_series() -> Callable[..., list[Path]]:
             **dict.fromkeys(("ReferringPhysicianName", "Manufacturer", "PositionReferenceIndicator"), ""),
             **fields,
         }
-        written = []
+        written: list[Path] = []
         for place in np.random.default_rng(voxels.shape[2]).permutation(voxels.shape[2]):
             meta = pydicom.dataset.FileMetaDataset()
             meta.TransferSyntaxUID = ExplicitVRLittleEndian

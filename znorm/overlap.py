@@ -176,9 +176,9 @@ def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[Re
         elif junction.side == "input":
             x.register_hook(report)
         elif dim is None:
-            output.register_hook(lambda gradient: report(gradient.sum_to_size(x.shape)))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: report(gradient.sum_to_size(x.shape)))
         else:
-            output.register_hook(lambda gradient: report(gradient.narrow(dim, 0, x.shape[dim])))  # type: ignore[no-untyped-call]
+            output.register_hook(lambda gradient: report(gradient.narrow(dim, 0, x.shape[dim])))
 
     return [
         junction.transformation.register_forward_hook(partial(after_call, False)),

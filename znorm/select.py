@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import prod
 
 from torch import nn
 
@@ -50,7 +51,7 @@ class Selection:
             groups.setdefault((choice.normalised, choice.reason), []).append(choice)
         lines = []
         for (normalised, reason), group in sorted(groups.items(), key=lambda item: not item[0][0]):
-            elements = sum(_count(choice.shape) for choice in group)
+            elements = sum(prod(choice.shape) for choice in group)
             lines.append(
                 f"{'z-scored' if normalised else 'left as is'}: {len(group)} tensors, {elements:,} elements - {reason}"
             )
@@ -96,7 +97,7 @@ def select(
     }
 
     def reason_against(name: str, shape: tuple[int, ...], owner: str) -> str | None:
-        if _count(shape) <= 1 and not single:
+        if prod(shape) <= 1 and not single:
             return "one element has no spread"
         if len(shape) < min_dimensions:
             return f"fewer than {min_dimensions} dimensions (bias or norm)"
@@ -154,10 +155,3 @@ def find_output_block(model: nn.Module) -> str | None:
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count

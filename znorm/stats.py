@@ -43,11 +43,6 @@ class StepObservation:
         self._before: Mapping[str, Tensor] = {}
         self._after: Mapping[str, Tensor] = {}
 
-    @property
-    def skipped(self) -> bool:
-        """Whether there were gradients but the optimiser received none of them."""
-        return bool(self._before) and not self._after
-
     def layers(self) -> dict[str, LayerGradient]:
         """Statistics of each parameter that had a gradient, by name, in the model's order."""
         rows = _read([*self._before.values(), *self._after.values()])

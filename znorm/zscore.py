@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple
 
@@ -234,7 +234,10 @@ def _dense_view(gradient: Tensor) -> Tensor | None:
 
 def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool) -> bool:
     """Normalise without reading scalars back, except one: whether every element is finite."""
-    groups = list(_by_kind(tensors))
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    groups = list(kinds.values())
     if len(groups) == 1:  # with several, one might be changed before another is known to be finite
         finite = zscore_kernels_(tensors, eps, mode, together=together)
         if finite is not None:
@@ -279,13 +282,6 @@ def _foreach_zscore_(group: list[Tensor], largest: Tensor, eps: float, mode: Mod
         return
     divisor = spread + eps * mean_square.sqrt()
     torch._foreach_div_(group, list(torch.where(divisor > 0, divisor, 1).unbind()))
-
-
-def _by_kind(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
-    yield from kinds.values()
 
 
 def _by_channel(chosen: list[tuple[Tensor, int]], eps: float, mode: Mode) -> bool:

@@ -7,95 +7,72 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from app.cli import terminal
+from app.cli import options, terminal
 
 if TYPE_CHECKING:
     from app.experiments.comparison.compare import Comparison
 
 EXAMPLES = "znormseg compare BraTS2021 OUT --arms none,clip,znorm --seeds 3"
 
-#: Headings of the help, with the options below each.
-PANELS = {
-    "Comparison": ("arms", "variants", "optimizers", "baseline", "target_dice"),
-    "Runs": ("seeds", "first_seed", "steps", "learning_rates"),
-    "Config": ("config", "overrides"),
-    "Cases": ("fold", "split", "labels", "follow_links"),
-    "Output": ("as_json",),
-}
+_comparison, _runs = options.panel("Comparison"), options.panel("Runs")
 
 
 def compare_command(
     *,
-    data: Annotated[
-        Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
-    ],
+    data: options.Data,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder; the same command resumes an interrupted comparison.")
     ],
     arms: Annotated[
         str,
-        typer.Option(
-            "--arms",
-            help="Rules to compare, as in gradient.transform: none, clip, clip-value, centralize, "
-            "adaptive-clip, scale, znorm.",
+        _comparison(
+            help="Rules to compare, as in gradient.transform: none, clip, clip-value, centralize, adaptive-clip, "
+            "scale, znorm."
         ),
     ] = "none,clip,centralize,znorm",
     variants: Annotated[
         list[str] | None,
-        typer.Option(
+        _comparison(
             "--variant",
             metavar="NAME:KEY=VALUE",
             help="Define another arm, to be listed in --arms by its NAME: znorm with one changed key, such as "
             "everything:gradient.znorm.output_block=none; may be repeated.",
         ),
     ] = None,
-    optimizers: Annotated[str, typer.Option("--optimizers", help="adamw, sgd, or adamw,sgd for both.")] = "adamw",
-    seeds: Annotated[int, typer.Option("--seeds", help="Number of runs per arm at its best learning rate.")] = 3,
-    first_seed: Annotated[
-        int, typer.Option("--first-seed", help="First seed; the others count up from it. Another one makes new runs.")
-    ] = 0,
-    steps: Annotated[int, typer.Option("--steps", help="Optimiser steps per run.")] = 500,
+    optimizers: Annotated[str, _comparison(help="adamw, sgd, or adamw,sgd for both.")] = "adamw",
+    baseline: Annotated[
+        str | None, _comparison(help="Arm to compare the others with; default: clip, or else the first arm.")
+    ] = None,
+    target_dice: Annotated[
+        float | None, _comparison(help="Validation Dice to count the steps to; default: 90% of the best arm's last.")
+    ] = None,
+    seeds: Annotated[int, _runs(help="Number of runs per arm at its best learning rate.")] = 3,
+    first_seed: Annotated[int, _runs(help="First seed; the others count up from it. Another one makes new runs.")] = 0,
+    steps: Annotated[int, _runs(help="Optimiser steps per run.")] = 500,
     learning_rates: Annotated[
         list[str] | None,
-        typer.Option(
-            "--learning-rates",
+        _runs(
             metavar="RATES",
             help="Peak learning rates to try for every arm, or sgd=1e-2,1e-1 for one optimizer; may be repeated. "
             "Default: 1e-3,3e-3,1e-2,3e-2 for adamw and 1e-3,1e-2,1e-1,1 for sgd.",
         ),
     ] = None,
-    baseline: Annotated[
-        str | None,
-        typer.Option("--baseline", help="Arm to compare the others with; default: clip, or else the first arm."),
-    ] = None,
-    target_dice: Annotated[
-        float | None,
-        typer.Option(
-            "--target-dice", help="Validation Dice to count the steps to; default: 90% of the best arm's last."
-        ),
-    ] = None,
-    config: Annotated[
-        str, typer.Option("--config", "-c", help="laptop, unet, resunet, resunet-znorm, large, or a YAML file.")
-    ] = "laptop",
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."),
-    ] = None,
+    config: options.Config = None,
+    overrides: options.Overrides = None,
     fold: Annotated[
         int | None,
-        typer.Option("--fold", "-f", help="Test fold, 0 (default) to 4, split by patient; the next fold validates."),
+        options.panel("Input")(
+            "--fold", "-f", help="Test fold, 0 (default) to 4, split by patient; the next fold validates."
+        ),
     ] = None,
     split: Annotated[
         Path | None,
-        typer.Option(
-            "--split", help='JSON file to use instead of a fold: {"train": [ids], "validation": [ids], "test": [ids]}.'
+        options.panel("Input")(
+            help='JSON file to use instead of a fold: {"train": [ids], "validation": [ids], "test": [ids]}.'
         ),
     ] = None,
-    labels: Annotated[str | None, typer.Option("--labels", metavar="NAME", help=terminal.LABELS_HELP)] = None,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    labels: options.Labels = None,
+    follow_links: options.FollowLinks = False,
 ) -> None:
     """Compare gradient rules fairly, with curves, Dice, statistics and a verdict.
 
@@ -104,14 +81,14 @@ def compare_command(
     for any choice. Writes OUT/compare.html, compare.json and compare.csv. If interrupted, run the same command to
     resume.
     """
-    if split is not None and fold is not None:
-        raise typer.BadParameter("give either --fold or --split")
+    options.refuse(split is not None and fold is not None, "give either --fold or --split")
     from app.experiments.comparison.compare import compare as compare_arms
     from app.experiments.comparison.plan import plan_comparison
     from app.reports.comparison import write_comparison_page
+    from data.datasets.source import DataSource
 
     plan = plan_comparison(
-        config=config,
+        config=config or "laptop",
         overrides=overrides or (),
         arms=_names(arms),
         optimizers=_names(optimizers),
@@ -125,27 +102,22 @@ def compare_command(
     )
     with terminal.watched() as on_progress:
         outcome = compare_arms(
-            data,
+            DataSource(data, labels=labels, follow_links=follow_links),
             out,
             plan,
             fold=fold or 0,
             split_file=split,
-            labels=labels,
-            follow_links=follow_links,
             on_progress=on_progress,
         )
         write_comparison_page(outcome)
-    if as_json:
-        terminal.json_result(outcome.content)
-    else:
-        _show(outcome)
+    terminal.result(outcome.content, *_lines(outcome))
 
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
 
 
-def _show(outcome: Comparison) -> None:
+def _lines(outcome: Comparison) -> list[str]:
     rows = [["arm", "rate", "mean", "WT", "TC", "ET", "s/step"]]
     rows += [
         [
@@ -156,8 +128,10 @@ def _show(outcome: Comparison) -> None:
         ]
         for arm in outcome.analysis.arms
     ]
-    terminal.result(f"Dice of the {'test' if outcome.analysis.tested else 'validation'} cases, mean over seeds")
-    terminal.result(terminal.table(rows))
-    for sentence in (*outcome.analysis.verdicts(), *outcome.analysis.caveats):
-        terminal.result(sentence)
-    terminal.result(f"the page with curves and tables: {outcome.page}")
+    return [
+        f"Dice of the {'test' if outcome.analysis.tested else 'validation'} cases, mean over seeds",
+        terminal.table(rows),
+        *outcome.analysis.verdicts(),
+        *outcome.analysis.caveats,
+        f"the page with curves and tables: {outcome.page}",
+    ]

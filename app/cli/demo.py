@@ -19,27 +19,23 @@ def demo(
     out: Annotated[Path, typer.Option("--out", "-o", help="Output folder; must be empty or not exist yet.")] = Path(
         "znormseg-demo"
     ),
-    as_json: Annotated[bool, typer.Option("--json", help="Print the scores as JSON on stdout.")] = False,
 ) -> None:
     """Try the whole workflow on synthetic cases, in about five minutes.
 
     Makes the cases, trains on some, predicts and evaluates the others, and writes a page with the results.
     """
-    from app.evaluation.evaluate import score_rows
     from app.experiments.demo import run_demo
     from app.reports.demo import COMMANDS, write_demo_page
 
     with terminal.watched() as on_progress:
         outcome = run_demo(out, on_progress=on_progress)
         write_demo_page(outcome)
-    if as_json:
-        terminal.json_result(outcome.to_json())
-        return
-    terminal.result(terminal.table(score_rows(outcome.evaluation)))
-    terminal.result(f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:")
+    steps = [*COMMANDS]
     if shutil.which("znormseg") is None:
-        terminal.result(
-            f"  source {Path(sys.prefix) / 'bin' / 'activate'}\n      makes the command known to this terminal"
-        )
-    for what, command in COMMANDS:
-        terminal.result(f"  {command}\n      {what}")
+        steps.insert(0, ("Put znormseg on the PATH of this terminal", f"source {Path(sys.prefix, 'bin', 'activate')}"))
+    terminal.result(
+        outcome.to_json(),
+        terminal.table(outcome.evaluation.rows()),
+        f"\nThe page with pictures and curves: {outcome.page.resolve()}\n\nOn your own data, try next:",
+        *(f"  {command}\n      {what}" for what, command in steps),
+    )

@@ -8,35 +8,39 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli import terminal
+from app.cli import options, terminal
 
 if TYPE_CHECKING:
     from data.dicom.contrasts import Choice
     from data.dicom.study import Study
     from data.labels import Contrast
 
-_HELP = "Series of this contrast, by number or UID, if it is not recognised."
+_Study = Annotated[
+    Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, .zip of such a folder, or DICOMDIR.")
+]
+_StudyUid = Annotated[
+    str | None, typer.Option("--study", metavar="UID", help="UID of the study, if there are several.")
+]
+_Series = Annotated[
+    str | None,
+    typer.Option(metavar="SERIES", help="Series of this contrast, by number or UID, if it is not recognised."),
+]
 
 
 def dicom(
     *,
-    study: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, .zip of such a folder, or DICOMDIR.")
-    ],
+    study: _Study,
     out: Annotated[
         Path | None, typer.Argument(metavar="OUT", help="Folder for the case; if omitted, the series are only listed.")
     ] = None,
-    t1: Annotated[str | None, typer.Option("--t1", metavar="SERIES", help=_HELP)] = None,
-    t1c: Annotated[str | None, typer.Option("--t1c", metavar="SERIES", help=_HELP)] = None,
-    t2: Annotated[str | None, typer.Option("--t2", metavar="SERIES", help=_HELP)] = None,
-    flair: Annotated[str | None, typer.Option("--flair", metavar="SERIES", help=_HELP)] = None,
+    t1: _Series = None,
+    t1c: _Series = None,
+    t2: _Series = None,
+    flair: _Series = None,
     case_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="Case id; default: a hash of the study's UID.")
     ] = None,
-    study_uid: Annotated[
-        str | None, typer.Option("--study", metavar="UID", help="UID of the study, if there are several.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+    study_uid: _StudyUid = None,
 ) -> None:
     """Find T1, T1c, T2 and FLAIR in a DICOM study and convert them to NIfTI.
 
@@ -46,8 +50,7 @@ def dicom(
     from data.dicom.study import open_study, read_chosen, write_dicom_case
     from data.errors import DataError
 
-    named: tuple[tuple[Contrast, str | None], ...] = (("t1", t1), ("t1c", t1c), ("t2", t2), ("flair", flair))
-    chosen: dict[Contrast, str] = {contrast: key for contrast, key in named if key is not None}
+    chosen = options.given(t1=t1, t1c=t1c, t2=t2, flair=flair)
     with terminal.watched(), open_study(study, study_uid=study_uid) as opened:
         case = opened.case_id if case_id is None else case_id
         choices, problem, folder, images = {}, None, None, None
@@ -55,19 +58,19 @@ def dicom(
             choices = choose_series(opened.series, chosen)
         except DataError as error:
             problem = error
-        if not as_json:
-            terminal.result(_listed(opened, choices))
+        if not terminal.settings.as_json:
+            terminal.result(None, _listed(opened, choices))
         if problem is None and out is not None:
             images = read_chosen(opened, choices)
             folder = write_dicom_case(out, images, case_id=case)
         notes = {} if images is None else images.notes
-        if as_json:
-            terminal.json_result(_content(opened, choices, notes, case=case, folder=folder, problem=problem))
-        elif folder is not None:
+        lines = []
+        if folder is not None:
             for contrast, choice in choices.items():
-                for note in notes[contrast][len(choice.series.notes) :]:  # those of the series are in the list above
-                    terminal.result(f"note: {contrast}, series {choice.series.key}: {note}")
-            terminal.result(f"{len(choices)} contrasts in {folder}")
+                new = notes[contrast][len(choice.series.notes) :]  # those of the series are in the list above
+                lines += [f"note: {contrast}, series {choice.series.key}: {note}" for note in new]
+            lines.append(f"{len(choices)} contrasts in {folder}")
+        terminal.result(_content(opened, choices, notes, case=case, folder=folder, problem=problem), *lines)
     if problem is not None:
         raise problem
 
@@ -75,17 +78,12 @@ def dicom(
 def dicom_seg(
     *,
     label_map: Annotated[Path, typer.Argument(metavar="LABELMAP", help="NIfTI label map on the grid of the series.")],
-    study: Annotated[
-        Path, typer.Argument(metavar="STUDY", help="Folder of DICOM files, .zip of such a folder, or DICOMDIR.")
-    ],
+    study: _Study,
     out: Annotated[Path, typer.Argument(metavar="OUT.dcm", help="File to write.")],
     reference: Annotated[
         str, typer.Option(metavar="SERIES", help="Source series: t1, t1c, t2, flair, or a number or UID.")
     ] = "t1c",
-    study_uid: Annotated[
-        str | None, typer.Option("--study", metavar="UID", help="UID of the study, if there are several.")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    study_uid: _StudyUid = None,
 ) -> None:
     """Convert a label map to a DICOM segmentation (SEG) of its source series."""
     from importlib import metadata
@@ -106,10 +104,10 @@ def dicom_seg(
             ordered = on_grid_of(series, labels)
             codes = decode(ordered, decide_convention(set(ordered.ravel().tolist())))
             write_dicom_seg(out, codes, series, version=metadata.version("znormseg"))
-    if as_json:
-        terminal.json_result({"file": str(out), "series": series.key, "series_uid": series.uid})
-    else:
-        terminal.result(f"{out}: on series {describe_series(series)}")
+    terminal.result(
+        {"file": str(out), "series": series.key, "series_uid": series.uid},
+        f"{out}: on series {describe_series(series)}",
+    )
 
 
 def _taken(choices: dict[Contrast, Choice], key: str) -> str:

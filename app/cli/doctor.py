@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +21,6 @@ def doctor(
         list[Path] | None,
         typer.Argument(metavar="FOLDER", help="Folders of data sets or runs, whose disks are checked too."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
 ) -> None:
     """Check this machine for problems that affect training, and suggest remedies.
 
@@ -33,12 +33,11 @@ def doctor(
 
     findings = examine(probe(folders or ()))
     healthy = all(finding.level != "problem" for finding in findings)
-    if as_json:
-        terminal.json_result({"ok": healthy, "findings": [finding.to_json() for finding in findings]})
-    else:
-        for finding in findings:
-            terminal.result(f"{finding.level:<8} {finding.topic}: {finding.found}")
-            if finding.remedy:
-                terminal.result(f"{'':<8} -> {finding.remedy}")
+    lines = []
+    for finding in findings:
+        lines.append(f"{finding.level:<8} {finding.topic}: {finding.found}")
+        if finding.remedy:
+            lines.append(f"{'':<8} -> {finding.remedy}")
+    terminal.result({"ok": healthy, "findings": [asdict(finding) for finding in findings]}, *lines)
     if not healthy:
         raise typer.Exit(EXIT_MACHINE)

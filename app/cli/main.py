@@ -12,6 +12,7 @@ import typer
 from app.cli import (
     compare,
     config,
+    contrasts,
     crossval,
     data,
     demo,
@@ -26,23 +27,24 @@ from app.cli import (
     terminal,
     train,
 )
+from app.cli.options import refuse
 from app.cli.streams import outlasting_streams
-from app.cli.verbs import Verb, Verbs, quietly, verb
+from app.cli.verbs import Verbs, verb
 from app.errors import EXIT_INTERRUPTED
 from app.system.process import share_processors
 
 _FIVE_THINGS = """\
 Usage: znormseg COMMAND ...
 
-Brain-tumour MRI segmentation. What people come for:
+Brain-tumour MRI segmentation. Common tasks:
 
   see it work             znormseg demo
-  look over a data set    znormseg data check DATA
+  check a data set        znormseg data check DATA
   train on it             znormseg train DATA RUN
   segment scans with it   znormseg predict RUN SCANS OUTPUT
   score the result        znormseg evaluate OUTPUT REFERENCES
 
-znormseg doctor says whether this machine is fit; znormseg --help lists all commands.
+znormseg doctor checks this machine; znormseg --help lists all commands.
 Research use only; not a medical device."""
 
 app = typer.Typer(
@@ -55,30 +57,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 _BEGIN, _TRAIN, _USE, _SHARE = "Get started", "Train", "Predict and score", "Share"
-app.command(name="demo", cls=Verb, rich_help_panel=_BEGIN, epilog=demo.EXAMPLES)(quietly(demo.demo))
-app.command(name="doctor", cls=Verb, rich_help_panel=_BEGIN, epilog=doctor.EXAMPLES)(quietly(doctor.doctor))
+verb(app, "demo", panel=_BEGIN, examples=demo.EXAMPLES)(demo.demo)
+verb(app, "doctor", panel=_BEGIN, examples=doctor.EXAMPLES)(doctor.doctor)
 app.add_typer(data.app, name="data", rich_help_panel=_BEGIN)
 app.add_typer(config.app, name="config", rich_help_panel=_TRAIN)
-app.command(name="plan", cls=Verb, rich_help_panel=_TRAIN, epilog=plan.EXAMPLES)(quietly(plan.plan))
-app.command(name="train", cls=verb(train.PANELS), rich_help_panel=_TRAIN, epilog=train.EXAMPLES)(quietly(train.train))
-app.command(name="crossval", cls=verb(crossval.PANELS), rich_help_panel=_TRAIN, epilog=crossval.EXAMPLES)(
-    quietly(crossval.crossval)
-)
-app.command(name="compare", cls=verb(compare.PANELS), rich_help_panel=_TRAIN, epilog=compare.EXAMPLES)(
-    quietly(compare.compare_command)
-)
-app.command(name="predict", cls=verb(predict.PANELS), rich_help_panel=_USE, epilog=predict.EXAMPLES)(
-    quietly(predict.predict_command)
-)
-app.command(name="evaluate", cls=verb(evaluate.PANELS), rich_help_panel=_USE, epilog=evaluate.EXAMPLES)(
-    quietly(evaluate.evaluate_command)
-)
-app.command(name="rank", cls=Verb, rich_help_panel=_USE, epilog=rank.EXAMPLES)(quietly(rank.rank_command))
-app.command(name="report", cls=Verb, rich_help_panel=_USE, epilog=report.EXAMPLES)(quietly(report.report_command))
+verb(app, "plan", panel=_TRAIN, examples=plan.EXAMPLES)(plan.plan)
+verb(app, "train", panel=_TRAIN, examples=train.EXAMPLES)(train.train)
+verb(app, "crossval", panel=_TRAIN, examples=crossval.EXAMPLES)(crossval.crossval)
+verb(app, "compare", panel=_TRAIN, examples=compare.EXAMPLES)(compare.compare_command)
+verb(app, "predict", panel=_USE, examples=predict.EXAMPLES)(predict.predict_command)
+verb(app, "evaluate", panel=_USE, examples=evaluate.EXAMPLES)(evaluate.evaluate_command)
+verb(app, "contrasts", panel=_USE, examples=contrasts.EXAMPLES)(contrasts.contrasts_command)
+verb(app, "rank", panel=_USE, examples=rank.EXAMPLES)(rank.rank_command)
+verb(app, "report", panel=_USE, examples=report.EXAMPLES)(report.report_command)
 app.add_typer(model.app, name="model", rich_help_panel=_SHARE)
-app.command(name="export", cls=Verb, rich_help_panel=_SHARE, epilog=export.EXAMPLES)(
-    quietly(export.export_network_command)
-)
+verb(app, "export", panel=_SHARE, examples=export.EXAMPLES)(export.export_network_command)
 
 
 def _show_version(wanted: bool) -> None:
@@ -102,10 +95,10 @@ def options(
         terminal.say(_FIVE_THINGS)
         raise typer.Exit(2)
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if several and context.invoked_subcommand != "train":
-        raise typer.BadParameter(
-            f"torchrun starts {context.invoked_subcommand} several times; only train is made for it"
-        )
+    refuse(
+        several and context.invoked_subcommand != "train",
+        f"torchrun starts {context.invoked_subcommand} several times; only train supports that",
+    )
 
 
 def run() -> None:

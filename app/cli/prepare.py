@@ -7,21 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from app.cli import terminal
+from app.cli import options, terminal
 
 if TYPE_CHECKING:
     from data.datasets.layouts import Case
-    from data.labels import Contrast
-    from data.native_space.to_brats import BroughtIn, NativeCase
+    from data.native_space.to_brats import NativeCase
 
-#: Headings of the help, with the options below each.
-PANELS = {
-    "Input": ("t1", "t1c", "t2", "flair", "nan_to_zero", "follow_links"),
-    "Preparation": ("mask", "n4"),
-    "Output": ("as_json",),
-}
-
-_CONTRAST_HELP = "Image of this contrast, instead of CASE."
+_preparation = options.panel("Preparation")
 
 
 def prepare_command(
@@ -33,22 +25,14 @@ def prepare_command(
             help="Case folder, folder of cases or DICOM study (folder or .zip); then the output folder.",
         ),
     ],
-    t1: Annotated[Path | None, typer.Option("--t1", help=_CONTRAST_HELP)] = None,
-    t1c: Annotated[Path | None, typer.Option("--t1c", "--t1ce", help=_CONTRAST_HELP)] = None,
-    t2: Annotated[Path | None, typer.Option("--t2", help=_CONTRAST_HELP)] = None,
-    flair: Annotated[Path | None, typer.Option("--flair", help=_CONTRAST_HELP)] = None,
-    mask: Annotated[
-        str, typer.Option("--mask", help="Brain mask: auto, hd-bet, synthstrip, atlas, none, or a file.")
-    ] = "auto",
-    n4: Annotated[bool, typer.Option("--n4", help="Correct the bias field of each contrast with N4.")] = False,
-    nan_to_zero: Annotated[
-        bool,
-        typer.Option("--nan-to-zero", help="Replace NaN and infinite voxels with 0 instead of rejecting the case."),
-    ] = False,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside CASE.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")] = False,
+    t1: options.Image = None,
+    t1c: options.T1c = None,
+    t2: options.Image = None,
+    flair: options.Image = None,
+    nan_to_zero: options.NanToZero = False,
+    follow_links: options.FollowLinks = False,
+    mask: Annotated[str, _preparation(help="Brain mask: auto, hd-bet, synthstrip, atlas, none, or a file.")] = "auto",
+    n4: Annotated[bool, _preparation("--n4", help="Correct the bias field of each contrast with N4.")] = False,
 ) -> None:
     """Make BraTS cases from scans: register to T1c, resample to 1 mm, remove the skull.
 
@@ -57,48 +41,31 @@ def prepare_command(
     images, the label map if there is one, transforms/ and prepare.json. --mask auto uses the first that is available:
     the zero background of an image without skull, HD-BET, SynthStrip, the mask of the MNI152 template (coarse).
     """
-    given: dict[Contrast, Path | None] = {"t1": t1, "t1c": t1c, "t2": t2, "flair": flair}
-    files = {contrast: path for contrast, path in given.items() if path is not None}
-    if len(places) != (1 if files else 2):
-        raise typer.BadParameter("with --t1, --t1c, --t2 and --flair give OUT alone" if files else "give CASE and OUT")
-    from app.errors import EXIT_DATA, EXIT_SOME_FAILED
-    from app.progress import LOG, Progress
-    from data.datasets.layouts import Case, case_from_files
-    from data.errors import DataError
-    from data.native_space.case_files import require_empty, write_brats_case
-    from data.native_space.to_brats import BringInConfig, bring_in, read_native
+    files = options.given(t1=t1, t1c=t1c, t2=t2, flair=flair)
+    options.refuse(
+        len(places) != (1 if files else 2),
+        "with --t1, --t1c, --t2 and --flair, give only OUT" if files else "give CASE and OUT",
+    )
+    from app.inference.batch.prepare import prepare_cases
+    from data.datasets.layouts import case_from_files
+    from data.native_space.case_files import require_empty
+    from data.native_space.config import PrepareConfig
 
-    out, config = places[-1], BringInConfig(n4=n4, mask=mask)
+    out, config = places[-1], PrepareConfig(n4=n4, mask=mask)
     require_empty(out)
     cases = (case_from_files(files),) if files else _found(places[0], follow_links=follow_links)
-    done: list[BroughtIn] = []
-    failures: dict[str, str] = {}
     with terminal.watched() as on_progress:
-        for number, case in enumerate(cases):
-
-            def step(what: str, share: float = number / len(cases)) -> None:
-                on_progress(Progress(job="preparing", share=share, detail=what))
-
-            try:
-                native = read_native(case, nan_to_zero=nan_to_zero) if isinstance(case, Case) else case
-                brought = bring_in(native, config, on_step=step)
-                step(f"{case.id}: writing")
-                write_brats_case(brought, out)
-            except DataError as error:
-                failures[case.id] = str(error)
-                LOG.error("%s", error)
-                continue
-            for warning in brought.warnings:
-                LOG.warning("case %s: %s", case.id, warning)
-            done.append(brought)
-        on_progress(Progress(job="preparing", share=1.0, detail=f"{len(done)} of {len(cases)} cases"))
-    if as_json:
-        terminal.json_result({"folder": str(out), "cases": [case.record for case in done], "failures": failures})
-    elif done:
-        _show(done, out)
-    if failures:
-        terminal.say(f"znormseg: {len(failures)} of {len(cases)} cases failed: {', '.join(failures)}")
-        raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_DATA)
+        done, failures = prepare_cases(cases, out, config, nan_to_zero=nan_to_zero, on_progress=on_progress)
+    rows = [["case", "contrast", "moved mm", "turned deg", "information", "head overlap", "CPU s", "mask"]]
+    for one in done:
+        for contrast, found in one.registrations.items():
+            numbers: list[Any] = [found.shift_mm, found.degrees, found.metric_after, found.overlap, found.cpu_seconds]
+            texts = [f"{value:.{places}f}" for value, places in zip(numbers, (1, 1, 3, 3, 1), strict=True)]
+            rows.append([one.id, contrast, *texts, f"{one.mask.source}{' (coarse)' if one.mask.coarse else ''}"])
+    summary = f"{len(done)} cases in {out}; each has a prepare.json with what was done. Look at the images."
+    lines = [terminal.table(rows), summary] if done else []
+    terminal.result({"folder": str(out), "cases": [one.record for one in done], "failures": failures}, *lines)
+    terminal.name_failed(failures, done=len(done))
 
 
 def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
@@ -113,14 +80,3 @@ def _found(place: Path, *, follow_links: bool) -> tuple[Case | NativeCase, ...]:
     images = read_study(place)
     warnings = tuple(f"{contrast}: {note}" for contrast, notes in images.notes.items() for note in notes)
     return (NativeCase(id=images.case_id, images=images.images, warnings=warnings),)
-
-
-def _show(done: list[BroughtIn], out: Path) -> None:
-    rows = [["case", "contrast", "moved mm", "turned deg", "information", "head overlap", "CPU s", "mask"]]
-    for case in done:
-        for contrast, found in case.registrations.items():
-            numbers: list[Any] = [found.shift_mm, found.degrees, found.metric_after, found.overlap, found.cpu_seconds]
-            texts = [f"{value:.{places}f}" for value, places in zip(numbers, (1, 1, 3, 3, 1), strict=True)]
-            rows.append([case.id, contrast, *texts, f"{case.mask.source}{' (coarse)' if case.mask.coarse else ''}"])
-    terminal.result(terminal.table(rows))
-    terminal.result(f"{len(done)} cases in {out}; what was done is in prepare.json of each. Look at the images.")

@@ -7,11 +7,13 @@ from typing import Annotated
 
 import typer
 
-from app.cli import terminal
+from app.cli import options, terminal
 
 EXAMPLES = """\
 znormseg report RUN PAGES
 znormseg report PREDICTIONS PAGES --references REFERENCES"""
+
+_predictions = options.panel("Pages of predictions")
 
 
 def report_command(
@@ -23,52 +25,33 @@ def report_command(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the pages; open OUT/index.html.")],
     images: Annotated[
         Path | None,
-        typer.Option(
-            "--images",
-            metavar="DATA",
-            help="For predictions: data set with their scans; default: the files they were predicted from.",
-        ),
+        _predictions(metavar="DATA", help="Data set with their scans; default: the files they were predicted from."),
     ] = None,
     references: Annotated[
-        Path | None,
-        typer.Option(
-            "--references", metavar="DATA", help="For predictions: expert label maps, for scores and outlines."
-        ),
+        Path | None, _predictions(metavar="DATA", help="Expert label maps, for scores and outlines.")
     ] = None,
-    labels: Annotated[
-        str | None, typer.Option("--labels", metavar="NAME", help=f"{terminal.LABELS_HELP} Needs --references.")
-    ] = None,
-    follow_links: Annotated[
-        bool, typer.Option("--follow-links", help="Accept symbolic links that point outside DATA.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was written as JSON on stdout.")] = False,
+    labels: options.Labels = None,
+    follow_links: options.FollowLinks = False,
 ) -> None:
     """Write HTML pages that open offline, in any browser, on a phone and in print.
 
     For a run: curves, validation cases and gradients. For predictions: a table to sort and filter, and a page per case
     with pictures and a viewer. For a comparison or a cross-validation: its page, rebuilt.
     """
-    if labels is not None and references is None:
-        raise typer.BadParameter("--labels goes with --references")
-    from app.reports.report import report as write_report
+    options.refuse(labels is not None and references is None, "--labels requires --references")
+    from app.reports.report import report
+    from data.datasets.source import DataSource
 
     with terminal.watched() as on_progress:
-        written = write_report(
+        written = report(
             what,
             out,
-            images=images,
-            references=references,
-            labels=labels,
-            follow_links=follow_links,
+            images=None if images is None else DataSource(images, follow_links=follow_links),
+            references=None if references is None else DataSource(references, labels=labels, follow_links=follow_links),
             on_progress=on_progress,
         )
-    if as_json:
-        terminal.json_result(written.to_json())
-    else:
-        beside = f", with {len(written.cases)} case pages" if written.cases else ""
-        terminal.result(f"{written.kind}: {written.page}{beside}")
+    pages = f", with {len(written.cases)} case pages" if written.cases else ""
+    terminal.result(written.to_json(), f"{written.kind}: {written.page}{pages}")
     if written.failures:
-        from app.errors import EXIT_SOME_FAILED
-
         terminal.say(f"znormseg: {len(written.failures)} cases have no page: {', '.join(written.failures)}")
-        raise typer.Exit(EXIT_SOME_FAILED)
+    terminal.exit_if_failed(written.failures)

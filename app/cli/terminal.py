@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import signal
@@ -9,11 +10,9 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -41,17 +40,13 @@ class Settings:
     debug: bool = False
     quiet: bool = False
     """Show only warnings and errors, no progress or notes."""
+    as_json: bool = False
+    """Print the result as JSON."""
     stopped_by: str = ""
     """Description of the signal that stopped the job, such as ``stopped by SIGTERM``."""
 
 
 settings = Settings()
-
-#: Help of ``--labels`` in every command that reads label maps.
-LABELS_HELP = (
-    "Label convention, if the data set does not determine it: brats2021, brats2023, brats2024, brats2024-ped, "
-    "brats2015 or msd."
-)
 
 #: Terminals up to this many columns wide get a short progress bar.
 _NARROW = 100
@@ -65,31 +60,38 @@ def say(text: str) -> None:
     typer.echo(text, err=True)
 
 
-def result(text: str) -> None:
-    """Print a result on stdout."""
-    typer.echo(text)
+def result(content: Any, *lines: str) -> None:
+    """Print a result on stdout: with ``--json`` the content as one JSON object, otherwise the lines."""
+    if settings.as_json or lines:
+        typer.echo(json.dumps(content, indent=1) if settings.as_json else "\n".join(lines))
 
 
-def json_result(content: Any) -> None:
-    """Print a result on stdout as one JSON object."""
-    typer.echo(json.dumps(content, indent=1))
+def some(ids: Sequence[str]) -> str:
+    """Join the first few case ids."""
+    return ", ".join(ids[:5]) + (" ..." if len(ids) > 5 else "")
 
 
-def conventions(labels: str | None) -> tuple[str | None, str | None]:
-    """Parse ``--labels NAME[,NAME]`` for two data sets; a single name applies to both.
+def name_failed(failures: Collection[str], *, done: int) -> None:
+    """Name the cases that failed for reasons already printed; exit with code 6, or with 3 if no case is done."""
+    from app.errors import EXIT_DATA, EXIT_SOME_FAILED
 
-    Example:
-        >>> conventions("msd"), conventions("msd,brats2023"), conventions(None)
-        (('msd', 'msd'), ('msd', 'brats2023'), (None, None))
-    """
-    first, comma, second = (labels or "").partition(",")
-    return first or None, (second if comma else first) or None
+    if failures:
+        say(f"znormseg: {len(failures)} of {done + len(failures)} cases failed: {', '.join(failures)}")
+        raise typer.Exit(EXIT_SOME_FAILED if done else EXIT_DATA)
 
 
-def complete_config(incomplete: str) -> list[str]:
-    """Complete the name of a config; lists the folder, because importing app.config.load takes seconds."""
-    names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
-    return sorted(name for name in names if name.startswith(incomplete))
+def complain(failures: Mapping[str, str]) -> None:
+    """Print why each case failed, by case id."""
+    for case, text in failures.items():
+        say(f"znormseg: {case}: {text}")
+
+
+def exit_if_failed(failures: Collection[str]) -> None:
+    """Exit with code 6 if cases failed."""
+    from app.errors import EXIT_SOME_FAILED
+
+    if failures:
+        raise typer.Exit(EXIT_SOME_FAILED)
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -162,8 +164,8 @@ def fail(error: BaseException) -> int:
     if settings.debug:
         traceback.print_exception(error)
     if code == EXIT_FAULT:
-        say(f"znormseg: a fault of this program: {type(error).__name__}: {error}")
-        say("Please report it with what `znormseg --debug ...` prints.")
+        say(f"znormseg: internal error: {type(error).__name__}: {error}")
+        say("Please report it with the output of `znormseg --debug ...`.")
     else:
         say(f"znormseg: {message(error)}")
     return code
@@ -202,24 +204,21 @@ def _threads_without_tracebacks() -> Iterator[None]:
 
 @contextmanager
 def _drawn(log: logging.Logger) -> Iterator[OnProgress]:
-    drawn: OnProgress
-    if settings.quiet:
-        from app.progress import silent
+    from app.progress import silent
 
-        with _handling(log, logging.StreamHandler(sys.stderr)):
-            yield silent
-    elif sys.stderr.isatty():
-        from rich.console import Console
-        from rich.logging import RichHandler
+    drawn: OnProgress = silent if settings.quiet else _Lines()
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    with ExitStack() as stack:
+        if sys.stderr.isatty() and not settings.quiet:
+            from rich.console import Console
+            from rich.logging import RichHandler
 
-        console = Console(stderr=True)
-        handler: logging.Handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
-        with _handling(log, handler), _bar(console) as drawn:
-            yield drawn
-    else:
-        handler = logging.StreamHandler(sys.stderr)
-        with _handling(log, handler):
-            yield _Lines()
+            console = Console(stderr=True)
+            handler = RichHandler(console=console, show_path=False, show_level=False, markup=False)
+            drawn = stack.enter_context(_bar(console))
+        log.addHandler(handler)
+        stack.callback(log.removeHandler, handler)
+        yield drawn
 
 
 def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
@@ -232,13 +231,10 @@ def by_case(on_progress: OnProgress, job: str) -> Callable[[str, float], None]:
     return ready
 
 
-@contextmanager
-def _handling(log: logging.Logger, handler: logging.Handler) -> Iterator[None]:
-    log.addHandler(handler)
-    try:
-        yield
-    finally:
-        log.removeHandler(handler)
+def case_counter(on_progress: OnProgress, job: str, count: int) -> Callable[[str], None]:
+    """Return a callback that takes each of ``count`` cases when it is finished, and reports progress."""
+    ready, numbers = by_case(on_progress, job), itertools.count(1)
+    return lambda case: ready(case, next(numbers) / count)
 
 
 @contextmanager

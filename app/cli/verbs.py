@@ -1,96 +1,102 @@
-"""Parts shared by all commands: ``--quiet``, and help with grouped options and examples."""
+"""How a command is added: with the options that every command has, and help with headings and examples."""
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, get_type_hints
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
 from app.cli import terminal
 
-#: Heading of the options that every command has.
-_EVERYWHERE = "Common options"
+_COMMON = "Common options"
 
 
-_Quiet = Annotated[
-    bool,
-    typer.Option(
-        "--quiet",
-        "-q",
-        help="Show only warnings and errors on stderr, no progress or notes.",
-    ),
-]
+def verb(
+    group: typer.Typer, name: str, *, panel: str | None = None, examples: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Add a function to a group as a command, with ``--json`` and ``--quiet`` after its own options.
+
+    Args:
+        group: the command line, or a command with subcommands.
+        name: word on the command line.
+        panel: heading in the help of the group.
+        examples: command lines, one per line.
+    """
+
+    def add(function: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(function)
+        def call(*, as_json: bool, quiet: bool, **options: Any) -> None:
+            terminal.settings.as_json, terminal.settings.quiet = as_json, quiet
+            function(**options)
+
+        own, common = (inspect.signature(one, eval_str=True).parameters.values() for one in (function, _common))
+        call.__signature__ = inspect.Signature([*own, *common])  # type: ignore[attr-defined]
+        group.command(name, cls=_Verb, rich_help_panel=panel, epilog=examples)(call)
+        return function
+
+    return add
 
 
-def quietly(function: Callable[..., None]) -> Callable[..., None]:
-    """Add the option ``--quiet`` to a command."""
+def _common(
+    *,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as JSON on stdout.", rich_help_panel=_COMMON)
+    ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet",
+            "-q",
+            help="Show only warnings and errors on stderr, no progress or notes.",
+            rich_help_panel=_COMMON,
+        ),
+    ] = False,
+) -> None:
+    """Hold the signature of the options that every command has."""
 
-    @functools.wraps(function)
-    def call(*, quiet: bool, **options: Any) -> None:
-        terminal.settings.quiet = quiet
-        function(**options)
 
-    hints = get_type_hints(function, include_extras=True)
-    signature = inspect.signature(function)
-    own = [one.replace(annotation=hints[one.name]) for one in signature.parameters.values()]
-    quiet = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=_Quiet)
-    call.__signature__ = signature.replace(parameters=[*own, quiet])  # type: ignore[attr-defined]
-    call.__annotations__ = {**hints, "quiet": _Quiet}
-    return call
+class _Verb(TyperCommand):
+    """A command whose help has headings (``rich_help_panel``) and ends with examples (``epilog``).
 
-
-class Verb(TyperCommand):
-    """A command whose help groups its options under headings and ends with examples (``epilog``)."""
-
-    panels: Mapping[str, Sequence[str]] = {}
-    """Parameter names by heading; parameters without a heading come first, under Options."""
+    Typer's own headings need its rich help, which wraps the examples and leaves little room for the options' texts.
+    """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, options without a heading, the headings, then the common options."""
-        heading = {name: panel for panel, names in self.panels.items() for name in names}
-        heading |= dict.fromkeys(("quiet", "help"), _EVERYWHERE)
-        rows: dict[str, list[tuple[str, str]]] = {}
+        """Write arguments, options without a heading, the other headings in order of appearance."""
+        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
-            record = parameter.get_help_record(ctx)
-            if record is not None:
-                argument = parameter.param_type_name == "argument"
-                rows.setdefault("Arguments" if argument else heading.get(parameter.name, "Options"), []).append(record)
-        for panel in ("Arguments", "Options", *self.panels, _EVERYWHERE):
-            if panel in rows:
-                with formatter.section(panel):
-                    formatter.write_dl(rows[panel])
+            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            panel = _COMMON if parameter.name == "help" else getattr(parameter, "rich_help_panel", None) or usual
+            if record := parameter.get_help_record(ctx):
+                panels.setdefault(panel, []).append(record)
+        _write(panels, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
         """Write the examples, one per line, without wrapping."""
-        if not self.epilog:
-            return
-        with formatter.section("Examples"):
-            for line in self.epilog.splitlines():
-                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
-
-
-def verb(panels: Mapping[str, Sequence[str]]) -> type[Verb]:
-    """Return a command class with these headings."""
-    return type("Verb", (Verb,), {"panels": panels})
+        if self.epilog:
+            with formatter.section("Examples"):
+                formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
 
 
 class Verbs(TyperGroup):
     """A group whose help lists its commands under headings (``rich_help_panel``)."""
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
         """Write each heading with its commands, in order of registration."""
-        panels: dict[str, list[Any]] = {}
-        for name in self.list_commands(ctx):
-            command: Any = self.get_command(ctx, name)
-            if not command.hidden:
-                panels.setdefault(command.rich_help_panel or "Commands", []).append((name, command))
-        width = max(len(name) for commands in panels.values() for name, _ in commands)
-        for panel, commands in panels.items():
-            with formatter.section(panel):
-                limit = formatter.width - 6 - width
-                rows = [(f"{name:{width}}", command.get_short_help_str(limit)) for name, command in commands]
-                formatter.write_dl(rows)
+        width = max(map(len, self.commands))
+        panels: dict[str, list[tuple[str, str]]] = {}
+        for name, command in self.commands.items():
+            record = f"{name:{width}}", command.get_short_help_str(limit=200)
+            panels.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append(record)
+        _write(panels, formatter)
+
+
+def _write(panels: dict[str, list[tuple[str, str]]], formatter: Any) -> None:
+    for heading, records in panels.items():
+        if records:
+            with formatter.section(heading):
+                formatter.write_dl(records)

@@ -41,15 +41,10 @@ def meanings(owner: type[Any]) -> dict[str, str]:
     return found
 
 
-def sections(config: RunConfig) -> dict[str, Any]:
-    """Return the sections of a config by name."""
-    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-
-
 def documented_yaml(config: RunConfig) -> str:
     """Return a config as YAML with a comment above each key; it reads back as the same config."""
     lines: list[str] = []
-    for section, part in sections(config).items():
+    for section, part in vars(config).items():
         lines += [f"# {inspect.getdoc(part).splitlines()[0]}", f"{section}:"]  # type: ignore[union-attr]
         lines += [*_documented(part, to_plain(config)[section], "  "), ""]
     return "\n".join(lines)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Final, Literal
 
 from app.runs.training_record import UNKNOWN, TrainingRecord
-from data.labels import CONVENTIONS, LabelConvention
+from data.labels import LabelConvention
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,15 +68,3 @@ def options_to_plain(options: PredictOptions) -> dict[str, Any]:
     left_out = ("labels", "training")
     plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in left_out}
     return {**plain, "labels": None if options.labels is None else options.labels.name}
-
-
-def options_from_plain(content: Mapping[str, Any]) -> PredictOptions:
-    """Return the options from the output of :func:`options_to_plain`, also after a JSON round trip."""
-    labels, window = content["labels"], content["window"]
-    return PredictOptions(
-        **{
-            **content,
-            "labels": None if labels is None else CONVENTIONS[labels],
-            "window": window if isinstance(window, str) else tuple(window),
-        }
-    )

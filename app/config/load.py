@@ -141,16 +141,7 @@ def parse_config(
         content[section] = {**(content.get(section) or {}), **values}
     for override in overrides:
         _apply(content, override)
-    return _validate(content, origin)
-
-
-def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
-    """Return the config from the output of :func:`to_plain`.
-
-    Raises:
-        ConfigError: as :func:`load_config`.
-    """
-    return _validate(content, origin)
+    return from_plain(content, origin)
 
 
 def to_plain(config: RunConfig) -> dict[str, Any]:
@@ -204,14 +195,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases are not read, found *{self.peek_event().anchor}; write the value out")  # type: ignore[no-untyped-call]
+            raise yaml.YAMLError(f"aliases are not supported, found *{self.peek_event().anchor}; write out the value")  # type: ignore[no-untyped-call]
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.YAMLError(f"{key} stands there twice, line {node.start_mark.line + 1} and on")
+                raise yaml.YAMLError(f"{key} appears twice, from line {node.start_mark.line + 1} on")
         return super().construct_mapping(node, deep=deep)
 
 
@@ -249,11 +240,16 @@ def _apply(content: dict[str, Any], override: str) -> None:
         place[budget[path[-1]]] = None
 
 
-def _validate(content: dict[str, Any], origin: str) -> RunConfig:
+def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
+    """Return the config from the output of :func:`to_plain`; ``origin`` is its name in messages.
+
+    Raises:
+        ConfigError: as :func:`load_config`.
+    """
     try:
         text = json.dumps({"run": content}, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{origin}: holds a value that is no number, text, list or mapping ({error})") from error
+        raise ConfigError(f"{origin}: contains a value other than a number, text, list or mapping ({error})") from error
     try:
         return _Document.model_validate_json(text).run
     except ValidationError as error:

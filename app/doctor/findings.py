@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from app.doctor.probe import Gpu, Package, Place, Probe
 from app.system.device import TENSOR_CORES
@@ -35,10 +36,6 @@ class DoctorFinding:
     remedy: str = ""
     """What to do; empty if nothing needs to be done."""
 
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return asdict(self)
-
 
 def examine(probe: Probe) -> list[DoctorFinding]:
     """Make all findings, in the order in which they are shown."""
@@ -53,7 +50,7 @@ def examine(probe: Probe) -> list[DoctorFinding]:
         _shm(probe),
         *(_disk(place) for place in probe.places),
         *_torch_2_9(probe),
-        *_packages(probe.packages),
+        _packages(probe.packages),
     ]
 
 
@@ -63,11 +60,11 @@ def _gpu(probe: Probe) -> DoctorFinding:
     if not probe.gpu_in_machine and not probe.gpus:
         return _note(topic, f"none; torch {probe.torch} computes on the CPU", "znormseg plan chooses what a CPU can do")
     if probe.torch_cuda is None:
-        return _problem(topic, f"an NVIDIA GPU is there, and torch {probe.torch} is built without CUDA", _WITH_CUDA)
+        return _problem(topic, f"there is an NVIDIA GPU, but torch {probe.torch} is built without CUDA", _WITH_CUDA)
     if probe.driver_cuda is None:
         return _problem(
             topic,
-            "an NVIDIA GPU is there, and no driver (libcuda.so.1)",
+            "there is an NVIDIA GPU, but no driver (libcuda.so.1)",
             "install the NVIDIA driver; in a container pass the GPU: --gpus all, --device nvidia.com/gpu=all, --nv",
         )
     return _driver(probe, probe.torch_cuda, probe.driver_cuda)
@@ -113,23 +110,20 @@ def _architecture(probe: Probe, gpu: Gpu) -> DoctorFinding:
 def _bfloat16(probe: Probe) -> DoctorFinding:
     topic = "bfloat16"
     if probe.gpus:
-        gpu = probe.gpus[0]
-        if gpu.capability >= _BF16_CAPABILITY:
-            return _ok(topic, f"{gpu.name} multiplies it, precision auto takes it")
-        if gpu.capability >= TENSOR_CORES:
-            return _note(topic, f"{gpu.name} does not multiply it, precision auto takes float16", "")
-        return _note(
-            topic, f"{gpu.name} does not multiply it, precision auto takes float32", "plan for twice the memory"
-        )
+        name, capability = probe.gpus[0].name, probe.gpus[0].capability
+        if capability >= _BF16_CAPABILITY:
+            return _ok(topic, f"{name} multiplies it, so precision auto takes it")
+        precision, remedy = ("float16", "") if capability >= TENSOR_CORES else ("float32", "plan for twice the memory")
+        return _note(topic, f"{name} does not multiply it, so precision auto takes {precision}", remedy)
     if probe.bf16_flags:
-        return _ok(topic, f"the CPU has {', '.join(probe.bf16_flags)}, precision auto takes it")
-    return _note(topic, f"{probe.processor} does not multiply it, precision auto takes float32", "")
+        return _ok(topic, f"the CPU has {', '.join(probe.bf16_flags)}, so precision auto takes it")
+    return _note(topic, f"{probe.processor} does not multiply it, so precision auto takes float32", "")
 
 
 def _memory(probe: Probe) -> DoctorFinding:
     topic = "memory"
     if not probe.memory:
-        return _note(topic, "the system does not tell", "")
+        return _note(topic, "the system does not report it", "")
     tightest = probe.memory[0]
     found = f"{tightest.free_bytes / 1e9:.1f} GB, by {tightest.name}"
     others = [f"{limit.free_bytes / 1e9:.1f} by {limit.name}" for limit in probe.memory[1:]]
@@ -145,45 +139,36 @@ def _processors(probe: Probe) -> DoctorFinding:
     found = f"{probe.processor}, {probe.cores} cores"
     if probe.quota is None:
         return _ok("processors", found)
-    return _ok("processors", f"{found}, the control group gives the time of {probe.quota:g}")
+    return _ok("processors", f"{found}, the control group allows the time of {probe.quota:g}")
 
 
 def _threads(probe: Probe) -> DoctorFinding:
     """Compare the network's threads with the processors."""
-    topic = "threads"
     share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
+    topic, remedy = "threads", f"export OMP_NUM_THREADS={share}"
     asked = probe.environment.get("OMP_NUM_THREADS")
     found = f"torch uses {probe.torch_threads}" + (f", OMP_NUM_THREADS={asked}" if asked is not None else "")
     if asked is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", asked):
-        return _warning(topic, f"{found}, which is no number", f"export OMP_NUM_THREADS={share}")
+        return _warning(topic, f"{found}, which is not a number", remedy)
+    found += f", of {share} processors"
     if probe.torch_threads > share:
-        return _warning(
-            topic, f"{found}, of {share} processors: they wait for each other", f"export OMP_NUM_THREADS={share}"
-        )
+        return _warning(topic, f"{found}: they wait for each other", remedy)
     if probe.torch_threads < share and not probe.gpus:
-        return _note(
-            topic, f"{found}, of {share} processors", f"export OMP_NUM_THREADS={share} where nothing else runs"
-        )
-    return _ok(topic, f"{found}, of {share} processors")
+        return _note(topic, found, f"{remedy} where nothing else runs")
+    return _ok(topic, found)
 
 
-def _waiting(probe: Probe) -> list[DoctorFinding]:
-    policy = probe.environment.get("OMP_WAIT_POLICY")
-    if policy is None or policy.lower() != "active":
-        return []
-    return [
-        _warning(
-            "OMP_WAIT_POLICY",
-            f"{policy}: threads that wait keep their processors busy, and the loader's starve",
-            "export OMP_WAIT_POLICY=passive",
-        )
-    ]
+def _waiting(probe: Probe) -> Iterator[DoctorFinding]:
+    policy = probe.environment.get("OMP_WAIT_POLICY", "")
+    if policy.lower() == "active":
+        found = f"{policy}: threads that wait keep their processors busy, and the loader's starve"
+        yield _warning("OMP_WAIT_POLICY", found, "export OMP_WAIT_POLICY=passive")
 
 
 def _shm(probe: Probe) -> DoctorFinding:
     if probe.shm_bytes is None:
-        return _ok(_SHM, "not there, and not needed: batches are made by threads")
-    return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, and none of it needed: batches are made by threads")
+        return _ok(_SHM, "does not exist, and is not needed: threads make the batches")
+    return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, none of it needed: threads make the batches")
 
 
 def _disk(place: Place) -> DoctorFinding:
@@ -193,7 +178,7 @@ def _disk(place: Place) -> DoctorFinding:
     if not place.writable:
         remedy = "set ZNORMSEG_CACHE to a folder that can be written to"
         if place.role == "cache":
-            return _warning(topic, f"{found}, cannot be written to; each run keeps its prepared cases itself", remedy)
+            return _warning(topic, f"{found}, cannot be written to; each run then keeps its own prepared cases", remedy)
         return _note(topic, f"{found}, cannot be written to", "runs and predictions need another folder")
     if place.free_bytes is not None and place.free_bytes < _LITTLE_DISK:
         return _problem(topic, found, "free some space, or choose another folder")
@@ -202,30 +187,25 @@ def _disk(place: Place) -> DoctorFinding:
     return _ok(topic, found)
 
 
-def _torch_2_9(probe: Probe) -> list[DoctorFinding]:
-    if _numbers(probe.torch)[:2] != (2, 9):
-        return []
-    return [
-        _warning(
-            "torch 2.9",
-            "3D convolutions are slow and take much memory in it (pytorch/pytorch#166122)",
-            "install torch 2.10 or newer: make setup",
-        )
-    ]
+def _torch_2_9(probe: Probe) -> Iterator[DoctorFinding]:
+    if _numbers(probe.torch)[:2] == (2, 9):
+        found = "3D convolutions are slow and take much memory in it (pytorch/pytorch#166122)"
+        yield _warning("torch 2.9", found, "install torch 2.10 or newer: make setup")
 
 
-def _packages(packages: tuple[Package, ...]) -> list[DoctorFinding]:
+def _packages(packages: tuple[Package, ...]) -> DoctorFinding:
     """Compare the installed versions with the supported ones."""
+    topic = "packages"
     if not packages:
-        return [_note("packages", "znormseg is not installed as a package, so its needs are not known", "make setup")]
+        return _note(topic, "znormseg is not installed as a package, so its requirements are unknown", "make setup")
     bad = [
         f"{package.name} {package.installed or 'is missing'} (needed: {package.least} or newer)"
         for package in packages
         if package.installed is None or _numbers(package.installed) < _numbers(package.least)
     ]
     if bad:
-        return [_problem("packages", ", ".join(bad), "make setup, or pip install --upgrade with these names")]
-    return [_ok("packages", f"all {len(packages)} are there and new enough")]
+        return _problem(topic, ", ".join(bad), "make setup, or pip install --upgrade with these names")
+    return _ok(topic, f"all {len(packages)} are installed and new enough")
 
 
 def _numbers(version: str) -> tuple[int, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import platform
 import re
 import shutil
 import tempfile
@@ -18,7 +17,7 @@ from typing import Final
 import torch
 
 from app.runs.case_cache import cache_folder
-from app.system.device import bf16_flags, processor
+from app.system.device import bf16_flags, installed_version, processor
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits, processor_quota
 
 #: NVIDIA's vendor number on the PCI bus.
@@ -60,7 +59,6 @@ class Package:
 class Probe:
     """Facts about a machine."""
 
-    python: str
     torch: str
     torch_cuda: str | None
     """CUDA version that torch was built for; None for a build without CUDA."""
@@ -102,7 +100,6 @@ def probe(given: Sequence[Path] = ()) -> Probe:
     usable = torch.cuda.is_available()
     names = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
     return Probe(
-        python=platform.python_version(),
         torch=torch.__version__,
         torch_cuda=torch.version.cuda,
         torch_architectures=tuple(torch.cuda.get_arch_list()) if usable else (),
@@ -161,14 +158,11 @@ def _driver_cuda() -> tuple[int, int] | None:
 
 
 def _place(role: str, path: Path) -> Place:
-    there = path
-    while not there.exists() and there != there.parent:
-        there = there.parent
-    try:
-        free: int | None = free_disk(there)
-    except OSError:
-        free = None
-    return Place(role=role, path=str(path), free_bytes=free, writable=_is_writable(there))
+    existing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free: int | None = None
+    with suppress(OSError):
+        free = free_disk(existing)
+    return Place(role=role, path=str(path), free_bytes=free, writable=_is_writable(existing))
 
 
 def _is_writable(folder: Path) -> bool:
@@ -182,12 +176,5 @@ def _is_writable(folder: Path) -> bool:
 
 def _packages() -> list[Package]:
     """Packages that this program requires, from its own metadata."""
-    needs = [_REQUIREMENT.match(line) for line in metadata.requires("znormseg") or []]
-    return [Package(name=need[1], least=need[2], installed=_installed(need[1])) for need in needs if need is not None]
-
-
-def _installed(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
+    needs = filter(None, map(_REQUIREMENT.match, metadata.requires("znormseg") or []))
+    return [Package(name=need[1], least=need[2], installed=installed_version(need[1])) for need in needs]

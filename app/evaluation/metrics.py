@@ -213,7 +213,8 @@ def _surface_scores(prediction: Mask, reference: Mask, spacing_mm: Spacing, tole
         raise ValueError(f"the tolerance is a distance in mm of 0 or more, not {tolerance_mm}")
     if not prediction.any() or not reference.any():
         return (ONE_EMPTY_HD95_MM, 0.0) if prediction.any() or reference.any() else (0.0, 1.0)
-    box = _joint_box(prediction, reference)
+    # Lossless: every voxel outside the box is outside both masks, like the border that ``corner_codes`` adds.
+    box = smallest_box(prediction | reference)
     codes = corner_codes(prediction[box]), corner_codes(reference[box])
     found = surface_distances(*codes, spacing_mm, surface_areas_mm2(spacing_mm))
     assert found is not None
@@ -294,12 +295,3 @@ def _require_masks(prediction: Mask, reference: Mask) -> None:
 def _require_spacing(spacing_mm: Spacing) -> None:
     if len(spacing_mm) != 3 or not all(np.isfinite(edge) and edge > 0 for edge in spacing_mm):
         raise ValueError(f"the spacing must be three positive lengths in mm, not {spacing_mm}")
-
-
-def _joint_box(prediction: Mask, reference: Mask) -> tuple[slice, slice, slice]:
-    """Return the smallest box that contains both masks.
-
-    Cropping to it is lossless: every voxel outside the box is outside both masks, like the border that ``corner_codes``
-    adds, so both surfaces and all distances between them stay the same.
-    """
-    return smallest_box(prediction | reference)

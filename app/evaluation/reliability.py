@@ -48,26 +48,21 @@ class Reliability:
 
     voxels: FloatArray
     """Number of voxels in each bin, shape (BINS,)."""
-    said: FloatArray
+    probabilities: FloatArray
     """Sum of the voxels' probabilities, shape (BINS,)."""
-    right: FloatArray
+    members: FloatArray
     """Number of the voxels that are in the region, shape (BINS,)."""
     squares: float
     """Sum over all voxels of the squared difference of probability and truth (0 or 1)."""
 
     def __add__(self, other: Reliability) -> Reliability:
         """Combine two sets of voxels."""
-        return Reliability(
-            voxels=self.voxels + other.voxels,
-            said=self.said + other.said,
-            right=self.right + other.right,
-            squares=self.squares + other.squares,
-        )
+        return Reliability(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
     @property
     def ece(self) -> float:
         """Mean over voxels of the gap between mean probability and share in the region in their bin; 0 if empty."""
-        return float(np.abs(self.said - self.right).sum() / max(1.0, self.voxels.sum()))
+        return float(np.abs(self.probabilities - self.members).sum() / max(1.0, self.voxels.sum()))
 
     @property
     def brier(self) -> float:
@@ -76,7 +71,7 @@ class Reliability:
 
 
 #: Reliability of an empty set of voxels.
-NO_VOXELS: Final = Reliability(voxels=np.zeros(BINS), said=np.zeros(BINS), right=np.zeros(BINS), squares=0.0)
+NO_VOXELS: Final = Reliability(voxels=np.zeros(BINS), probabilities=np.zeros(BINS), members=np.zeros(BINS), squares=0.0)
 
 
 def reliability(
@@ -103,8 +98,8 @@ def reliability(
 
     return Reliability(
         voxels=total(np.ones(shares.size)),
-        said=total(shares),
-        right=total(members),
+        probabilities=total(shares),
+        members=total(members),
         squares=float(((shares - members) ** 2 * many).sum()),
     )
 
@@ -168,13 +163,13 @@ def read_probabilities(path: Path, reference: Volume) -> npt.NDArray[np.float32]
         volume = in_order_of(reference, read_volume(path, number))
         if (difference := grid_difference(volume, reference)) is not None:
             raise DataError(
-                f"{path}: lies on another grid than {reference.path}: {difference}. Delete it, and the case is scored "
+                f"{path}: is on a different grid than {reference.path}: {difference}. Delete it to score the case "
                 "without probabilities."
             )
         if volume.voxels.min() < -_ROUNDING or volume.voxels.max() > 1 + _ROUNDING:
             raise DataError(
                 f"{path}: holds {volume.voxels.min():g} to {volume.voxels.max():g}, and probabilities are from 0 to 1. "
-                "Write it anew with predict --save-probabilities, or delete it."
+                "Write it again with predict --save-probabilities, or delete it."
             )
         parts.append(volume.voxels.clip(0, 1))
     return np.stack(parts)

@@ -99,16 +99,16 @@ def distances_mm(from_surface: Mask, to_surface: Mask, spacing_mm: Spacing, *, m
     start = np.nonzero(from_surface)
     if may_search and to_surface.size > _SPARSE * len(start[0]):
         places = np.argwhere(to_surface)
-        found = cKDTree(places * spacing_mm).query(np.stack(start, axis=1) * spacing_mm)[1]
-        steps_mm = [(places[found, axis] - start[axis]) * spacing_mm[axis] for axis in range(3)]
-        return cast(FloatArray, np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2))
-    # Request only the indices of the nearest corners, not the distance map: this halves the memory, and distances are
-    # needed only at the few corners of one surface.
-    nearest = ndimage.distance_transform_edt(
-        ~to_surface, sampling=spacing_mm, return_distances=False, return_indices=True
-    )
-    steps_mm = [(nearest[axis][start] - start[axis]) * spacing_mm[axis] for axis in range(3)]
-    return cast(FloatArray, np.sqrt(steps_mm[0] ** 2 + steps_mm[1] ** 2 + steps_mm[2] ** 2))
+        nearest = places[cKDTree(places * spacing_mm).query(np.stack(start, axis=1) * spacing_mm)[1]].T
+    else:
+        # Request only the indices of the nearest corners, not the distance map: this halves the memory, and distances
+        # are needed only at the few corners of one surface.
+        indices = ndimage.distance_transform_edt(
+            ~to_surface, sampling=spacing_mm, return_distances=False, return_indices=True
+        )
+        nearest = np.stack([along[start] for along in indices])
+    x, y, z = ((nearest[axis] - start[axis]) * spacing_mm[axis] for axis in range(3))
+    return cast(FloatArray, np.sqrt(x**2 + y**2 + z**2))
 
 
 @dataclass(frozen=True, kw_only=True)

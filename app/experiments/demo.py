@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
 
 from app.config.load import RunConfig, load_config
 from app.errors import RunError
-from app.evaluation.evaluate import Evaluation, evaluate, write_score_table
+from app.evaluation.evaluate import Evaluation, evaluate
 from app.inference.backends.choose import choose_backend
 from app.inference.batch.predict import predict
 from app.inference.model import load_model
@@ -18,6 +20,7 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import write_json
 from app.training.run import start
 from data.datasets.layouts import Case, find_cases
+from data.datasets.source import DataSource
 from data.labels import LabelConvention
 from data.phantoms import write_phantoms
 
@@ -86,26 +89,24 @@ def run_demo(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunError(f"{out} is {'not empty' if out.is_dir() else 'a file'}; give a new folder with --out")
     out.mkdir(parents=True, exist_ok=True)
-    clock = _Clock()
-
-    cases = _make_phantoms(out / "phantoms", training + validating + held_out, on_progress)
-    clock.note("phantoms")
-    names = [case.id for case in cases]
-    split = {"train": names[:training], "validation": names[training : training + validating]}
-    write_json(out / "phantoms" / "split.json", split)
-    start(out / "phantoms", out / "run", config, split_file=out / "phantoms" / "split.json", on_progress=on_progress)
-    clock.note("training")
-
-    runtime = choose_backend("auto", config.runtime)
-    model = load_model(out / "run", runtime)
-    unseen = cases[training + validating :]
-    images_only = [Case(id=c.id, folder=c.folder, contrasts=c.contrasts, naming=c.naming) for c in unseen]
-    predict(model, images_only, out / "predictions", runtime=runtime, on_progress=on_progress)
-    clock.note("prediction")
-    evaluation = evaluate(out / "predictions", out / "phantoms")
-    write_score_table(evaluation, out / "scores.csv")
-    clock.note("evaluation")
-
+    seconds: dict[str, float] = {}
+    data = DataSource(out / "phantoms")
+    with _timed("phantoms", seconds):
+        cases = _make_phantoms(data.root, training + validating + held_out, on_progress)
+    with _timed("training", seconds):
+        names = [case.id for case in cases]
+        split = {"train": names[:training], "validation": names[training : training + validating]}
+        write_json(data.root / "split.json", split)
+        start(data, out / "run", config, split_file=data.root / "split.json", on_progress=on_progress)
+    with _timed("prediction", seconds):
+        runtime = choose_backend("auto", config.runtime)
+        model = load_model(out / "run", runtime)
+        unseen = cases[training + validating :]
+        images_only = [Case(id=c.id, folder=c.folder, contrasts=c.contrasts, naming=c.naming) for c in unseen]
+        predict(model, images_only, out / "predictions", runtime=runtime, on_progress=on_progress)
+    with _timed("evaluation", seconds):
+        evaluation = evaluate(DataSource(out / "predictions"), data)
+        evaluation.write_table(out / "scores.csv")
     return DemoResult(
         out=out,
         config=config,
@@ -114,31 +115,24 @@ def run_demo(
         convention=model.convention,
         weights_sha256=model.sha256,
         evaluation=evaluation,
-        seconds=clock.seconds,
+        seconds=seconds,
     )
 
 
-class _Clock:
-    """Measures the seconds of each stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._before = time.monotonic()
-
-    def note(self, stage: str) -> None:
-        """End a stage, and record and log its duration."""
-        now = time.monotonic()
-        self.seconds[stage] = now - self._before
-        self._before = now
-        LOG.info("%s: %.0f s", stage, self.seconds[stage])
+@contextmanager
+def _timed(stage: str, seconds: dict[str, float]) -> Iterator[None]:
+    """Record and log the duration of a stage."""
+    began = time.monotonic()
+    yield
+    seconds[stage] = time.monotonic() - began
+    LOG.info("%s: %.0f s", stage, seconds[stage])
 
 
-def _make_phantoms(folder: Path, count: int, on_progress: OnProgress) -> tuple[Case, ...]:
-    done: list[Path] = []
+def _make_phantoms(folder: Path, number: int, on_progress: OnProgress) -> tuple[Case, ...]:
+    done = count(1)
 
     def made(case: Path) -> None:
-        done.append(case)
-        on_progress(Progress(job="making phantoms", share=len(done) / count, detail=case.name))
+        on_progress(Progress(job="making phantoms", share=next(done) / number, detail=case.name))
 
-    write_phantoms(folder, count, spacing_mm=SPACING_MM, on_case=made)
+    write_phantoms(folder, number, spacing_mm=SPACING_MM, on_case=made)
     return find_cases(folder)

@@ -7,26 +7,32 @@ from __future__ import annotations
 
 import logging
 import shutil
+import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from app.config.load import RunConfig
-from app.errors import RunError
-from app.progress import LOG, OnProgress, silent
+from app.errors import ConfigError, InterruptedRunError, RunError
+from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import LOCK
 from app.training.run import TrainResult, resume, start
+from data.datasets.source import DataSource
 from data.patches.cache import CaseFolder
 
+#: Share of a job that must be done before the time left is estimated.
+_LEAST_MADE: Final = 0.005
 
-def require_place(out: Path, told_by: str, what: str, *, before: Collection[str] = ()) -> None:
+
+def require_place(out: Path, record: str, what: str, *, before: Collection[str] = ()) -> None:
     """Require that a folder can hold a job, or already holds one.
 
     Args:
         out: the folder.
-        told_by: name of the file that describes the job.
+        record: name of the file that describes the job.
         what: the kind of job, in one word, for messages.
         before: names of entries that the job writes before that file; a killed job may have left them, or partial
             files, behind.
@@ -38,7 +44,7 @@ def require_place(out: Path, told_by: str, what: str, *, before: Collection[str]
         raise RunError(f"{out} is a file; give a folder for the {what}")
     if (
         out.is_dir()
-        and not (out / told_by).exists()
+        and not (out / record).exists()
         and any(entry.name not in (LOCK, *before) and not entry.name.startswith(".partial-") for entry in out.iterdir())
     ):
         raise RunError(f"{out} is not empty and holds no {what}; give another folder")
@@ -51,7 +57,7 @@ def json_object(content: Any, path: Path) -> dict[str, Any]:
         RunError: the content is something else.
     """
     if not isinstance(content, dict):
-        raise RunError(f"{path}: damaged, it holds no JSON object. Delete it, and its run is made again.")
+        raise RunError(f"{path}: damaged, it holds no JSON object. Delete it to repeat its run.")
     return content
 
 
@@ -67,31 +73,45 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return found
 
 
-def has_begun(run: Path) -> bool:
+def require_unchanged(out: Path, what: str, changed: Sequence[str]) -> None:
+    """Refuse to resume a job in whose folder another one was started.
+
+    Args:
+        out: the folder.
+        what: the kind of job, in one word.
+        changed: differences from the job that was started there; if there are none, nothing happens.
+
+    Raises:
+        ConfigError: there are differences.
+    """
+    if changed:
+        raise ConfigError(
+            f"{out} holds another {what}; give another folder, or the settings it was started with. "
+            f"Different: {'; '.join(changed)}"
+        )
+
+
+def has_checkpoint(run: Path) -> bool:
     """Whether a run has a checkpoint to resume from."""
     return any((run / "checkpoints").glob("last-*.json"))
 
 
 def start_or_resume(
-    data: Path,
+    data: DataSource,
     run: Path,
     config: RunConfig,
     *,
     split_file: Path,
-    labels: str | None = None,
-    follow_links: bool = False,
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
     """Start a run, or resume it if it has a checkpoint; a run killed before its first checkpoint is restarted.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         run: folder of the run.
         config: the complete configuration.
         split_file: JSON file with the lists ``train`` and ``validation``, whose patients the caller has checked.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         store: where prepared cases are kept; default: the user's cache.
         on_progress: called with the progress of the run.
 
@@ -99,22 +119,10 @@ def start_or_resume(
         DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start` and
             :func:`app.training.run.resume`.
     """
-    if has_begun(run):
-        return resume(
-            data, run, config, split_is_judged=True, follow_links=follow_links, store=store, on_progress=on_progress
-        )
+    if has_checkpoint(run):
+        return resume(data, run, config, split_is_checked=True, store=store, on_progress=on_progress)
     shutil.rmtree(run, ignore_errors=True)
-    return start(
-        data,
-        run,
-        config,
-        split_file=split_file,
-        split_is_judged=True,
-        labels=labels,
-        follow_links=follow_links,
-        store=store,
-        on_progress=on_progress,
-    )
+    return start(data, run, config, split_file=split_file, split_is_checked=True, store=store, on_progress=on_progress)
 
 
 def count_backends(records: Iterable[Mapping[str, str] | None]) -> list[dict[str, str | int | None]]:
@@ -151,18 +159,52 @@ def backends_sentence(counts: Sequence[Mapping[str, str | int | None]]) -> str:
 
 
 @contextmanager
-def only_warnings(but_of: str) -> Iterator[None]:
-    """Suppress the info messages of single runs in the log; the job itself logs one line per run.
+def resumable(out: Path, position: Callable[[], str]) -> Iterator[None]:
+    """Work on a job: the log has only warnings of single runs, and an interruption names the job's position.
 
     Args:
-        but_of: path of the module whose messages are all kept.
+        out: folder of the job.
+        position: describes what the job is working on, such as ``run 3 of 8``.
+
+    Raises:
+        InterruptedRunError: the job was interrupted.
     """
 
     def wanted(record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO or record.pathname == but_of
+        return record.levelno > logging.INFO or Path(record.pathname).is_relative_to(Path(__file__).parent)
 
     LOG.addFilter(wanted)
     try:
         yield
+    except (InterruptedRunError, KeyboardInterrupt) as error:
+        raise InterruptedRunError(
+            f"{str(error).partition(';')[0] or 'interrupted'} in {position()}; everything is saved in {out}. "
+            "Run the same command again to resume."
+        ) from error
     finally:
         LOG.removeFilter(wanted)
+
+
+@dataclass(kw_only=True)
+class JobProgress:
+    """Reports the progress of a job with several parts; estimates the time left from the parts this process did."""
+
+    job: str
+    parts: int
+    on_progress: OnProgress
+    kept: float = 0.0
+    """Number of parts that were complete before this process started."""
+    scale: float = 1.0
+    """Share of the job's time that the parts take together."""
+    began: float = field(default_factory=time.monotonic)
+
+    def report(self, done: float, detail: str) -> None:
+        """Report the number of parts that are done, with the share of those in progress."""
+        share = min(done / self.parts, 0.999)
+        made = share - self.kept / self.parts
+        eta = (time.monotonic() - self.began) / made * (1 - share) if made > _LEAST_MADE else None
+        self.on_progress(Progress(job=self.job, share=self.scale * share, detail=detail, eta_seconds=eta))
+
+    def end(self, detail: str) -> None:
+        """Report that the job is complete."""
+        self.on_progress(Progress(job=self.job, share=1.0, detail=detail, eta_seconds=0.0))

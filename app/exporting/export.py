@@ -12,7 +12,7 @@ from torch import nn
 from app.errors import DeviceError, RunError
 from app.exporting import formats, monai_export
 from app.exporting.parity import Answer, Parity, compare_outputs, windows_of
-from app.exporting.places import folder_when_complete, require_empty_export
+from app.exporting.places import export_folder_when_complete, require_empty_export
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
 from app.progress import OnProgress, Progress, silent
@@ -73,7 +73,7 @@ def export_run(
         OSError: ``out`` cannot be written to.
     """
 
-    def told(share: float, detail: str) -> None:
+    def report(share: float, detail: str) -> None:
         on_progress(Progress(job="exporting", share=share, detail=detail))
 
     require_empty_export(out)
@@ -86,23 +86,23 @@ def export_run(
         monai_export.require_monai(model, run)
     description = describe_model(run)
     network = _network_of(model)
-    told(0.1, "windows to compare on")
+    report(0.1, "windows to compare on")
     windows, source = windows_of(model, case)
-    told(0.4, f"the network as {file_format}, compared on {source}")
-    with folder_when_complete(out) as beside:
+    report(0.4, f"the network as {file_format}, compared on {source}")
+    with export_folder_when_complete(out) as partial:
         writers: Mapping[str, Callable[[], Answer]] = {
-            "openvino": lambda: formats.write_openvino(network, windows[0], beside),
-            "onnx": lambda: formats.write_onnx(network, windows[0], beside),
-            "monai-bundle": lambda: monai_export.write_bundle(model, description, beside),
+            "openvino": lambda: formats.write_openvino(network, windows[0], partial),
+            "onnx": lambda: formats.write_onnx(network, windows[0], partial),
+            "monai-bundle": lambda: monai_export.write_bundle(model, description, partial),
         }
         parity = compare_outputs(network, writers[file_format](), windows, source)
         parity.require(f"{run} as {file_format}")
-        write_json(beside / PARITY_FILE, {"format": file_format, **parity.to_json(), "versions": versions()})
-        write_json(beside / PREPROCESSING_FILE, preprocessing(model))
+        write_json(partial / PARITY_FILE, {"format": file_format, **parity.to_json(), "versions": versions()})
+        write_json(partial / PREPROCESSING_FILE, preprocessing(model))
         exported = {"format": file_format, "parity on": source, "largest difference": parity.largest_difference}
-        seal(beside, {**description, "kind": "export", "export": exported}, everything=True)
-        files = tuple(sorted(path.relative_to(beside).as_posix() for path in beside.rglob("*") if path.is_file()))
-    told(1.0, f"{len(files)} files")
+        seal(partial, {**description, "kind": "export", "export": exported}, everything=True)
+        files = tuple(sorted(path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()))
+    report(1.0, f"{len(files)} files")
     return ExportedNetwork(folder=out, file_format=file_format, files=files, parity=parity)
 
 

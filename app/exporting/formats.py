@@ -89,7 +89,7 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
     """
     require_onnx()
     import onnx
-    import onnxruntime  # type: ignore[import-untyped]
+    import onnxruntime
 
     path = folder / ONNX_FILE
     with warnings.catch_warnings():

@@ -12,26 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from importlib import metadata as packages
+from importlib import resources
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 import torch
+import yaml
 
+from app import NOTICE
 from app.errors import RunError
 from app.exporting.parity import Answer, Floats
 from app.inference.model import Model
 from app.runs.folder import write_durably, write_json
-from app.runs.model_card import NOTICE
 from data.labels import CONTRASTS, REGIONS
 from data.preprocess import SPACING_TOLERANCE
 from models import NetworkConfig
 
-#: Version of the bundle's format, not of the network.
-_VERSION: Final = "0.1.0"
-_SCHEMA: Final = (
-    "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
-)
 _MONAI_NETWORKS: Final = ("unet", "resunet", "segresnet")
 #: Accepted endings of file names by contrast, before ``.nii`` or ``.nii.gz``.
 _ENDINGS: Final = {"t1": ["t1", "t1n"], "t1c": ["t1c", "t1ce", "t1gd"], "t2": ["t2", "t2w"], "flair": ["flair", "t2f"]}
@@ -119,191 +116,52 @@ def _as_monai_reads_it(folder: Path) -> Answer:
 
 def _inference(model: Model) -> dict[str, Any]:
     config, convention = model.config, model.convention
-    necrosis, oedema, enhancing = convention.values
-    low, high = 1 - SPACING_TOLERANCE, 1 + SPACING_TOLERANCE
-    return {
-        "imports": ["$import glob", "$import math"],
-        "bundle_root": ".",
-        "output_dir": "$@bundle_root + '/eval'",
-        "dataset_dir": "$@bundle_root + '/case'",
+    words = {
+        "contrasts": CONTRASTS,
+        "low": 1 - SPACING_TOLERANCE,
+        "high": 1 + SPACING_TOLERANCE,
+        "necrosis": convention.necrosis,
+        "oedema": convention.oedema,
+        "enhancing": convention.enhancing,
+    }
+    content = _template("inference", words) | {
         "endings": _ENDINGS,
-        "files_of": "$lambda contrast: sorted(path for ending in @endings[contrast] for path in "
-        "glob.glob(@dataset_dir + '/**/*[-_]' + ending + '.nii*', recursive=True))",
-        "data": f"$[{{'image': list(paths)}} for paths in zip(*[@files_of(c) for c in {CONTRASTS!r}], strict=True)]",
-        "device": "$torch.device('cuda:0' if torch.cuda.is_available() else 'cpu')",
         "spacing_mm": list(model.spacing_mm),
         "network_def": network_def(config.network),
-        "network": "$@network_def.to(@device)",
-        "shape_at_spacing": "$lambda x: [n if all("
-        f"{low!r} * w <= float(o) <= {high!r} * w for o, w in zip(x.pixdim, @spacing_mm)) "
-        "else max(1, round(n * float(own) / wanted)) "
-        "for n, own, wanted in zip(x.shape[1:], x.pixdim, @spacing_mm)]",
-        "preprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
-                {
-                    "_target_": "Orientationd",
-                    "keys": "image",
-                    "axcodes": "LPS",
-                    "labels": [["L", "R"], ["P", "A"], ["I", "S"]],
-                },
-                {"_target_": "CopyItemsd", "keys": "image", "names": "brain"},
-                {
-                    "_target_": "Lambdad",
-                    "keys": "brain",
-                    "func": "$lambda x: (x != 0).any(dim=0, keepdim=True).float()",
-                },
-                *(
-                    [
-                        {
-                            "_target_": "CropForegroundd",
-                            "keys": ["image", "brain"],
-                            "source_key": "brain",
-                            "allow_smaller": True,
-                        }
-                    ]
-                    if config.inference.crop
-                    else []
-                ),
-                {"_target_": "NormalizeIntensityd", "keys": "image", "nonzero": True, "channel_wise": True},
-                {
-                    "_target_": "Lambdad",
-                    "keys": "image",
-                    "func": "$lambda x: x if list(x.shape[1:]) == @shape_at_spacing(x) else monai.transforms.Resize("
-                    "@shape_at_spacing(x), mode='trilinear', anti_aliasing=True)(x)",
-                },
-            ],
-        },
-        "dataset": {"_target_": "Dataset", "data": "@data", "transform": "@preprocessing"},
-        "dataloader": {
-            "_target_": "DataLoader",
-            "dataset": "@dataset",
-            "batch_size": 1,
-            "shuffle": False,
-            "num_workers": 0,
-        },
         "window_voxels": list(config.training.patch_voxels),
         "overlap": config.inference.overlap,
-        # MONAI takes int(side * (1 - overlap)) as the interval; half a voxel more keeps it from being one too small.
-        "overlaps": "$lambda shape: [1 - (max(1, math.ceil((size - side) / math.ceil((size - side) / "
-        "(side * (1 - @overlap))))) + 0.5) / side if size > side else 0.0 "
-        "for size, side in zip(shape, @window_voxels)]",
-        "inferer": "$lambda image, network, *args, **kwargs: monai.inferers.SlidingWindowInferer(@window_voxels, "
-        "sw_batch_size=1, overlap=@overlaps(image.shape[2:]), mode='gaussian', sigma_scale=0.125)"
-        "(image, network, *args, **kwargs)",
-        "postprocessing": {
-            "_target_": "Compose",
-            "transforms": [
-                {
-                    "_target_": "Lambda",
-                    "func": "$lambda d: d if d['pred'].shape[1:] == d['brain'].shape[1:] else {**d, 'pred': "
-                    "monai.transforms.Resize(list(d['brain'].shape[1:]), mode='trilinear')(d['pred'])}",
-                },
-                {"_target_": "Lambdad", "keys": "pred", "func": "$lambda x: (x > 0).float()"},
-                {"_target_": "MaskIntensityd", "keys": "pred", "mask_key": "brain"},
-                {
-                    "_target_": "Lambdad",
-                    "keys": "pred",
-                    "func": "$lambda x: torch.where(x[[0]] * x[[1]] * x[[2]] > 0, "
-                    f"{enhancing}, torch.where(x[[0]] * x[[1]] > 0, {necrosis}, torch.where(x[[0]] > 0, {oedema}, 0)))",
-                },
-                {
-                    "_target_": "Invertd",
-                    "keys": "pred",
-                    "transform": "@preprocessing",
-                    "orig_keys": "brain",
-                    "nearest_interp": True,
-                    "to_tensor": True,
-                },
-                {
-                    "_target_": "SaveImaged",
-                    "keys": "pred",
-                    "output_dir": "@output_dir",
-                    "output_postfix": "seg",
-                    "output_dtype": "$numpy.uint8",
-                    "resample": False,
-                    "separate_folder": False,
-                    "squeeze_end_dims": True,
-                },
-            ],
-        },
-        "handlers": [
-            {
-                "_target_": "CheckpointLoader",
-                "load_path": "$@bundle_root + '/models/model.pt'",
-                "load_dict": {"model": "@network"},
-                "map_location": "@device",
-            }
-        ],
-        "evaluator": {
-            "_target_": "SupervisedEvaluator",
-            "device": "@device",
-            "val_data_loader": "@dataloader",
-            "network": "@network",
-            "inferer": "@inferer",
-            "postprocessing": "@postprocessing",
-            "val_handlers": "@handlers",
-            "amp": False,
-        },
-        "run": ["$@evaluator.run()"],
     }
+    if not config.inference.crop:
+        steps = content["preprocessing"]["transforms"]
+        steps[:] = [step for step in steps if step["_target_"] != "CropForegroundd"]
+    return content
 
 
 def _metadata(model: Model, description: Mapping[str, Any]) -> dict[str, Any]:
-    window = list(model.config.training.patch_voxels)
-    names = {"t1": "T1", "t1c": "T1c", "t2": "T2", "flair": "FLAIR"}
-    common = {"spatial_shape": window, "dtype": "float32", "is_patch_data": True}
-    return {
-        "schema": _SCHEMA,
-        "version": _VERSION,
-        "changelog": {_VERSION: "exported by znormseg"},
+    content = _template("metadata", {}) | {
         "monai_version": packages.version("monai"),
         "pytorch_version": packages.version("torch").partition("+")[0],
         "numpy_version": packages.version("numpy"),
-        "required_packages_version": {
-            "nibabel": packages.version("nibabel"),
-            "pytorch-ignite": "0.5.2",
-            "fire": "0.6.0",
-        },
-        "supported_apps": {},
         "name": str(description["name"]),
-        "task": "Brain tumour segmentation from multi-contrast MRI",
         "description": str(description["summary"]),
-        "authors": "whoever trained the network; not stated",
-        "copyright": "not stated",
-        "data_source": "not stated",
-        "data_type": "nibabel",
-        "image_classes": f"{', '.join(names[contrast] for contrast in CONTRASTS)}, skull-stripped, on one grid",
         "label_classes": f"label map of {model.convention.name}",
-        "pred_classes": f"3 channels of logits, {', '.join(REGIONS)}",
         "eval_metrics": {key: value for key, value in description["metrics"].items() if isinstance(value, int | float)},
         "intended_use": NOTICE,
-        "references": [],
-        "network_data_format": {
-            "inputs": {
-                "image": {
-                    "type": "image",
-                    "format": "magnitude",
-                    "modality": "MR",
-                    "num_channels": len(CONTRASTS),
-                    **common,
-                    "value_range": [],
-                    "channel_def": {str(number): names[contrast] for number, contrast in enumerate(CONTRASTS)},
-                }
-            },
-            "outputs": {
-                "pred": {
-                    "type": "image",
-                    "format": "segmentation",
-                    "num_channels": len(REGIONS),
-                    **common,
-                    "value_range": [],
-                    "channel_def": {str(number): region for number, region in enumerate(REGIONS)},
-                }
-            },
-        },
     }
+    content["required_packages_version"]["nibabel"] = packages.version("nibabel")
+    formats = content["network_data_format"]
+    for channels in (formats["inputs"]["image"], formats["outputs"]["pred"]):
+        channels["spatial_shape"] = list(model.config.training.patch_voxels)
+    return content
+
+
+def _template(name: str, words: Mapping[str, object]) -> dict[str, Any]:
+    """Read a template of this package, with the words in <> replaced."""
+    text = resources.files("app.exporting").joinpath(f"{name}.yaml").read_text(encoding="utf-8")
+    for word, value in words.items():
+        text = text.replace(f"<{word}>", repr(value))
+    content: dict[str, Any] = yaml.safe_load(text)
+    return content
 
 
 def _readme(model: Model, description: Mapping[str, Any]) -> str:

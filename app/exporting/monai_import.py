@@ -23,7 +23,7 @@ from app.config.inference import InferenceConfig
 from app.config.load import RunConfig, to_plain, to_yaml
 from app.config.training import TrainingConfig
 from app.errors import RunError
-from app.exporting.places import folder_when_complete, require_empty_export
+from app.exporting.places import export_folder_when_complete, require_empty_export
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_durably
 from app.runs.model_card import seal
@@ -34,7 +34,7 @@ from models import NetworkConfig, build_network
 
 #: The supported bundle, for messages.
 UNDERSTOOD: Final = (
-    "Understood is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, blocks_up 1, "
+    "Supported is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, blocks_up 1, "
     "1, 1) from the channels T1c, T1, T2, FLAIR to tumour core, whole tumour, enhancing tumour"
 )
 #: The bundle's channels in its own order, with this program's names.
@@ -125,15 +125,15 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         "versions": versions(),
         "imported": _provenance(bundle, name, metadata, source),
     }
-    with folder_when_complete(out) as beside:
+    with export_folder_when_complete(out) as partial:
         tensors = checkpoints.weight_tensors(network)
         checkpoints.save(
-            beside / "checkpoints", "best", 0, tensors, {"dice": None, **facts, "config": to_plain(config)}
+            partial / "checkpoints", "best", 0, tensors, {"dice": None, **facts, "config": to_plain(config)}
         )
-        write_durably(beside / "config.yaml", to_yaml(config).encode())
+        write_durably(partial / "config.yaml", to_yaml(config).encode())
         for licence in _licences(bundle):
-            shutil.copyfile(licence, beside / f"BUNDLE-{licence.name}")
-        seal(beside, everything=True)
+            shutil.copyfile(licence, partial / f"BUNDLE-{licence.name}")
+        seal(partial, everything=True)
     best = checkpoints.load_newest(out / "checkpoints", "best")
     assert best is not None
     return Imported(folder=out, bundle=name, sha256=best.sha256, config=config)
@@ -170,9 +170,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
         x, y, z = (int(side) for side in inferer["roi_size"])
         overlap = float(inferer["overlap"])
     except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise RunError(
-            f"{bundle}: not the bundle that is understood ({error!r} in its configs). {UNDERSTOOD}."
-        ) from error
+        raise RunError(f"{bundle}: not the supported bundle ({error!r} in its configs). {UNDERSTOOD}.") from error
     dropout = network.get("dropout_prob") or 0.0
     differing = [
         f"network_def {key} is {network.get(key)!r}"
@@ -195,7 +193,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
     ):
         differing.append(f"its inferer is {inferer.get('_target_')!r}, mode {inferer.get('mode')!r}")
     if differing:
-        raise RunError(f"{bundle}: not the bundle that is understood: {'; '.join(differing)}. {UNDERSTOOD}.")
+        raise RunError(f"{bundle}: not the supported bundle: {'; '.join(differing)}. {UNDERSTOOD}.")
     try:
         return RunConfig(
             network=NetworkConfig(architecture="segresnet", channels=(16, 32, 64, 128), dropout=float(dropout)),
@@ -208,7 +206,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
 
 def _json(bundle: Path, name: str) -> Mapping[str, Any]:
     if not (bundle / name).is_file():
-        raise RunError(f"{bundle}: no {name} there; give the folder of a bundle. {UNDERSTOOD}.")
+        raise RunError(f"{bundle}: contains no {name}; give the folder of a bundle. {UNDERSTOOD}.")
     content = read_json(bundle / name)
     if not isinstance(content, dict):
         raise RunError(f"{bundle / name}: holds no JSON object. {UNDERSTOOD}.")
@@ -229,7 +227,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise RunError(
             f"{path}: holds more than tensors, or is damaged, and is not read: unpickling it could run any code. "
-            "Have whoever made it save the state dict alone."
+            "Ask its author for a file with only the state dict."
         ) from error
     except (
         OSError,

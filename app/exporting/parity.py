@@ -70,15 +70,15 @@ class Parity:
         """
         if not math.isfinite(self.largest_logit):
             raise RunError(
-                f"{what}: not kept, since nothing can be compared: on windows of {self.source} the network that it was "
-                "made of gives logits that are not finite. Its weights are of no use; take another run."
+                f"{what}: not kept, because the original network gives logits that are not finite on windows of "
+                f"{self.source}. Its weights are unusable; choose another run."
             )
         if not self.holds:
             raise RunError(
-                f"{what}: not the network it was made of, and not kept: on {self.windows} windows of {self.source} the "
-                f"logits differ by up to {self.largest_difference:.3g} (of {self.largest_logit:.3g}; allowed "
-                f"{LARGEST_DIFFERENCE:g} of it), the labels of {self.label_disagreement:.3%} of the voxels (allowed "
-                f"{LARGEST_LABEL_DISAGREEMENT:.3%})"
+                f"{what}: not kept, because it differs from the original network: on {self.windows} windows of "
+                f"{self.source} the logits differ by up to {self.largest_difference:.3g} (of {self.largest_logit:.3g}; "
+                f"allowed {LARGEST_DIFFERENCE:g} of it), the labels of {self.label_disagreement:.3%} of the voxels "
+                f"(allowed {LARGEST_LABEL_DISAGREEMENT:.3%})"
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from data.files import partial_name
 
 
 @contextmanager
-def folder_when_complete(out: Path) -> Iterator[Path]:
+def export_folder_when_complete(out: Path) -> Iterator[Path]:
     """Yield a folder to fill, which becomes ``out`` if the block succeeds and is removed if it does not.
 
     An existing ``out`` (the working directory, a symlink, a mount point) is not replaced: the content is moved into it,
@@ -28,15 +28,15 @@ def folder_when_complete(out: Path) -> Iterator[Path]:
         OSError: the place cannot be written to.
     """
     require_empty_export(out)
-    there = out.exists()
-    place = out if there else out.parent
+    exists = out.exists()
+    place = out if exists else out.parent
     place.mkdir(parents=True, exist_ok=True)
     partial = place / partial_name(f".partial-{os.getpid()}-", out.name)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         yield partial
-        if there:
+        if exists:
             _require_nothing_else(out, partial)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == SUMS_FILE):
                 path.rename(out / path.name)
@@ -53,14 +53,14 @@ def require_empty_export(out: Path) -> None:
         RunError: ``out`` is a file, a dangling symlink, inside a file, or not empty.
     """
     if out.is_symlink() and not out.exists():
-        raise RunError(f"{out}: a link to {out.readlink()}, which is not there; give a folder that is not there yet")
+        raise RunError(f"{out}: a symlink to {out.readlink()}, which does not exist; give a new or an empty folder")
     above = next(place for place in out.absolute().parents if place.exists())
     if not above.is_dir():
-        raise RunError(f"{out}: {above} is a file; give a folder that is not there yet")
+        raise RunError(f"{out}: {above} is a file; give a new or an empty folder")
     if out.exists():
         _require_nothing_else(out, None)
 
 
 def _require_nothing_else(out: Path, partial: Path | None) -> None:
     if not out.is_dir() or any(path != partial for path in out.iterdir()):
-        raise RunError(f"{out}: {'not empty' if out.is_dir() else 'a file'}; give a folder that is not there yet")
+        raise RunError(f"{out}: {'not empty' if out.is_dir() else 'a file'}; give a new or an empty folder")

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
+from markupsafe import Markup
 
-from app.html.chart import Chart, FloatArray, Line, Marker, draw_chart
+from app.html.chart import Chart, FloatArray, Line, arm_line, arm_style, draw_chart
 from app.html.curves import running_mean
+from app.html.elements import charts_html, figure
+from app.html.records import Records, mapping, number_or_nan
 
-Records = Sequence[Mapping[str, Any]]
 Series = Mapping[int, float]
 """Value by step."""
 
-_MARKERS: Final[tuple[Marker, ...]] = ("circle", "square", "triangle")
-_STYLES: Final = 7  # arm classes in arms.css
 _MOST_POINTS: Final = 250  # per line; a band has twice as many, still fewer than a chart thins
 
 
-def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> str:
+def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> Markup:
     """Return charts of loss, validation Dice and, if it was recorded, gradient overlap at skip connections.
 
     Args:
@@ -50,7 +49,7 @@ def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | 
         overlap = {arm: [_overlaps(records, key) for records in seeds] for arm, seeds in arms.items()}
         if any(series for seeds in overlap.values() for series in seeds):
             figures.append(_figure(name, f"Overlap: {name}", overlap, words))
-    return f'<div class="charts">{"".join(figures)}</div>'
+    return charts_html(figures)
 
 
 def bands(seeds: Sequence[Series]) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray]:
@@ -76,27 +75,24 @@ def _figure(
     *,
     y_range: tuple[float, float] | None = None,
     level: float | None = None,
-) -> str:
+) -> Markup:
     """Draw one chart, with the bands behind the lines."""
     back, front = [], []
     several = any(len(seeds) > 1 for seeds in arms.values())
     for number, (arm, seeds) in enumerate(arms.items()):
         steps, mean, low, high = (_every(array) for array in bands(seeds))
-        style = f"arm{number % _STYLES}"
         if several:
             # A closed outline: forward along the highest values, back along the lowest.
             around = np.concatenate([steps, steps[::-1]])
             outline = np.concatenate([high, low[::-1]])
-            back.append(Line(label="", style=f"band {style}", x=around, y=outline))
-        marker = _MARKERS[number % len(_MARKERS)]
-        front.append(Line(label=arm, style=style, x=steps, y=mean, marker=marker))
+            back.append(Line(label="", style=f"band {arm_style(number)}", x=around, y=outline))
+        front.append(arm_line(number, arm, steps, mean))
     if level is not None and front and len(front[0].x):
         ends = np.array([min(line.x[0] for line in front if len(line.x)), max(line.x[-1] for line in front)])
         back.append(Line(label="", style="level", x=ends, y=np.array([level, level])))
     chart = Chart(title=f"{title} over steps", y_label=quantity, lines=[*back, *front], y_range=y_range, height=300)
     about_bands = " Line: mean over seeds; band: from the lowest to the highest seed." if several else ""
-    said = f"{title}. {words}{about_bands}"
-    return f'<figure class="chart">{draw_chart(chart)}<figcaption>{escape(said)}</figcaption></figure>'
+    return figure(draw_chart(chart), f"{title}. {words}{about_bands}")
 
 
 def _every(array: FloatArray) -> FloatArray:
@@ -104,24 +100,21 @@ def _every(array: FloatArray) -> FloatArray:
 
 
 def _losses(records: Records) -> Series:
-    found = _series(records, "train", lambda record: _number(record.get("loss")))
+    found = _series(records, "train", lambda record: number_or_nan(record.get("loss")))
     steps, values = list(found), np.array(list(found.values()))
     smooth = running_mean(values, window=max(5, len(values) // 25)) if len(values) else values
     return dict(zip(steps, smooth.tolist(), strict=True))
 
 
 def _validations(records: Records) -> Series:
-    return _series(records, "validation", lambda record: _number(record.get("mean_dice")))
+    return _series(records, "validation", lambda record: number_or_nan(record.get("mean_dice")))
 
 
 def _overlaps(records: Records, key: str) -> Series:
     """Return the mean over the junctions of each ``overlap`` record, ignoring junctions without a finite value."""
 
     def mean(record: Mapping[str, Any]) -> float:
-        junctions = record.get("junctions")
-        if not isinstance(junctions, Mapping):
-            return math.nan
-        values = [_number(one.get(key)) for one in junctions.values() if isinstance(one, Mapping)]
+        values = [number_or_nan(mapping(one).get(key)) for one in mapping(record.get("junctions")).values()]
         finite = [value for value in values if math.isfinite(value)]
         return fmean(finite) if finite else math.nan
 
@@ -131,7 +124,3 @@ def _overlaps(records: Records, key: str) -> Series:
 def _series(records: Records, kind: str, value: Callable[[Mapping[str, Any]], float]) -> dict[int, float]:
     pairs = [(int(record["step"]), value(record)) for record in records if record.get("kind") == kind]
     return {step: number for step, number in sorted(pairs) if math.isfinite(number)}
-
-
-def _number(value: object) -> float:
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import escape
 from typing import Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from markupsafe import Markup
 
 FloatArray = npt.NDArray[np.float64]
 Marker = Literal["circle", "square", "triangle"]
@@ -22,11 +23,16 @@ MOST_POINTS: Final = 600
 
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 12, 34, 40
 _MOST_MARKERS: Final = 40
+_ARM_STYLES: Final = 7  # arm classes in arms.css
 _MARKER_PATHS: Final[dict[Marker, str]] = {
     "circle": "m-3.5 0a3.5 3.5 0 1 0 7 0a3.5 3.5 0 1 0 -7 0z",
     "square": "m-3.2 -3.2h6.4v6.4h-6.4z",
     "triangle": "m0 -4.2l4.2 7.4h-8.4z",
 }
+
+
+#: Markers in the order in which the lines of a chart take them.
+MARKERS: Final = tuple(_MARKER_PATHS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +49,16 @@ class Line:
     """Shape (N,)."""
     marker: Marker | None = None
     """Symbol at every point; drawn only if there are few points."""
+
+
+def arm_line(number: int, label: str, x: FloatArray, y: FloatArray) -> Line:
+    """Return the line of one of several arms, with the style and marker of its number."""
+    return Line(label=label, style=arm_style(number), x=x, y=y, marker=MARKERS[number % len(MARKERS)])
+
+
+def arm_style(number: int) -> str:
+    """Return the CSS class of an arm."""
+    return f"arm{number % _ARM_STYLES}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,17 +113,19 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> FloatArray:
     return np.array([round(n * step, digits) for n in range(first, last + 1)])
 
 
-def draw_chart(chart: Chart) -> str:
+def draw_chart(chart: Chart) -> Markup:
     """Return the chart as an ``<svg>`` element, or a paragraph that says it is empty if no point is finite."""
     lines = [_finite(line) for line in chart.lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:
-        return f'<p class="empty">Nothing recorded for: {escape(chart.title)}.</p>'
+        return Markup('<p class="empty">Nothing recorded for: {}.</p>').format(chart.title)
     frame = _frame(chart, lines)
     parts = [_grid(chart, frame), *(_line(line, frame) for line in lines), _legend(lines)]
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {chart.height}" role="img" aria-label="{escape(chart.title)}">'
-        f"{''.join(parts)}</svg>"
+    return Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>').format(
+        WIDTH,
+        chart.height,
+        chart.title,
+        Markup("".join(parts)),  # noqa: S704 - labels are escaped
     )
 
 
@@ -131,7 +149,7 @@ class _Frame:
 def _finite(line: Line) -> Line:
     good = np.isfinite(line.x) & np.isfinite(line.y)
     x, y = thin(line.x[good], line.y[good])
-    return Line(label=line.label, style=line.style, x=x, y=y, marker=line.marker)
+    return replace(line, x=x, y=y)
 
 
 def _frame(chart: Chart, lines: Sequence[Line]) -> _Frame:

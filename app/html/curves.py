@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Final
 
 import numpy as np
+from markupsafe import Markup
 
-from app.html.chart import Chart, FloatArray, Line, Marker, draw_chart
+from app.html.chart import MARKERS, Chart, FloatArray, Line, draw_chart
+from app.html.elements import charts_html, figure
+from app.html.records import Records, column, mapping, number_or_nan
 from data.labels import REGIONS, Region
 
-Records = Sequence[Mapping[str, object]]
-
-_MARKERS: Final[dict[Region, Marker]] = {"WT": "circle", "TC": "square", "ET": "triangle"}
 #: Number of junction colours in the style sheet; further junctions repeat them with dashes.
 _COLOURS: Final = 8
 _WHEN: Final = ("before", "after")
 _LEAST_TO_SMOOTH: Final = 20
-_LARGEST_DRAWN: Final = 1e30  # larger values would overflow in the chart's arithmetic
 
 
-def curves_html(metrics: Records) -> str:
+def curves_html(metrics: Records) -> Markup:
     """Return figures of training loss, learning rate and validation Dice.
 
     Args:
@@ -34,11 +32,11 @@ def curves_html(metrics: Records) -> str:
     train = [record for record in metrics if record.get("kind") == "train"]
     validation = [record for record in metrics if record.get("kind") == "validation"]
     if not train and not validation:
-        return '<p class="empty">No training was recorded.</p>'
-    return f'<div class="charts">{_training_figure(train)}{_validation_figure(validation)}</div>'
+        return Markup('<p class="empty">No training was recorded.</p>')
+    return charts_html([_training_figure(train), _validation_figure(validation)])
 
 
-def gradients_html(metrics: Records) -> str:
+def gradients_html(metrics: Records) -> Markup:
     """Return figures of the gradient norms before and after the rule and of the gradient overlap, from telemetry.
 
     Args:
@@ -49,8 +47,8 @@ def gradients_html(metrics: Records) -> str:
     """
     gradients = [record for record in metrics if record.get("kind") == "gradients"]
     overlap = [record for record in metrics if record.get("kind") == "overlap"]
-    figures = (_norms_figure(gradients) if gradients else "") + (_overlap_figure(overlap) if overlap else "")
-    return f'<div class="charts">{figures}</div>' if figures else ""
+    figures = [draw(records) for draw, records in ((_norms_figure, gradients), (_overlap_figure, overlap)) if records]
+    return charts_html(figures) if figures else Markup("")
 
 
 def running_mean(y: FloatArray, *, window: int) -> FloatArray:
@@ -67,14 +65,14 @@ def running_mean(y: FloatArray, *, window: int) -> FloatArray:
     return np.asarray((total[last] - total[first]) / (last - first), dtype=np.float64)
 
 
-def _training_figure(train: Records) -> str:
-    steps, loss = _column(train, "step"), _column(train, "loss")
-    rate = _column(train, "learning_rate")
-    lines, said = _loss_lines(steps, loss)
+def _training_figure(train: Records) -> Markup:
+    steps, loss = column(train, "step"), column(train, "loss")
+    rate = column(train, "learning_rate")
+    lines, about = _loss_lines(steps, loss)
     loss_chart = Chart(title="Training loss over steps", y_label="loss", lines=lines, height=230)
     rate_line = Line(label="", style="rate", x=steps, y=rate)
     rate_chart = Chart(title="Learning rate over steps", y_label="learning rate", lines=[rate_line], height=145)
-    return _figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {said}")
+    return figure(draw_chart(loss_chart) + draw_chart(rate_chart), f"Training. {about}")
 
 
 def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
@@ -94,12 +92,15 @@ def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
     return lines, f"Running mean of {window:,} records; it ends at {smooth[-1]:.4g} at step {x[-1]:,.0f}.{missing}"
 
 
-def _validation_figure(validation: Records) -> str:
-    steps = _column(validation, "step")
-    dice = {region: _column([_mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
-    lines = [Line(label=r, style=r.lower(), x=steps, y=dice[r], marker=_MARKERS[r]) for r in REGIONS]
+def _validation_figure(validation: Records) -> Markup:
+    steps = column(validation, "step")
+    dice = {region: column([mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
+    lines = [
+        Line(label=region, style=region.lower(), x=steps, y=dice[region], marker=marker)
+        for region, marker in zip(REGIONS, MARKERS, strict=True)
+    ]
     chart = Chart(title="Validation Dice over steps", y_label="Dice", lines=lines, height=375, y_range=(0.0, 1.0))
-    return _figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
+    return figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
 
 
 def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
@@ -113,17 +114,17 @@ def _score_text(value: float) -> str:
     return f"{value:.3f}" if math.isfinite(value) else "not defined"
 
 
-def _norms_figure(gradients: Records) -> str:
-    steps = _column(gradients, "step")
-    layers = [{n: _mapping(v) for n, v in _mapping(record.get("layers")).items()} for record in gradients]
+def _norms_figure(gradients: Records) -> Markup:
+    steps = column(gradients, "step")
+    layers = [{n: mapping(v) for n, v in mapping(record.get("layers")).items()} for record in gradients]
     names = {name for record in layers for name in record}
     changed = {name for record in layers for name, values in record.items() if _is_changed(values)}
     shown = changed or names
     norms = {when: [[v for n, v in record.items() if n in shown] for record in layers] for when in _WHEN}
     lines = [line for when in _WHEN for line in _norm_lines(norms[when], steps, when)]
     chart = Chart(title="Gradient norm over steps", y_label="log10 of the gradient's norm", lines=lines, height=300)
-    skipped = _number(gradients[-1].get("skipped_steps"))
-    return _figure(
+    skipped = number_or_nan(gradients[-1].get("skipped_steps"))
+    return figure(
         draw_chart(chart),
         "Norm of a layer's gradient before and after the gradient rule, over the "
         f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
@@ -132,13 +133,13 @@ def _norms_figure(gradients: Records) -> str:
 
 
 def _is_changed(layer: Mapping[str, object]) -> bool:
-    before, after = (_number(layer.get(f"norm_{when}")) for when in _WHEN)
+    before, after = (number_or_nan(layer.get(f"norm_{when}")) for when in _WHEN)
     return math.isfinite(before) and math.isfinite(after) and before != after
 
 
 def _norm_lines(norms: Sequence[Records], steps: FloatArray, when: str) -> list[Line]:
     """Return lines of the quartiles and, on top, the median of log10 of each record's layer norms."""
-    low, middle, high = np.array([_log_quartiles(_column(layers, f"norm_{when}")) for layers in norms]).T
+    low, middle, high = np.array([_log_quartiles(column(layers, f"norm_{when}")) for layers in norms]).T
     return [
         Line(label="", style=f"{when} quartile", x=steps, y=low),
         Line(label="", style=f"{when} quartile", x=steps, y=high),
@@ -152,45 +153,21 @@ def _log_quartiles(norms: FloatArray) -> FloatArray:
     return np.quantile(logs, [0.25, 0.5, 0.75]) if len(logs) else np.full(3, math.nan)
 
 
-def _overlap_figure(overlap: Records) -> str:
-    steps = _column(overlap, "step")
-    names = list(dict.fromkeys(name for record in overlap for name in _mapping(record.get("junctions"))))
+def _overlap_figure(overlap: Records) -> Markup:
+    steps = column(overlap, "step")
+    names = list(dict.fromkeys(name for record in overlap for name in mapping(record.get("junctions"))))
     lines, entries = [], []
     for number, name in enumerate(names):
-        at = [_mapping(_mapping(record.get("junctions")).get(name)) for record in overlap]
-        cosine, ratio = _column(at, "cosine"), _column(at, "ratio")
+        at = [mapping(mapping(record.get("junctions")).get(name)) for record in overlap]
+        cosine, ratio = column(at, "cosine"), column(at, "ratio")
         style = f"junction j{number % _COLOURS}{' dashed' if number // _COLOURS % 2 else ''}"
         lines.append(Line(label="", style=style, x=steps, y=cosine))
         last = f"cosine {_score_text(cosine[-1])}, ratio {_score_text(ratio[-1])}"
-        entries.append(f'<li class="{style}">{escape(name)} <small>{last}</small></li>')
+        entries.append(Markup('<li class="{}">{} <small>{}</small></li>').format(style, name, last))
     chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
-    return _figure(
-        f'{draw_chart(chart)}<ul class="legend">{"".join(entries)}</ul>',
+    return figure(
+        draw_chart(chart) + Markup('<ul class="legend">{}</ul>').format(Markup("").join(entries)),
         "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
-        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Beside each "
-        f"junction its last values{_at_step(steps[-1])}.",
+        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Next to each "
+        f"junction: its last values{f', at step {steps[-1]:,.0f}' if math.isfinite(steps[-1]) else ''}.",
     )
-
-
-def _at_step(step: float) -> str:
-    return f", at step {step:,.0f}" if math.isfinite(step) else ""
-
-
-def _figure(charts: str, caption: str) -> str:
-    return f'<figure class="chart">{charts}<figcaption>{caption}</figcaption></figure>'
-
-
-def _mapping(value: object) -> Mapping[str, object]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _column(records: Records, key: str) -> FloatArray:
-    """Return one value per record; NaN if it is missing, null, not a number or too large to draw."""
-    return np.array([_number(record.get(key)) for record in records], dtype=np.float64)
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        return math.nan
-    number = float(value)
-    return number if abs(number) < _LARGEST_DRAWN else math.nan

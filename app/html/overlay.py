@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from scipy import ndimage
 
-from app.html.planes import PLANES, Cut, Plane, fit_view, largest_slice, sample
+from app.html.planes import PLANES, Plane, fit_view, largest_slice, sample
 from data.labels import REGIONS, Region, to_regions
 
 Picture = npt.NDArray[np.uint8]
@@ -70,31 +68,13 @@ class OverlayCase:
             raise ValueError(f"case {self.case}: spacing_mm must be three positive numbers, not {self.spacing_mm}")
 
 
-def overlay_png(case: OverlayCase, *, height_px: int = 220) -> bytes:
+def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
     """Draw a case: rows axial, coronal and sagittal; reference in the left column, prediction in the right.
 
     Each plane shows the slice where the reference's tumour is largest (the prediction's if the reference is missing or
     empty). Every panel is a square of ``height_px``, all at the same scale in pixels per mm. Without a reference the
     left column shows the plain image. Lines run along the outside of WT and TC and along the inside of ET, so that
     coinciding borders of two regions appear side by side.
-
-    Args:
-        case: arrays and spacing.
-        height_px: side of one panel in pixels, 64 or more; default 220.
-
-    Returns:
-        a PNG file, ``2 * height_px + GAP_PX`` wide and ``3 * height_px + 2 * GAP_PX`` high.
-
-    Raises:
-        ValueError: ``height_px`` below 64.
-    """
-    file = io.BytesIO()
-    Image.fromarray(overlay_picture(case, height_px=height_px)).save(file, format="PNG", optimize=True)
-    return file.getvalue()
-
-
-def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
-    """Draw the picture of :func:`overlay_png` as an array.
 
     Args:
         case: arrays and spacing.
@@ -110,7 +90,7 @@ def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
 
 
 def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
-    """Draw only the axial row of :func:`overlay_png`, as an array.
+    """Draw only the axial row of :func:`overlay_picture`, as an array.
 
     Args:
         case: arrays and spacing.
@@ -145,6 +125,22 @@ def overlay_caption(case: OverlayCase) -> str:
     return f"{case.background_name}; {where} (voxel index from 0)."
 
 
+def overlay_alt(case: str, dice: Mapping[Region, float], *, has_reference: bool) -> str:
+    """Return the text of the picture for people who do not see it.
+
+    Args:
+        case: case id.
+        dice: Dice by region, for the regions that have one.
+        has_reference: whether the left column shows the outlines of a reference; else it shows the plain image.
+    """
+    text = (
+        f"Case {case}: {'reference outlines' if has_reference else 'the image'} on the left, predicted outlines on the "
+        "right, in three planes where the tumour is largest."
+    )
+    scores = ", ".join(f"{region} {value:.3f}" for region, value in dice.items())
+    return f"{text} Dice {scores}." if scores else text
+
+
 def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:
     """Draw a row for each plane: reference (or plain image) and prediction; ``planes`` is a prefix of PLANES."""
     if height_px < _LEAST_PANEL_PX:
@@ -154,10 +150,12 @@ def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Pi
     view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)
     rows = []
     for plane, index in zip(planes, shown_slices(case), strict=False):
-        cut = Cut(plane=plane, index=index, view=view)
-        bare = _marked(sample(grey, cut, smooth=True), plane.marks)
-        reference = bare if case.reference is None else _outlined(bare, case.reference, cut)
-        rows.append(_join([reference, _outlined(bare, case.prediction, cut)], axis=1))
+        bare = _marked(sample(grey, plane, index, view, smooth=True), plane.marks)
+        columns = [
+            bare if codes is None else _outlined(bare, sample(codes, plane, index, view, smooth=False))
+            for codes in (case.reference, case.prediction)
+        ]
+        rows.append(_join(columns, axis=1))
     return rows
 
 
@@ -203,10 +201,9 @@ def _letter_scale(panel_px: int) -> int:
     return max(1, panel_px // 110)
 
 
-def _outlined(panel: Picture, codes: npt.NDArray[np.uint8], cut: Cut) -> Picture:
-    """Return a copy of a panel with the outlines of a label map's regions."""
-    shown = sample(codes, cut, smooth=False).astype(np.uint8)  # nearest, so that outlines follow the voxel edges
-    lines = _lines(to_regions(shown), width_px=max(1, len(panel) // 150))
+def _outlined(panel: Picture, codes: npt.NDArray[np.float32]) -> Picture:
+    """Return a copy of a panel with the outlines of the regions of a label map, sampled at its pixels."""
+    lines = _lines(to_regions(codes.astype(np.uint8)), width_px=max(1, len(panel) // 150))
     outlined = panel.copy()
     for region, line in zip(REGIONS, lines, strict=True):
         outlined[line] = OUTLINE_COLOURS[region]

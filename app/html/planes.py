@@ -50,16 +50,10 @@ class View:
     """Voxel size along x, y and z."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cut:
-    """One slice as shown in one panel."""
-
-    plane: Plane
-    """Plane of the slice."""
-    index: int
-    """Position along the plane's normal, in voxels from 0."""
-    view: View
-    """Visible part of the slice."""
+def shown_box(shown: npt.NDArray[np.bool_]) -> tuple[slice, ...]:
+    """Return the bounding box of a mask; that of the whole volume for an empty mask."""
+    found = ndimage.find_objects(shown.astype(np.int8))
+    return found[0] if found else tuple(slice(0, size) for size in shown.shape)
 
 
 def fit_view(
@@ -76,9 +70,7 @@ def fit_view(
     Returns:
         a view in which the longest side of the box is ``panel_px - 2 * margin_px`` pixels long.
     """
-    found = ndimage.find_objects(shown.astype(np.int8))
-    box = found[0] if found else tuple(slice(0, size) for size in shown.shape)
-    sides = [(part.start * mm, part.stop * mm) for part, mm in zip(box, spacing_mm, strict=True)]
+    sides = [(part.start * mm, part.stop * mm) for part, mm in zip(shown_box(shown), spacing_mm, strict=True)]
     x, y, z = ((first + last) / 2 for first, last in sides)
     scale = (panel_px - 2 * margin_px) / max(last - first for first, last in sides)
     return View(panel_px=panel_px, centre_mm=(x, y, z), pixels_per_mm=scale, spacing_mm=spacing_mm)
@@ -89,23 +81,27 @@ def largest_slice(mask: npt.NDArray[np.bool_], plane: Plane) -> int:
     return int(np.argmax(np.count_nonzero(mask, axis=(plane.column_axis, plane.row_axis))))
 
 
-def sample(volume: npt.NDArray[np.generic], cut: Cut, *, smooth: bool) -> npt.NDArray[np.float32]:
+def sample(
+    volume: npt.NDArray[np.generic], plane: Plane, index: int, view: View, *, smooth: bool
+) -> npt.NDArray[np.float32]:
     """Sample a volume at the pixel centres of a panel; values beyond the volume are 0.
 
     Args:
         volume: shape (X, Y, Z).
-        cut: slice and view.
-        smooth: True for linear interpolation (intensities), False for the nearest voxel (labels).
+        plane: plane of the slice.
+        index: position along the plane's normal, in voxels from 0.
+        view: visible part of the slice.
+        smooth: True for linear interpolation (intensities), False for the nearest voxel (labels), whose edges outlines
+            follow.
 
     Returns:
         shape (panel_px, panel_px), row 0 at the top of the screen.
     """
-    plane, view = cut.plane, cut.view
     offset_mm = np.asarray((np.arange(view.panel_px) + 0.5 - view.panel_px / 2) / view.pixels_per_mm, dtype=np.float64)
     columns = _voxel(offset_mm, plane.column_axis, view)
     rows = _voxel(plane.row_sign * offset_mm, plane.row_axis, view)
     # `take` keeps the order of the two remaining axes: the column axis comes before the row axis.
-    image = np.take(volume, cut.index, axis=plane.normal).astype(np.float32)
+    image = np.take(volume, index, axis=plane.normal).astype(np.float32)
     where = np.stack(np.meshgrid(columns, rows, indexing="xy"))
     sampled = ndimage.map_coordinates(image, where, order=1 if smooth else 0, mode="constant", cval=0.0)
     return np.asarray(sampled, dtype=np.float32)

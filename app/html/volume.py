@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from PIL import Image
 from scipy import ndimage
 
 from app.html.overlay import to_grey
+from app.html.planes import shown_box
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -74,8 +75,7 @@ def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
     shown = (case.prediction != 0) | (next(iter(case.images.values())) != 0)
     if case.reference is not None:
         shown |= case.reference != 0
-    found = ndimage.find_objects(shown.astype(np.int8))
-    box = found[0] if found else tuple(slice(0, size) for size in shown.shape)
+    box = shown_box(shown)
     places = _places(tuple(part.stop - part.start for part in box), case.spacing_mm, grid_mm)
     prediction = _nearest(case.prediction[box], places)
     reference = np.zeros_like(prediction) if case.reference is None else _nearest(case.reference[box], places)
@@ -87,10 +87,10 @@ def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
         "start": list(_deepest(prediction, reference)),
         "has_reference": case.reference is not None,
         "images": {
-            name: _webp(_mosaic(_smooth(to_grey(image[box]), places, case.spacing_mm, grid_mm), columns))
+            name: picture_uri(_mosaic(_smooth(to_grey(image[box]), places, case.spacing_mm, grid_mm), columns))
             for name, image in case.images.items()
         },
-        "labels": _png(_mosaic(_CODE_STEP * (prediction + 4 * reference), columns)),
+        "labels": picture_uri(_mosaic(_CODE_STEP * (prediction + 4 * reference), columns), "png"),
         "uncertainty": None,
         "uncertainty_top": 1.0,
     }
@@ -98,40 +98,27 @@ def viewer_data(case: ViewerCase, *, grid_mm: float) -> dict[str, Any]:
         values = np.nan_to_num(_nearest(case.uncertainty[box], places), nan=0.0, posinf=0.0, neginf=0.0)
         top = max(float(values.max()), 1e-6)
         data["uncertainty_top"] = top
-        data["uncertainty"] = _webp(_mosaic(np.rint(255 * np.clip(values / top, 0, 1)).astype(np.uint8), columns))
+        data["uncertainty"] = picture_uri(_mosaic(np.rint(255 * np.clip(values / top, 0, 1)).astype(np.uint8), columns))
     return data
 
 
-def data_uri(kind: str, content: bytes) -> str:
-    """Return an encoded picture as a data URI."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
-
-
-def webp(picture: Bytes, *, quality: int = QUALITY) -> bytes:
-    """Encode a picture as lossy WebP.
+def picture_uri(picture: Bytes, kind: Literal["webp", "png"] = "webp", *, quality: int = QUALITY) -> str:
+    """Encode a picture as a data URI.
 
     Args:
         picture: uint8, shape (height, width) for grey or (height, width, 3) for colour.
-        quality: 0 to 100.
+        kind: lossy WebP, or PNG.
+        quality: of WebP, 0 to 100.
     """
     written = io.BytesIO()
-    Image.fromarray(picture).save(written, "WEBP", quality=quality, method=4)
-    return written.getvalue()
+    options: dict[str, Any] = {"quality": quality, "method": 4} if kind == "webp" else {"optimize": True}
+    Image.fromarray(picture).save(written, kind.upper(), **options)
+    return f"data:image/{kind};base64,{base64.b64encode(written.getvalue()).decode('ascii')}"
 
 
 def shrunk(picture: Bytes, side_px: int) -> Bytes:
     """Downscale a square picture, averaging the pixels; uint8, shape (height, width, 3)."""
     return np.asarray(Image.fromarray(picture).resize((side_px, side_px), Image.Resampling.BOX), dtype=np.uint8)
-
-
-def _webp(grey: Bytes) -> str:
-    return data_uri("webp", webp(grey))
-
-
-def _png(grey: Bytes) -> str:
-    written = io.BytesIO()
-    Image.fromarray(grey).save(written, "PNG", optimize=True)
-    return data_uri("png", written.getvalue())
 
 
 def _places(

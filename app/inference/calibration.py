@@ -13,14 +13,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field, TypeAdapter, ValidationError
 
-from data.labels import REGIONS
-
-ByRegion = tuple[float, float, float]
+from app.errors import first_problem
+from app.inference.postprocess import ByRegion, by_region
+from data.labels import REGIONS, Region
 
 #: Share of cases whose true volume the interval should cover.
 LEVEL: Final = 0.9
@@ -99,20 +100,20 @@ class Calibration:
             volumes_ml: of the label map, by region in the order of :data:`data.labels.REGIONS`.
             complete: whether all contrasts were present, as in the cases that the errors were measured on.
         """
-        why = self.why_no_interval
-        if self.volume is not None and not complete:
-            why = "contrasts are missing, and the errors are known of complete cases alone"
-        intervals = None
+        why, intervals, level = self.why_no_interval, None, None
         if self.volume is not None and complete:
             found = [self.volume.interval_ml(number, ml) for number, ml in enumerate(volumes_ml)]
             intervals = {region: [round(ml, 3) for ml in pair] for region, pair in zip(REGIONS, found, strict=True)}
+            level = self.volume.level
+        elif self.volume is not None:
+            why = "contrasts are missing, and the errors are known of complete cases alone"
         return {
             "calibration": {
                 "state": "not calibrated" if self.temperature is None else "calibrated",
                 "temperature": None if self.temperature is None else dict(zip(REGIONS, self.temperature, strict=True)),
             },
             "volume_interval_ml": intervals,
-            "volume_interval_level": None if intervals is None or self.volume is None else self.volume.level,
+            "volume_interval_level": level,
             "volume_interval_note": why,
         }
 
@@ -149,6 +150,26 @@ def log_ratio(true_ml: float, marked_ml: float) -> float:
     return abs(math.log((true_ml + OFFSET_ML) / (marked_ml + OFFSET_ML)))
 
 
+@dataclass(frozen=True, kw_only=True)
+class _VolumeInterval:
+    level: Annotated[float, Field(gt=0, lt=1)]
+    offset_ml: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    cases: int
+    log_ratio: dict[str, dict[Region, Annotated[float, Field(ge=0, allow_inf_nan=False)]] | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Section:
+    """The section ``calibration`` of ``ensemble.json``."""
+
+    version: Literal[1]
+    temperature: dict[Region, Annotated[float, Field(gt=0, allow_inf_nan=False)]]
+    volume_interval: _VolumeInterval
+
+
+_SECTION: Final = TypeAdapter(_Section)
+
+
 def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: bool) -> Calibration:
     """Read the section ``calibration`` of ``ensemble.json`` (``Calibrated.to_json`` of app.experiments.crossval).
 
@@ -157,30 +178,21 @@ def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: b
         postprocessed: whether volumes are measured on post-processed masks.
 
     Raises:
-        KeyError, TypeError, ValueError, AttributeError: the content is not valid.
+        KeyError, ValueError: the content is not valid.
     """
     if content is None:
         return Calibration(why_no_interval=_NOT_MEASURED)
-    if content["version"] != VERSION:
-        raise ValueError(f"calibration of version {content['version']}")
-    temperature = _by_region(content["temperature"], "temperature", above_zero=True)
-    told = content["volume_interval"]
-    level, offset, cases = float(told["level"]), float(told["offset_ml"]), int(told["cases"])
-    if not (0 < level < 1 and 0 < offset < math.inf):
-        raise ValueError(f"volume_interval: level {level:g}, offset {offset:g} ml")
-    errors = told["log_ratio"]["postprocessed" if postprocessed else "plain"]
+    try:
+        section = _SECTION.validate_python(content)
+    except ValidationError as error:
+        raise ValueError(f"calibration.{first_problem(error)}") from error
+    temperature, found = by_region(section.temperature), section.volume_interval
+    errors = found.log_ratio["postprocessed" if postprocessed else "plain"]
     if errors is None:
         why = (
-            f"{cases} cases were cross-validated, and an interval that covers {level:.0%} needs {fewest_cases(level)} "
-            "or more"
+            f"{found.cases} cases were cross-validated, and an interval that covers {found.level:.0%} needs "
+            f"{fewest_cases(found.level)} or more"
         )
         return Calibration(temperature=temperature, why_no_interval=why)
-    ratios = _by_region(errors, "volume_interval", above_zero=False)
-    return Calibration(temperature=temperature, volume=VolumeErrors(level=level, offset_ml=offset, log_ratio=ratios))
-
-
-def _by_region(content: Mapping[str, Any], what: str, *, above_zero: bool) -> ByRegion:
-    x, y, z = (float(content[region]) for region in REGIONS)
-    if not all((value > 0 if above_zero else value >= 0) and value < math.inf for value in (x, y, z)):
-        raise ValueError(f"{what} {x:g}, {y:g}, {z:g}")
-    return (x, y, z)
+    volume = VolumeErrors(level=found.level, offset_ml=found.offset_ml, log_ratio=by_region(errors))
+    return Calibration(temperature=temperature, volume=volume)

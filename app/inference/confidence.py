@@ -14,23 +14,18 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 from scipy.special import entr
 
 from app.config.inference import PredictOptions
+from app.inference.postprocess import Masks, connected_components
 from data.labels import REGIONS, Region
 from data.nifti import SHARE_STEPS, Spacing
-from data.preprocess import smallest_box
 
 Floats = npt.NDArray[np.float32]
-Masks = npt.NDArray[np.bool_]
 ShareSteps = npt.NDArray[np.uint16]
 #: An optional file next to the label map, by its name: WT, TC and ET as volumes of one 4D file.
 Companion = Literal["probabilities", "uncertainty", "disagreement"]
 COMPANIONS: Final[tuple[Companion, ...]] = ("probabilities", "uncertainty", "disagreement")
-
-#: 26-connectivity: voxels that share a face, an edge or a corner belong to the same component.
-_CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
 
 
 def nested(centred: Floats) -> Floats:
@@ -131,7 +126,7 @@ class Trust:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data, as written to ``<case>.json``."""
-        spread = self.volume_range_ml
+        ranges = self.volume_range_ml
         return {
             "confidence": {r: None if c is None else round(c, 4) for r, c in self.confidence.items()},
             "soft_volumes_ml": {r: round(ml, 3) for r, ml in self.soft_volumes_ml.items()},
@@ -139,9 +134,7 @@ class Trust:
             "answers": {
                 "networks": self.networks,
                 "flips": self.flips,
-                "volume_range_ml": None
-                if spread is None
-                else {region: [round(ml, 3) for ml in ends] for region, ends in spread.items()},
+                "volume_range_ml": ranges and {r: [round(ml, 3) for ml in ends] for r, ends in ranges.items()},
             },
         }
 
@@ -171,19 +164,19 @@ def measure_confidence(
     volumes: dict[Region, float] = {}
     confidence: dict[Region, float | None] = {}
     soft: dict[Region, float] = {}
-    components: dict[Region, int] = {}
+    sizes: dict[Region, npt.NDArray[np.int_]] = {}
     for region, mask, share in zip(REGIONS, masks, centred, strict=True):
         volumes[region] = int(np.count_nonzero(mask)) * voxel_ml
         confidence[region] = float(share[mask].mean(dtype=np.float64)) + 0.5 if mask.any() else None
         soft[region] = float((share + np.float32(0.5)).sum(dtype=np.float64)) * voxel_ml
-        components[region] = len(_component_sizes(mask))
-    sizes = _component_sizes(masks[0])
+        sizes[region] = connected_components(mask)[2][1:] if mask.any() else np.zeros(0, dtype=int)
+    whole = sizes["WT"]
     return Trust(
         volumes_ml=volumes,
         confidence=confidence,
         soft_volumes_ml=soft,
-        components=components,
-        largest_component=float(sizes.max() / sizes.sum()) if sizes.size else 0.0,
+        components={region: len(found) for region, found in sizes.items()},
+        largest_component=float(whole.max() / whole.sum()) if whole.size else 0.0,
         answer_volumes_ml=tuple(
             {region: count * answer_ml for region, count in zip(REGIONS, counts, strict=True)}
             for counts in answer_voxels
@@ -191,11 +184,3 @@ def measure_confidence(
         networks=networks,
         flips=flips,
     )
-
-
-def _component_sizes(mask: Masks) -> npt.NDArray[np.int_]:
-    """Number of voxels of each component, in no particular order."""
-    if not mask.any():
-        return np.zeros(0, dtype=int)
-    numbers, _ = ndimage.label(mask[smallest_box(mask)], structure=_CONNECTED)
-    return np.bincount(numbers.ravel())[1:]

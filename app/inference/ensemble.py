@@ -13,20 +13,15 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from app.errors import RunError
-from app.inference.calibration import Calibration, calibration_from_json
-from app.inference.model import Model, ModelFacts, Predictor, config_of, facts_of, load_model
+from app.inference.calibration import calibration_from_json
+from app.inference.model import Model, Predictor, load_model
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runs.folder import read_json
 from app.system.device import Runtime
-from data.labels import LabelConvention
-from data.nifti import Spacing
 from data.preprocess import SPACING_TOLERANCE
-
-if TYPE_CHECKING:
-    from app.config.load import RunConfig
 
 #: File that describes an ensemble, in the ensemble's folder.
 ENSEMBLE_FILE: Final = "ensemble.json"
@@ -35,49 +30,29 @@ CROSSVAL_FILE: Final = "folds.json"
 #: Folder of the ensemble inside that of its cross-validation.
 ENSEMBLE_FOLDER: Final = "ensemble"
 VERSION: Final = 1
+#: What the networks of an ensemble have in common.
+_SHARED: Final = ("plain_config", "takes_missing_contrasts", "spacing_mm", "convention")
 #: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
-_ANEW: Final = "Put the folder back from a copy, or delete it and give the znormseg crossval command again."
+_ANEW: Final = "Restore the folder from a copy, or delete it and give the znormseg crossval command again."
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ensemble:
-    """Networks that predict together."""
+class Ensemble(Predictor):
+    """Networks that predict together; ``plain_config`` is that of the first, and the others differ in their cases only.
+
+    ``sha256`` is over the SHA-256s of the networks' weights, in the order of the networks. The temperatures of
+    ``calibration`` are for probabilities before post-processing, its volumes for masks post-processed as here.
+    """
 
     folder: Path
-    names: tuple[str, ...]
-    """Names of the networks' folders in ``folder``."""
-    steps: Mapping[str, int]
-    """By name: the optimiser step of the weights."""
-    weights: Mapping[str, str]
-    """By name: SHA-256 of the weights file."""
+    networks: Mapping[str, tuple[str, int]]
+    """SHA-256 of the weights file and optimiser step of each network, by the name of its folder in ``folder``."""
     runtime: Runtime
-    plain_config: Mapping[str, Any]
-    """Config of the first network, as stored in its checkpoint; the others differ only in their cases."""
-    takes_missing_contrasts: bool
-    """Whether the networks were trained to predict without some contrasts."""
-    spacing_mm: Spacing
-    convention: LabelConvention
-    postprocess: Postprocess
-    postprocess_was_left_out: bool
-    calibration: Calibration
-    """Its temperatures are for probabilities before post-processing, its volumes for masks post-processed as here."""
+    postprocessed: bool
+    """Whether the ensemble's own rules are applied; otherwise ``postprocess`` has none."""
     held: tuple[Model, ...]
     """The networks, if they are small in total; else empty."""
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 over the SHA-256s of the networks' weights, in the order of the networks."""
-        return hashlib.sha256(" ".join(self.weights[name] for name in self.names).encode()).hexdigest()
-
-    @property
-    def config(self) -> RunConfig:
-        """Config of the first network; imports torch.
-
-        Raises:
-            RunError: the config does not fit this version.
-        """
-        return config_of(self.plain_config, str(self.folder))
 
     def members(self) -> Iterator[Model]:
         """Yield the networks; unless they are held in memory, each is read when its turn comes and not kept.
@@ -88,18 +63,18 @@ class Ensemble:
         if self.held:
             yield from self.held
             return
-        for name in self.names:
-            yield _member(self.folder, name, self.weights[name], self.runtime)
+        for name, (sha256, _) in self.networks.items():
+            yield _member(self.folder, name, sha256, self.runtime)
 
     def record(self) -> dict[str, Any]:
         """SHA-256 over all weights and of each network's, and the post-processing that was applied."""
         return {
             "weights_sha256": self.sha256,
             "ensemble": [
-                {"network": name, "weights_sha256": self.weights[name], "weights_step": self.steps[name]}
-                for name in self.names
+                {"network": name, "weights_sha256": sha256, "weights_step": step}
+                for name, (sha256, step) in self.networks.items()
             ],
-            "postprocess": None if self.postprocess_was_left_out else self.postprocess.to_json(),
+            "postprocess": self.postprocess.to_json() if self.postprocessed else None,
         }
 
 
@@ -122,8 +97,8 @@ def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) 
         if (inner / ENSEMBLE_FILE).exists():
             raise RunError(f"{folder}: a cross-validation, not a run. Give its ensemble, {inner}, or one of its folds.")
         raise RunError(
-            f"{folder}: a cross-validation that is not done, so there is no ensemble yet. Go on with the command that "
-            "began it: znormseg crossval"
+            f"{folder}: a cross-validation that has not finished, so there is no ensemble yet. Resume it with the "
+            "znormseg crossval command that started it."
         )
     return load_model(folder, runtime)
 
@@ -151,27 +126,24 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         raise RunError(f"{folder / ENSEMBLE_FILE}: damaged, or of another version ({error}). {_ANEW}") from error
     small = sum(path.stat().st_size for path in folder.glob("*/checkpoints/*.safetensors")) <= _MOST_HELD_BYTES
     held: list[Model] = []
-    first: ModelFacts | None = None
+    shared: dict[str, Any] = {}
     for name, (sha256, _) in listed.items():
         model = _member(folder, name, sha256, runtime)
-        first = first or facts_of(model)
-        require_alike(folder, first, facts_of(model))
+        facts = {key: getattr(model, key) for key in _SHARED}
+        shared = shared or facts
+        _require_alike(folder, shared, facts)
         if small:
             held.append(model)
         del model
-    assert first is not None
     return Ensemble(
+        **shared,
+        origin=str(folder),
+        sha256=hashlib.sha256(" ".join(sha256 for sha256, _ in listed.values()).encode()).hexdigest(),
         folder=folder,
-        names=tuple(listed),
-        steps={name: step for name, (_, step) in listed.items()},
-        weights={name: sha256 for name, (sha256, _) in listed.items()},
+        networks=listed,
         runtime=runtime,
-        plain_config=first.plain_config,
-        takes_missing_contrasts=first.takes_missing_contrasts,
-        spacing_mm=first.spacing_mm,
-        convention=first.convention,
         postprocess=rules if postprocess else Postprocess(),
-        postprocess_was_left_out=not postprocess,
+        postprocessed=postprocess,
         calibration=calibration,
         held=tuple(held),
     )
@@ -189,26 +161,25 @@ def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
         raise RunError(f"{folder}: network {name}: {str(error).rstrip('.')}. {_ANEW}") from error
     if model.sha256 != sha256:
         raise RunError(
-            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 is another. "
-            f"{_ANEW}"
+            f"{folder}: the weights of {name} are not those that {ENSEMBLE_FILE} lists: their SHA-256 differs. {_ANEW}"
         )
     return model
 
 
-def require_alike(folder: Path, first: ModelFacts, model: ModelFacts) -> None:
+def _require_alike(folder: Path, first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
     """Check that the probabilities of two networks may be averaged.
 
     Raises:
         RunError: they work at different spacings, were trained on different label numbers, or differ in the contrasts
             that they need.
     """
-    pairs = zip(first.spacing_mm, model.spacing_mm, strict=True)
-    if any(abs(one - other) > SPACING_TOLERANCE * other for one, other in pairs):
-        what = f"spacing {first.spacing_mm} and {model.spacing_mm} mm"
-    elif model.convention != first.convention:
-        what = f"label conventions {first.convention.name} and {model.convention.name}"
-    elif model.takes_missing_contrasts != first.takes_missing_contrasts:
+    spacings = first["spacing_mm"], other["spacing_mm"]
+    if any(abs(one - two) > SPACING_TOLERANCE * two for one, two in zip(*spacings, strict=True)):
+        what = f"spacing {spacings[0]} and {spacings[1]} mm"
+    elif other["convention"] != first["convention"]:
+        what = f"label conventions {first['convention'].name} and {other['convention'].name}"
+    elif other["takes_missing_contrasts"] != first["takes_missing_contrasts"]:
         what = "augment.contrast_dropout above 0 and 0"
     else:
         return
-    raise RunError(f"{folder}: networks that do not go together: {what}. {_ANEW}")
+    raise RunError(f"{folder}: networks that cannot be combined: {what}. {_ANEW}")

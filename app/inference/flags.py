@@ -9,7 +9,7 @@ from typing import Final
 
 from app.inference.confidence import Trust
 from app.runs.training_record import UNKNOWN, TrainingRecord
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.labels import REGIONS, Contrast, Region
 
 #: A smaller whole tumour is tiny: a ball of 10 mm diameter, the smallest lesion that counts as measurable in the RANO
@@ -27,17 +27,13 @@ UNCERTAIN_SHARE: Final = 0.2
 UNCERTAIN_ML: Final = 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Flag:
     """One thing that a reader of the label map should know."""
 
     code: str
     """One of :data:`CODES`; codes are stable, sentences may change."""
     sentence: str
-
-    def to_json(self) -> dict[str, str]:
-        """Plain data."""
-        return {"code": self.code, "sentence": self.sentence}
 
 
 #: Every code and its meaning.
@@ -85,43 +81,36 @@ def flags_of(facts: CaseFacts) -> tuple[Flag, ...]:
 
 def _flags(facts: CaseFacts) -> Iterator[Flag]:
     if facts.missing:
-        yield Flag(code="missing_contrast", sentence=f"Predicted without {_and(facts.missing)}, which is missing.")
+        yield Flag("missing_contrast", f"Predicted without {_and(facts.missing)}, which is missing.")
     for contrast, count in facts.zeroed.items():
-        yield Flag(code="nan_to_zero", sentence=f"{count} voxels of {contrast} were NaN or infinite; taken as 0.")
+        yield Flag("nan_to_zero", f"{count} voxels of {contrast} were NaN or infinite; taken as 0.")
     for contrast, sentence in facts.backgrounds.items():
-        yield Flag(code="background_not_zero", sentence=_sentence(f"{contrast}: {sentence}"))
+        yield Flag("background_not_zero", _sentence(f"{contrast}: {sentence}"))
     for sentence in facts.repairs:
-        yield Flag(code="geometry_repaired", sentence=_sentence(sentence))
+        yield Flag("geometry_repaired", _sentence(sentence))
     for sentence in facts.preparation:
-        yield Flag(code="preparation", sentence=_sentence(sentence))
+        yield Flag("preparation", _sentence(sentence))
     if facts.unusual:
-        yield Flag(
-            code="unusual_intensities",
-            sentence=f"The intensities of {_and(facts.unusual)} are unlike those of the training cases.",
-        )
+        sentence = f"The intensities of {_and(facts.unusual)} are unlike those of the training cases."
+        yield Flag("unusual_intensities", sentence)
     yield from _tumour_flags(facts.trust)
     if (known := _seen(facts.case, facts.training)) is not None:
-        yield Flag(code="seen_in_training", sentence=known)
+        yield Flag("seen_in_training", known)
 
 
 def _tumour_flags(trust: Trust) -> Iterator[Flag]:
-    whole = trust.volumes_ml["WT"]
+    whole, pieces, largest = trust.volumes_ml["WT"], trust.components["WT"], trust.largest_component
     if not whole:
-        yield Flag(code="no_tumour", sentence="No tumour is marked.")
+        yield Flag("no_tumour", "No tumour is marked.")
     elif whole < TINY_ML:
-        yield Flag(
-            code="tiny_tumour",
-            sentence=f"The whole tumour has {whole:.2f} ml, less than a ball of 10 mm ({TINY_ML:.2f}).",
-        )
-    if trust.components["WT"] > MANY_COMPONENTS or 0 < trust.largest_component < LEAST_IN_LARGEST:
-        yield Flag(
-            code="scattered_tumour",
-            sentence=f"The whole tumour is in {trust.components['WT']} pieces; the largest holds "
-            f"{trust.largest_component:.0%} of it.",
-        )
+        sentence = f"The whole tumour has {whole:.2f} ml, less than a ball of 10 mm ({TINY_ML:.2f})."
+        yield Flag("tiny_tumour", sentence)
+    if pieces > MANY_COMPONENTS or 0 < largest < LEAST_IN_LARGEST:
+        sentence = f"The whole tumour is in {pieces} pieces; the largest holds {largest:.0%} of it."
+        yield Flag("scattered_tumour", sentence)
     for region in REGIONS:
-        if (sentence := _uncertain(region, trust)) is not None:
-            yield Flag(code="uncertain_volume", sentence=sentence)
+        if (uncertain := _uncertain(region, trust)) is not None:
+            yield Flag("uncertain_volume", uncertain)
 
 
 def _uncertain(region: Region, trust: Trust) -> str | None:

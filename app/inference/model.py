@@ -1,15 +1,16 @@
-"""A trained network, loaded from its run folder with all that is needed to apply it; and the protocol of predictors."""
+"""A trained network, loaded from its run folder with all that is needed to apply it; and what all predictors share."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 from app.errors import ConfigError, RunError
-from app.inference.backends.executors import Backend, TorchEngine, make_engine
+from app.inference.backends.executors import Engine, TorchEngine, make_engine
 from app.inference.backends.graph import GRAPH_KEY, Graph, graph_from_json
 from app.inference.calibration import NOT_CALIBRATED, Calibration
 from app.inference.postprocess import Postprocess
@@ -30,82 +31,26 @@ if TYPE_CHECKING:
 _NETWORK_KEYS: Final = {"architecture", "channels", "dropout"}
 
 
-class Predictor(Protocol):
+@dataclass(frozen=True, kw_only=True)
+class Predictor(ABC):
     """Predicts label maps: one network, or the mean of several."""
 
-    @property
-    def plain_config(self) -> Mapping[str, Any]:
-        """Config of the training run, as stored in the checkpoint."""
-        ...
-
-    @property
-    def config(self) -> RunConfig:
-        """Config of the training run."""
-        ...
-
-    @property
-    def spacing_mm(self) -> Spacing:
-        """Voxel spacing that the networks work at."""
-        ...
-
-    @property
-    def convention(self) -> LabelConvention:
-        """Meaning of the label numbers in the training data."""
-        ...
-
-    @property
-    def sha256(self) -> str:
-        """SHA-256 of the weights."""
-        ...
-
-    @property
-    def postprocess(self) -> Postprocess:
-        """Rules that turn probabilities into masks."""
-        ...
-
-    @property
-    def calibration(self) -> Calibration:
-        """How far probabilities and volumes can be trusted."""
-        ...
-
-    @property
-    def takes_missing_contrasts(self) -> bool:
-        """Whether it was trained to predict without some contrasts."""
-        ...
-
-    def members(self) -> Iterator[Model]:
-        """The networks, one after the other; a caller that drops each before the next holds only one at a time."""
-        ...
-
-    def record(self) -> dict[str, Any]:
-        """Entries of a result file about the weights and the post-processing."""
-        ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Model:
-    """A network ready to predict."""
-
-    engine: Backend
-    """The network and the backend that computes it."""
     plain_config: Mapping[str, Any]
     """Config of the training run, as stored in the checkpoint."""
     origin: str
-    """Folder of the run, for messages."""
-    window: Size
-    """Size that the network was trained on, in voxels."""
-    overlap: float
-    """Share of a window that its neighbour also covers, as in the run's validations."""
-    crop: bool
-    """Whether it sees only the bounding box of the brain instead of the whole volume."""
+    """Folder of the run or the ensemble, for messages."""
     takes_missing_contrasts: bool
     """Whether it was trained to predict without some contrasts."""
     spacing_mm: Spacing
+    """Voxel spacing that the networks work at."""
     convention: LabelConvention
     """Meaning of the label numbers in the training data."""
     sha256: str
-    """SHA-256 of the weights file."""
-    step: int
+    """SHA-256 of the weights."""
+    postprocess: Postprocess = field(default_factory=Postprocess)
+    """Rules that turn probabilities into masks; by default, probabilities are cut at one half."""
+    calibration: Calibration = NOT_CALIBRATED
+    """How far probabilities and volumes can be trusted."""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -114,23 +59,41 @@ class Model:
         Raises:
             RunError: the config does not fit this version.
         """
-        return config_of(self.plain_config, self.origin)
+        from app.config.load import from_plain
+
+        try:
+            return from_plain(dict(self.plain_config), self.origin)
+        except ConfigError as error:
+            raise _does_not_fit(self.origin, error) from error
+
+    @abstractmethod
+    def members(self) -> Iterator[Model]:
+        """The networks, one after the other; a caller that drops each before the next holds only one at a time."""
+
+    @abstractmethod
+    def record(self) -> dict[str, Any]:
+        """Entries of a result file about the weights and the post-processing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model(Predictor):
+    """A network ready to predict; not calibrated, since a run uses its validation cases to choose its weights."""
+
+    engine: Engine
+    """The network and the backend that computes it."""
+    window: Size
+    """Size that the network was trained on, in voxels."""
+    overlap: float
+    """Share of a window that its neighbour also covers, as in the run's validations."""
+    crop: bool
+    """Whether it sees only the bounding box of the brain instead of the whole volume."""
+    step: int
 
     @property
     def network(self) -> GraphNetwork:
         """The network as a torch module in eval mode; its state dict is that of the trained network."""
         assert isinstance(self.engine, TorchEngine), "loaded for another backend than torch"
         return self.engine.network
-
-    @property
-    def postprocess(self) -> Postprocess:
-        """No rules: probabilities are cut at one half."""
-        return Postprocess()
-
-    @property
-    def calibration(self) -> Calibration:
-        """Not calibrated: a single run has used its validation cases to choose its weights."""
-        return NOT_CALIBRATED
 
     def members(self) -> Iterator[Model]:
         """Yield this network."""
@@ -139,40 +102,6 @@ class Model:
     def record(self) -> dict[str, Any]:
         """SHA-256 and step of the weights."""
         return {"weights_sha256": self.sha256, "weights_step": self.step}
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """Facts about a network without its weights, such as those that networks must share to predict together."""
-
-    plain_config: Mapping[str, Any]
-    takes_missing_contrasts: bool
-    spacing_mm: Spacing
-    convention: LabelConvention
-
-
-def facts_of(model: Model) -> ModelFacts:
-    """Copy the facts of a network, so that the network itself can be freed."""
-    return ModelFacts(
-        plain_config=model.plain_config,
-        takes_missing_contrasts=model.takes_missing_contrasts,
-        spacing_mm=model.spacing_mm,
-        convention=model.convention,
-    )
-
-
-def config_of(plain: Mapping[str, Any], origin: str) -> RunConfig:
-    """Parse the config of a checkpoint; imports torch.
-
-    Raises:
-        RunError: the config does not fit this version.
-    """
-    from app.config.load import from_plain
-
-    try:
-        return from_plain(dict(plain), origin)
-    except ConfigError as error:
-        raise RunError(f"{origin}: the weights do not fit this version ({error}). Train again.") from error
 
 
 def load_model(run: Path, runtime: Runtime) -> Model:
@@ -187,18 +116,15 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     """
     if not run.is_dir():
         raise RunError(f"{run}: {'not a folder' if run.exists() else 'does not exist'}; give the folder of a run")
-    checkpoint: Saved[Any] | None
-    if runtime.backend == "openvino":
-        checkpoint = load_newest_arrays(run / "checkpoints", "best")
-    else:
-        checkpoint = load_newest(run / "checkpoints", "best")
+    load = load_newest_arrays if runtime.backend == "openvino" else load_newest
+    checkpoint: Saved[Any] | None = load(run / "checkpoints", "best")
     if checkpoint is None:
         if not (run / "config.yaml").exists():
             raise RunError(
                 f"{run}: not the folder of a run, a model or an ensemble. Give one that train or crossval made."
             )
         raise RunError(
-            f"{run}: no weights there yet. Wait for the run's first validation; if it was interrupted, go on with it: "
+            f"{run}: no weights there yet. Wait for the run's first validation; if it was interrupted, resume it: "
             f"znormseg train DATA {run} --resume"
         )
     details = checkpoint.details
@@ -226,7 +152,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ConfigError) as error:
         if isinstance(error, RunError):
             raise
-        raise RunError(f"{run}: the weights do not fit this version ({error}). Train again.") from error
+        raise _does_not_fit(str(run), error) from error
     return Model(
         engine=engine,
         plain_config=plain,
@@ -242,6 +168,10 @@ def load_model(run: Path, runtime: Runtime) -> Model:
     )
 
 
+def _does_not_fit(origin: str, error: Exception) -> RunError:
+    return RunError(f"{origin}: the weights do not fit this version ({error}). Train again.")
+
+
 def _traced(run: Path, plain: dict[str, Any]) -> Graph:
     """Trace the graph of a run whose version did not store it, from the network's code.
 
@@ -251,6 +181,6 @@ def _traced(run: Path, plain: dict[str, Any]) -> Graph:
     from app.config.load import from_plain
     from app.inference.backends.trace import trace_of
 
-    LOG.info("%s: of a version that kept no graph of the network; it is made from the code, which takes seconds", run)
+    LOG.info("%s: saved by a version that stored no graph of the network; tracing the code takes seconds", run)
     config = from_plain(plain, str(run))
     return trace_of(config.network, in_channels=config.input_channels)

@@ -17,12 +17,11 @@ from scipy import ndimage
 
 from data.labels import REGIONS
 from data.nifti import Spacing
-from data.preprocess import smallest_box
+from data.preprocess import Box, smallest_box
 
 Masks = npt.NDArray[np.bool_]
 ByRegion = tuple[float, float, float]
 
-#: 26-connectivity: voxels that share a face, an edge or a corner belong to the same component.
 _CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
 #: Voxel sizes come from affines, so a component counts as large as the bound if it is this close, relative.
 _TOLERANCE: Final = 1e-6
@@ -95,19 +94,13 @@ class Postprocess:
 
     def sentence(self) -> str:
         """Describe the rules that are not at their defaults, in words."""
-        said = [
-            f"{region} above {threshold:g}"
-            for region, threshold in zip(REGIONS, self.thresholds, strict=True)
-            if threshold != 0.5
-        ]
-        said += [
-            f"{region} components of {volume:g} mm3 or more"
-            for region, volume in zip(REGIONS, self.smallest_mm3, strict=True)
-            if volume
-        ]
+        cuts = zip(REGIONS, self.thresholds, strict=True)
+        sizes = zip(REGIONS, self.smallest_mm3, strict=True)
+        parts = [f"{region} above {threshold:g}" for region, threshold in cuts if threshold != 0.5]
+        parts += [f"{region} components of {volume:g} mm3 or more" for region, volume in sizes if volume]
         if self.least_enhancing_mm3:
-            said.append(f"enhancing tumour below {self.least_enhancing_mm3:g} mm3 is necrosis")
-        return "; ".join(said) or "none: probabilities are cut at one half"
+            parts.append(f"enhancing tumour below {self.least_enhancing_mm3:g} mm3 is necrosis")
+        return "; ".join(parts) or "none: probabilities are cut at one half"
 
 
 def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
@@ -116,14 +109,29 @@ def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
     Raises:
         KeyError, TypeError, ValueError: the content is not valid.
     """
-    thresholds, smallest = (
-        [float(content[key][region]) for region in REGIONS] for key in ("thresholds", "smallest_mm3")
-    )
     return Postprocess(
-        thresholds=(thresholds[0], thresholds[1], thresholds[2]),
-        smallest_mm3=(smallest[0], smallest[1], smallest[2]),
+        thresholds=by_region(content["thresholds"]),
+        smallest_mm3=by_region(content["smallest_mm3"]),
         least_enhancing_mm3=float(content["least_enhancing_mm3"]),
     )
+
+
+def by_region(numbers: Mapping[Any, Any]) -> ByRegion:
+    """Numbers in the order of :data:`data.labels.REGIONS`."""
+    whole, core, enhancing = (float(numbers[region]) for region in REGIONS)
+    return whole, core, enhancing
+
+
+def connected_components(mask: Masks) -> tuple[Box, npt.NDArray[Any], npt.NDArray[np.int_]]:
+    """Number the 26-connected components of a mask: voxels that share a face, an edge or a corner belong together.
+
+    Returns:
+        the bounding box of the mask; the number of the component of each voxel in it, 0 for the background; and the
+        number of voxels by component, starting with the background.
+    """
+    box = smallest_box(mask)
+    numbers, _ = ndimage.label(mask[box], structure=_CONNECTED)
+    return box, numbers, np.bincount(numbers.ravel())
 
 
 def without_small_components(mask: Masks, least_voxels: float) -> Masks:
@@ -139,11 +147,9 @@ def without_small_components(mask: Masks, least_voxels: float) -> Masks:
     """
     if least_voxels * (1 - _TOLERANCE) <= 1 or not mask.any():
         return mask
-    box = smallest_box(mask)
-    labels, _ = ndimage.label(mask[box], structure=_CONNECTED)
-    sizes = np.bincount(labels.ravel())
+    box, numbers, sizes = connected_components(mask)
     stays = sizes >= least_voxels * (1 - _TOLERANCE)
     stays[0] = False
     kept = np.zeros_like(mask)
-    kept[box] = stays[labels]
+    kept[box] = stays[numbers]
     return kept

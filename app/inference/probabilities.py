@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.config.inference import DEFAULTS, PredictOptions
-from app.inference.backends.executors import needed_bytes, window_divisor
+from app.inference.backends.executors import needed_bytes
 from app.inference.confidence import entropy_bits
 from app.inference.model import Model, Predictor
 from app.inference.postprocess import ByRegion
@@ -54,7 +54,7 @@ class MeanPrediction:
     """Number of mirrored images per network, including the original image: 1 or 8."""
 
 
-def ladder_for(options: PredictOptions) -> MemoryFallback:
+def fallback_for(options: PredictOptions) -> MemoryFallback:
     """Create the memory fallback of a new case, with the bound that was requested."""
     return MemoryFallback(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
 
@@ -68,11 +68,11 @@ def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None
         give_back_large_blocks()
     if not isinstance(model, Model):
         return
-    way = None
+    plan = None
     if options.window != "brain" and options.max_memory_gb is None:
-        way = model.engine.first_way(_window(model, model.window, options), runtime)
+        plan = model.engine.first_plan(_window(model, model.window, options), runtime)
     with suppress(MemoryError, RuntimeError):  # the error will recur with the case, where the fallback handles it
-        model.engine.warm_up(way, runtime)
+        model.engine.warm_up(plan, runtime)
 
 
 def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
@@ -109,7 +109,7 @@ def predict_answer(
     runtime: Runtime,
     *,
     options: PredictOptions = DEFAULTS,
-    ladder: MemoryFallback | None = None,
+    fallback: MemoryFallback | None = None,
 ) -> MeanPrediction:
     """Average the answers of every network, with ``tta`` eight answers each.
 
@@ -123,16 +123,16 @@ def predict_answer(
         options: window, overlap and the bound on memory. With ``tta``, each network also predicts the image mirrored
             along every subset of the three axes, and its answers are mirrored back. With ``uncertainty``, the
             disagreement of the answers is computed, which takes two more arrays.
-        ladder: memory fallback of the case; afterwards it describes what was done where memory was short.
+        fallback: memory fallback of the case; afterwards it describes what was done where memory was short.
 
     Raises:
         DataError: memory is not sufficient.
     """
-    ladder = ladder or ladder_for(options)
+    fallback = fallback or fallback_for(options)
     mean: npt.NDArray[Any] | None = None
     entropy: npt.NDArray[Any] | None = None
     volumes: list[tuple[int, int, int]] = []
-    for answer in _answers(model, prepared, runtime, options, ladder):
+    for answer in _answers(model, prepared, runtime, options, fallback):
         volumes.append(_volumes(answer, prepared.brain, model.postprocess.thresholds))
         if options.uncertainty:
             own = entropy_bits(answer)
@@ -161,7 +161,7 @@ def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt
 
 
 def _answers(
-    model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, ladder: MemoryFallback
+    model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, fallback: MemoryFallback
 ) -> Iterator[npt.NDArray[Any]]:
     """Probabilities less one half of every network for every mirrored image, mirrored back, one at a time."""
     several = options.tta or not isinstance(model, Model)
@@ -169,7 +169,7 @@ def _answers(
         try:
             for axes in FLIPS if options.tta else FLIPS[:1]:
                 seen = prepared if not axes else _mirrored(prepared, axes)
-                answer = _centre_(_box_logits(member, seen, runtime, options, ladder, several=several))
+                answer = _centre_(_box_logits(member, seen, runtime, options, fallback, several=several))
                 del seen
                 yield np.flip(answer, axes) if axes else answer
                 del answer
@@ -181,21 +181,16 @@ def _answers(
 
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
     """Mirror the image of a prepared case, and the volume that contains its box."""
-    return replace(
-        prepared,
-        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
-        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
-        box=_mirrored_box(prepared, axes),
-    )
-
-
-def _mirrored_box(prepared: Prepared, axes: tuple[int, ...]) -> tuple[slice, slice, slice]:
-    """Place of the box in the mirrored volume."""
     x, y, z = (
         slice(side - part.stop, side - part.start) if axis in axes else part
         for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
     )
-    return (x, y, z)
+    return replace(
+        prepared,
+        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
+        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
+        box=(x, y, z),
+    )
 
 
 def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
@@ -223,7 +218,7 @@ def _box_logits(
     prepared: Prepared,
     runtime: Runtime,
     options: PredictOptions,
-    ladder: MemoryFallback,
+    fallback: MemoryFallback,
     *,
     several: bool,
 ) -> npt.NDArray[Any]:
@@ -234,17 +229,17 @@ def _box_logits(
     present = presence_mask(prepared.present) if model.takes_missing_contrasts else None
     overlap = model.overlap if options.overlap is None else options.overlap
 
-    def compute(way: ComputePlan) -> npt.NDArray[Any]:
-        logits = engine.logits(image, present, runtime, overlap=overlap, way=way)[inner]
+    def compute(plan: ComputePlan) -> npt.NDArray[Any]:
+        logits = engine.logits(image, present, runtime, overlap=overlap, plan=plan)[inner]
         if logits.shape[1:] == prepared.box_shape:
             return logits
         # Logits rather than labels are resampled, so that borders stay smooth.
         return resized(logits, prepared.box_shape)
 
-    def needed(way: ComputePlan) -> int:
+    def needed(plan: ComputePlan) -> int:
         return needed_bytes(
             engine,
-            way,
+            plan,
             runtime,
             (x, y, z),
             prepared.box_shape,
@@ -257,10 +252,10 @@ def _box_logits(
         give_back_large_blocks()
         with suppress(MemoryError, RuntimeError):  # the error will recur below, where the fallback handles it
             engine.settle(runtime)
-    return ladder.run(
+    return fallback.run(
         compute,
-        engine.first_way(_window(model, (x, y, z), options), runtime),
-        divisor=window_divisor(engine),
+        engine.first_plan(_window(model, (x, y, z), options), runtime),
+        divisor=engine.divisor,
         needed_bytes=needed,
     )
 
@@ -295,4 +290,4 @@ def _window(model: Model, image_shape: Size, options: PredictOptions) -> Size:
     if options.window == "trained":
         return model.window
     sizes = image_shape if options.window == "brain" else options.window
-    return rounded_up(sizes, window_divisor(model.engine))
+    return rounded_up(sizes, model.engine.divisor)

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
 
+from app import NOTICE
 from app.errors import RunError
-from app.evaluation.evaluate import require_table_place
+from app.evaluation.tables import write_csv
 from app.inference.model import Predictor
 from app.inference.scoring import CaseDice, case_dice
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import read_json
 from app.system.device import Runtime
 from data.contrasts import SUBSETS
-from data.datasets.layouts import Case, convention_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case
 from data.errors import DataError
-from data.files import replacing
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
 #: Cases of a data set that are scored: those the run did not train on, those it was validated on, or all.
@@ -35,11 +34,6 @@ class SubsetScores:
     """Contrasts given to the network, in project order."""
     cases: Mapping[str, CaseDice]
     """Dice by case id and region, for the cases that have these contrasts."""
-
-    @property
-    def name(self) -> str:
-        """The contrasts in one word, such as ``t1+t1c``."""
-        return "+".join(self.contrasts)
 
     def dice(self) -> dict[Region, float]:
         """Mean Dice over cases, by region."""
@@ -104,7 +98,9 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
         what = "validated on none of them" if which == "validation" else "trained on all of them"
         raise DataError(f"{run} {what}, going by the ids of the {len(labelled)} cases. Give others, or --cases all.")
     if which == "unseen" and len(chosen) < len(labelled):
-        LOG.info("%d cases are left out, as the run trained on cases of their ids", len(labelled) - len(chosen))
+        LOG.info(
+            "%d cases are left out because the run was trained on cases with their ids", len(labelled) - len(chosen)
+        )
     return chosen
 
 
@@ -124,7 +120,7 @@ def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | Non
     except DataError as error:
         if labels is not None:
             raise
-        LOG.info("label numbers are read as those that the run was trained on (%s): %s", model.convention.name, error)
+        LOG.info("label numbers are read by the convention of the training data (%s): %s", model.convention.name, error)
         return model.convention
 
 
@@ -153,31 +149,30 @@ def score_subsets(
     """
     if not model.takes_missing_contrasts:
         raise RunError(
-            "this run was trained with all four contrasts always, so there are no subsets to score. Train one that "
-            "does without some: znormseg train ... --set augment.contrast_dropout=0.5"
+            "this run was always trained with all four contrasts, so there are no subsets to score. Train one that "
+            "accepts missing contrasts: znormseg train ... --set augment.contrast_dropout=0.5"
         )
-    found: dict[tuple[Contrast, ...], dict[str, CaseDice]] = {subset: {} for subset in SUBSETS}
+    scores: dict[str, dict[tuple[Contrast, ...], CaseDice]] = {}
     failures: dict[str, str] = {}
     for number, case in enumerate(cases):
+        subsets = [subset for subset in SUBSETS if set(subset) <= set(case.contrasts)]
+        found: dict[tuple[Contrast, ...], CaseDice] = {}
         try:
             case.require(all_contrasts=False)
-            subsets = [subset for subset in SUBSETS if set(subset) <= set(case.contrasts)]
-            scores: dict[tuple[Contrast, ...], CaseDice] = {}
             for position, subset in enumerate(subsets):
                 share = (number + position / len(subsets)) / len(cases)
                 on_progress(Progress(job="scoring", share=share, detail=f"{case.id}: {'+'.join(subset)}"))
                 given = replace(case, contrasts={c: case.contrasts[c] for c in subset}, problems=())
-                scores[subset] = case_dice(model, given, runtime, nan_to_zero=nan_to_zero, convention=convention)
+                found[subset] = case_dice(model, given, runtime, nan_to_zero=nan_to_zero, convention=convention)
+            scores[case.id] = found
         except DataError as error:
             failures[case.id] = str(error)
-            continue
-        for subset, dice in scores.items():
-            found[subset][case.id] = dice
-    if len(failures) == len(cases):
-        raise DataError(f"not one of {len(cases)} cases could be scored. {next(iter(failures.values()))}")
-    on_progress(Progress(job="scoring", share=1.0, detail=f"{len(cases) - len(failures)} of {len(cases)} cases"))
+    if not scores:
+        raise DataError(f"none of the {len(cases)} cases could be scored. {next(iter(failures.values()))}")
+    on_progress(Progress(job="scoring", share=1.0, detail=f"{len(scores)} of {len(cases)} cases"))
+    by_subset = {s: {case: found[s] for case, found in scores.items() if s in found} for s in SUBSETS}
     return SubsetEvaluation(
-        subsets=tuple(SubsetScores(contrasts=subset, cases=scores) for subset, scores in found.items() if scores),
+        subsets=tuple(SubsetScores(contrasts=subset, cases=cases) for subset, cases in by_subset.items() if cases),
         weights_sha256=model.sha256,
         failures=failures,
     )
@@ -187,10 +182,7 @@ def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
     """Rows of the table for the terminal: the header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
     return [
         ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
-        *(
-            [scores.name, str(len(scores.cases)), *(f"{value:.3f}" for value in _values(scores))]
-            for scores in evaluation.subsets
-        ),
+        *([name, str(n), *(f"{value:.3f}" for value in dice)] for name, n, *dice in _rows(evaluation)),
     ]
 
 
@@ -198,16 +190,14 @@ def write_subset_table(evaluation: SubsetEvaluation, path: Path) -> None:
     """Write the table as CSV, with numbers in full precision; the file appears complete or not at all.
 
     Raises:
-        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
         OSError: the file cannot be written.
     """
-    require_table_place(path)
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"])
-        for scores in evaluation.subsets:
-            writer.writerow([scores.name, len(scores.cases), *_values(scores)])
+    header = ["subset", "n", *(f"{region}_dice" for region in REGIONS), "mean_dice"]
+    write_csv(path, [header, *_rows(evaluation)])
 
 
-def _values(scores: SubsetScores) -> list[float]:
-    return [*scores.dice().values(), scores.mean_dice()]
+def _rows(evaluation: SubsetEvaluation) -> list[tuple[Any, ...]]:
+    return [
+        ("+".join(scores.contrasts), len(scores.cases), *scores.dice().values(), scores.mean_dice())
+        for scores in evaluation.subsets
+    ]

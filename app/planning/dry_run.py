@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Final
 
 import app
 from app.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, ConfigError, DeviceError
-from app.planning.trial import Asked, TrialReport, told_from_json
-from app.system.resources import Memory, memory_of
+from app.planning.trial import OUTCOME, REQUEST, TrialOutcome, TrialReport, TrialRequest
+from app.system.resources import memory_of
 from data.errors import DataError
 
 #: Interval at which the trial's memory is sampled.
@@ -34,14 +32,14 @@ _LAST_LINES: Final = 5
 class Needed:
     """Resources that a trial took."""
 
-    told: TrialReport
+    report: TrialReport
     own_bytes: int | None
     """RAM that a long run needs: its own memory at its peak plus a margin, and the program's files."""
 
     @property
     def step_seconds(self) -> float:
         """Duration of a step in a long run: the median of the steps, or the loader's time per step if longer."""
-        return max(median(self.told.step_seconds), self.told.loader_seconds)
+        return max(median(self.report.step_seconds), self.report.loader_seconds)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,11 +51,11 @@ class TooMuch:
     """The most memory that it held, if known; it may have needed more."""
 
 
-def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | TooMuch:
+def try_out(request: TrialRequest, work: Path, *, most_bytes: int | None) -> Needed | TooMuch:
     """Run a trial in a separate process.
 
     Args:
-        asked: what to try.
+        request: what to try.
         work: an existing folder to exchange files in.
         most_bytes: a trial that holds more than this is killed and counts as too much; None sets no bound.
 
@@ -66,70 +64,75 @@ def try_out(asked: Asked, work: Path, *, most_bytes: int | None) -> Needed | Too
         DeviceError: the device is not available, or another fault of the machine that less memory would not fix.
         RuntimeError: the trial failed for another reason.
     """
-    ended = _watched(replace(asked, prepare_only=False), work, most_bytes=most_bytes)
+    ended = _watched(request, work, most_bytes=most_bytes)
     if isinstance(ended, TooMuch):
         return ended
-    content, samples = ended
-    told = told_from_json(content["told"])
-    needed = Needed(told=told, own_bytes=_needed(told, samples))
-    if most_bytes is not None and needed.own_bytes is not None and needed.own_bytes > SHARE * most_bytes:
-        return TooMuch(why=_over(needed.own_bytes, most_bytes), needed_bytes=needed.own_bytes)
-    if told.gpu_bytes is not None and told.gpu_free_bytes is not None and told.gpu_bytes > SHARE * told.gpu_free_bytes:
-        return TooMuch(why=_over(told.gpu_bytes, told.gpu_free_bytes, "of GPU memory "), needed_bytes=needed.own_bytes)
-    return needed
+    report, held = ended
+    assert report is not None
+    # Samples from outside may miss a short peak; the system's own record does not.
+    peaks = [peak for peak in (held, report.own_bytes) if peak is not None]
+    own_bytes = int(_LONGER * max(peaks)) + (report.program_files_bytes or 0) if peaks else None
+    if most_bytes is not None and own_bytes is not None and own_bytes > SHARE * most_bytes:
+        return TooMuch(why=_over(own_bytes, most_bytes), needed_bytes=own_bytes)
+    gpu, free = report.gpu_bytes, report.gpu_free_bytes
+    if gpu is not None and free is not None and gpu > SHARE * free:
+        return TooMuch(why=_over(gpu, free, "of GPU memory "), needed_bytes=own_bytes)
+    return Needed(report=report, own_bytes=own_bytes)
 
 
-def _needed(told: TrialReport, samples: Sequence[Memory]) -> int | None:
-    """RAM that a run needs at least. Samples from outside may miss a short peak, the system's own record does not."""
-    looks = [sample.own for sample in samples]
-    own = max([*looks, *([told.own_bytes] if told.own_bytes is not None else [])], default=None)
-    return None if own is None else int(_LONGER * own) + (told.program_files_bytes or 0)
-
-
-def prepare_trial(asked: Asked, work: Path, *, most_bytes: int | None) -> float | TooMuch:
+def prepare_trial(request: TrialRequest, work: Path, *, most_bytes: int | None) -> float | TooMuch:
     """Prepare the cases of a trial, also in a separate process, and return the seconds it took.
 
     Arguments and errors are those of :func:`try_out`.
     """
     began = time.monotonic()
-    ended = _watched(replace(asked, prepare_only=True), work, most_bytes=most_bytes)
+    ended = _watched(replace(request, prepare_only=True), work, most_bytes=most_bytes)
     return ended if isinstance(ended, TooMuch) else time.monotonic() - began
 
 
-def _watched(asked: Asked, work: Path, *, most_bytes: int | None) -> tuple[dict[str, Any], list[Memory]] | TooMuch:
-    asked_path, told_path, log_path = work / "asked.json", work / "told.json", work / "trial.log"
-    told_path.unlink(missing_ok=True)
-    asked_path.write_text(json.dumps(asdict(asked)), encoding="utf-8")
-    samples: list[Memory] = []
+def _watched(
+    request: TrialRequest, work: Path, *, most_bytes: int | None
+) -> tuple[TrialReport | None, int | None] | TooMuch:
+    """Run a trial; return its report and the most memory of its own that it was seen to hold."""
+    request_path, outcome_path, log_path = work / "request.json", work / "outcome.json", work / "trial.log"
+    outcome_path.unlink(missing_ok=True)
+    request_path.write_bytes(REQUEST.dump_json(request))
+    held: int | None = None
     stopped = False
     with log_path.open("w", encoding="utf-8") as log:
         # -P: data/ or models.py in the current folder must not shadow this program's packages.
-        command = [sys.executable, "-P", "-m", "app.planning.trial", str(asked_path), str(told_path)]
+        command = [sys.executable, "-P", "-m", "app.planning.trial", str(request_path), str(outcome_path)]
         with subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log) as trial:  # noqa: S603
             try:
-                while trial.poll() is None:
+                while trial.poll() is None and not stopped:
                     if (sample := memory_of(trial.pid)) is not None:
-                        samples.append(sample)
-                        if most_bytes is not None and sample.own > most_bytes:
-                            stopped = True
-                            break
+                        held = max(held or 0, sample.own)
+                        stopped = most_bytes is not None and sample.own > most_bytes
                     time.sleep(_SECONDS)
             finally:
                 if trial.poll() is None:
                     trial.kill()
-    held = max((sample.own for sample in samples), default=None)
+
+    def too_much(how: str) -> TooMuch:
+        return TooMuch(why=f"{how} when it held {memory_in_words(held)}", needed_bytes=held)
+
     if stopped:
-        assert most_bytes is not None
-        return TooMuch(why=f"it was ended when it held {held_words(held)}", needed_bytes=held)
+        return too_much("it was ended")
     if trial.returncode < 0:  # an unexpected lack of memory often ends a process this way
-        name = signal.Signals(-trial.returncode).name
-        return TooMuch(why=f"it was killed ({name}) when it held {held_words(held)}", needed_bytes=held)
-    content: Mapping[str, Any] = json.loads(told_path.read_text(encoding="utf-8")) if told_path.exists() else {}
-    if "told" in content:
-        return dict(content), samples
-    if content.get("memory") or "bad_alloc" in log_path.read_text(encoding="utf-8", errors="replace"):
-        return TooMuch(why=f"memory ran out when it held {held_words(held)}", needed_bytes=held)
-    raise _fault(content, trial.returncode, log_path)
+        return too_much(f"it was killed ({signal.Signals(-trial.returncode).name})")
+    said = log_path.read_text(encoding="utf-8", errors="replace")
+    outcome = TrialOutcome()
+    if outcome_path.exists():
+        outcome = OUTCOME.validate_json(outcome_path.read_bytes())
+        if outcome.error is None:
+            return outcome.report, held
+    if outcome.out_of_memory or "bad_alloc" in said:
+        return too_much("memory ran out")
+    if outcome.error is not None:
+        kinds = {EXIT_DATA: DataError, EXIT_CONFIG: ConfigError, EXIT_MACHINE: DeviceError}
+        raise kinds.get(outcome.code, RuntimeError)(outcome.error)
+    last = " / ".join(said.splitlines()[-_LAST_LINES:])
+    raise RuntimeError(f"the dry run ended with code {trial.returncode}: {last}")
 
 
 def _environment() -> dict[str, str]:
@@ -138,15 +141,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
-def _fault(content: Mapping[str, Any], code: int, log: Path) -> Exception:
-    kinds = {EXIT_DATA: DataError, EXIT_CONFIG: ConfigError, EXIT_MACHINE: DeviceError}
-    if "error" in content:
-        return kinds.get(content["code"], RuntimeError)(content["error"])
-    last = " / ".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-_LAST_LINES:])
-    return RuntimeError(f"the dry run ended with code {code}: {last}")
-
-
-def held_words(held: int | None) -> str:
+def memory_in_words(held: int | None) -> str:
     """Bytes in words, or an unknown amount."""
     return "an unknown amount" if held is None else f"{held / 1e9:.2f} GB"
 

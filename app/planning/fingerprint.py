@@ -6,17 +6,17 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 import numpy as np
 
-from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases
+from app.training.cases import case_spacing, median_by_axis
+from data.datasets.label_stats import LabelMap, read_label_maps, tumours_of
+from data.datasets.layouts import Case
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import LabelConvention
-from data.nifti import Spacing, canonical_spacing, in_order_of, read_grid, read_image, read_label_map, reorient
+from data.nifti import Spacing, in_order_of, read_image, read_label_map, reorient
 from data.preprocess import smallest_box
 
 #: Cases whose images are read to measure brain and tumour; more take minutes and hardly change a median.
@@ -57,13 +57,12 @@ class Fingerprint:
     @property
     def brain_mm(self) -> Spacing:
         """Median brain box of the sample."""
-        return _median([extent.brain_mm for extent in self.extents.values()])
+        return median_by_axis([extent.brain_mm for extent in self.extents.values()])
 
     @property
     def tumour_mm(self) -> Spacing | None:
         """Median tumour box of the sample; None if no case has a tumour."""
-        boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
-        return _median(boxes) if boxes else None
+        return median_by_axis(self._tumours_mm) if self._tumours_mm else None
 
     def brain_voxels(self, spacing_mm: Spacing) -> tuple[int, int, int]:
         """Median brain box at a spacing, in voxels."""
@@ -72,9 +71,13 @@ class Fingerprint:
 
     def tumours_inside(self, side_mm: Sequence[float]) -> float:
         """Share of the sample's tumours whose box fits within these sides; 1 if there are none."""
-        boxes = [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
+        boxes = self._tumours_mm
         inside = sum(all(mm <= side for mm, side in zip(box, side_mm, strict=True)) for box in boxes)
         return inside / len(boxes) if boxes else 1.0
+
+    @property
+    def _tumours_mm(self) -> list[Spacing]:
+        return [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
@@ -94,50 +97,36 @@ class DataSet:
 
     cases: Mapping[str, Case]
     """All cases with a label map, by id."""
-    held: Mapping[str, LabelMap]
+    label_maps: Mapping[str, LabelMap]
     convention: LabelConvention
     fingerprint: Fingerprint
 
 
-def read_data_set(
-    root: Path,
-    *,
-    labels: str | None = None,
-    follow_links: bool = False,
-    on_case: Callable[[str, float], None] | None = None,
-) -> DataSet:
+def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = lambda *_: None) -> DataSet:
     """Take the fingerprint of a data set from every header and label map, and the images of a sample.
 
     Args:
-        root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        labels: name of the label convention, if the data set leaves it open.
-        follow_links: accept symbolic links that lead out of ``root``.
+        data: the data set.
         on_case: called with the id of each sampled case once it is read, and the share of the sample that is done.
 
     Raises:
         DataError: there is no data set or no case with a label map, labels are ambiguous, or a case cannot be read.
     """
-    found = find_cases(root, follow_links=follow_links)
-    cases = {case.id: case.require() for case in found if case.label is not None}
+    found = data.find_cases()
+    cases = {case.id: case.require() for case in found.values() if case.label is not None}
     if not cases:
-        raise DataError(f"{root}: no case has a label map (a file that ends in seg); training needs them")
-    held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
-    tumours = tumours_of(cases, held, convention).values()
+        raise DataError(f"{data.root}: no case has a label map (a file that ends in seg); training needs them")
+    label_maps = read_label_maps(cases.values())
+    convention = data.decide_convention(cases, label_maps)
+    tumours = tumours_of(cases, label_maps, convention).values()
     sample = _spread(list(cases.values()), SAMPLE)
-    done: list[str] = []
-
-    def look(case: Case) -> Extent:
-        extent = _extent(case)
-        done.append(case.id)
-        if on_case is not None:
-            on_case(case.id, len(done) / len(sample))
-        return extent
-
+    extents: dict[str, Extent] = {}
     # Reading a case takes about 100 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        extents = dict(zip((case.id for case in sample), pool.map(look, sample), strict=True))
-    spacings = np.array([_spacing(case) for case in cases.values()])
+        for case, extent in zip(sample, pool.map(_extent, sample), strict=True):
+            extents[case.id] = extent
+            on_case(case.id, len(extents) / len(sample))
+    spacings = np.array([case_spacing(case) for case in cases.values()])
     low, high = np.percentile(spacings, [10, 90], axis=0).round(4).tolist()
     volumes = np.percentile([tumour.volume_um3 / 1e12 for tumour in tumours], [10, 50, 90]).round(2).tolist()
     fingerprint = Fingerprint(
@@ -145,14 +134,14 @@ def read_data_set(
         with_label_map=len(cases),
         patients=len({case.patient for case in cases.values()}),
         labels=convention.name,
-        spacing_mm=_median([(x, y, z) for x, y, z in spacings.tolist()]),
+        spacing_mm=median_by_axis([(x, y, z) for x, y, z in spacings.tolist()]),
         spacing_percentiles_mm=(tuple(low), tuple(high)),
         extents=extents,
         tumour_ml=tuple(volumes),
         enhancing_share=sum(tumour.enhances for tumour in tumours) / len(cases),
-        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in _files(case)),
+        bytes_on_disk=sum(path.stat().st_size for case in cases.values() for path in case.files),
     )
-    return DataSet(cases=cases, held=held, convention=convention, fingerprint=fingerprint)
+    return DataSet(cases=cases, label_maps=label_maps, convention=convention, fingerprint=fingerprint)
 
 
 def _extent(case: Case) -> Extent:
@@ -164,11 +153,11 @@ def _extent(case: Case) -> Extent:
             volume = in_order_of(reference, read_image(path, case.volumes.get(contrast), nan_to_zero=True))
             if volume.voxels.shape != inside.shape:
                 raise DataError(
-                    f"case {case.id}: {contrast} and t1c have different shapes; znormseg data check says more"
+                    f"case {case.id}: {contrast} and t1c have different shapes. For details: znormseg data check"
                 )
             inside |= volume.voxels != 0
     if not inside.any():
-        raise DataError(f"case {case.id}: all images are zero everywhere; znormseg data check says more")
+        raise DataError(f"case {case.id}: all images are zero everywhere. For details: znormseg data check")
     assert case.label is not None
     tumour = in_order_of(reference, read_label_map(case.label)).voxels != 0
     return Extent(
@@ -183,21 +172,8 @@ def _sides(mask: Any, spacing_mm: Spacing) -> Spacing:
     return (x, y, z)
 
 
-def _spacing(case: Case) -> Spacing:
-    return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
-
-
-def _files(case: Case) -> set[Path]:
-    return {*case.contrasts.values(), *([case.label] if case.label is not None else [])}
-
-
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:
     """Up to ``count`` cases, evenly spaced."""
     if len(cases) <= count:
         return list(cases)
     return [cases[round(place)] for place in np.linspace(0, len(cases) - 1, count)]
-
-
-def _median(sides: Sequence[Spacing]) -> Spacing:
-    x, y, z = (round(median(along), 4) for along in zip(*sides, strict=True))
-    return (x, y, z)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from dataclasses import asdict, dataclass
-from typing import Any, Final
+from dataclasses import dataclass
+from typing import Final
 
 from app.config.load import RunConfig
 from app.errors import MemoryShortError
-from app.planning.dry_run import Needed, TooMuch, held_words
+from app.planning.dry_run import Needed, TooMuch, memory_in_words
 from app.planning.estimate import Estimate, estimate
-from app.planning.rules import PROGRAM_BYTES, smaller_network
+from app.planning.rules import PROGRAM_BYTES, smaller_network, times
 
 #: Maximum number of attempts; a plan has fewer steps down than this.
 _MOST_ATTEMPTS: Final = 12
@@ -28,10 +28,6 @@ class Attempt:
     changed: str
     """Change since the previous attempt; empty for the first."""
     outcome: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,49 +70,47 @@ def fit(
     while True:
         on_attempt(config, len(attempts) + 1)
         outcome = try_out(config)
-        words = f"fits, with {held_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
-        attempts.append(_attempt(config, changed, words))
+        words = f"fits, with {memory_in_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
+        attempts.append(
+            Attempt(
+                patch_voxels=config.training.patch_voxels,
+                batch_size=config.training.batch_size,
+                channels=config.network.channels,
+                changed=changed,
+                outcome=words,
+            )
+        )
         if isinstance(outcome, Needed):
             return Fitted(config=config, needed=outcome, attempts=tuple(attempts))
-        held = estimate(config, half=half, gpu=gpu)
-        target = _target(outcome, held, most_bytes)
+        needed = estimate(config, half=half, gpu=gpu)
+        target = _target(outcome, needed, most_bytes)
         steps = []
-        following = smaller_network(config, fixed=fixed)
-        while following is not None and len(attempts) < _MOST_ATTEMPTS:
-            config, step = following
+        while len(attempts) < _MOST_ATTEMPTS and (smaller := smaller_network(config, fixed=fixed)) is not None:
+            config, step = smaller
             steps.append(step)
             now = estimate(config, half=half, gpu=gpu)
-            following = smaller_network(config, fixed=fixed)
-            if now.host + now.gpu <= target or following is None:
+            if now.host + now.gpu <= target:
                 break
         if not steps:
-            kept = f" The settings {', '.join(sorted(fixed))} were not touched." if fixed else ""
+            kept = f" The settings {', '.join(sorted(fixed))} were kept." if fixed else ""
             raise MemoryShortError(
-                f"no plan fits into memory. The smallest attempt, {_in_words(attempts[-1])}: {words}.{kept} Free some "
+                f"no plan fits into memory. The smallest attempt, {step_in_words(config)}: {words}.{kept} Free some "
                 "memory, allow more with --max-memory-gb, or plan on another machine."
             )
         changed = ", ".join(steps)
 
 
-def _target(outcome: TooMuch, held: Estimate, most_bytes: int | None) -> float:
+def _target(outcome: TooMuch, needed: Estimate, most_bytes: int | None) -> float:
     """Maximum estimate for the next attempt; reduced in proportion if the bound was RAM."""
-    now = held.host + held.gpu
-    if most_bytes is None or outcome.needed_bytes is None or held.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
+    now = needed.host + needed.gpu
+    if most_bytes is None or outcome.needed_bytes is None or needed.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
         return _MARGIN * now
     share = (most_bytes - PROGRAM_BYTES) / (outcome.needed_bytes - PROGRAM_BYTES)
     return now * min(_MARGIN, _MARGIN * max(share, 0.0))
 
 
-def _attempt(config: RunConfig, changed: str, outcome: str) -> Attempt:
-    return Attempt(
-        patch_voxels=config.training.patch_voxels,
-        batch_size=config.training.batch_size,
-        channels=config.network.channels,
-        changed=changed,
-        outcome=outcome,
-    )
-
-
-def _in_words(attempt: Attempt) -> str:
-    patch = "x".join(str(side) for side in attempt.patch_voxels)
-    return f"patch {patch}, batch {attempt.batch_size}, channels {list(attempt.channels)}"
+def step_in_words(config: RunConfig) -> str:
+    """Describe the sizes of a config that decide the memory of a step."""
+    training = config.training
+    patch, channels = times(training.patch_voxels), list(config.network.channels)
+    return f"patch {patch}, batch {training.batch_size}, channels {channels}"

@@ -14,9 +14,9 @@ import torch
 from app.config.load import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
 from app.inference.sliding_window.grid import window_starts
-from app.planning.dry_run import TooMuch, held_words, prepare_trial, try_out
+from app.planning.dry_run import TooMuch, memory_in_words, prepare_trial, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
-from app.planning.fit import Attempt, Fitted, fit
+from app.planning.fit import Attempt, Fitted, fit, step_in_words
 from app.planning.rules import (
     CACHE_BYTES_A_VOXEL,
     FEWEST_STEPS,
@@ -24,15 +24,17 @@ from app.planning.rules import (
     Hardware,
     TrainingPlan,
     plan_training,
+    times,
     with_steps,
 )
-from app.planning.trial import Asked
+from app.planning.trial import TrialRequest
 from app.progress import OnProgress, Progress, silent
 from app.runs.case_cache import cache_bytes, cache_folder
 from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
 from data.datasets.label_stats import tumours_of
 from data.datasets.layouts import patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.patches.sampler import MOST_OPEN
 
@@ -71,11 +73,9 @@ class Disk:
                 f"prepared cases take {self.cache_bytes / 1e9:.1f} GB and the cache is bounded to "
                 f"{self.cache_limit_bytes / 1e9:.1f} GB; raise $ZNORMSEG_CACHE_GB, or runs keep the rest themselves"
             )
-        if None not in (self.checkpoint_bytes, self.here_free_bytes):
-            assert self.checkpoint_bytes is not None
-            assert self.here_free_bytes is not None
-            if self.checkpoint_bytes > self.here_free_bytes:
-                found.append(f"checkpoints take up to {self.checkpoint_bytes / 1e9:.2f} GB, more than is free here")
+        needed, free = self.checkpoint_bytes, self.here_free_bytes
+        if needed is not None and free is not None and needed > free:
+            found.append(f"checkpoints take up to {needed / 1e9:.2f} GB, more than is free here")
         return found
 
 
@@ -105,12 +105,37 @@ class DryRun:
         """Peak resident memory that tools will show for a long run."""
         return None if self.own_bytes is None or self.mapped_bytes is None else self.own_bytes + self.mapped_bytes
 
+    def lines(self) -> list[str]:
+        """Describe the results in words."""
+        lines = ["", f"Dry run on {self.device}: five steps after three, a validation window, checkpoints"]
+        lines += [
+            f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
+            for number, one in enumerate(self.attempts, start=1)
+        ]
+        lines.append(f"  memory: {memory_in_words(self.own_bytes)} needed")
+        if self.mapped_bytes is not None:
+            lines[-1] += (
+                f"; tools will show up to {memory_in_words(self.resident_bytes)}, as prepared cases are mapped: "
+                "the system takes those pages back when it must"
+            )
+        if self.gpu_bytes is not None:
+            lines.append(f"  GPU memory: {self.gpu_bytes / 1e9:.2f} GB, and what the driver takes")
+        window = f"; {self.window_seconds:.3g} s a validation window" if self.window_seconds is not None else ""
+        lines.append(f"  pace: {self.step_seconds:.3g} s a step{window}")
+        hours = self.seconds / 3600
+        lines.append(
+            f"  the budget: {self.steps} steps, {_duration(hours)}, of which validation takes at most "
+            f"{_duration(self.validation_seconds / 3600)}; preparing the cases comes on top"
+        )
+        lines.append("  /dev/shm: none needed, batches are made by threads")
+        return lines
+
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedRun:
     """A plan with the facts that it is based on."""
 
-    data: Path
+    data: DataSource
     fingerprint: Fingerprint
     split: Split
     limits: tuple[MemoryLimit, ...]
@@ -121,7 +146,39 @@ class PlannedRun:
 
     def lines(self) -> list[str]:
         """Describe the plan in words."""
-        return _lines(self)
+        fingerprint = self.fingerprint
+        spacing = times(fingerprint.spacing_mm)
+        low, high = map(times, fingerprint.spacing_percentiles_mm)
+        small, middle, large = fingerprint.tumour_ml
+        lines = [
+            f"Plan for {self.data.root}",
+            "",
+            f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
+            f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
+            f"  fold 0: {len(self.split.train)} train, {len(self.split.validation)} validate",
+            f"  spacing: median {spacing} mm (10 % to 90 %: {low} to {high})",
+            f"  brain's box: median {_mm(fingerprint.brain_mm)} mm; tumour's: {_mm(fingerprint.tumour_mm)} mm "
+            f"(of {len(fingerprint.extents)} cases)",
+            f"  tumour: median {middle:g} ml (10 % to 90 %: {small:g} to {large:g}); "
+            f"{fingerprint.enhancing_share:.0%} have enhancing tumour",
+        ]
+        if fingerprint.with_label_map < fingerprint.cases:
+            lines.append("  training needs a label map of every case it uses: leave the others out with --split")
+        if self.limits:
+            lines.append(f"Memory: {self.limits[0].free_bytes / 1e9:.1f} GB, by {self.limits[0].name}")
+        lines += ["", "Choices:", *(f"  {one.key} = {one.value}: {one.reason}" for one in self.choices), ""]
+        disk = self.disk
+        free = f", {disk.cache_free_bytes / 1e9:.1f} GB free" if disk.cache_free_bytes is not None else ""
+        lines.append(
+            f"Disk: prepared cases {disk.cache_bytes / 1e9:.2f} GB in {disk.cache_folder}{free} "
+            f"(at most {disk.cache_limit_bytes / 1e9:g} GB)"
+        )
+        if disk.checkpoint_bytes is not None:
+            here = "" if disk.here_free_bytes is None else f"; {disk.here_free_bytes / 1e9:.1f} GB free in this folder"
+            lines.append(f"  checkpoints up to {disk.checkpoint_bytes / 1e9:.3f} GB{here}")
+        lines += [f"  warning: {warning}" for warning in disk.warnings]
+        lines += self.dry_run.lines() if self.dry_run is not None else ["", "Not tried yet: add --dry-run."]
+        return lines
 
     def to_yaml(self) -> str:
         """The complete config, preceded by the reasons as comments."""
@@ -130,7 +187,7 @@ class PlannedRun:
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         return {
-            "data": str(self.data),
+            "data": str(self.data.root),
             "fingerprint": self.fingerprint.to_json(),
             "training_cases": len(self.split.train),
             "validation_cases": len(self.split.validation),
@@ -145,12 +202,10 @@ class PlannedRun:
 
 
 def plan_run(
-    data: Path,
+    data: DataSource,
     *,
     config: str | None = None,
     overrides: Sequence[str] = (),
-    labels: str | None = None,
-    follow_links: bool = False,
     with_dry_run: bool = False,
     max_memory_bytes: int | None = None,
     on_progress: OnProgress = silent,
@@ -161,8 +216,6 @@ def plan_run(
         data: a data set with label maps.
         config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
-        labels: name of the label convention, if the data set leaves it open.
-        follow_links: accept symbolic links that lead out of ``data``.
         with_dry_run: try the plan, and make it smaller if it does not fit.
         max_memory_bytes: RAM that may be used, if it is less than what is free.
         on_progress: called with the progress of each stage.
@@ -179,18 +232,12 @@ def plan_run(
         base = load_config("resunet-znorm", overrides)
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
-        data,
-        labels=labels,
-        follow_links=follow_links,
-        on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id)),
+        data, on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id))
     )
-    tumours = tumours_of(read.cases, read.held, read.convention)
-    one = read.fingerprint.patients < 2
-    split = (
-        Split(train=tuple(read.cases), validation=())
-        if one
-        else stratified_split(tumours, patients_of(read.cases.values()), 0)
-    )
+    tumours = tumours_of(read.cases, read.label_maps, read.convention)
+    split = Split(train=tuple(read.cases), validation=())
+    if read.fingerprint.patients > 1:
+        split = stratified_split(tumours, patients_of(read.cases.values()), 0)
     limits = memory_limits()
     if max_memory_bytes is not None:
         limits = [*limits, MemoryLimit(name="--max-memory-gb", free_bytes=max_memory_bytes)]
@@ -203,7 +250,7 @@ def plan_run(
         cores=cores(),
     )
     plan = plan_training(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)
-    disk = _disk(read.fingerprint, plan, split)
+    disk = _disk(plan, split)
     planned = PlannedRun(
         data=data,
         fingerprint=read.fingerprint,
@@ -216,48 +263,31 @@ def plan_run(
     )
     if not with_dry_run:
         return planned
-    return _tried(
-        planned, plan, read, hardware=hardware, fixed=fixed, follow_links=follow_links, on_progress=on_progress
-    )
+    return _tried(planned, plan, read, on_progress)
 
 
-def _tried(
-    planned: PlannedRun,
-    plan: TrainingPlan,
-    read: DataSet,
-    *,
-    hardware: Hardware,
-    fixed: set[str],
-    follow_links: bool,
-    on_progress: OnProgress,
-) -> PlannedRun:
+def _tried(planned: PlannedRun, plan: TrainingPlan, read: DataSet, on_progress: OnProgress) -> PlannedRun:
     """Try a plan: the same plan with measurements, made smaller if it does not fit."""
-    split, brain = planned.split, read.fingerprint.brain_voxels(plan.spacing_mm)
-    validating = _largest(split.validation, read) if split.validation else None
+    split, hardware, fixed = planned.split, plan.bounds.hardware, plan.bounds.fixed
+    validating = next(iter(_trial_cases(split.validation, read)), None)
     # Limits of this process also apply to the child, which runs into them by itself.
     outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
     most = min(outer, default=None)
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
         work = Path(folder)
-        run = work / "run"
-        run.mkdir()
-
-        def asked(config: RunConfig) -> Asked:
-            return Asked(
-                data=str(planned.data.resolve()),
-                folder=str(run),
-                config=to_plain(config),
-                prepare_only=False,
-                training=_some(split.train, read),
-                validation=validating,
-                labels=read.convention.name,
-                spacing_mm=plan.spacing_mm,
-                follow_links=follow_links,
-                most_share_of_limits=_SHARE_OF_LIMITS,
-            )
-
+        request = TrialRequest(
+            data=replace(planned.data, root=planned.data.root.resolve()),
+            folder=work / "run",
+            config=plan.config,
+            training=_trial_cases(split.train, read),
+            validation=validating,
+            labels=read.convention.name,
+            spacing_mm=plan.bounds.spacing_mm,
+            most_share_of_limits=_SHARE_OF_LIMITS,
+        )
+        request.folder.mkdir()
         on_progress(Progress(job="preparing cases", share=0.0, detail="for the dry run"))
-        prepare_seconds = prepare_trial(asked(plan.config), work, most_bytes=most)
+        prepare_seconds = prepare_trial(request, work, most_bytes=most)
         if isinstance(prepare_seconds, TooMuch):
             raise MemoryShortError(
                 f"preparing cases for the dry run does not fit into memory: {prepare_seconds.why}. "
@@ -266,55 +296,50 @@ def _tried(
         on_progress(Progress(job="preparing cases", share=1.0, detail="for the dry run"))
         fitted = fit(
             plan.config,
-            lambda config: try_out(asked(config), work, most_bytes=most),
+            lambda config: try_out(replace(request, config=config), work, most_bytes=most),
             most_bytes=hardware.memory_bytes,
             half=hardware.half,
             gpu=hardware.device == "cuda",
             fixed=fixed,
             on_attempt=lambda config, number: on_progress(
-                Progress(job=f"dry run, attempt {number}", share=0.0, detail=_shape_of(config))
+                Progress(job=f"dry run, attempt {number}", share=0.0, detail=step_in_words(config))
             ),
         )
-    config, why = with_steps(fitted.config, brain, len(split.train), hardware=hardware, fixed=fixed)
-    dry_run = _foreseen(config, fitted, split, brain, prepare_seconds)
+    config, why = with_steps(fitted.config, plan.bounds)
+    dry_run = _foreseen(config, fitted, split, plan.bounds.brain, prepare_seconds)
     if hardware.device == "cpu" and "training.steps" not in fixed and config.training.steps is not None:
         config, dry_run, why = cut_to_hours(config, dry_run, why, fixed=fixed)
     choices = [_after_trial(choice, config, why) for choice in plan.choices]
-    disk = replace(planned.disk, checkpoint_bytes=2 * fitted.needed.told.checkpoint_bytes)
+    disk = replace(planned.disk, checkpoint_bytes=2 * fitted.needed.report.checkpoint_bytes)
     return replace(planned, config=config, choices=tuple(choices), disk=disk, dry_run=dry_run)
 
 
 def _foreseen(
-    config: RunConfig,
-    fitted: Fitted,
-    split: Split,
-    brain: tuple[int, int, int],
-    prepare_seconds: float,
+    config: RunConfig, fitted: Fitted, split: Split, brain: tuple[int, int, int], prepare_seconds: float
 ) -> DryRun:
     """Extrapolate from a few steps to a whole run."""
     needed, settings = fitted.needed, config.training
-    told = needed.told
+    report = needed.report
     windows = prod(
         len(window_starts(size, side, config.inference.overlap))
         for size, side in zip(brain, settings.patch_voxels, strict=True)
     )
-    each = (told.window_seconds or 0.0) * windows * len(split.validation)
+    each = (report.window_seconds or 0.0) * windows * len(split.validation)
     validation = each * settings.validations
     if settings.steps is not None:
         steps = settings.steps
     else:
         assert settings.hours is not None
         steps = max(1, int((settings.hours * 3600 - each) / needed.step_seconds))
-    mapped = None
-    if told.case_files_bytes is not None:
-        mapped = told.case_files_bytes * min(MOST_OPEN, len(split.train))
+    per_case = report.case_files_bytes
+    mapped = None if per_case is None else per_case * min(MOST_OPEN, len(split.train))
     return DryRun(
-        device=told.device,
+        device=report.device,
         own_bytes=needed.own_bytes,
         mapped_bytes=mapped,
-        gpu_bytes=told.gpu_bytes,
+        gpu_bytes=report.gpu_bytes,
         step_seconds=needed.step_seconds,
-        window_seconds=told.window_seconds,
+        window_seconds=report.window_seconds,
         prepare_seconds=prepare_seconds,
         validation_seconds=validation,
         seconds=steps * needed.step_seconds + validation if settings.hours is None else settings.hours * 3600,
@@ -360,9 +385,9 @@ def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
     if choice.key == "training.steps":
         return replace(choice, value=str(config.training.steps), reason=steps_why)
     values = {
-        "training.patch_voxels": "x".join(map(str, config.training.patch_voxels)),
+        "training.patch_voxels": times(config.training.patch_voxels),
         "training.batch_size": str(config.training.batch_size),
-        "network.channels": "x".join(map(str, config.network.channels)),
+        "network.channels": times(config.network.channels),
     }
     now = values.get(choice.key, choice.value)
     if now == choice.value:
@@ -370,11 +395,10 @@ def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
     return replace(choice, value=now, reason=f"{choice.value} did not fit in the dry run")
 
 
-def _disk(fingerprint: Fingerprint, plan: TrainingPlan, split: Split) -> Disk:
-    voxels = prod(fingerprint.brain_voxels(plan.spacing_mm))
+def _disk(plan: TrainingPlan, split: Split) -> Disk:
     folder = cache_folder()
     return Disk(
-        cache_bytes=CACHE_BYTES_A_VOXEL * voxels * (len(split.train) + len(split.validation)),
+        cache_bytes=CACHE_BYTES_A_VOXEL * prod(plan.bounds.brain) * len(split.cases),
         cache_folder=str(folder),
         cache_free_bytes=_free(folder),
         cache_limit_bytes=cache_bytes(),
@@ -390,89 +414,10 @@ def _free(place: Path) -> int | None:
         return None
 
 
-def _some(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
+def _trial_cases(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
     """Up to :data:`_TRIAL_CASES` ids: cases of known size first, from the largest down."""
-    known = sorted(
-        (case_id for case_id in ids if case_id in read.fingerprint.extents), key=lambda c: -_brain_volume(read, c)
-    )
-    others = [case_id for case_id in ids if case_id not in read.fingerprint.extents]
-    return tuple([*known, *others][:_TRIAL_CASES])
-
-
-def _largest(ids: Sequence[str], read: DataSet) -> str:
-    return _some(ids, read)[0]
-
-
-def _brain_volume(read: DataSet, case_id: str) -> float:
-    return prod(read.fingerprint.extents[case_id].brain_mm)
-
-
-def _shape_of(config: RunConfig) -> str:
-    patch = "x".join(map(str, config.training.patch_voxels))
-    return f"patch {patch}, batch {config.training.batch_size}, channels {list(config.network.channels)}"
-
-
-def _lines(planned: PlannedRun) -> list[str]:
-    fingerprint = planned.fingerprint
-    spacing = "x".join(f"{mm:g}" for mm in fingerprint.spacing_mm)
-    low, high = ("x".join(f"{mm:g}" for mm in along) for along in fingerprint.spacing_percentiles_mm)
-    small, middle, large = fingerprint.tumour_ml
-    lines = [
-        f"Plan for {planned.data}",
-        "",
-        f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
-        f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
-        f"  fold 0: {len(planned.split.train)} train, {len(planned.split.validation)} validate",
-        f"  spacing: median {spacing} mm (10 % to 90 %: {low} to {high})",
-        f"  brain's box: median {_mm(fingerprint.brain_mm)} mm; tumour's: {_mm(fingerprint.tumour_mm)} mm "
-        f"(of {len(fingerprint.extents)} cases)",
-        f"  tumour: median {middle:g} ml (10 % to 90 %: {small:g} to {large:g}); "
-        f"{fingerprint.enhancing_share:.0%} have enhancing tumour",
-    ]
-    if fingerprint.with_label_map < fingerprint.cases:
-        lines.append("  training needs a label map of every case it uses: leave the others out with --split")
-    if planned.limits:
-        lines.append(f"Memory: {planned.limits[0].free_bytes / 1e9:.1f} GB, by {planned.limits[0].name}")
-    lines += ["", "Choices:", *(f"  {one.key} = {one.value}: {one.reason}" for one in planned.choices), ""]
-    disk = planned.disk
-    free = f", {disk.cache_free_bytes / 1e9:.1f} GB free" if disk.cache_free_bytes is not None else ""
-    lines.append(
-        f"Disk: prepared cases {disk.cache_bytes / 1e9:.2f} GB in {disk.cache_folder}{free} "
-        f"(at most {disk.cache_limit_bytes / 1e9:g} GB)"
-    )
-    if disk.checkpoint_bytes is not None:
-        here = f"; {disk.here_free_bytes / 1e9:.1f} GB free in this folder" if disk.here_free_bytes is not None else ""
-        lines.append(f"  checkpoints up to {disk.checkpoint_bytes / 1e9:.3f} GB{here}")
-    lines += [f"  warning: {warning}" for warning in disk.warnings]
-    lines += _dry_run_lines(planned) if planned.dry_run is not None else ["", "Not tried out: --dry-run does."]
-    return lines
-
-
-def _dry_run_lines(planned: PlannedRun) -> list[str]:
-    found = planned.dry_run
-    assert found is not None
-    lines = ["", f"Dry run on {found.device}: five steps after three, a validation window, checkpoints"]
-    lines += [
-        f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
-        for number, one in enumerate(found.attempts, start=1)
-    ]
-    lines.append(f"  memory: {held_words(found.own_bytes)} needed")
-    if found.mapped_bytes is not None:
-        lines[-1] += (
-            f"; tools will show up to {held_words(found.resident_bytes)}, as prepared cases are mapped: "
-            "the system takes those pages back when it must"
-        )
-    if found.gpu_bytes is not None:
-        lines.append(f"  GPU memory: {found.gpu_bytes / 1e9:.2f} GB, and what the driver takes")
-    window = f"; {found.window_seconds:.3g} s a validation window" if found.window_seconds is not None else ""
-    lines.append(f"  pace: {found.step_seconds:.3g} s a step{window}")
-    hours = found.seconds / 3600
-    lines.append(
-        f"  the budget: {found.steps} steps, {_duration(hours)}, of which validation takes at most "
-        f"{_duration(found.validation_seconds / 3600)}; preparing the cases comes on top"
-    )
-    lines.append("  /dev/shm: none needed, batches are made by threads")
-    return lines
+    volumes = {case_id: prod(extent.brain_mm) for case_id, extent in read.fingerprint.extents.items()}
+    return tuple(sorted(ids, key=lambda case_id: -volumes.get(case_id, 0.0))[:_TRIAL_CASES])
 
 
 def _duration(hours: float) -> str:
@@ -480,7 +425,7 @@ def _duration(hours: float) -> str:
 
 
 def _mm(sides: Sequence[float] | None) -> str:
-    return "none" if sides is None else "x".join(f"{side:.0f}" for side in sides)
+    return "none" if sides is None else times(sides, ".0f")
 
 
 def require_new_file(path: Path) -> None:
@@ -490,6 +435,6 @@ def require_new_file(path: Path) -> None:
         ConfigError: the name does not end in .yaml or .yml, or the file already exists.
     """
     if path.suffix not in (".yaml", ".yml"):
-        raise ConfigError(f"--out {path}: a config ends in .yaml or .yml; so train takes it")
+        raise ConfigError(f"--out {path}: train accepts only names that end in .yaml or .yml")
     if path.exists():
-        raise ConfigError(f"--out {path}: is there already. Delete it, or give another name.")
+        raise ConfigError(f"--out {path}: already exists. Delete it, or give another name.")

@@ -7,7 +7,7 @@ machine instead of a fixed budget, a CPU limits the voxels of a step, and the st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from math import ceil, prod
 from typing import Final
@@ -59,6 +59,23 @@ class Hardware:
     """Free GPU memory; 0 without a GPU."""
     cores: int
 
+    def __str__(self) -> str:
+        return "a GPU" if self.device == "cuda" else "a CPU"
+
+    def fits(self, config: RunConfig) -> bool:
+        """Whether the memory of a config, by estimate, is at most the share of the free memory that a plan may use."""
+        gpu = self.device == "cuda"
+        needed = estimate(config, half=self.half, gpu=gpu)
+        if gpu and needed.gpu > _GPU_SHARE * self.gpu_bytes - _GPU_PROGRAM_BYTES:
+            return False
+        return needed.host <= _HOST_SHARE * self.memory_bytes - PROGRAM_BYTES
+
+    def memory(self) -> str:
+        """Describe the memory that bounds a step."""
+        if self.device == "cuda":
+            return f"{self.gpu_bytes / 1e9:.1f} GB of GPU memory by estimate"
+        return f"{self.memory_bytes / 1e9:.1f} GB of memory by estimate"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Chosen:
@@ -71,15 +88,17 @@ class Chosen:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Bounds:
+class Bounds:
     """What the sizes of a plan depend on, apart from the config."""
 
     brain: tuple[int, int, int]
     """Median brain box in voxels of the network's spacing."""
     spacing_mm: Spacing
+    """Spacing that the network works at."""
     training_cases: int
     hardware: Hardware
     fixed: Collection[str]
+    """Keys that the user set; they are kept."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +106,7 @@ class TrainingPlan:
     """A config for a data set on a machine."""
 
     config: RunConfig
-    spacing_mm: Spacing
-    """Spacing that the network works at."""
+    bounds: Bounds
     choices: tuple[Chosen, ...]
 
 
@@ -107,34 +125,34 @@ def plan_training(
     choices: list[Chosen] = []
 
     def chosen(key: str, value: object, reason: str) -> None:
-        text = "x".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+        text = times(value) if isinstance(value, tuple) else str(value)
         choices.append(Chosen(key=key, value=text, reason="set by you" if key in fixed else reason))
 
     spacing_mm, wanted_mm, why = _spacing(fingerprint, base, fixed)
     config = replace(base, data=replace(base.data, spacing_mm=wanted_mm))
     chosen("data.spacing_mm", spacing_mm, why)
-    fits = _fitter(hardware)
-    brain = fingerprint.brain_voxels(spacing_mm)
-    bounds = _Bounds(brain=brain, spacing_mm=spacing_mm, training_cases=training_cases, hardware=hardware, fixed=fixed)
-    config, levels_why = _with_levels(config, brain, fixed)
-    config, patch_why = _with_patch(config, bounds, fits)
+    bounds = Bounds(
+        brain=fingerprint.brain_voxels(spacing_mm),
+        spacing_mm=spacing_mm,
+        training_cases=training_cases,
+        hardware=hardware,
+        fixed=fixed,
+    )
+    config, levels_why = _with_levels(config, bounds)
+    config, patch_why = _with_patch(config, bounds)
     patch = config.training.patch_voxels
     chosen("network.channels", config.network.channels, levels_why)
     sides_mm = [side * mm for side, mm in zip(patch, spacing_mm, strict=True)]
     inside = f"the boxes of {fingerprint.tumours_inside(sides_mm):.0%} of the tumours are no larger"
     chosen("training.patch_voxels", patch, f"{patch_why}; {inside}")
-    config, why = _with_batch(config, bounds, fits)
+    config, why = _with_batch(config, bounds)
     chosen("training.batch_size", config.training.batch_size, why)
-    config, why = with_steps(config, brain, training_cases, hardware=hardware, fixed=fixed)
-    budget = config.training.steps
-    chosen(
-        "training.steps" if budget is not None else "training.hours",
-        budget if budget is not None else config.training.hours,
-        why,
-    )
-    config, why = _with_threads(config, hardware, fixed)
+    config, why = with_steps(config, bounds)
+    budget = "steps" if config.training.steps is not None else "hours"
+    chosen(f"training.{budget}", getattr(config.training, budget), why)
+    config, why = _with_threads(config, bounds)
     chosen("runtime.loader_threads", config.runtime.loader_threads, why)
-    return TrainingPlan(config=config, spacing_mm=spacing_mm, choices=tuple(choices))
+    return TrainingPlan(config=config, bounds=bounds, choices=tuple(choices))
 
 
 def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
@@ -157,7 +175,7 @@ def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunCo
     shorter = tuple(min(side, max(floor, int(0.75 * side) // divisor * divisor)) for side in patch)
     if "training.patch_voxels" not in fixed and shorter != patch:
         x, y, z = shorter
-        return _training(config, patch_voxels=(x, y, z)), f"patch {_times(patch)} -> {_times(shorter)}"
+        return _training(config, patch_voxels=(x, y, z)), f"patch {times(patch)} -> {times(shorter)}"
     step = 8 if network.architecture == "segresnet" else 4
     fewest = min(_FEWEST_CHANNELS, network.channels[0])
     thinner = tuple(max(fewest, count // 2 // step * step) for count in network.channels)
@@ -169,26 +187,19 @@ def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunCo
     return None
 
 
-def with_steps(
-    config: RunConfig,
-    brain_voxels: tuple[int, int, int],
-    training_cases: int,
-    *,
-    hardware: Hardware,
-    fixed: Collection[str],
-) -> tuple[RunConfig, str]:
+def with_steps(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """The config with its number of steps, and the reason for it."""
-    settings = config.training
-    if not {"training.steps", "training.hours"}.isdisjoint(fixed):
+    settings, hardware, training_cases = config.training, bounds.hardware, bounds.training_cases
+    if not {"training.steps", "training.hours"}.isdisjoint(bounds.fixed):
         return config, "set by you"
-    covering = ceil(prod(brain_voxels) / prod(settings.patch_voxels))
+    covering = ceil(prod(bounds.brain) / prod(settings.patch_voxels))
     patches = _COVERS * training_cases * covering
     wanted = ceil(patches / (settings.batch_size * settings.accumulate))
     low, high = FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
     steps = min(max(wanted, low), high)
     why = f"{covering} patches cover a brain; {_COVERS} times, in {training_cases} training cases: {wanted} steps"
     if steps != wanted:
-        why += f"; at least {low} and at most {high} on {_name(hardware)}"
+        why += f"; at least {low} and at most {high} on {hardware}"
     return _training(config, steps=steps, hours=None), why
 
 
@@ -203,35 +214,22 @@ def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) 
     return found, None, "median of the training cases along each axis (null in the config)"
 
 
-def _fitter(hardware: Hardware) -> Callable[[RunConfig], bool]:
-    """Create a function that estimates whether a config fits."""
-
-    def fits(config: RunConfig) -> bool:
-        gpu = hardware.device == "cuda"
-        needed = estimate(config, half=hardware.half, gpu=gpu)
-        if gpu and needed.gpu > _GPU_SHARE * hardware.gpu_bytes - _GPU_PROGRAM_BYTES:
-            return False
-        return needed.host <= _HOST_SHARE * hardware.memory_bytes - PROGRAM_BYTES
-
-    return fits
-
-
-def _with_levels(config: RunConfig, brain: tuple[int, int, int], fixed: Collection[str]) -> tuple[RunConfig, str]:
+def _with_levels(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Reduce the network to the levels that the brain has voxels for."""
-    network = config.network
+    network, fixed = config.network, bounds.fixed
     levels = len(network.channels)
     why = f"levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
     if "network.blocks" in fixed and network.blocks is not None:
         why = "levels: as many as network.blocks has, set by you"
     elif "network.channels" not in fixed:
-        while levels > _fewest_levels(network) and min(brain) < _COARSEST_VOXELS * patch_divisor(network):
+        while levels > _fewest_levels(network) and min(bounds.brain) < _COARSEST_VOXELS * patch_divisor(network):
             levels -= 1
             blocks = None if network.blocks is None else network.blocks[:levels]
             network = replace(network, channels=network.channels[:levels], blocks=blocks)
     # A provisional patch, valid for any number of levels; a patch set by the user is also valid with fewer levels.
-    patch = (
-        config.training.patch_voxels if "training.patch_voxels" in fixed else (_least_side(patch_divisor(network)),) * 3
-    )
+    patch = (_least_side(patch_divisor(network)),) * 3
+    if "training.patch_voxels" in fixed:
+        patch = config.training.patch_voxels
     config = replace(config, network=network, training=replace(config.training, patch_voxels=patch))
     return config, f"{levels} {why}"
 
@@ -241,7 +239,7 @@ def _fewest_levels(network: NetworkConfig) -> int:
     return 3 if network.deep_supervision and network.first_stride == 1 else 2
 
 
-def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
+def _with_patch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Find the largest patch that fits the machine in a batch of two, starting from the median brain's box."""
     if "training.patch_voxels" in bounds.fixed:
         return config, ""
@@ -256,17 +254,17 @@ def _with_patch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], 
         x, y, z = sides
         return _training(config, patch_voxels=(x, y, z), batch_size=batch)
 
-    while (slow := most is not None and batch * prod(sides) > most) or not fits(tried()):
+    while (slow := most is not None and batch * prod(sides) > most) or not bounds.hardware.fits(tried()):
         longest = [axis for axis in range(3) if sides[axis] > floor]
         if not longest:
             break
         sides[max(longest, key=lambda axis: (sides[axis] * bounds.spacing_mm[axis], axis))] -= divisor
-        reason = f"at most {most} voxels a step on a CPU" if slow else f"{batch} of them fit {_memory(bounds.hardware)}"
-        why = f"the median brain's box {_times(bounds.brain)}, its longest side cut until {reason}"
+        reason = f"at most {most} voxels a step on a CPU" if slow else f"{batch} of them fit {bounds.hardware.memory()}"
+        why = f"the median brain's box {times(bounds.brain)}, its longest side cut until {reason}"
     return tried(), why
 
 
-def _with_batch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], bool]) -> tuple[RunConfig, str]:
+def _with_batch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     """Find the largest batch that memory and data allow, of at least two patches."""
     if "training.batch_size" in bounds.fixed:
         return config, ""
@@ -275,18 +273,19 @@ def _with_batch(config: RunConfig, bounds: _Bounds, fits: Callable[[RunConfig], 
     if bounds.hardware.device == "cpu":
         most = min(most, CPU_STEP_VOXELS // voxels)
     batch = _LEAST_BATCH
-    while batch < min(most, _MOST_BATCH) and fits(_training(config, batch_size=batch + 1)):
+    while batch < min(most, _MOST_BATCH) and bounds.hardware.fits(_training(config, batch_size=batch + 1)):
         batch += 1
     why = (
-        f"from {_LEAST_BATCH} up to {_MOST_BATCH}, while it fits {_memory(bounds.hardware)}"
+        f"from {_LEAST_BATCH} up to {_MOST_BATCH}, while it fits {bounds.hardware.memory()}"
         f"{', has no more voxels than a CPU should do in a step' if bounds.hardware.device == 'cpu' else ''}"
         f" and no more than {_BATCH_SHARE:.0%} of the training brains"
     )
     return _training(config, batch_size=batch), why
 
 
-def _with_threads(config: RunConfig, hardware: Hardware, fixed: Collection[str]) -> tuple[RunConfig, str]:
-    if "runtime.loader_threads" in fixed:
+def _with_threads(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
+    hardware = bounds.hardware
+    if "runtime.loader_threads" in bounds.fixed:
         return config, ""
     if hardware.device == "cuda":
         threads, why = min(8, hardware.cores), f"the processors ({hardware.cores}), up to 8"
@@ -311,15 +310,6 @@ def _training(config: RunConfig, **changes: object) -> RunConfig:
     return replace(config, training=replace(config.training, **changes))  # type: ignore[arg-type]
 
 
-def _memory(hardware: Hardware) -> str:
-    if hardware.device == "cuda":
-        return f"{hardware.gpu_bytes / 1e9:.1f} GB of GPU memory by estimate"
-    return f"{hardware.memory_bytes / 1e9:.1f} GB of memory by estimate"
-
-
-def _name(hardware: Hardware) -> str:
-    return "a GPU" if hardware.device == "cuda" else "a CPU"
-
-
-def _times(sides: Collection[int]) -> str:
-    return "x".join(str(side) for side in sides)
+def times(sides: Iterable[float], form: str = "g") -> str:
+    """Describe a size by its sides, such as ``64x64x48``."""
+    return "x".join(f"{side:{form}}" for side in sides)

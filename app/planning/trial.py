@@ -1,16 +1,15 @@
 """The child's side of a dry run: a few real steps of a config.
 
-``python -m app.planning.trial ASKED.json TOLD.json`` reads a request and writes the measurements. It is a separate
+``python -m app.planning.trial REQUEST.json OUTCOME.json`` reads a request and writes the measurements. It is a separate
 process so that its peak of memory is that of a training run, and so that running out of memory ends nothing else.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
@@ -18,28 +17,27 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
+from pydantic import TypeAdapter
 
-from app.config.load import RunConfig, from_plain, to_plain
+from app.config.load import RunConfig, to_plain
 from app.errors import exit_code, is_out_of_memory, message
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
-from app.runs.folder import MetricsLog, write_json
+from app.runs.folder import MetricsLog, write_durably
 from app.system.device import Runtime, choose_runtime
 from app.system.process import keep_freed_memory
 from app.system.resources import memory_of
 from app.training import gradient
+from app.training.cases import patch_settings
 from app.training.schedule import learning_rate
 from app.training.state import State, new_state, to_checkpoint
 from app.training.step import Stepper, loss_for
 from app.training.telemetry import Telemetry
-from app.training.validation import validation_dice
-from data.contrasts import presence_mask
+from app.training.validation import on_contrasts, validation_dice
 from data.datasets.label_stats import read_label_maps
-from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS, CONVENTIONS
 from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
-from models import GivenPresence
 
 #: Steps before the timed ones: the first one allocates memory and chooses kernels.
 WARM_UP: Final = 3
@@ -50,22 +48,22 @@ _WALKED_PER_CASE: Final = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """Request for a trial; paths and settings as plain data."""
+class TrialRequest:
+    """What to try."""
 
-    data: str
-    folder: str
+    data: DataSource
+    folder: Path
     """An empty folder for the files that a run writes."""
-    config: dict[str, Any]
-    prepare_only: bool
+    config: RunConfig
+    prepare_only: bool = False
     """Whether to stop after preparing the cases."""
     training: tuple[str, ...]
     """Ids of the training cases to use."""
     validation: str | None
     """Id of the case whose windows are tried; None without validation cases."""
     labels: str
+    """Name of the label convention."""
     spacing_mm: tuple[float, float, float]
-    follow_links: bool
     most_share_of_limits: float
     """Share of RLIMIT_AS and RLIMIT_DATA, if they are set, that may be used."""
 
@@ -75,7 +73,6 @@ class TrialReport:
     """Measurements of a trial, in bytes and seconds."""
 
     device: str
-    reasons: tuple[str, ...]
     step_seconds: tuple[float, ...]
     """Duration of each timed step, including the wait for its batch."""
     loader_seconds: float
@@ -93,21 +90,26 @@ class TrialReport:
     """Free GPU memory before the first step."""
     checkpoint_bytes: int
     """Both kinds together, on disk."""
-    parameters: int
-    cases: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for :func:`told_from_json`."""
-        return asdict(self)
 
 
-def told_from_json(content: dict[str, Any]) -> TrialReport:
-    """Inverse of :meth:`TrialReport.to_json`."""
-    lists = {name: tuple(content[name]) for name in ("reasons", "step_seconds", "cases")}
-    return TrialReport(**{**content, **lists})
+@dataclass(frozen=True, kw_only=True)
+class TrialOutcome:
+    """Content of the file that a trial writes."""
+
+    report: TrialReport | None = None
+    """None after an error, or if the cases were only prepared."""
+    error: str | None = None
+    code: int = 0
+    """The error's exit code."""
+    out_of_memory: bool = False
 
 
-def run_trial(asked: Asked) -> TrialReport | None:
+#: Convert requests and outcomes to JSON and back.
+REQUEST: Final = TypeAdapter(TrialRequest)
+OUTCOME: Final = TypeAdapter(TrialOutcome)
+
+
+def run_trial(request: TrialRequest) -> TrialReport | None:
     """Run the steps and report what they took; None if the cases are only prepared.
 
     Raises:
@@ -116,65 +118,53 @@ def run_trial(asked: Asked) -> TrialReport | None:
         MemoryError, RuntimeError: memory ran out.
     """
     keep_freed_memory()
-    config, folder = from_plain(asked.config, "plan"), Path(asked.folder)
+    config, folder = request.config, request.folder
     runtime = choose_runtime(config.runtime)
     with prepared_cases(folder / "cache") as store:
-        found = {case.id: case for case in find_cases(Path(asked.data), follow_links=asked.follow_links)}
-        ids = [*asked.training, *([asked.validation] if asked.validation is not None else [])]
+        found = request.data.find_cases()
+        ids = [*request.training, *([request.validation] if request.validation is not None else [])]
         used = [found[case_id].require() for case_id in ids]
         # As in a training run: the allocator keeps what this frees, so that it is part of the run's memory.
         read_label_maps(used)
         prepared = cache_cases(
             used,
             store,
-            spacing_mm=asked.spacing_mm,
-            convention=CONVENTIONS[asked.labels],
+            spacing_mm=request.spacing_mm,
+            convention=CONVENTIONS[request.labels],
             nan_to_zero=config.data.nan_to_zero,
         )
-        if asked.prepare_only:
+        if request.prepare_only:
             return None
-        log = MetricsLog(folder, keep_up_to_step=0, keep_validations_up_to_step=0)
-        with closing(log):
-            return _measure(asked, config, runtime, prepared)
+        with closing(MetricsLog(folder, keep_up_to_step=0, keep_validations_up_to_step=0)):
+            return _measure(request, runtime, prepared)
 
 
-def _measure(asked: Asked, config: RunConfig, runtime: Runtime, prepared: list[CachedCase]) -> TrialReport:
+def _measure(request: TrialRequest, runtime: Runtime, prepared: list[CachedCase]) -> TrialReport:
     """Run steps, a validation and checkpoints with prepared cases."""
-    folder = Path(asked.folder)
+    config, folder, training = request.config, request.folder, prepared[: len(request.training)]
     torch.manual_seed(config.training.seed)
     state = new_state(config, runtime)
-    source = _Timed(
-        prepared[: len(asked.training)],
-        patch_voxels=config.training.patch_voxels,
-        tumour_probability=config.training.tumour_probability,
-        augmentation=config.augment,
-        seed=config.training.seed,
-    )
+    source = _Timed(training, **patch_settings(config))
     gradient.attach_transform(config.gradient, state.optimizer, state.network)
     before = memory_of()
     gpu_free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else None
     _save(state, config, folder)
     seconds = _steps(config, runtime, state, source)
     _save(state, config, folder)
-    window_seconds = None
-    if asked.validation is not None:
-        window_seconds = _window(config, runtime, state, prepared[-1])
+    window_seconds = None if request.validation is None else _window(config, runtime, state, prepared[-1])
     saved = _save(state, config, folder)
     after = memory_of()
     return TrialReport(
         device=str(runtime.device),
-        reasons=runtime.reasons,
         step_seconds=tuple(seconds),
         loader_seconds=mean(source.seconds) * config.training.accumulate / config.runtime.loader_threads,
         window_seconds=window_seconds,
         program_files_bytes=None if before is None else before.files,
         own_bytes=None if after is None else after.peak - after.files,
-        case_files_bytes=_mapped_by_a_long_run(config, prepared[: len(asked.training)]),
+        case_files_bytes=_mapped_by_a_long_run(config, training),
         gpu_bytes=int(torch.cuda.max_memory_reserved(runtime.device)) if runtime.device.type == "cuda" else None,
         gpu_free_bytes=gpu_free,
         checkpoint_bytes=saved,
-        parameters=sum(p.numel() for p in state.network.parameters()),
-        cases=asked.training,
     )
 
 
@@ -224,9 +214,7 @@ def _window(config: RunConfig, runtime: Runtime, state: State, case: CachedCase)
         _wait_for(runtime)
         times.append(time.perf_counter())
 
-    network: nn.Module = state.network
-    if config.takes_missing_contrasts:
-        network = GivenPresence(network, presence_mask(CONTRASTS))
+    network = on_contrasts(state.network, config)
     handles = [network.register_forward_pre_hook(note), network.register_forward_hook(note)]
     case = _TwoCorners(id=case.id, folder=case.folder, shape=case.shape)
     validation_dice(network, [case], window=config.training.patch_voxels, config=config.inference, runtime=runtime)
@@ -257,19 +245,13 @@ def _save(state: State, config: RunConfig, folder: Path) -> int:
 def _mapped_by_a_long_run(config: RunConfig, cases: list[CachedCase]) -> int | None:
     """Bytes of one case's arrays that stay mapped after many patches were cut from it."""
     before = memory_of()
-    source = PatchSource(
-        cases,
-        patch_voxels=config.training.patch_voxels,
-        tumour_probability=config.training.tumour_probability,
-        augmentation=config.augment,
-        seed=config.training.seed + 1,
-    )
     settings = config.training
+    source = PatchSource(cases, **{**patch_settings(config), "seed": settings.seed + 1})
     patches = _WALKED_PER_CASE * len(cases)
     if settings.steps is not None:
         patches = min(patches, settings.steps * settings.batch_size * settings.accumulate)
     for number in range(patches):
-        source.piece(number)
+        source.crop(number)
     after = memory_of()
     return None if before is None or after is None else max(0, after.files - before.files) // len(cases)
 
@@ -289,20 +271,18 @@ def _lower_limits(share: float) -> None:
             resource.setrlimit(kind, (int(soft * share), hard))
 
 
-def _main(asked_path: str, told_path: str) -> None:
+def _main(request_path: Path, outcome_path: Path) -> None:
     """Run the request in the first file; write the measurements, or the error, into the second."""
     with suppress(OSError):  # if memory runs out, this process should be the one that is killed
         Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
-    content = json.loads(Path(asked_path).read_text(encoding="utf-8"))
-    asked = Asked(**{**content, **{name: tuple(content[name]) for name in ("training", "spacing_mm")}})
-    _lower_limits(asked.most_share_of_limits)
+    request = REQUEST.validate_json(request_path.read_bytes())
+    _lower_limits(request.most_share_of_limits)
     try:
-        result = run_trial(asked)
-        told: dict[str, Any] = {"told": None if result is None else result.to_json()}
+        outcome = TrialOutcome(report=run_trial(request))
     except Exception as error:
-        told = {"error": message(error), "code": exit_code(error), "memory": is_out_of_memory(error)}
-    write_json(Path(told_path), told)
+        outcome = TrialOutcome(error=message(error), code=exit_code(error), out_of_memory=is_out_of_memory(error))
+    write_durably(outcome_path, OUTCOME.dump_json(outcome))
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], sys.argv[2])
+    _main(Path(sys.argv[1]), Path(sys.argv[2]))

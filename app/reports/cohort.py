@@ -16,17 +16,17 @@ import numpy.typing as npt
 from app.errors import InterruptedRunError
 from app.evaluation.evaluate import Evaluation, evaluate
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION, RegionScores
-from app.html.elements import Link, document
-from app.html.overlay import OverlayCase, Picture, overlay_caption, overlay_picture
+from app.html.elements import document, listed, write_html
+from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
+from app.html.records import mapping
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill
-from app.html.volume import ViewerCase, data_uri, grid_for, shrunk, viewer_data, webp
+from app.html.volume import ViewerCase, grid_for, picture_uri, shrunk, viewer_data
 from app.progress import LOG, OnProgress, Progress, silent
-from app.reports.predictions import Predicted, ShownFlag, find_predictions
-from data.datasets.layouts import find_cases, find_label_maps
+from app.reports.predictions import Predicted, find_predictions
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.files import replacing
-from data.labels import REGIONS, Contrast, Region, convention_named, decode
+from data.labels import REGIONS, Contrast, Region, decode
 from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map, read_volume, reorient
 
 Codes = npt.NDArray[np.uint8]
@@ -42,6 +42,7 @@ _PANEL_PX: Final = 300
 _THUMBNAIL_PX: Final = 96
 #: WebP quality; fine coloured lines need more than scans do.
 _LINE_QUALITY: Final = 75
+_DISPLAY: Final = "Radiological display: the right side of the patient (R) is on the left of the picture."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,38 +57,12 @@ class CohortPages:
     """Reason why a case has no page, by case id."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Truth:
-    """Scores and label maps from ``--references``."""
-
-    evaluation: Evaluation
-    label_maps: Mapping[str, Path]
-
-    def scores(self, case: str) -> Mapping[Region, RegionScores]:
-        """Return the scores of a case; empty if it has none."""
-        return next((one.regions for one in self.evaluation.cases if one.case == case), {})
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Row:
-    """The row of a case on the cohort page."""
-
-    case: str
-    href: str
-    thumbnail: str
-    volumes_ml: tuple[float | None, ...]
-    dice: tuple[float | None, ...]
-    flags: tuple[ShownFlag, ...]
-
-
 def write_cohort(
     folder: Path,
     out: Path,
     *,
-    images: Path | None = None,
-    references: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
+    images: DataSource | None = None,
+    references: DataSource | None = None,
     on_progress: OnProgress = silent,
 ) -> CohortPages:
     """Write ``index.html`` and ``cases/<case>.html``.
@@ -97,8 +72,6 @@ def write_cohort(
         out: folder of the pages, created if missing.
         images: data set with the scans; by default the paths recorded in each case's JSON are used.
         references: data set or folder with expert label maps; without it there are no scores or reference outlines.
-        labels: name of the label convention of ``references``, if their files do not determine it.
-        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: called with the current case.
 
     Raises:
@@ -106,16 +79,13 @@ def write_cohort(
         OSError: ``out`` cannot be written to.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the pages written so far are complete.
     """
-    cases = None if images is None else {case.id: case for case in find_cases(images, follow_links=follow_links)}
+    cases = None if images is None else images.find_cases()
     predicted, failures = find_predictions(folder, cases)
     truth = None
     if references is not None:
-        truth = _Truth(
-            evaluation=evaluate(folder, references, labels=(None, labels), follow_links=follow_links),
-            label_maps=find_label_maps(references, follow_links=follow_links),
-        )
+        truth = evaluate(DataSource(folder, follow_links=references.follow_links), references)
     grid_mm = grid_for(len(predicted))
-    rows: list[_Row] = []
+    rows: list[dict[str, Any]] = []
     pages: dict[str, Path] = {}
     try:
         for number, one in enumerate(predicted):
@@ -128,18 +98,18 @@ def write_cohort(
                 continue
             page = out / _FOLDER / f"{one.case}.html"
             picture = overlay_picture(shown.overlay(), height_px=_PANEL_PX)
-            _write(page, _case_page(shown, picture, _neighbours(predicted, number), grid_mm))
+            write_html(page, _case_page(shown, picture, _neighbours(predicted, number), grid_mm))
             pages[one.case] = page
             rows.append(_row(shown, picture))
     except KeyboardInterrupt as error:
         raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} pages written, whole. The same "
-            "command begins again."
+            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} complete pages written. "
+            "The same command starts over."
         ) from error
     if not rows:
-        raise DataError(f"{folder}: not one case can be shown. {' '.join(list(failures.values())[:3])}")
+        raise DataError(f"{folder}: no case can be shown. {' '.join(list(failures.values())[:3])}")
     index = out / "index.html"
-    _write(index, _cohort_page(folder, rows, truth, failures, predicted))
+    write_html(index, _cohort_page(folder, rows, truth, failures, predicted))
     on_progress(Progress(job="pages", share=1.0, detail=f"{len(rows)} cases"))
     return CohortPages(index=index, cases=pages, failures=failures)
 
@@ -159,7 +129,7 @@ class _Shown:
     """Reasons why something is not shown."""
 
     @classmethod
-    def of(cls, predicted: Predicted, truth: _Truth | None) -> _Shown:
+    def of(cls, predicted: Predicted, truth: Evaluation | None) -> _Shown:
         """Read the files of a case; an unreadable file other than the label map becomes a remark.
 
         Raises:
@@ -172,7 +142,7 @@ class _Shown:
         reference, scores = None, {}
         if truth is not None:
             reference = _read_reference(predicted.case, truth, label_map, remarks)
-            scores = dict(truth.scores(predicted.case))
+            scores = next((dict(one.regions) for one in truth.cases if one.case == predicted.case), {})
         uncertainty = _read_uncertainty(predicted, label_map, remarks)
         return cls(
             predicted=predicted,
@@ -230,7 +200,7 @@ def _read_images(
             remarks.append(f"{name} is not shown: {error}")
             continue
         if difference := grid_difference(volume, label_map):
-            remarks.append(f"{name} is not shown, since it lies on another grid than the label map: {difference}.")
+            remarks.append(f"{name} is not shown, since it is on a different grid than the label map: {difference}.")
         else:
             images[contrast] = volume.voxels
     if absent:
@@ -238,15 +208,15 @@ def _read_images(
     return images
 
 
-def _read_reference(case: str, truth: _Truth, label_map: Volume, remarks: list[str]) -> Codes | None:
-    if case in truth.evaluation.failures:
-        remarks.append(f"Not scored: {truth.evaluation.failures[case]}")
+def _read_reference(case: str, truth: Evaluation, label_map: Volume, remarks: list[str]) -> Codes | None:
+    if case in truth.failures:
+        remarks.append(f"Not scored: {truth.failures[case]}")
         return None
-    if case not in truth.label_maps:
-        remarks.append("There is no reference of this case.")
+    if case not in truth.folders.expected:
+        remarks.append("This case has no reference.")
         return None
-    reference = in_order_of(label_map, read_label_map(truth.label_maps[case]))
-    return decode(reference.voxels, convention_named(truth.evaluation.reference_convention))
+    reference = in_order_of(label_map, read_label_map(truth.folders.expected[case]))
+    return decode(reference.voxels, truth.folders.reference_convention)
 
 
 def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str]) -> npt.NDArray[np.float32] | None:
@@ -264,24 +234,29 @@ def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str
         remarks.append(f"Uncertainty is not shown: {error}")
         return None
     if difference := grid_difference(volumes[0], label_map):
-        remarks.append(f"Uncertainty is not shown, since it lies on another grid: {difference}.")
+        remarks.append(f"Uncertainty is not shown, since it is on a different grid: {difference}.")
         return None
     largest: npt.NDArray[np.float32] = np.max([volume.voxels for volume in volumes], axis=0)
     return largest
 
 
-def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: float) -> str:
+def _case_page(shown: _Shown, picture: Picture, links: Sequence[tuple[str, str]], grid_mm: float) -> str:
     one = shown.predicted
     data = shown.viewer(grid_mm)
+    has_reference = shown.reference is not None
+    dice = {region: scores.dice for region, scores in shown.scores.items()}
+    still = {
+        "picture": picture_uri(picture, quality=_LINE_QUALITY),
+        "width": picture.shape[1],
+        "height": picture.shape[0],
+        "alt": overlay_alt(one.case, dice, has_reference=has_reference),
+        "caption": f"{overlay_caption(shown.overlay())} {_DISPLAY}",
+        "left": "Reference" if has_reference else "Image",
+    }
     body = fill(
         "case.html",
         case=one.case,
-        picture=data_uri("webp", webp(picture, quality=_LINE_QUALITY)),
-        width=picture.shape[1],
-        height=picture.shape[0],
-        alt=_alt(shown),
-        caption=overlay_caption(shown.overlay()),
-        left="Reference" if shown.reference is not None else "Image",
+        still=still,
         region_names=REGION_NAMES,
         rows=_measures(shown),
         has_scores=bool(shown.scores),
@@ -299,7 +274,7 @@ def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: 
         title=one.case,
         lead=_lead(one),
         facts=(),
-        sections=[body],
+        body=body,
         styles=("page.css", "report.css"),
         scripts=() if data is None else ("viewer.js",),
         links=links,
@@ -308,19 +283,19 @@ def _case_page(shown: _Shown, picture: Picture, links: Sequence[Link], grid_mm: 
 
 def _cohort_page(
     folder: Path,
-    rows: Sequence[_Row],
-    truth: _Truth | None,
+    rows: Sequence[Mapping[str, Any]],
+    truth: Evaluation | None,
     failures: Mapping[str, str],
     predicted: Sequence[Predicted],
 ) -> str:
-    codes = sorted({flag.code for row in rows for flag in row.flags})
-    flagged = sum(bool(row.flags) for row in rows)
+    codes = sorted({flag.code for row in rows for flag in row["flags"]})
+    flagged = sum(bool(row["flags"]) for row in rows)
     facts = [("cases", str(len(rows))), ("flagged", str(flagged))]
     if truth is not None:
-        means = truth.evaluation.summary()
+        means = truth.means()
         facts += [(f"mean Dice, {region}", f"{means[region]['dice']:.3f}") for region in REGIONS]
         facts.append(("Dice", DICE_DEFINITION))
-    weights = sorted({str(one.record.get("weights_sha256", "not told")) for one in predicted})
+    weights = sorted({str(one.record.get("weights_sha256", "not recorded")) for one in predicted})
     facts.append(("weights, SHA-256", ", ".join(weights[:3]) + (" ..." if len(weights) > 3 else "")))
     body = fill(
         "cohort.html",
@@ -336,31 +311,31 @@ def _cohort_page(
         title=f"{len(rows)} predicted {'case' if len(rows) == 1 else 'cases'}",
         lead=f"Label maps in {folder.name or folder}, by case: volumes, flags{', Dice' if truth else ''}.",
         facts=facts,
-        sections=[body],
+        body=body,
         styles=("page.css", "report.css"),
         scripts=("table.js",),
     )
 
 
-def _row(shown: _Shown, picture: Picture) -> _Row:
+def _row(shown: _Shown, picture: Picture) -> dict[str, Any]:
+    """Return the row of a case on the cohort page."""
     one, scores = shown.predicted, shown.scores
     thumbnail = shrunk(np.ascontiguousarray(picture[:_PANEL_PX, -_PANEL_PX:]), _THUMBNAIL_PX)
-    return _Row(
-        case=one.case,
-        href=f"{_FOLDER}/{_address(one.case)}.html",
-        thumbnail=data_uri("webp", webp(thumbnail)),
-        volumes_ml=tuple(one.volumes_ml.values()),
-        dice=tuple(scores[region].dice if region in scores else None for region in REGIONS),
-        flags=one.flags,
-    )
+    return {
+        "case": one.case,
+        "href": f"{_FOLDER}/{_address(one.case)}.html",
+        "thumbnail": picture_uri(thumbnail),
+        "volumes_ml": list(one.volumes_ml.values()),
+        "dice": [scores[region].dice if region in scores else None for region in REGIONS],
+        "flags": one.flags,
+    }
 
 
-def _neighbours(predicted: Sequence[Predicted], number: int) -> list[Link]:
-    links = [Link(href="../index.html", text="All cases")]
+def _neighbours(predicted: Sequence[Predicted], number: int) -> list[tuple[str, str]]:
+    links = [("../index.html", "All cases")]
     for text, place in (("Previous", number - 1), ("Next", number + 1)):
         if 0 <= place < len(predicted):
-            name = predicted[place].case
-            links.append(Link(href=f"{_address(name)}.html", text=f"{text}: {name}"))
+            links.append((f"{_address(predicted[place].case)}.html", f"{text}: {predicted[place].case}"))
     return links
 
 
@@ -369,7 +344,8 @@ def _address(name: str) -> str:
     return quote(os.fsencode(name))
 
 
-def _measures(shown: _Shown) -> list[dict[str, Any]]:
+def _measures(shown: _Shown) -> list[dict[str, str | None]]:
+    """Return the rows of the table of volumes and scores, with None for missing values."""
     one = shown.predicted
     rows = []
     for region in REGIONS:
@@ -389,61 +365,37 @@ def _measures(shown: _Shown) -> list[dict[str, Any]]:
     return rows
 
 
-def _alt(shown: _Shown) -> str:
-    said = ", ".join(f"{region} {shown.scores[region].dice:.3f}" for region in REGIONS if region in shown.scores)
-    left = "reference outlines" if shown.reference is not None else "the bare image"
-    return (
-        f"Case {shown.predicted.case}: {left} on the left, predicted outlines on the right, in three planes where the "
-        f"tumour is largest.{f' Dice {said}.' if said else ''}"
-    )
-
-
 def _lead(one: Predicted) -> str:
-    told = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
-    if not any(told.values()):
+    known = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
+    if not any(known.values()):
         return "No tumour was marked."
-    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in told.items()) + "."
+    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in known.items()) + "."
 
 
 def _provenance(one: Predicted) -> list[tuple[str, str]]:
     """Return the provenance of the label map recorded in the JSON, as pairs of name and value."""
     record = one.record
-    facts = [("label map", str(record.get("label_map", one.label_map)))]
-    labels = record.get("labels")
-    if isinstance(labels, Mapping):
-        facts.append(("labels", ", ".join(f"{name} {value}" for name, value in labels.items())))
+    facts = [("label map", str(record.get("label_map", one.label_map))), ("labels", listed(record.get("labels")))]
     for key, name in (("weights_sha256", "weights, SHA-256"), ("weights_step", "weights, step")):
-        if key in record:
-            facts.append((name, str(record[key])))
+        facts.append((name, str(record.get(key, ""))))
     facts += [
         (f"weights of {network.get('network')}, SHA-256", str(network.get("weights_sha256")))
-        for network in record.get("ensemble") or ()
-        if isinstance(network, Mapping)
+        for network in map(mapping, record.get("ensemble") or ())
     ]
-    for key in ("versions", "inputs", "seconds", "nan_to_zero"):
-        held = record.get(key)
-        if isinstance(held, Mapping) and held:
-            facts.append((key, ", ".join(f"{name} {value}" for name, value in held.items())))
+    facts += [(key, listed(record.get(key))) for key in ("versions", "inputs", "seconds", "nan_to_zero")]
     if isinstance(record.get("runtime"), list):
         facts.append(("runtime", "; ".join(map(str, record["runtime"]))))
-    return facts
+    return [(name, value) for name, value in facts if value]
 
 
 def _command(one: Predicted) -> str:
     """Return a command that repeats the prediction: the recorded one, else one with the scans, unless they are 4D."""
-    told = one.record.get("command")
-    if isinstance(told, str) and told:
-        return told
-    if isinstance(told, list) and told:
-        return shlex.join(map(str, told))
+    recorded = one.record.get("command")
+    if isinstance(recorded, str) and recorded:
+        return recorded
+    if isinstance(recorded, list) and recorded:
+        return shlex.join(map(str, recorded))
     if one.volumes:
         return ""
     scans = [word for contrast, path in one.images.items() for word in (f"--{contrast}", str(path))]
     return f"znormseg predict RUN OUTPUT {shlex.join(scans)}" if scans else ""
-
-
-def _write(path: Path, page: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as beside:
-        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
-        beside.write_text(page, encoding="utf-8", errors="replace")

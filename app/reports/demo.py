@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
-from markupsafe import Markup
 
 from app.experiments.demo import CONFIG, SPACING_MM, DemoResult
 from app.html.curves import curves_html, gradients_html
-from app.html.elements import document, section
-from app.html.overlay import OverlayCase, overlay_caption, overlay_png
-from app.html.scores import REGION_NAMES, case_table_html, score, scores_table_html, summary_html
+from app.html.elements import document, listed, write_html
+from app.html.overlay import OverlayCase, Picture, overlay_alt, overlay_caption, overlay_picture
+from app.html.scores import REGION_NAMES, Scores, case_table, score, scores_html
 from app.html.templates import fill
-from app.html.volume import data_uri
+from app.html.volume import picture_uri
 from app.runs.folder import read_metrics
 from app.system.device import machine, versions
-from data.datasets.layouts import Case, find_label_maps
-from data.files import replacing
-from data.labels import REGIONS, LabelConvention, Region, decode
+from data.datasets.layouts import Case
+from data.labels import REGIONS, LabelConvention, decode
 from data.nifti import read_image, read_label_map, reorient
 
 #: Suggested next commands, as pairs of purpose and command.
 COMMANDS: Final = (
-    ("Look your data set over", "znormseg data check DATA"),
+    ("Check your data set", "znormseg data check DATA"),
     ("Train on it, for an hour here or longer on a GPU", "znormseg train DATA RUN --set training.hours=1"),
-    ("Segment new cases with what it learnt", "znormseg predict RUN NEW_CASES OUTPUT"),
+    ("Segment new cases with the trained network", "znormseg predict RUN NEW_CASES OUTPUT"),
 )
 
 
@@ -40,10 +37,10 @@ class PageCase:
 
     case: str
     """Case id."""
-    scores: Mapping[Region, Mapping[str, float]]
+    scores: Scores
     """By region: ``dice``, ``hd95_mm``, ``volume_ml``, ``reference_volume_ml``; a missing score is shown as a dash."""
-    overlay: bytes | None
-    """PNG file from :func:`app.html.overlay.overlay_png`."""
+    overlay: Picture | None
+    """Picture from :func:`app.html.overlay.overlay_picture`."""
     overlay_caption: str = ""
     """Caption from :func:`app.html.overlay.overlay_caption`."""
 
@@ -69,30 +66,29 @@ class Page:
 def render(page: Page) -> str:
     """Render the page as one HTML document; every external string is escaped, every picture is embedded."""
     scores = [case.scores for case in page.cases]
-    gradients = gradients_html(page.metrics)
-    sections = [
-        section("scores", "Scores", summary_html(scores) + scores_table_html([c.case for c in page.cases], scores)),
-        section("curves", "Learning curves", curves_html(page.metrics)),
-        section("gradients", "Gradients", gradients) if gradients else "",
-        section("cases", "Cases", _cases_html(page.cases)) if page.cases else "",
-        section("next", "What next", fill("commands.html", commands=page.commands)) if page.commands else "",
-    ]
-    return document(title=page.title, lead=page.lead, facts=page.provenance, sections=sections, styles=("page.css",))
+    body = fill(
+        "demo.html",
+        scores=scores_html([case.case for case in page.cases], scores),
+        curves=curves_html(page.metrics),
+        gradients=gradients_html(page.metrics),
+        cards=[_card(case) for case in page.cases],
+        region_names=REGION_NAMES,
+        commands=page.commands,
+    )
+    return document(title=page.title, lead=page.lead, facts=page.provenance, body=body, styles=("page.css",))
 
 
 def write_page(path: Path, page: Page) -> None:
     """Write the page atomically: a reader of ``path`` sees the complete old or new file, never a part.
 
     Args:
-        path: file to write; its folder must exist.
+        path: file to write; its folder is created if missing.
         page: content of the page.
 
     Raises:
-        OSError: the folder is missing or not writable.
+        OSError: the file cannot be written.
     """
-    with replacing(path) as beside:
-        # A file name that is not valid Unicode contains surrogates, which UTF-8 cannot encode.
-        beside.write_text(render(page), encoding="utf-8", errors="replace")
+    write_html(path, render(page))
 
 
 def write_demo_page(outcome: DemoResult) -> None:
@@ -118,7 +114,7 @@ def write_demo_page(outcome: DemoResult) -> None:
                 ("seed", str(outcome.config.training.seed)),
                 ("machine", machine()),
                 ("seconds", ", ".join(f"{stage} {spent:.0f}" for stage, spent in outcome.seconds.items())),
-                ("versions", ", ".join(f"{name} {version}" for name, version in versions().items())),
+                ("versions", listed(versions())),
                 ("weights", outcome.weights_sha256),
             ],
             cases=[_page_case(case, outcome) for case in outcome.unseen],
@@ -131,23 +127,20 @@ def write_demo_page(outcome: DemoResult) -> None:
 def _page_case(case: Case, outcome: DemoResult) -> PageCase:
     """Collect scores and overlay picture of one held-out case."""
     assert case.label is not None
+    folders = outcome.evaluation.folders
     background = reorient(read_image(case.contrasts["flair"], case.volumes.get("flair")))
     overlay = OverlayCase(
         case=case.id,
         background=background.voxels,
         background_name="FLAIR",
-        prediction=_codes(find_label_maps(outcome.out / "predictions")[case.id], outcome.convention),
+        prediction=_codes(folders.predicted[case.id], outcome.convention),
         reference=_codes(case.label, outcome.convention),
         spacing_mm=background.spacing_mm,
     )
-    scores = {scored.case: scored for scored in outcome.evaluation.cases}
-    by_region: dict[Region, Mapping[str, float]] = {
-        region: asdict(values) for region, values in scores[case.id].regions.items()
-    }
     return PageCase(
         case=case.id,
-        scores=by_region,
-        overlay=overlay_png(overlay, height_px=320),
+        scores=outcome.evaluation.by_case[case.id],
+        overlay=overlay_picture(overlay, height_px=320),
         overlay_caption=overlay_caption(overlay),
     )
 
@@ -156,42 +149,25 @@ def _codes(path: Path, convention: LabelConvention) -> np.ndarray[Any, np.dtype[
     return decode(reorient(read_label_map(path)).voxels, convention)
 
 
-def _cases_html(cases: Sequence[PageCase]) -> str:
-    cards = [_card(case) for case in cases]
-    return fill("cards.html", cards=cards, convention=_convention(), region_names=REGION_NAMES)
-
-
-def _convention() -> str:
-    return (
-        "Each picture shows the slices where the tumour is largest: from top to bottom axial, coronal and sagittal, "
-        "at one scale. Radiological display: the right side of the patient (R) is on the left of the picture; L left, "
-        "A anterior, P posterior, S superior, I inferior. Lines lie beside a border, so equal borders stay visible."
-    )
-
-
 def _card(case: PageCase) -> dict[str, object]:
     """Return the variables of the card template for one case."""
     shown: dict[str, object] = {
         "case": case.case,
         "picture": None,
         "caption": case.overlay_caption,
-        "table": Markup(case_table_html(case.scores)),  # noqa: S704 - contains only numbers
+        "table": case_table(case.scores),
     }
     if case.overlay is None:
         return shown
-    left = "Reference" if _has_reference(case) else "Image"
-    width, height = struct.unpack(">II", case.overlay[16:24])  # in the PNG's IHDR chunk
-    picture = data_uri("png", case.overlay)
-    return {**shown, "picture": picture, "left": left, "width": width, "height": height, "alt": _alt(case, left)}
-
-
-def _alt(case: PageCase, left: str) -> str:
-    dice = [(region, score(case.scores, region, "dice")) for region in REGIONS]
-    said = ", ".join(f"{region} {value:.3f}" for region, value in dice if not math.isnan(value))
-    text = f"Case {case.case}: {left.lower()} on the left, predicted outlines on the right, in three planes."
-    return text + (f" Dice {said}." if said else "")
-
-
-def _has_reference(case: PageCase) -> bool:
     keys = ("dice", "reference_volume_ml")
-    return any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
+    has_reference = any(key in case.scores.get(region, {}) for region in REGIONS for key in keys)
+    scores = ((region, score(case.scores, region, "dice")) for region in REGIONS)
+    dice = {region: value for region, value in scores if not math.isnan(value)}
+    return {
+        **shown,
+        "picture": picture_uri(case.overlay, "png"),
+        "left": "Reference" if has_reference else "Image",
+        "width": case.overlay.shape[1],
+        "height": case.overlay.shape[0],
+        "alt": overlay_alt(case.case, dice, has_reference=has_reference),
+    }

@@ -8,22 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from app.html.records import mapping, number_or_none
+from app.inference.flags import Flag
 from data.datasets.layouts import Case
 from data.errors import DataError
 from data.filesystem import why
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, Contrast, LabelConvention, Region
 
 _ENDING: Final = ".nii.gz"
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShownFlag:
-    """A warning about a case."""
-
-    code: str
-    """Name of the rule, e.g. ``missing-contrast``."""
-    sentence: str
-    """Finding of the rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +41,7 @@ class Predicted:
         Raises:
             DataError: the JSON does not name a known convention.
         """
-        name = _mapping(self.record.get("labels")).get("convention")
+        name = mapping(self.record.get("labels")).get("convention")
         if not isinstance(name, str) or name not in CONVENTIONS:
             raise DataError(
                 f"{self.label_map.with_name(self.case + '.json')}: the label convention is {name!r}; expected one of "
@@ -60,49 +52,47 @@ class Predicted:
     @property
     def volumes_ml(self) -> dict[Region, float | None]:
         """Predicted volume by region; None where the JSON has none."""
-        told = _mapping(self.record.get("volumes_ml"))
-        return {region: number_or_none(told.get(region)) for region in REGIONS}
+        recorded = mapping(self.record.get("volumes_ml"))
+        return {region: number_or_none(recorded.get(region)) for region in REGIONS}
 
     @property
     def confidence(self) -> dict[Region, float]:
         """Mean probability within the segmented region, for the regions in the JSON."""
-        told = _mapping(self.record.get("confidence"))
-        found = {region: number_or_none(told.get(region)) for region in REGIONS}
-        return {region: value for region, value in found.items() if value is not None}
+        recorded = mapping(self.record.get("confidence"))
+        found = ((region, number_or_none(recorded.get(region))) for region in REGIONS)
+        return {region: value for region, value in found if value is not None}
 
     @property
     def volume_intervals_ml(self) -> dict[Region, tuple[float, float]]:
         """Lowest and highest volume by region: the interval in the JSON, else the range over single answers."""
-        answers = _mapping(self.record.get("answers"))
-        told = _mapping(self.record.get("volume_interval_ml")) or _mapping(answers.get("volume_range_ml"))
+        answers = mapping(self.record.get("answers"))
+        recorded = mapping(self.record.get("volume_interval_ml")) or mapping(answers.get("volume_range_ml"))
         found: dict[Region, tuple[float, float]] = {}
         for region in REGIONS:
-            ends = told.get(region)
-            if isinstance(ends, list) and len(ends) == 2:
-                low, high = map(number_or_none, ends)
-                if low is not None and high is not None:
-                    found[region] = (low, high)
+            match recorded.get(region):
+                case [int() | float() as low, int() | float() as high]:
+                    found[region] = (float(low), float(high))
         return found
 
     @property
     def interval_name(self) -> str:
         """Column heading for :attr:`volume_intervals_ml`."""
         level = number_or_none(self.record.get("volume_interval_level"))
-        if _mapping(self.record.get("volume_interval_ml")):
+        if mapping(self.record.get("volume_interval_ml")):
             return "Interval (ml)" if level is None else f"{level:.0%} interval (ml)"
         return "Range of answers (ml)"
 
     @property
-    def flags(self) -> tuple[ShownFlag, ...]:
+    def flags(self) -> tuple[Flag, ...]:
         """The flags in the JSON; if it has none, a flag for missing contrasts."""
-        told = self.record.get("flags")
-        if not isinstance(told, list):
+        flags = self.record.get("flags")
+        if not isinstance(flags, list):
             missing = self.record.get("missing_contrasts")
-            names = [str(name) for name in missing] if isinstance(missing, list) else []
-            return (ShownFlag(code="missing-contrast", sentence=f"Missing: {', '.join(names)}."),) if names else ()
+            names = ", ".join(map(str, missing)) if isinstance(missing, list) else ""
+            return (Flag(code="missing-contrast", sentence=f"Missing: {names}."),) if names else ()
         return tuple(
-            ShownFlag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
-            for one in told
+            Flag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
+            for one in flags
             if isinstance(one, Mapping)
         )
 
@@ -133,34 +123,20 @@ def find_predictions(folder: Path, cases: Mapping[str, Case] | None = None) -> t
             failures[path.stem] = str(error)
             continue
         images, volumes = _images(record, None if cases is None else cases.get(path.stem))
-        beside = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
+        uncertainty = path.with_name(f"{path.stem}_uncertainty{_ENDING}")
         # If the JSON has null for this file, the one on disk belongs to an earlier label map.
-        belongs = _mapping(record.get("files")).get("uncertainty", beside) is not None
+        belongs = mapping(record.get("files")).get("uncertainty", uncertainty) is not None
         found.append(
             Predicted(
                 case=path.stem,
                 label_map=label_map,
-                uncertainty=beside if belongs and beside.is_file() else None,
+                uncertainty=uncertainty if belongs and uncertainty.is_file() else None,
                 record=record,
                 images=images,
                 volumes=volumes,
             )
         )
     return found, failures
-
-
-def number_or_none(value: object) -> float | None:
-    """Return a JSON number as a float, or None for anything else."""
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
-
-
-def _mapping(value: object) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _is_place(value: object) -> bool:
-    """Whether a JSON value is a valid volume index."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -176,8 +152,9 @@ def _read(path: Path) -> dict[str, Any]:
 def _images(record: Mapping[str, Any], case: Case | None) -> tuple[dict[Contrast, Path], dict[Contrast, int]]:
     if case is not None:
         return dict(case.contrasts), dict(case.volumes)
-    told, volumes = _mapping(record.get("inputs")), _mapping(record.get("input_volumes"))
+    paths = {contrast: mapping(record.get("inputs")).get(contrast) for contrast in CONTRASTS}
+    volumes = {contrast: mapping(record.get("input_volumes")).get(contrast) for contrast in CONTRASTS}
     return (
-        {contrast: Path(told[contrast]) for contrast in CONTRASTS if isinstance(told.get(contrast), str)},
-        {contrast: volumes[contrast] for contrast in CONTRASTS if _is_place(volumes.get(contrast))},
+        {contrast: Path(path) for contrast, path in paths.items() if isinstance(path, str)},
+        {contrast: place for contrast, place in volumes.items() if type(place) is int and place >= 0},
     )

@@ -15,6 +15,7 @@ from app.reports import saved_crossval as crossval
 from app.reports.cohort import write_cohort
 from app.reports.predictions import is_predictions
 from app.reports.run import write_run
+from data.datasets.source import DataSource
 
 Kind = Literal["run", "predictions", "comparison", "cross-validation"]
 
@@ -62,7 +63,7 @@ def recognise(folder: Path) -> Kind:
     if is_predictions(folder):
         return "predictions"
     raise RunError(
-        f"{folder}: nothing there that has a page. Expected a run (config.yaml and run.json), predictions "
+        f"{folder}: contains nothing to report on. Expected a run (config.yaml and run.json), predictions "
         "(<case>.nii.gz with <case>.json), a comparison (plan.json) or a cross-validation (folds.json)."
     )
 
@@ -71,10 +72,8 @@ def report(
     folder: Path,
     out: Path,
     *,
-    images: Path | None = None,
-    references: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
+    images: DataSource | None = None,
+    references: DataSource | None = None,
     on_progress: OnProgress = silent,
 ) -> Report:
     """Write the pages of a folder: ``index.html`` and, for predictions, a page per case in ``cases``.
@@ -84,8 +83,6 @@ def report(
         out: folder of the pages, created if missing; existing pages are replaced.
         images: for predictions: data set with their scans.
         references: for predictions: data set or folder with expert label maps.
-        labels: name of the label convention of ``references``, if their files do not determine it.
-        follow_links: accept symbolic links that lead out of ``images`` and ``references``.
         on_progress: called as pages are finished.
 
     Raises:
@@ -98,19 +95,17 @@ def report(
     kind = recognise(folder)
     for option, value in (("--images", images), ("--references", references)):
         if value is not None and kind != "predictions":
-            raise ConfigError(f"{option} goes with predictions; {folder} is a {kind}")
+            raise ConfigError(f"{option} can only be used with predictions; {folder} is a {kind}")
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; give a folder for the pages")
     if out.resolve() == folder.resolve():
-        raise RunError(f"{out} is what the pages are of; give another folder for them")
+        raise RunError(f"{out} is the folder that the pages describe; give another folder for the pages")
     if kind == "predictions":
         pages = write_cohort(
             folder,
             out,
             images=images,
             references=references,
-            labels=labels,
-            follow_links=follow_links,
             on_progress=on_progress,
         )
         return Report(kind=kind, page=pages.index, cases=pages.cases, failures=pages.failures)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,16 +12,13 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
-from app.html.elements import document, note, number, section, table_html
-from app.html.scores import REGION_NAMES
+from app.html.elements import Row, document, listed, number, write_html
+from app.html.records import Records, mapping, number_or_none
+from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
-from app.reports.predictions import number_or_none
 from app.runs.folder import read_json, read_metrics
-from data.files import replacing
 from data.filesystem import why
 from data.labels import REGIONS, Region
-
-Records = Sequence[Mapping[str, Any]]
 
 
 def write_run(run: Path, page: Path) -> None:
@@ -36,10 +32,7 @@ def write_run(run: Path, page: Path) -> None:
         RunError: a file of the run is missing or damaged.
         OSError: ``page`` cannot be written.
     """
-    html = render_run(run)
-    page.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(page) as beside:
-        beside.write_text(html, encoding="utf-8", errors="replace")
+    write_html(page, render_run(run))
 
 
 def render_run(run: Path) -> str:
@@ -58,18 +51,26 @@ def render_run(run: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{run}: missing or damaged ({why(error)}). Is it a run folder?") from error
     best = best_validation(records)
-    gradients = gradients_html(records)
-    sections = [
-        section("scores", "Validation cases", _scores_html(best)),
-        section("curves", "Learning curves", curves_html(records)),
-        section("gradients", "Gradients", gradients) if gradients else "",
-        fill("run.html", config=config, command=_command(run, facts)),
-    ]
+    cases = {} if best is None else _by_case(best)
+    body = fill(
+        "run.html",
+        validated=best is not None,
+        rows=_worst_first(cases),
+        chart=distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice"),
+        regions=list(REGIONS),
+        regions_in_words=REGIONS_IN_WORDS,
+        step=f"{best['step']:,}" if best else "",
+        dice_definition=DICE_DEFINITION,
+        curves=curves_html(records),
+        gradients=gradients_html(records),
+        config=config,
+        command=_command(run, facts),
+    )
     return document(
         title=f"Run {run.resolve().name}",
         lead=_lead(records, best),
         facts=_facts(run, facts, split, records),
-        sections=sections,
+        body=body,
         styles=("page.css", "report.css"),
     )
 
@@ -85,38 +86,17 @@ def best_validation(records: Records) -> Mapping[str, Any] | None:
     return max(scored, key=lambda record: float(record["mean_dice"]), default=None)
 
 
-def _scores_html(best: Mapping[str, Any] | None) -> str:
-    if best is None:
-        return '<p class="empty">No validation was recorded.</p>'
-    cases = _by_case(best)
-    if not cases:
-        return (
-            '<p class="empty">Dice by case was not recorded: the run is of an older version. Predict its validation '
-            "cases and score them: znormseg predict, znormseg evaluate.</p>"
-        )
-    worst_first = sorted(cases, key=lambda case: (fmean(cases[case].values()), case))
-    rows = [
-        [escape(case), number(fmean(cases[case].values())), *(number(cases[case][region]) for region in REGIONS)]
-        for case in worst_first
+def _worst_first(cases: Mapping[str, Mapping[Region, float]]) -> list[Row]:
+    mean = {case: fmean(scores.values()) for case, scores in cases.items()}
+    return [
+        [case, number(mean[case]), *(number(cases[case][region]) for region in REGIONS)]
+        for case in sorted(cases, key=lambda case: (mean[case], case))
     ]
-    regions = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
-    chart = distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice")
-    return (
-        f'<figure class="chart alone">{chart}<figcaption>Dice of each validation case by region: '
-        f"{regions}. Box: quartiles and median.</figcaption></figure>"
-        "<h3>Worst cases first</h3>"
-        + table_html("scores", ["Case", "Mean", *REGIONS], rows)
-        + note(
-            f"At step {best['step']:,}, the one with the best mean. Dice at the spacing the network works at; "
-            f"{DICE_DEFINITION}. The step was chosen on these same cases, so the numbers are a little too good."
-        )
-    )
 
 
 def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
-    told = best.get("cases")
     found: dict[str, dict[Region, float]] = {}
-    for case, scores in told.items() if isinstance(told, Mapping) else ():
+    for case, scores in mapping(best.get("cases")).items():
         values = {region: number_or_none(scores.get(region)) for region in REGIONS}
         known = {region: value for region, value in values.items() if value is not None}
         if len(known) == len(REGIONS):
@@ -126,19 +106,19 @@ def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
 
 def _lead(records: Records, best: Mapping[str, Any] | None) -> str:
     steps = max((int(record["step"]) for record in records if record.get("kind") == "train"), default=0)
-    said = f"{steps:,} optimiser steps."
+    lead = f"{steps:,} optimiser steps."
     if best is None:
-        return said
+        return lead
     dice = ", ".join(f"{region} {value:.3f}" for region, value in best.get("dice", {}).items() if value is not None)
-    return f"{said} Best validation at step {best['step']:,}: mean Dice {best['mean_dice']:.3f} ({dice})."
+    return f"{lead} Best validation at step {best['step']:,}: mean Dice {best['mean_dice']:.3f} ({dice})."
 
 
 def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], records: Records) -> list[tuple[str, str]]:
     """Return the provenance of the run, as pairs of name and value."""
     seconds = [s for s in (number_or_none(record.get("seconds")) for record in records) if s is not None]
     spacing = facts.get("spacing_mm")
-    versions = facts.get("versions")
-    told = [
+    weights = sorted(run.glob("checkpoints/best-*.json")) or sorted(run.glob("checkpoints/last-*.json"))
+    known = [
         ("cases", f"{len(split.get('train', ()))} train, {len(split.get('validation', ()))} validate"),
         ("data", facts.get("data")),
         ("labels", facts.get("labels")),
@@ -146,24 +126,16 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
         ("seconds", f"{max(seconds):,.0f}" if seconds else None),
         ("machine", facts.get("machine")),
         ("runtime", "; ".join(map(str, facts.get("runtime") or ()))),
-        ("versions", ", ".join(f"{k} {v}" for k, v in versions.items()) if isinstance(versions, Mapping) else None),
-        ("weights, SHA-256", _weights(run)),
-        ("label maps, SHA-256", _label_maps(run)),
+        ("versions", listed(facts.get("versions"))),
+        ("weights, SHA-256", _sha256_in(weights)),
+        ("label maps, SHA-256", _sha256_in([*run.glob("labels.json")])),
     ]
-    return [(name, str(value)) for name, value in told if value]
+    return [(name, str(value)) for name, value in known if value]
 
 
-def _weights(run: Path) -> str:
-    saved = sorted((run / "checkpoints").glob("best-*.json")) or sorted((run / "checkpoints").glob("last-*.json"))
-    if not saved:
-        return ""
-    content = read_json(saved[-1])
-    return str(content.get("sha256", "")) if isinstance(content, dict) else ""
-
-
-def _label_maps(run: Path) -> str:
-    content = read_json(run / "labels.json") if (run / "labels.json").exists() else {}
-    return str(content.get("sha256", "")) if isinstance(content, dict) else ""
+def _sha256_in(paths: Sequence[Path]) -> str:
+    """Return the SHA-256 that the last of these JSON files states; empty if it states none."""
+    return str(mapping(read_json(paths[-1])).get("sha256", "")) if paths else ""
 
 
 def _command(run: Path, facts: Mapping[str, Any]) -> str:

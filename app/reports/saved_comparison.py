@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,7 @@ def _plan(out: Path, content: dict[str, Any]) -> ComparisonPlan:
         target_dice=content["target_dice"],
         first_seed=int(content.get("first_seed", 0)),
     )
-    names = content.get("variants", {})
-    variants = {name: _config_of(out, plan, name) for name in names}
-    return ComparisonPlan(**{**vars(plan), "variants": variants}) if variants else plan
+    return replace(plan, variants={name: _config_of(out, plan, name) for name in content.get("variants", {})})
 
 
 def _config_of(out: Path, plan: ComparisonPlan, arm: str) -> RunConfig:
@@ -99,4 +98,4 @@ def _result(out: Path, key: RunKey) -> dict[str, Any]:
 
 
 def _unfinished(out: Path) -> RunError:
-    return RunError(f"{out}: the comparison has not ended. Give the command it was begun with once more; it goes on.")
+    return RunError(f"{out}: the comparison is not finished. Run its command again to resume it.")

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from app.config.load import from_plain
 from app.errors import RunError
-from app.experiments.crossval.calibrate import calibrate
-from app.experiments.crossval.folds import Folds
-from app.experiments.crossval.out_of_fold import read_computed_by, read_counts
-from app.experiments.crossval.run import CrossValidation
-from app.experiments.crossval.summary import summarise
-from app.experiments.crossval.tune import Scores, tune
-from app.experiments.runs import backends_sentence, count_backends, json_object
-from app.inference.ensemble import CROSSVAL_FILE
-from app.inference.postprocess import Postprocess
+from app.experiments.crossval.folds import read_folds
+from app.experiments.crossval.run import measure_folds
+from app.experiments.runs import json_object
 from app.progress import OnProgress, Progress, silent
 from app.reports.crossval import write_crossval_page
-from app.runs.folder import read_json, read_metrics
-from data.datasets.layouts import Case
-from data.datasets.splits import Split
-from data.labels import CONVENTIONS
+from app.runs.folder import read_json
 
 
 def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = silent) -> None:
@@ -37,62 +28,15 @@ def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = 
         RunError: the cross-validation is unfinished, or one of its files is missing or damaged.
         OSError: ``page`` cannot be written.
     """
-    folds = folds_on_record(out)
+    folds = read_folds(out)
     numbers = range(len(folds.splits))
     if not (out / "crossval.json").exists() or not all(folds.result_file(fold).exists() for fold in numbers):
-        raise RunError(
-            f"{out}: the cross-validation has not ended. Give the command it was begun with once more; it goes on."
-        )
+        raise RunError(f"{out}: the cross-validation is not finished. Run its command again to resume it.")
     recorded = json_object(read_json(out / "crossval.json"), out / "crossval.json")
-    fold_of = folds.fold_of()
+    detail = f"{len(folds.cases)} cases"
 
-    def told(share: float) -> None:
-        on_progress(Progress(job="scores", share=0.99 * share, detail=f"{len(fold_of)} cases"))
+    def report(share: float) -> None:
+        on_progress(Progress(job="scores", share=0.99 * share, detail=detail))
 
-    scores = Scores({case_id: folds.answer_file(case_id) for case_id in fold_of}, on_share=told)
-    tuning = tune(scores, list(fold_of.values()))
-    raw = summarise(folds, Postprocess())
-    tuned = raw if tuning.chosen.changes_nothing else summarise(folds, tuning.chosen)
-    counts = {case_id: read_counts(folds.answer_file(case_id)) for case_id in fold_of}
-    outcome = CrossValidation(
-        out=out,
-        ensemble=out / "ensemble",
-        raw=raw,
-        tuned=tuned,
-        tuning=tuning,
-        calibrated=calibrate(counts, raw, tuned),
-        results=[read_json(folds.result_file(fold)) for fold in numbers],
-        metrics=[read_metrics(folds.run(fold)) for fold in numbers],
-        backends=backends_sentence(count_backends(read_computed_by(folds.answer_file(case_id)) for case_id in fold_of)),
-        content=recorded,
-    )
-    write_crossval_page(outcome, page)
-    on_progress(Progress(job="scores", share=1.0, detail=f"{len(fold_of)} cases"))
-
-
-def folds_on_record(out: Path) -> Folds:
-    """Read the folds of a cross-validation; its cases have ids but no files.
-
-    Args:
-        out: folder of the cross-validation.
-
-    Raises:
-        RunError: ``folds.json`` is missing or damaged.
-    """
-    path = out / CROSSVAL_FILE
-    content = json_object(read_json(path), path)
-    try:
-        parts = [tuple(map(str, ids)) for ids in content["folds"]]
-        ids = sorted(case_id for part in parts for case_id in part)
-        return Folds(
-            out=out,
-            cases={case_id: Case(id=case_id, folder=out) for case_id in ids},
-            config=from_plain(content["config"], str(path)),
-            convention=CONVENTIONS[content["labels"]],
-            splits=tuple(
-                Split(train=tuple(case_id for case_id in ids if case_id not in part), validation=part) for part in parts
-            ),
-            label_maps_sha256=str(content["label_maps_sha256"]),
-        )
-    except (KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: damaged ({error}).") from error
+    write_crossval_page(replace(measure_folds(folds, on_share=report), content=recorded), page)
+    on_progress(Progress(job="scores", share=1.0, detail=detail))

@@ -60,8 +60,8 @@ class Saved(Generic[T]):
         return _section(self.tensors, _WEIGHTS)
 
 
-class Checkpoint(Saved["Tensor"]):
-    """A loaded checkpoint with torch tensors."""
+#: A loaded checkpoint with torch tensors.
+Checkpoint = Saved["Tensor"]
 
 
 def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
@@ -121,13 +121,9 @@ def load_newest(
     Raises:
         RunError: there are checkpoints, but all are damaged or unfit.
     """
+    import safetensors.torch
 
-    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Checkpoint:
-        import safetensors.torch
-
-        return Checkpoint(step=step, tensors=safetensors.torch.load(content), details=details, sha256=sha256)
-
-    return _newest(folder, kind, unpack, unfit)
+    return _newest(folder, kind, safetensors.torch.load, unfit)
 
 
 def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
@@ -136,24 +132,17 @@ def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic
     Raises:
         RunError: as :func:`load_newest`.
     """
+    import safetensors.numpy
 
-    def unpack(step: int, content: bytes, details: dict[str, Any], sha256: str) -> Saved[npt.NDArray[np.generic]]:
-        import safetensors.numpy
-
-        return Saved(step=step, tensors=safetensors.numpy.load(content), details=details, sha256=sha256)
-
-    return _newest(folder, kind, unpack, lambda _: None)
-
-
-_Found = TypeVar("_Found", bound=Saved[Any])
+    return _newest(folder, kind, safetensors.numpy.load, lambda _: None)
 
 
 def _newest(
     folder: Path,
     kind: Kind,
-    unpack: Callable[[int, bytes, dict[str, Any], str], _Found],
-    unfit: Callable[[_Found], str | None],
-) -> _Found | None:
+    unpack: Callable[[bytes], dict[str, T]],
+    unfit: Callable[[Saved[T]], str | None],
+) -> Saved[T] | None:
     refused: list[str] = []
     for step, stem in sorted(_saved(folder, kind).items(), reverse=True):
         if not stem.with_suffix(".json").exists():
@@ -168,14 +157,14 @@ def _newest(
             refused.append(str(error))
             continue
         for reason in refused:
-            LOG.warning("%s Not used; the checkpoint of step %d is.", _sentence(reason), step)
+            LOG.warning("%s Skipped; using the checkpoint of step %d is.", _sentence(reason), step)
         return found
     if not any(stem.with_suffix(".json").exists() for stem in _saved(folder, kind).values()):
         return None
     raise RunError(" ".join(_sentence(reason) for reason in refused) + " Restore both from a copy, or train again.")
 
 
-def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], str], _Found]) -> _Found:
+def _load(stem: Path, step: int, unpack: Callable[[bytes], dict[str, T]]) -> Saved[T]:
     """Load one pair.
 
     Raises:
@@ -198,9 +187,9 @@ def _load(stem: Path, step: int, unpack: Callable[[int, bytes, dict[str, Any], s
         )
     # Checkpoints written by older versions have no digest of the JSON.
     if details.pop(_OWN_DIGEST, None) not in (None, _own_digest(details)):
-        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not fit")
+        raise RunError(f"{path}: changed or damaged since training; its own SHA-256 does not match")
     try:
-        return unpack(step, content, details, digest)
+        return Saved(step=step, tensors=unpack(content), details=details, sha256=digest)
     except SafetensorError as error:
         raise RunError(f"{tensors_path}: not a safetensors file ({error})") from error
 

@@ -47,7 +47,7 @@ def write_json(path: Path, content: object) -> None:
 
 def write_durably(path: Path, content: bytes) -> None:
     """Write a file atomically, and sync it and its folder to disk, so that it survives a power cut."""
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         file.write(content)
         file.flush()
         sync_file(file, path)
@@ -97,7 +97,7 @@ def require_new(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; give a folder for the run")
     if run.is_dir() and any(entry.name != LOCK for entry in run.iterdir()):
-        raise RunError(f"{run} is not empty. Go on with --resume, or give another folder.")
+        raise RunError(f"{run} is not empty. Continue with --resume, or give another folder.")
 
 
 #: Minimum free space for metrics and TensorBoard events.
@@ -234,22 +234,12 @@ class MetricsLog:
             step_seconds: duration of the step, including the wait.
             gradient_norm: global norm before the gradient rule, if it was measured.
         """
-        measured = {} if gradient_norm is None else {"gradient_norm": gradient_norm}
-        self._write(
-            kind="train",
-            step=step,
-            loss=loss,
-            learning_rate=learning_rate,
-            seconds=seconds,
-            waited_seconds=waited_seconds,
-            **measured,
-        )
-        self._scalar("train/loss", loss, step)
-        self._scalar("train/learning_rate", learning_rate, step)
-        self._scalar("train/skipped_steps", skipped_steps, step)
-        self._scalar("train/data_wait_share", waited_seconds / max(step_seconds, 1e-9), step)
-        if gradient_norm is not None:
-            self._scalar("train/gradient_norm", gradient_norm, step)
+        measured = {"loss": loss, "learning_rate": learning_rate}
+        norm = {} if gradient_norm is None else {"gradient_norm": gradient_norm}
+        self._write(kind="train", step=step, **measured, seconds=seconds, waited_seconds=waited_seconds, **norm)
+        waited_share = waited_seconds / max(step_seconds, 1e-9)
+        more = {"skipped_steps": skipped_steps, "data_wait_share": waited_share}
+        self._scalars("train", {**measured, **more, **norm}, step)
 
     def validation(
         self,
@@ -262,9 +252,8 @@ class MetricsLog:
     ) -> None:
         """Record a validation: Dice by region, its mean, and Dice by region for each case."""
         self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds, cases=cases)
-        for region, value in dice.items():
-            self._scalar(f"validation/dice_{region}", value, step)
-        self._scalar("validation/mean_dice", mean_dice, step)
+        by_region = {f"dice_{region}": value for region, value in dice.items()}
+        self._scalars("validation", {**by_region, "mean_dice": mean_dice}, step)
 
     def picture(self, *, step: int, rgb: npt.NDArray[np.uint8]) -> None:
         """Show a picture of a validation case in TensorBoard; uint8, shape (height, width, 3)."""
@@ -280,7 +269,7 @@ class MetricsLog:
             skipped_steps: number of skipped steps in the run so far.
         """
         self._write(kind="gradients", step=step, layers=layers, skipped_steps=skipped_steps)
-        self._scalars("gradients", layers, step)
+        self._tables("gradients", layers, step)
 
     def overlap(self, *, step: int, junctions: Mapping[str, Mapping[str, float | None]]) -> None:
         """Record the gradient overlap at one step.
@@ -291,7 +280,7 @@ class MetricsLog:
                 :class:`znorm.overlap.Overlap`.
         """
         self._write(kind="overlap", step=step, junctions=junctions)
-        self._scalars("overlap", junctions, step)
+        self._tables("overlap", junctions, step)
 
     def sync(self) -> None:
         """Sync the records to disk; a checkpoint relies on them, so a power cut must not lose them."""
@@ -329,6 +318,15 @@ class MetricsLog:
 
         self._patiently(write)
 
+    def _tables(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
+        for row, values in table.items():
+            finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+            self._scalars(f"{group}/{row}", finite, step)
+
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._scalar(f"{group}/{name}", value, step)
+
     def _scalar(self, name: str, value: float, step: int) -> None:
         self._to_board(lambda board: board.add_scalar(name, value, step))
 
@@ -344,12 +342,6 @@ class MetricsLog:
             if self._boards_lost < MOST_BOARDS_LOST:
                 self._board = _summary_writer(self._run / "tensorboard", 0)
                 self._to_board(add)
-
-    def _scalars(self, group: str, table: Mapping[str, Mapping[str, float | None]], step: int) -> None:
-        for row, values in table.items():
-            for name, value in values.items():
-                if value is not None and math.isfinite(value):
-                    self._scalar(f"{group}/{row}/{name}", value, step)
 
 
 def _finite(value: object) -> object:
@@ -389,4 +381,6 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
 
 
 def _lacks_curves(folder: Path, error: OSError) -> None:
-    LOG.warning("%s: cannot be written, TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error))
+    LOG.warning(
+        "%s: cannot be written, so TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error)
+    )

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from app import NOTICE
 from app.errors import RunError
 from app.runs.folder import read_json, write_durably, write_json
 from data.files import file_sha256
@@ -24,7 +25,6 @@ from data.filesystem import why
 CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
-NOTICE: Final = "Research use only; not a medical device."
 #: Licence statement on the card of a network trained by this program.
 LICENCE: Final = (
     "not stated. The program is Apache-2.0; of the weights whoever trained them decides, within the terms of the "
@@ -53,13 +53,10 @@ def describe_model(folder: Path) -> dict[str, Any]:
     Raises:
         RunError: the folder contains no model, or one of its files is damaged.
     """
-    if not folder.is_dir():
-        raise RunError(
-            f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
-        )
+    _require_folder(folder)
     best = newest_best(folder)
     if best is None and not (folder / "ensemble.json").exists() and not (folder / DESCRIPTION_FILE).exists():
-        raise RunError(f"{folder}: no model there: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
+        raise RunError(f"{folder}: contains no model: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
     try:
         if best is not None:
             content = _of_run(folder, best)
@@ -116,15 +113,12 @@ def verify(folder: Path) -> tuple[str, ...]:
     Raises:
         RunError: ``SHA256SUMS`` is missing or damaged, or files are missing or changed; the message names each.
     """
-    if not folder.is_dir():
-        raise RunError(
-            f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
-        )
+    _require_folder(folder)
     place = folder / SUMS_FILE
     if not place.exists():
         raise RunError(
-            f"{folder}: no {SUMS_FILE} there, so nothing can be checked. Training writes it at its end; a run that is "
-            "not done, or of an older version, has none."
+            f"{folder}: contains no {SUMS_FILE}, so nothing can be verified. Training writes it at the end; unfinished "
+            "runs and those of older versions have none."
         )
     try:
         lines = place.read_text(encoding="utf-8").splitlines()
@@ -134,7 +128,7 @@ def verify(folder: Path) -> tuple[str, ...]:
     for line in lines:
         match = _LINE.fullmatch(line)
         if match is None or Path(match["name"]).is_absolute() or ".." in Path(match["name"]).parts:
-            raise RunError(f"{place}: damaged; this is no line of it: {line[:100]!r}. Restore the folder from a copy.")
+            raise RunError(f"{place}: damaged; invalid line: {line[:100]!r}. Restore the folder from a copy.")
         listed[match["name"]] = match["sum"]
     if not listed:
         raise RunError(f"{place}: damaged; it lists no file. Restore the folder from a copy.")
@@ -145,6 +139,13 @@ def verify(folder: Path) -> tuple[str, ...]:
     if problems:
         raise RunError(f"{folder}: {'; '.join(problems)}. Restore the folder from a copy.")
     return tuple(listed)
+
+
+def _require_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise RunError(
+            f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give the folder of a model"
+        )
 
 
 def newest_best(folder: Path) -> Path | None:
@@ -216,7 +217,7 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
 def _best_of(folder: Path) -> Path:
     best = newest_best(folder)
     if best is None:
-        raise RunError(f"{folder}: no weights there. Restore the folder from a copy.")
+        raise RunError(f"{folder}: contains no weights. Restore the folder from a copy.")
     return best
 
 
@@ -239,14 +240,12 @@ def _counts(folder: Path) -> dict[str, Any]:
 
 def _data(folder: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
     facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    kept = {"fold": facts.get("fold")} if facts.get("fold") is not None else {}
-    initial = facts.get("init_from")
-    return {
-        **_input(weights),
-        **_counts(folder),
-        **kept,
-        **({} if initial is None else {"weights began as those with SHA-256": initial["sha256"]}),
-    }
+    content = {**_input(weights), **_counts(folder)}
+    if facts.get("fold") is not None:
+        content["fold"] = facts["fold"]
+    if facts.get("init_from") is not None:
+        content["weights began as those with SHA-256"] = facts["init_from"]["sha256"]
+    return content
 
 
 def _network(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
@@ -30,6 +31,9 @@ _BELOW_BF16: Final = _BELOW_AVX512 | {"AVX512_CORE", "AVX512_CORE_VNNI"}
 #: Lowest compute capability of GPUs that multiply float16 faster than float32.
 TENSOR_CORES: Final = (7, 0)
 
+Precision = Literal["float32", "bfloat16", "float16"]
+WantedPrecision = Literal["auto", Precision]
+
 
 @dataclass(frozen=True, kw_only=True)
 class RuntimeConfig:
@@ -37,7 +41,7 @@ class RuntimeConfig:
 
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    precision: WantedPrecision = "auto"
     """``auto``: bfloat16 autocast if the hardware multiplies it, else float16 on a GPU with tensor cores, else
     float32."""
     channels_last: bool = True
@@ -60,7 +64,7 @@ class Runtime:
 
     device_name: str
     """``cpu`` or ``cuda:N``."""
-    precision_name: Literal["float32", "bfloat16", "float16"]
+    precision_name: Precision
     channels_last: bool
     reasons: tuple[str, ...]
     backend: Literal["torch", "openvino"] = "torch"
@@ -174,7 +178,7 @@ def _set_deterministic(*, on: bool) -> None:
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the packages that results depend on."""
     names = ("znormseg", "torch", "monai", "openvino", "nibabel", "numpy")
-    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+    return {"python": platform.python_version(), **{name: installed_version(name) or "unknown" for name in names}}
 
 
 def machine() -> str:
@@ -193,7 +197,7 @@ def _own_device(wanted: str, local_rank: int | None) -> str:
         return wanted
     if _is_cuda_index(wanted):
         raise DeviceError(
-            f"device {wanted}: each process that torchrun starts takes a GPU of its own. Use --set runtime.device=cuda."
+            f"device {wanted}: each process that torchrun starts takes its own GPU. Use --set runtime.device=cuda."
         )
     count = torch.cuda.device_count()
     if torch.cuda.is_available() and local_rank >= count:
@@ -223,9 +227,7 @@ def _choose_device(wanted: str) -> tuple[torch.device, str]:
     return torch.device("cuda", device.index or 0), f"device {wanted}: asked for"
 
 
-def _choose_precision(
-    wanted: Literal["auto", "float32", "bfloat16", "float16"], device: torch.device
-) -> tuple[Literal["float32", "bfloat16", "float16"], str]:
+def _choose_precision(wanted: WantedPrecision, device: torch.device) -> tuple[Precision, str]:
     if wanted != "auto":
         return wanted, f"precision {wanted}: asked for"
     if device.type == "cuda":
@@ -240,7 +242,7 @@ def _choose_precision(
     return cpu_precision()
 
 
-def cpu_precision() -> tuple[Literal["float32", "bfloat16"], str]:
+def cpu_precision() -> tuple[Precision, str]:
     """Return the precision that this CPU multiplies fastest, and the reason."""
     if found := sorted(bf16_flags()):
         return "bfloat16", f"precision bfloat16: the CPU has {', '.join(found)}"
@@ -282,32 +284,28 @@ def _isa_limit(among: Collection[str] = frozenset(_BELOW_BF16)) -> str | None:
 
 def cpu_flags() -> set[str]:
     """Return the CPU's instruction sets by their Linux names; empty if the system does not list them."""
-    for line in _cpuinfo():
-        if line.startswith("flags"):
-            return set(line.partition(":")[2].split())
-    return set()
+    return set(_cpuinfo("flags").split())
 
 
 def processor() -> str:
     """Return the name of the CPU."""
-    for line in _cpuinfo():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
 
 
-def _cpuinfo() -> list[str]:
+def _cpuinfo(key: str) -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith(key):
+                return line.partition(":")[2].strip()
+    return ""
+
+
+def installed_version(package: str) -> str | None:
+    """Return the version of an installed package, or None."""
     try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
-
-
-def _version(name: str) -> str:
-    try:
-        return metadata.version(name)
+        return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None
 
 
 def _is_cuda_index(device: str) -> bool:

@@ -76,5 +76,5 @@ def _message(what: str, needed_bytes: int, folder: Path, error: OSError) -> str:
         free = "free space unknown"
     return (
         f"{folder}: {error.strerror}. {what[0].upper()}{what[1:]} needs {needed_bytes / 1e6:.1f} MB, {free}. Training "
-        "waits and goes on when there is room; Ctrl-C or SIGTERM ends it at its last checkpoint."
+        "waits until there is room; Ctrl-C or SIGTERM stops it at its last checkpoint."
     )

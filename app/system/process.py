@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from app.system.resources import cores, processor_quota
@@ -20,14 +19,8 @@ _LARGEST_INT: Final = 2**31 - 1
 _THREADS: Final = "OMP_NUM_THREADS"
 
 
-@dataclass
-class _Set:
-    """Environment variables that this process set itself, as opposed to the user."""
-
-    threads: str | None = None
-
-
-_SET: Final = _Set()
+#: Environment variables that this process set itself, as opposed to the user.
+_SET: Final[dict[str, str]] = {}
 
 
 def granted_processors() -> int:
@@ -56,7 +49,7 @@ def share_processors() -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     granted = granted_processors()
     if granted < cores() and _THREADS not in os.environ:
-        os.environ[_THREADS] = _SET.threads = str(granted)
+        os.environ[_THREADS] = _SET[_THREADS] = str(granted)
 
 
 def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
@@ -67,9 +60,19 @@ def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
         given: environment of this process.
     """
     asked = given.get(_THREADS)
-    if asked is not None and asked != _SET.threads:
+    if asked is not None and asked != _SET.get(_THREADS):
         return asked
     return str(max(1, granted_processors() // processes))
+
+
+def how_it_ended(status: int) -> str:
+    """Describe the exit status of a process in words.
+
+    Example:
+        >>> how_it_ended(-9)
+        'was ended by SIGKILL'
+    """
+    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
 
 
 def give_back_freed_memory() -> bool:
@@ -81,12 +84,7 @@ def give_back_freed_memory() -> bool:
     Returns:
         Whether any memory was returned.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL("libc.so.6").malloc_trim(0))
-    except (OSError, AttributeError):
-        return False
+    return _call_glibc("malloc_trim", 0)
 
 
 def give_back_large_blocks() -> bool:
@@ -98,12 +96,7 @@ def give_back_large_blocks() -> bool:
     Returns:
         Whether the setting was accepted.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        return bool(ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, 128 << 10))
-    except (OSError, AttributeError):
-        return False
+    return _call_glibc("mallopt", _M_MMAP_THRESHOLD, 128 << 10)
 
 
 def keep_freed_memory() -> bool:
@@ -115,12 +108,17 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether the setting was accepted.
     """
+    # A block above the mmap threshold is mapped separately and zeroed by the system each time; free memory at the end
+    # of the heap is kept up to the trim threshold.
+    large = _call_glibc("mallopt", _M_MMAP_THRESHOLD, 1 << 30)
+    return large and _call_glibc("mallopt", _M_TRIM_THRESHOLD, _LARGEST_INT)
+
+
+def _call_glibc(function: str, *arguments: int) -> bool:
+    """Call a function of glibc; False if it returns 0, or the C library is another one."""
     if not sys.platform.startswith("linux"):
         return False
     try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        return bool(getattr(ctypes.CDLL("libc.so.6"), function)(*arguments))
     except (OSError, AttributeError):
         return False
-    # A block above the mmap threshold is mapped separately and zeroed by the system each time; free memory at the end
-    # of the heap is kept up to the trim threshold.
-    return bool(mallopt(_M_MMAP_THRESHOLD, 1 << 30)) and bool(mallopt(_M_TRIM_THRESHOLD, _LARGEST_INT))

@@ -41,14 +41,14 @@ def memory_of(process: int | str = "self", *, proc: Path = Path("/proc")) -> Mem
 
     ``getrusage`` would not do: a child's peak includes the memory that its parent held when it started the child.
     """
-    told = _table(proc / str(process) / "status")
-    if "VmRSS" not in told:
+    status = _table(proc / str(process) / "status")
+    if "VmRSS" not in status:
         return None
     return Memory(
-        resident=told["VmRSS"],
-        peak=told.get("VmHWM", told["VmRSS"]),
-        own=told.get("RssAnon", told["VmRSS"]) + told.get("RssShmem", 0),
-        files=told.get("RssFile", 0),
+        resident=status["VmRSS"],
+        peak=status.get("VmHWM", status["VmRSS"]),
+        own=status.get("RssAnon", status["VmRSS"]) + status.get("RssShmem", 0),
+        files=status.get("RssFile", 0),
     )
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 from typing import Any, Final
@@ -13,10 +14,11 @@ from app.progress import LOG
 from app.runs.folder import read_json, write_json
 from app.runs.training_record import INTENSITIES_FILE
 from data.datasets.label_stats import LabelMap, changed, hash_of, label_map_from_json
-from data.datasets.layouts import Case, find_cases, look_like_visits, misnamed_files, patients_of
+from data.datasets.layouts import Case, look_like_visits, misnamed_files, patients_of
 from data.datasets.naming import composed
 from data.datasets.patients import grouped_by_words
-from data.datasets.splits import Split, fold_split, parted, read_split
+from data.datasets.source import DataSource
+from data.datasets.splits import Split, parted
 from data.errors import DataError
 from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
@@ -33,25 +35,7 @@ _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
 
 
-def choose_split(patients: Mapping[str, str], fold: int | str, split_file: Path | None) -> Split:
-    """Choose the training and validation cases: from a split file, or from a fold by patient.
-
-    Args:
-        patients: the patient of each case, by case id.
-        fold: fold number from 0, or :data:`ALL_CASES` to train on every case and validate on none.
-        split_file: JSON file with the lists ``train`` and ``validation``; overrides ``fold``.
-
-    Raises:
-        DataError: the file names a case that is not in the data set, or there are too few patients.
-    """
-    if split_file is not None:
-        return read_split(split_file, patients)
-    if fold == ALL_CASES:
-        return Split(train=tuple(patients), validation=())
-    return fold_split(patients, int(fold))
-
-
-def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
+def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
     """Log how cases were grouped into patients; warn if the split separates (likely) visits of one patient.
 
     Args:
@@ -86,7 +70,7 @@ def tell_of_patients(cases: Collection[Case], parts: Collection[Collection[str]]
         )
 
 
-def tell_of_names(cases: Collection[Case]) -> None:
+def report_misnamed_files(cases: Collection[Case]) -> None:
     """Log a warning about files whose extension does not match whether they are compressed."""
     found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
     if found:
@@ -113,16 +97,18 @@ def split_on_record(path: Path) -> Split:
         ) from error
 
 
-def cases_of(split: Split, data: Path, *, follow_links: bool) -> dict[str, Case]:
+def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
     """Return all cases of a data set by id, and require those of a split to be among them.
 
     Raises:
         DataError: a case of the split is missing.
     """
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
-    gone = [case_id for case_id in (*split.train, *split.validation) if case_id not in cases]
+    cases = data.find_cases()
+    gone = [case_id for case_id in split.cases if case_id not in cases]
     if gone:
-        raise DataError(f"{data}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder.")
+        raise DataError(
+            f"{data.root}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
+        )
     return cases
 
 
@@ -143,10 +129,10 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
         )
 
 
-def labels_on_record(split: Split, held: Mapping[str, LabelMap]) -> dict[str, Any]:
+def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[str, Any]:
     """Return the record of a run's label maps at its start, by which later changes are noticed."""
-    used = {case_id: held[case_id] for case_id in (*split.train, *split.validation) if case_id in held}
-    return {"sha256": hash_of(used), "cases": {case_id: one.to_json() for case_id, one in sorted(used.items())}}
+    used = {case_id: label_maps[case_id] for case_id in split.cases if case_id in label_maps}
+    return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
 def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
@@ -164,7 +150,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
     try:
         before = {composed(case_id): label_map_from_json(one) for case_id, one in read_json(path)["cases"].items()}
     except (TypeError, KeyError, ValueError, AttributeError) as error:
-        raise RunError(f"{path}: damaged. Delete it, and the run goes on without a look at its label maps.") from error
+        raise RunError(f"{path}: damaged. Delete it to resume without checking the label maps.") from error
     others = changed(before, cases.values())
     if others:
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
@@ -194,22 +180,43 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
         run: the run's folder.
         prepared: all cases of the run.
     """
-    found = {case.id: said for case in prepared if (said := case.backgrounds())}
+    found = {case.id: texts for case in prepared if (texts := case.backgrounds())}
     if not found:
         return
     write_json(run / BACKGROUNDS_FILE, found)
-    for case_id, said in list(found.items())[:_MOST_WARNED]:
-        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in said.items()))
+    for case_id, texts in list(found.items())[:_MOST_WARNED]:
+        LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in texts.items()))
     if len(found) > _MOST_WARNED:
         LOG.warning(
             "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE
         )
 
 
+def patch_settings(config: RunConfig) -> dict[str, Any]:
+    """Return the settings of a run's :class:`data.patches.sampler.PatchSource`."""
+    training = config.training
+    return {
+        "patch_voxels": training.patch_voxels,
+        "tumour_probability": training.tumour_probability,
+        "enhancing_probability": training.enhancing_probability,
+        "augmentation": config.augment,
+        "seed": training.seed,
+    }
+
+
 def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
     """Return the configured spacing, or else the median of the training cases along each axis."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    found = [canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1]) for case in cases]
-    x, y, z = (round(median(along), 4) for along in zip(*found, strict=True))
+    return median_by_axis(map(case_spacing, cases))
+
+
+def case_spacing(case: Case) -> Spacing:
+    """Read the voxel spacing of a case along the canonical axes, from the header of its T1c image."""
+    return canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
+
+
+def median_by_axis(sizes: Iterable[Spacing]) -> Spacing:
+    """Return the median along each axis, to 0.1 micrometres for sizes in millimetres."""
+    x, y, z = (round(median(along), 4) for along in zip(*sizes, strict=True))
     return (x, y, z)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
-from app.config.load import RunConfig, differing_keys, flat, to_yaml
+from app.config.load import RunConfig, config_differences, differing_keys, flat, to_yaml
 from app.errors import ConfigError
 from app.progress import LOG
 from app.runs import checkpoints
@@ -35,34 +34,15 @@ FIXED: Final = {
     "training.ema_decay": "the average of the weights began with the run",
     "data.spacing_mm": "the run's spacing was decided when it began",
 }
-_NEW_CHANNELS: Final = "the network was made with other input channels"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Change:
-    """A config key whose value has changed."""
-
-    key: str
-    old: Any
-    new: Any
-
-    def __str__(self) -> str:
-        return f"{self.key}: {self.old} -> {self.new}"
-
-
-def changes_between(old: RunConfig, new: RunConfig) -> list[Change]:
-    """List the differences between two configs, in the order of the config."""
-    before, after = flat(old), flat(new)
-    return [Change(key=key, old=before[key], new=after[key]) for key in differing_keys(old, new)]
-
-
-def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collection[str]) -> list[Change]:
-    """Check that a resumed run may adopt the requested config, and return the changes.
+def require_allowed(run: Path, own: RunConfig, requested: RunConfig, allowed: Collection[str]) -> list[str]:
+    """Check that a resumed run may adopt the requested config; return the changes, each as ``key: old -> new``.
 
     Args:
         run: the run's folder, for the message.
         own: the run's config.
-        asked: the requested config.
+        requested: the requested config.
         allowed: keys that may change although they affect what is learned.
 
     Raises:
@@ -73,41 +53,41 @@ def require_allowed(run: Path, own: RunConfig, asked: RunConfig, allowed: Collec
         if key not in flat(own):
             close = difflib.get_close_matches(key, flat(own), n=1)
             raise ConfigError(f"--allow {key}: unknown key{f'; did you mean {close[0]}?' if close else ''}")
-    changes = changes_between(own, asked)
-    fixed = {change.key: reason for change in changes if (reason := _why_fixed(change.key, own, asked))}
-    lacking = [c.key for c in changes if c.key not in fixed and c.key not in allowed and not _among(c.key, HARMLESS)]
+    changes = dict(zip(differing_keys(own, requested), config_differences(own, requested), strict=True))
+    fixed = {key: reason for key in changes if (reason := _why_fixed(key, own, requested))}
+    lacking = [key for key in changes if key not in fixed and key not in allowed and not _among(key, HARMLESS)]
     if not fixed and not lacking:
-        return changes
+        return list(changes.values())
     shown = [
-        f"  {change}{f' (cannot change: {fixed[change.key]})' if change.key in fixed else ''}"
-        f"{f' (needs --allow {change.key})' if change.key in lacking else ''}"
-        for change in changes
+        f"  {change}{f' (cannot change: {fixed[key]})' if key in fixed else ''}"
+        f"{f' (needs --allow {key})' if key in lacking else ''}"
+        for key, change in changes.items()
     ]
     advice = []
     if fixed:
-        advice.append("Take back what cannot change, or start a new run.")
+        advice.append("Revert what cannot change, or start a new run.")
     if lacking:
-        advice.append(f"To change what is learned on purpose: {' '.join(f'--allow {key}' for key in lacking)}")
+        advice.append(f"To change what is learned anyway: {' '.join(f'--allow {key}' for key in lacking)}")
     raise ConfigError("\n".join([f"{run} was started with another config:", *shown, *advice]))
 
 
-def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence[Change], state: State) -> None:
+def apply_changes(run: Path, own: RunConfig, requested: RunConfig, changes: Sequence[str], state: State) -> None:
     """Adopt a changed config: log it, update run.json and config.yaml, and spread validations over the new budget."""
     if not changes:
         return
-    settings = asked.training
+    settings = requested.training
     before, now = (
         spent_share(
             config.training, step=state.step, seconds=state.seconds, validation_seconds=state.validation_seconds
         )
-        for config in (own, asked)
+        for config in (own, requested)
     )
     for change in changes:
         LOG.info("config changed at step %d: %s", state.step, change)
     old_rate, new_rate = learning_rate(own.training, before), learning_rate(settings, now)
     if before != now or old_rate != new_rate:
         LOG.info(
-            "step %d is %.0f %% of the budget (before: %.0f %%); the learning rate goes on from %.3g (before: %.3g)",
+            "step %d is %.0f %% of the budget (before: %.0f %%); the learning rate continues at %.3g (before: %.3g)",
             *(state.step, 100 * min(now, 1), 100 * min(before, 1), new_rate, old_rate),
         )
     if before != now or own.training.validations != settings.validations:
@@ -115,19 +95,17 @@ def apply_changes(run: Path, own: RunConfig, asked: RunConfig, changes: Sequence
         state.validations = int(min(now, 1) * settings.validations)
         state.best_validation = state.validations - since_best  # training.patience keeps its count
         # Saved before the config, so that after an interruption in between the next resume repeats the change.
-        tensors, details = to_checkpoint(state)
-        counts = {"seconds": state.seconds, "skipped_steps": state.skipped_before}
-        checkpoints.save(run / "checkpoints", "last", state.step, tensors, {**details, **counts})
+        checkpoints.save(run / "checkpoints", "last", state.step, *to_checkpoint(state))
     facts = read_json(run / "run.json")
-    record = {"step": state.step, "changes": [str(change) for change in changes]}
+    record = {"step": state.step, "changes": list(changes)}
     if facts.get("config_changes", [])[-1:] != [record]:  # else already recorded before an interruption
         write_json(run / "run.json", {**facts, "config_changes": [*facts.get("config_changes", []), record]})
-    write_durably(run / "config.yaml", to_yaml(asked).encode())
+    write_durably(run / "config.yaml", to_yaml(requested).encode())
 
 
-def _why_fixed(key: str, own: RunConfig, asked: RunConfig) -> str | None:
-    if key == "augment.contrast_dropout" and own.input_channels != asked.input_channels:
-        return _NEW_CHANNELS
+def _why_fixed(key: str, own: RunConfig, requested: RunConfig) -> str | None:
+    if key == "augment.contrast_dropout" and own.input_channels != requested.input_channels:
+        return "the network was made with other input channels"
     return next((reason for fixed, reason in FIXED.items() if _among(key, [fixed])), None)
 
 

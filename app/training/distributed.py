@@ -33,9 +33,9 @@ from app.progress import LOG
 T = TypeVar("T")
 
 #: Timeout for the processes to find each other; torchrun starts them once all hosts are present.
-_MEETING: Final = timedelta(minutes=5)
+_JOIN_TIMEOUT: Final = timedelta(minutes=5)
 #: Timeout for what one process does while the others wait, such as preparing the cases of a large data set.
-_PATIENCE: Final = timedelta(hours=12)
+_TIMEOUT: Final = timedelta(hours=12)
 #: Environment variables that ``torchrun`` sets for each process.
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -149,7 +149,7 @@ class World:
         self._seconds, saving, *counts = summed
         return next((name for name, count in zip(names, counts, strict=True) if count), None), saving > 0
 
-    def tell(self, content: T | None = None) -> T:
+    def broadcast(self, content: T | None = None) -> T:
         """Broadcast ``content`` from the first process; the others pass nothing and wait for it."""
         box = [content]
         if self.size > 1:
@@ -286,9 +286,9 @@ def _set_up(launch: Launch) -> None:
         if launch.local_rank is not None and launch.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(launch.local_rank)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=_MEETING))
-        place = fresh_place(store, rank=rank, size=size)
-        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_PATIENCE)
+        store, rank, size = next(rendezvous("env://", timeout=_JOIN_TIMEOUT))
+        place = fresh_store(store, rank=rank, size=size)
+        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DeviceError(
@@ -298,7 +298,7 @@ def _set_up(launch: Launch) -> None:
         ) from error
 
 
-def fresh_place(store: Store, *, rank: int, size: int) -> Store:
+def fresh_store(store: Store, *, rank: int, size: int) -> Store:
     """Return an empty part of the launch's store, the same one in all processes.
 
     The store may outlive a restart, and then still holds the addresses of dead processes. Hosts may count restarts
@@ -308,11 +308,11 @@ def fresh_place(store: Store, *, rank: int, size: int) -> Store:
     Raises:
         TimeoutError: not every process arrived in time.
     """
-    until = time.monotonic() + _MEETING.total_seconds()
+    until = time.monotonic() + _JOIN_TIMEOUT.total_seconds()
 
     def pause() -> None:
         if time.monotonic() > until:
-            raise TimeoutError("not all processes came")
+            raise TimeoutError("not all processes have joined")
         time.sleep(0.02)
 
     if rank > 0:

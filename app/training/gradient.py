@@ -30,11 +30,19 @@ def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Mod
         ConfigError: ``gradient.znorm`` selects something that is not in the model, or leaves nothing to normalise.
     """
     name, reason = choose_transform(config, optimizer)
+    numbers, words = _described(config).get(name, ({}, ""))
     try:
-        handle = _handle(name, config, optimizer, model)
+        if name == "znorm":
+            handle = znorm.attach(optimizer, model, config.znorm)
+        else:
+            handle = znorm.attach_baseline(optimizer, model, name, config.znorm, **numbers)
     except ValueError as error:
         raise ConfigError(f"gradient.znorm: {error}") from error
-    return AttachedTransform(report=_report(name, reason, config, handle), skipped_steps=lambda: handle.skipped_steps)
+    report = words + reason
+    if not words:
+        title = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[name]
+        report = f"{title}{reason} on these tensors:\n{handle.selection.report()}"
+    return AttachedTransform(report=report, skipped_steps=lambda: handle.skipped_steps)
 
 
 def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str, str]:
@@ -46,27 +54,14 @@ def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str,
     return "znorm", " (auto: under AdamW no rule scored higher than ZNorm, docs/evidence.md)"
 
 
-def _handle(name: str, config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> znorm.GradientHandle:
-    if name == "znorm":
-        return znorm.attach(optimizer, model, config.znorm)
-    numbers = {
-        "clip": {"limit": config.clip_norm},
-        "clip-value": {"limit": config.clip_value},
-        "adaptive-clip": {"ratio": config.adaptive_clip_ratio},
-        "scale": {"eps": config.znorm.eps},
-    }.get(name, {})
-    return znorm.attach_baseline(optimizer, model, name, config.znorm, **numbers)
-
-
-def _report(name: str, reason: str, config: GradientConfig, handle: znorm.GradientHandle) -> str:
-    words = {
-        "none": "gradients as is",
-        "clip": f"gradients clipped to norm {config.clip_norm:g}",
-        "clip-value": f"gradients clipped to {config.clip_value:g} by element",
-        "centralize": "gradients centralized by output channel",
-        "adaptive-clip": f"gradients clipped by output channel to {config.adaptive_clip_ratio:g} of the weights",
+def _described(config: GradientConfig) -> dict[str, tuple[dict[str, float], str]]:
+    """Return the numbers of each rule other than ZNorm, and what it does in words, if its tensors need no listing."""
+    ratio = config.adaptive_clip_ratio
+    return {
+        "none": ({}, "gradients as is"),
+        "clip": ({"limit": config.clip_norm}, f"gradients clipped to norm {config.clip_norm:g}"),
+        "clip-value": ({"limit": config.clip_value}, f"gradients clipped to {config.clip_value:g} by element"),
+        "centralize": ({}, "gradients centralized by output channel"),
+        "adaptive-clip": ({"ratio": ratio}, f"gradients clipped by output channel to {ratio:g} of the weights"),
+        "scale": ({"eps": config.znorm.eps}, ""),
     }
-    if name in words:
-        return words[name] + reason
-    title = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[name]
-    return f"{title}{reason} on these tensors:\n{handle.selection.report()}"

@@ -2,40 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from app.config.load import RunConfig, config_differences, load_config, to_plain
 from app.errors import ConfigError, RunError
-from app.inference.model import load_model
+from app.inference.model import Model, load_model
+from app.progress import LOG
 from app.system.device import Runtime
+from app.training.state import State
 from data.nifti import Spacing
-
-
-@dataclass(frozen=True, kw_only=True)
-class InitialWeights:
-    """Weights of another run, and their origin."""
-
-    weights: dict[str, Tensor]
-    """State dict of the network."""
-    run: Path
-    sha256: str
-    """Hash of the weights file."""
-    step: int
-    spacing_mm: Spacing
-    """Spacing at which the other run worked."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for ``run.json``."""
-        return {
-            "run": str(self.run.resolve()),
-            "sha256": self.sha256,
-            "step": self.step,
-            "spacing_mm": list(self.spacing_mm),
-        }
 
 
 def sections_of(run: Path) -> dict[str, dict[str, Any]]:
@@ -50,7 +26,7 @@ def sections_of(run: Path) -> dict[str, dict[str, Any]]:
     return {"network": plain["network"], "training": {"patch_voxels": plain["training"]["patch_voxels"]}}
 
 
-def initial_weights(run: Path, config: RunConfig, runtime: Runtime) -> InitialWeights:
+def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     """Load the weights that ``predict`` would use from a run, for a new run with another config.
 
     Args:
@@ -78,21 +54,36 @@ def initial_weights(run: Path, config: RunConfig, runtime: Runtime) -> InitialWe
     ]
     if others:
         raise ConfigError(
-            f"the network of {run} is another one; leave out --config and the settings of network, or give those it "
-            f"has. Different (there -> here): {'; '.join(others)}"
+            f"{run} has another network; leave out --config and the settings of network, or give those of that run. "
+            f"Different (there -> here): {'; '.join(others)}"
         )
-    return InitialWeights(
-        weights=model.network.state_dict(),
-        run=run,
-        sha256=model.sha256,
-        step=model.step,
-        spacing_mm=model.spacing_mm,
-    )
+    return model
+
+
+def start_from(model: Model, state: State, spacing_mm: Spacing) -> None:
+    """Load the weights of another run into a new state, and log their origin.
+
+    Args:
+        model: the other run's model.
+        state: before its first step.
+        spacing_mm: spacing at which the new run works.
+    """
+    state.start_from(model.network.state_dict())
+    LOG.info("weights of %s, step %d, sha256 %s", model.origin, model.step, model.sha256)
+    if any(abs(here - there) > 0.05 * there for here, there in zip(spacing_mm, model.spacing_mm, strict=True)):
+        there, here = ("x".join(f"{mm:g}" for mm in spacing) for spacing in (model.spacing_mm, spacing_mm))
+        LOG.warning("the weights are of %s mm, this run works at %s mm; set data.spacing_mm to match them", there, here)
+
+
+def origin_of(model: Model) -> dict[str, Any]:
+    """Return the origin of initial weights as plain data for ``run.json``."""
+    run = str(Path(model.origin).resolve())
+    return {"run": run, "sha256": model.sha256, "step": model.step, "spacing_mm": list(model.spacing_mm)}
 
 
 def _require_one_run(run: Path) -> None:
     if not (run / "run.json").is_file():
         raise RunError(
-            f"{run}: not the folder of a run, it has no run.json. --init-from takes one run that train made, not "
-            "several together and no file of weights."
+            f"{run}: not the folder of a run, it has no run.json. --init-from takes the folder of one run of train, "
+            "not an ensemble or a file of weights."
         )

@@ -24,7 +24,7 @@ def tensors_are_finite(tensors: Sequence[Tensor]) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
-def unfit_to_go_on(checkpoint: checkpoints.Checkpoint) -> str | None:
+def unfit_to_resume(checkpoint: checkpoints.Checkpoint) -> str | None:
     """Return why a run cannot continue from an intact checkpoint, or None if it can."""
     return None if tensors_are_finite(list(checkpoint.weights.values())) else "its weights are not all finite"
 

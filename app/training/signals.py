@@ -41,23 +41,20 @@ def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    stopping = stopping_signals()
-    caught = stopping if _SAVE is None else (*stopping, _SAVE)
+    caught = stopping_signals() if _SAVE is None else (*stopping_signals(), _SAVE)
     before = {number: signal.getsignal(number) for number in caught}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
+        if number == _SAVE:
+            request.save = True
+            return
         request.signal_name = signal.Signals(number).name
         if not patient and request.signal_name != "SIGHUP":
             signal.signal(number, before[signal.Signals(number)])
 
-    def note_save(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        request.save = True
-
     try:
-        for number in stopping:
+        for number in caught:
             signal.signal(number, note)
-        if _SAVE is not None:
-            signal.signal(_SAVE, note_save)
         yield request
     finally:
         for number in caught:

@@ -18,6 +18,11 @@ from data.labels import REGIONS
 from models import build_network
 
 _AVERAGE: Final = "average."
+#: Fields of the state that a checkpoint's JSON holds under their own names.
+_RECORDED: Final = (
+    *("best_dice", "best_step", "best_validation", "validations", "validated_step", "validation_seconds"),
+    *("patches", "rollbacks"),
+)
 
 
 @dataclass
@@ -95,37 +100,32 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: Training
     if state.average is not None:
         tensors = checkpoint.tensors.items()
         state.average.load({n.removeprefix(_AVERAGE): tensor for n, tensor in tensors if n.startswith(_AVERAGE)})
-    details = checkpoint.details
+    details = {
+        # Older versions did not save these.
+        "patches": checkpoint.step * settings.accumulate * settings.batch_size,
+        "best_validation": checkpoint.details["validations"],
+        "rollbacks": [],
+        **checkpoint.details,
+    }
     if details.get("scaler"):
         state.scaler.load_state_dict(details["scaler"])
-    state.step = checkpoint.step
-    state.patches = details.get("patches", checkpoint.step * settings.accumulate * settings.batch_size)
-    state.seconds = details["seconds"]
-    state.best_dice, state.best_step = details["best_dice"], details["best_step"]
-    state.validations, state.validated_step = details["validations"], details["validated_step"]
-    state.best_validation = details.get("best_validation", state.validations)  # missing in older versions
-    state.validation_seconds = details["validation_seconds"]
-    state.skipped_before = details["skipped_steps"]
-    state.rollbacks = list(details.get("rollbacks", []))  # older versions had no rollbacks
+    for name in _RECORDED:
+        setattr(state, name, details[name])
+    state.step, state.seconds, state.skipped_before = checkpoint.step, details["seconds"], details["skipped_steps"]
 
 
 def to_checkpoint(state: State) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the tensors and plain data of a ``last`` checkpoint; the caller adds ``seconds`` and ``skipped_steps``."""
+    """Return the tensors and plain data of a ``last`` checkpoint."""
     tensors, plain = checkpoints.optimizer_tensors(state.optimizer)
     if state.average is not None:
         tensors |= {_AVERAGE + name: tensor for name, tensor in state.average.network.state_dict().items()}
     return (
         {**checkpoints.weight_tensors(state.network), **tensors, **checkpoints.rng_tensors()},
         {
-            "best_dice": state.best_dice,
-            "best_step": state.best_step,
-            "best_validation": state.best_validation,
-            "validations": state.validations,
-            "validated_step": state.validated_step,
-            "validation_seconds": state.validation_seconds,
-            "patches": state.patches,
-            "rollbacks": state.rollbacks,
+            **{name: getattr(state, name) for name in _RECORDED},
             "optimizer": plain,
             "scaler": state.scaler.state_dict(),
+            "seconds": state.seconds,
+            "skipped_steps": state.skipped_before,
         },
     )

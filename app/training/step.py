@@ -32,8 +32,6 @@ class StepResult:
     """Mean over the micro-batches and processes."""
     waited_seconds: float
     """Time spent waiting for batches."""
-    cases: tuple[str, ...]
-    """Ids of the cases that the patches came from."""
     gradient_norm: float | None = None
     """Global norm before the gradient rule; None unless requested."""
 
@@ -65,16 +63,14 @@ class Stepper:
         self.world.seed_step(settings.seed, state.step)
         waited = 0.0
         losses: list[torch.Tensor] = []
-        cases: list[str] = []
         for number in range(settings.accumulate):
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
-            cases.extend(batch.cases)
             last = number == settings.accumulate - 1
             with self.telemetry.backward(measured=measured and last), self.world.gradients(network, last=last):
                 loss = self._loss(network, batch)
-                state.scaler.scale(loss / settings.accumulate).backward()  # type: ignore[no-untyped-call]
+                state.scaler.scale(loss / settings.accumulate).backward()
             losses.append(loss.detach())
         for group in state.optimizer.param_groups:
             group["lr"] = rate
@@ -90,7 +86,7 @@ class Stepper:
         # Read after the step, so that the GPU has the step queued before the host waits.
         total = sum(float(loss) / settings.accumulate for loss in losses)
         state.patches += settings.accumulate * settings.batch_size * self.world.size
-        return StepResult(loss=self.world.mean(total), waited_seconds=waited, cases=tuple(cases), gradient_norm=norm)
+        return StepResult(loss=self.world.mean(total), waited_seconds=waited, gradient_norm=norm)
 
     def _gradient_norm(self) -> float:
         gradients = [p.grad for p in self.state.network.parameters() if p.grad is not None]

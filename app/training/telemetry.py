@@ -75,8 +75,8 @@ class Telemetry:
 
 
 def _plain(gradient: LayerGradient) -> dict[str, float | None]:
-    plain: dict[str, float | None] = {}
-    for when, stats in (("before", gradient.before), ("after", gradient.after)):
-        for name in ("mean", "std", "norm"):
-            plain[f"{name}_{when}"] = None if stats is None else getattr(stats, name)
-    return plain
+    return {
+        f"{name}_{when}": None if stats is None else getattr(stats, name)
+        for when, stats in (("before", gradient.before), ("after", gradient.after))
+        for name in ("mean", "std", "norm")
+    }

@@ -10,13 +10,21 @@ import torch
 from torch import nn
 
 from app.config.inference import InferenceConfig
+from app.config.load import RunConfig
 from app.evaluation.metrics import dice
 from app.inference.sliding_window.grid import Size
 from app.inference.sliding_window.torch_blend import sliding_logits
 from app.system.device import Runtime
 from app.training.distributed import ALONE, World
-from data.labels import REGIONS, from_regions, to_regions
+from data.contrasts import presence_mask
+from data.labels import CONTRASTS, REGIONS, from_regions, to_regions
 from data.patches.sampler import CachedCase
+from models import GivenPresence
+
+
+def on_contrasts(network: nn.Module, config: RunConfig) -> nn.Module:
+    """Return the network as one that takes only the contrasts, all of them present."""
+    return GivenPresence(network, presence_mask(CONTRASTS)) if config.takes_missing_contrasts else network
 
 
 def validation_dice(
@@ -51,12 +59,7 @@ def validation_dice(
         case = cases[number]
         image = torch.from_numpy(case.image().astype(np.float32))
         logits = sliding_logits(
-            network,
-            image,
-            window=window,
-            overlap=config.overlap,
-            runtime=runtime,
-            between_windows=between_windows,
+            network, image, window=window, overlap=config.overlap, runtime=runtime, between_windows=between_windows
         )
         codes = from_regions((logits > 0).cpu().numpy())
         on_case(case, codes)

@@ -14,11 +14,12 @@ import csv
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
-from data.datasets.naming import composed, contrast_of, split_name
+from data.datasets.case import Case
+from data.datasets.naming import ENDINGS_OF_A_YEAR, composed, contrast_of, naming_of, split_name
 from data.errors import DataError
 from data.labels import CONVENTIONS, MSD, Contrast, convention_of_names
 from data.nifti import nifti_files, read_grid, strip_nifti_ending
@@ -35,29 +36,6 @@ _PATIENT_COLUMNS: Final = {
     *("participant", "participant_id", "participant id", "participantid"),
 }
 _LABEL_COLUMNS: Final = {"seg", "label", "label_map", "segmentation", "mask", "tumor_segmentation"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DescribedCase:
-    """One case as stated in a description."""
-
-    id: str
-    folder: Path
-    contrasts: dict[Contrast, Path] = field(default_factory=dict)
-    volumes: dict[Contrast, int] = field(default_factory=dict)
-    """For contrasts stored in a 4D file, the index of their volume."""
-    label: Path | None = None
-    declared: str | None = None
-    """Name of the label convention stated in the description."""
-    endings: frozenset[str] = frozenset()
-    """Endings of the file names, where they may reveal the year."""
-    id_tells: bool = True
-    """Whether the case id may be used to infer the label numbers."""
-    patient: str | None = None
-    """The patient as stated in a manifest."""
-    unrecognised: tuple[str, ...] = ()
-    """Columns or channels with an image whose names match no contrast."""
-    problems: tuple[str, ...] = ()
 
 
 def description_of(folder: Path) -> Path | None:
@@ -82,7 +60,7 @@ def declared_convention(description: Path) -> str | None:
     return None if convention is None else convention.name
 
 
-def read_description(description: Path, only: str | None = None) -> tuple[DescribedCase, ...]:
+def read_description(description: Path, only: str | None = None) -> tuple[Case, ...]:
     """The cases of an MSD or nnU-Net data set.
 
     Args:
@@ -96,11 +74,8 @@ def read_description(description: Path, only: str | None = None) -> tuple[Descri
     channels = _channels(content, description)
     others = _other_channels(content)
     declared = declared_convention(description)
-    if declared is None and not _label_names(content):
-        of_layout: str | None = MSD.name
-    else:
-        of_layout = declared
-    cases: list[DescribedCase] = []
+    of_layout = MSD.name if declared is None and not _label_names(content) else declared
+    cases: list[Case] = []
     for images, labels in _PARTS:
         if only not in (None, images) or not (description.parent / images).is_dir():
             continue
@@ -129,7 +104,7 @@ def find_manifest(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
+def read_manifest(path: Path) -> tuple[Case, ...]:
     """The cases of a manifest, in file order.
 
     Raises:
@@ -139,14 +114,14 @@ def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
     rows = _rows(path)
     if not rows:
         raise DataError(
-            f"{path}: the manifest is empty. Its first row names the columns: case, t1, t1c, t2, flair, seg."
+            f"{path}: the manifest is empty. Its first row must name the columns: case, t1, t1c, t2, flair, seg."
         )
     columns = _columns(rows[0][1], path)
     contrasts = [column for column in columns if column not in ("case", "seg", "labels", "patient")]
     if "case" not in columns or not contrasts:
         raise DataError(
-            f"{path}: no manifest: its first row must name the columns case, t1, t1c, t2, flair and, where there are "
-            f"label maps, seg; it has {', '.join(rows[0][1])[:200]}."
+            f"{path}: not a manifest: its first row must name the columns case, t1, t1c, t2, flair and, for label "
+            f"maps, seg; it has {', '.join(rows[0][1])[:200]}."
         )
     others = {at: text.strip() for at, text in enumerate(rows[0][1]) if at not in columns.values()}
     lines: dict[str, int] = {}
@@ -159,7 +134,7 @@ def read_manifest(path: Path) -> tuple[DescribedCase, ...]:
         if not case_id:
             raise DataError(f"{path}, line {line}: no case id. Fill in the column of the case.")
         if case_id in lines:
-            raise DataError(f"{path}: case {case_id} is there twice, in lines {lines[case_id]} and {line}. Keep one.")
+            raise DataError(f"{path}: case {case_id} appears twice, in lines {lines[case_id]} and {line}. Keep one.")
         lines[case_id] = line
         images = [name for at, name in others.items() if at < len(row) and _names_an_image(row[at])]
         cases.append(_row_case(path, line, case_id, cells, [f"column {name}" for name in images]))
@@ -171,9 +146,7 @@ def _names_an_image(cell: str) -> bool:
     return strip_nifti_ending(cell.strip() if match is None else match["path"]) is not None
 
 
-def _row_case(
-    path: Path, line: int, case_id: str, cells: Mapping[str, str], unrecognised: Sequence[str]
-) -> DescribedCase:
+def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str], unrecognised: Sequence[str]) -> Case:
     """One row of a manifest."""
     contrasts: dict[Contrast, Path] = {}
     volumes: dict[Contrast, int] = {}
@@ -184,7 +157,7 @@ def _row_case(
         if not text or (contrast is None and name != "seg"):
             continue
         if not text.isprintable():
-            raise DataError(f"{path}, line {line}: {name} is {text!r}, which is no path. Repair the manifest.")
+            raise DataError(f"{path}, line {line}: {name} is {text!r}, which is not a path. Repair the manifest.")
         match = _VOLUME.match(text)
         file = as_on_disk(path.parent / (match["path"] if match is not None else text))
         if not file.is_symlink() and not file.exists():
@@ -198,17 +171,18 @@ def _row_case(
     declared = cells.get("labels") or None
     if declared is not None and declared not in CONVENTIONS:
         known = ", ".join(CONVENTIONS)
-        raise DataError(f"{path}, line {line}: labels is {declared!r}; there are {known}. Repair the manifest.")
+        raise DataError(f"{path}, line {line}: labels is {declared!r}, not one of {known}. Repair the manifest.")
     names = [split_name(strip_nifti_ending(file.name) or "") for file in contrasts.values()]
-    return DescribedCase(
+    return Case(
         id=case_id,
         folder=path.parent,
         contrasts=contrasts,
         volumes=volumes,
         label=label,
+        naming=naming_of(case_id, ENDINGS_OF_A_YEAR & {name.ending for name in names if name is not None}),
         declared=declared,
-        endings=frozenset(name.ending for name in names if name is not None),
-        patient=composed(cells.get("patient", "")) or None,
+        case_folder=False,
+        stated_patient=composed(cells.get("patient", "")) or None,
         unrecognised=tuple(unrecognised),
         problems=tuple(problems),
     )
@@ -282,13 +256,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({str(error)[:200]}). Repair it.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: a dataset.json is an object with channel_names or modality. Repair it.")
+        raise DataError(f"{path}: not an object with channel_names or modality, as a dataset.json must be. Repair it.")
     return content
 
 
 def _channel_names(content: Mapping[str, Any]) -> Any:
-    told = content.get("channel_names", content.get("modality"))
-    return dict(enumerate(told)) if isinstance(told, list) else told
+    names = content.get("channel_names", content.get("modality"))
+    return dict(enumerate(names)) if isinstance(names, list) else names
 
 
 def _other_channels(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -304,7 +278,7 @@ def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
     ):
         raise DataError(
             f'{path}: channel_names (or modality) must name the channels, such as {{"0": "T1", "1": "T1ce", "2": "T2", '
-            '"3": "FLAIR"}. Write them in.'
+            '"3": "FLAIR"}. Add them.'
         )
     channels: dict[int, Contrast] = {}
     for number, name in names.items():
@@ -312,14 +286,12 @@ def _channels(content: Mapping[str, Any], path: Path) -> dict[int, Contrast]:
         if contrast is None:
             continue
         if contrast in channels.values():
-            raise DataError(
-                f"{path}: two channels are {contrast} by their names: {', '.join(names.values())}. Rename one."
-            )
+            raise DataError(f"{path}: two channels are named {contrast}: {', '.join(names.values())}. Rename one.")
         channels[int(number)] = contrast
     if not channels:
         raise DataError(
-            f"{path}: no channel is named after a contrast: {', '.join(names.values())[:200]}. Name them in "
-            "channel_names: T1, T1ce, T2, FLAIR, in their order."
+            f"{path}: no channel is named after a contrast: {', '.join(names.values())[:200]}. List T1, T1ce, T2 and "
+            "FLAIR in channel_names, in the order of the channels."
         )
     return channels
 
@@ -363,7 +335,7 @@ def _is_4d(path: Path) -> bool:
 
 def _one_file_a_channel(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
-) -> Iterator[DescribedCase]:
+) -> Iterator[Case]:
     """Cases of nnU-Net. Their ids say nothing about label numbers: nnU-Net's conversions keep ids but renumber."""
     files: dict[str, dict[Contrast, Path]] = {}
     twice: dict[str, list[str]] = {}
@@ -379,29 +351,29 @@ def _one_file_a_channel(
         elif contrast is not None:
             own[contrast] = path
     for case_id, contrasts in files.items():
-        yield DescribedCase(
+        yield Case(
             id=case_id,
             folder=paths[0].parent,
             contrasts=contrasts,
             label=label_maps.get(case_id),
             declared=declared,
-            id_tells=False,
+            case_folder=False,
             problems=tuple(twice.get(case_id, ())),
         )
 
 
 def _one_file_a_case(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
-) -> Iterator[DescribedCase]:
+) -> Iterator[Case]:
     """Cases of the Decathlon, one 4D file each."""
     for path in paths:
         case_id = _stem(path)
-        yield DescribedCase(
+        yield Case(
             id=case_id,
             folder=path.parent,
             contrasts=dict.fromkeys(channels.values(), path),
             volumes={contrast: channel for channel, contrast in channels.items()},
             label=label_maps.get(case_id),
             declared=declared,
-            id_tells=False,
+            case_folder=False,
         )

@@ -13,9 +13,8 @@ import json
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, get_args
@@ -23,9 +22,12 @@ from typing import Any, Final, Literal, get_args
 import numpy as np
 
 from data.datasets.descriptions import DESCRIPTION
-from data.datasets.layouts import Case, convention_of, find_cases, patient_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, find_cases
+from data.datasets.patients import patient_of
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.files import naming_the_place, partial_name
+from data.files import folder_when_complete
 from data.labels import CONTRASTS, MSD, Contrast, LabelConvention, decode, encode
 from data.nifti import (
     LOG,
@@ -79,41 +81,37 @@ class ExportedDataset:
 
 
 def export_dataset(
-    root: Path,
+    source: DataSource,
     out: Path,
     layout: str,
     *,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_case: Callable[[str, float], None] | None = None,
 ) -> ExportedDataset:
     """Write every case of a data set in another layout; ``out`` appears only once the export is complete.
 
     Args:
-        root: a data set in any recognised layout.
+        source: the data set.
         out: folder to write to; must be new or empty.
         layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, its label numbers those of nnU-Net's conversions and
             the regions as nnU-Net trains them; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a
             folder for each case, label maps unchanged.
-        labels: name of the label convention, if it cannot be inferred from the data set.
-        follow_links: accept symlinks that leave ``root``.
         on_case: called with each case's id and the fraction of cases completed.
 
     Returns:
         a summary of the export.
 
     Raises:
-        DataError: the data set is invalid, ``out`` is not empty or lies in ``root``, or the layout is unknown.
+        DataError: the data set is invalid, ``out`` is not empty or lies in the data set, or the layout is unknown.
         OSError: ``out`` is not writable.
     """
     if layout not in LAYOUTS:
-        raise DataError(f"no layout is named {layout!r}; there are {', '.join(LAYOUTS)}. Give one of them.")
-    _require_place(root, out)
-    cases = [case.require() for case in find_cases(root, follow_links=follow_links)]
-    convention = convention_of(cases, labels=labels) if any(case.label is not None for case in cases) else None
+        raise DataError(f"no layout is named {layout!r}. Give one of {', '.join(LAYOUTS)}.")
+    _require_place(source.root, out)
+    cases = [case.require() for case in source.find_cases().values()]
+    convention = convention_of(cases, labels=source.labels) if any(case.label is not None for case in cases) else None
     writers: dict[Layout, Callable[[Path, LabelConvention | None], _Writer]]
     writers = {"nnunet": _NNUNet, "msd": _Decathlon, "csv": _Manifest}
-    with _folder_when_complete(out) as folder:
+    with folder_when_complete(out) as folder:
         writer = writers[layout](folder, convention)
         with ThreadPoolExecutor(min(_AT_ONCE, os.cpu_count() or 1)) as pool:
             futures = [pool.submit(writer.write, case) for case in cases]
@@ -127,8 +125,8 @@ def export_dataset(
         writer.describe(cases)
         if {case.id for case in find_cases(folder)} != {case.id for case in cases}:
             raise DataError(
-                f"{root}: not every case id is read back as it is in the layout {layout}: are there blanks around one? "
-                "Rename the cases, or take another layout."
+                f"{source.root}: the layout {layout} does not preserve every case id; does one begin or end with a "
+                "blank? Rename the cases, or choose another layout."
             )
     rewritten = convention is not None and layout != "csv"
     dropped = ", ".join(str(value) for value in convention.also_background) if convention and rewritten else ""
@@ -154,8 +152,9 @@ def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
     for case in cases:
         by_id.setdefault(case.patient, set()).add(patient_of(case.id))
     parted = sum(len(ids) > 1 for ids in by_id.values())
-    told = f"{layout} has no place for patients: by their ids alone, the cases of {parted} would be parted"
-    return [told] if parted else []
+    if not parted:
+        return []
+    return [f"{layout} cannot store patients; by their ids, cases of {parted} would count as different patients"]
 
 
 class _Writer(ABC):
@@ -170,7 +169,8 @@ class _Writer(ABC):
     def __init__(self, folder: Path, convention: LabelConvention | None) -> None:
         self._root = folder / self.within
         self._convention = convention
-        _make_folders(self._root, *self.folders)
+        for name in self.folders:
+            (self._root / name).mkdir(parents=True)
 
     @abstractmethod
     def write(self, case: Case) -> None:
@@ -184,8 +184,8 @@ class _Writer(ABC):
         """Write the label map in the numbers of MSD and nnU-Net, on the grid and in the voxel order of the T1c."""
         assert case.label is not None
         assert self._convention is not None
-        reference, label = _grid_of(case, "t1c"), read_label_map(case.label)
-        label = _on_grid(case, reference, label, "the label map")
+        reference = _t1c_grid(case)
+        label = _on_grid(case, reference, read_label_map(case.label), "the label map")
         try:
             codes = decode(label.voxels, self._convention)
         except DataError as error:
@@ -234,7 +234,7 @@ class _Decathlon(_Writer):
     folders = ("imagesTr", "labelsTr", "imagesTs")
 
     def write(self, case: Case) -> None:
-        reference = _grid_of(case, "t1c")
+        reference = _t1c_grid(case)
         volumes = [_on_grid(case, reference, _read(case, contrast), contrast).voxels for contrast in _MSD_CHANNELS]
         images = self._root / ("imagesTs" if case.label is None else "imagesTr")
         write_image(images / f"{case.id}.nii.gz", np.stack(volumes, axis=3), reference.path)
@@ -268,7 +268,7 @@ class _Manifest(_Writer):
     layout = "csv"
 
     def write(self, case: Case) -> None:
-        _make_folders(self._root, case.id)
+        (self._root / case.id).mkdir()
         for contrast in CONTRASTS:
             _store(case, contrast, self._root / self._place(case, contrast))
         if case.label is not None:
@@ -298,11 +298,6 @@ class _Manifest(_Writer):
 
 
 def _read(case: Case, contrast: Contrast) -> Volume:
-    """Read one contrast with its background at 0; reject NaN and infinity, which would have to be replaced."""
-    return _of_numbers(case, contrast, _look(case, contrast))
-
-
-def _look(case: Case, contrast: Contrast) -> Volume:
     """Read one contrast with its background at 0, and log a change of the background."""
     volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
     if volume.background is not None:
@@ -310,25 +305,24 @@ def _look(case: Case, contrast: Contrast) -> Volume:
     return volume
 
 
-def _of_numbers(case: Case, contrast: Contrast, volume: Volume) -> Volume:
-    path = volume.path
-    if volume.zeroed:
-        raise DataError(
-            f"case {case.id}, contrast {contrast}: {path}: {volume.zeroed} voxels are NaN or infinite. Repair the "
-            "file, or leave the case out."
-        )
-    return volume
-
-
-def _grid_of(case: Case, contrast: Contrast) -> Volume:
-    """The grid of a contrast, from its header only; the voxels are a broadcast zero."""
-    path = case.contrasts[contrast]
-    shape, affine = read_grid(path, case.volumes.get(contrast))
+def _t1c_grid(case: Case) -> Volume:
+    """The grid of the T1c, from its header only; the voxels are a broadcast zero."""
+    path = case.contrasts["t1c"]
+    shape, affine = read_grid(path, case.volumes.get("t1c"))
     return Volume(voxels=np.broadcast_to(np.float32(0), shape), affine=affine, path=path)
 
 
 def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume:
-    """Return the volume in the voxel order of the reference; a DataError if it lies on another grid."""
+    """Return a volume that is to be rewritten in the voxel order of the reference.
+
+    Raises:
+        DataError: it is on another grid, or contains NaN or infinity, which would have to be replaced.
+    """
+    if volume.zeroed:
+        raise DataError(
+            f"case {case.id}, contrast {name}: {volume.path}: {volume.zeroed} voxels are NaN or infinite. Repair the "
+            "file, or leave the case out."
+        )
     ordered = volume if grid_difference(reference, volume) is None else in_order_of(reference, volume)
     difference = grid_difference(reference, ordered)
     if difference is not None:
@@ -344,11 +338,10 @@ def _store(case: Case, contrast: Contrast, path: Path) -> None:
 
     It is also rewritten if its background is not 0, because other programs would take the whole field for brain.
     """
-    reference, volume = _grid_of(case, "t1c"), _look(case, contrast)
+    reference, volume = _t1c_grid(case), _read(case, contrast)
     if contrast not in case.volumes and volume.background is None and grid_difference(reference, volume) is None:
         _copy(volume.path, path)
     else:
-        volume = _of_numbers(case, contrast, volume)
         write_image(path, _on_grid(case, reference, volume, contrast).voxels, reference.path)
 
 
@@ -370,29 +363,10 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _make_folders(root: Path, *names: str) -> None:
-    for name in names:
-        (root / name).mkdir(parents=True, exist_ok=True)
-
-
 def _require_place(root: Path, out: Path) -> None:
     """Reject a folder that is not empty, or that lies inside the data set being exported."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise DataError(f"{out} {what}; give a new folder to export to.")
     if root.is_dir() and out.resolve().is_relative_to(root.resolve()):
-        raise DataError(f"{out} lies in {root}, the data set that is exported; give a folder outside of it.")
-
-
-@contextmanager
-def _folder_when_complete(out: Path) -> Iterator[Path]:
-    """Yield a folder next to ``out`` to write to; it is renamed to ``out`` on success and deleted on failure."""
-    place = out.resolve()
-    beside = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
-    try:
-        with naming_the_place(out):
-            beside.mkdir(parents=True)
-            yield beside
-            beside.replace(place)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        raise DataError(f"{out} is inside {root}, the data set to be exported; give a folder outside it.")

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from pydantic import TypeAdapter
 
-from data.datasets.layouts import Case
+from data.datasets.layouts import Case, decide_for
 from data.errors import DataError
-from data.labels import ENHANCING, LabelConvention, decode
+from data.labels import ENHANCING, LabelConvention, convention_named, decode
 from data.nifti import read_label_map
 
 
@@ -29,15 +30,6 @@ class LabelMap:
     """Hash of shape and voxels, independent of compression."""
     stamp: tuple[int, int]
     """Size and modification time (ns) of the file."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data, the input of :func:`label_map_from_json`."""
-        return {
-            "counts": {str(number): count for number, count in self.counts.items()},
-            "voxel_um3": self.voxel_um3,
-            "sha256": self.sha256,
-            "stamp": list(self.stamp),
-        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,21 +52,34 @@ def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
     cases = list(cases)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = list(pool.map(_read, cases))
-    return {case.id: held for case, held in zip(cases, found, strict=True) if held is not None}
+    return {case.id: label_map for case, label_map in zip(cases, found, strict=True) if label_map is not None}
 
 
 def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
-    """Undo :meth:`LabelMap.to_json`."""
-    size, changed_ns = content["stamp"]
-    return LabelMap(
-        counts={int(number): int(count) for number, count in content["counts"].items()},
-        voxel_um3=content["voxel_um3"],
-        sha256=content["sha256"],
-        stamp=(size, changed_ns),
-    )
+    """Undo ``dataclasses.asdict`` and JSON.
+
+    Raises:
+        ValueError: the content is damaged.
+    """
+    return TypeAdapter(LabelMap).validate_python(content)
 
 
-def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
+def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
+    """Infer the label convention of a data set from all of its label maps; see :func:`decide_for`.
+
+    Args:
+        cases: all cases of the data set.
+        labels: name of a convention that overrides the inference, as given to ``--labels``; no label map is read then.
+
+    Raises:
+        DataError: the values fit no convention, or several.
+    """
+    if labels is not None:
+        return convention_named(labels)
+    return decide_for(values_of([case.id for case in cases], read_label_maps(cases)), cases)
+
+
+def tumour_of(label_map: LabelMap, convention: LabelConvention) -> LabelStats:
     """Tumour volume (number of non-zero codes times voxel volume), and whether the tumour enhances.
 
     Raises:
@@ -85,19 +90,19 @@ def tumour_of(held: LabelMap, convention: LabelConvention) -> LabelStats:
         >>> tumour_of(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
         LabelStats(volume_um3=11000000000, enhances=True)
     """
-    numbers = np.array(list(held.counts), dtype=np.uint8)
+    numbers = np.array(list(label_map.counts), dtype=np.uint8)
     codes = decode(numbers, convention).tolist()
-    voxels = sum(count for count, code in zip(held.counts.values(), codes, strict=True) if code)
-    return LabelStats(volume_um3=voxels * held.voxel_um3, enhances=ENHANCING in codes)
+    voxels = sum(count for count, code in zip(label_map.counts.values(), codes, strict=True) if code)
+    return LabelStats(volume_um3=voxels * label_map.voxel_um3, enhances=ENHANCING in codes)
 
 
-def values_of(case_ids: Iterable[str], held: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
+def values_of(case_ids: Iterable[str], label_maps: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:
     """Label numbers by case id, for :func:`data.datasets.layouts.decide_for`; empty for unreadable label maps."""
-    return {case_id: tuple(held[case_id].counts) if case_id in held else () for case_id in case_ids}
+    return {case_id: tuple(label_maps[case_id].counts) if case_id in label_maps else () for case_id in case_ids}
 
 
 def tumours_of(
-    case_ids: Iterable[str], held: Mapping[str, LabelMap], convention: LabelConvention
+    case_ids: Iterable[str], label_maps: Mapping[str, LabelMap], convention: LabelConvention
 ) -> dict[str, LabelStats]:
     """Tumours by case id, for the folds; volume 0 for unreadable label maps, which are rejected when they are used.
 
@@ -105,19 +110,20 @@ def tumours_of(
         DataError: as :func:`tumour_of`.
     """
     none = LabelStats(volume_um3=0, enhances=False)
-    return {case_id: tumour_of(held[case_id], convention) if case_id in held else none for case_id in case_ids}
+    return {
+        case_id: tumour_of(label_maps[case_id], convention) if case_id in label_maps else none for case_id in case_ids
+    }
 
 
-def hash_of(held: Mapping[str, LabelMap]) -> str:
+def hash_of(label_maps: Mapping[str, LabelMap]) -> str:
     """SHA-256 over case ids and label maps, independent of their order."""
-    lines = "".join(f"{case_id} {held[case_id].sha256}\n" for case_id in sorted(held))
+    lines = "".join(f"{case_id} {label_maps[case_id].sha256}\n" for case_id in sorted(label_maps))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def changed(before: Mapping[str, LabelMap], cases: Iterable[Case]) -> list[str]:
     """Ids of cases whose label map has changed or is gone. Files with the same size and time are not read again."""
-    asked = [case for case in cases if case.id in before]
-    touched = [case for case in asked if _stamp(case) != before[case.id].stamp]
+    touched = [case for case in cases if case.id in before and _stamp(case) != before[case.id].stamp]
     now = read_label_maps(touched)
     return [case.id for case in touched if case.id not in now or now[case.id].sha256 != before[case.id].sha256]
 

@@ -8,140 +8,66 @@ read in data/datasets/descriptions.py.
 from __future__ import annotations
 
 import json
-import os
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-import numpy as np
-
 from data.contrasts import missing_contrasts, reference_contrast
+from data.datasets.case import Case, id_problems, missing_problems, some_names
 from data.datasets.descriptions import (
-    DescribedCase,
     declared_convention,
     description_of,
     find_manifest,
     read_description,
     read_manifest,
 )
-from data.datasets.naming import COMPANION_ENDINGS, FileName, composed, naming_of, split_name, split_names
-from data.datasets.patients import patient_of, possible_visits
+from data.datasets.naming import (
+    COMPANION_ENDINGS,
+    ENDINGS_OF_A_YEAR,
+    FileName,
+    composed,
+    naming_of,
+    split_name,
+    split_names,
+)
+from data.datasets.patients import possible_visits
 from data.errors import DataError
-from data.files import MOST_NAME_BYTES
 from data.labels import (
     BACKGROUND,
     BRATS2021,
     BRATS2024,
-    CONTRASTS,
     CONVENTIONS,
     Contrast,
     LabelConvention,
-    Naming,
     convention_named,
     decide_convention,
-    written_convention,
 )
-from data.nifti import is_compressed, name_misleads, nifti_files, read_label_map, strip_nifti_ending
+from data.nifti import is_compressed, name_misleads, nifti_files, strip_nifti_ending
 
 __all__ = [
     "Case",
     "case_from_files",
-    "convention_of",
     "decide_for",
     "find_cases",
     "find_label_cases",
     "find_label_maps",
     "look_like_visits",
     "misnamed_files",
-    "patient_of",
     "patients_of",
 ]
 
 NAMING_RULES: Final = (
     "a case is a folder with <case>_t1, _t1ce, _t2, _flair (BraTS 2017-2021) or <case>-t1n, -t1c, -t2w, -t2f "
     "(BraTS 2023 and later), each .nii or .nii.gz, or other usual names of the contrasts, such as _t1gd, _t1_post or "
-    "_fla; its label map ends in seg. All cases may lie in one folder; "
-    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) do too"
+    "_fla; its label map ends in seg. All cases may be in one folder; "
+    "MSD, nnU-Net raw (dataset.json, imagesTr) and a manifest (.csv: case, t1, t1c, t2, flair, seg) work too"
 )
 
-#: Endings that reveal the year even without case folders; t1c, t2w and flair are used everywhere.
-_TELLING: Final = {"t1n", "t2f", "t1ce"}
 _DEEPEST_FOLDER: Final = 3
-MOST_ID_BYTES: Final = MOST_NAME_BYTES - len(".nii.gz")
-_LONGEST_SHOWN: Final = 80
 _SHOWN: Final = 6
-
-
-@dataclass(frozen=True, kw_only=True)
-class Case:
-    """The files of one case, and the problems found with them."""
-
-    id: str
-    """Case id: the part of the file names before the contrast, in composed Unicode form (NFC)."""
-    folder: Path
-    contrasts: dict[Contrast, Path] = field(default_factory=dict)
-    """The file of each contrast found."""
-    volumes: dict[Contrast, int] = field(default_factory=dict)
-    """For contrasts stored in a 4D file, the index of their volume."""
-    label: Path | None = None
-    """The label map, if there is one."""
-    naming: Naming | None = None
-    """What the file names imply about the label numbers; None if nothing."""
-    declared: str | None = None
-    """Name of the label convention stated in the data set's description; None if it states none."""
-    case_folder: bool = True
-    """Whether the case has its own folder, as in the releases of BraTS."""
-    stated_patient: str | None = None
-    """The patient as stated in a manifest; None if it states none."""
-    unrecognised: tuple[str, ...] = ()
-    """Names of files, columns or channels that match no contrast; one of them may be a missing contrast."""
-    problems: tuple[str, ...] = ()
-    """One sentence per problem; empty if every contrast was found exactly once and nothing else is wrong."""
-
-    def __post_init__(self) -> None:
-        """Normalise the id, so that ids from files, manifests and splits compare equal whatever their Unicode form."""
-        object.__setattr__(self, "id", composed(self.id))
-
-    @property
-    def patient(self) -> str:
-        """The patient of the case: as stated in a manifest, else derived from the id."""
-        return self.stated_patient if self.stated_patient is not None else patient_of(self.id)
-
-    @property
-    def written_convention(self) -> LabelConvention | None:
-        """The convention for label maps written for this case; None if neither description nor names determine it."""
-        return CONVENTIONS[self.declared] if self.declared is not None else written_convention(self.naming)
-
-    @property
-    def reference(self) -> Contrast:
-        """The contrast whose grid label maps are written on; at least one contrast is required."""
-        return reference_contrast(self.contrasts)
-
-    def require(self, *, all_contrasts: bool = True) -> Case:
-        """Return the case itself if it has no problems.
-
-        Args:
-            all_contrasts: whether all four contrasts are required; if False, one is enough.
-
-        Raises:
-            DataError: a contrast is missing, present twice or behind a symlink that leaves the data folder, or the id
-                is not usable as a file name.
-        """
-        problems = self.problems
-        if not all_contrasts and self.contrasts:
-            absent = _missing(self.contrasts, self.unrecognised)
-            problems = tuple(problem for problem in problems if problem not in absent)
-        problems = problems or tuple(_id_problems(self.id))
-        if problems:
-            name = (
-                self.id if self.id.isprintable() and len(self.id) <= _LONGEST_SHOWN else repr(self.id[:_LONGEST_SHOWN])
-            )
-            raise DataError(f"case {name}: " + "; ".join(problems))
-        return self
 
 
 def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
@@ -157,16 +83,8 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         DataError: the folder does not exist or has no case, an id occurs in two folders, or a description of the data
             set is invalid.
     """
-    manifest = _manifest_at(
-        root,
-        "is a file; give the folder that holds the case, a manifest that ends in .csv, or predict's --t1 ... --flair",
-    )
-    links = _Links(root if manifest != root else root.parent, follow=follow_links)
-    cases = (
-        [_from_description(row, links) for row in read_manifest(manifest)]
-        if manifest is not None
-        else [case for folder in _folders(root, links) for case in _cases_in(folder, links)]
-    )
+    expected = "the folder that contains the case, a manifest that ends in .csv, or predict's --t1 ... --flair"
+    cases, links = _search(root, _cases_in, expected, follow_links=follow_links)
     if not cases:
         rules = f"{NAMING_RULES[0].upper()}{NAMING_RULES[1:]}."
         raise DataError(" ".join([f"{root}: no case found.", rules, *_not_taken(root, links), *links.not_followed()]))
@@ -175,7 +93,7 @@ def find_cases(root: Path, *, follow_links: bool = False) -> tuple[Case, ...]:
         folders[case.id].append(str(case.folder))
     for case_id, places in folders.items():
         if len(places) > 1:
-            raise DataError(f"case {case_id} is there {len(places)} times: {', '.join(places)}. Keep one of them.")
+            raise DataError(f"case {case_id} appears {len(places)} times: {', '.join(places)}. Keep one of them.")
     return tuple(sorted(cases, key=lambda case: case.id))
 
 
@@ -186,9 +104,8 @@ def patients_of(cases: Iterable[Case]) -> dict[str, str]:
 
 def misnamed_files(case: Case) -> list[str]:
     """One sentence for each file of a case whose name contradicts its content about compression."""
-    files = [*case.contrasts.values(), *([case.label] if case.label is not None else [])]
     found = []
-    for path in dict.fromkeys(files):
+    for path in case.files:
         with suppress(OSError):  # reported when the file is read
             if (what := name_misleads(path)) is not None:
                 ending = ".nii.gz" if is_compressed(path) else ".nii"
@@ -220,9 +137,9 @@ def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) 
     return Case(
         id=match.case if match is not None else name,
         folder=reference.parent,
-        contrasts={contrast: files[contrast] for contrast in CONTRASTS if contrast in files},
+        contrasts=files,
         naming=naming_of(match.case, {match.ending}) if match is not None else None,
-        problems=tuple(_missing(files)),
+        problems=tuple(missing_problems(files)),
     ).require(all_contrasts=all_contrasts)
 
 
@@ -247,14 +164,11 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     Raises:
         DataError: as :func:`find_label_maps`.
     """
-    manifest = _manifest_at(folder, "is a file; give the folder that holds the label maps")
-    links = _Links(folder if manifest != folder else folder.parent, follow=follow_links)
+    cases, links = _search(
+        folder, _label_cases_in, "the folder that contains the label maps", follow_links=follow_links
+    )
     found: dict[str, Case] = {}
-    for case in (
-        (_from_description(row, links) for row in read_manifest(manifest))
-        if manifest is not None
-        else _label_cases(folder, links)
-    ):
+    for case in cases:
         if case.label is None:
             continue
         if problems := links.problems(case.label):
@@ -269,46 +183,33 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     return dict(sorted(found.items()))
 
 
-def convention_of(cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
-    """Infer the label convention from all label maps of a data set, its names and its description.
-
-    Unreadable label maps are ignored; an error is raised when their case is used.
+def decide_for(
+    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
+) -> LabelConvention:
+    """Infer the label convention from the values of all label maps of a data set, its names and its description.
 
     Args:
+        values: the label numbers of each case, by case id.
         cases: all cases of the data set.
         labels: name of a convention that overrides the inference, as given to ``--labels``.
 
     Raises:
-        DataError: the values fit no convention, or several; the message names a case for each value.
-    """
-    if labels is not None:
-        return convention_named(labels)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        values = list(pool.map(lambda case: _label_values(case.label), cases))
-    return decide_for({case.id: found for case, found in zip(cases, values, strict=True)}, cases)
-
-
-def decide_for(
-    values: Mapping[str, Iterable[int]], cases: Sequence[Case], *, labels: str | None = None
-) -> LabelConvention:
-    """Like :func:`convention_of`, for label values that have already been read, by case id.
-
-    Raises:
-        DataError: as :func:`convention_of`, or values that are not in the convention named by ``labels``.
+        DataError: the values fit no convention, or several, or are not in the one named by ``labels``; the message
+            names a case for each value.
     """
     seen: dict[int, str] = {}
     for case_id, found in values.items():
         for value in found:
             seen.setdefault(value, case_id)
     labelled = [case for case in cases if case.id in values and set(values[case.id]) - {BACKGROUND}]
-    told = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
+    implied = {(case.declared, case.naming, case.case_folder): case.id for case in labelled or cases} or {
         (None, None, True): ""
     }
     try:
         if labels is not None:
             return _require_fit(convention_named(labels), seen, "--labels")
         decided: dict[str, LabelConvention] = {}
-        for (declared, naming, case_folder), case_id in told.items():
+        for (declared, naming, case_folder), case_id in implied.items():
             if declared is not None:
                 decided[case_id] = _require_fit(CONVENTIONS[declared], seen, "the data set's description")
             else:
@@ -327,8 +228,8 @@ def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) 
     foreign = sorted(set(seen) - convention.codes.keys())
     if foreign:
         raise DataError(
-            f"label values {foreign} do not belong to {convention.name}, which {source} says they are; it has "
-            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or say what they are with "
+            f"label values {foreign} are not in {convention.name}, the convention stated by {source}; it has "
+            f"{', '.join(map(str, sorted(convention.codes)))}. Convert the label maps, or give their convention with "
             f"--labels, one of {', '.join(CONVENTIONS)}."
         )
     return convention
@@ -338,9 +239,9 @@ def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
     """Distinguish 2024's cavities (4) next to enhancing tumour (3) from a mixture of cases from different years."""
     if not any({3, 4} <= set(found) for found in values.values()):
         raise DataError(
-            "label values 3 and 4 occur together in the data set, and in no case: are cases with the numbers of "
-            "BraTS 2021 (enhancing tumour 4) among those of 2023 (3)? Then keep them in different folders; if 4 is the "
-            f"resection cavity of 2024, say so with --labels {BRATS2024.name}."
+            "the data set has the label values 3 and 4, but no case has both: does it mix cases of BraTS 2021 "
+            "(enhancing tumour is 4) and 2023 (3)? If so, keep them in different folders; if 4 is the resection cavity "
+            f"of 2024, give --labels {BRATS2024.name}."
         )
 
 
@@ -348,23 +249,12 @@ def _only_one(decided: Mapping[str, LabelConvention], seen: Iterable[int]) -> La
     """The convention of all parts of a data set; if there are several, they must agree on the values seen."""
     conventions = [c for c in CONVENTIONS.values() if c in decided.values()]
     if len({tuple(c.codes.get(value) for value in seen) for c in conventions}) > 1:
-        parts = ", ".join(f"{convention.name} goes with {case_id}" for case_id, convention in decided.items())
+        parts = ", ".join(f"{convention.name} for {case_id}" for case_id, convention in decided.items())
         raise DataError(
-            f"names and descriptions of the cases tell different label conventions: {parts}. Keep such data sets in "
-            f"different folders, or say which it is with --labels, one of {', '.join(CONVENTIONS)}."
+            f"names and descriptions of the cases imply different label conventions: {parts}. Keep such data sets in "
+            f"different folders, or give --labels, one of {', '.join(CONVENTIONS)}."
         )
     return BRATS2021 if BRATS2021 in conventions else conventions[0]
-
-
-def _label_values(path: Path | None) -> tuple[int, ...]:
-    """The values in a label map; empty if there is none or it is unreadable."""
-    if path is None:
-        return ()
-    try:
-        voxels = read_label_map(path).voxels
-    except DataError:
-        return ()
-    return tuple(int(value) for value in np.flatnonzero(np.bincount(voxels.ravel())))
 
 
 class _Links:
@@ -394,14 +284,14 @@ class _Links:
             return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
         if self._follow or not self._leads_out(path):
             return []
-        return [f"{path} lies at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
+        return [f"{path} is at {path.resolve()}, outside of {self._root}. {_LINK_REMEDY}"]
 
     def not_followed(self) -> list[str]:
         """One sentence if symlinked folders were not followed; else empty."""
         if not self._left:
             return []
         shown = ", ".join(str(path) for path in self._left[:3])
-        return [f"Not looked into, as they are links out of the folder: {shown}. {_LINK_REMEDY}"]
+        return [f"Folders behind links that leave the data folder were not searched: {shown}. {_LINK_REMEDY}"]
 
     def _leads_out(self, path: Path) -> bool:
         return not path.resolve().is_relative_to(self._real_root)
@@ -420,13 +310,18 @@ def _folders(folder: Path, links: _Links, depth: int = 0) -> Iterator[Path]:
             yield from _folders(below, links, depth + 1)
 
 
-def _manifest_at(root: Path, not_a_folder: str) -> Path | None:
-    """The manifest that a data set consists of: ``root`` itself or a file in that folder; None if there is none."""
-    if root.is_file() and root.suffix.lower() == ".csv":
-        return root
-    if not root.is_dir():
-        raise DataError(f"{root}: {not_a_folder if root.exists() else 'does not exist'}")
-    return find_manifest(root)
+def _search(
+    root: Path, cases_in: Callable[[Path, _Links], Iterable[Case]], expected: str, *, follow_links: bool
+) -> tuple[list[Case], _Links]:
+    """The cases of a manifest (``root`` itself or a file in it) or, without one, of all folders; and the links seen."""
+    is_manifest = root.is_file() and root.suffix.lower() == ".csv"
+    if not is_manifest and not root.is_dir():
+        raise DataError(f"{root}: " + (f"is a file; give {expected}" if root.exists() else "does not exist"))
+    links = _Links(root.parent if is_manifest else root, follow=follow_links)
+    manifest = root if is_manifest else find_manifest(root)
+    if manifest is not None:
+        return [_checked(case, links) for case in read_manifest(manifest)], links
+    return [case for folder in _folders(root, links) for case in cases_in(folder, links)], links
 
 
 def _is_described(folder: Path) -> bool:
@@ -440,27 +335,14 @@ def _described_in(folder: Path, links: _Links) -> list[Case]:
     if description is None or not _is_described(folder):
         return []
     only = None if description.parent == folder else folder.absolute().name
-    return [_from_description(row, links) for row in read_description(description, only)]
+    return [_checked(case, links) for case in read_description(description, only)]
 
 
-def _from_description(row: DescribedCase, links: _Links) -> Case:
-    """Convert a case from a description, with its problems."""
-    problems = [*_missing(row.contrasts, row.unrecognised), *row.problems, *_id_problems(row.id)]
-    files = dict.fromkeys([*row.contrasts.values(), *([row.label] if row.label is not None else [])])
-    problems += [problem for path in files for problem in links.problems(path)]
-    return Case(
-        id=row.id,
-        folder=row.folder,
-        contrasts={contrast: row.contrasts[contrast] for contrast in CONTRASTS if contrast in row.contrasts},
-        volumes=row.volumes,
-        label=row.label,
-        naming=naming_of(row.id, row.endings & _TELLING) if row.id_tells else None,
-        declared=row.declared,
-        case_folder=False,
-        stated_patient=row.patient,
-        unrecognised=row.unrecognised,
-        problems=tuple(problems),
-    )
+def _checked(case: Case, links: _Links) -> Case:
+    """Add the problems of a case that a description states: missing contrasts, an unusable id, links."""
+    problems = [*missing_problems(case.contrasts, case.unrecognised), *case.problems, *id_problems(case.id)]
+    problems += [problem for path in case.files for problem in links.problems(path)]
+    return replace(case, problems=tuple(problems))
 
 
 def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
@@ -507,14 +389,14 @@ def _case_of(
     # One label map of BraTS 2020 follows another naming scheme: W39_1998.09.19_Segm.
     ids = list(dict.fromkeys(name.case for _, name in files if name.ending != "segm"))
     unrecognised = tuple(others) if missing_contrasts(contrasts.keys()) else ()
-    problems = _missing(contrasts, unrecognised)
+    problems = missing_problems(contrasts, unrecognised)
     for what, paths in [*contrasts.items(), ("label map", labels)]:
         if len(paths) > 1:
             problems.append(f"two files for {what}: {', '.join(path.name for path in paths)}. Keep one of them")
     if len(ids) > 1:
-        problems.append(f"files of several cases in {folder}: {', '.join(ids)}; one folder holds one case")
+        problems.append(f"{folder} contains files of several cases: {', '.join(ids)}. Keep one case in each folder")
     case_id = ids[0] if len(ids) == 1 else folder.name
-    problems += _id_problems(case_id)
+    problems += id_problems(case_id)
     if any(name.is_target for _, name in files) or case_id.upper().startswith("BRATS-MEN-RT-"):
         problems.append(_RADIOTHERAPY)
     paths = [path for paths in [*contrasts.values(), labels] for path in paths]
@@ -523,9 +405,9 @@ def _case_of(
     return Case(
         id=case_id,
         folder=folder,
-        contrasts={contrast: contrasts[contrast][0] for contrast in CONTRASTS if contrast in contrasts},
+        contrasts={contrast: paths[0] for contrast, paths in contrasts.items()},
         label=labels[0] if labels else None,
-        naming=naming_of(case_id, endings & _TELLING if flat else endings),
+        naming=naming_of(case_id, endings & ENDINGS_OF_A_YEAR if flat else endings),
         case_folder=not flat,
         unrecognised=unrecognised,
         problems=tuple(problems),
@@ -533,43 +415,9 @@ def _case_of(
 
 
 _RADIOTHERAPY: Final = (
-    "a case of meningioma radiotherapy (BraTS MEN-RT) has one contrast and a target volume (gtv), and none of the "
-    "regions that this program learns: whole tumour, core, enhancing tumour. Leave such cases out"
+    "cases of meningioma radiotherapy (BraTS MEN-RT) have one contrast and a target volume (gtv), but no whole tumour, "
+    "core and enhancing tumour to learn. Leave them out"
 )
-
-
-def _id_problems(case_id: str) -> list[str]:
-    """One sentence if a case id cannot serve as a file name, as it does in output and cache folders; else empty."""
-    if any("\udc80" <= sign <= "\udcff" for sign in case_id):
-        return [
-            f"the name {case_id!r} holds bytes that are no UTF-8: it was given on a system with another encoding. "
-            "Rename the files, for instance with convmv -f latin1 -t utf8 --notest"
-        ]
-    size = len(case_id.encode(errors="replace"))
-    if size > MOST_ID_BYTES:
-        return [
-            f"the id takes {size} bytes; file systems take {MOST_NAME_BYTES} for a name, which leaves {MOST_ID_BYTES} "
-            "for an id before .nii.gz. Give the case a shorter id"
-        ]
-    bad = [part for part in ("..", "/", "\\") if part in case_id]
-    if case_id.isprintable() and case_id and not case_id.startswith(".") and not bad:
-        return []
-    return [f"{case_id!r} cannot name the files to be written: no leading dot, no '..', no slash. Rename the case"]
-
-
-def _missing(contrasts: Iterable[Contrast], unrecognised: Sequence[str] = ()) -> list[str]:
-    """One sentence about the missing contrasts; empty if there are none."""
-    absent = missing_contrasts(set(contrasts))
-    if not absent:
-        return []
-    if not unrecognised:
-        return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
-    wanted = absent[0]
-    return [
-        f"contrast {', '.join(absent)} is missing, and these names match no contrast: {_some(unrecognised)}. If it is "
-        f"among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state the "
-        "file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
-    ]
 
 
 def _not_taken(root: Path, links: _Links) -> list[str]:
@@ -577,45 +425,39 @@ def _not_taken(root: Path, links: _Links) -> list[str]:
     if not root.is_dir():
         return []
     names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
-    return [f"These names match no contrast: {_some(names)}."] if names else []
+    return [f"These names match no contrast: {some_names(names)}."] if names else []
 
 
-def _some(names: Sequence[str]) -> str:
-    """The first few names, made printable, and the number of the others."""
-    shown = ", ".join(name if name.isprintable() else repr(name) for name in names[:_SHOWN])
-    return f"{shown} and {len(names) - _SHOWN} more" if len(names) > _SHOWN else shown
-
-
-def _label_cases(folder: Path, links: _Links) -> Iterator[Case]:
-    """Label maps of a flat folder, of case folders or of a described data set; images next to them are skipped."""
-    for place in _folders(folder, links):
-        if _is_described(place):
-            yield from _described_in(place, links)
+def _label_cases_in(folder: Path, links: _Links) -> Iterator[Case]:
+    """Label maps in a flat folder, a case folder or a described data set; images next to them are skipped."""
+    if _is_described(folder):
+        yield from _described_in(folder, links)
+        return
+    named = dict(_named_files(folder))
+    images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
+    described = description_of(folder) or (folder / "dataset.json" if (folder / "dataset.json").is_file() else None)
+    declared = declared_convention(described) if described is not None else None
+    renumbered = not images and (described is not None or folder.absolute().name in ("labelsTr", "labelsTs"))
+    for path in nifti_files(folder):
+        name = named.get(path)
+        if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
             continue
-        named = dict(_named_files(place))
-        images = list(dict.fromkeys(name.case for name in named.values() if name.contrast is not None))
-        described = description_of(place) or (place / "dataset.json" if (place / "dataset.json").is_file() else None)
-        declared = declared_convention(described) if described is not None else None
-        renumbered = not images and (described is not None or place.absolute().name in ("labelsTr", "labelsTs"))
-        for path in nifti_files(place):
-            name = named.get(path)
-            if (strip_nifti_ending(path.name) or "").endswith(COMPANION_ENDINGS):
-                continue
-            if not (name.is_label if name is not None else not images):
-                continue
-            case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
-            if name is not None and name.ending == "segm" and len(images) == 1:
-                case_id = images[0]
-            endings = {name.ending for name in named.values()}
-            yield Case(
-                id=case_id,
-                folder=place,
-                label=path,
-                # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
-                naming=None if renumbered else naming_of(case_id, endings if len(images) == 1 else endings & _TELLING),
-                declared=declared or _declared_beside(path),
-                case_folder=len(images) == 1,
-            )
+        if not (name.is_label if name is not None else not images):
+            continue
+        case_id = name.case if name is not None else composed(strip_nifti_ending(path.name) or path.name)
+        if name is not None and name.ending == "segm" and len(images) == 1:
+            case_id = images[0]
+        endings = {name.ending for name in named.values()}
+        endings = endings if len(images) == 1 else endings & ENDINGS_OF_A_YEAR
+        yield Case(
+            id=case_id,
+            folder=folder,
+            label=path,
+            # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
+            naming=None if renumbered else naming_of(case_id, endings),
+            declared=declared or _declared_beside(path),
+            case_folder=len(images) == 1,
+        )
 
 
 def _declared_beside(label_map: Path) -> str | None:

@@ -65,6 +65,10 @@ _LABEL_WORDS: Final = ("seg", "segm", "tumor_segmentation", "glistrboost_manuall
 _TARGET_WORDS: Final = ("gtv",)
 _BIAS: Final = "_bias"
 _BIDS: Final = re.compile(rf"^(?P<session>sub-[a-z0-9]+(?:_ses-[a-z0-9]+)?)(?P<entities>{_ENTITIES})$", re.IGNORECASE)
+#: Endings that reveal the year even without case folders; t1c, t2w and flair are used everywhere.
+ENDINGS_OF_A_YEAR: Final = {"t1n", "t2f", "t1ce"}
+#: File name suffixes of the contrasts in BraTS 2018-2021.
+SUFFIXES_2021: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
 _WORDS_OF_2021: Final = {"t1ce", "flair"}
 _WORDS_OF_2023: Final = {"t1n", "t1c", "t2w", "t2f"}
 _FAMILIES: Final[tuple[tuple[str, Naming], ...]] = (

@@ -27,6 +27,11 @@ class Split:
     train: tuple[str, ...]
     validation: tuple[str, ...]
 
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """All case ids, those for training first."""
+        return (*self.train, *self.validation)
+
     def to_json(self) -> dict[str, list[str]]:
         """The structure that :func:`read_split` reads."""
         return {"train": list(self.train), "validation": list(self.validation)}
@@ -47,9 +52,9 @@ def fold_split(patients: Mapping[str, str], fold: int, *, seed: int = 0, folds: 
         DataError: the fold does not exist, or there is only one patient.
     """
     row = sorted(set(patients.values()))
-    folds = _fold_count(len(row), fold, folds)
-    dealt = np.random.default_rng(seed).permutation(len(row))
-    return _parts(patients, {row[index] for index in dealt[fold::folds]})
+    folds = fold_count(len(row), fold, folds)
+    assigned = np.random.default_rng(seed).permutation(len(row))
+    return _parts(patients, {row[index] for index in assigned[fold::folds]})
 
 
 def stratified_split(
@@ -70,7 +75,7 @@ def stratified_split(
         DataError: the fold does not exist, or there is only one patient.
     """
     fold_of = stratified_folds(tumours, patients, seed=seed, folds=folds)
-    _fold_count(len(fold_of), fold, folds)
+    fold_count(len(fold_of), fold, folds)
     validating = {patient for patient, its_fold in fold_of.items() if its_fold == fold}
     return _parts({case_id: patients[case_id] for case_id in tumours}, validating)
 
@@ -105,29 +110,33 @@ def stratified_folds(
     def place(patient: str) -> tuple[bool, int, str, str]:
         its = of_patient[patient]
         volume = max(tumour.volume_um3 for tumour in its)
-        return not any(tumour.enhances for tumour in its), volume, _lot(seed, patient), patient
+        return not any(tumour.enhances for tumour in its), volume, _random_key(seed, patient), patient
 
     row = sorted(of_patient, key=place)
     folds = min(folds, len(row))
-    dealt: dict[str, int] = {}
+    assigned: dict[str, int] = {}
     for start in range(0, len(row), max(folds, 1)):
         group = row[start : start + folds]
-        order = sorted(range(folds), key=lambda number: (_lot(seed, f"{group[0]} {number}"), number))
-        dealt.update(zip(group, order, strict=False))
-    return dealt
+        order = sorted(range(folds), key=lambda number: (_random_key(seed, f"{group[0]} {number}"), number))
+        assigned.update(zip(group, order, strict=False))
+    return assigned
 
 
-def _lot(seed: int, name: str) -> str:
+def _random_key(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 
 
-def _fold_count(patients: int, fold: int, folds: int) -> int:
-    """The number of folds for so many patients; a DataError if they cannot be split or the fold does not exist."""
+def fold_count(patients: int, fold: int, folds: int = FOLDS) -> int:
+    """The number of folds for so many patients.
+
+    Raises:
+        DataError: they cannot be split, or the fold does not exist.
+    """
     folds = min(folds, patients)
     if folds < 2:
         raise DataError(
             f"{patients} patient cannot be split into training and validation; "
-            'give --fold all, or a split: {"train": [...], "validation": [...]} with --split FILE'
+            'give --fold all, or --split FILE with {"train": [...], "validation": [...]}'
         )
     if not 0 <= fold < folds:
         raise DataError(f"fold {fold} does not exist; {patients} patients give the folds 0 to {folds - 1}")

@@ -10,8 +10,9 @@ Names follow vendors' conventions in English, German, French, Italian, Spanish a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any, Final
 
 from data.dicom.series import Acquisition, Series
@@ -31,7 +32,7 @@ _LONG_REPETITION_MS: Final = 1500.0
 _SHORT_GRADIENT_ECHO_MS: Final = 15.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class SeriesFinding:
     """The contrast assigned to a series."""
 
@@ -51,31 +52,31 @@ class Choice:
 def identify(series: Series) -> SeriesFinding:
     """Identify the contrast of a series from its name and its timing, with the reason for the decision."""
     acquisition = series.acquisition
-    excluded = _excluded(series)
-    if excluded is not None:
-        return SeriesFinding(contrast=None, reason=excluded)
+    if (excluded := next(_exclusions(series), None)) is not None:
+        return SeriesFinding(None, excluded)
     named, timed = _named(acquisition), _timed(acquisition)
     kind = _agreed(named, timed, acquisition)
-    said = f"name {_name(acquisition)!r}" if named is not None else ""
     hint = _hint_of_reformat(acquisition)
-    doubt = "" if hint is None else f"{hint!r} in its name may mean a reformat, which its header does not confirm"
-    why = "; ".join(part for part in (said, timing(acquisition), doubt) if part)
+    why = "; ".join(
+        [
+            *([f"name {_name(acquisition)!r}"] if named is not None else []),
+            *filter(None, [timing(acquisition)]),
+            *([f"{hint!r} in its name may mean a reformat, which its header does not confirm"] if hint else []),
+        ]
+    )
+    if kind is None and named is None and timed is None:
+        return SeriesFinding(None, f"neither its name nor its timing indicates a contrast ({why or 'empty'})")
     if kind is None:
-        if named is None and timed is None:
-            return SeriesFinding(
-                contrast=None, reason=f"neither its name nor its timing tells a contrast ({why or 'empty'})"
-            )
+        said, measured = _KINDS.get(named or "", "nothing"), _KINDS.get(timed or "", "nothing")
         return SeriesFinding(
-            contrast=None,
-            reason=f"contradictory: its name says {_KINDS.get(named or '', 'nothing')}, "
-            f"its timing {_KINDS.get(timed or '', 'nothing')} ({timing(acquisition)})",
+            None, f"contradictory: its name says {said}, its timing {measured} ({timing(acquisition)})"
         )
     if kind in _NO_CONTRASTS:
-        return SeriesFinding(contrast=None, reason=f"{_NO_CONTRASTS[kind]} ({why})")
+        return SeriesFinding(None, f"{_NO_CONTRASTS[kind]} ({why})")
     if kind != "t1":
-        return SeriesFinding(contrast="t2" if kind == "t2" else "flair", reason=why)
-    after, told_by = _is_after_agent(acquisition)
-    return SeriesFinding(contrast="t1c" if after else "t1", reason=f"{why}; {told_by}")
+        return SeriesFinding("t2" if kind == "t2" else "flair", why)
+    after, evidence = _is_after_agent(acquisition)
+    return SeriesFinding("t1c" if after else "t1", f"{why}; {evidence}")
 
 
 def choose_series(
@@ -99,10 +100,9 @@ def choose_series(
             complete volume. Every message names the option that resolves it.
     """
     by_hand = {contrast: find(series, key, f"--{contrast}") for contrast, key in (chosen or {}).items()}
-    for contrast, one in by_hand.items():
-        twice = [other for other, another in by_hand.items() if another is one and other != contrast]
-        if twice:
-            raise DataError(f"series {one.key} was chosen as --{contrast} and as --{twice[0]}. Choose one for each.")
+    for (contrast, one), (other, another) in combinations(by_hand.items(), 2):
+        if one is another:
+            raise DataError(f"series {one.key} was chosen as --{contrast} and as --{other}. Choose one for each.")
     findings = [(one, identify(one)) for one in series if not any(one is taken for taken in by_hand.values())]
     result: dict[Contrast, Choice] = {}
     problems = []
@@ -117,7 +117,7 @@ def choose_series(
             shown = ", ".join(describe_series(one) for one, _ in candidates)
             problems.append(f"{len(candidates)} series may be the {contrast}: {shown}; choose with --{contrast} SERIES")
         else:
-            problems.append(f"no series is recognised as the {contrast}; if one is, name it with --{contrast} SERIES")
+            problems.append(f"no series is recognised as the {contrast}; if one is, choose it with --{contrast} SERIES")
     if problems:
         raise DataError(
             "; ".join(problems)
@@ -126,8 +126,9 @@ def choose_series(
         )
     for contrast, choice in result.items():
         modality = choice.series.acquisition.modality
-        problems = [] if modality == "MR" else [f"modality {modality or 'not told'}, not MR"]
-        problems += choice.series.problems
+        problems = (
+            [f"modality {modality or 'not stated'}, not MR"] if modality != "MR" else list(choice.series.problems)
+        )
         if problems:
             raise DataError(
                 f"{contrast}: series {describe_series(choice.series)}: {problems[0]}. "
@@ -176,7 +177,7 @@ def find(series: Sequence[Series], key: str, option: str) -> Series:
     if not found:
         raise DataError(f"{option} {wanted}: no such series. There are {', '.join(one.key for one in series)}.")
     shown = ", ".join(describe_series(one) for one in found)
-    raise DataError(f"{option} {wanted}: {len(found)} volumes go by it: {shown}. Name one by what stands first.")
+    raise DataError(f"{option} {wanted}: {len(found)} volumes match: {shown}. Give the first word of one of them.")
 
 
 def describe_series(series: Series) -> str:
@@ -291,82 +292,55 @@ _EXCLUDED_DERIVATIONS: Final = {
     "113079": "a projection",
     "113062": "a subtraction",
 }
+#: Values of ImageType, by reason.
 _EXCLUDED_TYPES: Final = {
-    "LOCALIZER": "a localizer",
-    "ADC": "diffusion",
-    "TRACEW": "diffusion",
-    "FA": "diffusion",
-    "DIFFUSION": "diffusion",
-    "ASL": "perfusion",
-    "PERFUSION": "perfusion",
-    "CBF": "perfusion",
-    "CBV": "perfusion",
-    "MTT": "perfusion",
-    "TTP": "perfusion",
-    "MPR": "reformatted",
-    "REFORMATTED": "reformatted",
-    "PROJECTION IMAGE": "a projection",
-    "MIP": "a projection",
-    "MNIP": "a projection",
-    "MINIP": "a projection",
-    "MIN IP": "a projection",
-    "SUB": "a subtraction",
-    "SUBTRACTION": "a subtraction",
-    "P": "a phase image",
-    "PHASE": "a phase image",
-    "PHASE MAP": "a phase image",
-    "I": "an imaginary part",
-    "IMAGINARY": "an imaginary part",
-    "MOSAIC": "a mosaic",
-    "FMRI": "functional",
-    "T1 MAP": "a map",
-    "T2 MAP": "a map",
-    "MAP": "a map",
-    "SWI": "susceptibility",
-    "SCREEN SAVE": "a picture of a screen",
+    "a localizer": ("LOCALIZER",),
+    "diffusion": ("ADC", "TRACEW", "FA", "DIFFUSION"),
+    "perfusion": ("ASL", "PERFUSION", "CBF", "CBV", "MTT", "TTP"),
+    "reformatted": ("MPR", "REFORMATTED"),
+    "a projection": ("PROJECTION IMAGE", "MIP", "MNIP", "MINIP", "MIN IP"),
+    "a subtraction": ("SUB", "SUBTRACTION"),
+    "a phase image": ("P", "PHASE", "PHASE MAP"),
+    "an imaginary part": ("I", "IMAGINARY"),
+    "a mosaic": ("MOSAIC",),
+    "functional": ("FMRI",),
+    "a map": ("T1 MAP", "T2 MAP", "MAP"),
+    "susceptibility": ("SWI",),
+    "a picture of a screen": ("SCREEN SAVE",),
 }
 
 
-def _excluded(series: Series) -> str | None:  # noqa: PLR0911 - one return per reason
-    """Why a series cannot be one of the four contrasts, whatever its timing; None if it can."""
-    acquisition = series.acquisition
+def _exclusions(series: Series) -> Iterator[str]:
+    """Reasons why a series cannot be one of the four contrasts, whatever its timing."""
+    acquisition, slices = series.acquisition, len(series.frames)
+    image_type = "/".join(acquisition.image_type)
     if acquisition.modality != "MR":
-        return f"modality {acquisition.modality or 'not told'}, not MR"
+        yield f"modality {acquisition.modality or 'not stated'}, not MR"
     if not series.frames[0].file.has_voxels:
-        return "it holds no image"
-    kind = _excluded_kind(acquisition)
-    if kind is not None:
-        return kind
+        yield "it holds no image"
+    for word in acquisition.image_type[2:]:
+        yield from (f"{reason} (ImageType {image_type})" for reason, words in _EXCLUDED_TYPES.items() if word in words)
+    for code in acquisition.derivation:
+        if code in _EXCLUDED_DERIVATIONS:
+            yield f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
     name = _plain(_name(acquisition))
     for pattern, reason in _EXCLUDED_NAMES:
         if pattern.search(name):
-            return f"{reason} (name {_name(acquisition)!r})"
-    if acquisition.image_type[1:2] == ("SECONDARY",):
-        return f"derived from other images (ImageType {'/'.join(acquisition.image_type)})"
-    if acquisition.image_type[:1] != ("ORIGINAL",) and _REFORMATTED_NAMES.search(name):
-        return f"reformatted (name {_name(acquisition)!r})"
-    if acquisition.b_value:
-        return f"diffusion (b-value {acquisition.b_value:g} s/mm2)"
-    if "EP" in acquisition.scanning:
-        return "echo-planar: diffusion, perfusion or functional"
-    if series.volumes_in_series > MOST_VOLUMES:
-        return f"one of {series.volumes_in_series} volumes of its series: dynamic, or many echoes"
-    if "SPINE" in acquisition.body_part:
-        return "not the brain (BodyPartExamined)"
-    if len(series.frames) < FEWEST_SLICES:
-        return f"{len(series.frames)} {'slice' if len(series.frames) == 1 else 'slices'}: a localizer or a test"
-    return None
-
-
-def _excluded_kind(acquisition: Acquisition) -> str | None:
-    """Why ImageType or DerivationCodeSequence rules an image out as one of the four contrasts; None if they do not."""
-    for word in acquisition.image_type[2:]:
-        if word in _EXCLUDED_TYPES:
-            return f"{_EXCLUDED_TYPES[word]} (ImageType {'/'.join(acquisition.image_type)})"
-    for code in acquisition.derivation:
-        if code in _EXCLUDED_DERIVATIONS:
-            return f"{_EXCLUDED_DERIVATIONS[code]} (DerivationCodeSequence {code})"
-    return None
+            yield f"{reason} (name {_name(acquisition)!r})"
+    is_reformatted = acquisition.image_type[:1] != ("ORIGINAL",) and bool(_REFORMATTED_NAMES.search(name))
+    others = (
+        (acquisition.image_type[1:2] == ("SECONDARY",), f"derived from other images (ImageType {image_type})"),
+        (is_reformatted, f"reformatted (name {_name(acquisition)!r})"),
+        (bool(acquisition.b_value), f"diffusion (b-value {acquisition.b_value or 0:g} s/mm2)"),
+        ("EP" in acquisition.scanning, "echo-planar: diffusion, perfusion or functional"),
+        (
+            series.volumes_in_series > MOST_VOLUMES,
+            f"one of {series.volumes_in_series} volumes of its series: dynamic, or many echoes",
+        ),
+        ("SPINE" in acquisition.body_part, "not the brain (BodyPartExamined)"),
+        (slices < FEWEST_SLICES, f"{slices} {'slice' if slices == 1 else 'slices'}: a localizer or a test"),
+    )
+    yield from (reason for applies, reason in others if applies)
 
 
 _T1_NAME: Final = re.compile(

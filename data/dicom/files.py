@@ -180,9 +180,7 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
             "Give the folder of a study, a .zip of it, or its DICOMDIR."
         )
     if listed - seen:
-        log.warning(
-            "%s: its DICOMDIR lists %d files that are not there; is the copy complete?", path, len(listed - seen)
-        )
+        log.warning("%s: %d files that its DICOMDIR lists are missing. Is the copy complete?", path, len(listed - seen))
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""Decode and rescale the voxels of DICOM series (PS3.3, C.11.1), as a volume with its affine or as an ITK image.
+"""Decode and rescale the voxels of DICOM series (PS3.3, C.11.1), as a volume with its affine.
 
 Padding (PS3.3, C.7.5.1.1.2) is detected in stored values, before slope and intercept are applied, and is then set to 0,
 which the rest of the program takes for background.
@@ -32,7 +32,6 @@ _RESCALING: Final = (
     "RealWorldValueMappingSequence",
     "PixelValueTransformationSequence",
 )
-_RAS_TO_LPS: Final = np.diag([-1.0, -1.0, 1.0])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -44,7 +43,7 @@ class Reading:
     """Remarks about padding, one sentence each."""
 
 
-def read_with_notes(series: Series) -> Reading:
+def read_series(series: Series) -> Reading:
     """Read a series as float32, shape (columns, rows, slices), with its affine to RAS millimetres; padding becomes 0.
 
     Raises:
@@ -116,11 +115,6 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
         )
 
 
-def read_volume_of(series: Series) -> Volume:
-    """Read the volume like :func:`read_with_notes`, without the notes."""
-    return read_with_notes(series).volume
-
-
 def stored_digest(file: DicomFile) -> str:
     """Hash of a file's stored values, independent of lossless compression; without voxels, hash of the file's bytes."""
     try:
@@ -133,25 +127,6 @@ def stored_digest(file: DicomFile) -> str:
         with file.open() as stream:
             content = stream.read()
     return hashlib.sha256(content).hexdigest()
-
-
-def read_series(series: Series) -> SimpleITK.Image:
-    """Read a series like :func:`read_volume_of`, as an ITK image (LPS), float32.
-
-    Raises:
-        DataError: as :func:`read_volume_of`.
-    """
-    return to_image(read_volume_of(series))
-
-
-def to_image(volume: Volume) -> SimpleITK.Image:
-    """Convert a volume to an ITK image: every voxel keeps its physical position, in LPS instead of RAS."""
-    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(volume.voxels.transpose(2, 1, 0)))
-    spacing = np.array(volume.spacing_mm)
-    image.SetSpacing([float(mm) for mm in spacing])
-    image.SetOrigin([float(mm) for mm in _RAS_TO_LPS @ volume.affine[:3, 3]])
-    image.SetDirection([float(c) for c in (_RAS_TO_LPS @ volume.affine[:3, :3] / spacing).ravel()])
-    return image
 
 
 def _decoded(file: DicomFile, series: str, *, several: bool) -> npt.NDArray[Any]:

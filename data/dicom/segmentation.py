@@ -52,7 +52,7 @@ def on_grid_of(series: Series, labels: Volume) -> npt.NDArray[np.uint8]:
         array of shape (columns, rows, slices).
 
     Raises:
-        DataError: the series has problems, or the label map lies on another grid.
+        DataError: the series has problems, or the label map is on another grid.
     """
     if series.problems:
         raise DataError(f"series {series.key}: {series.problems[0]}. Choose another series.")
@@ -97,14 +97,14 @@ def write_dicom_seg(
     if source.shared_instances:
         raise DataError(
             f"series {source.key}: {source.shared_instances} of its files share their SOPInstanceUID with another "
-            "image of the study, so a segmentation cannot say which images it lies on. Export the study with a "
+            "image of the study, so a segmentation cannot refer to its images. Export the study with a "
             "different SOPInstanceUID for each image, or keep the label map as NIfTI."
         )
     if label_codes.shape != source.shape:
         raise DataError(f"series {source.key}: its grid is {source.shape} voxels, the label map's {label_codes.shape}.")
     present = [segment for segment in _SEGMENTS if (label_codes == segment[0]).any()]
     if not present:
-        raise DataError("no voxel of the label map is tumour, so there is nothing to write as a segmentation.")
+        raise DataError("the label map marks no tumour, so a segmentation would be empty.")
     numbers = np.zeros(max(NECROSIS, OEDEMA, ENHANCING) + 1, dtype=np.uint8)
     for number, (code, *_) in enumerate(present, start=1):
         numbers[code] = number
@@ -146,7 +146,12 @@ def write_dicom_seg(
                 series_description=f"{algorithm} {version}: tumour (research use only)",
                 pixel_measures=_measures(source),
                 plane_orientation=_orientation(source),
-                plane_positions=_positions(source),
+                plane_positions=[
+                    hd.PlanePositionSequence(
+                        coordinate_system=hd.CoordinateSystemNames.PATIENT, image_position=frame.geometry[0]
+                    )
+                    for frame in source.frames
+                ],
             )
     except (AttributeError, KeyError, ValueError, TypeError) as error:
         raise DataError(
@@ -156,8 +161,8 @@ def write_dicom_seg(
     shared.PixelMeasuresSequence = _measures(source)  # highdicom may have copied the headers' claims
     _refer_to_frames_of_(segmentation, source)
     _refer_to_series_of_(segmentation, source)
-    with replacing(path) as beside, quiet():
-        segmentation.save_as(beside)
+    with replacing(path) as partial, quiet():
+        segmentation.save_as(partial)
 
 
 def _refer_to_frames_of_(segmentation: pydicom.Dataset, source: Series) -> None:
@@ -208,7 +213,7 @@ def _headers(source: Series) -> list[pydicom.Dataset]:
         header.update(frame.file.header)
         header.add_new("SeriesInstanceUID", "UI", first.SeriesInstanceUID)  # highdicom requires one series
         header.ImageOrientationPatient = first.ImageOrientationPatient
-        header.SliceThickness = _thickness_mm(source)
+        header.SliceThickness = source.slice_thickness_mm
         headers.append(_filled_(header))
     return headers
 
@@ -226,39 +231,14 @@ def _filled_(header: pydicom.Dataset) -> pydicom.Dataset:
 
 def _measures(source: Series) -> hd.PixelMeasuresSequence:
     """Spacing of the slices as measured from their positions, not as stated in their headers."""
-    first = source.frames[0]
-    assert first.spacing_mm is not None
-    spacing = source.spacing_mm
-    assert spacing is not None
     return hd.PixelMeasuresSequence(
-        pixel_spacing=first.spacing_mm,
-        slice_thickness=_thickness_mm(source),
-        spacing_between_slices=spacing[2],
+        pixel_spacing=source.frames[0].geometry[2],
+        slice_thickness=source.slice_thickness_mm,
+        spacing_between_slices=source.slice_spacing_mm,
     )
-
-
-def _thickness_mm(source: Series) -> float:
-    spacing = source.spacing_mm
-    assert spacing is not None
-    return source.frames[0].thickness_mm or spacing[2]
 
 
 def _orientation(source: Series) -> hd.PlaneOrientationSequence:
-    first = source.frames[0]
-    assert first.directions is not None
     return hd.PlaneOrientationSequence(
-        coordinate_system=hd.CoordinateSystemNames.PATIENT, image_orientation=first.directions
+        coordinate_system=hd.CoordinateSystemNames.PATIENT, image_orientation=source.frames[0].geometry[1]
     )
-
-
-def _positions(source: Series) -> list[hd.PlanePositionSequence]:
-    """Position of every slice, in frame order."""
-    result = []
-    for frame in source.frames:
-        assert frame.position_mm is not None
-        result.append(
-            hd.PlanePositionSequence(
-                coordinate_system=hd.CoordinateSystemNames.PATIENT, image_position=frame.position_mm
-            )
-        )
-    return result

@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -37,8 +37,13 @@ _MOST_NAMES: Final = 10
 _EMPTY: Final = (None, "", b"")
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
+#: Attributes whose values are words, and numbers of a direction.
+_TYPE: Final = ("FrameType", "ImageType")
+_GRADIENT: Final = ("DiffusionGradientOrientation",)
+
 Vector = tuple[float, ...]
-Part = float | tuple[float, ...] | tuple[str, ...]
+Part = tuple[float, ...] | tuple[str, ...]
+_Item = TypeVar("_Item")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -65,6 +70,14 @@ class Frame:
     """Lowest and highest stored value that marks padding (DICOM PS3.3, C.7.5.1.1.2); None if padding is not defined."""
     parts: tuple[Part, ...]
     """Values that may distinguish the volumes within one series, in the order of :data:`_PARTING`."""
+
+    @property
+    def geometry(self) -> tuple[Vector, Vector, Vector]:
+        """Position, directions and spacing; defined only if the header states all three."""
+        assert self.position_mm is not None
+        assert self.directions is not None
+        assert self.spacing_mm is not None
+        return self.position_mm, self.directions, self.spacing_mm
 
     @property
     def normal(self) -> npt.NDArray[np.float64]:
@@ -133,15 +146,12 @@ class Series:
     @property
     def affine(self) -> npt.NDArray[np.float64]:
         """4x4 matrix from (column, row, slice) to RAS millimetres; defined only for a series without problems."""
-        first, last = self.frames[0], self.frames[-1]
-        assert first.directions is not None
-        assert first.spacing_mm is not None
-        assert first.position_mm is not None
+        position, directions, spacing = self.frames[0].geometry
         affine = np.eye(4)
-        affine[:3, 0] = np.array(first.directions[:3]) * first.spacing_mm[1]
-        affine[:3, 1] = np.array(first.directions[3:]) * first.spacing_mm[0]
-        affine[:3, 2] = first.normal * _slice_spacing(first, last, len(self.frames))
-        affine[:3, 3] = first.position_mm
+        affine[:3, 0] = np.array(directions[:3]) * spacing[1]
+        affine[:3, 1] = np.array(directions[3:]) * spacing[0]
+        affine[:3, 2] = self.frames[0].normal * self.slice_spacing_mm
+        affine[:3, 3] = position
         return np.asarray(_LPS_TO_RAS @ affine, dtype=np.float64)
 
     @property
@@ -150,8 +160,20 @@ class Series:
         first = self.frames[0]
         if first.directions is None or first.spacing_mm is None or first.position_mm is None:
             return None
-        between = _slice_spacing(first, self.frames[-1], len(self.frames))
-        return (first.spacing_mm[1], first.spacing_mm[0], between)
+        return (first.spacing_mm[1], first.spacing_mm[0], self.slice_spacing_mm)
+
+    @property
+    def slice_spacing_mm(self) -> float:
+        """Mean distance between neighbouring slices along the normal; for a single slice, its thickness."""
+        first, last = self.frames[0], self.frames[-1]
+        if first is last:
+            return first.thickness_mm or 1.0
+        return float(first.normal @ np.subtract(last.geometry[0], first.geometry[0])) / (len(self.frames) - 1)
+
+    @property
+    def slice_thickness_mm(self) -> float:
+        """Thickness of a slice or, if the header lacks it, the distance between slices."""
+        return self.frames[0].thickness_mm or self.slice_spacing_mm
 
 
 def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
@@ -168,15 +190,14 @@ def group(files: Iterable[DicomFile]) -> tuple[Series, ...]:
 
 def _grouped(files: Sequence[DicomFile]) -> Iterator[Series]:
     instances = Counter(text(file.header, "SOPInstanceUID") for file in files)
-    groups = _joined(_by_series(files))
-    firsts = [group[0].file.header for group in groups]
-    names = [(_whole(header, "SeriesNumber"), text(header, "SeriesInstanceUID")) for header in firsts]
-    used, homes = Counter(number for number, _ in names), Counter(uid for _, uid in names)
-    for (number, uid), group in sorted(
-        zip(names, groups, strict=True), key=lambda item: (item[0][0] is None, item[0][0] or 0, item[0][1])
-    ):
+    named = {
+        (_whole(group[0].file.header, "SeriesNumber"), text(group[0].file.header, "SeriesInstanceUID")): group
+        for group in _joined(_by_series(files))
+    }
+    used, homes = Counter(number for number, _ in named), Counter(uid for _, uid in named)
+    for number, uid in sorted(named, key=lambda name: (name[0] is None, name[0] or 0, name[1])):
         name = uid if number is None or used[number] > 1 else str(number)
-        volumes = _volumes(group)
+        volumes = _volumes(named[number, uid])
         for place, frames in enumerate(volumes, start=1):
             ordered = _in_order(frames)
             uids = [text(file.header, "SOPInstanceUID") for file in {frame.file: None for frame in ordered}]
@@ -203,7 +224,7 @@ def _notes(frames: Sequence[Frame], *, shared_instances: int, shares_uid: bool) 
             "description, timing and frame of reference"
         )
     if shares_uid:
-        yield "it shares its SeriesInstanceUID with other series: told apart by series number"
+        yield "it shares its SeriesInstanceUID with other series; they were separated by series number"
     if shared_instances:
         yield (
             f"{shared_instances} of its files share their SOPInstanceUID with another image, which an anonymiser may "
@@ -230,18 +251,15 @@ def _by_series(files: Iterable[DicomFile]) -> list[list[Frame]]:
 def _joined(groups: list[list[Frame]]) -> list[list[Frame]]:
     """The groups, with those of a single position joined if their headers describe one acquisition."""
     result: list[list[Frame]] = []
-    joined: dict[tuple[object, ...], list[list[Frame]]] = defaultdict(list)
+    slices: dict[tuple[object, ...], list[list[Frame]]] = defaultdict(list)
     for group in groups:
-        if not _hold_one_place(group):
-            result.append(group)
-            continue
-        alike = joined[_acquired_as(group[0])]
-        home = next((other for other in alike if _same_grid(other[0], group[0])), None)
-        if home is None:
-            alike.append(group)
-            result.append(group)
+        if _hold_one_place(group):
+            slices[_acquired_as(group[0])].append(group)
         else:
-            home.extend(group)
+            result.append(group)
+    for alike in slices.values():
+        stacks = _alike(alike, lambda first, second: _same_grid(first[0], second[0]))
+        result.extend([frame for group in stack for frame in group] for stack in stacks)
     return result
 
 
@@ -261,16 +279,15 @@ def _acquired_as(frame: Frame) -> tuple[object, ...]:
     )
 
 
-def frame_groups(file: DicomFile, number: int) -> list[pydicom.Dataset]:
+def _groups_of(file: DicomFile, number: int) -> list[pydicom.Dataset]:
     """The data sets that may hold attributes of one frame, most specific first.
 
     These are the frame's own functional groups, those shared by all frames, and the header itself.
     """
-    header = file.header
-    shared = _items(header, "SharedFunctionalGroupsSequence")
-    own = _items(header, "PerFrameFunctionalGroupsSequence")
+    shared = _items(file.header, "SharedFunctionalGroupsSequence")
+    own = _items(file.header, "PerFrameFunctionalGroupsSequence")
     groups = [*own[number : number + 1], *shared[:1]]
-    return [*(item for group in groups for keyword in group.dir() for item in _items(group, keyword)[:1]), header]
+    return [*(item for group in groups for keyword in group.dir() for item in _items(group, keyword)[:1]), file.header]
 
 
 def _items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
@@ -279,31 +296,34 @@ def _items(dataset: pydicom.Dataset, keyword: str) -> list[pydicom.Dataset]:
     return list(content) if isinstance(content, pydicom.Sequence) else []
 
 
-def _value(places: Sequence[pydicom.Dataset], keyword: str) -> Any:
-    """The first readable value of an attribute; None if there is none."""
-    return next((content for place in places if (content := value(place, keyword)) is not None), None)
+def _value(places: Sequence[pydicom.Dataset], *keywords: str) -> Any:
+    """The first readable value of the first attribute present; None if there is none."""
+    return next((found for word in keywords for place in places if (found := value(place, word)) is not None), None)
 
 
-def _numbers(places: Sequence[pydicom.Dataset], keyword: str) -> Vector | None:
-    """The values of an attribute as finite numbers, or None."""
-    content = _value(places, keyword)
+def _values(places: Sequence[pydicom.Dataset], *keywords: str) -> list[Any]:
+    """The same value as a list; empty if there is none."""
+    content = _value(places, *keywords)
     if content is None:
-        return None
-    several = content if isinstance(content, (list, tuple, pydicom.multival.MultiValue)) else [content]
+        return []
+    return list(content) if isinstance(content, (list, tuple, pydicom.multival.MultiValue)) else [content]
+
+
+def _numbers(places: Sequence[pydicom.Dataset], keyword: str, *, count: int | None = None) -> Vector | None:
+    """The values of an attribute as finite numbers; None if they are not, or not as many as required."""
     try:
-        numbers = tuple(float(one) for one in several)
+        numbers = tuple(float(one) for one in _values(places, keyword))
     except (TypeError, ValueError):
         return None
-    return numbers if numbers and np.isfinite(numbers).all() else None
+    if not numbers or count not in (None, len(numbers)) or not np.isfinite(numbers).all():
+        return None
+    return numbers
 
 
 def _number(places: Sequence[pydicom.Dataset], *keywords: str) -> float | None:
     """The first number among several attributes, or None."""
-    for keyword in keywords:
-        numbers = _numbers(places, keyword)
-        if numbers is not None:
-            return numbers[0]
-    return None
+    found = (_numbers(places, keyword) for keyword in keywords)
+    return next((numbers[0] for numbers in found if numbers is not None), None)
 
 
 def _whole(dataset: pydicom.Dataset, keyword: str) -> int | None:
@@ -313,12 +333,7 @@ def _whole(dataset: pydicom.Dataset, keyword: str) -> int | None:
 
 def _words(places: Sequence[pydicom.Dataset], *keywords: str) -> tuple[str, ...]:
     """The words of the first attribute present, in upper case."""
-    for keyword in keywords:
-        content = _value(places, keyword)
-        if content is not None:
-            several = content if isinstance(content, (list, pydicom.multival.MultiValue)) else [content]
-            return tuple(str(word).strip().upper() for word in several)
-    return ()
+    return tuple(str(word).strip().upper() for word in _values(places, *keywords))
 
 
 def frames_of(file: DicomFile) -> Iterator[Frame]:
@@ -326,20 +341,20 @@ def frames_of(file: DicomFile) -> Iterator[Frame]:
     rows, columns = _whole(file.header, "Rows") or 0, _whole(file.header, "Columns") or 0
     count = 1 if not file.has_voxels or _claims_too_much(file.header) else _frame_count(file.header)
     for number in range(count):
-        places = frame_groups(file, number)
+        places = _groups_of(file, number)
         yield Frame(
             file=file,
             number=number,
             rows=rows,
             columns=columns,
-            position_mm=_of_length(3, _numbers(places, "ImagePositionPatient")),
-            directions=_directions(_of_length(6, _numbers(places, "ImageOrientationPatient"))),
-            spacing_mm=_of_length(2, _numbers(places, "PixelSpacing")),
+            position_mm=_numbers(places, "ImagePositionPatient", count=3),
+            directions=_directions(_numbers(places, "ImageOrientationPatient", count=6)),
+            spacing_mm=_numbers(places, "PixelSpacing", count=2),
             thickness_mm=_number(places, "SliceThickness"),
             slope=_rescaling(places, "RescaleSlope"),
             intercept=_rescaling(places, "RescaleIntercept"),
             padding=_padding(places),
-            parts=tuple(part(places) for part in _PARTING),
+            parts=tuple(_part(places, keywords) for keywords in _PARTING),
         )
 
 
@@ -390,10 +405,6 @@ def _claims_too_much(header: pydicom.Dataset) -> bool:
     return frames > _MOST_FRAMES or size > MAX_VOXELS
 
 
-def _of_length(length: int, numbers: Vector | None) -> Vector | None:
-    return numbers if numbers is not None and len(numbers) == length else None
-
-
 def _directions(cosines: Vector | None) -> Vector | None:
     """Normalise the directions of rows and columns to unit length; None if they are not perpendicular."""
     if cosines is None:
@@ -405,50 +416,47 @@ def _directions(cosines: Vector | None) -> Vector | None:
     return (*map(float, row / lengths[0]), *map(float, column / lengths[1]))
 
 
-def _rounded(*keywords: str) -> Callable[[Sequence[pydicom.Dataset]], Part]:
-    """Make a distinguishing value from the first number among several attributes; -1 if there is none."""
-
-    def part(places: Sequence[pydicom.Dataset]) -> Part:
-        number = _number(places, *keywords)
-        return -1.0 if number is None else round(number, 2)
-
-    return part
-
-
-def _gradient(places: Sequence[pydicom.Dataset]) -> Part:
-    return _numbers(places, "DiffusionGradientOrientation") or ()
-
-
-def _image_type(places: Sequence[pydicom.Dataset]) -> Part:
-    return _words(places, "FrameType", "ImageType")
-
-
-#: Values that may distinguish images at the same position, in the order in which they are tried.
-_PARTING: Final[tuple[Callable[[Sequence[pydicom.Dataset]], Part], ...]] = (
-    _rounded("EffectiveEchoTime", "EchoTime"),
-    _image_type,
-    _rounded("DiffusionBValue"),
-    _gradient,
-    _rounded("TemporalPositionIndex", "TemporalPositionIdentifier"),
-    _rounded("AcquisitionNumber"),
-    _rounded("InversionTimes", "InversionTime"),
-    _rounded("FlipAngle"),
-    _rounded("TriggerTime", "NominalCardiacTriggerDelayTime"),
-    _rounded("AcquisitionTime"),
-    _rounded("ContentTime"),
+#: Attributes that may distinguish images at the same position, in the order in which they are tried.
+_PARTING: Final = (
+    ("EffectiveEchoTime", "EchoTime"),
+    _TYPE,
+    ("DiffusionBValue",),
+    _GRADIENT,
+    ("TemporalPositionIndex", "TemporalPositionIdentifier"),
+    ("AcquisitionNumber",),
+    ("InversionTimes", "InversionTime"),
+    ("FlipAngle",),
+    ("TriggerTime", "NominalCardiacTriggerDelayTime"),
+    ("AcquisitionTime",),
+    ("ContentTime",),
 )
+
+
+def _part(places: Sequence[pydicom.Dataset], keywords: tuple[str, ...]) -> Part:
+    """The distinguishing value of attributes: words, a direction, or a rounded number, -1 if there is none."""
+    if keywords == _TYPE:
+        return _words(places, *keywords)
+    if keywords == _GRADIENT:
+        return _numbers(places, *keywords) or ()
+    number = _number(places, *keywords)
+    return (-1.0 if number is None else round(number, 2),)
 
 
 def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
     """Split the frames of one series into volumes."""
-    kinds: list[list[Frame]] = []
-    for frame in frames:
-        home = next((kind for kind in kinds if _same_grid(kind[0], frame)), None)
+    return [volume for kind in _alike(frames, _same_grid) for volume in _parted(kind)]
+
+
+def _alike(items: Iterable[_Item], same: Callable[[_Item, _Item], bool]) -> list[list[_Item]]:
+    """Groups of items that are like the first of their group."""
+    groups: list[list[_Item]] = []
+    for item in items:
+        home = next((group for group in groups if same(group[0], item)), None)
         if home is None:
-            kinds.append([frame])
+            groups.append([item])
         else:
-            home.append(frame)
-    return [volume for kind in kinds for volume in _parted(kind)]
+            home.append(item)
+    return groups
 
 
 def _same_grid(first: Frame, second: Frame) -> bool:
@@ -481,13 +489,8 @@ def _parted(frames: list[Frame]) -> list[list[Frame]]:
         for frame in frames:
             volumes[frame.parts[part]].append(frame)
         if 1 < len(volumes) <= most and all(_most_at_one_place(volume) < most for volume in volumes.values()):
-            ordered = sorted(volumes.items(), key=lambda item: _sortable(item[0]))
-            return [smaller for _, volume in ordered for smaller in _parted(volume)]
+            return [smaller for key in sorted(volumes) for smaller in _parted(volumes[key])]
     return [frames]
-
-
-def _sortable(part: Part) -> tuple[float | str, ...]:
-    return part if isinstance(part, tuple) else (part,)
 
 
 def _most_at_one_place(frames: Sequence[Frame]) -> int:
@@ -507,45 +510,38 @@ def _in_order(frames: Sequence[Frame]) -> tuple[Frame, ...]:
     if first.directions is None or first.position_mm is None:
         return tuple(frames)
     normal = first.normal
-    ordered = sorted(frames, key=lambda frame: float(normal @ np.array(frame.position_mm)))
-    return tuple(ordered)
-
-
-def _slice_spacing(first: Frame, last: Frame, count: int) -> float:
-    """Mean distance between neighbouring slices along the normal in mm; for a single slice, its thickness."""
-    if count < 2:
-        return first.thickness_mm or 1.0
-    assert first.position_mm is not None
-    assert last.position_mm is not None
-    return float(first.normal @ np.subtract(last.position_mm, first.position_mm)) / (count - 1)
+    return tuple(sorted(frames, key=lambda frame: float(normal @ np.array(frame.position_mm))))
 
 
 def _problems(frames: Sequence[Frame]) -> Iterator[str]:
     """Reasons why the sorted frames do not form a volume."""
-    first = frames[0]
-    if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
-        yield "it holds no image"
-        return
-    if first.directions is None or first.position_mm is None or first.spacing_mm is None:
-        fields = "ImagePositionPatient, ImageOrientationPatient, PixelSpacing"
-        yield f"its header does not say where the voxels lie ({fields})"
-        return
-    if _whole(first.file.header, "SamplesPerPixel") not in (None, 1):
-        yield "it is in colour"
-        return
-    if any(_claims_too_much(frame.file.header) for frame in frames if frame.number == 0):
-        yield f"its header announces more than {MAX_VOXELS} voxels or {_MOST_FRAMES} frames"
-        return
-    if first.rows * first.columns * len(frames) > MAX_VOXELS:
-        yield f"{first.columns}x{first.rows}x{len(frames)} voxels, more than the {MAX_VOXELS} allowed"
-        return
-    low, high = VOXEL_SIZE_MM
-    if not low <= min(first.spacing_mm) <= max(first.spacing_mm) <= high:
-        yield f"voxels of {first.spacing_mm[1]:g}x{first.spacing_mm[0]:g} mm; allowed are {low:g} to {high:g} mm"
+    if (fault := _fault_of_image(frames)) is not None:
+        yield fault
         return
     yield from _rescaling_problems(frames)
-    if len(frames) > 1:
-        yield from _stack_problems(np.array([frame.position_mm for frame in frames]), first.normal)
+    positions = np.array([frame.position_mm for frame in frames])
+    if len(frames) > 1 and (fault := _fault_of_stack(positions, frames[0].normal)) is not None:
+        yield fault
+
+
+def _fault_of_image(frames: Sequence[Frame]) -> str | None:  # noqa: PLR0911 - one return per reason
+    """Why the frames are not images of one value per voxel at known places, of a size that can be read."""
+    first = frames[0]
+    if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
+        return "it holds no image"
+    if first.directions is None or first.position_mm is None or first.spacing_mm is None:
+        fields = "ImagePositionPatient, ImageOrientationPatient, PixelSpacing"
+        return f"its header does not say where the voxels are ({fields})"
+    if _whole(first.file.header, "SamplesPerPixel") not in (None, 1):
+        return "it is in colour"
+    if any(_claims_too_much(frame.file.header) for frame in frames if frame.number == 0):
+        return f"its header announces more than {MAX_VOXELS} voxels or {_MOST_FRAMES} frames"
+    if first.rows * first.columns * len(frames) > MAX_VOXELS:
+        return f"{first.columns}x{first.rows}x{len(frames)} voxels, more than the {MAX_VOXELS} allowed"
+    low, high = VOXEL_SIZE_MM
+    if not low <= min(first.spacing_mm) <= max(first.spacing_mm) <= high:
+        return f"voxels of {first.spacing_mm[1]:g}x{first.spacing_mm[0]:g} mm; allowed are {low:g} to {high:g} mm"
+    return None
 
 
 def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
@@ -567,7 +563,7 @@ def _rescaling_problems(frames: Sequence[Frame]) -> Iterator[str]:
     ]
     if broken:
         yield (
-            f"{len(broken)} of its {len(frames)} slices have a RescaleSlope or RescaleIntercept that is no number, "
+            f"{len(broken)} of its {len(frames)} slices have a RescaleSlope or RescaleIntercept that is not a number, "
             f"or a slope of 0: {_named(broken)}"
         )
 
@@ -582,44 +578,41 @@ def _named(frames: Sequence[Frame]) -> str:
     return ", ".join(names[:_MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
-def _stack_problems(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> Iterator[str]:
-    """Reasons why slices at these sorted positions are not evenly spaced."""
+def _fault_of_stack(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> str | None:
+    """Why slices at these sorted positions are not evenly spaced."""
     along = positions @ normal
     gaps = np.diff(along)
     usual = float(np.median(gaps))
     tolerance = max(SLICE_TOLERANCE_MM, _SLICE_TOLERANCE_SHARE * usual)
     same = int(np.count_nonzero(gaps <= min(tolerance, 0.5 * usual) if usual > 0.01 else gaps <= 0.01))
     if same:
-        yield f"{same} of its {len(positions)} slices lie where another one lies"
-        return
+        return f"{same} of its {len(positions)} slices are at the same position as another one"
     shift = positions - positions[0] - np.outer(along - along[0], normal)
     most = float(np.linalg.norm(shift, axis=1).max())
     if most > _IN_PLANE_TOLERANCE_MM:
-        yield f"its slices are shifted in plane by up to {most:.1f} mm (a tilted gantry, or parts of several stacks)"
-        return
+        return f"its slices are shifted in plane by up to {most:.1f} mm (a tilted gantry, or parts of several stacks)"
     times = gaps / usual
     holes = np.flatnonzero(np.rint(times) > 1)
     if len(holes) and np.abs(gaps - np.rint(times) * usual).max() <= 2 * tolerance:
         lost = int((np.rint(times[holes]) - 1).sum())
-        yield (
-            f"{lost} {'slice is' if lost == 1 else 'slices are'} missing: "
-            f"after slice {int(holes[0]) + 1} of {len(positions)} the next is {gaps[holes[0]]:.2f} mm away, "
-            f"usual are {usual:.2f} mm"
+        return (
+            f"{lost} {'slice is' if lost == 1 else 'slices are'} missing: after slice {int(holes[0]) + 1} of "
+            f"{len(positions)} the next is {gaps[holes[0]]:.2f} mm away instead of {usual:.2f} mm"
         )
-        return
     even = along[0] + np.arange(len(along)) * (along[-1] - along[0]) / (len(along) - 1)
     if np.abs(along - even).max() > tolerance:
-        yield f"its slices are not evenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm apart"
+        return f"its slices are not evenly spaced: {gaps.min():.2f} to {gaps.max():.2f} mm apart"
+    return None
 
 
 def _acquisition(frame: Frame) -> Acquisition:
     """Read from the header how a frame was acquired."""
     header = frame.file.header
-    places = frame_groups(frame.file, frame.number)
+    places = _groups_of(frame.file, frame.number)
     agents = _items(header, "ContrastBolusAgentSequence")
+    derivations = (item for place in places for item in _items(place, "DerivationCodeSequence"))
     agent = _value([header, *agents], "ContrastBolusAgent")
-    if agent is None and agents:
-        agent = _value(agents, "CodeMeaning") or "given"
+    agent = (_value(agents, "CodeMeaning") or "given") if agent is None and agents else agent
     return Acquisition(
         modality=text(header, "Modality"),
         description=_line(text(header, "SeriesDescription")),
@@ -630,18 +623,12 @@ def _acquisition(frame: Frame) -> Acquisition:
         scanning=_words(places, "ScanningSequence") or tuple(_scanning_of_enhanced(places)),
         variant=_words(places, "SequenceVariant"),
         dimensions=(_words(places, "MRAcquisitionType") or ("",))[0],
-        image_type=_words(places, "FrameType", "ImageType"),
-        derivation=tuple(_derivation(places)),
+        image_type=_words(places, *_TYPE),
+        derivation=tuple(text(one, "CodeValue") for one in derivations if text(one, "CodingSchemeDesignator") == "DCM"),
         agent=None if agent is None else str(agent).strip(),
         b_value=_number(places, "DiffusionBValue"),
         body_part=text(header, "BodyPartExamined").upper(),
     )
-
-
-def _derivation(places: Sequence[pydicom.Dataset]) -> Iterator[str]:
-    for item in (item for place in places for item in _items(place, "DerivationCodeSequence")):
-        if text(item, "CodingSchemeDesignator") == "DCM":
-            yield text(item, "CodeValue")
 
 
 def _line(content: str) -> str:

@@ -7,32 +7,27 @@ only series and files.
 from __future__ import annotations
 
 import hashlib
-import os
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
 
 import nibabel as nib
-import numpy as np
 import SimpleITK
 
 from data.datasets.layouts import Case
+from data.datasets.naming import SUFFIXES_2021
 from data.dicom.contrasts import Choice, choose_series
 from data.dicom.copies import without_copies
 from data.dicom.files import DicomFile, dicom_files, quiet, text
-from data.dicom.pixels import read_with_notes, to_image
+from data.dicom.pixels import read_series
 from data.dicom.series import Series, group
 from data.errors import DataError
-from data.files import naming_the_place, partial_name
+from data.files import folder_when_complete
 from data.labels import CONTRASTS, Contrast
-from data.nifti import Volume
-
-#: File name suffixes of a case, as in BraTS 2018-2021.
-_SUFFIXES: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
+from data.native_space.itk import to_itk
+from data.nifti import Volume, in_16_bits, scanner_image
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,7 +58,7 @@ class StudyImages:
     @property
     def images(self) -> dict[Contrast, SimpleITK.Image]:
         """The volumes as ITK images (float32, LPS)."""
-        return {contrast: to_image(volume) for contrast, volume in self.volumes.items()}
+        return {contrast: to_itk(volume.voxels, volume.affine) for contrast, volume in self.volumes.items()}
 
 
 @contextmanager
@@ -104,7 +99,7 @@ def read_study(
 
 def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
     """Read the chosen series of an open study."""
-    readings = {contrast: read_with_notes(choice.series) for contrast, choice in choices.items()}
+    readings = {contrast: read_series(choice.series) for contrast, choice in choices.items()}
     return StudyImages(
         case_id=study.case_id,
         volumes={contrast: reading.volume for contrast, reading in readings.items()},
@@ -132,33 +127,16 @@ def write_dicom_case(out: Path, images: StudyImages, *, case_id: str | None = No
     name = images.case_id if case_id is None else case_id
     Case(id=name, folder=out).require()
     if out.exists() and not out.is_dir():
-        raise DataError(f"{out}: is a file, but cases go into a folder. Choose another place.")
+        raise DataError(f"{out}: is a file, but cases are written to a folder. Choose another place.")
     folder = out / name
     if folder.exists():
         raise DataError(f"{folder}: already exists and is not overwritten. Remove it, or give another --id.")
-    partial = out / partial_name(f".partial-{os.getpid()}-", name)
-    try:
-        with naming_the_place(folder):
-            partial.mkdir(parents=True)
-            for contrast in CONTRASTS:
-                nib.save(_nifti(images.volumes[contrast]), partial / f"{name}_{_SUFFIXES[contrast]}.nii.gz")
-            partial.replace(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with folder_when_complete(folder) as partial:
+        for contrast in CONTRASTS:
+            volume = images.volumes[contrast]
+            image = scanner_image(in_16_bits(volume.voxels), volume.affine)
+            nib.save(image, partial / f"{name}_{SUFFIXES_2021[contrast]}.nii.gz")
     return folder
-
-
-def _nifti(volume: Volume) -> nib.Nifti1Image:
-    """Convert a volume to NIfTI in scanner coordinates (qform and sform code 1)."""
-    voxels = volume.voxels
-    limits = np.iinfo(np.int16)
-    if limits.min <= voxels.min() and voxels.max() <= limits.max and np.array_equal(voxels, np.rint(voxels)):
-        voxels = voxels.astype(np.int16)
-    image = nib.Nifti1Image(voxels, volume.affine)
-    image.set_qform(volume.affine, code=1)
-    image.set_sform(volume.affine, code=1)
-    image.header.set_xyzt_units("mm")
-    return image
 
 
 def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Write a converted case: a BraTS 2021 case folder with its transforms and a record of the conversion.
+"""Write a prepared case: a BraTS 2021 case folder with its transforms and a record of the preparation.
 
 <id>/<id>_t1.nii.gz, _t1ce, _t2, _flair, and _seg if there is a label map
 <id>/transforms/<contrast>.tfm     text in ITK's format
@@ -8,23 +8,19 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import nibabel as nib
 import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
+from data.datasets.naming import SUFFIXES_2021
 from data.errors import DataError
-from data.files import naming_the_place, partial_name
-from data.labels import BRATS2021, CONTRASTS, Contrast, encode
-from data.native_space.itk import ImageGrid
-from data.native_space.to_brats import BroughtIn
-
-_ENDINGS: Final[dict[Contrast, str]] = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
+from data.files import folder_when_complete
+from data.labels import BRATS2021, CONTRASTS, encode
+from data.native_space.to_brats import BratsCase
+from data.nifti import scanner_image
 
 
 def require_empty(out: Path) -> None:
@@ -39,11 +35,11 @@ def require_empty(out: Path) -> None:
         raise DataError(f"{out} is not empty, and nothing in it is overwritten. Give another folder.")
 
 
-def write_brats_case(brought: BroughtIn, out: Path) -> Path:
+def write_brats_case(case: BratsCase, out: Path) -> Path:
     """Write a case; its folder appears only once it is complete.
 
     Args:
-        brought: the converted case.
+        case: the prepared case.
         out: folder of the data set, created if missing.
 
     Returns:
@@ -53,47 +49,21 @@ def write_brats_case(brought: BroughtIn, out: Path) -> Path:
         DataError: the case already exists.
         OSError: the disk is full or the folder is not writable.
     """
-    with _folder_when_complete(out / brought.id) as partial:
-        for contrast in CONTRASTS:
-            _save(brought.images[contrast], brought.grid, partial / f"{brought.id}_{_ENDINGS[contrast]}.nii.gz")
-        if brought.codes is not None:
-            _save(encode(brought.codes, BRATS2021), brought.grid, partial / f"{brought.id}_seg.nii.gz")
+    folder = out / case.id
+    if folder.exists():
+        raise DataError(f"{folder} already exists and is not overwritten. Remove it, or give another folder.")
+    images: dict[str, npt.NDArray[Any]] = {SUFFIXES_2021[contrast]: case.images[contrast] for contrast in CONTRASTS}
+    if case.codes is not None:
+        images["seg"] = encode(case.codes, BRATS2021)
+    with folder_when_complete(folder) as partial:
+        for suffix, voxels in images.items():
+            nib.save(scanner_image(voxels, case.grid.affine), partial / f"{case.id}_{suffix}.nii.gz")
         (partial / "transforms").mkdir()
         for contrast in CONTRASTS:
-            _save_transform(brought, contrast, partial / "transforms" / f"{contrast}.tfm")
-        (partial / "prepare.json").write_text(json.dumps(brought.record, indent=1) + "\n", encoding="utf-8")
-    return out / brought.id
-
-
-def _save(voxels: npt.NDArray[Any], grid: ImageGrid, path: Path) -> None:
-    image = nib.Nifti1Image(voxels, grid.affine)
-    image.set_qform(grid.affine, code=1)
-    image.set_sform(grid.affine, code=1)
-    image.header.set_xyzt_units("mm")
-    nib.save(image, path)
-
-
-def _save_transform(brought: BroughtIn, contrast: Contrast, path: Path) -> None:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    try:
-        sitk.WriteTransform(brought.transform(contrast), str(path))
-    except RuntimeError as error:  # the only exception type ITK raises
-        raise OSError(f"{path}: the transform could not be written ({error})") from error
-
-
-@contextmanager
-def _folder_when_complete(place: Path) -> Iterator[Path]:
-    """Yield a hidden folder to write to; it is renamed to ``place`` on success and removed on failure."""
-    if place.exists():
-        raise DataError(f"{place} already exists and is not overwritten. Remove it, or give another folder.")
-    partial = place.with_name(partial_name(f".partial-{os.getpid()}-", place.name))
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming_the_place(place):
-            partial.mkdir(parents=True)
-            yield partial
-            partial.replace(place)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+            path = partial / "transforms" / f"{contrast}.tfm"
+            try:
+                sitk.WriteTransform(case.transform(contrast), str(path))
+            except RuntimeError as error:  # the only exception type ITK raises
+                raise OSError(f"{path}: the transform could not be written ({error})") from error
+        (partial / "prepare.json").write_text(json.dumps(case.record, indent=1) + "\n", encoding="utf-8")
+    return folder

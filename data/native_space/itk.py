@@ -1,23 +1,19 @@
-"""Convert between the program's volumes and SimpleITK images; every voxel keeps its position.
+"""Convert between the program's arrays and SimpleITK images; every voxel keeps its position.
 
 The program measures millimetres to the right, anterior and superior (RAS, as NIfTI does) and stores (X, Y, Z); ITK
-measures to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). SimpleITK is imported in functions,
-so that training does not load it.
+measures to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). Code that also runs for other jobs
+imports this package in functions, so that training does not load SimpleITK.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-
-from data.nifti import Volume
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: From RAS to LPS millimetres, and back.
 _RAS_LPS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -33,12 +29,10 @@ class ImageGrid:
     affine: npt.NDArray[np.float64]
 
 
-def to_itk(volume: Volume) -> sitk.Image:
-    """Convert a volume to a SimpleITK image with the same voxels (float32, or uint8 for a label map) and positions."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    image = sitk.GetImageFromArray(np.ascontiguousarray(volume.voxels.T))
-    spacing, origin, direction = _geometry(volume.affine)
+def to_itk(voxels: npt.NDArray[Any], affine: npt.NDArray[np.float64]) -> sitk.Image:
+    """Convert voxels (X, Y, Z), float32 or uint8, and their 4x4 affine to RAS millimetres to a SimpleITK image."""
+    image = sitk.GetImageFromArray(np.ascontiguousarray(voxels.T))
+    spacing, origin, direction = _geometry(affine)
     image.SetSpacing(spacing)
     image.SetOrigin(origin)
     image.SetDirection(direction)
@@ -56,8 +50,6 @@ def grid_of(image: sitk.Image) -> ImageGrid:
 
 def voxels_of(image: sitk.Image) -> npt.NDArray[Any]:
     """The voxels of an image, shape (X, Y, Z)."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     return np.ascontiguousarray(sitk.GetArrayFromImage(image).T)
 
 
@@ -109,8 +101,6 @@ def resampled(
     Returns:
         an image of the same pixel type, computed with one thread so that it is the same on every machine.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     spacing, origin, direction = _geometry(grid.affine)
     resample = sitk.ResampleImageFilter()
     resample.SetSize(grid.size)
@@ -130,8 +120,6 @@ def smoothed_for(image: sitk.Image, spacing_mm: float) -> sitk.Image:
 
     The Gaussian's standard deviation is half the difference in voxel size, as in :func:`data.preprocess.resample`.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     # Differences below one per cent are rounding errors of headers.
     lacks = [max(0.0, spacing_mm - own) for own in image.GetSpacing()]
     if max(lacks) < 0.01 * spacing_mm:

@@ -9,20 +9,18 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 from data.errors import DataError
 from data.native_space.itk import grid_of, refined, resampled, smoothed_for, upright_grid_around, voxels_of
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 #: Finest voxel size used in registration.
 WORKING_MM: Final = 2.0
@@ -98,35 +96,43 @@ def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Regis
     Raises:
         DataError: an image has no contrast, or no pose stands out: the images show different heads or are damaged.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     began = time.process_time()
-    still, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
-    still = still.upright()
+    own, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
+    still = own.upright()
     start = sitk.Euler3DTransform()
     start.SetCenter(still.centre)
-    starts = list(_rigid_starts(start, still.centre, other.centre))
     with _one_thread():
-        found = _search(still, other, starts)
-        found = _refined(_Head.of(fixed, "t1c"), other, found)
-        return _rigid_result(still, other, start, found, began=began, name=name)
+        found = _search(still, other, list(_rigid_starts(start, still.centre, other.centre)))
+        found = _refined(own, other, found)
+        overlap = _overlap(still.mask, other.mask, found)
+        result = _measured(still, other, start, found, _rigid_poses_away(found), overlap=overlap, began=began)
+    _require_found(result, name, "t1c")
+    return result
 
 
-def _rigid_result(still: _Head, other: _Head, start: Any, found: Any, *, began: float, name: str) -> Registration:
-    """The result with its quality measures; a DataError if they are too low."""
-    before = _information(still.image, other.image, start)
-    after = _information(still.image, other.image, found)
-    away = max(_information(still.image, other.image, pose) for pose in _rigid_poses_away(found))
-    result = Registration(
+def _measured(
+    still: _Head,
+    other: _Head,
+    start: Any,
+    found: Any,
+    away: Iterable[Any],
+    *,
+    overlap: float,
+    began: float,
+    mask: sitk.Image | None = None,
+) -> Registration:
+    """The result with its quality measures."""
+    before, after, *distant = (
+        _information(still.image, other.image, pose, mask=mask) for pose in (start, found, *away)
+    )
+    return Registration(
         transform=found,
         metric_before=before,
         metric_after=after,
-        contrast=after / max(away, 1e-6),
-        overlap=_overlap(still.mask, other.mask, found),
+        contrast=after / max(*distant, 1e-6),
+        overlap=overlap,
         cpu_seconds=time.process_time() - began,
     )
-    _require_found(result, name, "t1c")
-    return result
 
 
 def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image, *, name: str) -> Registration:
@@ -147,8 +153,6 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
     Raises:
         DataError: an image has no contrast, or no pose stands out.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     began = time.process_time()
     other = _Head.of(head, name)
     # Two voxels of rim include the brain's border but little of the scalp's.
@@ -165,16 +169,9 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
             starts.append(pose)
     with _one_thread():
         found = _search(still, other, starts, mask=rim)
-        after = _information(still.image, other.image, found, mask=rim)
-        away = max(_information(still.image, other.image, pose, mask=rim) for pose in _affine_poses_away(found))
-        result = Registration(
-            transform=found,
-            metric_before=_information(still.image, other.image, starts[1], mask=rim),
-            metric_after=after,
-            contrast=after / max(away, 1e-6),
-            overlap=_inside(rim, other.mask, found),
-            cpu_seconds=time.process_time() - began,
-        )
+        inside = float(_on_grid(other.mask, rim, found)[_marked(rim)].mean())
+        away = _affine_poses_away(found)
+        result = _measured(still, other, starts[1], found, away, overlap=inside, began=began, mask=rim)
     _require_found(result, name, "the MNI152 template", least_overlap=0.5)
     return result
 
@@ -196,21 +193,10 @@ def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float,
 
 def _affine_poses_away(found: sitk.AffineTransform) -> Iterator[sitk.AffineTransform]:
     """Distant poses in both directions along each axis."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     for axis, sign in product(range(3), (1, -1)):
         pose = sitk.AffineTransform(found)
         pose.Translate([sign * _AWAY_MM * (a == axis) for a in range(3)])
         yield pose
-
-
-def _inside(mask: sitk.Image, head: sitk.Image, transform: Any) -> float:
-    """Share of a mask that is mapped into a head."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    there = sitk.Resample(head, mask, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    inside = sitk.GetArrayViewFromImage(mask) != 0
-    return float((sitk.GetArrayViewFromImage(there) != 0)[inside].mean())
 
 
 def linear_part(transform: sitk.Transform) -> npt.NDArray[np.float64]:
@@ -232,8 +218,6 @@ def head_mask(image: sitk.Image) -> sitk.Image:
     Returns:
         uint8 image, 1 inside.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     zeros = float(np.mean(sitk.GetArrayViewFromImage(image) == 0))
     inside = image != 0 if zeros > 0.2 else sitk.OtsuThreshold(sitk.DiscreteGaussian(image, [4.0, 4.0, 4.0]), 0, 1)
     labelled = sitk.RelabelComponent(sitk.ConnectedComponent(inside), sortByObjectSize=True) == 1
@@ -251,14 +235,12 @@ class _Head:
 
     @classmethod
     def of(cls, image: sitk.Image, name: str) -> _Head:
-        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
         factors = [max(1, round(WORKING_MM / own)) for own in image.GetSpacing()]
         coarse = sitk.BinShrink(image, factors)
         mask = head_mask(coarse)
-        values = sitk.GetArrayViewFromImage(coarse)[sitk.GetArrayViewFromImage(mask) != 0]
+        values = sitk.GetArrayViewFromImage(coarse)[_marked(mask)]
         if not values.size or np.ptp(values) == 0:
-            raise DataError(f"{name}: no head to be seen in the image, it has one value. Export it again.")
+            raise DataError(f"{name}: the image shows no head: all its voxels have one value. Export it again.")
         low, high = (float(np.percentile(values, share)) for share in (0.5, 99.5))
         low = min(low, 0.0) if low < 0.1 * high else low
         scaled = sitk.Clamp((coarse - low) / max(high - low, 1e-12), lowerBound=0.0, upperBound=1.0)
@@ -286,15 +268,13 @@ def _rigid_starts(
     start: sitk.Euler3DTransform, fixed_centre: tuple[float, ...], moving_centre: tuple[float, ...]
 ) -> Iterator[sitk.Euler3DTransform]:
     """The headers' pose, and the pose with aligned head centres; each also rotated about every axis."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    together = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
+    offset = tuple(there - here for here, there in zip(fixed_centre, moving_centre, strict=True))
     step = math.radians(_TRIED_DEGREES)
     turns = [
         (0.0, 0.0, 0.0),
         *(tuple(sign * step * (a == axis) for a in range(3)) for axis in range(3) for sign in (1, -1)),
     ]
-    for shift, turn in product(((0.0, 0.0, 0.0), together), turns):
+    for shift, turn in product(((0.0, 0.0, 0.0), offset), turns):
         pose = sitk.Euler3DTransform(start)
         pose.SetRotation(*turn)
         pose.SetTranslation(shift)
@@ -303,8 +283,6 @@ def _rigid_starts(
 
 def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTransform]:
     """Distant poses in both directions along and about each axis."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     for parameter, sign in product(range(6), (1, -1)):
         values = list(found.GetParameters())
         values[parameter] += sign * (math.radians(_AWAY_DEGREES) if parameter < 3 else _AWAY_MM)
@@ -315,8 +293,6 @@ def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTran
 
 def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
     """The best transform found from any of the starting poses."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
     blurred = _blurred(other.image, _COARSE_MM / 2)
     ranked = sorted(starts, key=lambda pose: -_information(coarse, blurred, pose, mask=mask))
@@ -330,8 +306,6 @@ def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image |
 @contextmanager
 def _one_thread() -> Iterator[None]:
     """Make ITK use one thread: with several, the order of summation varies and so do the last digits."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     try:
@@ -348,21 +322,19 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
     the transform found, is blurred across the slices as if it had been scanned with them. A small rigid transform
     between the two remains to be found.
     """
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
         return found
     swapped = max(other.image.GetSpacing()) > max(still.image.GetSpacing())
     thick, thin, to_thin = (other, still, found.GetInverse()) if swapped else (still, other, found)
     own = grid_of(thick.image)
     x, y, z = (max(1, round(mm / WORKING_MM)) for mm in thick.image.GetSpacing())
-    brought = resampled(thin.image, refined(own, (x, y, z)), to_thin)
+    blurred = resampled(thin.image, refined(own, (x, y, z)), to_thin)
     # A slice profile of thickness d is a box of variance d^2 / 12.
     profile = [mm**2 / 12 if mm > _THICK_MM else 0.0 for mm in thick.image.GetSpacing()]
-    brought = sitk.DiscreteGaussian(brought, profile, 32, 0.01, True)
+    blurred = sitk.DiscreteGaussian(blurred, profile, 32, 0.01, True)
     rest = sitk.Euler3DTransform()
     rest.SetCenter(thick.centre)
-    rest = _descend(_cut(thick), brought, rest, step_mm=0.5, least_mm=0.005)
+    rest = _descend(_cut(thick), blurred, rest, step_mm=0.5, least_mm=0.005)
     # Points of the thick image are mapped by `rest` to the resampled image, and from there to the thin image.
     matrix: npt.NDArray[np.floating] = linear_part(to_thin) @ linear_part(rest)
     matrix = np.linalg.inv(matrix) if swapped else matrix
@@ -386,8 +358,6 @@ def _cut(head: _Head) -> sitk.Image:
 
 def _method(sampled: float, mask: sitk.Image | None) -> sitk.ImageRegistrationMethod:
     """Registration method with mutual information, sampled with a fixed seed."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     method = sitk.ImageRegistrationMethod()
     method.SetNumberOfThreads(1)
     method.SetMetricAsMattesMutualInformation(numberOfHistogramBins=_BINS)
@@ -448,25 +418,24 @@ def _require_out_of_sight(error: RuntimeError) -> None:
 
 
 def _blurred(image: sitk.Image, sigma_mm: float) -> sitk.Image:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    gaussian = sitk.SmoothingRecursiveGaussianImageFilter()
-    gaussian.SetSigma(sigma_mm)
-    gaussian.SetNumberOfThreads(1)
-    smooth: sitk.Image = gaussian.Execute(image)
+    smooth: sitk.Image = sitk.SmoothingRecursiveGaussian(image, sigma_mm)
     return smooth
 
 
 def _overlap(fixed: sitk.Image, moving: sitk.Image, transform: Any) -> float:
     """Dice of two masks within the field of view of both, on the grid of the first."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
-    seen = sitk.Resample(moving * 0 + 1, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    inside = sitk.GetArrayViewFromImage(seen) != 0
-    there = sitk.Resample(moving, fixed, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8)
-    first = (sitk.GetArrayViewFromImage(fixed) != 0) & inside
-    second = sitk.GetArrayViewFromImage(there) != 0
+    first = _marked(fixed) & _on_grid(moving * 0 + 1, fixed, transform)
+    second = _on_grid(moving, fixed, transform)
     return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
+
+
+def _on_grid(mask: sitk.Image, image: sitk.Image, transform: Any) -> npt.NDArray[np.bool_]:
+    """A mask on the grid of another image, in ITK's axis order."""
+    return _marked(sitk.Resample(mask, image, transform, sitk.sitkNearestNeighbor, 0, sitk.sitkUInt8))
+
+
+def _marked(mask: sitk.Image) -> npt.NDArray[np.bool_]:
+    return np.asarray(sitk.GetArrayViewFromImage(mask) != 0)
 
 
 def _require_found(result: Registration, name: str, onto: str, *, least_overlap: float = MIN_OVERLAP) -> None:
@@ -474,18 +443,18 @@ def _require_found(result: Registration, name: str, onto: str, *, least_overlap:
     problem = None
     if result.metric_after < LEAST_KEPT * result.metric_before:
         problem = (
-            f"mutual information fell from {result.metric_before:.3f}, as the headers have it, "
-            f"to {result.metric_after:.3f}"
+            f"mutual information fell from {result.metric_before:.3f} at the position in the headers to "
+            f"{result.metric_after:.3f}"
         )
     elif result.contrast < MIN_CONTRAST:
         problem = (
-            f"no pose stands out: mutual information {result.metric_after:.3f} is {result.contrast:.2f} times that of "
-            "poses far off"
+            f"no position stands out: mutual information {result.metric_after:.3f} is only {result.contrast:.2f} times "
+            "that of distant positions"
         )
     elif result.overlap < least_overlap:
-        problem = f"the heads overlap by {result.overlap:.2f} alone; {least_overlap:g} is needed"
+        problem = f"the heads overlap by only {result.overlap:.2f}; at least {least_overlap:g} is required"
     if problem is not None:
         raise DataError(
-            f"{name} could not be registered to {onto}: {problem}. Do both show one head? Register it yourself, or "
-            "leave the case out."
+            f"{name} could not be registered to {onto}: {problem}. Do both show the same head? Register it yourself, "
+            "or leave the case out."
         )

@@ -12,40 +12,36 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
-from data.datasets.layouts import Case, convention_of
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import file_sha256
 from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
-from data.native_space.brain_mask import BRAIN_LITRES, BrainMask, find_brain, require_mask
+from data.native_space.brain_mask import BrainMask, find_brain, require_mask
+from data.native_space.config import PrepareConfig
 from data.native_space.itk import ImageGrid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
 from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Registration, head_mask, register_rigid
-from data.nifti import Volume, grid_difference, in_order_of, read_image, read_label_map
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
+from data.nifti import (
+    Volume,
+    grid_difference,
+    in_order_of,
+    read_image,
+    read_label_map,
+    with_clean_background,
+)
+from data.preprocess import image_problem
 
 #: The contrast to which the others are registered.
 REFERENCE: Final[Contrast] = "t1c"
 #: N4 fits the bias field on voxels of about this size, with this number of iterations at each level.
 _N4_MM: Final = 4.0
 _N4_ITERATIONS: Final = (50, 50, 30)
-
-
-@dataclass(frozen=True, kw_only=True)
-class BringInConfig:
-    """How native images are converted."""
-
-    spacing_mm: float = 1.0
-    """Voxel size of the result."""
-    n4: bool = False
-    """Whether N4 removes the bias field of each contrast (Tustison et al., IEEE TMI 29, 2010)."""
-    mask: str = "auto"
-    """One of :data:`data.native_space.brain_mask.MASK_WORDS`, or the path of a mask."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +54,7 @@ class NativeCase:
     codes: sitk.Image | None = None
     """Label map in the program's codes, uint8; None if there is none."""
     codes_on: Contrast = REFERENCE
-    """The contrast on whose grid the label map lies."""
+    """The contrast on whose grid the label map is."""
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """By contrast and ``label``: origin of the file for the record, such as path and SHA-256."""
     zeroed: Mapping[Contrast, int] = field(default_factory=dict)
@@ -71,8 +67,8 @@ class NativeCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class BroughtIn:
-    """A case converted to one grid, with everything needed to map results back."""
+class BratsCase:
+    """A case on one grid as BraTS stores it, with everything needed to map results back."""
 
     id: str
     images: Mapping[Contrast, npt.NDArray[np.float32]]
@@ -83,47 +79,55 @@ class BroughtIn:
     """Registrations of all contrasts but T1c."""
     mask: BrainMask
     record: Mapping[str, Any]
-    """Record of the conversion, as in ``prepare.json``; the same on every run."""
+    """Record of the preparation, as in ``prepare.json``; the same on every run."""
     warnings: tuple[str, ...]
+    """What to check in the result, one sentence each; ``record`` also lists what was changed on reading."""
 
     def transform(self, contrast: Contrast) -> sitk.Transform:
         """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
-        import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
+        return sitk.TranslationTransform(3) if contrast == REFERENCE else self.registrations[contrast].transform
 
-        if contrast == REFERENCE:
-            return sitk.TranslationTransform(3)
-        return self.registrations[contrast].transform
+    def volume(self, contrast: Contrast) -> Volume:
+        """A contrast as it would be read from the file of the case.
+
+        Raises:
+            DataError: the image is not a skull-stripped brain, or has voxels that are NaN or infinite.
+        """
+        voxels = self.images[contrast]
+        if not np.isfinite(voxels).all():
+            raise DataError(f"case {self.id}, contrast {contrast}, prepared: voxels are NaN or infinite.")
+        if (problem := image_problem(voxels)) is not None:
+            raise DataError(f"case {self.id}, contrast {contrast}, prepared: {problem}.")
+        affine = self.grid.affine.astype(np.float32).astype(np.float64)  # a file has it in single precision
+        return with_clean_background(Volume(voxels=voxels, affine=affine, path=Path(self.id)))
 
 
 def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
     """Read a case whose contrasts need not share a grid.
 
     Args:
-        case: a case with all four contrasts; a label map must lie on the grid of one of them.
+        case: a case with all four contrasts; a label map must be on the grid of one of them.
         nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.
 
     Raises:
-        DataError: a contrast is missing or unreadable, or the label map lies on none of the contrasts' grids.
+        DataError: a contrast is missing or unreadable, or the label map is on none of the contrasts' grids.
     """
     case.require()
     volumes: dict[Contrast, Volume] = {}
     for contrast in CONTRASTS:
+        path, number = case.contrasts[contrast], case.volumes.get(contrast)
         try:
-            volumes[contrast] = read_image(
-                case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=nan_to_zero
-            )
+            volumes[contrast] = read_image(path, number, nan_to_zero=nan_to_zero)
         except DataError as error:
             raise DataError(f"case {case.id}, contrast {contrast}: {error}") from error
         if not volumes[contrast].voxels.any():
-            raise DataError(f"case {case.id}, contrast {contrast}: {case.contrasts[contrast]}: every voxel is 0.")
+            raise DataError(f"case {case.id}, contrast {contrast}: {path}: every voxel is 0.")
     files: dict[str, Path] = {str(contrast): path for contrast, path in case.contrasts.items()}
     files |= {} if case.label is None else {"label": case.label}
-    codes, codes_on = None, REFERENCE
-    if case.label is not None:
-        codes, codes_on = _read_codes(case, case.label, volumes)
+    codes, codes_on = (None, REFERENCE) if case.label is None else _read_codes(case, case.label, volumes)
     return NativeCase(
         id=case.id,
-        images={contrast: to_itk(volume) for contrast, volume in volumes.items()},
+        images={contrast: to_itk(volume.voxels, volume.affine) for contrast, volume in volumes.items()},
         codes=codes,
         codes_on=codes_on,
         sources={name: {"path": str(path), "sha256": file_sha256(path)} for name, path in files.items()},
@@ -133,9 +137,9 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
     )
 
 
-def bring_in(
-    native: NativeCase, config: BringInConfig, *, on_step: Callable[[str], None] = lambda _: None
-) -> BroughtIn:
+def prepare_native(
+    native: NativeCase, config: PrepareConfig, *, on_step: Callable[[str], None] = lambda _: None
+) -> BratsCase:
     """Register, correct, resample and mask the contrasts of one case; the result is deterministic.
 
     Args:
@@ -156,6 +160,7 @@ def bring_in(
                 registrations[contrast] = register_rigid(fixed, native.images[contrast], name=contrast)
             except DataError as error:
                 raise DataError(f"case {native.id}: {error}") from error
+    transforms = {contrast: found.transform for contrast, found in registrations.items()}
     grid = upright_grid(fixed, config.spacing_mm)
     made: dict[Contrast, sitk.Image] = {}
     for contrast in CONTRASTS:
@@ -163,42 +168,30 @@ def bring_in(
         if config.n4:
             on_step(f"{native.id}: N4 of {contrast}")
             image = corrected(image)
-        transform = registrations[contrast].transform if contrast in registrations else None
-        made[contrast] = resampled(smoothed_for(image, config.spacing_mm), grid, transform)
+        made[contrast] = resampled(smoothed_for(image, config.spacing_mm), grid, transforms.get(contrast))
     on_step(f"{native.id}: brain mask")
     mask = find_brain(made[REFERENCE], fixed, config.mask, name=native.id)
-    inside = None if mask.mask is None else voxels_of(mask.mask) != 0
-    images = {contrast: _masked(voxels_of(image), inside) for contrast, image in made.items()}
+    images = {contrast: voxels_of(image) for contrast, image in made.items()}
+    if mask.mask is not None:
+        inside = voxels_of(mask.mask) != 0
+        images = {contrast: np.where(inside, voxels, np.float32(0)) for contrast, voxels in images.items()}
     codes = None
     if native.codes is not None:
-        there = registrations.get(native.codes_on)
-        codes = _resampled_codes(native.codes, grid, None if there is None else there.transform)
-    litres = None if inside is None else float(inside.sum()) * config.spacing_mm**3 / 1e6
-    warnings = (
-        *native.warnings,
-        *zeroed_warnings(native),
-        *background_warnings(native),
-        *mask.warnings,
-        *_litre_warnings(litres),
-    )
-    return BroughtIn(
+        codes = _resampled_codes(native.codes, grid, transforms.get(native.codes_on))
+    return BratsCase(
         id=native.id,
         images=images,
         codes=codes,
         grid=grid,
         registrations=registrations,
         mask=mask,
-        record=_record(
-            native, config, grid=grid, registrations=registrations, mask=mask, litres=litres, warnings=warnings
-        ),
-        warnings=warnings,
+        record=_record(native, config, grid, registrations, mask),
+        warnings=(*native.warnings, *mask.warnings),
     )
 
 
 def corrected(image: sitk.Image) -> sitk.Image:
     """Remove an image's bias field, fitted by N4 on a coarser copy; zeros stay 0."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     factors = [
         max(1, min(round(_N4_MM / own), n // 8)) for own, n in zip(image.GetSpacing(), image.GetSize(), strict=True)
     ]
@@ -214,7 +207,7 @@ def corrected(image: sitk.Image) -> sitk.Image:
 
 
 def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> tuple[sitk.Image, Contrast]:
-    """The label map in the program's codes, and the contrast on whose grid it lies."""
+    """The label map in the program's codes, and the contrast on whose grid it is."""
     try:
         label = read_label_map(path)
         codes = decode(label.voxels, convention_of([case]))
@@ -222,17 +215,15 @@ def _read_codes(case: Case, path: Path, volumes: Mapping[Contrast, Volume]) -> t
         raise DataError(f"case {case.id}, label map: {error}") from error
     for contrast in (REFERENCE, *CONTRASTS):
         if grid_difference(volumes[contrast], in_order_of(volumes[contrast], label)) is None:
-            return to_itk(Volume(voxels=codes, affine=label.affine, path=path)), contrast
+            return to_itk(codes, label.affine), contrast
     raise DataError(
-        f"case {case.id}: the label map {path} is on the grid of no contrast: on which was it drawn? "
-        "Resample it to one of them, or leave it out."
+        f"case {case.id}: the label map {path} is not on the grid of any contrast. Resample it to the one it was drawn "
+        "on, or leave it out."
     )
 
 
 def _resampled_codes(codes: sitk.Image, grid: ImageGrid, transform: sitk.Transform | None) -> npt.NDArray[np.uint8]:
     """Resample a label map: interpolate each region linearly, threshold it at one half, and nest the regions."""
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
-
     shares = []
     for mask in to_regions(voxels_of(codes)):
         image = sitk.GetImageFromArray(np.ascontiguousarray(mask.T.astype(np.float32)))
@@ -241,39 +232,16 @@ def _resampled_codes(codes: sitk.Image, grid: ImageGrid, transform: sitk.Transfo
     return from_regions(np.stack(shares))
 
 
-def _masked(voxels: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_] | None) -> npt.NDArray[np.float32]:
-    return voxels if inside is None else np.where(inside, voxels, np.float32(0))
-
-
-def zeroed_warnings(native: NativeCase) -> list[str]:
-    """One sentence for each contrast with voxels that were set to 0, for the warnings of :func:`bring_in`."""
-    return [f"{count} voxels of {contrast} were NaN or infinite and are 0" for contrast, count in native.zeroed.items()]
-
-
-def background_warnings(native: NativeCase) -> list[str]:
-    """One sentence for each contrast whose background was not 0, for the warnings of :func:`bring_in`."""
-    return [f"{contrast}: {sentence}" for contrast, sentence in native.backgrounds.items()]
-
-
-def _litre_warnings(litres: float | None) -> list[str]:
-    if litres is None or BRAIN_LITRES[0] <= litres <= BRAIN_LITRES[1]:
-        return []
-    return [
-        f"the brain mask holds {litres:.2f} l; a brain has {BRAIN_LITRES[0]:g} to {BRAIN_LITRES[1]:g} l. Look at it"
-    ]
-
-
 def _record(
     native: NativeCase,
-    config: BringInConfig,
-    *,
+    config: PrepareConfig,
     grid: ImageGrid,
     registrations: Mapping[Contrast, Registration],
     mask: BrainMask,
-    litres: float | None,
-    warnings: tuple[str, ...],
 ) -> dict[str, Any]:
-    """Record of the conversion as plain data."""
+    """Record of the preparation as plain data."""
+    zeroed = [f"{count} voxels of {one} were NaN or infinite and are 0" for one, count in native.zeroed.items()]
+    backgrounds = [f"{contrast}: {sentence}" for contrast, sentence in native.backgrounds.items()]
     return {
         "case": native.id,
         "inputs": {name: {**native.sources.get(name, {}), **_described(native.images[name])} for name in CONTRASTS},
@@ -298,9 +266,9 @@ def _record(
             for contrast, found in registrations.items()
         },
         "grid": {"shape": list(grid.size), "affine": grid.affine.tolist(), "axes": "LPS"},
-        "mask": {"source": mask.source, "coarse": mask.coarse, "detail": mask.detail, "litres": litres},
+        "mask": {"source": mask.source, "coarse": mask.coarse, "detail": mask.detail, "litres": mask.litres},
         "transforms": "from LPS millimetres of t1c, which are those of this case, to those of the contrast's own file",
-        "warnings": list(warnings),
+        "warnings": [*native.warnings, *zeroed, *backgrounds, *mask.warnings],
         "versions": _versions(),
     }
 

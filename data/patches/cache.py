@@ -39,7 +39,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.datasets.layouts import Case
-from data.files import naming_the_place
+from data.files import file_sha256, naming_the_place
 from data.filesystem import has_no_mapping, lock, warn_once
 
 #: Increment this when the format of an entry's files changes.
@@ -101,7 +101,7 @@ class CaseFolder:
             noted = known.read_text(encoding="utf-8")
             if len(noted) == len(known.name):
                 return noted
-        content = {name: [_content(path), path.name.lower().endswith(".gz")] for name, path in files.items()}
+        content = {name: [file_sha256(path), path.name.lower().endswith(".gz")] for name, path in files.items()}
         key = _digest([_VERSION, content, volumes, settings, _program()])
         newest = max((stamp[-1] for stamp in before.values()), default=0)
         if _stamps(files) == before and newest < time.time_ns() - _STILL_SECONDS * 1e9:
@@ -295,19 +295,19 @@ class SharedCache(CaseFolder):
 
     def _users(self) -> dict[str, set[str]]:
         """The keys held by each running process; files of dead processes are deleted. Requires the lock."""
-        living = {}
+        active = {}
         for path in (self.folder / ".users").iterdir():
             with path.open("r+", encoding="utf-8") as file:  # NFS cannot lock files open for reading only
                 try:
                     lock(file, path)
                 except BlockingIOError:
                     try:
-                        living[path.name] = set(file.read().split())
+                        active[path.name] = set(file.read().split())
                     except PermissionError:  # on SMB, locked files cannot be read
-                        living[path.name] = {place.name for place in self.folder.iterdir()}
+                        active[path.name] = {place.name for place in self.folder.iterdir()}
                 else:
                     path.unlink(missing_ok=True)
-        return living
+        return active
 
     def _sign_in(self) -> IO[str]:
         """Create this process's file among the users, locked until it is closed. Requires the lock."""
@@ -345,11 +345,6 @@ def _stamps(files: Mapping[str, Path]) -> dict[str, list[Any]]:
         status = path.stat()
         stamps[name] = [str(path.resolve()), status.st_size, status.st_ino, status.st_mtime_ns]
     return stamps
-
-
-def _content(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @cache

@@ -78,13 +78,13 @@ class CachedCase:
         except (OSError, EOFError, ValueError) as error:
             if isinstance(error, OSError) and error.errno not in (None, errno.ENOENT):
                 raise DataError(f"case {self.id}: {self.folder / name}: cannot be read: {in_words(error)}") from error
-            raise self.lost(error) from error
+            raise self.missing_error(error) from error
 
-    def lost(self, why: object) -> DataError:
+    def missing_error(self, why: object) -> DataError:
         """The error for prepared arrays that were removed or changed during a run."""
         return DataError(
             f"case {self.id}: its prepared arrays in {self.folder} were removed or damaged while they were in use "
-            f"({why}). Go on with --resume; they are made anew."
+            f"({why}). Resume with --resume; they will be prepared again."
         )
 
 
@@ -184,24 +184,17 @@ class PatchSource:
         self._open: OrderedDict[int, _Mapped] = OrderedDict()
         self._lock = Lock()
 
-    def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str]:
-        """Image (contrasts, X, Y, Z), codes (X, Y, Z) and case id of one augmented patch.
+    def patch(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
+        """Image (contrasts, X, Y, Z), codes (X, Y, Z), case id and contrasts present of one augmented patch.
 
         Raises:
             DataError: the prepared arrays of its case were removed or damaged.
         """
-        image, codes, case_id, _ = self._patch_and_presence(number)
-        return image, codes, case_id
-
-    def _patch_and_presence(
-        self, number: int
-    ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, tuple[bool, ...]]:
-        """Like :meth:`patch`, with the contrasts that are present."""
-        image, codes, case_id, rng = self.piece(number)
+        image, codes, case_id, rng = self.crop(number)
         variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
         return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
 
-    def piece(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
+    def crop(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
         """Like :meth:`patch`, before augmentation, with the generator for drawing the augmentation."""
         epoch, position = divmod(number, len(self._cases))
         order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
@@ -214,18 +207,13 @@ class PatchSource:
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch if gradients are accumulated."""
-        images, masks, present, ids = [], [], [], []
-        for number in range(step * size, (step + 1) * size):
-            image, codes, case_id, there = self._patch_and_presence(number)
-            images.append(torch.from_numpy(image))
-            masks.append(torch.from_numpy(to_regions(codes)))
-            present.append(there)
-            ids.append(case_id)
+        patches = [self.patch(number) for number in range(step * size, (step + 1) * size)]
+        images, codes, cases, present = zip(*patches, strict=True)
         return Batch(
-            image=torch.stack(images),
-            masks=torch.stack(masks).float(),
+            image=torch.stack([torch.from_numpy(image) for image in images]),
+            masks=torch.stack([torch.from_numpy(to_regions(one)) for one in codes]).float(),
             present=torch.tensor(present),
-            cases=tuple(ids),
+            cases=cases,
         )
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
@@ -276,7 +264,7 @@ class _Mapped:
         """Raise DataError if a file was truncated: accessing the lost part would kill the process without a message."""
         now = self._sizes_now()
         if any(size is not None and size != before for size, before in zip(now, self._sizes, strict=True)):
-            raise self._case.lost(f"file sizes were {self._sizes}, are {now}")
+            raise self._case.missing_error(f"file sizes were {self._sizes}, are {now}")
 
     def _sizes_now(self) -> list[int | None]:
         sizes: list[int | None] = []

@@ -1,4 +1,4 @@
-"""The head of one person, and its tissue on a grid."""
+"""The head of one person, the plan of a tumour, and the tissue of both on a grid."""
 
 from __future__ import annotations
 
@@ -9,9 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from data.phantoms.fields import Field
-from data.phantoms.grids import Floats, Mask, PhantomGrid
-from data.phantoms.plan import TumourPlan
+from data.phantoms.grids import Field, Floats, Mask, PhantomGrid
 from data.phantoms.template import load_anatomy, load_landmarks
 
 _BRAIN_CENTRE_MM: Final = (120.0, 120.0, 69.0)
@@ -34,6 +32,36 @@ class Head:
     """How much fluid is widened at the expense of grey matter."""
     ragged: Field
     """Where the skull stripping cut deeper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Focus:
+    """One centre of growth."""
+
+    centre_mm: npt.NDArray[np.float64]
+    radius_mm: float
+    stretch: npt.NDArray[np.float64]
+    """Matrix that maps the ellipsoid around the centre to a ball, shape (3, 3)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TumourPlan:
+    """The properties of a tumour that are drawn before it grows."""
+
+    foci: tuple[Focus, ...]
+    core_ml: float
+    oedema_ml: float
+    rim_share: float
+    """Thickness of the enhancing rim relative to the radius; 0 if nothing enhances."""
+    mass_effect: float
+    contour: tuple[Field, Field]
+    """Coarse and fine irregularity of the core's border."""
+    rim: tuple[Field, Field, Field]
+    """Thickness of the enhancing rim, gaps in it, and enhancing nests inside the core."""
+    permeability: Field
+    """How easily oedema spreads."""
+    core_softness_mm: float
+    oedema_softness_mm: float
 
 
 def draw_head(rng: np.random.Generator) -> Head:

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import nibabel as nib
 import numpy.typing as npt
 
 from data.errors import DataError
-from data.files import naming_the_place
-from data.labels import CONTRASTS, encode
-from data.phantoms.arguments import check_arguments
-from data.phantoms.make import Phantom, make_phantom
-from data.phantoms.naming import NAMINGS, Naming
+from data.files import folder_when_complete
+from data.labels import BRATS2021, BRATS2023, Contrast, LabelConvention, encode
+from data.phantoms.make import Phantom, check_arguments, make_phantom
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Naming:
+    """The file names and label numbers of one year of BraTS."""
+
+    case: str
+    """Name of a case, to be formatted with its index."""
+    file: str
+    """Name of a file, to be formatted with the case and the ending."""
+    endings: dict[Contrast, str]
+    convention: LabelConvention
+
+
+_NAMINGS: Final = {
+    2021: _Naming(
+        case="BraTS2021_{:05d}",
+        file="{}_{}.nii.gz",
+        endings={"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"},
+        convention=BRATS2021,
+    ),
+    2023: _Naming(
+        case="BraTS-GLI-{:05d}-000",
+        file="{}-{}.nii.gz",
+        endings={"t1": "t1n", "t1c": "t1c", "t2": "t2w", "flair": "t2f"},
+        convention=BRATS2023,
+    ),
+}
 
 
 def case_name(index: int, year: int) -> str:
@@ -37,8 +61,14 @@ def case_name(index: int, year: int) -> str:
         >>> case_name(7, 2021), case_name(7, 2023)
         ('BraTS2021_00007', 'BraTS-GLI-00007-000')
     """
-    check_arguments(index=index, year=year)
-    return f"{NAMINGS[year].prefix}{index:05d}{NAMINGS[year].visit}"
+    check_arguments(index=index)
+    return _naming(year).case.format(index)
+
+
+def _naming(year: int) -> _Naming:
+    if year not in _NAMINGS:
+        raise DataError(f"year is {year}; allowed are 2021 and 2023. Choose one of these naming schemes.")
+    return _NAMINGS[year]
 
 
 def write_phantom(folder: Path, index: int, *, seed: int = 0, spacing_mm: float = 2.0, year: int = 2021) -> Path:
@@ -57,12 +87,13 @@ def write_phantom(folder: Path, index: int, *, seed: int = 0, spacing_mm: float 
     Raises:
         DataError: an argument is out of range, or the case already exists.
     """
-    check_arguments(index=index, seed=seed, spacing_mm=spacing_mm, year=year)
+    check_arguments(index=index, seed=seed, spacing_mm=spacing_mm)
     case = case_name(index, year)
     _refuse_overwriting(folder, case)
     phantom = make_phantom(index, seed=seed, spacing_mm=spacing_mm)
-    with _folder_when_complete(folder, case) as partial:
-        _write_files(phantom, partial, case, NAMINGS[year])
+    with folder_when_complete(folder / case) as partial:
+        _write_files(phantom, partial, case, _naming(year))
+        _refuse_overwriting(folder, case)
     return folder / case
 
 
@@ -93,7 +124,7 @@ def write_phantoms(
     """
     if count < 1:
         raise DataError(f"count is {count}; allowed is 1 or more. Ask for at least one case.")
-    check_arguments(index=count - 1, seed=seed, spacing_mm=spacing_mm, year=year)
+    check_arguments(index=count - 1, seed=seed, spacing_mm=spacing_mm)
     for index in range(count):
         _refuse_overwriting(folder, case_name(index, year))
     written = []
@@ -111,29 +142,15 @@ def _refuse_overwriting(folder: Path, case: str) -> None:
         raise DataError(f"{folder / case} already exists and is not overwritten. Remove it or choose another folder.")
 
 
-@contextmanager
-def _folder_when_complete(folder: Path, case: str) -> Iterator[Path]:
-    """Yield a hidden folder to write to; it is renamed to the case's name on success and removed on failure."""
-    partial = folder / f".{case}.partial-{os.getpid()}"
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        with naming_the_place(folder / case):
-            partial.mkdir(parents=True)
-            yield partial
-            _refuse_overwriting(folder, case)
-            partial.replace(folder / case)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_files(phantom: Phantom, folder: Path, case: str, naming: Naming) -> None:
-    volumes: dict[str, npt.NDArray[Any]] = {naming.suffixes[c]: phantom.images[c] for c in CONTRASTS}
-    volumes["seg"] = encode(phantom.codes, naming.convention)
-    for suffix, volume in volumes.items():
+def _write_files(phantom: Phantom, folder: Path, case: str, naming: _Naming) -> None:
+    volumes: dict[str, npt.NDArray[Any]] = {
+        **{ending: phantom.images[contrast] for contrast, ending in naming.endings.items()},
+        "seg": encode(phantom.codes, naming.convention),
+    }
+    for ending, volume in volumes.items():
         image = nib.Nifti1Image(volume, phantom.affine)
         # qform codes as in the released BraTS files: 2 for images, 1 for label maps; their sform code is 1.
-        image.set_qform(phantom.affine, code=1 if suffix == "seg" else 2)
+        image.set_qform(phantom.affine, code=1 if ending == "seg" else 2)
         image.set_sform(phantom.affine, code=1)
         image.header.set_xyzt_units("mm")
-        nib.save(image, folder / f"{case}{naming.separator}{suffix}.nii.gz")
+        nib.save(image, folder / naming.file.format(case, ending))

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from data.phantoms.anatomy import Head, TissueClass, sample_tissue
+from data.phantoms.anatomy import Head, TissueClass, TumourPlan, sample_tissue
 from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Mask, PhantomGrid, scatter
-from data.phantoms.plan import TumourPlan
 
 
 @dataclass(frozen=True, kw_only=True)

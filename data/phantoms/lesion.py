@@ -8,11 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from data.labels import ENHANCING, NECROSIS, OEDEMA
-from data.phantoms.anatomy import TissueClass
-from data.phantoms.fields import sigmoid
-from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Mask, PhantomGrid
+from data.phantoms.anatomy import TissueClass, TumourPlan
+from data.phantoms.grids import GROWTH_SPACING_MM, Floats, Mask, PhantomGrid, sigmoid
 from data.phantoms.growth import GrownTumour, core_depth_mm, cortical_delay_mm
-from data.phantoms.plan import TumourPlan
 
 
 @dataclass(frozen=True, kw_only=True)

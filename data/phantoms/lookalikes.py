@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from data.phantoms.anatomy import TissueClass
-from data.phantoms.fields import Field, sigmoid
-from data.phantoms.grids import Floats, PhantomGrid
+from data.phantoms.grids import Field, Floats, PhantomGrid, sigmoid
 
 
 @dataclass(frozen=True, kw_only=True)

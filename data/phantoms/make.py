@@ -7,14 +7,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from data.errors import DataError
 from data.labels import Contrast
 from data.phantoms.anatomy import draw_head, sample_tissue
-from data.phantoms.arguments import check_arguments
 from data.phantoms.grids import PhantomGrid, scatter
 from data.phantoms.growth import grow
 from data.phantoms.lesion import place_lesion
 from data.phantoms.lookalikes import draw_confounders
-from data.phantoms.onset import draw_kind, draw_tumour
+from data.phantoms.sampling import draw_kind, draw_tumour
 from data.phantoms.scanner import scan
 
 
@@ -64,6 +64,16 @@ def make_phantom(index: int, *, seed: int = 0, spacing_mm: float = 2.0) -> Phant
         codes=grid.embed(scatter(lesion.codes, tissue.inside, 0)),
         affine=_affine(spacing_mm),
     )
+
+
+def check_arguments(*, index: int = 0, seed: int = 0, spacing_mm: float = 2.0) -> None:
+    """Raise a DataError that states the allowed range if an argument is out of range."""
+    if not 0 <= index <= 99_999:
+        raise DataError(f"case index is {index}; allowed are 0 to 99999, because names carry five digits.")
+    if seed < 0:
+        raise DataError(f"seed is {seed}; allowed is 0 or more. Choose a whole number that is not negative.")
+    if not 0.5 <= spacing_mm <= 8.0:
+        raise DataError(f"spacing_mm is {spacing_mm:g}; allowed are 0.5 to 8 mm. Choose a spacing in that range.")
 
 
 def _affine(spacing_mm: float) -> npt.NDArray[np.float64]:

@@ -11,8 +11,7 @@ import numpy.typing as npt
 
 from data.labels import CONTRASTS, Contrast
 from data.phantoms.anatomy import TissueClass
-from data.phantoms.fields import Field
-from data.phantoms.grids import Floats, Mask, PhantomGrid, scatter
+from data.phantoms.grids import Field, Floats, Mask, PhantomGrid, scatter
 from data.phantoms.lesion import Lesion
 from data.phantoms.lookalikes import Confounders
 

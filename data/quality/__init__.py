@@ -4,7 +4,3 @@
 together, ``labels`` the label map, ``cases`` the cases of a data set together. Each threshold is a constant next to
 its check, and was set on real cases and phantoms with a margin on both sides, so that a healthy scan raises no problem.
 """
-
-from data.quality.finding import Finding, Kind, Severity
-
-__all__ = ["Finding", "Kind", "Severity"]

@@ -62,7 +62,7 @@ def judge_cases(prints: Mapping[str, Prints], patients: Mapping[str, str]) -> di
                 Finding(
                     kind="same image",
                     severity="problem",
-                    message=f"{', '.join(contrasts)} holds the same voxels as in case {other}",
+                    message=f"{', '.join(contrasts)} has the same voxels as in case {other}",
                     action="One patient under two ids leaks from training into validation. Keep one of the cases",
                 )
             )
@@ -74,8 +74,8 @@ def judge_cases(prints: Mapping[str, Prints], patients: Mapping[str, str]) -> di
                 Finding(
                     kind="same patient",
                     severity="note",
-                    message=f"looks like case {other}: may be the same scan, exported anew",
-                    action="If it is, state one patient for both in a manifest's column patient, or keep one of them",
+                    message=f"looks like case {other}: it may be the same scan, exported again",
+                    action="If so, name one patient for both in a manifest's column patient, or keep one of them",
                 )
             )
     return findings

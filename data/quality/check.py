@@ -11,7 +11,7 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from threading import Lock
@@ -20,8 +20,9 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data.datasets.layouts import Case, decide_for, find_cases, look_like_visits, misnamed_files, patients_of
+from data.datasets.layouts import Case, decide_for, look_like_visits, misnamed_files, patients_of
 from data.datasets.patients import grouped_by_words
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 from data.nifti import Volume, in_order_of, read_grid, read_image, read_label_map
@@ -61,6 +62,12 @@ class CheckedCase:
         """Findings that are worth knowing, one line each."""
         return tuple(finding.sentence for finding in self.findings if finding.severity == "note")
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain data."""
+        content = asdict(self)
+        findings = content.pop("findings")
+        return {**content, "problems": list(self.problems), "findings": list(findings)}
+
 
 @dataclass(frozen=True, kw_only=True)
 class CheckedDataSet:
@@ -91,42 +98,22 @@ class CheckedDataSet:
             "convention": self.convention,
             "patients": self.patients,
             "problems": list(self.problems),
-            "findings": [finding.to_json() for finding in self.findings],
-            "cases": [
-                {
-                    "case": case.case,
-                    "patient": case.patient,
-                    "contrasts": list(case.contrasts),
-                    "shape": None if case.shape is None else list(case.shape),
-                    "spacing_mm": None if case.spacing_mm is None else list(case.spacing_mm),
-                    "labels": None if case.labels is None else list(case.labels),
-                    "problems": list(case.problems),
-                    "findings": [finding.to_json() for finding in case.findings],
-                }
-                for case in self.cases
-            ],
+            "findings": [asdict(finding) for finding in self.findings],
+            "cases": [case.to_json() for case in self.cases],
         }
 
 
-def check(
-    root: Path,
-    *,
-    follow_links: bool = False,
-    labels: str | None = None,
-    on_case: Callable[[str], None] | None = None,
-) -> CheckedDataSet:
+def check(source: DataSource, *, on_case: Callable[[str], None] | None = None) -> CheckedDataSet:
     """Read every file of a data set once and report what was found.
 
     Args:
-        root: a data set in any layout of :func:`data.datasets.layouts.find_cases`.
-        follow_links: accept symlinks that leave ``root``.
-        labels: name of the label convention, if it cannot be inferred from the data set.
+        source: the data set.
         on_case: called with the id of each case that has been checked.
 
     Raises:
         DataError: there is no data set at all (no folder, no case, or a duplicate id).
     """
-    cases = find_cases(root, follow_links=follow_links)
+    cases = list(source.find_cases().values())
 
     large = Lock()
 
@@ -138,14 +125,14 @@ def check(
         return found
 
     with ThreadPoolExecutor(min(os.cpu_count() or 1, MOST_AT_ONCE)) as pool:
-        looked = list(pool.map(look, cases))
-    between = judge_cases({case.case: prints for case, prints in looked}, patients_of(cases))
-    checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in looked)
+        judged = list(pool.map(look, cases))
+    between = judge_cases({case.case: prints for case, prints in judged}, patients_of(cases))
+    checked = tuple(replace(case, findings=(*case.findings, *between.get(case.case, ()))) for case, _ in judged)
     values = {case.case: case.labels for case in checked if case.labels is not None}
     convention, findings = None, []
     if values:
         try:
-            convention = decide_for(values, cases, labels=labels).name
+            convention = decide_for(values, cases, labels=source.labels).name
         except DataError as error:
             findings.append(problem_from(str(error), kind="label values"))
     without = [case.id for case in cases if case.label is None]
@@ -153,7 +140,7 @@ def check(
         findings.append(_without_label(without, len(cases)))
     findings += _visits(cases)
     return CheckedDataSet(
-        root=root,
+        root=source.root,
         cases=checked,
         patients=len({case.patient for case in cases}),
         convention=convention,
@@ -170,11 +157,6 @@ def _is_large(case: Case) -> bool:
     return False
 
 
-def check_case(case: Case) -> CheckedCase:
-    """Read the files of one case; problems are collected, not raised."""
-    return _look(case)[0]
-
-
 def _look(case: Case) -> tuple[CheckedCase, Prints]:
     findings = [problem_from(text, kind=_kind_of(text)) for text in case.problems]
     findings += [replace(problem_from(text, kind="names and links"), severity="note") for text in misnamed_files(case)]
@@ -189,8 +171,8 @@ def _look(case: Case) -> tuple[CheckedCase, Prints]:
     label, unread = _read_label(case, next(iter(seen.values())).grid if seen else None)
     findings += unread
     if label is not None:
-        doubted = any(finding.kind in {"swapped contrasts", "another patient", "same image"} for finding in together)
-        flair = None if doubted else shared.get("flair")
+        mixed_up = any(finding.kind in {"swapped contrasts", "another patient", "same image"} for finding in together)
+        flair = None if mixed_up else shared.get("flair")
         findings += judge_labels(label, [nonzero[contrast] for contrast in shared], reference, flair)
     images = {contrast: one for contrast, one in seen.items() if one.is_image}
     checked = CheckedCase(
@@ -254,13 +236,13 @@ def _non_finite(contrast: Contrast, count: int) -> Finding:
         severity="problem",
         contrast=contrast,
         message=f"{count} {'voxel is' if count == 1 else 'voxels are'} NaN or infinite",
-        action="Repair the file, leave the case out, or take them as 0 with --nan-to-zero",
+        action="Repair the file, leave the case out, or set them to 0 with --nan-to-zero",
     )
 
 
 def _background(contrast: Contrast, message: str) -> Finding:
     """A note on an image whose background was set to 0; all other checks see it that way."""
-    action = "Usable; every command takes it as 0. Look whether the brain was cut out as you meant, or set it to 0"
+    action = "Usable; every command sets it to 0. Check that the brain was extracted as intended, or set it to 0"
     return Finding(kind="background", severity="note", contrast=contrast, message=message, action=action)
 
 
@@ -279,7 +261,7 @@ def _without_label(cases: list[str], count: int) -> Finding:
         message="no case has a label map"
         if len(cases) == count
         else f"{len(cases)} of {count} have no label map: {some}",
-        action="They can be predicted; to train, leave them out with --split or add the label maps",
+        action="They can be predicted; for training, leave them out with --split or add the label maps",
     )
 
 
@@ -293,9 +275,9 @@ def _visits(cases: Sequence[Case]) -> list[Finding]:
             Finding(
                 kind="visits",
                 severity="note",
-                message=f"by words or dates in their ids these are visits of one patient: {_first(shown)}",
-                action="They stay in one part of a split. If they are not, name the patients in a manifest's column "
-                "patient",
+                message=f"ids with words or dates for visits are taken as one patient: {_first(shown)}",
+                action="They stay in one part of a split. If they are not one patient's, name the patients in a "
+                "manifest's column patient",
             )
         )
     maybe = look_like_visits(cases)
@@ -304,10 +286,10 @@ def _visits(cases: Sequence[Case]) -> list[Finding]:
             Finding(
                 kind="possible visits",
                 severity="note",
-                message="ids look like visits of one patient, and nothing says whether they are: "
+                message="ids look like visits of one patient, but this is uncertain: "
                 f"{_first([', '.join(ids) for ids in maybe])}",
-                action="They count as different patients and may be parted by a split. If they are one patient's, say "
-                "so in a manifest's column patient, or keep them together with --split",
+                action="They count as different patients, and a split may separate them. If they are one patient's, "
+                "name the patient in a manifest's column patient, or keep them together with --split",
             )
         )
     return findings

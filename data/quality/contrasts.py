@@ -109,7 +109,7 @@ def same_voxels(images: Mapping[Contrast, Digest]) -> list[Finding]:
         original = first.setdefault(one.fingerprint, contrast)
         if original != contrast:
             message = f"the same voxels as {original}"
-            action = "One of the two is not what its name says. Export it again"
+            action = "One of the two files is not what its name says. Export it again"
             findings.append(
                 Finding(kind="same image", severity="problem", contrast=contrast, message=message, action=action)
             )
@@ -190,7 +190,7 @@ def other_patients(images: Mapping[Contrast, Digest], tissue: Tissue | None) -> 
                 f"shows other anatomy than {', '.join(n for n in names if n in own)}: the brain masks overlap to a "
                 f"Dice of {dice[name]:.2f} at most, and tissue does not correlate"
             ),
-            action="Is it another patient's, or not registered? Give the right file, or register it",
+            action="Is it from another patient, or not registered? Give the right file, or register it",
         )
         for name in names
         if name not in own
@@ -214,7 +214,7 @@ def lacking(images: Mapping[Contrast, Digest]) -> list[Finding]:
                 severity="note",
                 contrast=contrast,
                 message=f"0 in {missing / whole:.0%} of the brain that the other contrasts show",
-                action="Usable; there the network sees three contrasts. Was the field of view smaller?",
+                action="Usable; the network sees only the other contrasts there. Was the field of view smaller?",
             )
         )
     return findings

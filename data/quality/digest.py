@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
+from data.background import share_of_faces
 from data.nifti import Spacing, Volume, spacing_of
 from data.preprocess import MAX_NONZERO_FACES
 
@@ -75,13 +76,11 @@ def digest(volume: Volume) -> Digest:
     steps = strides(volume.voxels.shape, volume.spacing_mm)
     coarse = np.ascontiguousarray(volume.voxels[tuple(slice(None, None, step) for step in steps)])
     whole = coarse if _differ(coarse) else volume.voxels  # differences in the coarse copy exist in the volume too
-    # np.take would copy a whole volume in Fortran order, as in NIfTI files, for each face.
-    faces = [np.moveaxis(volume.voxels, axis, 0)[side] != 0 for axis in range(3) for side in (0, -1)]
     return Digest(
         grid=grid_alone(volume),
         coarse=coarse,
         coarse_spacing_mm=spacing_of(volume.affine @ np.diag([*steps, 1.0])),
-        nonzero_faces=sum(int(face.sum()) for face in faces) / sum(face.size for face in faces),
+        nonzero_faces=share_of_faces(volume.voxels),
         has_range=_differ(whole),
         is_empty=not whole.any(),
         fingerprint=_fingerprint(coarse, volume.voxels.shape),

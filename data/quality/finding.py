@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 #: ``problem``: the data are unusable, or would teach the network something wrong. ``note``: worth knowing, but usable.
 Severity = Literal["problem", "note"]
@@ -59,16 +59,6 @@ class Finding:
         """
         parts = ". ".join(part for part in (self.message, self.action) if part)
         return parts if self.contrast is None else f"{self.contrast}: {parts}"
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data."""
-        return {
-            "kind": self.kind,
-            "severity": self.severity,
-            "contrast": self.contrast,
-            "message": self.message,
-            "action": self.action,
-        }
 
 
 def problem_from(text: str, *, kind: Kind, contrast: str | None = None) -> Finding:

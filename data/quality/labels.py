@@ -77,7 +77,7 @@ def judge_labels(
             )
         ]
     if label.box is None:
-        message, action = "every voxel is 0", "Taken as a case without tumour. Leave it out with --split if it has one"
+        message, action = "every voxel is 0", "Used as a case without tumour. Leave it out with --split if there is one"
         return [Finding(kind="empty label map", severity="note", contrast=WHAT, message=message, action=action)]
     findings = outside(label.tumour, [brain[label.box] for brain in brains]) if brains else []
     findings += islands(label.tumour)
@@ -110,11 +110,11 @@ def outside(tumour: npt.NDArray[np.bool_], brains: Sequence[npt.NDArray[np.bool_
             kind="label outside the brain",
             severity="problem" if much else "note",
             contrast=WHAT,
-            message=f"{out} of {size} labelled voxels lie where every image is 0",
+            message=f"{out} of {size} labelled voxels are where every image is 0",
             action=(
-                "Is it flipped, shifted, or another patient's? Give the right one"
+                "Is it flipped, shifted, or from another patient? Give the right one"
                 if much
-                else "They are trained on and scored as they are. Set them to 0 if they are strays"
+                else "They are used as they are. Set them to 0 if they are strays"
             ),
         )
     ]
@@ -131,7 +131,7 @@ def islands(tumour: npt.NDArray[np.bool_]) -> list[Finding]:
             severity="note",
             contrast=WHAT,
             message=f"{count} labelled {'voxel has' if count == 1 else 'voxels have'} no labelled neighbour",
-            action="Trained on as they are; the official lesion-wise scores leave out references this small",
+            action="Used as they are; the official lesion-wise scores ignore reference lesions this small",
         )
     ]
 
@@ -166,6 +166,6 @@ def beside(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
             severity="note",
             contrast=WHAT,
             message="FLAIR is no brighter where it is labelled than in the rest of the brain",
-            action="Look whether the label map is this patient's and not flipped",
+            action="Check that the label map is this patient's and not flipped",
         )
     ]

@@ -93,17 +93,17 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
             severity="problem",
             contrast=contrast,
             message=message,
-            action=f"A skull-stripped image is needed: {_STRIP}, or set what is outside the brain to 0",
+            action=f"A skull-stripped image is needed: {_STRIP}, or set everything outside the brain to 0",
         )
     tissue = seen.coarse != 0
     litres = float(np.count_nonzero(tissue)) * float(np.prod(seen.coarse_spacing_mm)) / 1e6
     if litres > MOST_BRAIN_LITRES:
         message = f"{litres:.1f} litres are not 0, a brain has 1 to 2: a skull was left on, or the spacing is wrong"
     elif has_dark_band(seen.coarse, tissue, seen.coarse_spacing_mm):
-        message = "a dark band lies between a bright rim and the brain: a skull was left on"
+        message = "there is a dark band between a bright rim and the brain: a skull was left on"
     else:
         return None
-    action = f"Look at it, then {_STRIP}. It would not be refused"
+    action = f"Look at it, then {_STRIP}. Training and prediction accept it as it is"
     return Finding(kind="skull", severity="problem", contrast=contrast, message=message, action=action)
 
 
@@ -129,8 +129,8 @@ def has_dark_band(
         for axis in range(3)
         for view, inside in _both_ways(voxels, tissue, axis)
     ]
-    told = [verdict for verdict in verdicts if verdict is not None]
-    return len(told) >= 3 and sum(told) > len(told) / 2
+    known = [verdict for verdict in verdicts if verdict is not None]
+    return len(known) >= 3 and sum(known) > len(known) / 2
 
 
 def _both_ways(
@@ -184,7 +184,7 @@ def cut_field_of_view(seen: Digest, contrast: str) -> Finding | None:
         severity="note",
         contrast=contrast,
         message=f"the brain ends in a plane of {area_mm2 / 100:.0f} cm2 across {_name(seen, axis)}: it was cut",
-        action="Usable; what lies beyond is neither seen nor segmented. Scan or export the whole head if you can",
+        action="Usable; nothing beyond it is segmented. Scan or export the whole head if possible",
     )
 
 

@@ -5,6 +5,7 @@ Anything public without documentation ends the build (reference.py says what cou
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
@@ -16,7 +17,9 @@ from mkdocs.structure.files import File
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(Path(__file__).parent)]
 
-import reference  # noqa: E402 - it lies beside this file, which mkdocs loads from its path
+import reference  # noqa: E402 - it is in this folder, which mkdocs does not search
+
+from app.schemas import RECORDS, json_schema  # noqa: E402
 
 #: Files of the root that are pages of the site.
 FROM_ROOT = {
@@ -45,13 +48,16 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the pages that are written from the code, and those of the repository's root."""
+    """Add the pages and JSON Schemas that are generated from the code, and the pages of the repository's root."""
     made = reference.pages()
     undocumented = reference.undocumented(made.values())
     if undocumented:
         raise PluginError("without documentation:\n  " + "\n  ".join(undocumented))
     for path, page in made.items():
         files.append(File.generated(config, path, content=page.text))
+    for name in RECORDS:
+        schema = json.dumps(json_schema(name), indent=1)
+        files.append(File.generated(config, f"reference/{name}.schema.json", content=schema))
     for name, path in FROM_ROOT.items():
         text = (ROOT / name).read_text(encoding="utf-8")
         files.append(File.generated(config, path, content=re.sub(r"\]\(([^)#]+)", _link_of_site, text)))

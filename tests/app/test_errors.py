@@ -103,7 +103,7 @@ def test_memory_that_runs_out_comes_with_a_way_out() -> None:
 def test_a_fault_of_the_program_is_shown_as_one_and_asks_for_a_report(capsys: pytest.CaptureFixture[str]) -> None:
     assert terminal.fail(ZeroDivisionError("by zero")) == 1
     shown = capsys.readouterr()
-    assert "a fault of this program: ZeroDivisionError: by zero" in shown.err
+    assert "internal error: ZeroDivisionError: by zero" in shown.err
     assert "--debug" in shown.err
     assert shown.out == ""
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
@@ -84,11 +84,10 @@ def save(path: Path, voxels: npt.NDArray[Any], affine: Affine = LPS) -> Path:
     return path
 
 
-def reference(
-    path: Path, codes: tuple[int, int], affine: Affine, form: tuple[Any, str] = (nib.Nifti1Image, "<")
-) -> Path:
+def reference(path: Path, codes: tuple[int, int], affine: Affine, form: str = "NIfTI-1 <") -> Path:
     """A scaled int16 image with every field set that might be lost."""
-    kind, order = nib.Nifti2Image if "2" in form else nib.Nifti1Image, form[-1]
+    kind: Any = nib.Nifti2Image if "2" in form else nib.Nifti1Image
+    order: Any = form[-1]
     header = kind.header_class(endianness=order)
     header.set_data_dtype(np.dtype(np.int16).newbyteorder(order))
     header.set_data_shape(SHAPE)
@@ -109,7 +108,9 @@ def raw_header(path: Path) -> Any:
     """The header as stored on disk, before nibabel interprets it."""
     content = gzip.decompress(path.read_bytes()) if path.name.endswith("gz") else path.read_bytes()
     order = "<" if content[0] in (348 % 256, 540 % 256) else ">"
-    kind = nib.Nifti1Header if 348 in (int.from_bytes(content[:4], b) for b in ("little", "big")) else nib.Nifti2Header
+    kind: Any = (
+        nib.Nifti1Header if 348 in (int.from_bytes(content[:4], b) for b in ("little", "big")) else nib.Nifti2Header
+    )
     return kind(content[: kind.template_dtype.itemsize], endianness=order, check=False)
 
 
@@ -127,13 +128,14 @@ def test_a_label_map_is_written_on_the_grid_of_its_reference(
     assert type(after) is type(before)
     for field in GRID_FIELDS:
         np.testing.assert_array_equal(after[field], before[field], err_msg=field)
-    np.testing.assert_array_equal(nib.load(target).affine, nib.load(source).affine)
+    written, given = (cast(nib.Nifti1Pair, nib.load(path)) for path in (target, source))
+    np.testing.assert_array_equal(written.affine, given.affine)
 
 
 def test_a_label_map_is_uint8_and_reads_back_the_same(tmp_path: Path) -> None:
     source = reference(tmp_path / "reference.nii.gz", (1, 1), OBLIQUE)
     write_label_map(tmp_path / "labels.nii.gz", numbered(), source)
-    assert nib.load(tmp_path / "labels.nii.gz").get_data_dtype() == np.uint8
+    assert nib.Nifti1Image.from_filename(tmp_path / "labels.nii.gz").get_data_dtype() == np.uint8
     np.testing.assert_array_equal(read_label_map(tmp_path / "labels.nii.gz").voxels, numbered())
 
 
@@ -148,12 +150,12 @@ def test_nothing_of_the_references_free_text_goes_into_a_label_map(tmp_path: Pat
 def test_a_reference_with_a_trailing_axis_of_length_one_gives_a_3d_label_map(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones((*SHAPE, 1), dtype=np.float32), OBLIQUE)
     write_label_map(tmp_path / "labels.nii", numbered(), source)
-    assert nib.load(tmp_path / "labels.nii").shape == SHAPE
+    assert nib.Nifti1Image.from_filename(tmp_path / "labels.nii").shape == SHAPE
 
 
 def test_labels_of_another_shape_are_refused_and_nothing_is_written(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii", np.ones(SHAPE, dtype=np.float32))
-    with pytest.raises(DataError, match=r"reference\.nii: its grid is 4x5x6 voxels, that of what is written 6x5x4"):
+    with pytest.raises(DataError, match=r"reference\.nii: its grid has 4x5x6 voxels, the array to be written 6x5x4"):
         write_label_map(tmp_path / "labels.nii", numbered(SHAPE[::-1]), source)
     assert [path.name for path in tmp_path.iterdir()] == ["reference.nii"]
 
@@ -257,7 +259,7 @@ def test_a_compressed_volume_is_bit_for_bit_what_nibabel_reads(
     image = nib.Nifti1Image(stored, LPS, dtype=stored.dtype)
     image.header.set_slope_inter(*scaling)
     nib.save(image, tmp_path / "image.nii.gz")
-    expected = np.asanyarray(nib.load(tmp_path / "image.nii.gz").dataobj, dtype=np.float32)
+    expected = np.asanyarray(nib.Nifti1Image.from_filename(tmp_path / "image.nii.gz").dataobj, dtype=np.float32)
     np.testing.assert_array_equal(read_volume(tmp_path / "image.nii.gz").voxels, expected)
 
 
@@ -353,7 +355,7 @@ SHEARED[0, 1] = 0.1
 RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 BAD_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "missing": (write_nothing, "no such file"),
-    "a folder": (Path.mkdir, "a folder stands where a NIfTI file is expected"),
+    "a folder": (Path.mkdir, "a folder, not a NIfTI file"),
     "empty": (Path.touch, "the file is empty"),
     "cut short": (write_cut_short, "damaged or cut short"),
     "a flipped bit": (write_flipped_bit, "damaged or cut short"),
@@ -438,7 +440,7 @@ def test_a_file_without_permission_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [0.5, -1.0, 256.0, 1e9])
 def test_a_label_map_with_other_than_small_whole_numbers_is_refused(tmp_path: Path, value: float) -> None:
     path = save(tmp_path / "seg.nii.gz", np.array([0, 1, value], dtype=np.float32).reshape(3, 1, 1))
-    with pytest.raises(DataError, match=r"seg\.nii\.gz: a label map holds whole numbers from 0 to 255"):
+    with pytest.raises(DataError, match=r"seg\.nii\.gz: label values must be whole numbers from 0 to 255"):
         read_label_map(path)
 
 
@@ -470,7 +472,7 @@ def test_label_values_within_a_hundredth_of_whole_numbers_are_rounded(
 
 def test_the_values_that_a_label_map_may_not_have_are_named_with_the_remedy(tmp_path: Path) -> None:
     path = save(tmp_path / "seg.nii", np.array([0, 1.004, 1.02, 2.5], dtype=np.float32).reshape(4, 1, 1))
-    with pytest.raises(DataError, match=r"holds others: 1\.02, 2\.5\. .*save it again as whole numbers"):
+    with pytest.raises(DataError, match=r"this file has 1\.02, 2\.5\. .*save it again as whole numbers"):
         read_label_map(path)
 
 
@@ -648,7 +650,7 @@ def test_a_volume_that_is_not_in_the_file_is_refused_with_its_shape(
     tmp_path: Path, shape: tuple[int, ...], volume: int
 ) -> None:
     path = save(tmp_path / "a.nii.gz", np.ones(shape, dtype=np.float32))
-    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(counted from 0\)"):
+    with pytest.raises(DataError, match=rf"shape {'x'.join(map(str, shape))}; volume {volume} \(from 0\)"):
         read_volume(path, volume)
 
 
@@ -656,9 +658,9 @@ def test_a_label_map_on_the_grid_of_a_4d_file_is_3d(tmp_path: Path) -> None:
     source = save(tmp_path / "reference.nii.gz", np.ones((*SHAPE, 4), dtype=np.float32))
     labels = (numbered() % 4).astype(np.uint8)
     write_label_map(tmp_path / "labels.nii.gz", labels, source)
-    written = nib.load(tmp_path / "labels.nii.gz")
+    written = nib.Nifti1Image.from_filename(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(written.dataobj, labels)
-    np.testing.assert_array_equal(written.affine, nib.load(source).affine)
+    np.testing.assert_array_equal(written.affine, nib.Nifti1Image.from_filename(source).affine)
 
 
 @pytest.mark.parametrize("values", [[0.0, 1.0, 32767.0], [0.0, 0.5, -3.25], [0.0, 1.0, 40000.0], [0.0, 1e30, 1.0]])

@@ -1,6 +1,6 @@
-"""What docs/errors.md shows for each row of its tables: commands that meet it, or why it cannot be shown.
+"""The errors that docs/errors.md lists: by topic, the commands that meet them.
 
-tests/system/test_docs_errors.py runs the commands, and keeps rows and tables the same.
+tests/system/test_docs_errors.py runs the commands and compares what they print with the document.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -81,33 +81,64 @@ def always() -> bool:
 
 @dataclass(kw_only=True)
 class Shown:
-    """A command that meets something bad."""
+    """A command that meets an error."""
 
     command: str
     """As one types it: variables, then ``znormseg``, and after it what this process is given."""
     code: int
     prepare: Prepare = nothing
     title: str = ""
-    """What came, where the row has several."""
+    """What is wrong with the input."""
+    remedy: str = ""
+    """What to do, where the message does not say it."""
+    listed: bool = True
+    """Whether the document has a row for it; False where a row with another name or number stands for it."""
     small: bool = False
     """Whether small settings of a training are added, and not shown."""
     before: Callable[[], list[str]] | None = None
     """Words before the command, not shown; with them, and be there none, it is a process of its own."""
     only: str = ""
-    """Pattern of the lines that are shown; the message where it is empty."""
+    """Pattern of the lines that are the message; without it, the message begins where the program's own lines do."""
     steady: dict[str, str] = field(default_factory=dict)
     """What differs from run to run or from machine to machine: a pattern, and what stands for it."""
     possible: Callable[[], bool] = always
-    """Whether this machine can show it; where it cannot, the document keeps what it has."""
+    """Whether this machine can show it."""
+
+
+@dataclass(kw_only=True)
+class Raised:
+    """An error that no command meets on every machine; it is raised by hand."""
+
+    error: Callable[[], Exception]
+    remedy: str = ""
+    listed: bool = True
+
+    def message(self) -> str:
+        """What the program prints of it."""
+        from app import errors
+
+        return errors.message(self.error())
+
+    @property
+    def code(self) -> int:
+        """The exit code."""
+        from app import errors
+
+        return errors.exit_code(self.error())
 
 
 # Files that are bad
 
 
-def image(name: str) -> Shown:
+def image(name: str, remedy: str = "") -> Shown:
     """A row of BAD_IMAGES."""
     spoil, _ = bad.BAD_IMAGES[name]
-    return Shown(title=name, command=PREDICT, code=3, prepare=lambda _: spoil(Path(IMAGE).absolute()))
+    return Shown(title=name, command=PREDICT, code=3, prepare=lambda _: spoil(Path(IMAGE).absolute()), remedy=remedy)
+
+
+def unlisted(shown: Shown) -> Shown:
+    """A command whose message a row with another name or number stands for."""
+    return replace(shown, listed=False)
 
 
 def image_that(title: str, spoil: Callable[[Path], object]) -> Shown:
@@ -122,15 +153,15 @@ def label(name: str) -> Shown:
     return Shown(title=title, command=TRAIN, code=3, small=True, prepare=lambda _: spoil(Path(LABEL).absolute()))
 
 
-def setting(name: str) -> Shown:
+def setting(name: str, remedy: str = "") -> Shown:
     """A row of BAD_SETTINGS."""
-    return Shown(title=name, command=f"{TRAIN} --set '{bad.BAD_SETTINGS[name][0]}'", code=4)
+    return Shown(title=name, command=f"{TRAIN} --set '{bad.BAD_SETTINGS[name][0]}'", code=4, remedy=remedy)
 
 
-def run(name: str) -> Shown:
+def run(name: str, remedy: str = "") -> Shown:
     """A row of BAD_RUNS."""
     spoil, _ = bad.BAD_RUNS[name]
-    return Shown(title=name, command=PREDICT, code=5, prepare=lambda _: spoil(Path("RUN").absolute()))
+    return Shown(title=name, command=PREDICT, code=5, prepare=lambda _: spoil(Path("RUN").absolute()), remedy=remedy)
 
 
 def by_two_rules(scene: Scene) -> None:
@@ -389,9 +420,10 @@ def whole_data(then: Callable[[Path], object]) -> Prepare:
 # What data check finds
 
 
-def found(kind: str, code: int, prepare: Prepare) -> Shown:
-    """The findings of a kind."""
-    return Shown(title=kind, command="znormseg data check DATA", code=code, prepare=prepare, only=f": {kind}: ")
+def found(kind: str, code: int, prepare: Prepare, about: str = "") -> Shown:
+    """A finding of a kind; ``about`` chooses one of several."""
+    only = f": {kind}: {about}"
+    return Shown(title=kind, command="znormseg data check DATA", code=code, prepare=prepare, only=only)
 
 
 def renamed_to(name: str, case: str = CASE) -> Prepare:
@@ -468,7 +500,7 @@ def thick(_: Scene) -> None:
 
 def can_mount() -> bool:
     """Whether a process may mount a disk of its own."""
-    return hostile.can_mount()
+    return bool(hostile.can_mount())
 
 
 def can_be_kept_out() -> bool:
@@ -552,16 +584,16 @@ def cache_goes(scene: Scene) -> None:
 
 def stopped_while_predicting(scene: Scene) -> None:
     """Ctrl-C while the second case is computed."""
-    from app.inference.batch import predict
+    from app.inference.batch.predict import PredictSteps
 
-    compute = predict.compute_case
+    compute = PredictSteps.compute
 
-    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
-        if prepared.case.id == OTHER:
+    def interrupted(steps: Any, read: Any, on_step: Any) -> Any:
+        if read.case.id == OTHER:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, prepared, runtime)
+        return compute(steps, read, on_step)
 
-    scene.patch.setattr(predict, "compute_case", interrupted)
+    scene.patch.setattr(PredictSteps, "compute", interrupted)
 
 
 def in_use(scene: Scene) -> None:
@@ -581,10 +613,10 @@ def without(package: str) -> Prepare:
 
 def without_onnx(scene: Scene) -> None:
     """As if ONNX Runtime were not installed."""
-    from app.exporting import formats
+    from importlib import util
 
-    find = formats.util.find_spec
-    scene.patch.setattr(formats.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    find = util.find_spec
+    scene.patch.setattr(util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
 
 
 def crossval(then: Callable[[Path], object] = lambda _: None) -> Prepare:
@@ -645,934 +677,956 @@ def gone(*names: str) -> Prepare:
     return lambda _: [shutil.rmtree(f"DATA/{name}") for name in names]
 
 
+def differing_export() -> Exception:
+    """An exported network that is not the one it was made of."""
+    from app.errors import RunError
+    from app.exporting.parity import Parity
+
+    parity = Parity(
+        source="a phantom",
+        windows=1,
+        largest_difference=0.5,
+        mean_difference=0.1,
+        largest_logit=10.0,
+        label_disagreement=0.01,
+    )
+    with pytest.raises(RunError) as caught:
+        parity.require("RUN as openvino")
+    return caught.value
+
+
+#: What to do about a value of a wrong type.
+NUMBER = "Give a value of the type that [the config](reference/config.md) states."
 _HEX = {r"\b[0-9a-f]{12,}\b": "0123456789ab"}
 
-#: By table and first column of docs/errors.md: commands, or why there are none.
-ROWS: dict[str, dict[str, list[Shown] | str]] = {
-    "Images": {
-        "a contrast missing; `predict` with a run trained on complete cases only": [image("missing")],
-        "two files for one contrast": [image("two files"), label("two files")],
-        "a contrast missing, and files that are named after none": [
-            Shown(
-                title="a file that tells no contrast",
-                command=PREDICT,
-                code=3,
-                prepare=lambda _: Path(IMAGE).rename(IMAGE.replace("_t2.", "_dark.")),
-            )
-        ],
-        "an archive, a web page, a pointer of Git LFS, a DICOM file under the name of a NIfTI file; packed twice": [
-            image_that("a web page", lambda path: path.write_text("<!DOCTYPE html><title>Log in</title>")),
-            image_that("packed twice", lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
-        ],
-        "a name with bytes that are no UTF-8; an id of more bytes than a file's name takes": [
-            Shown(title="no UTF-8", command="znormseg predict RUN DATA OUT", code=6, prepare=renamed_to("caf\udce9")),
-            Shown(
-                title="too long",
-                command="znormseg predict RUN DATA OUT --save-probabilities",
-                code=6,
-                prepare=renamed_to("x" * 240),
-                steady={"x{240}": "x...x"},
+#: By topic or command: what a user can meet. docs/errors.md has a row for each.
+TABLES: dict[str, list[Shown | Raised]] = {
+    "The command line": [
+        # an unknown verb or option
+        Shown(title="verb", command="znormseg segment DATA", code=2, remedy="`znormseg -h` lists the commands."),
+        Shown(
+            title="option",
+            command="znormseg predict RUN DATA OUT --gpu 0",
+            code=2,
+            remedy="`znormseg predict -h` lists the options.",
+        ),
+        # an argument missing
+        Shown(command="znormseg train DATA", code=2, remedy="Add the argument; `znormseg train -h` explains it."),
+        # options that exclude each other
+        Shown(command="znormseg train DATA RUN --resume --fold 1", code=2),
+    ],
+    "Images": [
+        # a contrast missing; `predict` with a run trained on complete cases only
+        image("missing"),
+        # two files for one contrast
+        image("two files"),
+        unlisted(label("two files")),
+        # a contrast missing, and files that are named after none
+        Shown(
+            title="a file that tells no contrast",
+            command=PREDICT,
+            code=3,
+            prepare=lambda _: Path(IMAGE).rename(IMAGE.replace("_t2.", "_dark.")),
+        ),
+        # an archive, a web page, a pointer of Git LFS, a DICOM file under the name of a NIfTI file; packed twice
+        image_that("a web page", lambda path: path.write_text("<!DOCTYPE html><title>Log in</title>")),
+        image_that("packed twice", lambda path: path.write_bytes(gzip.compress(path.read_bytes()))),
+        # a name with bytes that are no UTF-8; an id of more bytes than a file's name takes
+        Shown(title="no UTF-8", command="znormseg predict RUN DATA OUT", code=6, prepare=renamed_to("caf\udce9")),
+        Shown(
+            title="too long",
+            command="znormseg predict RUN DATA OUT --save-probabilities",
+            code=6,
+            prepare=renamed_to("x" * 240),
+            steady={"x{240}": "x...x"},
+        ),
+        # 4D, 2D
+        image("4D"),
+        unlisted(image_that("2D", lambda path: bad.change(path, lambda v: v[:, :, 20]))),
+        # a 4D file with fewer volumes than described
+        Shown(
+            command="znormseg train SET NEW",
+            code=3,
+            small=True,
+            prepare=rendered("MSD", lambda r: bad.change(min((r / "imagesTr").glob("BRATS*")), lambda v: v[..., :3])),
+        ),
+        # MEN-RT: one contrast, a target of radiotherapy
+        Shown(command="znormseg predict RUN MEN-RT OUT", code=3, prepare=radiotherapy),
+        # contrasts of different shape or place
+        image("other shape"),
+        image("other origin"),
+        unlisted(image("other slices")),
+        # RGB, complex
+        image("RGB"),
+        unlisted(image("complex")),
+        # CIFTI, MGH, other formats
+        unlisted(image("CIFTI")),
+        image("CIFTI, compressed"),
+        # missing, empty, cut short, no gzip, wrong checksum
+        unlisted(image("a folder")),
+        image("empty"),
+        image("cut short"),
+        image("not gzip"),
+        unlisted(image_that("wrong checksum", flipped)),
+        unlisted(label("empty file")),
+        # a header that claims more voxels than the file can hold, or more than 1024^3
+        image("huge"),
+        image("more than there is"),
+        # NaN or infinite voxels
+        image("NaN"),
+        unlisted(image("infinite")),
+        # every voxel 0; a mask
+        image("all zero"),
+        image("a mask"),
+        # a head with its skull: more than half of the volume's faces are not 0
+        image("skull"),
+        # voxels below 0.05 or above 50 mm (an affine in metres or micrometres)
+        image("in metres"),
+        unlisted(image("in micrometres")),
+        # a sheared affine, one that is not invertible
+        image("sheared"),
+        image_that("not invertible", singular),
+        # a link out of the data folder
+        image("link out"),
+        unlisted(label("link out")),
+        Shown(
+            title="all cases",
+            command="znormseg predict RUN DATA OUT",
+            code=3,
+            prepare=lambda _: bad.link(Path("DATA").absolute(), "data set"),
+        ),
+        # a dangling link
+        image("dangling link", "Copy the file that the link names, or leave the case out."),
+        # a case id with `..`, a slash, a leading dot
+        Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("up..up")),
+    ],
+    "Label maps": [
+        # none for a training case
+        label("missing"),
+        # values beyond 4
+        label("outside the convention"),
+        # 3 and 4 in one data set whose names tell no year
+        label("3 and 4 together"),
+        # values that several conventions have
+        Shown(
+            command="znormseg train SET NEW",
+            code=3,
+            small=True,
+            prepare=rendered("flat"),
+            remedy="Say it with `--labels`.",
+        ),
+        # values that the convention stated by a description or by `--labels` has not
+        Shown(command=f"{TRAIN} --labels msd", code=3, small=True),
+        Shown(title="an unknown name", command=f"{TRAIN} --labels brats", code=3, small=True),
+        # families with different numbers in one folder
+        Shown(
+            command="znormseg train SET NEW",
+            code=3,
+            small=True,
+            prepare=both(rendered("2021"), rendered("2024 PED")),
+            listed=False,
+        ),
+        # another grid than the images
+        label("another grid"),
+        unlisted(label("another shape")),
+        # fractions beyond 0.01, negative numbers, NaN
+        label("fractions"),
+        label("NaN"),
+        Shown(
+            title="negative numbers",
+            listed=False,
+            command=TRAIN,
+            code=3,
+            small=True,
+            prepare=change(LABEL, lambda v: np.where(v == 4, -1, v), np.int16),
+        ),
+    ],
+    "Data sets and their descriptions": [
+        # a data set that is not there, or holds no case
+        Shown(title="not there", command="znormseg data check NOWHERE", code=3, remedy="Check the path."),
+        Shown(title="no case", command="znormseg data check EMPTY", code=3, prepare=folder("EMPTY")),
+        # a split that names other cases
+        Shown(
+            command=f"{TRAIN} --split split.json",
+            code=3,
+            small=True,
+            prepare=written("split.json", '{"train": ["x"]}'),
+            remedy="Name the cases as the data set does.",
+        ),
+        # a split with one patient in two parts
+        Shown(
+            command=f"{TRAIN} --split split.json",
+            code=3,
+            small=True,
+            prepare=lambda _: [
+                renamed_to("P7_tp1")(_),
+                renamed_to("P7_tp2", OTHER)(_),
+                Path("split.json").write_text('{"train": ["P7_tp1"], "validation": ["P7_tp2"]}'),
+            ],
+        ),
+        # a dataset.json that is no JSON, or whose channels are not named after contrasts
+        Shown(
+            title="no JSON",
+            command="znormseg data check SET",
+            code=3,
+            prepare=rendered("MSD", lambda r: (r / "dataset.json").write_text("{")),
+        ),
+        Shown(
+            title="other names",
+            command="znormseg data check SET",
+            code=3,
+            prepare=rendered("nnU-Net", described(channel_names={"0": "A", "1": "B"})),
+        ),
+        # two channels or two columns for one contrast
+        Shown(
+            title="channels",
+            command="znormseg data check SET",
+            code=3,
+            prepare=rendered("nnU-Net", described(channel_names={"0": "T2", "1": "T1", "2": "T1w"})),
+        ),
+        Shown(
+            title="columns",
+            command="znormseg data check cases.csv",
+            code=3,
+            prepare=written("cases.csv", "case,t1,t2,T2w\n"),
+        ),
+        # a CSV without the columns, a row without id, an id twice, no UTF-8
+        Shown(
+            title="without the columns",
+            command="znormseg data check cases.csv",
+            code=3,
+            prepare=written("cases.csv", "a,b\n1,2\n"),
+            remedy="Correct the first row.",
+        ),
+        Shown(
+            title="without id",
+            command="znormseg data check cases.csv",
+            code=3,
+            prepare=written("cases.csv", "case,t1,t1c,t2,flair\n,a,b,c,d\n"),
+        ),
+        Shown(
+            title="an id twice",
+            command="znormseg data check cases.csv",
+            code=3,
+            prepare=written("cases.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\nx,a,b,c,d\n"),
+        ),
+        Shown(
+            title="no UTF-8",
+            command="znormseg data check cases.csv",
+            code=3,
+            prepare=lambda _: Path("cases.csv").write_bytes(b"case,t1,t1c,t2,flair\n\xff,a,b,c,d\n"),
+        ),
+        # two manifests in a folder
+        Shown(
+            command="znormseg data check SET",
+            code=3,
+            prepare=both(
+                folder("SET"),
+                *(written(f"SET/{name}.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\n") for name in "ab"),
             ),
-        ],
-        "4D, 2D": [image("4D"), image_that("2D", lambda path: bad.change(path, lambda v: v[:, :, 20]))],
-        "a 4D file with fewer volumes than described": [
-            Shown(
-                command="znormseg train SET NEW",
-                code=3,
-                small=True,
-                prepare=rendered(
-                    "MSD", lambda r: bad.change(min((r / "imagesTr").glob("BRATS*")), lambda v: v[..., :3])
-                ),
-            )
-        ],
-        "MEN-RT: one contrast, a target of radiotherapy": [
-            Shown(command="znormseg predict RUN MEN-RT OUT", code=3, prepare=radiotherapy)
-        ],
-        "contrasts of different shape or place": [image("other shape"), image("other origin"), image("other slices")],
-        "RGB, complex": [image("RGB"), image("complex")],
-        "CIFTI, MGH, other formats": [image("CIFTI"), image("CIFTI, compressed")],
-        "missing, empty, cut short, no gzip, wrong checksum": [
-            *(image(name) for name in ("a folder", "empty", "cut short", "not gzip")),
-            image_that("wrong checksum", flipped),
-            label("empty file"),
-        ],
-        "a header that claims more voxels than the file can hold, or more than 1024^3": [
-            image("huge"),
-            image("more than there is"),
-        ],
-        "NaN or infinite voxels": [image("NaN"), image("infinite")],
-        "every voxel 0; a mask": [image("all zero"), image("a mask")],
-        "a head with its skull: more than half of the volume's faces are not 0": [image("skull")],
-        "voxels below 0.05 or above 50 mm (an affine in metres or micrometres)": [
-            image("in metres"),
-            image("in micrometres"),
-        ],
-        "a sheared affine, one that is not invertible": [image("sheared"), image_that("not invertible", singular)],
-        "a link out of the data folder": [
-            image("link out"),
-            label("link out"),
-            Shown(
-                title="all cases",
-                command="znormseg predict RUN DATA OUT",
-                code=3,
-                prepare=lambda _: bad.link(Path("DATA").absolute(), "data set"),
+        ),
+        # a path of a manifest that is not there, or leads out of its folder
+        Shown(
+            command="znormseg predict RUN cases.csv OUT",
+            code=3,
+            prepare=written("cases.csv", f"case,t1,t1c,t2,flair\nx,{IMAGE},{IMAGE},gone.nii.gz,{IMAGE}\n"),
+            remedy="Correct the path; it is relative to the manifest.",
+        ),
+        # `data export`: OUT not empty, or inside of DATA; an unknown format
+        Shown(title="not empty", command="znormseg data export DATA RUN --format csv", code=3),
+        Shown(title="inside of DATA", command="znormseg data export DATA DATA/OUT --format csv", code=3),
+        Shown(title="an unknown format", command="znormseg data export DATA OUT --format bids", code=3),
+        # `data export`: contrasts on different grids, NaN where files must be rewritten
+        Shown(
+            title="grids",
+            command="znormseg data export DATA OUT --format msd",
+            code=3,
+            prepare=lambda _: bad.move(Path(IMAGE), 0, 5),
+        ),
+        Shown(
+            title="NaN",
+            command="znormseg data export DATA OUT --format msd",
+            code=3,
+            prepare=lambda _: bad.hole(np.nan)(Path(IMAGE)),
+        ),
+    ],
+    "`data check`": [
+        # swapped contrasts
+        found("swapped contrasts", 3, swap, "t2"),
+        # another patient
+        found("another patient", 3, lambda _: shutil.copy(IMAGE.replace(CASE, OTHER), IMAGE)),
+        # same image
+        found("same image", 3, lambda _: shutil.copy(IMAGE, IMAGE.replace("t2", "flair"))),
+        # same patient
+        found("same patient", 0, again, ".*00009: "),
+        # visits
+        found("visits", 0, lambda _: [renamed_to("P7_tp1")(_), renamed_to("P7_tp2", OTHER)(_)]),
+        # possible visits
+        found("possible visits", 0, lambda _: [renamed_to("P7_1")(_), renamed_to("P7_2", OTHER)(_)]),
+        # skull
+        found("skull", 3, skull),
+        # background
+        found("background", 0, change(IMAGE, lambda v: np.where(v == 0, -1024, v))),
+        # rounded labels
+        found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002))),
+        # label outside the brain
+        found("label outside the brain", 3, change(LABEL, lambda v: np.roll(v, 40, axis=0), np.uint8)),
+        # label beside the tumour
+        found("label beside the tumour", 0, labelled_where_dark),
+        # cut field of view
+        *(
+            found("cut field of view", 0, change(IMAGE, lambda v: np.where(np.arange(v.shape[2]) < 26, v, 0)), about)
+            for about in ("t2: the brain ends", "t2: 0 in")
+        ),
+        # thick slices
+        found("thick slices", 0, thick, "t2"),
+        # empty label map, one-voxel islands, no label map
+        found("empty label map", 0, change(LABEL, np.zeros_like, np.uint8)),
+        found("one-voxel islands", 0, change(LABEL, island, np.uint8)),
+        found("no label map", 0, lambda _: Path(LABEL).unlink()),
+    ],
+    "`data prepare`, `predict --prepare`": [
+        # a contrast that is not of the same head, or damaged
+        Shown(
+            command=PREPARE,
+            code=3,
+            prepare=both(smaller, noise),
+            steady={r"\d\.\d+ is only \d\.\d+ times": "0.001 is only 0.66 times"},
+        ),
+        # `--mask hd-bet` or `synthstrip` without the command
+        Shown(
+            command=f"{PREPARE} --mask hd-bet",
+            code=3,
+            prepare=lambda scene: scene.patch.setenv("PATH", str(scene.place)),
+        ),
+        # such a tool fails, or finds no brain
+        Shown(
+            command=f"{PREPARE} --mask hd-bet",
+            code=3,
+            prepare=both(smaller, tool("echo 'no weights to be had' >&2; exit 3")),
+        ),
+        # a mask file that marks nothing of T1c
+        Shown(command=f"{PREPARE} --mask MASK.nii.gz", code=3, prepare=both(smaller, mask_elsewhere)),
+        # a label map on the grid of no contrast
+        Shown(command=PREPARE, code=3, prepare=change(LABEL, lambda v: v[2:], np.uint8)),
+        # a prepared image that is no stripped brain (`--mask none`)
+        Shown(command=f"{PREDICT} --prepare --mask none", code=3, prepare=both(smaller, heads)),
+        # OUT that is a file or not empty
+        Shown(title="a file", command=PREPARE, code=3, prepare=written("OUT", "mine")),
+        Shown(title="not empty", command=f"znormseg data prepare DATA/{CASE} RUN", code=3),
+    ],
+    "`data dicom`, `data dicom-seg`": [
+        # no DICOM file; nothing there
+        Shown(command="znormseg data dicom DATA", code=3),
+        Shown(title="nothing there", command="znormseg data dicom NOWHERE", code=3),
+        # a file that is empty, cut short, or whose header cannot be read
+        Shown(
+            title="empty",
+            command="znormseg data dicom STUDY",
+            code=3,
+            prepare=study(lambda root: (root / "S2" / "0003.dcm").write_bytes(b"")),
+        ),
+        Shown(
+            title="cut short",
+            listed=False,
+            command="znormseg data dicom STUDY",
+            code=3,
+            prepare=study(
+                lambda root: (root / "S2" / "0003.dcm").write_bytes(min((root / "S2").iterdir()).read_bytes()[:-99])
             ),
-        ],
-        "a dangling link": [image("dangling link")],
-        "a case id with `..`, a slash, a leading dot": [
-            Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("up..up"))
-        ],
-        "`predict`: OUTPUT that is INPUT, a case's folder or the run": [
-            Shown(title="INPUT", command="znormseg predict RUN DATA DATA", code=3),
-            Shown(title="the run", command="znormseg predict RUN DATA RUN", code=3),
-        ],
-    },
-    "Scans: `data prepare`, `predict --prepare`": {
-        "a contrast that is not of the same head, or damaged": [
-            Shown(
-                command=PREPARE,
-                code=3,
-                prepare=both(smaller, noise),
-                steady={r"\d\.\d+ is \d\.\d+ times": "0.001 is 1.00 times"},
-            )
-        ],
-        "`--mask hd-bet` or `synthstrip` without the command": [
-            Shown(
-                command=f"{PREPARE} --mask hd-bet",
-                code=3,
-                prepare=lambda scene: scene.patch.setenv("PATH", str(scene.place)),
-            )
-        ],
-        "such a tool fails, or finds no brain": [
-            Shown(
-                command=f"{PREPARE} --mask hd-bet",
-                code=3,
-                prepare=both(smaller, tool("echo 'no weights to be had' >&2; exit 3")),
-            )
-        ],
-        "a mask file that marks nothing of T1c": [
-            Shown(command=f"{PREPARE} --mask MASK.nii.gz", code=3, prepare=both(smaller, mask_elsewhere))
-        ],
-        "a label map on the grid of no contrast": [
-            Shown(command=PREPARE, code=3, prepare=change(LABEL, lambda v: v[2:], np.uint8))
-        ],
-        "a prepared image that is no stripped brain (`--mask none`)": [
-            Shown(command=f"{PREDICT} --prepare --mask none", code=3, prepare=both(smaller, heads))
-        ],
-        "OUT that is a file or not empty": [
-            Shown(title="a file", command=PREPARE, code=3, prepare=written("OUT", "mine")),
-            Shown(title="not empty", command=f"znormseg data prepare DATA/{CASE} RUN", code=3),
-        ],
-    },
-    "Label maps": {
-        "none for a training case": [label("missing")],
-        "values beyond 4": [label("outside the convention")],
-        "3 and 4 in one data set whose names tell no year": [label("3 and 4 together")],
-        "values that several conventions have ([layouts.md](layouts.md))": [
-            Shown(command="znormseg train SET NEW", code=3, small=True, prepare=rendered("flat"))
-        ],
-        "values that the convention stated by a description or by `--labels` has not": [
-            Shown(command=f"{TRAIN} --labels msd", code=3, small=True),
-            Shown(title="an unknown name", command=f"{TRAIN} --labels brats", code=3, small=True),
-        ],
-        "families with different numbers in one folder": [
-            Shown(
-                command="znormseg train SET NEW",
-                code=3,
-                small=True,
-                prepare=both(rendered("2021"), rendered("2024 PED")),
-            )
-        ],
-        "another grid than the images": [label("another grid"), label("another shape")],
-        "fractions beyond 0.01, negative numbers, NaN": [
-            label("fractions"),
-            label("NaN"),
-            Shown(
-                title="negative numbers",
-                command=TRAIN,
-                code=3,
-                small=True,
-                prepare=change(LABEL, lambda v: np.where(v == 4, -1, v), np.int16),
+        ),
+        # files of several patients
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(headers(lambda h: setattr(h, "PatientID", "PID-0815"), "S5")),
+        ),
+        # several studies
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(headers(lambda h: setattr(h, "StudyInstanceUID", "1.2.3.4"), "S5")),
+        ),
+        # two series for a contrast
+        Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(twice_acquired)),
+        # no series for a contrast
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(lambda root: shutil.rmtree(root / "S3")),
+        ),
+        # a series chosen that is not there, chosen twice, no MR, or several volumes under one number
+        Shown(title="not there", command="znormseg data dicom STUDY CASES --t1 99", code=3, prepare=study()),
+        Shown(
+            title="chosen twice",
+            command="znormseg data dicom STUDY CASES --t1 2 --t2 2",
+            code=3,
+            prepare=study(),
+        ),
+        Shown(title="several volumes", command="znormseg data dicom STUDY CASES --t2 4", code=3, prepare=study()),
+        # missing slices, two at one place, uneven spacing, a tilted gantry
+        Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(slice_taken_out)),
+        # RescaleSlope or RescaleIntercept in some slices only, or no number
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(headers(rescaled, "S3", most=11)),
+            steady=_HEX,
+        ),
+        # a Pixel Padding Value that calls every voxel padding
+        Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(all_padding, "S3"))),
+        # images without position, orientation or pixel spacing
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(headers(lambda h: setattr(h, "PixelSpacing", None), "S3")),
+        ),
+        # voxels compressed in a way nobody here decodes
+        Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(film, "S3")), steady=_HEX),
+        # voxels that cannot be decoded, or are not as many as the header says
+        Shown(
+            command="znormseg data dicom STUDY CASES",
+            code=3,
+            prepare=study(headers(lambda h: setattr(h, "BitsAllocated", 8), "S3")),
+            steady=_HEX,
+        ),
+        # an archive with `..` or absolute names, a password, a wrong checksum, or too large
+        Shown(title="`..`", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=False)),
+        Shown(title="a password", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=True)),
+        # a case or a SEG that is already there
+        Shown(
+            title="a case",
+            command="znormseg data dicom STUDY CASES --id a",
+            code=3,
+            prepare=both(study(), lambda _: Path("CASES/a").mkdir(parents=True)),
+        ),
+        Shown(
+            title="a SEG",
+            command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+            code=3,
+            prepare=both(study(), drawn(1), written("OUT.dcm", "mine")),
+        ),
+        # `dicom-seg`: a label map that is not there, on another grid, or empty
+        Shown(
+            title="not there",
+            command="znormseg data dicom-seg gone.nii.gz STUDY OUT.dcm",
+            code=3,
+            prepare=study(),
+        ),
+        Shown(
+            title="another grid",
+            command=f"znormseg data dicom-seg {LABEL} STUDY OUT.dcm",
+            code=3,
+            prepare=study(),
+        ),
+        Shown(
+            title="empty",
+            command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+            code=3,
+            prepare=both(study(), drawn(0)),
+            remedy="Give the label map of this patient.",
+        ),
+        # `dicom-seg`: images that share their SOPInstanceUID
+        Shown(
+            command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+            code=3,
+            prepare=both(study(headers(lambda h: setattr(h, "SOPInstanceUID", "1.2.3"), "S7")), drawn(1)),
+        ),
+        # `dicom-seg`: headers without what a SEG must repeat
+        Shown(
+            command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
+            code=3,
+            prepare=both(study(headers(lambda h: delattr(h, "FrameOfReferenceUID"), "S7")), drawn(1)),
+            remedy="Export the study again with these fields, or keep the label map as NIfTI.",
+        ),
+    ],
+    "Config": [
+        # `--config` that is no name and no file
+        Shown(command=f"{TRAIN} --config labtop", code=4),
+        # unknown or mistyped key
+        setting("mistyped key"),
+        setting("unknown key"),
+        setting("unknown section"),
+        # `ZNORMSEG_CACHE_GB` that is no size
+        Shown(
+            command=f"ZNORMSEG_CACHE_GB=much {TRAIN}",
+            code=4,
+            small=True,
+            remedy="Set the variable to a number such as 200, or unset it.",
+        ),
+        # text for a number, a number out of range
+        setting("text for a number", NUMBER),
+        unlisted(setting("fraction for a count", NUMBER)),
+        setting("not a number", NUMBER),
+        setting("no value", "Write the key, `=` and the value."),
+        Shown(
+            title="out of range",
+            command=f"{TRAIN} --set training.steps=0",
+            code=4,
+            remedy="Give a value in this range.",
+        ),
+        # `gradient.znorm` that chooses no tensor of the network, or an output block it has not
+        Shown(
+            command=f"{TRAIN} --set gradient.znorm.output_block=head",
+            code=4,
+            small=True,
+            remedy="Name a module that the message lists, or `auto`.",
+        ),
+        # a patch that the network cannot halve often enough
+        setting("patch", "Choose such sides, or fewer levels."),
+        # not YAML, a key twice, an alias, nested without end
+        Shown(
+            title="not YAML",
+            command=f"{TRAIN} --config c.yaml",
+            code=4,
+            prepare=written("c.yaml", "data: {\n"),
+            remedy="Correct the line; `znormseg config show laptop` prints a valid file.",
+        ),
+        Shown(
+            title="a key twice",
+            command=f"{TRAIN} --config c.yaml",
+            code=4,
+            prepare=written("c.yaml", "data: {}\ndata: {}\n"),
+            remedy="Keep the key once.",
+        ),
+        Shown(
+            title="an alias",
+            command=f"{TRAIN} --config c.yaml",
+            code=4,
+            prepare=written("c.yaml", "data: &a {}\nruntime: *a\n"),
+            remedy="Write the value out.",
+        ),
+        Shown(
+            title="nested without end",
+            command=f"{TRAIN} --config c.yaml",
+            code=4,
+            prepare=written("c.yaml", "[" * 5000),
+            remedy="Check the brackets; `znormseg config show laptop` prints a valid file.",
+        ),
+        # `network.deep_supervision` or `network.blocks` for a network without; not one number of blocks a level
+        Shown(command=f"{TRAIN} --set network.deep_supervision=true", code=4),
+    ],
+    "`train` and `torchrun`": [
+        # `train --resume`: label maps that have changed since the run began
+        Shown(
+            command="znormseg train DATA RUN --resume",
+            code=3,
+            prepare=whole_data(bad.relabel(2, 1)),
+        ),
+        # `training.patience` without validation cases
+        Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True),
+        # `--init-from` with another network, or other input channels
+        Shown(title="another network", command=f"{TRAIN} --init-from RUN --config resunet", code=4),
+        Shown(
+            title="other channels",
+            command=f"{TRAIN} --init-from RUN --set augment.contrast_dropout=0.5",
+            code=4,
+            small=True,
+        ),
+        # `--init-from` with what is no run
+        Shown(command=f"{TRAIN} --init-from DATA", code=5, small=True),
+        # `train --resume` with another config
+        Shown(command="znormseg train DATA RUN --resume --set training.learning_rate=1", code=4),
+        # losses that are not finite, more than `training.max_rollbacks` times
+        Shown(
+            command=f"{TRAIN} --set training.steps=40 --set training.learning_rate=100 --set "
+            "training.weight_decay=1 --set runtime.precision=float32 --set training.max_rollbacks=1",
+            code=5,
+            small=True,
+        ),
+        # RUN in use by another process, not empty, nothing to resume
+        Shown(title="in use", command="znormseg train DATA RUN --resume", code=5, prepare=in_use),
+        Shown(title="not empty", command="znormseg train DATA RUN", code=5, small=True),
+        Shown(title="nothing to resume", command=f"{TRAIN} --resume", code=5),
+        # prepared cases that are removed or damaged while a run uses them
+        Shown(command=TRAIN, code=3, small=True, prepare=cache_goes, steady={r"BraTS2021_0000\d": CASE, **_HEX}),
+        # `train` with `inference.crop: false`
+        Shown(command=f"{TRAIN} --set inference.crop=false", code=4, small=True, remedy="Leave it out."),
+        # `torchrun`: more processes than GPUs, or one GPU for several
+        Shown(
+            title="one GPU for several",
+            command=f"{TORCHRUN} train DATA NEW --set runtime.device=cuda:0",
+            code=1,
+            before=list,
+            only="takes its own GPU",
+        ),
+        # `torchrun`: a process that ended, cannot be reached, or has another torch, device or precision
+        Shown(
+            title="cannot be reached",
+            command=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={PORT} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {TRAIN}",
+            code=7,
+            prepare=port_taken,
+            steady={r"\(.*\)(?=\. Hosts)": "(address already in use)"},
+        ),
+        # `torchrun` with another command than `train`
+        Shown(
+            command=f"{TORCHRUN} predict RUN DATA OUT",
+            code=2,
+            prepare=as_of_torchrun,
+            remedy="Start it without torchrun.",
+        ),
+    ],
+    "Runs and their weights": [
+        # RUN that does not exist, is a file, is none, has no weights
+        run("not there"),
+        run("a file"),
+        Shown(title="a data set", command=f"znormseg predict DATA DATA/{CASE} OUT", code=5),
+        run("without weights"),
+        # weights that are not those that were saved (SHA-256), or pickled, and no earlier ones
+        run("a changed bit"),
+        run("a pickle"),
+        unlisted(run("no digest")),
+        run("another version"),
+        run("other contrasts", "Use a run that was trained on the four contrasts and three regions of this program."),
+        # missing contrasts: weights and config disagree; a run that needs all four
+        Shown(
+            title="they disagree",
+            listed=False,
+            command=PREDICT,
+            code=5,
+            prepare=lambda _: bad.rewrite('"takes_missing_contrasts": false', '"takes_missing_contrasts": true')(
+                Path("RUN").absolute()
             ),
-        ],
-        "`evaluate`: a folder without label maps": [
-            Shown(command="znormseg evaluate OUT DATA", code=3, prepare=folder("OUT"))
-        ],
-        "`evaluate`: prediction and reference on different grids (6)": [
-            Shown(command="znormseg evaluate OUT DATA", code=3, prepare=predictions(lambda path: bad.move(path, 1, 2)))
-        ],
-        "`evaluate --resample`: no voxel in common (6)": [
-            Shown(
-                command="znormseg evaluate OUT DATA --resample",
-                code=3,
-                prepare=predictions(lambda path: bad.move(path, 1, 999)),
-            )
-        ],
-        "`evaluate --rules`: no such year, or a task that the year has not": [
-            Shown(command="znormseg evaluate OUT DATA --rules brats2022", code=3, prepare=predictions()),
-            Shown(
-                title="task",
-                command="znormseg evaluate OUT DATA --rules brats2023 --task MEN-RT",
-                code=3,
-                prepare=predictions(),
-            ),
-        ],
-        "`evaluate --rules`: another grid, more than 0 and 1 in MEN-RT (6)": [
-            Shown(
-                title="another grid",
-                command="znormseg evaluate OUT DATA --rules brats2023",
-                code=3,
-                prepare=predictions(lambda path: bad.move(path, 1, 2)),
-            ),
-            Shown(
-                title="MEN-RT",
-                command="znormseg evaluate OUT DATA --rules brats2024 --task MEN-RT",
-                code=3,
-                prepare=predictions(),
-            ),
-        ],
-        "`--rules brats2026` without `brats-evaluate` (7)": [
-            Shown(
-                command="znormseg evaluate OUT DATA --rules brats2026",
-                code=7,
-                prepare=both(predictions(), lambda scene: scene.patch.setenv("PATH", str(scene.place))),
-            )
-        ],
-        "`--rules brats2026`: `brats-evaluate` crashes, hangs, refuses a case or writes something else (6)": [
-            Shown(
-                title="one case alone",
-                command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
-                code=3,
-                prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
-                only="^znormseg: not one",
-            )
-        ],
-        "`--rules brats2026`: a tissue that the task has no number for (6)": [
-            Shown(
-                command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
-                code=3,
-                prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
-                only="^znormseg: not one",
-            )
-        ],
-        "`rank`: sets scored by different rules": [
-            Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules))
-        ],
-        "`rank`: no common case, region or metric; one set alone or twice; no references; no table of `evaluate`": [
-            Shown(
-                title="no common case",
-                command="znormseg rank OUT OTHER --references DATA",
-                code=3,
-                prepare=two_sets(OTHER),
-            ),
-            Shown(
-                title="no such metric",
-                command="znormseg rank OUT OTHER --references DATA --metrics speed",
-                code=3,
-                prepare=two_sets(),
-            ),
-            Shown(title="one alone", command="znormseg rank OUT --references DATA", code=3, prepare=predictions()),
-            Shown(
-                title="the same twice",
-                command="znormseg rank OUT OUT --references DATA",
-                code=3,
-                prepare=predictions(),
-            ),
-            Shown(title="no references", command="znormseg rank OUT OTHER", code=3, prepare=two_sets()),
-            Shown(
-                title="no table",
-                command="znormseg rank OUT notes.csv --references DATA",
-                code=3,
-                prepare=both(predictions(), written("notes.csv", "a,b\n1,2\n")),
-            ),
-        ],
-        "`evaluate`: `<case>_probabilities.nii.gz` that is not 4D, on another grid, or holds values below 0 or above 1 "
-        "(6)": [
-            Shown(
-                command="znormseg evaluate OUT DATA",
-                code=3,
-                prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
-            )
-        ],
-        "`evaluate --contrast-subsets`: no labelled case that the run has not trained on": [
-            Shown(command="znormseg evaluate RUN DATA --contrast-subsets", code=3)
-        ],
-    },
-    "DICOM": {
-        "no DICOM file; nothing there": [
-            Shown(command="znormseg data dicom DATA", code=3),
-            Shown(title="nothing there", command="znormseg data dicom NOWHERE", code=3),
-        ],
-        "a file that is empty, cut short, or whose header cannot be read": [
-            Shown(
-                title="empty",
-                command="znormseg data dicom STUDY",
-                code=3,
-                prepare=study(lambda root: (root / "S2" / "0003.dcm").write_bytes(b"")),
-            ),
-            Shown(
-                title="cut short",
-                command="znormseg data dicom STUDY",
-                code=3,
-                prepare=study(
-                    lambda root: (root / "S2" / "0003.dcm").write_bytes(min((root / "S2").iterdir()).read_bytes()[:-99])
-                ),
-            ),
-        ],
-        "files of several patients": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(headers(lambda h: setattr(h, "PatientID", "PID-0815"), "S5")),
-            )
-        ],
-        "several studies": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(headers(lambda h: setattr(h, "StudyInstanceUID", "1.2.3.4"), "S5")),
-            )
-        ],
-        "two series for a contrast": [
-            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(twice_acquired))
-        ],
-        "no series for a contrast": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(lambda root: shutil.rmtree(root / "S3")),
-            )
-        ],
-        "a series chosen that is not there, chosen twice, no MR, or several volumes under one number": [
-            Shown(title="not there", command="znormseg data dicom STUDY CASES --t1 99", code=3, prepare=study()),
-            Shown(
-                title="chosen twice",
-                command="znormseg data dicom STUDY CASES --t1 2 --t2 2",
-                code=3,
-                prepare=study(),
-            ),
-            Shown(title="several volumes", command="znormseg data dicom STUDY CASES --t2 4", code=3, prepare=study()),
-        ],
-        "missing slices, two at one place, uneven spacing, a tilted gantry": [
-            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(slice_taken_out))
-        ],
-        "RescaleSlope or RescaleIntercept in some slices only, or no number": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(headers(rescaled, "S3", most=11)),
-                steady=_HEX,
-            )
-        ],
-        "a Pixel Padding Value that calls every voxel padding": [
-            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(all_padding, "S3")))
-        ],
-        "images without position, orientation or pixel spacing": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(headers(lambda h: setattr(h, "PixelSpacing", None), "S3")),
-            )
-        ],
-        "voxels compressed in a way nobody here decodes": [
-            Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(film, "S3")), steady=_HEX)
-        ],
-        "voxels that cannot be decoded, or are not as many as the header says": [
-            Shown(
-                command="znormseg data dicom STUDY CASES",
-                code=3,
-                prepare=study(headers(lambda h: setattr(h, "BitsAllocated", 8), "S3")),
-                steady=_HEX,
-            )
-        ],
-        "an archive with `..` or absolute names, a password, a wrong checksum, or too large": [
-            Shown(title="`..`", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=False)),
-            Shown(
-                title="a password", command="znormseg data dicom STUDY.zip CASES", code=3, prepare=zipped(locked=True)
-            ),
-        ],
-        "a case or a SEG that is already there": [
-            Shown(
-                title="a case",
-                command="znormseg data dicom STUDY CASES --id a",
-                code=3,
-                prepare=both(study(), lambda _: Path("CASES/a").mkdir(parents=True)),
-            ),
-            Shown(
-                title="a SEG",
-                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
-                code=3,
-                prepare=both(study(), drawn(1), written("OUT.dcm", "mine")),
-            ),
-        ],
-        "`dicom-seg`: a label map that is not there, on another grid, or empty": [
-            Shown(
-                title="not there",
-                command="znormseg data dicom-seg gone.nii.gz STUDY OUT.dcm",
-                code=3,
-                prepare=study(),
-            ),
-            Shown(
-                title="another grid",
-                command=f"znormseg data dicom-seg {LABEL} STUDY OUT.dcm",
-                code=3,
-                prepare=study(),
-            ),
-            Shown(
-                title="empty",
-                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
-                code=3,
-                prepare=both(study(), drawn(0)),
-            ),
-        ],
-        "`dicom-seg`: images that share their SOPInstanceUID": [
-            Shown(
-                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
-                code=3,
-                prepare=both(study(headers(lambda h: setattr(h, "SOPInstanceUID", "1.2.3"), "S7")), drawn(1)),
-            )
-        ],
-        "`dicom-seg`: headers without what a SEG must repeat": [
-            Shown(
-                command="znormseg data dicom-seg SEG.nii.gz STUDY OUT.dcm",
-                code=3,
-                prepare=both(study(headers(lambda h: delattr(h, "FrameOfReferenceUID"), "S7")), drawn(1)),
-            )
-        ],
-    },
-    "Descriptions of data sets": {
-        "a data set that is not there, or holds no case": [
-            Shown(title="not there", command="znormseg data check NOWHERE", code=3),
-            Shown(title="no case", command="znormseg data check EMPTY", code=3, prepare=folder("EMPTY")),
-        ],
-        "a split that names other cases": [
-            Shown(
-                command=f"{TRAIN} --split split.json",
-                code=3,
-                small=True,
-                prepare=written("split.json", '{"train": ["x"]}'),
-            )
-        ],
-        "a split with one patient in two parts": [
-            Shown(
-                command=f"{TRAIN} --split split.json",
-                code=3,
-                small=True,
-                prepare=lambda _: [
-                    renamed_to("P7_tp1")(_),
-                    renamed_to("P7_tp2", OTHER)(_),
-                    Path("split.json").write_text('{"train": ["P7_tp1"], "validation": ["P7_tp2"]}'),
-                ],
-            )
-        ],
-        "a dataset.json that is no JSON, or whose channels are not named after contrasts": [
-            Shown(
-                title="no JSON",
-                command="znormseg data check SET",
-                code=3,
-                prepare=rendered("MSD", lambda r: (r / "dataset.json").write_text("{")),
-            ),
-            Shown(
-                title="other names",
-                command="znormseg data check SET",
-                code=3,
-                prepare=rendered("nnU-Net", described(channel_names={"0": "A", "1": "B"})),
-            ),
-        ],
-        "two channels or two columns for one contrast": [
-            Shown(
-                title="channels",
-                command="znormseg data check SET",
-                code=3,
-                prepare=rendered("nnU-Net", described(channel_names={"0": "T2", "1": "T1", "2": "T1w"})),
-            ),
-            Shown(
-                title="columns",
-                command="znormseg data check cases.csv",
-                code=3,
-                prepare=written("cases.csv", "case,t1,t2,T2w\n"),
-            ),
-        ],
-        "a CSV without the columns, a row without id, an id twice, no UTF-8": [
-            Shown(
-                title="without the columns",
-                command="znormseg data check cases.csv",
-                code=3,
-                prepare=written("cases.csv", "a,b\n1,2\n"),
-            ),
-            Shown(
-                title="without id",
-                command="znormseg data check cases.csv",
-                code=3,
-                prepare=written("cases.csv", "case,t1,t1c,t2,flair\n,a,b,c,d\n"),
-            ),
-            Shown(
-                title="an id twice",
-                command="znormseg data check cases.csv",
-                code=3,
-                prepare=written("cases.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\nx,a,b,c,d\n"),
-            ),
-            Shown(
-                title="no UTF-8",
-                command="znormseg data check cases.csv",
-                code=3,
-                prepare=lambda _: Path("cases.csv").write_bytes(b"case,t1,t1c,t2,flair\n\xff,a,b,c,d\n"),
-            ),
-        ],
-        "two manifests in a folder": [
-            Shown(
-                command="znormseg data check SET",
-                code=3,
-                prepare=both(
-                    folder("SET"),
-                    *(written(f"SET/{name}.csv", "case,t1,t1c,t2,flair\nx,a,b,c,d\n") for name in "ab"),
-                ),
-            )
-        ],
-        "a path of a manifest that is not there, or leads out of its folder": [
-            Shown(
-                command="znormseg predict RUN cases.csv OUT",
-                code=3,
-                prepare=written("cases.csv", f"case,t1,t1c,t2,flair\nx,{IMAGE},{IMAGE},gone.nii.gz,{IMAGE}\n"),
-            )
-        ],
-        "`data export`: OUT not empty, or inside of DATA; an unknown format": [
-            Shown(title="not empty", command="znormseg data export DATA RUN --format csv", code=3),
-            Shown(title="inside of DATA", command="znormseg data export DATA DATA/OUT --format csv", code=3),
-            Shown(title="an unknown format", command="znormseg data export DATA OUT --format bids", code=3),
-        ],
-        "`data export`: contrasts on different grids, NaN where files must be rewritten": [
-            Shown(
-                title="grids",
-                command="znormseg data export DATA OUT --format msd",
-                code=3,
-                prepare=lambda _: bad.move(Path(IMAGE), 0, 5),
-            ),
-            Shown(
-                title="NaN",
-                command="znormseg data export DATA OUT --format msd",
-                code=3,
-                prepare=lambda _: bad.hole(np.nan)(Path(IMAGE)),
-            ),
-        ],
-        "`train --resume`: label maps that have changed since the run began": [
-            Shown(
-                command="znormseg train DATA RUN --resume",
-                code=3,
-                prepare=whole_data(bad.relabel(2, 1)),
-            )
-        ],
-    },
-    "`znormseg data check`: problems and notes": {
-        "swapped contrasts": [found("swapped contrasts", 3, swap)],
-        "another patient": [
-            found("another patient", 3, lambda _: shutil.copy(IMAGE.replace(CASE, OTHER), IMAGE)),
-        ],
-        "same image": [found("same image", 3, lambda _: shutil.copy(IMAGE, IMAGE.replace("t2", "flair")))],
-        "same patient": [found("same patient", 0, again)],
-        "visits": [found("visits", 0, lambda _: [renamed_to("P7_tp1")(_), renamed_to("P7_tp2", OTHER)(_)])],
-        "possible visits": [
-            found("possible visits", 0, lambda _: [renamed_to("P7_1")(_), renamed_to("P7_2", OTHER)(_)])
-        ],
-        "skull": [found("skull", 3, skull)],
-        "background": [found("background", 0, change(IMAGE, lambda v: np.where(v == 0, -1024, v)))],
-        "rounded labels": [found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002)))],
-        "label outside the brain": [
-            found("label outside the brain", 3, change(LABEL, lambda v: np.roll(v, 40, axis=0), np.uint8))
-        ],
-        "label beside the tumour": [found("label beside the tumour", 0, labelled_where_dark)],
-        "cut field of view": [
-            found("cut field of view", 0, change(IMAGE, lambda v: np.where(np.arange(v.shape[2]) < 26, v, 0)))
-        ],
-        "thick slices": [found("thick slices", 0, thick)],
-        "empty label map, one-voxel islands, no label map": [
-            found("empty label map", 0, change(LABEL, np.zeros_like, np.uint8)),
-            found("one-voxel islands", 0, change(LABEL, island, np.uint8)),
-            found("no label map", 0, lambda _: Path(LABEL).unlink()),
-        ],
-    },
-    "Config, run, machine": {
-        "`--config` that is no name and no file": [Shown(command=f"{TRAIN} --config labtop", code=4)],
-        "unknown or mistyped key": [setting("mistyped key"), setting("unknown key"), setting("unknown section")],
-        "`ZNORMSEG_CACHE_GB` that is no size": [Shown(command=f"ZNORMSEG_CACHE_GB=much {TRAIN}", code=4, small=True)],
-        "text for a number, a number out of range": [
-            *(setting(name) for name in ("text for a number", "fraction for a count", "not a number", "no value")),
-            Shown(title="out of range", command=f"{TRAIN} --set training.steps=0", code=4),
-        ],
-        "`gradient.znorm` that chooses no tensor of the network, or an output block it has not": [
-            Shown(command=f"{TRAIN} --set gradient.znorm.output_block=head", code=4, small=True)
-        ],
-        "a patch that the network cannot halve often enough": [setting("patch")],
-        "not YAML, a key twice, an alias, nested without end": [
-            Shown(title="not YAML", command=f"{TRAIN} --config c.yaml", code=4, prepare=written("c.yaml", "data: {\n")),
-            Shown(
-                title="a key twice",
-                command=f"{TRAIN} --config c.yaml",
-                code=4,
-                prepare=written("c.yaml", "data: {}\ndata: {}\n"),
-            ),
-            Shown(
-                title="an alias",
-                command=f"{TRAIN} --config c.yaml",
-                code=4,
-                prepare=written("c.yaml", "data: &a {}\nruntime: *a\n"),
-            ),
-            Shown(
-                title="nested without end",
-                command=f"{TRAIN} --config c.yaml",
-                code=4,
-                prepare=written("c.yaml", "[" * 5000),
-            ),
-        ],
-        "`network.deep_supervision` or `network.blocks` for a network without; not one number of blocks a level": [
-            Shown(command=f"{TRAIN} --set network.deep_supervision=true", code=4)
-        ],
-        "`training.patience` without validation cases": [
-            Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True)
-        ],
-        "`--init-from` with another network, or other input channels": [
-            Shown(title="another network", command=f"{TRAIN} --init-from RUN --config resunet", code=4),
-            Shown(
-                title="other channels",
-                command=f"{TRAIN} --init-from RUN --set augment.contrast_dropout=0.5",
-                code=4,
-                small=True,
-            ),
-        ],
-        "`--init-from` with what is no run": [Shown(command=f"{TRAIN} --init-from DATA", code=5, small=True)],
-        "RUN that does not exist, is a file, is none, has no weights": [
-            run("not there"),
-            run("a file"),
-            Shown(title="a data set", command=f"znormseg predict DATA DATA/{CASE} OUT", code=5),
-            run("without weights"),
-        ],
-        "weights that are not those that were saved (SHA-256), or pickled, and no earlier ones": [
-            *(run(name) for name in ("a changed bit", "a pickle", "no digest", "other contrasts", "another version"))
-        ],
-        "`train --resume` with another config": [
-            Shown(command="znormseg train DATA RUN --resume --set training.learning_rate=1", code=4)
-        ],
-        "losses that are not finite, more than `training.max_rollbacks` times": [
-            Shown(
-                command=f"{TRAIN} --set training.steps=40 --set training.learning_rate=100 --set "
-                "training.weight_decay=1 --set runtime.precision=float32 --set training.max_rollbacks=1",
-                code=5,
-                small=True,
-            )
-        ],
-        "weights whose file and config disagree on missing contrasts; `evaluate --contrast-subsets` with a run that "
-        "needs all": [
-            Shown(
-                title="they disagree",
-                command=PREDICT,
-                code=5,
-                prepare=lambda _: bad.rewrite('"takes_missing_contrasts": false', '"takes_missing_contrasts": true')(
-                    Path("RUN").absolute()
-                ),
-            ),
-            Shown(title="subsets", command="znormseg evaluate RUN DATA --contrast-subsets --cases all", code=5),
-        ],
-        "RUN in use by another process, not empty, nothing to resume": [
-            Shown(title="in use", command="znormseg train DATA RUN --resume", code=5, prepare=in_use),
-            Shown(title="not empty", command="znormseg train DATA RUN", code=5, small=True),
-            Shown(title="nothing to resume", command=f"{TRAIN} --resume", code=5),
-        ],
-        "OUTPUT that is a file": [Shown(command=PREDICT, code=3, prepare=written("OUT", "mine"))],
-        "a disk that is full, a folder that may not be written to": [
-            Shown(
-                title="a full disk",
-                command="znormseg predict RUN DATA DISK",
-                code=7,
-                prepare=folder("DISK"),
-                before=on_a_small_disk(8),
-                possible=can_mount,
-                steady={r"BraTS2021_0000\d": CASE},
-            ),
-            Shown(
-                title="no permission",
-                command="znormseg predict RUN DATA READ-ONLY",
-                code=7,
-                prepare=not_writable,
-                before=lambda: hostile.UNPRIVILEGED,
-                possible=can_be_kept_out,
-            ),
-        ],
-        "a system call that fails: a disk or a server that does not answer, a file system that does not do what is "
-        "asked, too many open files": [
-            Shown(
-                title="a disk that fails",
-                command=TRAIN,
-                code=7,
-                small=True,
-                prepare=site(refusing("os", "fsync", "EIO")),
-                before=list,
-            ),
-            Shown(
-                title="a file in use on a shared folder",
-                command=PREDICT,
-                code=7,
-                prepare=site(refusing("os", "replace", "EBUSY")),
-                before=list,
-            ),
-        ],
-        "a file system without locks, sync of folders or memory maps, as network and shared folders": [
-            Shown(
-                title="no sync of folders",
-                command=TRAIN,
-                code=0,
-                small=True,
-                prepare=site(refusing("os", "fsync", "EINVAL", "stat.S_ISDIR(os.fstat(a[0]).st_mode)")),
-                before=list,
-                only="its file system cannot",
-            ),
-            Shown(
-                title="no locks",
-                command=TRAIN,
-                code=0,
-                small=True,
-                prepare=site(refusing("fcntl", "flock", "ENOSYS")),
-                before=list,
-                only="its file system cannot",
-            ),
-        ],
-        "standard output or error whose reader leaves, such as `head`": "there is nothing to show: the command does "
-        "its work to the end, with its exit code",
-        "`runtime.deterministic` and an operation that has no such form": "on a CPU no operation of a training "
-        "lacks one",
-        "`report`: a folder that is none of these, an ensemble, a comparison or cross-validation that has not ended, "
-        "damaged files": [
-            Shown(title="none of these", command="znormseg report DATA PAGES", code=5),
-            Shown(
-                title="an ensemble",
-                command="znormseg report CROSSVAL/ensemble PAGES",
-                code=5,
-                prepare=crossval(),
-            ),
-            Shown(
-                title="not ended",
-                command="znormseg report CROSSVAL PAGES",
-                code=5,
-                prepare=crossval(lambda out: (out / "crossval.json").unlink()),
-            ),
-            Shown(
-                title="damaged",
-                command="znormseg report COMPARISON PAGES",
-                code=5,
-                prepare=folder("COMPARISON", "plan.json"),
-            ),
-        ],
-        "`report --images` or `--references` of something else than predictions": [
-            Shown(command="znormseg report RUN PAGES --references DATA", code=4)
-        ],
-        "`report`: no case can be shown; 6 where some can": [
-            Shown(command="znormseg report OUT PAGES", code=3, prepare=predictions(record=True))
-        ],
-        "`compare`: fewer than three patients": [
-            Shown(command="znormseg compare DATA OUT", code=3, prepare=gone(OTHER))
-        ],
-        "`compare`: unknown arm, optimiser or rate; another plan in OUT": [
-            Shown(title="arm", command="znormseg compare DATA OUT --arms none,best", code=4),
-            Shown(title="optimiser", command="znormseg compare DATA OUT --optimizers adam", code=4),
-            Shown(title="rate", command="znormseg compare DATA OUT --learning-rates fast", code=4),
-        ],
-        "`crossval`: fewer patients than folds; cases or label maps other than those it was begun with": [
-            Shown(title="fewer patients", command="znormseg crossval DATA OUT --folds 5", code=3, small=True),
-            Shown(title="other cases", command=CROSSVAL, code=3, small=True, prepare=both(crossval(), gone(OTHER))),
-        ],
-        "`crossval`: other settings than those it was begun with; `--folds`, `--devices`, `--jobs` that cannot be": [
-            Shown(
-                title="other settings",
-                command=f"{CROSSVAL} --set training.steps=5",
-                code=4,
-                small=True,
-                prepare=crossval(),
-            ),
-            Shown(title="folds", command="znormseg crossval DATA OUT --folds 1", code=4, small=True),
-            Shown(title="devices", command=f"{CROSSVAL} --devices gpu0", code=4),
-            Shown(title="jobs", command=f"{CROSSVAL} --jobs 0", code=4),
-        ],
-        "`crossval`: cases of different spacings and `data.spacing_mm` open": [
-            Shown(command=CROSSVAL, code=4, small=True, prepare=both(stretched, gone(OTHER)))
-        ],
-        "an out-of-fold file that is damaged": [
-            Shown(command="znormseg report CROSSVAL PAGES", code=5, prepare=crossval(cut_answer))
-        ],
-        "`predict` with the folder of a cross-validation": [
-            Shown(
-                command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
-                code=5,
-                prepare=crossval(),
-            ),
-            Shown(
-                title="not done",
-                command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
-                code=5,
-                prepare=folder("CROSSVAL", "folds.json"),
-            ),
-        ],
-        "an ensemble with weights missing, damaged or others, a damaged `ensemble.json` (its `calibration` too), "
-        "networks that do not go together": [
-            Shown(
-                title="weights missing",
-                command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
-                code=5,
-                prepare=crossval(lambda out: shutil.rmtree(out / "ensemble" / "fold-1")),
-            ),
-            Shown(
-                title="a damaged description",
-                command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
-                code=5,
-                prepare=crossval(lambda out: (out / "ensemble" / "ensemble.json").write_text("{}")),
-            ),
-        ],
-        "`predict --workers`, `--devices`, `--engine ray`: a case whose process is lost three times (6 where others "
-        "were done)": [
-            Shown(
-                command=f"{PREDICT} --workers 2",
-                code=3,
-                prepare=killed_at("app.inference.batch.process_pool", f"{CASE}_t2."),
-            )
-        ],
-        "`predict`: `--engine`, `--workers`, `--devices` that cannot be; `--engine ray` without Ray, or no cluster at "
-        "RAY_ADDRESS": [
-            Shown(title="workers", command=f"{PREDICT} --workers 0", code=4),
-            Shown(title="devices", command=f"{PREDICT} --devices tpu", code=4),
-            Shown(title="without Ray", command=f"{PREDICT} --engine ray", code=4, prepare=without("ray")),
-        ],
-        "`predict --devices`: GPUs that are not there": [
-            Shown(command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --devices cuda:0,cuda:1", code=7)
-        ],
-        "`predict --engine ray`: a label map that a host wrote to a folder of its own (6 where others were done)": "it "
-        "needs a cluster of two hosts that share no folder",
-        "a case named `manifest`": [
-            Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("manifest"))
-        ],
-        "`crossval`: a worker process that is killed": [
-            Shown(
-                command=f"{CROSSVAL} --jobs 2",
-                code=7,
-                small=True,
-                prepare=killed_at("app.experiments.crossval.workers", "fold-1/run.json"),
-            )
-        ],
-        "prepared cases that are removed or damaged while a run uses them": [
-            Shown(command=TRAIN, code=3, small=True, prepare=cache_goes, steady={r"BraTS2021_0000\d": CASE, **_HEX})
-        ],
-        "a cache folder that cannot be used, or is full": [
-            Shown(
-                command=f"ZNORMSEG_CACHE=notes.txt {TRAIN}",
-                code=0,
-                small=True,
-                prepare=written("notes.txt", "mine"),
-                only="the cache cannot be used",
-            )
-        ],
-        "a device that is not there, no memory left": [
-            Shown(
-                command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --device cuda:1",
-                code=7,
-                steady={"this torch is built without CUDA": "no CUDA device is visible"},
-            )
-        ],
-        "OpenVINO asked for where AVX2 is missing or switched off, or its bfloat16 without AVX-512": [
-            Shown(command=f"ONEDNN_MAX_CPU_ISA=SSE41 {PREDICT} --backend openvino", code=7)
-        ],
-        "`plan --dry-run`: nothing fits into memory": [
-            Shown(
-                command="znormseg plan DATA --dry-run --max-memory-gb 0.1",
-                code=7,
-                small=True,
-                steady={r"\d+(\.\d+)? GB": "0.1 GB"},
-            )
-        ],
-        "`plan --out`: a file that is there, a name that does not end in .yaml": [
-            Shown(
-                title="is there",
-                command="znormseg plan DATA --out plan.yaml",
-                code=4,
-                prepare=written("plan.yaml", ""),
-            ),
-            Shown(title="its name", command="znormseg plan DATA --out plan", code=4),
-        ],
-        "`export`: an ensemble, or a network that the format has not": [
-            Shown(command="znormseg export CROSSVAL/ensemble OUT --format openvino", code=5, prepare=crossval())
-        ],
-        "`export`: the exported network differs": "no network is known to which it happens; "
-        "tests/app/exporting/test_export.py makes it up",
-        "`export --format onnx` without its packages": [
-            Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx)
-        ],
-        "`model import`: another bundle, weights that are more than tensors": [
-            Shown(command="znormseg model import RUN MODEL", code=5)
-        ],
-        "`model verify`: a file missing or changed, no sums": [
-            Shown(
-                title="changed", command="znormseg model verify RUN", code=5, prepare=written("RUN/split.json", "{}")
-            ),
-            Shown(
-                title="no sums",
-                command="znormseg model verify RUN",
-                code=5,
-                prepare=lambda _: Path("RUN/SHA256SUMS").unlink(),
-            ),
-        ],
-        "`train` with `inference.crop: false`": [
-            Shown(command=f"{TRAIN} --set inference.crop=false", code=4, small=True)
-        ],
-        "`doctor`: a problem": [
-            Shown(
-                command="znormseg doctor DISK",
-                code=7,
-                prepare=folder("DISK"),
-                before=on_a_small_disk(8),
-                possible=can_mount,
-                only="DISK|free some space",
-            )
-        ],
-        "`torchrun`: more processes than GPUs, or one GPU for several": [
-            Shown(
-                title="one GPU for several",
-                command=f"{TORCHRUN} train DATA NEW --set runtime.device=cuda:0",
-                code=1,
-                before=list,
-                only="takes a GPU",
-            )
-        ],
-        "`torchrun`: a process that ended, cannot be reached, or has another torch, device or precision": [
-            Shown(
-                title="cannot be reached",
-                command=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={PORT} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {TRAIN}",
-                code=7,
-                prepare=port_taken,
-                steady={r"\(.*\)(?=\. Hosts)": "(address already in use)"},
-            )
-        ],
-        "`torchrun` with another command than `train`": [
-            Shown(command=f"{TORCHRUN} predict RUN DATA OUT", code=2, prepare=as_of_torchrun)
-        ],
-        "Ctrl-C, SIGTERM, SIGHUP (a closed terminal or connection; not under `nohup`)": [
-            Shown(title="SIGTERM while it trains", command=TRAIN, code=130, small=True, prepare=stopped_in_step(2)),
-            Shown(
-                title="SIGHUP while it trains",
-                command=TRAIN,
-                code=130,
-                small=True,
-                prepare=stopped_in_step(2, signal.SIGHUP),
-            ),
-            Shown(
-                title="Ctrl-C while it predicts",
-                command="znormseg predict RUN DATA OUT",
-                code=130,
-                prepare=stopped_while_predicting,
-            ),
-        ],
-    },
-    "The command line": {
-        "an unknown verb or option": [
-            Shown(title="verb", command="znormseg segment DATA", code=2),
-            Shown(title="option", command="znormseg predict RUN DATA OUT --gpu 0", code=2),
-        ],
-        "an argument missing": [Shown(command="znormseg train DATA", code=2)],
-        "options that exclude each other": [Shown(command="znormseg train DATA RUN --resume --fold 1", code=2)],
-    },
+        ),
+        Shown(title="subsets", command="znormseg contrasts RUN DATA --cases all", code=5),
+        # `predict` with the folder of a cross-validation
+        Shown(
+            command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
+            code=5,
+            prepare=crossval(),
+        ),
+        Shown(
+            title="not done",
+            command=f"znormseg predict CROSSVAL DATA/{CASE} OUT",
+            code=5,
+            prepare=folder("CROSSVAL", "folds.json"),
+        ),
+        # an ensemble whose weights or description are missing or damaged
+        Shown(
+            title="weights missing",
+            command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
+            code=5,
+            prepare=crossval(lambda out: shutil.rmtree(out / "ensemble" / "fold-1")),
+        ),
+        Shown(
+            title="a damaged description",
+            command=f"znormseg predict CROSSVAL/ensemble DATA/{CASE} OUT",
+            code=5,
+            prepare=crossval(lambda out: (out / "ensemble" / "ensemble.json").write_text("{}")),
+        ),
+    ],
+    "`predict`": [
+        # `predict`: OUTPUT that is INPUT, a case's folder or the run
+        Shown(title="INPUT", command="znormseg predict RUN DATA DATA", code=3),
+        Shown(title="the run", command="znormseg predict RUN DATA RUN", code=3),
+        # OUTPUT that is a file
+        Shown(command=PREDICT, code=3, prepare=written("OUT", "mine")),
+        # a case whose process is lost three times
+        Shown(
+            command=f"{PREDICT} --workers 2",
+            code=3,
+            prepare=killed_at("app.inference.batch.process_pool", f"{CASE}_t2."),
+            remedy="Look for the cause in the system's log (often too little memory); use fewer `--workers`.",
+        ),
+        # `--engine`, `--workers`, `--devices` that cannot be
+        Shown(title="workers", command=f"{PREDICT} --workers 0", code=4, remedy="Give a number in this range."),
+        Shown(title="devices", command=f"{PREDICT} --devices tpu", code=4, remedy="Give such a list."),
+        Shown(title="without Ray", command=f"{PREDICT} --engine ray", code=4, prepare=without("ray")),
+        # `predict --devices`: GPUs that are not there
+        Shown(command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --devices cuda:0,cuda:1", code=7),
+        # a case named `manifest`
+        Shown(command="znormseg predict RUN DATA OUT", code=6, prepare=renamed("manifest")),
+    ],
+    "`evaluate`, `contrasts` and `rank`": [
+        # `evaluate`: a folder without label maps
+        Shown(command="znormseg evaluate OUT DATA", code=3, prepare=folder("OUT")),
+        # `evaluate`: prediction and reference on different grids (6)
+        Shown(command="znormseg evaluate OUT DATA", code=3, prepare=predictions(lambda path: bad.move(path, 1, 2))),
+        # `evaluate --resample`: no voxel in common (6)
+        Shown(
+            command="znormseg evaluate OUT DATA --resample",
+            code=3,
+            prepare=predictions(lambda path: bad.move(path, 1, 999)),
+        ),
+        # `evaluate --rules`: no such year, or a task that the year has not
+        Shown(command="znormseg evaluate OUT DATA --rules brats2022", code=3, prepare=predictions()),
+        Shown(
+            title="task",
+            command="znormseg evaluate OUT DATA --rules brats2023 --task MEN-RT",
+            code=3,
+            prepare=predictions(),
+        ),
+        # `evaluate --rules`: another grid, more than 0 and 1 in MEN-RT (6)
+        Shown(
+            title="another grid",
+            command="znormseg evaluate OUT DATA --rules brats2023",
+            code=3,
+            prepare=predictions(lambda path: bad.move(path, 1, 2)),
+        ),
+        Shown(
+            title="MEN-RT",
+            command="znormseg evaluate OUT DATA --rules brats2024 --task MEN-RT",
+            code=3,
+            prepare=predictions(),
+        ),
+        # `--rules brats2026` without `brats-evaluate` (7)
+        Shown(
+            command="znormseg evaluate OUT DATA --rules brats2026",
+            code=7,
+            prepare=both(predictions(), lambda scene: scene.patch.setenv("PATH", str(scene.place))),
+        ),
+        # `--rules brats2026`: `brats-evaluate` crashes, hangs, refuses a case or writes something else (6)
+        Shown(
+            title="one case alone",
+            command="znormseg evaluate OUT DATA --rules brats2026 --task GOAT -q",
+            code=3,
+            prepare=both(predictions(), tool("echo 'MemoryError: no room' >&2; exit 1", name="brats-evaluate")),
+            only="^znormseg: none of",
+        ),
+        # `--rules brats2026`: a tissue that the task has no number for (6)
+        Shown(
+            command="znormseg evaluate OUT DATA --rules brats2026 --task MEN-RT -q",
+            code=3,
+            prepare=both(predictions(), tool("exit 1", name="brats-evaluate")),
+            only="^znormseg: none of",
+        ),
+        # `rank`: sets scored by different rules
+        Shown(command="znormseg rank one.json other.json", code=3, prepare=both(predictions(), by_two_rules)),
+        # `rank`: no common case, region or metric; one set alone or twice; no references; no table of `evaluate`
+        Shown(
+            title="no common case",
+            command="znormseg rank OUT OTHER --references DATA",
+            code=3,
+            prepare=two_sets(OTHER),
+        ),
+        Shown(
+            title="no such metric",
+            command="znormseg rank OUT OTHER --references DATA --metrics speed",
+            code=3,
+            prepare=two_sets(),
+        ),
+        Shown(title="one alone", command="znormseg rank OUT --references DATA", code=3, prepare=predictions()),
+        Shown(
+            title="the same twice",
+            command="znormseg rank OUT OUT --references DATA",
+            code=3,
+            prepare=predictions(),
+        ),
+        Shown(title="no references", command="znormseg rank OUT OTHER", code=3, prepare=two_sets()),
+        Shown(
+            title="no table",
+            command="znormseg rank OUT notes.csv --references DATA",
+            code=3,
+            prepare=both(predictions(), written("notes.csv", "a,b\n1,2\n")),
+        ),
+        # `<case>_probabilities.nii.gz` that is not 4D
+        Shown(
+            command="znormseg evaluate OUT DATA",
+            code=3,
+            prepare=predictions(lambda p: shutil.copy(p, p.with_name(f"{CASE}_probabilities.nii.gz"))),
+        ),
+        # `contrasts`: no labelled case that the run has not trained on
+        Shown(command="znormseg contrasts RUN DATA", code=3),
+    ],
+    "`compare`, `crossval` and `report`": [
+        # `compare`: fewer than three patients
+        Shown(command="znormseg compare DATA OUT", code=3, prepare=gone(OTHER)),
+        # `compare`: unknown arm, optimiser or rate; another plan in OUT
+        Shown(title="arm", command="znormseg compare DATA OUT --arms none,best", code=4),
+        Shown(title="optimiser", command="znormseg compare DATA OUT --optimizers adam", code=4),
+        Shown(
+            title="rate", command="znormseg compare DATA OUT --learning-rates fast", code=4, remedy="Give such numbers."
+        ),
+        # `crossval`: fewer patients than folds; cases or label maps other than those it was begun with
+        Shown(title="fewer patients", command="znormseg crossval DATA OUT --folds 5", code=3, small=True),
+        Shown(title="other cases", command=CROSSVAL, code=3, small=True, prepare=both(crossval(), gone(OTHER))),
+        # `crossval`: other settings than those it was begun with; `--folds`, `--devices`, `--jobs` that cannot be
+        Shown(
+            title="other settings",
+            command=f"{CROSSVAL} --set training.steps=5",
+            code=4,
+            small=True,
+            prepare=crossval(),
+        ),
+        Shown(
+            title="folds",
+            command="znormseg crossval DATA OUT --folds 1",
+            code=4,
+            small=True,
+            remedy="Give a number in this range.",
+        ),
+        Shown(title="devices", command=f"{CROSSVAL} --devices gpu0", code=4, remedy="Give such a list."),
+        Shown(title="jobs", command=f"{CROSSVAL} --jobs 0", code=4, remedy="Give a number in this range."),
+        # `crossval`: cases of different spacings and `data.spacing_mm` open
+        Shown(command=CROSSVAL, code=4, small=True, prepare=both(stretched, gone(OTHER))),
+        # an out-of-fold file that is damaged
+        Shown(command="znormseg report CROSSVAL PAGES", code=5, prepare=crossval(cut_answer)),
+        # `crossval`: a worker process that is killed
+        Shown(
+            command=f"{CROSSVAL} --jobs 2",
+            code=7,
+            small=True,
+            prepare=killed_at("app.experiments.crossval.workers", "fold-1/run.json"),
+        ),
+        # a folder that has no page, or not yet
+        Shown(title="none of these", command="znormseg report DATA PAGES", code=5),
+        Shown(
+            title="an ensemble",
+            command="znormseg report CROSSVAL/ensemble PAGES",
+            code=5,
+            prepare=crossval(),
+        ),
+        Shown(
+            title="not ended",
+            command="znormseg report CROSSVAL PAGES",
+            code=5,
+            prepare=crossval(lambda out: (out / "crossval.json").unlink()),
+        ),
+        Shown(
+            title="damaged",
+            command="znormseg report COMPARISON PAGES",
+            code=5,
+            prepare=folder("COMPARISON", "plan.json"),
+            remedy="Restore the folder from a copy.",
+        ),
+        # `report --images` or `--references` of something else than predictions
+        Shown(
+            command="znormseg report RUN PAGES --references DATA",
+            code=4,
+            remedy="Leave out the option, or give a folder of predictions.",
+        ),
+        # `report`: no case can be shown; 6 where some can
+        Shown(command="znormseg report OUT PAGES", code=3, prepare=predictions(record=True)),
+    ],
+    "`plan`, `doctor`, `export` and `model`": [
+        # `plan --dry-run`: nothing fits into memory
+        Shown(
+            command="znormseg plan DATA --dry-run --max-memory-gb 0.1",
+            code=7,
+            small=True,
+            steady={r"\d+(\.\d+)? GB": "0.1 GB"},
+        ),
+        # `plan --out`: a file that is there, a name that does not end in .yaml
+        Shown(
+            title="is there",
+            command="znormseg plan DATA --out plan.yaml",
+            code=4,
+            prepare=written("plan.yaml", ""),
+        ),
+        Shown(title="its name", command="znormseg plan DATA --out plan", code=4, remedy="Choose such a name."),
+        # `doctor`: a problem
+        Shown(
+            command="znormseg doctor DISK",
+            code=7,
+            prepare=folder("DISK"),
+            before=on_a_small_disk(8),
+            possible=can_mount,
+            only="DISK|free some space",
+        ),
+        # `export`: an ensemble, or a network that the format has not
+        Shown(command="znormseg export CROSSVAL/ensemble OUT --format openvino", code=5, prepare=crossval()),
+        # `export`: the exported network differs
+        Raised(error=differing_export, remedy="Please report it, with the run's `config.yaml`."),
+        # `export --format onnx` without its packages
+        Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx),
+        # `model import`: another bundle, weights that are more than tensors
+        Shown(command="znormseg model import RUN MODEL", code=5),
+        # `model verify`: a file missing or changed, no sums
+        Shown(title="changed", command="znormseg model verify RUN", code=5, prepare=written("RUN/split.json", "{}")),
+        Shown(
+            title="no sums",
+            command="znormseg model verify RUN",
+            code=5,
+            prepare=lambda _: Path("RUN/SHA256SUMS").unlink(),
+        ),
+    ],
+    "The machine, and interruptions": [
+        # a disk that is full, a folder that may not be written to
+        Shown(
+            title="a full disk",
+            command="znormseg predict RUN DATA DISK",
+            code=7,
+            prepare=folder("DISK"),
+            before=on_a_small_disk(8),
+            possible=can_mount,
+            steady={r"BraTS2021_0000\d": CASE},
+        ),
+        Shown(
+            title="no permission",
+            command="znormseg predict RUN DATA READ-ONLY",
+            code=7,
+            prepare=not_writable,
+            before=lambda: hostile.UNPRIVILEGED,
+            possible=can_be_kept_out,
+        ),
+        # a system call that fails
+        Shown(
+            title="a disk that fails",
+            command=TRAIN,
+            code=7,
+            small=True,
+            prepare=site(refusing("os", "fsync", "EIO")),
+            before=list,
+        ),
+        Shown(
+            title="a file in use on a shared folder",
+            command=PREDICT,
+            code=7,
+            prepare=site(refusing("os", "replace", "EBUSY")),
+            before=list,
+        ),
+        # a file system without locks, sync of folders or memory maps, as network and shared folders
+        Shown(
+            title="no sync of folders",
+            command=TRAIN,
+            code=0,
+            small=True,
+            prepare=site(refusing("os", "fsync", "EINVAL", "stat.S_ISDIR(os.fstat(a[0]).st_mode)")),
+            before=list,
+            only="its file system cannot",
+        ),
+        Shown(
+            title="no locks",
+            command=TRAIN,
+            code=0,
+            small=True,
+            prepare=site(refusing("fcntl", "flock", "ENOSYS")),
+            before=list,
+            only="its file system cannot",
+        ),
+        Raised(error=lambda: RuntimeError("cumsum_cuda does not have a deterministic implementation")),
+        Raised(error=MemoryError),
+        # a cache folder that cannot be used, or is full
+        Shown(
+            command=f"ZNORMSEG_CACHE=notes.txt {TRAIN}",
+            code=0,
+            small=True,
+            prepare=written("notes.txt", "mine"),
+            only="the cache cannot be used",
+        ),
+        # a device that is not there, no memory left
+        Shown(
+            command=f"CUDA_VISIBLE_DEVICES= {PREDICT} --device cuda:1",
+            code=7,
+            steady={"this torch is built without CUDA": "no CUDA device is visible"},
+        ),
+        # OpenVINO asked for where AVX2 is missing or switched off, or its bfloat16 without AVX-512
+        Shown(command=f"ONEDNN_MAX_CPU_ISA=SSE41 {PREDICT} --backend openvino", code=7),
+        # Ctrl-C, SIGTERM, SIGHUP (a closed terminal or connection; not under `nohup`)
+        Shown(title="SIGTERM while it trains", command=TRAIN, code=130, small=True, prepare=stopped_in_step(2)),
+        Shown(
+            title="SIGHUP while it trains",
+            listed=False,
+            command=TRAIN,
+            code=130,
+            small=True,
+            prepare=stopped_in_step(2, signal.SIGHUP),
+        ),
+        Shown(
+            title="Ctrl-C while it predicts",
+            command="znormseg predict RUN DATA OUT",
+            code=130,
+            prepare=stopped_while_predicting,
+        ),
+    ],
 }

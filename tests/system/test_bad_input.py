@@ -16,7 +16,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
-from nibabel import cifti2
+from nibabel.cifti2 import cifti2_axes
 
 Call = Callable[..., Any]
 
@@ -80,7 +80,8 @@ def claim(path: Path, side: int) -> None:
 def cifti(path: Path, *, compressed: bool) -> None:
     """A dense scalar file of one map over a few voxels, under the name of a volume."""
     mask = np.ones((2, 2, 2), dtype=bool)
-    axes = (cifti2.ScalarAxis(["thickness"]), cifti2.BrainModelAxis.from_mask(mask, affine=np.eye(4), name="other"))
+    brain = cifti2_axes.BrainModelAxis.from_mask(mask, affine=np.eye(4), name="other")
+    axes = (cifti2_axes.ScalarAxis(["thickness"]), brain)
     image = nib.Cifti2Image(np.zeros((1, 8), dtype=np.float32), header=axes)
     plain = path.with_name(path.name.removesuffix(".gz"))
     image.to_filename(plain)
@@ -229,7 +230,9 @@ def test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer(
     znormseg("predict", run, data / CASE, tmp_path / "before")
     hole(np.inf)(data / CASE / f"{CASE}_t2.nii.gz")
     znormseg("predict", run, data / CASE, tmp_path / "after", "--nan-to-zero")
-    before, after = (np.asarray(nib.load(tmp_path / p / f"{CASE}.nii.gz").dataobj) for p in ("before", "after"))
+    before, after = (
+        np.asarray(nib.Nifti1Image.from_filename(tmp_path / p / f"{CASE}.nii.gz").dataobj) for p in ("before", "after")
+    )
     np.testing.assert_array_equal(before, after)
 
 
@@ -314,7 +317,7 @@ def test_a_case_id_that_is_no_file_name_is_refused(
         shutil.copy(data / CASE / f"{CASE}_{end}.nii.gz", place)
         files += [option, place]
     ended = znormseg("predict", run, tmp_path / "out", *files)
-    assert_refused(ended, 3, [repr(case_id), "cannot name the files", "Rename the case"])
+    assert_refused(ended, 3, [repr(case_id), "cannot be used in file names", "Rename the case"])
     assert_nothing_left(tmp_path / "out")
 
 
@@ -330,7 +333,7 @@ def test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused(
     from data.patches.sampler import cache_cases
 
     case = replace(find_cases(phantoms)[0], id=case_id)
-    with pytest.raises(DataError, match="cannot name the files to be written"):
+    with pytest.raises(DataError, match="cannot be used in file names"):
         cache_cases([case], tmp_path / "deep" / "cache", spacing_mm=(4.0, 4.0, 4.0), convention=BRATS2021)
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["cache", "deep"]
 
@@ -340,7 +343,7 @@ def test_a_case_id_with_dots_in_a_data_set_does_not_stop_the_others(
 ) -> None:
     for path in (data / CASE).iterdir():
         path.rename(path.with_name(path.name.replace(CASE, "up..up")))
-    assert_refused(znormseg("predict", run, data, tmp_path / "out"), 6, ["'up..up' cannot name the files"])
+    assert_refused(znormseg("predict", run, data, tmp_path / "out"), 6, ["'up..up' cannot be used in file names"])
 
 
 @pytest.mark.parametrize("case_id", ["../../etc/passwd", "a/b", ".."])
@@ -369,7 +372,7 @@ BAD_LABELS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "another grid": (lambda p: move(p, 1, 2), [f"case {CASE}", "label map", "2.00 mm on axis y (anterior-posterior)"]),
     "another shape": (lambda p: change(p, lambda v: v[1:], np.uint8), [f"case {CASE}", "label map", "shape"]),
     "fractions": (lambda p: change(p, lambda v: v + 0.5), [f"case {CASE}, label map", "whole numbers", "an image?"]),
-    "NaN": (hole(np.nan), [f"case {CASE}, label map", "2 voxels are NaN", "Repair the file"]),
+    "NaN": (hole(np.nan), [f"case {CASE}, label map", "2 voxels are NaN", "Repair the label map"]),
     "empty file": (lambda p: p.write_bytes(b""), [f"case {CASE}, label map", "the file is empty"]),
     "link out": (link_out, [f"case {CASE}", "outside of", "--follow-links"]),
 }

@@ -19,6 +19,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data.datasets.source import DataSource
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -150,7 +152,7 @@ def small_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def run(*settings: str) -> Path:
         if settings not in made:
             made[settings] = tmp_path_factory.mktemp("small") / "run"
-            start(phantoms, made[settings], load_config("laptop", [*settings, *SMALL]))
+            start(DataSource(phantoms), made[settings], load_config("laptop", [*settings, *SMALL]))
         return made[settings]
 
     return run

@@ -1,7 +1,7 @@
-"""docs/errors.md shows each row of its tables as it prints, or says why not; tests/system/errors_shown.py has the
-commands.
+"""docs/errors.md lists errors by topic: the message, the exit code, and what to do.
 
-``ZNORMSEG_REGENERATE=1`` writes that part anew: look at the difference.
+tests/system/errors_shown.py has a command for each row. ``ZNORMSEG_REGENERATE=1`` writes the rows again from what the
+commands print; review the diff.
 """
 
 from __future__ import annotations
@@ -23,10 +23,13 @@ Call = Callable[..., Any]
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "errors.md"
-BEGIN, END = "<!-- as printed: written by tests/system/test_docs_errors.py -->\n", "<!-- as printed: end -->\n"
-WHY_NOT = "Not shown: "
+HEAD = "| message | exit code | what to do |\n|---|---|---|\n"
+#: A row: the message in backticks, the code, and the rest.
+ROW = re.compile(r"^\| (?P<ticks>`+) ?(?P<message>.+?) ?(?P=ticks) \| (?P<code>\d+) \| (?P<remedy>.+) \|$")
 #: Progress where there is no terminal; when a line of it comes depends on the machine.
 PROGRESS = re.compile(r"^[a-z ]+ +\d+%  ")
+#: Lines that say how many cases failed, after the message of each.
+SUMMARY = re.compile(r"^znormseg: \d+ of \d+ cases? failed")
 
 
 def _errors_shown() -> Any:
@@ -43,61 +46,103 @@ def _errors_shown() -> Any:
 errors = _errors_shown()
 
 
-def parts(document: str) -> tuple[str, str, str]:
-    """What stands before the part that is written, that part, and what comes after it."""
-    before, _, rest = document.partition(BEGIN)
-    found, _, after = rest.partition(END)
-    return before, found, after
+def split_at_table(document: str, topic: str) -> tuple[str, list[str], str]:
+    """A document before the rows of a topic, these rows, and the document after them."""
+    start = document.index(HEAD, document.index(f"\n## {topic}\n")) + len(HEAD)
+    rows = re.match(r"(\|.*\n)*", document[start:])
+    assert rows is not None
+    return document[:start], rows[0].splitlines(), document[start + rows.end() :]
 
 
-def rows_of_tables(text: str) -> dict[str, list[str]]:
-    """First columns of tables of what came, by heading without exit codes."""
-    found: dict[str, list[str]] = {}
-    for section in re.split(r"^## ", text, flags=re.MULTILINE)[1:]:
-        heading = re.sub(r" \([^)]*\)", "", section.partition("\n")[0])
-        lines = [line for line in section.splitlines() if line.startswith("| ")]
-        if lines:
-            found[heading] = [re.split(r" \| ", line.removeprefix("| "))[0] for line in lines[1:]]
-    return found
+# The document
 
 
-# What holds of the document
+def test_every_topic_has_a_table_and_there_are_no_others() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    sections = re.split(r"^## ", document, flags=re.MULTILINE)[1:]
+    assert [part.partition("\n")[0] for part in sections if HEAD in part] == list(errors.TABLES)
 
 
-def test_every_row_of_every_table_has_commands_or_a_reason_and_there_are_no_others() -> None:
-    before, _, _ = parts(DOCUMENT.read_text(encoding="utf-8"))
-    assert {section: list(rows) for section, rows in errors.ROWS.items()} == rows_of_tables(before)
-    assert all(shown for rows in errors.ROWS.values() for shown in rows.values())
+@pytest.mark.parametrize("topic", errors.TABLES)
+def test_the_rows_of_a_topic_have_the_exit_codes_of_its_commands(topic: str) -> None:
+    _, rows, _ = split_at_table(DOCUMENT.read_text(encoding="utf-8"), topic)
+    found = [ROW.match(row) for row in rows]
+    assert [row for row, match in zip(rows, found, strict=True) if match is None] == []
+    assert [int(match["code"]) for match in found if match] == [one.code for one in errors.TABLES[topic] if one.listed]
 
 
-def test_every_row_of_every_table_is_shown_with_a_block_or_a_reason() -> None:
-    before, shown, _ = parts(DOCUMENT.read_text(encoding="utf-8"))
-    assert shown.count("\n### ") == len(rows_of_tables(before))
-    for section, rows in rows_of_tables(before).items():
-        _, _, part = shown.partition(f"### {section}\n")
-        for row in rows:
-            _, _, beneath = part.partition("\n### ")[0].partition(f"\n**{row}**\n")
-            first = beneath.partition("\n**")[0]
-            assert "```text\n$ " in first or WHY_NOT in first, f"{section}: {row}"
-
-
-def every_command() -> list[Any]:
-    return [
-        one for rows in errors.ROWS.values() for shown in rows.values() if not isinstance(shown, str) for one in shown
-    ]
-
-
-def test_every_command_of_a_row_stands_in_the_document_with_what_it_prints() -> None:
-    _, document, _ = parts(DOCUMENT.read_text(encoding="utf-8"))
-    blocks = [kept(document, heading_of(shown)).removeprefix(heading_of(shown)) for shown in every_command()]
-    assert [shown.command for shown, block in zip(every_command(), blocks, strict=True) if block == "```\n"] == []
+def test_no_row_stands_twice_in_a_table() -> None:
+    document = DOCUMENT.read_text(encoding="utf-8")
+    for topic in errors.TABLES:
+        _, rows, _ = split_at_table(document, topic)
+        assert len(rows) == len(set(rows)), topic
 
 
 def test_every_bad_input_of_the_tests_is_shown() -> None:
-    titles = {shown.title for shown in every_command()}
+    titles = {one.title for table in errors.TABLES.values() for one in table if isinstance(one, errors.Shown)}
     bad = errors.bad
     assert {*bad.BAD_IMAGES, *bad.BAD_SETTINGS, *bad.BAD_RUNS} <= titles
     assert set(bad.BAD_LABELS) <= {title.removeprefix("label map: ") for title in titles}
+
+
+# A row
+
+
+def row(lines: list[str], code: int, remedy: str) -> str:
+    """A row of a table, from the lines of a message."""
+    message, advice = lines[0].rstrip(".:"), remedy
+    if not remedy:
+        message, advice = divided(lines)
+    return f"| {in_code(message)} | {code} | {in_text(advice)} |"
+
+
+def ending(text: str) -> tuple[str, str]:
+    """The exit code and the advice of a row."""
+    match = ROW.match(text)
+    return (match["code"], match["remedy"]) if match else ("", "")
+
+
+def divided(lines: list[str]) -> tuple[str, str]:
+    """What is wrong, and what to do about it: the first line or the first sentence of a message, and the rest."""
+    first, *others = lines
+    if others:
+        return first.rstrip(":"), capitalised(" ".join(line.strip().removeprefix("-> ") for line in others))
+    for gap in (r"(?<=[.?]) (?=[A-Z`]|--)", r"; "):
+        if found := re.search(gap, first):
+            return first[: found.start()].rstrip("."), capitalised(first[found.end() :])
+    return first.rstrip("."), ""
+
+
+def capitalised(text: str) -> str:
+    """Text that begins a cell; a name of a key stays as it is."""
+    return text if re.match(r"[a-z]+[._][a-z]", text) else f"{text[0].upper()}{text[1:]}"
+
+
+def in_code(text: str) -> str:
+    """Text as code in a cell of a table."""
+    text = text.replace("|", "\\|")
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def in_text(text: str) -> str:
+    """Text in a cell of a table, in which Markdown and HTML have no meaning, except for code and links."""
+    parts = re.split(r"(`[^`]*`|\[[^\]]*\]\([^)]*\))", text)
+    parts[::2] = [re.sub(r"(\*|(?<!\w)_)", r"\\\1", part).replace("<", "&lt;") for part in parts[::2]]
+    return "".join(parts).replace("|", "\\|")
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        (["a.nii: empty. Copy it again."], "| `a.nii: empty` | 3 | Copy it again. |"),
+        (["OUT is a file; give a folder"], "| `OUT is a file` | 3 | Give a folder |"),
+        (["changed:", "  steps: 1 -> 2", "Use --allow."], "| `changed` | 3 | Steps: 1 -> 2 Use --allow. |"),
+        (["no `x`|`y`. Name it <case>_t1, _t2"], "| `` no `x`\\|`y` `` | 3 | Name it &lt;case>\\_t1, \\_t2 |"),
+    ],
+)
+def test_a_message_is_divided_into_what_is_wrong_and_what_to_do(lines: list[str], expected: str) -> None:
+    assert row(lines, 3, "") == expected
+    assert ROW.match(expected)
 
 
 # What the commands print
@@ -152,36 +197,31 @@ def ended(shown: Any, small: list[str], patch: pytest.MonkeyPatch, znormseg: Cal
 
 
 def as_printed(shown: Any, outcome: Any, place: Path) -> list[str]:
-    """The message alone, with short paths and without what differs from run to run."""
-    lines = [line for line in (outcome.err or outcome.out).strip("\n").splitlines() if not PROGRESS.match(line)]
+    """The lines of the message, with short paths and without what differs from run to run."""
     if shown.only:
         both = f"{outcome.err}{outcome.out}".splitlines()
         lines = list(dict.fromkeys(line for line in both if re.search(shown.only, line)))  # of two processes: once
     else:
-        begins = [number for number, line in enumerate(lines) if line.startswith(("znormseg:", "case ", "--"))]
-        lines = lines[begins[0] :] if begins else lines
-    text = "\n".join(lines)
-    text = re.sub(r"^(Usage: |Try ')\S.*?znormseg", r"\1znormseg", text, flags=re.MULTILINE)
-    text = text.replace(f"{place}/", "").replace(str(place), ".")
-    for pattern, instead in {r"\b[0-9a-f]{12,}\b": "0123456789ab", **shown.steady}.items():
+        lines = [line for line in (outcome.err or outcome.out).splitlines() if line and not PROGRESS.match(line)]
+        begin = next((n for n, line in enumerate(lines) if line.startswith(("znormseg:", "case ", "--", "Error:"))), 0)
+        lines = [line for line in lines[begin:] if not SUMMARY.match(line)]
+    text = "\n".join(lines).replace(f"{place}/", "").replace(str(place), ".")
+    text = re.sub(r"^(znormseg|Error): ((not one|none) of [^.]{0,60} could be scored\. )?", "", text)
+    case, other = errors.CASE, errors.OTHER
+    named = {rf"DATA/{case}/{case}_(t2|seg)\.nii(\.gz)?": "FILE", case: "CASE", rf"{other}|{case[:-1]}9": "OTHER"}
+    steady = {
+        r"\b[0-9a-f]{12,}\b": "0123456789ab",
+        r" Seen: .*": "",
+        **shown.steady,
+        **named,
+    }  # the labels of some cases
+    for pattern, instead in steady.items():
         text = re.sub(pattern, instead, text)
     return text.splitlines()
 
 
-def heading_of(shown: Any) -> str:
-    """What stands above a block: it is found by it again."""
-    title = f"{shown.title[0].upper()}{shown.title[1:]}, exit code" if shown.title else "Exit code"
-    return f"{title} {shown.code}:\n\n```text\n$ {shown.command}\n"
-
-
-def kept(document: str, heading: str) -> str:
-    """A block as the document has it."""
-    _, _, rest = document.partition(heading)
-    return heading + rest.partition("```\n")[0] + "```\n"
-
-
 @pytest.mark.slow
-def test_the_document_shows_each_row_as_it_prints(
+def test_the_document_shows_what_the_commands_print(
     *,
     place: Path,
     phantoms: Path,
@@ -193,12 +233,10 @@ def test_the_document_shows_each_row_as_it_prints(
     znormseg: Call,
     shell: Call,
 ) -> None:
-    before, document, after = parts(DOCUMENT.read_text(encoding="utf-8"))
+    document = DOCUMENT.read_text(encoding="utf-8")
     wrong: list[str] = []
 
-    def block(shown: Any) -> str:
-        if not shown.possible():
-            return kept(document, heading_of(shown))
+    def row_of(shown: Any) -> str:
         fresh(place, phantoms, tiny_run)
         with pytest.MonkeyPatch.context() as patch, ExitStack() as held:
             shown.prepare(
@@ -217,18 +255,31 @@ def test_the_document_shows_each_row_as_it_prints(
         lines = as_printed(shown, outcome, place)
         if (outcome.code, "Traceback" in outcome.err and not shown.only) != (shown.code, False) or not lines:
             wrong.append(f"{shown.command}: {outcome}")
-        return heading_of(shown) + "".join(f"{line}\n" for line in lines) + "```\n"
+            return ""
+        return row(lines, shown.code, shown.remedy)
 
-    def written() -> Iterator[str]:
-        for section, rows in errors.ROWS.items():
-            yield f"### {section}\n"
-            for row, shown in rows.items():
-                yield f"**{row}**\n"
-                yield from [f"{WHY_NOT}{shown}.\n"] if isinstance(shown, str) else map(block, shown)
+    def rows_of(topic: str) -> Iterator[tuple[Any, str]]:
+        present = iter(split_at_table(document, topic)[1])
+        for one in errors.TABLES[topic]:
+            kept = next(present, "") if one.listed else ""
+            if isinstance(one, errors.Raised):
+                yield one, row([one.message()], one.code, one.remedy)
+            else:
+                yield one, row_of(one) if one.possible() else kept
 
-    text = "\n".join(written())
+    made = {topic: list(rows_of(topic)) for topic in errors.TABLES}
+    endings = {ending(text) for rows in made.values() for one, text in rows if one.listed}
+    for one, text in (pair for rows in made.values() for pair in rows):
+        if text and not ROW.match(text):
+            wrong.append(f"{text}: the message does not say what to do, so errors_shown.py needs a remedy")
+        if text and not one.listed and ending(text) not in endings:
+            wrong.append(f"{text}: no row of the document has this code and this advice")
     assert not wrong, "\n".join(wrong)
+    expected = document
+    for topic, rows in made.items():
+        before, _, after = split_at_table(expected, topic)
+        expected = before + "".join(f"{text}\n" for one, text in rows if one.listed) + after
     if os.environ.get("ZNORMSEG_REGENERATE"):
-        DOCUMENT.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
+        DOCUMENT.write_text(expected, encoding="utf-8")
         return
-    assert document.strip().splitlines() == text.strip().splitlines(), "write it anew with ZNORMSEG_REGENERATE=1"
+    assert document.splitlines() == expected.splitlines(), "write it again with ZNORMSEG_REGENERATE=1"

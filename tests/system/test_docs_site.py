@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def pages(reference: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def elsewhere(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def elsewhere(reference: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A copy of the packages that the reference is written from, to leave documentation out of."""
     for package in reference.PACKAGES:
         shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))

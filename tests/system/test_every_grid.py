@@ -80,7 +80,8 @@ class Storage:
 
     def header(self) -> Any:
         """An empty header of this kind."""
-        return (nib.Nifti2Header if self.kind == "NIfTI-2" else nib.Nifti1Header)(endianness=self.endian)
+        kind: Any = nib.Nifti2Header if self.kind == "NIfTI-2" else nib.Nifti1Header
+        return kind(endianness=self.endian)
 
     def write(self, path: Path, values: npt.NDArray[Any], affine: Affine) -> None:
         """Write values, whole numbers, so that a reader gets exactly ``gain`` times these after scaling."""
@@ -96,7 +97,8 @@ class Storage:
         raw = (self.gain * values - self.inter) / self.slope if scaled else values
         stored = raw.astype(header.get_data_dtype())
         assert np.array_equal(stored, raw)
-        image: Any = (nib.Nifti2Image if self.kind == "NIfTI-2" else nib.Nifti1Image)(stored, None, header)
+        kind: Any = nib.Nifti2Image if self.kind == "NIfTI-2" else nib.Nifti1Image
+        image = kind(stored, None, header)
         image.header["scl_slope"], image.header["scl_inter"] = self.slope, self.inter
         if self.comment:
             image.header.extensions.append(nib.nifti1.Nifti1Extension("comment", self.comment))
@@ -107,11 +109,13 @@ class Storage:
             path.write_bytes(content)
 
 
+KINDS: tuple[Literal["NIfTI-1", "NIfTI-2"], ...] = ("NIfTI-1", "NIfTI-2")
+BYTE_ORDERS: Mapping[str, Literal["<", ">"]] = {"little": "<", "big": ">"}
 STORAGES: Mapping[str, Storage] = {
     **{
         f"{kind} {name} {dtype} {ending}": Storage(kind=kind, endian=endian, dtype=dtype, ending=ending)
-        for kind in ("NIfTI-1", "NIfTI-2")
-        for name, endian in (("little", "<"), ("big", ">"))
+        for kind in KINDS
+        for name, endian in BYTE_ORDERS.items()
         for dtype in ("i2", "u2", "f4", "f8")
         for ending in (".nii", ".nii.gz")
     },
@@ -264,7 +268,7 @@ def test_what_is_stored_reads_back_as_the_values_of_the_phantom(storage: str, st
 def test_the_bytes_on_disk_are_what_the_name_says(name: str, stored: Path) -> None:
     storage = STORAGES[name]
     path = t1c_of(stored / file_name(name))
-    with ImageOpener(path) as stream:
+    with ImageOpener(str(path)) as stream:
         header = storage.header().from_fileobj(stream)
     assert (header.endianness, header["sizeof_hdr"]) == (storage.endian, {"NIfTI-1": 348, "NIfTI-2": 540}[storage.kind])
     np.testing.assert_array_equal([header["scl_slope"], header["scl_inter"]], [storage.slope, storage.inter])
@@ -351,8 +355,8 @@ def test_a_real_case_gives_the_same_tissue_in_every_order(tiny_run: Path, real_c
             nib.save(load(path).as_reoriented(order), folder / f"order{number}_{contrast}.nii")
         predicted = predict(model, find_cases(folder), tmp_path / "out", runtime=runtime)
         assert not predicted.failures
-        assert_same_grid(predicted.done[0].label_map, t1c_of(folder))
-        codes = in_order(voxels(predicted.done[0].label_map), order)
+        assert_same_grid(Path(predicted.cases[0]["label_map"]), t1c_of(folder))
+        codes = in_order(voxels(Path(predicted.cases[0]["label_map"])), order)
         codes[codes == 4] = 3
         if expected is None:
             assert_no_symmetry(codes)
@@ -376,7 +380,7 @@ def two_cases(phantoms: Path, tmp_path: Path) -> Path:
     for case in sorted(phantoms.iterdir())[:2]:
         shutil.copytree(case, tmp_path / "two" / case.name)
     for path in (tmp_path / "two" / CASE).iterdir():
-        nib.save(sheared(nib.Nifti1Image.from_bytes(nib.load(path).to_bytes())), path)
+        nib.save(sheared(nib.Nifti1Image.from_bytes(nib.Nifti1Image.from_filename(path).to_bytes())), path)
     return tmp_path / "two"
 
 

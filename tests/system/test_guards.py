@@ -39,11 +39,14 @@ NIFTI, LAYOUTS, PREPARE = "data/nifti.py", "data/datasets/layouts.py", "data/pre
 GUARDS: dict[str, Guard] = {
     # Files and contrasts
     "a contrast missing": Guard(
-        LAYOUTS, "    problems = _missing(contrasts, unrecognised)\n", "    problems = []\n", f"{TRAIN}[missing]"
+        LAYOUTS,
+        "    problems = missing_problems(contrasts, unrecognised)\n",
+        "    problems = []\n",
+        f"{TRAIN}[missing]",
     ),
     "a contrast missing where the run needs it": Guard(
         "app/inference/batch/predict.py",
-        "    require_contrasts(case, model)\n",
+        "        require_contrasts(case, self.model)\n",
         "",
         "system/test_missing_contrasts.py::test_a_run_that_needs_all_contrasts_says_which_kind_does_not",
     ),
@@ -61,7 +64,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "an ensemble of networks that do not go together": Guard(
         "app/inference/ensemble.py",
-        "        require_alike(folder, first, facts_of(model))\n",
+        "        _require_alike(folder, shared, facts)\n",
         "",
         "app/inference/test_ensemble.py::test_networks_of_different_spacings_are_refused",
     ),
@@ -73,7 +76,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "more folds than patients": Guard(
         "app/experiments/crossval/folds.py",
-        "    if recorded is None and count < folds:",
+        "    if not kept and count < folds:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_folds_that_cannot_be_are_refused",
     ),
@@ -84,7 +87,7 @@ GUARDS: dict[str, Guard] = {
         "app/experiments/crossval/test_crossval.py::test_cases_of_different_spacings_need_one_to_be_named",
     ),
     "another cross-validation in its folder": Guard(
-        "app/experiments/crossval/folds.py",
+        "app/experiments/runs.py",
         "    if changed:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_another_config_is_refused",
@@ -97,8 +100,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "an out-of-fold file that is cut short": Guard(
         "app/experiments/crossval/out_of_fold.py",
-        "    except _DAMAGE:",
-        "    except KeyError:",
+        "    except RunError:\n        return False\n",
+        "    except KeyError:\n        return False\n",
         "app/experiments/crossval/test_crossval.py::test_a_file_that_is_cut_short_is_as_good_as_not_there",
     ),
     "a checkpoint that contradicts its config": Guard(
@@ -175,14 +178,14 @@ GUARDS: dict[str, Guard] = {
         LAYOUTS, "if path.is_symlink() and not path.exists():", "if False:", f"{TRAIN}[dangling link]"
     ),
     "a case id that leads elsewhere": Guard(
-        LAYOUTS,
-        "problems = problems or tuple(_id_problems(self.id))",
+        "data/datasets/case.py",
+        "problems = problems or tuple(id_problems(self.id))",
         "problems = problems",
         "system/test_bad_input.py::test_a_case_made_in_code_with_an_id_that_leads_elsewhere_is_refused",
     ),
     "a case id with dots": Guard(
         LAYOUTS,
-        "    problems += _id_problems(case_id)\n",
+        "    problems += id_problems(case_id)\n",
         "",
         "data/quality/test_check.py::test_a_case_id_that_is_no_file_name_is_a_problem",
     ),
@@ -213,7 +216,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "patience without validation cases": Guard(
         "app/training/run.py",
-        "if config.training.patience is not None and not split.validation:",
+        "if config.training.patience is not None and split is not None and not split.validation:",
         "if False:",
         "app/training/test_recipe.py::test_patience_without_validation_cases_is_refused_before_a_folder_is_made",
     ),
@@ -252,12 +255,15 @@ GUARDS: dict[str, Guard] = {
     ),
     "a path of a manifest out of the data": Guard(
         LAYOUTS,
-        "    problems += [problem for path in files for problem in links.problems(path)]\n",
+        "    problems += [problem for path in case.files for problem in links.problems(path)]\n",
         "",
         "data/datasets/test_descriptions.py::test_a_path_of_a_manifest_that_leads_nowhere_or_out_is_a_problem",
     ),
     "a label map on another grid": Guard(
-        PREPARE, '    _require_same_grid(case, reference, label, "the label map")\n', "", f"{LABEL}[another grid]"
+        PREPARE,
+        '    _require_same_grid(case.id, canonical, label, "the label map", case.reference)\n',
+        "",
+        f"{LABEL}[another grid]",
     ),
     "a label map of fractions": Guard(NIFTI, "    if off.any():", "    if False:", f"{LABEL}[fractions]"),
     "NaN in a label map": Guard(NIFTI, "    if volume.zeroed:", "    if False:", f"{LABEL}[NaN]"),
@@ -378,7 +384,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "a half-written file goes": Guard(
         FILES,
-        "        beside.unlink(missing_ok=True)",
+        "        partial.unlink(missing_ok=True)",
         "        pass",
         "system/test_hostile_machine.py::test_predict_on_a_full_disk_leaves_no_half_label_map",
     ),
@@ -390,7 +396,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "no permission to write": Guard(
         "data/filesystem.py",
-        '"EACCES": _NO_PERMISSION,',
+        '**dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),',
         '"EACCES": _OTHER,',
         "system/test_hostile_machine.py::test_predict_into_a_folder_it_may_not_write_to",
     ),

@@ -271,7 +271,7 @@ def test_predict_stopped_by_a_signal_leaves_whole_files_alone(
     assert "Traceback" not in err
     assert [path.name for path in out.rglob(".partial*")] == []
     for path in out.glob("*.nii.gz"):
-        np.asarray(nib.load(path).dataobj)  # whole
+        np.asarray(nib.Nifti1Image.from_filename(path).dataobj)  # whole
 
 
 def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(

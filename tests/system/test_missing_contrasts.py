@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from data.contrasts import SUBSETS
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -31,7 +32,7 @@ def dropout_run(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pyte
 
     run = tmp_path_factory.mktemp("dropout") / "run"
     settings = [*tiny_settings, "training.steps=40", "augment.contrast_dropout=0.5"]
-    start(phantoms, run, load_config("laptop", settings))
+    start(DataSource(phantoms), run, load_config("laptop", settings))
     return run
 
 
@@ -62,7 +63,7 @@ def with_only(phantoms: Path, folder: Path, *contrasts: str, case: str = CASE) -
 
 
 def voxels(path: Path) -> npt.NDArray[np.uint8]:
-    return np.asarray(nib.load(path).dataobj)  # type: ignore[attr-defined]
+    return np.asarray(nib.Nifti1Image.from_filename(path).dataobj)
 
 
 def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
@@ -70,12 +71,12 @@ def test_the_numbers_of_another_data_set_are_read_by_its_own_convention(
 ) -> None:
     case = shutil.copytree(phantoms / CASE, tmp_path / "other" / CASE)
     (label_map,) = case.glob("*seg.nii.gz")
-    image = nib.load(label_map)
+    image = nib.Nifti1Image.from_filename(label_map)
     swapped = np.array([0, 2, 1, 3, 3], dtype=np.uint8)[np.asarray(image.dataobj).astype(int)]  # as the Decathlon's
     nib.save(nib.Nifti1Image(swapped, image.affine), label_map)
-    words = ["evaluate", dropout_run, tmp_path / "other", "--contrast-subsets", "--cases", "all", "--json"]
+    words = ["contrasts", dropout_run, tmp_path / "other", "--cases", "all", "--json"]
     ended = znormseg(*words, "--labels", "msd")
-    same = znormseg("evaluate", dropout_run, phantoms / CASE, *words[3:])
+    same = znormseg("contrasts", dropout_run, phantoms / CASE, *words[3:])
     assert json.loads(ended.out)["subsets"] == json.loads(same.out)["subsets"]
 
 
@@ -125,7 +126,7 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     # A checkpoint after nearly every step.
     frequent = ["training.checkpoint_minutes=0.001"]
     config = load_config("laptop", [*tiny_settings, *frequent, "augment.contrast_dropout=0.5"])
-    start(phantoms, tmp_path / "whole", config)
+    start(DataSource(phantoms), tmp_path / "whole", config)
     steps = Stepper.step
 
     def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
@@ -136,8 +137,8 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     with monkeypatch.context() as patch:
         patch.setattr(Stepper, "step", stopping)
         with pytest.raises(InterruptedRunError):
-            start(phantoms, tmp_path / "parts", config)
-    resume(phantoms, tmp_path / "parts")
+            start(DataSource(phantoms), tmp_path / "parts", config)
+    resume(DataSource(phantoms), tmp_path / "parts")
     whole, parts = (load_newest(tmp_path / run / "checkpoints", "last") for run in ("whole", "parts"))
     assert whole is not None
     assert parts is not None
@@ -168,21 +169,22 @@ def test_files_given_one_by_one_may_be_fewer_than_four(
     files = [word for c in ("t2", "t1") for word in (f"--{c}", place(phantoms, CASE, c))]
     assert znormseg("predict", dropout_run, tmp_path / "one", *files).code == 0
     assert znormseg("predict", dropout_run, case, tmp_path / "two").code == 0
-    assert np.array_equal(*(voxels(tmp_path / folder / f"{CASE}.nii.gz") for folder in ("one", "two")))
+    one, two = (voxels(tmp_path / folder / f"{CASE}.nii.gz") for folder in ("one", "two"))
+    assert np.array_equal(one, two)
 
 
 def test_without_t1c_the_label_map_lies_on_the_grid_of_the_first_that_is_there(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t2", "flair")
-    stored = nib.load(place(phantoms, CASE, "t2"))
-    other_order = stored.as_reoriented([[0, -1], [1, 1], [2, 1]])  # type: ignore[attr-defined]
+    stored = nib.Nifti1Image.from_filename(place(phantoms, CASE, "t2"))
+    other_order = stored.as_reoriented([[0, -1], [1, 1], [2, 1]])
     nib.save(other_order, case / f"{CASE}_t2.nii.gz")
     ended = znormseg("predict", dropout_run, case, tmp_path / "out")
     assert ended.code == 0, ended.err
-    label_map = nib.load(tmp_path / "out" / f"{CASE}.nii.gz")
-    assert np.array_equal(label_map.affine, other_order.affine)  # type: ignore[attr-defined]
-    assert not np.array_equal(label_map.affine, stored.affine)  # type: ignore[attr-defined]
+    label_map = nib.Nifti1Image.from_filename(tmp_path / "out" / f"{CASE}.nii.gz")
+    assert np.array_equal(label_map.affine, other_order.affine)
+    assert not np.array_equal(label_map.affine, stored.affine)
     assert voxels(tmp_path / "out" / f"{CASE}.nii.gz").any()
 
 
@@ -208,7 +210,7 @@ def test_other_problems_of_a_case_stay_problems(
     assert "is missing" not in ended.err
 
 
-# evaluate --contrast-subsets
+# contrasts
 
 
 def test_the_table_has_fifteen_rows_complete_input_first(subset_table: Any) -> None:
@@ -232,7 +234,7 @@ def test_text_csv_and_json_hold_the_same_table(
     dropout_run: Path, phantoms: Path, subset_table: Any, tmp_path: Path, znormseg: Call
 ) -> None:
     out = tmp_path / "table.csv"
-    words = ("evaluate", "--contrast-subsets", dropout_run, phantoms, "--out", out)
+    words = ("contrasts", dropout_run, phantoms, "--out", out)
     ended = znormseg(*words, "--json")
     assert ended.code == 0, ended.err
     content = json.loads(ended.out)
@@ -252,7 +254,7 @@ def test_a_case_that_lacks_a_contrast_counts_in_the_rows_it_can(
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", "t1", "flair")
     shutil.copy(phantoms / CASE / f"{CASE}_seg.nii.gz", case)
-    ended = znormseg("evaluate", dropout_run, case, "--contrast-subsets", "--cases", "all")
+    ended = znormseg("contrasts", dropout_run, case, "--cases", "all")
     assert ended.code == 0, ended.err
     *table, notice = ended.out.splitlines()
     assert notice == "Research use only; not a medical device."
@@ -277,7 +279,7 @@ def test_when_the_run_trained_on_all_cases_the_way_out_is_told(
     dropout_run: Path, phantoms: Path, znormseg: Call
 ) -> None:
     seen = json.loads((dropout_run / "split.json").read_text())["train"][0]
-    ended = znormseg("evaluate", dropout_run, phantoms / seen, "--contrast-subsets")
+    ended = znormseg("contrasts", dropout_run, phantoms / seen)
     assert ended.code == 3
     assert "--cases all" in ended.err
 
@@ -286,7 +288,7 @@ def test_cases_without_label_maps_are_refused(
     dropout_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
 ) -> None:
     case = with_only(phantoms, tmp_path / "in", *ENDINGS)
-    ended = znormseg("evaluate", dropout_run, case, "--contrast-subsets", "--cases", "all")
+    ended = znormseg("contrasts", dropout_run, case, "--cases", "all")
     assert ended.code == 3
     assert "none of 1 cases has a label map" in ended.err
 
@@ -298,7 +300,7 @@ def test_a_broken_case_is_told_and_the_others_are_scored(
         shutil.copytree(case, tmp_path / "in" / case.name)
     broken = place(tmp_path / "in", CASE, "t2")
     broken.write_bytes(broken.read_bytes()[:1000])
-    ended = znormseg("evaluate", dropout_run, tmp_path / "in", "--contrast-subsets", "--cases", "all", "--json")
+    ended = znormseg("contrasts", dropout_run, tmp_path / "in", "--cases", "all", "--json")
     assert ended.code == 6
     content = json.loads(ended.out)
     assert str(broken) in content["failures"][CASE]
@@ -327,7 +329,7 @@ def test_an_ensemble_of_one_run_has_the_table_of_the_run(
 
 
 def test_a_run_that_needs_all_contrasts_has_no_subsets(tiny_run: Path, phantoms: Path, znormseg: Call) -> None:
-    ended = znormseg("evaluate", tiny_run, phantoms, "--contrast-subsets")
+    ended = znormseg("contrasts", tiny_run, phantoms)
     assert ended.code == 5
     assert "--set augment.contrast_dropout=0.5" in ended.err
 
@@ -335,17 +337,26 @@ def test_a_run_that_needs_all_contrasts_has_no_subsets(tiny_run: Path, phantoms:
 @pytest.mark.parametrize(
     ("arguments", "code", "words"),
     [
-        (["--contrast-subsets", "--cases", "some"], 2, "--cases takes unseen, validation or all, got 'some'"),
-        (["--contrast-subsets", "--resample"], 2, "--resample goes with PREDICTIONS"),
-        (["--contrast-subsets", "--device", "nonsense"], 4, "auto, cpu, cuda or cuda:N, got 'nonsense'"),
-        (["--contrast-subsets", "--out", "nowhere/table.csv"], 3, "the folder nowhere does not exist"),
-        (["--cases", "all"], 2, "--cases goes with --contrast-subsets"),
-        (["--device", "cpu"], 2, "--device goes with --contrast-subsets"),
+        (["--cases", "some"], 2, "Invalid value for '--cases'"),
+        (["--resample"], 2, "No such option: --resample"),
+        (["--device", "nonsense"], 4, "auto, cpu, cuda or cuda:N, got 'nonsense'"),
+        (["--out", "nowhere/table.csv"], 3, "the folder nowhere does not exist"),
     ],
 )
-def test_options_that_do_not_fit_together_are_refused_before_the_work(
+def test_a_wrong_option_is_refused_before_the_work(
     *, arguments: list[str], code: int, words: str, dropout_run: Path, phantoms: Path, znormseg: Call
 ) -> None:
-    ended = znormseg("evaluate", dropout_run, phantoms, *arguments)
+    ended = znormseg("contrasts", dropout_run, phantoms, *arguments)
     assert ended.code == code
     assert words in ended.err
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--contrast-subsets"], ["--contrast-subsets", "--cases", "all"], ["--device", "cpu"]], ids=" ".join
+)
+def test_evaluate_names_the_command_that_scores_missing_contrasts(
+    arguments: list[str], dropout_run: Path, phantoms: Path, znormseg: Call
+) -> None:
+    ended = znormseg("evaluate", dropout_run, phantoms, *arguments)
+    assert ended.code == 2
+    assert "znormseg contrasts RUN DATA" in ended.err.splitlines()[-1]

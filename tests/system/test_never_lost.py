@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from app.config.load import RunConfig, load_config
 from app.errors import ConfigError, InterruptedRunError, RunError
 from app.runs.checkpoints import load_newest, save
-from app.runs.folder import read_metrics
+from app.runs.folder import read_metrics, write_durably
 from app.system.disk_full import RetryOnFullDisk
 from app.training.config_changes import FIXED, HARMLESS, require_allowed
 from app.training.run import resume, start
 from app.training.step import Stepper, StepResult
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -39,7 +40,7 @@ def eight_steps(tiny_settings: list[str]) -> list[str]:
 def straight(phantoms: Path, eight_steps: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of ``eight_steps`` that nothing happens to."""
     run = tmp_path_factory.mktemp("straight") / "run"
-    start(phantoms, run, load_config("laptop", eight_steps))
+    start(DataSource(phantoms), run, load_config("laptop", eight_steps))
     return run
 
 
@@ -77,7 +78,8 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Stepper], object]) -> None:
     """Have something happen once, in the middle of a step counted from 1."""
-    steps, done = Stepper.step, []
+    steps = Stepper.step
+    done: list[object] = []
 
     def acting(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
         result = steps(self, *arguments, **options)
@@ -112,7 +114,7 @@ def test_a_run_whose_newest_checkpoint_is_damaged_goes_on_from_the_one_before_to
 ) -> None:
     newest(copied).write_bytes(newest(copied).read_bytes()[:-1])
     assert steps_saved(copied) == [6, 8]
-    resume(phantoms, copied)
+    resume(DataSource(phantoms), copied)
     assert any("last-000000008.safetensors" in line and "checkpoint of step 6 is" in line for line in messages())
     assert_same_weights(copied, straight)
     assert [record["step"] for record in records(copied)] == list(range(1, 9))
@@ -136,7 +138,7 @@ def test_predict_takes_the_best_weights_before_where_the_newest_are_damaged(
 def test_best_weights_that_are_lost_are_saved_again(copied: Path, straight: Path, phantoms: Path) -> None:
     for path in (copied / "checkpoints").glob("best-*.safetensors"):
         path.write_bytes(b"")
-    resume(phantoms, copied, load_config(str(copied / "config.yaml"), ["training.steps=10"]))
+    resume(DataSource(phantoms), copied, load_config(str(copied / "config.yaml"), ["training.steps=10"]))
     assert max(steps_saved(copied, "best")) > 8
 
 
@@ -146,7 +148,7 @@ def test_a_finished_run_whose_best_weights_are_all_lost_saves_its_last(
 ) -> None:
     for path in (copied / "checkpoints").glob("best-*"):
         lose(path)
-    assert resume(phantoms, copied).best_step == 8
+    assert resume(DataSource(phantoms), copied).best_step == 8
     best = load_newest(copied / "checkpoints", "best")
     assert best is not None
     assert best.step == 8
@@ -155,7 +157,7 @@ def test_a_finished_run_whose_best_weights_are_all_lost_saves_its_last(
 
 def test_what_a_killed_process_left_half_written_goes_at_the_next_start(copied: Path, phantoms: Path) -> None:
     (copied / "checkpoints" / ".partial-1-last-000000009.safetensors").write_bytes(b"half")
-    resume(phantoms, copied)
+    resume(DataSource(phantoms), copied)
     assert [path.name for path in copied.rglob(".partial*")] == []
 
 
@@ -174,8 +176,8 @@ def test_sigusr1_saves_and_the_run_goes_on_to_the_same_result(
     at_step(monkeypatch, 3, lambda _: signal.raise_signal(signal.SIGUSR1))
     saved: list[int] = []
     at_step(monkeypatch, 4, lambda _: saved.extend(steps_saved(tmp_path / "run")))
-    start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
-    assert "SIGUSR1: step 3 is saved; going on" in messages()
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
+    assert "SIGUSR1: saved step 3; training continues" in messages()
     assert saved == [2, 3]
     assert_same_weights(tmp_path / "run", straight)
 
@@ -184,8 +186,7 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import run as train
-
-    prepare = train.cache_cases
+    from data.patches.sampler import cache_cases as prepare
 
     def signalled(*arguments: Any, **options: Any) -> Any:
         signal.raise_signal(signal.SIGUSR1)
@@ -195,7 +196,7 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
     reached: list[int] = []
     before = signal.signal(signal.SIGUSR1, lambda number, _: reached.append(number))  # else it would end this process
     try:
-        start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings))
+        start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings))
         assert reached == []
         signal.raise_signal(signal.SIGUSR1)
         assert reached == [signal.SIGUSR1]
@@ -207,8 +208,7 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.training import trainer
-
-    validate = trainer.validation_dice
+    from app.training.validation import validation_dice as validate
 
     def stopped(*arguments: Any, **options: Any) -> dict[str, float]:
         signal.raise_signal(signal.SIGTERM)
@@ -217,8 +217,8 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "validation_dice", stopped)
         with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after step 2"):
-            start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
-    resume(phantoms, tmp_path / "run")
+            start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
+    resume(DataSource(phantoms), tmp_path / "run")
     assert_same_weights(tmp_path / "run", straight)
     assert [record["step"] for record in records(tmp_path / "run", "validation")] == [2, 4, 6, 8]
 
@@ -232,19 +232,19 @@ def test_a_finished_run_with_a_longer_budget_trains_on_and_says_what_the_learnin
     ended = znormseg("train", phantoms, copied, "--resume", "--set", "training.steps=16")
     assert ended.code == 0
     assert "config changed at step 8: training.steps: 8 -> 16" in ended.err
-    assert "step 8 is 50 % of the budget (before: 100 %); the learning rate goes on from 0.00" in ended.err
+    assert "step 8 is 50 % of the budget (before: 100 %); the learning rate continues at 0.00" in ended.err
     assert [record["step"] for record in records(copied)] == list(range(1, 17))
     assert [record["step"] for record in records(copied, "validation")] == [2, 4, 6, 8, 12, 16]
 
 
 def test_a_change_of_config_is_on_record_with_its_step(copied: Path, phantoms: Path) -> None:
     config = load_config(str(copied / "config.yaml"), ["training.learning_rate=0.002", "training.steps=9"])
-    resume(phantoms, copied, config, allow=["training.learning_rate"])
+    resume(DataSource(phantoms), copied, config, allow=["training.learning_rate"])
     assert load_config(str(copied / "config.yaml")) == config
     assert json.loads((copied / "run.json").read_text())["config_changes"] == [
         {"step": 8, "changes": ["training.steps: 8 -> 9", "training.learning_rate: 0.01 -> 0.002"]}
     ]
-    resume(phantoms, copied, config)
+    resume(DataSource(phantoms), copied, config)
     assert len(json.loads((copied / "run.json").read_text())["config_changes"]) == 1
 
 
@@ -282,7 +282,7 @@ def test_every_key_that_is_named_as_harmless_or_fixed_is_one() -> None:
 
 def test_an_allowed_key_that_there_is_not_is_refused_with_the_one_meant(straight: Path, phantoms: Path) -> None:
     with pytest.raises(ConfigError, match=r"--allow training\.sed: unknown key; did you mean training\.seed\?"):
-        resume(phantoms, straight, allow=["training.sed"])
+        resume(DataSource(phantoms), straight, allow=["training.sed"])
 
 
 def test_allow_without_resume_is_a_wrong_command_line(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
@@ -292,7 +292,7 @@ def test_allow_without_resume_is_a_wrong_command_line(phantoms: Path, tmp_path: 
 def test_a_refused_change_leaves_the_run_as_it_is(copied: Path, phantoms: Path) -> None:
     before = {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()}
     with pytest.raises(ConfigError):
-        resume(phantoms, copied, load_config("laptop"))
+        resume(DataSource(phantoms), copied, load_config("laptop"))
     assert {path: path.read_bytes() for path in copied.rglob("*") if path.is_file()} == before
 
 
@@ -307,7 +307,7 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     spoil_batches(monkeypatch, lambda number: number == 4)
-    result = start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
+    result = start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     assert result.steps == 8
     (line,) = (line for line in messages() if "its loss is nan" in line)
     assert line.startswith("step 5: ")
@@ -329,7 +329,7 @@ def test_the_batch_of_such_a_loss_is_kept_for_study(
         return loss_of(self, network, batch) * (float("inf") if next_batch(self) == 4 else 1.0)
 
     monkeypatch.setattr(Stepper, "_loss", spoilt)
-    start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     kept = tmp_path / "run" / "nonfinite" / "step-000000005.safetensors"
     assert torch.equal(load_file(kept)["image.0"], batches[4].image)
     assert torch.equal(load_file(kept)["masks.0"], batches[4].masks)
@@ -342,12 +342,12 @@ def test_a_run_that_went_back_is_the_same_again_also_when_it_is_interrupted(
 ) -> None:
     config = load_config("laptop", eight_steps)
     spoil_batches(monkeypatch, lambda number: number == 4)
-    start(phantoms, tmp_path / "one", config)
+    start(DataSource(phantoms), tmp_path / "one", config)
     with monkeypatch.context() as patch:
         at_step(patch, 6, lambda _: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(InterruptedRunError):
-            start(phantoms, tmp_path / "two", config)
-    resume(phantoms, tmp_path / "two")
+            start(DataSource(phantoms), tmp_path / "two", config)
+    resume(DataSource(phantoms), tmp_path / "two")
     assert_same_weights(tmp_path / "one", tmp_path / "two")
 
 
@@ -355,12 +355,12 @@ def test_a_run_that_went_back_too_often_ends_and_names_every_time(
     phantoms: Path, eight_steps: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoil_batches(monkeypatch, lambda number: number >= 4)
-    with pytest.raises(RunError, match=r"step 5: its loss is nan.*back 2 times before") as raised:
-        start(phantoms, tmp_path / "run", load_config("laptop", [*eight_steps, "training.max_rollbacks=2"]))
+    with pytest.raises(RunError, match=r"step 5: its loss is nan.*rolled back 2 times") as raised:
+        start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*eight_steps, "training.max_rollbacks=2"]))
     assert str(raised.value).count("batch in ") == 3
     assert max(steps_saved(tmp_path / "run")) == 4
     monkeypatch.undo()
-    resume(phantoms, tmp_path / "run")
+    resume(DataSource(phantoms), tmp_path / "run")
     assert max(steps_saved(tmp_path / "run")) == 8
 
 
@@ -376,7 +376,7 @@ def test_weights_that_are_not_finite_are_never_saved(
             next(stepper.state.network.parameters()).fill_(float("inf"))
 
     at_step(monkeypatch, 4, overflow)
-    start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     assert any("step 4: it left weights that are not finite" in line for line in messages())
     assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(newest(tmp_path / "run")).values())
 
@@ -410,9 +410,9 @@ def test_a_checkpoint_that_meets_a_full_disk_is_saved_when_there_is_room(
     from app.system import disk_full
 
     monkeypatch.setattr(disk_full, "RETRY_SECONDS", 0.01)
-    fill = full_for(3, checkpoints.write_durably)
+    fill = full_for(3, write_durably)
     at_step(monkeypatch, 3, lambda _: monkeypatch.setattr(checkpoints, "write_durably", fill))
-    start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     (line,) = (line for line in messages() if "Training waits" in line)
     assert "The checkpoint of step 4 needs 0." in line
     assert_same_weights(tmp_path / "run", straight)
@@ -422,18 +422,17 @@ def test_a_stop_while_the_disk_is_full_ends_with_the_error_and_the_old_checkpoin
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.runs import checkpoints
-    from app.system import disk_full
 
     def fill(_: Stepper) -> None:
-        monkeypatch.setattr(checkpoints, "write_durably", full_for(10**9, checkpoints.write_durably))
-        monkeypatch.setattr(disk_full.time, "sleep", lambda _: signal.raise_signal(signal.SIGTERM))
+        monkeypatch.setattr(checkpoints, "write_durably", full_for(10**9, write_durably))
+        monkeypatch.setattr("time.sleep", lambda _: signal.raise_signal(signal.SIGTERM))
 
     at_step(monkeypatch, 3, fill)
     with pytest.raises(OSError, match="No space left"):
-        start(phantoms, tmp_path / "run", load_config("laptop", eight_steps))
+        start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     monkeypatch.undo()
     assert steps_saved(tmp_path / "run") == [0, 2]
-    resume(phantoms, tmp_path / "run")
+    resume(DataSource(phantoms), tmp_path / "run")
     assert_same_weights(tmp_path / "run", straight)
 
 
@@ -488,7 +487,7 @@ def test_progress_tells_loss_rate_waiting_norm_dice_and_time_left(
     phantoms: Path, eight_steps: list[str], tmp_path: Path
 ) -> None:
     seen: list[Any] = []
-    start(phantoms, tmp_path / "run", load_config("laptop", eight_steps), on_progress=seen.append)
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps), on_progress=seen.append)
     last = [progress for progress in seen if progress.job == "training"][-1]
     for part in ("step 8", "loss ", "lr ", "data wait ", "gradient norm ", "Dice WT ", "best Dice "):
         assert part in last.detail
@@ -525,7 +524,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(
 ) -> None:
     settings = [*tiny_settings, "training.steps=150", "training.validations=5", "network.dropout=0.2"]
     settings += ["training.checkpoint_minutes=0.001", "network.channels=[8, 16, 32]"]
-    start(phantoms, tmp_path / "straight", load_config("laptop", settings))
+    start(DataSource(phantoms), tmp_path / "straight", load_config("laptop", settings))
     run, draw = tmp_path / "run", random.Random(20)
     options = [word for setting in settings for word in ("--set", setting)]
     reached, while_writing, kills = 0, 0, 0
@@ -552,7 +551,7 @@ def test_a_run_killed_at_twenty_random_moments_ends_with_the_same_weights(
         while_writing += bool(list((run / "checkpoints").glob(".partial-*")))
         kills += 1
     assert while_writing > 0
-    resume(phantoms, run)
+    resume(DataSource(phantoms), run)
     assert_same_weights(run, tmp_path / "straight")
     assert [(r["step"], r["loss"]) for r in records(run)] == [
         (r["step"], r["loss"]) for r in records(tmp_path / "straight")

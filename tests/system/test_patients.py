@@ -15,12 +15,12 @@ import pytest
 
 from app.config.load import load_config
 from app.errors import RunError
-from app.experiments.comparison.run import _dealt
-from app.experiments.comparison.split import fold_parts
+from app.experiments.comparison.split import deal_parts, fold_parts
 from app.experiments.crossval.folds import deal, require_same
 from app.training.run import resume, start
 from data.datasets.layouts import find_cases, patients_of
 from data.datasets.patients import patient_by_older_versions
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 Call = Callable[..., Any]
@@ -82,7 +82,12 @@ def test_a_split_that_parts_a_stated_patient_is_refused_with_both_cases(phantoms
     data = manifest(tmp_path / "m.csv", phantoms, "abcdef", "112233")
     (tmp_path / "split.json").write_text('{"train": ["a", "c"], "validation": ["d"]}')
     with pytest.raises(DataError, match=r"patient 2 is in train and in validation \(case c, case d\)"):
-        start(data, tmp_path / "run", load_config("laptop"), split_file=tmp_path / "split.json", follow_links=True)
+        start(
+            DataSource(data, follow_links=True),
+            tmp_path / "run",
+            load_config("laptop"),
+            split_file=tmp_path / "split.json",
+        )
 
 
 def test_the_split_of_a_run_of_an_older_version_is_kept_with_a_warning(
@@ -90,10 +95,10 @@ def test_the_split_of_a_run_of_an_older_version_is_kept_with_a_warning(
 ) -> None:
     ids = [f"sub-{n}_ses-{v}" for n in "123" for v in "12"]
     data, run = manifest(tmp_path / "m.csv", phantoms, ids), tmp_path / "run"
-    start(data, run, load_config("laptop", tiny_settings), follow_links=True)
+    start(DataSource(data, follow_links=True), run, load_config("laptop", tiny_settings))
     before = {"train": ids[:-1], "validation": ids[-1:]}
     (run / "split.json").write_text(json.dumps(before))
-    resume(data, run, load_config("laptop", [*tiny_settings, "training.steps=5"]), follow_links=True)
+    resume(DataSource(data, follow_links=True), run, load_config("laptop", [*tiny_settings, "training.steps=5"]))
     assert json.loads((run / "split.json").read_text()) == before
     assert "has cases of one patient in several parts" in caplog.text
     assert "sub-3_ses-1, sub-3_ses-2" in caplog.text
@@ -103,7 +108,7 @@ def test_every_fold_of_a_cross_validation_keeps_patients_together(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     data = manifest(tmp_path / "m.csv", phantoms, "abcdef", "112233")
-    folds = deal(data, tmp_path, load_config("laptop", tiny_settings), folds=3, follow_links=True)
+    folds = deal(DataSource(data, follow_links=True), tmp_path, load_config("laptop", tiny_settings), folds=3)
     assert sorted(split.validation for split in folds.splits) == [("a", "b"), ("c", "d"), ("e", "f")]
 
 
@@ -112,12 +117,12 @@ def test_a_cross_validation_that_was_begun_keeps_its_folds_and_warns(
 ) -> None:
     ids = [f"sub-{n}_ses-{v}" for n in "123" for v in "12"]
     data, config = manifest(tmp_path / "m.csv", phantoms, ids), load_config("laptop", tiny_settings)
-    folds = deal(data, tmp_path, config, folds=3, follow_links=True)
+    folds = deal(DataSource(data, follow_links=True), tmp_path, config, folds=3)
     require_same(folds)
     content = json.loads((tmp_path / "folds.json").read_text())
     content["folds"] = [[ids[0], ids[3]], [ids[1], ids[4]], [ids[2], ids[5]]]
     (tmp_path / "folds.json").write_text(json.dumps(content))
-    again = deal(data, tmp_path, config, folds=3, follow_links=True)
+    again = deal(DataSource(data, follow_links=True), tmp_path, config, folds=3)
     require_same(again)
     assert [list(split.validation) for split in again.splits] == content["folds"]
     assert "the split on record has cases of one patient in several parts" in caplog.text
@@ -128,16 +133,17 @@ def test_a_damaged_record_of_folds_is_refused_with_its_path(
 ) -> None:
     (tmp_path / "folds.json").write_text('{"folds": 3}')
     with pytest.raises(RunError, match=r"folds\.json: damaged"):
-        deal(phantoms, tmp_path, load_config("laptop", tiny_settings), folds=3)
+        deal(DataSource(phantoms), tmp_path, load_config("laptop", tiny_settings), folds=3)
 
 
 def test_a_comparison_of_an_older_version_keeps_its_parts(phantoms: Path, tmp_path: Path) -> None:
     ids = [f"sub-{n}_ses-{v}" for n in "123" for v in "12"]
-    cases = {case.id: case for case in find_cases(manifest(tmp_path / "m.csv", phantoms, ids), follow_links=True)}
+    data = DataSource(manifest(tmp_path / "m.csv", phantoms, ids), labels="brats2021", follow_links=True)
+    cases = data.find_cases()
     before = fold_parts({case_id: patient_by_older_versions(case_id) for case_id in ids}, 1)
     assert before != fold_parts(patients_of(cases.values()), 1)
-    assert _dealt(cases, 1, "brats2021", begun=before.to_json()) == before
-    assert _dealt(cases, 0, "brats2021", begun=before.to_json()) != before
+    assert deal_parts(data, cases, 1, recorded=before.to_json()) == before
+    assert deal_parts(data, cases, 0, recorded=before.to_json()) != before
 
 
 def test_a_split_may_name_cases_in_another_unicode_form(
@@ -148,7 +154,7 @@ def test_a_split_may_name_cases_in_another_unicode_form(
     parts = {"train": [unicodedata.normalize("NFD", composed[0]), "c"], "validation": [composed[1]]}
     (tmp_path / "split.json").write_text(json.dumps(parts))
     config = load_config("laptop", tiny_settings)
-    start(data, tmp_path / "run", config, split_file=tmp_path / "split.json", follow_links=True)
+    start(DataSource(data, follow_links=True), tmp_path / "run", config, split_file=tmp_path / "split.json")
     assert split_of(tmp_path / "run") == ({composed[0], "c"}, {composed[1]})
 
 
@@ -169,7 +175,7 @@ def test_one_name_that_cannot_be_used_is_that_cases_trouble(
 ) -> None:
     ended = znormseg("predict", tiny_run, odd, tmp_path / "out")
     assert ended.code == 6
-    assert "holds bytes that are no UTF-8" in ended.err
+    assert "is not valid UTF-8" in ended.err
     written = {path.name for path in (tmp_path / "out").glob("*.nii.gz")}
     assert written == {"usual.nii.gz", "Zo\u00eb.nii.gz", f"{'x' * 240}.nii.gz"}
 
@@ -201,7 +207,7 @@ def test_scores_of_names_that_are_no_utf8_are_written(phantoms: Path, tmp_path: 
         form = name if folder == "predicted" else os.fsencode(unicodedata.normalize("NFC", os.fsdecode(name)))
         label = find_cases(phantoms)[names.index(name)].label
         assert label is not None
-        shutil.copy(label, os.fsencode(tmp_path / folder) + b"/" + form + b".nii.gz")
+        shutil.copy(os.fsencode(label), os.fsencode(tmp_path / folder) + b"/" + form + b".nii.gz")
     table = tmp_path / "scores.csv"
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--labels", "brats2021", "-o", table)
     assert ended.code == 0, ended.err

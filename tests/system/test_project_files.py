@@ -62,6 +62,19 @@ def test_the_pythons_that_are_tested_are_those_of_the_classifiers() -> None:
     assert project["requires-python"] == f">={named[0]}"
 
 
+def test_contributing_gives_a_reason_for_each_dependency_once() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    wanted = [
+        *project["dependencies"],
+        *(name for extra in project["optional-dependencies"].values() for name in extra),
+    ]
+    _, _, table = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").partition("## Why each dependency")
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    named = [name for row in rows for name in row[0].removeprefix("| ").split(", ")]
+    assert sorted(named) == sorted(re.split(r"[<>=]", name)[0] for name in wanted if not name.startswith("znormseg["))
+    assert all(reason.strip(" |") for _, _, reason in rows)
+
+
 def test_pre_commit_has_the_pinned_ruff() -> None:
     revisions = {repository["repo"].rpartition("/")[2]: repository["rev"] for repository in PRE_COMMIT["repos"]}
     pins = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()

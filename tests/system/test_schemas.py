@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -14,76 +13,96 @@ import jsonschema
 import nibabel as nib
 import numpy as np
 import pytest
-from referencing import Registry, Resource
 
+from app import NOTICE
 from app.inference.flags import CODES
 from app.inference.postprocess import Postprocess
+from app.schemas import json_schema
+from data.labels import CONTRASTS, REGIONS
 
 Call = Callable[..., Any]
 
 CASE = "BraTS2021_00000"
-NAMES = ("predict", "predict-output")
-SCHEMAS: dict[str, dict[str, Any]] = {
-    name: json.loads(resources.files("app.schemas").joinpath(f"{name}.schema.json").read_text(encoding="utf-8"))
-    for name in NAMES
-}
+NAMES = ("predict", "predict-output", "manifest")
+SCHEMAS = {name: json_schema(name) for name in NAMES}
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "predict-json.md"
 LEAD = """\
 # The JSON of predict
 
-`znormseg predict` writes `OUTPUT/<case>.json` beside each label map. Its JSON Schema (draft 2020-12) is
-`app/schemas/predict.schema.json`; that of what `--json` prints is `app/schemas/predict-output.schema.json`. What the
-numbers mean, and what they do not: [How far to trust a label map](../how-to/trust.md). Fields in *italics* are not in
-every file. This page is made from the schemas.
+`znormseg predict` writes `OUTPUT/<case>.json` next to each label map, and `OUTPUT/manifest.json`, which lists the
+cases. What the numbers mean, and what they do not: [How far to trust a label map](../how-to/trust.md). Fields in
+*italics* are not in every file.
+
+There are JSON Schemas (draft 2020-12) for a case (`predict`), for `manifest` and for what `--json` prints
+(`predict-output`). The documentation site has them in the folder of this page, as `predict.schema.json` and so on. The
+installed program prints its own:
+
+```python
+import json
+
+from app.schemas import json_schema
+
+print(json.dumps(json_schema("predict"), indent=1))
+```
+
+This page and the schemas are generated from the types in `app/schemas.py`.
 """
 
 
 def problems(name: str, content: Any) -> list[str]:
-    """What of a content does not keep to a schema."""
-    registry = Registry().with_resources([(one["$id"], Resource.from_contents(one)) for one in SCHEMAS.values()])
-    validator = jsonschema.Draft202012Validator(SCHEMAS[name], registry=registry)
+    """Where a content violates a schema."""
+    validator = jsonschema.Draft202012Validator(SCHEMAS[name])
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(content)]
 
 
+def without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """The schema of a field when it is not null, with the description of the field."""
+    found = [one for one in schema.get("anyOf", ()) if one != {"type": "null"}]
+    return {**found[0], "description": schema["description"]} if len(found) == 1 else schema
+
+
 def fields(schema: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, dict[str, Any], bool]]:
-    """Every property: its path, its schema, whether it is always there."""
-    for name, inner in schema.get("properties", {}).items():
-        yield f"{prefix}{name}", inner, name in schema["required"]
-        yield from fields(inner, f"{prefix}{name}.")
-        yield from fields(inner.get("items", {}), f"{prefix}{name}[].")
+    """Every field: its path, its schema, and whether it is always present."""
+    for alternative in schema.get("anyOf", [schema]):
+        for name, inner in alternative.get("properties", {}).items():
+            yield f"{prefix}{name}", inner, name in alternative.get("required", ())
+            yield from fields(inner, f"{prefix}{name}.")
+            yield from fields(inner.get("items", {}), f"{prefix}{name}[].")
 
 
 def kind(schema: dict[str, Any]) -> str:
     """The type of a field in words."""
-    if "const" in schema:
-        return "string"
+    nullable = " or null" if {"type": "null"} in schema.get("anyOf", ()) else ""
+    schema = without_null(schema)
     if schema.get("enum") == list(CODES):
         return "one of the codes below"
+    if schema.get("const", NOTICE) != NOTICE:
+        return f"`{schema['const']}`"
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
-    if "$ref" in schema:
-        return "object"
-    names = schema["type"] if isinstance(schema["type"], list) else [schema["type"]]
     inner = f" of {schema['items'].get('type', 'object')}s" if "items" in schema else ""
-    return " or ".join(f"{name}{inner if name == 'array' else ''}" for name in names)
+    return f"{schema['type']}{inner}{nullable}"
 
 
-def table(name: str) -> str:
-    """The fields of a schema as Markdown; those of a region, being all alike, in the row of their object."""
-    rows = ["| field | type | what |", "|---|---|---|"]
+def table(name: str, leave_out: str = "-") -> str:
+    """The fields of a schema as Markdown; the regions and contrasts are in the row of their object."""
+    rows = ["| field | type | meaning |", "|---|---|---|"]
     for path, schema, always in fields(SCHEMAS[name]):
-        if path.rpartition(".")[2] in {"WT", "TC", "ET"}:
+        if path.rpartition(".")[2] in {*REGIONS, *CONTRASTS} or path.startswith(leave_out):
             continue
         shown = f"`{path}`" if always else f"*`{path}`*"
-        by_region = " By region: `WT`, `TC`, `ET`." if "WT" in schema.get("properties", {}) else ""
-        rows.append(f"| {shown} | {kind(schema)} | {schema['description']}{by_region} |")
+        by_region = " By region: `WT`, `TC`, `ET`." if "WT" in without_null(schema).get("properties", {}) else ""
+        row = f"| {shown} | {kind(schema)} | {schema['description']}{by_region} |".replace("\n", " ")
+        if row not in rows:
+            rows.append(row)
     return "\n".join(rows)
 
 
 def reference() -> str:
     """The page of the reference."""
     flags = "\n".join(["| code | meaning |", "|---|---|", *(f"| `{code}` | {what} |" for code, what in CODES.items())])
-    parts = ["## A case", table("predict"), "## Flags", flags, "## `--json`", table("predict-output")]
+    parts = ["## A case", table("predict"), "## Flags", flags, "## `--json`", table("predict-output", "cases[]")]
+    parts += ["## `manifest.json`", table("manifest")]
     return "\n".join([LEAD, *(f"{part}\n" for part in parts)])
 
 
@@ -189,11 +208,11 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
 ) -> None:
     import SimpleITK as sitk  # noqa: N813
 
-    from app.inference.batch import native
+    from data.native_space import to_brats
     from data.native_space.brain_mask import BrainMask
     from data.native_space.itk import grid_of, voxels_of
     from data.native_space.rigid import Registration
-    from data.native_space.to_brats import BroughtIn, NativeCase
+    from data.native_space.to_brats import BratsCase, NativeCase
 
     found = Registration(
         transform=sitk.TranslationTransform(3),
@@ -204,8 +223,8 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
         cpu_seconds=0.0,
     )
 
-    def as_it_is(given: NativeCase, *_: Any, **__: Any) -> BroughtIn:
-        return BroughtIn(
+    def as_it_is(given: NativeCase, *_: Any, **__: Any) -> BratsCase:
+        return BratsCase(
             id=given.id,
             images={contrast: voxels_of(image) for contrast, image in given.images.items()},
             codes=None,
@@ -216,14 +235,17 @@ def test_a_case_that_was_brought_in_keeps_to_the_schema_and_has_its_files(
             warnings=("look at it",),
         )
 
-    monkeypatch.setattr(native, "bring_in", as_it_is)
+    monkeypatch.setattr(to_brats, "prepare_native", as_it_is)
     asked = ["--prepare", "--tta", "--save-probabilities", "--uncertainty", "--json"]
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *asked)
     assert ended.code == 0, ended.err
     assert problems("predict-output", json.loads(ended.out)) == []
     (content,) = json.loads(ended.out)["cases"]
     assert {"code": "preparation", "sentence": "look at it."} in content["flags"]
-    shares, labels = nib.load(content["files"]["probabilities"]).get_fdata(), nib.load(content["label_map"]).get_fdata()
+    shares, labels = (
+        nib.Nifti1Image.from_filename(content["files"]["probabilities"]).get_fdata(),
+        nib.Nifti1Image.from_filename(content["label_map"]).get_fdata(),
+    )
     sure = np.abs(shares - 0.5) > 2e-3  # closer ones count as one half
     assert np.array_equal((shares[..., 0] > 0.5)[sure[..., 0]], (labels > 0)[sure[..., 0]])
     assert content["volumes_ml"]["WT"] > 0

@@ -62,11 +62,17 @@ def stand_in_wheel(folder: Path, version: str) -> str:
     return hashlib.sha256(wheel.read_bytes()).hexdigest()
 
 
+class Silent(SimpleHTTPRequestHandler):
+    """Serves files and logs nothing."""
+
+    def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - as its parent calls it
+        pass
+
+
 @pytest.fixture
 def index(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """An index on the loopback interface without packages: its address, and torch's folder in it."""
-    handler = partial(SimpleHTTPRequestHandler, directory=str(tmp_path / "index"))
-    handler.func.log_message = lambda *_: None  # type: ignore[assignment, method-assign]
+    handler = partial(Silent, directory=str(tmp_path / "index"))
     (tmp_path / "index").mkdir()
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -85,7 +91,7 @@ def plain_pip(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def choose(**changes: Any) -> Any:
     """The choice on a Linux machine without a GPU that reaches the CPU index, but for ``changes``."""
-    facts = {"environment": {}, "system": "Linux", "own_source": None, "gpu": lambda: None}
+    facts: dict[str, Any] = {"environment": {}, "system": "Linux", "own_source": None, "gpu": lambda: None}
     return install.choose(**{**facts, "cpu_index_has_torch": lambda: True, **changes})
 
 

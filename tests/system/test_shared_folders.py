@@ -113,7 +113,7 @@ def test_a_disk_that_fails_is_no_file_system_that_lacks_something(
     ended = where("refuse(os, 'fsync', errno.EIO)")(["znormseg", "train", phantoms, tmp_path / "run", *options])
     assert ended.code == 7, ended.err
     assert (
-        f"{tmp_path / 'run' / 'config.yaml'}: cannot be brought to the disk (fsync): Input/output error." in ended.err
+        f"{tmp_path / 'run' / 'config.yaml'}: cannot be flushed to the disk (fsync): Input/output error." in ended.err
     )
     assert "may be lost" in ended.err
     assert not (tmp_path / "run").exists()
@@ -161,7 +161,7 @@ def test_a_file_that_did_not_reach_the_disk_is_an_error_and_the_old_one_stays(
 ) -> None:
     (tmp_path / "a").write_bytes(b"old")
     refuse(os, "fsync", number)
-    with pytest.raises(OSError, match=rf"cannot be brought to the disk .*{tmp_path / 'a'}"):
+    with pytest.raises(OSError, match=rf"cannot be flushed to the disk .*{tmp_path / 'a'}"):
         write_durably(tmp_path / "a", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]
 

@@ -188,7 +188,7 @@ def test_predict_whose_terminal_closes_says_nothing_is_half_written(
 def test_crossval_with_workers_is_finished_when_the_reader_of_its_messages_leaves(
     phantoms: Path, tmp_path: Path, options: list[str]
 ) -> None:
-    words = ("crossval", phantoms, tmp_path / "cv", "--folds", "2", "--jobs", "2", *options)
+    words: list[str | Path] = ["crossval", phantoms, tmp_path / "cv", "--folds", "2", "--jobs", "2", *options]
     process = started(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     process.stdout.close()
@@ -203,7 +203,7 @@ def test_compare_is_finished_when_the_reader_of_its_messages_leaves(
     taken = ("training.steps", "training.learning_rate")  # a comparison sets these itself
     settings = [word for one in tiny_settings if not one.startswith(taken) for word in ("--set", one)]
     plan = ["--arms=clip,znorm", "--seeds=1", "--steps=4", "--learning-rates=1e-3"]
-    words = ("compare", phantoms, tmp_path / "out", *plan, *settings)
+    words: list[str | Path] = ["compare", phantoms, tmp_path / "out", *plan, *settings]
     process = started(*words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert process.stdout is not None
     process.stdout.close()

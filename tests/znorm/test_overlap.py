@@ -321,7 +321,13 @@ def test_an_input_that_needs_a_gradient_may_pass_without_one() -> None:
 def test_a_checkpointed_network_has_the_same_overlap() -> None:
     from monai.networks.nets.unet import CheckpointUNet, UNet
 
-    settings = {"spatial_dims": 3, "in_channels": 4, "out_channels": 3, "channels": (4, 8, 8), "strides": (2, 2)}
+    settings: dict[str, Any] = {
+        "spatial_dims": 3,
+        "in_channels": 4,
+        "out_channels": 3,
+        "channels": (4, 8, 8),
+        "strides": (2, 2),
+    }
     plain = UNet(**settings, num_res_units=1).double()
     model = CheckpointUNet(**settings, num_res_units=1).double()
     model.load_state_dict(dict(zip(model.state_dict(), plain.state_dict().values(), strict=True)))

@@ -97,7 +97,8 @@ def test_steps_under_bfloat16_autocast_are_near_those_without() -> None:
 
     def autocast(inputs: Tensor) -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
-            return model(inputs).float()
+            found: Tensor = model(inputs).float()
+            return found
 
     found, expected = two_steps(autocast, model, model), two_steps(plain, plain, plain)
     assert all(bool(torch.isfinite(weight).all()) for weight in found)
@@ -108,8 +109,8 @@ def test_steps_under_bfloat16_autocast_are_near_those_without() -> None:
 
 
 def test_a_model_of_bfloat16_weights_is_trained() -> None:
-    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)).bfloat16()
-    before = copy.deepcopy(model)
+    model: Any = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 16), nn.Linear(16, 1)).bfloat16()
+    before: Any = copy.deepcopy(model)
     optimizer = SGD(model.parameters(), lr=0.1)
     handle = attach(optimizer, model)
     model(torch.randn(8, 4).bfloat16()).square().mean().backward()

@@ -15,7 +15,7 @@ from torch.optim import SGD, AdamW
 from znorm import BASELINES, ZNormConfig, attach, attach_baseline, transforms, zscore_
 from znorm.transforms import Gradients
 
-NUMBERS: dict[str, dict[str, float]] = {
+NUMBERS: dict[str, dict[str, Any]] = {
     "none": {},
     "clip": {"limit": 0.5},
     "clip-value": {"limit": 0.01},

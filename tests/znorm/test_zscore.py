@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import doctest
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
@@ -265,12 +265,13 @@ def test_numbers_of_any_magnitude_are_zscored(exponent: int, path: str) -> None:
 @pytest.mark.parametrize("kind", ["channels last", "transposed", "every other", "expanded in part"])
 def test_any_layout_in_memory_gives_the_same(kind: str) -> None:
     gradient = normal((4, 6, 3, 2, 2))
-    stored = {
+    layouts: dict[str, Callable[[Tensor], Tensor]] = {
         "channels last": lambda g: g.contiguous(memory_format=torch.channels_last_3d),
         "transposed": lambda g: g.transpose(0, 1).contiguous().transpose(0, 1),
         "every other": lambda g: torch.stack([g, g], dim=-1)[..., 0],
         "expanded in part": lambda g: g.clone().unsqueeze(0).squeeze(0),
-    }[kind](gradient)
+    }
+    stored = layouts[kind](gradient)
     zscore_([stored])
     torch.testing.assert_close(stored, scored(gradient))
 

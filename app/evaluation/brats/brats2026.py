@@ -6,12 +6,12 @@ reference's header. Its results keep its own metric names and values.
 
 from __future__ import annotations
 
-import csv
 import math
 import statistics
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,49 +27,24 @@ from app.evaluation.brats.brats_evaluate import (
     find_installed,
     processes_at_once,
 )
-from app.evaluation.evaluate import Folders, match, require_table_place, score_each
+from app.evaluation.brats.evaluate import match_for_task
+from app.evaluation.folders import Folders, OnCase, first_ids, score_each
+from app.evaluation.tables import FolderScores, Values
 from app.progress import LOG
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.files import replacing
-from data.labels import (
-    BRATS2024,
-    CAVITY,
-    CYST,
-    ENHANCING,
-    NECROSIS,
-    OEDEMA,
-    LabelConvention,
-    decode_tissues,
-    values_in,
-)
-from data.nifti import Volume, grid_difference, in_order_of, write_label_map
+from data.labels import CAVITY, CYST, ENHANCING, NECROSIS, OEDEMA, LabelConvention, decode_tissues, values_in
+from data.nifti import Volume, write_label_map
 
 YEAR: Final = "brats2026"
-#: The command's metrics of each region, under its names: lesion counts; F1 of detection (rq); means over matched
-#: lesions (sq), and those times F1 (pq); the whole region (global_bin).
+#: The command's metrics of each region, under its names: means over matched lesions (sq), F1 of detection (rq), their
+#: product (pq); the whole region (global_bin); lesion counts, precision and recall; spread; sizes.
 METRICS: Final = (
-    "sq_dsc",
-    "sq_hd95",
-    "sq_nsd",
-    "rq",
-    "pq_dsc",
-    "global_bin_dsc",
-    "global_bin_hd95",
-    "global_bin_nsd",
-    "tp",
-    "fp",
-    "fn",
-    "prec",
-    "rec",
-    "n_ref_instances",
-    "n_pred_instances",
-    "sq_dsc_std",
-    "sq_hd95_std",
-    "sq_nsd_std",
-    "instance_voxel_count_ref",
-    "instance_volume_ref",
-    "global_bin_volume_pred",
-    "global_bin_volume_ref",
+    *("sq_dsc", "sq_hd95", "sq_nsd", "rq", "pq_dsc"),
+    *("global_bin_dsc", "global_bin_hd95", "global_bin_nsd"),
+    *("tp", "fp", "fn", "prec", "rec", "n_ref_instances", "n_pred_instances"),
+    *("sq_dsc_std", "sq_hd95_std", "sq_nsd_std"),
+    *("instance_voxel_count_ref", "instance_volume_ref", "global_bin_volume_pred", "global_bin_volume_ref"),
 )
 #: Metrics that the command omits if they are undefined.
 _MAY_LACK: Final = ("prec", "rec")
@@ -80,17 +55,7 @@ LOWER: Final = ("sq_hd95", "global_bin_hd95", "fp", "fn")
 #: Value of an infinite HD95 in means and ranks: brats-parse-metrics, of the same package, uses it for whole regions in
 #: the table of the challenge.
 FINITE_HD95: Final = 373.0
-#: Columns of the table in the terminal: metric, heading, format.
-_IN_TERMINAL: Final = (
-    ("sq_dsc", "lesion Dice", ".3f"),
-    ("sq_hd95", "lesion HD95", ".1f"),
-    ("rq", "lesion F1", ".3f"),
-)
 _EDGE_TOLERANCE_MM: Final = 1e-3
-_SHOWN: Final = 3
-
-Values = Mapping[str, Mapping[str, float]]
-"""Value by region and metric."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,8 +106,10 @@ class PackageCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PackageEvaluation:
+class PackageEvaluation(FolderScores):
     """Scores of all cases."""
+
+    in_terminal = (("sq_dsc", "lesion Dice", ".3f"), ("sq_hd95", "lesion HD95", ".1f"), ("rq", "lesion F1", ".3f"))
 
     rules: PackageRules
     """Rules of the scored task."""
@@ -150,10 +117,11 @@ class PackageEvaluation:
     """The command that computed the scores."""
     cases: tuple[PackageCase, ...]
     """Sorted by case id, at least one."""
-    folders: Folders
-    """The label maps that were compared."""
-    failures: Mapping[str, str]
-    """Reasons why cases with both label maps could not be scored, by case id."""
+
+    @property
+    def by_case(self) -> dict[str, Values]:
+        """Every score by case id."""
+        return {case.case: case.regions for case in self.cases}
 
     @property
     def scored_by(self) -> str:
@@ -168,48 +136,45 @@ class PackageEvaluation:
 
     def means(self) -> dict[str, dict[str, float]]:
         """Return means over the cases in which a metric is defined; an infinite HD95 counts :data:`FINITE_HD95`."""
-        return self._over_cases(statistics.fmean)
+        return self._over_cases(partial(_over_defined, statistics.fmean))
 
     def medians(self) -> dict[str, dict[str, float]]:
         """Return medians over the same cases as :meth:`means`."""
-        return self._over_cases(statistics.median)
+        return self._over_cases(partial(_over_defined, statistics.median))
 
-    def named_values(self) -> Iterator[tuple[str, Values]]:
-        """Yield the rows of every table: cases, mean, median."""
-        for case in self.cases:
-            yield case.case, case.regions
-        yield "mean", self.means()
-        yield "median", self.medians()
+    def csv_rows(self) -> list[list[object]]:
+        """Return the table with all metrics and the column ``scored_by``; NaN is ``nan``, infinity ``inf``."""
+        header, *rows = super().csv_rows()
+        return [[*header, "scored_by"], *([*row, self.scored_by] for row in rows)]
+
+    def remarks(self) -> list[str]:
+        """Return explanations of the numbers in the terminal table, one sentence each."""
+        shown = [
+            values[metric] for case in self.cases for values in case.regions.values() for metric, *_ in self.in_terminal
+        ]
+        sentences = [
+            f"by {self.scored_by}; all its numbers are in --out scores.csv and --json",
+            "lesion Dice and HD95 (1 mm voxels): means over matched lesions; missed and invented ones count only in F1",
+        ]
+        if any(map(math.isnan, shown)):
+            sentences.append("-: in neither label map, left out of mean and median")
+        if any(map(math.isinf, shown)):
+            sentences.append(f"inf: no lesion matched; mean and median count {FINITE_HD95:g}")
+        return sentences
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as plain values that JSON can hold: NaN becomes null, infinity ``"inf"``."""
-        return {
-            "rules": YEAR,
-            "task": self.rules.task,
-            "scored_by": self.scored_by,
-            "package": {
-                "name": PACKAGE,
-                "version": self.installed.versions[PACKAGE],
-                "panoptica": self.installed.versions["panoptica"],
-                "configuration": self.rules.config,
-            },
-            "regions": _plain(self.means()),
-            "cases": [{"case": case.case, **_plain(case.regions)} for case in self.cases],
-            "regions_median": _plain(self.medians()),
-            "missing_predictions": list(self.folders.missing_predictions),
-            "missing_references": list(self.folders.missing_references),
-            "failures": dict(self.failures),
-            "not_1_mm_cubes": list(self.uneven),
-            "infinite_hd95_counts": FINITE_HD95,
-            "prediction_convention": self.folders.prediction_convention.name,
-            "reference_convention": self.folders.reference_convention.name,
+        package = {
+            "name": PACKAGE,
+            "version": self.installed.versions[PACKAGE],
+            "panoptica": self.installed.versions["panoptica"],
+            "configuration": self.rules.config,
         }
-
-    def _over_cases(self, middle: Callable[[list[float]], float]) -> dict[str, dict[str, float]]:
-        return {
-            region: {metric: _over([case.regions[region][metric] for case in self.cases], middle) for metric in METRICS}
-            for region in self.rules.regions
-        }
+        return self.json_with(
+            before={"rules": YEAR, "task": self.rules.task, "scored_by": self.scored_by, "package": package},
+            between={"not_1_mm_cubes": list(self.uneven), "infinite_hd95_counts": FINITE_HD95},
+            after={},
+        )
 
 
 def package_rules(task: str) -> PackageRules:
@@ -224,23 +189,19 @@ def package_rules(task: str) -> PackageRules:
 
 
 def evaluate_by_package(
-    predictions: Path,
-    references: Path,
+    predictions: DataSource,
+    references: DataSource,
     rules: PackageRules,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
-    on_case: Callable[[str, float], None] | None = None,
+    on_case: OnCase | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> PackageEvaluation:
     """Score every case that has a label map in both folders with ``brats-evaluate``, several cases at once.
 
     Args:
-        predictions: folder of predicted label maps.
-        references: folder of reference label maps.
+        predictions: the predicted label maps.
+        references: the reference label maps.
         rules: rules from :func:`package_rules`.
-        labels: names of the label conventions of predictions and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called in order with each case id that is done, and the share of cases done so far.
         timeout_s: time limit for one case in seconds; default: one hour.
 
@@ -251,9 +212,7 @@ def evaluate_by_package(
     installed = find_installed()
     if installed.doubt is not None:
         LOG.warning("%s", installed.doubt)
-    if rules.task == "MEN-RT":
-        labels = (BRATS2024.name, BRATS2024.name)
-    folders = match(predictions, references, labels=labels, follow_links=follow_links)
+    folders = match_for_task(predictions, references, rules.task)
     runner = Runner(installed, rules.config, timeout_s=timeout_s)
 
     def score(case: str) -> PackageCase:
@@ -266,24 +225,15 @@ def evaluate_by_package(
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
     if found.uneven:
         LOG.warning(
-            "voxels are no cubes of 1 mm in %d of the cases: %s. %s gives whole-region distances in voxels, and those "
-            "of lesions with the spacings of x and z exchanged. Resample to 1 mm first, as the challenge does.",
-            len(found.uneven),
-            ", ".join(found.uneven[:_SHOWN]) + (" ..." if len(found.uneven) > _SHOWN else ""),
-            COMMAND,
+            f"the voxels of {len(found.uneven)} cases are not 1 mm cubes: {first_ids(found.uneven)}. {COMMAND} gives "
+            "distances of whole regions in voxels, and those of lesions with the spacings of x and z exchanged. "
+            "Resample to 1 mm first, as the challenge does."
         )
     return found
 
 
 def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner) -> PackageCase:
-    reference = folders.read(folders.expected[case])
-    prediction = in_order_of(reference, folders.read(folders.predicted[case]))
-    difference = grid_difference(prediction, reference)
-    if difference is not None:
-        raise DataError(
-            f"{prediction.path} and {reference.path} lie on different grids: {difference}. The "
-            "challenge compares voxel by voxel: bring the prediction to the grid of the reference first."
-        )
+    prediction, reference = folders.same_grid_pair(case)
     sides = {
         "prediction": _in_numbers_of(rules, prediction, folders.prediction_convention),
         "reference": _in_numbers_of(rules, reference, folders.reference_convention),
@@ -319,8 +269,8 @@ def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvent
     if foreign:
         raise DataError(
             f"{volume.path}: holds label values {', '.join(map(str, foreign))} (convention {convention.name}), which "
-            f"are no part of task {rules.task}: its regions are {', '.join(rules.regions)}. Which task is it? Or say "
-            "with --labels what the numbers mean."
+            f"are not part of task {rules.task}: its regions are {', '.join(rules.regions)}. Check --task, or give the "
+            "label convention with --labels."
         )
     return table[tissues]
 
@@ -331,12 +281,12 @@ def _numbers_of(region: str, found: Mapping[str, Any]) -> dict[str, float]:
     Raises:
         DataError: the region or one of its metrics is missing.
     """
-    told = found.get(region.lower())
-    if not isinstance(told, dict):
-        raise DataError(f"{COMMAND} told nothing of region {region}. Is it another version of {PACKAGE}?")
+    given = found.get(region.lower())
+    if not isinstance(given, dict):
+        raise DataError(f"{COMMAND} gave no scores of region {region}. Is it another version of {PACKAGE}?")
     numbers = {}
     for metric in METRICS:
-        value = told.get(metric, math.nan if metric in _MAY_LACK else None)
+        value = given.get(metric, math.nan if metric in _MAY_LACK else None)
         if not isinstance(value, int | float):
             raise DataError(
                 f"{COMMAND} gave {value!r} for {metric} of region {region}. Is it another version of {PACKAGE}?"
@@ -366,69 +316,7 @@ def rankable(values: Mapping[str, float]) -> dict[str, float]:
     return found
 
 
-def package_rows(evaluation: PackageEvaluation) -> list[list[str]]:
-    """Return the table for the terminal: header, cases, mean, median; lesion-wise Dice, HD95 and F1 of each region."""
-    regions = evaluation.rules.regions
-
-    def text(value: float, form: str) -> str:
-        return "-" if math.isnan(value) else f"{value:{form}}"
-
-    return [
-        ["case", *(f"{region} {heading}" for region in regions for _, heading, _ in _IN_TERMINAL)],
-        *(
-            [name, *(text(values[region][metric], form) for region in regions for metric, _, form in _IN_TERMINAL)]
-            for name, values in evaluation.named_values()
-        ),
-    ]
-
-
-def package_remarks(evaluation: PackageEvaluation) -> list[str]:
-    """Return explanations of the numbers in the terminal table, one sentence each."""
-    shown = [
-        values[metric] for case in evaluation.cases for values in case.regions.values() for metric, *_ in _IN_TERMINAL
-    ]
-    said = [
-        f"by {evaluation.scored_by}; all its numbers are in --out scores.csv and --json",
-        "lesion Dice and HD95 (voxels of 1 mm): means over matched lesions; missed and invented ones count in F1 alone",
-    ]
-    if any(map(math.isnan, shown)):
-        said.append("-: in neither label map, left out of mean and median")
-    if any(map(math.isinf, shown)):
-        said.append(f"inf: no lesion matched; mean and median count {FINITE_HD95:g}")
-    return said
-
-
-def write_package_table(evaluation: PackageEvaluation, path: Path) -> None:
-    """Write all metrics as CSV: columns ``case``, ``WT_sq_dsc``, ..., ``scored_by``; rows: cases, ``mean``, ``median``.
-
-    Args:
-        evaluation: scores to write; NaN is written as ``nan``, infinity as ``inf``.
-        path: CSV file, written atomically; an existing one is replaced.
-
-    Raises:
-        DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
-        OSError: the disk is full or the folder cannot be written.
-    """
-    require_table_place(path)
-    columns = [(region, metric) for region in evaluation.rules.regions for metric in METRICS]
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", *(f"{region}_{metric}" for region, metric in columns), "scored_by"])
-        for name, values in evaluation.named_values():
-            writer.writerow([name, *(values[region][metric] for region, metric in columns), evaluation.scored_by])
-
-
-def _over(values: list[float], middle: Callable[[list[float]], float]) -> float:
-    """Return the mean or median of the defined values; NaN if there are none."""
-    defined = [FINITE_HD95 if math.isinf(value) else float(value) for value in values if not math.isnan(value)]
-    return middle(defined) if defined else math.nan
-
-
-def _plain(values: Values) -> dict[str, dict[str, Any]]:
-    return {
-        region: {
-            metric: None if math.isnan(value) else "inf" if math.isinf(value) else value
-            for metric, value in numbers.items()
-        }
-        for region, numbers in values.items()
-    }
+def _over_defined(average: Callable[[Sequence[float]], float], values: Sequence[float]) -> float:
+    """Average the defined values; NaN if there are none."""
+    defined = [FINITE_HD95 if math.isinf(value) else value for value in values if not math.isnan(value)]
+    return average(defined) if defined else math.nan

@@ -21,9 +21,8 @@ from threading import Lock
 from typing import Any, Final
 
 from app.errors import MissingToolError
-from app.system.process import granted_processors
+from app.system.process import granted_processors, how_it_ended
 from app.system.resources import memory_limits, threads
-from app.system.worker_process import how_it_ended
 from data.errors import DataError
 
 COMMAND: Final = "brats-evaluate"
@@ -143,14 +142,14 @@ class Runner:
         words = ("--config", self._config, "--ref_path", folder / "reference", "--pred_path", folder / "prediction")
         with out.open("wb") as stdout, err.open("wb") as stderr:
             status = self._run([*words, "--summary_json", summary], folder, stdout=stdout, stderr=stderr)
-        said = _tail(err) or _tail(out) or "it said nothing"
+        output = _tail(err) or _tail(out) or "it printed nothing"
         if status is None:
             raise DataError(
-                f"{COMMAND} was stopped after {self._timeout_s:g} s without a result: {said}. "
+                f"{COMMAND} was stopped after {self._timeout_s:g} s without a result: {output}. "
                 "Are there thousands of small components? Clean the label map, or leave the case out."
             )
         if status != 0:
-            raise DataError(f"{COMMAND} {how_it_ended(status)}: {said}. Run it by hand on this case to see more.")
+            raise DataError(f"{COMMAND} {how_it_ended(status)}: {output}. Run it by hand on this case to see more.")
         try:
             content = json.loads(summary.read_bytes())
             (entry,) = content["metrics"]
@@ -158,8 +157,8 @@ class Runner:
                 raise TypeError("an entry of metrics is no object")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{COMMAND} wrote no summary of one case that can be read ({type(error).__name__}): {said}. Run it by "
-                "hand on this case to see more."
+                f"{COMMAND} wrote no summary of one case that can be read ({type(error).__name__}): {output}. Run it "
+                "by hand on this case to see more."
             ) from error
         if "error" in entry:
             raise DataError(f"{COMMAND} refused the case: {_shortened(str(entry['error']))}")
@@ -185,7 +184,7 @@ class Runner:
                 )
             except OSError as error:
                 raise MissingToolError(
-                    f"{self._installed.command}: cannot be started ({error.strerror}). Is its environment still whole? "
+                    f"{self._installed.command}: cannot be started ({error.strerror}). Is its environment intact? "
                     f"{_INSTALL}."
                 ) from error
             self._running.add(process)

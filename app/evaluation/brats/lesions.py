@@ -118,9 +118,9 @@ def joined_by(lesions: Lesions, other: Lesions) -> Lesions:
 
 def counted(lesions: Lesions) -> Lesions:
     """Renumber lesions consecutively from 1, keeping their order."""
-    there = np.flatnonzero(np.bincount(lesions.numbers.ravel()))
+    used = np.flatnonzero(np.bincount(lesions.numbers.ravel()))
     table = np.zeros(lesions.most + 1, dtype=np.int32)
-    table[there] = np.arange(len(there)) + (there[0] != 0)
+    table[used] = np.arange(len(used)) + (used[0] != 0)
     return lesions.renumbered(table)
 
 
@@ -137,6 +137,6 @@ def touching(first: Numbers, second: Numbers) -> list[tuple[int, int]]:
     found: set[tuple[int, int]] = set()
     for step in _STEPS_18:
         x, y, z = (places + 1 + np.array(step)).T
-        beside = padded[x, y, z]
-        found |= set(zip(numbers[beside > 0].tolist(), beside[beside > 0].tolist(), strict=True))
+        neighbours = padded[x, y, z]
+        found |= set(zip(numbers[neighbours > 0].tolist(), neighbours[neighbours > 0].tolist(), strict=True))
     return sorted(found)

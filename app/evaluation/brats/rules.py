@@ -163,8 +163,8 @@ def rules_for(year: str, task: str) -> Rules:
     years = tuple(dict.fromkeys(rules.year for rules in _ALL))
     if year not in years:
         raise DataError(
-            f"--rules {year}: there are the rules of {', '.join(years)} and brats2026. Give one of them; whole "
-            "regions, as up to 2022, are scored without --rules."
+            f"--rules {year}: choose from {', '.join(years)} and brats2026. Without --rules, whole regions are scored, "
+            "as in the challenges up to 2022."
         )
     tasks = {rules.task: rules for rules in _ALL if rules.year == year}
     found = next((rules for name, rules in tasks.items() if name == task), None)

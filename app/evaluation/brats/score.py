@@ -69,15 +69,13 @@ class OfficialScores:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Lesion:
-    """Scores of one reference lesion."""
+class _Overlap:
+    """How well a predicted lesion or region agrees with its reference."""
 
-    voxels: int
-    found: bool
     dice: float
     hd95_mm: float
-    """Infinite if the lesion was missed."""
     nsd: tuple[float, ...]
+    """Empty for rules without surface Dice."""
 
 
 #: Tolerances in mm of the scripts' surface Dice.
@@ -147,69 +145,71 @@ class _Case:
     def scores(self, rule: RegionRule) -> OfficialScores:
         predicted, expected = self.predicted[rule.name], self.expected[rule.name]
         matches, overlap = _matches(predicted, expected), _overlaps(predicted, expected)
-        lesions = [self._lesion(n, predicted, expected, matches[n], overlap) for n in range(1, expected.most + 1)]
-        there = np.flatnonzero(overlap.sum(axis=0))
-        invented = len(set(there[there > 0].tolist()) - set().union(*matches.values()))
-        counting = [lesion for lesion in lesions if lesion.voxels * self.voxel_mm3 > rule.threshold_mm3]
+        present = np.flatnonzero(overlap.sum(axis=0))
+        invented = len(set(present[present > 0].tolist()) - set().union(*matches.values()))
+        large = overlap.sum(axis=1) * self.voxel_mm3 > rule.threshold_mm3
+        counting = [number for number in range(1, expected.most + 1) if large[number]]
+        lesions = [self._lesion(number, predicted, expected, matches[number], overlap) for number in counting]
+        missed = sum(not matches[number] for number in counting)
         false = invented if self.rules.counts_invented else 0
-        whole = self._whole(rule, predicted, expected)
-        lesion_nsd = [
-            self._mean([lesion.nsd[k] for lesion in counting], false, 0.0, 1.0) for k in range(len(whole.nsd))
-        ]
-        hd95_mm = [self._finite(lesion.hd95_mm) for lesion in counting]
+        labels, whole = self._whole(rule, predicted, expected)
+        sensitivity, specificity = self._shares(*labels)
+        lesion_nsd = [_mean([lesion.nsd[k] for lesion in lesions], false, 0.0, 1.0) for k in range(len(whole.nsd))]
         return OfficialScores(
-            lesion_dice=self._mean([lesion.dice for lesion in counting], false, 0.0, 1.0),
-            lesion_hd95_mm=self._mean(hd95_mm, false, self.penalty_mm, 0.0),
+            lesion_dice=_mean([lesion.dice for lesion in lesions], false, 0.0, 1.0),
+            lesion_hd95_mm=_mean([lesion.hd95_mm for lesion in lesions], false, self.penalty_mm, 0.0),
             dice=whole.dice,
-            hd95_mm=self._finite(whole.hd95_mm),
-            sensitivity=whole.sensitivity,
-            specificity=whole.specificity,
-            true_positives=sum(lesion.found for lesion in counting),
+            hd95_mm=whole.hd95_mm,
+            sensitivity=sensitivity,
+            specificity=specificity,
+            true_positives=len(counting) - missed,
             false_positives=invented,
-            false_negatives=sum(not lesion.found for lesion in counting),
+            false_negatives=missed,
             reference_volume_mm3=int(np.count_nonzero(expected.numbers)) * self.voxel_mm3,
             **dict(zip(("nsd_05", "nsd_10"), whole.nsd, strict=False)),
             **dict(zip(("lesion_nsd_05", "lesion_nsd_10"), lesion_nsd, strict=False)),
         )
 
-    def _finite(self, hd95_mm: float) -> float:
-        return hd95_mm if math.isfinite(hd95_mm) else self.penalty_mm
+    def _one_empty(self) -> _Overlap:
+        """Return the scores if exactly one of the two is empty, or a lesion is missed."""
+        return _Overlap(dice=0.0, hd95_mm=self.penalty_mm, nsd=self._nsd_for_all(0.0))
 
-    @staticmethod
-    def _mean(values: list[float], invented: int, of_invented: float, of_none: float) -> float:
-        """Return the mean over reference and invented lesions; ``of_none`` if there are neither."""
-        count = len(values) + invented
-        return (math.fsum(values) + invented * of_invented) / count if count else of_none
+    def _nsd_for_all(self, value: float) -> tuple[float, ...]:
+        return (value,) * len(TOLERANCES_MM) if self.rules.surface_dice else ()
 
     def _lesion(
         self, number: int, predicted: Lesions, expected: Lesions, match: set[int], overlap: npt.NDArray[np.int64]
-    ) -> _Lesion:
-        voxels = int(overlap[number].sum())
-        nothing = tuple(0.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
+    ) -> _Overlap:
+        """Score a reference lesion against the predicted lesions that reach it."""
         if not match:
-            return _Lesion(voxels=voxels, found=False, dice=0.0, hd95_mm=math.inf, nsd=nothing)
+            return self._one_empty()
         chosen = sorted(match)
-        marked = int(overlap[:, chosen].sum())
-        dice = 2.0 * int(overlap[number, chosen].sum()) / (marked + voxels)
+        marked = int(overlap[:, chosen].sum()) + int(overlap[number].sum())
         in_match = np.zeros(predicted.most + 1, dtype=np.bool_)
         in_match[chosen] = True
         mask, reference = in_match[predicted.numbers], expected.numbers == number
         box = smallest_box(mask | reference)
         mask, reference = mask[box], reference[box]
-        return _Lesion(
-            voxels=voxels, found=True, dice=dice, hd95_mm=self._hd95_mm(mask, reference), nsd=self._nsd(mask, reference)
+        return _Overlap(
+            dice=2.0 * int(overlap[number, chosen].sum()) / marked,
+            hd95_mm=self._hd95_mm(mask, reference),
+            nsd=self._nsd(mask, reference),
         )
 
     def _hd95_mm(self, prediction: Mask | Tissues, reference: Mask | Tissues) -> float:
         codes = corner_codes(prediction), corner_codes(reference)
-        return robust_distance_mm(*codes, self.spacing_mm, self.areas_mm2, may_search=True)
+        found = robust_distance_mm(*codes, self.spacing_mm, self.areas_mm2, may_search=True)
+        return found if math.isfinite(found) else self.penalty_mm
 
     def _nsd(self, prediction: Mask, reference: Mask) -> tuple[float, ...]:
         if not self.rules.surface_dice:
             return ()
         return border_dice(prediction, reference, self.spacing_mm, TOLERANCES_MM)
 
-    def _whole(self, rule: RegionRule, predicted: Lesions, expected: Lesions) -> _Whole:
+    def _whole(
+        self, rule: RegionRule, predicted: Lesions, expected: Lesions
+    ) -> tuple[tuple[Numbers, Numbers], _Overlap]:
+        """Return the numbered label maps that the script compares, and the scores of the whole region."""
         if self.rules.joined_predictions:
             labels = predicted.numbers, expected.numbers
         else:
@@ -217,20 +217,15 @@ class _Case:
             labels = first.astype(np.int32), second.astype(np.int32)
         mask, reference = (side > 0 for side in labels)
         marked = int(np.count_nonzero(mask)), int(np.count_nonzero(reference))
-        sensitivity, specificity = self._shares(*labels)
         if not any(marked):
-            nsd = tuple(1.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
-            return _Whole(dice=1.0, hd95_mm=0.0, sensitivity=sensitivity, specificity=specificity, nsd=nsd)
+            return labels, _Overlap(dice=1.0, hd95_mm=0.0, nsd=self._nsd_for_all(1.0))
         if not all(marked):
-            nsd = tuple(0.0 for _ in TOLERANCES_MM) if self.rules.surface_dice else ()
-            return _Whole(dice=0.0, hd95_mm=math.inf, sensitivity=sensitivity, specificity=specificity, nsd=nsd)
+            return labels, self._one_empty()
         box = smallest_box(mask | reference)
         as_bytes = [side[box].astype(np.uint8) for side in labels]
-        return _Whole(
+        return labels, _Overlap(
             dice=2.0 * int(np.count_nonzero(mask & reference)) / sum(marked),
             hd95_mm=self._hd95_mm(*as_bytes),
-            sensitivity=sensitivity,
-            specificity=specificity,
             nsd=self._nsd(mask[box], reference[box]),
         )
 
@@ -244,16 +239,10 @@ class _Case:
         return (1.0 if not marked and not expected else both / (expected + least)), specificity
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Whole:
-    """Scores of a whole region."""
-
-    dice: float
-    hd95_mm: float
-    """Infinite if one side is empty."""
-    sensitivity: float
-    specificity: float
-    nsd: tuple[float, ...]
+def _mean(values: list[float], invented: int, of_invented: float, of_none: float) -> float:
+    """Return the mean over reference and invented lesions; ``of_none`` if there are neither."""
+    count = len(values) + invented
+    return (math.fsum(values) + invented * of_invented) / count if count else of_none
 
 
 def border_dice(

@@ -7,7 +7,6 @@ permutation test that swaps their ranks case by case. Source: Bakas et al., arXi
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,11 +18,12 @@ import numpy.typing as npt
 from scipy import stats
 
 from app.evaluation.brats import brats2026
-from app.evaluation.evaluate import CALIBRATION, require_table_place
+from app.evaluation.evaluate import CALIBRATION
+from app.evaluation.folders import first_ids
 from app.evaluation.ranking.scores import Scored
-from app.evaluation.statistics import bootstrap_interval, holm, signed_rank
+from app.evaluation.statistics import Difference, holm, paired_difference
+from app.evaluation.tables import write_csv
 from data.errors import DataError
-from data.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -33,12 +33,11 @@ _USUAL: Final = (("lesion_dice", "lesion_hd95_mm"), ("sq_dsc", "sq_hd95", "rq"),
 _LOWER: Final = ("hd95_mm", "lesion_hd95_mm", "false_positives", "false_negatives", *CALIBRATION, *brats2026.LOWER)
 _NO_SCORE: Final = ("volume_ml", "reference_volume_ml", "volume_error_ml", "reference_volume_mm3")
 PERMUTATIONS: Final = 10_000
-_SHOWN: Final = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankDifference:
-    """Difference of two sets in one metric, averaged over regions."""
+class RankDifference(Difference):
+    """Difference of two sets in one metric, averaged over regions: the first minus the second."""
 
     metric: str
     """Name of the metric, e.g. ``dice``."""
@@ -46,18 +45,11 @@ class RankDifference:
     """Name of the first set."""
     second: str
     """Name of the second set."""
-    mean: float
-    """Mean over cases of the first minus the second."""
-    low: float
-    """Lower end of its 95 % bootstrap interval over cases."""
-    high: float
-    """Upper end of the interval."""
-    p: float | None
-    """Two-sided Wilcoxon signed-rank test over cases; None if it is not possible."""
-    p_holm: float | None
-    """``p`` corrected for the other pairs of sets in this metric."""
-    no_test: str
-    """Reason why there is no ``p``; otherwise empty."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        keys = ("metric", "first", "second", "mean", "low", "high", "p", "p_holm", "no_test")
+        return {key: getattr(self, key) for key in keys}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +121,7 @@ class Ranking:
             "regions": list(self.regions),
             "metrics": list(self.metrics),
             "rank_tests": [asdict(test) for test in self.tests],
-            "differences": [asdict(difference) for difference in self.differences],
+            "differences": [difference.to_json() for difference in self.differences],
             "cases": [
                 {
                     "case": case,
@@ -163,16 +155,16 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         DataError: no case or no region is in all sets, a metric is not in all sets, or the sets' records show that they
             were scored differently.
     """
-    _require_alike({scored.name: scored.scored_by for scored in sets}, "by other rules", "--rules and --task")
+    _require_alike({scored.name: scored.scored_by for scored in sets}, "by different rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
-        held = "; ".join(f"{scored.name} holds {_some(sorted(scored.cases))}" for scored in sets)
+        held = "; ".join(f"{scored.name} holds {first_ids(sorted(scored.cases))}" for scored in sets)
         raise DataError(f"no case is in all of them: {held}. Rank predictions of the same cases.")
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
     chosen = _chosen(metrics, {metric for _, metric in common})
     if "nsd" in chosen:
-        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with another nsd", "--nsd-mm")
+        _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with different nsd", "--nsd-mm")
     regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
     if not regions:
         raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
@@ -243,7 +235,7 @@ def rank_rows(ranking: Ranking) -> list[list[str]]:
                 ranking.names[place],
                 f"{ranking.mean_ranks[place]:.2f}",
                 *(f"{ranking.by_case(metric)[place].mean():.3f}" for metric in ranking.metrics),
-                "-" if test is None else _p(test.p_holm),
+                "-" if test is None else p_text(test.p_holm),
             ]
         )
     return table
@@ -259,8 +251,8 @@ def difference_rows(ranking: Ranking) -> list[list[str]]:
                 d.metric,
                 f"{d.mean:+.3f}",
                 f"{d.low:+.3f} to {d.high:+.3f}",
-                _p(d.p),
-                _p(d.p_holm),
+                p_text(d.p),
+                p_text(d.p_holm),
             ]
             for d in ranking.differences
         ),
@@ -274,49 +266,39 @@ def write_rank_table(ranking: Ranking, path: Path) -> None:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
         OSError: the disk is full or the folder cannot be written.
     """
-    require_table_place(path)
-    with (
-        replacing(path) as beside,
-        beside.open(
-            "w",
-            newline="",
-            encoding="utf-8",
-            errors="backslashreplace",  # a file name may contain bytes that are not UTF-8
-        ) as file,
-    ):
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)])
-        for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names)):
-            writer.writerow([case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()])
+    header = ["case", "set", "mean_rank", *(f"{r}_{m}" for r in ranking.regions for m in ranking.metrics)]
+    rows = (
+        [case, name, ranking.case_ranks[s, c], *ranking.values[s, c].ravel().tolist()]
+        for (c, case), (s, name) in itertools.product(enumerate(ranking.cases), enumerate(ranking.names))
+    )
+    write_csv(path, [header, *rows])
 
 
-def _require_alike(told: Mapping[str, str | None], how: str, options: str) -> None:
+def _require_alike(stated: Mapping[str, str | None], how: str, options: str) -> None:
     """Refuse sets that state different ways of scoring; sets without a statement pass.
 
     Raises:
         DataError: two statements differ.
     """
-    known = [(name, text) for name, text in told.items() if text is not None]
+    known = [(name, text) for name, text in stated.items() if text is not None]
     for name, text in known[1:]:
         if text != known[0][1]:
             raise DataError(
-                f"{known[0][0]} and {name}: one was scored {how} than the other: {known[0][1]}; {text}. Score both by "
-                f"evaluate with the same {options}."
+                f"{known[0][0]} and {name}: scored {how}: {known[0][1]}; {text}. Score both with evaluate and the same "
+                f"{options}."
             )
 
 
-def _chosen(metrics: Sequence[str], there: set[str]) -> tuple[str, ...]:
-    rankable = sorted(there - set(_NO_SCORE))
+def _chosen(metrics: Sequence[str], common: set[str]) -> tuple[str, ...]:
+    rankable = sorted(common - set(_NO_SCORE))
     if metrics:
         missing = [metric for metric in metrics if metric not in rankable]
         if missing:
-            raise DataError(f"metric {missing[0]}: is not in all of them; there are {', '.join(rankable) or 'none'}.")
+            raise DataError(f"metric {missing[0]}: is not in all of them; choose from {', '.join(rankable) or 'none'}.")
         return tuple(metrics)
-    found = next((group for group in _USUAL if set(group) <= there), None)
+    found = next((group for group in _USUAL if set(group) <= common), None)
     if found is None:
-        raise DataError(
-            "some have lesion-wise scores and others have not, or there is no Dice at all. Score all alike."
-        )
+        raise DataError("some have lesion-wise scores and others do not, or none has Dice. Score all in the same way.")
     return found
 
 
@@ -338,32 +320,13 @@ def _rank_tests(names: Sequence[str], case_ranks: FloatArray) -> tuple[RankTest,
 def _differences(names: Sequence[str], metric: str, values: FloatArray) -> list[RankDifference]:
     """Compare all pairs of sets in one metric; ``values`` has the shape (sets, cases)."""
     pairs = list(itertools.combinations(range(len(names)), 2))
-    gaps = [values[a] - values[b] for a, b in pairs]
-    tested = [signed_rank(gap) for gap in gaps]
-    corrected = holm([p for p, _ in tested])
-    found = []
-    for (a, b), gap, (p, no_test), p_holm in zip(pairs, gaps, tested, corrected, strict=True):
-        low, high = bootstrap_interval(gap[None])
-        found.append(
-            RankDifference(
-                metric=metric,
-                first=names[a],
-                second=names[b],
-                mean=float(gap.mean()),
-                low=low,
-                high=high,
-                p=p,
-                p_holm=p_holm,
-                no_test=no_test,
-            )
-        )
-    return found
+    found = [paired_difference(values[[a]], values[[b]]) for a, b in pairs]
+    return [
+        RankDifference(**{**vars(one), "metric": metric, "first": names[a], "second": names[b], "p_holm": p_holm})
+        for (a, b), one, p_holm in zip(pairs, found, holm([one.p for one in found]), strict=True)
+    ]
 
 
-def _p(value: float | None) -> str:
+def p_text(value: float | None) -> str:
+    """Format a p-value with three decimals; "< 0.001" if it is smaller, a dash if there is none."""
     return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
-
-
-def _some(cases: Sequence[str]) -> str:
-    shown = ", ".join(cases[:_SHOWN])
-    return shown if len(cases) <= _SHOWN else f"{shown} and {len(cases) - _SHOWN} more"

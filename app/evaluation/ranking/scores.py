@@ -5,14 +5,17 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
 from app.evaluation.brats import brats2026
 from app.evaluation.brats.challenge import ChallengeRules, evaluate_by_rules
 from app.evaluation.evaluate import evaluate
+from app.evaluation.folders import OnCase
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.filesystem import why
 
@@ -40,22 +43,18 @@ class Scored:
 
 
 def load(
-    sources: Sequence[Path],
-    references: Path | None,
+    sources: Sequence[DataSource],
+    references: DataSource | None,
     rules: ChallengeRules | None,
     *,
-    labels: tuple[str | None, str | None] = (None, None),
-    follow_links: bool = False,
-    on_case: Callable[[str, float], None] | None = None,
+    on_case: OnCase | None = None,
 ) -> list[Scored]:
     """Load the scores of every source, each under a unique name.
 
     Args:
         sources: two or more folders of label maps or tables of ``evaluate`` (.csv or .json), in any mix.
-        references: folder of reference label maps, for sources that are folders.
+        references: the reference label maps, for sources that are folders.
         rules: rules by which folders are scored; None scores them like ``evaluate`` without ``--rules``.
-        labels: names of the label conventions of folders and references, if the files do not determine them.
-        follow_links: accept symlinks that lead out of the folders.
         on_case: called with each case of a folder that is scored, prefixed by the folder's name, and the share of all
             sources done so far.
 
@@ -64,48 +63,42 @@ def load(
     """
     if len(sources) < 2:
         raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
-    resolved = [source.resolve() for source in sources]
-    twice = next((source for source in sources if resolved.count(source.resolve()) > 1), None)
+    resolved = [source.root.resolve() for source in sources]
+    twice = next((source for source, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1), None)
     if twice is not None:
-        raise DataError(f"{twice}: is given twice. Give each folder or table once.")
+        raise DataError(f"{twice.root}: is given twice. Give each folder or table once.")
     found = []
     for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
+        if not source.root.is_dir():
+            found.append(_read_table(source.root, name))
+            continue
+        if references is None:
+            raise DataError(
+                f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
+            )
 
-        def told(case: str, share: float, name: str = name, number: int = number) -> None:
+        def announce(case: str, share: float, name: str = name, number: int = number) -> None:
             if on_case is not None:
                 on_case(f"{name}: {case}", (number + share) / len(sources))
 
-        found.append(_scored(source, name, references, rules, labels=labels, follow_links=follow_links, on_case=told))
+        score = evaluate if rules is None else partial(evaluate_by_rules, rules=rules)
+        scores = score(source, references, on_case=announce)
+        found.append(_of_json(name, scores.to_json()))
     return found
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
     """Name each source by the last part of its path, or by as many parts as make all names different."""
-    parts = 1
-    most = max(len(source.parts) for source in sources)
-    while True:
+    for parts in range(1, max(len(source.parts) for source in sources) + 1):
         names = [
             "/".join((*source.parts[-parts:-1], source.stem if source.is_file() else source.name)) for source in sources
         ]
-        if len(set(names)) == len(names) or parts > most:
-            return names if len(set(names)) == len(names) else [str(source) for source in sources]
-        parts += 1
+        if len(set(names)) == len(names):
+            return names
+    return [str(source) for source in sources]
 
 
-def _scored(
-    source: Path,
-    name: str,
-    references: Path | None,
-    rules: ChallengeRules | None,
-    *,
-    labels: tuple[str | None, str | None],
-    follow_links: bool,
-    on_case: Callable[[str, float], None],
-) -> Scored:
-    if source.is_dir():
-        return _scored_folder(
-            source, name, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-        )
+def _read_table(source: Path, name: str) -> Scored:
     if not source.is_file():
         raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
     try:
@@ -118,32 +111,11 @@ def _scored(
         found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{source}: is no table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+            f"{source}: is not a table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
     if not found.cases:
-        raise DataError(f"{source}: holds no case. Write the table anew with evaluate.")
+        raise DataError(f"{source}: contains no case. Write the table again with evaluate.")
     return found
-
-
-def _scored_folder(
-    source: Path,
-    name: str,
-    references: Path | None,
-    rules: ChallengeRules | None,
-    *,
-    labels: tuple[str | None, str | None],
-    follow_links: bool,
-    on_case: Callable[[str, float], None],
-) -> Scored:
-    if references is None:
-        raise DataError(f"{source}: is a folder; give --references REFERENCES to score it, or a table of evaluate.")
-    if rules is not None:
-        official = evaluate_by_rules(
-            source, references, rules, labels=labels, follow_links=follow_links, on_case=on_case
-        )
-        return _of_json(name, official.to_json())
-    scores = evaluate(source, references, labels=labels, follow_links=follow_links, on_case=on_case)
-    return _of_json(name, scores.to_json())
 
 
 def _of_json(name: str, content: Any) -> Scored:
@@ -171,10 +143,10 @@ def _of_json(name: str, content: Any) -> Scored:
 
 def _of_csv(name: str, text: str) -> Scored:
     cases: dict[str, dict[Measure, float]] = {}
-    told: str | None = None
+    scored_by: str | None = None
     for row in csv.DictReader(text.splitlines()):
         case = row.pop("case")
-        told = row.pop("scored_by", told)
+        scored_by = row.pop("scored_by", scored_by)
         if case in _SUMMARY_ROWS:
             continue
         by_region: dict[str, dict[str, str]] = {}
@@ -182,11 +154,11 @@ def _of_csv(name: str, text: str) -> Scored:
             if value != "":  # ECE and Brier score of a case without probabilities
                 region, _, metric = column.partition("_")
                 by_region.setdefault(region, {})[metric] = value
-        numbers = _of_package if (told or "").startswith(brats2026.YEAR) else _finite
+        numbers = _of_package if (scored_by or "").startswith(brats2026.YEAR) else _finite
         cases[case] = {(r, metric): n for r, values in by_region.items() for metric, n in numbers(values).items()}
         if not cases[case]:
             raise ValueError(f"no score of {case}")
-    return Scored(name=name, cases=cases, scored_by=told)
+    return Scored(name=name, cases=cases, scored_by=scored_by)
 
 
 def _of_package(values: Mapping[str, Any]) -> dict[str, float]:

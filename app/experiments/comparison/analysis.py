@@ -131,13 +131,10 @@ def analyse(results: Results, metrics: Mapping[RunKey, Records]) -> Analysis:
 
 def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
     """Whether initial weights and first batch are recorded for every run, and equal in all runs of one seed."""
-    by_seed: dict[int, set[tuple[str, str] | None]] = {}
+    starts: dict[int, list[Any]] = {}
     for key, result in runs.items():
-        start = result.get("start")
-        by_seed.setdefault(key.seed, set()).add(
-            None if start is None else (start["weights_sha256"], start["batch_sha256"])
-        )
-    return all(len(starts) == 1 and None not in starts for starts in by_seed.values())
+        starts.setdefault(key.seed, []).append(result.get("start"))
+    return all(None not in found and found.count(found[0]) == len(found) for found in starts.values())
 
 
 def scored_by(results: Results) -> list[dict[str, str | int | None]]:
@@ -196,19 +193,15 @@ def _with_verdicts(plan: ComparisonPlan, summaries: Sequence[ArmSummary]) -> lis
     """Add verdicts, and p values corrected over the arms, to the summaries of one optimiser."""
     others = [summary for summary in summaries if summary.arm != plan.baseline]
     corrected = {measure: holm([summary.differences[measure].p for summary in others]) for measure in MEASURES}
-    done = []
-    for summary in summaries:
-        if summary.arm == plan.baseline:
-            done.append(summary)
-            continue
-        place = others.index(summary)
+    judged = [summary for summary in summaries if summary.arm == plan.baseline]
+    for place, summary in enumerate(others):
         differences = {
             measure: replace(difference, p_holm=corrected[measure][place])
             for measure, difference in summary.differences.items()
         }
         words = verdict(summary.arm, plan.baseline, summary.optimizer, differences[MEAN])
-        done.append(replace(summary, differences=differences, verdict=words))
-    return done
+        judged.append(replace(summary, differences=differences, verdict=words))
+    return sorted(judged, key=lambda summary: plan.arms.index(summary.arm))
 
 
 def _usual_target(results: Results, metrics: Mapping[RunKey, Records]) -> float:

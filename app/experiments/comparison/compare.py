@@ -1,25 +1,35 @@
-"""Compare arms: make the runs, analyse them, and write CSV and JSON."""
+"""Compare gradient rules: make the runs, analyse them, and write CSV and JSON."""
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
 
+from app import NOTICE
+from app.config.load import from_plain
 from app.evaluation.metrics import DICE_DEFINITION
+from app.evaluation.tables import write_csv
 from app.experiments.comparison.analysis import Analysis, Records, analyse
-from app.experiments.comparison.plan import ComparisonPlan, RunKey
-from app.experiments.comparison.run import Results, make_runs
-from app.notice import NOTICE
+from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
+from app.experiments.comparison.run import ComparisonRuns, Results
+from app.experiments.comparison.split import deal_parts, read_parts
+from app.experiments.runs import JobProgress, differences, json_object, require_place, require_unchanged, resumable
 from app.progress import OnProgress, silent
-from app.runs.folder import read_metrics, write_json
+from app.runs.case_cache import prepared_cases
+from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, versions
-from data.files import replacing
-from data.labels import REGIONS
+from app.training.cases import report_misnamed_files, report_visits, require_labels
+from data.datasets.layouts import patients_of
+from data.datasets.source import DataSource
+from data.labels import REGIONS, convention_named
 
+#: Describes the comparison.
+PLAN_FILE: Final = "plan.json"
+_VERSION: Final = 1
 COLUMNS: Final = (
     "optimizer",
     "arm",
@@ -53,42 +63,50 @@ class Comparison:
 
 
 def compare(
-    data: Path,
+    data: DataSource,
     out: Path,
     plan: ComparisonPlan,
     *,
     fold: int = 0,
     split_file: Path | None = None,
-    labels: str | None = None,
-    follow_links: bool = False,
     on_progress: OnProgress = silent,
 ) -> Comparison:
     """Make the missing runs of a comparison, and write ``compare.csv`` and ``compare.json``.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
         plan: what to compare.
         fold: the test fold, 0 to 4; the next fold is used for validation.
         split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
         on_progress: called with the progress of the whole comparison.
 
     Raises:
-        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as
-            :func:`app.experiments.comparison.run.make_runs`.
+        DataError: the data cannot be used, or has too few patients.
+        ConfigError: ``out`` holds a different comparison.
+        RunError: ``out`` is a file, holds something else, or is in use by another process.
+        DeviceError: the requested device is not available.
+        InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    results = make_runs(
-        data,
-        out,
-        plan,
-        fold=fold,
-        split_file=split_file,
-        labels=labels,
-        follow_links=follow_links,
-        on_progress=on_progress,
-    )
+    cases = data.find_cases()
+    parts = None if split_file is None else read_parts(split_file, patients_of(cases.values()))
+    used = [cases[case_id].require() for case_id in (cases if parts is None else parts.cases)]
+    require_labels(used)
+    require_place(out, PLAN_FILE, "comparison")
+    recorded = json_object(read_json(out / PLAN_FILE), out / PLAN_FILE) if (out / PLAN_FILE).exists() else None
+    if parts is None:
+        parts = deal_parts(data, cases, fold, recorded=recorded and recorded.get("parts"))
+    report_visits(cases.values(), (parts.train, parts.validation, parts.test))
+    report_misnamed_files(used)
+    with locked(out), prepared_cases(out / "cache") as store:
+        labels = {} if data.labels is None else {"labels": convention_named(data.labels).name}
+        _record_plan(out, {"version": _VERSION, **plan.to_json(), "parts": parts.to_json(), **labels})
+        write_json(out / "split.json", parts.split.to_json())
+        progress = JobProgress(job="comparing", parts=plan.count(), on_progress=on_progress)
+        runs = ComparisonRuns(data=data, out=out, plan=plan, parts=parts, cases=cases, store=store, progress=progress)
+        with resumable(out, runs.position):
+            results = runs.make()
+        shutil.rmtree(out / "cache", ignore_errors=True)
     metrics: dict[RunKey, Records] = {key: read_metrics(out / "runs" / key.name) for key in plan.finals(results.chosen)}
     analysis = analyse(results, metrics)
     content = {
@@ -100,12 +118,24 @@ def compare(
         "runs": [dict(result) for result in results.runs.values()],
         "notice": NOTICE,
     }
-    write_csv(out / "compare.csv", results)
+    write_comparison_table(out / "compare.csv", results)
     write_json(out / "compare.json", content)
     return Comparison(out=out, results=results, analysis=analysis, metrics=metrics, content=content)
 
 
-def write_csv(path: Path, results: Results) -> None:
+def _record_plan(out: Path, plan: dict[str, Any]) -> None:
+    """Write the plan, or require that an existing one is the same."""
+    path = out / PLAN_FILE
+    if not path.exists():
+        write_json(path, plan)
+        return
+    # Keys that later versions added have their defaults.
+    recorded = {"variants": {}, "first_seed": 0, **json_object(read_json(path), path)}
+    recorded["config"] = shared_settings(from_plain(recorded.get("config", {}), str(path)))
+    require_unchanged(out, "comparison", differences(recorded, plan))
+
+
+def write_comparison_table(path: Path, results: Results) -> None:
     """Write the final Dice as CSV in full precision, one row per final run and scored case.
 
     Args:
@@ -113,16 +143,11 @@ def write_csv(path: Path, results: Results) -> None:
         results: every final run must have ``dice``.
     """
     part = "test" if results.parts.test else "validation"
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(COLUMNS)
-        for key in results.plan.finals(results.chosen):
-            result = results.runs[key]
-            for case, dice in result["dice"].items():
-                values = [dice[region] for region in REGIONS]
-                writer.writerow(
-                    [
-                        *(key.optimizer, key.arm, key.rate, key.seed, part, case),
-                        *(*values, fmean(values), result["best_step"], result["run"]),
-                    ]
-                )
+    rows: list[Sequence[object]] = [COLUMNS]
+    for key in results.plan.finals(results.chosen):
+        result = results.runs[key]
+        for case, dice in result["dice"].items():
+            values = [dice[region] for region in REGIONS]
+            run = (key.optimizer, key.arm, key.rate, key.seed, part, case)
+            rows.append([*run, *values, fmean(values), result["best_step"], result["run"]])
+    write_csv(path, rows)

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final, cast, get_args, get_type_hints
+from typing import Any, Final, get_args, get_type_hints
 
 from app.config.gradient import AUTO, GradientConfig
 from app.config.load import RunConfig, load_config, to_plain
@@ -102,16 +102,10 @@ class ComparisonPlan:
 
     def config_of(self, key: RunKey) -> RunConfig:
         """Return the complete configuration of one run."""
-        changes = cast("dict[str, Any]", {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed})
-        config = self.config_of_arm(key.arm)
+        rule: dict[str, Any] = {"transform": key.arm}
+        changes: dict[str, Any] = {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed}
+        config = self.variants.get(key.arm) or replace(self.config, gradient=replace(self.config.gradient, **rule))
         return replace(config, training=replace(config.training, **changes))
-
-    def config_of_arm(self, arm: str) -> RunConfig:
-        """Return the config that all runs of one arm share."""
-        if arm in self.variants:
-            return self.variants[arm]
-        gradient = replace(self.config.gradient, **cast("dict[str, Any]", {"transform": arm}))
-        return replace(self.config, gradient=gradient)
 
     def settings_of(self, variant: str) -> list[str]:
         """List how a variant differs from the shared config, each as ``section.key: shared -> variant``."""
@@ -168,9 +162,9 @@ def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
     """
     changes = _variants(variants)
     _require_known("--arms", arms, (*ARMS, *changes))
-    unused = [name for name in changes if name not in arms]
-    if unused:
-        raise ConfigError(f"--variant {unused[0]}: not among the arms; add it, --arms {','.join([*arms, unused[0]])}")
+    for name in changes:
+        if name not in arms:
+            raise ConfigError(f"--variant {name}: not among the arms; add it, --arms {','.join([*arms, name])}")
     _require_known("--optimizers", optimizers, OPTIMIZERS)
     if len(arms) < 2:
         raise ConfigError(f"--arms {arms[0]}: a comparison needs at least two of {', '.join(ARMS)}")
@@ -255,7 +249,7 @@ def _require_known(option: str, names: Sequence[str], known: Sequence[str]) -> N
         if name not in known:
             raise ConfigError(f"{option}: {name!r} is unknown; allowed are {', '.join(known)}")
         if names.count(name) > 1:
-            raise ConfigError(f"{option}: {name} stands there twice")
+            raise ConfigError(f"{option}: {name} is given twice")
 
 
 def _rates(texts: Sequence[str], optimizers: Sequence[str]) -> dict[str, tuple[float, ...]]:
@@ -277,5 +271,5 @@ def _numbers(text: str, listed: str) -> tuple[float, ...]:
     if not numbers or not all(math.isfinite(number) and number > 0 for number in numbers):
         raise ConfigError(f"--learning-rates {text}: expected numbers above 0, such as 1e-3,3e-3,1e-2 or sgd=1e-2,1e-1")
     if len(set(numbers)) < len(numbers):
-        raise ConfigError(f"--learning-rates {text}: a rate stands there twice")
+        raise ConfigError(f"--learning-rates {text}: a rate is given twice")
     return tuple(sorted(numbers))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from data.datasets.label_stats import LabelStats
+from data.datasets.label_stats import LabelStats, read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
+from data.datasets.patients import patient_by_older_versions
+from data.datasets.source import DataSource
 from data.datasets.splits import FOLDS, Split, fold_split, ids_of, read_split, require_apart, stratified_split
 from data.errors import DataError
 
@@ -29,6 +33,11 @@ class ThreeWaySplit:
     def split(self) -> Split:
         """The training and validation cases of every run."""
         return Split(train=self.train, validation=self.validation)
+
+    @property
+    def cases(self) -> tuple[str, ...]:
+        """The cases of all parts."""
+        return (*self.train, *self.validation, *self.test)
 
     @property
     def scored(self) -> tuple[str, ...]:
@@ -67,6 +76,31 @@ def fold_parts(
     )
     left = tuple(case_id for case_id in sorted(patients) if case_id not in {*test, *validation})
     return ThreeWaySplit(train=left, validation=validation, test=test)
+
+
+def deal_parts(data: DataSource, cases: Mapping[str, Case], fold: int, *, recorded: Any = None) -> ThreeWaySplit:
+    """Return the parts of a fold, with similar tumours in each.
+
+    Args:
+        data: the data set.
+        cases: all its cases, by id.
+        fold: as in :func:`fold_parts`.
+        recorded: the lists of a comparison that was started before, or None. If an older version dealt them, by its
+            rules for patients or by case id only, they are kept.
+
+    Raises:
+        DataError: as :func:`fold_parts`, or the label convention cannot be determined.
+    """
+    patients = patients_of(cases.values())
+    before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
+    maps = read_label_maps(cases.values())
+    tumours = tumours_of(cases, maps, data.decide_convention(cases, maps))
+    if recorded is not None:
+        for known, dealt_by in ((patients, None), (before, None), (before, tumours)):
+            with suppress(DataError):
+                if (parts := fold_parts(known, fold, dealt_by)).to_json() == recorded:
+                    return parts
+    return fold_parts(patients, fold, tumours)
 
 
 def read_parts(path: Path, patients: Mapping[str, str]) -> ThreeWaySplit:

@@ -67,28 +67,28 @@ def caveats(
         same_start: whether the records show the same initial weights and first batch in every arm.
         backends: descriptions of the backends that computed the scored predictions; only one if all used the same.
     """
-    said = []
+    found = []
     if seeds == 1:
-        said.append("One seed: how much of a difference is the luck of initial weights and patches is not known.")
+        found.append("One seed: how much of a difference is the luck of initial weights and patches is not known.")
     elif seeds < _FEW_SEEDS:
-        said.append(f"{seeds} seeds: the spread between seeds is hardly known.")
+        found.append(f"{seeds} seeds: the spread between seeds is hardly known.")
     if cases < _FEW_CASES:
         noun = "case" if cases == 1 else "cases"
-        said.append(f"{cases} scored {noun}: bootstrap intervals of so few are too narrow.")
+        found.append(f"{cases} scored {noun}: bootstrap intervals of so few are too narrow.")
     if not tested:
-        said.append(
+        found.append(
             "No third part: the scores are of the validation cases, which also chose learning rates and weights, "
             "and are too high for every arm."
         )
     if at_border:
-        said.append(f"The best learning rate is at the border of those tried for {', '.join(at_border)}: try more.")
+        found.append(f"The best learning rate is at the border of those tried for {', '.join(at_border)}: try more.")
     if not same_start:
-        said.append("It is not on record for every run that initial weights and first batch were those of its seed.")
+        found.append("It is not on record for every run that initial weights and first batch were those of its seed.")
     if len(backends) > 1:
-        said.append(
+        found.append(
             f"The scored predictions were not all computed alike ({'; '.join(backends)}): arms may differ by rounding."
         )
-    return said
+    return found
 
 
 def _short(value: float) -> str:

@@ -16,17 +16,23 @@ from typing import Any
 
 import numpy as np
 
-from app.evaluation.reliability import DEFINITION, NO_VOXELS, Reliability
+from app.evaluation.reliability import DEFINITION, NO_VOXELS
 from app.experiments.crossval.logits import Counts, fit_temperature, negative_log_likelihood, under_temperature
 from app.experiments.crossval.summary import Summary
-from app.inference.calibration import (
-    LEVEL,
-    OFFSET_ML,
-    VERSION,
-    conformal_quantile,
-    log_ratio,
-)
+from app.inference.calibration import LEVEL, OFFSET_ML, VERSION, conformal_quantile, log_ratio
 from data.labels import REGIONS, Region
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationScores:
+    """Scores of one region's probabilities, over the voxels around the tumours of all cases."""
+
+    ece: float = 0.0
+    case_ece: float = 0.0
+    """Mean over cases of each case's ECE."""
+    brier: float = 0.0
+    nll: float = 0.0
+    """Mean negative log likelihood over voxels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +43,10 @@ class RegionCalibration:
     """The temperature fitted on all cases."""
     left_out: tuple[float, ...]
     """By fold: the temperature fitted without the fold's cases."""
-    before: Reliability
-    """All cases together, with the networks' probabilities as they are."""
-    after: Reliability
-    """All cases together, each under the temperature fitted without its fold."""
-    case_ece: tuple[float, float]
-    """Mean over cases of each case's ECE, before and after."""
-    nll: tuple[float, float]
-    """Mean negative log likelihood over voxels, before and after."""
+    before: CalibrationScores
+    """With the networks' probabilities as they are."""
+    after: CalibrationScores
+    """With each case under the temperature fitted without its fold."""
     log_ratio: Mapping[str, float | None]
     """Quantile of volume errors over all cases, ``plain`` and ``postprocessed``; None if there are too few cases."""
     coverage: float | None
@@ -53,7 +55,7 @@ class RegionCalibration:
     @property
     def temperature(self) -> float:
         """Temperature of the ensemble: the fitted one, or 1 if that does not help cases it was not fitted on."""
-        return self.fitted if self.after.ece < self.before.ece and self.nll[1] < self.nll[0] else 1.0
+        return self.fitted if self.after.ece < self.before.ece and self.after.nll < self.before.nll else 1.0
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
@@ -61,14 +63,11 @@ class RegionCalibration:
             "temperature": self.temperature,
             "temperature_fitted": self.fitted,
             "temperature_without_fold": list(self.left_out),
-            "ece_before": self.before.ece,
-            "ece_after": self.after.ece,
-            "case_ece_before": self.case_ece[0],
-            "case_ece_after": self.case_ece[1],
-            "brier_before": self.before.brier,
-            "brier_after": self.after.brier,
-            "nll_before": self.nll[0],
-            "nll_after": self.nll[1],
+            **{
+                f"{name}_{when}": getattr(scores, name)
+                for name in ("ece", "case_ece", "brier", "nll")
+                for when, scores in (("before", self.before), ("after", self.after))
+            },
             "interval_coverage": self.coverage,
         }
 
@@ -135,18 +134,14 @@ def _region(
     held = {case_id: one[number] for case_id, one in counts.items() if one[number].any()}
     folds = range(max(fold_of.values()) + 1)
     left_out = [_fit([one for case_id, one in held.items() if fold_of[case_id] != fold]) for fold in folds]
-    before, ece_before, nll_before = _reliabilities(held, dict.fromkeys(held, 1.0))
-    after, ece_after, nll_after = _reliabilities(held, {case_id: left_out[fold_of[case_id]] for case_id in held})
     return RegionCalibration(
         fitted=_fit(list(held.values())),
         left_out=tuple(left_out),
-        before=before,
-        after=after,
-        case_ece=(ece_before, ece_after),
-        nll=(nll_before, nll_after),
+        before=_scores(held, dict.fromkeys(held, 1.0)),
+        after=_scores(held, {case_id: left_out[fold_of[case_id]] for case_id in held}),
         log_ratio={
-            "plain": conformal_quantile(list(volume_errors(raw, region).values()), LEVEL),
-            "postprocessed": conformal_quantile(list(volume_errors(tuned, region).values()), LEVEL),
+            masks: conformal_quantile(list(volume_errors(summary, region).values()), LEVEL)
+            for masks, summary in (("plain", raw), ("postprocessed", tuned))
         },
         coverage=_coverage(tuned, region),
     )
@@ -176,15 +171,15 @@ def _fit(counts: Sequence[Counts]) -> float:
     return fit_temperature(np.sum(counts, axis=0)) if counts else 1.0
 
 
-def _reliabilities(counts: Mapping[str, Counts], temperatures: Mapping[str, float]) -> tuple[Reliability, float, float]:
-    """Score cases under their temperatures: all voxels together, mean ECE of the cases, negative log likelihood."""
+def _scores(counts: Mapping[str, Counts], temperatures: Mapping[str, float]) -> CalibrationScores:
+    """Score cases under their temperatures."""
     if not counts:
-        return NO_VOXELS, 0.0, 0.0
+        return CalibrationScores()
     cases = [under_temperature(one, temperatures[case_id]) for case_id, one in counts.items()]
     voxels = [one[:, 1:-1].sum() for one in counts.values()]
     losses = [negative_log_likelihood(one, temperatures[case_id]) for case_id, one in counts.items()]
-    return (
-        sum(cases, NO_VOXELS),
-        fmean(case.ece for case in cases),
-        float(np.dot(voxels, losses) / max(1, sum(voxels))),
+    together = sum(cases, NO_VOXELS)
+    nll = float(np.dot(voxels, losses) / max(1, sum(voxels)))
+    return CalibrationScores(
+        ece=together.ece, case_ece=fmean(case.ece for case in cases), brier=together.brier, nll=nll
     )

@@ -20,22 +20,28 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any, Final
 
 from app.config.load import RunConfig, from_plain, to_plain
 from app.errors import ConfigError, RunError
-from app.experiments.runs import differences, json_object
+from app.experiments.runs import differences, json_object, require_unchanged
 from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
-from app.training.cases import require_labels, split_on_record, tell_of_names, tell_of_patients
-from data.datasets.label_stats import hash_of, read_label_maps, tumours_of, values_of
-from data.datasets.layouts import Case, decide_for, find_cases, patients_of
+from app.training.cases import (
+    case_spacing,
+    median_by_axis,
+    report_misnamed_files,
+    report_visits,
+    require_labels,
+    split_on_record,
+)
+from data.datasets.label_stats import hash_of, read_label_maps, tumours_of
+from data.datasets.layouts import Case, patients_of
 from data.datasets.naming import composed
+from data.datasets.source import DataSource
 from data.datasets.splits import Split, stratified_split
 from data.errors import DataError
 from data.labels import CONVENTIONS, LabelConvention
-from data.nifti import canonical_spacing, read_grid
 from data.preprocess import SPACING_TOLERANCE
 
 LEAST_FOLDS: Final = 2
@@ -71,7 +77,7 @@ class Folds:
         """Return the file with a fold's result; it exists once the fold is trained."""
         return self.out / "results" / f"fold-{fold}.json"
 
-    def answer_file(self, case_id: str) -> Path:
+    def prediction_file(self, case_id: str) -> Path:
         """Return the file with the out-of-fold probabilities of a case."""
         return self.out / "out-of-fold" / f"{case_id}.npz"
 
@@ -91,18 +97,14 @@ class Folds:
         }
 
 
-def deal(
-    data: Path, out: Path, config: RunConfig, *, folds: int, labels: str | None = None, follow_links: bool = False
-) -> Folds:
+def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
     Args:
-        data: folder of cases.
+        data: the data set.
         out: folder of the cross-validation.
         config: config of every fold's run.
         folds: number of folds.
-        labels: name of the label convention, if the data set does not determine it.
-        follow_links: accept symlinks that lead out of ``data``.
 
     Raises:
         DataError: the data cannot be used, or has fewer patients than folds.
@@ -112,59 +114,67 @@ def deal(
     """
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
-    cases = {case.id: case for case in find_cases(data, follow_links=follow_links)}
+    cases = data.find_cases()
     patients = patients_of(cases.values())
     count = len(set(patients.values()))
-    recorded = _splits_on_record(out, cases)
-    if recorded is None and count < folds:
+    recorded = _on_record(out)
+    # With other cases, require_same reports them.
+    kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(cases)
+    if not kept and count < folds:
         raise DataError(
-            f"{data}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
+            f"{data.root}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
             "Give fewer --folds, or more cases."
         )
     require_labels([case.require() for case in cases.values()], advice="Add them, or take the cases out.")
-    held = read_label_maps(cases.values())
-    convention = decide_for(values_of(cases, held), list(cases.values()), labels=labels)
-    if recorded is not None and len(recorded) == folds:
-        splits = recorded
+    label_maps = read_label_maps(cases.values())
+    convention = data.decide_convention(cases, label_maps)
+    if recorded is not None and kept and len(recorded["folds"]) == folds:
+        # A later version may recognise more patients.
+        splits = _splits(recorded["folds"])
     else:
-        tumours = tumours_of(cases, held, convention)
+        tumours = tumours_of(cases, label_maps, convention)
         splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
-    tell_of_patients(cases.values(), [split.validation for split in splits])
-    tell_of_names(cases.values())
+    report_visits(cases.values(), [split.validation for split in splits])
+    report_misnamed_files(cases.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(
-        out=out,
-        cases=cases,
-        config=config,
-        convention=convention,
-        splits=splits,
-        label_maps_sha256=hash_of(held),
+        out=out, cases=cases, config=config, convention=convention, splits=splits, label_maps_sha256=hash_of(label_maps)
     )
 
 
-def begun(data: Path, out: Path, *, follow_links: bool = False) -> Folds:
-    """Load the cross-validation that was started in a folder, with the files of its cases.
+def read_folds(out: Path, data: DataSource | None = None) -> Folds:
+    """Load the cross-validation that was started in a folder.
 
     Args:
-        data: folder of cases.
         out: folder of the cross-validation.
-        follow_links: accept symlinks that lead out of ``data``.
+        data: its data set; without one, the cases have ids but no files.
 
     Raises:
         DataError: the data cannot be read.
         RunError: a file of the cross-validation is missing or damaged.
     """
-    content = json_object(read_json(out / CROSSVAL_FILE), out / CROSSVAL_FILE)
-    found = [split_on_record(out / SPLITS / f"fold-{fold}.json") for fold in range(len(content["folds"]))]
-    return Folds(
-        out=out,
-        cases={case.id: case for case in find_cases(data, follow_links=follow_links)},
-        config=from_plain(content["config"], str(out / CROSSVAL_FILE)),
-        convention=CONVENTIONS[content["labels"]],
-        splits=tuple(found),
-        label_maps_sha256=content["label_maps_sha256"],
-    )
+    path = out / CROSSVAL_FILE
+    recorded = _on_record(out)
+    if recorded is None:
+        raise RunError(f"{path}: missing. Is {out} the folder of a cross-validation?")
+    splits = _splits(recorded["folds"])
+    if data is not None:
+        splits = tuple(split_on_record(out / SPLITS / f"fold-{fold}.json") for fold in range(len(splits)))
+        cases = data.find_cases()
+    else:
+        cases = {case_id: Case(id=case_id, folder=out) for fold in recorded["folds"] for case_id in fold}
+    try:
+        return Folds(
+            out=out,
+            cases=cases,
+            config=from_plain(recorded["config"], str(path)),
+            convention=CONVENTIONS[recorded["labels"]],
+            splits=splits,
+            label_maps_sha256=str(recorded["label_maps_sha256"]),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: damaged ({error}).") from error
 
 
 def require_same(folds: Folds) -> None:
@@ -175,51 +185,49 @@ def require_same(folds: Folds) -> None:
         DataError: the cases or label maps differ.
         RunError: ``folds.json`` is damaged.
     """
-    path, plan = folds.out / CROSSVAL_FILE, folds.to_json()
-    if not path.exists():
+    path, plan, recorded = folds.out / CROSSVAL_FILE, folds.to_json(), _on_record(folds.out)
+    if recorded is None:
         for fold, split in enumerate(folds.splits):
             folds.split_file(fold).parent.mkdir(parents=True, exist_ok=True)
             write_json(folds.split_file(fold), split.to_json())
         write_json(path, plan)
         return
-    there = json_object(read_json(path), path)
     # Keys that later versions added have their defaults.
-    there["config"] = to_plain(from_plain(there.get("config", {}), str(path)))
+    recorded["config"] = to_plain(from_plain(recorded.get("config", {}), str(path)))
     settings = ("version", "config", "labels")
-    changed = differences({key: there.get(key) for key in settings}, {key: plan[key] for key in settings})
-    counts = len(there.get("folds", ())), len(folds.splits)
+    changed = differences({key: recorded.get(key) for key in settings}, {key: plan[key] for key in settings})
+    counts = len(recorded["folds"]), len(folds.splits)
     if counts[0] != counts[1]:
         changed.append(f"folds: {counts[0]} -> {counts[1]}")
-    if changed:
-        raise ConfigError(
-            f"{folds.out} holds another cross-validation; give another folder, or the settings it was begun with. "
-            f"Different: {'; '.join(changed)}"
-        )
-    before, now = {composed(case_id) for fold in there["folds"] for case_id in fold}, set(folds.cases)
+    require_unchanged(folds.out, "cross-validation", changed)
+    before, now = {case_id for fold in recorded["folds"] for case_id in fold}, set(folds.cases)
     if before != now:
         raise DataError(
-            f"{folds.out} was begun with other cases: {_some(before - now)} gone, {_some(now - before)} new. Give the "
-            "data set it was begun with, or another folder."
+            f"{folds.out} was started with other cases: {_some(before - now)} gone, {_some(now - before)} new. Give "
+            "the data set it was started with, or another folder."
         )
-    recorded = [sorted(map(composed, fold)) for fold in there["folds"]]
-    if recorded != plan["folds"] or there.get("label_maps_sha256") != plan["label_maps_sha256"]:
-        raise DataError(
-            f"label maps have changed since {folds.out} was begun. Put the old ones back, or give another folder."
-        )
+    if recorded["folds"] != plan["folds"] or recorded.get("label_maps_sha256") != plan["label_maps_sha256"]:
+        raise DataError(f"label maps have changed since {folds.out} was started. Restore them, or give another folder.")
 
 
-def _splits_on_record(out: Path, cases: Mapping[str, Case]) -> tuple[Split, ...] | None:
-    """Return the splits a cross-validation of these cases began with; a later version may recognise more patients."""
+def _on_record(out: Path) -> dict[str, Any] | None:
+    """Return the content of ``folds.json``, with normalised and sorted case ids; None if there is no such file."""
     path = out / CROSSVAL_FILE
     if not path.exists():
         return None
+    content = json_object(read_json(path), path)
     try:
-        folds = [[composed(case_id) for case_id in fold] for fold in json_object(read_json(path), path)["folds"]]
+        return {**content, "folds": [sorted(map(composed, fold)) for fold in content["folds"]]}
     except (KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged, it does not hold the folds ({error}). Restore it from a copy.") from error
-    if sorted(case_id for fold in folds for case_id in fold) != sorted(cases):
-        return None  # other cases; require_same reports them
-    return tuple(Split(train=tuple(sorted(cases.keys() - set(fold))), validation=tuple(sorted(fold))) for fold in folds)
+
+
+def _splits(folds: Sequence[Sequence[str]]) -> tuple[Split, ...]:
+    """Return the split of each fold: all cases of the other folds train."""
+    ids = sorted(case_id for fold in folds for case_id in fold)
+    return tuple(
+        Split(train=tuple(case_id for case_id in ids if case_id not in fold), validation=tuple(fold)) for fold in folds
+    )
 
 
 def _some(ids: set[str]) -> str:
@@ -229,17 +237,11 @@ def _some(ids: set[str]) -> str:
 
 def _require_one_spacing(cases: Mapping[str, Case], splits: Sequence[Split]) -> None:
     """Require one spacing for all folds: a run takes the median of its training cases, an ensemble has only one."""
-    found = {
-        case.id: canonical_spacing(read_grid(case.contrasts["t1c"], case.volumes.get("t1c"))[1])
-        for case in cases.values()
-    }
-    medians = [
-        tuple(median(along) for along in zip(*(found[case_id] for case_id in split.train), strict=True))
-        for split in splits
-    ]
+    found = {case_id: case_spacing(case) for case_id, case in cases.items()}
+    medians = [median_by_axis(found[case_id] for case_id in split.train) for split in splits]
     for along in zip(*medians, strict=True):
         if max(along) > min(along) * (1 + SPACING_TOLERANCE):
             raise ConfigError(
                 f"the cases have different spacings: the folds' medians go from {min(along):g} to {max(along):g} mm, "
-                "and networks of an ensemble work at one. Say which: --set data.spacing_mm=1"
+                "and the networks of an ensemble need one. Choose it, such as --set data.spacing_mm=1"
             )

@@ -19,7 +19,8 @@ from __future__ import annotations
 import json
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -82,7 +83,7 @@ def to_bytes(centred: npt.NDArray[np.float32]) -> Bytes:
     return values
 
 
-def answer_of(
+def predict_left_out(
     model: Model, case: Case, runtime: Runtime, *, convention: LabelConvention, nan_to_zero: bool = False
 ) -> OutOfFoldPrediction:
     """Predict a case and read its reference.
@@ -123,18 +124,18 @@ def answer_of(
     )
 
 
-def write_answer(path: Path, answer: OutOfFoldPrediction) -> None:
+def write_prediction(path: Path, prediction: OutOfFoldPrediction) -> None:
     """Write an out-of-fold file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays: dict[str, Any] = {
-        "answers": answer.answers,
-        "reference": answer.reference,
-        "logit_counts": answer.logit_counts,
-        "spacing_mm": np.array(answer.spacing_mm, dtype=np.float64),
-        "weights_sha256": np.array(answer.weights_sha256),
+        "answers": prediction.answers,
+        "reference": prediction.reference,
+        "logit_counts": prediction.logit_counts,
+        "spacing_mm": np.array(prediction.spacing_mm, dtype=np.float64),
+        "weights_sha256": np.array(prediction.weights_sha256),
     }
-    if answer.computed_by is not None:
-        arrays["computed_by"] = np.array(json.dumps(dict(answer.computed_by)))
+    if prediction.computed_by is not None:
+        arrays["computed_by"] = np.array(json.dumps(dict(prediction.computed_by)))
     with replacing(path) as beside, beside.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
@@ -145,35 +146,29 @@ def read_counts(path: Path) -> Counts:
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return _counts(file["logit_counts"])
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _counts(file["logit_counts"])
 
 
-def read_answer(path: Path) -> OutOfFoldPrediction:
+def read_prediction(path: Path) -> OutOfFoldPrediction:
     """Read an out-of-fold file.
 
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            answers, reference = file["answers"], file["reference"]
-            x, y, z = file["spacing_mm"].tolist()
-            if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
-                raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
-            return OutOfFoldPrediction(
-                answers=answers,
-                reference=reference,
-                logit_counts=_counts(file["logit_counts"]),
-                spacing_mm=(x, y, z),
-                weights_sha256=str(file["weights_sha256"]),
-                computed_by=_computed_by(file),
-            )
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        answers, reference = file["answers"], file["reference"]
+        x, y, z = file["spacing_mm"].tolist()
+        if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
+            raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
+        return OutOfFoldPrediction(
+            answers=answers,
+            reference=reference,
+            logit_counts=_counts(file["logit_counts"]),
+            spacing_mm=(x, y, z),
+            weights_sha256=str(file["weights_sha256"]),
+            computed_by=_computed_by(file),
+        )
 
 
 def read_computed_by(path: Path) -> dict[str, str] | None:
@@ -182,36 +177,39 @@ def read_computed_by(path: Path) -> dict[str, str] | None:
     Raises:
         RunError: the file is missing or damaged.
     """
-    try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            return _computed_by(file)
-    except _DAMAGE as error:
-        raise _damaged(path, error) from error
+    with _opened(path) as file:
+        return _computed_by(file)
 
 
 def is_of(path: Path, weights_sha256: str) -> bool:
     """Whether a file exists, is complete and comes from the network with these weights; its voxels are not checked."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with _opened(path) as file:
             return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
-    except _DAMAGE:
+    except RunError:
         return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+    """Open a file for the block; errors within it mean that the file is missing or damaged."""
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            yield file
+    except _DAMAGE as error:
+        raise RunError(f"{path}: missing or damaged ({error}). Delete it to predict its case again.") from error
 
 
 def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
     if "computed_by" not in file:
         return None
-    told = json.loads(str(file["computed_by"]))
-    if not isinstance(told, dict) or not all(isinstance(value, str) for value in told.values()):
-        raise ValueError(f"computed_by is {told!r}")
-    return told
+    record = json.loads(str(file["computed_by"]))
+    if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
+        raise ValueError(f"computed_by is {record!r}")
+    return record
 
 
 def _counts(found: Counts) -> Counts:
     if found.dtype != np.int64 or found.shape != no_counts().shape or found.min() < 0:
         raise ValueError(f"it holds logit counts of {found.dtype} {found.shape}")
     return found
-
-
-def _damaged(path: Path, error: Exception) -> RunError:
-    return RunError(f"{path}: missing or damaged ({error}). Delete it, and it is predicted again.")

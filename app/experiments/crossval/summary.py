@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,11 +9,11 @@ from statistics import fmean, stdev
 from typing import Any, Final
 
 from app.evaluation.metrics import RegionScores, region_scores
+from app.evaluation.tables import write_csv
 from app.experiments.crossval.folds import Folds
-from app.experiments.crossval.out_of_fold import read_answer
+from app.experiments.crossval.out_of_fold import read_prediction
 from app.experiments.crossval.tune import cropped
 from app.inference.postprocess import Postprocess
-from data.files import replacing
 from data.labels import REGIONS, Region, from_regions
 
 #: Scores kept for each region. Specificity is not: it counts voxels of the whole grid, which are not kept.
@@ -93,7 +92,7 @@ def summarise(folds: Folds, rules: Postprocess) -> Summary:
     """
     fold_of = folds.fold_of()
     return Summary(
-        rules=rules, fold_of=fold_of, cases={case: _scores(folds.answer_file(case), rules) for case in fold_of}
+        rules=rules, fold_of=fold_of, cases={case: _scores(folds.prediction_file(case), rules) for case in fold_of}
     )
 
 
@@ -104,19 +103,18 @@ def write_crossval_table(path: Path, summaries: Mapping[str, Summary]) -> None:
         path: file to write.
         summaries: summaries by the name to write in the column ``masks``.
     """
-    with replacing(path) as beside, beside.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(["masks", "fold", "case", *(f"{region}_{name}" for region in REGIONS for name in METRICS)])
-        for name, summary in summaries.items():
-            for case_id, scores in summary.cases.items():
-                values = [getattr(scores[region], metric) for region in REGIONS for metric in METRICS]
-                writer.writerow([name, summary.fold_of[case_id], case_id, *values])
+    rows = [
+        [name, summary.fold_of[case_id], case_id, *(getattr(scores[r], metric) for r in REGIONS for metric in METRICS)]
+        for name, summary in summaries.items()
+        for case_id, scores in summary.cases.items()
+    ]
+    write_csv(path, [["masks", "fold", "case", *(f"{region}_{name}" for region in REGIONS for name in METRICS)], *rows])
 
 
 def _scores(file: Path, rules: Postprocess) -> CaseScores:
-    answer = cropped(read_answer(file))
-    codes = from_regions(rules.clean(answer.cut(rules), answer.spacing_mm))
-    return region_scores(codes, answer.reference, answer.spacing_mm)
+    prediction = cropped(read_prediction(file))
+    codes = from_regions(rules.clean(prediction.cut(rules), prediction.spacing_mm))
+    return region_scores(codes, prediction.reference, prediction.spacing_mm)
 
 
 def _sd(values: list[float]) -> float | None:

@@ -12,7 +12,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from app.evaluation.metrics import dice
-from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, read_answer
-from app.inference.postprocess import ByRegion, Postprocess
+from app.experiments.crossval.out_of_fold import OutOfFoldPrediction, read_prediction
+from app.inference.postprocess import Postprocess
 from data.labels import REGIONS, to_regions
 from data.preprocess import smallest_box
 
@@ -46,7 +47,7 @@ class Step:
     """Its value after tuning."""
     gain: float
     """Gain in the objective over the previous value; 0 if that was kept."""
-    best: float
+    best_candidate_gain: float
     """Largest gain among the candidates, adopted or not."""
 
 
@@ -76,10 +77,7 @@ class Tuning:
             "objective_after": self.after,
             "gain_on_tuning_cases": self.after - self.before,
             "estimated_gain": self.estimated_gain,
-            "steps": [
-                {"rule": step.rule, "value": step.value, "gain": step.gain, "best_candidate_gain": step.best}
-                for step in self.steps
-            ],
+            "steps": [asdict(step) for step in self.steps],
             "nested": [
                 {"fold": fold, "gain": gain, "postprocess": rules.to_json()}
                 for fold, (rules, gain) in enumerate(zip(self.nested, self.nested_gains, strict=True))
@@ -159,74 +157,56 @@ def choose_rules(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postproce
         used: mask of the cases to choose on, shape (cases,); at least one is True.
     """
     chosen, steps = Postprocess(), []
-    for name, changes in _coordinates():
-        candidates = [change(chosen) for change, _ in changes]
+    for name, values, with_value in _coordinates():
+        candidates = [with_value(chosen, value) for value in values]
         found = [float(dices[used].mean()) for dices in scores.of([chosen, *candidates])]
         gains = np.array(found[1:]) - found[0]
         best = int(gains.argmax())  # of equal gains the first, which changes least
-        taken = bool(gains[best] >= MARGIN)
-        before = next(value for (_, value), rules in zip(changes, candidates, strict=True) if rules == chosen)
-        steps.append(
-            Step(
-                rule=name,
-                value=changes[best][1] if taken else before,
-                gain=float(gains[best]) if taken else 0.0,
-                best=float(gains[best]),
-            )
-        )
-        if taken:
-            chosen = candidates[best]
+        gain, adopted = float(gains[best]), bool(gains[best] >= MARGIN)
+        place = best if adopted else candidates.index(chosen)
+        steps.append(Step(rule=name, value=values[place], gain=gain if adopted else 0.0, best_candidate_gain=gain))
+        chosen = candidates[place]
     return chosen, tuple(steps)
 
 
-_Change = tuple[Callable[[Postprocess], Postprocess], float]
+def _coordinates() -> list[tuple[str, tuple[float, ...], Callable[[Postprocess, float], Postprocess]]]:
+    """Return the rules in tuning order: the name, the candidate values, and a function that sets one."""
+    return [
+        *((f"threshold {region}", THRESHOLDS, partial(_with, "thresholds", n)) for n, region in enumerate(REGIONS)),
+        *(
+            (f"smallest component {region}, mm3", SMALLEST_MM3, partial(_with, "smallest_mm3", n))
+            for n, region in enumerate(REGIONS)
+        ),
+        (
+            "least enhancing tumour, mm3",
+            LEAST_ENHANCING_MM3,
+            lambda rules, value: replace(rules, least_enhancing_mm3=value),
+        ),
+    ]
 
 
-def _coordinates() -> list[tuple[str, list[_Change]]]:
-    """Return the rules in tuning order: the name, and for each candidate a function that sets it and its value."""
-    found: list[tuple[str, list[_Change]]] = []
-    for number, region in enumerate(REGIONS):
-        found.append((f"threshold {region}", [(_threshold(number, value), value) for value in THRESHOLDS]))
-    for number, region in enumerate(REGIONS):
-        found.append(
-            (f"smallest component {region}, mm3", [(_smallest(number, value), value) for value in SMALLEST_MM3])
-        )
-    found.append(("least enhancing tumour, mm3", [(_least(value), value) for value in LEAST_ENHANCING_MM3]))
-    return found
-
-
-def _threshold(number: int, value: float) -> Callable[[Postprocess], Postprocess]:
-    return lambda rules: replace(rules, thresholds=_with(rules.thresholds, number, value))
-
-
-def _smallest(number: int, value: float) -> Callable[[Postprocess], Postprocess]:
-    return lambda rules: replace(rules, smallest_mm3=_with(rules.smallest_mm3, number, value))
-
-
-def _least(value: float) -> Callable[[Postprocess], Postprocess]:
-    return lambda rules: replace(rules, least_enhancing_mm3=value)
-
-
-def _with(values: ByRegion, number: int, value: float) -> ByRegion:
-    x, y, z = (value if place == number else old for place, old in enumerate(values))
-    return (x, y, z)
+def _with(name: str, number: int, rules: Postprocess, value: float) -> Postprocess:
+    values = list(getattr(rules, name))
+    values[number] = value
+    changes: dict[str, Any] = {name: tuple(values)}
+    return replace(rules, **changes)
 
 
 def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
     """Return the Dice of one case under each candidate, shape (candidates, 3)."""
-    answer = cropped(read_answer(file))
-    expected = to_regions(answer.reference)
+    prediction = cropped(read_prediction(file))
+    expected = to_regions(prediction.reference)
     rows = []
     for rules in candidates:
-        masks = rules.clean(answer.cut(rules), answer.spacing_mm)
+        masks = rules.clean(prediction.cut(rules), prediction.spacing_mm)
         rows.append([dice(one, other) for one, other in zip(masks, expected, strict=True)])
     return np.array(rows, dtype=np.float64)
 
 
-def cropped(answer: OutOfFoldPrediction) -> OutOfFoldPrediction:
+def cropped(prediction: OutOfFoldPrediction) -> OutOfFoldPrediction:
     """Crop a prediction to where there is tumour in the reference or under any candidate; Dice needs no more."""
-    may_be = (answer.answers >= min(THRESHOLDS) * 256).any(axis=0) | (answer.reference != 0)
+    may_be = (prediction.answers >= min(THRESHOLDS) * 256).any(axis=0) | (prediction.reference != 0)
     if not may_be.any():
         may_be[0, 0, 0] = True
     box = smallest_box(may_be)
-    return replace(answer, answers=answer.answers[:, *box], reference=answer.reference[box])
+    return replace(prediction, answers=prediction.answers[:, *box], reference=prediction.reference[box])

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from math import prod
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -29,40 +30,30 @@ _OVERHEAD: Final = 1.6
 _GPU_WINDOWS: Final = 2
 
 
-class Backend(Protocol):
-    """A network and the library that computes it."""
+class Engine(ABC):
+    """A network and the library that computes it.
 
-    @property
-    def graph(self) -> Graph:
-        """Operations of the network."""
-        ...
+    Args:
+        graph: operations of the network.
+        weights: the whole state dict, as arrays or tensors.
 
-    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
+    Raises:
+        ValueError: weights are missing.
+    """
+
+    def __init__(self, graph: Graph, weights: Mapping[str, Any]) -> None:
+        graph.require_weights(weights)
+        self.graph = graph
+        self._live = live_values(graph, {name: tuple(array.shape) for name, array in weights.items()})
+        self._settled = False
+
+    @abstractmethod
+    def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
         """Plan for the windows if memory is sufficient."""
-        ...
 
-    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
-        """Do what can be done before there is an image, for the windows of a plan if it is known already.
-
-        Raises:
-            MemoryError, RuntimeError: it failed; the same error will recur, and be handled, with the image.
-        """
-        ...
-
-    def settle(self, runtime: Runtime) -> None:
-        """Compute one small window on the first call, so that the memory libraries keep is counted from then on.
-
-        Raises:
-            MemoryError, RuntimeError: as in :meth:`warm_up`.
-        """
-        ...
-
-    def forget(self) -> None:
-        """Release what is only held for the next volume."""
-        ...
-
+    @abstractmethod
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
     ) -> npt.NDArray[Any]:
         """Compute the logits of a volume.
 
@@ -71,171 +62,153 @@ class Backend(Protocol):
             present: which contrasts are present, for a network with presence channels; else None.
             runtime: the one that the network was loaded for.
             overlap: least share of a window that its neighbour also covers.
-            way: plan for the windows.
+            plan: plan for the windows.
 
         Returns:
-            float32, or float16 with ``way.half``; shape (regions, X, Y, Z).
+            float32, or float16 with ``plan.half``; shape (regions, X, Y, Z).
         """
-        ...
 
-    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
+    def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:  # noqa: B027 - torch needs none
+        """Do what can be done before there is an image, for the windows of a plan if it is known already.
+
+        Raises:
+            MemoryError, RuntimeError: it failed; the same error will recur, and be handled, with the image.
+        """
+
+    def settle(self, runtime: Runtime) -> None:
+        """Compute one small window on the first call, so that the memory libraries keep is counted from then on.
+
+        Raises:
+            MemoryError, RuntimeError: as in :meth:`warm_up`.
+        """
+        if not self._settled:
+            self._settled = True
+            side = 2 * self.divisor  # the smallest that the network accepts
+            self._compute(np.zeros((1, self.graph.in_channels, side, side, side), dtype=np.float32), runtime)
+
+    @abstractmethod
+    def _compute(self, patches: Array, runtime: Runtime) -> None:
+        """Compute a batch of windows and drop the result."""
+
+    def forget(self) -> None:  # noqa: B027 - torch keeps nothing on the CPU
+        """Release what is only held for the next volume."""
+
+    def window_bytes(self, plan: ComputePlan, runtime: Runtime) -> int:
         """Estimate of the CPU memory that computing takes, in addition to the image and the answer."""
-        ...
+        if plan.device != "cpu":
+            return 0
+        item_bytes = 4 if runtime.precision_name == "float32" else 2
+        return int(_OVERHEAD * self._live * item_bytes * plan.batch * prod(plan.window))
+
+    @property
+    def divisor(self) -> int:
+        """Number that every side of a window must be a multiple of."""
+        return divisor(self.graph)
 
 
-class TorchEngine:
-    """Computes a graph with torch.
-
-    Args:
-        graph: the operations.
-        weights: the whole state dict.
-        runtime: device and precision.
-
-    Raises:
-        ValueError: weights are missing.
-    """
+class TorchEngine(Engine):
+    """Computes a graph with torch, on the device and in the precision of a runtime."""
 
     def __init__(self, graph: Graph, weights: Mapping[str, Tensor], runtime: Runtime) -> None:
         from app.inference.backends.torch_backend import GraphNetwork
 
-        self.graph = graph
+        super().__init__(graph, weights)
         self.network: GraphNetwork = GraphNetwork(graph, weights)
         self._place(runtime)
         self.network.eval()
-        self._settled = False
-        self._live = live_values(graph, {name: tuple(tensor.shape) for name, tensor in weights.items()})
 
-    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
+    def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
         """A plan for the runtime's device, on a GPU with several windows at once."""
         device = runtime.device_name
         batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
         return ComputePlan(window=window, batch=batch, device=device, stitch_on=device)
 
-    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
-        """Do nothing: torch needs no preparation."""
-
-    def settle(self, runtime: Runtime) -> None:
-        """As :meth:`Backend.settle`: loads torch's libraries, and those of a GPU."""
-        import torch
-
-        if self._settled:
-            return
-        self._settled = True
-        self._place(runtime)
-        with torch.inference_mode(), runtime.autocast():
-            self.network(torch.zeros(_small_shape(self.graph), device=runtime.device))
-
-    def forget(self) -> None:
-        """Do nothing: torch keeps nothing of a volume on the CPU."""
-
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As :meth:`Backend.logits`."""
+        """As :meth:`Engine.logits`."""
         import torch
 
         from app.inference.sliding_window.torch_blend import sliding_logits
         from models import GivenPresence
 
-        if way.device != runtime.device_name:
+        if plan.device != runtime.device_name:
             runtime = below_gpu(runtime)
         self._place(runtime)
         found = sliding_logits(
             self.network if present is None else GivenPresence(self.network, present).eval(),
             torch.from_numpy(image),
-            window=way.window,
+            window=plan.window,
             overlap=overlap,
             runtime=runtime,
-            batch=way.batch,
-            stitch_on=way.stitch_on,
-            half=way.half,
+            batch=plan.batch,
+            stitch_on=plan.stitch_on,
+            half=plan.half,
         )
         answer: npt.NDArray[Any] = found.cpu().numpy()
         return answer
 
-    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
-        """As :meth:`Backend.window_bytes`; 0 on a GPU, whose memory is not the CPU's."""
-        if way.device != "cpu":
-            return 0
-        return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
+    def _compute(self, patches: Array, runtime: Runtime) -> None:
+        import torch
+
+        self._place(runtime)
+        with torch.inference_mode(), runtime.autocast():
+            self.network(torch.from_numpy(patches).to(runtime.device))
 
     def _place(self, runtime: Runtime) -> None:
         self.network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
 
 
-class OpenvinoEngine:
-    """Computes a graph with OpenVINO.
-
-    Args:
-        graph: the operations.
-        weights: the whole state dict, as arrays.
-
-    Raises:
-        ValueError: weights are missing.
-    """
+class OpenvinoEngine(Engine):
+    """Computes a graph with OpenVINO."""
 
     def __init__(self, graph: Graph, weights: Mapping[str, npt.NDArray[Any]]) -> None:
-        graph.require_weights(weights)
-        self.graph = graph
+        super().__init__(graph, weights)
         self.weights = weights
         self._compiled: CompiledNetwork | None = None
-        self._settled = False
-        self._live = live_values(graph, {name: array.shape for name, array in weights.items()})
 
-    def first_way(self, window: Size, runtime: Runtime) -> ComputePlan:
+    def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
         """A plan with one window at a time, since all cores work on it."""
         return ComputePlan(window=window, device=runtime.device_name)
 
-    def warm_up(self, way: ComputePlan | None, runtime: Runtime) -> None:
+    def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:
         """Import OpenVINO, and compile the network if the plan is known."""
         from app.inference.backends import openvino_backend  # noqa: F401 - imports openvino
 
-        if way is not None:
-            self._compiled_for(way, runtime)
-
-    def settle(self, runtime: Runtime) -> None:
-        """As :meth:`Backend.settle`: loads OpenVINO's CPU plugin and the code it generates."""
-        if self._settled:
-            return
-        self._settled = True
-        shape = _small_shape(self.graph)
-        self._network(shape, bfloat16=runtime.precision_name == "bfloat16")(np.zeros(shape, dtype=np.float32))
-        self.forget()
+        if plan is not None:
+            self._network((plan.batch, self.graph.in_channels, *plan.window), runtime)
 
     def forget(self) -> None:
-        """As :meth:`Backend.forget`: releases the compiled network, which holds the values of its windows."""
+        """As :meth:`Engine.forget`: releases the compiled network, which holds the values of its windows."""
         self._compiled = None
 
     def logits(
-        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, way: ComputePlan
+        self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As :meth:`Backend.logits`."""
-        network = self._compiled_for(way, runtime)
+        """As :meth:`Engine.logits`."""
+        network = self._network((plan.batch, self.graph.in_channels, *plan.window), runtime)
 
         def compute(patches: Array) -> Array:
             return network(patches if present is None else _with_presence(patches, present))
 
-        return stitched_logits(compute, image, window=way.window, overlap=overlap, batch=way.batch, half=way.half)
+        return stitched_logits(compute, image, window=plan.window, overlap=overlap, batch=plan.batch, half=plan.half)
 
-    def window_bytes(self, way: ComputePlan, runtime: Runtime) -> int:
-        """As :meth:`Backend.window_bytes`."""
-        return int(_OVERHEAD * self._live * _item_bytes(runtime) * way.batch * prod(way.window))
+    def _compute(self, patches: Array, runtime: Runtime) -> None:
+        self._network(patches.shape, runtime)(patches)
+        self.forget()
 
-    def _compiled_for(self, way: ComputePlan, runtime: Runtime) -> CompiledNetwork:
-        shape = (way.batch, self.graph.in_channels, *way.window)
-        return self._network(shape, bfloat16=runtime.precision_name == "bfloat16")
-
-    def _network(self, shape: tuple[int, int, int, int, int], *, bfloat16: bool) -> CompiledNetwork:
+    def _network(self, shape: tuple[int, ...], runtime: Runtime) -> CompiledNetwork:
         """The network compiled for one shape; one compiled for another shape is freed first."""
         from app.inference.backends.openvino_backend import CompiledNetwork
 
+        bfloat16 = runtime.precision_name == "bfloat16"
         if self._compiled is None or (self._compiled.shape, self._compiled.bfloat16) != (shape, bfloat16):
             self._compiled = None
             self._compiled = CompiledNetwork(self.graph, self.weights, shape, bfloat16=bfloat16, threads=threads())
         return self._compiled
 
 
-def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> Backend:
+def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> Engine:
     """Create the engine of a runtime's backend; weights are tensors for torch, arrays for OpenVINO.
 
     Raises:
@@ -247,8 +220,8 @@ def make_engine(graph: Graph, weights: Mapping[str, Any], runtime: Runtime) -> B
 
 
 def needed_bytes(
-    engine: Backend,
-    way: ComputePlan,
+    engine: Engine,
+    plan: ComputePlan,
     runtime: Runtime,
     image_shape: Size,
     box_shape: Size,
@@ -261,7 +234,7 @@ def needed_bytes(
 
     Args:
         engine: of the network.
-        way: plan for the windows.
+        plan: plan for the windows.
         runtime: the one that the network was loaded for.
         image_shape: shape of what the network sees.
         box_shape: shape of the answer.
@@ -269,17 +242,17 @@ def needed_bytes(
         uncertainty: whether entropies are computed, in float32; with several answers, their mean is held too.
         mirrored: whether a mirrored copy of the image is held.
     """
-    number = 2 if way.half else 4
-    padded_shape = tuple(max(side, size) for side, size in zip(way.window, image_shape, strict=True))
-    stitched, window = prod(padded_shape), prod(way.window)
+    number = 2 if plan.half else 4
+    padded_shape = tuple(max(side, size) for side, size in zip(plan.window, image_shape, strict=True))
+    stitched, window = prod(padded_shape), prod(plan.window)
     padded = 0 if padded_shape == image_shape else len(CONTRASTS) * stitched * 4
     logits, weight_sum, patches = 3 * stitched * number, stitched * number, (engine.graph.in_channels + 8) * window * 4
-    on_cpu = logits if way.stitch_on != "cpu" else logits + weight_sum
+    on_cpu = logits if plan.stitch_on != "cpu" else logits + weight_sum
     of_box = 3 * prod(box_shape)
     entropy = of_box * 4 if uncertainty else 0
     before = of_box * number + entropy if several else 0
     copy = len(CONTRASTS) * prod(image_shape) * 4 + prod(box_shape) if mirrored else 0
-    computing = before + copy + padded + on_cpu + patches + engine.window_bytes(way, runtime)
+    computing = before + copy + padded + on_cpu + patches + engine.window_bytes(plan, runtime)
     other = image_shape != box_shape
     # Over the box: the answer (twice if it was resampled or averaged), and masks before and after cleaning; with
     # entropies, three arrays at once in addition to their mean.
@@ -287,21 +260,6 @@ def needed_bytes(
     if several:
         answering += entropy
     return max(computing, answering)
-
-
-def window_divisor(engine: Backend) -> int:
-    """Number that every side of a window must be a multiple of."""
-    return divisor(engine.graph)
-
-
-def _small_shape(graph: Graph) -> tuple[int, int, int, int, int]:
-    """Shape of a batch of one window, the smallest that the network accepts."""
-    side = 2 * divisor(graph)
-    return (1, graph.in_channels, side, side, side)
-
-
-def _item_bytes(runtime: Runtime) -> int:
-    return 4 if runtime.precision_name == "float32" else 2
 
 
 def _with_presence(patches: Array, present: Sequence[bool]) -> Array:

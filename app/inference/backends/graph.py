@@ -7,44 +7,35 @@ needed to compute it. Value 0 is the image, value i the result of operation i; t
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal, get_args
+from collections.abc import Set as AbstractSet
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Literal
+
+from pydantic import StrictFloat, StrictInt, TypeAdapter, ValidationError
+
+from app.errors import first_problem
 
 Kind = Literal[
-    "conv",
-    "conv_transpose",
-    "instance_norm",
-    "group_norm",
-    "prelu",
-    "leaky_relu",
-    "relu",
-    "cat",
-    "add",
-    "interpolate",
+    "conv", "conv_transpose", "instance_norm", "group_norm", "prelu", "leaky_relu", "relu", "cat", "add", "interpolate"
 ]
+Triple = tuple[int, int, int]
 
-VERSION: Final = 1
 #: Key of a network's graph in the JSON of a checkpoint.
 GRAPH_KEY: Final = "graph"
 
 #: By kind: number of input values, required weights, optional weights, required settings. Settings whose names end in
 #: ``s`` are three integers, one per axis.
-_FORMS: Final[dict[str, tuple[int, frozenset[str], frozenset[str], frozenset[str]]]] = {
-    "conv": (1, frozenset({"weight"}), frozenset({"bias"}), frozenset({"strides", "paddings", "dilations"})),
-    "conv_transpose": (
-        1,
-        frozenset({"weight"}),
-        frozenset({"bias"}),
-        frozenset({"strides", "paddings", "output_paddings"}),
-    ),
-    "instance_norm": (1, frozenset(), frozenset({"weight", "bias"}), frozenset({"epsilon"})),
-    "group_norm": (1, frozenset({"weight", "bias"}), frozenset(), frozenset({"epsilon", "group_count"})),
-    "prelu": (1, frozenset({"weight"}), frozenset(), frozenset()),
-    "leaky_relu": (1, frozenset(), frozenset(), frozenset({"slope"})),
-    "relu": (1, frozenset(), frozenset(), frozenset()),
-    "cat": (2, frozenset(), frozenset(), frozenset()),
-    "add": (2, frozenset(), frozenset(), frozenset()),
-    "interpolate": (1, frozenset(), frozenset(), frozenset({"factors"})),
+_FORMS: Final[Mapping[str, tuple[int, AbstractSet[str], AbstractSet[str], AbstractSet[str]]]] = {
+    "conv": (1, {"weight"}, {"bias"}, {"strides", "paddings", "dilations"}),
+    "conv_transpose": (1, {"weight"}, {"bias"}, {"strides", "paddings", "output_paddings"}),
+    "instance_norm": (1, set(), {"weight", "bias"}, {"epsilon"}),
+    "group_norm": (1, {"weight", "bias"}, set(), {"epsilon", "group_count"}),
+    "prelu": (1, {"weight"}, set(), set()),
+    "leaky_relu": (1, set(), set(), {"slope"}),
+    "relu": (1, set(), set(), set()),
+    "cat": (2, set(), set(), set()),
+    "add": (2, set(), set(), set()),
+    "interpolate": (1, set(), set(), {"factors"}),
 }
 
 
@@ -58,12 +49,10 @@ class Operation:
     """Numbers of the input values."""
     weights: Mapping[str, str]
     """By role (``weight``, ``bias``): name in the checkpoint."""
-    settings: Mapping[str, Any]
+    settings: Mapping[str, StrictInt | StrictFloat | Triple]
     """Strides, paddings, epsilon, ...: a number, or three integers, one per axis."""
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Kind):
-            raise ValueError(f"operation {self.kind!r} is not one of {', '.join(get_args(Kind))}")
         count, needed, optional, settings = _FORMS[self.kind]
         if len(self.inputs) != count:
             raise ValueError(f"{self.kind} takes {count} values, got {len(self.inputs)}")
@@ -72,22 +61,25 @@ class Operation:
         if set(self.settings) != settings:
             raise ValueError(f"{self.kind} has settings {sorted(self.settings)}, it needs {sorted(settings)}")
         for name, value in self.settings.items():
-            if name.endswith("s"):
-                if len(value) != 3 or not all(type(number) is int and 0 <= number <= 64 for number in value):
-                    raise ValueError(f"{self.kind}: {name} is {value!r}, three whole numbers are needed")
-            elif isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"{self.kind}: {name} is {value!r}, a number is needed")
+            if name.endswith("s") != isinstance(value, tuple):
+                needed_form = "three integers are" if name.endswith("s") else "a number is"
+                raise ValueError(f"{self.kind}: {name} is {value!r}, {needed_form} needed")
+            if isinstance(value, tuple) and not all(0 <= number <= 64 for number in value):
+                raise ValueError(f"{self.kind}: {name} is {value!r}, from 0 to 64 is allowed")
 
-    def triple(self, name: str) -> tuple[int, int, int]:
+    def triple(self, name: str) -> Triple:
         """A setting of three integers."""
-        x, y, z = self.settings[name]
-        return (x, y, z)
+        value = self.settings[name]
+        assert isinstance(value, tuple)
+        return value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Graph:
     """Operations of a network, in the order of computation."""
 
+    version: Literal[1] = 1
+    """Version of the format."""
     in_channels: int
     """Channels of the image, value 0, of shape (N, in_channels, X, Y, Z)."""
     operations: tuple[Operation, ...]
@@ -120,46 +112,22 @@ class Graph:
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for :func:`graph_from_json`."""
-        return {
-            "version": VERSION,
-            "in_channels": self.in_channels,
-            "operations": [
-                {
-                    "kind": operation.kind,
-                    "inputs": list(operation.inputs),
-                    "weights": dict(operation.weights),
-                    "settings": {
-                        name: list(value) if isinstance(value, tuple) else value
-                        for name, value in operation.settings.items()
-                    },
-                }
-                for operation in self.operations
-            ],
-        }
+        return asdict(self)
+
+
+_GRAPH: Final = TypeAdapter(Graph)
 
 
 def graph_from_json(content: Mapping[str, Any]) -> Graph:
     """Inverse of :meth:`Graph.to_json`.
 
     Raises:
-        KeyError, TypeError, ValueError: the content is not valid, or of another version.
+        ValueError: the content is not valid, or of another version.
     """
-    if content["version"] != VERSION:
-        raise ValueError(f"a network of version {content['version']}, this program reads version {VERSION}")
-    return Graph(
-        in_channels=int(content["in_channels"]),
-        operations=tuple(
-            Operation(
-                kind=one["kind"],
-                inputs=tuple(int(value) for value in one["inputs"]),
-                weights={str(role): str(name) for role, name in one["weights"].items()},
-                settings={
-                    name: tuple(value) if isinstance(value, list) else value for name, value in one["settings"].items()
-                },
-            )
-            for one in content["operations"]
-        ),
-    )
+    try:
+        return _GRAPH.validate_python(content)
+    except ValidationError as error:
+        raise ValueError(first_problem(error)) from error
 
 
 Shape = tuple[int, ...]
@@ -184,7 +152,7 @@ def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
     return tuple(channels)
 
 
-def coarseness(graph: Graph) -> tuple[tuple[int, int, int], ...]:
+def coarseness(graph: Graph) -> tuple[Triple, ...]:
     """For every value, starting with the image: how many image voxels one of its voxels spans along each axis."""
     spans = [(1, 1, 1)]
     for operation in graph.operations:

@@ -12,9 +12,9 @@ from openvino import opset13 as ops
 
 from app.inference.backends.graph import Graph, Operation
 
-Array = npt.NDArray[np.float32]
 #: Samples, channels, then the three axes of a window.
-Shape = tuple[int, int, int, int, int]
+Shape = tuple[int, ...]
+Array = npt.NDArray[np.float32]
 
 
 def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Shape) -> Any:
@@ -56,7 +56,13 @@ class CompiledNetwork:
     """
 
     def __init__(
-        self, graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Shape, *, bfloat16: bool, threads: int
+        self,
+        graph: Graph,
+        weights: Mapping[str, npt.NDArray[Any]],
+        shape: Shape,
+        *,
+        bfloat16: bool,
+        threads: int,
     ) -> None:
         self.shape, self.bfloat16 = shape, bfloat16
         settings = {
@@ -76,13 +82,9 @@ class CompiledNetwork:
         return found
 
 
-def openvino_version() -> str:
-    """Version of OpenVINO, such as ``2025.3.0``."""
-    return str(ov.__version__).partition("-")[0]
-
-
 def _node(operation: Operation, values: list[Any], weights: dict[str, Array]) -> Any:  # noqa: PLR0911
-    x, settings = values[0], operation.settings
+    x = values[0]
+    settings: Mapping[str, Any] = operation.settings
     match operation.kind:
         case "conv":
             pads = list(operation.triple("paddings"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,8 @@ class GraphNetwork(nn.Module):
 
 
 def _compute(operation: Operation, values: list[Tensor], weights: Mapping[str, Tensor]) -> Tensor:  # noqa: PLR0911
-    x, settings, bias = values[0], operation.settings, weights.get("bias")
+    x, bias = values[0], weights.get("bias")
+    settings: Mapping[str, Any] = operation.settings
     match operation.kind:
         case "conv":
             return functional.conv3d(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from app.inference.batch.output_folder import make_output
 from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import replacing
@@ -20,12 +21,12 @@ OUTPUT: Final = Path("/output")
 
 @dataclass(frozen=True, kw_only=True)
 class Delivery:
-    """Copies label maps that are written elsewhere to a folder, each as soon as its case is done."""
+    """Copies label maps to another folder, each as soon as its case is done."""
 
     output: Path
     """Folder; receives ``<case>.nii.gz``."""
 
-    def make_place(self, cases: Sequence[Case]) -> None:
+    def create_folder(self, cases: Sequence[Case]) -> None:
         """Create the folder, before anything is computed.
 
         Args:
@@ -35,25 +36,23 @@ class Delivery:
             DataError: ``output`` is a file, or a label map would replace a file of its case.
             OSError: ``output`` cannot be written to.
         """
-        if self.output.exists() and not self.output.is_dir():
-            raise DataError(f"{self.output} is a file; give a folder for the label maps")
-        inputs = {path.resolve(): case.id for case in cases for path in (*case.contrasts.values(), case.label) if path}
+        make_output(self.output)
+        inputs = {path.resolve(): case.id for case in cases for path in case.files}
         for case in cases:
             target = self.output / f"{case.id}.nii.gz"
             if (owner := inputs.get(target.resolve())) is not None:
                 raise DataError(
                     f"case {owner}: the label map would replace its own file {target}. Give another OUTPUT."
                 )
-        self.output.mkdir(parents=True, exist_ok=True)
-        with replacing(self.output / ".znormseg") as beside:
-            beside.touch()
+        with replacing(self.output / ".znormseg") as partial:
+            partial.touch()
         (self.output / ".znormseg").unlink()
 
-    def bring(self, label_map: Path) -> None:
+    def copy(self, label_map: Path) -> None:
         """Copy a label map, which appears complete or not at all.
 
         Raises:
             OSError: ``output`` cannot be written to.
         """
-        with replacing(self.output / label_map.name) as beside:
-            shutil.copyfile(label_map, beside)
+        with replacing(self.output / label_map.name) as partial:
+            shutil.copyfile(label_map, partial)

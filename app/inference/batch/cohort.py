@@ -7,16 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from app import NOTICE
 from app.errors import InterruptedRunError
 from app.inference.batch.challenge import Delivery
 from app.inference.batch.fingerprint import finished_content
-from app.inference.batch.manifest import MANIFEST_FILE, Cohort, Outcome, write_manifest
+from app.inference.batch.manifest import MANIFEST_FILE, Outcome, write_manifest
 from app.inference.batch.output_folder import at_work, make_output
-from app.notice import NOTICE
 from app.progress import LOG, OnProgress, Progress, silent
 from data.datasets.layouts import Case
 
@@ -25,51 +25,32 @@ _HASHING_THREADS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
-class Prediction:
-    """Files that were written for one case."""
-
-    case: str
-    label_map: Path
-    content: dict[str, Any]
-    """Content of ``<case>.json``."""
-    skipped: bool = False
-    """Whether it was finished by an earlier command."""
-
-    @property
-    def files(self) -> list[Path]:
-        """The label map, and the optional files that the JSON lists under ``files``; all are in one folder."""
-        return [self.label_map, *(Path(path) for path in self.content.get("files", {}).values() if path)]
-
-
-@dataclass(frozen=True, kw_only=True)
 class Predictions:
     """Results of all cases, and the failures."""
 
-    done: tuple[Prediction, ...]
-    """In the order of the cases, including those that were finished before."""
-    failures: dict[str, str]
+    cases: tuple[Mapping[str, Any], ...]
+    """Contents of the files ``<case>.json`` in the order of the cases, including those that were finished before."""
+    skipped: tuple[str, ...]
+    """Ids of the cases that were finished before."""
+    failures: Mapping[str, str]
     """Message by case id."""
-    manifest: Path | None = None
+    manifest: Path | None
     """Path of the manifest, if one was written."""
 
     def to_json(self) -> dict[str, Any]:
         """Plain data for ``--json``."""
         return {
-            "cases": [prediction.content for prediction in self.done],
-            "skipped": [prediction.case for prediction in self.done if prediction.skipped],
+            "cases": list(self.cases),
+            "skipped": list(self.skipped),
             "failures": self.failures,
             "manifest": None if self.manifest is None else str(self.manifest),
             "notice": NOTICE,
         }
 
-    def brought_to(self, folder: Path) -> Predictions:
+    def copied_to(self, folder: Path) -> Predictions:
         """The same predictions, after only the label maps were copied to another folder."""
-
-        def brought(one: Prediction) -> Prediction:
-            place = folder / one.label_map.name
-            return replace(one, label_map=place, content={**one.content, "label_map": str(place)})
-
-        return replace(self, done=tuple(map(brought, self.done)), manifest=None)
+        cases = ({**one, "label_map": str(folder / Path(one["label_map"]).name)} for one in self.cases)
+        return replace(self, cases=tuple(cases), manifest=None)
 
 
 class CaseObserver(Protocol):
@@ -92,7 +73,7 @@ class CaseExecutor(Protocol):
         """Name for the manifest."""
         ...
 
-    def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
+    def work(self, cases: Sequence[Case], observer: CaseObserver) -> None:
         """Execute every case; one that fails is reported and does not stop the others.
 
         Raises:
@@ -128,101 +109,125 @@ def predict_each(
     Raises:
         DataError, OSError, InterruptedRunError: as in :func:`app.inference.batch.predict.predict`.
     """
-    cohort = Cohort(run=run, settings=json.loads(json.dumps(settings)), engine=engine.name)
-    ledger = _Progress(cases, output, cohort, on_progress, delivery)
+    progress = _CohortProgress(
+        job="predicting",
+        cases=cases,
+        on_progress=on_progress,
+        output=output,
+        run=run,
+        settings=json.loads(json.dumps(settings)),
+        engine=engine.name,
+        delivery=delivery,
+    )
     try:
         if delivery is not None:
-            delivery.make_place(cases)
+            delivery.create_folder(cases)
         make_output(output)
         with at_work(output):
             if not overwrite:
-                ledger.look_for_finished()
-            left = [case for case in cases if case.id not in ledger.outcomes]
-            engine.work(_nameable(left, ledger), ledger)
-            ledger.write(ended=True)
+                progress.find_finished()
+            engine.work(progress.unfinished(), progress)
+            progress.write(ended=True)
     except KeyboardInterrupt as error:
-        ledger.write_if_possible()
-        done = sum(outcome.content is not None for outcome in ledger.outcomes.values())
-        place, again = (output, "goes on") if delivery is None else (delivery.output, "begins anew")
+        progress.write_if_possible()
+        done = sum(outcome.content is not None for outcome in progress.outcomes.values())
+        folder, again = (output, "continues") if delivery is None else (delivery.output, "starts again")
         raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} while predicting; {done} of {len(cases)} label maps are in {place}, "
-            f"whole. The same command {again}."
+            f"{str(error) or 'interrupted'} while predicting; {done} of {len(cases)} label maps are in {folder}, all "
+            f"complete. The same command {again}."
         ) from error
     except BaseException:
-        ledger.write_if_possible()
+        progress.write_if_possible()
         raise
-    predictions = ledger.predictions()
-    on_progress(Progress(job="predicting", share=1.0, detail=f"{len(predictions.done)} of {len(cases)} cases"))
-    return predictions
+    progress.finish()
+    return progress.predictions()
 
 
-def _nameable(cases: Sequence[Case], told: CaseObserver) -> list[Case]:
-    """The cases whose JSON would not overwrite the manifest; any other is reported as failed."""
-    for case in cases:
-        if f"{case.id}.json" == MANIFEST_FILE:
-            told.ended(
-                Outcome(case=case.id, message=f"case {case.id}: {MANIFEST_FILE} is the cohort's. Rename the case.")
-            )
-    return [case for case in cases if f"{case.id}.json" != MANIFEST_FILE]
+@dataclass(kw_only=True)
+class CaseProgress:
+    """Outcomes of the cases so far; reports progress and logs failures."""
 
-
-class _Progress:
-    """Outcomes of the cases so far; reports progress and writes the manifest."""
-
-    def __init__(
-        self,
-        cases: Sequence[Case],
-        output: Path,
-        cohort: Cohort,
-        on_progress: OnProgress,
-        delivery: Delivery | None = None,
-    ) -> None:
-        self._cases = cases
-        self._output = output
-        self._cohort = cohort
-        self._on_progress = on_progress
-        self._delivery = delivery
-        self._began = time.monotonic()
-        self.outcomes: dict[str, Outcome] = {}
-        self.manifest: Path | None = None
-
-    def look_for_finished(self) -> None:
-        """Record the cases that are finished."""
-        self._on_progress(Progress(job="predicting", share=0.0, detail="looking for finished cases"))
-
-        def content_of(case: Case) -> dict[str, Any] | None:
-            return finished_content(case, self._output, self._cohort.settings)
-
-        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
-            for case, content in zip(self._cases, threads.map(content_of, self._cases), strict=True):
-                if content is not None:
-                    self.outcomes[case.id] = Outcome(case=case.id, content=content, skipped=True)
-        if self.outcomes:
-            LOG.info("%d of %d were finished before", len(self.outcomes), len(self._cases))
+    job: str
+    cases: Sequence[Case]
+    on_progress: OnProgress
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
 
     def begun(self, case: str, what: str = "") -> None:
         """Report the progress."""
-        share = len(self.outcomes) / len(self._cases)
-        self._on_progress(Progress(job="predicting", share=share, detail=what or case))
+        share = len(self.outcomes) / len(self.cases)
+        self.on_progress(Progress(job=self.job, share=share, detail=what or case))
 
     def ended(self, outcome: Outcome) -> None:
-        """Record the outcome of a case, and deliver its label map if it was successful."""
+        """Record the outcome of a case."""
         if outcome.message is not None:
             LOG.error("%s", outcome.message)
-        elif self._delivery is not None:
-            self._delivery.bring(self._output / f"{outcome.case}.nii.gz")
         self.outcomes[outcome.case] = outcome
+
+    def failures(self) -> dict[str, str]:
+        """Messages by case id, in the order of the cases."""
+        found = [self.outcomes[case.id] for case in self.cases]
+        return {one.case: one.message for one in found if one.message is not None}
+
+    def finish(self) -> None:
+        """Report the end."""
+        done = sum(outcome.content is not None for outcome in self.outcomes.values())
+        self.on_progress(Progress(job=self.job, share=1.0, detail=f"{done} of {len(self.cases)} cases"))
+
+
+@dataclass(kw_only=True)
+class _CohortProgress(CaseProgress):
+    """Also finds finished cases, copies label maps and writes the manifest."""
+
+    output: Path
+    run: Path | None
+    settings: Mapping[str, Any]
+    engine: str
+    delivery: Delivery | None
+    began: float = field(default_factory=time.monotonic)
+    manifest: Path | None = None
+
+    def find_finished(self) -> None:
+        """Record the cases that are finished."""
+        self.on_progress(Progress(job=self.job, share=0.0, detail="looking for finished cases"))
+
+        def content_of(case: Case) -> dict[str, Any] | None:
+            return finished_content(case, self.output, self.settings)
+
+        with ThreadPoolExecutor(_HASHING_THREADS) as threads:
+            for case, content in zip(self.cases, threads.map(content_of, self.cases), strict=True):
+                if content is not None:
+                    self.outcomes[case.id] = Outcome(case=case.id, content=content, skipped=True)
+        if self.outcomes:
+            LOG.info("%d of %d were finished before", len(self.outcomes), len(self.cases))
+
+    def unfinished(self) -> list[Case]:
+        """The cases to predict; one whose JSON would overwrite the manifest is recorded as failed."""
+        for case in self.cases:
+            if f"{case.id}.json" == MANIFEST_FILE:
+                text = f"case {case.id}: its JSON would overwrite {MANIFEST_FILE} of the cohort. Rename the case."
+                self.ended(Outcome(case=case.id, message=text))
+        return [case for case in self.cases if case.id not in self.outcomes]
+
+    def ended(self, outcome: Outcome) -> None:
+        """Record the outcome of a case, and copy its label map if it was successful."""
+        if outcome.message is None and self.delivery is not None:
+            self.delivery.copy(self.output / f"{outcome.case}.nii.gz")
+        super().ended(outcome)
 
     def write(self, *, ended: bool) -> None:
         """Write the manifest, unless there is none yet and no case has a result."""
-        path = self._output / MANIFEST_FILE
-        outcomes = dict(self.outcomes)
-        if not path.exists() and not any(outcome.content is not None for outcome in outcomes.values()):
-            return
-        seconds = time.monotonic() - self._began
-        ids = [case.id for case in self._cases]
-        write_manifest(self._output, self._cohort, ids, outcomes, seconds=seconds, ended=ended)
-        self.manifest = path
+        path = self.output / MANIFEST_FILE
+        if path.exists() or any(outcome.content is not None for outcome in self.outcomes.values()):
+            write_manifest(
+                path,
+                {case.id: self.outcomes.get(case.id) for case in self.cases},
+                run=self.run,
+                settings=self.settings,
+                engine=self.engine,
+                seconds=time.monotonic() - self.began,
+                ended=ended,
+            )
+            self.manifest = path
 
     def write_if_possible(self) -> None:
         """Write the manifest of a stopped command; it may have stopped because writing is impossible."""
@@ -231,18 +236,10 @@ class _Progress:
 
     def predictions(self) -> Predictions:
         """Results of all cases, in the order of the cases."""
-        found = [self.outcomes[case.id] for case in self._cases]
+        found = [self.outcomes[case.id] for case in self.cases]
         return Predictions(
-            done=tuple(
-                Prediction(
-                    case=one.case,
-                    label_map=self._output / f"{one.case}.nii.gz",
-                    content=one.content,
-                    skipped=one.skipped,
-                )
-                for one in found
-                if one.content is not None
-            ),
-            failures={one.case: one.message for one in found if one.message is not None},
+            cases=tuple(one.content for one in found if one.content is not None),
+            skipped=tuple(one.case for one in found if one.skipped),
+            failures=self.failures(),
             manifest=self.manifest,
         )

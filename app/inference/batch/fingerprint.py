@@ -19,10 +19,9 @@ from app.inference.model import Predictor
 from app.system.device import versions
 from data.datasets.layouts import Case
 from data.files import file_sha256
-from data.labels import Contrast
 
 #: Key of this entry in ``<case>.json``.
-MADE_FROM: Final = "made_from"
+FINGERPRINT: Final = "made_from"
 
 
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
@@ -47,7 +46,7 @@ def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[
     }
 
 
-def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
+def fingerprint(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Hash the inputs of a case; call it before the case is read, so that a change in the meantime is detected.
 
     Raises:
@@ -56,7 +55,7 @@ def made_from(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "settings_sha256": _settings_sha256(case, settings),
         "inputs_sha256": {contrast: file_sha256(path) for contrast, path in case.contrasts.items()},
-        "max_memory_gb": _bound_of(settings),
+        "max_memory_gb": settings["options"].get("max_memory_gb"),
     }
 
 
@@ -73,16 +72,16 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
     """
     try:
         content = json.loads((output / f"{case.id}.json").read_text(encoding="utf-8"))
-        noted = content[MADE_FROM]
+        noted = content[FINGERPRINT]
         same = content["case"] == case.id and noted["settings_sha256"] == _settings_sha256(case, settings)
-        if not same or (content["ladder"] and noted.get("max_memory_gb") != _bound_of(settings)):
+        if not same or (content["ladder"] and noted.get("max_memory_gb") != settings["options"].get("max_memory_gb")):
             return None
         files = dict(noted["files_sha256"])
         if f"{case.id}.nii.gz" not in files or any(Path(name).name != name for name in files):
             return None
         if {name: file_sha256(output / name) for name in files} != files:
             return None
-        if made_from(case, settings)["inputs_sha256"] != noted["inputs_sha256"]:
+        if fingerprint(case, settings)["inputs_sha256"] != noted["inputs_sha256"]:
             return None
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
@@ -103,12 +102,5 @@ def sha256_of(content: Any) -> str:
 def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
     """SHA-256 of the settings and of what the layout determines: label numbers, and which volume a contrast is."""
     convention = case.written_convention
-    volumes: dict[Contrast, int] = dict(case.volumes)
     unbound = {**settings, "options": {k: v for k, v in settings["options"].items() if k != "max_memory_gb"}}
-    return sha256_of([unbound, volumes, None if convention is None else convention.name])
-
-
-def _bound_of(settings: Mapping[str, Any]) -> float | None:
-    """Memory bound in the settings (``--max-memory-gb``)."""
-    bound: float | None = settings["options"].get("max_memory_gb")
-    return bound
+    return sha256_of([unbound, dict(case.volumes), None if convention is None else convention.name])

@@ -3,35 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Final, Literal
 
-from app.config.inference import DEFAULTS, PredictOptions, options_from_plain, options_to_plain
+from pydantic import TypeAdapter
+
+from app.config.inference import DEFAULTS, PredictOptions
 from app.inference.backends.choose import Backend, choose_backend
 from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
-from app.inference.batch.pipeline import InThisProcess, Steps
-from app.inference.batch.predict import steps_of
+from app.inference.batch.native import Native
+from app.inference.batch.pipeline import InThisProcess
+from app.inference.batch.predict import ComputedCase, PredictSteps, ReadCase
 from app.inference.ensemble import load_predictor
 from app.inference.model import Predictor
 from app.runs.training_record import training_record
 from app.system.device import Runtime, RuntimeConfig
 from data.datasets.layouts import Case
-from data.labels import Contrast
 
-if TYPE_CHECKING:
-    from data.native_space.to_brats import BringInConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Native:
-    """How scans that come from the scanner are handled."""
-
-    config: BringInConfig
-    """How the scans are prepared."""
-    space: Contrast = "t1c"
-    """The contrast whose grid the label map is mapped to."""
+#: Converts cases to plain data that JSON can hold, and back.
+CASE: Final = TypeAdapter(Case)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,17 +47,10 @@ class PredictJob:
     """None if cases are skull-stripped and on one grid."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain data that JSON can hold."""
-        return {
-            "run": str(self.run),
-            "output": str(self.output),
-            "device": self.device,
-            "backend": self.backend,
-            "precision": self.precision,
-            "options": options_to_plain(self.options),
-            "postprocess": self.postprocess,
-            "native": None if self.native is None else asdict(self.native),
-        }
+        """Plain data that JSON can hold; what is known about the training cases is read from the run again."""
+        left_out = {"options": {"training"}}
+        plain: dict[str, Any] = TypeAdapter(PredictJob).dump_python(self, mode="json", exclude=left_out)
+        return plain
 
     def load(self) -> tuple[Predictor, Runtime]:
         """Load the network on its device.
@@ -79,15 +64,11 @@ class PredictJob:
 
     def settings(self, model: Predictor) -> dict[str, Any]:
         """Settings, as returned by :func:`app.inference.batch.fingerprint.settings_of`."""
-        if self.native is None:
-            return settings_of(model, self.options)
-        from app.inference.batch.native import native_settings
-
-        return native_settings(model, self.options, self.native.config, self.native.space)
+        return settings_of(model, self.options, **({} if self.native is None else self.native.settings()))
 
     def engine(
         self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
-    ) -> InThisProcess[Any, Any]:
+    ) -> InThisProcess[ReadCase, ComputedCase]:
         """Create the executor that does cases of this job in this process.
 
         Args:
@@ -96,61 +77,17 @@ class PredictJob:
             worker: name of this process in the manifest.
             device: name of the device in the manifest, if this process sees it under another name.
         """
-        steps: Steps[Any, Any]
-        options = replace(self.options, training=training_record(self.run))
-        if self.native is None:
-            steps = steps_of(model, self.output, runtime, options)
-        else:
-            from app.inference.batch.native import native_steps
-
-            native = self.native
-            steps = native_steps(model, self.output, runtime, config=native.config, space=native.space, options=options)
-        return InThisProcess(
-            steps=steps,
+        steps = PredictSteps(
+            model=model,
             output=self.output,
+            runtime=runtime,
             settings=self.settings(model),
-            worker=this_worker(device or runtime.device_name, worker),
+            options=replace(self.options, training=training_record(self.run)),
+            native=self.native,
         )
+        return InThisProcess(steps=steps, worker=this_worker(device or runtime.device_name, worker))
 
 
 def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
     """Inverse of :meth:`PredictJob.to_plain`."""
-    native = None
-    if content["native"] is not None:
-        from data.native_space.to_brats import BringInConfig
-
-        native = Native(config=BringInConfig(**content["native"]["config"]), space=content["native"]["space"])
-    return PredictJob(
-        run=Path(content["run"]),
-        output=Path(content["output"]),
-        device=content["device"],
-        backend=content["backend"],
-        precision=content["precision"],
-        options=options_from_plain(content["options"]),
-        postprocess=content["postprocess"],
-        native=native,
-    )
-
-
-def case_to_plain(case: Case) -> dict[str, Any]:
-    """A case as plain data that JSON can hold."""
-    return {
-        **vars(case),
-        "folder": str(case.folder),
-        "contrasts": {contrast: str(path) for contrast, path in case.contrasts.items()},
-        "label": None if case.label is None else str(case.label),
-    }
-
-
-def case_from_plain(content: Mapping[str, Any]) -> Case:
-    """Inverse of :func:`case_to_plain`."""
-    return Case(
-        **{
-            **content,
-            "folder": Path(content["folder"]),
-            "contrasts": {contrast: Path(path) for contrast, path in content["contrasts"].items()},
-            "label": None if content["label"] is None else Path(content["label"]),
-            "problems": tuple(content["problems"]),
-            "unrecognised": tuple(content["unrecognised"]),
-        }
-    )
+    return TypeAdapter(PredictJob).validate_python(content)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
-from app.inference.batch.fingerprint import MADE_FROM, sha256_of
-from app.notice import NOTICE
+from app import NOTICE
+from app.inference.batch.fingerprint import FINGERPRINT, sha256_of
 from app.runs.folder import write_json
 from app.system.device import versions
 
@@ -41,7 +42,7 @@ class Outcome:
     """Outcome of one case."""
 
     case: str
-    content: dict[str, Any] | None = None
+    content: Mapping[str, Any] | None = None
     """Content of ``<case>.json``; None if the case failed."""
     message: str | None = None
     """Why it failed."""
@@ -60,53 +61,47 @@ class Outcome:
         return "skipped" if self.skipped else "done"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Cohort:
-    """Facts that are the same for all cases of one command."""
-
-    run: Path | None
-    """Folder of the run or the ensemble, if known."""
-    settings: Mapping[str, Any]
-    """As returned by :func:`app.inference.batch.fingerprint.settings_of`."""
-    engine: str
-    """``local`` or ``ray``."""
-
-
 def write_manifest(
-    output: Path, cohort: Cohort, cases: Iterable[str], outcomes: Mapping[str, Outcome], *, seconds: float, ended: bool
+    path: Path,
+    outcomes: Mapping[str, Outcome | None],
+    *,
+    run: Path | None,
+    settings: Mapping[str, Any],
+    engine: str,
+    seconds: float,
+    ended: bool,
 ) -> None:
     """Write the manifest; the file appears complete or not at all.
 
     Args:
-        output: folder of the results.
-        cohort: facts that are the same for all cases.
-        cases: every case id that was requested, in order.
-        outcomes: by case id; a case without one is listed as ``left``.
+        path: the file.
+        outcomes: by case id, every case that was requested, in order; one without an outcome is listed as ``left``.
+        run: folder of the run or the ensemble, if known.
+        settings: as returned by :func:`app.inference.batch.fingerprint.settings_of`.
+        engine: ``local`` or ``ray``.
         seconds: time that the command spent on the cohort.
         ended: whether the command reached its end.
 
     Raises:
         OSError: the file cannot be written.
     """
-    listed = [_entry(case, outcomes.get(case)) for case in cases]
-    counts = {
-        status: sum(one["status"] == status for one in listed) for status in ("done", "skipped", "failed", "left")
-    }
+    listed = [_entry(case, outcome) for case, outcome in outcomes.items()]
+    counted = Counter(one["status"] for one in listed)
     content = {
         "version": VERSION,
-        "run": None if cohort.run is None else str(cohort.run),
-        "weights_sha256": cohort.settings["weights_sha256"],
-        "settings_sha256": sha256_of(cohort.settings),
-        "settings": dict(cohort.settings),
-        "engine": cohort.engine,
+        "run": None if run is None else str(run),
+        "weights_sha256": settings["weights_sha256"],
+        "settings_sha256": sha256_of(settings),
+        "settings": dict(settings),
+        "engine": engine,
         "ended": ended,
         "seconds": round(seconds, 3),
-        "counts": counts,
+        "counts": {status: counted[status] for status in get_args(Status)},
         "cases": listed,
         "versions": versions(),
         "notice": NOTICE,
     }
-    write_json(output / MANIFEST_FILE, content)
+    write_json(path, content)
 
 
 def _entry(case: str, outcome: Outcome | None) -> dict[str, Any]:
@@ -116,7 +111,7 @@ def _entry(case: str, outcome: Outcome | None) -> dict[str, Any]:
     if outcome.content is None:
         found: dict[str, Any] = {"message": outcome.message}
     else:
-        noted = outcome.content[MADE_FROM]
+        noted = outcome.content[FINGERPRINT]
         found = {
             "files_sha256": noted["files_sha256"],
             "inputs_sha256": noted["inputs_sha256"],

@@ -1,28 +1,30 @@
-"""Label maps for cases: from their files to files on the same grid."""
+"""Label maps for cases: from their files to files on the same grid, for prepared cases and for scans as they are."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from app import NOTICE
 from app.config.inference import DEFAULTS, PredictOptions
-from app.inference.batch.cohort import Prediction, Predictions, predict_each
-from app.inference.batch.fingerprint import settings_of
+from app.inference.batch.cohort import Predictions, predict_each
+from app.inference.batch.fingerprint import FINGERPRINT, files_sha256, fingerprint, settings_of
 from app.inference.batch.manifest import this_worker
-from app.inference.batch.pipeline import InThisProcess, Steps, most_voxels_ahead
+from app.inference.batch.native import Native, PreparedScans, prepare_scans
+from app.inference.batch.pipeline import MOST_VOXELS_AHEAD, InThisProcess, Steps
 from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
 from app.inference.flags import CaseFacts, Flag, flags_of
 from app.inference.model import Predictor
-from app.inference.probabilities import ladder_for, predict_answer, predict_masks, warm_up
-from app.notice import NOTICE
+from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
 from app.progress import LOG, OnProgress, silent
+from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
 from app.system.device import Runtime, versions
 from app.system.process import give_back_freed_memory
@@ -30,10 +32,15 @@ from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
 from data.errors import DataError
 from data.files import most_name_bytes
-from data.labels import REGIONS, Contrast, LabelConvention, encode, from_regions, to_regions
-from data.nifti import Spacing, canonical_spacing, spacing_of, write_label_map, write_shares
-from data.preprocess import Prepared, prepare, to_native_grid, values_to_native_grid
+from data.labels import REGIONS, Contrast, encode, from_regions
+from data.nifti import canonical_spacing, write_label_map, write_shares
+from data.preprocess import Prepared, prepare, to_native_grid
 from data.quality.intensity_range import quantiles_of
+
+if TYPE_CHECKING:
+    from data.native_space.to_brats import NativeCase
+
+_Number = TypeVar("_Number", bound=np.generic)
 
 
 def predict(
@@ -63,24 +70,22 @@ def predict(
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; all files that were written are complete.
     """
     settings = settings_of(model, options)
-    engine = InThisProcess(
-        steps=steps_of(model, output, runtime, options),
-        output=output,
-        settings=settings,
-        worker=this_worker(runtime.device_name),
-    )
+    steps = PredictSteps(model=model, output=output, runtime=runtime, options=options, settings=settings)
+    engine = InThisProcess(steps=steps, worker=this_worker(runtime.device_name))
     return predict_each(cases, output, engine, settings=settings, overwrite=overwrite, on_progress=on_progress)
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreparedCase:
+class ReadCase:
     """A case that has been read and can be computed."""
 
     case: Case
-    prepared: Prepared
-    options: PredictOptions
+    fingerprint: Mapping[str, Any]
+    """Hashes of the settings and of the files, made before these were read."""
+    images: Prepared | NativeCase
+    """The network's input, or scans from which it has yet to be made."""
     seconds: float
-    """Time spent on reading and preparing."""
+    """Time spent on reading."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,145 +93,201 @@ class ComputedCase:
     """A case that has been predicted and can be written; the network's input has been freed."""
 
     case: Case
+    fingerprint: Mapping[str, Any]
     codes: npt.NDArray[np.uint8]
-    """Label map in the program's codes, on the grid and in the voxel order of the case's files."""
-    spacing_mm: Spacing
-    """Spacing of the files' grid."""
+    """Label map in the program's codes, on the grid and in the voxel order of ``reference``."""
+    reference: Path
+    """File whose grid and header the results get."""
     companions: Mapping[Companion, ShareSteps]
     """Contents of the optional files, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
     trust: Trust
     flags: tuple[Flag, ...]
-    options: PredictOptions
-    zeroed: Mapping[Contrast, int]
-    """By contrast: number of NaN or infinite voxels that were replaced with 0."""
-    missing: tuple[Contrast, ...]
-    """Contrasts that the case lacks."""
-    ladder: tuple[str, ...]
-    """What was done because memory was short, one sentence each."""
     seconds: Mapping[str, float]
-    """Time spent on ``read`` and ``compute``."""
+    """Time spent so far, by step."""
+    notes: Mapping[str, Any]
+    """Further entries of the JSON."""
 
 
-def steps_of(
-    model: Predictor, output: Path, runtime: Runtime, options: PredictOptions = DEFAULTS
-) -> Steps[PreparedCase, ComputedCase]:
-    """The three steps of each case for an executor."""
-    return Steps(
-        read=lambda case: prepare_case(model, case, output, options),
-        compute=lambda given, _: compute_case(model, given, runtime),
-        write=lambda computed: write_label_map_of(model, computed, output, runtime),
-        warm_up=lambda: warm_up(model, runtime, options),
-        most_voxels_ahead=most_voxels_ahead(options),
-    )
+@dataclass(frozen=True, kw_only=True)
+class PredictSteps(Steps[ReadCase, ComputedCase]):
+    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans as they are."""
 
+    model: Predictor
+    output: Path
+    runtime: Runtime
+    settings: Mapping[str, Any]
+    """As returned by :func:`app.inference.batch.fingerprint.settings_of`."""
+    options: PredictOptions = DEFAULTS
+    native: Native | None = None
 
-def prepare_case(model: Predictor, case: Case, output: Path, options: PredictOptions = DEFAULTS) -> PreparedCase:
-    """Read a case and prepare it for a network; uses no device, so another thread can do it for the next case.
+    @property
+    def most_voxels_ahead(self) -> int:
+        """0 if memory is bounded, as the plan for the current case leaves no room for another."""
+        return MOST_VOXELS_AHEAD if self.options.max_memory_gb is None else 0
 
-    Raises:
-        DataError: as in :func:`data.preprocess.prepare`, :func:`require_contrasts` and :func:`place_for`.
-    """
-    place_for(case, output, asked_for(options))
-    began = time.monotonic()
-    require_contrasts(case, model)
-    prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=options.nan_to_zero, all_contrasts=False)
-    if absent := missing_contrasts(prepared.present):
-        hint = f"; these names match no contrast: {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
-        LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
-    for text in misnamed_files(replace(case, label=None)):
-        LOG.warning("case %s: %s", case.id, text)
-    for contrast, count in prepared.zeroed.items():
-        LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
-    for contrast, sentence in prepared.backgrounds.items():
-        LOG.warning("case %s, contrast %s: %s", case.id, contrast, sentence)
-    return PreparedCase(case=case, prepared=prepared, options=options, seconds=time.monotonic() - began)
+    def warm_up(self) -> None:
+        """Prepare the network for its windows, unless the first case has to be prepared before."""
+        if self.native is None:
+            warm_up(self.model, self.runtime, self.options)
 
+    def read(self, case: Case) -> ReadCase:
+        """Hash the files of a case and read it.
 
-def compute_case(model: Predictor, given: PreparedCase, runtime: Runtime) -> ComputedCase:
-    """Predict a prepared case; the only one of the three steps that uses the device.
+        Raises:
+            DataError: as in :func:`data.preprocess.prepare`, :func:`data.native_space.to_brats.read_native`,
+                :func:`require_contrasts` and :func:`require_writable`.
+            OSError: a file cannot be read.
+        """
+        require_writable(case, self.output, requested_companions(self.options))
+        try:
+            inputs = fingerprint(case.require(all_contrasts=False), self.settings)
+        except (OSError, DataError):
+            self._images(case)  # its own error describes the problem better
+            raise
+        began = time.monotonic()
+        images = self._images(case)
+        for text in misnamed_files(replace(case, label=None)):
+            LOG.warning("case %s: %s", case.id, text)
+        for contrast, count in images.zeroed.items():
+            LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
+        for contrast, sentence in images.backgrounds.items():
+            LOG.warning("case %s, contrast %s: %s", case.id, contrast, sentence)
+        return ReadCase(case=case, fingerprint=inputs, images=images, seconds=time.monotonic() - began)
 
-    Raises:
-        DataError: memory is not sufficient.
-    """
-    began = time.monotonic()
-    prepared, options = given.prepared, given.options
-    ladder = ladder_for(options)
-    give_back_freed_memory()
-    try:
-        answer = predict_answer(model, prepared, runtime, options=options, ladder=ladder)
-    except DataError as error:
-        raise DataError(f"case {given.case.id}: {error}") from error
-    if options.uncertainty and answer.disagreement is None:
-        LOG.info("case %s: uncertainty of one answer alone; --tta or an ensemble give several", given.case.id)
-    masks, shares = predict_masks(model, prepared, answer.centred), nested(model.calibration.apply(answer.centred))
-    spacing_mm = canonical_spacing(prepared.native_affine)
-    found = companions(shares, answer.disagreement, options)
-    trust = measure_confidence(
-        masks,
-        shares,
-        spacing_mm,
-        answer_voxels=answer.volumes_voxels,
-        answer_spacing_mm=spacing_mm,
-        networks=answer.networks,
-        flips=answer.flips,
-    )
-    missing = missing_contrasts(prepared.present)
-    facts = CaseFacts(
-        case=given.case.id,
-        trust=trust,
-        missing=missing,
-        zeroed=prepared.zeroed,
-        backgrounds=prepared.backgrounds,
-        repairs=prepared.repairs,
-        unusual=unusual_contrasts(prepared, options.training),
-        training=options.training,
-    )
-    return ComputedCase(
-        case=given.case,
-        codes=to_native_grid(from_regions(masks), prepared),
-        spacing_mm=spacing_of(prepared.native_affine),
-        companions={name: values_to_native_grid(steps, prepared) for name, steps in found.items()},
-        trust=trust,
-        flags=flags_of(facts),
-        options=given.options,
-        zeroed=given.prepared.zeroed,
-        missing=missing,
-        ladder=tuple(ladder.said),
-        seconds={"read": given.seconds, "compute": time.monotonic() - began},
-    )
+    def _images(self, case: Case) -> Prepared | NativeCase:
+        nan_to_zero = self.options.nan_to_zero
+        if self.native is not None:
+            from data.native_space.to_brats import read_native
 
+            return read_native(replace(case, label=None), nan_to_zero=nan_to_zero)
+        require_contrasts(case, self.model)
+        prepared = prepare(case, spacing_mm=self.model.spacing_mm, nan_to_zero=nan_to_zero, all_contrasts=False)
+        if absent := missing_contrasts(prepared.present):
+            hint = f"; these names match no contrast: {', '.join(case.unrecognised[:3])}" if case.unrecognised else ""
+            LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
+        return prepared
 
-def write_label_map_of(model: Predictor, computed: ComputedCase, output: Path, runtime: Runtime) -> Prediction:
-    """Write the label map of a case; uses no device, so another thread can do it. The executor writes the JSON.
+    def compute(self, read: ReadCase, on_step: Callable[[str], None]) -> ComputedCase:
+        """Predict a case; the only step that uses the device.
 
-    Raises:
-        DataError: the label map would replace a file of the case.
-        OSError: the folder cannot be written to.
-    """
-    case = computed.case
-    began = time.monotonic()
-    convention = computed.options.labels or case.written_convention or model.convention
-    write_label_map(place_for(case, output), encode(computed.codes, convention), case.contrasts[case.reference])
-    write_companions(case, computed.companions, output, case.contrasts[case.reference])
-    seconds = {**computed.seconds, "write": time.monotonic() - began}
-    return finish(
-        model,
-        case,
-        computed.codes,
-        output,
-        runtime,
-        convention=convention,
-        spacing_mm=computed.spacing_mm,
-        trust=computed.trust,
-        companions=tuple(computed.companions),
-        flags=computed.flags,
-        notes={
-            "seconds": {stage: round(spent, 3) for stage, spent in seconds.items()},
-            "nan_to_zero": dict(computed.zeroed),
-            "missing_contrasts": list(computed.missing),
-            "ladder": list(computed.ladder),
-        },
-    )
+        Raises:
+            DataError: memory is not sufficient, or scans cannot be prepared.
+        """
+        began = time.monotonic()
+        model, options, case, images = self.model, self.options, read.case, read.images
+        scans: PreparedScans | None = None
+        if isinstance(images, Prepared):
+            prepared, repairs = images, images.repairs
+        else:
+            assert self.native is not None
+            scans = prepare_scans(images, self.native, model.spacing_mm, on_step)
+            prepared, repairs = scans.network_input, scans.repairs
+        fallback = fallback_for(options)
+        give_back_freed_memory()
+        try:
+            answer = predict_answer(model, prepared, self.runtime, options=options, fallback=fallback)
+        except DataError as error:
+            raise DataError(f"case {case.id}: {error}") from error
+        if options.uncertainty and answer.disagreement is None:
+            LOG.info("case %s: uncertainty of a single answer; --tta or an ensemble give several", case.id)
+        spacing_mm = answer_spacing_mm = canonical_spacing(prepared.native_affine)
+        if scans is None:
+            masks = predict_masks(model, prepared, answer.centred)
+            centred, disagreement = answer.centred, answer.disagreement
+        else:
+            on_step(f"{case.id}: back to the grid of {scans.space}")
+            masks, centred, disagreement, spacing_mm = scans.map_back(model, answer)
+
+        def in_file(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
+            if scans is None:
+                return to_native_grid(values, prepared)
+            return values if values.ndim == 3 else np.moveaxis(values, 0, -1)
+
+        shares = nested(model.calibration.apply(centred))
+        trust = measure_confidence(
+            masks,
+            shares,
+            spacing_mm,
+            answer_voxels=answer.volumes_voxels,
+            answer_spacing_mm=answer_spacing_mm,
+            networks=answer.networks,
+            flips=answer.flips,
+        )
+        missing = missing_contrasts(prepared.present)
+        facts = CaseFacts(
+            case=case.id,
+            trust=trust,
+            missing=missing,
+            zeroed=images.zeroed,
+            backgrounds=images.backgrounds,
+            repairs=repairs,
+            preparation=() if scans is None else scans.case.warnings,
+            unusual=unusual_contrasts(prepared, options.training),
+            training=options.training,
+        )
+        seconds = time.monotonic() - began
+        return ComputedCase(
+            case=case,
+            fingerprint=read.fingerprint,
+            codes=in_file(from_regions(masks)),
+            reference=case.contrasts[case.reference if scans is None else scans.space],
+            companions={name: in_file(steps) for name, steps in companions(shares, disagreement, options).items()},
+            trust=trust,
+            flags=flags_of(facts),
+            seconds={"read": read.seconds, "compute": seconds}
+            if scans is None
+            else {"prepare and compute": read.seconds + seconds},
+            notes={
+                "nan_to_zero": dict(images.zeroed),
+                "missing_contrasts": list(missing),
+                "ladder": list(fallback.sentences),
+                **({} if scans is None else {"space": scans.space, "prepare": scans.case.record}),
+            },
+        )
+
+    def write(self, computed: ComputedCase) -> dict[str, Any]:
+        """Write the files of a case, then its JSON, which marks them as complete.
+
+        Raises:
+            OSError: the folder cannot be written to.
+        """
+        began = time.monotonic()
+        model, case = self.model, computed.case
+        convention = self.options.labels or case.written_convention or model.convention
+        label_map = self.output / f"{case.id}.nii.gz"
+        files = {name: companion_path(case, name, self.output) for name in COMPANIONS if name in computed.companions}
+        write_label_map(label_map, encode(computed.codes, convention), computed.reference)
+        for name, path in files.items():
+            what = f"{name} of {', '.join(REGIONS)}"
+            write_shares(path, computed.companions[name], computed.reference, what=what)
+        seconds = {**computed.seconds, "write": time.monotonic() - began}
+        volumes = computed.trust.volumes_ml
+        content = {
+            "case": case.id,
+            "label_map": str(label_map),
+            "files": {name: str(files[name]) if name in files else None for name in COMPANIONS},
+            "volumes_ml": {region: round(ml, 3) for region, ml in volumes.items()},
+            **computed.trust.to_json(),
+            "flags": [asdict(flag) for flag in computed.flags],
+            "labels": {
+                "convention": convention.name,
+                "necrosis": convention.necrosis,
+                "oedema": convention.oedema,
+                "enhancing": convention.enhancing,
+            },
+            "seconds": {step: round(spent, 3) for step, spent in seconds.items()},
+            **computed.notes,
+            **model.calibration.record(list(volumes.values()), complete=not computed.notes["missing_contrasts"]),
+            "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
+            **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
+            **model.record(),
+            "runtime": list(self.runtime.reasons),
+            "versions": versions(),
+            "notice": NOTICE,
+            FINGERPRINT: {**computed.fingerprint, "files_sha256": files_sha256([label_map, *files.values()])},
+        }
+        write_json(self.output / f"{case.id}.json", content)
+        return content
 
 
 def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
@@ -234,79 +295,9 @@ def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Con
     return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
 
 
-def write_companions(case: Case, found: Mapping[Companion, ShareSteps], output: Path, reference: Path) -> None:
-    """Write the optional files next to a label map.
-
-    Args:
-        case: the predicted case.
-        found: contents by name, in 65535ths, shape (X, Y, Z, 3).
-        output: folder of the label map.
-        reference: file whose grid the contents are on.
-    """
-    for name, steps in found.items():
-        write_shares(companion_path(case, name, output), steps, reference, what=f"{name} of {', '.join(REGIONS)}")
-
-
 def companion_path(case: Case, name: Companion, output: Path) -> Path:
     """Path of an optional file next to the label map."""
     return output / f"{case.id}_{name}.nii.gz"
-
-
-def finish(  # noqa: PLR0913 - each goes into the file
-    model: Predictor,
-    case: Case,
-    codes: npt.NDArray[np.uint8],
-    output: Path,
-    runtime: Runtime,
-    *,
-    convention: LabelConvention,
-    spacing_mm: Spacing,
-    trust: Trust,
-    companions: Collection[Companion],
-    flags: Sequence[Flag],
-    notes: Mapping[str, Any],
-) -> Prediction:
-    """Build the content of ``<case>.json`` for a label map; the executor adds ``made_from`` and writes the file.
-
-    Args:
-        model: the predictor.
-        case: the predicted case.
-        codes: the label map in the program's codes.
-        output: folder of both files.
-        runtime: the one that the model was loaded for.
-        convention: meaning of the numbers in the file.
-        spacing_mm: spacing of the label map's grid.
-        trust: how far the prediction can be trusted.
-        companions: the optional files that were written.
-        flags: flags of the case.
-        notes: further entries: seconds by step, voxels that were replaced with 0, ``missing_contrasts``.
-    """
-    label_map = output / f"{case.id}.nii.gz"
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    volumes = [float(mask.sum()) * voxel_ml for mask in to_regions(codes)]
-    content = {
-        "case": case.id,
-        "label_map": str(label_map),
-        "files": {name: str(companion_path(case, name, output)) if name in companions else None for name in COMPANIONS},
-        "volumes_ml": {region: round(ml, 3) for region, ml in zip(REGIONS, volumes, strict=True)},
-        **trust.to_json(),
-        "flags": [flag.to_json() for flag in flags],
-        "labels": {
-            "convention": convention.name,
-            "necrosis": convention.necrosis,
-            "oedema": convention.oedema,
-            "enhancing": convention.enhancing,
-        },
-        **notes,
-        **model.calibration.record(volumes, complete=not notes["missing_contrasts"]),
-        "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
-        **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
-        **model.record(),
-        "runtime": list(runtime.reasons),
-        "versions": versions(),
-        "notice": NOTICE,
-    }
-    return Prediction(case=case.id, label_map=label_map, content=content)
 
 
 def require_contrasts(case: Case, model: Predictor) -> None:
@@ -323,11 +314,11 @@ def require_contrasts(case: Case, model: Predictor) -> None:
         case.require()
     except DataError as error:
         raise DataError(
-            f"{error}. This run needs all four; one trained with augment.contrast_dropout above 0 takes cases without."
+            f"{error}. This run needs all four; a run trained with augment.contrast_dropout above 0 accepts fewer."
         ) from error
 
 
-def asked_for(options: PredictOptions) -> tuple[Companion, ...]:
+def requested_companions(options: PredictOptions) -> tuple[Companion, ...]:
     """The optional files that these options may produce."""
     return (
         *(("probabilities",) if options.save_probabilities else ()),
@@ -335,8 +326,8 @@ def asked_for(options: PredictOptions) -> tuple[Companion, ...]:
     )
 
 
-def place_for(case: Case, output: Path, companions: Collection[Companion] = ()) -> Path:
-    """Path of a case's label map, after a check that the path can be used.
+def require_writable(case: Case, output: Path, companions: Collection[Companion] = ()) -> None:
+    """Check the paths of a case's label map and optional files.
 
     Args:
         case: the case to predict.
@@ -352,14 +343,13 @@ def place_for(case: Case, output: Path, companions: Collection[Companion] = ()) 
     if len(os.fsencode(longest)) > most:
         raise DataError(
             f"case {case.id}: the name of its file ...{longest[len(case.id) :]} would have {len(os.fsencode(longest))} "
-            f"bytes, and the file system of {output} takes {most}. Give the case a shorter id."
+            f"bytes, but the file system of {output} allows at most {most}. Give the case a shorter id."
         )
-    label_map = output / f"{case.id}.nii.gz"
-    places = {label_map: "label map"} | {companion_path(case, name, output): f"file of {name}" for name in COMPANIONS}
+    written = {output / f"{case.id}.nii.gz": "label map"}
+    written |= {companion_path(case, name, output): f"file of {name}" for name in COMPANIONS}
     for what, path in [*case.contrasts.items(), ("label map", case.label)]:
-        for place, written in places.items():
+        for place, kind in written.items():
             if path is not None and path.resolve() == place.resolve():
                 raise DataError(
-                    f"case {case.id}: the {written} would replace its own {what}, {path}. Give another OUTPUT."
+                    f"case {case.id}: the {kind} would replace its own {what}, {path}. Give another OUTPUT."
                 )
-    return label_map

@@ -21,18 +21,17 @@ from typing import Any, Final
 
 from app.errors import ConfigError, DeviceError, message
 from app.inference.batch.cohort import CaseObserver
-from app.inference.batch.job import PredictJob, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.batch.output_folder import at_work
 from app.inference.batch.pipeline import InThisProcess
+from app.inference.batch.process_pool import MAX_ATTEMPTS
 from app.progress import LOG
 from app.system.device import versions
 from app.system.resources import cores
-from app.system.worker_process import error_of, name_of
+from app.system.worker_pool import error_name, error_of
 from data.datasets.layouts import Case
 
-#: Maximum attempts before a case that keeps killing its worker is reported as failed.
-MOST_ATTEMPTS: Final = 3
 #: Size of Ray's object store: only text goes through it, and this is the minimum that Ray accepts.
 _STORE_BYTES: Final = 80 << 20
 #: Time that a cancelled task has to leave its files complete.
@@ -57,7 +56,7 @@ class OnRay:
         """Name for the manifest."""
         return "ray"
 
-    def work(self, cases: Sequence[Case], told: CaseObserver) -> None:
+    def work(self, cases: Sequence[Case], observer: CaseObserver) -> None:
         """Predict cases, each as a task.
 
         Raises:
@@ -74,29 +73,31 @@ class OnRay:
             job = replace(self.job, run=self.job.run.absolute(), output=self.job.output.absolute(), device=device)
             words = json.dumps(job.to_plain())
             task = ray.remote(do_case).options(
-                **resources, max_retries=MOST_ATTEMPTS - 1, retry_exceptions=False, scheduling_strategy="SPREAD"
+                **resources, max_retries=MAX_ATTEMPTS - 1, retry_exceptions=False, scheduling_strategy="SPREAD"
             )
-            pending = {task.remote(words, json.dumps(case_to_plain(_absolute(case)))): case for case in cases}
+            pending = {
+                task.remote(words, json.dumps(CASE.dump_python(_absolute(case), mode="json"))): case for case in cases
+            }
             try:
-                self._collect(ray, pending, told)
+                self._collect(ray, pending, observer)
             except BaseException:
                 _cancel(ray, list(pending))
                 raise
 
-    def _collect(self, ray: Any, pending: dict[Any, Case], told: CaseObserver) -> None:
+    def _collect(self, ray: Any, pending: dict[Any, Case], observer: CaseObserver) -> None:
         """Collect the results of tasks as they finish."""
         warned = False
         while pending:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
             for reference in done:
                 case = pending.pop(reference)
-                told.begun(case.id)
+                observer.begun(case.id)
                 try:
                     answer = ray.get(reference)
                 except ray.exceptions.RayError as error:
                     first = (str(error).strip() or type(error).__name__).splitlines()[0]
-                    text = f"case {case.id}: its workers were lost, {MOST_ATTEMPTS} times at most: {first}"
-                    told.ended(Outcome(case=case.id, message=text, attempts=None))
+                    text = f"case {case.id}: its workers were lost in up to {MAX_ATTEMPTS} attempts: {first}"
+                    observer.ended(Outcome(case=case.id, message=text, attempts=None))
                     continue
                 for level, line in answer["logs"]:
                     LOG.log(level, "%s", line)
@@ -105,7 +106,7 @@ class OnRay:
                 if not warned and answer["versions"] != versions():
                     warned = True
                     LOG.warning("host %s has other versions: %s", answer["host"], answer["versions"])
-                told.ended(self._outcome(case, answer))
+                observer.ended(self._outcome(case, answer))
 
     def _outcome(self, case: Case, answer: dict[str, Any]) -> Outcome:
         worker = Worker(name=answer["worker"], device=answer["device"], host=answer["host"])
@@ -213,28 +214,31 @@ def do_case(job: str, case: str) -> dict[str, Any]:
 
     Args:
         job: as JSON of :meth:`app.inference.batch.job.PredictJob.to_plain`.
-        case: as JSON of :func:`app.inference.batch.job.case_to_plain`.
+        case: as JSON of :data:`app.inference.batch.job.CASE`.
 
     Returns:
         plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of an error that stops all
         cases; log lines; and the host, its versions and the worker.
     """
-    one = case_from_plain(json.loads(case))
-    told = _Noting()
+    recorder = _Recorder()
     LOG.setLevel(logging.WARNING)
     LOG.propagate = False
-    LOG.addHandler(told)
+    LOG.addHandler(recorder)
     answer: dict[str, Any] = {"host": platform.node(), "versions": versions(), "worker": f"ray-{os.getpid()}"}
     try:
         engine = _engine(job)
-        with at_work(engine.output):
-            engine.one(one, told)
-        answer |= {"content": told.outcome.content, "message": told.outcome.message, "device": engine.worker.device}
+        with at_work(job_from_plain(json.loads(job)).output):
+            engine.one(CASE.validate_python(json.loads(case)), recorder)
+        answer |= {
+            "content": recorder.outcome.content,
+            "message": recorder.outcome.message,
+            "device": engine.worker.device,
+        }
     except Exception as error:
-        answer |= {"error": name_of(error), "message": message(error)}
+        answer |= {"error": error_name(error), "message": message(error)}
     finally:
-        LOG.removeHandler(told)
-    return {**answer, "logs": told.lines}
+        LOG.removeHandler(recorder)
+    return {**answer, "logs": recorder.lines}
 
 
 @lru_cache(maxsize=1)
@@ -245,7 +249,7 @@ def _engine(job: str) -> InThisProcess[Any, Any]:
     return found.engine(model, runtime)
 
 
-class _Noting(logging.Handler):
+class _Recorder(logging.Handler):
     """Keeps the log lines and the outcome of a case for the caller."""
 
     def __init__(self) -> None:
@@ -258,7 +262,7 @@ class _Noting(logging.Handler):
         self.lines.append((record.levelno, record.getMessage()))
 
     def begun(self, case: str, what: str = "") -> None:
-        """Do nothing: progress is not reported from here."""
+        """Do nothing: progress is not reported from a Ray task."""
 
     def ended(self, outcome: Outcome) -> None:
         """Keep the outcome of the case."""

@@ -47,12 +47,31 @@ def window_starts(size: int, side: int, overlap: float) -> list[int]:
     return [round(step * (size - side) / steps) for step in range(steps + 1)]
 
 
-def paddings(sizes: Size, window: Size) -> list[tuple[int, int]]:
-    """Voxels of zero padding before and after a volume along each axis, so that a window fits."""
-    return [
-        (max(0, side - size) // 2, max(0, side - size) - max(0, side - size) // 2)
-        for size, side in zip(sizes, window, strict=True)
-    ]
+def place_windows(
+    image: npt.NDArray[np.float32], window: Size, overlap: float
+) -> tuple[npt.NDArray[np.float32], list[Place], tuple[slice, ...]]:
+    """Pad a volume with 0 so that a window fits, and place windows on it, without those that are zero everywhere.
+
+    Args:
+        image: shape (contrasts, X, Y, Z).
+        window: size of each window.
+        overlap: least share that neighbours have in common.
+
+    Returns:
+        the padded volume, the places of the windows, and the place of the image, as an index of four axes.
+
+    Raises:
+        ValueError: the volume is zero everywhere.
+    """
+    x, y, z = image.shape[1:]
+    missing = [max(0, side - size) for size, side in zip((x, y, z), window, strict=True)]
+    padded = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)]) if any(missing) else image
+    inner = tuple(slice(gap // 2, gap // 2 + size) for gap, size in zip(missing, (x, y, z), strict=True))
+    x, y, z = padded.shape[1:]
+    places = [place for place in window_places((x, y, z), window, overlap) if padded[:, *place].any()]
+    if not places:
+        raise ValueError("the volume is zero everywhere")
+    return padded, places, (slice(None), *inner)
 
 
 def gaussian_array(window: Size) -> npt.NDArray[np.float32]:

@@ -41,10 +41,10 @@ class ComputePlan:
 
     def __str__(self) -> str:
         """Description, such as ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
-        said = f"windows of {'x'.join(map(str, self.window))} voxels, {self.batch} at once, on {self.device}"
-        if self.stitch_on != self.device:
-            said += f", stitched on {self.stitch_on}"
-        return said + (", logits in float16" if self.half else "")
+        stitched = f", stitched on {self.stitch_on}" if self.stitch_on != self.device else ""
+        half = ", logits in float16" if self.half else ""
+        size = "x".join(map(str, self.window))
+        return f"windows of {size} voxels, {self.batch} at once, on {self.device}{stitched}{half}"
 
 
 class MemoryFallback:
@@ -55,9 +55,9 @@ class MemoryFallback:
     """
 
     def __init__(self, max_memory_bytes: int | None = None) -> None:
-        self.said: list[str] = []
+        self.sentences: list[str] = []
         self._max_bytes = max_memory_bytes
-        self._way: ComputePlan | None = None
+        self._plan: ComputePlan | None = None
 
     def run(
         self,
@@ -78,64 +78,66 @@ class MemoryFallback:
         Raises:
             DataError: memory is not even sufficient for the last plan, or the bound is too low.
         """
-        way = self._way or self._planned(first, divisor, needed_bytes)
+        plan = self._plan or self._within_bound(first, divisor, needed_bytes)
         while True:
             try:
-                answer = compute(way)
+                answer = compute(plan)
             except (MemoryError, RuntimeError) as error:
                 if not is_out_of_memory(error):
                     raise
                 reason = " ".join(str(error).split())[:200]
             else:
-                self._way = way
+                self._plan = plan
                 return answer
-            after = next_way(way, first, divisor)
+            after = next_plan(plan, first, divisor)
             if after is None:
                 raise DataError(
-                    f"memory is not enough, not even for {way} ({reason}). Close other programs, or use a machine with "
+                    f"not enough memory, not even for {plan} ({reason}). Close other programs, or use a machine with "
                     "more memory."
                 )
-            self._tell(f"out of memory with {way} ({reason}); went on with {after}")
-            way = after
+            self._note(f"out of memory with {plan} ({reason}); went on with {after}")
+            plan = after
 
-    def _planned(self, first: ComputePlan, divisor: int, needed_bytes: Callable[[ComputePlan], int]) -> ComputePlan:
+    def _within_bound(
+        self, first: ComputePlan, divisor: int, needed_bytes: Callable[[ComputePlan], int]
+    ) -> ComputePlan:
         """First plan that fits within the bound."""
         if self._max_bytes is None:
             return first
         give_back_freed_memory()
         held = memory_of()
         free = self._max_bytes - (_PROGRAM_BYTES if held is None else held.resident)
-        way: ComputePlan | None = first
-        while way is not None and needed_bytes(way) > free:
-            way = replace(way, half=True) if not way.half else next_way(way, first, divisor)
-        if way is None:
+        plan: ComputePlan | None = first
+        while plan is not None and needed_bytes(plan) > free:
+            plan = replace(plan, half=True) if not plan.half else next_plan(plan, first, divisor)
+        if plan is None:
             raise DataError(
-                f"--max-memory-gb {self._max_bytes / GB:g} is too little for this case: beside what is read, "
-                f"{max(0, free) / GB:.1f} GB are left. Give more, or leave the option out."
+                f"--max-memory-gb {self._max_bytes / GB:g} is too little for this case: {max(0, free) / GB:.1f} GB "
+                "are left after reading it. Allow more, or omit the option."
             )
-        if way != first:
-            self._tell(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {way} instead of {first}")
-        return way
+        if plan != first:
+            self._note(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {plan} instead of {first}")
+        return plan
 
-    def _tell(self, sentence: str) -> None:
+    def _note(self, sentence: str) -> None:
         LOG.warning("%s", sentence)
-        self.said.append(sentence)
+        self.sentences.append(sentence)
 
 
-def next_way(way: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan | None:
+def next_plan(plan: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan | None:
     """The next plan, which needs less memory, or None if there is no further step.
 
     Args:
-        way: plan that needs too much.
+        plan: plan that needs too much.
         first: first plan of the case; on the CPU, windows return to its size.
         divisor: sides of windows are multiples of it.
     """
-    if way.batch > 1:
-        return replace(way, batch=way.batch // 2)
-    if way.stitch_on != "cpu":
-        return replace(way, stitch_on="cpu")
-    if (window := smaller(way.window, divisor)) is not None:
-        return replace(way, window=window)
-    if way.device != "cpu":
-        return replace(way, device="cpu", window=first.window)
+    if plan.batch > 1:
+        return replace(plan, batch=plan.batch // 2)
+    if plan.stitch_on != "cpu":
+        return replace(plan, stitch_on="cpu")
+    if (window := smaller(plan.window, divisor)) is not None:
+        return replace(plan, window=window)
+    if plan.device != "cpu":
+        return replace(plan, device="cpu", window=first.window)
     return None

@@ -8,7 +8,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, paddings, window_places
+from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, place_windows
 
 Array = npt.NDArray[np.float32]
 #: Planes divided at a time, so that no second volume is held.
@@ -40,19 +40,13 @@ def stitched_logits(
     Returns:
         float32, or float16 with ``half``, shape (regions, X, Y, Z); -30 where there is no brain nearby.
     """
-    sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
-    padding = paddings(sizes, window)
-    padded = image if not any(map(any, padding)) else np.pad(image, [(0, 0), *padding])
-    shape: Size = (padded.shape[1], padded.shape[2], padded.shape[3])
-    inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
-    places = [place for place in window_places(shape, window, overlap) if padded[:, *place].any()]
-    if not places:
-        raise ValueError("the volume is zero everywhere")
+    padded, places, inner = place_windows(image, window, overlap)
+    shape = padded.shape[1:]
     kept = np.dtype(np.float16 if half else np.float32)
     patches = np.zeros((batch, image.shape[0], *window), dtype=np.float32)
     if shape == window:
         patches[0] = padded
-        answer: npt.NDArray[Any] = compute(patches)[0][:, *inner].astype(kept)
+        answer: npt.NDArray[Any] = compute(patches)[0][inner].astype(kept)
         return answer
     weights = gaussian_array(window)
     total: npt.NDArray[Any] | None = None
@@ -72,7 +66,7 @@ def stitched_logits(
         sums = weight_sum[planes]
         np.divide(total[:, planes], sums, out=total[:, planes], where=sums != 0)
         np.copyto(total[:, planes], kept.type(SURE_BACKGROUND), where=sums == 0)
-    return total[:, *inner]
+    return total[inner]
 
 
 def _fill(patches: Array, image: Array, places: list[Place]) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from app.inference.sliding_window.grid import LEAST_WEIGHT, SIGMA, SURE_BACKGROUND, Place, Size, paddings, window_places
+from app.inference.sliding_window.grid import LEAST_WEIGHT, SIGMA, SURE_BACKGROUND, Place, Size, place_windows
 from app.system.device import Runtime
 
 
@@ -46,18 +45,13 @@ def sliding_logits(
         logits of shape (regions, X, Y, Z) on ``stitch_on``, float32, or float16 with ``half``; -30 where there is no
         brain nearby.
     """
-    sizes: Size = (image.shape[1], image.shape[2], image.shape[3])
-    padding = paddings(sizes, window)
-    padded = image
-    if any(map(any, padding)):
-        padded = functional.pad(image, [amount for pair in reversed(padding) for amount in pair])
+    array, places, inner = place_windows(image.numpy(), window, overlap)
+    padded = torch.from_numpy(array)
     device, stitched = runtime.device, torch.device(stitch_on or runtime.device_name)
     kept = torch.float16 if half else torch.float32
     weights = gaussian_weights(window).to(stitched)
     total: Tensor | None = None
     weight_sum = torch.zeros(padded.shape[1:], device=stitched, dtype=kept)
-    shape = (padded.shape[1], padded.shape[2], padded.shape[3])
-    places = [place for place in window_places(shape, window, overlap) if padded[(slice(None), *place)].any()]
     for first in range(0, len(places), batch):
         between_windows()
         some = places[first : first + batch]
@@ -74,13 +68,11 @@ def sliding_logits(
             else:
                 total[(slice(None), *place)].addcmul_(logits, weights)
             weight_sum[place] += weights.to(kept)
-    if total is None:
-        raise ValueError("the volume is zero everywhere")
+    assert total is not None
     uncovered = weight_sum == 0
     total.div_(weight_sum.masked_fill_(uncovered, 1))
     total.masked_fill_(uncovered, SURE_BACKGROUND)
-    inner = tuple(slice(before, before + size) for (before, _), size in zip(padding, sizes, strict=True))
-    return total[(slice(None), *inner)]
+    return total[inner]
 
 
 def _patches(image: Tensor, places: list[Place], device: torch.device, layout: torch.memory_format) -> Tensor:

@@ -115,7 +115,7 @@ def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znorms
     def change(image: pydicom.Dataset) -> None:
         image.add_new(0x00280120, "US", 0)
         image.add_new(0x00280121, "US", 99)
-        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = "1.2.3"
+        image.SOPInstanceUID = image.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.UID("1.2.3")
 
     study = changed(dicom_study, tmp_path / "study", "S3", change)
     shown = znormseg("data", "dicom", study, tmp_path / "out", "--id", "one")
@@ -125,7 +125,7 @@ def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znorms
     assert padding.endswith("% of its voxels are padding (stored values 0 to 99): set to 0, the value of background")
     assert f"\n3: {uids}\n" in shown.out
     assert f"\nnote: flair, series 3: {padding}\n4 contrasts in" in shown.out
-    voxels = np.asanyarray(nib.load(tmp_path / "out" / "one" / "one_flair.nii.gz").dataobj)
+    voxels = np.asanyarray(nib.Nifti1Image.from_filename(tmp_path / "out" / "one" / "one_flair.nii.gz").dataobj)
     assert voxels[voxels > 0].min() == 100
 
 
@@ -147,7 +147,7 @@ def test_a_series_rescaled_in_part_is_refused_with_its_files_and_nothing_is_writ
 
 def test_a_label_map_becomes_a_segmentation_on_its_series(dicom_study: Path, znormseg: Call, tmp_path: Path) -> None:
     znormseg("data", "dicom", dicom_study, tmp_path, "--id", "one")
-    image = nib.load(tmp_path / "one" / "one_flair.nii.gz")
+    image = nib.Nifti1Image.from_filename(tmp_path / "one" / "one_flair.nii.gz")
     labels = np.zeros(image.shape, dtype=np.uint8)
     labels[3:6, 4, 2], labels[7, 8, 9] = 2, 4
     nib.save(nib.Nifti1Image(labels, image.affine), tmp_path / "labels.nii.gz")

@@ -24,7 +24,7 @@ def scans(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A case folder whose T2 has every second slice alone, and whose FLAIR lies 9 mm off in its scanner."""
     place = tmp_path_factory.mktemp("scans") / CASE
     shutil.copytree(phantoms / CASE, place)
-    t2, flair = (nib.load(place / f"{CASE}_{ending}.nii.gz") for ending in ("t2", "flair"))
+    t2, flair = (nib.Nifti1Image.from_filename(place / f"{CASE}_{ending}.nii.gz") for ending in ("t2", "flair"))
     nib.save(t2.slicer[:, :, ::2], place / f"{CASE}_t2.nii.gz")
     moved = flair.affine.copy()
     moved[:3, 3] += (9, -6, 3)
@@ -46,7 +46,7 @@ def options(case: Path) -> list[str | Path]:
 
 
 def same_grid(label_map: Path, image: Path) -> bool:
-    one, other = nib.load(label_map), nib.load(image)
+    one, other = nib.Nifti1Image.from_filename(label_map), nib.Nifti1Image.from_filename(image)
     return one.shape == other.shape and np.array_equal(one.affine, other.affine)
 
 
@@ -61,10 +61,10 @@ def test_differing_grids_stay_an_error_that_names_the_way_out(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--space", "t2"], "go with --prepare"),
-        (["--n4"], "go with --prepare"),
-        (["--mask", "atlas"], "go with --prepare"),
-        (["--prepare", "--space", "t3"], "--space takes t1, t1c, t2, flair, got 't3'"),
+        (["--space", "t2"], "require --prepare"),
+        (["--n4"], "require --prepare"),
+        (["--mask", "atlas"], "require --prepare"),
+        (["--prepare", "--space", "t3"], "Invalid value for '--space'"),
     ],
 )
 def test_options_that_make_no_sense_are_a_wrong_command_line(
@@ -99,11 +99,11 @@ def test_a_missing_contrast_is_named_and_nothing_written(scans: Path, tmp_path: 
 
 def test_a_label_map_on_the_grid_of_no_scan_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     case = Path(shutil.copytree(phantoms / CASE, tmp_path / "in" / CASE))
-    label = nib.load(case / f"{CASE}_seg.nii.gz")
+    label = nib.Nifti1Image.from_filename(case / f"{CASE}_seg.nii.gz")
     nib.save(label.slicer[2:, :, :], case / f"{CASE}_seg.nii.gz")
     ended = znormseg("data", "prepare", case, tmp_path / "out")
     assert ended.code == 3
-    assert "on the grid of no contrast" in ended.err
+    assert "is not on the grid of any contrast" in ended.err
 
 
 def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
@@ -119,13 +119,13 @@ def test_a_mask_that_cannot_be_had_is_refused_before_the_work(
 def test_a_head_that_keeps_its_skull_is_not_predicted(
     scans: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, znormseg: Call
 ) -> None:
-    from app.inference.batch import native
+    from data.native_space import to_brats
     from data.native_space.brain_mask import BrainMask
     from data.native_space.itk import ImageGrid
-    from data.native_space.to_brats import BroughtIn
+    from data.native_space.to_brats import BratsCase
 
     head = np.random.default_rng(0).random((20, 20, 20)).astype(np.float32)
-    made = BroughtIn(
+    made = BratsCase(
         id=CASE,
         images=dict.fromkeys(("t1", "t1c", "t2", "flair"), head),
         codes=None,
@@ -135,7 +135,7 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
         record={},
         warnings=(),
     )
-    monkeypatch.setattr(native, "bring_in", lambda *_, **__: made)
+    monkeypatch.setattr(to_brats, "prepare_native", lambda *_, **__: made)
     ended = znormseg("predict", tiny_run, scans, tmp_path / "out", "--prepare", "--mask", "none")
     assert ended.code == 3
     assert f"case {CASE}, contrast t1, prepared: the background is not 0" in ended.err
@@ -143,32 +143,39 @@ def test_a_head_that_keeps_its_skull_is_not_predicted(
 
 def test_the_content_of_a_mask_decides_what_is_finished_and_its_place_does_not(tiny_run: Path, tmp_path: Path) -> None:
     from app.config.inference import PredictOptions
-    from app.inference.batch.native import native_settings
+    from app.inference.batch.fingerprint import settings_of
+    from app.inference.batch.native import Native
     from app.inference.model import load_model
     from app.system.device import RuntimeConfig, choose_runtime
-    from data.native_space.to_brats import BringInConfig
+    from data.native_space.config import PrepareConfig
 
     model = load_model(tiny_run, choose_runtime(RuntimeConfig(device="cpu")))
 
     def settings(name: str, content: bytes) -> Any:
         (tmp_path / name).write_bytes(content)
-        return native_settings(model, PredictOptions(), BringInConfig(mask=str(tmp_path / name)), "t1c")
+        native = Native(config=PrepareConfig(mask=str(tmp_path / name)))
+        return settings_of(model, PredictOptions(), **native.settings())
 
     assert settings("a.nii", b"one") == settings("b.nii", b"one") != settings("a.nii", b"other")
 
 
 def test_predict_does_not_look_at_a_label_map_and_data_prepare_does(scans: Path, tmp_path: Path) -> None:
-    from app.inference.batch.native import native_steps
+    from app.inference.batch.native import Native
+    from app.inference.batch.predict import PredictSteps
     from data.datasets.layouts import find_cases
     from data.errors import DataError
-    from data.native_space.to_brats import BringInConfig, read_native
+    from data.native_space.config import PrepareConfig
+    from data.native_space.to_brats import NativeCase, read_native
 
     (case,) = find_cases(scans)
     (tmp_path / "seg.nii.gz").write_bytes(b"no label map")
     given = dataclasses.replace(case, label=tmp_path / "seg.nii.gz")
     none: Any = None  # neither network nor device is needed to read
-    read = native_steps(none, tmp_path / "out", none, config=BringInConfig()).read(given)
-    assert read.native.codes is None
+    native = Native(config=PrepareConfig())
+    steps = PredictSteps(model=none, output=tmp_path / "out", runtime=none, settings={"options": {}}, native=native)
+    images = steps.read(given).images
+    assert isinstance(images, NativeCase)
+    assert images.codes is None
     with pytest.raises(DataError, match="seg"):
         read_native(given)
 
@@ -196,12 +203,19 @@ def test_the_answer_lies_on_the_grid_of_the_scan_that_was_named(
     ended = znormseg("predict", tiny_run, tmp_path, *options(scans), "--prepare", *asked)
     assert ended.code == 0, ended.err
     assert same_grid(tmp_path / f"{CASE}.nii.gz", scans / f"{CASE}_{ending}.nii.gz")
-    assert set(np.unique(np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj))) <= {0, 1, 2, 4}
+    assert set(np.unique(np.asarray(nib.Nifti1Image.from_filename(tmp_path / f"{CASE}.nii.gz").dataobj))) <= {
+        0,
+        1,
+        2,
+        4,
+    }
     content = json.loads((tmp_path / f"{CASE}.json").read_text())
-    shares = nib.load(content["files"]["probabilities"])
-    assert np.array_equal(shares.affine, nib.load(scans / f"{CASE}_{ending}.nii.gz").affine)
+    shares = nib.Nifti1Image.from_filename(content["files"]["probabilities"])
+    assert np.array_equal(shares.affine, nib.Nifti1Image.from_filename(scans / f"{CASE}_{ending}.nii.gz").affine)
     # A share within 0.001 of one half counts as one half.
-    differ = (shares.get_fdata()[..., 0] > 0.5) != (np.asarray(nib.load(tmp_path / f"{CASE}.nii.gz").dataobj) > 0)
+    differ = (shares.get_fdata()[..., 0] > 0.5) != (
+        np.asarray(nib.Nifti1Image.from_filename(tmp_path / f"{CASE}.nii.gz").dataobj) > 0
+    )
     assert np.abs(shares.get_fdata()[..., 0][differ] - 0.5).max(initial=0) < 2e-3
     assert content["space"] == (space or "t1c")
     assert content["prepare"]["mask"]["source"] == "own"
@@ -230,7 +244,7 @@ def test_a_dicom_study_is_prepared_like_a_case(
     case = find_cases(phantoms)[0]
     timing = {"t1": (10, 600), "t1c": (10, 600), "t2": (100, 4500), "flair": (120, 9000)}
     for number, (contrast, path) in enumerate(case.contrasts.items(), start=1):
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_filename(path)
         voxels = np.rint(np.asanyarray(image.dataobj)).clip(0).astype("<u2")
         echo, repetition = timing[contrast]
         write_series(

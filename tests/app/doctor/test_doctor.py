@@ -18,7 +18,6 @@ Call = Callable[..., Any]
 
 A100 = Gpu(name="A100", capability=(8, 0), memory_bytes=40 * 10**9)
 MADE_UP = Probe(
-    python="3.12.0",
     torch="2.10.0+cu128",
     torch_cuda="12.8",
     torch_architectures=("sm_75", "sm_80", "sm_90", "sm_120"),

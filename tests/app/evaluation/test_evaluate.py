@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
+from dataclasses import fields, replace
 from itertools import permutations, product
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from app.evaluation.evaluate import METRICS, Evaluation, LabelMapsOnce, evaluate, score_rows, write_score_table
+from app.evaluation.evaluate import Evaluation, evaluate
+from app.evaluation.folders import LabelMapsOnce
+from app.evaluation.metrics import RegionScores
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 #: x grows to the patient's left, y to posterior: the voxel order of BraTS files.
@@ -83,40 +87,39 @@ def dice_of(evaluation: Evaluation) -> list[list[float]]:
 def test_either_side_may_use_either_label_convention(tmp_path: Path, prediction: int, reference: int) -> None:
     save(tmp_path / "predicted" / "BraTS-SSA-00001-000.nii.gz", tumour(prediction))
     save(tmp_path / "expected" / "BraTS-SSA-00001-000.nii.gz", tumour(reference))
-    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected")
+    evaluation = evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"))
     assert dice_of(evaluation) == [[1, 1, 1]]
-    assert evaluation.reference_convention == {3: "brats2023", 4: "brats2021"}[reference]
+    assert evaluation.folders.reference_convention.name == {3: "brats2023", 4: "brats2021"}[reference]
 
 
 def test_a_case_without_enhancing_tumour_takes_the_convention_of_its_folder(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(2))
-    evaluation = evaluate(*sides)
-    assert evaluation.prediction_convention == "brats2021"
+    evaluation = evaluate(*map(DataSource, sides))
+    assert evaluation.folders.prediction_convention.name == "brats2021"
     assert evaluation.cases[0].regions["ET"].dice == 0
 
 
 def test_label_maps_without_a_name_that_tells_their_numbers_are_refused_with_the_flag(sides: tuple[Path, Path]) -> None:
     save(sides[1] / "a.nii.gz", tumour(3))
     save(sides[1] / "b.nii.gz", tumour(3))
-    with pytest.raises(
-        DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels, one of brats2023 .* msd .*3 in a"
-    ):
-        evaluate(*sides)
-    assert dice_of(evaluate(*sides, labels=(None, "brats2023"))) == [[1, 1, 1], [1, 1, 1]]
-    assert dice_of(evaluate(*sides, labels=(None, "msd")))[0] != [1, 1, 1]
+    with pytest.raises(DataError, match=r"expected: label values 0, 1, 2, 3 .* --labels: brats2023 .* msd .*3 in a"):
+        evaluate(*map(DataSource, sides))
+    predictions, references = map(DataSource, sides)
+    assert dice_of(evaluate(predictions, replace(references, labels="brats2023"))) == [[1, 1, 1], [1, 1, 1]]
+    assert dice_of(evaluate(predictions, replace(references, labels="msd")))[0] != [1, 1, 1]
 
 
 def test_a_prediction_says_beside_itself_what_its_numbers_are(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(3))
         (sides[0] / f"{case}.json").write_text(json.dumps({"labels": {"convention": "brats2023"}}))
-    assert evaluate(*sides).prediction_convention == "brats2023"
+    assert evaluate(*map(DataSource, sides)).folders.prediction_convention.name == "brats2023"
 
 
 def test_two_storage_orders_of_one_grid_score_1(sides: tuple[Path, Path]) -> None:
     stored = nib.Nifti1Image(tumour(4), AFFINE).as_reoriented(np.array([[1, -1], [2, 1], [0, -1]]))
     nib.save(stored, sides[0] / "a.nii.gz")
-    evaluation = evaluate(*sides)
+    evaluation = evaluate(*map(DataSource, sides))
     assert dice_of(evaluation) == [[1, 1, 1], [1, 1, 1]]
     assert evaluation.cases[0].regions["WT"].hd95_mm == 0
 
@@ -137,14 +140,14 @@ def test_all_storage_orders_of_one_grid_score_1(tmp_path: Path, degrees: float, 
         save(tmp_path / "expected" / f"{number}.nii", tumour(4), image.affine)
         stored = image.as_reoriented(order)
         save(tmp_path / "predicted" / f"{number}.nii", np.asarray(stored.dataobj), stored.affine)
-    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected", resample=resample)
+    evaluation = evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"), resample=resample)
     assert (evaluation.failures, evaluation.resampled) == ({}, ())
     assert dice_of(evaluation) == [[1, 1, 1]] * 48
 
 
 def test_distances_and_volumes_use_the_spacing_of_the_file(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
-    scores = evaluate(*sides).cases[0].regions["WT"]
+    scores = evaluate(*map(DataSource, sides)).cases[0].regions["WT"]
     assert scores.hd95_mm == 2.0
     assert scores.reference_volume_ml == pytest.approx(7 * 6 * 6 * 2 / 1000)
 
@@ -153,7 +156,7 @@ def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tup
     shifted = AFFINE.copy()
     shifted[1, 3] = 3.0
     path = save(sides[0] / "a.nii.gz", tumour(4), shifted)
-    failure = evaluate(*sides).failures["a"]
+    failure = evaluate(*map(DataSource, sides)).failures["a"]
     assert "3.00 mm on axis y" in failure
     assert failure.startswith("case a: ")
     assert str(path) in failure
@@ -162,13 +165,13 @@ def test_different_grids_are_a_failure_that_names_the_axis_and_the_mm(sides: tup
 
 def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
-    assert "11x10x8 against 12x10x8" in evaluate(*sides).failures["a"]
+    assert "11x10x8 against 12x10x8" in evaluate(*map(DataSource, sides)).failures["a"]
 
 
 def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
-    evaluation = evaluate(*sides)
-    assert "Give --resample to bring the prediction to the grid of the reference." in evaluation.failures["a"]
+    evaluation = evaluate(*map(DataSource, sides))
+    assert "Give --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
     assert evaluation.resampled == ()
 
 
@@ -185,7 +188,7 @@ def save_shifted(path: Path) -> Path:
 def test_a_field_of_view_whole_voxels_away_scores_1_when_resampled(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save_shifted(sides[0] / f"{case}.nii.gz")
-    evaluation = evaluate(*sides, resample=True)
+    evaluation = evaluate(*map(DataSource, sides), resample=True)
     assert dice_of(evaluation) == [[1, 1, 1], [1, 1, 1]]
     assert (evaluation.failures, evaluation.resampled) == ({}, ("a", "b"))
 
@@ -193,26 +196,26 @@ def test_a_field_of_view_whole_voxels_away_scores_1_when_resampled(sides: tuple[
 def test_cases_on_the_grid_of_their_reference_are_not_resampled(sides: tuple[Path, Path]) -> None:
     save_shifted(sides[0] / "b.nii.gz")
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
-    evaluation = evaluate(*sides, resample=True)
+    evaluation = evaluate(*map(DataSource, sides), resample=True)
     assert evaluation.resampled == ("b",)
-    assert evaluation.cases[0] == evaluate(*sides).cases[0]
+    assert evaluation.cases[0] == evaluate(*map(DataSource, sides)).cases[0]
 
 
 def test_a_resampled_case_has_the_volumes_and_distances_of_its_reference(sides: tuple[Path, Path]) -> None:
     finer = AFFINE @ np.diag([1, 1, 0.5, 1])
     finer[2, 3] = -0.5
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2).repeat(2, axis=2), finer)
-    resampled = evaluate(*sides, resample=True).cases[0]
+    resampled = evaluate(*map(DataSource, sides), resample=True).cases[0]
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
     assert resampled.resampled
-    assert resampled.regions == evaluate(*sides).cases[0].regions
+    assert resampled.regions == evaluate(*map(DataSource, sides)).cases[0].regions
 
 
 def test_a_finer_map_of_the_same_tumour_scores_1_when_resampled(sides: tuple[Path, Path]) -> None:
     finer = AFFINE @ np.diag([0.5, 0.5, 0.5, 1])
     finer[:3, 3] = (0.25, 0.25, -0.5)
     save(sides[0] / "a.nii.gz", tumour(4).repeat(2, 0).repeat(2, 1).repeat(2, 2), finer)
-    evaluation = evaluate(*sides, resample=True)
+    evaluation = evaluate(*map(DataSource, sides), resample=True)
     assert evaluation.resampled == ("a",)
     assert dice_of(evaluation)[0] == [1, 1, 1]
 
@@ -230,7 +233,7 @@ def test_a_ball_on_a_grid_turned_by_15_degrees_scores_high_when_resampled(tmp_pa
     turned = rotation(15, axis) @ affine
     save(tmp_path / "predicted" / "a.nii", big_ball(turned), turned)
     save(tmp_path / "expected" / "a.nii", big_ball(affine), affine)
-    evaluation = evaluate(tmp_path / "predicted", tmp_path / "expected", resample=True)
+    evaluation = evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"), resample=True)
     assert evaluation.resampled == ("a",)
     assert min(dice_of(evaluation)[0]) > 0.95
 
@@ -239,7 +242,7 @@ def test_fields_of_view_without_a_voxel_in_common_are_a_failure_and_no_score_of_
     away = AFFINE.copy()
     away[0, 3] = 400
     path = save(sides[0] / "a.nii.gz", tumour(4), away)
-    evaluation = evaluate(*sides, resample=True)
+    evaluation = evaluate(*map(DataSource, sides), resample=True)
     assert [scores.case for scores in evaluation.cases] == ["b"]
     assert f"case a: {path} and {sides[1] / 'a.nii.gz'}: the grids do not overlap" in evaluation.failures["a"]
     assert "400.00 mm on axis x" in evaluation.failures["a"]
@@ -252,7 +255,7 @@ def test_the_command_line_says_which_cases_were_resampled(
     save(sides[0] / "b.nii.gz", tumour(4))
     ended = znormseg("evaluate", *sides, "--resample", "--json", "--out", tmp_path / "scores.csv")
     assert ended.code == 0
-    assert "1 prediction was resampled to its reference's grid: a\n" in ended.err
+    assert "predictions resampled to the grid of their reference: a\n" in ended.err
     assert json.loads(ended.out)["resampled"] == ["a"]
     assert "resampled" not in (tmp_path / "scores.csv").read_text()
 
@@ -262,7 +265,7 @@ def test_the_command_line_names_the_first_of_many_resampled_cases(tmp_path: Path
         save_shifted(tmp_path / "predicted" / f"{number}.nii.gz")
         save(tmp_path / "expected" / f"{number}.nii.gz", tumour(4))
     ended = znormseg("evaluate", tmp_path / "predicted", tmp_path / "expected", "--resample")
-    assert "7 predictions were resampled to their reference's grid: 0, 1, 2, 3, 4 ...\n" in ended.err
+    assert "predictions resampled to the grid of their reference: 0, 1, 2 and 4 more\n" in ended.err
     assert "resampled" not in ended.out
 
 
@@ -283,7 +286,7 @@ def test_the_command_line_refuses_other_grids_without_the_flag(
 def test_one_damaged_file_does_not_hide_the_others(sides: tuple[Path, Path], side: int) -> None:
     damaged = sides[side] / "a.nii.gz"
     damaged.write_bytes(damaged.read_bytes()[:60])
-    evaluation = evaluate(*sides)
+    evaluation = evaluate(*map(DataSource, sides))
     assert [scores.case for scores in evaluation.cases] == ["b"]
     assert list(evaluation.failures) == ["a"]
     assert str(damaged) in evaluation.failures["a"]
@@ -291,7 +294,7 @@ def test_one_damaged_file_does_not_hide_the_others(sides: tuple[Path, Path], sid
 
 def test_one_file_with_a_foreign_label_does_not_hide_the_others(sides: tuple[Path, Path]) -> None:
     path = save(sides[0] / "a.nii.gz", tumour(7))
-    evaluation = evaluate(*sides)
+    evaluation = evaluate(*map(DataSource, sides))
     assert [scores.case for scores in evaluation.cases] == ["b"]
     assert f"{path}: label values [7]" in evaluation.failures["a"]
 
@@ -299,22 +302,22 @@ def test_one_file_with_a_foreign_label_does_not_hide_the_others(sides: tuple[Pat
 def test_a_folder_that_mixes_conventions_is_refused_with_a_file_of_each(sides: tuple[Path, Path]) -> None:
     save(sides[1] / "a.nii.gz", tumour(3))
     with pytest.raises(DataError, match=r"expected: label values 3 and 4 .*3 in a, 4 in b"):
-        evaluate(*sides)
+        evaluate(*map(DataSource, sides))
 
 
 def test_when_nothing_can_be_scored_the_reasons_are_raised(sides: tuple[Path, Path]) -> None:
     for case in ("a", "b"):
         save(sides[0] / f"{case}.nii.gz", tumour(4)[:-1])
-    with pytest.raises(DataError, match=r"not one of the 2 cases.*case a: .*11x10x8.*case b: "):
-        evaluate(*sides)
+    with pytest.raises(DataError, match=r"none of the 2 cases.*case a: .*11x10x8.*case b: "):
+        evaluate(*map(DataSource, sides))
 
 
 def test_cases_on_one_side_only_are_reported(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "only_predicted.nii.gz", tumour(4))
     save(sides[1] / "only_expected.nii.gz", tumour(4))
-    evaluation = evaluate(*sides)
-    assert evaluation.missing_predictions == ("only_expected",)
-    assert evaluation.missing_references == ("only_predicted",)
+    evaluation = evaluate(*map(DataSource, sides))
+    assert evaluation.folders.missing_predictions == ("only_expected",)
+    assert evaluation.folders.missing_references == ("only_predicted",)
     assert [scores.case for scores in evaluation.cases] == ["a", "b"]
 
 
@@ -323,20 +326,22 @@ def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: P
         save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(4))
     save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(4))
     with pytest.raises(DataError, match=r"holds p0, p1, p2 and 2 more; .* holds e0\. .*<case>-seg\.nii\.gz"):
-        evaluate(tmp_path / "predicted", tmp_path / "expected")
+        evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"))
 
 
 def test_predictions_are_matched_to_case_folders_that_hold_a_seg(tmp_path: Path) -> None:
     case = "BraTS-GLI-00001-000"
     save(tmp_path / "predicted" / f"{case}.nii.gz", tumour(3))
     save(tmp_path / "expected" / case / f"{case}-seg.nii.gz", tumour(3))
-    assert [scores.case for scores in evaluate(tmp_path / "predicted", tmp_path / "expected").cases] == [case]
+    assert [
+        scores.case for scores in evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected")).cases
+    ] == [case]
 
 
 def test_each_case_is_announced_once_and_in_order_with_the_share_that_is_done(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     announced: list[tuple[str, float]] = []
-    evaluate(*sides, on_case=lambda case, share: announced.append((case, share)))
+    evaluate(*map(DataSource, sides), on_case=lambda case, share: announced.append((case, share)))
     assert announced == [("a", 0.5), ("b", 1.0)]
 
 
@@ -344,19 +349,23 @@ def test_the_summary_is_the_mean_and_the_medians_are_medians(sides: tuple[Path, 
     save(sides[0] / "b.nii.gz", tumour(2))
     for side in sides:
         save(side / "c.nii.gz", tumour(4))
-    evaluation = evaluate(*sides)
-    assert evaluation.summary()["ET"]["dice"] == pytest.approx(2 / 3)
-    assert evaluation.summary()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
+    evaluation = evaluate(*map(DataSource, sides))
+    assert evaluation.means()["ET"]["dice"] == pytest.approx(2 / 3)
+    assert evaluation.means()["ET"]["hd95_mm"] == pytest.approx(374 / 3)
     assert evaluation.medians()["ET"]["dice"] == 1
 
 
 def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path, Path]) -> None:
-    result: Any = evaluate(*sides).to_json()
+    result: Any = evaluate(*map(DataSource, sides)).to_json()
     assert list(result)[:2] == ["regions", "cases"]
     assert list(result["regions"]) == ["WT", "TC", "ET"]
     assert list(result["regions"]["WT"])[:4] == ["dice", "hd95_mm", "sensitivity", "specificity"]
     assert list(result["cases"][0]) == ["case", "WT", "TC", "ET"]
-    assert list(result["cases"][0]["WT"]) == list(result["regions"]["WT"]) == list(METRICS)
+    assert (
+        list(result["cases"][0]["WT"])
+        == list(result["regions"]["WT"])
+        == [field.name for field in fields(RegionScores)]
+    )
     assert {type(value) for scores in (result["regions"], result["cases"][0]) for value in scores["WT"].values()} == {
         float
     }
@@ -365,39 +374,39 @@ def test_the_json_begins_with_means_and_cases_in_plain_floats(sides: tuple[Path,
 
 def test_the_table_holds_cases_mean_and_median_in_full_precision(sides: tuple[Path, Path], tmp_path: Path) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=0))
-    evaluation = evaluate(*sides)
-    write_score_table(evaluation, tmp_path / "scores.csv")
+    evaluation = evaluate(*map(DataSource, sides))
+    evaluation.write_table(tmp_path / "scores.csv")
     with (tmp_path / "scores.csv").open(newline="", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     assert [line["case"] for line in table] == ["a", "b", "mean", "median"]
     assert list(table[0])[:3] == ["case", "WT_dice", "WT_hd95_mm"]
     assert float(table[0]["WT_dice"]) == evaluation.cases[0].regions["WT"].dice
-    assert float(table[2]["ET_hd95_mm"]) == evaluation.summary()["ET"]["hd95_mm"]
+    assert float(table[2]["ET_hd95_mm"]) == evaluation.means()["ET"]["hd95_mm"]
 
 
 def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
     sides: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    evaluation = evaluate(*sides)
+    evaluation = evaluate(*map(DataSource, sides))
     place = tmp_path / "result"
     place.mkdir()
     (place / "scores.csv").write_text("old")
-    write_score_table(evaluation, place / "scores.csv")
+    evaluation.write_table(place / "scores.csv")
     assert [path.name for path in place.iterdir()] == ["scores.csv"]
     assert (place / "scores.csv").read_text().startswith("case,WT_dice,")
 
 
 def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
-    evaluation = evaluate(*sides)
+    evaluation = evaluate(*map(DataSource, sides))
     with pytest.raises(DataError, match="is a folder"):
-        write_score_table(evaluation, tmp_path)
+        evaluation.write_table(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
-        write_score_table(evaluation, tmp_path / "nowhere" / "scores.csv")
+        evaluation.write_table(tmp_path / "nowhere" / "scores.csv")
 
 
 def test_the_terminal_table_rounds_dice_to_3_and_hd95_to_1_decimal(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", np.roll(tumour(4), 1, axis=2))
-    table = score_rows(evaluate(*sides))
+    table = evaluate(*map(DataSource, sides)).rows()
     assert table[0] == ["case", "WT Dice", "WT HD95 mm", "TC Dice", "TC HD95 mm", "ET Dice", "ET HD95 mm"]
     assert [row[0] for row in table[1:]] == ["a", "b", "mean", "median"]
     assert table[1][:3] == ["a", "0.833", "2.0"]
@@ -416,6 +425,6 @@ def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path],
 def test_the_penalty_of_374_mm_is_explained_where_it_occurs_alone(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
-    assert "HD95 374 mm: marked by one side alone" not in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one of the two has the region" not in znormseg("evaluate", *sides).out
     save(sides[0] / "a.nii.gz", np.where(tumour(4) == 4, 1, tumour(4)).astype(np.uint8))
-    assert "HD95 374 mm: marked by one side alone" in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one of the two has the region" in znormseg("evaluate", *sides).out

@@ -58,7 +58,7 @@ def monai_bundle(*arguments: str | Path, cwd: Path) -> str:
 
 
 def label_map(path: Path) -> Any:
-    return np.asanyarray(nib.load(path).dataobj)
+    return np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
 
 
 def brain_of(case: Path) -> Any:
@@ -104,7 +104,9 @@ def test_monai_runs_the_bundle_and_gives_the_mask_of_predict(
     brain = brain_of(case)
     assert np.count_nonzero(label_map(ours)) > 100
     assert np.count_nonzero(label_map(ours) != label_map(theirs)) <= MASK_DISAGREEMENT * np.count_nonzero(brain)
-    np.testing.assert_allclose(nib.load(ours).affine, nib.load(theirs).affine, atol=1e-4)
+    np.testing.assert_allclose(
+        nib.Nifti1Image.from_filename(ours).affine, nib.Nifti1Image.from_filename(theirs).affine, atol=1e-4
+    )
 
 
 @pytest.mark.slow
@@ -186,7 +188,12 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from monai.networks.nets.segresnet import SegResNet
 
     folder = tmp_path_factory.mktemp("zoo") / "brats_mri_segmentation"
-    network = {"blocks_down": [1, 2, 2, 4], "blocks_up": [1, 1, 1], "init_filters": 16, "in_channels": 4}
+    network: dict[str, Any] = {
+        "blocks_down": [1, 2, 2, 4],
+        "blocks_up": [1, 1, 1],
+        "init_filters": 16,
+        "in_channels": 4,
+    }
     network |= {"out_channels": 3, "dropout_prob": 0.2}
     steps = [
         {"_target_": "LoadImaged", "keys": "image", "ensure_channel_first": True},
@@ -201,7 +208,11 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     inputs = {"num_channels": 4, "channel_def": {"0": "T1c", "1": "T1", "2": "T2", "3": "FLAIR"}}
     outputs = {"num_channels": 3, "channel_def": {"0": "Tumor core", "1": "Whole tumor", "2": "Enhancing tumor"}}
     formats = {"inputs": {"image": inputs}, "outputs": {"pred": outputs}}
-    metadata = {"task": "Multimodal Brain Tumor segmentation", "version": "0.5.3", "copyright": "Copyright (c) someone"}
+    metadata: dict[str, Any] = {
+        "task": "Multimodal Brain Tumor segmentation",
+        "version": "0.5.3",
+        "copyright": "Copyright (c) someone",
+    }
     metadata |= {"eval_metrics": {"val_mean_dice": 0.5}, "network_data_format": formats}
     for name, content in (("inference", inference), ("metadata", metadata)):
         (folder / "configs").mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,9 @@
-import io
-
 import numpy as np
 import numpy.typing as npt
 import pytest
-from PIL import Image
 
-from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_png, shown_slices
-from data.labels import ENHANCING, NECROSIS, OEDEMA
+from app.html.overlay import GAP_PX, OUTLINE_COLOURS, OverlayCase, overlay_caption, overlay_picture, shown_slices
+from data.labels import ENHANCING, NECROSIS, OEDEMA, Region
 
 SIDE = 128
 Codes = npt.NDArray[np.uint8]
@@ -33,7 +30,7 @@ def overlay(
 
 
 def draw(case: OverlayCase) -> npt.NDArray[np.uint8]:
-    return np.asarray(Image.open(io.BytesIO(overlay_png(case, height_px=SIDE))))
+    return overlay_picture(case, height_px=SIDE)
 
 
 def panel(picture: npt.NDArray[np.uint8], row: int, column: int) -> npt.NDArray[np.uint8]:
@@ -54,11 +51,12 @@ def test_picture_holds_three_rows_of_two_square_panels() -> None:
 
 @pytest.mark.parametrize("code", [OEDEMA, NECROSIS, ENHANCING])
 def test_prediction_is_outlined_in_the_right_column_alone(code: int) -> None:
-    region = {OEDEMA: "WT", NECROSIS: "TC", ENHANCING: "ET"}[code]
+    regions: dict[int, Region] = {OEDEMA: "WT", NECROSIS: "TC", ENHANCING: "ET"}
+    colour = OUTLINE_COLOURS[regions[code]]
     picture = draw(overlay(np.where(SPOT, code, 0).astype(np.uint8), empty()))
     for row in range(3):
-        assert pixels_of(panel(picture, row, 1), OUTLINE_COLOURS[region])[0].size > 0
-        assert pixels_of(panel(picture, row, 0), OUTLINE_COLOURS[region])[0].size == 0
+        assert pixels_of(panel(picture, row, 1), colour)[0].size > 0
+        assert pixels_of(panel(picture, row, 0), colour)[0].size == 0
 
 
 def test_reference_is_outlined_in_the_left_column_alone() -> None:
@@ -148,4 +146,4 @@ def test_grids_that_differ_are_refused_with_the_case_id() -> None:
 
 def test_panels_too_small_to_read_are_refused() -> None:
     with pytest.raises(ValueError, match="64 pixels"):
-        overlay_png(overlay(SPOT, SPOT), height_px=10)
+        overlay_picture(overlay(SPOT, SPOT), height_px=10)

@@ -245,7 +245,7 @@ def test_a_temperature_that_does_not_help_other_folds_is_not_kept(many: Summary)
     centred[:, :4], right[:, :4] = 0.4999999, False
     found = calibrate(dict.fromkeys(many.cases, count_logits(centred, right)), many, many).regions["WT"]
     assert found.fitted > 1.02
-    assert found.nll[1] < found.nll[0]
+    assert found.after.nll < found.before.nll
     assert found.after.ece > found.before.ece
     assert found.temperature == 1.0
 
@@ -356,8 +356,8 @@ def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, 
     ("voxels", "affine", "told"),
     [
         (np.full((20, 18, 10, 3), 2.0), AFFINE, "holds 2 to 2, and probabilities are from 0 to 1"),
-        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "lies on another grid than"),
-        (np.full((20, 18, 10), 0.5), AFFINE, "volume 0 (counted from 0) of a 4D file is needed"),
+        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "is on a different grid than"),
+        (np.full((20, 18, 10), 0.5), AFFINE, "volume 0 (from 0) of a 4D file is needed"),
     ],
 )
 def test_a_file_that_holds_no_probabilities_fails_its_case(

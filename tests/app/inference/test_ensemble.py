@@ -170,7 +170,7 @@ def test_a_run_has_no_rules_to_tell(tiny_run: Path) -> None:
 
 def test_the_folder_of_a_cross_validation_points_to_its_ensemble(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / CROSSVAL_FILE).write_text("{}")
-    with pytest.raises(RunError, match="a cross-validation that is not done"):
+    with pytest.raises(RunError, match="a cross-validation that has not finished"):
         load_predictor(tmp_path, RUNTIME)
     packed(tmp_path / "ensemble", tiny_run)
     with pytest.raises(RunError, match=f"Give its ensemble, {tmp_path / 'ensemble'}"):
@@ -264,5 +264,5 @@ def test_networks_of_different_spacings_are_refused(tiny_run: Path, tmp_path: Pa
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
     details = max(ensemble.glob("fold-1/checkpoints/*.json"))
     changed(details, spacing_mm=[1.0, 4.0, 4.0])
-    with pytest.raises(RunError, match="networks that do not go together: spacing"):
+    with pytest.raises(RunError, match="networks that cannot be combined: spacing"):
         load_predictor(ensemble, RUNTIME)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from app.inference.flags import CODES, LEAST_IN_LARGEST, MANY_COMPONENTS, TINY_M
 from app.runs.training_record import UNKNOWN, TrainingRecord, training_record
 from app.training.cases import record_intensities
 from data.datasets.layouts import find_cases
-from data.labels import REGIONS
+from data.labels import REGIONS, Contrast
 from data.preprocess import prepare
 from data.quality.intensity_range import (
     LEAST_CASES,
@@ -44,7 +44,7 @@ PLAIN = Trust(
     flips=1,
 )
 FACTS = CaseFacts(case="BraTS-GLI-00001-000", trust=PLAIN, zeroed={})
-EVEN = {"t1": (0.0,) * 7, "t1c": (1.0,) * 7}
+EVEN: Mapping[Contrast, tuple[float, ...]] = {"t1": (0.0,) * 7, "t1c": (1.0,) * 7}
 
 
 def codes(facts: CaseFacts) -> list[str]:

@@ -288,7 +288,7 @@ def test_an_input_folder_besides_the_four_files_is_refused(
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, *files_of(phantoms / CASE))
     assert ended.code == 2
-    assert "give RUN and OUTPUT alone" in ended.err
+    assert "give only RUN and OUTPUT" in ended.err
 
 
 # Bad input
@@ -327,7 +327,7 @@ def test_a_case_without_any_contrast_inside_the_brain_does_not_stop_the_others(
     ("arguments", "code", "words"),
     [
         (["--device", "nonsense"], 4, "auto, cpu, cuda or cuda:N, got 'nonsense'"),
-        (["--labels", "brats1999"], 2, "or brats2015 or msd, got 'brats1999'"),
+        (["--labels", "brats1999"], 2, "'brats1999' is not one of 'brats2021', 'brats2023'"),
         (["--label", "brats2021"], 2, "No such option"),
     ],
 )

@@ -20,6 +20,7 @@ import pytest
 from app.reports.cohort import CohortPages, write_cohort
 from app.reports.report import report
 from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.phantoms import write_phantoms
 
 pytestmark = pytest.mark.slow
@@ -70,7 +71,8 @@ def cohort_of(data: Path, folder: Path, count: int, *, hostile: bool = False) ->
         name = HOSTILE if hostile and number == 0 else f"BraTS2021_{number:05}"
         label_map = folder / "predictions" / f"{name}.nii.gz"
         if hostile or first:
-            image = nib.load(case.label)
+            assert case.label is not None
+            image = nib.Nifti1Image.from_filename(case.label)
             voxels = np.roll(np.asarray(image.dataobj), 2, axis=0).astype(np.uint8)
             nib.save(nib.Nifti1Image(voxels, image.affine), label_map)
         else:
@@ -94,7 +96,7 @@ def cohort_of(data: Path, folder: Path, count: int, *, hostile: bool = False) ->
 def pages(data: Path, tmp_path_factory: pytest.TempPathFactory) -> CohortPages:
     folder = tmp_path_factory.mktemp("cohort")
     predictions, references = cohort_of(data, folder, 2)
-    return write_cohort(predictions, folder / "report", references=references)
+    return write_cohort(predictions, folder / "report", references=DataSource(references))
 
 
 @pytest.fixture(scope="module")
@@ -169,8 +171,8 @@ def test_pages_of_several_runs_have_none_either(
     own = ("training.steps", "training.learning_rate")
     settings = [one for one in tiny_settings if not one.startswith(own)]
     plan = plan_comparison(arms=["clip", "znorm"], overrides=settings, seeds=1, steps=4, rates=["1e-3,1e-2"])
-    compare(phantoms, tmp_path / "comparison", plan)
-    cross_validate(phantoms, tmp_path / "folds", load_config("laptop", tiny_settings), folds=2)
+    compare(DataSource(phantoms), tmp_path / "comparison", plan)
+    cross_validate(DataSource(phantoms), tmp_path / "folds", load_config("laptop", tiny_settings), folds=2)
     for name in ("comparison", "folds"):
         show(browser, report(tmp_path / name, tmp_path / f"pages of {name}").page)
         assert serious_faults(browser) == []
@@ -227,7 +229,7 @@ def test_a_link_with_a_hostile_name_leads_to_its_page(browser: Any, hostile_page
 
 def test_two_hundred_cases_stay_small_open_soon_sort_and_filter(browser: Any, data: Path, tmp_path: Path) -> None:
     predictions, references = cohort_of(data, tmp_path, COHORT)
-    made = write_cohort(predictions, tmp_path / "report", references=references)
+    made = write_cohort(predictions, tmp_path / "report", references=DataSource(references))
     total = sum(path.stat().st_size for path in (tmp_path / "report").rglob("*.html"))
     assert len(made.cases) == COHORT
     assert total < MOST_BYTES, f"{total} bytes"

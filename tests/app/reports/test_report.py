@@ -24,6 +24,7 @@ from app.reports.report import recognise, report
 from app.reports.run import best_validation, render_run
 from data.datasets.export import export_dataset
 from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 HOSTILE = "<img src=x onerror=alert('1')>&"
@@ -57,7 +58,7 @@ def predictions_of(data: Path, folder: Path, *, ids: tuple[str, ...] = (), **mor
     for number, case in enumerate(find_cases(data)[: len(ids) or 2]):
         name = ids[number] if ids else case.id
         assert case.label is not None
-        image = nib.load(case.label)
+        image = nib.Nifti1Image.from_filename(case.label)
         voxels = np.roll(np.asarray(image.dataobj), 1, axis=0)
         nib.save(nib.Nifti1Image(voxels.astype(np.uint8), image.affine), folder / f"{name}.nii.gz")
         record = {
@@ -85,7 +86,7 @@ def predictions(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 @pytest.fixture(scope="module")
 def pages(predictions: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> CohortPages:
     """Their pages with references; tests read them and leave them as they are."""
-    return write_cohort(predictions, tmp_path_factory.mktemp("report") / "new", references=phantoms)
+    return write_cohort(predictions, tmp_path_factory.mktemp("report") / "new", references=DataSource(phantoms))
 
 
 def texts(pages: CohortPages) -> list[str]:
@@ -195,7 +196,7 @@ def test_scans_that_have_gone_are_told_and_the_page_is_there(phantoms: Path, tmp
 
 def test_images_of_another_folder_are_shown(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={})
-    made = write_cohort(folder, tmp_path / "out", images=phantoms)
+    made = write_cohort(folder, tmp_path / "out", images=DataSource(phantoms))
     assert all("viewer-data" in page.read_text(encoding="utf-8") for page in made.cases.values())
 
 
@@ -205,14 +206,14 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     case = find_cases(phantoms)[0]
     assert case.label is not None
     folder = predictions_of(phantoms, tmp_path / "p", ids=("patient1",))
-    image = nib.load(case.label)
+    image = nib.Nifti1Image.from_filename(case.label)
     voxels = np.asarray(image.dataobj).astype(np.uint8)
     voxels[voxels == 4] = 3
     (tmp_path / "refs" / "patient1").mkdir(parents=True)
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
     asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
     refused = znormseg(*asked)
-    assert (refused.code, "say which it is with --labels" in refused.err) == (3, True)
+    assert (refused.code, "give the right one with --labels" in refused.err) == (3, True)
     assert znormseg(*asked, "--labels", "brats2023").code == 0
     dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
     assert dice
@@ -220,7 +221,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
 
 
 def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path: Path) -> None:
-    case = find_cases(export_dataset(phantoms, tmp_path / "msd", "msd").out)[0]
+    case = find_cases(export_dataset(DataSource(phantoms), tmp_path / "msd", "msd").out)[0]
     assert case.volumes["t1c"] != case.volumes["flair"]
     inputs = {contrast: str(path) for contrast, path in case.contrasts.items()}
     told = {"inputs": inputs, "input_volumes": case.volumes}
@@ -232,14 +233,14 @@ def test_scans_that_are_volumes_of_a_4d_file_are_shown(phantoms: Path, tmp_path:
 
 def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
-    image = nib.load(case.contrasts["flair"])
+    image = nib.Nifti1Image.from_filename(case.contrasts["flair"])
     moved = image.affine + np.diag([0, 0, 0, 0])
     moved[0, 3] += 30
     nib.save(nib.Nifti1Image(np.asarray(image.dataobj), moved), tmp_path / "moved.nii.gz")
     inputs = {"t1c": str(case.contrasts["t1c"]), "flair": str(tmp_path / "moved.nii.gz")}
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), inputs=inputs)
     made = write_cohort(folder, tmp_path / "out")
-    assert "FLAIR is not shown, since it lies on another grid" in made.cases[case.id].read_text(encoding="utf-8")
+    assert "FLAIR is not shown, since it is on a different grid" in made.cases[case.id].read_text(encoding="utf-8")
     assert set(viewer_of(made.cases[case.id])["images"]) == {"T1c"}
 
 
@@ -247,7 +248,7 @@ def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_
 def test_uncertainty_beside_the_label_map_is_in_the_viewer(volumes: int | None, phantoms: Path, tmp_path: Path) -> None:
     case = find_cases(phantoms)[0]
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,))
-    label_map = nib.load(folder / f"{case.id}.nii.gz")
+    label_map = nib.Nifti1Image.from_filename(folder / f"{case.id}.nii.gz")
     shape = label_map.shape if volumes is None else (*label_map.shape, volumes)
     unsure = np.linspace(0, 0.5, int(np.prod(shape)), dtype=np.float32).reshape(shape)
     nib.save(nib.Nifti1Image(unsure, label_map.affine), folder / f"{case.id}_uncertainty.nii.gz")
@@ -269,7 +270,7 @@ def test_a_case_that_cannot_be_read_does_not_stop_the_others(phantoms: Path, tmp
 
 def test_where_no_case_can_be_read_there_is_one_error_and_no_index(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", labels={"convention": "mine"})
-    with pytest.raises(DataError, match="not one case can be shown"):
+    with pytest.raises(DataError, match="no case can be shown"):
         write_cohort(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -381,7 +382,7 @@ def test_what_a_folder_holds_is_told_by_its_files(tiny_run: Path, predictions: P
 
 @pytest.mark.parametrize(
     ("place", "text"),
-    [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "nothing there that has a page")],
+    [("nowhere", "does not exist"), ("file", "is a file"), ("empty", "contains nothing to report on")],
 )
 def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, znormseg: Callable[..., Any]) -> None:
     (tmp_path / "empty").mkdir()
@@ -394,8 +395,8 @@ def test_what_has_no_page_is_one_error(place: str, text: str, tmp_path: Path, zn
 
 
 def test_references_of_a_run_are_refused(tiny_run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="--references goes with predictions"):
-        report(tiny_run, tmp_path / "out", references=tmp_path)
+    with pytest.raises(ConfigError, match="--references can only be used with predictions"):
+        report(tiny_run, tmp_path / "out", references=DataSource(tmp_path))
 
 
 def test_the_folder_itself_is_no_place_for_its_pages(tiny_run: Path) -> None:

@@ -15,8 +15,10 @@ from app.config.load import load_config
 from app.errors import ConfigError
 from app.runs import case_cache
 from app.training.run import start
+from data.datasets.source import DataSource
 from data.nifti import read_label_map, write_label_map
 from data.patches import sampler
+from data.preprocess import prepare
 
 Call = Callable[..., Any]
 
@@ -38,7 +40,6 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Ids of the cases that were prepared for training, in turn."""
     ids: list[str] = []
-    prepare = sampler.prepare
     monkeypatch.setattr(sampler, "prepare", lambda case, **others: (ids.append(case.id), prepare(case, **others))[1])
     return ids
 
@@ -69,9 +70,9 @@ def test_a_second_run_prepares_nothing(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], own_cache: Path, prepared: list[str]
 ) -> None:
     config = load_config("laptop", tiny_settings)
-    start(phantoms, tmp_path / "one", config)
+    start(DataSource(phantoms), tmp_path / "one", config)
     assert len(prepared) == 6
-    start(phantoms, tmp_path / "other", config, fold=1)
+    start(DataSource(phantoms), tmp_path / "other", config, fold=1)
     assert len(prepared) == 6
     assert not (tmp_path / "one" / "cache").exists()
     assert [*own_cache.glob(".partial*"), *(own_cache / ".users").iterdir()] == []
@@ -106,7 +107,7 @@ def test_cases_that_do_not_fit_are_kept_by_the_run_and_that_is_told(
 def test_the_cache_is_looked_at_and_emptied_by_command(
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], own_cache: Path, znormseg: Call
 ) -> None:
-    start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings))
     told = json.loads(znormseg("data", "cache", "--info", "--json").out)
     assert (told["folder"], told["entries"], told["in_use"]) == (str(own_cache), 6, 0)
     assert told["bytes"] == sum(path.stat().st_size for path in own_cache.glob("[!.]*/*")) <= told["limit_bytes"]
@@ -127,7 +128,7 @@ def test_a_comparison_prepares_each_case_once(
         own_cache.write_text("a file")
     shared = [one for one in tiny_settings if not one.startswith(("training.steps", "training.learning_rate"))]
     plan = plan_comparison(arms=["clip", "znorm"], seeds=1, steps=1, rates=["1e-3"], overrides=shared)
-    compare(phantoms, tmp_path / "out", plan)
+    compare(DataSource(phantoms), tmp_path / "out", plan)
     assert len(prepared) == len(set(prepared)) > 0
     assert not (tmp_path / "out" / "cache").exists()
 

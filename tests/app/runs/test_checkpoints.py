@@ -213,7 +213,7 @@ DAMAGES: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     "half a JSON": (lambda t, j: j.write_bytes(j.read_bytes()[:20]), "cannot be read"),
     "a changed number in the JSON": (
         lambda t, j: j.write_text(j.read_text().replace('"nine"', '"mine"')),
-        "its own SHA-256 does not fit",
+        "its own SHA-256 does not match",
     ),
     "no tensors": (lambda t, j: t.unlink(), "cannot be read"),
     "no JSON": (lambda t, j: j.unlink(), "its JSON is missing"),
@@ -230,7 +230,7 @@ def test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_
     (line,) = caplog.messages
     assert str(two / "last-000000009.") in line
     assert words in line
-    assert "Not used; the checkpoint of step 5 is." in line
+    assert "Skipped; using the checkpoint of step 5 is." in line
 
 
 @given(st.integers(0, 100_000))

@@ -16,6 +16,7 @@ import pytest
 
 from app.errors import RunError
 from app.runs.model_card import CARD_FILE, SUMS_FILE, card, describe_model, seal, verify
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -64,7 +65,7 @@ def test_a_folder_without_sums_is_not_called_whole(run: Path, znormseg: Call) ->
     (run / SUMS_FILE).unlink()
     ended = znormseg("model", "verify", run)
     assert ended.code == 5
-    assert "no SHA256SUMS there" in ended.err
+    assert "contains no SHA256SUMS" in ended.err
 
 
 @pytest.fixture
@@ -130,18 +131,23 @@ def test_a_run_that_goes_on_has_no_sums_until_it_ends(
     from app.training import run as train
 
     monkeypatch.setattr(train, "seal", lambda folder: None)
-    train.resume(phantoms, run, load_config("laptop", [*tiny_settings, "training.steps=61", "training.validations=3"]))
+    train.resume(
+        DataSource(phantoms),
+        run,
+        load_config("laptop", [*tiny_settings, "training.steps=61", "training.validations=3"]),
+    )
     assert not (run / SUMS_FILE).exists()
 
 
 def test_info_of_a_folder_without_a_model_is_an_error(tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("model", "info", tmp_path)
     assert ended.code == 5
-    assert "no model there" in ended.err
+    assert "contains no model" in ended.err
 
 
 def _deep(depth: int) -> Any:
-    return functools.reduce(lambda inner, _: [inner], range(depth), [])
+    empty: list[Any] = []
+    return functools.reduce(lambda inner, _: [inner], range(depth), empty)
 
 
 @pytest.mark.parametrize(

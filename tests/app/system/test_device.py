@@ -109,7 +109,7 @@ def test_one_gpu_for_several_processes_is_refused() -> None:
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "float16"])
-def test_the_precision_asked_for_is_taken(precision: str) -> None:
+def test_the_precision_asked_for_is_taken(precision: Any) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     assert runtime.precision is getattr(torch, precision)
     assert runtime.reasons[1] == f"precision {precision}: asked for"
@@ -161,7 +161,7 @@ def test_the_precision_chosen_comes_with_its_reason() -> None:
 @pytest.mark.parametrize(
     ("precision", "result"), [("float32", torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
 )
-def test_a_matrix_product_under_autocast_has_the_precision(precision: str, result: torch.dtype) -> None:
+def test_a_matrix_product_under_autocast_has_the_precision(precision: Any, result: torch.dtype) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     with runtime.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype is result

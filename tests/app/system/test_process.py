@@ -8,7 +8,7 @@ import pytest
 
 from app.system import process
 from app.system.process import share_processors
-from app.system.worker_process import environment_of
+from app.system.worker_pool import worker_environment
 
 GLIBC = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc alone")
 
@@ -21,22 +21,24 @@ def run(code: str, **environment: str) -> str:
 
 
 @GLIBC
-def test_torch_s_threads_sleep_while_they_wait():
+def test_torch_s_threads_sleep_while_they_wait() -> None:
     code = "from app.system.process import share_processors as s; s(); import torch; torch.ones(9).sum()"
     assert "OMP_WAIT_POLICY = 'PASSIVE'" in run(code, OMP_DISPLAY_ENV="TRUE")
 
 
-def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch):
+def test_how_threads_wait_stays_what_the_user_has_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
     share_processors()
     assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
 
 
 @pytest.mark.parametrize(("quota", "threads"), [(1.5, "2"), (0.5, "1"), (4.0, None), (None, None)])
-def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, quota, threads):
+def test_there_are_no_more_threads_than_the_control_group_grants(
+    monkeypatch: pytest.MonkeyPatch, quota: float | None, threads: str | None
+) -> None:
     monkeypatch.setattr(process, "processor_quota", lambda: quota)
     monkeypatch.setattr(process, "cores", lambda: 4)
-    monkeypatch.setattr(process, "_SET", process._Set())
+    monkeypatch.setattr(process, "_SET", {})
     monkeypatch.setenv("OMP_NUM_THREADS", "9")  # so that it is put back after the test
     monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
@@ -44,15 +46,17 @@ def test_there_are_no_more_threads_than_the_control_group_grants(monkeypatch, qu
 
 
 @pytest.mark.parametrize(("asked", "threads"), [(None, "2"), ("4", "4"), ("7", "7")])
-def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_threads(monkeypatch, asked, threads):
-    monkeypatch.setattr(process, "_SET", process._Set())
+def test_workers_share_what_the_control_group_grants_unless_the_user_has_set_threads(
+    monkeypatch: pytest.MonkeyPatch, asked: str | None, threads: str
+) -> None:
+    monkeypatch.setattr(process, "_SET", {})
     monkeypatch.setattr(process, "processor_quota", lambda: 4.0)
     monkeypatch.setattr(process, "cores", lambda: 16)
     monkeypatch.setenv("OMP_NUM_THREADS", asked or "")
     if asked is None:
         monkeypatch.delenv("OMP_NUM_THREADS")
     share_processors()
-    assert environment_of(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
+    assert worker_environment(None, 2, given=dict(os.environ))["OMP_NUM_THREADS"] == threads
 
 
 PAGES = """
@@ -85,14 +89,14 @@ print(memory_of().own - before)
 
 
 @GLIBC
-def test_large_blocks_go_back_to_the_system_when_they_are_freed():
+def test_large_blocks_go_back_to_the_system_when_they_are_freed() -> None:
     kept, at_once = (int(run(BLOCKS.replace("{at_once}", str(one)))) for one in (False, True))
     assert at_once < 5e6
     assert kept > 30e6
 
 
 @GLIBC
-def test_freed_memory_is_used_again_without_new_pages():
+def test_freed_memory_is_used_again_without_new_pages() -> None:
     fresh, kept = (int(run(PAGES.replace("{keep}", str(keep)))) for keep in (False, True))
     assert kept < fresh / 5
 

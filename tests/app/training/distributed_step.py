@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import save_file
 
+from app.config.gradient import GradientConfig
 from app.config.load import RunConfig
 from app.config.training import TrainingConfig
 from app.system.device import RuntimeConfig, choose_runtime
@@ -49,7 +50,7 @@ def train(out: Path, together: int) -> None:
             training=TrainingConfig(
                 steps=STEPS, patch_voxels=(16, 16, 16), batch_size=together // world.size, accumulate=2
             ),
-            gradient=gradient.GradientConfig(transform="znorm"),
+            gradient=GradientConfig(transform="znorm"),
             runtime=RuntimeConfig(device="cpu", precision="float32"),
         )
         runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)

@@ -19,13 +19,15 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch._C._distributed_c10d import HashStore
 
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
 from app.runs.folder import read_metrics
-from app.training.distributed import ALONE, Launch, World, fresh_place, joined_processes, launched
+from app.training.distributed import ALONE, Launch, World, fresh_store, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
+from data.datasets.source import DataSource
 
 ROOT = Path(__file__).parents[3]
 TOLD = {
@@ -162,7 +164,7 @@ def test_launches_without_a_name_are_told_apart_by_their_launcher() -> None:
 def test_what_is_alone_keeps_its_numbers() -> None:
     values = torch.tensor([1.0, 2.0])
     assert ALONE.total(values) is values
-    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.tell("x")) == (3.0, 4.0, 5.0, "x")
+    assert (ALONE.mean(3.0), ALONE.largest(4.0), ALONE.seconds(5.0), ALONE.broadcast("x")) == (3.0, 4.0, 5.0, "x")
     assert ALONE.agree(seconds=1.0, signal_name="SIGINT", save=True) == ("SIGINT", True)
     assert ALONE.rows(2, lambda index: [index, index + 1]) == [[0, 1], [1, 2]]
     assert ALONE.shares([1, 2]) == []
@@ -201,7 +203,7 @@ def test_only_train_takes_several_processes(
         monkeypatch.setenv(name, value)
     ended = znormseg(verb, tmp_path / "a", tmp_path / "b", tmp_path / "c")
     assert ended.code == 2
-    assert f"torchrun starts {verb} several times" in ended.err
+    assert f"torchrun starts {verb} several times; only train supports that" in ended.err
     assert list(tmp_path.iterdir()) == []
 
 
@@ -227,10 +229,10 @@ def test_processes_of_two_kinds_are_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_each_start_of_the_processes_has_a_store_without_old_keys() -> None:
-    store = torch.distributed.HashStore()
+    store = HashStore()
     with ThreadPoolExecutor(3) as pool:
         for _ in range(2):  # the second meets what the first one left
-            meeting = [pool.submit(fresh_place, store, rank=rank, size=3) for rank in (1, 0, 2)]
+            meeting = [pool.submit(fresh_store, store, rank=rank, size=3) for rank in (1, 0, 2)]
             places = [one.result(timeout=30) for one in meeting]
             assert not any(place.check(["address"]) for place in places)
             places[0].set("address", "here")
@@ -264,22 +266,22 @@ def restarted(job: str) -> World:
 
 def test_a_restarted_job_goes_on_with_its_own_run(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     config = load_config("laptop", tiny_settings)
-    begun = start(phantoms, tmp_path / "run", config, world=World(Launch(local_rank=0, job="7")))
-    assert start(phantoms, tmp_path / "run", config, world=restarted("7")).steps == begun.steps
+    begun = start(DataSource(phantoms), tmp_path / "run", config, world=World(Launch(local_rank=0, job="7")))
+    assert start(DataSource(phantoms), tmp_path / "run", config, world=restarted("7")).steps == begun.steps
 
 
 def test_a_restarted_job_leaves_the_runs_of_others(phantoms: Path, tiny_run: Path, tiny_settings: list[str]) -> None:
     before = last_step(tiny_run)
     with pytest.raises(RunError, match="not empty"):
-        start(phantoms, tiny_run, load_config("laptop", tiny_settings), world=restarted("7"))
+        start(DataSource(phantoms), tiny_run, load_config("laptop", tiny_settings), world=restarted("7"))
     assert last_step(tiny_run) == before
 
 
 def test_a_job_that_was_not_restarted_needs_resume(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
     config, world = load_config("laptop", tiny_settings), World(Launch(local_rank=0, job="7"))
-    start(phantoms, tmp_path / "run", config, world=world)
+    start(DataSource(phantoms), tmp_path / "run", config, world=world)
     with pytest.raises(RunError, match="--resume"):
-        start(phantoms, tmp_path / "run", config, world=world)
+        start(DataSource(phantoms), tmp_path / "run", config, world=world)
 
 
 def test_a_job_killed_before_its_first_checkpoint_starts_anew(
@@ -289,21 +291,21 @@ def test_a_job_killed_before_its_first_checkpoint_starts_anew(
     (run / "checkpoints").mkdir(parents=True)
     (run / ".lock").write_text("7")
     (run / "config.yaml").write_text("half")
-    assert start(phantoms, run, load_config("laptop", tiny_settings), world=restarted("7")).steps == 4
+    assert start(DataSource(phantoms), run, load_config("laptop", tiny_settings), world=restarted("7")).steps == 4
 
 
 def test_a_run_of_other_processes_goes_on_with_the_next_patch(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
-    start(phantoms, run, load_config("laptop", tiny_settings))
+    start(DataSource(phantoms), run, load_config("laptop", tiny_settings))
     path = run / "checkpoints" / "last-000000004.json"
     details = json.loads(path.read_text())
     assert (details["patches"], details["processes"]) == (4, 1)
     del details["json_sha256"]  # as of a version that did not keep it
     path.write_text(json.dumps({**details, "processes": 3}))
     with caplog.at_level("INFO", logger="znormseg"):
-        resume(phantoms, run)
+        resume(DataSource(phantoms), run)
     assert "world size 1, before 3" in caplog.text
 
 

@@ -21,6 +21,7 @@ import torch
 from app.config.load import load_config
 from app.runs.folder import read_metrics
 from app.training.run import start
+from data.datasets.source import DataSource
 
 GOLDEN = Path(__file__).parents[2] / "golden" / "losses.json"
 #: A small network of the config that the evidence uses; each key that later defaults may change is set.
@@ -48,7 +49,7 @@ def one_thread() -> Iterator[None]:
 
 
 def test_the_first_losses_are_those_on_record(phantoms: Path, tmp_path: Path, one_thread: None) -> None:
-    start(phantoms, tmp_path / "run", load_config("resunet-znorm", SETTINGS), fold="all")
+    start(DataSource(phantoms), tmp_path / "run", load_config("resunet-znorm", SETTINGS), fold="all")
     losses = [record["loss"] for record in read_metrics(tmp_path / "run") if record["kind"] == "train"]
     if os.environ.get("ZNORMSEG_REGENERATE"):
         GOLDEN.write_text(json.dumps(losses, indent=1) + "\n", encoding="utf-8")

@@ -18,6 +18,7 @@ from app.errors import ConfigError, RunError
 from app.training import run as train
 from app.training.pretrained import sections_of
 from app.training.state import State
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -48,8 +49,8 @@ def state_at_step_0(
     """What a run would begin to train."""
     found: list[State] = []
     with monkeypatch.context() as patch:
-        patch.setattr(train, "_train", lambda **given: found.append(given["state"]))
-        train.start(data, run, config, init_from=init_from)
+        patch.setattr(train, "_train", lambda trainer, _: found.append(trainer.state))
+        train.start(DataSource(data), run, config, init_from=init_from)
     return found[0]
 
 
@@ -68,7 +69,9 @@ def test_a_run_begins_with_exactly_the_best_weights_of_the_other(
 def test_averaged_weights_are_what_another_run_starts_from(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train.start(phantoms, tmp_path / "first", load_config("laptop", [*tiny_settings, "training.ema_decay=0.9"]))
+    train.start(
+        DataSource(phantoms), tmp_path / "first", load_config("laptop", [*tiny_settings, "training.ema_decay=0.9"])
+    )
     config = load_config("laptop", tiny_settings)
     state = state_at_step_0(phantoms, tmp_path / "run", config, tmp_path / "first", monkeypatch)
     last = max((tmp_path / "first" / "checkpoints").glob("last-*.safetensors"))
@@ -132,7 +135,7 @@ def test_a_network_that_does_not_fit_is_refused_and_leaves_no_run(
 ) -> None:
     config = load_config("laptop", [*tiny_settings, *settings])
     with pytest.raises(ConfigError) as refused:
-        train.start(phantoms, tmp_path / "run", config, init_from=tiny_run)
+        train.start(DataSource(phantoms), tmp_path / "run", config, init_from=tiny_run)
     assert words in str(refused.value)
     assert str(tiny_run) in str(refused.value)
     assert not (tmp_path / "run").exists()
@@ -142,17 +145,19 @@ def test_a_run_with_contrast_dropout_is_taken_by_one_with_it_and_names_the_setti
     phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
     dropping = load_config("laptop", [*tiny_settings, "augment.contrast_dropout=0.5"])
-    train.start(phantoms, tmp_path / "first", dropping)
+    train.start(DataSource(phantoms), tmp_path / "first", dropping)
     with pytest.raises(ConfigError, match=r"Set augment\.contrast_dropout=0\.5"):
-        train.start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings), init_from=tmp_path / "first")
-    assert train.start(phantoms, tmp_path / "run", dropping, init_from=tmp_path / "first").steps == 4
+        train.start(
+            DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings), init_from=tmp_path / "first"
+        )
+    assert train.start(DataSource(phantoms), tmp_path / "run", dropping, init_from=tmp_path / "first").steps == 4
 
 
 def test_another_dropout_of_the_network_is_no_other_network(
     phantoms: Path, tiny_settings: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
     config = load_config("laptop", [*tiny_settings, "network.dropout=0.3"])
-    assert train.start(phantoms, tmp_path / "run", config, init_from=tiny_run).steps == 4
+    assert train.start(DataSource(phantoms), tmp_path / "run", config, init_from=tiny_run).steps == 4
 
 
 @pytest.mark.parametrize("what", ["nothing", "a folder", "weights"])
@@ -173,7 +178,7 @@ def test_weights_that_were_changed_are_refused(
     for weights in (first / "checkpoints").glob("best-*.safetensors"):
         weights.write_bytes(weights.read_bytes()[:-1] + b"x")
     with pytest.raises(RunError, match="SHA-256"):
-        train.start(phantoms, tmp_path / "run", load_config("laptop", tiny_settings), init_from=first)
+        train.start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings), init_from=first)
     assert not (tmp_path / "run").exists()
 
 

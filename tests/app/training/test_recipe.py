@@ -24,7 +24,8 @@ from app.training.run import TrainResult, resume, start
 from app.training.state import State, new_state
 from app.training.step import Stepper
 from app.training.telemetry import Telemetry
-from app.training.trainer import Loop
+from app.training.trainer import Trainer
+from data.datasets.source import DataSource
 from data.patches.sampler import Batch
 from models import RegionLoss
 
@@ -37,7 +38,7 @@ def train(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> Train:
     """Train a few steps of the tiny settings under a name."""
 
     def call(name: str, *settings: str, **more: Any) -> TrainResult:
-        return start(phantoms, tmp_path / name, load_config("laptop", [*tiny_settings, *settings]), **more)
+        return start(DataSource(phantoms), tmp_path / name, load_config("laptop", [*tiny_settings, *settings]), **more)
 
     return call
 
@@ -65,25 +66,21 @@ def losses_of(run: Path) -> list[float]:
 
 def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask a run to stop as a signal does, after a step."""
-    train = Loop.train
+    perform = Trainer._step
 
-    def stopped(self: Loop, source: Any, validating: Any) -> list[float]:
-        write = self.telemetry.write
+    def stopped(self: Trainer, *arguments: Any) -> None:
+        perform(self, *arguments)
+        if self.state.step == step:
+            self.stop.signal_name = "SIGTERM"
 
-        def note(log: Any, **record: Any) -> None:
-            write(log, **record)
-            if record["step"] == step:
-                self.stop.signal_name = "SIGTERM"
-
-        monkeypatch.setattr(self.telemetry, "write", note)
-        return train(self, source, validating)
-
-    monkeypatch.setattr(Loop, "train", stopped)
+    monkeypatch.setattr(Trainer, "_step", stopped)
 
 
 def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
     """Let validations find these Dice, whatever the network predicts."""
-    validate, given = trainer.validation_dice, iter(values)
+    from app.training.validation import validation_dice as validate
+
+    given = iter(values)
 
     def validation_dice(*arguments: Any, **options: Any) -> dict[str, float]:
         validate(*arguments, **options)
@@ -152,7 +149,7 @@ def test_a_run_with_averaged_weights_that_was_stopped_goes_on_to_the_same_result
         stop_at(4, patch)
         with pytest.raises(InterruptedRunError):
             train("stopped", *settings)
-    resume(phantoms, tmp_path / "stopped")
+    resume(DataSource(phantoms), tmp_path / "stopped")
     for kind in ("last", "best"):
         assert same(tensors_of(tmp_path / "stopped", kind), tensors_of(tmp_path / "straight", kind))
     scaler = [details_of(tmp_path / name, "last")["scaler"] for name in ("stopped", "straight")]
@@ -171,7 +168,7 @@ def test_a_run_ends_after_so_many_validations_without_a_better_one(
     outcome = train("run", *settings)
     assert (outcome.steps, outcome.best_step, outcome.stopped_early) == (8, 4, True)
     assert outcome.to_json()["stopped_early"] is True
-    again = resume(phantoms, tmp_path / "run")
+    again = resume(DataSource(phantoms), tmp_path / "run")
     assert (again.steps, again.stopped_early) == (8, True)
 
 
@@ -194,7 +191,7 @@ def test_a_run_that_patience_ended_and_whose_best_weights_are_lost_saves_its_las
     for path in (tmp_path / "run" / "checkpoints").glob("best-*"):
         path.unlink()
     for _ in range(2):
-        again = resume(phantoms, tmp_path / "run")
+        again = resume(DataSource(phantoms), tmp_path / "run")
         assert (again.steps, again.best_step, again.stopped_early) == (4, 4, True)
 
 
@@ -216,7 +213,7 @@ def test_patience_counts_on_where_the_budget_is_changed(
 ) -> None:
     score(monkeypatch, [0.1, 0.5, *repeat(0.4, 20)])
     train("run", "training.steps=8", "training.validations=4", "training.patience=3")  # two wasted
-    resume(phantoms, tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
+    resume(DataSource(phantoms), tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
     records = read_metrics(tmp_path / "run")
     assert [one["step"] for one in records if one["kind"] == "validation"] == [2, 4, 6, 8, validated]
 
@@ -274,7 +271,7 @@ def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
             optimizer.register_step_pre_hook(hook)
             return gradient.AttachedTransform(report="", skipped_steps=lambda: 0)
 
-        monkeypatch.setattr("app.training.run.gradient.attach_transform", look)
+        monkeypatch.setattr("app.training.trainer.gradient.attach_transform", look)
         train(precision, f"runtime.precision={precision}", "training.steps=1")
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.05)
 

@@ -24,6 +24,7 @@ from app.runs.folder import read_metrics
 from app.training.run import resume, start
 from data.datasets.label_stats import read_label_maps, tumours_of
 from data.datasets.layouts import find_cases, patients_of
+from data.datasets.source import DataSource
 from data.datasets.splits import stratified_split
 from data.labels import BRATS2021
 
@@ -55,7 +56,7 @@ def slow_settings(tiny_settings: list[str]) -> list[str]:
 def uninterrupted(phantoms: Path, slow_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run of ``slow_settings`` without any interruption."""
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    start(phantoms, run, load_config("laptop", slow_settings))
+    start(DataSource(phantoms), run, load_config("laptop", slow_settings))
     return run
 
 
@@ -121,7 +122,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert status == -signal.SIGKILL
     done = max(record["step"] for record in read_metrics(tmp_path / "run"))
     assert 7 <= done < 20
-    resume(phantoms, tmp_path / "run")
+    resume(DataSource(phantoms), tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -141,7 +142,7 @@ def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_res
     assert status == 130
     assert f"stopped by {number.name} after step" in err
     assert f"znormseg train {phantoms} {tmp_path / 'run'} --resume" in err
-    resume(phantoms, tmp_path / "run")
+    resume(DataSource(phantoms), tmp_path / "run")
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
@@ -156,13 +157,13 @@ def test_two_runs_of_one_config_are_the_same(
 def test_a_run_with_another_seed_is_another_run(
     phantoms: Path, tiny_settings: list[str], tmp_path: Path, tiny_run: Path
 ) -> None:
-    start(phantoms, tmp_path / "run", load_config("laptop", [*tiny_settings, "training.seed=1"]))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*tiny_settings, "training.seed=1"]))
     assert read_metrics(tmp_path / "run")[0]["loss"] != read_metrics(tiny_run)[0]["loss"]
 
 
 def test_resuming_a_finished_run_changes_nothing(phantoms: Path, tiny_run: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(tiny_run, tmp_path / "run"))
-    resume(phantoms, run)
+    resume(DataSource(phantoms), run)
     assert_same_run(run, tiny_run)
 
 
@@ -237,7 +238,7 @@ def test_a_folder_that_holds_something_is_refused(
     (tmp_path / "note.txt").touch()
     ended = znormseg("train", phantoms, tmp_path, *options)
     assert ended.code == 5
-    assert "is not empty. Go on with --resume, or give another folder" in ended.err
+    assert "is not empty. Continue with --resume, or give another folder" in ended.err
     assert ids_of(tmp_path) == ["note.txt"]
 
 
@@ -273,22 +274,21 @@ def test_a_second_process_that_comes_while_the_first_prepares_leaves_its_folder_
     phantoms: Path, tmp_path: Path, tiny_settings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.errors import RunError
-    from app.training import run as train
 
-    config, run, find = load_config("laptop", tiny_settings), tmp_path / "run", train.find_cases
+    config, run, find = load_config("laptop", tiny_settings), tmp_path / "run", DataSource.find_cases
 
     with ExitStack() as stack:
 
-        def find_while_another_starts(data: Path, **options: bool) -> Any:
+        def find_while_another_starts(data: DataSource) -> Any:
             # The other process took the folder after this one found it free.
             run.mkdir()
             fcntl.flock(stack.enter_context((run / ".lock").open("w")), fcntl.LOCK_EX)
             (run / "config.yaml").touch()
-            return find(data, **options)
+            return find(data)
 
-        monkeypatch.setattr(train, "find_cases", find_while_another_starts)
+        monkeypatch.setattr(DataSource, "find_cases", find_while_another_starts)
         with pytest.raises(RunError, match="another process is training there"):
-            start(phantoms, run, config)
+            start(DataSource(phantoms), run, config)
     assert ids_of(run) == [".lock", "config.yaml"]
 
 
@@ -371,13 +371,13 @@ def test_a_budget_in_hours_ends_in_about_its_time(phantoms: Path, tiny_settings:
     hours = 0.0015
     config = load_config("laptop", [*tiny_settings, f"training.hours={hours}"])
     began = time.monotonic()
-    result = start(phantoms, tmp_path / "run", config)
+    result = start(DataSource(phantoms), tmp_path / "run", config)
     assert 0.9 * 3600 * hours < result.seconds < time.monotonic() - began + 0.1 < 3600 * hours + 3
     assert result.steps > 4
 
 
 def test_accumulation_counts_steps_not_passes(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
-    start(phantoms, tmp_path / "run", load_config("laptop", [*tiny_settings, "training.accumulate=2"]))
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", [*tiny_settings, "training.accumulate=2"]))
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records if record["kind"] == "train"] == [1, 2, 3, 4]
 
@@ -388,7 +388,7 @@ def test_two_passes_of_one_patch_see_what_one_pass_of_two_sees(
     losses = []
     for setting in ("training.accumulate=2", "training.batch_size=2"):
         run = tmp_path / setting
-        start(phantoms, run, load_config("laptop", [*tiny_settings, setting]))
+        start(DataSource(phantoms), run, load_config("laptop", [*tiny_settings, setting]))
         losses.append(read_metrics(run)[0]["loss"])
     # Dice is taken over a whole batch, so that the losses are close, not equal; other patches differ by more.
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
@@ -410,7 +410,9 @@ def test_two_passes_of_one_patch_see_what_one_pass_of_two_sees(
 def test_every_kind_of_setting_trains(
     settings: list[str], phantoms: Path, tiny_settings: list[str], tmp_path: Path
 ) -> None:
-    result = start(phantoms, tmp_path / "run", load_config("laptop", [*tiny_settings, "training.steps=2", *settings]))
+    result = start(
+        DataSource(phantoms), tmp_path / "run", load_config("laptop", [*tiny_settings, "training.steps=2", *settings])
+    )
     assert result.steps == 2
     assert result.loss is not None
     assert result.loss > 0

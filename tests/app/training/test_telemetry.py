@@ -20,6 +20,7 @@ from app.errors import ConfigError
 from app.runs.folder import MetricsLog, read_metrics
 from app.training.run import resume, start
 from app.training.telemetry import Telemetry
+from data.datasets.source import DataSource
 
 Train = Callable[..., Path]
 
@@ -30,7 +31,7 @@ def train(phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> Train:
 
     def call(name: str, *settings: str) -> Path:
         run = tmp_path / name
-        start(phantoms, run, load_config("laptop", [*tiny_settings, "training.steps=6", *settings]))
+        start(DataSource(phantoms), run, load_config("laptop", [*tiny_settings, "training.steps=6", *settings]))
         return run
 
     return call
@@ -122,7 +123,7 @@ def test_a_resumed_run_has_the_records_of_an_uninterrupted_one(
             train("broken", *settings)
     broken = whole.with_name("broken")
     assert [record["step"] for record in records(broken, "gradients")] == [2, 4]
-    resume(phantoms, broken)
+    resume(DataSource(phantoms), broken)
     for kind in ("gradients", "overlap"):
         assert records(broken, kind) == records(whole, kind)
     assert all(
@@ -135,7 +136,7 @@ def test_a_run_from_before_telemetry_can_be_resumed(phantoms: Path, tiny_run: Pa
     config = (run / "config.yaml").read_text()
     (run / "config.yaml").write_text(re.sub(r"  telemetry_steps: 0\n", "", config))
     assert "telemetry" not in (run / "config.yaml").read_text()
-    resume(phantoms, run)
+    resume(DataSource(phantoms), run)
 
 
 def test_a_skipped_step_shows_in_its_record(tmp_path: Path) -> None:

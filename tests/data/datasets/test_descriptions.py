@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 
 from data.datasets import descriptions
 from data.datasets import naming as names
-from data.datasets.layouts import Case, convention_of, decide_for, find_cases, find_label_cases, find_label_maps
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, decide_for, find_cases, find_label_cases, find_label_maps
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, decode
 from data.nifti import read_label_map, read_volume
@@ -63,7 +65,7 @@ def test_a_data_set_is_recognised_with_its_contrasts_and_regions(render: Render,
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_check_of_every_layout_finds_nothing_wrong(render: Render, tmp_path: Path, layout: str) -> None:
-    found = check(render(tmp_path, layout).root)
+    found = check(DataSource(render(tmp_path, layout).root))
     assert (found.is_clean, [case.problems for case in found.cases]) == (True, [(), ()])
 
 
@@ -99,9 +101,7 @@ def test_the_cavity_of_2024_is_in_no_region(render: Render, tmp_path: Path) -> N
 
 def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     cases = find_cases(render(tmp_path, "flat").root)
-    with pytest.raises(
-        DataError, match=r"values 0, 1, 2, 3 .*--labels, one of brats2023 .*msd .*Seen: 1 in a.* 3 in a"
-    ):
+    with pytest.raises(DataError, match=r"values 1, 2, 3 .*--labels: brats2023 .*msd .*Seen: 1 in a.* 3 in a"):
         convention_of(cases)
     assert convention_of(cases, labels="msd").name == "msd"
 
@@ -109,7 +109,7 @@ def test_a_flat_folder_whose_names_tell_nothing_is_refused_with_the_flag(render:
 def test_a_manifest_without_a_word_on_labels_is_refused_with_the_flag(render: Render, tmp_path: Path) -> None:
     manifest = render(tmp_path, "manifest").root
     manifest.write_text(manifest.read_text().replace(",msd,", ",,"))
-    with pytest.raises(DataError, match=r"--labels, one of brats2023 .*msd"):
+    with pytest.raises(DataError, match=r"--labels: brats2023 .*msd"):
         convention_of(find_cases(manifest))
 
 
@@ -118,18 +118,18 @@ def test_nnunet_raw_without_names_of_tissues_is_refused_with_the_flag(
     render: Render, tmp_path: Path, labels: object
 ) -> None:
     cases = find_cases(describe(render(tmp_path, "nnU-Net").root, labels=labels))
-    with pytest.raises(DataError, match=r"--labels, one of brats2023 .*msd"):
+    with pytest.raises(DataError, match=r"--labels: brats2023 .*msd"):
         convention_of(cases)
 
 
 @pytest.mark.parametrize(
     ("layout", "numbers", "words"),
     [
-        ("2024 PED", {4: 1}, "of the PED task, without a 4 anywhere, .*--labels, one of brats2023 .*brats2024-ped"),
-        ("2024 GLI", {3: 2}, "a 4 and no 3 under names of GLI or MET .*--labels, one of brats2021 .*brats2024"),
-        ("2021", {1: 3}, "3 and 4 occur together.*--labels, one of brats2024 .*brats2024-ped .*brats2015"),
-        ("MSD", {2: 4}, "do not belong to msd, which the data set's description says .* --labels"),
-        ("nnU-Net labels", {2: 4}, "do not belong to brats2023, which the data set's description"),
+        ("2024 PED", {4: 1}, "of the PED task, without a 4 anywhere, .*--labels: brats2023 .*brats2024-ped"),
+        ("2024 GLI", {3: 2}, "a 4 and no 3 under names of GLI or MET .*--labels: brats2021 .*brats2024"),
+        ("2021", {1: 3}, "3 and 4 occur together.*--labels: brats2024 .*brats2024-ped .*brats2015"),
+        ("MSD", {2: 4}, "are not in msd, the convention stated by the data set's description.* --labels"),
+        ("nnU-Net labels", {2: 4}, "are not in brats2023, the convention stated by the data set's description"),
     ],
 )
 def test_values_that_do_not_tell_the_year_are_refused_with_the_flag(
@@ -149,7 +149,7 @@ def test_values_that_do_not_tell_the_year_are_refused_with_the_flag(
 def test_cases_of_two_years_thrown_together_are_not_taken_for_cavities() -> None:
     cases = [Case(id=f"BraTS-GLI-0000{n}-000", folder=Path(), naming="gli") for n in (1, 2)]
     values = {cases[0].id: (0, 1, 2, 3), cases[1].id: (0, 1, 2, 4)}
-    with pytest.raises(DataError, match=r"in no case: .*--labels brats2024\. Seen: .*4 in BraTS-GLI-00002-000"):
+    with pytest.raises(DataError, match=r"no case has both: .*--labels brats2024\. Seen: .*4 in BraTS-GLI-00002-000"):
         decide_for(values, cases)
 
 
@@ -158,17 +158,17 @@ def test_families_with_different_numbers_in_one_folder_are_refused_with_a_case_o
 ) -> None:
     render(tmp_path, "2024 GLI")
     render(tmp_path, "2024 PED")
-    with pytest.raises(DataError, match=r"brats2024 goes with BraTS-GLI.*brats2024-ped goes with BraTS-PED.*--labels"):
+    with pytest.raises(DataError, match=r"brats2024 for BraTS-GLI.*brats2024-ped for BraTS-PED.*--labels"):
         convention_of(find_cases(tmp_path))
 
 
 def test_years_whose_numbers_mean_the_same_may_be_mixed() -> None:
-    cases = [Case(id=name, folder=Path(), naming=naming) for name, naming in (("a", "brats2021"), ("b", "brats2023"))]
+    cases = [Case(id="a", folder=Path(), naming="brats2021"), Case(id="b", folder=Path(), naming="brats2023")]
     assert decide_for({"a": (0, 1, 2), "b": (0, 1, 2)}, cases).name == "brats2021"
 
 
 def test_an_unknown_convention_is_refused_with_those_there_are() -> None:
-    with pytest.raises(DataError, match=r"named 'brats1999'; there are brats2021, .*msd"):
+    with pytest.raises(DataError, match=r"named 'brats1999'. Give one of brats2021, .*msd"):
         convention_of([], labels="brats1999")
 
 
@@ -188,7 +188,7 @@ def test_radiotherapy_cases_are_refused_in_words(tmp_path: Path) -> None:
     (tmp_path / case).mkdir()
     for ending in ("t1c", "gtv"):
         (tmp_path / case / f"{case}_{ending}.nii.gz").touch()
-    with pytest.raises(DataError, match=r"meningioma radiotherapy \(BraTS MEN-RT\) has one contrast"):
+    with pytest.raises(DataError, match=r"meningioma radiotherapy \(BraTS MEN-RT\) have one contrast"):
         find_cases(tmp_path)[0].require()
 
 
@@ -243,7 +243,7 @@ def test_nnunets_label_maps_without_description_are_not_told_by_ids_of_brats(ren
     [
         (None, "must name the channels"),
         ({"0": "MRI", "1": "MRI"}, "no channel is named after a contrast: MRI, MRI"),
-        ({"0": "T1", "1": "T1w"}, "two channels are t1"),
+        ({"0": "T1", "1": "T1w"}, "two channels are named t1"),
         ({"first": "T1"}, "must name the channels"),
     ],
 )
@@ -265,8 +265,8 @@ def test_a_channel_that_is_no_contrast_is_left_alone_and_a_missing_one_is_named(
 def test_a_4d_file_with_fewer_volumes_than_are_described_is_a_problem(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path, "MSD").root
     save(root / "imagesTr" / "BRATS_001.nii.gz", np.ones((8, 8, 8, 2)))
-    problems = check(root).cases[0].problems
-    assert any("volume 3 (counted from 0) of a 4D file is needed" in problem for problem in problems)
+    problems = check(DataSource(root)).cases[0].problems
+    assert any("volume 3 (from 0) of a 4D file is needed" in problem for problem in problems)
 
 
 def test_a_folder_with_one_manifest_is_that_data_set_and_other_tables_do_not_count(
@@ -303,13 +303,13 @@ def test_a_volume_of_a_4d_file_can_stand_in_a_manifest(render: Render, tmp_path:
     ("text", "words"),
     [
         ("", "the manifest is empty"),
-        ("a,b\n1,2\n", "no manifest: its first row must name the columns"),
+        ("a,b\n1,2\n", "not a manifest: its first row must name the columns"),
         ("case,t1,T1n\n", "two columns for t1: t1 and T1n"),
         ("case,t1\n,x.nii\n", "line 2: no case id"),
-        ("case,t1\na,x.nii\na,y.nii\n", "case a is there twice, in lines 2 and 3"),
-        ("case,t1,labels\na,x.nii,brats1999\n", "labels is 'brats1999'; there are"),
+        ("case,t1\na,x.nii\na,y.nii\n", "case a appears twice, in lines 2 and 3"),
+        ("case,t1,labels\na,x.nii,brats1999\n", "labels is 'brats1999', not one of"),
         ('case,t1\n"a,x.nii\n', "cannot be read as CSV"),
-        ("case,t1\na,x\x07.nii\n", "which is no path"),
+        ("case,t1\na,x\x07.nii\n", "which is not a path"),
         ("case,t1\n", "no case found"),
     ],
 )
@@ -343,7 +343,7 @@ def test_a_flat_folder_names_the_case_that_lacks_a_contrast(render: Render, tmp_
 
 def survives(root: Path) -> None:
     """Check that everything that reads a data set succeeds or raises a DataError."""
-    for read in (find_cases, find_label_maps, check):
+    for read in (find_cases, find_label_maps, lambda root: check(DataSource(root))):
         try:
             read(root)
         except DataError as error:

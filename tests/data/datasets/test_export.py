@@ -16,7 +16,9 @@ import pytest
 
 from data.datasets import export as exporting
 from data.datasets.export import LAYOUTS, export_dataset
-from data.datasets.layouts import convention_of, find_cases
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import CONTRASTS, decode
 from data.nifti import read_label_map, read_volume
@@ -49,7 +51,7 @@ def assert_same(first: dict[str, list[Any]], second: dict[str, list[Any]]) -> No
 @pytest.mark.parametrize(("layout", "source"), list(product(LAYOUTS, SOURCES)))
 def test_what_is_exported_is_read_back_as_the_same(render: Render, tmp_path: Path, layout: str, source: str) -> None:
     root = render(tmp_path / "in", source).root
-    done = export_dataset(root, tmp_path / "out", layout)
+    done = export_dataset(DataSource(root), tmp_path / "out", layout)
     assert (done.cases, done.labelled) == (2, 2)
     assert_same(contents(root), contents(tmp_path / "out"))
 
@@ -58,14 +60,14 @@ def test_what_is_exported_is_read_back_as_the_same(render: Render, tmp_path: Pat
 def test_cases_without_label_maps_are_exported_as_such(render: Render, tmp_path: Path, layout: str) -> None:
     root = render(tmp_path / "in", "2021").root
     (root / "BraTS2021_00002" / "BraTS2021_00002_seg.nii.gz").unlink()
-    assert export_dataset(root, tmp_path / "out", layout).labelled == 1
+    assert export_dataset(DataSource(root), tmp_path / "out", layout).labelled == 1
     assert_same(contents(root), contents(tmp_path / "out"))
 
 
 @pytest.mark.parametrize("layout", ["nnunet", "csv"])
 def test_files_are_copied_byte_by_byte_where_the_layout_allows_it(render: Render, tmp_path: Path, layout: str) -> None:
     root = render(tmp_path / "in", "2021").root
-    export_dataset(root, tmp_path / "out", layout)
+    export_dataset(DataSource(root), tmp_path / "out", layout)
     for old, new in zip(find_cases(root), find_cases(tmp_path / "out"), strict=True):
         for contrast in CONTRASTS:
             assert new.contrasts[contrast].read_bytes() == old.contrasts[contrast].read_bytes()
@@ -73,13 +75,13 @@ def test_files_are_copied_byte_by_byte_where_the_layout_allows_it(render: Render
 
 def test_an_uncompressed_file_is_compressed_with_every_byte_kept(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2020").root
-    export_dataset(root, tmp_path / "out", "nnunet")
+    export_dataset(DataSource(root), tmp_path / "out", "nnunet")
     for old, new in zip(find_cases(root), find_cases(tmp_path / "out"), strict=True):
         assert gzip.decompress(new.contrasts["t1"].read_bytes()) == old.contrasts["t1"].read_bytes()
 
 
 def test_the_description_for_nnunet_has_regions_in_the_order_they_are_written(render: Render, tmp_path: Path) -> None:
-    export_dataset(render(tmp_path / "in", "2021").root, tmp_path / "out", "nnunet")
+    export_dataset(DataSource(render(tmp_path / "in", "2021").root), tmp_path / "out", "nnunet")
     content = json.loads((tmp_path / "out" / "Dataset001_BraTS" / "dataset.json").read_text())
     assert content == {
         "channel_names": {"0": "T1", "1": "T1ce", "2": "T2", "3": "FLAIR"},
@@ -93,11 +95,11 @@ def test_the_description_for_nnunet_has_regions_in_the_order_they_are_written(re
 def test_contrasts_in_several_voxel_orders_and_of_fractions_fit_in_one_4d_file(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2021").root
     path = find_cases(root)[0].contrasts["t2"]
-    image = nib.load(path)
+    image = nib.Nifti1Image.from_filename(path)
     halves = nib.Nifti1Image(np.asarray(image.dataobj, dtype=np.float32) / 2, image.affine)
     nib.save(halves.as_reoriented(np.array([[2, 1], [0, -1], [1, 1]])), path)
     for layout in LAYOUTS:
-        export_dataset(root, tmp_path / layout, layout)
+        export_dataset(DataSource(root), tmp_path / layout, layout)
         case = find_cases(tmp_path / layout)[0]
         t2 = read_volume(case.contrasts["t2"], case.volumes.get("t2"))
         np.testing.assert_array_equal(t2.voxels, halves.dataobj)
@@ -106,17 +108,19 @@ def test_contrasts_in_several_voxel_orders_and_of_fractions_fit_in_one_4d_file(r
 
 def test_what_a_layout_cannot_hold_is_told(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "2024 GLI").root
-    assert export_dataset(root, tmp_path / "a", "nnunet").notes == ("label 4 (resection cavity) became background",)
-    kept = export_dataset(root, tmp_path / "b", "csv")
+    assert export_dataset(DataSource(root), tmp_path / "a", "nnunet").notes == (
+        "label 4 (resection cavity) became background",
+    )
+    kept = export_dataset(DataSource(root), tmp_path / "b", "csv")
     assert (kept.notes, kept.labels) == ((), "brats2024")
 
 
 def test_an_ambiguous_data_set_needs_the_flag(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "flat").root
     with pytest.raises(DataError, match="--labels"):
-        export_dataset(root, tmp_path / "out", "csv")
+        export_dataset(DataSource(root), tmp_path / "out", "csv")
     assert not (tmp_path / "out").exists()
-    export_dataset(root, tmp_path / "out", "csv", labels="msd")
+    export_dataset(DataSource(root, labels="msd"), tmp_path / "out", "csv")
     assert_same(contents(root, "msd"), contents(tmp_path / "out"))
 
 
@@ -128,18 +132,20 @@ def test_a_bad_file_leaves_nothing(render: Render, tmp_path: Path, layout: str, 
     assert path is not None
     path.write_bytes(b"no image")
     with pytest.raises(DataError, match=path.name):
-        export_dataset(tmp_path / "in", tmp_path / "out", layout)
+        export_dataset(DataSource(tmp_path / "in"), tmp_path / "out", layout)
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
 def test_another_grid_and_nan_are_refused_where_files_are_put_together(render: Render, tmp_path: Path) -> None:
     path = find_cases(render(tmp_path / "in", "2021").root)[0].contrasts["t2"]
-    nib.save(nib.Nifti1Image(np.full((8, 8, 8), np.nan, dtype=np.float32), nib.load(path).affine), path)
+    nib.save(
+        nib.Nifti1Image(np.full((8, 8, 8), np.nan, dtype=np.float32), nib.Nifti1Image.from_filename(path).affine), path
+    )
     with pytest.raises(DataError, match="512 voxels are NaN or infinite"):
-        export_dataset(tmp_path / "in", tmp_path / "out", "msd")
-    nib.save(nib.Nifti1Image(np.ones((8, 8, 9), dtype=np.float32), nib.load(path).affine), path)
+        export_dataset(DataSource(tmp_path / "in"), tmp_path / "out", "msd")
+    nib.save(nib.Nifti1Image(np.ones((8, 8, 9), dtype=np.float32), nib.Nifti1Image.from_filename(path).affine), path)
     with pytest.raises(DataError, match="t2 is not on the grid of t1c"):
-        export_dataset(tmp_path / "in", tmp_path / "out", "msd")
+        export_dataset(DataSource(tmp_path / "in"), tmp_path / "out", "msd")
 
 
 def test_a_disk_that_fills_up_leaves_nothing(render: Render, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +155,7 @@ def test_a_disk_that_fills_up_leaves_nothing(render: Render, tmp_path: Path, mon
     render(tmp_path / "in", "2021")
     monkeypatch.setattr(exporting, "_write_json", full)
     with pytest.raises(OSError, match="No space left"):
-        export_dataset(tmp_path / "in", tmp_path / "out", "nnunet")
+        export_dataset(DataSource(tmp_path / "in"), tmp_path / "out", "nnunet")
     assert [entry.name for entry in tmp_path.iterdir()] == ["in"]
 
 
@@ -157,27 +163,27 @@ def test_a_place_that_is_not_free_is_refused(render: Render, tmp_path: Path) -> 
     root = render(tmp_path / "in", "2021").root
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
-    for place, words in (("full", "not empty"), ("full/file", "is a file"), ("in/out", "lies in")):
+    for place, words in (("full", "not empty"), ("full/file", "is a file"), ("in/out", "is inside")):
         with pytest.raises(DataError, match=words):
-            export_dataset(root, tmp_path / place, "csv")
+            export_dataset(DataSource(root), tmp_path / place, "csv")
     (tmp_path / "empty").mkdir()
-    assert export_dataset(root, tmp_path / "empty", "csv").cases == 2
+    assert export_dataset(DataSource(root), tmp_path / "empty", "csv").cases == 2
 
 
 def test_ids_that_a_layout_cannot_hold_are_refused(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "case folders").root
     for path in (root / "a").iterdir():
         path.rename(path.with_name(f" {path.name}"))
-    with pytest.raises(DataError, match=r"not every case id is read back as it is in the layout csv"):
-        export_dataset(root, tmp_path / "out", "csv")
-    assert export_dataset(root, tmp_path / "out", "msd").cases == 2
+    with pytest.raises(DataError, match=r"the layout csv does not preserve every case id"):
+        export_dataset(DataSource(root), tmp_path / "out", "csv")
+    assert export_dataset(DataSource(root), tmp_path / "out", "msd").cases == 2
 
 
 def test_ids_that_end_like_a_channel_of_nnunet_are_kept(render: Render, tmp_path: Path) -> None:
     root = render(tmp_path / "in", "manifest").root
     root.write_text(root.read_text().replace("\na,", "\nscan_0001,").replace("\nb,", "\nscan_0002,"))
     for layout in LAYOUTS:
-        export_dataset(root, tmp_path / layout, layout)
+        export_dataset(DataSource(root), tmp_path / layout, layout)
         shutil.rmtree(tmp_path / layout / "labelsTr", ignore_errors=True)
         assert [case.id for case in find_cases(tmp_path / layout)] == ["scan_0001", "scan_0002"]
 
@@ -190,9 +196,9 @@ def test_patients_of_a_manifest_are_kept_or_their_loss_is_told(
     path = root if root.is_file() else next(root.glob("**/*.csv"))
     head, *rows = path.read_text(encoding="utf-8").splitlines()
     path.write_text("\n".join([f"patient,{head}", *(f"anna,{row}" for row in rows)]), encoding="utf-8")
-    done = export_dataset(root, tmp_path / "out", layout)
+    done = export_dataset(DataSource(root), tmp_path / "out", layout)
     assert {case.patient == "anna" for case in find_cases(tmp_path / "out")} == {kept}
-    assert (f"{layout} has no place for patients" in " ".join(done.notes)) is not kept
+    assert (f"{layout} cannot store patients" in " ".join(done.notes)) is not kept
 
 
 def test_the_command_writes_and_tells(render: Render, tmp_path: Path, znormseg: Callable[..., Any]) -> None:

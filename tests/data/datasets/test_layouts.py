@@ -10,15 +10,9 @@ import numpy as np
 import pytest
 
 from data.datasets import layouts
-from data.datasets.layouts import (
-    Case,
-    case_from_files,
-    convention_of,
-    decide_for,
-    find_cases,
-    find_label_maps,
-    patient_of,
-)
+from data.datasets.label_stats import convention_of
+from data.datasets.layouts import Case, case_from_files, decide_for, find_cases, find_label_maps
+from data.datasets.patients import patient_of
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
 
@@ -114,7 +108,7 @@ def test_two_files_for_the_same_thing_are_named(tmp_path: Path, extra: str, what
 
 def test_files_of_two_cases_in_one_folder_are_a_problem(tmp_path: Path) -> None:
     touch(make_case(tmp_path / "a", NAMES_2021[:3]), "b_flair.nii.gz")
-    with pytest.raises(DataError, match=r"files of several cases in .*: a, b"):
+    with pytest.raises(DataError, match=r"contains files of several cases: a, b"):
         find_cases(tmp_path)[0].require()
 
 
@@ -126,7 +120,7 @@ def test_names_of_both_eras_in_one_case_leave_its_naming_open(tmp_path: Path) ->
 def test_one_id_in_two_folders_is_refused_with_both_places(tmp_path: Path) -> None:
     make_case(tmp_path / "HGG" / "a")
     make_case(tmp_path / "LGG" / "a")
-    with pytest.raises(DataError, match=r"case a is there 2 times: .*HGG.*LGG"):
+    with pytest.raises(DataError, match=r"case a appears 2 times: .*HGG.*LGG"):
         find_cases(tmp_path)
 
 
@@ -336,7 +330,7 @@ def test_label_maps_are_found_under_the_composed_form(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("case_id", "words"),
-    [("caf\udce9", "holds bytes that are no UTF-8"), ("x" * 249, "249 bytes"), ("\u00e4" * 125, "250 bytes")],
+    [("caf\udce9", "is not valid UTF-8"), ("x" * 249, "249 bytes"), ("\u00e4" * 125, "250 bytes")],
 )
 def test_an_id_that_no_file_can_have_is_refused_in_words(case_id: str, words: str) -> None:
     with pytest.raises(DataError, match=words):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from data.datasets import splits
 from data.datasets.label_stats import LabelStats
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.datasets.splits import FOLDS, Split, fold_split, read_split, stratified_folds, stratified_split
 from data.errors import DataError
 

@@ -243,7 +243,7 @@ def test_a_choice_that_is_not_there_or_was_made_twice_is_refused() -> None:
 
 def test_a_number_that_several_volumes_go_by_is_refused_with_their_names() -> None:
     echoes = [series("t2", T2, key="3/1"), series("t2", T2, key="3/2")]
-    with pytest.raises(DataError, match=r"--t2 3: 2 volumes go by it: 3/1 .*, 3/2 .* Name one by what stands first"):
+    with pytest.raises(DataError, match=r"--t2 3: 2 volumes match: 3/1 .*, 3/2 .* Give the first word of one of them"):
         choose_series([*four()[:2], *echoes, four()[3]], {"t2": "3"})
 
 

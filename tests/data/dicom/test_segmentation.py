@@ -16,12 +16,13 @@ import pytest
 import SimpleITK as sitk  # noqa: N813
 
 from data.dicom.contrasts import series_of
-from data.dicom.pixels import read_series, read_volume_of
+from data.dicom.pixels import read_series
 from data.dicom.segmentation import CONTENT, on_grid_of, write_dicom_seg
 from data.dicom.series import Series
 from data.dicom.study import open_study
 from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA
+from data.native_space.itk import to_itk
 from data.nifti import Volume, reorient
 
 Points = set[tuple[float, float, float]]
@@ -54,12 +55,17 @@ def written(source: Series, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rounded(points: Any) -> Points:
-    return {tuple(float(mm) for mm in np.round(point, 2) + 0.0) for point in points}
+    return {(float(x), float(y), float(z)) for x, y, z in (np.round(point, 2) + 0.0 for point in points)}
+
+
+def image_of(source: Series) -> sitk.Image:
+    volume = read_series(source).volume
+    return to_itk(volume.voxels, volume.affine)
 
 
 def drawn(source: Series, code: int) -> Points:
     """Physical points (LPS) of a tissue, computed by ITK from the image it was drawn on."""
-    image = read_series(source)
+    image = image_of(source)
     return rounded(
         image.TransformIndexToPhysicalPoint(voxel.tolist()) for voxel in np.argwhere(lesion(source.shape) == code)
     )
@@ -94,7 +100,7 @@ def test_each_tissue_lies_where_it_was_drawn(source: Series, written: Path) -> N
 
 
 def test_a_mirrored_map_would_be_noticed(source: Series) -> None:
-    image, codes = read_series(source), lesion(source.shape)
+    image, codes = image_of(source), lesion(source.shape)
     for axis in range(3):
         mirrored = np.flip(codes, axis)
         points = rounded(image.TransformIndexToPhysicalPoint(v.tolist()) for v in np.argwhere(mirrored == OEDEMA))
@@ -260,7 +266,7 @@ def test_a_tissue_that_is_not_there_has_no_segment(source: Series, tmp_path: Pat
 
 
 def test_an_empty_map_or_one_of_another_shape_is_refused(source: Series, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no voxel of the label map is tumour"):
+    with pytest.raises(DataError, match="the label map marks no tumour"):
         write_dicom_seg(tmp_path / "seg.dcm", np.zeros(source.shape, np.uint8), source, version="1")
     with pytest.raises(DataError, match="the label map's"):
         write_dicom_seg(tmp_path / "seg.dcm", np.ones((2, 2, 2), np.uint8), source, version="1")
@@ -294,14 +300,14 @@ def test_a_real_label_map_comes_back_from_a_study_made_of_its_images(
     real_cases: Path, tmp_path: Path, write_series: Callable[..., list[Path]]
 ) -> None:
     case = sorted(path for path in real_cases.iterdir() if path.is_dir())[0]
-    image = nib.load(case / f"{case.name}_t1ce.nii.gz")
-    labels = nib.load(case / f"{case.name}_seg.nii.gz")
+    image = nib.Nifti1Image.from_filename(case / f"{case.name}_t1ce.nii.gz")
+    labels = nib.Nifti1Image.from_filename(case / f"{case.name}_seg.nii.gz")
     write_series(tmp_path / "in", np.asanyarray(image.dataobj), image.affine, SeriesNumber=1)
     codes = np.asanyarray(labels.dataobj).astype(np.uint8)
     codes[codes == 4] = ENHANCING
     with open_study(tmp_path / "in") as study:
         series = study.series[0]
-        assert np.array_equal(read_volume_of(series).voxels, np.asanyarray(image.dataobj))
+        assert np.array_equal(read_series(series).volume.voxels, np.asanyarray(image.dataobj))
         ordered = on_grid_of(series, Volume(voxels=codes, affine=labels.affine, path=Path("seg")))
         write_dicom_seg(tmp_path / "seg.dcm", ordered, series, version="1")
     found = from_raw_attributes(tmp_path / "seg.dcm")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+import SimpleITK as sitk  # noqa: N813
 from scipy import ndimage
 
 from data.errors import DataError
@@ -22,6 +24,11 @@ arguments = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 import shutil
 shutil.copy({made!r}, arguments[{option!r}])
 """
+
+
+def mask_of(found: Any) -> Any:
+    """The brain that was found, as a boolean array."""
+    return voxels_of(found.mask) > 0
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +48,10 @@ def head(t1c: Volume) -> Volume:
     return Volume(voxels=voxels.astype(np.float32), affine=t1c.affine, path=t1c.path)
 
 
+def image_of(volume: Volume) -> sitk.Image:
+    return to_itk(volume.voxels, volume.affine)
+
+
 def installed(folder: Path, command: str, made: Path, option: str) -> None:
     """Install a command in a folder that copies ``made`` to the path given by its option."""
     folder.mkdir(exist_ok=True)
@@ -58,33 +69,33 @@ def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
 
 
 def test_a_brain_on_zero_is_stripped_and_a_head_is_not(t1c: Volume, head: Volume) -> None:
-    assert is_stripped(to_itk(t1c))
-    assert not is_stripped(to_itk(head))
+    assert is_stripped(image_of(t1c))
+    assert not is_stripped(image_of(head))
 
 
 def test_a_head_on_a_background_of_zero_is_not_taken_for_a_brain(head: Volume) -> None:
     cleaned = Volume(voxels=np.where(head.voxels > 10, head.voxels, 0), affine=head.affine, path=head.path)
     assert (cleaned.voxels == 0).any()
-    assert not is_stripped(to_itk(cleaned))
+    assert not is_stripped(image_of(cleaned))
 
 
 def test_a_stripped_image_keeps_its_own_mask(t1c: Volume) -> None:
-    image = to_itk(t1c)
+    image = image_of(t1c)
     found = find_brain(image, image, "auto", name="a")
     assert found.source == "own"
-    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.999
+    assert dice(mask_of(found), t1c.voxels > 0) > 0.999
 
 
 def test_nothing_is_masked_where_none_is_asked_for(t1c: Volume) -> None:
-    assert find_brain(to_itk(t1c), to_itk(t1c), "none", name="a").mask is None
+    assert find_brain(image_of(t1c), image_of(t1c), "none", name="a").mask is None
 
 
 def test_a_given_mask_is_taken_from_any_grid(t1c: Volume, head: Volume, tmp_path: Path) -> None:
     turned = Volume(voxels=t1c.voxels[::-1], affine=t1c.affine @ flip(t1c.voxels.shape[0]), path=t1c.path)
     path = mask_file(tmp_path / "mask.nii.gz", turned)
-    found = find_brain(to_itk(head), to_itk(head), str(path), name="a")
+    found = find_brain(image_of(head), image_of(head), str(path), name="a")
     assert (found.source, found.detail) == ("file", str(path))
-    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+    assert np.array_equal(mask_of(found), t1c.voxels > 0)
 
 
 def flip(count: int) -> npt.NDArray[np.float64]:
@@ -98,12 +109,12 @@ def test_a_mask_that_lies_elsewhere_is_refused(t1c: Volume, tmp_path: Path) -> N
     far[:3, 3] += 1000
     path = mask_file(tmp_path / "mask.nii.gz", Volume(voxels=t1c.voxels, affine=far, path=t1c.path))
     with pytest.raises(DataError, match="marks no voxel of t1c"):
-        find_brain(to_itk(t1c), to_itk(t1c), str(path), name="a")
+        find_brain(image_of(t1c), image_of(t1c), str(path), name="a")
 
 
 def test_a_mask_that_is_not_there_is_named(t1c: Volume, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.nii\.gz: no such file"):
-        find_brain(to_itk(t1c), to_itk(t1c), str(tmp_path / "nowhere.nii.gz"), name="a")
+        find_brain(image_of(t1c), image_of(t1c), str(tmp_path / "nowhere.nii.gz"), name="a")
 
 
 @pytest.mark.parametrize(("tool", "command"), [("hd-bet", "hd-bet"), ("synthstrip", "mri_synthstrip")])
@@ -112,7 +123,7 @@ def test_a_tool_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(DataError, match=f"--mask {tool}: no command {command} on the PATH"):
-        find_brain(to_itk(t1c), to_itk(t1c), tool, name="a")
+        find_brain(image_of(t1c), image_of(t1c), tool, name="a")
 
 
 @pytest.mark.parametrize(
@@ -123,9 +134,9 @@ def test_an_installed_tool_is_found_and_its_mask_taken(
 ) -> None:
     installed(tmp_path / "bin", command, mask_file(tmp_path / "made.nii.gz", t1c), option)
     monkeypatch.setenv("PATH", str(tmp_path / "bin"), prepend=":")
-    found = find_brain(to_itk(head), to_itk(head), "auto", name="a")
+    found = find_brain(image_of(head), image_of(head), "auto", name="a")
     assert (found.source, found.coarse) == (tool, False)
-    assert np.array_equal(voxels_of(found.mask) > 0, t1c.voxels > 0)
+    assert np.array_equal(mask_of(found), t1c.voxels > 0)
 
 
 def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +144,12 @@ def test_a_tool_that_fails_is_quoted(t1c: Volume, tmp_path: Path, monkeypatch: p
     (tmp_path / "hd-bet").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     with pytest.raises(DataError, match=r"hd-bet failed \(exit code 3\): no weights to be had"):
-        find_brain(to_itk(t1c), to_itk(t1c), "hd-bet", name="a")
+        find_brain(image_of(t1c), image_of(t1c), "hd-bet", name="a")
 
 
 @pytest.mark.slow
 def test_the_template_finds_the_brain_of_a_head_and_says_that_it_is_coarse(t1c: Volume, head: Volume) -> None:
-    found = find_brain(to_itk(head), to_itk(head), "atlas", name="a")
+    found = find_brain(image_of(head), image_of(head), "atlas", name="a")
     assert (found.source, found.coarse) == ("atlas", True)
     assert "coarse" in found.warnings[0]
-    assert dice(voxels_of(found.mask) > 0, t1c.voxels > 0) > 0.9
+    assert dice(mask_of(found), t1c.voxels > 0) > 0.9

@@ -10,8 +10,9 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import nibabel as nib
 import numpy as np
@@ -22,20 +23,20 @@ from scipy import ndimage
 
 from data.datasets.layouts import find_cases
 from data.errors import DataError
-from data.labels import BRATS2021, decode, from_regions, to_regions
+from data.labels import BRATS2021, CONTRASTS, decode, from_regions, to_regions
 from data.native_space.case_files import write_brats_case
-from data.native_space.from_brats import bring_back
+from data.native_space.config import PrepareConfig
+from data.native_space.from_brats import resample_to_scan, threshold_shares
 from data.native_space.itk import ImageGrid, grid_of, resampled, to_itk, upright_grid, voxels_of
 from data.native_space.rigid import linear_part, register_rigid
-from data.native_space.to_brats import BringInConfig, BroughtIn, NativeCase, bring_in, read_native
-from data.nifti import Volume
-from data.preprocess import prepare
+from data.native_space.to_brats import BratsCase, NativeCase, prepare_native, read_native
+from data.preprocess import prepare, prepare_volumes
 
 Call = Callable[..., Any]
 Affine = npt.NDArray[np.float64]
 
 #: Shown with ``-o log_cli=true -o log_cli_level=INFO``.
-LOG = logging.getLogger("tests.bring_in")
+LOG = logging.getLogger("tests.prepare_native")
 #: From RAS to LPS millimetres.
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 ENDINGS = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair"}
@@ -126,7 +127,8 @@ class Scanner:
 
     def image(self, voxels: npt.NDArray[Any], affine: Affine) -> npt.NDArray[np.float32]:
         """Mean of each voxel over the slice thickness."""
-        return self._stored(sum(self._looks(voxels.astype(np.float32), affine, order=1)) / self.parts)
+        total: Any = sum(self._looks(voxels.astype(np.float32), affine, order=1))
+        return self._stored(total / self.parts)
 
     def labels(self, codes: npt.NDArray[np.uint8], affine: Affine) -> npt.NDArray[np.uint8]:
         """Regions that fill at least half of a voxel's thickness."""
@@ -135,7 +137,7 @@ class Scanner:
             counts += to_regions(look)
         return self._stored(from_regions(2 * counts >= self.parts))
 
-    def _looks(self, voxels: npt.NDArray[Any], affine: Affine, *, order: int) -> Iterator[npt.NDArray[Any]]:
+    def _looks(self, voxels: npt.NDArray[Any], affine: Affine, *, order: Literal[0, 1]) -> Iterator[npt.NDArray[Any]]:
         for part in range(self.parts):
             within = np.eye(4)
             within[2, 3] = (part + 0.5) / self.parts - 0.5
@@ -157,9 +159,9 @@ class Native:
     truth: dict[str, npt.NDArray[np.uint8]]
     """The true label map on the grid of each scan."""
 
-    def errors_mm(self, brought: BroughtIn, contrast: str) -> npt.NDArray[np.float64]:
+    def errors_mm(self, prepared_case: BratsCase, contrast: str) -> npt.NDArray[np.float64]:
         """Distance of each point from its true position."""
-        found = linear_part(brought.transform(contrast))  # type: ignore[arg-type]
+        found = linear_part(prepared_case.transform(contrast))  # type: ignore[arg-type]
         there = LPS @ self.poses[contrast] @ self.brain_ras
         gaps: npt.NDArray[np.float64] = np.linalg.norm(
             (found @ LPS @ self.poses["t1c"] @ self.brain_ras - there)[:3], axis=0
@@ -170,20 +172,21 @@ class Native:
 def native_of(folder: Path, *, coarser: float) -> Native:
     """Scan a case on one grid again, contrast by contrast, with voxels ``coarser`` times as large."""
     (case,) = find_cases(folder)
-    images = {c: nib.load(path) for c, path in case.contrasts.items()}
+    images: dict[str, Any] = {c: nib.Nifti1Image.from_filename(path) for c, path in case.contrasts.items()}
     affine = images["t1c"].affine
     brain = np.argwhere(np.asarray(images["t1c"].dataobj) != 0)
     centre = (affine @ [*brain.mean(axis=0), 1])[:3]
-    codes = decode(np.asarray(nib.load(case.label).dataobj), BRATS2021)
+    assert case.label is not None
+    codes = decode(np.asarray(nib.Nifti1Image.from_filename(case.label).dataobj), BRATS2021)
     chosen = brain[np.random.default_rng(0).choice(len(brain), 200, replace=False)]
     made, poses, truth = {}, {}, {}
     for contrast, scan in SCANS.items():
         scanner = Scanner.of(scan, centre, coarser=coarser)
         seen = scanner.image(np.asarray(images[contrast].dataobj), affine)
-        made[contrast] = to_itk(Volume(voxels=seen, affine=scanner.affine, path=folder))
+        made[contrast] = to_itk(seen, scanner.affine)
         poses[contrast] = scanner.pose
         truth[contrast] = scanner.labels(codes, affine)
-    label = to_itk(Volume(voxels=truth["t1c"], affine=grid_of(made["t1c"]).affine, path=folder))
+    label = to_itk(truth["t1c"], grid_of(made["t1c"]).affine)
     native = NativeCase(id=case.id, images=made, codes=label)  # type: ignore[arg-type]
     return Native(case=native, poses=poses, brain_ras=affine @ np.c_[chosen, np.ones(200)].T, truth=truth)
 
@@ -192,16 +195,16 @@ def dice(first: npt.NDArray[np.bool_], second: npt.NDArray[np.bool_]) -> float:
     return float(2 * (first & second).sum() / max(1, first.sum() + second.sum()))
 
 
-def there_and_back(brought: BroughtIn, native: Native, contrast: str) -> dict[str, float]:
+def there_and_back(prepared_case: BratsCase, native: Native, contrast: str) -> dict[str, float]:
     """Dice by region of the truth, mapped back to a scan's own grid like a prediction, against the truth there."""
-    assert brought.codes is not None
-    codes = bring_back(
-        to_regions(brought.codes).astype(np.float32),
-        brought.grid,
-        brought.transform(contrast),  # type: ignore[arg-type]
+    assert prepared_case.codes is not None
+    shares = resample_to_scan(
+        to_regions(prepared_case.codes).astype(np.float32),
+        prepared_case.grid,
+        prepared_case.transform(contrast),  # type: ignore[arg-type]
         grid_of(native.case.images[contrast]),  # type: ignore[index]
-        source=Path("truth"),
     )
+    codes = threshold_shares(shares)
     regions = zip(("WT", "TC", "ET"), to_regions(codes), to_regions(native.truth[contrast]), strict=True)
     return {region: dice(one, other) for region, one, other in regions}
 
@@ -212,74 +215,82 @@ def native(phantoms: Path) -> Native:
 
 
 @pytest.fixture(scope="session")
-def brought(native: Native) -> BroughtIn:
-    return bring_in(native.case, BringInConfig(spacing_mm=2.0))
+def prepared_case(native: Native) -> BratsCase:
+    return prepare_native(native.case, PrepareConfig(spacing_mm=2.0))
 
 
 # On a phantom
 
 
 @pytest.mark.parametrize("contrast", ["t1", "t2", "flair"])
-def test_a_known_motion_is_found_again(contrast: str, native: Native, brought: BroughtIn) -> None:
+def test_a_known_motion_is_found_again(contrast: str, native: Native, prepared_case: BratsCase) -> None:
     # Voxels are 4 mm, slices up to 12 mm thick.
-    assert native.errors_mm(brought, contrast).mean() < 2.0
+    assert native.errors_mm(prepared_case, contrast).mean() < 2.0
 
 
 @pytest.mark.parametrize("contrast", list(ENDINGS))
-def test_the_truth_comes_back_to_every_scan(contrast: str, native: Native, brought: BroughtIn) -> None:
-    assert there_and_back(brought, native, contrast)["WT"] > 0.85
+def test_the_truth_comes_back_to_every_scan(contrast: str, native: Native, prepared_case: BratsCase) -> None:
+    assert there_and_back(prepared_case, native, contrast)["WT"] > 0.85
 
 
-def test_the_grid_is_upright_in_the_order_of_brats(brought: BroughtIn) -> None:
-    assert np.array_equal(brought.grid.affine[:3, :3], np.diag([-2.0, -2.0, 2.0]))
-    assert {image.shape for image in brought.images.values()} == {brought.grid.size}
+def test_the_grid_is_upright_in_the_order_of_brats(prepared_case: BratsCase) -> None:
+    assert np.array_equal(prepared_case.grid.affine[:3, :3], np.diag([-2.0, -2.0, 2.0]))
+    assert {image.shape for image in prepared_case.images.values()} == {prepared_case.grid.size}
 
 
-def test_a_stripped_image_keeps_its_own_background(brought: BroughtIn) -> None:
-    assert (brought.mask.source, brought.mask.coarse) == ("own", False)
-    outside = [image == 0 for image in brought.images.values()]
+def test_a_stripped_image_keeps_its_own_background(prepared_case: BratsCase) -> None:
+    assert (prepared_case.mask.source, prepared_case.mask.coarse) == ("own", False)
+    outside = [image == 0 for image in prepared_case.images.values()]
     assert np.mean(np.all(outside, axis=0)) > 0.5
 
 
-def test_what_is_written_is_a_case_that_can_be_trained_on(brought: BroughtIn, tmp_path: Path) -> None:
-    place = write_brats_case(brought, tmp_path / "out")
+def test_what_is_written_is_a_case_that_can_be_trained_on(prepared_case: BratsCase, tmp_path: Path) -> None:
+    place = write_brats_case(prepared_case, tmp_path / "out")
     (case,) = find_cases(tmp_path / "out")
     prepared = prepare(case, convention=BRATS2021)
-    assert (case.id, case.naming, place) == (brought.id, "brats2021", tmp_path / "out" / brought.id)
+    assert (case.id, case.naming, place) == (prepared_case.id, "brats2021", tmp_path / "out" / prepared_case.id)
     assert prepared.codes is not None
     assert set(np.unique(prepared.codes)) == {0, 1, 2, 3}
     assert sorted(path.name for path in (place / "transforms").iterdir()) == sorted(f"{c}.tfm" for c in ENDINGS)
     assert json.loads((place / "prepare.json").read_text())["mask"]["source"] == "own"
 
 
-def test_a_written_transform_is_the_one_found(brought: BroughtIn, tmp_path: Path) -> None:
+def test_the_network_gets_what_the_written_files_give(prepared_case: BratsCase, tmp_path: Path) -> None:
+    write_brats_case(prepared_case, tmp_path)
+    volumes = {contrast: partial(prepared_case.volume, contrast) for contrast in CONTRASTS}
+    direct, (case,) = prepare_volumes(volumes, case_id=prepared_case.id), find_cases(tmp_path)
+    for name, value in vars(prepare(case)).items():
+        assert np.array_equal(getattr(direct, name), value), name
+
+
+def test_a_written_transform_is_the_one_found(prepared_case: BratsCase, tmp_path: Path) -> None:
     import SimpleITK as sitk  # noqa: N813
 
-    place = write_brats_case(brought, tmp_path)
+    place = write_brats_case(prepared_case, tmp_path)
     for contrast in ENDINGS:
         stored = sitk.ReadTransform(str(place / "transforms" / f"{contrast}.tfm"))
-        assert np.allclose(linear_part(stored), linear_part(brought.transform(contrast)))  # type: ignore[arg-type]
+        assert np.allclose(linear_part(stored), linear_part(prepared_case.transform(contrast)))  # type: ignore[arg-type]
 
 
-def test_a_case_is_not_written_over_another(brought: BroughtIn, tmp_path: Path) -> None:
-    write_brats_case(brought, tmp_path)
+def test_a_case_is_not_written_over_another(prepared_case: BratsCase, tmp_path: Path) -> None:
+    write_brats_case(prepared_case, tmp_path)
     with pytest.raises(DataError, match="already exists"):
-        write_brats_case(brought, tmp_path)
+        write_brats_case(prepared_case, tmp_path)
 
 
-def test_the_same_scans_give_the_same_transform_again(native: Native, brought: BroughtIn) -> None:
+def test_the_same_scans_give_the_same_transform_again(native: Native, prepared_case: BratsCase) -> None:
     again = register_rigid(native.case.images["t1c"], native.case.images["t2"], name="t2")
-    first = brought.registrations["t2"]
-    assert replace(again, transform=None, cpu_seconds=0) == replace(first, transform=None, cpu_seconds=0)
+    first = prepared_case.registrations["t2"]
+    assert replace(again, transform=first.transform, cpu_seconds=0) == replace(first, cpu_seconds=0)
     assert again.transform.GetParameters() == first.transform.GetParameters()
 
 
 def test_a_scan_of_something_else_is_refused_by_name(native: Native) -> None:
     noise = np.random.default_rng(0).random((60, 60, 40)).astype(np.float32)
-    image = to_itk(Volume(voxels=noise, affine=np.diag([4.0, 4.0, 4.0, 1.0]), path=Path("noise")))
+    image = to_itk(noise, np.diag([4.0, 4.0, 4.0, 1.0]))
     spoilt = replace(native.case, images={**native.case.images, "t1": image})
     with pytest.raises(DataError, match="t1 could not be registered to t1c"):
-        bring_in(spoilt, BringInConfig(spacing_mm=4.0))
+        prepare_native(spoilt, PrepareConfig(spacing_mm=4.0))
 
 
 def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
@@ -290,7 +301,7 @@ def test_a_label_map_comes_back_where_it_was_on_its_own_grid() -> None:
     codes[4:7, 3:6, 3:5] = 3
     grid = ImageGrid(size=(12, 10, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
     shares = to_regions(codes).astype(np.float32)
-    back = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("truth"))
+    back = threshold_shares(resample_to_scan(shares, grid, sitk.TranslationTransform(3), grid))
     assert np.array_equal(back, codes)
 
 
@@ -299,7 +310,7 @@ def test_each_region_has_its_threshold_on_the_way_back() -> None:
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
     grid = ImageGrid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
-    codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"), thresholds=(0.3, 0.5, 0.7))
+    codes = threshold_shares(resample_to_scan(shares, grid, sitk.TranslationTransform(3), grid), (0.3, 0.5, 0.7))
     whole, core, enhancing = (share >= bound for share, bound in zip(shares, (0.3, 0.5, 0.7), strict=True))
     assert np.array_equal(to_regions(codes), np.stack([whole, whole & core, whole & core & enhancing]))
 
@@ -309,7 +320,7 @@ def test_regions_that_are_not_nested_come_back_nested() -> None:
 
     shares = np.random.default_rng(0).choice([0.2, 0.4, 0.6, 0.8], (3, 8, 8, 8)).astype(np.float32)
     grid = ImageGrid(size=(8, 8, 8), affine=np.diag([-1.0, -1.0, 1.0, 1.0]))
-    codes = bring_back(shares, grid, sitk.TranslationTransform(3), grid, source=Path("any"))
+    codes = threshold_shares(resample_to_scan(shares, grid, sitk.TranslationTransform(3), grid))
     whole, core, enhancing = shares >= 0.5
     assert np.array_equal(codes > 0, whole)
     assert np.array_equal(to_regions(codes)[2], whole & core & enhancing)
@@ -330,7 +341,7 @@ def test_a_grid_keeps_the_voxel_centres_of_a_straight_image_in_any_order(order: 
     change = np.column_stack([order, (1, -1, -1)])
     stored = affine @ orientations.inv_ornt_aff(change, (20, 30, 10))
     shape = orientations.apply_orientation(np.zeros((20, 30, 10)), change).shape
-    image = to_itk(Volume(voxels=np.zeros(shape, dtype=np.float32), affine=stored, path=Path("any")))
+    image = to_itk(np.zeros(shape, dtype=np.float32), stored)
     grid = upright_grid(image, 1.0)
     assert grid.size == (20, 30, 10)
     assert np.allclose(grid.affine, affine)
@@ -338,7 +349,7 @@ def test_a_grid_keeps_the_voxel_centres_of_a_straight_image_in_any_order(order: 
 
 def test_a_grid_covers_an_oblique_image() -> None:
     affine = rigid((10, -20, 30), (5, 6, 7), np.zeros(3)) @ np.diag([0.8, 1.0, 4.0, 1.0])
-    image = to_itk(Volume(voxels=np.zeros((30, 20, 8), dtype=np.float32), affine=affine, path=Path("any")))
+    image = to_itk(np.zeros((30, 20, 8), dtype=np.float32), affine)
     grid = upright_grid(image, 1.0)
     corners = np.array([[x, y, z, 1] for x in (0, 29) for y in (0, 19) for z in (0, 7)]).T
     places = (np.linalg.inv(grid.affine) @ affine @ corners)[:3]
@@ -353,12 +364,13 @@ def test_a_grid_covers_an_oblique_image() -> None:
 @pytest.mark.parametrize("name", REAL_CASES)
 def test_a_real_case_on_four_grids_is_brought_in_and_back(name: str, real_cases: Path) -> None:
     native = native_of(real_cases / name, coarser=1.0)
-    brought = bring_in(native.case, BringInConfig())
-    scores = {contrast: there_and_back(brought, native, contrast) for contrast in ENDINGS}
-    gaps = {contrast: native.errors_mm(brought, contrast) for contrast in ENDINGS}
+    prepared_case = prepare_native(native.case, PrepareConfig())
+    scores = {contrast: there_and_back(prepared_case, native, contrast) for contrast in ENDINGS}
+    gaps = {contrast: native.errors_mm(prepared_case, contrast) for contrast in ENDINGS}
     for contrast in ENDINGS:
         error = f"{gaps[contrast].mean():.2f} mm mean, {gaps[contrast].max():.2f} mm at most"
         LOG.info("%s %s: %s; Dice %s", name, contrast, error, scores[contrast])
-    LOG.info("CPU s %s", {contrast: round(found.cpu_seconds, 1) for contrast, found in brought.registrations.items()})
+    registrations = prepared_case.registrations.items()
+    LOG.info("CPU s %s", {contrast: round(found.cpu_seconds, 1) for contrast, found in registrations})
     assert max(gap.mean() for gap in gaps.values()) < 1.0
     assert min(score["WT"] for score in scores.values()) >= 0.9

@@ -33,7 +33,7 @@ STRONG = AugmentConfig(
     low_resolution_probability=1.0,
 )
 #: Each augmentation that can be enabled separately: its probability, and its strength if that has another name.
-INTENSITIES = {
+INTENSITIES: dict[str, dict[str, Any]] = {
     "gain": {"gain": 0.3, "gain_probability": 1},
     "shift": {"shift": 0.3, "shift_probability": 1},
     "gamma": {"gamma": 0.5, "gamma_probability": 1},
@@ -45,7 +45,7 @@ INTENSITIES = {
     "blur": {"blur_voxels": 1, "blur_probability": 1},
     "low_resolution": {"low_resolution": 0.5, "low_resolution_probability": 1},
 }
-GEOMETRY = {
+GEOMETRY: dict[str, dict[str, Any]] = {
     "flip": {"flip_probability": 0.5},
     "affine": {"affine_probability": 1, "rotation_degrees": 20, "scale": 0.2},
     "rotation": {"rotation_probability": 1, "rotation_degrees": 30},
@@ -166,8 +166,8 @@ def test_flips_move_image_and_codes_together(seed: int) -> None:
     flips = draw_augmentation(config(flip_probability=0.5), 4, np.random.default_rng(seed)).flips
     axes = [axis for axis in range(3) if flips[axis]]
     flipped_image, flipped_codes = varied(config(flip_probability=0.5), image, codes, seed)
-    np.testing.assert_array_equal(flipped_codes, np.flip(codes, axes))
-    np.testing.assert_array_equal(flipped_image, np.flip(image, [axis + 1 for axis in axes]))
+    np.testing.assert_array_equal(flipped_codes, np.flip(codes, tuple(axes)))
+    np.testing.assert_array_equal(flipped_image, np.flip(image, tuple(axis + 1 for axis in axes)))
 
 
 def test_every_combination_of_flips_is_drawn() -> None:

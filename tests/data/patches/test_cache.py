@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.datasets.layouts import Case
+from data.files import file_sha256
 from data.patches import cache
 from data.patches.cache import ARRAYS, CaseFolder, SharedCache
 
@@ -101,8 +102,7 @@ def test_content_settings_label_and_program_each_change_the_key(
 
 def test_a_file_is_hashed_once_and_again_when_it_has_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[Path] = []
-    content = cache._content
-    monkeypatch.setattr(cache, "_content", lambda path: (hashed.append(path), content(path))[1])
+    monkeypatch.setattr(cache, "file_sha256", lambda path: (hashed.append(path), file_sha256(path))[1])
     with shared(tmp_path / "cache") as store:
         case = case_in(tmp_path / "x")
         keys = [store.key(case, SETTINGS) for _ in range(3)]

@@ -155,6 +155,7 @@ def test_a_case_remembers_at_most_2000_centres_of_a_tissue_spread_over_all_of_it
     case = write_case(tmp_path, "a")
     labels = np.zeros(SHAPE, dtype=np.uint8)
     labels.ravel()[:count] = 2
+    assert case.label is not None
     nib.save(nib.Nifti1Image(np.pad(labels, 1), np.diag([-1.0, -1, 1, 1])), case.label)
     centres = cache([case], tmp_path / "cache")[0].centres()
     assert 1000 <= len(centres) <= 2000
@@ -191,7 +192,7 @@ def test_a_file_that_changed_makes_its_case_anew_and_no_other(tmp_path: Path, wh
     first = cache(cases, tmp_path / "cache")
     changed = cases[0].label if what == "label" else cases[0].contrasts["t2"]
     assert changed is not None
-    stored = nib.load(changed)
+    stored = nib.Nifti1Image.from_filename(changed)
     nib.save(nib.Nifti1Image(np.roll(np.asarray(stored.dataobj), 1, axis=0), stored.affine), changed)
     second = cache(cases, tmp_path / "cache")
     assert second[0].folder != first[0].folder
@@ -291,7 +292,7 @@ def test_a_case_without_tumour_gives_patches_all_the_same(tmp_path: Path) -> Non
 
 
 def test_without_augmentation_a_patch_is_a_piece_of_its_case(cached: list[CachedCase]) -> None:
-    image, codes, name = patches(cached, augmentation=STILL, patch_voxels=SHAPE).patch(3)
+    image, codes, name, _ = patches(cached, augmentation=STILL, patch_voxels=SHAPE).patch(3)
     case = next(case for case in cached if case.id == name)
     np.testing.assert_array_equal(image, case.image().astype(np.float32))
     np.testing.assert_array_equal(codes, case.codes())
@@ -308,7 +309,7 @@ def test_a_batch_holds_its_patches_in_turn(cached: list[CachedCase]) -> None:
     source = patches(cached, tumour_probability=1.0)
     batch = source.batch(2, 3)
     for row, number in enumerate((6, 7, 8)):
-        image, codes, name = source.patch(number)
+        image, codes, name, _ = source.patch(number)
         assert batch.cases[row] == name
         np.testing.assert_array_equal(batch.image[row].numpy(), image)
         np.testing.assert_array_equal(batch.masks[row].numpy(), to_regions(codes))

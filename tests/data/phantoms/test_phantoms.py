@@ -17,6 +17,7 @@ from data.errors import DataError
 from data.labels import BRATS2021, BRATS2023, CONTRASTS, ENHANCING, NECROSIS, OEDEMA, Contrast, decode
 from data.phantoms import Phantom, case_name, make, make_phantom, write_phantom, write_phantoms
 from data.phantoms.grids import PhantomGrid
+from data.phantoms.lesion import place_lesion
 
 SPACING_MM = 4.0
 ROOT = Path(__file__).parents[3]
@@ -170,10 +171,9 @@ def test_volumes_spread_over_the_range_of_gliomas() -> None:
 
 def test_oedema_prefers_white_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[Any, Any]] = []
-    place = make.place_lesion
 
     def spy(tumour: Any, tissue: Any, grid: Any) -> Any:
-        seen.append((tissue, place(tumour, tissue, grid)))
+        seen.append((tissue, place_lesion(tumour, tissue, grid)))
         return seen[-1][1]
 
     monkeypatch.setattr(make, "place_lesion", spy)
@@ -229,7 +229,7 @@ def test_headers_are_those_of_released_brats_files(tmp_path: Path) -> None:
     folder = write_phantom(tmp_path, 0, spacing_mm=8.0)
     expected = [[-8, 0, 0, 0], [0, -8, 0, 239], [0, 0, 8, 0], [0, 0, 0, 1]]
     for path in folder.iterdir():
-        image = nib.load(path)
+        image = nib.Nifti1Image.from_filename(path)
         is_seg = path.name.endswith("seg.nii.gz")
         assert image.get_data_dtype() == (np.uint8 if is_seg else np.int16)
         assert (int(image.header["qform_code"]), int(image.header["sform_code"])) == ((1, 1) if is_seg else (2, 1))
@@ -242,14 +242,14 @@ def test_headers_are_those_of_released_brats_files(tmp_path: Path) -> None:
 def test_files_hold_the_voxels_of_the_phantom(tmp_path: Path) -> None:
     folder = write_phantom(tmp_path, 1, spacing_mm=SPACING_MM)
     for contrast, suffix in zip(CONTRASTS, SUFFIXES[2021], strict=False):
-        stored = np.asarray(nib.load(folder / f"{folder.name}_{suffix}.nii.gz").dataobj)
+        stored = np.asarray(nib.Nifti1Image.from_filename(folder / f"{folder.name}_{suffix}.nii.gz").dataobj)
         np.testing.assert_array_equal(stored, cases(20)[1].images[contrast])
 
 
 def test_years_differ_in_label_numbers_and_not_in_codes(tmp_path: Path) -> None:
     paths = [write_phantom(tmp_path, 0, spacing_mm=SPACING_MM, year=y) for y in (2021, 2023)]
-    old = np.asarray(nib.load(paths[0] / "BraTS2021_00000_seg.nii.gz").dataobj)
-    new = np.asarray(nib.load(paths[1] / "BraTS-GLI-00000-000-seg.nii.gz").dataobj)
+    old = np.asarray(nib.Nifti1Image.from_filename(paths[0] / "BraTS2021_00000_seg.nii.gz").dataobj)
+    new = np.asarray(nib.Nifti1Image.from_filename(paths[1] / "BraTS-GLI-00000-000-seg.nii.gz").dataobj)
     assert (old.max(), new.max()) == (4, 3)
     np.testing.assert_array_equal(decode(old, BRATS2021), decode(new, BRATS2023))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
 from data.labels import CONTRASTS
 from data.nifti import Volume
 from data.phantoms import make_phantom
@@ -46,7 +46,7 @@ def test_the_same_images_under_another_id_are_a_problem_of_both(three: dict[str,
     assert sorted(findings) == ["again", "case1"]
     (finding,) = findings["again"]
     assert (finding.kind, finding.severity) == ("same image", "problem")
-    assert finding.message == "t1, t1c, t2, flair holds the same voxels as in case case1"
+    assert finding.message == "t1, t1c, t2, flair has the same voxels as in case case1"
 
 
 def test_a_scan_that_was_scaled_anew_is_a_note_of_both(three: dict[str, Prints]) -> None:

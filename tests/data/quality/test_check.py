@@ -12,6 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.quality.check import CheckedCase, check
 
@@ -34,13 +35,13 @@ def write_case(root: Path, case: str, labels: tuple[int, ...] = (0, 1, 2, 4)) ->
 
 
 def checked(root: Path) -> dict[str, CheckedCase]:
-    return {case.case: case for case in check(root).cases}
+    return {case.case: case for case in check(DataSource(root)).cases}
 
 
 def test_a_clean_data_set_is_clean(tmp_path: Path) -> None:
     for case in ("Brats18_A_1", "Brats18_A_2", "Brats18_B_1"):
         write_case(tmp_path, case)
-    found = check(tmp_path)
+    found = check(DataSource(tmp_path))
     assert found.is_clean
     assert (len(found.cases), found.patients, found.convention, found.problems) == (3, 2, "brats2021", ())
 
@@ -60,15 +61,15 @@ def test_a_clean_case_is_described(tmp_path: Path) -> None:
 
 def test_a_data_set_without_label_maps_is_clean_and_without_convention(tmp_path: Path) -> None:
     (write_case(tmp_path, "a") / "a_seg.nii.gz").unlink()
-    assert check(tmp_path).is_clean
-    assert check(tmp_path).convention is None
+    assert check(DataSource(tmp_path)).is_clean
+    assert check(DataSource(tmp_path)).convention is None
     assert checked(tmp_path)["a"].labels is None
 
 
 def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     (write_case(tmp_path, "b") / "b_t2.nii.gz").unlink()
-    assert not check(tmp_path).is_clean
+    assert not check(DataSource(tmp_path)).is_clean
     assert {name: case.problems for name, case in checked(tmp_path).items()} == {
         "a": (),
         "b": ("contrast t2 is missing. Add its file, or leave the case out",),
@@ -117,7 +118,7 @@ def test_a_contrast_of_zeros_is_a_problem(tmp_path: Path) -> None:
 def test_a_label_map_of_fractions_is_a_problem(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_seg.nii.gz", [0, 0.5, 1, 2])
     (problem,) = checked(tmp_path)["a"].problems
-    assert "a label map holds whole numbers" in problem
+    assert "label values must be whole numbers" in problem
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,7 @@ def test_label_values_that_do_not_go_together_are_a_problem_of_the_whole_set(
 ) -> None:
     write_case(tmp_path, "a")
     write_case(tmp_path, "b", other)
-    found = check(tmp_path)
+    found = check(DataSource(tmp_path))
     assert (found.is_clean, found.convention, len(found.problems)) == (False, None, 1)
     with pytest.raises(DataError, match=words):
         raise DataError(found.problems[0])
@@ -160,7 +161,7 @@ def test_two_files_for_one_contrast_are_a_problem(tmp_path: Path) -> None:
 def test_cases_without_a_label_map_are_a_note_of_the_whole_set(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     (write_case(tmp_path, "b") / "b_seg.nii.gz").unlink()
-    found = check(tmp_path)
+    found = check(DataSource(tmp_path))
     assert found.is_clean
     assert [(finding.kind, finding.severity) for finding in found.findings] == [("no label map", "note")]
     assert found.findings[0].message == "1 of 2 have no label map: b"
@@ -176,8 +177,8 @@ def test_one_image_under_two_ids_is_a_problem_of_both_cases(tmp_path: Path) -> N
     for case in "ab":
         save(write_case(tmp_path, case) / f"{case}_t2.nii.gz", [0, 3, 7, 9])
     first, second = checked(tmp_path).values()
-    assert first.problems[0].startswith("t2 holds the same voxels as in case b. ")
-    assert second.problems[0].startswith("t2 holds the same voxels as in case a. ")
+    assert first.problems[0].startswith("t2 has the same voxels as in case b. ")
+    assert second.problems[0].startswith("t2 has the same voxels as in case a. ")
 
 
 def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: Path) -> None:
@@ -190,7 +191,7 @@ def test_a_contrast_stored_in_another_order_of_axes_is_the_same_image(tmp_path: 
 
 def test_findings_are_plain_data_with_what_to_do(tmp_path: Path) -> None:
     save(write_case(tmp_path, "a") / "a_t1ce.nii.gz", [0, 0, 0, 0])
-    assert check(tmp_path).to_json()["cases"][0]["findings"] == [
+    assert check(DataSource(tmp_path)).to_json()["cases"][0]["findings"] == [
         {
             "kind": "empty",
             "severity": "problem",
@@ -214,14 +215,14 @@ def test_every_case_is_announced_once(tmp_path: Path) -> None:
         write_case(tmp_path, case)
     (tmp_path / "b" / "b_t1.nii.gz").unlink()
     seen: list[str] = []
-    check(tmp_path, on_case=seen.append)
+    check(DataSource(tmp_path), on_case=seen.append)
     assert sorted(seen) == ["a", "b", "c"]
 
 
 def test_the_findings_are_plain_data(tmp_path: Path) -> None:
     write_case(tmp_path, "a")
     (write_case(tmp_path, "b") / "b_t1.nii.gz").write_bytes(b"no image")
-    found = check(tmp_path)
+    found = check(DataSource(tmp_path))
     plain = json.loads(json.dumps(found.to_json()))
     assert (plain["root"], plain["convention"], plain["patients"]) == (str(tmp_path), "brats2021", 2)
     assert plain["cases"][0]["shape"] == [8, 8, 7]
@@ -230,18 +231,18 @@ def test_the_findings_are_plain_data(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no case found"):
-        check(tmp_path)
+        check(DataSource(tmp_path))
 
 
 def test_a_case_id_that_is_no_file_name_is_a_problem(tmp_path: Path) -> None:
     write_case(tmp_path, "up..up")
-    assert "'up..up' cannot name the files" in checked(tmp_path)["up..up"].problems[0]
+    assert "'up..up' cannot be used in file names" in checked(tmp_path)["up..up"].problems[0]
 
 
 def test_visits_are_told_and_ids_that_only_look_like_them(tmp_path: Path) -> None:
     for case in ("P1_tp1", "P1_tp2", "P2_1", "P2_2"):
         write_case(tmp_path, case)
-    found = check(tmp_path)
+    found = check(DataSource(tmp_path))
     assert (found.patients, found.is_clean) == (3, True)
     notes = {finding.kind: finding.sentence for finding in found.findings}
     assert "P1 (P1_tp1, P1_tp2)" in notes["visits"]

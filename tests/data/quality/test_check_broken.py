@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.quality.check import CheckedDataSet, check
 
@@ -123,7 +124,7 @@ def look(damages: tuple[str, ...]) -> CheckedDataSet | str:
             for name, damage in zip(FILES, what, strict=True):
                 DAMAGES[damage](Path(folder) / case / f"{case}_{name}.nii.gz")
         try:
-            return check(Path(folder))
+            return check(DataSource(Path(folder)))
         except DataError as error:
             return str(error)
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource
 from data.labels import CONTRASTS, Contrast
 from data.nifti import Volume
 from data.phantoms import Phantom, make_phantom
-from data.quality.check import check_case
+from data.quality.check import check
 from data.quality.contrasts import Tissue, compare_tissue, judge_contrasts, most_likely
 from data.quality.digest import Digest, digest
 from data.quality.finding import Finding
@@ -129,5 +129,4 @@ def test_too_few_voxels_are_not_judged() -> None:
 
 
 def test_real_cases_raise_no_problem(real_cases: Path) -> None:
-    for case in find_cases(real_cases):
-        assert check_case(case).problems == ()
+    assert {case.problems for case in check(DataSource(real_cases)).cases} == {()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -83,5 +84,5 @@ def test_islands_are_the_components_of_one_voxel(mask: npt.NDArray[np.bool_]) ->
 
 @settings(derandomize=True, deadline=None)
 @given(hnp.arrays(np.uint8, st.tuples(*[st.integers(1, 5)] * 3), elements=st.integers(0, 4)), st.sampled_from("CF"))
-def test_the_values_are_those_that_occur(voxels: npt.NDArray[np.uint8], order: str) -> None:
+def test_the_values_are_those_that_occur(voxels: npt.NDArray[np.uint8], order: Any) -> None:
     assert of(np.asarray(voxels, order=order)).values == tuple(np.unique(voxels).tolist())

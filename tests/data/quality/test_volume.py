@@ -9,7 +9,7 @@ import numpy.typing as npt
 import pytest
 from scipy import ndimage
 
-from data.labels import CONTRASTS
+from data.labels import CONTRASTS, Contrast
 from data.nifti import Volume
 from data.phantoms import Phantom, make_phantom
 from data.preprocess import smallest_box, zscore_nonzero
@@ -33,7 +33,7 @@ def phantom() -> Phantom:
     return make_phantom(1, spacing_mm=3.0)
 
 
-def with_skull(phantom: Phantom, contrast: str, scalp_mm: float = 14.0) -> npt.NDArray[np.float32]:
+def with_skull(phantom: Phantom, contrast: Contrast, scalp_mm: float = 14.0) -> npt.NDArray[np.float32]:
     """The brain in a shell of fluid, dark bone and bright scalp."""
     voxels = phantom.images[contrast].astype(np.float32)
     away_mm = ndimage.distance_transform_edt(voxels == 0, sampling=3.0)
@@ -46,18 +46,18 @@ def with_skull(phantom: Phantom, contrast: str, scalp_mm: float = 14.0) -> npt.N
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_stripped_brain_raises_nothing(contrast: str, phantom: Phantom) -> None:
+def test_a_stripped_brain_raises_nothing(contrast: Contrast, phantom: Phantom) -> None:
     assert kinds(phantom.images[contrast], phantom.affine) == []
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_zscored_brain_raises_nothing_and_its_skull_is_found(contrast: str, phantom: Phantom) -> None:
+def test_a_zscored_brain_raises_nothing_and_its_skull_is_found(contrast: Contrast, phantom: Phantom) -> None:
     assert kinds(zscore_nonzero(phantom.images[contrast].astype(np.float32)), phantom.affine) == []
     assert "skull" in kinds(zscore_nonzero(with_skull(phantom, contrast)), phantom.affine)
 
 
 @pytest.mark.parametrize("contrast", CONTRASTS)
-def test_a_skull_over_a_background_of_0_is_found(contrast: str, phantom: Phantom) -> None:
+def test_a_skull_over_a_background_of_0_is_found(contrast: Contrast, phantom: Phantom) -> None:
     assert "skull" in kinds(with_skull(phantom, contrast), phantom.affine)
 
 

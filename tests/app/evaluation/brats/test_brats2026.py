@@ -25,6 +25,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesion_pairs import lesion_pair
 
 from app.errors import EXIT_MACHINE, EXIT_SOME_FAILED
 from app.evaluation.brats.brats2026 import (
@@ -37,13 +38,12 @@ from app.evaluation.brats.brats2026 import (
     rankable,
 )
 from app.evaluation.brats.brats_evaluate import COMMAND, TESTED, Installed, Runner, find_installed, processes_at_once
-from app.evaluation.brats.challenge import write_challenge_table
 from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.ranking.rank import rank
 from app.evaluation.ranking.scores import Scored, load
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.phantoms.pairs import lesion_pair
 
 ROOT = Path(__file__).parents[4]
 RECORDED = json.loads((ROOT / "tests" / "golden" / "brats2026_recorded.json").read_text(encoding="utf-8"))
@@ -132,7 +132,8 @@ def sides(tmp_path: Path) -> Write:
 
 def scored(task: str, folders: tuple[Path, Path], **more: Any) -> PackageEvaluation:
     labels = CONVENTION.get(task, "brats2024")
-    return evaluate_by_package(*folders, package_rules(task), labels=(labels, labels), **more)
+    predictions, references = (DataSource(folder, labels=labels) for folder in folders)
+    return evaluate_by_package(predictions, references, package_rules(task), **more)
 
 
 def same(ours: float, theirs: float | None) -> bool:
@@ -219,7 +220,7 @@ def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
     assert "configuration GoAT, brats-evaluation 0.0.10, panoptica 2.1.7" in shown.out
     assert "inf: no lesion matched; mean and median count 373" in shown.out
     assert "Research use only" in shown.out
-    assert "voxels are no cubes of 1 mm in 2 of the cases: case-00003, case-00007." in shown.err
+    assert "the voxels of 2 cases are not 1 mm cubes: case-00003, case-00007." in shown.err
 
 
 def test_means_leave_out_what_is_not_defined(stand_in: Put, sides: Write) -> None:
@@ -252,9 +253,9 @@ def test_the_command_ranks_folders(
 def test_tables_rank_as_their_folders_do(stand_in: Put, sides: Write, tmp_path: Path) -> None:
     stand_in()
     found = scored("GLI", sides("GLI"))
-    write_challenge_table(found, tmp_path / "a.csv")
+    found.write_table(tmp_path / "a.csv")
     (tmp_path / "b.json").write_text(json.dumps(found.to_json(), allow_nan=False))
-    tables = load([tmp_path / "a.csv", tmp_path / "b.json"], None, None)
+    tables = load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.json")], None, None)
     assert tables[0].scored_by == tables[1].scored_by == found.scored_by
     assert tables[0].cases == tables[1].cases
     both = (*tables, Scored(name="better", cases={c: dict.fromkeys(v, 1.0) for c, v in tables[0].cases.items()}))
@@ -267,16 +268,16 @@ def test_sets_of_other_versions_or_years_are_not_ranked_together(tmp_path: Path)
     (tmp_path / "b.csv").write_text(f"{by_package}x,0.5,2,1,1,1,brats2026 GLI (panoptica 2.2.0)\n")
     (tmp_path / "c.csv").write_text("case,WT_lesion_dice,WT_lesion_hd95_mm\nx,0.5,2\n")
     with pytest.raises(DataError, match=r"panoptica 2\.1\.7\); brats2026 GLI \(panoptica 2\.2\.0"):
-        rank(load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None))
-    with pytest.raises(DataError, match="Score all alike"):
-        rank(load([tmp_path / "a.csv", tmp_path / "c.csv"], None, None))
+        rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None))
+    with pytest.raises(DataError, match="Score all in the same way"):
+        rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "c.csv")], None, None))
 
 
 def test_numbers_that_are_not_finite_in_a_table_of_another_year_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("case,WT_dice,WT_hd95_mm\nx,0.5,inf\n")
     with pytest.raises(DataError, match="a score of inf"):
-        load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None)
+        load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None)
 
 
 UNDEFINED = dict.fromkeys(METRICS, math.nan) | {"tp": 0, "fp": 0, "fn": 0, "n_ref_instances": 0, "n_pred_instances": 0}
@@ -314,14 +315,14 @@ IF_EMPTY = "if not any(stored[1]):\n    "
 UNREADABLE = "wrote no summary of one case that can be read"
 WRONG = {
     "crash": ("sys.exit('Traceback\\nline\\nValueError: no')", "ended with 1: Traceback / line / ValueError: no. Run"),
-    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it said nothing"),
+    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it printed nothing"),
     "garbage": ("""write('{"metrics": [')""", f"{UNREADABLE} (JSONDecodeError)"),
     "bytes": ("write(bytes(range(256)))", UNREADABLE),
     "nothing": ("print('Error: no configuration') or sys.exit(0)", "(FileNotFoundError): Error: no configuration"),
     "skipped": ("""write('{"metrics": [], "missings": [1]}')""", f"{UNREADABLE} (ValueError)"),
     "another shape": ("""write('{"metrics": [[1]]}')""", f"{UNREADABLE} (TypeError)"),
     "refused": ("""write('{"metrics": [{"error": "Size\\\\nMismatch"}]}')""", "refused the case: Size Mismatch"),
-    "region": ("""write('{"metrics": [{"et": {}}]}')""", "told nothing of region WT"),
+    "region": ("""write('{"metrics": [{"et": {}}]}')""", "gave no scores of region WT"),
     "number": ("""write('{"metrics": [{"wt": {"sq_dsc": "high"}}]}')""", "gave 'high' for sq_dsc"),
 }
 
@@ -393,7 +394,7 @@ def test_a_command_whose_interpreter_is_gone_is_said_to_be_broken(stand_in: Put,
     command.write_text("#!/nowhere/bin/python\n")
     done = znormseg("evaluate", *sides("GLI"), "--rules", "brats2026", "--labels", "brats2024")
     assert done.code == EXIT_MACHINE
-    assert "cannot be started (No such file or directory). Is its environment still whole?" in done.err
+    assert "cannot be started (No such file or directory). Is its environment intact?" in done.err
 
 
 @pytest.mark.parametrize(
@@ -444,7 +445,9 @@ def test_other_numbers_and_voxel_orders_are_handed_over_in_those_of_the_referenc
     predictions, references = sides("GOAT")
     relabelled(references, [0, 1, 2, 4])  # BraTS 2021
     relabelled(predictions, [0, 2, 1, 3], order=-1)  # Decathlon
-    found = evaluate_by_package(predictions, references, package_rules("GOAT"), labels=("msd", "brats2021"))
+    found = evaluate_by_package(
+        DataSource(predictions, labels="msd"), DataSource(references, labels="brats2021"), package_rules("GOAT")
+    )
     assert not found.failures  # else the stand-in does not know the voxels
     assert len(found.cases) == 3
 
@@ -465,9 +468,9 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are no part of task GOAT"),
+        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are not part of task GOAT"),
         ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
-        ("PED", 4, "no part of task PED"),
+        ("PED", 4, "not part of task PED"),
     ],
 )
 def test_a_tissue_that_the_task_has_no_number_for_is_refused(
@@ -477,7 +480,9 @@ def test_a_tissue_that_the_task_has_no_number_for_is_refused(
     for side in ("p", "r"):
         save(tmp_path / side / "a.nii.gz", np.full((4, 4, 4), label, np.uint8), np.eye(4))
     with pytest.raises(DataError, match=said):
-        evaluate_by_package(tmp_path / "p", tmp_path / "r", package_rules(task), labels=("brats2024", None))
+        evaluate_by_package(
+            DataSource(tmp_path / "p", labels="brats2024"), DataSource(tmp_path / "r"), package_rules(task)
+        )
 
 
 def test_the_pair_on_the_page_has_the_numbers_of_each_year_that_the_page_gives(tmp_path: Path) -> None:
@@ -485,12 +490,12 @@ def test_the_pair_on_the_page_has_the_numbers_of_each_year_that_the_page_gives(t
     voxels[1, 5:25, 5:25, 5:25] = voxels[0, 6:26, 5:25, 5:25] = voxels[0, 165:170, 10:15, 10:15] = 3
     for side, one in zip(("p", "r"), voxels, strict=True):
         save(tmp_path / side / "a.nii.gz", one, np.diag([-1.0, -1.0, 1.0, 1.0]))
-    folders, labels = (tmp_path / "p", tmp_path / "r"), ("brats2023", "brats2023")
+    predictions, references = (DataSource(tmp_path / side, labels="brats2023") for side in ("p", "r"))
     for year, lesions in (("brats2023", 187.5), ("brats2024", 169)):
-        (case,) = evaluate_officially(*folders, rules_for(year, "GLI"), labels=labels).cases
+        (case,) = evaluate_officially(predictions, references, rules_for(year, "GLI")).cases
         assert (case.regions["ET"].hd95_mm, case.regions["ET"].lesion_hd95_mm) == (140, lesions)
     if shutil.which(COMMAND) is not None:
-        (found,) = evaluate_by_package(*folders, package_rules("GLI"), labels=labels).cases
+        (found,) = evaluate_by_package(predictions, references, package_rules("GLI")).cases
         assert (found.regions["ET"]["global_bin_hd95"], found.regions["ET"]["sq_hd95"]) == (1.0, 1.0)
 
 

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 import pytest
+from lesion_pairs import lesion_pair
 from scipy import ndimage
 
 from app.evaluation.brats import score
@@ -21,9 +22,9 @@ from app.evaluation.brats.evaluate import evaluate_officially
 from app.evaluation.brats.lesions import components, counted, dilated, joined_by, joined_components, touching
 from app.evaluation.brats.rules import rules_for
 from app.evaluation.brats.score import OfficialScores, border_dice, official_scores
+from data.datasets.source import DataSource
 from data.errors import DataError
 from data.labels import BRATS2024, BRATS2024_PED, CAVITY, decode_tissues
-from data.phantoms.pairs import lesion_pair
 
 FOLDER = Path(__file__).parents[3] / "golden"
 GOLDEN = json.loads((FOLDER / "official_scores.json").read_text(encoding="utf-8"))
@@ -97,7 +98,7 @@ def test_the_sensitivity_of_2024_counts_lesion_numbers() -> None:
 def test_more_background_changes_nothing_but_specificity() -> None:
     pair = [decode_tissues(side, BRATS2024) for side in lesion_pair(1003, labels=(1, 2, 3, 4))]
     rules = rules_for("brats2024", "GLI")
-    small, large = (official_scores(*sides, MM, rules) for sides in (pair, [np.pad(side, 9) for side in pair]))
+    small, large = (official_scores(one, other, MM, rules) for one, other in (pair, [np.pad(side, 9) for side in pair]))
     for region in small:
         kept = [{**vars(scores[region]), "specificity": 0} for scores in (small, large)]
         assert kept[0] == kept[1]
@@ -191,8 +192,10 @@ def sides(tmp_path: Path) -> tuple[Path, Path]:
 
 def test_numbers_are_read_by_convention_before_the_rules(sides: tuple[Path, Path]) -> None:
     rules = rules_for("brats2023", "GLI")
-    cases = evaluate_officially(*sides, rules, labels=("brats2023", None)).cases
-    expected = official_scores(*(decode_tissues(side, BRATS2024) for side in lesion_pair(5)), MM, rules)
+    predictions, references = DataSource(sides[0], labels="brats2023"), DataSource(sides[1])
+    cases = evaluate_officially(predictions, references, rules).cases
+    one, other = (decode_tissues(side, BRATS2024) for side in lesion_pair(5))
+    expected = official_scores(one, other, MM, rules)
     assert cases[0].regions == expected
 
 
@@ -216,9 +219,10 @@ def test_label_maps_of_several_tissues_are_none_of_men_rt(sides: tuple[Path, Pat
     image = nib.nifti1.Nifti1Image(np.ones((4, 4, 4), np.uint8), np.diag([-1.0, -1.0, 1.0, 1.0]))
     for side in sides:
         nib.loadsave.save(image, side / "BraTS2021_00002.nii.gz")
-    evaluation = evaluate_officially(*sides, rules_for("brats2024", "MEN-RT"))
+    predictions, references = map(DataSource, sides)
+    evaluation = evaluate_officially(predictions, references, rules_for("brats2024", "MEN-RT"))
     assert [case.case for case in evaluation.cases] == ["BraTS2021_00002"]
-    assert "MEN-RT hold 0 and 1" in evaluation.failures["BraTS2021_00001"]
+    assert "other than 0 and 1, the only ones of MEN-RT" in evaluation.failures["BraTS2021_00001"]
 
 
 def with_pixdim(sides: tuple[Path, Path], edge_mm: float, which: int) -> None:
@@ -243,7 +247,7 @@ def test_a_pixdim_that_is_not_the_affines_is_not_followed_and_warned_of(
     after = json.loads(done.out)
     assert after["cases"] == before["cases"]
     assert after["pixdim_not_followed_mm"] == {"BraTS2021_00001": [1.0, 1.0, 3.0]}
-    assert "BraTS2021_00001 pixdim is 1 x 1 x 3 mm. The affine is followed" in done.err
+    assert "BraTS2021_00001, pixdim is 1 x 1 x 3 mm. The affine is used" in done.err
 
 
 def test_a_pixdim_rounded_to_single_precision_is_no_other(
@@ -291,10 +295,10 @@ def test_the_fast_dilation_equals_scipys(seed: int, steps: int) -> None:
 
 
 def test_cropping_to_each_region_does_not_change_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair = lesion_pair(5, (40, 44, 36), (1, 2, 3))
-    cropped = official_scores(*pair, MM, rules_for("brats2023", "GLI"))
+    one, other = lesion_pair(5, (40, 44, 36), (1, 2, 3))
+    cropped = official_scores(one, other, MM, rules_for("brats2023", "GLI"))
     monkeypatch.setattr(score, "_cropped", lambda masks, margin: masks)
-    assert official_scores(*pair, MM, rules_for("brats2023", "GLI")) == cropped
+    assert official_scores(one, other, MM, rules_for("brats2023", "GLI")) == cropped
 
 
 def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg: Callable[..., Any]) -> None:
@@ -331,5 +335,5 @@ def test_the_terminal_says_that_the_penalty_is_the_diagonal(
 
 
 def test_the_rules_of_earlier_years_are_said_to_be_those_without_the_option() -> None:
-    with pytest.raises(DataError, match="up to 2022, are scored without --rules"):
+    with pytest.raises(DataError, match="Without --rules, whole regions are scored, as in the challenges up to 2022"):
         rules_for("brats2021", "GLI")

@@ -12,12 +12,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pytest
+from lesion_pairs import lesion_pair
 
 from app.evaluation.ranking.rank import permutation_p, rank, ranks
 from app.evaluation.ranking.scores import Scored, load
 from app.reports.ranking import render_ranking
+from data.datasets.source import DataSource
 from data.errors import DataError
-from data.phantoms.pairs import lesion_pair
 
 
 def scored(name: str, dice: list[float], hd95_mm: list[float] | None = None) -> Scored:
@@ -145,9 +146,9 @@ def test_tables_of_evaluate_rank_as_their_folders_do(
     (tmp_path / "best.json").write_text(
         znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8"
     )
-    direct = rank(load([folders["other"], folders["best"]], folders["refs"], None))
+    direct = rank(load([DataSource(folders["other"]), DataSource(folders["best"])], DataSource(folders["refs"]), None))
     for pair in (tables, [tables[0], tmp_path / "best.json"]):
-        read = rank(load(pair, None, None))
+        read = rank(load(list(map(DataSource, pair)), None, None))
         assert (read.values == direct.values).all()
         assert read.names == ("other", "best")
 
@@ -156,14 +157,14 @@ def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_pat
     for name in ("a", "b"):
         text = "case,WT_dice,WT_hd95_mm,WT_ece\nx,0.9,2,0.1\ny,0.8,3,\n"
         (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8-sig")
-    tables = load([tmp_path / "a.csv", tmp_path / "b.csv"], None, None)
+    tables = load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None)
     assert rank(tables).cases == ("x", "y")
     with pytest.raises(DataError, match="metric ece: is not in all of them"):
         rank(tables, ("ece",))
 
 
 def spoil(label_map: Path) -> None:
-    """Move a label map by 5 mm: it lies on another grid than its reference."""
+    """Move a label map by 5 mm: it is on a different grid than its reference."""
     image: Any = nib.loadsave.load(label_map)
     moved = image.affine.copy()
     moved[0, 3] += 5
@@ -191,7 +192,7 @@ def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], z
     spoil(folders["best"] / "BraTS-GLI-00002-000.nii.gz")
     table = folders["best"] / "best.json"
     table.write_text(znormseg("evaluate", folders["best"], folders["refs"], "--json").out, encoding="utf-8")
-    ranking = rank(load([table, folders["other"]], folders["refs"], None))
+    ranking = rank(load([DataSource(table), DataSource(folders["other"])], DataSource(folders["refs"]), None))
     assert (ranking.left_out, set(ranking.failures)) == (("BraTS-GLI-00002-000",), {"best"})
 
 
@@ -216,7 +217,7 @@ def json_tables(folder: Path, *told: dict[str, str]) -> list[Scored]:
         cases = [{"case": "x", "WT": {"dice": 1.0, "hd95_mm": 0.0, "nsd": 1.0}}]
         files.append(folder / f"{name}.json")
         files[-1].write_text(json.dumps({"cases": cases, **content}), encoding="utf-8")
-    return load(files, None, None)
+    return load(list(map(DataSource, files)), None, None)
 
 
 @pytest.mark.parametrize("other", [{}, {"rules": "brats2023", "task": "GLI"}, {"rules": "brats2024", "task": "PED"}])
@@ -248,9 +249,9 @@ def test_a_file_that_is_no_table_is_refused(tmp_path: Path, text: str) -> None:
     good.write_text("case,WT_dice\nx,1\n", encoding="utf-8")
     bad.write_text(text, encoding="utf-8")
     with pytest.raises(DataError, match=r"bad\.csv"):
-        load([good, bad], None, None)
+        load([DataSource(good), DataSource(bad)], None, None)
 
 
 def test_a_set_given_twice_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="given twice"):
-        load([tmp_path, tmp_path], None, None)
+        load([DataSource(tmp_path), DataSource(tmp_path)], None, None)

@@ -20,7 +20,8 @@ from app.experiments.comparison.split import fold_parts, read_parts
 from app.experiments.runs import differences
 from app.inference.backends.choose import choose_backend
 from app.system.device import RuntimeConfig
-from data.datasets.layouts import patient_of
+from data.datasets.patients import patient_of
+from data.datasets.source import DataSource
 from data.errors import DataError
 
 Call = Callable[..., Any]
@@ -52,7 +53,7 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     shared = [one for one in tiny_settings if not one.startswith(TAKEN)]
     told: list[str] = []
     outcome = compare(
-        phantoms,
+        DataSource(phantoms),
         out,
         plan(overrides=shared, seeds=1, steps=4, rates=["1e-3,1e-2"]),
         on_progress=lambda progress: told.append(f"{progress.share:.0%} {progress.detail} {progress.eta_seconds}"),
@@ -183,11 +184,11 @@ def test_seeds_count_up_from_the_first() -> None:
         ({"arms": ["clip", "magic"]}, "--arms: 'magic' is unknown; allowed are none, clip, "),
         ({"arms": []}, "--arms: empty"),
         ({"arms": ["clip"]}, "at least two"),
-        ({"arms": ["clip", "clip"]}, "--arms: clip stands there twice"),
+        ({"arms": ["clip", "clip"]}, "--arms: clip is given twice"),
         ({"optimizers": ["lion"]}, "--optimizers: 'lion' is unknown; allowed are adamw, sgd"),
         ({"rates": ["fast"]}, "--learning-rates fast: expected numbers above 0"),
         ({"rates": ["1e-3,-1"]}, "--learning-rates 1e-3,-1: expected numbers above 0"),
-        ({"rates": ["1e-3,0.001"]}, "a rate stands there twice"),
+        ({"rates": ["1e-3,0.001"]}, "a rate is given twice"),
         ({"rates": ["sgd=1e-2"]}, "'sgd' is not among the optimizers adamw"),
         ({"rates": ["1e6"]}, "--learning-rates: training.learning_rate: from 1e-09 to 100"),
         ({"seeds": 0}, "--seeds: from 1"),
@@ -229,7 +230,7 @@ def test_the_recorded_weights_are_those_of_the_seed(finished: Path) -> None:
     import torch
 
     from app.config.load import load_config
-    from app.experiments.comparison.run import _weights_sha256
+    from app.experiments.comparison.run import hash_of_weights
     from app.runs.checkpoints import Checkpoint, weight_tensors
     from app.system.device import choose_runtime
     from app.training.state import new_state
@@ -239,7 +240,7 @@ def test_the_recorded_weights_are_those_of_the_seed(finished: Path) -> None:
     torch.manual_seed(0)
     tensors = weight_tensors(new_state(config, choose_runtime(config.runtime)).network)
     fresh = Checkpoint(step=0, tensors=tensors, details={}, sha256="")
-    assert run["start"]["weights_sha256"] == _weights_sha256(fresh)
+    assert run["start"]["weights_sha256"] == hash_of_weights(fresh)
 
 
 def test_every_run_is_a_run_folder_with_the_same_split(finished: Path) -> None:
@@ -370,7 +371,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(
     assert process.returncode == 130
     assert "stopped by SIGINT after step " in said
     assert " in run 1 of 2; everything is saved" in said
-    assert "The same command goes on there." in said
+    assert "Run the same command again to resume." in said
     assert znormseg(*arguments).code == 0
     assert content(tmp_path / "out")["same_start"] is True
 
@@ -438,4 +439,4 @@ def test_a_comparison_that_has_not_ended_has_no_page(finished: Path, tmp_path: P
     next((tmp_path / "begun" / "results").iterdir()).unlink()
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
-    assert "the comparison has not ended" in ended.err
+    assert "the comparison is not finished" in ended.err

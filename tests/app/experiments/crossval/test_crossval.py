@@ -17,24 +17,25 @@ import numpy as np
 import pytest
 
 from app.errors import ConfigError, RunError
-from app.experiments.crossval.folds import begun
+from app.experiments.crossval.folds import read_folds
 from app.experiments.crossval.logits import no_counts
 from app.experiments.crossval.out_of_fold import (
     OutOfFoldPrediction,
     is_of,
-    read_answer,
     read_computed_by,
     read_counts,
-    write_answer,
+    read_prediction,
+    write_prediction,
 )
 from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
-from app.experiments.crossval.workers import fold_slots
+from app.experiments.crossval.workers import fold_devices
 from app.inference.backends.choose import choose_backend
 from app.inference.postprocess import Postprocess
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig
-from app.system.worker_process import environment_of
-from data.datasets.layouts import patient_of
+from app.system.worker_pool import worker_environment
+from data.datasets.patients import patient_of
+from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
 
@@ -53,7 +54,7 @@ def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.
     from app.reports.crossval import write_crossval_page
 
     out = tmp_path_factory.mktemp("crossval") / "out"
-    write_crossval_page(cross_validate(phantoms, out, load_config("laptop", tiny_settings), folds=2))
+    write_crossval_page(cross_validate(DataSource(phantoms), out, load_config("laptop", tiny_settings), folds=2))
     return out
 
 
@@ -91,7 +92,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("answers")
     files = {f"case{seed}": folder / f"case{seed}.npz" for seed in range(6)}
     for seed, path in enumerate(files.values()):
-        write_answer(path, answer(seed))
+        write_prediction(path, answer(seed))
     return files
 
 
@@ -113,7 +114,7 @@ def test_the_gain_is_that_of_the_steps(answers: dict[str, Path]) -> None:
 
 def test_a_rule_is_kept_only_where_it_gains_the_margin(answers: dict[str, Path]) -> None:
     for step in tune(Scores(answers), [0, 0, 1, 1, 2, 2]).steps:
-        assert step.gain == (step.best if step.best >= MARGIN else 0.0)
+        assert step.gain == (step.best_candidate_gain if step.best_candidate_gain >= MARGIN else 0.0)
 
 
 def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
@@ -127,7 +128,7 @@ def test_where_nothing_gains_nothing_is_chosen(tmp_path: Path) -> None:
         weights_sha256="",
     )
     for name in ("a", "b"):
-        write_answer(tmp_path / name, kept)
+        write_prediction(tmp_path / name, kept)
     tuning = tune(Scores({name: tmp_path / name for name in ("a", "b")}), [0, 1])
     assert tuning.chosen == Postprocess()
     assert (tuning.before, tuning.after, tuning.estimated_gain) == (1.0, 1.0, 0.0)
@@ -158,7 +159,7 @@ def test_dice_of_the_kept_part_is_dice_of_all(answers: dict[str, Path]) -> None:
 
 
 def test_answers_come_back_from_their_file(answers: dict[str, Path]) -> None:
-    one, other = answer(2), read_answer(answers["case2"])
+    one, other = answer(2), read_prediction(answers["case2"])
     assert np.array_equal(one.answers, other.answers)
     assert np.array_equal(one.reference, other.reference)
     assert np.array_equal(one.logit_counts, read_counts(answers["case2"]))
@@ -169,19 +170,19 @@ def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Pat
     cut = tmp_path / "cut.npz"
     cut.write_bytes(answers["case1"].read_bytes()[:-40])
     assert (is_of(answers["case1"], "1"), is_of(cut, "1"), is_of(answers["case1"], "2")) == (True, False, False)
-    with pytest.raises(RunError, match=r"cut.npz: missing or damaged .* Delete it, and it is predicted again"):
-        read_answer(cut)
+    with pytest.raises(RunError, match=r"cut.npz: missing or damaged .* Delete it to predict its case again"):
+        read_prediction(cut)
 
 
 # Where folds are worked on
 
 
 def test_without_devices_everything_is_done_in_this_process() -> None:
-    assert fold_slots(None, None, config_device="cpu") == (None,)
+    assert fold_devices(None, None, config_device="cpu") == (None,)
 
 
 def test_a_device_is_a_process_and_may_come_twice() -> None:
-    assert fold_slots("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
+    assert fold_devices("cuda:0, cuda:1,cuda:1", None, config_device="auto") == ("cuda:0", "cuda:1", "cuda:1")
 
 
 @pytest.mark.parametrize(
@@ -191,12 +192,12 @@ def test_a_device_is_a_process_and_may_come_twice() -> None:
         ("gpu0", None, "auto", "--devices takes cpu, cuda and cuda:N"),
         (",", None, "auto", "--devices takes"),
         (None, 0, "auto", "--jobs takes 1 to 64"),
-        ("cuda:0", None, "cuda:1", "so does runtime.device: cuda:1"),
+        ("cuda:0", None, "cuda:1", "cannot be combined with runtime.device: cuda:1"),
     ],
 )
 def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | None, config: str, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
-        fold_slots(devices, jobs, config_device=config)
+        fold_devices(devices, jobs, config_device=config)
 
 
 @pytest.mark.parametrize(
@@ -205,12 +206,12 @@ def test_devices_that_cannot_be_are_refused(devices: str | None, jobs: int | Non
 )
 def test_a_worker_sees_its_own_gpu_alone(device: str | None, visible: str | None, seen: str | None) -> None:
     given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    assert environment_of(device, 2, given=given).get("CUDA_VISIBLE_DEVICES") == seen
+    assert worker_environment(device, 2, given=given).get("CUDA_VISIBLE_DEVICES") == seen
 
 
 def test_a_gpu_that_is_hidden_is_refused() -> None:
     with pytest.raises(ConfigError, match="CUDA_VISIBLE_DEVICES leaves 1"):
-        environment_of("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
+        worker_environment("cuda:1", 2, given={"CUDA_VISIBLE_DEVICES": "3"})
 
 
 # What is written
@@ -219,10 +220,10 @@ def test_a_gpu_that_is_hidden_is_refused() -> None:
 def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patient(
     finished: Path, phantoms: Path
 ) -> None:
-    folds = begun(phantoms, finished)
+    folds = read_folds(finished, DataSource(phantoms))
     assert sorted(folds.fold_of()) == sorted(folds.cases)
     for case_id, fold in folds.fold_of().items():
-        assert read_answer(folds.answer_file(case_id)).weights_sha256 == weights_of(finished)[fold]
+        assert read_prediction(folds.prediction_file(case_id)).weights_sha256 == weights_of(finished)[fold]
         trained = {patient_of(other) for other in read(finished / f"fold-{fold}" / "split.json")["train"]}
         assert patient_of(case_id) not in trained
 
@@ -230,7 +231,7 @@ def test_each_case_is_predicted_by_the_network_that_has_not_trained_on_its_patie
 def test_the_table_has_every_case_without_and_with_rules(finished: Path, phantoms: Path) -> None:
     with (finished / "crossval.csv").open() as file:
         rows = list(csv.DictReader(file))
-    cases = sorted(begun(phantoms, finished).cases)
+    cases = sorted(read_folds(finished, DataSource(phantoms)).cases)
     assert sorted(row["case"] for row in rows if row["masks"] == "raw") == cases
     assert sorted(row["case"] for row in rows if row["masks"] == "tuned") == cases
     mean = np.mean(
@@ -244,7 +245,7 @@ def test_logits_are_counted_in_the_box_around_the_tumour(finished: Path, phantom
     from app.evaluation.reliability import box_around
 
     for file in sorted((finished / "out-of-fold").iterdir())[:2]:
-        kept = read_answer(file)
+        kept = read_prediction(file)
         box = box_around((kept.answers[0] >= 128) | (kept.reference != 0), kept.spacing_mm)
         assert box is not None
         # The kept box has all of the brain and may cut the box around the tumour, where there is nothing but 0.
@@ -308,12 +309,12 @@ def test_predictions_of_a_version_that_did_not_record_its_backend_stay_and_are_n
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     first, *others = sorted((out / "out-of-fold").iterdir())
-    write_answer(first, replace(read_answer(first), computed_by=None))
+    write_prediction(first, replace(read_prediction(first), computed_by=None))
     before = first.read_bytes()
     ended = znormseg("crossval", phantoms, out, *options)
     assert ended.code == 0
     assert first.read_bytes() == before
-    assert "not all computed alike" in ended.err
+    assert "computed by different backends" in ended.err
     assert "torch, by an earlier version: 1" in ended.err
     assert [one["count"] for one in read(out / "crossval.json")["out_of_fold"]] == [len(others), 1]
 
@@ -322,14 +323,14 @@ def test_predictions_of_a_version_that_did_not_record_its_backend_stay_and_are_n
 def test_an_answer_whose_backend_cannot_be_read_is_damaged(told: str, answers: dict[str, Path], tmp_path: Path) -> None:
     with np.load(answers["case1"]) as file:
         np.savez_compressed(tmp_path / "odd.npz", **{**file, "computed_by": np.array(told)})
-    for read_one in (read_answer, read_computed_by):
+    for read_one in (read_prediction, read_computed_by):
         with pytest.raises(RunError, match=r"odd.npz: missing or damaged .* Delete it"):
             read_one(tmp_path / "odd.npz")
 
 
 def test_the_ensemble_needs_nothing_else(finished: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     alone = shutil.copytree(finished / "ensemble", tmp_path / "moved")
-    case = sorted(begun(phantoms, finished).cases)[0]
+    case = sorted(read_folds(finished, DataSource(phantoms)).cases)[0]
     assert znormseg("predict", alone, phantoms / case, tmp_path / "out", "--device=cpu").code == 0
     told = read(tmp_path / "out" / f"{case}.json")
     assert [one["weights_sha256"] for one in told["ensemble"]] == weights_of(finished)
@@ -370,13 +371,13 @@ def test_a_lost_prediction_and_a_lost_fold_come_back_as_they_were(
 ) -> None:
     out = shutil.copytree(finished, tmp_path / "out")
     first = sorted((out / "out-of-fold").iterdir())[0]
-    kept = read_answer(first)
+    kept = read_prediction(first)
     first.unlink()
     shutil.rmtree(out / "fold-1")
     (out / "results" / "fold-1.json").unlink()
     shutil.rmtree(out / "ensemble")
     assert znormseg("crossval", phantoms, out, *options).code == 0
-    assert np.array_equal(read_answer(first).answers, kept.answers)
+    assert np.array_equal(read_prediction(first).answers, kept.answers)
     assert weights_of(out) == weights_of(finished)
     assert (out / "crossval.csv").read_text() == (finished / "crossval.csv").read_text()
 
@@ -421,11 +422,11 @@ def test_other_cases_are_refused(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     data = shutil.copytree(phantoms, tmp_path / "data")
-    gone = sorted(begun(phantoms, finished).cases)[0]
+    gone = sorted(read_folds(finished, DataSource(phantoms)).cases)[0]
     shutil.rmtree(data / gone)
     ended = znormseg("crossval", data, finished, *options)
     assert ended.code == 3
-    assert f"begun with other cases: 1 ({gone}) gone, 0 new" in ended.err
+    assert f"started with other cases: 1 ({gone}) gone, 0 new" in ended.err
 
 
 @pytest.mark.parametrize(("folds", "code", "told"), [(1, 4, "--folds takes 2 to 20"), (7, 3, "6 patients for 7 folds")])
@@ -459,7 +460,7 @@ def test_a_damaged_split_of_a_fold_is_refused_with_the_file(finished: Path, phan
     out = shutil.copytree(finished, tmp_path / "out")
     (out / "splits" / "fold-1.json").write_text('{"train": ["x"]}')
     with pytest.raises(RunError, match=r"fold-1\.json: damaged"):
-        begun(phantoms, out)
+        read_folds(out, DataSource(phantoms))
 
 
 def test_a_folder_that_holds_something_else_is_refused(
@@ -541,7 +542,11 @@ def test_a_signal_stops_the_other_processes_and_the_same_command_goes_on(
     for number in (signal.SIGTERM, signal.SIGKILL):
         process = znormseg_process(*command)
         done = [len(read_metrics(out / f"fold-{fold}")) for fold in range(2)]
-        wait_for(process, lambda done=done: all(len(read_metrics(out / f"fold-{f}")) > done[f] + 9 for f in range(2)))
+
+        def both_go_on(done: list[int] = done) -> bool:
+            return all(len(read_metrics(out / f"fold-{fold}")) > done[fold] + 9 for fold in range(2))
+
+        wait_for(process, both_go_on)
         children = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         _, said = process.communicate(timeout=120)
@@ -563,7 +568,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
     child.kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 7, said
-    assert "its process was ended by SIGKILL and did not say why" in said
+    assert "its process was ended by SIGKILL without reporting an error" in said
     assert not other.is_running()
 
 
@@ -583,4 +588,4 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
     shutil.copy(finished / "folds.json", tmp_path / "begun")
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
-    assert "the cross-validation has not ended" in ended.err
+    assert "the cross-validation is not finished" in ended.err

@@ -288,9 +288,9 @@ def test_openvino_is_told_which_contrasts_are_there_as_torch_is() -> None:
     network, image = a_network(CONFIGS["unet"], in_channels=8), an_image().relu()
     engine = OpenvinoEngine(trace(network, in_channels=8), arrays_of(network))
     runtime = choose_backend("openvino", RuntimeConfig(precision="float32"))
-    way = engine.first_way((16, 24, 16), runtime)
+    plan = engine.first_plan((16, 24, 16), runtime)
     given = (True, False, True, True)
-    found = engine.logits(image[0].numpy(), given, runtime, overlap=0.5, way=way)
+    found = engine.logits(image[0].numpy(), given, runtime, overlap=0.5, plan=plan)
     expected = GivenPresence(network, given)(image)[0].numpy()
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
@@ -306,7 +306,7 @@ def test_openvino_takes_as_many_threads_as_openmp_would(tiny_run: Path, monkeypa
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     runtime = choose_backend("openvino", RuntimeConfig())
     engine = load_model(tiny_run, runtime).engine
-    engine.warm_up(engine.first_way((16, 16, 16), runtime), runtime)
+    engine.warm_up(engine.first_plan((16, 16, 16), runtime), runtime)
     assert told["threads"] == 3
 
 
@@ -317,9 +317,9 @@ def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
     runtime = choose_backend("openvino", RuntimeConfig())
     engine = load_model(tiny_run, runtime).engine
     image = np.ones((4, 16, 16, 16), dtype=np.float32)
-    way = engine.first_way((16, 16, 16), runtime)
+    plan = engine.first_plan((16, 16, 16), runtime)
     shapes = [
-        engine.logits(image, None, runtime, overlap=0.5, way=replace(way, window=(side, side, side))).shape
+        engine.logits(image, None, runtime, overlap=0.5, plan=replace(plan, window=(side, side, side))).shape
         for side in (16, 8)
     ]
     assert shapes == [(3, 16, 16, 16)] * 2

@@ -71,7 +71,7 @@ def test_a_file_of_a_case_is_not_replaced(phantoms: Path, tmp_path: Path) -> Non
     (case,) = find_cases(folder)
     renamed = dataclasses.replace(case, id=case.contrasts["t1"].name.removesuffix(".nii.gz"))
     with pytest.raises(DataError, match="would replace its own file"):
-        Delivery(output=folder).make_place([renamed])
+        Delivery(output=folder).create_folder([renamed])
 
 
 def test_an_output_that_is_a_file_is_refused_before_anything_is_computed(

@@ -9,8 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,23 @@ import pytest
 
 from app.config.inference import DEFAULTS, PredictOptions
 from app.errors import DeviceError
-from app.inference.batch.job import Native, PredictJob, case_from_plain, case_to_plain, job_from_plain
+from app.inference.batch.job import CASE as CASE_JSON
+from app.inference.batch.job import PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
+from app.inference.batch.native import Native
 from app.inference.batch.pipeline import InThisProcess, Steps
 from app.inference.batch.process_pool import devices_of
+from app.schemas import json_schema
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
-from data.files import partial_prefix, remove_stale
+from data.files import file_sha256, partial_prefix, remove_stale
 from data.labels import CONVENTIONS
-from data.native_space.to_brats import BringInConfig
+from data.native_space.config import PrepareConfig
 
 Call = Callable[..., Any]
 
 CASE = "BraTS2021_00000"
-SCHEMA = json.loads(resources.files("app.schemas").joinpath("manifest.schema.json").read_text())
+SCHEMA = json_schema("manifest")
 
 
 @pytest.fixture
@@ -353,8 +355,8 @@ sys.addaudithook(deadly)
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--engine", "slurm"], "--engine takes local or ray"),
-        (["--workers", "2", "--devices", "auto"], "--devices goes without"),
+        (["--engine", "slurm"], "Invalid value for '--engine'"),
+        (["--workers", "2", "--devices", "auto"], "--devices cannot be combined with --workers"),
         (["--workers", "0"], "--workers takes 1 to 64"),
         (["--devices", "tpu"], "--devices takes auto, a number of GPUs"),
     ],
@@ -385,11 +387,11 @@ def test_a_job_and_its_cases_survive_the_way_through_json(cohort: Path) -> None:
         run=Path("run"),
         output=Path("out"),
         options=PredictOptions(labels=CONVENTIONS["brats2024-ped"], nan_to_zero=True),
-        native=Native(config=BringInConfig(n4=True), space="t2"),
+        native=Native(config=PrepareConfig(n4=True), space="t2"),
     )
     assert job_from_plain(json.loads(json.dumps(job.to_plain()))) == job
     for case in find_cases(cohort):
-        assert case_from_plain(json.loads(json.dumps(case_to_plain(case)))) == case
+        assert CASE_JSON.validate_python(json.loads(json.dumps(CASE_JSON.dump_python(case, mode="json")))) == case
 
 
 # Read ahead
@@ -412,38 +414,41 @@ class Noted:
 def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tuple[Noted, list[str]]]:
     """Work through cases a, b, c, d with steps of a test's own; returns what was told, and what was done in order."""
     from app.inference.batch import pipeline
-    from app.inference.batch.cohort import Prediction
+    from app.inference.batch.predict import PredictSteps
 
     happened: list[str] = []
 
-    def call(
-        *, compute: Callable[[str, list[str]], None], voxels: int = 1, options: PredictOptions = DEFAULTS
-    ) -> tuple[Noted, list[str]]:
-        def read(case: Case) -> str:
+    class StepsOfATest(Steps[str, str]):
+        def __init__(self, compute: Callable[[str, list[str]], None], options: PredictOptions) -> None:
+            self._compute = compute
+            none: Any = None
+            as_in_predict = PredictSteps(model=none, output=tmp_path, runtime=none, settings={}, options=options)
+            self._most_voxels_ahead = as_in_predict.most_voxels_ahead
+
+        @property
+        def most_voxels_ahead(self) -> int:
+            return self._most_voxels_ahead
+
+        def read(self, case: Case) -> str:
             happened.append(f"read {case.id}")
             if case.id == "b":
                 raise DataError("b is broken")
             return case.id
 
-        def computed(case: str, _: Any) -> str:
-            compute(case, happened)
-            happened.append(f"computed {case}")
-            return case
+        def compute(self, read: str, on_step: Any) -> str:
+            self._compute(read, happened)
+            happened.append(f"computed {read}")
+            return read
 
-        def write(case: str) -> Prediction:
-            (tmp_path / f"{case}.nii.gz").touch()
-            return Prediction(case=case, label_map=tmp_path / f"{case}.nii.gz", content={})
+        def write(self, computed: str) -> dict[str, Any]:
+            (tmp_path / f"{computed}.json").touch()
+            return {"case": computed}
 
+    def call(
+        *, compute: Callable[[str, list[str]], None], voxels: int = 1, options: PredictOptions = DEFAULTS
+    ) -> tuple[Noted, list[str]]:
         monkeypatch.setattr(pipeline, "voxel_count", lambda path: voxels)
-        monkeypatch.setattr(pipeline, "made_from", lambda case, settings: {})
-        engine = InThisProcess(
-            steps=Steps(
-                read=read, compute=computed, write=write, most_voxels_ahead=pipeline.most_voxels_ahead(options)
-            ),
-            output=tmp_path,
-            settings={},
-            worker=this_worker("cpu"),
-        )
+        engine = InThisProcess(steps=StepsOfATest(compute, options), worker=this_worker("cpu"))
         told = Noted()
         cases = [Case(id=name, folder=tmp_path, contrasts={"t1": tmp_path / name}) for name in "abcd"]
         engine.work(cases, told)
@@ -499,7 +504,7 @@ def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_o
 
     told, happened = through(compute=compute)
     messages = {outcome.case: outcome.message for outcome in told.outcomes}
-    assert "case c: memory is not enough to predict it" in (messages["c"] or "")
+    assert "case c: not enough memory for it" in (messages["c"] or "")
     assert messages["a"] is messages["d"] is None
     assert happened[-1] == "computed d"
 
@@ -512,29 +517,16 @@ def test_what_is_computed_before_the_end_is_written(error: type[BaseException], 
 
     with pytest.raises(error):
         through(compute=compute)
-    assert json.loads((tmp_path / "a.json").read_text())["made_from"]["files_sha256"].keys() == {"a.nii.gz"}
+    assert (tmp_path / "a.json").exists()
     assert not (tmp_path / "c.json").exists()
 
 
 # The manifest
 
 
-def every_property(schema: Any) -> Iterator[Any]:
-    if isinstance(schema, dict):
-        yield from schema.get("properties", {}).values()
-        for key, value in schema.items():
-            if key not in ("if", "then"):
-                yield from every_property(value)
-    elif isinstance(schema, list):
-        for value in schema:
-            yield from every_property(value)
-
-
-def test_the_schema_is_one_and_describes_every_property() -> None:
-    jsonschema.Draft202012Validator.check_schema(SCHEMA)
-    described = {key: value for key, value in SCHEMA.items() if key != "allOf"}
-    del described["properties"]["cases"]["items"]["allOf"]
-    assert [one for one in every_property(described) if "description" not in one] == []
+def test_the_json_of_a_case_has_the_hash_of_each_file_that_was_written(done: Path) -> None:
+    content = json.loads((done / "out" / f"{CASE}.json").read_text())
+    assert content["made_from"]["files_sha256"] == {f"{CASE}.nii.gz": file_sha256(done / "out" / f"{CASE}.nii.gz")}
 
 
 def test_a_failed_case_stands_in_the_manifest_with_its_message(tiny_run: Path, done: Path) -> None:
@@ -550,17 +542,17 @@ def test_an_interrupted_command_writes_the_manifest_of_what_is_done(
     tiny_run: Path, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from app.errors import InterruptedRunError
-    from app.inference.batch import predict as module
+    from app.inference.batch.predict import PredictSteps
 
-    computed = module.compute_case
+    compute = PredictSteps.compute
 
-    def interrupted(model: Any, prepared: Any, runtime: Any) -> Any:
-        if prepared.case.id != CASE:
+    def interrupted(steps: Any, read: Any, on_step: Any) -> Any:
+        if read.case.id != CASE:
             raise KeyboardInterrupt
-        return computed(model, prepared, runtime)
+        return compute(steps, read, on_step)
 
-    monkeypatch.setattr(module, "compute_case", interrupted)
-    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* The same command goes on"):
+    monkeypatch.setattr(PredictSteps, "compute", interrupted)
+    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* The same command continues"):
         predict_all(tiny_run, done, overwrite=True)
     assert statuses(done / "out") == {"0": "done", "1": "left", "2": "left"}
 
@@ -579,7 +571,7 @@ def test_a_case_whose_json_would_be_the_manifest_is_refused(
         shutil.copy(path, tmp_path / "in" / path.name.replace(CASE, "manifest"))
     ended = znormseg("predict", tiny_run, tmp_path / "in", tmp_path / "out")
     assert ended.code == 3
-    assert "manifest.json is the cohort's. Rename the case" in ended.err
+    assert "would overwrite manifest.json of the cohort. Rename the case" in ended.err
 
 
 # Ray

@@ -20,9 +20,9 @@ from app.errors import is_out_of_memory
 from app.inference.backends.choose import choose_backend
 from app.inference.backends.executors import OpenvinoEngine, TorchEngine, needed_bytes
 from app.inference.model import Model, Predictor, load_model
-from app.inference.probabilities import ladder_for, predict_answer
+from app.inference.probabilities import fallback_for, predict_answer
 from app.inference.sliding_window.grid import rounded_up, smaller
-from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, next_way
+from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, next_plan
 from app.inference.sliding_window.numpy_blend import resized, stitched_logits
 from app.inference.sliding_window.torch_blend import sliding_logits
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
@@ -42,25 +42,25 @@ class MockOfMemory:
     def __init__(self, enough: Callable[[ComputePlan], bool], error: Exception) -> None:
         self.enough, self.error, self.tried = enough, error, 0
 
-    def __call__(self, way: ComputePlan) -> ComputePlan:
+    def __call__(self, plan: ComputePlan) -> ComputePlan:
         self.tried += 1
-        if not self.enough(way):
+        if not self.enough(plan):
             raise self.error
-        return way
+        return plan
 
 
-def down(mock: MockOfMemory, ladder: MemoryFallback | None = None) -> ComputePlan:
-    return (ladder or MemoryFallback()).run(mock, FIRST, divisor=16, needed_bytes=lambda _: 0)
+def down(mock: MockOfMemory, fallback: MemoryFallback | None = None) -> ComputePlan:
+    return (fallback or MemoryFallback()).run(mock, FIRST, divisor=16, needed_bytes=lambda _: 0)
 
 
 @pytest.mark.parametrize(
     ("enough", "expected"),
     [
-        (lambda way: way.batch == 1, ComputePlan(window=(64, 64, 64), device="cuda:0", stitch_on="cuda:0")),
-        (lambda way: way.stitch_on == "cpu", ComputePlan(window=(64, 64, 64), device="cuda:0")),
-        (lambda way: way.window[0] < 64, ComputePlan(window=(32, 64, 64), device="cuda:0")),
-        (lambda way: way.device == "cpu", ComputePlan(window=(64, 64, 64))),
-        (lambda way: way.device == "cpu" and max(way.window) < 64, ComputePlan(window=(32, 32, 32))),
+        (lambda plan: plan.batch == 1, ComputePlan(window=(64, 64, 64), device="cuda:0", stitch_on="cuda:0")),
+        (lambda plan: plan.stitch_on == "cpu", ComputePlan(window=(64, 64, 64), device="cuda:0")),
+        (lambda plan: plan.window[0] < 64, ComputePlan(window=(32, 64, 64), device="cuda:0")),
+        (lambda plan: plan.device == "cpu", ComputePlan(window=(64, 64, 64))),
+        (lambda plan: plan.device == "cpu" and max(plan.window) < 64, ComputePlan(window=(32, 32, 32))),
     ],
     ids=["fewer at once", "stitched on the CPU", "smaller windows", "on the CPU", "smaller windows on the CPU"],
 )
@@ -69,25 +69,25 @@ def test_each_rung_of_the_ladder_ends_in_a_result(enough: Callable[[ComputePlan]
 
 
 def test_every_step_down_is_told_in_a_sentence() -> None:
-    ladder = MemoryFallback()
-    down(MockOfMemory(lambda way: way.stitch_on == "cpu", torch.OutOfMemoryError("CUDA out of memory")), ladder)
-    assert len(ladder.said) == 2
-    assert ladder.said[0] == (
+    fallback = MemoryFallback()
+    down(MockOfMemory(lambda plan: plan.stitch_on == "cpu", torch.OutOfMemoryError("CUDA out of memory")), fallback)
+    assert len(fallback.sentences) == 2
+    assert fallback.sentences[0] == (
         "out of memory with windows of 64x64x64 voxels, 2 at once, on cuda:0 (CUDA out of memory); "
         "went on with windows of 64x64x64 voxels, 1 at once, on cuda:0"
     )
 
 
 def test_what_worked_is_where_the_next_network_of_a_case_begins() -> None:
-    ladder, mock = MemoryFallback(), MockOfMemory(lambda way: way.device == "cpu", MemoryError())
-    down(mock, ladder)
+    fallback, mock = MemoryFallback(), MockOfMemory(lambda plan: plan.device == "cpu", MemoryError())
+    down(mock, fallback)
     tried = mock.tried
-    down(mock, ladder)
+    down(mock, fallback)
     assert mock.tried == tried + 1
 
 
 def test_where_no_step_is_left_the_case_is_refused() -> None:
-    with pytest.raises(DataError, match="memory is not enough, not even for windows of 32x32x32"):
+    with pytest.raises(DataError, match="not enough memory, not even for windows of 32x32x32"):
         down(MockOfMemory(lambda _: False, MemoryError()))
 
 
@@ -112,26 +112,26 @@ def test_another_fault_is_not_taken_for_want_of_memory() -> None:
 
 
 def test_the_plan_halves_logits_before_it_takes_smaller_windows() -> None:
-    ladder = MemoryFallback(1000 * GB)
-    found = ladder.run(
-        lambda way: way,
+    fallback = MemoryFallback(1000 * GB)
+    found = fallback.run(
+        lambda plan: plan,
         ComputePlan(window=(64, 64, 64)),
         divisor=16,
-        needed_bytes=lambda way: 500 * GB if way.half else 2000 * GB,
+        needed_bytes=lambda plan: 500 * GB if plan.half else 2000 * GB,
     )
     assert found == ComputePlan(window=(64, 64, 64), half=True)
-    assert ladder.said[0].startswith("planned for --max-memory-gb 1000")
+    assert fallback.sentences[0].startswith("planned for --max-memory-gb 1000")
 
 
 def test_a_bound_with_room_changes_nothing() -> None:
-    ladder = MemoryFallback(1000 * GB)
-    assert ladder.run(lambda way: way, FIRST, divisor=16, needed_bytes=lambda _: GB) == FIRST
-    assert ladder.said == []
+    fallback = MemoryFallback(1000 * GB)
+    assert fallback.run(lambda plan: plan, FIRST, divisor=16, needed_bytes=lambda _: GB) == FIRST
+    assert fallback.sentences == []
 
 
 def test_a_bound_that_nothing_fits_is_an_error_that_names_it() -> None:
     with pytest.raises(DataError, match=r"--max-memory-gb 1 is too little"):
-        MemoryFallback(GB).run(lambda way: way, FIRST, divisor=16, needed_bytes=lambda _: 2 * GB)
+        MemoryFallback(GB).run(lambda plan: plan, FIRST, divisor=16, needed_bytes=lambda _: 2 * GB)
 
 
 def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
@@ -141,7 +141,7 @@ def test_windows_get_smaller_down_to_twice_the_divisor_and_no_further() -> None:
         seen.append(window)
         window = smaller(window, 16)
     assert seen == [(48, 64, 48), (48, 32, 48), (32, 32, 48), (32, 32, 32)]
-    assert next_way(ComputePlan(window=(32, 32, 32)), FIRST, 16) is None
+    assert next_plan(ComputePlan(window=(32, 32, 32)), FIRST, 16) is None
 
 
 def test_a_window_around_the_brain_is_the_smallest_that_the_network_takes() -> None:
@@ -207,10 +207,10 @@ def test_a_case_that_goes_from_the_gpu_to_the_cpu_keeps_the_precision_that_was_a
     monkeypatch.delenv("ONEDNN_MAX_CPU_ISA", raising=False)
     monkeypatch.setattr("app.system.device.cpu_flags", lambda: {"amx_bf16"})
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    engine, image, way = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), ComputePlan(window=(16, 16, 16))
-    expected = engine.logits(image, None, runtime, overlap=0.5, way=way)
+    engine, image, plan = load_model(tiny_run, runtime).engine, an_image(20, 16, 16), ComputePlan(window=(16, 16, 16))
+    expected = engine.logits(image, None, runtime, overlap=0.5, plan=plan)
     gpu = replace(runtime, device_name="cuda:0")
-    assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, way=way), expected)
+    assert np.array_equal(engine.logits(image, None, gpu, overlap=0.5, plan=plan), expected)
 
 
 def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,7 +218,7 @@ def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, mon
     engine, made, zeros = load_model(tiny_run, runtime).engine, [], torch.zeros
     monkeypatch.setattr(torch, "zeros", lambda *a, **more: made.append(zeros(*a, **more)) or made[-1])
     answer = engine.logits(
-        an_image(40, 36, 20), None, runtime, overlap=0.5, way=ComputePlan(window=(16, 16, 16), half=True)
+        an_image(40, 36, 20), None, runtime, overlap=0.5, plan=ComputePlan(window=(16, 16, 16), half=True)
     )
     assert answer.dtype == np.float16
     assert {tensor.dtype for tensor in made} == {torch.float16}
@@ -226,8 +226,8 @@ def test_torch_too_blends_in_float16_where_logits_are_halved(tiny_run: Path, mon
 
 def test_an_image_that_must_be_padded_counts_twice(tiny_run: Path) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    engine, way = load_model(tiny_run, runtime).engine, ComputePlan(window=(16, 16, 16))
-    padded, whole = (needed_bytes(engine, way, runtime, shape, (16, 16, 16)) for shape in ((15, 16, 16), (16, 16, 16)))
+    engine, plan = load_model(tiny_run, runtime).engine, ComputePlan(window=(16, 16, 16))
+    padded, whole = (needed_bytes(engine, plan, runtime, shape, (16, 16, 16)) for shape in ((15, 16, 16), (16, 16, 16)))
     assert padded - whole == 4 * 16**3 * 4
 
 
@@ -244,7 +244,7 @@ def test_logits_are_resized_as_torch_does_it(shape: tuple[int, int, int]) -> Non
 def test_memory_that_runs_out_in_predict_stands_in_the_json(
     *,
     backend: str,
-    engine: type,
+    engine: Any,
     tiny_run: Path,
     phantoms: Path,
     tmp_path: Path,
@@ -257,10 +257,10 @@ def test_memory_that_runs_out_in_predict_stands_in_the_json(
         request.getfixturevalue("openvino_computes")
     real = engine.logits
 
-    def mock_of_memory(self: Any, *arguments: Any, way: ComputePlan, **more: Any) -> Any:
-        if max(way.window) > 8:
+    def mock_of_memory(self: Any, *arguments: Any, plan: ComputePlan, **more: Any) -> Any:
+        if max(plan.window) > 8:
             raise RuntimeError("mock: not enough memory")
-        return real(self, *arguments, way=way, **more)
+        return real(self, *arguments, plan=plan, **more)
 
     monkeypatch.setattr(engine, "logits", mock_of_memory)
     runtime = choose_backend(backend, RuntimeConfig(device="cpu"))
@@ -298,18 +298,18 @@ def compiled(monkeypatch: pytest.MonkeyPatch, openvino_computes: None) -> Any:
 
 
 def said_of(model: Predictor, prepared: Prepared, **options: Any) -> list[str]:
-    """What the ladder of a case says."""
+    """What the fallback of a case says."""
     asked = PredictOptions(**options)
-    ladder = ladder_for(asked)
-    predict_answer(model, prepared, OPENVINO, options=asked, ladder=ladder)
-    return ladder.said
+    fallback = fallback_for(asked)
+    predict_answer(model, prepared, OPENVINO, options=asked, fallback=fallback)
+    return fallback.sentences
 
 
 def room_for(model: Model, prepared: Prepared, **more: bool) -> float:
     """GB that are just enough for the base and what a case needs."""
     x, y, z = prepared.image.shape[1:]
-    way = model.engine.first_way(model.window, OPENVINO)
-    return (BASE + needed_bytes(model.engine, way, OPENVINO, (x, y, z), prepared.box_shape, **more)) / GB
+    plan = model.engine.first_plan(model.window, OPENVINO)
+    return (BASE + needed_bytes(model.engine, plan, OPENVINO, (x, y, z), prepared.box_shape, **more)) / GB
 
 
 @pytest.fixture
@@ -369,9 +369,9 @@ def test_what_an_option_holds_is_planned_for(
 
 
 def test_several_answers_need_their_mean_beside_the_next(model: Model) -> None:
-    way, shape = model.engine.first_way((32, 32, 32), OPENVINO), (32, 32, 32)
+    plan, shape = model.engine.first_plan((32, 32, 32), OPENVINO), (32, 32, 32)
     one, some, uncertain = (
-        needed_bytes(model.engine, way, OPENVINO, shape, shape, several=several, uncertainty=uncertainty)
+        needed_bytes(model.engine, plan, OPENVINO, shape, shape, several=several, uncertainty=uncertainty)
         for several, uncertainty in ((False, False), (True, False), (True, True))
     )
     assert (some - one, uncertain - some) == (3 * 32**3 * 4,) * 2

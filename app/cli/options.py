@@ -1,0 +1,142 @@
+"""Options that several commands share, and checks of options."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
+
+import typer
+
+if TYPE_CHECKING:
+    from app.evaluation.brats.challenge import ChallengeRules
+    from app.system.device import RuntimeConfig
+    from data.labels import Contrast
+
+T = TypeVar("T")
+
+
+def panel(heading: str) -> partial[Any]:
+    """Return ``typer.Option`` for options under a heading of the help."""
+    return partial(typer.Option, rich_help_panel=heading)
+
+
+def complete_config(incomplete: str) -> list[str]:
+    """Complete the name of a config; lists the folder, because importing app.config.load takes seconds."""
+    names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
+    return sorted(name for name in names if name.startswith(incomplete))
+
+
+_input, _config, _scores, _output = map(panel, ("Input", "Config", "Scores", "Output"))
+_LABELS = (
+    "Label convention, if the data set does not determine it: brats2021, brats2023, brats2024, brats2024-ped, "
+    "brats2015 or msd."
+)
+
+Data = Annotated[
+    Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
+]
+Image = Annotated[Path | None, _input(help="Image of this contrast, instead of a case folder.")]
+T1c = Annotated[Path | None, _input("--t1c", "--t1ce", help="Image of this contrast, instead of a case folder.")]
+Labels = Annotated[str | None, _input(metavar="NAME", help=_LABELS)]
+LabelsOfTwo = Annotated[
+    str | None, _input(metavar="NAME[,NAME]", help=f"{_LABELS} Give two for predictions and references.")
+]
+FollowLinks = Annotated[
+    bool, _input("--follow-links", help="Accept symbolic links that point outside the given folders.")
+]
+NanToZero = Annotated[
+    bool, _input("--nan-to-zero", help="Replace NaN and infinite voxels with 0 instead of rejecting the case.")
+]
+Config = Annotated[
+    str | None,
+    _config(
+        "--config",
+        "-c",
+        help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file.",
+        autocompletion=complete_config,
+    ),
+]
+Overrides = Annotated[
+    list[str] | None,
+    _config("--set", metavar="SECTION.KEY=VALUE", help="Override one key of the config; may be repeated."),
+]
+Rules = Annotated[
+    str | None,
+    _scores(
+        metavar="YEAR",
+        help="Score lesion by lesion, as in a challenge: brats2023, brats2024 or brats2026 (runs brats-evaluate).",
+    ),
+]
+Task = Annotated[
+    str | None,
+    _scores(
+        help="With --rules: GLI (default), PED, SSA, MEN, MET, MEN-RT; brats2026 has MEN-PRE and GOAT instead of SSA "
+        "and MEN."
+    ),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.", rich_help_panel="Hardware")]
+
+
+def _place(path: Path | None) -> Path | None:
+    if path is not None:
+        from app.evaluation.tables import require_table_place
+
+        require_table_place(path)
+    return path
+
+
+Table = Annotated[Path | None, _output("--out", "-o", help="Write the table to a CSV file.", callback=_place)]
+Page = Annotated[
+    Path | None, _output(help="Write an HTML page with plots by case and the worst cases.", callback=_place)
+]
+
+
+def refuse(wrong: object, message: str) -> None:
+    """Refuse the command line if ``wrong`` is true.
+
+    Raises:
+        typer.BadParameter: with the message.
+    """
+    if wrong:
+        raise typer.BadParameter(message)
+
+
+def given(**by_contrast: T | None) -> dict[Contrast, T]:
+    """Return those options that were given, by the contrast that names each."""
+    return {cast("Contrast", name): value for name, value in by_contrast.items() if value is not None}
+
+
+def conventions(labels: str | None) -> tuple[str | None, str | None]:
+    """Parse ``--labels NAME[,NAME]`` for two data sets; a single name applies to both.
+
+    Example:
+        >>> conventions("msd"), conventions("msd,brats2023"), conventions(None)
+        (('msd', 'msd'), ('msd', 'brats2023'), (None, None))
+    """
+    first, comma, second = (labels or "").partition(",")
+    return first or None, (second if comma else first) or None
+
+
+def challenge(rules: str | None, task: str | None) -> ChallengeRules | None:
+    """Return the rules of a challenge, for ``--rules`` and ``--task``."""
+    refuse(task is not None and rules is None, "--task requires --rules")
+    from app.evaluation.brats.challenge import challenge_rules
+
+    return None if rules is None else challenge_rules(rules, task or "GLI")
+
+
+def runtime_config(device: str) -> RuntimeConfig:
+    """Return the settings of the machine with ``--device``.
+
+    Raises:
+        ConfigError: there is no device of this name.
+    """
+    from app.errors import ConfigError
+    from app.system.device import RuntimeConfig
+
+    try:
+        return RuntimeConfig(device=device)
+    except ValueError as error:
+        raise ConfigError(f"--device: {error}") from error

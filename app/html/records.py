@@ -1,0 +1,35 @@
+"""Values in JSON records, which may be missing or damaged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+
+Records = Sequence[Mapping[str, Any]]
+
+_LARGEST: Final = 1e30  # larger values would overflow in the arithmetic of charts
+
+
+def mapping(value: object) -> Mapping[str, Any]:
+    """Return a JSON object, or an empty mapping for anything else."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def number_or_none(value: object) -> float | None:
+    """Return a JSON number as a float, or None for anything else."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def number_or_nan(value: object) -> float:
+    """Return a JSON number as a float; NaN for anything else, and for numbers that are too large to draw."""
+    number = number_or_none(value)
+    return number if number is not None and abs(number) < _LARGEST else math.nan
+
+
+def column(records: Records, key: str) -> npt.NDArray[np.float64]:
+    """Return one value per record, as :func:`number_or_nan`."""
+    return np.array([number_or_nan(record.get(key)) for record in records], dtype=np.float64)

@@ -1,1 +1,0 @@
-"""JSON Schemas (draft 2020-12) of what commands write."""

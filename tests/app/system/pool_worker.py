@@ -1,0 +1,37 @@
+"""A worker for test_worker_pool.py: does what its job and its tasks say."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from app.errors import RunError
+from app.progress import LOG
+from app.system.worker_pool import Send, TaskQueue, be_worker
+from data.errors import DataError
+
+
+def work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
+    if job["first"] == "refuse":
+        raise DataError("no such run")
+    send({"ready": "cpu"})
+    for task, content in iter(tasks.get, None):
+        if content == "die" or (content == "die once" and not Path(job["mark"]).exists()):
+            Path(job["mark"]).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if content == "fail":
+            raise RunError("no weights")
+        if content == "warn":
+            LOG.warning("careful")
+        if content == "wait":
+            time.sleep(60)
+        send({"task": task, "progress": "half"})
+        send({"task": task, "done": os.getpid()})
+
+
+if __name__ == "__main__":
+    sys.exit(be_worker(work))
