@@ -126,6 +126,13 @@ def is_installed(name: str) -> bool:
     return folder_of(name).is_dir()
 
 
+def is_published(path: Path, file: PublishedFile) -> bool:
+    """Whether a file exists and has the known hash."""
+    import pooch
+
+    return path.is_file() and bool(pooch.hashes.hash_matches(path, file.hash))
+
+
 def download(
     model: PublishedModel,
     install: Callable[[Path, Path], None],
@@ -217,8 +224,6 @@ def _fetch(model: PublishedModel, file: PublishedFile, folder: Path, on_progress
 
 def _copy(model: PublishedModel, file: PublishedFile, source: Path, folder: Path) -> None:
     """Copy one file from what the user has downloaded, if its hash is the known one."""
-    import pooch
-
     path = source / file.name if source.is_dir() else source
     if not source.is_dir() and len(model.files) > 1:
         names = " and ".join(one.name for one in model.files)
@@ -226,7 +231,7 @@ def _copy(model: PublishedModel, file: PublishedFile, source: Path, folder: Path
     if not path.is_file():
         raise RunError(f"--from {source}: {path} does not exist; it is published at {file.url}")
     shutil.copyfile(path, folder / file.name)
-    if not pooch.hashes.hash_matches(folder / file.name, file.hash):
+    if not is_published(folder / file.name, file):
         raise RunError(f"--from {source}: {path} is not the published file (its {file.hash.partition(':')[0]} differs)")
 
 

@@ -7,17 +7,15 @@ It is computed over the box around the head only; what computes it is passed in,
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
+import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 from scipy import ndimage
 
 from data.errors import DataError
-from data.native_space.itk import ImageGrid, grid_of, resampled, voxels_of
-
-if TYPE_CHECKING:
-    import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
+from data.native_space.itk import ImageGrid, grid_of, resampled, to_itk, voxels_of
 
 #: Marks the brain in a box of the network's frame: (values in 0..1, number of voxels of the whole frame) to a mask.
 Network = Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.bool_]]
@@ -32,8 +30,8 @@ _HEAD: Final = 0.1
 _MARGIN: Final = 8
 
 
-def brain_voxels(image: sitk.Image, network: Network, *, name: str) -> npt.NDArray[np.bool_]:
-    """Mark the brain in an image: the largest connected part of the network's mask, without holes.
+def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Image:
+    """Mark the brain in an image: the largest connected part of the network's mask, with its holes filled.
 
     Args:
         image: one contrast of a head, float32, on any grid.
@@ -41,19 +39,37 @@ def brain_voxels(image: sitk.Image, network: Network, *, name: str) -> npt.NDArr
         name: name of case and contrast, for messages.
 
     Returns:
-        shape (X, Y, Z) of the image.
+        uint8, 1 in the brain, on the grid of ``image``.
 
     Raises:
         DataError: the network marks nothing.
     """
     frame = network_frame(image)
-    values = scaled(voxels_of(resampled(image, frame)))
+    values = scaled_intensities(voxels_of(resampled(image, frame)))
     box = head_box(values)
     mask = np.zeros(values.shape, dtype=bool)
     mask[box] = network(np.ascontiguousarray(values[box]), values.size)
     if not mask.any():
-        raise DataError(f"case {name}: MindGrab found no brain. Look at the image, or use another --mask.")
-    return _on_grid(largest_part(mask), frame, image)
+        raise DataError(f"case {name}: MindGrab found no brain. Check the image, or choose another --mask.")
+    marked = to_itk(largest_part(mask).astype(np.float32), frame.affine)
+    found: sitk.Image = resampled(marked, grid_of(image)) >= 0.5
+    return found
+
+
+def mask_agreement(image: sitk.Image, mask: sitk.Image, network: Network) -> float:
+    """Dice of a given mask and the network's mask of another contrast, computed near the given mask only.
+
+    Args:
+        image: another contrast of the same head.
+        mask: uint8, on the same grid.
+        network: as in :func:`mindgrab_mask`.
+    """
+    frame = network_frame(image)
+    values = scaled_intensities(voxels_of(resampled(image, frame)))
+    given = voxels_of(resampled(sitk.Cast(mask, sitk.sitkFloat32), frame)) >= 0.5
+    box = _box_of(given, _MARGIN)
+    own, given = network(np.ascontiguousarray(values[box]), values.size), given[box]
+    return float(2 * np.count_nonzero(own & given) / max(1, np.count_nonzero(own) + np.count_nonzero(given)))
 
 
 def network_frame(image: sitk.Image) -> ImageGrid:
@@ -69,24 +85,31 @@ def network_frame(image: sitk.Image) -> ImageGrid:
     return ImageGrid(size=(SIDE, SIDE, SIDE), affine=affine)
 
 
-def scaled(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scale intensities so that the 2 % quantile of all voxels is 0 and the 98 % quantile is 1, and cut the rest."""
+def scaled_intensities(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Scale intensities so that the 2 % quantile of all voxels is 0 and the 98 % quantile is 1, and cut the rest.
+
+    Example:
+        >>> scaled_intensities(np.array([0, 1, 3, 5], dtype=np.float32)).round(2).tolist()
+        [0.0, 0.2, 0.61, 1.0]
+    """
     low, high = np.quantile(voxels, _QUANTILES)
     if high <= low:
-        low, high = float(voxels.min()), float(voxels.max()) or 1.0
-    return np.clip((voxels - np.float32(low)) / np.float32(high - low), 0, 1)
+        low, high = float(voxels.min()), float(voxels.max())
+    return np.clip((voxels - np.float32(low)) / np.float32(max(high - low, np.finfo(np.float32).tiny)), 0, 1)
 
 
-def head_box(values: npt.NDArray[np.float32]) -> tuple[slice, slice, slice]:
+def head_box(values: npt.NDArray[np.float32]) -> tuple[slice, ...]:
     """The box around the largest connected part that is brighter than noise, with a margin."""
     head = ndimage.binary_opening(values > _HEAD, iterations=2)
-    if not head.any():
-        return (slice(None), slice(None), slice(None))
-    box = ndimage.find_objects(largest_part(head).astype(np.uint8))[0]
-    x, y, z = (
-        slice(max(0, one.start - _MARGIN), min(n, one.stop + _MARGIN)) for one, n in zip(box, values.shape, strict=True)
+    return _box_of(largest_part(head), _MARGIN) if head.any() else (slice(None),) * 3
+
+
+def _box_of(mask: npt.NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
+    """The box around the marked voxels and a margin."""
+    box = ndimage.find_objects(mask.astype(np.uint8))[0]
+    return tuple(
+        slice(max(0, one.start - margin), min(n, one.stop + margin)) for one, n in zip(box, mask.shape, strict=True)
     )
-    return (x, y, z)
 
 
 def largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
@@ -96,15 +119,3 @@ def largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
         mask = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
     filled: npt.NDArray[np.bool_] = ndimage.binary_fill_holes(mask)
     return filled
-
-
-def _on_grid(mask: npt.NDArray[np.bool_], frame: ImageGrid, image: sitk.Image) -> npt.NDArray[np.bool_]:
-    """A mask of the network's frame on the grid of an image."""
-    from pathlib import Path
-
-    from data.native_space.itk import to_itk
-    from data.nifti import Volume
-
-    marked = to_itk(Volume(voxels=mask.astype(np.float32), affine=frame.affine, path=Path("MindGrab")))
-    found: npt.NDArray[np.bool_] = voxels_of(resampled(marked, grid_of(image))) >= 0.5
-    return found
