@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # A .venv that exists, such as one that `uv venv` made, has its own Python.
 PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
-# Another torch than setup/install.py would take: TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup
+# Another torch build than setup/install.py chooses: TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup
 TORCH_INDEX ?=
 # LOCKED=1 make setup: install only files whose hashes are in locks/.
 LOCKED ?=
@@ -16,21 +16,21 @@ RUN := $(VENV)/.installed-run$(if $(LOCKED),-locked)
 DEV := $(VENV)/.installed-dev$(if $(LOCKED),-locked)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-dev demo test test-slow coverage lint types imports format docs lock clean
+.PHONY: help setup setup-dev demo test test-slow lint types imports format docs lock clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-# A torch build that is not the one asked for last time is a reason to install again.
+# Install again if TORCH_INDEX is not that of the last installation.
 ifneq ($(TORCH_INDEX),)
 ifneq ($(TORCH_INDEX),$(shell cat $(VENV)/.torch-index 2>/dev/null))
 .PHONY: $(RUN)
 endif
 endif
 
-setup: $(RUN) ## make .venv and install what running needs
+setup: $(RUN) ## create .venv and install the run-time packages
 
-setup-dev: $(DEV) ## add what the tests and the documents need
+setup-dev: $(DEV) ## add the packages for tests and documentation
 
 $(RUN): pyproject.toml constraints.txt setup/install.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -47,13 +47,10 @@ demo: $(RUN) ## phantoms, training, prediction, scores and a page, in about five
 	@rm -rf znormseg-demo
 	$(BIN)/znormseg demo --out znormseg-demo
 
-test: $(DEV) lint imports types ## every check but the slow tests
-	$(BIN)/python -m pytest $(IN_PARALLEL)
+test: $(DEV) lint imports types ## every check except the slow tests; fails below the floor of branch coverage
+	$(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-report=
 
-coverage: $(DEV) ## branch coverage of the fast tests; fails below the floor in pyproject.toml
-	$(BIN)/python -m pytest $(IN_PARALLEL) --cov
-
-test-slow: $(DEV) ## the slow tests alone
+test-slow: $(DEV) ## only the slow tests
 	$(BIN)/python -m pytest -m slow
 
 lint: $(DEV) ## ruff
@@ -63,23 +60,23 @@ lint: $(DEV) ## ruff
 types: $(DEV) ## mypy, strict
 	$(BIN)/mypy
 
-imports: $(DEV) ## who may import whom
+imports: $(DEV) ## import directions
 	$(BIN)/lint-imports
 
 format: $(DEV) ## let ruff rewrite the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: $(DEV) ## the documentation site, in build/docs; strict, and nothing is loaded from elsewhere
+docs: $(DEV) ## the documentation site, in build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "open build/docs/index.html"
 
-lock: ## write locks/*.txt anew: after a change of constraints.txt or of pyproject.toml's packages
+lock: ## rewrite locks/*.txt, after changing constraints.txt or the packages in pyproject.toml
 	@test -x build/lock/bin/uv || { $(PYTHON) -m venv build/lock && \
 		build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
 	PATH="$(CURDIR)/build/lock/bin:$$PATH" $(PYTHON) setup/lock.py
 
-# docs/docker.md says what these take: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
+# docs/docker.md explains the variables of these targets: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
 .PHONY: image image-test image-lint
 image: ## build the container image with docker, buildah or podman
 	@docker/build.sh

@@ -67,7 +67,7 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
 )
 
 #: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system.
-_SAID: Final = (
+_OUT_OF_MEMORY_TEXTS: Final = (
     "out of memory",
     "not enough memory",
     "defaultcpuallocator",
@@ -96,20 +96,20 @@ def message(error: BaseException) -> str:
         return "out of memory. Use a smaller patch or batch, or close other programs."
     if _has_no_deterministic_form(error):
         operation = str(error).partition(" does not ")[0]
-        return f"{operation}: the device has no deterministic form of it. Set runtime.deterministic=false."
+        return f"{operation}: the device has no deterministic implementation of it. Set runtime.deterministic=false."
     if isinstance(error, KeyboardInterrupt):
         return str(error) or "interrupted"
     return str(error)
 
 
 def _of_the_system(error: OSError) -> str:
-    """Describe a system error with its path and a remedy; an error without errno carries our own text already."""
+    """Describe a system error with its path and a remedy; an error without errno already has a message of ours."""
     if error.errno is None:
         return f"{str(error).rstrip('.')}."
     if error.filename is None:
-        return f"a file cannot be used: {in_words(error)} `znormseg --debug ...` shows where it was met."
-    doing = "cannot be used: " if is_raw(error) else ""
-    return f"{os.fsdecode(error.filename)}: {doing}{in_words(error)}"
+        return f"a file cannot be used: {in_words(error)} `znormseg --debug ...` shows where it happened."
+    problem = "cannot be used: " if is_raw(error) else ""
+    return f"{os.fsdecode(error.filename)}: {problem}{in_words(error)}"
 
 
 def first_problem(error: ValidationError) -> str:
@@ -124,7 +124,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception of numpy, torch or OpenVINO means out of memory."""
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return True
-    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _SAID)
+    return isinstance(error, RuntimeError) and any(part in str(error).lower() for part in _OUT_OF_MEMORY_TEXTS)
 
 
 def _has_no_deterministic_form(error: BaseException) -> bool:

@@ -87,7 +87,7 @@ class CalibrationState(TypedDict):
     state: Literal["calibrated", "not calibrated"]
     """Only ensembles made by crossval are calibrated."""
     temperature: ByRegion[Annotated[float, Field(gt=0)]] | None
-    """Divisor of the logits of the probabilities that are shown; masks are cut before. null if it was not measured."""
+    """Divisor of the logits of the reported probabilities; masks are thresholded before that. null if not measured."""
 
 
 @_complete
@@ -139,7 +139,7 @@ class MadeFrom(TypedDict):
     files_sha256: dict[str, Sha256]
     """SHA-256 of each file that was written, by name."""
     max_memory_gb: NotRequired[float | None]
-    """The memory limit of the command; with another limit, a case with entries in `ladder` is predicted again."""
+    """The memory limit of the command; under a different limit, a case with entries in `ladder` is predicted again."""
 
 
 @_complete
@@ -168,7 +168,7 @@ class PostprocessRules(TypedDict):
 
 @_complete
 class CaseRecord(TypedDict):
-    """The result of one case, what is known about it, and how it was made."""
+    """The result of one case, its measurements and its provenance."""
 
     case: Text
     """Case id; the names of the files begin with it."""
@@ -209,7 +209,7 @@ class CaseRecord(TypedDict):
     missing_contrasts: Annotated[list[Contrast], Field(json_schema_extra={"uniqueItems": True})]
     """Contrasts that the case lacks and that the network was trained to do without."""
     ladder: list[Text]
-    """What was done because memory was short, one sentence each; may be empty."""
+    """Fallbacks used because memory was short, one sentence each; may be empty."""
     space: NotRequired[Contrast]
     """With --prepare: the contrast whose grid the label map is on."""
     prepare: NotRequired[dict[str, Any]]
@@ -241,9 +241,9 @@ class PredictOutput(TypedDict):
     """Results of one command."""
 
     cases: list[CaseRecord]
-    """Cases with a result, each as in its <case>.json, including those that were finished before."""
+    """Cases with a result, each as in its <case>.json, including those that were finished earlier."""
     skipped: list[Text]
-    """Ids of the cases that were finished before."""
+    """Ids of the cases that were finished earlier."""
     failures: dict[str, Text]
     """Why cases could not be predicted, by case id."""
     manifest: str | None
@@ -259,7 +259,7 @@ class Counts(TypedDict):
     done: Count
     """Cases that this command predicted."""
     skipped: Count
-    """Cases that were finished before."""
+    """Cases that were finished earlier."""
     failed: Count
     """Cases that could not be predicted."""
     left: Count
@@ -268,9 +268,9 @@ class Counts(TypedDict):
 
 @_complete
 class Execution(TypedDict):
-    """Where a case was worked on."""
+    """Where a case was processed."""
 
-    worker: NotRequired[Annotated[str, Field(description="Its process: main, worker-N or ray-<process id>.")]]
+    worker: NotRequired[Annotated[str, Field(description="Process: main, worker-N or ray-<process id>.")]]
     device: NotRequired[Annotated[str, Field(description="cpu, cuda or cuda:N, as the machine numbers its GPUs.")]]
     host: NotRequired[Annotated[str, Field(description="Name of the machine.")]]
     attempts: NotRequired[
@@ -285,7 +285,7 @@ class DoneEntry(Execution):
     case: Text
     """Case id."""
     status: Literal["done", "skipped"]
-    """done: this command predicted the case. skipped: it was finished before, according to its SHA-256."""
+    """done: this command predicted the case. skipped: it was finished earlier, according to its SHA-256."""
     files_sha256: dict[str, Sha256]
     """SHA-256 of each file that was written, by its name in the folder of the manifest, without <case>.json."""
     inputs_sha256: dict[str, Sha256]
@@ -323,14 +323,14 @@ class Manifest(TypedDict):
     version: Literal[1]
     """Version of this format."""
     run: str | None
-    """Folder of the run or the ensemble, as given; null if it is not known."""
+    """Folder of the run or the ensemble, as given; null if unknown."""
     weights_sha256: Sha256
     """SHA-256 of the weights file; for an ensemble, over those of its networks."""
     settings_sha256: Sha256
     """SHA-256 of `settings`."""
     settings: dict[str, Any]
-    """Everything but the images that decides a result: weights, options, post-processing, overlap of windows, version
-    of the program."""
+    """Everything except the images that determines a result: weights, options, post-processing, overlap of windows,
+    version of the program."""
     engine: Literal["local", "ray"]
     """How the cases were distributed."""
     ended: bool

@@ -64,7 +64,7 @@ def main(path: Path) -> None:
             draw_augmentation(only(config, row), len(CONTRASTS), np.random.default_rng([7, n])) for n in range(DRAWS)
         ]
         varied = [(image, codes), *(apply_augmentation(variation, image, codes) for variation in variations)]
-        rows.append(beside([tile(*one) for one in varied]))
+        rows.append(in_a_row([tile(*one) for one in varied]))
     sheet = np.concatenate([line for row in rows for line in (row, gap(row))][:-1])
     Image.fromarray(sheet).save(path, format="PNG", optimize=True)
 
@@ -75,8 +75,8 @@ def patch() -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     image = np.stack([phantom.images[contrast] for contrast in CONTRASTS]).astype(np.float32)
     box = smallest_box((image != 0).any(axis=0))
     image = np.stack([zscore_nonzero(contrast[box]) for contrast in image])
-    room = ((4, 4),) * 3
-    return np.pad(image, ((0, 0), *room)), np.pad(phantom.codes[box], room)
+    margin = ((4, 4),) * 3
+    return np.pad(image, ((0, 0), *margin)), np.pad(phantom.codes[box], margin)
 
 
 def only(config: AugmentConfig, wanted: str) -> AugmentConfig:
@@ -96,7 +96,7 @@ def tile(image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8]) -> Pictur
     return picture.transpose(1, 0, 2).repeat(ZOOM, axis=0).repeat(ZOOM, axis=1)
 
 
-def beside(tiles: list[Picture]) -> Picture:
+def in_a_row(tiles: list[Picture]) -> Picture:
     """Join tiles into a row, with gaps between them."""
     space = np.full((tiles[0].shape[0], GAP_PX, 3), 255, np.uint8)
     return np.concatenate([part for one in tiles for part in (one, space)][:-1], axis=1)

@@ -3,7 +3,7 @@
     python bench/contrast_dropout.py [--seeds 3] [--steps 1500] [--probability 0.5] [--folder DIR]
 
 Phantoms at 2 mm, the laptop network, patches of 2 x 48^3. For each seed there is one run without dropout and one with
-it, on the same cases and patches. The score is the mean Dice on test cases that nothing was chosen on. Runs without
+it, on the same cases and patches. The score is the mean Dice on test cases that no choice was based on. Runs without
 dropout get zeros for missing contrasts; ``predict`` would refuse such input, which the network has never seen.
 """
 

@@ -82,15 +82,13 @@ def compare(places: list[str], options: argparse.Namespace) -> None:
                 work[name].append((side.processor_seconds() - before) / options.patches)
     for side in sides.values():
         side.end()
-    print(
-        f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} patches a round"
-    )
+    print(f"{len(places)} cases, patches of {options.patch}, {options.threads} threads, {options.patches} per round")
     for name, side in sides.items():
         peak_mb, kept_mb = side.peak_bytes / 1e6, side.peak_kept_bytes / 1e6
         print(f"  {name}: {median(rates[name]):.1f} patches/s; {peak_mb:.0f} MB, without mapped files {kept_mb:.0f} MB")
     ours, monai = sides["ours"], sides["monai"]
     print(f"patches/s, ours over MONAI: {median(rates['ours']) / median(rates['monai']):.2f}")
-    print(f"processor time a patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
+    print(f"processor time per patch, MONAI over ours: {median(work['monai']) / median(work['ours']):.2f}")
     print(f"memory, ours over MONAI: {ours.peak_bytes / monai.peak_bytes:.2f}; ", end="")
     print(f"without mapped files {ours.peak_kept_bytes / monai.peak_kept_bytes:.2f}")
 
@@ -139,7 +137,7 @@ class Side:
             self.peak_bytes, self.peak_kept_bytes = max(self.peak_bytes, total), max(self.peak_kept_bytes, kept)
 
     def processor_seconds(self) -> float:
-        """Return the CPU time of the process and its children; on a busy machine it is more telling than the clock."""
+        """Return the CPU time of the process and its children; on a busy machine it measures better than the clock."""
         return sum(sum(process.cpu_times()[:2]) for process in self._tree())
 
     def _tree(self) -> list[psutil.Process]:
@@ -172,11 +170,11 @@ def serve(options: argparse.Namespace) -> None:
     source = make(places, options)
     print("{}", flush=True)
     while sys.stdin.readline().strip():
-        began = time.perf_counter()
+        started = time.perf_counter()
         for _ in range(options.patches // BATCH):
             image = next(source)
             assert image.shape == (BATCH, 4, *(options.patch,) * 3)
-        print(json.dumps({"seconds": time.perf_counter() - began}), flush=True)
+        print(json.dumps({"seconds": time.perf_counter() - started}), flush=True)
 
 
 class Mirrored(PatchSource):
@@ -268,7 +266,7 @@ def monai_side(places: list[Path], options: argparse.Namespace) -> Iterator[torc
 
 
 def reading(paths: list[Path], rounds: int) -> None:
-    """Compare reading the contrasts of a case as float32: nibabel's own way, and ours with all its checks."""
+    """Compare reading the contrasts of a case as float32: with nibabel, and with our reader and all its checks."""
     jobs: dict[str, Callable[[Path], Any]] = {
         "nibabel": lambda path: np.asanyarray(nib.load(path).dataobj, dtype=np.float32),
         "ours": read_volume,
@@ -331,10 +329,10 @@ def in_turn(jobs: dict[str, Callable[[], object]], rounds: int) -> dict[str, flo
     spent: dict[str, list[float]] = {name: [] for name in jobs}
     for number in range(rounds + 1):
         for name, job in jobs.items():
-            began = time.thread_time()
+            started = time.thread_time()
             job()
             if number:  # the first round is a warm-up
-                spent[name].append(time.thread_time() - began)
+                spent[name].append(time.thread_time() - started)
     return {name: median(values) for name, values in spent.items()}
 
 

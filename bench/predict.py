@@ -52,7 +52,7 @@ import pathlib
 
 facts = json.loads(sys.argv[1])
 torch.set_num_threads(facts["threads"])
-begun = time.time()
+start = time.time()
 found = load_newest(pathlib.Path(facts["run"]) / "checkpoints", "best")
 config = from_plain(found.details["config"], "run")
 network = build_network(config.network, in_channels=4, out_channels=3).eval()
@@ -75,7 +75,7 @@ et &= tc
 labels = np.zeros(wt.shape, dtype=np.uint8)
 labels[wt], labels[tc], labels[et] = 2, 1, 4
 nib.save(nib.Nifti1Image(labels, image.affine.numpy()), facts["out"])
-print(json.dumps({"load": loaded - begun, "compute": computed - loaded, "save": time.time() - computed}))
+print(json.dumps({"load": loaded - start, "compute": computed - loaded, "save": time.time() - computed}))
 """
 
 
@@ -166,20 +166,20 @@ def _best(command: Sequence[str], repeats: int) -> dict[str, Any]:
 
 def _timed(command: Sequence[str]) -> dict[str, Any]:
     """Run a command; return its seconds and the peak resident memory with its children, sampled every 10 ms."""
-    begun = time.perf_counter()
+    start = time.perf_counter()
     process = subprocess.Popen(command, cwd=HERE.parent, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     watched, peak = psutil.Process(process.pid), 0
     status = Path(f"/proc/{process.pid}/status")
     while process.poll() is None:
         try:
-            told = status.read_text()
-            peak = max(peak, *(int(line.split()[1]) * 1024 for line in told.splitlines() if line.startswith("VmHWM")))
+            lines = status.read_text().splitlines()
+            peak = max(peak, *(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")))
             peak = max(peak, watched.memory_info().rss + sum(c.memory_info().rss for c in watched.children()))
         except (psutil.Error, OSError, TypeError):
             break
         time.sleep(0.01)
     out, err = process.communicate()
-    seconds = time.perf_counter() - begun
+    seconds = time.perf_counter() - start
     if process.returncode:
         raise SystemExit(f"{' '.join(command[:4])}: ended with {process.returncode}\n{err}")
     return {"seconds": round(seconds, 3), "peak_gb": round(peak / 1e9, 3), "out": out}
@@ -195,9 +195,9 @@ def _peaks() -> dict[str, float]:
         a = torch.randn(4096, 4096).to(kind)
         best = float("inf")
         for _ in range(5):
-            begun = time.perf_counter()
+            start = time.perf_counter()
             torch.mm(a, a)
-            best = min(best, time.perf_counter() - begun)
+            best = min(best, time.perf_counter() - start)
         found[f"{name}_gflops"] = round(2 * 4096**3 / best / 1e9, 1)
     return found
 
@@ -228,9 +228,9 @@ def _network(run: Path, brain: Any, scale: int) -> dict[str, float]:
         engine = load_model(run, runtime).engine
         plan = engine.first_plan(window, runtime)
         engine.logits(image, None, runtime, overlap=0, plan=plan)
-        begun = time.perf_counter()
+        start = time.perf_counter()
         engine.logits(image, None, runtime, overlap=0, plan=plan)
-        seconds = time.perf_counter() - begun
+        seconds = time.perf_counter() - start
         found |= {f"{precision}_seconds": round(seconds, 3), f"{precision}_gflops": round(gflop / seconds, 1)}
     return found
 

@@ -93,7 +93,7 @@ def main() -> None:
         if not options.cases.exists():
             write_phantoms(options.cases, 36, seed=0, spacing_mm=2.0)
     ids = [case.id for case in find_cases(options.cases)]
-    print(f"{machine()}; {versions()}; {options.minutes:g} minutes on one core a run, {kind}", flush=True)
+    print(f"{machine()}; {versions()}; {options.minutes:g} minutes on one core per run, {kind}", flush=True)
     splits = [hold_out(ids, number) for number in range(options.splits)]
     sides = options.sides.split(",")
 
@@ -318,7 +318,7 @@ def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trai
     transform.set_random_state(seed=job.seed)
     loss_of = DiceLoss(smooth_nr=0, smooth_dr=1e-5, squared_pred=True, to_onehot_y=False, sigmoid=True)
     optimizer = torch.optim.Adam(network.parameters(), job.rate, weight_decay=1e-5)
-    began, budget = time.monotonic(), 60 * job.minutes
+    started, budget = time.monotonic(), 60 * job.minutes
     # Prepared by one thread, since the run has one core.
     dataset = CacheDataset([cases[case_id] for case_id in job.train], transform, progress=False, num_workers=1)
     sampler = torch.utils.data.RandomSampler(dataset, replacement=True, num_samples=10**7)
@@ -326,7 +326,7 @@ def train_monai(out: Path, data: Path, cases: dict[str, Case], job: Job) -> Trai
     network.train()
     steps = 0
     for content in DataLoader(dataset, batch_size=batch, sampler=sampler, num_workers=0):
-        share = (time.monotonic() - began) / budget
+        share = (time.monotonic() - started) / budget
         if len(snapshots) < 2 and share >= (0.25, 0.5)[len(snapshots)]:
             snapshots.append({name: value.clone() for name, value in network.state_dict().items()})
         if share >= 1:

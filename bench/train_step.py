@@ -116,13 +116,13 @@ def serve(options: argparse.Namespace) -> None:
     places = [Path(place) for place in json.loads(sys.stdin.readline())]
     steps = monai_steps(places, options) if options.side == "monai" else our_steps(places, options)
     while sys.stdin.readline().strip():
-        began, waited, flops = time.perf_counter(), 0.0, 0.0
+        started, waited, flops = time.perf_counter(), 0.0, 0.0
         for _ in range(options.steps):
             of_step, flops = next(steps)
             waited += of_step
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        spent = time.perf_counter() - began
+        spent = time.perf_counter() - started
         print(json.dumps({"seconds": spent / options.steps, "waited": waited / options.steps, "flops": flops}))
         sys.stdout.flush()
 
@@ -186,11 +186,11 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     one = torch.randn(side, side, dtype=dtype, device=place)
     spent = []
     for _ in range(8):
-        began = time.perf_counter()
+        started = time.perf_counter()
         product = one @ one
         if place.type == "cuda":
             torch.cuda.synchronize()
-        spent.append(time.perf_counter() - began)
+        spent.append(time.perf_counter() - started)
     del product
     return 2 * side**3 / min(spent)
 

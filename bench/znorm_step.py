@@ -105,10 +105,10 @@ def side_by_side(
         first = number % len(names)
         for name in names[first:] + names[:first]:
             larger_than_caches.sum()
-            began = _now(device, clock)
+            started = _now(device, clock)
             jobs[name]()
             if number >= 2:  # the first two rounds are a warm-up
-                spent[name].append(1000 * (_now(device, clock) - began))
+                spent[name].append(1000 * (_now(device, clock) - started))
     return spent
 
 
@@ -123,13 +123,13 @@ def training_step_ms(network: nn.Module, config: object, device: torch.device, c
     loss_of = RegionLoss()
     spent = 0.0
     for _ in range(2):
-        began = _now(device, clock)
+        started = _now(device, clock)
         with runtime.autocast():
             logits = network(image.contiguous(memory_format=runtime.memory_format))
         loss_of(logits, masks).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        spent = 1000 * (_now(device, clock) - began)
+        spent = 1000 * (_now(device, clock) - started)
     return spent
 
 

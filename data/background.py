@@ -1,7 +1,7 @@
 """Set backgrounds that are not 0 to 0: interpolation ringing, residue of denoising, a fill value such as -1024.
 
-The rest of the program takes 0 for background and any other value for brain, so each image is brought to that form when
-it is read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
+The rest of the program takes 0 for background and any other value for brain, so each image is converted when it is
+read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
 
 Only voxels connected to the volume's border count as background: values near 0 inside a brain, common in z-scored
 images and dark fluid, are kept. A few dark voxels on a brain's rim are normal, so an image with only a few of them is
@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-#: Quantile of the non-zero magnitudes that stands for bright tissue; isolated hot voxels lie above it.
+#: Quantile of the non-zero magnitudes that counts as bright tissue; isolated hot voxels are above it.
 _BRIGHT: Final = 0.99
 #: Values below this share of bright tissue are not signal: a signal is at most a few hundred times its noise. Used if
 #: the volume's faces are 0, that is, if the brain has already been extracted.
@@ -35,7 +35,7 @@ _LEAST_NEGATIVE: Final = 0.01
 _MOST_NEGATIVE: Final = 0.3
 #: Share of voxels inside a brain that may be negative although the brain counts as positive.
 _EXCEPTIONS: Final = 0.005
-#: Quantile of the values inside a brain that stands for its darkest tissue.
+#: Quantile of the values inside a brain that counts as its darkest tissue.
 _DARKEST: Final = 0.005
 #: Interpolation mixes brain and background this many voxels deep; voxels further inside are pure.
 _DEPTH_VOXELS: Final = 4
@@ -46,7 +46,7 @@ _LEAST_SOLID: Final = 0.3
 #: Minimum share of the volume's faces that a fill value covers; it must also cover a corner.
 _LEAST_FILL: Final = 0.01
 #: If the darkest tissue is farther from the fill than this multiple of its distance from the brain's median, only
-#: mixtures of brain and fill lie half-way between them.
+#: mixtures of brain and fill are half-way between them.
 _GAP: Final = 1.5
 #: The first look takes every fourth voxel along each axis, or every voxel of volumes smaller than ``_SMALL_VOXELS``.
 _STEP: Final = 4
@@ -75,7 +75,7 @@ def clean_background(voxels: _Voxels) -> Cleaned | None:
         voxels: one contrast, finite, shape (X, Y, Z), any memory order; not modified.
 
     Returns:
-        a copy whose background is 0; None if it is 0 already or cannot be told apart from the image.
+        a copy whose background is 0; None if it is 0 already or cannot be distinguished from the image.
 
     Example:
         >>> image = np.full((20, 20, 20), -1024, dtype=np.float32)
@@ -122,22 +122,22 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     if values.size <= _LEAST_FILL * faces.size:
         return None
     fill = _middle(values)
-    apart = voxels - fill
-    others = apart[(apart != 0) & (voxels != 0)]
+    difference = voxels - fill
+    others = difference[(difference != 0) & (voxels != 0)]
     if not others.size:
         return None
     tolerance = np.float32(_NEGLIGIBLE_ON_FACES * _bright(others))
     if abs(fill) <= tolerance or np.count_nonzero(np.abs(values - fill) <= tolerance) <= values.size / 2:
         return None
-    off = np.abs(apart)
+    off = np.abs(difference)
     same = off <= _reach(off[_connected(off <= tolerance)])
-    apart[same] = 0
-    if not any(same[corner] for corner in _corners()) or not _is_solid(apart != 0):
+    difference[same] = 0
+    if not any(same[corner] for corner in _corners()) or not _is_solid(difference != 0):
         return None
-    background = same | _mixed_with_fill(apart) | _residue(apart)
+    background = same | _mixed_with_fill(difference) | _residue(difference)
     zero = voxels == 0
     outside = _connected(background | zero)
-    if not (apart < 0).any():  # a fill below all other values is background everywhere, as 0 is in other images
+    if not (difference < 0).any():  # a fill below all other values is background everywhere, as 0 is in other images
         outside |= same
     cleaned = voxels.copy(order="K")
     if values.size > faces.size / 2:
@@ -147,22 +147,22 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
     return Cleaned(voxels=cleaned, sentence=f"the background is {fill:g}, not 0; {count} voxels were taken as 0")
 
 
-def _mixed_with_fill(apart: _Voxels) -> _Mask:
+def _mixed_with_fill(difference: _Voxels) -> _Mask:
     """Voxels in which interpolation mixed brain and fill, with at least half of the fill.
 
     Args:
-        apart: differences from the fill value, 0 where the voxel holds the fill.
+        difference: difference from the fill value, 0 where the voxel holds the fill.
     """
-    inside = apart[_deep(apart != 0)]
+    inside = difference[_deep(difference != 0)]
     if inside.size < _LEAST_VOXELS:
-        return np.zeros(apart.shape, dtype=bool)
+        return np.zeros(difference.shape, dtype=bool)
     side = np.sign(np.median(inside))
     darkest, middle = np.quantile(side * inside, (_DARKEST, 0.5))
     if darkest <= _GAP * (middle - darkest):
-        return np.zeros(apart.shape, dtype=bool)
-    near = side * apart <= darkest / 2
-    mixed = _connected(near) & (apart != 0)
-    return mixed if np.count_nonzero(mixed) > _LEAST_SHARE * np.count_nonzero(apart) else np.zeros_like(mixed)
+        return np.zeros(difference.shape, dtype=bool)
+    near = side * difference <= darkest / 2
+    mixed = _connected(near) & (difference != 0)
+    return mixed if np.count_nonzero(mixed) > _LEAST_SHARE * np.count_nonzero(difference) else np.zeros_like(mixed)
 
 
 def _without_residue(voxels: _Voxels) -> Cleaned | None:
@@ -170,39 +170,39 @@ def _without_residue(voxels: _Voxels) -> Cleaned | None:
     outside = _residue(voxels)
     if not outside.any():
         return None
-    gone = voxels[outside]
+    removed = voxels[outside]
     cleaned = voxels.copy(order="K")
     cleaned[outside] = 0
     return Cleaned(
         voxels=cleaned,
         sentence=(
-            f"the background around the brain is not 0; {gone.size} voxels from {gone.min():.2g} to {gone.max():.2g}, "
-            f"where bright tissue has {_bright(voxels[voxels != 0]):.4g}, were taken as 0"
+            f"the background around the brain is not 0; {removed.size} voxels from {removed.min():.2g} to "
+            f"{removed.max():.2g}, where bright tissue has {_bright(voxels[voxels != 0]):.4g}, were taken as 0"
         ),
     )
 
 
 def _residue(voxels: _Voxels) -> _Mask:
     """Mask of the values that are almost 0 around a brain, and of ringing; empty if there are only a few."""
-    there = voxels != 0
-    none: _Mask = np.zeros(there.shape, dtype=bool)
-    values = voxels[there]
+    nonzero = voxels != 0
+    none: _Mask = np.zeros(nonzero.shape, dtype=bool)
+    values = voxels[nonzero]
     if not values.size:
         return none
-    on_faces = share_of_faces(there) > 0.5
+    on_faces = share_of_faces(nonzero) > 0.5
     limit = np.float32((_NEGLIGIBLE_ON_FACES if on_faces else NEGLIGIBLE) * _bright(values))
     size = np.abs(voxels)
     ringing, darkest = _rings(voxels, size > limit, limit)
-    outside = _connected(voxels <= limit if ringing else size <= limit) & there
+    outside = _connected(voxels <= limit if ringing else size <= limit) & nonzero
     if np.count_nonzero(outside) <= _LEAST_SHARE * values.size:
         return none
     near = size[outside & (size <= limit)]
     if near.size:
         limit = _reach(near)
-    outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & there
+    outside = _connected(voxels <= max(limit, np.float32(darkest / 2)) if ringing else size <= limit) & nonzero
     if ringing:
-        outside |= _faint_islands(voxels, there & ~outside, darkest)
-    left = there & ~outside
+        outside |= _faint_islands(voxels, nonzero & ~outside, darkest)
+    left = nonzero & ~outside
     # Keep everything if what remains is air noise around a head, or if it is only a few voxels thousands of times
     # brighter than the brain: then the brain itself would be removed.
     return none if (on_faces and share_of_faces(left) > 0.5) or not _is_solid(left) else outside
@@ -239,7 +239,7 @@ def _is_solid(mask: _Mask) -> bool:
 
 
 def _deep(mask: _Mask) -> _Mask:
-    """The part of a mask that lies at least ``_DEPTH_VOXELS`` inside its surface."""
+    """The part of a mask that is at least ``_DEPTH_VOXELS`` inside its surface."""
     return np.asarray(ndimage.binary_erosion(mask, iterations=_DEPTH_VOXELS, border_value=1))
 
 

@@ -151,7 +151,7 @@ def naming_the_place(path: Path) -> Iterator[None]:
 
 
 def _is_partial(name: str) -> bool:
-    """Whether a path is, or lies in, a partial file or folder; their names are all hidden."""
+    """Whether a path is, or is inside, a partial file or folder; their names are all hidden."""
     return any(part.startswith(".") and ".partial" in part for part in Path(name).parts)
 
 

@@ -41,7 +41,7 @@ _DISK_FAILED: Final = (
     "The disk or the network failed, and what was read or written may be lost: look at the system's log (dmesg), and "
     "choose another disk."
 )
-_OTHER: Final = "Look at the place with ls -ld and at the system's log (dmesg), or choose another folder."
+_OTHER: Final = "Look at the path with ls -ld and at the system's log (dmesg), or choose another folder."
 
 _REMEDIES: Final[dict[str, str]] = {
     **dict.fromkeys(("EACCES", "EPERM"), _NO_PERMISSION),
@@ -53,7 +53,7 @@ _REMEDIES: Final[dict[str, str]] = {
     "EUCLEAN": "The file system is damaged: have it checked (fsck), and choose another disk until then.",
     **dict.fromkeys(("EMFILE", "ENFILE"), _TOO_MANY_OPEN),
     "ENAMETOOLONG": "Shorten the name, or choose a folder with a shorter path.",
-    "ELOOP": "Symbolic links lead in a circle: repair them, or give the path without them.",
+    "ELOOP": "Symbolic links form a loop: repair them, or give the path without them.",
     "ENOTDIR": "A part of the path is a file where a folder is expected: check the path.",
     "EISDIR": "A folder is where a file is expected: check the path.",
     "ENOENT": "Check the path; a folder above it may be missing, or another program removed it.",
@@ -66,8 +66,8 @@ _REMEDIES: Final[dict[str, str]] = {
     "EINTR": "A signal interrupted it: run the same command again.",
     **dict.fromkeys(("EAGAIN", "EWOULDBLOCK"), "The system was busy: run the same command again."),
     "ENOMEM": "Memory is low: close other programs.",
-    "ENXIO": "Nobody reads from this pipe, or its device is gone: choose another place.",
-    "EPIPE": "Nobody reads from this pipe: choose another place.",
+    "ENXIO": "No program reads from this pipe, or its device is gone: choose another place.",
+    "EPIPE": "No program reads from this pipe: choose another place.",
     "EOVERFLOW": "The file is larger than this system can open: check its size.",
     "EBADF": "The file was closed, or its server is gone: mount the folder again, and retry.",
     "ESTALE": "The server no longer knows the file: mount the folder again, and run the same command again.",
@@ -154,7 +154,7 @@ def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = 
 
     Raises:
         BlockingIOError: another process holds the lock.
-        OSError: any other failure; :func:`has_no_locks` tells whether the file system has no locks.
+        OSError: any other failure; :func:`has_no_locks` recognises a file system without locks.
     """
     import fcntl
 

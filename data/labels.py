@@ -1,4 +1,4 @@
-"""Label numbers and regions: the only module that spells out BraTS label numbers.
+"""Label numbers of each convention, and regions.
 
 Inside the program, label maps use the codes :data:`NECROSIS`, :data:`OEDEMA` and :data:`ENHANCING`; files use the
 numbers of their :class:`LabelConvention`. Sources: the BraTS 2018 and 2019 task pages (upenn.edu), the scoring scripts
@@ -57,7 +57,7 @@ class LabelConvention:
     also_necrosis: tuple[int, ...] = ()
     """Further numbers for non-enhancing core; read as necrosis, never written."""
     cysts: tuple[int, ...] = ()
-    """The members of ``also_necrosis`` that stand for cysts."""
+    """The members of ``also_necrosis`` that mean cysts."""
     also_background: tuple[int, ...] = ()
     """Numbers for tissue outside all three regions (resection cavity); read as background, never written."""
 
@@ -110,7 +110,7 @@ def convention_named(name: str) -> LabelConvention:
     """Look up a convention by its name, as given to ``--labels``.
 
     Raises:
-        DataError: no convention has this name; the message lists the known ones.
+        DataError: no convention has this name; the message lists the conventions.
     """
     if name not in CONVENTIONS:
         raise DataError(f"no label convention is named {name!r}. Give one of {', '.join(CONVENTIONS)}.")
@@ -170,9 +170,9 @@ def values_in(label_map: npt.NDArray[np.generic]) -> Sequence[float]:
     """
     if label_map.dtype != np.uint8:
         return cast("list[float]", np.unique(label_map).tolist())
-    there = np.zeros(256, dtype=np.bool_)
-    there[label_map] = True
-    return cast("list[float]", np.flatnonzero(there).tolist())
+    present = np.zeros(256, dtype=np.bool_)
+    present[label_map] = True
+    return cast("list[float]", np.flatnonzero(present).tolist())
 
 
 def require_known_values(values: Iterable[int]) -> None:
@@ -215,7 +215,7 @@ def _ambiguous(seen: set[int], where: str, *possible: LabelConvention) -> DataEr
 def _flag(*possible: LabelConvention) -> str:
     """The advice to use ``--labels``, with the meaning of the numbers in each possible convention."""
     named = (f"{c.name} (necrosis {c.necrosis}, oedema {c.oedema}, enhancing {c.enhancing})" for c in possible)
-    return f"give the right one with --labels: {', '.join(named)}"
+    return f"give the right convention with --labels: {', '.join(named)}"
 
 
 _TISSUE_WORDS: Final = (

@@ -257,7 +257,7 @@ def _rounded(voxels: npt.NDArray[np.float32], path: Path) -> tuple[npt.NDArray[n
     off = np.abs(values - whole) > LABEL_TOLERANCE
     if off.any():
         raise DataError(
-            f"{path}: label values must be whole numbers from 0 to 255, this file has {_some(values[off])}. Is it an "
+            f"{path}: label values must be whole numbers from 0 to 255; this file has {_some(values[off])}. Is it an "
             "image? If a label map was interpolated or saved with a scale, save it again as whole numbers (UINT8, "
             f"slope 1; nearest neighbour). Values are rounded only within {LABEL_TOLERANCE:g} of a whole number."
         )
@@ -319,7 +319,7 @@ def to_native_order(canonical: npt.NDArray[_Number], native_affine: npt.NDArray[
 def grid_difference(first: Volume, second: Volume) -> str | None:
     """Describe how two grids differ, or return None if they agree.
 
-    Grids agree if their shapes are equal and every corner lies within :data:`GRID_TOLERANCE_MM`.
+    Grids agree if their shapes are equal and every corner agrees within :data:`GRID_TOLERANCE_MM`.
     """
     if first.voxels.shape != second.voxels.shape:
         return f"shape {_times(first.voxels.shape)} against {_times(second.voxels.shape)} voxels"
@@ -330,7 +330,7 @@ def grid_difference(first: Volume, second: Volume) -> str | None:
         return None
     axis, corner = np.unravel_index(np.abs(gaps).argmax(), gaps.shape)
     origin_mm = first.affine[:3, 3] - second.affine[:3, 3]
-    kind = "the origin differs" if np.allclose(gaps, origin_mm[:, None], atol=GRID_TOLERANCE_MM) else "the grids part"
+    kind = "the origin differs" if np.allclose(gaps, origin_mm[:, None], atol=GRID_TOLERANCE_MM) else "the grids differ"
     name = ("x (right-left)", "y (anterior-posterior)", "z (inferior-superior)")[axis]
     return f"{kind} by {abs(gaps[axis, corner]):.2f} mm on axis {name}"
 
@@ -428,11 +428,11 @@ def _write_like(
     result.header["pixdim"] = image.header["pixdim"]  # nibabel sets the unused entries to 1
     if voxels.ndim > 3:
         result.header["pixdim"][4] = 1.0  # ITK rejects a spacing of 0 between volumes
-    with replacing(path) as beside:
+    with replacing(path) as partial:
         if path.name.lower().endswith(".nii.gz"):
-            beside.write_bytes(gzip_ng.compress(result.to_bytes(), _COMPRESSION_LEVEL, mtime=0))
+            partial.write_bytes(gzip_ng.compress(result.to_bytes(), _COMPRESSION_LEVEL, mtime=0))
         else:
-            nib.save(result, beside)
+            nib.save(result, partial)
 
 
 def _open(path: Path) -> Any:
@@ -448,7 +448,7 @@ def _open(path: Path) -> Any:
     try:
         image = nib.load(path) if name_misleads(path) is None else _by_content(path)
     except (ImageFileError, HeaderDataError, EOFError, zlib.error, _ZLIB_NG_ERROR, OSError) as error:
-        _require_no_stranger(path)
+        _reject_other_type(path)
         if isinstance(error, ImageFileError):
             with path.open("rb"):  # raises the system's error if nibabel hid it
                 raise
@@ -466,10 +466,10 @@ _FOREIGN: Final = (
     (b"BZh", "a bzip2 file", "Unpack it, or compress it with gzip"),
     (b"\xfd7zXZ", "an xz file", "Unpack it, or compress it with gzip"),
     (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it, or compress it with gzip"),
-    (b"\x1f\x9d", "a file of the old compress (.Z)", "Unpack it, or compress it with gzip"),
+    (b"\x1f\x9d", "a file of Unix compress (.Z)", "Unpack it, or compress it with gzip"),
     (b"version https://git-lfs", "a pointer of Git LFS", "Fetch the image with git lfs pull"),
     (b"/annex/objects/", "a pointer of git-annex", "Fetch the image with git annex get, or datalad get"),
-    (b"<", "a web page or XML", "Download the image again; the server may have wanted a login"),
+    (b"<", "a web page or XML", "Download the image again; the server may have required a login"),
     (b"NRRD", "an NRRD file", "Convert it to .nii.gz"),
     (b"\x89HDF", "an HDF5 (MINC) file", "Convert it to .nii.gz"),
 )
@@ -506,7 +506,7 @@ def _by_content(path: Path) -> Any:
     with _opened(path) as stream:
         size = _header_size(stream.read(4))
         if size is None:
-            raise ImageFileError("no header of NIfTI at its beginning")
+            raise ImageFileError("no NIfTI header at its beginning")
         stream.seek(0)
         kind: Any = nib.Nifti2Image if size == 540 else nib.Nifti1Image
         try:
@@ -520,7 +520,7 @@ def _opened(path: Path) -> Any:
     return gzip_ng.open(path) if is_compressed(path) else path.open("rb")
 
 
-def _require_no_stranger(path: Path) -> None:
+def _reject_other_type(path: Path) -> None:
     """Reject a file of another type and name the type; return if the file is damaged or of unknown type."""
     try:
         with _opened(path) as stream:
@@ -540,7 +540,7 @@ def _checked(path: Path, volume: int | None = None) -> tuple[Any, tuple[int, int
     """Open a file, check that it is large enough for the voxels its header claims, and return it with its shape."""
     image = _open(path)
     shape = _shape_3d(image, path, volume)
-    _require_room(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
+    _require_bytes(path, math.prod(image.shape) * image.get_data_dtype().itemsize)
     return image, shape
 
 
@@ -606,12 +606,12 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any, dtype: type[_Number]) -> 
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
     voxels = np.empty(math.prod(stored.shape), dtype=dtype)
     piece = np.empty(max(1, _PIECE_BYTES // stored.dtype.itemsize), dtype=stored.dtype)
-    room = memoryview(piece.view(np.uint8).data)
+    buffer = memoryview(piece.view(np.uint8).data)
     for start in range(0, voxels.size, piece.size):
         count = min(piece.size, voxels.size - start)
-        read = _fill(stream, room[: count * piece.itemsize])
+        read = _fill(stream, buffer[: count * piece.itemsize])
         if read < count * piece.itemsize:
-            raise EOFError(f"{voxels.size} voxels expected, the file ends after {start + read // piece.itemsize}")
+            raise EOFError(f"{voxels.size} voxels expected, but the file ends after {start + read // piece.itemsize}")
         scaled = apply_read_scaling(piece[:count], slope, intercept)
         wide = dtype if scaled.dtype == dtype else np.promote_types(scaled.dtype, np.float32)
         voxels[start : start + count] = scaled.astype(wide, copy=False)
@@ -627,11 +627,11 @@ def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
         count -= skipped
 
 
-def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:
+def _fill(stream: gzip_ng.GzipNGFile, buffer: memoryview) -> int:
     """Read until the buffer is full or the stream ends; return the number of bytes read."""
     read = 0
-    while read < len(room):
-        got = stream.readinto(room[read:])
+    while read < len(buffer):
+        got = stream.readinto(buffer[read:])
         if not got:
             break
         read += got
@@ -639,7 +639,7 @@ def _fill(stream: gzip_ng.GzipNGFile, room: memoryview) -> int:
 
 
 def _read_to_end(stream: gzip_ng.GzipNGFile) -> None:
-    """Read the rest of a stream: gzip verifies its checksum only at the end, which may lie beyond the voxels."""
+    """Read the rest of a stream: gzip verifies its checksum only at the end, which may be after the voxels."""
     while stream.read(1 << 20):
         pass
 
@@ -671,7 +671,7 @@ def _shape_3d(image: Any, path: Path, volume: int | None = None) -> tuple[int, i
     return (shape[0], shape[1], shape[2])
 
 
-def _require_room(path: Path, claimed: int) -> None:
+def _require_bytes(path: Path, claimed: int) -> None:
     """Reject a file too small for the bytes its header claims, before memory is allocated for them."""
     size = path.stat().st_size
     most = size * _MOST_BYTES_PER_BYTE if is_compressed(path) else size
@@ -693,7 +693,7 @@ def _affine(image: Any, path: Path) -> npt.NDArray[np.float64]:
     low, high = VOXEL_SIZE_MM
     if not low <= smallest <= largest <= high:
         raise DataError(
-            f"{path}: voxels of {smallest:g} to {largest:g} mm, allowed are {low:g} to {high:g} mm. "
+            f"{path}: voxels of {smallest:g} to {largest:g} mm; allowed are {low:g} to {high:g} mm. "
             "Is the affine in metres or micrometres? Convert it to mm."
         )
     unit = linear / np.linalg.norm(linear, axis=0)
@@ -717,11 +717,11 @@ def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[in
         try:
             gaps = ((image.header.get_qform() - affine) @ _corners(shape))[:3]
         except (ValueError, ArithmeticError, HeaderDataError):
-            return "its qform is invalid; the sform was taken"
+            return "its qform is invalid; the sform was used"
         gap = np.sqrt((gaps**2).sum(axis=0)).max()
     if gap <= FORM_TOLERANCE_MM:
         return None
-    return f"its sform and qform are up to {gap:.3g} mm apart; the sform was taken"
+    return f"its sform and qform are up to {gap:.3g} mm apart; the sform was used"
 
 
 def _other_pixdim(image: Any, affine: npt.NDArray[np.float64]) -> Spacing | None:

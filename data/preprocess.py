@@ -410,7 +410,7 @@ def resample_codes_onto(
         uint8, shape ``shape``; equal to ``codes`` if the grids are identical, shifted if they differ by whole voxels.
 
     Raises:
-        DataError: no voxel of the target lies in the label map's field of view.
+        DataError: no voxel of the target is in the label map's field of view.
 
     Example:
         >>> codes = np.array([0, 3, 3, 2], dtype=np.uint8).reshape(4, 1, 1)

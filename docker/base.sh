@@ -35,14 +35,14 @@ esac
 name=localhost/znormseg-base:$SUITE
 choose_engine
 if [ "${REBUILD:-0}" != 1 ] && image_exists "$name"; then
-    say "base image $name is there already (REBUILD=1 makes it anew)"
+    say "base image $name already exists (REBUILD=1 rebuilds it)"
     echo "$name"
     exit 0
 fi
 PATH=$PATH:/usr/sbin:/sbin
 have debootstrap || fail "debootstrap is not installed: apt install debootstrap debian-archive-keyring"
 [ "$(id -u)" = 0 ] || fail "debootstrap needs root: sudo make image BASE_IMAGE=debootstrap"
-[ -f "$KEYRING" ] || fail "$KEYRING is not there: apt install debian-archive-keyring (for Ubuntu: ubuntu-keyring)"
+[ -f "$KEYRING" ] || fail "$KEYRING does not exist: apt install debian-archive-keyring (for Ubuntu: ubuntu-keyring)"
 
 make_work
 root=$work/root

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Builds an image and uses it as a hospital would: unknown user, read-only root, no network, 64 MB /dev/shm.
+# Builds an image and uses it as a hospital would: with an unknown user, read-only root, no network, 64 MB /dev/shm.
 # `make image-test` calls this. Stops at the first failed check. Environment variables, besides those of build.sh:
 #   TARGET       gpu (default) or cpu; `make image-test` tests both
 #   TEST_IMAGE   name of the image to make; default: znormseg:image-test, for cpu znormseg:image-test-cpu
@@ -301,7 +301,7 @@ try: socket.create_connection(("192.0.2.1", 443), 3)
 except OSError as error: print(error)
 else: sys.exit("connected")
 ' >"$work/network" || broken "there is a network"
-ok "no network: lo alone; connecting says \"$(cat "$work/network")\""
+ok "no network: only lo; connecting fails with \"$(cat "$work/network")\""
 
 shm=$(tool python -c 'import os; s = os.statvfs("/dev/shm"); print(s.f_blocks * s.f_frsize // 2**20)') ||
     broken "there is no /dev/shm"
@@ -324,12 +324,12 @@ ok "user name and HOME: $(cat "$work/home"); HOME and the caches of torch, Trito
 step() {
     words=$1
     shift
-    begun=$(date +%s)
+    start=$(date +%s)
     if ! "$@" >"$work/out" 2>&1; then
         tail -n 40 "$work/out"
         broken "$words"
     fi
-    ok "$words ($(($(date +%s) - begun)) s)"
+    ok "$words ($(($(date +%s) - start)) s)"
 }
 
 version=$(znormseg --version) || broken "--version: $version"

@@ -21,6 +21,8 @@ from torch import Tensor
 _NORMALIZED: Final = "_gn"
 #: Added to the variance, as in brainchop.
 _EPSILON: Final = 1e-5
+#: Voxels whose values are worked on at once, to keep copies small.
+_ROWS: Final = 1 << 18
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +45,8 @@ class MeshNet:
 
     convolutions: tuple[Convolution, ...]
 
-    @property
-    def reach(self) -> int:
-        """How many voxels away an input voxel can change the output, apart from the statistics of the volume."""
-        return sum(one.dilation * (one.kernel.shape[-1] // 2) for one in self.convolutions)
-
-    def whole(self, image: Tensor) -> Tensor:
-        """Compute the logits of a whole volume, as published: the slow twin of :meth:`boxed`.
+    def reference(self, image: Tensor) -> Tensor:
+        """Compute the logits of a volume operation by operation: the slow twin of :meth:`logits`.
 
         Args:
             image: shape (X, Y, Z), float32, from 0 to 1.
@@ -59,44 +56,42 @@ class MeshNet:
         """
         values = image[None, None]
         for one in self.convolutions:
-            values = _convolved(values, one, one.bias)
+            values = _convolved(values, one)
             if one.normalized:
                 variance, mean = torch.var_mean(values, (2, 3, 4), correction=0, keepdim=True)
-                values = values.sub_(mean).mul_(torch.rsqrt(variance + _EPSILON))
+                values = (values - mean) * torch.rsqrt(variance + _EPSILON)
             if one.gelu:
                 values = F.gelu(values)
         return values[0]
 
-    def boxed(self, image: Tensor, *, volume_voxels: int) -> Tensor:
-        """Compute the logits of a box cut from a volume whose other voxels are all 0.
+    def logits(self, image: Tensor) -> Tensor:
+        """Compute the logits of a volume with two layers' values in memory: 2 GB for 256^3 voxels.
 
-        What surrounds the box is one known value in each channel of each layer. It is subtracted, so that zero padding
-        continues the background and sums over the box are sums over the volume. The result differs from :meth:`whole`
-        in one respect: the background has no border, where zero padding disturbs it.
+        The whole volume has to be computed: normalizations take statistics of the background, which the zero padding at
+        the volume's borders changes, and dilated convolutions carry the head's influence far out. Computed on the box
+        around a head with 8 and with 32 voxels of margin, MindGrab's mask had a Dice of 0.979 and 0.993 with the mask
+        of the whole volume.
 
         Args:
             image: shape (X, Y, Z), float32, from 0 to 1.
-            volume_voxels: number of voxels of the whole volume.
 
         Returns:
             shape (classes, X, Y, Z).
         """
         values = image[None, None].to(memory_format=torch.channels_last_3d)
-        background = torch.zeros(1, 1, 1, 1, 1)
         for one in self.convolutions:
-            constant = one.kernel.sum((2, 3, 4)) @ background.flatten()
-            background = (constant if one.bias is None else constant + one.bias).reshape(1, -1, 1, 1, 1)
-            values = _convolved(values, one, None)
+            values = _convolved(values, one)
+            rows = values.permute(0, 2, 3, 4, 1).view(-1, values.shape[1])
             if one.normalized:
-                mean, variance = _moments(values, volume_voxels)
-                scale = torch.rsqrt(variance + _EPSILON)
-                background = -mean * scale
-                values = values.mul_(scale)
+                # A product of matrices takes a third of the time of torch.var_mean over a channels-last tensor.
+                mean = rows.sum(0) / len(rows)
+                squares = sum((part.T @ part).diagonal() for part in rows.split(_ROWS)) / len(rows)
+                scale = torch.rsqrt((squares - mean.square()).clamp(min=0) + _EPSILON)
+                rows.mul_(scale).sub_(mean * scale)
             if one.gelu:
-                values = F.gelu(values.add_(background))
-                background = F.gelu(background)
-                values = values.sub_(background)
-        return (values + background)[0]
+                for part in rows.split(_ROWS):
+                    part.copy_(F.gelu(part))
+        return values[0]
 
 
 def read_meshnet(description: Path, weights: Path) -> MeshNet:
@@ -162,19 +157,6 @@ def _convolution(config: Any, following: Any, arrays: dict[str, Tensor]) -> Conv
     )
 
 
-def _convolved(values: Tensor, one: Convolution, bias: Tensor | None) -> Tensor:
+def _convolved(values: Tensor, one: Convolution) -> Tensor:
     padding = one.dilation * (one.kernel.shape[-1] // 2)
-    return F.conv3d(values, one.kernel, bias, padding=padding, dilation=one.dilation)
-
-
-def _moments(values: Tensor, volume_voxels: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance of each channel of a volume that is 0 outside the box ``values``.
-
-    A sum and a product over the rows of a channels-last tensor take a third of the time of ``torch.var_mean``, and
-    round better than ``torch.linalg.vector_norm``, which adds one row after the other.
-    """
-    rows = values.permute(0, 2, 3, 4, 1).reshape(-1, values.shape[1])
-    mean = rows.sum(0) / volume_voxels
-    variance = (rows.T @ rows).diagonal() / volume_voxels - mean.square()
-    shape = (1, -1, 1, 1, 1)
-    return mean.reshape(shape), variance.clamp(min=0).reshape(shape)
+    return F.conv3d(values, one.kernel, one.bias, padding=padding, dilation=one.dilation)

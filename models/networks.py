@@ -43,7 +43,7 @@ class NetworkConfig:
         if len(self.channels) < 2:
             raise ValueError(f"network.channels: at least two levels are needed, got {list(self.channels)}")
         if min(self.channels) < 1 or max(self.channels) > 4096:
-            raise ValueError(f"network.channels: from 1 to 4096 channels a level, got {list(self.channels)}")
+            raise ValueError(f"network.channels: from 1 to 4096 channels per level, got {list(self.channels)}")
         if len(self.channels) > 8:
             raise ValueError(f"network.channels: at most 8 levels, got {len(self.channels)}")
         if self.architecture == "segresnet" and self.channels[0] % 8:
@@ -72,10 +72,10 @@ class NetworkConfig:
             raise ValueError(f"network.blocks: only resenc has blocks, not {self.architecture}; leave it out")
         if len(blocks) != len(self.channels):
             raise ValueError(
-                f"network.blocks: one number a level (network.channels has {len(self.channels)}), got {list(blocks)}"
+                f"network.blocks: one number per level (network.channels has {len(self.channels)}), got {list(blocks)}"
             )
         if min(blocks) < 1 or max(blocks) > 32:
-            raise ValueError(f"network.blocks: from 1 to 32 a level, got {list(blocks)}")
+            raise ValueError(f"network.blocks: from 1 to 32 per level, got {list(blocks)}")
 
     @property
     def blocks_by_level(self) -> tuple[int, ...]:
@@ -156,8 +156,8 @@ def _segresnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn
     from monai.networks.nets.segresnet import SegResNet
 
     levels = len(config.channels)
-    # One block at the first level, two at each further one, four at the coarsest; one per level on the way up. For four
-    # levels this is the BraTS bundle's (1, 2, 2, 4).
+    # Encoder: one block at the first level, two at each further one, four at the coarsest, which for four levels is the
+    # BraTS bundle's (1, 2, 2, 4). Decoder: one block per level.
     return SegResNet(
         spatial_dims=3,
         init_filters=config.channels[0],

@@ -1,7 +1,7 @@
 """Presence channels: one more input channel per contrast, 1 inside the brain if the contrast is present.
 
 A missing contrast is all 0, but so are the background of a present contrast and, after z-scoring, its average brain
-tissue. The presence channels tell these apart. They are 0 outside the brain, as the contrasts are, because the instance
+tissue. The presence channels distinguish them. They are 0 outside the brain, as the contrasts are, because the instance
 norm after the first convolution would remove a value that is constant over a whole patch.
 """
 

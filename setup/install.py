@@ -1,4 +1,4 @@
-"""Install znormseg into .venv: ``install.py run`` for what it needs to run, ``install.py dev`` for everything.
+"""Install znormseg into .venv: ``install.py run`` for the run-time packages, ``install.py dev`` for all.
 
 ``make`` calls this. Besides pip's own variables it reads these environment variables:
 
@@ -64,12 +64,12 @@ def choose(
     if cpu_index_has_torch():
         return Choice(
             ("--index-url", CPU_INDEX),
-            "the build without CUDA: no NVIDIA GPU here. For one: TORCH_INDEX=https://pypi.org/simple",
+            "the build without CUDA: no NVIDIA GPU here. For the one with CUDA: TORCH_INDEX=https://pypi.org/simple",
         )
     return Choice(
         (),
         f"PyPI's build with CUDA, {CUDA_COST}, although there is no NVIDIA GPU here: {CPU_INDEX} cannot be reached or"
-        " lacks our version. It computes on a CPU all the same. A mirror of that index: TORCH_INDEX=URL",
+        " lacks our version. It works on a CPU too. To use a mirror of that index: TORCH_INDEX=URL",
     )
 
 
@@ -173,11 +173,11 @@ def provide_pip() -> None:
     """Install pip into .venv; a .venv made by ``uv venv`` or by Debian's Python without python3-venv has none."""
     if importlib.util.find_spec("pip") is not None:
         return
-    ways = [[sys.executable, "-m", "ensurepip", "--default-pip"]]
+    commands = [[sys.executable, "-m", "ensurepip", "--default-pip"]]
     if uv := shutil.which("uv"):
-        ways.append([uv, "pip", "install", "--quiet", "--python", sys.executable, "pip"])
-    for way in ways:
-        if subprocess.run(way, capture_output=True, check=False).returncode == 0:
+        commands.append([uv, "pip", "install", "--quiet", "--python", sys.executable, "pip"])
+    for command in commands:
+        if subprocess.run(command, capture_output=True, check=False).returncode == 0:
             return
     sys.exit("There is no pip for .venv. On Debian and Ubuntu: apt install python3-venv; or install uv.")
 
@@ -212,13 +212,13 @@ def main(which: str) -> None:
             venv.create(VENV, symlinks=True)
         same = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
         if subprocess.run([python, "-c", same], check=False).returncode:
-            sys.exit(f".venv is not of Python {platform.python_version()}, which PYTHON names. Remove it: make clean")
+            sys.exit(f".venv is not for Python {platform.python_version()}, which PYTHON names. Remove it: make clean")
         os.execv(python, [str(python), *sys.argv])
     provide_pip()
     locked = bool(os.environ.get("LOCKED"))
     if locked and installed_torch() is not None and not any(VENV.glob(".installed-*-locked")):
         sys.exit("LOCKED=1: .venv has packages whose hashes were not checked. Remove it first: make clean")
-    say({"run": "installing what znormseg needs to run", "dev": "adding what the tests and documents need"}[which])
+    say({"run": "installing the run-time packages", "dev": "adding the packages for tests and documentation"}[which])
     install_torch(locked)
     if locked:
         files = [f"locks/{which}.txt"]

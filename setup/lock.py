@@ -6,11 +6,11 @@ machines:
 torch.txt
     torch, with the hashes of PyPI and of torch's CPU index.
 cuda.txt
-    What PyPI's torch for Linux needs in addition.
+    The further packages that PyPI's torch for Linux needs.
 run.txt
     Everything else that znormseg needs to run, and setuptools, which builds the package.
 dev.txt
-    run.txt, and what the tests and the documentation need.
+    run.txt, and the packages for tests and documentation.
 """
 
 from __future__ import annotations

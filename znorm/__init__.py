@@ -26,7 +26,7 @@ __all__ = [
     "zscore_",
 ]
 
-#: Names in earlier versions and what they are called now.
+#: Names in earlier versions, with their present names.
 _RENAMED = {"RIVALS": "BASELINES", "attach_rival": "attach_baseline"}
 
 

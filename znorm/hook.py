@@ -31,7 +31,7 @@ class ZNormConfig:
     eps: float = EPS
     """Added to the standard deviation, relative to the gradient's root mean square."""
     scope: Scope = "layer"
-    """What shares a mean and a spread: each tensor (``layer``), each output ``channel``, or all (``global``)."""
+    """Scope of each mean and spread: a tensor (``layer``), an output ``channel``, or all tensors (``global``)."""
     mode: Mode = "zscore"
     """``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides."""
     min_dimensions: int = 2

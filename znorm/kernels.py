@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 import torch
 from torch import Tensor
 
-from znorm.reference import zscore_reference
+from znorm.self_check import zscore_reference
 
 _Mode = Literal["zscore", "centre", "scale"]
 _MODES: Final[tuple[_Mode, ...]] = ("zscore", "centre", "scale")
@@ -112,7 +112,7 @@ def _usable(device: torch.device, dtype: torch.dtype) -> bool:
 def _give_up(device: torch.device, dtype: torch.dtype, reason: str) -> None:
     _passed[device, dtype] = False
     warnings.warn(
-        f"ZNorm's Triton kernels are left out for {dtype} on {device}, in favour of plain tensor operations: {reason}",
+        f"ZNorm uses plain tensor operations instead of its Triton kernels for {dtype} on {device}: {reason}",
         RuntimeWarning,
         stacklevel=3,
     )

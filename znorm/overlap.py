@@ -61,8 +61,8 @@ class Overlap:
 def find_junctions(model: nn.Module) -> tuple[Junction, ...]:
     """Find the residual units and skips of MONAI's UNet and SegResNet by the names of their classes and parts.
 
-    The known ones are ``SkipConnection`` (modes cat and add), ``ResidualUnit``, ``ResBlock``, ``SegResBlock``, and the
-    long skips of ``SegResNet``, which are named after the up-sampling stage that receives them. Describe others with
+    It recognises ``SkipConnection`` (modes cat and add), ``ResidualUnit``, ``ResBlock``, ``SegResBlock``, and the long
+    skips of ``SegResNet``, which are named after the up-sampling stage that receives them. Describe others with
     :class:`Junction`.
 
     Returns:

@@ -46,8 +46,8 @@ def zscore_(
     Args:
         gradients: floating-point tensors of any shape, on one or several devices.
         eps: added to the standard deviation (the population's), relative to rms(g); default 1e-7.
-        scope: what shares a mean and a spread: each tensor (``layer``), each output channel (``channel``) or all
-            tensors together (``global``).
+        scope: scope of each mean and spread: a tensor (``layer``), an output channel (``channel``) or all tensors
+            together (``global``).
         mode: ``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides and keeps the mean.
         channel_dims: with scope ``channel``, the dimension of each tensor that holds its output channels (1 for a
             transposed convolution); default 0.
@@ -238,7 +238,7 @@ def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool)
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
     groups = list(kinds.values())
-    if len(groups) == 1:  # with several, one might be changed before another is known to be finite
+    if len(groups) == 1:  # with several, one might be changed before another is checked
         finite = zscore_kernels_(tensors, eps, mode, together=together)
         if finite is not None:
             return bool(finite)

@@ -77,7 +77,7 @@ def _lines(outcome: CrossValidation) -> list[str]:
     rows.append(["SD of cases", *("-" if (sd := spread[key].sd_cases) is None else f"{sd:.3f}" for key in keys)])
     tuning = outcome.tuning
     lines = [
-        "Dice of cases that a fold's network has not trained on, without post-processing",
+        "Dice of cases that a fold's network was not trained on, without post-processing",
         terminal.table(rows),
         f"predictions: {backends_sentence(outcome.content['out_of_fold'])}",
         f"post-processing: {tuning.chosen.sentence()}",

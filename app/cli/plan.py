@@ -36,14 +36,14 @@ def plan(
         typer.Option("--dry-run", help="Try some real training steps; if they run out of memory, plan a smaller run."),
     ] = False,
     max_memory_gb: Annotated[
-        float | None, typer.Option(help="RAM that the run may use, in GB; default: all that is free.")
+        float | None, typer.Option(help="RAM that the run may use, in GB; default: all free RAM.")
     ] = None,
     labels: options.Labels = None,
     follow_links: options.FollowLinks = False,
 ) -> None:
     """Choose a config for a data set and this machine, with a reason for each choice.
 
-    Chooses patch, batch, depth, steps, threads and spacing by the data and the available memory. Pass the file to
+    Chooses patch, batch, depth, steps, threads and spacing from the data and the available memory. Pass the file to
     train --config. --dry-run also reports how much memory and time the run will take.
     """
     options.refuse(
@@ -66,8 +66,8 @@ def plan(
             on_progress=on_progress,
         )
     if out is not None:
-        with replacing(out) as beside:
-            beside.write_text(planned.to_yaml(), encoding="utf-8")
+        with replacing(out) as partial:
+            partial.write_text(planned.to_yaml(), encoding="utf-8")
     lines = (
         [planned.to_yaml().rstrip()]
         if out is None

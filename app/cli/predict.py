@@ -190,14 +190,14 @@ def predict_command(
             postprocess=not no_postprocess,
             native=native,
         )
-        elsewhere = _elsewhere(job, engine, devices, workers)
+        pool = _other_processes(job, engine, devices, workers)
         cases = _cases(files, source, follow_links=follow_links)
         if not files:
             require_place_of_its_own(wanted, run=run, source=source, cases=cases)
         with terminal.watched() as on_progress:
             # Workers load the network themselves; here it only provides the settings.
-            model, runtime = (job if elsewhere is None else replace(job, device="cpu", backend="auto")).load()
-            settings, at_work = job.settings(model), elsewhere or job.engine(model, runtime)
+            model, runtime = (job if pool is None else replace(job, device="cpu", backend="auto")).load()
+            settings, at_work = job.settings(model), pool or job.engine(model, runtime)
             del model
             outcome = predict_each(
                 cases,
@@ -229,7 +229,7 @@ def _places(run: Path | None, places: list[Path], *, files: bool, challenge: boo
         from app.inference.batch.challenge import INPUT, MODEL, OUTPUT
 
         wrong = files or len(places) not in (0, 2)
-        options.refuse(wrong, "with --challenge, give nothing, RUN, or RUN, INPUT and OUTPUT")
+        options.refuse(wrong, "with --challenge, give no paths, only RUN, or RUN, INPUT and OUTPUT")
         source, output = places or (INPUT, OUTPUT)
         return run or MODEL, source, output
     if run is None or len(places) != (1 if files else 2):
@@ -249,9 +249,9 @@ def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
     return (x, y, z)
 
 
-def _elsewhere(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
+def _other_processes(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
     """Return the executor that uses other processes; None if this process does the work."""
-    from app.inference.batch.process_pool import InProcesses, devices_of
+    from app.inference.batch.parallel import InProcesses, devices_of
     from app.system.worker_pool import default_devices
 
     slots = default_devices(1 if workers is None else workers, option="--workers")

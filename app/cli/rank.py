@@ -69,6 +69,7 @@ def rank_command(
         write_ranking_page(page, ranking)
     if ranking.left_out:
         terminal.say(
-            f"left out, not scored in all of them: {len(ranking.left_out)} cases: {terminal.some(ranking.left_out)}"
+            f"{len(ranking.left_out)} cases left out, as not every set has scores for them: "
+            f"{terminal.some(ranking.left_out)}"
         )
     terminal.exit_if_failed(failures)

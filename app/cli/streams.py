@@ -1,8 +1,8 @@
 """Standard output and error that survive the loss of their reader.
 
 The reader may disappear at any time: ``znormseg train ... 2>&1 | head``, a closed terminal, a lost connection. Messages
-are then dropped and the job continues. A result without a reader is not an error either, but a result that does not
-fit on a full disk is.
+are then dropped and the job continues. A result without a reader is not an error either, but a result that cannot
+be written to a full disk is.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Final, TextIO
 
 #: Error numbers of a pipe or socket whose reader is gone.
-_LEFT: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENXIO})
+_READER_GONE: Final = frozenset({errno.EPIPE, errno.ECONNRESET, errno.ENXIO})
 
 
 class _Outlasting(io.FileIO):
@@ -40,23 +40,23 @@ class _Outlasting(io.FileIO):
                 select.select([], [self.fileno()], [])
         except OSError as error:
             # A closed terminal raises EIO, as does a failing disk.
-            left = error.errno in _LEFT or (error.errno == errno.EIO and self._is_terminal)
-            if left or not self._messages:
-                self._lead_nowhere()  # so that buffered content is not retried either
-            if not left and not self._messages:
+            is_gone = error.errno in _READER_GONE or (error.errno == errno.EIO and self._is_terminal)
+            if is_gone or not self._messages:
+                self._discard_output()  # so that buffered content is not retried either
+            if not is_gone and not self._messages:
                 raise OSError(error.errno, f"cannot be written: {error.strerror}", "standard output") from error
             return memoryview(content).nbytes
         return written
 
-    def _lead_nowhere(self) -> None:
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nowhere, self.fileno())
-        os.close(nowhere)
+    def _discard_output(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self.fileno())
+        os.close(null)
 
 
 @contextmanager
 def outlasting_streams() -> Iterator[None]:
-    """Let ``sys.stdout`` and ``sys.stderr`` survive the loss of their readers; replaced streams are left alone."""
+    """Let ``sys.stdout`` and ``sys.stderr`` survive the loss of their readers; replaced streams are untouched."""
     _open_closed_ones()
     before = sys.stdout, sys.stderr
     if sys.stdout is sys.__stdout__:
@@ -91,7 +91,7 @@ def _outlasting(stream: TextIO | None, descriptor: int, *, messages: bool) -> Te
 
 
 def _open_closed_ones() -> None:
-    """Open closed descriptors 0 to 2 (``2>&-``); otherwise the next file opened gets the number, and the messages."""
+    """Open closed descriptors 0 to 2 (``2>&-``); else the next file opened would get the number, and the messages."""
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -129,7 +129,7 @@ def _rich_table(rows: Sequence[Sequence[str]]) -> str:
 
 @contextmanager
 def signals_unwind() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end a job in the same way as Ctrl-C, so that files are cleaned up.
+    """Let SIGTERM and SIGHUP end a job as Ctrl-C does, so that files are cleaned up.
 
     ``docker stop`` and batch systems send SIGTERM, a closed terminal sends SIGHUP; under nohup SIGHUP stays ignored.
     """

@@ -77,11 +77,13 @@ def train(
     with terminal.watched() as on_progress, joined_processes() as world:
         if resume:
             base = config or str(run / "config.yaml")
-            asked = load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None
+            requested = (
+                load_config(base, overrides) if config or (overrides and (run / "config.yaml").exists()) else None
+            )
             outcome = training.resume(
                 source,
                 run,
-                asked,
+                requested,
                 allow=allow or (),
                 world=world,
                 on_progress=on_progress,

@@ -1,4 +1,4 @@
-"""How a command is added: with the options that every command has, and help with headings and examples."""
+"""Add commands with the options that every command has, and with headings and examples in their help."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _common(
 class _Verb(TyperCommand):
     """A command whose help has headings (``rich_help_panel``) and ends with examples (``epilog``).
 
-    Typer's own headings need its rich help, which wraps the examples and leaves little room for the options' texts.
+    Typer's own headings need its rich help, which wraps the examples and leaves little space for the options' texts.
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -260,12 +260,14 @@ def _in_words(detail: Any, origin: str) -> str:
     """Word a pydantic error for the user: where it is, what was found and what is allowed."""
     path = ".".join(str(part) for part in detail["loc"][1:])
     if detail["type"] == "unexpected_keyword_argument":
-        known = [key for key in _known_keys() if key.rpartition(".")[0] == path.rpartition(".")[0]]
+        allowed = [key for key in _known_keys() if key.rpartition(".")[0] == path.rpartition(".")[0]]
         if path in ("training.minutes", "training.epochs"):
             return f"{origin}: unknown key {path}; the budget is training.hours (0.1 is six minutes) or training.steps"
-        close = difflib.get_close_matches(path, known, n=1, cutoff=0.75)
+        close = difflib.get_close_matches(path, allowed, n=1, cutoff=0.75)
         advice = (
-            f"did you mean {close[0]}?" if close else f"known here: {', '.join(k.rpartition('.')[2] for k in known)}"
+            f"did you mean {close[0]}?"
+            if close
+            else f"allowed here: {', '.join(k.rpartition('.')[2] for k in allowed)}"
         )
         return f"{origin}: unknown key {path}; {advice}"
     text = str(detail["msg"]).removeprefix("Value error, ")

@@ -1,1 +1,1 @@
-"""Find what on a machine gets in the way of training, and what to do about it."""
+"""Find problems of a machine that affect training, and suggest remedies."""

@@ -13,14 +13,14 @@ from app.system.device import TENSOR_CORES
 
 Level = Literal["ok", "note", "warning", "problem"]
 
-#: Free memory below which next to nothing can be trained, and below which a plan should be tried out.
+#: Free memory below which hardly anything can be trained, and below which a plan should be tried out.
 _LITTLE_MEMORY: Final = 2_000_000_000
 _SOME_MEMORY: Final = 6_000_000_000
 _LITTLE_DISK: Final = 1_000_000_000
 _SOME_DISK: Final = 10_000_000_000
 #: First compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
-_SHM: Final = "/dev/shm"  # noqa: S108 - its name, nothing is written there
+_SHM: Final = "/dev/shm"  # noqa: S108 - only its name; nothing is written to it
 #: Builds of torch: since 2.12 they are cu126, cu130 and cu132 (pytorch/pytorch#178665).
 _WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
 _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
@@ -38,7 +38,7 @@ class DoctorFinding:
 
 
 def examine(probe: Probe) -> list[DoctorFinding]:
-    """Make all findings, in the order in which they are shown."""
+    """Return all findings, in the order in which they are shown."""
     return [
         _gpu(probe),
         *(_architecture(probe, gpu) for gpu in probe.gpus),
@@ -71,16 +71,16 @@ def _gpu(probe: Probe) -> DoctorFinding:
 
 
 def _driver(probe: Probe, torch_cuda: str, driver_cuda: tuple[int, int]) -> DoctorFinding:
-    """Compare the driver's CUDA with torch's: within a major version any driver works, by CUDA's own rule."""
+    """Compare the driver's CUDA with torch's; by CUDA's own rule, any driver of the same major version works."""
     topic, built = "GPU", _numbers(torch_cuda)
-    driver = f"driver {probe.driver or 'of unknown version'} takes CUDA {_dotted(driver_cuda)}"
+    driver = f"driver {probe.driver or 'of unknown version'} supports CUDA {_dotted(driver_cuda)}"
     versions = f"{driver}, torch {probe.torch} is built for {torch_cuda}"
     if built[0] > driver_cuda[0]:
         return _problem(topic, versions, f"install a newer driver, or torch for an older CUDA: {_OLDER_CUDA}")
     if not probe.gpus:
         hidden = probe.environment.get("CUDA_VISIBLE_DEVICES")
         why = f"CUDA_VISIBLE_DEVICES={hidden}" if hidden is not None else "torch sees none"
-        return _problem(topic, f"{versions}; {why}", "unset CUDA_VISIBLE_DEVICES; see whether nvidia-smi works")
+        return _problem(topic, f"{versions}; {why}", "unset CUDA_VISIBLE_DEVICES; check that nvidia-smi works")
     names = ", ".join(f"{gpu.name} ({gpu.memory_bytes / 1e9:.0f} GB)" for gpu in probe.gpus)
     if built > driver_cuda:
         return _note(topic, f"{names}; {versions}", "works within a major version; a newer driver is safer")
@@ -94,10 +94,10 @@ def _architecture(probe: Probe, gpu: Gpu) -> DoctorFinding:
     for architecture in probe.torch_architectures:
         if (match := re.fullmatch(r"(sm|compute)_(\d+)(\d)[af]?", architecture)) is None:
             continue
-        its = int(match[2]), int(match[3])
+        built_for = int(match[2]), int(match[3])
         exact = architecture[-1] in "af"
-        if its == gpu.capability or (
-            not exact and its <= gpu.capability and (match[1] == "compute" or its[0] == major)
+        if built_for == gpu.capability or (
+            not exact and built_for <= gpu.capability and (match[1] == "compute" or built_for[0] == major)
         ):
             return _ok(topic, f"{name}; torch has {architecture}")
     return _problem(
@@ -112,12 +112,12 @@ def _bfloat16(probe: Probe) -> DoctorFinding:
     if probe.gpus:
         name, capability = probe.gpus[0].name, probe.gpus[0].capability
         if capability >= _BF16_CAPABILITY:
-            return _ok(topic, f"{name} multiplies it, so precision auto takes it")
+            return _ok(topic, f"{name} supports it, so precision auto uses it")
         precision, remedy = ("float16", "") if capability >= TENSOR_CORES else ("float32", "plan for twice the memory")
-        return _note(topic, f"{name} does not multiply it, so precision auto takes {precision}", remedy)
+        return _note(topic, f"{name} does not support it, so precision auto uses {precision}", remedy)
     if probe.bf16_flags:
-        return _ok(topic, f"the CPU has {', '.join(probe.bf16_flags)}, so precision auto takes it")
-    return _note(topic, f"{probe.processor} does not multiply it, so precision auto takes float32", "")
+        return _ok(topic, f"the CPU has {', '.join(probe.bf16_flags)}, so precision auto uses it")
+    return _note(topic, f"{probe.processor} does not support it, so precision auto uses float32", "")
 
 
 def _memory(probe: Probe) -> DoctorFinding:
@@ -129,9 +129,9 @@ def _memory(probe: Probe) -> DoctorFinding:
     others = [f"{limit.free_bytes / 1e9:.1f} by {limit.name}" for limit in probe.memory[1:]]
     found += f" ({', '.join(others)})" if others else ""
     if tightest.free_bytes < _LITTLE_MEMORY:
-        return _warning(topic, found, "znormseg plan DATA --dry-run finds out what fits; or raise the bound")
+        return _warning(topic, found, "znormseg plan DATA --dry-run measures what fits; or raise the limit")
     if tightest.free_bytes < _SOME_MEMORY:
-        return _note(topic, found, "znormseg plan DATA --dry-run finds out what fits")
+        return _note(topic, found, "znormseg plan DATA --dry-run measures what fits")
     return _ok(topic, found)
 
 
@@ -139,35 +139,35 @@ def _processors(probe: Probe) -> DoctorFinding:
     found = f"{probe.processor}, {probe.cores} cores"
     if probe.quota is None:
         return _ok("processors", found)
-    return _ok("processors", f"{found}, the control group allows the time of {probe.quota:g}")
+    return _ok("processors", f"{found}, but the control group limits their use to {probe.quota:g}")
 
 
 def _threads(probe: Probe) -> DoctorFinding:
     """Compare the network's threads with the processors."""
     share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
     topic, remedy = "threads", f"export OMP_NUM_THREADS={share}"
-    asked = probe.environment.get("OMP_NUM_THREADS")
-    found = f"torch uses {probe.torch_threads}" + (f", OMP_NUM_THREADS={asked}" if asked is not None else "")
-    if asked is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", asked):
+    setting = probe.environment.get("OMP_NUM_THREADS")
+    found = f"torch uses {probe.torch_threads}" + (f", OMP_NUM_THREADS={setting}" if setting is not None else "")
+    if setting is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", setting):
         return _warning(topic, f"{found}, which is not a number", remedy)
     found += f", of {share} processors"
     if probe.torch_threads > share:
         return _warning(topic, f"{found}: they wait for each other", remedy)
     if probe.torch_threads < share and not probe.gpus:
-        return _note(topic, found, f"{remedy} where nothing else runs")
+        return _note(topic, found, f"{remedy} if nothing else runs")
     return _ok(topic, found)
 
 
 def _waiting(probe: Probe) -> Iterator[DoctorFinding]:
     policy = probe.environment.get("OMP_WAIT_POLICY", "")
     if policy.lower() == "active":
-        found = f"{policy}: threads that wait keep their processors busy, and the loader's starve"
+        found = f"{policy}: waiting threads keep their processors busy, and the loader's threads starve"
         yield _warning("OMP_WAIT_POLICY", found, "export OMP_WAIT_POLICY=passive")
 
 
 def _shm(probe: Probe) -> DoctorFinding:
     if probe.shm_bytes is None:
-        return _ok(_SHM, "does not exist, and is not needed: threads make the batches")
+        return _ok(_SHM, "does not exist and is not needed: threads make the batches")
     return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, none of it needed: threads make the batches")
 
 
@@ -179,17 +179,17 @@ def _disk(place: Place) -> DoctorFinding:
         remedy = "set ZNORMSEG_CACHE to a folder that can be written to"
         if place.role == "cache":
             return _warning(topic, f"{found}, cannot be written to; each run then keeps its own prepared cases", remedy)
-        return _note(topic, f"{found}, cannot be written to", "runs and predictions need another folder")
+        return _note(topic, f"{found}, cannot be written to", "write runs and predictions to another folder")
     if place.free_bytes is not None and place.free_bytes < _LITTLE_DISK:
         return _problem(topic, found, "free some space, or choose another folder")
     if place.free_bytes is not None and place.free_bytes < _SOME_DISK:
-        return _warning(topic, found, "znormseg plan DATA says what prepared cases and checkpoints take")
+        return _warning(topic, found, "znormseg plan DATA shows how much space prepared cases and checkpoints take")
     return _ok(topic, found)
 
 
 def _torch_2_9(probe: Probe) -> Iterator[DoctorFinding]:
     if _numbers(probe.torch)[:2] == (2, 9):
-        found = "3D convolutions are slow and take much memory in it (pytorch/pytorch#166122)"
+        found = "its 3D convolutions are slow and take much memory (pytorch/pytorch#166122)"
         yield _warning("torch 2.9", found, "install torch 2.10 or newer: make setup")
 
 
@@ -209,7 +209,7 @@ def _packages(packages: tuple[Package, ...]) -> DoctorFinding:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Numbers at the start of a version.
+    """Return the numbers at the start of a version.
 
     Example:
         >>> _numbers("2.10.0+cu128")

@@ -83,7 +83,7 @@ class Probe:
     shm_bytes: int | None
     torch_threads: int
     environment: Mapping[str, str] = field(default_factory=dict)
-    """Values of OMP_NUM_THREADS, OMP_WAIT_POLICY, CUDA_VISIBLE_DEVICES, as far as they are set."""
+    """Values of OMP_NUM_THREADS, OMP_WAIT_POLICY and CUDA_VISIBLE_DEVICES, where set."""
     places: tuple[Place, ...] = ()
     packages: tuple[Package, ...] = ()
 
@@ -112,7 +112,7 @@ def probe(given: Sequence[Path] = ()) -> Probe:
         cores=cores(),
         quota=processor_quota(),
         memory=tuple(memory_limits()),
-        shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,  # noqa: S108 - its size
+        shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only its size
         torch_threads=torch.get_num_threads(),
         environment={name: os.environ[name] for name in names if name in os.environ},
         places=tuple(_place(role, path) for role, path in places),
@@ -146,7 +146,7 @@ def _driver() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """CUDA version according to libcuda, which comes with the driver."""
+    """Return the CUDA version according to libcuda, which comes with the driver."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         number = ctypes.c_int()
@@ -175,6 +175,6 @@ def _is_writable(folder: Path) -> bool:
 
 
 def _packages() -> list[Package]:
-    """Packages that this program requires, from its own metadata."""
+    """Return the packages that this program requires, from its own metadata."""
     needs = filter(None, map(_REQUIREMENT.match, metadata.requires("znormseg") or []))
     return [Package(name=need[1], least=need[2], installed=installed_version(need[1])) for need in needs]

@@ -94,7 +94,7 @@ class Evaluation(FolderScores):
         """Return explanations of the table in the terminal, one sentence each."""
         found = ["sensitivity, specificity, surface Dice and volumes are in --out scores.csv and --json"]
         if any(one.hd95_mm == ONE_EMPTY_HD95_MM for case in self.cases for one in case.regions.values()):
-            found.append(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: only one of the two has the region (rule of BraTS 2023)")
+            found.append(f"HD95 {ONE_EMPTY_HD95_MM:g} mm: only one label map has the region (rule of BraTS 2023)")
         return found
 
     def notes(self) -> list[str]:
@@ -103,7 +103,7 @@ class Evaluation(FolderScores):
         if self.resampled:
             found.insert(0, f"predictions resampled to the grid of their reference: {first_ids(self.resampled)}")
         if self.made_by_us:
-            written = f"znormseg predict wrote references: {first_ids(self.made_by_us)}."
+            written = f"znormseg predict wrote some references: {first_ids(self.made_by_us)}."
             found.insert(0, f"{written} Are PREDICTIONS and REFERENCES swapped?")
         return found
 
@@ -215,7 +215,7 @@ def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -
         place = f"case {case}: {prediction_path} and {reference_path}"
         if not resample:
             raise DataError(
-                f"{place} are on different grids: {difference}. Give --resample to resample the prediction to the grid "
+                f"{place} are on different grids: {difference}. Use --resample to resample the prediction to the grid "
                 "of the reference."
             )
         x, y, z = expected.shape
@@ -241,7 +241,7 @@ def _probabilities_of(case: str, label_map: Path) -> Path | None:
 
 
 def _record_beside(label_map: Path, case: str) -> dict[str, Any]:
-    """Return the JSON of ``predict`` next to a label map; empty if there is none, or it is something else."""
+    """Return the JSON of ``predict`` next to a label map; empty if there is none or the file is something else."""
     try:
         record = json.loads(label_map.with_name(f"{case}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

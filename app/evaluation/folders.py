@@ -1,4 +1,4 @@
-"""Two folders of label maps, predictions and references: which cases they share, and a loop that scores those."""
+"""Match two folders of label maps, predictions and references, and score the cases that both have."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
     both = predicted.keys() & expected.keys()
     if not both:
         raise DataError(
-            f"no case is in both folders: {predictions.root} holds {first_ids(predicted)}; {references.root} holds "
+            f"no case is in both folders: {predictions.root} has {first_ids(predicted)}; {references.root} has "
             f"{first_ids(expected)}. {_NAMING_RULES}"
         )
     maps = LabelMapsOnce(frozenset(side[case] for side in (predicted, expected) for case in both))
@@ -120,7 +120,7 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
         LOG.warning(
             f"the voxel size in the header (pixdim) differs from that of the affine: {first_ids(pixdim_mm)}; in "
             f"{first}, pixdim is {x:g} x {y:g} x {z:g} mm. The affine is used. Programs that use pixdim, such as the "
-            "scripts of BraTS 2023 and of MEN 2024, give other distances and volumes."
+            "scripts of BraTS 2023 and of MEN 2024, report other distances and volumes."
         )
     return Folders(
         predicted=predicted,
@@ -134,9 +134,9 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
 
 
 class LabelMapsOnce:
-    """Label maps that are used twice, to determine the convention from their values and to score, but read once.
+    """Label maps that are used twice (to determine the convention and to score) but read only once.
 
-    After the first use a label map is kept in memory, cropped to its foreground, as long as there is room.
+    After the first use a label map is kept in memory, cropped to its foreground, while the size limit allows.
     """
 
     def __init__(self, paths: frozenset[Path], *, room_bytes: int = _KEPT_BYTES) -> None:

@@ -20,7 +20,7 @@ from data.preprocess import smallest_box
 
 #: HD95 in mm when exactly one of two masks is empty: the diagonal of 240 x 240 x 155 mm, rounded up (BraTS 2023).
 ONE_EMPTY_HD95_MM: Final = 374.0
-#: One sentence that defines which "HD95" this is; every result file contains it.
+#: Definition of this "HD95" in one sentence; every result file contains it.
 HD95_DEFINITION: Final = "surface-distance robust Hausdorff, 95 %; one mask empty 374 mm (BraTS 2023)"
 #: Default distance in mm within which two surfaces agree; BraTS 2024 reports this one and 0.5 mm.
 NSD_MM: Final = 1.0
@@ -29,7 +29,7 @@ DICE_DEFINITION: Final = "whole volume; both masks empty 1, one mask empty 0 (Br
 
 
 def nsd_definition(tolerance_mm: float) -> str:
-    """Return one sentence that defines which normalised surface Dice this is."""
+    """Return the definition of this normalised surface Dice in one sentence."""
     return f"surface-distance surface Dice at {tolerance_mm:g} mm, by area; both masks empty 1, one mask empty 0"
 
 
@@ -210,7 +210,7 @@ def _surface_scores(prediction: Mask, reference: Mask, spacing_mm: Spacing, tole
     _require_masks(prediction, reference)
     _require_spacing(spacing_mm)
     if not (np.isfinite(tolerance_mm) and tolerance_mm >= 0):
-        raise ValueError(f"the tolerance is a distance in mm of 0 or more, not {tolerance_mm}")
+        raise ValueError(f"the tolerance must be a distance of 0 mm or more, not {tolerance_mm}")
     if not prediction.any() or not reference.any():
         return (ONE_EMPTY_HD95_MM, 0.0) if prediction.any() or reference.any() else (0.0, 1.0)
     # Lossless: every voxel outside the box is outside both masks, like the border that ``corner_codes`` adds.
@@ -278,7 +278,7 @@ def _region_mask(codes: npt.NDArray[np.uint8], region: Region) -> Mask:
     inside[list(region_codes(region))] = True
     if codes.size and codes.max() > ENHANCING:
         raise ValueError(
-            f"label codes go from 0 to {ENHANCING}, but {codes.max()} occurs; decode the file's labels first"
+            f"label codes range from 0 to {ENHANCING}, but {codes.max()} occurs; decode the file's labels first"
         )
     return inside[codes]
 
@@ -286,7 +286,7 @@ def _region_mask(codes: npt.NDArray[np.uint8], region: Region) -> Mask:
 def _require_masks(prediction: Mask, reference: Mask) -> None:
     if prediction.shape != reference.shape:
         raise ValueError(
-            f"prediction of shape {prediction.shape} and reference of shape {reference.shape} must be alike"
+            f"prediction and reference must have the same shape, got {prediction.shape} and {reference.shape}"
         )
     if prediction.dtype != np.bool_ or reference.dtype != np.bool_:
         raise ValueError(f"masks must be boolean, not {prediction.dtype} and {reference.dtype}")

@@ -5,7 +5,7 @@ computed for the probability of a region, not for that of the more likely answer
 expressed in terms of probability", Monthly Weather Review 78, 1950.
 
 Nearly all voxels of a head are certain background and would make every network look calibrated. So only voxels in a box
-around the predicted and true tumour count. The box depends only on which side of one half a probability lies, which
+around the predicted and true tumour count. The box depends only on whether a probability is above one half, which
 temperature scaling does not change.
 """
 
@@ -33,9 +33,9 @@ BINS: Final = 15
 MARGIN_MM: Final = 10.0
 #: Definition of the metrics in words; every result file contains it.
 DEFINITION: Final = (
-    f"of the probability of each region, over the voxels of the smallest box that holds the whole tumour (reference, "
-    f"and probability above one half), grown by {MARGIN_MM:g} mm on every side; ECE: {BINS} bins of equal width; "
-    "Brier: mean squared difference; a case without any tumour, marked or true, has none"
+    "of the probability of each region, over the voxels of the smallest box that contains the whole tumour "
+    f"(reference, and probability above one half), grown by {MARGIN_MM:g} mm on every side; ECE: {BINS} bins of equal "
+    "width; Brier: mean squared difference; undefined for a case without predicted or true tumour"
 )
 #: Ending of the name of a case's probability file.
 ENDING: Final = "_probabilities.nii.gz"
@@ -82,7 +82,7 @@ def reliability(
     Args:
         probabilities: 0 to 1, any shape.
         right: whether each voxel is in the region, same shape.
-        weights: number of voxels that each entry stands for; None means one each.
+        weights: number of voxels that each entry represents; None means one each.
 
     Example:
         >>> found = reliability(np.array([0.1, 0.9, 0.9, 0.9]), np.array([False, True, True, False]))
@@ -163,13 +163,13 @@ def read_probabilities(path: Path, reference: Volume) -> npt.NDArray[np.float32]
         volume = in_order_of(reference, read_volume(path, number))
         if (difference := grid_difference(volume, reference)) is not None:
             raise DataError(
-                f"{path}: is on a different grid than {reference.path}: {difference}. Delete it to score the case "
+                f"{path}: on a different grid than {reference.path}: {difference}. Delete it to score the case "
                 "without probabilities."
             )
         if volume.voxels.min() < -_ROUNDING or volume.voxels.max() > 1 + _ROUNDING:
             raise DataError(
-                f"{path}: holds {volume.voxels.min():g} to {volume.voxels.max():g}, and probabilities are from 0 to 1. "
-                "Write it again with predict --save-probabilities, or delete it."
+                f"{path}: has values from {volume.voxels.min():g} to {volume.voxels.max():g}; probabilities are from "
+                "0 to 1. Write it again with predict --save-probabilities, or delete it."
             )
         parts.append(volume.voxels.clip(0, 1))
     return np.stack(parts)

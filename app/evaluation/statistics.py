@@ -62,7 +62,7 @@ def paired_difference(arm: FloatArray, baseline: FloatArray, *, resamples: int =
         ValueError: the shapes differ, or there is no seed or no case.
     """
     if arm.shape != baseline.shape or arm.ndim != 2 or not arm.size:
-        raise ValueError(f"two arrays of one shape (seeds, cases), got {arm.shape} and {baseline.shape}")
+        raise ValueError(f"expected two arrays of one shape (seeds, cases), got {arm.shape} and {baseline.shape}")
     difference = arm - baseline
     low, high = bootstrap_interval(difference, resamples=resamples)
     p, no_test = signed_rank(difference.mean(axis=0))
@@ -81,8 +81,8 @@ def bootstrap_interval(
         confidence: share of the resampled means within the interval.
         seed: seed of the random generator; the same input gives the same interval.
 
-    Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007), arXiv 0712.1111, for drawing both
-    ways. With few rows or columns the interval is too narrow, like that of every percentile bootstrap.
+    Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007), arXiv 0712.1111, for resampling
+    both axes. With few rows or columns the interval is too narrow, like that of every percentile bootstrap.
     """
     rng = np.random.default_rng(seed)
     seeds, cases = values.shape

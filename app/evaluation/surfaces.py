@@ -22,7 +22,7 @@ FloatArray = npt.NDArray[np.float64]
 
 _INSIDE_CODE: Final = 255
 _SHARE: Final = 0.95
-_SLACK_MM: Final = 1e-4  # single precision turns a 1 mm voxel into 1.00000003 mm; that must not fail a 1 mm tolerance
+_SLACK_MM: Final = 1e-4  # single precision turns a 1 mm voxel into 1.00000003 mm, still within a 1 mm tolerance
 _SPARSE: Final = 60  # voxels per corner above which a tree search is faster than a distance transform
 #: Marching-cubes patches of the codes 0 to 127; code 255 - c has the same patch as c. Each triangle has three digits:
 #: its area in eighths as seen along X, Y and Z. Values of the table in surface-distance (Apache-2.0), without signs.
@@ -126,11 +126,11 @@ class SurfaceDistances:
 
     @property
     def robust_mm(self) -> float:
-        """Distance within which 95 % of a surface's area lies from the other; the larger of both directions."""
+        """Distance from the other surface within which 95 % of a surface's area is; the larger of both directions."""
         return max(_percentile_mm(self.there_mm, self.there_mm2), _percentile_mm(self.back_mm, self.back_mm2))
 
     def share_within(self, tolerance_mm: float) -> float:
-        """Return the share of both surfaces' area that lies within a distance of the other surface, 0 to 1."""
+        """Return the share of both surfaces' area that is within a distance of the other surface, 0 to 1."""
         near = (areas[mm <= tolerance_mm + _SLACK_MM].sum() for mm, areas in self._both)
         return float(sum(near) / sum(areas.sum() for _, areas in self._both))
 
@@ -165,7 +165,7 @@ def surface_distances(
 def robust_distance_mm(
     first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
 ) -> float:
-    """Return the distance within which 95 % of a surface's area lies from the other; the larger of both directions.
+    """Return the distance from the other surface within which 95 % of a surface's area is; the larger direction.
 
     Args:
         first: codes of the first mask, from :func:`corner_codes`.

@@ -41,7 +41,7 @@ class FolderScores(ABC):
         """Return explanations of the table in the terminal, one sentence each."""
 
     def notes(self) -> list[str]:
-        """Return what to know about the folders: which cases are missing, one sentence each."""
+        """Return notes about the folders: which cases are missing, one sentence each."""
         missing = {"prediction": self.folders.missing_predictions, "reference": self.folders.missing_references}
         return [f"no {side} for {len(ids)} cases: {first_ids(ids)}" for side, ids in missing.items() if ids]
 
@@ -108,7 +108,7 @@ class FolderScores(ABC):
 
     @abstractmethod
     def to_json(self) -> dict[str, Any]:
-        """Return everything as plain values: :meth:`json_with`, and what only these scores have."""
+        """Return everything as plain values: :meth:`json_with`, and entries specific to these scores."""
 
     def _named_values(self) -> Iterator[tuple[str, Values]]:
         """Yield the rows of every table: cases, mean and median."""
@@ -140,7 +140,7 @@ def require_table_place(path: Path) -> None:
         DataError: the folder of ``path`` does not exist, or ``path`` is a folder.
     """
     if path.is_dir():
-        raise DataError(f"{path}: is a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
+        raise DataError(f"{path}: a folder; give the name of a CSV file, e.g. {path / 'scores.csv'}")
     if not path.parent.is_dir():
         raise DataError(f"{path}: the folder {path.parent} does not exist. Create it first.")
 

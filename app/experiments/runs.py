@@ -1,4 +1,4 @@
-"""Shared by jobs that make several runs: their folder, resuming a run, and a quiet log.
+"""Helpers for jobs of several runs: the job's folder, resuming a run, and a quiet log.
 
 The folder of such a job has one file that describes the job, and the runs; the same command resumes unfinished work.
 """
@@ -28,7 +28,7 @@ _LEAST_MADE: Final = 0.005
 
 
 def require_place(out: Path, record: str, what: str, *, before: Collection[str] = ()) -> None:
-    """Require that a folder can hold a job, or already holds one.
+    """Require that a folder can be used for a job, or already contains one.
 
     Args:
         out: the folder.
@@ -38,7 +38,7 @@ def require_place(out: Path, record: str, what: str, *, before: Collection[str] 
             files, behind.
 
     Raises:
-        RunError: ``out`` is a file, or holds something else.
+        RunError: ``out`` is a file, or contains something else.
     """
     if out.exists() and not out.is_dir():
         raise RunError(f"{out} is a file; give a folder for the {what}")
@@ -47,7 +47,7 @@ def require_place(out: Path, record: str, what: str, *, before: Collection[str] 
         and not (out / record).exists()
         and any(entry.name not in (LOCK, *before) and not entry.name.startswith(".partial-") for entry in out.iterdir())
     ):
-        raise RunError(f"{out} is not empty and holds no {what}; give another folder")
+        raise RunError(f"{out} is not empty and contains no {what}; give another folder")
 
 
 def json_object(content: Any, path: Path) -> dict[str, Any]:
@@ -57,7 +57,7 @@ def json_object(content: Any, path: Path) -> dict[str, Any]:
         RunError: the content is something else.
     """
     if not isinstance(content, dict):
-        raise RunError(f"{path}: damaged, it holds no JSON object. Delete it to repeat its run.")
+        raise RunError(f"{path}: damaged, it contains no JSON object. Delete it to repeat its run.")
     return content
 
 
@@ -86,7 +86,7 @@ def require_unchanged(out: Path, what: str, changed: Sequence[str]) -> None:
     """
     if changed:
         raise ConfigError(
-            f"{out} holds another {what}; give another folder, or the settings it was started with. "
+            f"{out} contains another {what}; give another folder, or the settings it was started with. "
             f"Different: {'; '.join(changed)}"
         )
 

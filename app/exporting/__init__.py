@@ -1,1 +1,1 @@
-"""Export networks to formats of other programs, each compared with the original; import a MONAI bundle."""
+"""Export networks to formats of other programs and compare them with the original; import a MONAI bundle."""

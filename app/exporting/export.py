@@ -1,4 +1,4 @@
-"""Export of a run's network for other programs, with all that is needed to apply it and a proof that it is the same."""
+"""Export a run's network for other programs, with everything needed to apply it and a proof that it is the same."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class ExportedNetwork:
     parity: Parity
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "folder": str(self.folder),
             "format": self.file_format,
@@ -78,7 +78,7 @@ def export_run(
 
     require_empty_export(out)
     if file_format == "openvino" and (why := without_avx2()):
-        raise DeviceError(f"--format openvino: the export is compared by OpenVINO, which needs AVX2, and {why}.")
+        raise DeviceError(f"--format openvino: the comparison runs OpenVINO, which needs AVX2, and {why}.")
     if file_format == "onnx":
         formats.require_onnx()
     model = _one_network(run)
@@ -107,13 +107,13 @@ def export_run(
 
 
 def preprocessing(model: Model) -> dict[str, Any]:
-    """What a program must do before and after the network, as plain data."""
+    """Return the steps that a program must apply before and after the network, as plain data."""
     convention = model.convention
     codes = dict(zip((1, 2, 3), convention.values, strict=True))
     return {
         "input": {"name": formats.INPUT, "contrasts": list(CONTRASTS), "layout": "NCXYZ", "dtype": "float32"},
         "voxel_order": "LPS",
-        "crop": "to the smallest box with every voxel that is not 0 in any contrast"
+        "crop": "to the smallest box with all voxels that are not 0 in some contrast"
         if model.config.inference.crop
         else None,
         "normalisation": "each contrast: mean 0, population standard deviation 1 over its voxels other than 0",
@@ -124,7 +124,7 @@ def preprocessing(model: Model) -> dict[str, Any]:
         "output": {"name": formats.OUTPUT, "regions": list(REGIONS), "layout": "NCXYZ", "values": "logits"},
         "thresholds": dict(zip(REGIONS, model.postprocess.thresholds, strict=True)),
         "threshold_of": "sigmoid of the logits",
-        "nesting": "a voxel outside of WT is background; one outside of TC is oedema, whatever ET says",
+        "nesting": "a voxel outside WT is background; one outside TC is oedema, regardless of ET",
         "labels": {
             "convention": convention.name,
             "necrosis": convention.necrosis,
@@ -136,7 +136,7 @@ def preprocessing(model: Model) -> dict[str, Any]:
 
 
 def _network_of(model: Model) -> nn.Module:
-    """The network as built by MONAI, with the model's weights; it takes all four contrasts."""
+    """Return the network as built by MONAI, with the model's weights; it takes all four contrasts."""
     config = model.config
     network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
     network.load_state_dict(model.network.state_dict())
@@ -157,7 +157,7 @@ def _one_network(run: Path) -> Model:
         except (KeyError, TypeError) as error:
             raise RunError(f"{run / ENSEMBLE_FILE}: damaged ({error!r}). Restore the folder from a copy.") from error
         raise RunError(
-            f"{run}: an ensemble of {len(names)} networks; an export holds one. Export each: "
+            f"{run}: an ensemble of {len(names)} networks, but an export contains one. Export each: "
             + ", ".join(str(run / name) for name in names)
         )
     if (run / SUMS_FILE).exists() and not (run / "checkpoints").exists():

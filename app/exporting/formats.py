@@ -1,4 +1,4 @@
-"""A network as an OpenVINO or ONNX file, and that file as a function of windows."""
+"""Write a network as an OpenVINO or ONNX file, and run that file on windows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from app.exporting.parity import Answer, Floats
 #: Names of the input, shape (N, contrasts, X, Y, Z), and the output, shape (N, regions, X, Y, Z); N is free.
 INPUT: Final = "image"
 OUTPUT: Final = "logits"
-#: ONNX operator set; 18 is the first with GroupNorm and Resize as the networks need them.
+#: ONNX operator set; 18 is the first with the GroupNorm and Resize that the networks need.
 OPSET: Final = 20
 OPENVINO_FILE: Final = "model.xml"
 ONNX_FILE: Final = "model.onnx"
@@ -96,7 +96,7 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
         warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
         torch.onnx.export(
             network,
-            # Two windows: the exporter would take a batch of one as fixed.
+            # Two windows: the exporter would treat a batch of one as fixed.
             (torch.cat([window, window]),),
             path,
             dynamo=True,

@@ -1,4 +1,4 @@
-"""A network as a MONAI bundle: configs, weights and README; MONAI runs it with its own transforms, without znormseg.
+"""Export a network as a MONAI bundle (configs, weights, README), which MONAI runs without znormseg.
 
 The bundle's preprocessing and postprocessing repeat the steps of ``predict``. MONAI places windows at one interval and
 shifts the last one back, whereas ``predict`` spreads them evenly; so for each volume the bundle computes the overlap at
@@ -42,13 +42,13 @@ def require_monai(model: Model, run: Path) -> None:
     """
     if model.config.network.architecture not in _MONAI_NETWORKS:
         raise RunError(
-            f"{run}: its network is a {model.config.network.architecture}, which MONAI does not have; a bundle holds "
-            f"{', '.join(_MONAI_NETWORKS)}. --format openvino and onnx take it."
+            f"{run}: its network is a {model.config.network.architecture}, which MONAI does not have; bundles support "
+            f"{', '.join(_MONAI_NETWORKS)}. Use --format openvino or onnx."
         )
     if model.takes_missing_contrasts:
         raise RunError(
-            f"{run}: trained with augment.contrast_dropout, so its network takes channels that MONAI's transforms do "
-            "not make. --format openvino and onnx take it, for cases with all four contrasts."
+            f"{run}: trained with augment.contrast_dropout, so its network needs input channels that MONAI's "
+            "transforms do not create. Use --format openvino or onnx, for cases with all four contrasts."
         )
 
 
@@ -75,7 +75,7 @@ def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> 
 
 
 def network_def(config: NetworkConfig) -> dict[str, Any]:
-    """A network in the notation of MONAI's configs; :mod:`models.networks` builds the same one."""
+    """Return a network in the notation of MONAI's configs; :mod:`models.networks` builds the same one."""
     common = {"spatial_dims": 3, "in_channels": len(CONTRASTS), "out_channels": len(REGIONS)}
     levels = len(config.channels)
     if config.architecture == "segresnet":
@@ -177,12 +177,12 @@ def _readme(model: Model, description: Mapping[str, Any]) -> str:
 
 `CASE` is a folder with one case, or with several: skull-stripped images on one grid and in one voxel order per case,
 whose names end, after a `-` or `_`, in {_endings()}.
-`OUT` gets a label map per case, named after its T1: {convention.necrosis} necrosis, {convention.oedema} oedema,
+`OUT` receives a label map per case, named after its T1: {convention.necrosis} necrosis, {convention.oedema} oedema,
 {convention.enhancing} enhancing tumour.
 
-The network answers with logits of {", ".join(REGIONS)}, each cut at 0; what lies outside of a larger region is in no
-smaller one, and outside of the brain there is no tumour. `parity.json` says how exactly this network is the original.
-`MODEL_CARD.md` has data, metrics and limits.
+The network returns the logits of {", ".join(REGIONS)}, each thresholded at 0; a voxel outside a larger region is in no
+smaller one, and a voxel outside the brain is background. `parity.json` has the differences between this network and the
+original. `MODEL_CARD.md` has data, metrics and limits.
 """
 
 

@@ -1,4 +1,4 @@
-"""Import of MONAI's bundle ``brats_mri_segmentation`` as a folder that ``predict`` takes like a run.
+"""Import MONAI's bundle ``brats_mri_segmentation`` as a folder that ``predict`` accepts like a run.
 
 The import reorders the bundle's channels once, in the weights: those of the input in the first convolution, those of
 the output in the last. The result is an ordinary network of this program with its own config.
@@ -35,8 +35,8 @@ from models import NetworkConfig, build_network
 
 #: The supported bundle, for messages.
 UNDERSTOOD: Final = (
-    "Supported is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, blocks_up 1, "
-    "1, 1) from the channels T1c, T1, T2, FLAIR to tumour core, whole tumour, enhancing tumour"
+    "The supported bundle is MONAI's brats_mri_segmentation: a SegResNet (init_filters 16, blocks_down 1, 2, 2, 4, "
+    "blocks_up 1, 1, 1) from the channels T1c, T1, T2, FLAIR to tumour core, whole tumour, enhancing tumour"
 )
 #: The bundle's channels in its own order, with this program's names.
 BUNDLE_CONTRASTS: Final = ("t1c", "t1", "t2", "flair")
@@ -80,7 +80,7 @@ class Imported:
     config: RunConfig
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "model": str(self.folder),
             "bundle": self.bundle,
@@ -147,7 +147,7 @@ def _import(
         network.load_state_dict(weights)
     except RuntimeError as error:
         raise RunError(
-            f"{source}: the weights are not of that network ({_first_line(error)}). {UNDERSTOOD}."
+            f"{source}: the weights do not belong to this network ({_first_line(error)}). {UNDERSTOOD}."
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise RunError(f"{source}: some weights are NaN or infinite. Download them again.")
@@ -192,7 +192,7 @@ def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, Any]) -> RunConfig:
-    """Config of this program with the effect of the bundle's settings."""
+    """Return the config of this program with the effect of the bundle's settings."""
     try:
         network = dict(inference["network_def"])
         inferer = dict(inference["inferer"])
@@ -236,7 +236,7 @@ def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, A
             inference=InferenceConfig(overlap=overlap, crop=False),
         )
     except (TypeError, ValueError) as error:
-        raise RunError(f"{bundle}: its settings do not fit: {error}. {UNDERSTOOD}.") from error
+        raise RunError(f"{bundle}: its settings are invalid here: {error}. {UNDERSTOOD}.") from error
 
 
 def _json(bundle: Path, name: str) -> Mapping[str, Any]:
@@ -244,7 +244,7 @@ def _json(bundle: Path, name: str) -> Mapping[str, Any]:
         raise RunError(f"{bundle}: contains no {name}; give the folder of a bundle. {UNDERSTOOD}.")
     content = read_json(bundle / name)
     if not isinstance(content, dict):
-        raise RunError(f"{bundle / name}: holds no JSON object. {UNDERSTOOD}.")
+        raise RunError(f"{bundle / name}: contains no JSON object. {UNDERSTOOD}.")
     return content
 
 
@@ -252,16 +252,16 @@ def _weights(path: Path) -> dict[str, Tensor]:
     """Read a state dict without unpickling anything but tensors."""
     if not path.is_file():
         raise RunError(
-            f"{path}: does not exist. Weights are downloaded apart from the bundle's configs: "
+            f"{path}: does not exist. The weights are downloaded separately from the bundle's configs: "
             "python -m monai.bundle download_large_files --bundle_path BUNDLE"
         )
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about formats that it then refuses
+            warnings.simplefilter("ignore")  # about formats that torch then refuses
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(
-            f"{path}: holds more than tensors, or is damaged, and is not read: unpickling it could run any code. "
+            f"{path}: damaged, or contains more than tensors, and is not read: unpickling it could run any code. "
             "Ask its author for a file with only the state dict."
         ) from error
     except (
@@ -280,12 +280,12 @@ def _weights(path: Path) -> dict[str, Tensor]:
             content = content[key]
             break
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise RunError(f"{path}: holds no state dict of a network. {UNDERSTOOD}.")
+        raise RunError(f"{path}: contains no state dict of a network. {UNDERSTOOD}.")
     return {str(name): tensor for name, tensor in content.items()}
 
 
 def _provenance(bundle: Path, name: str, metadata: Mapping[str, Any], source: Path) -> dict[str, Any]:
-    """Statements of the bundle about itself, for the model card."""
+    """Return the bundle's statements about itself, for the model card."""
     metrics = metadata.get("eval_metrics")
     licences = [path.name for path in _licences(bundle)]
     return {

@@ -1,4 +1,4 @@
-"""Comparison of an exported network with the original, on windows of a case, in float32."""
+"""Compare an exported network with the original, on windows of a case, in float32."""
 
 from __future__ import annotations
 
@@ -70,19 +70,19 @@ class Parity:
         """
         if not math.isfinite(self.largest_logit):
             raise RunError(
-                f"{what}: not kept, because the original network gives logits that are not finite on windows of "
+                f"{what}: not kept, because the original network returns non-finite logits on windows of "
                 f"{self.source}. Its weights are unusable; choose another run."
             )
         if not self.holds:
             raise RunError(
                 f"{what}: not kept, because it differs from the original network: on {self.windows} windows of "
-                f"{self.source} the logits differ by up to {self.largest_difference:.3g} (of {self.largest_logit:.3g}; "
-                f"allowed {LARGEST_DIFFERENCE:g} of it), the labels of {self.label_disagreement:.3%} of the voxels "
-                f"(allowed {LARGEST_LABEL_DISAGREEMENT:.3%})"
+                f"{self.source} the logits differ by up to {self.largest_difference:.3g} (the largest is "
+                f"{self.largest_logit:.3g}; allowed is {LARGEST_DIFFERENCE:g} times that), and the labels of "
+                f"{self.label_disagreement:.3%} of the voxels differ (allowed are {LARGEST_LABEL_DISAGREEMENT:.3%})"
             )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``parity.json``."""
+        """Return plain data for ``parity.json``."""
         return {
             "source": self.source,
             "windows": self.windows,
@@ -114,7 +114,7 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
             ours: Floats = network(window).float().numpy()
         theirs = answer(window.numpy())
         if theirs.shape != ours.shape:
-            raise RunError(f"the exported network answers in the shape {theirs.shape}, the original in {ours.shape}")
+            raise RunError(f"the exported network returns the shape {theirs.shape}, the original {ours.shape}")
         with np.errstate(invalid="ignore"):  # infinity minus infinity
             apart = np.abs(ours - theirs)
         # A difference that is NaN counts as infinite.
@@ -135,7 +135,7 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
 
 
 def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
-    """Windows that contain brain, from a case or from a phantom that is made for the model.
+    """Return windows that contain brain, from a case or from a phantom that is made for the model.
 
     Args:
         model: determines window and spacing.
@@ -151,7 +151,7 @@ def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
     if folder is not None:
         cases = find_cases(folder)
         if len(cases) != 1:
-            raise DataError(f"{folder}: holds {len(cases)} cases; give the folder of one")
+            raise DataError(f"{folder}: contains {len(cases)} cases; give the folder of one")
         return _windows(model, cases[0]), f"case {cases[0].id}"
     with tempfile.TemporaryDirectory() as place:
         write_phantoms(Path(place), 1, seed=0, spacing_mm=max(_PHANTOM_MM, *model.spacing_mm))

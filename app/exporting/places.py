@@ -1,4 +1,4 @@
-"""A folder that appears complete or not at all."""
+"""Create a folder that appears complete or not at all."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def export_folder_when_complete(out: Path) -> Iterator[Path]:
 
     Raises:
         RunError: ``out`` is a file, a dangling symlink, or not empty.
-        OSError: the place cannot be written to.
+        OSError: the folder cannot be written to.
     """
     require_empty_export(out)
     exists = out.exists()
@@ -47,7 +47,7 @@ def export_folder_when_complete(out: Path) -> Iterator[Path]:
 
 
 def require_empty_export(out: Path) -> None:
-    """Check that nothing is in the way of an export.
+    """Check that an export can be written to a folder.
 
     Raises:
         RunError: ``out`` is a file, a dangling symlink, inside a file, or not empty.

@@ -44,7 +44,7 @@ def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | 
     ]
     for key, name, words in (
         ("cosine", "cosine", "Cosine between the two gradients that meet at a skip connection, mean over junctions."),
-        ("ratio", "ratio", "Norm of the sum of those two over the sum of their norms, mean over junctions."),
+        ("ratio", "ratio", "Norm of the sum of these gradients over the sum of their norms, mean over junctions."),
     ):
         overlap = {arm: [_overlaps(records, key) for records in seeds] for arm, seeds in arms.items()}
         if any(series for seeds in overlap.values() for series in seeds):

@@ -114,7 +114,7 @@ def nice_ticks(low: float, high: float, *, about: int = 5) -> FloatArray:
 
 
 def draw_chart(chart: Chart) -> Markup:
-    """Return the chart as an ``<svg>`` element, or a paragraph that says it is empty if no point is finite."""
+    """Return the chart as an ``<svg>`` element, or a paragraph with a note if no point is finite."""
     lines = [_finite(line) for line in chart.lines]
     lines = [line for line in lines if len(line.x)]
     if not lines:

@@ -89,7 +89,10 @@ def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
         Line(label="each record", style="raw", x=x, y=y),
         Line(label="running mean", style="smooth", x=x, y=smooth),
     ]
-    return lines, f"Running mean of {window:,} records; it ends at {smooth[-1]:.4g} at step {x[-1]:,.0f}.{missing}"
+    return (
+        lines,
+        f"Running mean of {window:,} records; the last value is {smooth[-1]:.4g} at step {x[-1]:,.0f}.{missing}",
+    )
 
 
 def _validation_figure(validation: Records) -> Markup:
@@ -128,7 +131,7 @@ def _norms_figure(gradients: Records) -> Markup:
         draw_chart(chart),
         "Norm of a layer's gradient before and after the gradient rule, over the "
         f"{len(shown):,} of {len(names):,} tensors that {'it changed' if changed else 'have one'}: "
-        f"median, and quartiles as thin lines.{f' Steps skipped so far: {skipped:,.0f}.' if skipped > 0 else ''}",
+        f"median, with quartiles as thin lines.{f' Steps skipped so far: {skipped:,.0f}.' if skipped > 0 else ''}",
     )
 
 
@@ -167,7 +170,7 @@ def _overlap_figure(overlap: Records) -> Markup:
     chart = Chart(title="Gradient overlap over steps", y_label="cosine", lines=lines, height=300)
     return figure(
         draw_chart(chart) + Markup('<ul class="legend">{}</ul>').format(Markup("").join(entries)),
-        "Cosine of the two gradients that meet where a skip path and a transformation part: 1 they add up, 0 they are "
-        "orthogonal, -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Next to each "
-        f"junction: its last values{f', at step {steps[-1]:,.0f}' if math.isfinite(steps[-1]) else ''}.",
+        "Cosine of the two gradients that meet where a skip path and a transformation split: at 1 they add up, at 0 "
+        "they are orthogonal, at -1 they cancel. Ratio: norm of their sum as a share of the sum of their norms. Next "
+        f"to each junction: its last values{f', at step {steps[-1]:,.0f}' if math.isfinite(steps[-1]) else ''}.",
     )

@@ -35,7 +35,7 @@ def distribution_svg(values: Mapping[Region, Sequence[float]], *, name: str) -> 
         if not len(scores):
             continue
         low, median, high = np.quantile(scores, (0.25, 0.5, 0.75))
-        numbers.append(f"{region} median {median:.3f}, quartiles {low:.3f} and {high:.3f}, least {scores.min():.3f}")
+        numbers.append(f"{region} median {median:.3f}, quartiles {low:.3f} and {high:.3f}, minimum {scores.min():.3f}")
         # Dots are spread vertically by rank, so that equal scores do not hide each other.
         ranks = np.argsort(np.argsort(scores, kind="stable"), kind="stable")
         for score, rank in zip(scores, ranks, strict=True):
@@ -47,7 +47,7 @@ def distribution_svg(values: Mapping[Region, Sequence[float]], *, name: str) -> 
         )
     label = f"{name} by region: {'; '.join(numbers)}" if numbers else f"{name} by region: nothing recorded"
     svg = f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{label}">{"".join(parts)}</svg>'
-    return Markup(svg)  # noqa: S704 - contains only numbers and our own words
+    return Markup(svg)  # noqa: S704 - contains only numbers and fixed text
 
 
 def _across(score: float) -> float:

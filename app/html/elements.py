@@ -1,4 +1,4 @@
-"""What all pages have in common: the document, figures, and values as text."""
+"""Elements of every page: the document, figures, and values as text."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def document(
 
     Args:
         title: heading, and title of the window.
-        lead: one sentence that says what the page shows.
+        lead: one sentence on what the page shows.
         facts: pairs of name and value, shown below the lead.
         body: sections of the page, from :func:`app.html.templates.fill`.
         styles: names of style sheets in ``app.html``.

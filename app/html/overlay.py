@@ -63,7 +63,9 @@ class OverlayCase:
         label_maps = [self.prediction] if self.reference is None else [self.prediction, self.reference]
         shapes = [self.background.shape, *(label_map.shape for label_map in label_maps)]
         if len(shapes[0]) != 3 or len(set(shapes)) != 1:
-            raise ValueError(f"case {self.case}: background and label maps need one shape (X, Y, Z), not {shapes}")
+            raise ValueError(
+                f"case {self.case}: background and label maps must have the same shape (X, Y, Z), not {shapes}"
+            )
         if not all(math.isfinite(size) and size > 0 for size in self.spacing_mm):
             raise ValueError(f"case {self.case}: spacing_mm must be three positive numbers, not {self.spacing_mm}")
 
@@ -144,7 +146,7 @@ def overlay_alt(case: str, dice: Mapping[Region, float], *, has_reference: bool)
 def _rows(case: OverlayCase, planes: Sequence[Plane], height_px: int) -> list[Picture]:
     """Draw a row for each plane: reference (or plain image) and prediction; ``planes`` is a prefix of PLANES."""
     if height_px < _LEAST_PANEL_PX:
-        raise ValueError(f"height_px is {height_px}; a panel needs {_LEAST_PANEL_PX} pixels or more to be read")
+        raise ValueError(f"height_px is {height_px}; a readable panel needs {_LEAST_PANEL_PX} pixels or more")
     grey = to_grey(case.background)
     margin_px = 8 * _letter_scale(height_px) + 2
     view = fit_view(_shown(case), case.spacing_mm, panel_px=height_px, margin_px=margin_px)

@@ -56,15 +56,15 @@ def scores_html(names: Sequence[str], cases: Sequence[Scores]) -> Markup:
         for average in (np.mean, np.median)
     )
     cells = [
-        [(_text(value, digits), _mark(value, known, sign)) for value in column]
-        for column, known, (*_, digits, sign) in zip(table, defined, _COLUMNS, strict=True)
+        [(_text(value, digits), _mark(value, finite, sign)) for value in column]
+        for column, finite, (*_, digits, sign) in zip(table, defined, _COLUMNS, strict=True)
     ]
     return fill(
         "scores.html",
         tiles=list(zip(REGIONS, means[::2], medians[1::2], strict=True)) if any(defined[::2]) else (),
         rows=list(zip(names, zip(*cells, strict=True), strict=True)),
         summaries={"Mean": means, "Median": medians},
-        undefined=sum(len(column) - len(known) for column, known in zip(table, defined, strict=True)),
+        undefined=sum(len(column) - len(finite) for column, finite in zip(table, defined, strict=True)),
         region_names=REGION_NAMES,
     )
 

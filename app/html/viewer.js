@@ -145,14 +145,14 @@
     context.fillText(bottom, canvas.width / 2, canvas.height - 10);
     canvas.setAttribute(
       "aria-label",
-      `${name} slice ${at[plane.normal] + 1} of ${size[plane.normal]}; crosshair on ${said()}`,
+      `${name} slice ${at[plane.normal] + 1} of ${size[plane.normal]}; crosshair on ${describeCrosshair()}`,
     );
     const slider = get(name);
     slider.value = at[plane.normal];
     slider.setAttribute("aria-valuetext", `${at[plane.normal] + 1} of ${size[plane.normal]}`);
   }
 
-  function said() {
+  function describeCrosshair() {
     const packed = Math.round(value(volumes.labels, ...at) / 16);
     const parts = [`prediction ${names[packed % 4]}`];
     if (data.has_reference) parts.push(`reference ${names[packed >> 2]}`);
@@ -164,7 +164,7 @@
 
   function all() {
     for (const name of Object.keys(planes)) draw(name);
-    root.querySelector("output").textContent = `At the crosshair: ${said()}.`;
+    root.querySelector("output").textContent = `At the crosshair: ${describeCrosshair()}.`;
   }
 
   function go(axis, place) {

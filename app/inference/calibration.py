@@ -1,11 +1,11 @@
 """Calibration from a cross-validation: temperatures for probabilities, and intervals for volumes.
 
 Temperature scaling divides the logit of a probability by one number per region (Guo et al. 2017, arXiv 1706.04599).
-One half stays one half, and the order of probabilities does not change. Masks are cut from the probabilities before
-calibration, with thresholds that were chosen on those. The interval of a volume is split conformal (Vovk et al. 2005;
-Lei et al. 2018, JASA 113, 1094): the error of a volume is the absolute logarithm of (true + offset) / (marked +
-offset), and the interval covers errors up to their finite-sample quantile over the cross-validated cases. The offset
-gives an empty region an interval too.
+One half stays one half, and the order of probabilities does not change. Masks are cut before calibration, with
+thresholds chosen on uncalibrated probabilities. The interval of a volume is split conformal (Vovk et al. 2005; Lei
+et al. 2018, JASA 113, 1094): the error of a volume is the absolute logarithm of (true + offset) / (marked + offset);
+the interval covers errors up to their finite-sample quantile over the cross-validated cases. The offset gives an empty
+region an interval too.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ LEVEL: Final = 0.9
 OFFSET_ML: Final = 1.0
 #: Version of the section ``calibration`` of ``ensemble.json``.
 VERSION: Final = 1
-_NOT_FROM_CROSSVAL: Final = "a single run is not calibrated; an ensemble of znormseg crossval is"
-_NOT_MEASURED: Final = "this ensemble was made before calibration; znormseg crossval in its folder makes it anew"
+_NOT_FROM_CROSSVAL: Final = "a single run is not calibrated; an ensemble from znormseg crossval is"
+_NOT_MEASURED: Final = "this ensemble is of a version without calibration; rebuild it with znormseg crossval"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class VolumeErrors:
     """By region: quantile of the absolute logarithm of the ratio."""
 
     def interval_ml(self, number: int, volume_ml: float) -> tuple[float, float]:
-        """Interval of the true volume of a region.
+        """Return the interval of the true volume of a region.
 
         Args:
             number: index of the region in :data:`data.labels.REGIONS`.
@@ -73,14 +73,14 @@ class Calibration:
     """Why ``volume`` is None, in words."""
 
     def apply(self, centred: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Calibrate probabilities less one half; for display, not for cutting masks.
+        """Calibrate probabilities minus one half; for display, not for cutting masks.
 
         Args:
-            centred: probabilities less one half, shape (3, ...), order of :data:`data.labels.REGIONS`, from -0.5 to
+            centred: probabilities minus one half, shape (3, ...), order of :data:`data.labels.REGIONS`, from -0.5 to
                 0.5; the values -0.5, 0 and 0.5 do not change.
 
         Returns:
-            calibrated probabilities less one half, the same shape; ``centred`` itself if every temperature is 1.
+            calibrated probabilities minus one half, the same shape; ``centred`` itself if every temperature is 1.
         """
         if self.temperature is None or self.temperature == (1.0, 1.0, 1.0):
             return centred
@@ -94,7 +94,7 @@ class Calibration:
         return calibrated
 
     def record(self, volumes_ml: Sequence[float], *, complete: bool) -> dict[str, Any]:
-        """Entries about calibration in a case's JSON.
+        """Return the entries about calibration in a case's JSON.
 
         Args:
             volumes_ml: of the label map, by region in the order of :data:`data.labels.REGIONS`.
@@ -106,7 +106,7 @@ class Calibration:
             intervals = {region: [round(ml, 3) for ml in pair] for region, pair in zip(REGIONS, found, strict=True)}
             level = self.volume.level
         elif self.volume is not None:
-            why = "contrasts are missing, and the errors are known of complete cases alone"
+            why = "contrasts are missing, and the errors were only measured on complete cases"
         return {
             "calibration": {
                 "state": "not calibrated" if self.temperature is None else "calibrated",
@@ -123,7 +123,7 @@ NOT_CALIBRATED: Final = Calibration(why_no_interval=_NOT_FROM_CROSSVAL)
 
 
 def conformal_quantile(errors: Sequence[float], level: float) -> float | None:
-    """Bound that a new error, exchangeable with these, does not exceed with a probability of at least ``level``.
+    """Return the bound that a new, exchangeable error stays within with a probability of at least ``level``.
 
     Args:
         errors: each at least 0.
@@ -141,12 +141,12 @@ def conformal_quantile(errors: Sequence[float], level: float) -> float | None:
 
 
 def fewest_cases(level: float) -> int:
-    """Number of cases that an interval of a level needs: 9 for 0.9."""
+    """Return the number of cases that an interval of a level needs: 9 for 0.9."""
     return math.ceil(level / (1 - level) - 1e-9)
 
 
 def log_ratio(true_ml: float, marked_ml: float) -> float:
-    """Error of a volume, at least 0, as the docstring of this module defines it."""
+    """Return the error of a volume, at least 0, as defined in the docstring of this module."""
     return abs(math.log((true_ml + OFFSET_ML) / (marked_ml + OFFSET_ML)))
 
 
@@ -190,7 +190,7 @@ def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: b
     errors = found.log_ratio["postprocessed" if postprocessed else "plain"]
     if errors is None:
         why = (
-            f"{found.cases} cases were cross-validated, and an interval that covers {found.level:.0%} needs "
+            f"only {found.cases} cases were cross-validated; an interval that covers {found.level:.0%} needs "
             f"{fewest_cases(found.level)} or more"
         )
         return Calibration(temperature=temperature, why_no_interval=why)

@@ -29,7 +29,7 @@ COMPANIONS: Final[tuple[Companion, ...]] = ("probabilities", "uncertainty", "dis
 
 
 def nested(centred: Floats) -> Floats:
-    """Make probabilities less one half nested, so that none exceeds that of a larger region: WT >= TC >= ET.
+    """Make probabilities minus one half nested, so that none exceeds that of a larger region: WT >= TC >= ET.
 
     Networks predict each region separately. Enhancing tumour is part of the core, and the core is part of the whole
     tumour, so no region can be more probable than the one that contains it. Cut at one half, the regions are those of
@@ -43,10 +43,10 @@ def nested(centred: Floats) -> Floats:
 
 
 def entropy_bits(centred: Floats) -> Floats:
-    """Entropy of belonging to a region, in bits: 0 where the probability is 0 or 1, 1 where it is one half.
+    """Return the entropy of belonging to a region, in bits: 0 where the probability is 0 or 1, 1 where it is one half.
 
     Args:
-        centred: probabilities less one half, any shape.
+        centred: probabilities minus one half, any shape.
 
     Example:
         >>> entropy_bits(np.array([-0.5, 0.0, 0.5], dtype=np.float32)).tolist()
@@ -58,7 +58,7 @@ def entropy_bits(centred: Floats) -> Floats:
 
 
 def probability_steps(centred: Floats) -> ShareSteps:
-    """Quantise probabilities less one half to 65535ths without moving any across a multiple of 1/256.
+    """Quantise probabilities minus one half to 65535ths without moving any across a multiple of 1/256.
 
     A value above a multiple stays above it, and one at or below it stays there, so that a file cut at a threshold of
     this program gives the label map. The error is at most 1/65535.
@@ -80,10 +80,10 @@ def bit_steps(bits: Floats) -> ShareSteps:
 
 
 def companions(centred: Floats, disagreement: Floats | None, options: PredictOptions) -> dict[Companion, ShareSteps]:
-    """Arrays of the optional files that are requested, in 65535ths.
+    """Return the arrays of the optional files that are requested, in 65535ths.
 
     Args:
-        centred: nested probabilities less one half, shape (3, ...).
+        centred: nested probabilities minus one half, shape (3, ...).
         disagreement: of several answers, in bits, the same shape; None if it was not computed.
         options: which files are requested.
     """
@@ -104,15 +104,15 @@ class Trust:
     volumes_ml: Mapping[Region, float]
     """By region: volume in the label map."""
     confidence: Mapping[Region, float | None]
-    """By region: mean probability inside the region as marked; None if nothing is marked."""
+    """By region: mean probability inside the predicted region; None if the region is empty."""
     soft_volumes_ml: Mapping[Region, float]
     """By region: sum of the probabilities times the volume of a voxel."""
     components: Mapping[Region, int]
     """By region: number of 26-connected components in the label map."""
     largest_component: float
-    """Share of the marked whole tumour that is in its largest component; 0 if nothing is marked."""
+    """Share of the predicted whole tumour that is in its largest component; 0 if there is none."""
     answer_volumes_ml: tuple[Mapping[Region, float], ...]
-    """One entry for each network and mirrored image: the regions' volumes after thresholds and nothing else."""
+    """One entry for each network and mirrored image: the regions' volumes after only the thresholds."""
     networks: int
     flips: int
 
@@ -125,7 +125,7 @@ class Trust:
         return {region: (min(volumes), max(volumes)) for region, volumes in by_region.items()}
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data, as written to ``<case>.json``."""
+        """Return plain data, as written to ``<case>.json``."""
         ranges = self.volume_range_ml
         return {
             "confidence": {r: None if c is None else round(c, 4) for r, c in self.confidence.items()},
@@ -149,11 +149,11 @@ def measure_confidence(
     networks: int,
     flips: int,
 ) -> Trust:
-    """Measure the marked regions and their probabilities.
+    """Measure the predicted regions and their probabilities.
 
     Args:
         masks: nested, after post-processing, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
-        centred: nested probabilities less one half, the same shape; -0.5 outside the brain.
+        centred: nested probabilities minus one half, the same shape; -0.5 outside the brain.
         spacing_mm: spacing of these voxels.
         answer_voxels: one entry per answer: number of voxels of each region.
         answer_spacing_mm: spacing of the answers' voxels.

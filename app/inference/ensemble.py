@@ -30,16 +30,16 @@ CROSSVAL_FILE: Final = "folds.json"
 #: Folder of the ensemble inside that of its cross-validation.
 ENSEMBLE_FOLDER: Final = "ensemble"
 VERSION: Final = 1
-#: What the networks of an ensemble have in common.
+#: Facts that the networks of an ensemble have in common.
 _SHARED: Final = ("plain_config", "takes_missing_contrasts", "spacing_mm", "convention")
 #: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
-_ANEW: Final = "Restore the folder from a copy, or delete it and give the znormseg crossval command again."
+_ANEW: Final = "Restore the folder from a copy, or delete it and run the znormseg crossval command again."
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ensemble(Predictor):
-    """Networks that predict together; ``plain_config`` is that of the first, and the others differ in their cases only.
+    """Networks that predict together; ``plain_config`` is that of the first, and the others differ only in their cases.
 
     ``sha256`` is over the SHA-256s of the networks' weights, in the order of the networks. The temperatures of
     ``calibration`` are for probabilities before post-processing, its volumes for masks post-processed as here.
@@ -55,10 +55,10 @@ class Ensemble(Predictor):
     """The networks, if they are small in total; else empty."""
 
     def members(self) -> Iterator[Model]:
-        """Yield the networks; unless they are held in memory, each is read when its turn comes and not kept.
+        """Yield the networks; unless they are held in memory, each is read when needed and then dropped.
 
         Raises:
-            RunError: as in :func:`load_ensemble`, if a file has changed since then.
+            RunError: a file has changed since :func:`load_ensemble`; the errors are the same.
         """
         if self.held:
             yield from self.held
@@ -67,7 +67,7 @@ class Ensemble(Predictor):
             yield _member(self.folder, name, sha256, self.runtime)
 
     def record(self) -> dict[str, Any]:
-        """SHA-256 over all weights and of each network's, and the post-processing that was applied."""
+        """Return the SHA-256 of all weights and of each network's, and the post-processing that was applied."""
         return {
             "weights_sha256": self.sha256,
             "ensemble": [
@@ -104,7 +104,7 @@ def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) 
 
 
 def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -> Ensemble:
-    """Read an ensemble and verify that every network is the one that was added.
+    """Read an ensemble and verify that no network was replaced.
 
     Args:
         folder: with an ``ensemble.json``.
@@ -150,7 +150,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
 
 
 def _member(folder: Path, name: str, sha256: str, runtime: Runtime) -> Model:
-    """Read one network and verify that it is the one that was added.
+    """Read one network and verify that it was not replaced.
 
     Raises:
         RunError: its weights are missing, damaged or replaced.
@@ -182,4 +182,4 @@ def _require_alike(folder: Path, first: Mapping[str, Any], other: Mapping[str, A
         what = "augment.contrast_dropout above 0 and 0"
     else:
         return
-    raise RunError(f"{folder}: networks that cannot be combined: {what}. {_ANEW}")
+    raise RunError(f"{folder}: its networks cannot be combined: {what}. {_ANEW}")

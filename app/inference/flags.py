@@ -1,4 +1,4 @@
-"""What a reader should know before relying on a label map: rules as pure functions of the facts about a case."""
+"""Warnings to read before relying on a label map: rules as pure functions of the facts about a case."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from data.labels import REGIONS, Contrast, Region
 TINY_ML: Final = math.pi / 6
 #: More components than this are scattered; multifocal gliomas have two to a handful. Our choice.
 MANY_COMPONENTS: Final = 10
-#: A whole tumour is also scattered if its largest component holds less than this share of it. Our choice.
+#: A whole tumour is also scattered if its largest component has less than this share of it. Our choice.
 LEAST_IN_LARGEST: Final = 0.5
 #: Volumes that differ by more than this share are uncertain: half of the 40 % growth in volume that counts as
 #: progression in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023), so the difference may hide or mimic half of that
 #: growth.
 UNCERTAIN_SHARE: Final = 0.2
-#: They must also differ by more than this, which a faint probability all over a brain can add up to. Our choice.
+#: They must also differ by more than this; a faint probability all over a brain can add up to it. Our choice.
 UNCERTAIN_ML: Final = 1.0
 
 
@@ -38,17 +38,17 @@ class Flag:
 
 #: Every code and its meaning.
 CODES: Final[Mapping[str, str]] = {
-    "missing_contrast": "a contrast was not there; the network answered without it",
-    "nan_to_zero": "voxels that were NaN or infinite were taken as 0",
-    "background_not_zero": "what lies around the brain was not 0: a fill such as -1024, or values near 0; taken as 0",
-    "geometry_repaired": "where the voxels lie was not plain from the files: reordered, registered, or chosen",
-    "preparation": "bringing the scans in (--prepare) has something to say, such as a coarse brain mask",
+    "missing_contrast": "a contrast was missing; the network predicted without it",
+    "nan_to_zero": "voxels that were NaN or infinite were replaced with 0",
+    "background_not_zero": "the background was not 0 (a fill such as -1024, or values near 0) and was replaced with 0",
+    "geometry_repaired": "the geometry was not clear from the files; it was reordered, registered, or chosen",
+    "preparation": "the preparation of the scans (--prepare) gave a warning, such as a coarse brain mask",
     "unusual_intensities": "the intensities of a contrast are unlike those of the training cases",
-    "no_tumour": "nothing is marked",
+    "no_tumour": "no tumour was found",
     "tiny_tumour": "the whole tumour is smaller than a ball of 10 mm",
-    "scattered_tumour": "the whole tumour is in many pieces, or the largest holds less than half of it",
-    "uncertain_volume": "the sum of the probabilities, or single answers, give another volume than the label map",
-    "seen_in_training": "the networks, or the choice of their weights, know this case or another of its patient",
+    "scattered_tumour": "the whole tumour is in many pieces, or the largest has less than half of it",
+    "uncertain_volume": "the sum of the probabilities, or single answers, give a different volume than the label map",
+    "seen_in_training": "this case or another of its patient was used to train the networks or to choose their weights",
 }
 
 
@@ -64,7 +64,7 @@ class CaseFacts:
     zeroed: Mapping[Contrast, int]
     """By contrast: number of NaN or infinite voxels that were replaced with 0."""
     backgrounds: Mapping[Contrast, str] = field(default_factory=dict)
-    """By contrast: which non-zero background was replaced with 0, in words."""
+    """By contrast: the non-zero background that was replaced with 0, in words."""
     repairs: tuple[str, ...] = ()
     """Corrections of the geometry, one sentence each."""
     preparation: tuple[str, ...] = ()
@@ -75,7 +75,7 @@ class CaseFacts:
 
 
 def flags_of(facts: CaseFacts) -> tuple[Flag, ...]:
-    """Flags of a case, in the order of :data:`CODES`."""
+    """Return the flags of a case, in the order of :data:`CODES`."""
     return tuple(_flags(facts))
 
 
@@ -83,7 +83,7 @@ def _flags(facts: CaseFacts) -> Iterator[Flag]:
     if facts.missing:
         yield Flag("missing_contrast", f"Predicted without {_and(facts.missing)}, which is missing.")
     for contrast, count in facts.zeroed.items():
-        yield Flag("nan_to_zero", f"{count} voxels of {contrast} were NaN or infinite; taken as 0.")
+        yield Flag("nan_to_zero", f"{count} voxels of {contrast} were NaN or infinite and were replaced with 0.")
     for contrast, sentence in facts.backgrounds.items():
         yield Flag("background_not_zero", _sentence(f"{contrast}: {sentence}"))
     for sentence in facts.repairs:
@@ -91,22 +91,22 @@ def _flags(facts: CaseFacts) -> Iterator[Flag]:
     for sentence in facts.preparation:
         yield Flag("preparation", _sentence(sentence))
     if facts.unusual:
-        sentence = f"The intensities of {_and(facts.unusual)} are unlike those of the training cases."
-        yield Flag("unusual_intensities", sentence)
+        unusual = _and(facts.unusual)
+        yield Flag("unusual_intensities", f"The intensities of {unusual} are unlike those of the training cases.")
     yield from _tumour_flags(facts.trust)
-    if (known := _seen(facts.case, facts.training)) is not None:
-        yield Flag("seen_in_training", known)
+    if (seen := _seen(facts.case, facts.training)) is not None:
+        yield Flag("seen_in_training", seen)
 
 
 def _tumour_flags(trust: Trust) -> Iterator[Flag]:
     whole, pieces, largest = trust.volumes_ml["WT"], trust.components["WT"], trust.largest_component
     if not whole:
-        yield Flag("no_tumour", "No tumour is marked.")
+        yield Flag("no_tumour", "No tumour was found.")
     elif whole < TINY_ML:
         sentence = f"The whole tumour has {whole:.2f} ml, less than a ball of 10 mm ({TINY_ML:.2f})."
         yield Flag("tiny_tumour", sentence)
     if pieces > MANY_COMPONENTS or 0 < largest < LEAST_IN_LARGEST:
-        sentence = f"The whole tumour is in {pieces} pieces; the largest holds {largest:.0%} of it."
+        sentence = f"The whole tumour is in {pieces} pieces; the largest has {largest:.0%} of it."
         yield Flag("scattered_tumour", sentence)
     for region in REGIONS:
         if (uncertain := _uncertain(region, trust)) is not None:
@@ -114,14 +114,14 @@ def _tumour_flags(trust: Trust) -> Iterator[Flag]:
 
 
 def _uncertain(region: Region, trust: Trust) -> str | None:
-    """Why the volume of a region is uncertain, or None."""
+    """Return why the volume of a region is uncertain, or None."""
     marked, soft = trust.volumes_ml[region], trust.soft_volumes_ml[region]
     if _apart(marked, soft):
-        return f"{region}: {marked:.1f} ml are marked, the probabilities add up to {soft:.1f} ml."
+        return f"{region}: the label map has {marked:.1f} ml, but the probabilities add up to {soft:.1f} ml."
     spread = trust.volume_range_ml
     if spread is not None and _apart(*spread[region]):
         least, largest = spread[region]
-        return f"{region}: single answers give from {least:.1f} to {largest:.1f} ml."
+        return f"{region}: single answers range from {least:.1f} to {largest:.1f} ml."
     return None
 
 
@@ -131,11 +131,11 @@ def _apart(one_ml: float, other_ml: float) -> bool:
 
 
 def _seen(case: str, training: TrainingRecord) -> str | None:
-    """How training has already seen the case, or None."""
+    """Return how the case was used in training, or None."""
     if case in training.trained_on:
-        return "The networks were trained on this case; the label map says nothing of how they do on new ones."
+        return "The networks were trained on this case; its label map does not show how well they predict new cases."
     if case in training.validated_on:
-        return "This case helped to choose the networks' weights; its label map flatters them."
+        return "This case was used to choose the networks' weights, so its label map is better than that of a new case."
     if patient_of(case) in {patient_of(other) for other in (*training.trained_on, *training.validated_on)}:
         return "The networks were trained with another scan of this patient."
     return None

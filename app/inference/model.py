@@ -1,4 +1,4 @@
-"""A trained network, loaded from its run folder with all that is needed to apply it; and what all predictors share."""
+"""A trained network, loaded from its run folder with everything needed to apply it; and the base of all predictors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from app.system.device import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
 
-# Modules that import torch are imported where they are used, since predicting with OpenVINO works without torch.
+# Modules that import torch are imported where they are used, since prediction with OpenVINO does not need torch.
 if TYPE_CHECKING:
     from app.config.load import RunConfig
     from app.inference.backends.torch_backend import GraphNetwork
@@ -40,7 +40,7 @@ class Predictor(ABC):
     origin: str
     """Folder of the run or the ensemble, for messages."""
     takes_missing_contrasts: bool
-    """Whether it was trained to predict without some contrasts."""
+    """Whether it was trained to predict when contrasts are missing."""
     spacing_mm: Spacing
     """Voxel spacing that the networks work at."""
     convention: LabelConvention
@@ -68,11 +68,11 @@ class Predictor(ABC):
 
     @abstractmethod
     def members(self) -> Iterator[Model]:
-        """The networks, one after the other; a caller that drops each before the next holds only one at a time."""
+        """Yield the networks; a caller that drops each before the next holds only one at a time."""
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """Entries of a result file about the weights and the post-processing."""
+        """Return the entries of a result file about the weights and the post-processing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class Model(Predictor):
     @property
     def network(self) -> GraphNetwork:
         """The network as a torch module in eval mode; its state dict is that of the trained network."""
-        assert isinstance(self.engine, TorchEngine), "loaded for another backend than torch"
+        assert isinstance(self.engine, TorchEngine), "loaded for a backend other than torch"
         return self.engine.network
 
     def members(self) -> Iterator[Model]:
@@ -100,12 +100,12 @@ class Model(Predictor):
         yield self
 
     def record(self) -> dict[str, Any]:
-        """SHA-256 and step of the weights."""
+        """Return the SHA-256 and the step of the weights."""
         return {"weights_sha256": self.sha256, "weights_step": self.step}
 
 
 def load_model(run: Path, runtime: Runtime) -> Model:
-    """Load the network of a run: the best by its validation cases, or the last if it had none.
+    """Load the network of a run: the best on its validation cases, or the last if it had none.
 
     Args:
         run: folder that ``train`` made; training may still be running.
@@ -124,7 +124,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
                 f"{run}: not the folder of a run, a model or an ensemble. Give one that train or crossval made."
             )
         raise RunError(
-            f"{run}: no weights there yet. Wait for the run's first validation; if it was interrupted, resume it: "
+            f"{run}: no weights yet. Wait for the run's first validation; if it was interrupted, resume it: "
             f"znormseg train DATA {run} --resume"
         )
     details = checkpoint.details
@@ -145,7 +145,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
         graph = graph_from_json(details[GRAPH_KEY]) if GRAPH_KEY in details else _traced(run, plain)
         channels = len(CONTRASTS) * (2 if takes_missing_contrasts else 1)
         if graph.in_channels != channels:
-            raise ValueError(f"its network takes {graph.in_channels} channels, {channels} are needed")
+            raise ValueError(f"its network takes {graph.in_channels} channels, but {channels} are needed")
         engine = make_engine(graph, checkpoint.weights, runtime)
         overlap = float(plain["inference"]["overlap"])
         crop = bool(plain["inference"].get("crop", True))
@@ -181,6 +181,6 @@ def _traced(run: Path, plain: dict[str, Any]) -> Graph:
     from app.config.load import from_plain
     from app.inference.backends.trace import trace_of
 
-    LOG.info("%s: saved by a version that stored no graph of the network; tracing the code takes seconds", run)
+    LOG.info("%s: saved by a version that did not store the network's graph; tracing it takes a few seconds", run)
     config = from_plain(plain, str(run))
     return trace_of(config.network, in_channels=config.input_channels)

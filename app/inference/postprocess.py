@@ -1,6 +1,6 @@
 """From probabilities to masks: thresholds, removal of small components, a minimum volume of enhancing tumour.
 
-Probabilities are given less one half ("centred", -0.5 to 0.5), so that values close to one half keep their side.
+The functions take probabilities minus one half ("centred", -0.5 to 0.5), so that rounding moves none across one half.
 Sources: every BraTS pipeline removes small components; relabelling very little enhancing tumour as necrosis is from
 nnU-Net's BraTS 2020 entry (Isensee et al., arXiv 2011.00848).
 """
@@ -23,7 +23,7 @@ Masks = npt.NDArray[np.bool_]
 ByRegion = tuple[float, float, float]
 
 _CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
-#: Voxel sizes come from affines, so a component counts as large as the bound if it is this close, relative.
+#: Voxel sizes come from affines, so a component this close to the bound (relative) counts as large enough.
 _TOLERANCE: Final = 1e-6
 
 
@@ -53,7 +53,7 @@ class Postprocess:
         """Cut probabilities into masks.
 
         Args:
-            centred: probabilities less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
+            centred: probabilities minus one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
 
         Returns:
             bool, the same shape; not yet nested.
@@ -62,9 +62,9 @@ class Postprocess:
         return centred > bounds.astype(np.float32)
 
     def clean(self, masks: Masks, spacing_mm: Spacing) -> Masks:
-        """Remove what is too small and nest the masks; never adds a voxel to ``masks``.
+        """Remove components that are too small and nest the masks; never adds a voxel to ``masks``.
 
-        The order is from the largest region to the smallest: what WT loses, TC and ET lose too.
+        The order is from the largest region to the smallest: voxels that WT loses, TC and ET lose too.
 
         Args:
             masks: bool, shape (3, X, Y, Z), nested or not; a larger region limits those inside it, as in
@@ -85,7 +85,7 @@ class Postprocess:
         return cleaned
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for :func:`postprocess_from_json`."""
+        """Return plain data for :func:`postprocess_from_json`."""
         return {
             "thresholds": dict(zip(REGIONS, self.thresholds, strict=True)),
             "smallest_mm3": dict(zip(REGIONS, self.smallest_mm3, strict=True)),
@@ -104,7 +104,7 @@ class Postprocess:
 
 
 def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
-    """Inverse of :meth:`Postprocess.to_json`.
+    """Return the rules from the output of :meth:`Postprocess.to_json`.
 
     Raises:
         KeyError, TypeError, ValueError: the content is not valid.
@@ -117,7 +117,7 @@ def postprocess_from_json(content: Mapping[str, Any]) -> Postprocess:
 
 
 def by_region(numbers: Mapping[Any, Any]) -> ByRegion:
-    """Numbers in the order of :data:`data.labels.REGIONS`."""
+    """Return numbers in the order of :data:`data.labels.REGIONS`."""
     whole, core, enhancing = (float(numbers[region]) for region in REGIONS)
     return whole, core, enhancing
 

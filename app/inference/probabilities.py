@@ -42,8 +42,8 @@ class MeanPrediction:
     """Combined answers of the networks for a prepared case, over the brain box, at the files' own spacing."""
 
     centred: npt.NDArray[Any]
-    """Mean probability less one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside the brain.
-    Float32, or float16 if memory is short."""
+    """Mean probability minus one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside the
+    brain. Float32, or float16 if memory is short."""
     disagreement: npt.NDArray[np.float32] | None
     """Entropy of the mean less the mean of the answers' entropies, in bits from 0 to 1, the same shape; None if it was
     not requested, or for a single answer."""
@@ -76,14 +76,14 @@ def warm_up(model: Predictor, runtime: Runtime, options: PredictOptions) -> None
 
 
 def predict_codes(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[np.uint8]:
-    """Label map of a prepared case, in the program's codes, on the case's own grid and in its voxel order."""
+    """Return the label map of a prepared case, in the program's codes, on the case's grid and in its voxel order."""
     return to_native_grid(
         from_regions(predict_masks(model, prepared, predict_centred(model, prepared, runtime))), prepared
     )
 
 
 def predict_masks(model: Predictor, prepared: Prepared, centred: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
-    """Nested masks of the brain box: probabilities less one half, cut and cleaned by the model's rules."""
+    """Return nested masks of the brain box: probabilities minus one half, cut and cleaned by the model's rules."""
     return model.postprocess.clean(model.postprocess.cut(centred), canonical_spacing(prepared.native_affine))
 
 
@@ -95,7 +95,7 @@ def on_canonical_grid(values: npt.NDArray[Any], prepared: Prepared) -> npt.NDArr
 
 
 def predict_centred(model: Predictor, prepared: Prepared, runtime: Runtime) -> npt.NDArray[Any]:
-    """Mean probabilities of the networks less one half, over the brain box, at the files' own spacing.
+    """Return mean probabilities of the networks minus one half, over the brain box, at the files' own spacing.
 
     Returns:
         float32, shape (3, X, Y, Z) of the box, order of :data:`data.labels.REGIONS`; -0.5 outside the brain.
@@ -123,7 +123,7 @@ def predict_answer(
         options: window, overlap and the bound on memory. With ``tta``, each network also predicts the image mirrored
             along every subset of the three axes, and its answers are mirrored back. With ``uncertainty``, the
             disagreement of the answers is computed, which takes two more arrays.
-        fallback: memory fallback of the case; afterwards it describes what was done where memory was short.
+        fallback: memory fallback of the case; afterwards it describes the fallbacks that were used.
 
     Raises:
         DataError: memory is not sufficient.
@@ -163,7 +163,7 @@ def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt
 def _answers(
     model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, fallback: MemoryFallback
 ) -> Iterator[npt.NDArray[Any]]:
-    """Probabilities less one half of every network for every mirrored image, mirrored back, one at a time."""
+    """Yield probabilities minus one half of every network for every mirrored image, mirrored back."""
     several = options.tta or not isinstance(model, Model)
     for member in model.members():
         try:
@@ -175,7 +175,7 @@ def _answers(
                 del answer
         finally:
             if options.max_memory_gb is not None:
-                member.engine.forget()  # or the next case's plan would count its windows twice
+                member.engine.forget()  # else the next case's plan would count its windows twice
         del member
 
 
@@ -194,7 +194,7 @@ def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
 
 
 def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
-    """Number of voxels of each region in one answer: above the threshold, nested, inside the brain."""
+    """Count the voxels of each region in one answer: above the threshold, nested, inside the brain."""
     counts = []
     inside = brain
     for share, threshold in zip(centred, thresholds, strict=True):
@@ -204,7 +204,7 @@ def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds
 
 
 def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Sigmoid less one half, in place; unlike the plain sigmoid, it does not round a small logit to one half."""
+    """Compute the sigmoid minus one half, in place; unlike the plain sigmoid, it does not round small logits to 0."""
     for start in range(0, logits.shape[1], _PLANES):
         planes = logits[:, start : start + _PLANES]
         planes *= planes.dtype.type(0.5)
@@ -222,7 +222,7 @@ def _box_logits(
     *,
     several: bool,
 ) -> npt.NDArray[Any]:
-    """Logits over the brain box, shape (regions, X, Y, Z), at the files' own spacing; the caller may change them."""
+    """Return the logits over the brain box, shape (regions, X, Y, Z), at the files' own spacing, as a new array."""
     engine = model.engine
     image, inner = (prepared.image, ()) if model.crop else in_whole_volume(prepared.image, prepared)
     x, y, z = image.shape[1:]
@@ -286,7 +286,7 @@ def in_whole_volume(
 
 
 def _window(model: Model, image_shape: Size, options: PredictOptions) -> Size:
-    """Requested size of the windows, adjusted to the sizes that the network accepts."""
+    """Return the requested size of the windows, adjusted to the sizes that the network accepts."""
     if options.window == "trained":
         return model.window
     sizes = image_shape if options.window == "brain" else options.window

@@ -20,7 +20,7 @@ _NAME = "mindgrab"
 
 
 def mindgrab_network() -> Network | None:
-    """Return the function that marks the brain in a box; None if MindGrab is not installed.
+    """Return the function that marks the brain in a volume; None if MindGrab is not installed.
 
     Raises:
         RunError: the installed files are not the published ones.
@@ -38,7 +38,7 @@ def _network(folder: Path) -> Network:
             )
     network: MeshNet | None = None
 
-    def mark(values: npt.NDArray[np.float32], volume_voxels: int) -> npt.NDArray[np.bool_]:
+    def mark(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
         import torch
 
         from models.meshnet import read_meshnet
@@ -46,7 +46,7 @@ def _network(folder: Path) -> Network:
         nonlocal network
         network = network or read_meshnet(folder / "model.json", folder / "model.bin")
         with torch.inference_mode():
-            background, brain = network.boxed(torch.from_numpy(values), volume_voxels=volume_voxels)
+            background, brain = network.logits(torch.from_numpy(values))
             mask: npt.NDArray[np.bool_] = (brain > background).numpy()
         return mask
 

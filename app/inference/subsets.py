@@ -28,7 +28,7 @@ Which = Literal["unseen", "validation", "all"]
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetScores:
-    """Scores of a run when it is given only some contrasts."""
+    """Scores of a run that is given only some contrasts."""
 
     contrasts: tuple[Contrast, ...]
     """Contrasts given to the network, in project order."""
@@ -36,7 +36,7 @@ class SubsetScores:
     """Dice by case id and region, for the cases that have these contrasts."""
 
     def dice(self) -> dict[Region, float]:
-        """Mean Dice over cases, by region."""
+        """Return the mean Dice over cases, by region."""
         return {region: fmean(scores[region] for scores in self.cases.values()) for region in REGIONS}
 
     def mean_dice(self) -> float:
@@ -54,7 +54,7 @@ class SubsetEvaluation:
     """Message by case id; these cases count in no subset."""
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "subsets": [
                 {
@@ -95,8 +95,8 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
         if which == "all" or (case.id in validated if which == "validation" else case.id not in trained)
     )
     if not chosen:
-        what = "validated on none of them" if which == "validation" else "trained on all of them"
-        raise DataError(f"{run} {what}, going by the ids of the {len(labelled)} cases. Give others, or --cases all.")
+        what = "validated on none" if which == "validation" else "trained on all"
+        raise DataError(f"{run} was {what} of the {len(labelled)} cases, by their ids. Give others, or --cases all.")
     if which == "unseen" and len(chosen) < len(labelled):
         LOG.info(
             "%d cases are left out because the run was trained on cases with their ids", len(labelled) - len(chosen)
@@ -105,12 +105,12 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
 
 
 def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:
-    """Meaning of the numbers in a data set's label maps; the run's own convention if the data set leaves it open.
+    """Return the label convention of a data set; the run's own convention if the data set does not determine it.
 
     Args:
         model: the run's network.
         cases: all cases of the data set.
-        labels: name of the convention to use, as given by ``--labels``.
+        labels: name of the convention to use, from ``--labels``.
 
     Raises:
         DataError: there is no convention with this name.
@@ -120,7 +120,7 @@ def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | Non
     except DataError as error:
         if labels is not None:
             raise
-        LOG.info("label numbers are read by the convention of the training data (%s): %s", model.convention.name, error)
+        LOG.info("label numbers are read in the convention of the training data (%s): %s", model.convention.name, error)
         return model.convention
 
 
@@ -137,7 +137,7 @@ def score_subsets(
 
     Args:
         model: of a run that was trained to predict without some contrasts.
-        cases: with label maps; a case that lacks contrasts counts only in the subsets it has all contrasts of.
+        cases: with label maps; a case that lacks contrasts counts only in the subsets of those it has.
         runtime: the one that the model was loaded for.
         nan_to_zero: replace NaN and infinite voxels with 0.
         convention: meaning of the numbers in the label maps; default: that of the run's training data.
@@ -179,7 +179,7 @@ def score_subsets(
 
 
 def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
-    """Rows of the table for the terminal: the header, then ``["t1+t1c", "12", "0.801", ...]`` for each subset."""
+    """Return the rows of the table for the terminal: a header, then ``["t1+t1c", "12", "0.801", ...]`` by subset."""
     return [
         ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
         *([name, str(n), *(f"{value:.3f}" for value in dice)] for name, n, *dice in _rows(evaluation)),

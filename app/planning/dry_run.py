@@ -20,9 +20,9 @@ from data.errors import DataError
 
 #: Interval at which the trial's memory is sampled.
 _SECONDS: Final = 0.005
-#: Share of a bound that a run may need; the memory of a long run varies a little.
+#: Share of the limit that a run may use; the memory of a long run varies a little.
 SHARE: Final = 0.9
-#: Own memory of a long run relative to that of a trial: allocators keep more over time. Measurements are in
+#: Own memory of a long run relative to that of a trial: allocators keep more as time passes. Measurements are in
 #: docs/how-to/plan-and-doctor.md.
 _LONGER: Final = 1.05
 _LAST_LINES: Final = 5
@@ -48,7 +48,7 @@ class TooMuch:
 
     why: str
     needed_bytes: int | None
-    """The most memory that it held, if known; it may have needed more."""
+    """The peak of its memory, if known; it may have needed more."""
 
 
 def try_out(request: TrialRequest, work: Path, *, most_bytes: int | None) -> Needed | TooMuch:
@@ -57,7 +57,7 @@ def try_out(request: TrialRequest, work: Path, *, most_bytes: int | None) -> Nee
     Args:
         request: what to try.
         work: an existing folder to exchange files in.
-        most_bytes: a trial that holds more than this is killed and counts as too much; None sets no bound.
+        most_bytes: a trial that holds more than this is killed and counts as too much; None sets no limit.
 
     Raises:
         DataError, ConfigError: a case or the config cannot be used.
@@ -93,7 +93,7 @@ def prepare_trial(request: TrialRequest, work: Path, *, most_bytes: int | None) 
 def _watched(
     request: TrialRequest, work: Path, *, most_bytes: int | None
 ) -> tuple[TrialReport | None, int | None] | TooMuch:
-    """Run a trial; return its report and the most memory of its own that it was seen to hold."""
+    """Run a trial; return its report and the peak of the own memory that was sampled."""
     request_path, outcome_path, log_path = work / "request.json", work / "outcome.json", work / "trial.log"
     outcome_path.unlink(missing_ok=True)
     request_path.write_bytes(REQUEST.dump_json(request))
@@ -117,34 +117,34 @@ def _watched(
         return TooMuch(why=f"{how} when it held {memory_in_words(held)}", needed_bytes=held)
 
     if stopped:
-        return too_much("it was ended")
-    if trial.returncode < 0:  # an unexpected lack of memory often ends a process this way
+        return too_much("it was stopped")
+    if trial.returncode < 0:  # typical if memory runs out unexpectedly
         return too_much(f"it was killed ({signal.Signals(-trial.returncode).name})")
-    said = log_path.read_text(encoding="utf-8", errors="replace")
+    output = log_path.read_text(encoding="utf-8", errors="replace")
     outcome = TrialOutcome()
     if outcome_path.exists():
         outcome = OUTCOME.validate_json(outcome_path.read_bytes())
         if outcome.error is None:
             return outcome.report, held
-    if outcome.out_of_memory or "bad_alloc" in said:
+    if outcome.out_of_memory or "bad_alloc" in output:
         return too_much("memory ran out")
     if outcome.error is not None:
         kinds = {EXIT_DATA: DataError, EXIT_CONFIG: ConfigError, EXIT_MACHINE: DeviceError}
         raise kinds.get(outcome.code, RuntimeError)(outcome.error)
-    last = " / ".join(said.splitlines()[-_LAST_LINES:])
-    raise RuntimeError(f"the dry run ended with code {trial.returncode}: {last}")
+    last = " / ".join(output.splitlines()[-_LAST_LINES:])
+    raise RuntimeError(f"the dry run exited with status {trial.returncode}: {last}")
 
 
 def _environment() -> dict[str, str]:
-    """This process's environment, with a path from which the trial imports the same program, wherever it is."""
+    """Return this process's environment, with a path from which the trial imports the same program."""
     paths = [str(Path(app.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def memory_in_words(held: int | None) -> str:
-    """Bytes in words, or an unknown amount."""
+    """Describe a number of bytes, or an unknown amount."""
     return "an unknown amount" if held is None else f"{held / 1e9:.2f} GB"
 
 
 def _over(needed: int, bound: int, of: str = "") -> str:
-    return f"it needs {needed / 1e9:.2f} GB {of}and {SHARE:.0%} of {bound / 1e9:.2f} GB may be taken"
+    return f"it needs {needed / 1e9:.2f} GB {of}but may use {SHARE:.0%} of {bound / 1e9:.2f} GB"

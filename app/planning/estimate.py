@@ -48,7 +48,7 @@ def estimate(config: RunConfig, *, half: bool, gpu: bool) -> Estimate:
 
 
 def step_bytes(config: RunConfig, *, half: bool) -> int:
-    """Peak bytes of a step in addition to the program: saved activations, weights, gradients, moments.
+    """Return the peak bytes of a step in addition to the program: saved activations, weights, gradients, moments.
 
     The network runs on torch's meta device, which tracks shapes but holds no numbers. The tensors that autograd would
     save for the backward pass are added up, each storage once. Scratch space of the kernels is not included.

@@ -65,12 +65,12 @@ class Fingerprint:
         return median_by_axis(self._tumours_mm) if self._tumours_mm else None
 
     def brain_voxels(self, spacing_mm: Spacing) -> tuple[int, int, int]:
-        """Median brain box at a spacing, in voxels."""
+        """Return the median brain box at a spacing, in voxels."""
         x, y, z = (max(1, round(mm / step)) for mm, step in zip(self.brain_mm, spacing_mm, strict=True))
         return (x, y, z)
 
     def tumours_inside(self, side_mm: Sequence[float]) -> float:
-        """Share of the sample's tumours whose box fits within these sides; 1 if there are none."""
+        """Return the share of the sample's tumours whose box fits within these sides; 1 if there are none."""
         boxes = self._tumours_mm
         inside = sum(all(mm <= side for mm, side in zip(box, side_mm, strict=True)) for box in boxes)
         return inside / len(boxes) if boxes else 1.0
@@ -80,7 +80,7 @@ class Fingerprint:
         return [extent.tumour_mm for extent in self.extents.values() if extent.tumour_mm is not None]
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         content = asdict(self)
         del content["extents"]
         return {
@@ -93,7 +93,7 @@ class Fingerprint:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSet:
-    """Cases, and what was read of them for their fingerprint."""
+    """Cases, and the facts read from them for the fingerprint."""
 
     cases: Mapping[str, Case]
     """All cases with a label map, by id."""
@@ -153,11 +153,11 @@ def _extent(case: Case) -> Extent:
             volume = in_order_of(reference, read_image(path, case.volumes.get(contrast), nan_to_zero=True))
             if volume.voxels.shape != inside.shape:
                 raise DataError(
-                    f"case {case.id}: {contrast} and t1c have different shapes. For details: znormseg data check"
+                    f"case {case.id}: {contrast} and t1c have different shapes. Run znormseg data check for details."
                 )
             inside |= volume.voxels != 0
     if not inside.any():
-        raise DataError(f"case {case.id}: all images are zero everywhere. For details: znormseg data check")
+        raise DataError(f"case {case.id}: all images are zero everywhere. Run znormseg data check for details.")
     assert case.label is not None
     tumour = in_order_of(reference, read_label_map(case.label)).voxels != 0
     return Extent(
@@ -173,7 +173,7 @@ def _sides(mask: Any, spacing_mm: Spacing) -> Spacing:
 
 
 def _spread(cases: Sequence[Case], count: int) -> list[Case]:
-    """Up to ``count`` cases, evenly spaced."""
+    """Return up to ``count`` cases, evenly spaced."""
     if len(cases) <= count:
         return list(cases)
     return [cases[round(place)] for place in np.linspace(0, len(cases) - 1, count)]

@@ -56,7 +56,7 @@ def fit(
     Args:
         config: config of the plan.
         try_out: runs some steps of a config.
-        most_bytes: RAM that may be used; None if it is not known.
+        most_bytes: RAM that may be used; None if unknown.
         half: whether activations are bfloat16 or float16.
         gpu: whether steps run on a GPU.
         fixed: keys that may not be changed.
@@ -70,7 +70,7 @@ def fit(
     while True:
         on_attempt(config, len(attempts) + 1)
         outcome = try_out(config)
-        words = f"fits, with {memory_in_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
+        words = f"fits in {memory_in_words(outcome.own_bytes)}" if isinstance(outcome, Needed) else outcome.why
         attempts.append(
             Attempt(
                 patch_voxels=config.training.patch_voxels,
@@ -92,7 +92,7 @@ def fit(
             if now.host + now.gpu <= target:
                 break
         if not steps:
-            kept = f" The settings {', '.join(sorted(fixed))} were kept." if fixed else ""
+            kept = f" These keys were not changed: {', '.join(sorted(fixed))}." if fixed else ""
             raise MemoryShortError(
                 f"no plan fits into memory. The smallest attempt, {step_in_words(config)}: {words}.{kept} Free some "
                 "memory, allow more with --max-memory-gb, or plan on another machine."
@@ -101,7 +101,7 @@ def fit(
 
 
 def _target(outcome: TooMuch, needed: Estimate, most_bytes: int | None) -> float:
-    """Maximum estimate for the next attempt; reduced in proportion if the bound was RAM."""
+    """Return the maximum estimate for the next attempt; reduced in proportion if RAM was the limit."""
     now = needed.host + needed.gpu
     if most_bytes is None or outcome.needed_bytes is None or needed.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
         return _MARGIN * now
@@ -110,7 +110,7 @@ def _target(outcome: TooMuch, needed: Estimate, most_bytes: int | None) -> float
 
 
 def step_in_words(config: RunConfig) -> str:
-    """Describe the sizes of a config that decide the memory of a step."""
+    """Describe the sizes of a config that determine the memory of a step."""
     training = config.training
     patch, channels = times(training.patch_voxels), list(config.network.channels)
     return f"patch {patch}, batch {training.batch_size}, channels {channels}"

@@ -40,7 +40,7 @@ from data.patches.sampler import MOST_OPEN
 
 #: Training cases that a dry run prepares and draws patches from.
 _TRIAL_CASES: Final = 8
-#: On a CPU, a plan is cut to this many hours once the pace is known.
+#: On a CPU, a plan is cut to this many hours once the time per step is measured.
 _CPU_HOURS: Final = 12.0
 #: Share of RLIMIT_AS and RLIMIT_DATA that a trial may use.
 _SHARE_OF_LIMITS: Final = 0.9
@@ -55,7 +55,7 @@ class Disk:
     cache_free_bytes: int | None
     cache_limit_bytes: int
     checkpoint_bytes: int | None
-    """Both kinds, old and new together while they are replaced; known from a dry run."""
+    """Both kinds, old and new together while they are replaced; measured by a dry run."""
     here_free_bytes: int | None
     """Free in the current folder."""
 
@@ -65,13 +65,13 @@ class Disk:
         found = []
         if self.cache_free_bytes is not None and self.cache_bytes > self.cache_free_bytes:
             found.append(
-                f"prepared cases take up to {self.cache_bytes / 1e9:.1f} GB and {self.cache_folder} has "
+                f"prepared cases take up to {self.cache_bytes / 1e9:.1f} GB, but {self.cache_folder} has "
                 f"{self.cache_free_bytes / 1e9:.1f} GB free; point $ZNORMSEG_CACHE to a larger disk"
             )
         if self.cache_bytes > self.cache_limit_bytes:
             found.append(
-                f"prepared cases take {self.cache_bytes / 1e9:.1f} GB and the cache is bounded to "
-                f"{self.cache_limit_bytes / 1e9:.1f} GB; raise $ZNORMSEG_CACHE_GB, or runs keep the rest themselves"
+                f"prepared cases take {self.cache_bytes / 1e9:.1f} GB, but the cache is limited to "
+                f"{self.cache_limit_bytes / 1e9:.1f} GB; raise $ZNORMSEG_CACHE_GB, or each run stores the rest itself"
             )
         needed, free = self.checkpoint_bytes, self.here_free_bytes
         if needed is not None and free is not None and needed > free:
@@ -107,7 +107,10 @@ class DryRun:
 
     def lines(self) -> list[str]:
         """Describe the results in words."""
-        lines = ["", f"Dry run on {self.device}: five steps after three, a validation window, checkpoints"]
+        lines = [
+            "",
+            f"Dry run on {self.device}: five steps after three warm-up steps, a validation window, checkpoints",
+        ]
         lines += [
             f"  attempt {number}{f' ({one.changed})' if one.changed else ''}: {one.outcome}"
             for number, one in enumerate(self.attempts, start=1)
@@ -116,18 +119,18 @@ class DryRun:
         if self.mapped_bytes is not None:
             lines[-1] += (
                 f"; tools will show up to {memory_in_words(self.resident_bytes)}, as prepared cases are mapped: "
-                "the system takes those pages back when it must"
+                "the system reclaims those pages when memory is short"
             )
         if self.gpu_bytes is not None:
-            lines.append(f"  GPU memory: {self.gpu_bytes / 1e9:.2f} GB, and what the driver takes")
-        window = f"; {self.window_seconds:.3g} s a validation window" if self.window_seconds is not None else ""
-        lines.append(f"  pace: {self.step_seconds:.3g} s a step{window}")
+            lines.append(f"  GPU memory: {self.gpu_bytes / 1e9:.2f} GB, plus the driver's own")
+        window = f"; {self.window_seconds:.3g} s per validation window" if self.window_seconds is not None else ""
+        lines.append(f"  speed: {self.step_seconds:.3g} s per step{window}")
         hours = self.seconds / 3600
         lines.append(
             f"  the budget: {self.steps} steps, {_duration(hours)}, of which validation takes at most "
-            f"{_duration(self.validation_seconds / 3600)}; preparing the cases comes on top"
+            f"{_duration(self.validation_seconds / 3600)}; preparing the cases takes additional time"
         )
-        lines.append("  /dev/shm: none needed, batches are made by threads")
+        lines.append("  /dev/shm: not needed, batches are made by threads")
         return lines
 
 
@@ -153,9 +156,9 @@ class PlannedRun:
         lines = [
             f"Plan for {self.data.root}",
             "",
-            f"Data: {fingerprint.cases} cases of which {fingerprint.with_label_map} have a label map, "
+            f"Data: {fingerprint.cases} cases, of which {fingerprint.with_label_map} have a label map, "
             f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
-            f"  fold 0: {len(self.split.train)} train, {len(self.split.validation)} validate",
+            f"  fold 0: {len(self.split.train)} for training, {len(self.split.validation)} for validation",
             f"  spacing: median {spacing} mm (10 % to 90 %: {low} to {high})",
             f"  brain's box: median {_mm(fingerprint.brain_mm)} mm; tumour's: {_mm(fingerprint.tumour_mm)} mm "
             f"(of {len(fingerprint.extents)} cases)",
@@ -163,9 +166,9 @@ class PlannedRun:
             f"{fingerprint.enhancing_share:.0%} have enhancing tumour",
         ]
         if fingerprint.with_label_map < fingerprint.cases:
-            lines.append("  training needs a label map of every case it uses: leave the others out with --split")
+            lines.append("  training needs a label map for every case: leave the others out with --split")
         if self.limits:
-            lines.append(f"Memory: {self.limits[0].free_bytes / 1e9:.1f} GB, by {self.limits[0].name}")
+            lines.append(f"Memory: {self.limits[0].free_bytes / 1e9:.1f} GB free, according to {self.limits[0].name}")
         lines += ["", "Choices:", *(f"  {one.key} = {one.value}: {one.reason}" for one in self.choices), ""]
         disk = self.disk
         free = f", {disk.cache_free_bytes / 1e9:.1f} GB free" if disk.cache_free_bytes is not None else ""
@@ -181,11 +184,11 @@ class PlannedRun:
         return lines
 
     def to_yaml(self) -> str:
-        """The complete config, preceded by the reasons as comments."""
+        """Return the complete config, preceded by the reasons as comments."""
         return "".join(f"# {line}".rstrip() + "\n" for line in self.lines()) + to_yaml(self.config)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
+        """Return plain data for ``--json``."""
         return {
             "data": str(self.data.root),
             "fingerprint": self.fingerprint.to_json(),
@@ -217,7 +220,7 @@ def plan_run(
         config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
         with_dry_run: try the plan, and make it smaller if it does not fit.
-        max_memory_bytes: RAM that may be used, if it is less than what is free.
+        max_memory_bytes: RAM that may be used, if less than the free RAM.
         on_progress: called with the progress of each stage.
 
     Raises:
@@ -232,7 +235,7 @@ def plan_run(
         base = load_config("resunet-znorm", overrides)
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
-        data, on_case=lambda case_id, share: on_progress(Progress(job="looking at cases", share=share, detail=case_id))
+        data, on_case=lambda case_id, share: on_progress(Progress(job="reading cases", share=share, detail=case_id))
     )
     tumours = tumours_of(read.cases, read.label_maps, read.convention)
     split = Split(train=tuple(read.cases), validation=())
@@ -267,10 +270,10 @@ def plan_run(
 
 
 def _tried(planned: PlannedRun, plan: TrainingPlan, read: DataSet, on_progress: OnProgress) -> PlannedRun:
-    """Try a plan: the same plan with measurements, made smaller if it does not fit."""
+    """Try a plan; return it with measurements, made smaller if it does not fit."""
     split, hardware, fixed = planned.split, plan.bounds.hardware, plan.bounds.fixed
     validating = next(iter(_trial_cases(split.validation, read)), None)
-    # Limits of this process also apply to the child, which runs into them by itself.
+    # Limits of this process also apply to the child, which hits them by itself.
     outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
     most = min(outer, default=None)
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
@@ -353,8 +356,8 @@ def cut_to_hours(
 ) -> tuple[RunConfig, DryRun, str]:
     """Reduce the steps if they would take longer than :data:`_CPU_HOURS`; also returns the reason.
 
-    If that leaves too few steps, there are fewer validations, but at least one. The minimum steps for a CPU are planned
-    in any case; if they take longer, the reason says so.
+    If that leaves too few steps, there are fewer validations, but at least one. The minimum steps for a CPU are always
+    planned; if they take longer, the reason says so.
 
     Args:
         config: with a budget in steps.
@@ -371,7 +374,9 @@ def cut_to_hours(
     steps = min(dry_run.steps, max(fewest, int((most - validations * each) / dry_run.step_seconds)))
     seconds = steps * dry_run.step_seconds + validations * each
     if seconds > most:
-        why += f"; {_duration(seconds / 3600)} on this CPU, more than {_CPU_HOURS:g} h, with the fewest steps"
+        why += (
+            f"; {_duration(seconds / 3600)} on this CPU, more than {_CPU_HOURS:g} h, with the minimum number of steps"
+        )
     elif steps < dry_run.steps:
         why += f"; cut to {_CPU_HOURS:g} hours on this CPU"
     if validations < settings.validations:
@@ -392,7 +397,7 @@ def _after_trial(choice: Chosen, config: RunConfig, steps_why: str) -> Chosen:
     now = values.get(choice.key, choice.value)
     if now == choice.value:
         return choice
-    return replace(choice, value=now, reason=f"{choice.value} did not fit in the dry run")
+    return replace(choice, value=now, reason=f"{choice.value} did not fit into memory in the dry run")
 
 
 def _disk(plan: TrainingPlan, split: Split) -> Disk:
@@ -415,7 +420,7 @@ def _free(place: Path) -> int | None:
 
 
 def _trial_cases(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
-    """Up to :data:`_TRIAL_CASES` ids: cases of known size first, from the largest down."""
+    """Return up to :data:`_TRIAL_CASES` ids: cases of known size first, from the largest down."""
     volumes = {case_id: prod(extent.brain_mm) for case_id, extent in read.fingerprint.extents.items()}
     return tuple(sorted(ids, key=lambda case_id: -volumes.get(case_id, 0.0))[:_TRIAL_CASES])
 

@@ -1,8 +1,8 @@
 """The rules of a plan: from a fingerprint and a machine to a config, with a reason for each choice.
 
 The ideas are nnU-Net's (Isensee et al., Nature Methods 18, 203, 2021): spacing and patch follow the data's medians, the
-patch is as large as memory allows, the batch has at least two patches. The differences: memory is what is free on this
-machine instead of a fixed budget, a CPU limits the voxels of a step, and the steps follow the number of cases.
+patch is as large as memory allows, the batch has at least two patches. The differences: a plan uses the free memory of
+this machine instead of a fixed budget, a CPU limits the voxels of a step, and the steps follow the number of cases.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """What the sizes of a plan depend on, apart from the config."""
+    """Facts other than the config that the sizes of a plan depend on."""
 
     brain: tuple[int, int, int]
     """Median brain box in voxels of the network's spacing."""
@@ -143,7 +143,7 @@ def plan_training(
     patch = config.training.patch_voxels
     chosen("network.channels", config.network.channels, levels_why)
     sides_mm = [side * mm for side, mm in zip(patch, spacing_mm, strict=True)]
-    inside = f"the boxes of {fingerprint.tumours_inside(sides_mm):.0%} of the tumours are no larger"
+    inside = f"{fingerprint.tumours_inside(sides_mm):.0%} of the tumours fit into a patch"
     chosen("training.patch_voxels", patch, f"{patch_why}; {inside}")
     config, why = _with_batch(config, bounds)
     chosen("training.batch_size", config.training.batch_size, why)
@@ -156,7 +156,7 @@ def plan_training(
 
 
 def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunConfig, str] | None:
-    """The next smaller config, and a description of the change; None if there is no smaller one.
+    """Return the next smaller config and a description of the change; None if there is no smaller one.
 
     The steps, in order: halve a batch of more than two patches; shorten patches by a quarter, down to 32 voxels a side;
     halve the network's channels, down to eight at the finest level; reduce the batch to one patch.
@@ -188,7 +188,7 @@ def smaller_network(config: RunConfig, *, fixed: Collection[str]) -> tuple[RunCo
 
 
 def with_steps(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
-    """The config with its number of steps, and the reason for it."""
+    """Return the config with its number of steps, and the reason for it."""
     settings, hardware, training_cases = config.training, bounds.hardware, bounds.training_cases
     if not {"training.steps", "training.hours"}.isdisjoint(bounds.fixed):
         return config, "set by you"
@@ -197,14 +197,16 @@ def with_steps(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     wanted = ceil(patches / (settings.batch_size * settings.accumulate))
     low, high = FEWEST_STEPS[hardware.device], _MOST_STEPS[hardware.device]
     steps = min(max(wanted, low), high)
-    why = f"{covering} patches cover a brain; {_COVERS} times, in {training_cases} training cases: {wanted} steps"
+    why = (
+        f"{covering} patches cover a brain; {_COVERS} times for each of {training_cases} training cases: {wanted} steps"
+    )
     if steps != wanted:
         why += f"; at least {low} and at most {high} on {hardware}"
     return _training(config, steps=steps, hours=None), why
 
 
 def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) -> tuple[Spacing, float | None, str]:
-    """Spacing by axis, the value for the config, and the reason."""
+    """Return the spacing by axis, the value for the config, and the reason."""
     if "data.spacing_mm" in fixed and base.data.spacing_mm is not None:
         return (base.data.spacing_mm,) * 3, base.data.spacing_mm, ""
     found = fingerprint.spacing_mm
@@ -235,7 +237,7 @@ def _with_levels(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
 
 
 def _fewest_levels(network: NetworkConfig) -> int:
-    """Minimum number of levels of a network; deep supervision needs coarser logits."""
+    """Return the minimum number of levels of a network; deep supervision needs coarser logits."""
     return 3 if network.deep_supervision and network.first_stride == 1 else 2
 
 
@@ -248,7 +250,7 @@ def _with_patch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
     sides = [max(_least_side(divisor), ceil(side / divisor) * divisor) for side in bounds.brain]
     batch = config.training.batch_size if "training.batch_size" in bounds.fixed else _LEAST_BATCH
     most = CPU_STEP_VOXELS if bounds.hardware.device == "cpu" else None
-    why = "the median brain's box, rounded up to what the network takes"
+    why = "the median brain's box, rounded up to a size that the network accepts"
 
     def tried() -> RunConfig:
         x, y, z = sides
@@ -259,7 +261,9 @@ def _with_patch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
         if not longest:
             break
         sides[max(longest, key=lambda axis: (sides[axis] * bounds.spacing_mm[axis], axis))] -= divisor
-        reason = f"at most {most} voxels a step on a CPU" if slow else f"{batch} of them fit {bounds.hardware.memory()}"
+        reason = (
+            f"at most {most} voxels per step on a CPU" if slow else f"{batch} of them fit {bounds.hardware.memory()}"
+        )
         why = f"the median brain's box {times(bounds.brain)}, its longest side cut until {reason}"
     return tried(), why
 
@@ -277,7 +281,7 @@ def _with_batch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
         batch += 1
     why = (
         f"from {_LEAST_BATCH} up to {_MOST_BATCH}, while it fits {bounds.hardware.memory()}"
-        f"{', has no more voxels than a CPU should do in a step' if bounds.hardware.device == 'cpu' else ''}"
+        f"{', has no more voxels than a CPU should process in a step' if bounds.hardware.device == 'cpu' else ''}"
         f" and no more than {_BATCH_SHARE:.0%} of the training brains"
     )
     return _training(config, batch_size=batch), why
@@ -291,18 +295,18 @@ def _with_threads(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
         threads, why = min(8, hardware.cores), f"the processors ({hardware.cores}), up to 8"
     else:
         threads = min(4, max(1, hardware.cores // 4))
-        why = f"a quarter of the processors ({hardware.cores}), 1 to 4; the network takes the others"
+        why = f"a quarter of the processors ({hardware.cores}), 1 to 4; the network uses the others"
     why += "; threads, so /dev/shm is not used"
     return replace(config, runtime=replace(config.runtime, loader_threads=threads)), why
 
 
 def _smallest_side(divisor: int) -> int:
-    """Minimum side of a patch that is shortened to save memory, in voxels."""
+    """Return the minimum side of a patch that is shortened to save memory, in voxels."""
     return max(2 * divisor, ceil(SMALLEST_SIDE / divisor) * divisor)
 
 
 def _least_side(divisor: int) -> int:
-    """Minimum side of a patch that a config accepts, in voxels."""
+    """Return the minimum side of a patch that a config accepts, in voxels."""
     return max(2 * divisor, 8)
 
 

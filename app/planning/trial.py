@@ -1,7 +1,7 @@
 """The child's side of a dry run: a few real steps of a config.
 
 ``python -m app.planning.trial REQUEST.json OUTCOME.json`` reads a request and writes the measurements. It is a separate
-process so that its peak of memory is that of a training run, and so that running out of memory ends nothing else.
+process so that its peak memory is that of a training run, and so that running out of memory ends no other process.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class TrialReport:
     case_files_bytes: int | None
     """Average of one case's arrays that a long run keeps mapped; the system reclaims them when memory is short."""
     gpu_bytes: int | None
-    """Peak of what torch reserved on the GPU, including its cache; the driver's own context comes on top."""
+    """Peak of what torch reserved on the GPU, including its cache but not the driver's own context."""
     gpu_free_bytes: int | None
     """Free GPU memory before the first step."""
     checkpoint_bytes: int
@@ -110,7 +110,7 @@ OUTCOME: Final = TypeAdapter(TrialOutcome)
 
 
 def run_trial(request: TrialRequest) -> TrialReport | None:
-    """Run the steps and report what they took; None if the cases are only prepared.
+    """Run the steps and report their time and memory; None if the cases are only prepared.
 
     Raises:
         DataError: a case cannot be used.
@@ -183,7 +183,7 @@ class _Timed(PatchSource):
 
 
 def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSource) -> list[float]:
-    """Seconds of each step after the warm-up; if the run measures gradients, one more step does so."""
+    """Return the seconds of each step after the warm-up; if the run measures gradients, one more step does so."""
     timed = WARM_UP + STEPS
     every = timed + 1 if config.training.telemetry_steps else 0
     stepper = Stepper(
@@ -227,7 +227,7 @@ class _TwoCorners(CachedCase):
     """A case that is 0 except for two voxels in opposite corners: only its first and last windows are computed."""
 
     def image(self) -> npt.NDArray[np.float16]:
-        """Shape (contrasts, X, Y, Z)."""
+        """Return the image, shape (contrasts, X, Y, Z)."""
         image = np.zeros((len(CONTRASTS), *self.shape), dtype=np.float16)
         image[:, 0, 0, 0] = image[:, -1, -1, -1] = 1
         return image
@@ -243,7 +243,7 @@ def _save(state: State, config: RunConfig, folder: Path) -> int:
 
 
 def _mapped_by_a_long_run(config: RunConfig, cases: list[CachedCase]) -> int | None:
-    """Bytes of one case's arrays that stay mapped after many patches were cut from it."""
+    """Return the bytes of one case's arrays that stay mapped after many patches were cut from it."""
     before = memory_of()
     settings = config.training
     source = PatchSource(cases, **{**patch_settings(config), "seed": settings.seed + 1})
@@ -262,7 +262,7 @@ def _wait_for(runtime: Runtime) -> None:
 
 
 def _lower_limits(share: float) -> None:
-    """Lower the limits on address space and data, to leave room for what a long run needs in addition."""
+    """Lower the limits on address space and data, to reserve the additional memory of a long run."""
     import resource
 
     for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA):

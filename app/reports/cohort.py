@@ -33,8 +33,8 @@ Codes = npt.NDArray[np.uint8]
 
 _FOLDER: Final = "cases"
 _CONTRAST_NAMES: Final[Mapping[Contrast, str]] = {"t1": "T1", "t1c": "T1c", "t2": "T2", "flair": "FLAIR"}
-#: Contrasts in order of preference: the first available one is the picture's background, the first two are in the
-#: viewer.
+#: Contrasts in order of preference: the first available one is the background of the picture, and the viewer shows the
+#: first two.
 _BEHIND: Final[tuple[Contrast, ...]] = ("flair", "t2", "t1c", "t1")
 _IN_VIEWER: Final[tuple[Contrast, ...]] = ("t1c", "flair", "t2", "t1")
 _MOST_SHOWN: Final = 2
@@ -103,8 +103,8 @@ def write_cohort(
             rows.append(_row(shown, picture))
     except KeyboardInterrupt as error:
         raise InterruptedRunError(
-            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} complete pages written. "
-            "The same command starts over."
+            f"{str(error) or 'interrupted'} with {len(pages)} of {len(predicted)} pages written, all "
+            "complete. Run the same command again to start over."
         ) from error
     if not rows:
         raise DataError(f"{folder}: no case can be shown. {' '.join(list(failures.values())[:3])}")
@@ -200,11 +200,13 @@ def _read_images(
             remarks.append(f"{name} is not shown: {error}")
             continue
         if difference := grid_difference(volume, label_map):
-            remarks.append(f"{name} is not shown, since it is on a different grid than the label map: {difference}.")
+            remarks.append(f"{name} is not shown, as it is on a different grid than the label map: {difference}.")
         else:
             images[contrast] = volume.voxels
     if absent:
-        remarks.append(f"Not where they were predicted from: {', '.join(absent)}. Give --images DATA to show them.")
+        remarks.append(
+            f"No longer at the paths of the prediction: {', '.join(absent)}. Give --images DATA to show them."
+        )
     return images
 
 
@@ -234,7 +236,7 @@ def _read_uncertainty(predicted: Predicted, label_map: Volume, remarks: list[str
         remarks.append(f"Uncertainty is not shown: {error}")
         return None
     if difference := grid_difference(volumes[0], label_map):
-        remarks.append(f"Uncertainty is not shown, since it is on a different grid: {difference}.")
+        remarks.append(f"Uncertainty is not shown, as it is on a different grid: {difference}.")
         return None
     largest: npt.NDArray[np.float32] = np.max([volume.voxels for volume in volumes], axis=0)
     return largest
@@ -366,10 +368,14 @@ def _measures(shown: _Shown) -> list[dict[str, str | None]]:
 
 
 def _lead(one: Predicted) -> str:
-    known = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
-    if not any(known.values()):
-        return "No tumour was marked."
-    return "Marked: " + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in known.items()) + "."
+    recorded = {region: volume for region, volume in one.volumes_ml.items() if volume is not None}
+    if not any(recorded.values()):
+        return "No tumour was found."
+    return (
+        "Predicted: "
+        + ", ".join(f"{REGION_NAMES[region]} {volume:.1f} ml" for region, volume in recorded.items())
+        + "."
+    )
 
 
 def _provenance(one: Predicted) -> list[tuple[str, str]]:

@@ -65,8 +65,8 @@ def render_comparison(outcome: Comparison) -> str:
         seconds=[_seconds_row(arm) for arm in analysis.arms],
     )
     lead = (
-        f"{len(results.runs)} runs of {plan.config.training.steps} steps: the same cases, and for each seed the same "
-        "initial weights and batches in every arm; every arm had as many learning rates to choose from."
+        f"{len(results.runs)} runs of {plan.config.training.steps} steps: all arms have the same cases, the same "
+        "initial weights and batches for each seed, and the same number of learning rates to choose from."
     )
     return document(
         title=f"{', '.join(plan.arms)}: a comparison",
@@ -82,9 +82,12 @@ def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
     return [
         ("optimizers", ", ".join(plan.optimizers)),
         ("seeds", f"{plan.seeds}, from {plan.first_seed}"),
-        ("cases", f"{len(parts.train)} train, {len(parts.validation)} validate, {len(parts.test)} test"),
+        (
+            "cases",
+            f"{len(parts.train)} for training, {len(parts.validation)} for validation, {len(parts.test)} for test",
+        ),
         *((name, "; ".join(plan.settings_of(name))) for name in plan.variants),
-        ("same start in every arm", "on record (SHA-256)" if analysis.same_start else "not on record for every run"),
+        ("same start in every arm", "recorded (SHA-256)" if analysis.same_start else "not recorded for every run"),
         ("Dice", DICE_DEFINITION),
         ("predictions", backends_sentence(scored_by(results))),
     ]

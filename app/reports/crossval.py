@@ -77,7 +77,7 @@ def render_crossval(outcome: CrossValidation) -> str:
     return document(
         title=f"Cross-validation, {count} folds",
         lead=(
-            f"{len(raw.cases)} cases, each predicted by the one network of {count} that has not trained on it or any "
+            f"{len(raw.cases)} cases, each predicted by the one network of {count} that was not trained on it or any "
             f"other case of its patient: mean Dice {dice.mean:.3f}."
         ),
         facts=(

@@ -52,7 +52,7 @@ class Page:
     title: str
     """Heading."""
     lead: str
-    """One sentence that says what the page shows."""
+    """One sentence on what the page shows."""
     provenance: Sequence[tuple[str, str]]
     """Pairs of name and value: versions, configuration, seed, machine, seconds."""
     cases: Sequence[PageCase]
@@ -106,8 +106,8 @@ def write_demo_page(outcome: DemoResult) -> None:
             title="znormseg demo",
             lead=(
                 f"A small residual U-Net trained with ZNorm on {outcome.trained_on} synthetic glioma cases at "
-                f"{SPACING_MM:g} mm, scored on {len(outcome.unseen)} it has not seen. Phantoms are easier than "
-                "patients: take these figures as a sign that everything works, not as a promise."
+                f"{SPACING_MM:g} mm, scored on {len(outcome.unseen)} held-out cases. Phantoms are easier than "
+                "patients: these figures show that everything works, not what to expect on real data."
             ),
             provenance=[
                 ("config", CONFIG),

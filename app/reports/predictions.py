@@ -51,7 +51,7 @@ class Predicted:
 
     @property
     def volumes_ml(self) -> dict[Region, float | None]:
-        """Predicted volume by region; None where the JSON has none."""
+        """Predicted volume by region; None if the JSON lacks it."""
         recorded = mapping(self.record.get("volumes_ml"))
         return {region: number_or_none(recorded.get(region)) for region in REGIONS}
 

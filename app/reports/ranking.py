@@ -60,7 +60,7 @@ def _chart(metric: str, ranking: Ranking) -> Markup:
         title=title,
         y_label=metric,
         lines=[arm_line(place, name, x, values[place, order]) for place, name in enumerate(ranking.names)],
-        x_label="case, in the order of the mean over the sets",
+        x_label="case, ordered by the mean over the sets",
     )
     return figure(draw_chart(chart), f"{title}, mean over regions.")
 

@@ -44,7 +44,7 @@ def render_run(run: Path) -> str:
     facts = read_json(run / "run.json")
     split = read_json(run / "split.json")
     if not isinstance(facts, dict) or not isinstance(split, dict):
-        raise RunError(f"{run}: run.json or split.json is damaged, it holds no JSON object.")
+        raise RunError(f"{run}: run.json or split.json is damaged: it contains no JSON object.")
     try:
         config = (run / "config.yaml").read_text(encoding="utf-8")
         records = read_metrics(run)
@@ -98,9 +98,9 @@ def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
     found: dict[str, dict[Region, float]] = {}
     for case, scores in mapping(best.get("cases")).items():
         values = {region: number_or_none(scores.get(region)) for region in REGIONS}
-        known = {region: value for region, value in values.items() if value is not None}
-        if len(known) == len(REGIONS):
-            found[case] = known
+        scored = {region: value for region, value in values.items() if value is not None}
+        if len(scored) == len(REGIONS):
+            found[case] = scored
     return found
 
 
@@ -118,8 +118,8 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
     seconds = [s for s in (number_or_none(record.get("seconds")) for record in records) if s is not None]
     spacing = facts.get("spacing_mm")
     weights = sorted(run.glob("checkpoints/best-*.json")) or sorted(run.glob("checkpoints/last-*.json"))
-    known = [
-        ("cases", f"{len(split.get('train', ()))} train, {len(split.get('validation', ()))} validate"),
+    candidates = [
+        ("cases", f"{len(split.get('train', ()))} for training, {len(split.get('validation', ()))} for validation"),
         ("data", facts.get("data")),
         ("labels", facts.get("labels")),
         ("spacing, mm", " x ".join(f"{mm:g}" for mm in spacing) if isinstance(spacing, list) else None),
@@ -130,11 +130,11 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
         ("weights, SHA-256", _sha256_in(weights)),
         ("label maps, SHA-256", _sha256_in([*run.glob("labels.json")])),
     ]
-    return [(name, str(value)) for name, value in known if value]
+    return [(name, str(value)) for name, value in candidates if value]
 
 
 def _sha256_in(paths: Sequence[Path]) -> str:
-    """Return the SHA-256 that the last of these JSON files states; empty if it states none."""
+    """Return the SHA-256 recorded in the last of these JSON files; empty if there is none."""
     return str(mapping(read_json(paths[-1])).get("sha256", "")) if paths else ""
 
 

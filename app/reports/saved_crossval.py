@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from app.errors import RunError
-from app.experiments.crossval.folds import read_folds
+from app.experiments.crossval.plan import read_folds
 from app.experiments.crossval.run import measure_folds
 from app.experiments.runs import json_object
 from app.progress import OnProgress, Progress, silent

@@ -51,7 +51,7 @@ def cache_bytes() -> int:
     except ValueError:
         gigabytes = 0.0
     if not 0 < gigabytes < 1e9:
-        raise ConfigError(f"{SIZE_VARIABLE}: a number of gigabytes above 0 is expected, got {text!r}")
+        raise ConfigError(f"{SIZE_VARIABLE}: expected a number of gigabytes above 0, got {text!r}")
     return int(gigabytes * 1e9)
 
 
@@ -79,7 +79,7 @@ def prepared_cases(own: Path) -> Iterator[CaseFolder]:
         shared = open_cache(own)
     except OSError as error:
         reason = f"{error.filename or cache_folder()}: {why(error)}"
-        LOG.warning("prepared cases go to %s, as the cache cannot be used: %s", own, reason)
+        LOG.warning("prepared cases are stored in %s, as the cache cannot be used: %s", own, reason)
         yield CaseFolder(own)
         return
     with closing(shared):

@@ -67,7 +67,7 @@ Checkpoint = Saved["Tensor"]
 def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], details: dict[str, Any]) -> None:
     """Save a checkpoint durably, then remove all others of its kind except the one before it.
 
-    Pairs of later steps are removed too: they are damaged, or remain from before a rollback.
+    Pairs of later steps are removed too: they are damaged, or from before a rollback.
 
     Args:
         folder: destination, created if missing.
@@ -83,7 +83,7 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
     content = safetensors.torch.save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
     digest = _sha256(content)
     facts = json.loads(json.dumps({"kind": kind, "step": step, "sha256": digest, **details}))
-    # Saving the same tensors with other details leaves their file alone, so that the pair stays complete throughout.
+    # Saving the same tensors with other details does not rewrite their file, so the pair stays complete throughout.
     is_there = path.is_file() and _sha256(path.read_bytes()) == digest
     try:
         if not is_there:
@@ -174,7 +174,7 @@ def _load(stem: Path, step: int, unpack: Callable[[bytes], dict[str, T]]) -> Sav
     try:
         details = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(details, dict):
-            raise ValueError(f"{path.name} holds no JSON object")
+            raise ValueError(f"{path.name} contains no JSON object")
         content = tensors_path.read_bytes()
     except OSError as error:
         raise RunError(f"{error.filename or tensors_path}: cannot be read: {in_words(error)}") from error

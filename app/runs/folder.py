@@ -97,12 +97,12 @@ def require_new(run: Path) -> None:
     if run.exists() and not run.is_dir():
         raise RunError(f"{run} is a file; give a folder for the run")
     if run.is_dir() and any(entry.name != LOCK for entry in run.iterdir()):
-        raise RunError(f"{run} is not empty. Continue with --resume, or give another folder.")
+        raise RunError(f"{run} is not empty. Resume it with --resume, or give another folder.")
 
 
 #: Minimum free space for metrics and TensorBoard events.
 LEAST_ROOM_BYTES: Final = 1 << 16
-#: After this many failed TensorBoard writers no new one is opened; missing curves are no reason to end a run.
+#: After this many failed TensorBoard writers no new one is opened; missing curves are not worth ending a run.
 MOST_BOARDS_LOST: Final = 3
 #: Lock file, held while a process trains in the folder.
 LOCK = ".lock"
@@ -140,7 +140,7 @@ def _lock(file: TextIO, run: Path, wait_seconds: float) -> None:
         except BlockingIOError:
             if time.monotonic() >= until:
                 raise RunError(
-                    f"{run}: another process is training there. Wait for it, or give another folder."
+                    f"{run}: another process is training in this folder. Wait for it, or give another folder."
                 ) from None
         except OSError as error:
             if not has_no_locks(error):
@@ -198,7 +198,7 @@ class MetricsLog:
         kept = [r for r in read_metrics(self._run) if r["step"] <= last.get(r["kind"], step)]
         path = self._run / "metrics.jsonl"
         write_durably(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
-        _require_room(self._run)
+        _require_space(self._run)
         # Unbuffered, so that a write cut short by a full disk can be resumed at the exact byte.
         with naming_the_place(path):
             self._file = path.open("ab", buffering=0)
@@ -313,8 +313,8 @@ class MetricsLog:
             with naming_the_place(self._run / "metrics.jsonl"):
                 while left:
                     left = left[file.write(left) :]
-            if _is_short_of_room(self._run):
-                _require_room(self._run)  # for TensorBoard
+            if _is_almost_full(self._run):
+                _require_space(self._run)  # for TensorBoard
 
         self._patiently(write)
 
@@ -351,16 +351,16 @@ def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_short_of_room(run: Path) -> bool:
+def _is_almost_full(run: Path) -> bool:
     try:
         return shutil.disk_usage(run).free < LEAST_ROOM_BYTES
     except OSError:  # some shared folders do not report their usage
         return False
 
 
-def _require_room(run: Path) -> None:
+def _require_space(run: Path) -> None:
     """Raise OSError if the disk is almost full: TensorBoard would fail in a background thread, with a traceback."""
-    probe = run / f".partial-{os.getpid()}-room"
+    probe = run / f".partial-{os.getpid()}-space"
     try:
         with naming_the_place(run):
             probe.write_bytes(bytes(LEAST_ROOM_BYTES))
@@ -382,5 +382,5 @@ def _summary_writer(folder: Path, step: int) -> SummaryWriter | None:
 
 def _lacks_curves(folder: Path, error: OSError) -> None:
     LOG.warning(
-        "%s: cannot be written, so TensorBoard lacks curves (metrics.jsonl has all): %s", folder, in_words(error)
+        "%s: cannot be written, so TensorBoard lacks curves (metrics.jsonl is complete): %s", folder, in_words(error)
     )

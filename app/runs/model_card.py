@@ -6,7 +6,7 @@
     model.json      the same as plain data
     SHA256SUMS      checksums of both and of the model's files; check them with ``sha256sum -c SHA256SUMS``
 
-Nothing is invented: the card states what the files of the folder record, and what they do not.
+The card contains only facts that the files of the folder record, and names those that they do not.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
 #: Licence statement on the card of a network trained by this program.
 LICENCE: Final = (
-    "not stated. The program is Apache-2.0; of the weights whoever trained them decides, within the terms of the "
-    "data they were trained on."
+    "not stated. The program is Apache-2.0; the licence of the weights is up to those who trained them, within the "
+    "terms of the training data."
 )
 #: Limits of every network trained by this program.
 LIMITS: Final = (
     "Made for skull-stripped T1, T1c, T2 and FLAIR images on one grid.",
-    "Not tested on other scanners, patients or diseases than those of its validation cases, where it has any.",
-    "Validation cases chose the weights, so their Dice is somewhat better than that of new cases.",
+    "Not tested on scanners, patients or diseases other than those of its validation cases, if any.",
+    "The weights were chosen on the validation cases, so their Dice is somewhat better than that of new cases.",
 )
 
 #: Files of a run, an ensemble or one of its networks that are checksummed. Metrics, TensorBoard and pages may change.
@@ -56,7 +56,7 @@ def describe_model(folder: Path) -> dict[str, Any]:
     _require_folder(folder)
     best = newest_best(folder)
     if best is None and not (folder / "ensemble.json").exists() and not (folder / DESCRIPTION_FILE).exists():
-        raise RunError(f"{folder}: contains no model: no weights, no ensemble.json, no {DESCRIPTION_FILE}")
+        raise RunError(f"{folder}: contains no model (no weights, no ensemble.json, no {DESCRIPTION_FILE})")
     try:
         if best is not None:
             content = _of_run(folder, best)
@@ -185,7 +185,11 @@ def _of_run(folder: Path, best: Path) -> dict[str, Any]:
         "name": folder.resolve().name if imported is None else imported["name"],
         "summary": "Brain-tumour segmentation: from four MRI contrasts to whole tumour, tumour core and enhancing "
         "tumour. "
-        + ("Trained by znormseg." if imported is None else f"Weights of another program: {imported['description']}"),
+        + (
+            "Trained by znormseg."
+            if imported is None
+            else f"The weights are from another program: {imported['description']}"
+        ),
         "notice": NOTICE,
         "data": _data(folder, weights) if imported is None else {**_input(weights), **imported["data"]},
         "network": _network(weights["config"]),
@@ -244,7 +248,7 @@ def _data(folder: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
     if facts.get("fold") is not None:
         content["fold"] = facts["fold"]
     if facts.get("init_from") is not None:
-        content["weights began as those with SHA-256"] = facts["init_from"]["sha256"]
+        content["weights started from those with SHA-256"] = facts["init_from"]["sha256"]
     return content
 
 

@@ -18,7 +18,7 @@ INTENSITIES_FILE: Final = "intensities.json"
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingRecord:
-    """What is known about the training cases of a network."""
+    """Facts about the training cases of a network."""
 
     trained_on: tuple[str, ...] = ()
     """Ids of the training cases."""
@@ -50,14 +50,14 @@ def training_record(folder: Path) -> TrainingRecord:
                 tuple(composed(str(one)) for one in content[part]) for part in ("train", "validation")
             )
         except (RunError, KeyError, TypeError) as error:
-            LOG.warning("%s is damaged (%s); whether cases were trained on is not known", split, error)
+            LOG.warning("%s is damaged (%s); so cases seen in training are not flagged", split, error)
     ranges: list[IntensityRange] = []
     for path in [folder / INTENSITIES_FILE, *sorted(folder.glob(f"fold-*/{INTENSITIES_FILE}"))]:
         if path.exists():
             try:
                 ranges.append(range_from_json(read_json(path)))
             except (RunError, KeyError, TypeError, ValueError, AttributeError) as error:
-                LOG.warning("%s is damaged (%s); whether intensities are unusual is not known", path, error)
+                LOG.warning("%s is damaged (%s); so unusual intensities are not flagged", path, error)
     return TrainingRecord(
         trained_on=trained, validated_on=validated, intensities=merged_range(ranges) if ranges else None
     )

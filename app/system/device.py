@@ -70,7 +70,7 @@ class Runtime:
     backend: Literal["torch", "openvino"] = "torch"
     """The library that runs a trained network; only ``predict`` supports one other than torch."""
     precision_asked_for: bool = False
-    """Whether the user chose the precision; if not, the hardware decided."""
+    """Whether the user chose the precision; if not, it was chosen for the hardware."""
 
     def record(self) -> dict[str, str]:
         """Return the parts that results depend on, as plain data: ``backend``, ``precision`` and ``device``."""
@@ -213,7 +213,7 @@ def _choose_device(wanted: str) -> tuple[torch.device, str]:
 
     cuda = torch.cuda.is_available()
     if wanted == "cpu":
-        return torch.device("cpu"), "device cpu: asked for"
+        return torch.device("cpu"), "device cpu: requested"
     if wanted == "auto":
         if cuda:
             return torch.device("cuda", 0), f"device cuda:0: {torch.cuda.get_device_name(0)} found"
@@ -224,20 +224,23 @@ def _choose_device(wanted: str) -> tuple[torch.device, str]:
     device = torch.device(wanted)
     if (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(f"device {wanted}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
-    return torch.device("cuda", device.index or 0), f"device {wanted}: asked for"
+    return torch.device("cuda", device.index or 0), f"device {wanted}: requested"
 
 
 def _choose_precision(wanted: WantedPrecision, device: torch.device) -> tuple[Precision, str]:
     if wanted != "auto":
-        return wanted, f"precision {wanted}: asked for"
+        return wanted, f"precision {wanted}: requested"
     if device.type == "cuda":
         import torch
 
         # Emulated bfloat16 on older GPUs is slower than float32.
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return "bfloat16", "precision bfloat16: the GPU has it"
+            return "bfloat16", "precision bfloat16: the GPU supports it"
         if torch.cuda.get_device_capability(device) >= TENSOR_CORES:
-            return "float16", "precision float16 with a scaled loss: the GPU has tensor cores, but no bfloat16"
+            return (
+                "float16",
+                "precision float16 with a scaled loss: the GPU has tensor cores, but does not support bfloat16",
+            )
         return "float32", "precision float32: the GPU has neither bfloat16 nor tensor cores"
     return cpu_precision()
 
@@ -247,8 +250,8 @@ def cpu_precision() -> tuple[Precision, str]:
     if found := sorted(bf16_flags()):
         return "bfloat16", f"precision bfloat16: the CPU has {', '.join(found)}"
     if BF16_FLAGS & cpu_flags():
-        return "float32", f"precision float32: {_isa_limit()} switches bfloat16 arithmetic off"
-    return "float32", "precision float32: the CPU has no bfloat16 arithmetic, autocast would slow it down"
+        return "float32", f"precision float32: {_isa_limit()} disables bfloat16 arithmetic"
+    return "float32", "precision float32: the CPU has no bfloat16 arithmetic, so autocast would slow it down"
 
 
 def bf16_flags() -> set[str]:
@@ -262,16 +265,16 @@ def limit_below_avx512() -> str | None:
 
 
 def without_avx2() -> str | None:
-    """Say in words why AVX2 is unavailable; None if it is available or the system does not list the CPU's flags.
+    """Return why AVX2 is unavailable, in words; None if it is available or the system does not list the CPU's flags.
 
     OpenVINO's normalisation kernels need AVX2: without it, the networks do not compile (measured with OpenVINO 2026.4
     on an EPYC).
     """
     flags = cpu_flags()
     if flags and "avx2" not in flags:
-        return "the CPU has none"
+        return "the CPU lacks it"
     limit = _isa_limit(_BELOW_AVX2)
-    return f"{limit} switches it off" if limit else None
+    return f"{limit} disables it" if limit else None
 
 
 def _isa_limit(among: Collection[str] = frozenset(_BELOW_BF16)) -> str | None:

@@ -73,8 +73,8 @@ def _message(what: str, needed_bytes: int, folder: Path, error: OSError) -> str:
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB are free"
     except OSError:
-        free = "free space unknown"
+        free = "the free space is unknown"
     return (
         f"{folder}: {error.strerror}. {what[0].upper()}{what[1:]} needs {needed_bytes / 1e6:.1f} MB, {free}. Training "
-        "waits until there is room; Ctrl-C or SIGTERM stops it at its last checkpoint."
+        "waits until there is enough space; Ctrl-C or SIGTERM stops it at its last checkpoint."
     )

@@ -35,8 +35,8 @@ def stopping_signals() -> tuple[signal.Signals, ...]:
     They include SIGHUP, sent when a terminal or connection closes, unless it is ignored, as under nohup.
     """
     hangup = getattr(signal, "SIGHUP", None)
-    asked = (signal.SIGINT, signal.SIGTERM)
-    return asked if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (*asked, hangup)
+    always = (signal.SIGINT, signal.SIGTERM)
+    return always if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (*always, hangup)
 
 
 def share_processors() -> None:
@@ -44,7 +44,7 @@ def share_processors() -> None:
 
     Waiting threads sleep instead of spinning: a spinning thread occupies a processor that the thread it waits for may
     need, and next to another job a step takes two to three times as long. If a control group grants fewer processors
-    than are visible (``docker run --cpus``), the number of threads is what it grants: more would stall each other.
+    than are visible (``docker run --cpus``), the number of threads equals that grant: more would stall each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     granted = granted_processors()
@@ -59,9 +59,9 @@ def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:
         processes: number of concurrent processes.
         given: environment of this process.
     """
-    asked = given.get(_THREADS)
-    if asked is not None and asked != _SET.get(_THREADS):
-        return asked
+    setting = given.get(_THREADS)
+    if setting is not None and setting != _SET.get(_THREADS):
+        return setting
     return str(max(1, granted_processors() // processes))
 
 
@@ -70,9 +70,9 @@ def how_it_ended(status: int) -> str:
 
     Example:
         >>> how_it_ended(-9)
-        'was ended by SIGKILL'
+        'was killed by SIGKILL'
     """
-    return f"was ended by {signal.Signals(-status).name}" if status < 0 else f"ended with {status}"
+    return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"exited with status {status}"
 
 
 def give_back_freed_memory() -> bool:

@@ -39,7 +39,7 @@ class Memory:
 def memory_of(process: int | str = "self", *, proc: Path = Path("/proc")) -> Memory | None:
     """Return the memory of a process; None if the process is gone or the system does not report it.
 
-    ``getrusage`` would not do: a child's peak includes the memory that its parent held when it started the child.
+    ``getrusage`` is unsuitable: a child's peak includes the memory that its parent held when it started the child.
     """
     status = _table(proc / str(process) / "status")
     if "VmRSS" not in status:
@@ -82,8 +82,8 @@ def threads() -> int:
     If the variable is a list (one number per nesting level), the first number counts; a value that is not a positive
     integer is ignored.
     """
-    asked = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
-    return min(cores(), int(asked)) if asked.isdecimal() and int(asked) > 0 else cores()
+    setting = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    return min(cores(), int(setting)) if setting.isdecimal() and int(setting) > 0 else cores()
 
 
 def processor_quota(*, root: Path = Path("/")) -> float | None:

@@ -84,7 +84,8 @@ def worker_environment(device: str | None, workers: int, *, given: dict[str, str
         index = int(match["index"])
         if visible and index >= len(visible):
             raise ConfigError(
-                f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)} visible, counted from 0. Use one of them."
+                f"device {device}: CUDA_VISIBLE_DEVICES leaves {len(visible)} devices visible, counted from 0. "
+                "Use one of them."
             )
         environment["CUDA_VISIBLE_DEVICES"] = visible[index] if visible else str(index)
     return environment
@@ -175,7 +176,7 @@ class WorkerPool:
         self._hand_out(slot)
 
     def _hand_out(self, slot: _Slot) -> None:
-        """Give a worker the tasks it can hold; a task that was with a lost worker is handed out by itself."""
+        """Give a worker the tasks it can hold; a task that a lost worker held is handed out by itself."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
             if len(slot.held) >= (2 if self.reuse and not by_itself else 1):
@@ -296,7 +297,7 @@ class _Slot:
         if finish:
             self.send({"end": True})
         self.closed = True
-        with suppress(OSError):  # input that it has not read yet is lost
+        with suppress(OSError):  # input that the process has not read yet is lost
             self.process.stdin.close()
 
     def join(self) -> None:
@@ -341,8 +342,10 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
     Returns:
         the exit status: 0, or 1 after an error.
     """
+    stopping = threading.Event()
 
     def interrupt(number: int, frame: object) -> None:  # noqa: ARG001 - signature of a signal handler
+        stopping.set()
         raise KeyboardInterrupt("stopped by SIGTERM")
 
     signal.signal(signal.SIGTERM, interrupt)
@@ -362,7 +365,7 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
     try:
         lines = _input_lines()
         job = json.loads(next(lines))["job"]
-        threading.Thread(target=_receive, args=(lines, tasks), daemon=True).start()
+        threading.Thread(target=_receive, args=(lines, tasks, stopping), daemon=True).start()
         work(job, tasks, send)
     except BaseException as error:
         traceback.print_exc()
@@ -382,7 +385,7 @@ def _input_lines() -> Iterator[str]:
             line = b""
 
 
-def _receive(lines: Iterator[str], tasks: TaskQueue) -> None:
+def _receive(lines: Iterator[str], tasks: TaskQueue, stopping: threading.Event) -> None:
     """Queue the tasks from standard input; if it closes without an end message, the parent is gone."""
     for line in lines:
         content = json.loads(line)
@@ -391,7 +394,10 @@ def _receive(lines: Iterator[str], tasks: TaskQueue) -> None:
             return
         tasks.put((content["task"], content["content"]))
     tasks.put(None)
-    os.kill(os.getpid(), signal.SIGTERM)
+    # A signal that comes just before the main thread blocks in a system call is only seen after that call.
+    while not stopping.is_set():
+        os.kill(os.getpid(), signal.SIGTERM)
+        stopping.wait(1)
 
 
 class _Forwarding(logging.Handler):

@@ -46,26 +46,26 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
     by_words = grouped_by_words([case.id for case in cases if case.stated_patient is None and case.id in used])
     if by_words:
         LOG.info(
-            "by words or dates in their ids cases are visits of one patient, and stay in one part: %s",
+            "words or dates in the case ids mark visits of the same patient, which stay in one part of the split: %s",
             _some_groups([f"{patient} ({', '.join(ids)})" for patient, ids in by_words.items()]),
         )
     patients = patients_of(cases)
     of_patient: dict[str, list[str]] = {}
     for case_id in sorted(used & patients.keys()):
         of_patient.setdefault(patients[case_id], []).append(case_id)
-    known = parted(of_patient.values(), parts)
-    if known:
+    separated = parted(of_patient.values(), parts)
+    if separated:
         LOG.warning(
-            "the split on record has cases of one patient in several parts, as older versions did not know their "
-            "names: %s. It is kept; its scores flatter. A new run parts no patient.",
-            _some_groups([", ".join(ids) for ids in known]),
+            "the recorded split has cases of the same patient in several parts, as older versions did not recognise "
+            "their names: %s. The split is kept, and its scores are too good. A new run separates no patient.",
+            _some_groups([", ".join(ids) for ids in separated]),
         )
     maybe = parted(look_like_visits(cases), parts)
     if maybe:
         LOG.warning(
-            "ids look like visits of one patient, nothing says whether they are, and they stand in several parts of "
-            "the split: %s. If they are, scores will flatter: state the patients in a manifest (column patient), or "
-            "keep their cases together with --split.",
+            "case ids in several parts of the split look like visits of the same patient: %s. If they are, scores will "
+            "be too good: name the patients in a manifest (column patient), or keep their cases together with "
+            "--split.",
             _some_groups([", ".join(ids) for ids in maybe]),
         )
 
@@ -93,7 +93,7 @@ def split_on_record(path: Path) -> Split:
         return Split(**{part: tuple(composed(case_id) for case_id in ids) for part, ids in read_json(path).items()})
     except (TypeError, AttributeError) as error:
         raise RunError(
-            f"{path}: damaged, it does not hold the lists train and validation ({error}). Restore it from a copy."
+            f"{path}: damaged, it does not contain the lists train and validation ({error}). Restore it from a copy."
         ) from error
 
 
@@ -107,7 +107,7 @@ def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
     gone = [case_id for case_id in split.cases if case_id not in cases]
     if gone:
         raise DataError(
-            f"{data.root}: cases of the run are not there: {', '.join(gone[:5])}. Give the run's data folder."
+            f"{data.root}: cases of the run are missing: {', '.join(gone[:5])}. Give the data folder of the run."
         )
     return cases
 
@@ -130,7 +130,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 
 
 def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[str, Any]:
-    """Return the record of a run's label maps at its start, by which later changes are noticed."""
+    """Return the record of a run's label maps at its start, which reveals later changes."""
     used = {case_id: label_maps[case_id] for case_id in split.cases if case_id in label_maps}
     return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
@@ -156,7 +156,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
         raise DataError(
             f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
-            "Put the old ones back, or start a new run."
+            "Restore the old ones, or start a new run."
         )
 
 
@@ -188,7 +188,9 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
         LOG.warning("case %s: %s", case_id, "; ".join(f"{contrast}: {one}" for contrast, one in texts.items()))
     if len(found) > _MOST_WARNED:
         LOG.warning(
-            "and %d more cases whose background is not 0; all in %s", len(found) - _MOST_WARNED, run / BACKGROUNDS_FILE
+            "and %d more cases whose background is not 0; %s lists all",
+            len(found) - _MOST_WARNED,
+            run / BACKGROUNDS_FILE,
         )
 
 

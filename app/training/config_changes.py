@@ -30,9 +30,9 @@ HARMLESS: Final = (
 #: Keys and sections that can never change, with the reason.
 FIXED: Final = {
     "network.": "the saved weights would not fit another network",
-    "training.optimizer": "the saved state of the optimiser is of another kind",
-    "training.ema_decay": "the average of the weights began with the run",
-    "data.spacing_mm": "the run's spacing was decided when it began",
+    "training.optimizer": "the saved state belongs to a different optimiser",
+    "training.ema_decay": "the average of the weights started with the run",
+    "data.spacing_mm": "the run's spacing was fixed when it started",
 }
 
 
@@ -68,7 +68,7 @@ def require_allowed(run: Path, own: RunConfig, requested: RunConfig, allowed: Co
         advice.append("Revert what cannot change, or start a new run.")
     if lacking:
         advice.append(f"To change what is learned anyway: {' '.join(f'--allow {key}' for key in lacking)}")
-    raise ConfigError("\n".join([f"{run} was started with another config:", *shown, *advice]))
+    raise ConfigError("\n".join([f"{run} was started with a different config:", *shown, *advice]))
 
 
 def apply_changes(run: Path, own: RunConfig, requested: RunConfig, changes: Sequence[str], state: State) -> None:
@@ -93,7 +93,7 @@ def apply_changes(run: Path, own: RunConfig, requested: RunConfig, changes: Sequ
     if before != now or own.training.validations != settings.validations:
         since_best = state.validations - state.best_validation
         state.validations = int(min(now, 1) * settings.validations)
-        state.best_validation = state.validations - since_best  # training.patience keeps its count
+        state.best_validation = state.validations - since_best  # preserves the count of training.patience
         # Saved before the config, so that after an interruption in between the next resume repeats the change.
         checkpoints.save(run / "checkpoints", "last", state.step, *to_checkpoint(state))
     facts = read_json(run / "run.json")
@@ -105,7 +105,7 @@ def apply_changes(run: Path, own: RunConfig, requested: RunConfig, changes: Sequ
 
 def _why_fixed(key: str, own: RunConfig, requested: RunConfig) -> str | None:
     if key == "augment.contrast_dropout" and own.input_channels != requested.input_channels:
-        return "the network was made with other input channels"
+        return "the network has different input channels"
     return next((reason for fixed, reason in FIXED.items() if _among(key, [fixed])), None)
 
 

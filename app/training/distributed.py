@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 #: Timeout for the processes to find each other; torchrun starts them once all hosts are present.
 _JOIN_TIMEOUT: Final = timedelta(minutes=5)
-#: Timeout for what one process does while the others wait, such as preparing the cases of a large data set.
+#: Timeout for work of one process that the others wait for, such as preparing a large data set.
 _TIMEOUT: Final = timedelta(hours=12)
 #: Environment variables that ``torchrun`` sets for each process.
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -55,7 +55,7 @@ class Launch:
     restarts: int = 0
     """How often ``torchrun`` has restarted the processes."""
     job: str = ""
-    """Identifies the launch and survives a restart; empty without ``torchrun``."""
+    """Identifies the launch, also after a restart; empty without ``torchrun``."""
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
@@ -68,7 +68,9 @@ def launched(environment: Mapping[str, str]) -> Launch:
         return Launch()
     rank, size, local = (_number(environment, name, 0) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     if rank >= size:
-        raise DeviceError(f"RANK {rank} and WORLD_SIZE {size}: ranks are counted from 0. Start with torchrun.")
+        raise DeviceError(
+            f"RANK {rank} and WORLD_SIZE {size}: ranks are counted from 0. Start the processes with torchrun."
+        )
     job = environment.get("TORCHELASTIC_RUN_ID", "")
     return Launch(
         rank=rank,
@@ -85,7 +87,7 @@ class World:
     """The processes that train together, as one of them sees them; a single process never waits."""
 
     def __init__(self, launch: Launch | None = None, *, restarts: int = 0) -> None:
-        """``restarts`` is the maximum over all processes, since a host that joined later counts from 0."""
+        """Set it up; ``restarts`` is the maximum over all processes, as a host that joined later counts from 0."""
         self.launch = launch if launch is not None else Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.restarts = max(restarts, self.launch.restarts)
@@ -144,8 +146,8 @@ class World:
         if self.size == 1:
             return signal_name, save
         names = ("SIGINT", "SIGTERM", "SIGHUP")
-        asked = [float(save), *(float(signal_name == name) for name in names)]
-        summed = self._reduced([seconds if self.is_first else 0.0, *asked], dist.ReduceOp.SUM)
+        requests = [float(save), *(float(signal_name == name) for name in names)]
+        summed = self._reduced([seconds if self.is_first else 0.0, *requests], dist.ReduceOp.SUM)
         self._seconds, saving, *counts = summed
         return next((name for name, count in zip(names, counts, strict=True) if count), None), saving > 0
 
@@ -176,7 +178,7 @@ class World:
                 if other[name] != table[0][name]:
                     raise DeviceError(
                         f"processes must agree: {name} is {table[0][name]} in process 0 and {other[name]} in process "
-                        f"{rank}. Use hosts of one kind with one installation, or set it in the config."
+                        f"{rank}. Use identical hosts and installations, or set it in the config."
                     )
 
     # Local: no process waits for another
@@ -256,8 +258,8 @@ def joined_processes() -> Iterator[World]:
             if not _is_lost_connection(error):
                 raise
             raise DeviceError(
-                f"process {launch.rank} of {launch.size}: another process ended, or cannot be reached. The reason is "
-                "in the messages of the one that ended first; a run that has a checkpoint can be resumed."
+                f"process {launch.rank} of {launch.size}: another process ended, or cannot be reached. See the "
+                "messages of the process that ended first; a run that has a checkpoint can be resumed."
             ) from error
     finally:
         LOG.setLevel(level)
@@ -343,5 +345,7 @@ def _is_lost_connection(error: RuntimeError) -> bool:
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     text = environment.get(name) or str(default)
     if not text.isdecimal():
-        raise DeviceError(f"environment variable {name}: a number is expected, got {text!r}. Start with torchrun.")
+        raise DeviceError(
+            f"environment variable {name}: expected a number, got {text!r}. Start the processes with torchrun."
+        )
     return int(text)

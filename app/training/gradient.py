@@ -18,7 +18,7 @@ class AttachedTransform:
     """A gradient rule attached to its optimiser."""
 
     report: str
-    """What the rule does to which tensors, for the log."""
+    """Description of the rule and its tensors, for the log."""
     skipped_steps: Callable[[], int]
     """Returns how many steps were skipped because a gradient was not finite."""
 
@@ -50,15 +50,15 @@ def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str,
     if config.transform != AUTO:
         return config.transform, ""
     if isinstance(optimizer, SGD):
-        return "clip", " (auto: under SGD clipping scored higher than ZNorm, docs/evidence.md)"
-    return "znorm", " (auto: under AdamW no rule scored higher than ZNorm, docs/evidence.md)"
+        return "clip", " (auto: under SGD, clipping scored higher than ZNorm, docs/evidence.md)"
+    return "znorm", " (auto: under AdamW, no rule scored higher than ZNorm, docs/evidence.md)"
 
 
 def _described(config: GradientConfig) -> dict[str, tuple[dict[str, float], str]]:
-    """Return the numbers of each rule other than ZNorm, and what it does in words, if its tensors need no listing."""
+    """Return the numbers of each rule other than ZNorm, and its description, if its tensors need no listing."""
     ratio = config.adaptive_clip_ratio
     return {
-        "none": ({}, "gradients as is"),
+        "none": ({}, "gradients unchanged"),
         "clip": ({"limit": config.clip_norm}, f"gradients clipped to norm {config.clip_norm:g}"),
         "clip-value": ({"limit": config.clip_value}, f"gradients clipped to {config.clip_value:g} by element"),
         "centralize": ({}, "gradients centralized by output channel"),

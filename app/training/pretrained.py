@@ -54,7 +54,7 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     ]
     if others:
         raise ConfigError(
-            f"{run} has another network; leave out --config and the settings of network, or give those of that run. "
+            f"{run} has a different network; leave out --config and the settings of network, or use those of that run. "
             f"Different (there -> here): {'; '.join(others)}"
         )
     return model
@@ -69,10 +69,12 @@ def start_from(model: Model, state: State, spacing_mm: Spacing) -> None:
         spacing_mm: spacing at which the new run works.
     """
     state.start_from(model.network.state_dict())
-    LOG.info("weights of %s, step %d, sha256 %s", model.origin, model.step, model.sha256)
+    LOG.info("starting from the weights of %s, step %d, SHA-256 %s", model.origin, model.step, model.sha256)
     if any(abs(here - there) > 0.05 * there for here, there in zip(spacing_mm, model.spacing_mm, strict=True)):
         there, here = ("x".join(f"{mm:g}" for mm in spacing) for spacing in (model.spacing_mm, spacing_mm))
-        LOG.warning("the weights are of %s mm, this run works at %s mm; set data.spacing_mm to match them", there, here)
+        LOG.warning(
+            "the weights were trained at %s mm, but this run works at %s mm; set data.spacing_mm to match", there, here
+        )
 
 
 def origin_of(model: Model) -> dict[str, Any]:
@@ -84,6 +86,6 @@ def origin_of(model: Model) -> dict[str, Any]:
 def _require_one_run(run: Path) -> None:
     if not (run / "run.json").is_file():
         raise RunError(
-            f"{run}: not the folder of a run, it has no run.json. --init-from takes the folder of one run of train, "
+            f"{run}: not the folder of a run, as it has no run.json. --init-from takes the folder of one run of train, "
             "not an ensemble or a file of weights."
         )

@@ -63,7 +63,7 @@ from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, cache_cases
 
-#: How long a restarted run waits for a killed process on another host to release the run folder.
+#: Seconds that a restarted run waits for a killed process on another host to release the run folder.
 _LOCK_SECONDS: Final = 120.0
 
 
@@ -144,11 +144,11 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     require_labels([cases[case_id].require() for case_id in (cases if split is None else split.cases)])
     if config.training.patience is not None and split is not None and not split.validation:
         raise ConfigError(
-            "training.patience: there are no validation cases to wait for; leave it out, or give a fold or a split "
+            "training.patience: needs validation cases, and there are none; leave it out, or give a fold or a split "
             "with validation cases"
         )
     if not config.inference.crop:
-        raise ConfigError("inference.crop: false is for imported networks; training and its validation take true")
+        raise ConfigError("inference.crop: false is only for imported networks; training requires true")
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     label_maps = read_label_maps(cases.values())
@@ -163,7 +163,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     with _locked(run, world), _opened(store, run) as opened:
         if restarted:
             _empty(run)  # killed before its first checkpoint
-        require_new(run)  # checked again under the lock: another process may have got here first
+        require_new(run)  # checked again under the lock: another process may have been faster
         with _removed_unless_started(run, keep_folder=was_there):
             write_durably(run / "config.yaml", to_yaml(config).encode())
             write_json(run / "split.json", split.to_json())
@@ -247,7 +247,7 @@ def resume(
         LOG.info("resuming at step %d", state.step)
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
-            LOG.info("world size %d, before %d: the batch of all processes changes with it", world.size, before)
+            LOG.info("world size %d, previously %d: the total batch size changes with it", world.size, before)
         unseal(run)
         config_changes.apply_changes(run, own, config, changed, state)
         facts = read_json(run / "run.json")
@@ -292,10 +292,12 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
         LOG.info("%s", reason)
     x, y, z = facts["spacing_mm"]
     counts = len(split.train), len(split.validation)
-    LOG.info("%d cases train, %d validate; labels %s; spacing %gx%gx%g mm", *counts, facts["labels"], x, y, z)
+    LOG.info(
+        "%d cases for training, %d for validation; labels %s; spacing %gx%gx%g mm", *counts, facts["labels"], x, y, z
+    )
     if world.size > 1:
         batch = config.training.batch_size
-        LOG.info("%d processes with batches of %d: %d patches together", world.size, batch, world.size * batch)
+        LOG.info("%d processes with batches of %d: %d patches in total", world.size, batch, world.size * batch)
     used = [trainer.cases[case_id].require() for case_id in split.cases]
     for share in world.shares(used):
         _prepare(trainer, share, store)
@@ -349,15 +351,15 @@ def _seal(run: Path) -> None:
         seal(run)
     except OSError as error:
         unseal(run)
-        LOG.warning("%s: no model card and no SHA256SUMS: %s", run, message(error))
+        LOG.warning("%s: model card and SHA256SUMS were not written: %s", run, message(error))
 
 
 def _require_best(run: Path, state: State) -> None:
-    """Lower the state's best Dice to that of the best weights that still load, so that lost ones are replaced."""
+    """Lower the state's best Dice to that of the best weights that still load, so that lost weights are replaced."""
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
-        LOG.warning("%s A validation of this run saves new best weights.", error)
+        LOG.warning("%s The next validation of this run will save new best weights.", error)
         best = None
     if state.best_dice >= 0 and (best is None or best.step < state.best_step):
         dice = None if best is None else best.details["dice"]
@@ -379,7 +381,7 @@ def _prepare(trainer: Trainer, cases: Sequence[Case], store: CaseFolder) -> list
 
     prepared = prepare_as_run(cases, store, trainer.config, trainer.facts, on_case=ready)
     if store.problem is not None:
-        LOG.warning("some prepared cases are in the run's own folder: %s", store.problem)
+        LOG.warning("some prepared cases are stored in the run folder: %s", store.problem)
     return prepared
 
 

@@ -28,7 +28,7 @@ def learning_rate(config: TrainingConfig, progress: float) -> float:
 
     Args:
         config: peak, warm-up and shape.
-        progress: share of the budget that is spent, 0 to 1; beyond 1 counts as 1.
+        progress: share of the budget that is spent, 0 to 1; larger values count as 1.
 
     Example:
         >>> learning_rate(TrainingConfig(steps=1, learning_rate=1.0, warmup=0.0), 0.5)

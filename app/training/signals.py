@@ -20,9 +20,9 @@ class StopRequest:
     """What a signal has requested."""
 
     signal_name: str | None = None
-    """Name of the signal that asked the run to save and stop."""
+    """Name of the signal that requested to save and stop."""
     save: bool = False
-    """Whether SIGUSR1 asked the run to save and continue; whoever saves resets it."""
+    """Whether SIGUSR1 requested a checkpoint; saving one resets it."""
 
 
 @contextmanager
@@ -34,8 +34,8 @@ def stop_on_signals(*, patient: bool = False) -> Iterator[StopRequest]:
     is caught.
 
     Args:
-        patient: treat a repeated signal like the first: a batch system sends one to every process, and torchrun also
-            forwards its own.
+        patient: treat a repeated signal like the first: a batch system sends one to every process, and torchrun
+            forwards its own as well.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():

@@ -64,9 +64,9 @@ class Stepper:
         waited = 0.0
         losses: list[torch.Tensor] = []
         for number in range(settings.accumulate):
-            asked = time.perf_counter()
+            began_waiting = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - asked
+            waited += time.perf_counter() - began_waiting
             last = number == settings.accumulate - 1
             with self.telemetry.backward(measured=measured and last), self.world.gradients(network, last=last):
                 loss = self._loss(network, batch)

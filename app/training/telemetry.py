@@ -55,7 +55,7 @@ class Telemetry:
             yield
 
     def write(self, log: MetricsLog, *, step: int, skipped_steps: int) -> None:
-        """Log the measurements of a step and forget them; do nothing if there are none.
+        """Log the measurements of a step and discard them; do nothing if there are none.
 
         Args:
             log: the log to write to.

@@ -44,7 +44,7 @@ _VALIDATION_SHARE: Final = 0.1
 _NORM_EVERY: Final = 10
 #: Number of recent steps over which progress reports average the loss and the waiting time.
 _RECENT_STEPS: Final = 20
-#: Entries of ``run.json`` that the best weights carry.
+#: Entries of ``run.json`` that are copied to the best weights.
 _CARRIED: Final = ("contrasts", "takes_missing_contrasts", "regions", "labels", "spacing_mm", "versions")
 
 
@@ -127,7 +127,7 @@ class Trainer:
     transform: gradient.AttachedTransform = field(init=False)
     telemetry: Telemetry = field(init=False)
     stop: StopRequest = field(init=False)
-    room: RetryOnFullDisk = field(init=False)
+    disk_retry: RetryOnFullDisk = field(init=False)
     log: MetricsLog = field(init=False)
     figures: _Figures = field(init=False)
     saved_at: float = field(init=False)
@@ -151,7 +151,7 @@ class Trainer:
 
         Raises:
             InterruptedRunError: a stop was requested; everything is saved.
-            RunError: the loss was non-finite more often than ``training.max_rollbacks``, or no checkpoint is good.
+            RunError: the loss was non-finite more often than ``training.max_rollbacks``, or no checkpoint is usable.
             OSError: the disk is full, and a stop was requested or the first checkpoint does not fit.
         """
         settings, state, world = self.config.training, self.state, self.session.world
@@ -219,12 +219,12 @@ class Trainer:
 
     def _open_log(self) -> MetricsLog:
         run = self.session.run
-        self.room = RetryOnFullDisk(stopped=lambda: self.stop.signal_name is not None)
+        self.disk_retry = RetryOnFullDisk(stopped=lambda: self.stop.signal_name is not None)
         return MetricsLog(
             run,
             keep_up_to_step=self.state.step,
             keep_validations_up_to_step=self.state.validated_step,
-            patiently=lambda write: self.room.write(
+            patiently=lambda write: self.disk_retry.write(
                 write, what="a line of metrics.jsonl", needed_bytes=LEAST_ROOM_BYTES, folder=run
             ),
             writes=self.session.world.is_first,
@@ -261,14 +261,14 @@ class Trainer:
     def _require_finite_weights(self) -> None:
         """Roll back before a save if the weights are not finite although the loss was."""
         if not rollback.weights_are_finite(self.state.network):
-            self._go_back("it left weights that are not finite", self.figures.losses[-1])
+            self._go_back("the weights are not finite", self.figures.losses[-1])
 
     def _go_back(self, why: str, loss: float) -> None:
         """Roll back from a failed step to the last good checkpoint, and continue with other patches.
 
         Raises:
             _RolledBackError: always, unless RunError is raised.
-            RunError: ``training.max_rollbacks`` is exceeded, or no checkpoint is good.
+            RunError: ``training.max_rollbacks`` is exceeded, or no checkpoint is usable.
         """
         state, settings, world = self.state, self.config.training, self.session.world
         failed, after = state.step, state.patches
@@ -278,19 +278,19 @@ class Trainer:
             raise RunError(
                 f"{self.session.run}: step {failed}: {why}. The run has rolled back {len(state.rollbacks)} times "
                 f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.rollbacks_in_words(rollbacks)}. The "
-                f"last good checkpoint is that of step {good.step}. Look at these cases, or resume with a lower "
+                f"last good checkpoint is that of step {good.step}. Check these cases, or resume with a lower "
                 "learning rate: --resume --set training.learning_rate=... --allow training.learning_rate --set "
                 f"training.max_rollbacks={settings.max_rollbacks + 3}"
             )
         LOG.warning(
-            "step %d: %s; cases %s; the batch is in %s. Going back to the checkpoint of step %d, then on with other "
-            "patches (rollback %d of %d)",
+            "step %d: %s; cases %s; the batch is in %s. Rolling back to the checkpoint of step %d and continuing with "
+            "other patches (rollback %d of %d)",
             *(failed, why, ", ".join(record["cases"]), record["file"], good.step),
             *(len(rollbacks), settings.max_rollbacks),
         )
         seconds = state.seconds
         restore(state, good, settings)
-        state.seconds = seconds  # a rollback gives no time back
+        state.seconds = seconds  # a rollback does not refund time
         state.skipped_before -= self.transform.skipped_steps()
         state.patches = after
         state.rollbacks = rollbacks
@@ -302,10 +302,10 @@ class Trainer:
         raise _RolledBackError
 
     def _last_good(self, why: str, loss: float) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
-        """Save the batch of the failed step; return the checkpoint to go back to, and a record of the rollback.
+        """Save the batch of the failed step; return the checkpoint to roll back to, and a record of the rollback.
 
         Raises:
-            RunError: no checkpoint is good.
+            RunError: no checkpoint is usable.
         """
         settings, run, failed = self.config.training, self.session.run, self.state.step
         after = self.state.patches // settings.batch_size
@@ -320,7 +320,7 @@ class Trainer:
             "batch_size": settings.batch_size,
         }
         kept: list[Path] = []
-        self.room.write(
+        self.disk_retry.write(
             lambda: kept.append(rollback.keep_batch(run, failed, seen, facts)),
             what=f"the batch of step {failed}",
             needed_bytes=sum(batch.image.nbytes + batch.masks.nbytes for batch in seen),
@@ -328,7 +328,7 @@ class Trainer:
         )
         good = checkpoints.load_newest(run / "checkpoints", "last", unfit=rollback.unfit_to_resume)
         if good is None:
-            raise RunError(f"{run}: step {failed}: {why}, and there is no checkpoint to go back to")
+            raise RunError(f"{run}: step {failed}: {why}, and there is no checkpoint to roll back to")
         return good, {"step": failed, "back_to": good.step, "cases": cases, "file": str(kept[0])}
 
     def _agree(self) -> tuple[str | None, bool]:
@@ -425,7 +425,7 @@ class Trainer:
             save()  # nothing to lose yet: report a full disk at once instead of waiting
             return
         needed_bytes = checkpoints.size_bytes(tensors)
-        self.room.write(save, what=f"the checkpoint of step {step}", needed_bytes=needed_bytes, folder=run)
+        self.disk_retry.write(save, what=f"the checkpoint of step {step}", needed_bytes=needed_bytes, folder=run)
 
     def _progress(self) -> float:
         """Return the share of the budget that is spent."""
@@ -462,7 +462,7 @@ class Trainer:
         return self.session.world.seconds(self._own_seconds())
 
     def _own_seconds(self) -> float:
-        return self.state.seconds + time.monotonic() - self.session.began - self.room.waited_seconds
+        return self.state.seconds + time.monotonic() - self.session.began - self.disk_retry.waited_seconds
 
     def _report(self, rate: float) -> None:
         progress, state, steps = self._progress(), self.state, self.config.training.steps

@@ -123,7 +123,7 @@ def missing_problems(contrasts: Iterable[Contrast], unrecognised: Sequence[str] 
     return [
         f"contrast {', '.join(absent)} is missing, and these names match no contrast: {some_names(unrecognised)}. If "
         f"it is among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state "
-        "the file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Else add its file, or leave the case out"
+        "the file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Otherwise add its file, or leave the case out"
     ]
 
 

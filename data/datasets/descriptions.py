@@ -1,6 +1,6 @@
 """Data sets described by a file: the dataset.json of the Decathlon (MSD) and of nnU-Net, and manifests in CSV.
 
-``dataset.json`` lies next to ``imagesTr``, ``labelsTr`` and ``imagesTs``. MSD stores the contrasts of a case as volumes
+``dataset.json`` is next to ``imagesTr``, ``labelsTr`` and ``imagesTs``. MSD stores the contrasts of a case as volumes
 of one 4D file, nnU-Net as one file each: ``<case>_0000.nii.gz`` and so on. ``modality`` or ``channel_names`` lists the
 contrasts (sources: the Decathlon's dataset.json, nnU-Net's documentation/dataset_format.md). A manifest has a
 row for each case and columns ``case``, ``t1``, ``t1c``, ``t2``, ``flair``, ``seg`` with paths relative to the manifest;
@@ -83,10 +83,10 @@ def read_description(description: Path, only: str | None = None) -> tuple[Case, 
         label_folder = description.parent / labels
         named = nifti_files(label_folder) if label_folder.is_dir() and only is None else []
         label_maps = {_stem(path): path for path in named}
-        if _has_a_file_a_channel(paths, channels, label_maps):
-            cases += _one_file_a_channel(paths, channels, label_maps, declared)
+        if _has_one_file_per_channel(paths, channels, label_maps):
+            cases += _one_file_per_channel(paths, channels, label_maps, declared)
         else:
-            cases += _one_file_a_case(paths, channels, label_maps, of_layout)
+            cases += _one_file_per_case(paths, channels, label_maps, of_layout)
     return tuple(replace(case, unrecognised=others) for case in cases)
 
 
@@ -170,8 +170,8 @@ def _row_case(path: Path, line: int, case_id: str, cells: Mapping[str, str], unr
             volumes[contrast] = int(match["volume"])
     declared = cells.get("labels") or None
     if declared is not None and declared not in CONVENTIONS:
-        known = ", ".join(CONVENTIONS)
-        raise DataError(f"{path}, line {line}: labels is {declared!r}, not one of {known}. Repair the manifest.")
+        allowed = ", ".join(CONVENTIONS)
+        raise DataError(f"{path}, line {line}: labels is {declared!r}, not one of {allowed}. Repair the manifest.")
     names = [split_name(strip_nifti_ending(file.name) or "") for file in contrasts.values()]
     return Case(
         id=case_id,
@@ -256,7 +256,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: cannot be read as JSON ({str(error)[:200]}). Repair it.") from error
     if not isinstance(content, dict):
-        raise DataError(f"{path}: not an object with channel_names or modality, as a dataset.json must be. Repair it.")
+        raise DataError(f"{path}: a dataset.json must be an object with channel_names or modality. Repair it.")
     return content
 
 
@@ -315,7 +315,9 @@ def _stem(path: Path) -> str:
     return composed(strip_nifti_ending(path.name) or "")
 
 
-def _has_a_file_a_channel(paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path]) -> bool:
+def _has_one_file_per_channel(
+    paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path]
+) -> bool:
     """Whether images are named as in nnU-Net, rather than being 4D files whose names happen to end in four digits."""
     stems = [_stem(path) for path in paths]
     matches = [_CHANNEL.match(stem) for stem in stems]
@@ -333,7 +335,7 @@ def _is_4d(path: Path) -> bool:
     return True
 
 
-def _one_file_a_channel(
+def _one_file_per_channel(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
 ) -> Iterator[Case]:
     """Cases of nnU-Net. Their ids say nothing about label numbers: nnU-Net's conversions keep ids but renumber."""
@@ -362,7 +364,7 @@ def _one_file_a_channel(
         )
 
 
-def _one_file_a_case(
+def _one_file_per_case(
     paths: list[Path], channels: Mapping[int, Contrast], label_maps: Mapping[str, Path], declared: str | None
 ) -> Iterator[Case]:
     """Cases of the Decathlon, one 4D file each."""

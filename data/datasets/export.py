@@ -101,7 +101,7 @@ def export_dataset(
         a summary of the export.
 
     Raises:
-        DataError: the data set is invalid, ``out`` is not empty or lies in the data set, or the layout is unknown.
+        DataError: the data set is invalid, ``out`` is not empty or is in the data set, or the layout is unknown.
         OSError: ``out`` is not writable.
     """
     if layout not in LAYOUTS:
@@ -133,7 +133,7 @@ def export_dataset(
     merged = ", ".join(str(value) for value in convention.also_necrosis) if convention and rewritten else ""
     notes = [
         *([f"label {dropped} (resection cavity) became background"] if dropped else []),
-        *([f"label {merged} became part of the core that does not enhance"] if merged else []),
+        *([f"label {merged} became part of the non-enhancing core"] if merged else []),
         *([] if layout == "csv" else _patients_lost(cases, layout)),
     ]
     return ExportedDataset(
@@ -154,7 +154,7 @@ def _patients_lost(cases: Sequence[Case], layout: str) -> list[str]:
     parted = sum(len(ids) > 1 for ids in by_id.values())
     if not parted:
         return []
-    return [f"{layout} cannot store patients; by their ids, cases of {parted} would count as different patients"]
+    return [f"{layout} cannot store patients; judged by their ids, the cases of {parted} count as different patients"]
 
 
 class _Writer(ABC):
@@ -298,7 +298,7 @@ class _Manifest(_Writer):
 
 
 def _read(case: Case, contrast: Contrast) -> Volume:
-    """Read one contrast with its background at 0, and log a change of the background."""
+    """Read one contrast and set its background to 0, with a warning if it was not 0."""
     volume = read_image(case.contrasts[contrast], case.volumes.get(contrast), nan_to_zero=True)
     if volume.background is not None:
         LOG.warning("case %s, contrast %s: %s", case.id, contrast, volume.background)
@@ -313,7 +313,7 @@ def _t1c_grid(case: Case) -> Volume:
 
 
 def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume:
-    """Return a volume that is to be rewritten in the voxel order of the reference.
+    """Return a volume, to be rewritten, in the voxel order of the reference.
 
     Raises:
         DataError: it is on another grid, or contains NaN or infinity, which would have to be replaced.
@@ -364,7 +364,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _require_place(root: Path, out: Path) -> None:
-    """Reject a folder that is not empty, or that lies inside the data set being exported."""
+    """Reject a folder that is not empty, or that is inside the data set being exported."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         what = "is not empty" if out.is_dir() else "is a file"
         raise DataError(f"{out} {what}; give a new folder to export to.")

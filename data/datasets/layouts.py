@@ -279,7 +279,7 @@ class _Links:
         return self._follow or not self._leads_out(folder)
 
     def problems(self, path: Path) -> list[str]:
-        """One sentence if a path is a broken symlink or lies outside the data folder; else empty."""
+        """One sentence if a path is a broken symlink or is outside the data folder; else empty."""
         if path.is_symlink() and not path.exists():
             return [f"{path.name} is a link to {path.readlink()}, which does not exist"]
         if self._follow or not self._leads_out(path):
@@ -353,7 +353,7 @@ def _named_files(folder: Path) -> list[tuple[Path, FileName]]:
 
 
 def _cases_in(folder: Path, links: _Links) -> list[Case]:
-    """The cases whose files lie in a folder: one, or all of a flat data set; empty if no name matches a contrast."""
+    """The cases whose files are in a folder: one, or all of a flat data set; empty if no name matches a contrast."""
     if _is_described(folder):
         return _described_in(folder, links)
     files = _named_files(folder)
@@ -455,12 +455,12 @@ def _label_cases_in(folder: Path, links: _Links) -> Iterator[Case]:
             label=path,
             # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
             naming=None if renumbered else naming_of(case_id, endings),
-            declared=declared or _declared_beside(path),
+            declared=declared or _declared_next_to(path),
             case_folder=len(images) == 1,
         )
 
 
-def _declared_beside(label_map: Path) -> str | None:
+def _declared_next_to(label_map: Path) -> str | None:
     """The convention stated in the JSON file next to a predicted label map; None if there is no such file."""
     try:
         path = label_map.with_name(f"{strip_nifti_ending(label_map.name)}.json")

@@ -91,7 +91,7 @@ def patient_of(case_id: str) -> str:
 
 
 def patient_by_older_versions(case_id: str) -> str:
-    """The patient as inferred by versions before 2026-12; comparisons begun with those keep their splits."""
+    """The patient as inferred by versions before 2026-12; comparisons started with them keep their splits."""
     patterns = (r"(BraTS-[A-Z]+(?:-RT)?-\d+)-\d+", r"(Brats1[789]_.+)_\d+", r"(UCSF-PDGM-\d+)_FU\d+d")
     matches = (re.fullmatch(pattern, case_id, re.IGNORECASE) for pattern in patterns)
     return next((match[1] for match in matches if match is not None), case_id)

@@ -1,4 +1,4 @@
-"""A data set and how to read it, in one value: what DATA, ``--labels`` and ``--follow-links`` of a command say."""
+"""A data set and how to read it, in one value: a command's DATA, ``--labels`` and ``--follow-links``."""
 
 from __future__ import annotations
 

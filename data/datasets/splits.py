@@ -181,7 +181,7 @@ def read_split(path: Path, patients: Mapping[str, str]) -> Split:
         raise DataError(f"{path}: cannot be read as a split ({why(error)})") from error
     form = f'{path}: a split is {{"train": [case ids], "validation": [case ids]}}'
     if not isinstance(content, dict) or not set(content) <= {"train", "validation", "val", "test"}:
-        raise DataError(f"{form}; this file has something else")
+        raise DataError(f"{form}; this file has another form")
     if {"validation", "val"} <= set(content):
         raise DataError(f"{form}; this file has both validation and val")
     train = ids_of(content.get("train"), f"{form}; train")
@@ -204,11 +204,12 @@ def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, C
     first: dict[str, tuple[str, str]] = {}
     for part, case_ids in parts.items():
         for case_id in case_ids:
-            other, there = first.setdefault(patients[case_id], (part, case_id))
-            if other != part:
-                cases = f" (case {there}, case {case_id})" if there != case_id else ""
+            other_part, other_case = first.setdefault(patients[case_id], (part, case_id))
+            if other_part != part:
+                cases = f" (case {other_case}, case {case_id})" if other_case != case_id else ""
                 raise DataError(
-                    f"{path}: patient {patients[case_id]} is in {other} and in {part}{cases}; keep each in one part"
+                    f"{path}: patient {patients[case_id]} is in {other_part} and in {part}{cases}; "
+                    "keep each patient in one part"
                 )
 
 

@@ -117,11 +117,13 @@ def choose_series(
             shown = ", ".join(describe_series(one) for one, _ in candidates)
             problems.append(f"{len(candidates)} series may be the {contrast}: {shown}; choose with --{contrast} SERIES")
         else:
-            problems.append(f"no series is recognised as the {contrast}; if one is, choose it with --{contrast} SERIES")
+            problems.append(
+                f"no series was recognised as the {contrast}; if there is one, choose it with --{contrast} SERIES"
+            )
     if problems:
         raise DataError(
             "; ".join(problems)
-            + ". `znormseg data dicom STUDY` lists the series, SERIES is the first column."
+            + ". `znormseg data dicom STUDY` lists the series; SERIES is the first column."
             + _hint_of_scattered_slices(series)
         )
     for contrast, choice in result.items():
@@ -187,7 +189,7 @@ def describe_series(series: Series) -> str:
 
 
 def timing(acquisition: Acquisition) -> str:
-    """TE, TR and TI as text, as far as they are known.
+    """TE, TR and TI as text, without those that the header lacks.
 
     Example:
         >>> timing(Acquisition(echo_ms=98.0, repetition_ms=4500.0))

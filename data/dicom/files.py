@@ -73,7 +73,7 @@ class _Entry:
 def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
     """Read the headers of all DICOM files in a folder (with subfolders), in a .zip, or of a single file.
 
-    Other files are skipped, as are symlinks that leave the folder. A ``DICOMDIR`` stands for the folder that contains
+    Other files are skipped, as are symlinks that leave the folder. A ``DICOMDIR`` is read as the folder that contains
     it. The files can be opened only inside the ``with`` block.
 
     Raises:
@@ -172,7 +172,7 @@ def _headers(path: Path, entries: Iterator[_Entry]) -> tuple[DicomFile, ...]:
     if damaged:
         more = f" (and {len(damaged) - 1} more)" if len(damaged) > 1 else ""
         raise DataError(
-            f"{path}: damaged: {damaged[0]}{more}. Export or copy the study again, or take such files out of it."
+            f"{path}: damaged: {damaged[0]}{more}. Export or copy the study again, or remove the damaged files."
         )
     if not found:
         raise DataError(
@@ -225,10 +225,10 @@ def _read_header(entry: _Entry) -> DicomFile | None:
     if not marked and not (kind and study):
         return None
     if kind != MediaStorageDirectoryStorage and not (kind and study):
-        raise DataError("cut short or damaged: it does not say what it is and to which study it belongs")
+        raise DataError("cut short or damaged: its header states neither its type nor its study")
     deflated = text(header.file_meta, "TransferSyntaxUID") == pydicom.uid.DeflatedExplicitVRLittleEndian
     if end.size is not None and not deflated and place + _ELEMENT_BYTES + end.size > entry.size:
-        raise DataError(f"cut short: {end.size} bytes of voxels are announced, the file has {entry.size} in all")
+        raise DataError(f"cut short: the header announces {end.size} bytes of voxels, the whole file has {entry.size}")
     return DicomFile(name=entry.name, header=header, has_voxels=end.found, open=entry.open)
 
 
@@ -297,7 +297,7 @@ def _in_archive(path: Path, stack: ExitStack) -> Iterator[_Entry]:
         place = PurePosixPath(member.filename.replace("\\", "/"))
         if place.is_absolute() or ".." in place.parts or ":" in place.parts[0]:
             raise DataError(
-                f"{path}: holds a file that points out of the archive ({member.filename!r}). "
+                f"{path}: contains a file whose path leads out of the archive ({member.filename!r}). "
                 "Do not trust it; archive the study again."
             )
         if member.flag_bits & 1:

@@ -62,8 +62,8 @@ def read_series(series: Series) -> Reading:
         frames = decoded[1]
         if frame.number >= len(frames) or frames[frame.number].shape != (frame.rows, frame.columns):
             raise DataError(
-                f"series {series.key}, file {frame.file.name}: its header and its voxels disagree on how many there "
-                "are. It is damaged; export it again."
+                f"series {series.key}, file {frame.file.name}: its header and its voxels disagree on the number of "
+                "voxels. It is damaged; export it again."
             )
         raw = frames[frame.number]
         stored = _used_bits(raw, frame.file)
@@ -94,18 +94,18 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
     is_lossy = any(text(frame.file.header, "LossyImageCompression") == "01" for frame in series.frames)
     if is_lossy and any(limits != (0, 0) for limits in ranges):
         yield (
-            f"its images were compressed with loss, which may have changed padding (stored values {said}) too: look "
-            "whether some of it is left"
+            f"its images were compressed with loss, which may also have changed the padding (stored values {said}): "
+            "check that none of it is left"
         )
     if not np.any(voxels[padded]):
         return
     if padded.all():
         raise DataError(
-            f"series {series.key}: its headers call every voxel padding (stored values {said}). "
+            f"series {series.key}: its headers declare every voxel padding (stored values {said}). "
             "Choose another series, or export it again with the right Pixel Padding Value."
         )
     share = 100 * float(padded.mean())
-    yield f"{share:.2g} % of its voxels are padding (stored values {said}): set to 0, the value of background"
+    yield f"{share:.2g} % of its voxels are padding (stored values {said}); they were set to 0, as background"
     inside = voxels[~padded]
     zeros = int(np.count_nonzero(inside == 0))
     if zeros and inside.min() < 0 < inside.max():
@@ -184,7 +184,7 @@ def _used_bits(pixels: npt.NDArray[Any], file: DicomFile) -> npt.NDArray[Any]:
 
 
 def _is_compressed(syntax: pydicom.uid.UID) -> bool:
-    """Whether a transfer syntax is known to be compressed."""
+    """Whether pydicom lists a transfer syntax as compressed."""
     try:
         return syntax.is_compressed
     except ValueError:  # not a transfer syntax

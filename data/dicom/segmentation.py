@@ -101,7 +101,9 @@ def write_dicom_seg(
             "different SOPInstanceUID for each image, or keep the label map as NIfTI."
         )
     if label_codes.shape != source.shape:
-        raise DataError(f"series {source.key}: its grid is {source.shape} voxels, the label map's {label_codes.shape}.")
+        raise DataError(
+            f"series {source.key}: its grid has {source.shape} voxels, the label map has {label_codes.shape}."
+        )
     present = [segment for segment in _SEGMENTS if (label_codes == segment[0]).any()]
     if not present:
         raise DataError("the label map marks no tumour, so a segmentation would be empty.")

@@ -1,6 +1,6 @@
 """Group DICOM images into volumes: one orientation, one echo, one time point, one image per position.
 
-Geometry follows DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice lies at
+Geometry follows DICOM PS3.3, C.7.6.2.1.1: the centre of the voxel in column ``i``, row ``j`` of a slice is at
 ``position + i * row_direction * column_spacing + j * column_direction * row_spacing`` in LPS millimetres. Slices
 are sorted along the normal ``row_direction x column_direction``, as in ITK. Enhanced (multi-frame) objects store the
 same attributes in functional groups (C.7.6.16).
@@ -525,7 +525,7 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
 
 
 def _fault_of_image(frames: Sequence[Frame]) -> str | None:  # noqa: PLR0911 - one return per reason
-    """Why the frames are not images of one value per voxel at known places, of a size that can be read."""
+    """Why the frames are not images with one value per voxel, stated positions and a size that can be read."""
     first = frames[0]
     if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
         return "it holds no image"

@@ -32,7 +32,7 @@ MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "mindgrab", "atlas",
 
 #: The command installed by each tool, in the order in which ``auto`` tries them.
 COMMANDS: Final = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
-#: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, lies outside this range.
+#: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, is outside this range.
 BRAIN_LITRES: Final = (0.7, 2.2)
 #: Least Dice of MindGrab's masks of two contrasts that is not reported.
 MIN_AGREEMENT: Final = 0.9
@@ -110,7 +110,7 @@ def find_brain(
             template cannot be registered.
     """
     if wanted == "none":
-        return BrainMask(mask=None, source="none", detail="nothing masked, as asked for")
+        return BrainMask(mask=None, source="none", detail="nothing masked, as requested")
     is_own = wanted == "auto" and is_stripped(native)
     if wanted == "auto" and not is_own:
         installed = [tool for tool, command in COMMANDS.items() if shutil.which(command)]
@@ -214,7 +214,7 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
         coarse=True,
         detail=f"MNI152 by affine registration, mutual information {found.metric_after:.4f}",
         warnings=(
-            "the brain mask is coarse: that of the MNI152 template, registered to this head. For a better one run "
+            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one, run "
             "znormseg model download mindgrab, install HD-BET or SynthStrip, or give a mask",
         ),
     )

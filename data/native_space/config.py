@@ -1,11 +1,11 @@
-"""Settings of the preparation of scans; kept apart, so that they can be used without SimpleITK."""
+"""Settings of the preparation of scans, in a separate module so that they can be used without SimpleITK."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Final
 
-#: Values of ``--mask`` that do not stand for a file.
+#: Values of ``--mask`` that are not the path of a file.
 MASK_WORDS: Final = ("auto", "hd-bet", "synthstrip", "mindgrab", "atlas", "none")
 
 

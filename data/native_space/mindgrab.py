@@ -1,7 +1,7 @@
 """Find the brain with MindGrab's network: bring an image into the network's frame, and its mask back.
 
 The network takes 256^3 voxels of 1 mm in the voxel order LIA, with intensities cut at two quantiles and scaled to 0..1.
-It is computed over the box around the head only; what computes it is passed in, as this package knows no networks.
+What computes it is passed in, as this package knows no networks.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from scipy import ndimage
 from data.errors import DataError
 from data.native_space.itk import ImageGrid, grid_of, resampled, to_itk, voxels_of
 
-#: Marks the brain in a box of the network's frame: (values in 0..1, number of voxels of the whole frame) to a mask.
-Network = Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.bool_]]
+#: Marks the brain in a volume with values from 0 to 1.
+Network = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.bool_]]
 
 #: Voxels along each axis of the network's frame.
 SIDE: Final = 256
 #: Quantiles of all voxels that become 0 and 1.
 _QUANTILES: Final = (0.02, 0.98)
-#: Scaled intensity above which a voxel belongs to the head, not to the noise around it.
-_HEAD: Final = 0.1
-#: Voxels around the head that are computed too.
-_MARGIN: Final = 8
+#: Voxels around the brain that are computed for a comparison.
+_MARGIN: Final = 16
 
 
 def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Image:
@@ -35,7 +33,7 @@ def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Ima
 
     Args:
         image: one contrast of a head, float32, on any grid.
-        network: computes the mask of a box.
+        network: computes the mask of a volume.
         name: name of case and contrast, for messages.
 
     Returns:
@@ -45,10 +43,7 @@ def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Ima
         DataError: the network marks nothing.
     """
     frame = network_frame(image)
-    values = scaled_intensities(voxels_of(resampled(image, frame)))
-    box = head_box(values)
-    mask = np.zeros(values.shape, dtype=bool)
-    mask[box] = network(np.ascontiguousarray(values[box]), values.size)
+    mask = network(scaled_intensities(voxels_of(resampled(image, frame))))
     if not mask.any():
         raise DataError(f"case {name}: MindGrab found no brain. Check the image, or choose another --mask.")
     marked = to_itk(largest_part(mask).astype(np.float32), frame.affine)
@@ -57,7 +52,9 @@ def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Ima
 
 
 def mask_agreement(image: sitk.Image, mask: sitk.Image, network: Network) -> float:
-    """Dice of a given mask and the network's mask of another contrast, computed near the given mask only.
+    """Dice of a given mask and the network's mask of another contrast, computed near the given mask, to save time.
+
+    The network's mask of a part differs a little from that of the whole (Dice about 0.98).
 
     Args:
         image: another contrast of the same head.
@@ -67,8 +64,9 @@ def mask_agreement(image: sitk.Image, mask: sitk.Image, network: Network) -> flo
     frame = network_frame(image)
     values = scaled_intensities(voxels_of(resampled(image, frame)))
     given = voxels_of(resampled(sitk.Cast(mask, sitk.sitkFloat32), frame)) >= 0.5
-    box = _box_of(given, _MARGIN)
-    own, given = network(np.ascontiguousarray(values[box]), values.size), given[box]
+    found = ndimage.find_objects(given.astype(np.uint8))[0]
+    box = tuple(slice(max(0, one.start - _MARGIN), one.stop + _MARGIN) for one in found)
+    own, given = network(np.ascontiguousarray(values[box])), given[box]
     return float(2 * np.count_nonzero(own & given) / max(1, np.count_nonzero(own) + np.count_nonzero(given)))
 
 
@@ -96,20 +94,6 @@ def scaled_intensities(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     if high <= low:
         low, high = float(voxels.min()), float(voxels.max())
     return np.clip((voxels - np.float32(low)) / np.float32(max(high - low, np.finfo(np.float32).tiny)), 0, 1)
-
-
-def head_box(values: npt.NDArray[np.float32]) -> tuple[slice, ...]:
-    """The box around the largest connected part that is brighter than noise, with a margin."""
-    head = ndimage.binary_opening(values > _HEAD, iterations=2)
-    return _box_of(largest_part(head), _MARGIN) if head.any() else (slice(None),) * 3
-
-
-def _box_of(mask: npt.NDArray[np.bool_], margin: int) -> tuple[slice, ...]:
-    """The box around the marked voxels and a margin."""
-    box = ndimage.find_objects(mask.astype(np.uint8))[0]
-    return tuple(
-        slice(max(0, one.start - margin), min(n, one.stop + margin)) for one, n in zip(box, mask.shape, strict=True)
-    )
 
 
 def largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 The metric is Mattes mutual information (Mattes et al., IEEE TMI 22, 120, 2003) as implemented in ITK, over a pyramid
 that stops at :data:`WORKING_MM`. A single thread and a fixed seed make the transform the same on every run and machine.
-The start is chosen among several candidates, and a result that does not stand out from other poses is rejected.
+The start is chosen among several candidates, and a result that does not stand out from moving_head poses is rejected.
 """
 
 from __future__ import annotations
@@ -96,34 +96,36 @@ def register_rigid(fixed: sitk.Image, moving: sitk.Image, *, name: str) -> Regis
     Raises:
         DataError: an image has no contrast, or no pose stands out: the images show different heads or are damaged.
     """
-    began = time.process_time()
-    own, other = _Head.of(fixed, "t1c"), _Head.of(moving, name)
-    still = own.upright()
+    started = time.process_time()
+    own, moving_head = _Head.of(fixed, "t1c"), _Head.of(moving, name)
+    fixed_head = own.upright()
     start = sitk.Euler3DTransform()
-    start.SetCenter(still.centre)
+    start.SetCenter(fixed_head.centre)
     with _one_thread():
-        found = _search(still, other, list(_rigid_starts(start, still.centre, other.centre)))
-        found = _refined(own, other, found)
-        overlap = _overlap(still.mask, other.mask, found)
-        result = _measured(still, other, start, found, _rigid_poses_away(found), overlap=overlap, began=began)
+        found = _search(fixed_head, moving_head, list(_rigid_starts(start, fixed_head.centre, moving_head.centre)))
+        found = _refined(own, moving_head, found)
+        overlap = _overlap(fixed_head.mask, moving_head.mask, found)
+        result = _measured(
+            fixed_head, moving_head, start, found, _rigid_poses_away(found), overlap=overlap, started=started
+        )
     _require_found(result, name, "t1c")
     return result
 
 
 def _measured(
-    still: _Head,
-    other: _Head,
+    fixed_head: _Head,
+    moving_head: _Head,
     start: Any,
     found: Any,
     away: Iterable[Any],
     *,
     overlap: float,
-    began: float,
+    started: float,
     mask: sitk.Image | None = None,
 ) -> Registration:
     """The result with its quality measures."""
     before, after, *distant = (
-        _information(still.image, other.image, pose, mask=mask) for pose in (start, found, *away)
+        _information(fixed_head.image, moving_head.image, pose, mask=mask) for pose in (start, found, *away)
     )
     return Registration(
         transform=found,
@@ -131,7 +133,7 @@ def _measured(
         metric_after=after,
         contrast=after / max(*distant, 1e-6),
         overlap=overlap,
-        cpu_seconds=time.process_time() - began,
+        cpu_seconds=time.process_time() - started,
     )
 
 
@@ -153,40 +155,40 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
     Raises:
         DataError: an image has no contrast, or no pose stands out.
     """
-    began = time.process_time()
-    other = _Head.of(head, name)
+    started = time.process_time()
+    moving_head = _Head.of(head, name)
     # Two voxels of rim include the brain's border but little of the scalp's.
     rim = sitk.BinaryDilate(sitk.Cast(brain, sitk.sitkUInt8), [2] * 3)
-    still = _Head(image=template, mask=rim, centre=_centre(sitk.Cast(brain, sitk.sitkUInt8)))
+    fixed_head = _Head(image=template, mask=rim, centre=_centre(sitk.Cast(brain, sitk.sitkUInt8)))
     starts: list[Any] = []
-    for place in _template_places(still, other):
-        shift = [there - here for here, there in zip(still.centre, place, strict=True)]
+    for place in _template_places(fixed_head, moving_head):
+        shift = [there - here for here, there in zip(fixed_head.centre, place, strict=True)]
         for tilt in (-1, 0, 1):
             pose = sitk.AffineTransform(3)
-            pose.SetCenter(still.centre)
+            pose.SetCenter(fixed_head.centre)
             pose.SetTranslation(shift)
             pose.Rotate(1, 2, math.radians(_TRIED_DEGREES) * tilt)
             starts.append(pose)
     with _one_thread():
-        found = _search(still, other, starts, mask=rim)
-        inside = float(_on_grid(other.mask, rim, found)[_marked(rim)].mean())
+        found = _search(fixed_head, moving_head, starts, mask=rim)
+        inside = float(_on_grid(moving_head.mask, rim, found)[_marked(rim)].mean())
         away = _affine_poses_away(found)
-        result = _measured(still, other, starts[1], found, away, overlap=inside, began=began, mask=rim)
+        result = _measured(fixed_head, moving_head, starts[1], found, away, overlap=inside, started=started, mask=rim)
     _require_found(result, name, "the MNI152 template", least_overlap=0.5)
     return result
 
 
-def _template_places(still: _Head, other: _Head) -> Iterator[tuple[float, float, float]]:
+def _template_places(fixed_head: _Head, moving_head: _Head) -> Iterator[tuple[float, float, float]]:
     """Candidate positions of the template brain's centre: the head's centre, or the brain's height below its top."""
-    points = np.argwhere(voxels_of(other.mask)).astype(np.float64)
-    to_ras = grid_of(other.mask).affine
+    points = np.argwhere(voxels_of(moving_head.mask)).astype(np.float64)
+    to_ras = grid_of(moving_head.mask).affine
     places = points @ to_ras[:3, :3].T + to_ras[:3, 3]
     places[:, :2] *= -1  # LPS
-    yield other.centre
+    yield moving_head.centre
     top = float(places[:, 2].max())
     upper = places[places[:, 2] > top - _BRAIN_HEIGHT_MM].mean(axis=0)
-    brain = np.argwhere(voxels_of(still.mask))
-    height = (brain[:, 2].max() - brain[:, 2].mean()) * still.mask.GetSpacing()[2]
+    brain = np.argwhere(voxels_of(fixed_head.mask))
+    height = (brain[:, 2].max() - brain[:, 2].mean()) * fixed_head.mask.GetSpacing()[2]
     for scalp in _SCALP_MM:
         yield (float(upper[0]), float(upper[1]), top - scalp - float(height))
 
@@ -291,16 +293,16 @@ def _rigid_poses_away(found: sitk.Euler3DTransform) -> Iterator[sitk.Euler3DTran
         yield pose
 
 
-def _search(still: _Head, other: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
+def _search(fixed_head: _Head, moving_head: _Head, starts: list[Any], *, mask: sitk.Image | None = None) -> Any:
     """The best transform found from any of the starting poses."""
-    coarse = sitk.Shrink(_blurred(still.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
-    blurred = _blurred(other.image, _COARSE_MM / 2)
+    coarse = sitk.Shrink(_blurred(fixed_head.image, _COARSE_MM / 2), [round(_COARSE_MM / WORKING_MM)] * 3)
+    blurred = _blurred(moving_head.image, _COARSE_MM / 2)
     ranked = sorted(starts, key=lambda pose: -_information(coarse, blurred, pose, mask=mask))
     followed = [_descend(coarse, blurred, pose, step_mm=4.0, least_mm=0.2, mask=mask) for pose in ranked[:_FOLLOWED]]
     best = max(followed, key=lambda pose: _information(coarse, blurred, pose, mask=mask))
-    middle = sitk.Shrink(_blurred(still.image, WORKING_MM), [2] * 3)
-    best = _descend(middle, _blurred(other.image, WORKING_MM), best, step_mm=1.0, least_mm=0.05, mask=mask)
-    return _descend(still.image, other.image, best, step_mm=0.5, least_mm=0.01, sampled=_SAMPLED, mask=mask)
+    middle = sitk.Shrink(_blurred(fixed_head.image, WORKING_MM), [2] * 3)
+    best = _descend(middle, _blurred(moving_head.image, WORKING_MM), best, step_mm=1.0, least_mm=0.05, mask=mask)
+    return _descend(fixed_head.image, moving_head.image, best, step_mm=0.5, least_mm=0.01, sampled=_SAMPLED, mask=mask)
 
 
 @contextmanager
@@ -314,7 +316,7 @@ def _one_thread() -> Iterator[None]:
         sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
 
 
-def _refined(still: _Head, other: _Head, found: Any) -> Any:
+def _refined(fixed_head: _Head, moving_head: _Head, found: Any) -> Any:
     """Refine a transform if one of the two images has thick slices; otherwise return ``found`` itself.
 
     Interpolation between thick slices blurs an image by an amount that varies with position, which shifts the metric's
@@ -322,10 +324,12 @@ def _refined(still: _Head, other: _Head, found: Any) -> Any:
     the transform found, is blurred across the slices as if it had been scanned with them. A small rigid transform
     between the two remains to be found.
     """
-    if max(*still.image.GetSpacing(), *other.image.GetSpacing()) < _THICK_MM:
+    if max(*fixed_head.image.GetSpacing(), *moving_head.image.GetSpacing()) < _THICK_MM:
         return found
-    swapped = max(other.image.GetSpacing()) > max(still.image.GetSpacing())
-    thick, thin, to_thin = (other, still, found.GetInverse()) if swapped else (still, other, found)
+    swapped = max(moving_head.image.GetSpacing()) > max(fixed_head.image.GetSpacing())
+    thick, thin, to_thin = (
+        (moving_head, fixed_head, found.GetInverse()) if swapped else (fixed_head, moving_head, found)
+    )
     own = grid_of(thick.image)
     x, y, z = (max(1, round(mm / WORKING_MM)) for mm in thick.image.GetSpacing())
     blurred = resampled(thin.image, refined(own, (x, y, z)), to_thin)
@@ -377,7 +381,7 @@ def _information(fixed: sitk.Image, moving: sitk.Image, pose: Any, *, mask: sitk
     try:
         return -float(method.MetricEvaluate(fixed, moving))
     except RuntimeError as error:
-        _require_out_of_sight(error)
+        _ignore_no_overlap(error)
         return 0.0
 
 
@@ -406,12 +410,12 @@ def _descend(
     try:
         method.Execute(fixed, moving)
     except RuntimeError as error:
-        _require_out_of_sight(error)
+        _ignore_no_overlap(error)
         return type(start)(start)
     return pose
 
 
-def _require_out_of_sight(error: RuntimeError) -> None:
+def _ignore_no_overlap(error: RuntimeError) -> None:
     """Ignore ITK's error about images that do not overlap; re-raise others: ITK has only one exception type."""
     if "samples map outside" not in str(error):
         raise error

@@ -2,8 +2,8 @@
 
 The key of a case is the SHA-256 of its files' content, the settings it was prepared with and the program that prepared
 it. A copy of a data set, a case in two data sets and a renamed case therefore share one entry; an edited file gets
-another. A file's content is hashed once; later its path, size and modification time stand for it, as in make and git,
-because hashing a whole data set at every start would take minutes on a slow disk. Such a stand-in is recorded only for
+another. A file's content is hashed once; later its path, size and modification time identify it, as in make and git,
+because hashing a whole data set at every start would take minutes on a slow disk. Such a stamp is recorded only for
 files unchanged for some seconds, since a coarse clock may hide a second change.
 
 An entry is written under a partial name and renamed, so if several processes make the same entry, the first one wins.
@@ -96,17 +96,17 @@ class CaseFolder:
             files["label"] = case.label
         before = _stamps(files)
         volumes = {str(contrast): number for contrast, number in case.volumes.items()}
-        known = self.folder / ".known" / _digest([before, volumes, settings, _program()])
+        record = self.folder / ".known" / _digest([before, volumes, settings, _program()])
         with suppress(OSError, ValueError):
-            noted = known.read_text(encoding="utf-8")
-            if len(noted) == len(known.name):
-                return noted
+            recorded = record.read_text(encoding="utf-8")
+            if len(recorded) == len(record.name):
+                return recorded
         content = {name: [file_sha256(path), path.name.lower().endswith(".gz")] for name, path in files.items()}
         key = _digest([_VERSION, content, volumes, settings, _program()])
         newest = max((stamp[-1] for stamp in before.values()), default=0)
         if _stamps(files) == before and newest < time.time_ns() - _STILL_SECONDS * 1e9:
-            with suppress(OSError):  # the stand-in only saves time
-                self._note(known, key)
+            with suppress(OSError):  # the record only saves time
+                self._record_key(record, key)
         return key
 
     def hold(self, keys: Collection[str]) -> None:
@@ -151,16 +151,16 @@ class CaseFolder:
     def _remove(self, places: Sequence[Path]) -> None:
         """Delete entries; a partly deleted one is never visible."""
         for place in places:
-            gone = self._partial("gone")
+            trash = self._partial("gone")
             with suppress(FileNotFoundError):
-                place.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+                place.rename(trash)
+            shutil.rmtree(trash, ignore_errors=True)
 
     def _partial(self, name: str) -> Path:
         return self.folder / f".partial-{self._user}-{name[:12]}-{secrets.token_hex(4)}"
 
-    def _note(self, known: Path, key: str) -> None:
-        """Record a key by its stand-ins; does nothing here, since the folder of one run is too short-lived."""
+    def _record_key(self, record: Path, key: str) -> None:
+        """Record the key of files by their stamps; does nothing here, since a run's folder is too short-lived."""
 
 
 class SharedCache(CaseFolder):
@@ -189,7 +189,11 @@ class SharedCache(CaseFolder):
                 (folder / name).mkdir(parents=True, exist_ok=True)
             with self._locked():
                 self._file = self._sign_in()
-                users = self._users()
+                try:
+                    users = self._users()
+                except OSError:
+                    self.close()
+                    raise
                 for path in folder.glob(".partial-*"):
                     if not any(path.name.startswith(f".partial-{user}-") for user in users):
                         shutil.rmtree(path, ignore_errors=True)
@@ -286,11 +290,11 @@ class SharedCache(CaseFolder):
                     found.append((place, _bytes_in(place), source.stat().st_mtime_ns if source.exists() else 0))
         return found
 
-    def _forget(self, there: Collection[str]) -> None:
-        """Drop the stand-ins of entries that no longer exist."""
+    def _forget(self, kept: Collection[str]) -> None:
+        """Delete the records of entries that no longer exist."""
         for path in (self.folder / ".known").iterdir():
             with suppress(OSError, ValueError):
-                if path.read_text(encoding="utf-8") not in there:
+                if path.read_text(encoding="utf-8") not in kept:
                     path.unlink()
 
     def _users(self) -> dict[str, set[str]]:
@@ -326,11 +330,11 @@ class SharedCache(CaseFolder):
             lock(file, self.folder, wait=True)
             yield
 
-    def _note(self, known: Path, key: str) -> None:
-        partial = known.with_name(f"{known.name}-{secrets.token_hex(4)}")
+    def _record_key(self, record: Path, key: str) -> None:
+        partial = record.with_name(f"{record.name}-{secrets.token_hex(4)}")
         try:
             partial.write_text(key, encoding="utf-8")
-            partial.replace(known)
+            partial.replace(record)
         finally:
             partial.unlink(missing_ok=True)
 
@@ -339,7 +343,7 @@ class SharedCache(CaseFolder):
 
 
 def _stamps(files: Mapping[str, Path]) -> dict[str, list[Any]]:
-    """Stand-ins for the content of files: path, size, inode, modification time."""
+    """Stamps that identify files without reading them: path, size, inode, modification time."""
     stamps = {}
     for name, path in files.items():
         status = path.stat()

@@ -27,7 +27,7 @@ def bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: float) ->
 
     ``f`` is a sum of low-frequency cosines, as in SPM's bias correction (Ashburner and Friston, NeuroImage 26, 839,
     2005). A scanner's field multiplies the raw signal, whose zero is unknown in a z-scored image; the darkest voxel of
-    the brain stands in for it: ``darkest + (v - darkest) * field``.
+    the brain is used instead: ``darkest + (v - darkest) * field``.
 
     Args:
         values: shape (X, Y, Z).

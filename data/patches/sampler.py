@@ -302,7 +302,7 @@ def batches(
 
 
 def cut_patch(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int, int, int]) -> npt.NDArray[Any]:
-    """Cut a patch out of the last three axes: shifted to lie inside the volume, or padded with 0 if it is too large.
+    """Cut a patch out of the last three axes: shifted to fit inside the volume, or padded with 0 if it is too large.
 
     Args:
         array: shape (..., X, Y, Z).

@@ -137,7 +137,7 @@ def write_phantoms(
 
 def _refuse_overwriting(folder: Path, case: str) -> None:
     if folder.exists() and not folder.is_dir():
-        raise DataError(f"{folder} is a file, but phantoms go into a folder. Choose another place.")
+        raise DataError(f"{folder} is a file, but phantoms are written to a folder. Choose another place.")
     if (folder / case).exists():
         raise DataError(f"{folder / case} already exists and is not overwritten. Remove it or choose another folder.")
 

@@ -22,7 +22,7 @@ GROWTH_SPACING_MM: Final = 3.0
 
 @dataclass(frozen=True, kw_only=True)
 class PhantomGrid:
-    """The part of a voxel grid that lies in the brain's box."""
+    """The part of a voxel grid inside the brain's box."""
 
     spacing_mm: float
     shape: tuple[int, ...]

@@ -95,9 +95,9 @@ def _edges(
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.float64]]:
     """Pairs of open neighbours one step apart (0 to 2 per axis, 1 for no step), and the path length of each pair."""
     offset = [s - 1 for s in step]
-    here = tuple(slice(max(0, -o), -o if o > 0 else None) for o in offset)
-    there = tuple(slice(max(0, o), o if o < 0 else None) for o in offset)
-    both = (number[here] >= 0) & (number[there] >= 0)
+    start = tuple(slice(max(0, -o), -o if o > 0 else None) for o in offset)
+    end = tuple(slice(max(0, o), o if o < 0 else None) for o in offset)
+    both = (number[start] >= 0) & (number[end] >= 0)
     step_mm = GROWTH_SPACING_MM * math.sqrt(sum(o * o for o in offset))
-    length_mm = 0.5 * step_mm * (cost[here][both] + cost[there][both]).astype(np.float64)
-    return number[here][both], number[there][both], length_mm
+    length_mm = 0.5 * step_mm * (cost[start][both] + cost[end][both]).astype(np.float64)
+    return number[start][both], number[end][both], length_mm

@@ -69,7 +69,7 @@ def make_phantom(index: int, *, seed: int = 0, spacing_mm: float = 2.0) -> Phant
 def check_arguments(*, index: int = 0, seed: int = 0, spacing_mm: float = 2.0) -> None:
     """Raise a DataError that states the allowed range if an argument is out of range."""
     if not 0 <= index <= 99_999:
-        raise DataError(f"case index is {index}; allowed are 0 to 99999, because names carry five digits.")
+        raise DataError(f"case index is {index}; allowed are 0 to 99999, because case names have five digits.")
     if seed < 0:
         raise DataError(f"seed is {seed}; allowed is 0 or more. Choose a whole number that is not negative.")
     if not 0.5 <= spacing_mm <= 8.0:

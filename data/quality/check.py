@@ -241,7 +241,7 @@ def _non_finite(contrast: Contrast, count: int) -> Finding:
 
 
 def _background(contrast: Contrast, message: str) -> Finding:
-    """A note on an image whose background was set to 0; all other checks see it that way."""
+    """A note on an image whose background was set to 0 before the other checks."""
     action = "Usable; every command sets it to 0. Check that the brain was extracted as intended, or set it to 0"
     return Finding(kind="background", severity="note", contrast=contrast, message=message, action=action)
 

@@ -38,7 +38,7 @@ _FLUID_MARGIN: Final = 1.5
 _FLUID_SHARE: Final = 0.03
 #: Contrasts are of one patient if the Dice of their brain masks reaches this (real cases 1.00, others up to 0.95),
 SAME_MASK_DICE: Final = 0.97
-#: or if this share of one mask lies within the other, as after a cut field of view (different patients up to 0.99),
+#: or if this share of one mask is within the other, as after a cut field of view (different patients up to 0.99),
 PART_OF_MASK: Final = 0.997
 #: or if their local contrasts correlate by at least this (real cases 0.18 to 0.6, different patients up to 0.13).
 SAME_ANATOMY: Final = 0.16

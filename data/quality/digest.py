@@ -53,7 +53,7 @@ class Digest:
         return self.nonzero_faces > MAX_NONZERO_FACES
 
 
-def grid_alone(volume: Volume) -> Volume:
+def grid_only(volume: Volume) -> Volume:
     """The volume with its voxels replaced by zeros of the same shape, which use no memory."""
     return Volume(voxels=np.broadcast_to(np.uint8(0), volume.voxels.shape), affine=volume.affine, path=volume.path)
 
@@ -77,7 +77,7 @@ def digest(volume: Volume) -> Digest:
     coarse = np.ascontiguousarray(volume.voxels[tuple(slice(None, None, step) for step in steps)])
     whole = coarse if _differ(coarse) else volume.voxels  # differences in the coarse copy exist in the volume too
     return Digest(
-        grid=grid_alone(volume),
+        grid=grid_only(volume),
         coarse=coarse,
         coarse_spacing_mm=spacing_of(volume.affine @ np.diag([*steps, 1.0])),
         nonzero_faces=share_of_faces(volume.voxels),

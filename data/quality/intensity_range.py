@@ -19,7 +19,7 @@ from data.labels import CONTRASTS, Contrast
 QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 #: Minimum number of cases for a meaningful range; chosen by judgement.
 LEAST_CASES: Final = 10
-#: A case is unusual if a quantile lies beyond the range by more than the range's width (the range of few cases is
+#: A case is unusual if a quantile is beyond the range by more than the range's width (the range of few cases is
 #: narrower than that of all future ones) and by more than a quarter of a standard deviation of the brain (which
 #: different brain masks and a large tumour can cause). Chosen on six cases of BraTS 2021, each against the other
 #: five: with half the width and a tenth of a deviation four were unusual, with these values two; with either, all six
@@ -85,7 +85,7 @@ def range_from_json(content: Mapping[str, Any]) -> IntensityRange:
     for key in ("least", "largest"):
         ends.append({c: tuple(float(v) for v in content[key][c]) for c in CONTRASTS if c in content[key]})
         if any(len(values) != len(QUANTILES) for values in ends[-1].values()):
-            raise ValueError(f"{key}: not {len(QUANTILES)} numbers a contrast")
+            raise ValueError(f"{key}: not {len(QUANTILES)} numbers per contrast")
     if ends[0].keys() != ends[1].keys():
         raise ValueError("least and largest have other contrasts")
     return IntensityRange(cases=int(content["cases"]), least=ends[0], largest=ends[1])
@@ -116,11 +116,11 @@ def range_of(cases: Iterable[Quantiles]) -> IntensityRange:
     """
     found = list(cases)
     by_contrast = {c: np.array([one[c] for one in found if c in one]) for c in CONTRASTS}
-    there = {contrast: values for contrast, values in by_contrast.items() if values.size}
+    present = {contrast: values for contrast, values in by_contrast.items() if values.size}
     return IntensityRange(
         cases=len(found),
-        least={contrast: tuple(values.min(axis=0).tolist()) for contrast, values in there.items()},
-        largest={contrast: tuple(values.max(axis=0).tolist()) for contrast, values in there.items()},
+        least={contrast: tuple(values.min(axis=0).tolist()) for contrast, values in present.items()},
+        largest={contrast: tuple(values.max(axis=0).tolist()) for contrast, values in present.items()},
     )
 
 

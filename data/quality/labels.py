@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from data.nifti import Volume, grid_difference
 from data.preprocess import smallest_box
-from data.quality.digest import Digest, grid_alone, strides
+from data.quality.digest import Digest, grid_only, strides
 from data.quality.finding import Finding
 
 WHAT: Final = "label map"
@@ -46,7 +46,7 @@ def digest_labels(label: Volume) -> LabelDigest:
     counts[0] += marked.size - tumour.size
     steps = strides(label.voxels.shape, label.spacing_mm)
     return LabelDigest(
-        grid=grid_alone(label),
+        grid=grid_only(label),
         values=tuple(int(value) for value in np.flatnonzero(counts)),
         box=box,
         tumour=np.ascontiguousarray(tumour),
@@ -82,7 +82,7 @@ def judge_labels(
     findings = outside(label.tumour, [brain[label.box] for brain in brains]) if brains else []
     findings += islands(label.tumour)
     if flair is not None and flair.is_image and not findings_of_place(findings):
-        findings += beside(label.coarse, flair)
+        findings += brightness(label.coarse, flair)
     return findings
 
 
@@ -92,7 +92,7 @@ def findings_of_place(findings: list[Finding]) -> bool:
 
 
 def outside(tumour: npt.NDArray[np.bool_], brains: Sequence[npt.NDArray[np.bool_]]) -> list[Finding]:
-    """A finding if labelled voxels lie where every image is 0: a problem if there are many, a note if few.
+    """A finding if labelled voxels are where every image is 0: a problem if there are many, a note if few.
 
     Args:
         tumour: mask of the labelled voxels.
@@ -153,7 +153,7 @@ def lonely(mask: npt.NDArray[np.bool_]) -> int:
     return int(np.count_nonzero(mask & (around == 1)))
 
 
-def beside(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
+def brightness(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
     """A note if FLAIR is not brighter in the label than in the rest of the brain, as it is in a glioma."""
     if coarse.shape != flair.coarse.shape:
         return []

@@ -23,7 +23,7 @@ CUT_CM2: Final = 25.0
 #: Area that the convex end of a head gains per mm (2 pi 70 mm2 at a radius of 70 mm, with a margin), so that its last
 #: thick slice does not count as a cut.
 _END_MM: Final = 900.0
-#: Depths in mm below the outermost tissue: a skull lies above the first, and brain between the first and the second.
+#: Depths in mm below the outermost tissue: a skull is above the first, and brain between the first and the second.
 _BAND_MM: Final = 24.0
 _INNER_MM: Final = 45.0
 #: Longer steps along a ray could miss the skull.
@@ -82,7 +82,7 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
     """A problem if the image is not a skull-stripped brain.
 
     Each of three signs is enough: most of the volume's faces are not 0 (air was not removed); more than
-    :data:`MOST_BRAIN_LITRES` are not 0; a dark band (skull) lies between a bright rim (scalp) and the brain.
+    :data:`MOST_BRAIN_LITRES` are not 0; there is a dark band (skull) between a bright rim (scalp) and the brain.
     """
     if seen.has_background:
         message = (
@@ -129,18 +129,18 @@ def has_dark_band(
         for axis in range(3)
         for view, inside in _both_ways(voxels, tissue, axis)
     ]
-    known = [verdict for verdict in verdicts if verdict is not None]
-    return len(known) >= 3 and sum(known) > len(known) / 2
+    decided = [verdict for verdict in verdicts if verdict is not None]
+    return len(decided) >= 3 and sum(decided) > len(decided) / 2
 
 
 def _both_ways(
     voxels: npt.NDArray[np.float32], tissue: npt.NDArray[np.bool_], axis: int
 ) -> list[tuple[npt.NDArray[np.float32], npt.NDArray[np.bool_]]]:
     """The rays from both ends of an axis, depth first, limited to those through the middle third of the tissue."""
-    there = np.argwhere(tissue.any(axis=axis))
-    if not there.size:
+    marked = np.argwhere(tissue.any(axis=axis))
+    if not marked.size:
         return []
-    low, high = there.min(axis=0), there.max(axis=0) + 1
+    low, high = marked.min(axis=0), marked.max(axis=0) + 1
     third = (high - low) // 3
     middle = tuple(slice(int(a), max(int(a) + 1, int(b))) for a, b in zip(low + third, high - third, strict=True))
     rays, inside = np.moveaxis(voxels, axis, 0)[:, *middle], np.moveaxis(tissue, axis, 0)[:, *middle]

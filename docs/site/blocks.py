@@ -1,8 +1,8 @@
-"""Blocks of code in the documents, and the marks above them; tests/system/test_docs_commands.py runs them.
+"""Blocks of code in the documents, and the marks above them; tests/system/test_docs_commands.py runs the blocks.
 
-A mark is an HTML comment of its own line above a block: ``<!-- no-run: why -->`` or ``<!-- given: RUN, OTHER=RUN -->``.
-``<!-- no-run, whole page: why -->`` holds for every block below it.
-A block is fenced, or indented by four spaces. One that names no language is ``bash`` where it has a command, else
+A mark is an HTML comment on its own line above a block: ``<!-- no-run: why -->`` or ``<!-- given: RUN, OTHER=RUN -->``.
+``<!-- no-run, whole page: why -->`` applies to every block below it.
+A block is fenced, or indented by four spaces. Without a stated language it is ``bash`` if it has a command, else
 ``text``.
 """
 
@@ -28,7 +28,7 @@ PROGRAMS = (
     "git",
     "source",
 )
-#: Languages whose blocks are for a shell or for Python, and so run.
+#: Languages of the blocks that are run.
 RUNNABLE = ("bash", "python")
 
 _MARK = re.compile(r"^<!-- (no-run|given|no-run, whole page): (.+?) -->$")
@@ -44,13 +44,13 @@ class Block(NamedTuple):
     language: str
     code: str
     no_run: str | None
-    """Why it is not run; None where it is."""
+    """Why it is not run; None if it is."""
     given: dict[str, str]
-    """What must be there before it runs: by the name in the block, the name of the thing."""
+    """Files and folders that must exist before it runs: the name of a fixture by the name in the block."""
 
     @property
     def runs(self) -> bool:
-        """Whether it is code for a shell or for Python that a test runs."""
+        """Whether a test runs it."""
         return self.language in RUNNABLE and self.no_run is None
 
 
@@ -61,12 +61,12 @@ def blocks(document: Path, root: Path) -> list[Block]:
         Block(
             f"{name}:{number}", language or _language(code), code, marks.get("no-run"), _given(marks.get("given", ""))
         )
-        for number, language, code, marks in _found(document.read_text(encoding="utf-8").splitlines())
+        for number, language, code, marks in _marked_blocks(document.read_text(encoding="utf-8").splitlines())
     ]
 
 
 def commands(code: str) -> Iterator[list[str]]:
-    """The commands of a block for a shell, each as its words; comments and assignments before it are left out."""
+    """The commands of a shell block, each as a list of words without comments and leading assignments."""
     pending = ""
     for line in code.splitlines():
         pending = f"{pending}\n{line}" if pending else line
@@ -77,7 +77,7 @@ def commands(code: str) -> Iterator[list[str]]:
             lexer = shlex.shlex(pending, posix=True, punctuation_chars=True)
             lexer.whitespace_split = True
             words = list(lexer)
-        except ValueError:  # a quotation that goes on in the next line
+        except ValueError:  # a quotation that continues on the next line
             continue
         pending = ""
         command: list[str] = []
@@ -90,7 +90,7 @@ def commands(code: str) -> Iterator[list[str]]:
                 command.append(word)
 
 
-def _found(lines: list[str]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
+def _marked_blocks(lines: list[str]) -> Iterator[tuple[int, str, str, dict[str, str]]]:
     """Line number, language, code and marks of each block."""
     of_page: dict[str, str] = {}
     marks: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""What mkdocs calls while it builds the site: generated pages, pages of the repository's root, a place for every page.
+"""Hooks of mkdocs: they add generated pages and pages of the repository's root, and put every page into the nav.
 
-Anything public without documentation ends the build (reference.py says what counts).
+Anything public without documentation fails the build (reference.py defines what counts).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import reference  # noqa: E402 - it is in this folder, which mkdocs does not sea
 
 from app.schemas import RECORDS, json_schema  # noqa: E402
 
-#: Files of the root that are pages of the site.
+#: Files of the repository's root that become pages of the site.
 FROM_ROOT = {
     "SECURITY.md": "security.md",
     "CHANGELOG.md": "changelog.md",
@@ -29,12 +29,12 @@ FROM_ROOT = {
     "CODE_OF_CONDUCT.md": "code-of-conduct.md",
 }
 
-#: A page that mkdocs.yml does not name comes last in the section of its folder.
+#: Section of each folder, where pages that mkdocs.yml does not name come last.
 SECTIONS = {"how-to": "How-to", "reference": "Reference", "explanation": "Explanation"}
 
 
 def on_config(config: Any) -> Any:
-    """Put pages that the nav does not name into it; refuse one that belongs to no section."""
+    """Add pages that the nav does not name to it; reject a page that belongs to no section."""
     named = set(_named(config.nav))
     for path in sorted((ROOT / "docs").rglob("*.md")):
         page = path.relative_to(ROOT / "docs").as_posix()
@@ -42,7 +42,7 @@ def on_config(config: Any) -> Any:
             continue
         section = SECTIONS.get(page.partition("/")[0])
         if section is None:
-            raise PluginError(f"docs/{page}: put it into nav of mkdocs.yml, or into a folder of {sorted(SECTIONS)}")
+            raise PluginError(f"docs/{page}: add it to nav in mkdocs.yml, or move it to a folder of {sorted(SECTIONS)}")
         next(entry[section] for entry in config.nav if section in entry).append(page)
     return config
 
@@ -65,13 +65,13 @@ def on_files(files: Any, config: Any) -> Any:
 
 
 def _link_of_site(link: re.Match[str]) -> str:
-    """Turn a link of a page of the root into a link of the site."""
+    """Convert a link in a file of the root to a link of the site."""
     target = link[1].removeprefix("docs/")
     return f"]({FROM_ROOT.get(target, target)}"
 
 
 def _named(nav: Any) -> list[str]:
-    """The pages of a nav, whatever they lie in."""
+    """The pages of a nav, at any depth."""
     if isinstance(nav, str):
         return [nav]
     parts = nav.values() if isinstance(nav, dict) else nav

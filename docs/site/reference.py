@@ -1,6 +1,6 @@
-"""Pages of the reference, written from the code: command line, config, Python API; and what in them is undocumented.
+"""Generate the reference from the code: command line, config and Python API; also find names without documentation.
 
-The config and the API are read from the source without importing it. A page is Markdown; nothing of it is committed.
+The config and the API are read from the source without importing it. Pages are Markdown and are not committed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _SECTION = re.compile(r"^(Args|Returns|Raises|Yields|Example|Examples):$")
 
 
 class Page(NamedTuple):
-    """A generated page, and what it should say and cannot."""
+    """A generated page, and the names on it that lack documentation."""
 
     text: str
     undocumented: list[str]
@@ -43,12 +43,12 @@ def pages() -> dict[str, Page]:
 
 
 def command_line() -> Page:
-    """All verbs with arguments and options, as ``--help`` has them."""
+    """All verbs with arguments and options, as ``--help`` shows them."""
     import typer.main
 
     from app.cli.main import app
 
-    lines = ["# Command line", "", "Written from the program at build; `znormseg VERB --help` says the same.", ""]
+    lines = ["# Command line", "", "Generated from the code; `znormseg VERB --help` shows the same.", ""]
     undocumented: list[str] = []
     for words, command, context in _commands("znormseg", typer.main.get_command(app), None):
         title = " ".join(words)
@@ -76,7 +76,7 @@ def command_line() -> Page:
 
 
 def _commands(name: str, command: Any, parent: Any) -> Iterator[tuple[list[str], Any, Any]]:
-    """A command and all below it, with the words that call each and the context that its help needs."""
+    """A command and its subcommands, each with the words that call it and the context that its help needs."""
     context = command.context_class(command, info_name=name, parent=parent)
     words = [*(parent.meta["words"] if parent else []), name]
     context._meta = {**context.meta, "words": words}
@@ -90,7 +90,7 @@ def _commands(name: str, command: Any, parent: Any) -> Iterator[tuple[list[str],
 
 
 def config() -> Page:
-    """Every key of a config: default, type, meaning, and what the named configs have."""
+    """Every key of a config: default, type, meaning, and its values in the named configs."""
     named = {
         path.stem: yaml.safe_load(path.read_text(encoding="utf-8"))
         for path in sorted(ROOT.glob("app/config/named/*.yaml"))
@@ -98,7 +98,7 @@ def config() -> Page:
     lines = [
         "# Config",
         "",
-        "Every key that a config file or `--set SECTION.KEY=VALUE` may have; written from the code at build. The",
+        "Every key of a config file or of `--set SECTION.KEY=VALUE`, generated from the code. The",
         f"complete config of a run is in `RUN/config.yaml`. Named configs: {', '.join(f'`{name}`' for name in named)}.",
         "",
     ]
@@ -109,7 +109,7 @@ def config() -> Page:
 
 
 class _ConfigField(NamedTuple):
-    """A field of a dataclass as its source has it."""
+    """A field of a dataclass as written in its source."""
 
     type: str
     default: str
@@ -117,7 +117,7 @@ class _ConfigField(NamedTuple):
 
 
 def _config_section(path: str, owner: str, named: dict[str, Any], lines: list[str], undocumented: list[str]) -> None:
-    """A section, then the sections inside of it."""
+    """Add a section, then the sections inside it."""
     lines += [f"## {path}", "", _text(ast.get_docstring(_class(owner)) or ""), ""]
     nested: list[tuple[str, str]] = []
     rows: list[str] = []
@@ -131,12 +131,12 @@ def _config_section(path: str, owner: str, named: dict[str, Any], lines: list[st
         keys.append(key)
         rows.append(f"| `{key}` | {_code(field.type)} | {_code(field.default)} | {_cell(field.meaning)} |")
     lines += ["| key | type | default | meaning |", "|---|---|---|---|", *rows, ""]
-    told = {name: _inside(content, path) for name, content in named.items()}
-    shown = [key for key in keys if any(key in section for section in told.values())]
+    sections = {name: _inside(content, path) for name, content in named.items()}
+    shown = [key for key in keys if any(key in section for section in sections.values())]
     if shown:
         lines += [f"| in the named configs | {' | '.join(named)} |", "|---" * (1 + len(named)) + "|"]
         for key in shown:
-            values = [_code(_plain(section[key])) if key in section else "" for section in told.values()]
+            values = [_code(_plain(section[key])) if key in section else "" for section in sections.values()]
             lines.append(f"| `{key}` | {' | '.join(values)} |")
         lines.append("")
     for inner, inner_owner in nested:
@@ -166,7 +166,7 @@ def _config_fields(owner: str) -> dict[str, _ConfigField]:
 
 
 def _default(value: ast.expr | None, package: str) -> str:
-    """A default as YAML has it; nothing where a section of its own shows it."""
+    """A default as written in YAML; empty if it is a section, which has a table."""
     if value is None or (isinstance(value, ast.Call) and ast.unparse(value.func) == "field"):
         return ""
     plain = ast.literal_eval(_spelt_out(value, package))
@@ -174,7 +174,7 @@ def _default(value: ast.expr | None, package: str) -> str:
 
 
 def _spelt_out(node: ast.expr, package: str) -> str:
-    """The source of an expression; a name that the package defines by assignment gives way to what it stands for."""
+    """The source of an expression; a constant of the package is replaced by its value."""
     if isinstance(node, ast.Name) and node.id in _constants(package):
         return ast.unparse(_constants(package)[node.id])
     return ast.unparse(node)
@@ -184,7 +184,7 @@ def _spelt_out(node: ast.expr, package: str) -> str:
 
 
 def exported(package: str) -> Page:
-    """What ``__all__`` of a package names, wherever it is defined."""
+    """The page of the names in a package's ``__all__``, wherever they are defined."""
     source = ast.parse((ROOT / package / "__init__.py").read_text(encoding="utf-8"))
     lines = [f"# `{package}`", "", _text(ast.get_docstring(source) or ""), ""]
     undocumented: list[str] = []
@@ -218,7 +218,7 @@ def modules(package: str) -> Page:
 
 
 def _definition(name: str, place: Path, lines: list[str], *, level: int, with_fields: bool) -> list[str]:
-    """Add a public name to a page; what of it has no documentation."""
+    """Add a public name to a page; return its parts without documentation."""
     where = place.relative_to(ROOT)
     found = next((d for d in _definitions(place) if d.name == name), None)
     lines += [f"{'#' * level} {name}", ""]
@@ -258,7 +258,7 @@ def _definition(name: str, place: Path, lines: list[str], *, level: int, with_fi
 
 
 def _signature(definition: ast.ClassDef | ast.FunctionDef) -> str:
-    """How a name is called, on one line where it fits."""
+    """The signature of a name, on one line if it fits."""
     if isinstance(definition, ast.ClassDef):
         bases = ", ".join(ast.unparse(base) for base in definition.bases)
         return f"class {definition.name}({bases})" if bases else f"class {definition.name}"
@@ -321,7 +321,7 @@ def _constant(name: str, place: Path) -> str:
 
 @cache
 def _constants(package: str) -> dict[str, ast.expr]:
-    """What the modules of a package define by assignment, where a name is defined once."""
+    """The values that the modules of a package assign to names, for names assigned only once."""
     found: dict[str, list[ast.expr]] = {}
     for place in sorted((ROOT / package).rglob("*.py")):
         for line in _tree(place).body:
@@ -340,7 +340,7 @@ def _package_of(owner: str) -> str:
 
 @cache
 def _class(name: str) -> ast.ClassDef:
-    """The class of a name, which no other file of the packages may have."""
+    """The class with a name, which must be unique in the packages."""
     found = [
         d
         for package in PACKAGES
@@ -363,7 +363,7 @@ def _docstring(place: Path) -> str:
 
 
 def _literal(node: ast.stmt | None) -> str | None:
-    """The text of a line that is a string and nothing else."""
+    """The text of a statement that is only a string."""
     if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
         return node.value.value
     return None
@@ -373,7 +373,7 @@ def _literal(node: ast.stmt | None) -> str | None:
 
 
 def _text(docstring: str) -> str:
-    """The marks of docstrings as those of Markdown.
+    """Convert the markup of docstrings to Markdown.
 
     Example:
         >>> _text(":func:`a.b.c` takes ``None``")
@@ -384,7 +384,7 @@ def _text(docstring: str) -> str:
 
 
 def _docstring_text(docstring: str) -> str:
-    """A Google docstring as Markdown: each section a paragraph or a list."""
+    """Convert a Google docstring to Markdown: each section becomes a paragraph or a list."""
     lines: list[str] = []
     section = ""
     for line in docstring.splitlines():

@@ -66,7 +66,7 @@ def test_an_operation_that_is_not_deterministic_is_named_with_the_way_out() -> N
     finally:
         torch.use_deterministic_algorithms(False)
     assert exit_code(raised.value) == 7
-    assert message(raised.value).startswith("put_: the device has no deterministic form of it.")
+    assert message(raised.value).startswith("put_: the device has no deterministic implementation of it.")
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_no_message_of_the_system_stands_without_a_place_and_a_way_out(number: i
     assert message(raw).endswith(remedy(number))
     unnamed = message(OSError(number, os.strerror(number)))
     assert remedy(number) in unnamed
-    assert unnamed.endswith("`znormseg --debug ...` shows where it was met.")
+    assert unnamed.endswith("`znormseg --debug ...` shows where it happened.")
 
 
 def test_a_message_of_our_own_is_passed_on_as_it_is() -> None:

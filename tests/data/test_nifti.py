@@ -202,8 +202,8 @@ def moved(affine: Affine, *offset_mm: float) -> Affine:
         (moved(LPS, -1.5, 0, 0), "the origin differs by 1.50 mm on axis x (right-left)"),
         (moved(LPS, 0.1, 2, 0), "the origin differs by 2.00 mm on axis y (anterior-posterior)"),
         (moved(LPS, 0, 0, 0.02), "the origin differs by 0.02 mm on axis z (inferior-superior)"),
-        (LPS @ np.diag([1, 1, 1.5, 1]), "the grids part by 3.00 mm on axis z (inferior-superior)"),
-        (np.diag([1.0, -1, 1, 1]), "the grids part by 8.00 mm on axis x (right-left)"),
+        (LPS @ np.diag([1, 1, 1.5, 1]), "the grids differ by 3.00 mm on axis z (inferior-superior)"),
+        (np.diag([1.0, -1, 1, 1]), "the grids differ by 8.00 mm on axis x (right-left)"),
     ],
     ids=["x", "y", "z", "spacing", "flip"],
 )
@@ -219,7 +219,7 @@ def test_a_difference_of_shape_is_told_in_voxels() -> None:
 def test_a_rotation_is_no_difference_of_origin() -> None:
     words = grid_difference(volume(np.zeros(SHAPE)), volume(np.zeros(SHAPE), rotation(5, 2) @ LPS))
     assert words is not None
-    assert words.startswith("the grids part by 0.")
+    assert words.startswith("the grids differ by 0.")
 
 
 @pytest.mark.parametrize("other", [LPS, moved(LPS, 0.009, -0.009, 0.0), rotation(0.05, 2) @ LPS])

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional
 
 from models.meshnet import MeshNet, read_meshnet
 
@@ -51,42 +50,19 @@ def write(folder: Path, layers: list[tuple[str, int, int, int, int]] = LAYERS, *
     return folder / "model.json", folder / "model.bin"
 
 
-def volume(side: int = 20) -> torch.Tensor:
-    """A random box in the middle of a volume of zeros."""
-    values = torch.zeros(side, side, side)
-    middle = slice(side // 2 - 4, side // 2 + 4)
-    values[middle, middle, middle] = torch.rand(8, 8, 8, generator=torch.Generator().manual_seed(0))
-    return values
-
-
-def test_a_box_gives_what_the_whole_volume_gives_where_nothing_is_padded(tmp_path: Path) -> None:
-    layers = [(name, 1, inputs, outputs, 1) for name, _, inputs, outputs, _ in LAYERS]
-    network = read_meshnet(*write(tmp_path, layers))
-    whole = network.whole(volume())[:, 5:15, 4:16, 5:15]
-    box = network.boxed(volume()[5:15, 4:16, 5:15], volume_voxels=20**3)
-    torch.testing.assert_close(box, whole, rtol=1e-4, atol=1e-4)  # sums in another order
-
-
-def test_a_larger_box_gives_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rows", [50, 10**6])
+def test_the_fast_form_gives_what_the_slow_one_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int
+) -> None:
+    monkeypatch.setattr("models.meshnet._ROWS", rows)
     network = read_meshnet(*write(tmp_path))
-    reach = network.reach
-    inside = slice(2 + reach, 18 - reach)
-    small = network.boxed(volume()[2:18, 2:18, 2:18], volume_voxels=10**6)
-    large = network.boxed(functional.pad(volume(), [6] * 6), volume_voxels=10**6)[:, 8:24, 8:24, 8:24]
-    cut = slice(inside.start - 2, inside.stop - 2)
-    torch.testing.assert_close(small[:, cut, cut, cut], large[:, cut, cut, cut], rtol=1e-3, atol=1e-3)
+    image = torch.rand(9, 8, 7, generator=torch.Generator().manual_seed(0))
+    # Sums are taken in another order.
+    torch.testing.assert_close(network.logits(image), network.reference(image), rtol=1e-4, atol=1e-4)
 
 
-def test_far_from_the_border_a_box_gives_what_the_whole_volume_gives(tmp_path: Path) -> None:
-    network = read_meshnet(*write(tmp_path))
-    whole, box = network.whole(volume(64)), network.boxed(volume(64)[20:44, 20:44, 20:44], volume_voxels=64**3)
-    # The whole volume's border has the sides' share of statistics; the masks still agree.
-    agreement = ((whole[1] > whole[0])[20:44, 20:44, 20:44] == (box[1] > box[0])).float().mean()
-    assert agreement > 0.97
-
-
-def test_reach_adds_up_over_the_convolutions(tmp_path: Path) -> None:
-    assert read_meshnet(*write(tmp_path)).reach == 3
+def test_the_logits_of_a_constant_image_are_finite(tmp_path: Path) -> None:
+    assert read_meshnet(*write(tmp_path)).logits(torch.zeros(6, 6, 6)).isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1325,7 +1325,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         Shown(
             command=f"{PREDICT} --workers 2",
             code=3,
-            prepare=killed_at("app.inference.batch.process_pool", f"{CASE}_t2."),
+            prepare=killed_at("app.inference.batch.parallel", f"{CASE}_t2."),
             remedy="Look for the cause in the system's log (often too little memory); use fewer `--workers`.",
         ),
         # `--engine`, `--workers`, `--devices` that cannot be

@@ -18,7 +18,7 @@ from data.errors import DataError
 from data.nifti import grid_difference, read_grid, read_label_map, read_volume, reorient, write_label_map
 
 a_thousand = settings(
-    max_examples=1000,
+    max_examples=500,
     derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )

@@ -221,7 +221,7 @@ def test_voxels_that_are_nan_are_taken_as_0_where_asked_for(
     ended = znormseg("predict", run, data / CASE, tmp_path / "out", "--nan-to-zero", "--json")
     assert ended.code == 0, ended.err
     assert json.loads(ended.out)["cases"][0]["nan_to_zero"] == {"t2": 2}
-    assert "2 voxels of t2 were NaN or infinite and are taken as 0" in ended.err
+    assert "2 voxels of t2 were NaN or infinite; replaced with 0" in ended.err
 
 
 def test_nan_in_the_background_taken_as_0_changes_no_voxel_of_the_answer(
@@ -479,7 +479,7 @@ def rewrite(old: str, new: str) -> Callable[[Path], None]:
 BAD_RUNS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "not there": (shutil.rmtree, ["does not exist", "give the folder of a run"]),
     "a file": (lambda r: (shutil.rmtree(r), r.touch()), ["not a folder"]),
-    "without weights": (lambda r: shutil.rmtree(r / "checkpoints"), ["no weights there yet", "--resume"]),
+    "without weights": (lambda r: shutil.rmtree(r / "checkpoints"), ["no weights yet", "--resume"]),
     "a changed bit": (flip_a_bit, ["its SHA-256 is not the one", "Restore both from a copy"]),
     "a pickle": (pickle_weights, ["not a safetensors file"]),
     "no digest": (rewrite('"sha256"', '"sha"'), ["its SHA-256 is not the one"]),

@@ -572,7 +572,7 @@ def test_contrasts_of_one_grid_may_be_stored_in_different_orders(
     np.testing.assert_array_equal(codes, voxels(label_maps / "plain.nii.gz"))
 
 
-@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("axis", [pytest.param(0, marks=pytest.mark.slow), pytest.param(1, marks=pytest.mark.slow), 2])
 def test_at_45_degrees_rounding_does_not_part_the_contrasts(
     *, axis: int, phantoms: Path, tiny_run: Path, label_maps: Path, tmp_path: Path, znormseg: Call
 ) -> None:

@@ -75,13 +75,13 @@ GUARDS: dict[str, Guard] = {
         "app/inference/test_ensemble.py::test_the_folder_of_a_cross_validation_points_to_its_ensemble",
     ),
     "more folds than patients": Guard(
-        "app/experiments/crossval/folds.py",
+        "app/experiments/crossval/plan.py",
         "    if not kept and count < folds:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_folds_that_cannot_be_are_refused",
     ),
     "folds of different spacings": Guard(
-        "app/experiments/crossval/folds.py",
+        "app/experiments/crossval/plan.py",
         "        _require_one_spacing(cases, splits)",
         "        pass",
         "app/experiments/crossval/test_crossval.py::test_cases_of_different_spacings_need_one_to_be_named",
@@ -93,7 +93,7 @@ GUARDS: dict[str, Guard] = {
         "app/experiments/crossval/test_crossval.py::test_another_config_is_refused",
     ),
     "a cross-validation of other cases": Guard(
-        "app/experiments/crossval/folds.py",
+        "app/experiments/crossval/plan.py",
         "    if before != now:",
         "    if False:",
         "app/experiments/crossval/test_crossval.py::test_other_cases_are_refused",
@@ -270,7 +270,7 @@ GUARDS: dict[str, Guard] = {
     # Configs
     "a mistyped key": Guard(
         "app/config/load.py",
-        "difflib.get_close_matches(path, known, n=1, cutoff=0.75)",
+        "difflib.get_close_matches(path, allowed, n=1, cutoff=0.75)",
         "None",
         f"{SETTING}[mistyped key]",
     ),

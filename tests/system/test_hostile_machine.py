@@ -102,7 +102,7 @@ def test_predict_on_a_full_disk_leaves_no_half_label_map(
     assert "Traceback" not in ended.err
 
 
-@pytest.mark.parametrize("kilobytes", [16, 300])
+@pytest.mark.parametrize("kilobytes", [pytest.param(16, marks=pytest.mark.slow), 300])
 def test_train_that_cannot_begin_on_a_full_disk_says_so_and_leaves_no_half_file(
     *, kilobytes: int, phantoms: Path, tmp_path: Path, options: list[str], small_disk: Call, shell: Call
 ) -> None:
@@ -200,7 +200,7 @@ def test_predict_into_a_folder_it_may_not_write_to(
 
 
 @needs_setpriv
-@pytest.mark.parametrize("below", ["", "new"])
+@pytest.mark.parametrize("below", ["", pytest.param("new", marks=pytest.mark.slow)])
 def test_train_into_a_folder_it_may_not_write_to(
     *, below: str, phantoms: Path, read_only: Path, options: list[str], shell: Call
 ) -> None:
@@ -251,7 +251,7 @@ def large_case(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 @pytest.mark.parametrize("moment", ["while the first is read", "once one is written"])
 def test_predict_stopped_by_a_signal_leaves_whole_files_alone(
     *, moment: str, number: signal.Signals, tiny_run: Path, large_case: Path, tmp_path: Path, znormseg_process: Call

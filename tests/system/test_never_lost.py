@@ -263,7 +263,7 @@ def test_a_change_of_what_is_learned_is_shown_and_refused_unless_it_is_allowed(
     [
         ("network.dropout=0.5", FIXED["network."]),
         ("training.optimizer=sgd", FIXED["training.optimizer"]),
-        ("augment.contrast_dropout=0.5", "other input channels"),
+        ("augment.contrast_dropout=0.5", "different input channels"),
         ("data.spacing_mm=3", FIXED["data.spacing_mm"]),
     ],
 )
@@ -311,7 +311,7 @@ def test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches(
     assert result.steps == 8
     (line,) = (line for line in messages() if "its loss is nan" in line)
     assert line.startswith("step 5: ")
-    assert "Going back to the checkpoint of step 4" in line
+    assert "Rolling back to the checkpoint of step 4" in line
     assert [record["step"] for record in records(tmp_path / "run")] == list(range(1, 9))
     (back,) = json.loads(newest(tmp_path / "run", ending="json").read_text())["rollbacks"]
     assert (back["step"], back["back_to"]) == (5, 4)
@@ -377,7 +377,7 @@ def test_weights_that_are_not_finite_are_never_saved(
 
     at_step(monkeypatch, 4, overflow)
     start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
-    assert any("step 4: it left weights that are not finite" in line for line in messages())
+    assert any("step 4: the weights are not finite" in line for line in messages())
     assert all(bool(torch.isfinite(tensor).all()) for tensor in load_file(newest(tmp_path / "run")).values())
 
 

@@ -16,7 +16,7 @@ import pytest
 from app.config.load import load_config
 from app.errors import RunError
 from app.experiments.comparison.split import deal_parts, fold_parts
-from app.experiments.crossval.folds import deal, require_same
+from app.experiments.crossval.plan import deal, require_same
 from app.training.run import resume, start
 from data.datasets.layouts import find_cases, patients_of
 from data.datasets.patients import patient_by_older_versions
@@ -74,7 +74,7 @@ def test_train_warns_where_ids_look_like_visits_that_it_parts(
     split = tmp_path / "split.json"
     split.write_text('{"train": ["P01_1", "P02_1", "P02_2"], "validation": ["P01_2"]}')
     ended = znormseg("train", data, tmp_path / "run", "--follow-links", "--split", split, *options)
-    assert (ended.code, "ids look like visits of one patient" in ended.err) == (0, True)
+    assert (ended.code, "look like visits of the same patient" in ended.err) == (0, True)
     assert "P01_1, P01_2. If they are" in ended.err
 
 
@@ -100,7 +100,7 @@ def test_the_split_of_a_run_of_an_older_version_is_kept_with_a_warning(
     (run / "split.json").write_text(json.dumps(before))
     resume(DataSource(data, follow_links=True), run, load_config("laptop", [*tiny_settings, "training.steps=5"]))
     assert json.loads((run / "split.json").read_text()) == before
-    assert "has cases of one patient in several parts" in caplog.text
+    assert "has cases of the same patient in several parts" in caplog.text
     assert "sub-3_ses-1, sub-3_ses-2" in caplog.text
 
 
@@ -125,7 +125,7 @@ def test_a_cross_validation_that_was_begun_keeps_its_folds_and_warns(
     again = deal(DataSource(data, follow_links=True), tmp_path, config, folds=3)
     require_same(again)
     assert [list(split.validation) for split in again.splits] == content["folds"]
-    assert "the split on record has cases of one patient in several parts" in caplog.text
+    assert "the recorded split has cases of the same patient in several parts" in caplog.text
 
 
 def test_a_damaged_record_of_folds_is_refused_with_its_path(

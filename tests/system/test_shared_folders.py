@@ -200,7 +200,7 @@ def test_a_run_that_another_process_holds_is_never_taken_for_one_without_locks(
     number: int, refuse: Call, tmp_path: Path
 ) -> None:
     refuse(fcntl, "flock", number)
-    with pytest.raises(RunError, match="another process is training there"), locked(tmp_path):
+    with pytest.raises(RunError, match="another process is training in this folder"), locked(tmp_path):
         pass
 
 

@@ -100,7 +100,7 @@ class PackageCase:
     case: str
     """Case id."""
     regions: Values
-    """Values by region and metric, in the order of :data:`METRICS`; NaN and infinity as the command gives them."""
+    """Values by region and metric, in the order of :data:`METRICS`; NaN and infinity as the command returns them."""
     uneven: bool = False
     """Whether the voxels are not 1 mm cubes."""
 
@@ -135,7 +135,7 @@ class PackageEvaluation(FolderScores):
         return tuple(case.case for case in self.cases if case.uneven)
 
     def means(self) -> dict[str, dict[str, float]]:
-        """Return means over the cases in which a metric is defined; an infinite HD95 counts :data:`FINITE_HD95`."""
+        """Return means over the cases in which a metric is defined; an infinite HD95 counts as :data:`FINITE_HD95`."""
         return self._over_cases(partial(_over_defined, statistics.fmean))
 
     def medians(self) -> dict[str, dict[str, float]]:
@@ -154,12 +154,12 @@ class PackageEvaluation(FolderScores):
         ]
         sentences = [
             f"by {self.scored_by}; all its numbers are in --out scores.csv and --json",
-            "lesion Dice and HD95 (1 mm voxels): means over matched lesions; missed and invented ones count only in F1",
+            "lesion Dice and HD95 (1 mm voxels): means over matched lesions; missed and spurious ones count only in F1",
         ]
         if any(map(math.isnan, shown)):
-            sentences.append("-: in neither label map, left out of mean and median")
+            sentences.append("-: the region is in neither label map; the case is left out of mean and median")
         if any(map(math.isinf, shown)):
-            sentences.append(f"inf: no lesion matched; mean and median count {FINITE_HD95:g}")
+            sentences.append(f"inf: no lesion matched; mean and median use {FINITE_HD95:g} instead")
         return sentences
 
     def to_json(self) -> dict[str, Any]:
@@ -184,7 +184,7 @@ def package_rules(task: str) -> PackageRules:
         DataError: there is no such task; the message lists the tasks.
     """
     if task not in TASKS:
-        raise DataError(f"--task {task}: {YEAR} has {', '.join(TASKS)}. Give one of them.")
+        raise DataError(f"--task {task}: {YEAR} has no such task; choose from {', '.join(TASKS)}.")
     return TASKS[task]
 
 
@@ -225,8 +225,8 @@ def evaluate_by_package(
     found = PackageEvaluation(rules=rules, installed=installed, cases=tuple(cases), folders=folders, failures=failures)
     if found.uneven:
         LOG.warning(
-            f"the voxels of {len(found.uneven)} cases are not 1 mm cubes: {first_ids(found.uneven)}. {COMMAND} gives "
-            "distances of whole regions in voxels, and those of lesions with the spacings of x and z exchanged. "
+            f"the voxels of {len(found.uneven)} cases are not 1 mm cubes: {first_ids(found.uneven)}. {COMMAND} reports "
+            "distances of whole regions in voxels, and swaps the spacings of x and z for distances of lesions. "
             "Resample to 1 mm first, as the challenge does."
         )
     return found
@@ -268,9 +268,9 @@ def _in_numbers_of(rules: PackageRules, volume: Volume, convention: LabelConvent
     ]
     if foreign:
         raise DataError(
-            f"{volume.path}: holds label values {', '.join(map(str, foreign))} (convention {convention.name}), which "
-            f"are not part of task {rules.task}: its regions are {', '.join(rules.regions)}. Check --task, or give the "
-            "label convention with --labels."
+            f"{volume.path}: contains label values {', '.join(map(str, foreign))} (convention {convention.name}), "
+            f"which are not part of task {rules.task}: its regions are {', '.join(rules.regions)}. Check --task, or "
+            "give the label convention with --labels."
         )
     return table[tissues]
 
@@ -283,13 +283,16 @@ def _numbers_of(region: str, found: Mapping[str, Any]) -> dict[str, float]:
     """
     given = found.get(region.lower())
     if not isinstance(given, dict):
-        raise DataError(f"{COMMAND} gave no scores of region {region}. Is it another version of {PACKAGE}?")
+        raise DataError(
+            f"{COMMAND} returned no scores for region {region}. Is a different version of {PACKAGE} installed?"
+        )
     numbers = {}
     for metric in METRICS:
         value = given.get(metric, math.nan if metric in _MAY_LACK else None)
         if not isinstance(value, int | float):
             raise DataError(
-                f"{COMMAND} gave {value!r} for {metric} of region {region}. Is it another version of {PACKAGE}?"
+                f"{COMMAND} returned {value!r} for {metric} of region {region}. Is a different version of "
+                f"{PACKAGE} installed?"
             )
         numbers[metric] = value
     return numbers

@@ -1,8 +1,8 @@
 """Run ``brats-evaluate``, the scorer of the 2026 BraTS challenges, one process per case.
 
 It belongs to the package brats-evaluation, which is not a dependency and is never imported: it has a different licence
-and a separate environment. This module knows where to find the command, what it takes and what it writes, as of
-brats-evaluation 0.0.10 with panoptica 2.1.7.
+and a separate environment. This module finds and runs the command, and parses its output, as of brats-evaluation
+0.0.10 with panoptica 2.1.7.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ COMMAND: Final = "brats-evaluate"
 PACKAGE: Final = "brats-evaluation"
 #: Packages that determine the scores, and the versions this project was tested with.
 TESTED: Final[Mapping[str, str]] = {PACKAGE: "0.0.10", "panoptica": "2.1.7"}
-#: A case of 240 x 240 x 155 voxels takes seconds; thousands of small components can take very much longer.
+#: A case of 240 x 240 x 155 voxels takes seconds; thousands of small components can take far longer.
 TIMEOUT_S: Final = 3600.0
-#: The command pairs files by the five digits in their names; with one case per folder any digits will do.
+#: The command pairs files by the five digits in their names; with one case per folder, any digits work.
 FILE: Final = "00000.nii.gz"
 
 _PINNED: Final = " ".join(f"{name}=={version}" for name, version in TESTED.items())
@@ -76,8 +76,8 @@ def find_installed() -> Installed:
     found = shutil.which(COMMAND)
     if found is None:
         raise MissingToolError(
-            f"--rules brats2026: no command {COMMAND} on the PATH. The challenges of 2026 are scored by the package "
-            f"{PACKAGE}. {_INSTALL}."
+            f"--rules brats2026: the command {COMMAND} is not on the PATH. The challenges of 2026 are scored by "
+            f"the package {PACKAGE}. {_INSTALL}."
         )
     return Installed(command=Path(found), versions=_versions(Path(found)))
 
@@ -95,7 +95,7 @@ _SITES: Final = ("lib*/python3*/site-packages", "lib*/python3*/dist-packages", "
 
 
 def processes_at_once() -> int:
-    """Return how many processes the machine has room for: one per processor, and a gigabyte of memory for each."""
+    """Return how many processes fit on the machine: one per processor, with a gigabyte of memory for each."""
     free = min((limit.free_bytes for limit in memory_limits()), default=None)
     processors = min(threads(), granted_processors())
     return processors if free is None else max(1, min(processors, free // _BYTES_EACH))
@@ -154,10 +154,10 @@ class Runner:
             content = json.loads(summary.read_bytes())
             (entry,) = content["metrics"]
             if not isinstance(entry, dict):
-                raise TypeError("an entry of metrics is no object")
+                raise TypeError("an entry of metrics is not an object")
         except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise DataError(
-                f"{COMMAND} wrote no summary of one case that can be read ({type(error).__name__}): {output}. Run it "
+                f"{COMMAND} wrote no readable summary of one case ({type(error).__name__}): {output}. Run it "
                 "by hand on this case to see more."
             ) from error
         if "error" in entry:

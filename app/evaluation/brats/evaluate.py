@@ -26,7 +26,7 @@ class OfficialCase:
     """Scores by region, in the order of the script."""
 
     def values(self) -> dict[str, dict[str, float]]:
-        """Return every metric that the script gives, by region and metric."""
+        """Return every metric that the script reports, by region and metric."""
         return {
             region: {name: value for name, value in dataclasses.asdict(scores).items() if value is not None}
             for region, scores in self.regions.items()
@@ -59,14 +59,15 @@ class OfficialEvaluation(FolderScores):
         invented = {name: count for name, (count, _) in found.items() if count}
         missed = {name: count for name, (_, count) in found.items() if count}
         if invented:
-            sentences.append(f"predicted lesions that touch none of the reference: {_counts(invented)}")
+            sentences.append(f"predicted lesions that touch no reference lesion: {_counts(invented)}")
         if missed:
-            sentences.append(f"lesions of the reference that were missed: {_counts(missed)}")
+            sentences.append(f"reference lesions that were missed: {_counts(missed)}")
         counted = self.rules.counts_invented
         if missed or (invented and counted):
             penalty = self.rules.penalty_mm
-            hd95 = "as HD95 the diagonal of the grid in voxels" if penalty is None else f"HD95 {penalty:g} mm"
-            sentences.append(f"{'each' if counted else 'each missed one'} has Dice 0 and {hd95} in these means")
+            hd95 = "an HD95 of the grid's diagonal in voxels" if penalty is None else f"an HD95 of {penalty:g} mm"
+            each = "each of them" if counted else "each missed one"
+            sentences.append(f"{each} counts with Dice 0 and {hd95} in these means")
         return sentences
 
     def to_json(self) -> dict[str, Any]:

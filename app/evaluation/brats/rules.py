@@ -47,16 +47,16 @@ class Rules:
     regions: tuple[RegionRule, ...]
     """Regions in the order of the script's table."""
     penalty_mm: float | None = 374.0
-    """HD95 of a missed or invented lesion, default 374 mm; None: the diagonal of the grid in voxels."""
+    """HD95 of a missed or spurious lesion, default 374 mm; None: the diagonal of the grid in voxels."""
     joined_predictions: bool = True
     """Whether predicted components are joined as in the reference, and small ones dropped. If so, whole-volume HD95,
     sensitivity and specificity are computed from lesion numbers, as in the scripts of 2024."""
     least_in_mm3: bool = False
     """Whether predicted lesions are dropped by their volume in mm^3 (MEN-RT) or their number of voxels."""
     counts_invented: bool = True
-    """Whether invented lesions lower the lesion-wise means; MEN-RT leaves them out."""
+    """Whether spurious lesions lower the lesion-wise means; MEN-RT leaves them out."""
     surface_dice: bool = True
-    """Whether the script gives the normalised surface Dice at 0.5 and 1 mm, as those of 2024 do."""
+    """Whether the script reports the normalised surface Dice at 0.5 and 1 mm, as those of 2024 do."""
     least_denominator: float = 2.2250738585072014e-308
     """Added to the denominators of sensitivity and specificity; default: the smallest normal float."""
 
@@ -169,5 +169,5 @@ def rules_for(year: str, task: str) -> Rules:
     tasks = {rules.task: rules for rules in _ALL if rules.year == year}
     found = next((rules for name, rules in tasks.items() if name == task), None)
     if found is None:
-        raise DataError(f"--task {task}: {year} has {', '.join(tasks)}. Give one of them.")
+        raise DataError(f"--task {task}: {year} has no such task; choose from {', '.join(tasks)}.")
     return found

@@ -39,9 +39,9 @@ class OfficialScores:
     """One row of the table of a challenge's script."""
 
     lesion_dice: float
-    """Mean Dice over reference lesions above the threshold and invented lesions, which score 0."""
+    """Mean Dice over reference lesions above the threshold and spurious lesions, which score 0."""
     lesion_hd95_mm: float
-    """Mean HD95 in mm over the same lesions, with the rules' penalty for missed and invented ones."""
+    """Mean HD95 in mm over the same lesions, with the rules' penalty for missed and spurious ones."""
     dice: float
     """Dice of the whole region ("legacy")."""
     hd95_mm: float
@@ -102,7 +102,7 @@ def official_scores(
         ValueError: the shapes differ.
     """
     if prediction.shape != reference.shape:
-        raise ValueError(f"prediction of shape {prediction.shape} and reference of shape {reference.shape}")
+        raise ValueError(f"the prediction has shape {prediction.shape}, the reference {reference.shape}")
     x, y, z = (float(np.float32(edge)) for edge in spacing_mm)
     case = _Case(prediction=prediction, reference=reference, spacing_mm=(x, y, z), rules=rules)
     return {rule.name: case.scores(rule) for rule in rules.scored}
@@ -240,7 +240,7 @@ class _Case:
 
 
 def _mean(values: list[float], invented: int, of_invented: float, of_none: float) -> float:
-    """Return the mean over reference and invented lesions; ``of_none`` if there are neither."""
+    """Return the mean over reference and spurious lesions; ``of_none`` if there are neither."""
     count = len(values) + invented
     return (math.fsum(values) + invented * of_invented) / count if count else of_none
 

@@ -158,8 +158,8 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
     _require_alike({scored.name: scored.scored_by for scored in sets}, "by different rules", "--rules and --task")
     cases = sorted(set.intersection(*(set(scored.cases) for scored in sets)))
     if not cases:
-        held = "; ".join(f"{scored.name} holds {first_ids(sorted(scored.cases))}" for scored in sets)
-        raise DataError(f"no case is in all of them: {held}. Rank predictions of the same cases.")
+        held = "; ".join(f"{scored.name} has {first_ids(sorted(scored.cases))}" for scored in sets)
+        raise DataError(f"no case is in all sets: {held}. Rank predictions of the same cases.")
     every = [scored.cases[case].keys() for scored in sets for case in cases]
     common = [measure for measure in every[0] if all(measure in keys for keys in every)]
     chosen = _chosen(metrics, {metric for _, metric in common})
@@ -167,7 +167,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
         _require_alike({scored.name: scored.nsd_definition for scored in sets}, "with different nsd", "--nsd-mm")
     regions = tuple(dict.fromkeys(r for r, _ in common if all((r, metric) in common for metric in chosen)))
     if not regions:
-        raise DataError(f"no region has {' and '.join(chosen)} in all of them. Score all by the same rules.")
+        raise DataError(f"no region has {' and '.join(chosen)} in all sets. Score all sets by the same rules.")
     values = np.array(
         [[[[s.cases[case][r, metric] for metric in chosen] for r in regions] for case in cases] for s in sets]
     )
@@ -185,7 +185,7 @@ def rank(sets: Sequence[Scored], metrics: Sequence[str] = ()) -> Ranking:
             d for k, metric in enumerate(chosen) for d in _differences(names, metric, values[..., k].mean(axis=2))
         ),
         left_out=tuple(
-            sorted(set().union(*(known for s in sets for known in (s.cases, s.failures, s.missing))) - set(cases))
+            sorted(set().union(*(ids for s in sets for ids in (s.cases, s.failures, s.missing))) - set(cases))
         ),
         failures={scored.name: scored.failures for scored in sets if scored.failures},
     )
@@ -280,12 +280,12 @@ def _require_alike(stated: Mapping[str, str | None], how: str, options: str) -> 
     Raises:
         DataError: two statements differ.
     """
-    known = [(name, text) for name, text in stated.items() if text is not None]
-    for name, text in known[1:]:
-        if text != known[0][1]:
+    statements = [(name, text) for name, text in stated.items() if text is not None]
+    for name, text in statements[1:]:
+        if text != statements[0][1]:
             raise DataError(
-                f"{known[0][0]} and {name}: scored {how}: {known[0][1]}; {text}. Score both with evaluate and the same "
-                f"{options}."
+                f"{statements[0][0]} and {name} were scored {how}: {statements[0][1]}; {text}. Score both with the "
+                f"same {options}."
             )
 
 
@@ -294,11 +294,13 @@ def _chosen(metrics: Sequence[str], common: set[str]) -> tuple[str, ...]:
     if metrics:
         missing = [metric for metric in metrics if metric not in rankable]
         if missing:
-            raise DataError(f"metric {missing[0]}: is not in all of them; choose from {', '.join(rankable) or 'none'}.")
+            raise DataError(f"metric {missing[0]}: not every set has it; choose from {', '.join(rankable) or 'none'}.")
         return tuple(metrics)
     found = next((group for group in _USUAL if set(group) <= common), None)
     if found is None:
-        raise DataError("some have lesion-wise scores and others do not, or none has Dice. Score all in the same way.")
+        raise DataError(
+            "some sets have lesion-wise scores and others do not, or none has Dice. Score all sets in the same way."
+        )
     return found
 
 

@@ -62,11 +62,11 @@ def load(
         DataError: there are fewer than two sources, one is given twice or unreadable, or a folder has no references.
     """
     if len(sources) < 2:
-        raise DataError("a ranking needs two or more folders or tables; there is only one. Give another.")
+        raise DataError("a ranking needs two or more folders or tables, but only one was given. Add another.")
     resolved = [source.root.resolve() for source in sources]
     twice = next((source for source, path in zip(sources, resolved, strict=True) if resolved.count(path) > 1), None)
     if twice is not None:
-        raise DataError(f"{twice.root}: is given twice. Give each folder or table once.")
+        raise DataError(f"{twice.root}: given twice. Give each folder or table once.")
     found = []
     for number, (source, name) in enumerate(zip(sources, _names(resolved), strict=True)):
         if not source.root.is_dir():
@@ -74,7 +74,7 @@ def load(
             continue
         if references is None:
             raise DataError(
-                f"{source.root}: is a folder; give --references REFERENCES to score it, or a table of evaluate."
+                f"{source.root}: a folder; give --references REFERENCES to score it, or a table from evaluate."
             )
 
         def announce(case: str, share: float, name: str = name, number: int = number) -> None:
@@ -100,18 +100,18 @@ def _names(sources: Sequence[Path]) -> list[str]:
 
 def _read_table(source: Path, name: str) -> Scored:
     if not source.is_file():
-        raise DataError(f"{source}: is neither a folder of label maps nor a table of evaluate. Is the path right?")
+        raise DataError(f"{source}: neither a folder of label maps nor a table from evaluate. Check the path.")
     try:
         text = source.read_text(encoding="utf-8-sig")  # spreadsheets write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"{source}: cannot be read as text ({why(error)}). Give a table of evaluate, .csv or .json."
+            f"{source}: cannot be read as text ({why(error)}). Give a table from evaluate, .csv or .json."
         ) from error
     try:
         found = _of_json(name, json.loads(text)) if source.suffix == ".json" else _of_csv(name, text)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(
-            f"{source}: is not a table of evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
+            f"{source}: not a table from evaluate ({error}). Write one with evaluate --out TABLE.csv or --json."
         ) from error
     if not found.cases:
         raise DataError(f"{source}: contains no case. Write the table again with evaluate.")
@@ -157,7 +157,7 @@ def _of_csv(name: str, text: str) -> Scored:
         numbers = _of_package if (scored_by or "").startswith(brats2026.YEAR) else _finite
         cases[case] = {(r, metric): n for r, values in by_region.items() for metric, n in numbers(values).items()}
         if not cases[case]:
-            raise ValueError(f"no score of {case}")
+            raise ValueError(f"no score for {case}")
     return Scored(name=name, cases=cases, scored_by=scored_by)
 
 
@@ -173,5 +173,5 @@ def _finite(values: Mapping[str, Any]) -> dict[str, float]:
 def _number(value: Any) -> float:
     number = float(value)
     if not math.isfinite(number):
-        raise ValueError(f"a score of {number}")
+        raise ValueError(f"a score is {number}")
     return number

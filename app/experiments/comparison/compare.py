@@ -75,7 +75,7 @@ def compare(
 
     Args:
         data: the data set.
-        out: folder of the comparison: new, empty, or holding the same comparison, which is then resumed.
+        out: folder of the comparison: new, empty, or with the same comparison, which is then resumed.
         plan: what to compare.
         fold: the test fold, 0 to 4; the next fold is used for validation.
         split_file: JSON file with the lists ``train``, ``validation`` and ``test``; overrides ``fold``.
@@ -83,8 +83,8 @@ def compare(
 
     Raises:
         DataError: the data cannot be used, or has too few patients.
-        ConfigError: ``out`` holds a different comparison.
-        RunError: ``out`` is a file, holds something else, or is in use by another process.
+        ConfigError: ``out`` contains a different comparison.
+        RunError: ``out`` is a file, contains something else, or is in use by another process.
         DeviceError: the requested device is not available.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
@@ -129,7 +129,7 @@ def _record_plan(out: Path, plan: dict[str, Any]) -> None:
     if not path.exists():
         write_json(path, plan)
         return
-    # Keys that later versions added have their defaults.
+    # Keys that later versions added get their defaults.
     recorded = {"variants": {}, "first_seed": 0, **json_object(read_json(path), path)}
     recorded["config"] = shared_settings(from_plain(recorded.get("config", {}), str(path)))
     require_unchanged(out, "comparison", differences(recorded, plan))

@@ -72,14 +72,14 @@ class ComparisonPlan:
     baseline: str
     """The arm that the others are compared with."""
     target_dice: float | None = None
-    """Dice for which the steps to reach it are counted; None takes 90 % of the best final mean on validation."""
+    """Dice for which the steps to reach it are counted; None uses 90 % of the best final mean on validation."""
     variants: Mapping[str, RunConfig] = field(default_factory=dict)
     """Configs of the arms that are variants instead of rules, by name."""
     first_seed: int = 0
     """The first seed; the others follow it."""
 
     def sweep(self) -> list[RunKey]:
-        """Return the runs that choose the learning rate: first seed, every rate; the arms alternate."""
+        """Return the runs that choose the learning rate: first seed, every rate, with alternating arms."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=self.first_seed)
             for optimizer in self.optimizers
@@ -88,7 +88,7 @@ class ComparisonPlan:
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first one."""
+        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the first is in the sweep."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers
@@ -140,7 +140,7 @@ def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
     variants: Sequence[str] = (),
     first_seed: int = 0,
 ) -> ComparisonPlan:
-    """Validate the requested options and make a plan of them.
+    """Validate the requested options and turn them into a plan.
 
     Args:
         config: name or path, as for ``train --config``.
@@ -177,7 +177,7 @@ def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
     if baseline is None:
         baseline = _USUAL_BASELINE if _USUAL_BASELINE in arms else arms[0]
     elif baseline not in arms:
-        raise ConfigError(f"--baseline {baseline}: not among the arms {', '.join(arms)}")
+        raise ConfigError(f"--baseline {baseline}: not among the arms ({', '.join(arms)})")
     for override in overrides:
         key = override.partition("=")[0].strip()
         if key in _TAKEN:
@@ -228,7 +228,7 @@ def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
                 "such as everything:gradient.znorm.output_block=none"
             )
         if name in ARMS:
-            raise ConfigError(f"--variant {text}: {name} is a rule's own name; give the variant another")
+            raise ConfigError(f"--variant {text}: {name} is the name of a rule; give the variant another name")
         if key in _TAKEN and key != "gradient.transform":
             raise ConfigError(f"--variant {text}: the comparison sets {key} itself; use {_TAKEN[key]}")
         changes.setdefault(name, []).append(override)
@@ -242,12 +242,12 @@ def _variant_config(name: str, config: str, overrides: Sequence[str]) -> RunConf
         raise ConfigError(f"--variant {name}: {error}") from error
 
 
-def _require_known(option: str, names: Sequence[str], known: Sequence[str]) -> None:
+def _require_known(option: str, names: Sequence[str], allowed: Sequence[str]) -> None:
     if not names:
-        raise ConfigError(f"{option}: empty; allowed are {', '.join(known)}")
+        raise ConfigError(f"{option}: empty; allowed: {', '.join(allowed)}")
     for name in names:
-        if name not in known:
-            raise ConfigError(f"{option}: {name!r} is unknown; allowed are {', '.join(known)}")
+        if name not in allowed:
+            raise ConfigError(f"{option}: {name!r} is unknown; allowed: {', '.join(allowed)}")
         if names.count(name) > 1:
             raise ConfigError(f"{option}: {name} is given twice")
 
@@ -257,7 +257,9 @@ def _rates(texts: Sequence[str], optimizers: Sequence[str]) -> dict[str, tuple[f
     for text in texts:
         name, equals, listed = text.rpartition("=")
         if equals and name.strip() not in optimizers:
-            raise ConfigError(f"--learning-rates {text}: {name!r} is not among the optimizers {', '.join(optimizers)}")
+            raise ConfigError(
+                f"--learning-rates {text}: {name!r} is not among the optimizers ({', '.join(optimizers)})"
+            )
         for optimizer in [name.strip()] if equals else optimizers:
             rates[optimizer] = _numbers(text, listed)
     return rates

@@ -1,11 +1,11 @@
 """The runs of a comparison, made one after the other; completed runs are kept.
 
-The folder of a comparison holds::
+The folder of a comparison contains::
 
     plan.json       what is compared, and the case ids by part
     split.json      the training and validation cases of every run
     runs/           one run folder per run, as ``train`` makes them
-    results/        one JSON file per run: how it began, how it ended; scores on the third part for the final ones
+    results/        one JSON file per run: its start, its end and, for the final ones, scores on the third part
     compare.csv     Dice of every final run and scored case
     compare.json    everything in numbers and words
     compare.html    the page
@@ -83,11 +83,11 @@ class ComparisonRuns:
     def _one(self, key: RunKey) -> Mapping[str, Any]:
         """Make one run, or read its result if it is complete."""
         path = self._result_path(key)
-        known = read_json(path) if path.exists() else {}
-        if "steps" in known and has_checkpoint(self._run(key)):
+        recorded = read_json(path) if path.exists() else {}
+        if "steps" in recorded and has_checkpoint(self._run(key)):
             self.done += 1
             self.progress.kept += 1
-            return json_object(known, path)
+            return json_object(recorded, path)
         outcome = self._train(key)
         result = {
             "run": f"runs/{key.name}",

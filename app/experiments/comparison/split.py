@@ -27,7 +27,7 @@ class ThreeWaySplit:
     validation: tuple[str, ...]
     """Cases that choose the learning rate and the weights of each run."""
     test: tuple[str, ...]
-    """Cases that nothing is chosen on; if empty, the final scores are those of ``validation``."""
+    """Cases that are not used for any choice; if empty, the final scores are those of ``validation``."""
 
     @property
     def split(self) -> Split:
@@ -68,7 +68,7 @@ def fold_parts(
     if count < _LEAST_PATIENTS:
         raise DataError(
             f"{count} {'patient' if count == 1 else 'patients'}: a comparison needs at least {_LEAST_PATIENTS}, "
-            'one each to train, to choose and to test; or give --split with {"train": [...], "validation": [...]}'
+            'one each for training, validation and test; or give --split with {"train": [...], "validation": [...]}'
         )
     test, validation = (
         (fold_split(patients, number) if tumours is None else stratified_split(tumours, patients, number)).validation
@@ -96,9 +96,9 @@ def deal_parts(data: DataSource, cases: Mapping[str, Case], fold: int, *, record
     maps = read_label_maps(cases.values())
     tumours = tumours_of(cases, maps, data.decide_convention(cases, maps))
     if recorded is not None:
-        for known, dealt_by in ((patients, None), (before, None), (before, tumours)):
+        for by_patient, dealt_by in ((patients, None), (before, None), (before, tumours)):
             with suppress(DataError):
-                if (parts := fold_parts(known, fold, dealt_by)).to_json() == recorded:
+                if (parts := fold_parts(by_patient, fold, dealt_by)).to_json() == recorded:
                     return parts
     return fold_parts(patients, fold, tumours)
 
@@ -112,7 +112,7 @@ def read_parts(path: Path, patients: Mapping[str, str]) -> ThreeWaySplit:
     """
     split = read_split(path, patients)
     if not split.validation:
-        raise DataError(f"{path}: a comparison chooses on validation cases; the list validation is empty")
+        raise DataError(f"{path}: the list validation is empty, but a comparison needs validation cases to choose on")
     test = ids_of(json.loads(path.read_text(encoding="utf-8")).get("test", []), f"{path}: test")
     unknown = sorted(set(test) - set(patients))
     if unknown:

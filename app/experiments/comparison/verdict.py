@@ -14,8 +14,8 @@ _FEW_CASES: Final = 10
 def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> str:
     """Return one sentence on one arm.
 
-    It says "better" or "worse" only if the interval excludes 0 and the signed-rank test, corrected for the number of
-    arms, agrees. Without a test it states the observation and that it proves nothing.
+    The sentence says "better" or "worse" only if the interval excludes 0 and the signed-rank test, corrected for the
+    number of arms, agrees. Without a test it states the observation and that it proves nothing.
 
     Args:
         arm: the arm under test.
@@ -31,7 +31,7 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
     if difference.low <= 0 <= difference.high:
         return (
             f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice, and the "
-            f"{interval} holds 0."
+            f"{interval} contains 0."
         )
     direction = "better" if difference.mean > 0 else "worse"
     p = difference.p if difference.p_holm is None else difference.p_holm
@@ -39,7 +39,7 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
         seen = "higher" if difference.mean > 0 else "lower"
         return (
             f"{arm} scored {seen} than {baseline} by {size} ({interval}) under {optimizer}, but there is no "
-            f"signed-rank test, {difference.no_test}: a hint, no proof."
+            f"signed-rank test, {difference.no_test}: a hint, not a proof."
         )
     if p > SIGNIFICANCE:
         return (
@@ -49,7 +49,7 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
     if difference.seeds == 1:
         return (
             f"{arm} was {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer} "
-            "in the one seed that was trained; another seed may say something else."
+            "in the one seed that was trained; another seed may give a different result."
         )
     return f"{arm} is {direction} than {baseline} by {size} ({interval}; signed-rank p {_p(p)}) under {optimizer}."
 
@@ -69,24 +69,31 @@ def caveats(
     """
     found = []
     if seeds == 1:
-        found.append("One seed: how much of a difference is the luck of initial weights and patches is not known.")
+        found.append(
+            "One seed: it is unknown how much of a difference is due to chance in initial weights and patches."
+        )
     elif seeds < _FEW_SEEDS:
-        found.append(f"{seeds} seeds: the spread between seeds is hardly known.")
+        found.append(f"{seeds} seeds are too few to estimate the spread between seeds.")
     if cases < _FEW_CASES:
         noun = "case" if cases == 1 else "cases"
-        found.append(f"{cases} scored {noun}: bootstrap intervals of so few are too narrow.")
+        found.append(f"{cases} scored {noun}: bootstrap intervals from so few cases are too narrow.")
     if not tested:
         found.append(
-            "No third part: the scores are of the validation cases, which also chose learning rates and weights, "
-            "and are too high for every arm."
+            "No test cases: the scores are those of the validation cases, on which learning rates and weights "
+            "were chosen, and are too high for every arm."
         )
     if at_border:
-        found.append(f"The best learning rate is at the border of those tried for {', '.join(at_border)}: try more.")
+        found.append(
+            f"The best learning rate is the lowest or highest one tried for {', '.join(at_border)}: try more rates."
+        )
     if not same_start:
-        found.append("It is not on record for every run that initial weights and first batch were those of its seed.")
+        found.append(
+            "The records do not show for every run that its initial weights and first batch were those of its seed."
+        )
     if len(backends) > 1:
         found.append(
-            f"The scored predictions were not all computed alike ({'; '.join(backends)}): arms may differ by rounding."
+            f"The scored predictions were computed by different backends ({'; '.join(backends)}), so arms may differ "
+            "by rounding."
         )
     return found
 

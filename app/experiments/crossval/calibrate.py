@@ -1,4 +1,4 @@
-"""Fit temperatures and volume intervals on out-of-fold predictions, and estimate honestly what they gain.
+"""Fit temperatures and volume intervals on out-of-fold predictions, and estimate their gain without bias.
 
 A temperature minimises the negative log likelihood over the voxels around the tumours of all cases (Guo et al. 2017,
 arXiv 1706.04599). Its reported scores are held out: each fold's cases are scored under the temperature fitted on the
@@ -50,7 +50,7 @@ class RegionCalibration:
     log_ratio: Mapping[str, float | None]
     """Quantile of volume errors over all cases, ``plain`` and ``postprocessed``; None if there are too few cases."""
     coverage: float | None
-    """Share of cases whose true volume lies in the interval from the other folds; None if those have too few cases."""
+    """Share of cases whose true volume is in the interval from the other folds; None if those have too few cases."""
 
     @property
     def temperature(self) -> float:
@@ -156,7 +156,7 @@ def volume_errors(summary: Summary, region: Region) -> dict[str, float]:
 
 
 def _coverage(summary: Summary, region: Region) -> float | None:
-    """Return the share of cases whose true volume lies in the interval from the other folds."""
+    """Return the share of cases whose true volume is in the interval from the other folds."""
     errors, covered = volume_errors(summary, region), []
     for case_id, error in errors.items():
         fold = summary.fold_of[case_id]

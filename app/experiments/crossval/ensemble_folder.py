@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.experiments.crossval.calibrate import Calibrated
-from app.experiments.crossval.folds import Folds
+from app.experiments.crossval.plan import Folds
 from app.experiments.crossval.summary import Summary
 from app.experiments.crossval.tune import Tuning
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER, VERSION
@@ -31,7 +31,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
 
     Args:
         folds: the cross-validation, with every fold trained.
-        tuning: the chosen post-processing goes into the ensemble.
+        tuning: supplies the post-processing of the ensemble.
         summary: out-of-fold scores with that post-processing.
         calibrated: temperatures and volume intervals.
 
@@ -42,15 +42,15 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
         RunError: a fold has no weights, or they have been altered.
         OSError: the folder cannot be written.
     """
-    beside, place = folds.out / _PARTIAL, folds.out / ENSEMBLE_FOLDER
-    shutil.rmtree(beside, ignore_errors=True)
+    partial, place = folds.out / _PARTIAL, folds.out / ENSEMBLE_FOLDER
+    shutil.rmtree(partial, ignore_errors=True)
     networks: list[dict[str, Any]] = []
     for fold in range(len(folds.splits)):
         run = folds.run(fold)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "best")
         if checkpoint is None:
-            raise RunError(f"{run}: no weights there. Delete {folds.result_file(fold)}, and the fold is trained again.")
-        target = beside / run.name / "checkpoints"
+            raise RunError(f"{run}: contains no weights. Delete {folds.result_file(fold)} to train the fold again.")
+        target = partial / run.name / "checkpoints"
         target.mkdir(parents=True)
         for ending in ("safetensors", "json"):
             name = f"best-{checkpoint.step:09d}.{ending}"
@@ -67,9 +67,9 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
                 "runtime": read_json(run / "run.json")["runtime"],
             }
         )
-    write_json(beside / "split.json", {"train": sorted(folds.cases), "validation": []})
+    write_json(partial / "split.json", {"train": sorted(folds.cases), "validation": []})
     write_json(
-        beside / ENSEMBLE_FILE,
+        partial / ENSEMBLE_FILE,
         {
             "version": VERSION,
             "networks": networks,
@@ -83,10 +83,10 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
             "versions": versions(),
         },
     )
-    seal(beside, {**describe_model(beside), "name": ENSEMBLE_FOLDER})
+    seal(partial, {**describe_model(partial), "name": ENSEMBLE_FOLDER})
     if place.exists():
         shutil.rmtree(place)
-    beside.rename(place)
+    partial.rename(place)
     return place
 
 

@@ -1,4 +1,4 @@
-"""Out-of-fold probabilities: predictions of a network that has not trained on the case, one byte per voxel.
+"""Out-of-fold probabilities: predictions of a network that was not trained on the case, one byte per voxel.
 
 A file is a compressed npz of the smallest box that contains the brain and the reference::
 
@@ -11,7 +11,7 @@ A file is a compressed npz of the smallest box that contains the brain and the r
 
 A probability is above k/256 exactly if its byte is k or more (k from 1 to 255), so thresholds that are whole 256ths
 give the same masks from bytes as from probabilities. Bytes are too coarse for fitting temperatures: anything below
-1/256 would count as 1/512, and most of the background lies far below that. Hence the logit counts.
+1/256 would count as 1/512, and most of the background is far below that. Hence the logit counts.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def predict_left_out(
     """Predict a case and read its reference.
 
     Args:
-        model: a model that has not trained on the case.
+        model: a model that was not trained on the case.
         case: a case with a label map.
         runtime: the runtime that the model was loaded for.
         convention: label convention of the label map.
@@ -103,7 +103,7 @@ def predict_left_out(
     reference = decode(reorient(read_label_map(case.label)).voxels, convention)
     if reference.shape != prepared.canonical_shape:
         raise DataError(
-            f"case {case.id}: the label map has the shape {reference.shape}, not {prepared.canonical_shape}"
+            f"case {case.id}: the label map has shape {reference.shape}, the images {prepared.canonical_shape}"
         )
     spacing_mm = canonical_spacing(prepared.native_affine)
     centred = np.full((3, *prepared.canonical_shape), -0.5, dtype=np.float32)
@@ -136,7 +136,7 @@ def write_prediction(path: Path, prediction: OutOfFoldPrediction) -> None:
     }
     if prediction.computed_by is not None:
         arrays["computed_by"] = np.array(json.dumps(dict(prediction.computed_by)))
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(path) as partial, partial.open("wb") as file:
         np.savez_compressed(file, **arrays)
 
 
@@ -160,7 +160,7 @@ def read_prediction(path: Path) -> OutOfFoldPrediction:
         answers, reference = file["answers"], file["reference"]
         x, y, z = file["spacing_mm"].tolist()
         if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
-            raise ValueError(f"it holds {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
+            raise ValueError(f"it contains {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
         return OutOfFoldPrediction(
             answers=answers,
             reference=reference,
@@ -172,7 +172,7 @@ def read_prediction(path: Path) -> OutOfFoldPrediction:
 
 
 def read_computed_by(path: Path) -> dict[str, str] | None:
-    """Read what computed a file, from :meth:`app.system.device.Runtime.record`; None if it was not recorded.
+    """Read the runtime that computed a file (:meth:`app.system.device.Runtime.record`); None if it was not recorded.
 
     Raises:
         RunError: the file is missing or damaged.
@@ -211,5 +211,5 @@ def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
 
 def _counts(found: Counts) -> Counts:
     if found.dtype != np.int64 or found.shape != no_counts().shape or found.min() < 0:
-        raise ValueError(f"it holds logit counts of {found.dtype} {found.shape}")
+        raise ValueError(f"it contains logit counts of {found.dtype} {found.shape}")
     return found

@@ -1,7 +1,7 @@
 """Cross-validate: train the folds, tune post-processing on their out-of-fold predictions, build an ensemble.
 
 Completed work is kept, so the same command resumes after an interruption (see
-:mod:`app.experiments.crossval.folds`).
+:mod:`app.experiments.crossval.plan`).
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION, HD95_DEFINITION
 from app.experiments.crossval.calibrate import Calibrated, calibrate
 from app.experiments.crossval.ensemble_folder import write_ensemble
-from app.experiments.crossval.fold import work_on_fold
-from app.experiments.crossval.folds import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
+from app.experiments.crossval.plan import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
+from app.experiments.crossval.train_fold import work_on_fold
 from app.experiments.crossval.tune import Scores, Tuning, tune
 from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import (
@@ -61,7 +61,7 @@ class CrossValidation:
     metrics: Sequence[Sequence[Mapping[str, object]]]
     """Records of ``metrics.jsonl``, by fold."""
     backends: Sequence[Mapping[str, str | int | None]]
-    """From :func:`app.experiments.runs.count_backends`: what computed the out-of-fold predictions."""
+    """From :func:`app.experiments.runs.count_backends`: the backends that computed the out-of-fold predictions."""
     content: Mapping[str, Any] = field(default_factory=dict)
     """Content of ``crossval.json``."""
 
@@ -90,7 +90,7 @@ def cross_validate(
 
     Args:
         data: the data set.
-        out: folder of the cross-validation: new, empty, or holding the same one, which is then resumed.
+        out: folder of the cross-validation: new, empty, or with the same one, which is then resumed.
         config: config of every fold's run.
         folds: 2 to 20; each has at least one patient.
         devices: comma-separated names; each device runs one fold at a time in a separate process.
@@ -99,8 +99,8 @@ def cross_validate(
 
     Raises:
         DataError: the data cannot be used, or have changed since the cross-validation was started.
-        ConfigError: ``folds``, ``devices`` or ``jobs`` is invalid, or ``out`` holds a different cross-validation.
-        RunError: ``out`` is a file, holds something else, has damaged files, or is in use by another process.
+        ConfigError: ``folds``, ``devices`` or ``jobs`` is invalid, or ``out`` contains a different cross-validation.
+        RunError: ``out`` is a file, contains something else, has damaged files, or is in use by another process.
         DeviceError: a device is not available.
         OSError: the machine failed, such as a full disk or a killed worker process.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
@@ -156,8 +156,8 @@ def _write(folds: Folds, outcome: CrossValidation) -> CrossValidation:
     tuning, out = outcome.tuning, folds.out
     if not tuning.chosen.changes_nothing and tuning.estimated_gain <= 0:
         LOG.warning(
-            "post-processing gains %.4f on the cases it was chosen on, but %.4f where it is chosen without the fold it "
-            "is scored on: it may not help on other cases. predict --no-postprocess leaves it out.",
+            "post-processing gains %.4f on the cases it was chosen on, but %.4f if the fold that is scored is left out "
+            "of the choice: it may not help on other cases. predict --no-postprocess turns it off.",
             *(tuning.after - tuning.before, tuning.estimated_gain),
         )
     if len(outcome.backends) > 1:
@@ -244,7 +244,7 @@ class _Work:
     def _note_done(self, fold: int) -> None:
         self.shares[fold] = 1.0
         dice = read_json(self.folds.result_file(fold))["validation_dice"]
-        LOG.info("fold %d is done: Dice while training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
+        LOG.info("fold %d is done: Dice during training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
 
     def _report(self, fold: int, progress: Progress) -> None:
         self.shares[fold] = min(progress.share, 0.999)

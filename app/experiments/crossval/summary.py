@@ -10,8 +10,8 @@ from typing import Any, Final
 
 from app.evaluation.metrics import RegionScores, region_scores
 from app.evaluation.tables import write_csv
-from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import read_prediction
+from app.experiments.crossval.plan import Folds
 from app.experiments.crossval.tune import cropped
 from app.inference.postprocess import Postprocess
 from data.labels import REGIONS, Region, from_regions

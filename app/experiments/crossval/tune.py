@@ -1,4 +1,4 @@
-"""Choose post-processing on out-of-fold predictions, and estimate honestly what it gains.
+"""Choose post-processing on out-of-fold predictions, and estimate its gain without bias.
 
 The rules are tuned one after the other: threshold of each region, smallest component of each region, least enhancing
 tumour. Each gets the value with the best objective while the others are held fixed, but only if that gains at least
@@ -93,7 +93,7 @@ class Scores:
 
         Args:
             files: files of :mod:`app.experiments.crossval.out_of_fold`, by case id.
-            on_share: called after each case with the share done, which goes from 0 to 1 in each pass over the cases.
+            on_share: called after each case with the share done, which rises from 0 to 1 in each pass over the cases.
         """
         self._files = dict(files)
         self._known: dict[Postprocess, FloatArray] = {}
@@ -161,7 +161,7 @@ def choose_rules(scores: Scores, used: npt.NDArray[np.bool_]) -> tuple[Postproce
         candidates = [with_value(chosen, value) for value in values]
         found = [float(dices[used].mean()) for dices in scores.of([chosen, *candidates])]
         gains = np.array(found[1:]) - found[0]
-        best = int(gains.argmax())  # of equal gains the first, which changes least
+        best = int(gains.argmax())  # the first of equal gains, which changes least
         gain, adopted = float(gains[best]), bool(gains[best] >= MARGIN)
         place = best if adopted else candidates.index(chosen)
         steps.append(Step(rule=name, value=values[place], gain=gain if adopted else 0.0, best_candidate_gain=gain))

@@ -65,7 +65,7 @@ def work_in_processes(
         out: folder of the cross-validation.
         folds: the folds to do.
         devices: devices from :func:`fold_devices`.
-        follow_links: accept symlinks that lead out of ``data``.
+        follow_links: accept symlinks that point outside ``data``.
         on_progress: called with the fold and its progress, on the caller's thread.
         on_done: called with the fold that is done, on the caller's thread.
 
@@ -83,7 +83,7 @@ def work_in_processes(
 
     def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
         raise OSError(
-            f"{attempt.task}: its process {how} without reporting an error; see {log}. Give the same command again to "
+            f"{attempt.task}: its process {how} without reporting an error; see {log}. Run the same command again to "
             "resume."
         )
 
@@ -100,15 +100,15 @@ def work_in_processes(
 
 
 def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
-    from app.experiments.crossval.fold import work_on_fold
-    from app.experiments.crossval.folds import read_folds
+    from app.experiments.crossval.plan import read_folds
+    from app.experiments.crossval.train_fold import work_on_fold
     from data.datasets.source import DataSource
 
     if job["needs_cuda"]:
         import torch
 
         if not torch.cuda.is_available():
-            raise DeviceError("no CUDA device is visible to its process. Give other --devices.")
+            raise DeviceError("no CUDA device is visible to its process. Use other --devices.")
     data = DataSource(Path(job["data"]), follow_links=job["follow_links"])
     folds = read_folds(Path(job["out"]), data)
     for task, fold in iter(tasks.get, None):

@@ -19,32 +19,32 @@ _DRIVERS: Final = ("nvidiactl", "nvidia0", "nvhost-gpu", "kfd", "dxg")
 def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("/dev")) -> Runtime:
     """Choose the backend, device and precision of a trained network.
 
-    ``auto`` takes torch on a GPU. On a CPU it takes OpenVINO if that is installed: it is faster there, and torch need
-    not be imported. Everything that scores a trained network calls this, as ``predict`` does, so that all results on
-    one machine are computed alike; backends and precisions round differently.
+    ``auto`` uses torch on a GPU. On a CPU it uses OpenVINO if that is installed: it is faster there, and torch need
+    not be imported. Everything that scores a trained network calls this function, as ``predict`` does, so that all
+    results on one machine are computed in the same way; backends and precisions round differently.
 
     Args:
         wanted: ``auto``, ``torch`` or ``openvino``.
-        config: device and precision that are requested.
+        config: the requested device and precision.
         devices: folder of the system's device files.
 
     Raises:
-        DeviceError: what is requested is not available.
-        ValueError: ``wanted`` is none of the three.
+        DeviceError: the requested backend, device or precision is not available.
+        ValueError: ``wanted`` is not one of the three.
     """
     if wanted not in get_args(Backend):
         raise ValueError(f"{wanted!r} is not one of {', '.join(get_args(Backend))}")
     if wanted == "openvino":
         _require_openvino(config)
-        return _by_openvino(config, "backend openvino: asked for")
+        return _by_openvino(config, "backend openvino: requested")
     if wanted == "torch":
-        reason = "asked for"
+        reason = "requested"
     elif config.device not in ("auto", "cpu"):
-        reason = f"it computes on {config.device}"
+        reason = f"the device is {config.device}"
     elif config.precision == "float16":
-        reason = "float16 is asked for"
+        reason = "float16 is requested"
     elif config.device == "auto" and may_have_gpu(devices) and choose_runtime(config).device_name != "cpu":
-        reason = "it computes on the GPU"
+        reason = "the device is a GPU"
     elif not _is_installed():
         reason = "OpenVINO, faster on a CPU, is not installed"
     elif why := without_avx2():
@@ -58,14 +58,14 @@ def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("
 def _require_openvino(config: RuntimeConfig) -> None:
     if config.device not in ("auto", "cpu"):
         raise DeviceError(
-            f"device {config.device}: OpenVINO computes on the CPU here. Leave --device out, or --backend openvino."
+            f"device {config.device}: znormseg uses OpenVINO only on the CPU. Leave out --device or --backend openvino."
         )
     if config.precision == "float16":
         raise DeviceError("precision float16: OpenVINO computes in float32 or bfloat16 on a CPU. Use one of these.")
     if not _is_installed():
         raise DeviceError("backend openvino: the package is not installed. Use --backend torch, or install openvino.")
     if why := without_avx2():
-        raise DeviceError(f"backend openvino: it needs AVX2, and {why}. Use --backend torch.")
+        raise DeviceError(f"backend openvino: OpenVINO needs AVX2, and {why}. Use --backend torch.")
 
 
 def may_have_gpu(devices: Path = Path("/dev")) -> bool:
@@ -81,17 +81,17 @@ def _is_installed() -> bool:
 
 
 def _by_openvino(config: RuntimeConfig, reason: str) -> Runtime:
-    device = "device cpu: " + ("asked for" if config.device == "cpu" else "no driver of a GPU found")
+    device = "device cpu: " + ("requested" if config.device == "cpu" else "no GPU driver found")
     if config.precision == "auto":
         precision, why = cpu_precision()
     else:
         assert config.precision != "float16"
         if config.precision == "bfloat16" and (limit := limit_below_avx512()):
             raise DeviceError(
-                f"precision bfloat16: OpenVINO needs AVX-512 for it, and {limit} switches that off. Unset the "
+                f"precision bfloat16: OpenVINO needs AVX-512 for it, and {limit} disables that. Unset the "
                 "variable, or use float32."
             )
-        precision, why = config.precision, f"precision {config.precision}: asked for"
+        precision, why = config.precision, f"precision {config.precision}: requested"
     return Runtime(
         device_name="cpu",
         precision_name=precision,

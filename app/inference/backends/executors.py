@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from app.inference.backends.openvino_backend import CompiledNetwork
     from app.inference.backends.torch_backend import GraphNetwork
 
-#: Memory for the values that a network must hold, with the overhead of libraries, as a factor on those values.
+#: Factor from the values that a network must hold to the memory used, which includes the overhead of libraries.
 _OVERHEAD: Final = 1.6
-#: Batch on a GPU: as many windows as together have the voxels of this many windows of 128x128x128.
+#: Batch on a GPU: as many windows as have the voxels of this many windows of 128x128x128.
 _GPU_WINDOWS: Final = 2
 
 
@@ -49,7 +49,7 @@ class Engine(ABC):
 
     @abstractmethod
     def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """Plan for the windows if memory is sufficient."""
+        """Return the plan for the windows if memory is sufficient."""
 
     @abstractmethod
     def logits(
@@ -69,14 +69,14 @@ class Engine(ABC):
         """
 
     def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:  # noqa: B027 - torch needs none
-        """Do what can be done before there is an image, for the windows of a plan if it is known already.
+        """Do what can be done before there is an image, for the windows of the plan if one is given.
 
         Raises:
             MemoryError, RuntimeError: it failed; the same error will recur, and be handled, with the image.
         """
 
     def settle(self, runtime: Runtime) -> None:
-        """Compute one small window on the first call, so that the memory libraries keep is counted from then on.
+        """Compute one small window on the first call, so that the memory that libraries keep is counted from then on.
 
         Raises:
             MemoryError, RuntimeError: as in :meth:`warm_up`.
@@ -91,10 +91,10 @@ class Engine(ABC):
         """Compute a batch of windows and drop the result."""
 
     def forget(self) -> None:  # noqa: B027 - torch keeps nothing on the CPU
-        """Release what is only held for the next volume."""
+        """Release memory that is only held for the next volume."""
 
     def window_bytes(self, plan: ComputePlan, runtime: Runtime) -> int:
-        """Estimate of the CPU memory that computing takes, in addition to the image and the answer."""
+        """Estimate the CPU memory that the computation takes, in addition to the image and the answer."""
         if plan.device != "cpu":
             return 0
         item_bytes = 4 if runtime.precision_name == "float32" else 2
@@ -118,7 +118,7 @@ class TorchEngine(Engine):
         self.network.eval()
 
     def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """A plan for the runtime's device, on a GPU with several windows at once."""
+        """Return a plan for the runtime's device; on a GPU, several windows are computed at once."""
         device = runtime.device_name
         batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
         return ComputePlan(window=window, batch=batch, device=device, stitch_on=device)
@@ -168,11 +168,11 @@ class OpenvinoEngine(Engine):
         self._compiled: CompiledNetwork | None = None
 
     def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """A plan with one window at a time, since all cores work on it."""
+        """Return a plan with one window at a time, since all cores work on it."""
         return ComputePlan(window=window, device=runtime.device_name)
 
     def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:
-        """Import OpenVINO, and compile the network if the plan is known."""
+        """Import OpenVINO, and compile the network if a plan is given."""
         from app.inference.backends import openvino_backend  # noqa: F401 - imports openvino
 
         if plan is not None:
@@ -198,7 +198,7 @@ class OpenvinoEngine(Engine):
         self.forget()
 
     def _network(self, shape: tuple[int, ...], runtime: Runtime) -> CompiledNetwork:
-        """The network compiled for one shape; one compiled for another shape is freed first."""
+        """Return the network compiled for one shape; one compiled for another shape is freed first."""
         from app.inference.backends.openvino_backend import CompiledNetwork
 
         bfloat16 = runtime.precision_name == "bfloat16"
@@ -236,7 +236,7 @@ def needed_bytes(
         engine: of the network.
         plan: plan for the windows.
         runtime: the one that the network was loaded for.
-        image_shape: shape of what the network sees.
+        image_shape: shape of the network's input.
         box_shape: shape of the answer.
         several: whether the mean of the previous answers is held while the next one is computed.
         uncertainty: whether entropies are computed, in float32; with several answers, their mean is held too.

@@ -1,7 +1,7 @@
 """A network as plain data: a list of operations, each with the names of its weights.
 
-A trained network is then its weights and this list, stored as JSON, so that neither the code that built it nor torch is
-needed to compute it. Value 0 is the image, value i the result of operation i; the last result is the answer.
+A trained network is stored as its weights and this list in JSON, so that neither the code that built it nor torch is
+needed to run it. Value 0 is the image, value i the result of operation i; the last result is the answer.
 """
 
 from __future__ import annotations
@@ -59,16 +59,16 @@ class Operation:
         if not needed <= set(self.weights) <= needed | optional:
             raise ValueError(f"{self.kind} has weights {sorted(self.weights)}")
         if set(self.settings) != settings:
-            raise ValueError(f"{self.kind} has settings {sorted(self.settings)}, it needs {sorted(settings)}")
+            raise ValueError(f"{self.kind} has settings {sorted(self.settings)}, needs {sorted(settings)}")
         for name, value in self.settings.items():
             if name.endswith("s") != isinstance(value, tuple):
-                needed_form = "three integers are" if name.endswith("s") else "a number is"
-                raise ValueError(f"{self.kind}: {name} is {value!r}, {needed_form} needed")
+                needed_form = "three integers" if name.endswith("s") else "a number"
+                raise ValueError(f"{self.kind}: {name} must be {needed_form}, got {value!r}")
             if isinstance(value, tuple) and not all(0 <= number <= 64 for number in value):
-                raise ValueError(f"{self.kind}: {name} is {value!r}, from 0 to 64 is allowed")
+                raise ValueError(f"{self.kind}: {name} must be from 0 to 64, got {value!r}")
 
     def triple(self, name: str) -> Triple:
-        """A setting of three integers."""
+        """Return a setting of three integers."""
         value = self.settings[name]
         assert isinstance(value, tuple)
         return value
@@ -86,13 +86,13 @@ class Graph:
 
     def __post_init__(self) -> None:
         if not self.operations:
-            raise ValueError("a network of no operations")
+            raise ValueError("the network has no operations")
         for number, operation in enumerate(self.operations, 1):
             if not all(0 <= value < number for value in operation.inputs):
-                raise ValueError(f"operation {number} takes the values {operation.inputs}, which are not there yet")
+                raise ValueError(f"operation {number} takes the values {operation.inputs}, which are not computed yet")
 
     def weight_names(self) -> set[str]:
-        """Names of all weights that are used."""
+        """Return the names of all weights that are used."""
         return {name for operation in self.operations for name in operation.weights.values()}
 
     def require_weights(self, names: Collection[str]) -> None:
@@ -105,13 +105,13 @@ class Graph:
             raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
 
     def steps(self) -> Iterator[tuple[int, Operation, tuple[int, ...]]]:
-        """Number and operation of each step, and the values that are not needed after it."""
+        """Yield number and operation of each step, and the values that are not needed after it."""
         last = {value: number for number, operation in enumerate(self.operations, 1) for value in operation.inputs}
         for number, operation in enumerate(self.operations, 1):
             yield number, operation, tuple(value for value in set(operation.inputs) if last[value] == number)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for :func:`graph_from_json`."""
+        """Return plain data for :func:`graph_from_json`."""
         return asdict(self)
 
 
@@ -119,7 +119,7 @@ _GRAPH: Final = TypeAdapter(Graph)
 
 
 def graph_from_json(content: Mapping[str, Any]) -> Graph:
-    """Inverse of :meth:`Graph.to_json`.
+    """Return the graph from the output of :meth:`Graph.to_json`.
 
     Raises:
         ValueError: the content is not valid, or of another version.
@@ -134,7 +134,7 @@ Shape = tuple[int, ...]
 
 
 def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
-    """Number of channels of every value, starting with the image.
+    """Return the number of channels of every value, starting with the image.
 
     Args:
         graph: the operations.
@@ -153,7 +153,7 @@ def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
 
 
 def coarseness(graph: Graph) -> tuple[Triple, ...]:
-    """For every value, starting with the image: how many image voxels one of its voxels spans along each axis."""
+    """Return, for every value from the image on, how many image voxels one of its voxels spans along each axis."""
     spans = [(1, 1, 1)]
     for operation in graph.operations:
         x, y, z = spans[operation.inputs[0]]
@@ -169,12 +169,12 @@ def coarseness(graph: Graph) -> tuple[Triple, ...]:
 
 
 def divisor(graph: Graph) -> int:
-    """Number that every side of a window must be a multiple of, in voxels."""
+    """Return the number of voxels that every side of a window must be a multiple of."""
     return max(max(span) for span in coarseness(graph))
 
 
 def live_values(graph: Graph, shapes: Mapping[str, Shape]) -> float:
-    """Most numbers that are held at once per voxel of a window, if values are freed as in :meth:`Graph.steps`.
+    """Return the peak of numbers held per voxel of a window, if values are freed as in :meth:`Graph.steps`.
 
     Example: two convolutions from 4 to 16 to 3 channels hold 4 + 16, then 16 + 3 numbers: at most 20.
     """

@@ -75,7 +75,7 @@ class CompiledNetwork:
         self._output = compiled.output(0)
 
     def __call__(self, batch: Array) -> Array:
-        """Logits of shape (N, regions, X, Y, Z); valid until the next call, which overwrites them."""
+        """Return logits of shape (N, regions, X, Y, Z); valid until the next call, which overwrites them."""
         found: Array = self._request.infer([np.ascontiguousarray(batch)], share_inputs=True, share_outputs=True)[
             self._output
         ]

@@ -37,7 +37,7 @@ class GraphNetwork(nn.Module):
             holder.register_parameter(last, nn.Parameter(tensor, requires_grad=False))
 
     def forward(self, image: Tensor) -> Tensor:
-        """Logits of shape (N, regions, X, Y, Z) of an image of shape (N, channels, X, Y, Z)."""
+        """Return logits of shape (N, regions, X, Y, Z) for an image of shape (N, channels, X, Y, Z)."""
         values = {0: image}
         answer = image
         for number, operation, spent in self.graph.steps():

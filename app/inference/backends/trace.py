@@ -13,7 +13,7 @@ from app.inference.backends.graph import Graph, Kind, Operation
 from data.labels import REGIONS
 from models import NetworkConfig, build_network
 
-#: Modules that do nothing when a network predicts.
+#: Modules without effect in prediction.
 _NOTHING: Final = (nn.Identity, nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout)
 _ADD: Final = (operator.add, operator.iadd, torch.add)
 
@@ -26,15 +26,15 @@ def trace(network: nn.Module, *, in_channels: int) -> Graph:
         in_channels: number of input channels.
 
     Raises:
-        ValueError: it does something for which a graph has no operation.
+        ValueError: the network does something for which a graph has no operation.
     """
     was_training = network.training
     network.eval()
     try:
-        # Only the forward pass is followed; parameters are neither copied nor changed.
+        # Only the forward pass is traced; parameters are neither copied nor changed.
         traced = fx.Tracer().trace(network)
     except fx.proxy.TraceError as error:
-        raise ValueError(f"{type(network).__name__}: its forward pass cannot be followed ({error})") from error
+        raise ValueError(f"{type(network).__name__}: its forward pass cannot be traced ({error})") from error
     finally:
         network.train(was_training)
     modules = dict(network.named_modules())
@@ -46,7 +46,7 @@ def trace(network: nn.Module, *, in_channels: int) -> Graph:
             values[node] = 0
         elif node.op == "output":
             if not isinstance(node.args[0], fx.Node):
-                raise ValueError(f"{type(network).__name__}: it answers with several tensors")
+                raise ValueError(f"{type(network).__name__}: it returns several tensors")
             answer = values[node.args[0]]
         else:
             inputs = _inputs(node, values)
@@ -57,7 +57,7 @@ def trace(network: nn.Module, *, in_channels: int) -> Graph:
             operations.append(operation)
             values[node] = len(operations)
     if answer != len(operations):
-        raise ValueError(f"{type(network).__name__}: its answer is not what it computes last")
+        raise ValueError(f"{type(network).__name__}: its output is not the last value it computes")
     return Graph(in_channels=in_channels, operations=tuple(operations))
 
 
@@ -78,7 +78,7 @@ def _inputs(node: fx.Node, values: Mapping[fx.Node, int]) -> tuple[int, ...]:
 
 
 def _operation(node: fx.Node, modules: Mapping[str, nn.Module], inputs: tuple[int, ...]) -> Operation | None:
-    """Operation of a node; None if the node does nothing."""
+    """Return the operation of a node; None if the node has no effect."""
     if node.op == "call_module":
         name = str(node.target)
         module = modules[name]

@@ -1,4 +1,4 @@
-"""Containers as BraTS runs them: folders ``/input`` and ``/output``, the latter with only ``<case>.nii.gz``."""
+"""The BraTS convention for containers: folders ``/input`` and ``/output``, the latter with only ``<case>.nii.gz``."""
 
 from __future__ import annotations
 

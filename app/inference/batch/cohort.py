@@ -7,16 +7,16 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from app import NOTICE
 from app.errors import InterruptedRunError
 from app.inference.batch.challenge import Delivery
 from app.inference.batch.fingerprint import finished_content
 from app.inference.batch.manifest import MANIFEST_FILE, Outcome, write_manifest
 from app.inference.batch.output_folder import at_work, make_output
+from app.inference.batch.prediction_json import Predictions
 from app.progress import LOG, OnProgress, Progress, silent
 from data.datasets.layouts import Case
 
@@ -24,44 +24,15 @@ from data.datasets.layouts import Case
 _HASHING_THREADS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
-class Predictions:
-    """Results of all cases, and the failures."""
-
-    cases: tuple[Mapping[str, Any], ...]
-    """Contents of the files ``<case>.json`` in the order of the cases, including those that were finished before."""
-    skipped: tuple[str, ...]
-    """Ids of the cases that were finished before."""
-    failures: Mapping[str, str]
-    """Message by case id."""
-    manifest: Path | None
-    """Path of the manifest, if one was written."""
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return {
-            "cases": list(self.cases),
-            "skipped": list(self.skipped),
-            "failures": self.failures,
-            "manifest": None if self.manifest is None else str(self.manifest),
-            "notice": NOTICE,
-        }
-
-    def copied_to(self, folder: Path) -> Predictions:
-        """The same predictions, after only the label maps were copied to another folder."""
-        cases = ({**one, "label_map": str(folder / Path(one["label_map"]).name)} for one in self.cases)
-        return replace(self, cases=tuple(cases), manifest=None)
-
-
 class CaseObserver(Protocol):
     """Receives the events of cases from an executor, on any thread."""
 
-    def begun(self, case: str, what: str = "") -> None:
-        """A case is being worked on; ``what`` describes the step, where known."""
+    def started(self, case: str, what: str = "") -> None:
+        """Note that a case is being processed; ``what`` describes the step, if known."""
         ...
 
     def ended(self, outcome: Outcome) -> None:
-        """A case is done or has failed."""
+        """Note that a case is done or has failed."""
         ...
 
 
@@ -78,7 +49,7 @@ class CaseExecutor(Protocol):
 
         Raises:
             Exception: an error that stops all cases.
-            KeyboardInterrupt: interrupted; nothing is written any more.
+            KeyboardInterrupt: interrupted; nothing more is written.
         """
         ...
 
@@ -94,7 +65,7 @@ def predict_each(
     delivery: Delivery | None = None,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Have an executor do every unfinished case; a case that fails does not stop the others.
+    """Run an executor on every unfinished case; a case that fails does not stop the others.
 
     Args:
         cases: the cases to predict.
@@ -102,9 +73,9 @@ def predict_each(
         engine: the executor.
         settings: as returned by :func:`app.inference.batch.fingerprint.settings_of`.
         run: folder of the run or the ensemble, for the manifest.
-        overwrite: also do finished cases.
-        delivery: where each label map is copied as well, once it is done.
-        on_progress: called with the case that is being worked on.
+        overwrite: also predict finished cases.
+        delivery: copies each label map to another folder, once it is done.
+        on_progress: called with the case that is being processed.
 
     Raises:
         DataError, OSError, InterruptedRunError: as in :func:`app.inference.batch.predict.predict`.
@@ -131,10 +102,10 @@ def predict_each(
     except KeyboardInterrupt as error:
         progress.write_if_possible()
         done = sum(outcome.content is not None for outcome in progress.outcomes.values())
-        folder, again = (output, "continues") if delivery is None else (delivery.output, "starts again")
+        folder, again = (output, "to resume") if delivery is None else (delivery.output, "to start over")
         raise InterruptedRunError(
             f"{str(error) or 'interrupted'} while predicting; {done} of {len(cases)} label maps are in {folder}, all "
-            f"complete. The same command {again}."
+            f"complete. Run the same command again {again}."
         ) from error
     except BaseException:
         progress.write_if_possible()
@@ -152,7 +123,7 @@ class CaseProgress:
     on_progress: OnProgress
     outcomes: dict[str, Outcome] = field(default_factory=dict)
 
-    def begun(self, case: str, what: str = "") -> None:
+    def started(self, case: str, what: str = "") -> None:
         """Report the progress."""
         share = len(self.outcomes) / len(self.cases)
         self.on_progress(Progress(job=self.job, share=share, detail=what or case))
@@ -198,13 +169,13 @@ class _CohortProgress(CaseProgress):
                 if content is not None:
                     self.outcomes[case.id] = Outcome(case=case.id, content=content, skipped=True)
         if self.outcomes:
-            LOG.info("%d of %d were finished before", len(self.outcomes), len(self.cases))
+            LOG.info("%d of %d cases were already finished", len(self.outcomes), len(self.cases))
 
     def unfinished(self) -> list[Case]:
-        """The cases to predict; one whose JSON would overwrite the manifest is recorded as failed."""
+        """Return the cases to predict; one whose JSON would overwrite the manifest is recorded as failed."""
         for case in self.cases:
             if f"{case.id}.json" == MANIFEST_FILE:
-                text = f"case {case.id}: its JSON would overwrite {MANIFEST_FILE} of the cohort. Rename the case."
+                text = f"case {case.id}: its JSON would overwrite the cohort's {MANIFEST_FILE}. Rename the case."
                 self.ended(Outcome(case=case.id, message=text))
         return [case for case in self.cases if case.id not in self.outcomes]
 
@@ -235,7 +206,7 @@ class _CohortProgress(CaseProgress):
             self.write(ended=False)
 
     def predictions(self) -> Predictions:
-        """Results of all cases, in the order of the cases."""
+        """Return the results of all cases, in the order of the cases."""
         found = [self.outcomes[case.id] for case in self.cases]
         return Predictions(
             cases=tuple(one.content for one in found if one.content is not None),

@@ -25,7 +25,7 @@ FINGERPRINT: Final = "made_from"
 
 
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
-    """Everything but its files that determines a case's result, as plain data.
+    """Return everything except its files that determines a case's result, as plain data.
 
     Device, backend and precision are left out: a cohort may be started on one machine and finished on another. The
     memory bound is included, but only matters for cases that were computed differently because of it.
@@ -60,7 +60,7 @@ def fingerprint(case: Case, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Content of ``<case>.json`` if the case is finished, else None.
+    """Return the content of ``<case>.json`` if the case is finished, else None.
 
     A case is not finished if anything is missing, damaged or changed: the JSON, the settings, an input file or an
     output file. Nor is it if memory was short and the memory bound has changed, as the result may then differ.
@@ -90,17 +90,17 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
 
 
 def files_sha256(paths: Iterable[Path]) -> dict[str, str]:
-    """SHA-256 of files, by file name."""
+    """Return the SHA-256 of files, by file name."""
     return {path.name: file_sha256(path) for path in paths}
 
 
 def sha256_of(content: Any) -> str:
-    """SHA-256 of plain data, independent of the order of keys."""
+    """Return the SHA-256 of plain data, independent of the order of keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _settings_sha256(case: Case, settings: Mapping[str, Any]) -> str:
-    """SHA-256 of the settings and of what the layout determines: label numbers, and which volume a contrast is."""
+    """Return the SHA-256 of the settings and of facts from the layout: label numbers, volumes of 4D files."""
     convention = case.written_convention
     unbound = {**settings, "options": {k: v for k, v in settings["options"].items() if k != "max_memory_gb"}}
     return sha256_of([unbound, dict(case.volumes), None if convention is None else convention.name])

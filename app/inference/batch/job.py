@@ -1,4 +1,4 @@
-"""All that a process must know to predict cases of a cohort, as plain data that can be sent to any process."""
+"""Everything that a process needs to predict cases of a cohort, as plain data that can be sent to any process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.native import Native
 from app.inference.batch.pipeline import InThisProcess
-from app.inference.batch.predict import ComputedCase, PredictSteps, ReadCase
+from app.inference.batch.predict import PredictSteps, ReadCase
+from app.inference.batch.prediction_json import ComputedCase
 from app.inference.ensemble import load_predictor
 from app.inference.model import Predictor
 from app.runs.training_record import training_record
@@ -28,7 +29,7 @@ CASE: Final = TypeAdapter(Case)
 
 @dataclass(frozen=True, kw_only=True)
 class PredictJob:
-    """Which network predicts, with which settings, and where results are written."""
+    """The network, the settings of the prediction, and the output folder."""
 
     run: Path
     """Folder of a run or an ensemble."""
@@ -47,7 +48,7 @@ class PredictJob:
     """None if cases are skull-stripped and on one grid."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Plain data that JSON can hold; what is known about the training cases is read from the run again."""
+        """Return plain data that JSON can hold; the record of the training cases is read from the run again."""
         left_out = {"options": {"training"}}
         plain: dict[str, Any] = TypeAdapter(PredictJob).dump_python(self, mode="json", exclude=left_out)
         return plain
@@ -63,13 +64,13 @@ class PredictJob:
         return load_predictor(self.run, runtime, postprocess=self.postprocess), runtime
 
     def settings(self, model: Predictor) -> dict[str, Any]:
-        """Settings, as returned by :func:`app.inference.batch.fingerprint.settings_of`."""
+        """Return the settings from :func:`app.inference.batch.fingerprint.settings_of`."""
         return settings_of(model, self.options, **({} if self.native is None else self.native.settings()))
 
     def engine(
         self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
     ) -> InThisProcess[ReadCase, ComputedCase]:
-        """Create the executor that does cases of this job in this process.
+        """Create the executor that predicts cases of this job in this process.
 
         Args:
             model: as returned by :meth:`load`.
@@ -89,5 +90,5 @@ class PredictJob:
 
 
 def job_from_plain(content: Mapping[str, Any]) -> PredictJob:
-    """Inverse of :meth:`PredictJob.to_plain`."""
+    """Return the job from the output of :meth:`PredictJob.to_plain`."""
     return TypeAdapter(PredictJob).validate_python(content)

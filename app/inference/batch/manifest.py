@@ -47,11 +47,11 @@ class Outcome:
     message: str | None = None
     """Why it failed."""
     skipped: bool = False
-    """Whether it was finished by an earlier command."""
+    """Whether an earlier command finished it."""
     worker: Worker | None = None
     """Worker that executed it, if it was executed now."""
     attempts: int | None = 1
-    """Number of attempts: more than one if workers were lost; None if not known."""
+    """Number of attempts: more than one if workers were lost; None if unknown."""
 
     @property
     def status(self) -> Status:
@@ -105,7 +105,7 @@ def write_manifest(
 
 
 def _entry(case: str, outcome: Outcome | None) -> dict[str, Any]:
-    """Entry of one case in the manifest."""
+    """Return the entry of one case in the manifest."""
     if outcome is None:
         return {"case": case, "status": "left"}
     if outcome.content is None:

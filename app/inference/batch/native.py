@@ -1,4 +1,4 @@
-"""Scans as they come from the scanner: prepared for a network, and the answer mapped back to a scan's own grid."""
+"""Prepare scans as they come from the scanner for a network, and map the answer back to a scan's own grid."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class Native:
     config: PrepareConfig
     """How the scans are prepared."""
     space: Contrast = "t1c"
-    """The contrast whose grid the label map is mapped to."""
+    """The contrast to whose grid the label map is mapped."""
 
     def settings(self) -> dict[str, Any]:
-        """Part of the settings of a prediction; a mask counts by the content of its file."""
+        """Return the part of a prediction's settings; a mask is identified by the content of its file."""
         prepare = asdict(self.config)
         if self.config.mask not in MASK_WORDS and (mask := Path(self.config.mask)).is_file():
             prepare["mask"] = file_sha256(mask)
@@ -54,7 +54,7 @@ class PreparedScans:
 
     @property
     def repairs(self) -> tuple[str, ...]:
-        """What was chosen or changed in the geometry, one sentence each."""
+        """Choices and changes in the geometry, one sentence each."""
         registered = (f"{contrast} was registered to t1c and resampled" for contrast in self.case.registrations)
         return (*self.scans.doubts, *registered)
 
@@ -64,7 +64,7 @@ class PreparedScans:
         """Map an answer to the grid of ``space``.
 
         Returns:
-            nested masks, mean probabilities less one half, the disagreement of the answers, and the grid's spacing.
+            nested masks, mean probabilities minus one half, the disagreement of the answers, and the grid's spacing.
         """
         from data.native_space.from_brats import resample_to_scan, threshold_shares
         from data.native_space.itk import grid_of

@@ -1,4 +1,4 @@
-"""The folder that ``predict`` writes to: concurrent writers, and partial files that killed ones left behind."""
+"""The output folder of ``predict``: concurrent writers, and partial files left behind by killed writers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def make_output(output: Path) -> None:
 
 
 def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Sequence[Case]) -> None:
-    """Refuse an output folder where label maps would be among the files of the run or among scans.
+    """Refuse an output folder that is the folder of the run or of the scans.
 
     Args:
         output: folder for the label maps.
@@ -44,7 +44,7 @@ def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Se
     scans = {path.parent.resolve() for case in cases for path in case.contrasts.values()}
     if place in {source.resolve(), *scans}:
         raise DataError(
-            f"{output} holds the scans: among them label maps would be taken for the experts'. Give another OUTPUT."
+            f"{output} contains the scans, where label maps would be mistaken for the experts'. Give another OUTPUT."
         )
 
 

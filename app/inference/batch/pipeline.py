@@ -34,7 +34,7 @@ class Steps(ABC, Generic[R, C]):
         return MOST_VOXELS_AHEAD
 
     def warm_up(self) -> None:
-        """Called once on the thread that computes, while the first case is read."""
+        """Prepare to compute; called once on the computing thread, while the first case is read."""
 
     @abstractmethod
     def read(self, case: Case) -> R:
@@ -42,7 +42,7 @@ class Steps(ABC, Generic[R, C]):
 
     @abstractmethod
     def compute(self, read: R, on_step: Callable[[str], None]) -> C:
-        """Compute a case on the thread that works through them; ``on_step`` receives what is being done."""
+        """Compute a case on the computing thread; ``on_step`` receives descriptions of the steps."""
 
     @abstractmethod
     def write(self, computed: C) -> Mapping[str, Any]:
@@ -81,13 +81,13 @@ class InThisProcess(Generic[R, C]):
         idle.set()
 
         def read_next() -> tuple[Case, R] | None:
-            """The next case that can be read; None at the end."""
+            """Return the next case that can be read; None at the end."""
             for case in waiting:
                 if self._is_large(case):
                     idle.wait()
                 if stopped.is_set():
                     return None
-                with self._failing_alone(case, observer):
+                with self._isolated_failure(case, observer):
                     return case, self.steps.read(case)
             return None
 
@@ -124,20 +124,20 @@ class InThisProcess(Generic[R, C]):
             OSError, MemoryError, RuntimeError: from any step.
         """
         read = None
-        with self._failing_alone(case, observer):
+        with self._isolated_failure(case, observer):
             read = self.steps.read(case)
         if read is not None and (computed := self._computed(case, read, observer)) is not None:
             self._write(case, computed, observer)
 
     def _computed(self, case: Case, read: R, observer: CaseObserver) -> C | None:
-        observer.begun(case.id)
-        with self._failing_alone(case, observer):
-            return self.steps.compute(read, partial(observer.begun, case.id))
+        observer.started(case.id)
+        with self._isolated_failure(case, observer):
+            return self.steps.compute(read, partial(observer.started, case.id))
         return None
 
     def _write(self, case: Case, computed: C, observer: CaseObserver) -> None:
         content = None
-        with self._failing_alone(case, observer):
+        with self._isolated_failure(case, observer):
             content = self.steps.write(computed)
         if content is not None:
             observer.ended(Outcome(case=case.id, content=content, worker=self.worker))
@@ -149,7 +149,7 @@ class InThisProcess(Generic[R, C]):
             return True
 
     @contextmanager
-    def _failing_alone(self, case: Case, observer: CaseObserver) -> Iterator[None]:
+    def _isolated_failure(self, case: Case, observer: CaseObserver) -> Iterator[None]:
         """Report a DataError, or a lack of memory, as the failure of one case, so that the others continue."""
         try:
             yield
@@ -160,7 +160,7 @@ class InThisProcess(Generic[R, C]):
                 raise
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             text = (
-                f"case {case.id}: not enough memory for it ({reason}). Close other programs, or use a machine with "
+                f"case {case.id}: not enough memory ({reason}). Close other programs, or use a machine with "
                 "more memory, and run the command again."
             )
         else:

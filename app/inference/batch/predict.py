@@ -1,32 +1,32 @@
-"""Label maps for cases: from their files to files on the same grid, for prepared cases and for scans as they are."""
+"""Predict label maps on the grid of a case's files, for prepared cases and for scans as they come from the scanner."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from app import NOTICE
 from app.config.inference import DEFAULTS, PredictOptions
-from app.inference.batch.cohort import Predictions, predict_each
-from app.inference.batch.fingerprint import FINGERPRINT, files_sha256, fingerprint, settings_of
+from app.inference.batch.cohort import predict_each
+from app.inference.batch.fingerprint import fingerprint, settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.native import Native, PreparedScans, prepare_scans
 from app.inference.batch.pipeline import MOST_VOXELS_AHEAD, InThisProcess, Steps
-from app.inference.confidence import COMPANIONS, Companion, ShareSteps, Trust, companions, measure_confidence, nested
-from app.inference.flags import CaseFacts, Flag, flags_of
+from app.inference.batch.prediction_json import ComputedCase, Predictions, case_content
+from app.inference.confidence import COMPANIONS, Companion, companions, measure_confidence, nested
+from app.inference.flags import CaseFacts, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
-from app.system.device import Runtime, versions
+from app.system.device import Runtime
 from app.system.process import give_back_freed_memory
 from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
@@ -62,7 +62,7 @@ def predict(
         runtime: the one that the model was loaded for.
         options: options of the prediction.
         overwrite: also predict finished cases.
-        on_progress: called with the case that is being worked on.
+        on_progress: called with the case that is being processed.
 
     Raises:
         DataError: ``output`` is a file.
@@ -89,28 +89,8 @@ class ReadCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputedCase:
-    """A case that has been predicted and can be written; the network's input has been freed."""
-
-    case: Case
-    fingerprint: Mapping[str, Any]
-    codes: npt.NDArray[np.uint8]
-    """Label map in the program's codes, on the grid and in the voxel order of ``reference``."""
-    reference: Path
-    """File whose grid and header the results get."""
-    companions: Mapping[Companion, ShareSteps]
-    """Contents of the optional files, in 65535ths, on the same grid, shape (X, Y, Z, 3)."""
-    trust: Trust
-    flags: tuple[Flag, ...]
-    seconds: Mapping[str, float]
-    """Time spent so far, by step."""
-    notes: Mapping[str, Any]
-    """Further entries of the JSON."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class PredictSteps(Steps[ReadCase, ComputedCase]):
-    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans as they are."""
+    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans from the scanner."""
 
     model: Predictor
     output: Path
@@ -122,11 +102,11 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
 
     @property
     def most_voxels_ahead(self) -> int:
-        """0 if memory is bounded, as the plan for the current case leaves no room for another."""
+        """0 if memory is bounded, as the plan for the current case leaves no memory for another."""
         return MOST_VOXELS_AHEAD if self.options.max_memory_gb is None else 0
 
     def warm_up(self) -> None:
-        """Prepare the network for its windows, unless the first case has to be prepared before."""
+        """Prepare the network for its windows, unless the first case has to be prepared first."""
         if self.native is None:
             warm_up(self.model, self.runtime, self.options)
 
@@ -149,7 +129,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         for text in misnamed_files(replace(case, label=None)):
             LOG.warning("case %s: %s", case.id, text)
         for contrast, count in images.zeroed.items():
-            LOG.warning("case %s: %d voxels of %s were NaN or infinite and are taken as 0", case.id, count, contrast)
+            LOG.warning("case %s: %d voxels of %s were NaN or infinite; replaced with 0", case.id, count, contrast)
         for contrast, sentence in images.backgrounds.items():
             LOG.warning("case %s, contrast %s: %s", case.id, contrast, sentence)
         return ReadCase(case=case, fingerprint=inputs, images=images, seconds=time.monotonic() - began)
@@ -189,13 +169,13 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         except DataError as error:
             raise DataError(f"case {case.id}: {error}") from error
         if options.uncertainty and answer.disagreement is None:
-            LOG.info("case %s: uncertainty of a single answer; --tta or an ensemble give several", case.id)
+            LOG.info("case %s: uncertainty is from a single answer; use --tta or an ensemble for several", case.id)
         spacing_mm = answer_spacing_mm = canonical_spacing(prepared.native_affine)
         if scans is None:
             masks = predict_masks(model, prepared, answer.centred)
             centred, disagreement = answer.centred, answer.disagreement
         else:
-            on_step(f"{case.id}: back to the grid of {scans.space}")
+            on_step(f"{case.id}: mapping back to the grid of {scans.space}")
             masks, centred, disagreement, spacing_mm = scans.map_back(model, answer)
 
         def in_file(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
@@ -261,42 +241,20 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             what = f"{name} of {', '.join(REGIONS)}"
             write_shares(path, computed.companions[name], computed.reference, what=what)
         seconds = {**computed.seconds, "write": time.monotonic() - began}
-        volumes = computed.trust.volumes_ml
-        content = {
-            "case": case.id,
-            "label_map": str(label_map),
-            "files": {name: str(files[name]) if name in files else None for name in COMPANIONS},
-            "volumes_ml": {region: round(ml, 3) for region, ml in volumes.items()},
-            **computed.trust.to_json(),
-            "flags": [asdict(flag) for flag in computed.flags],
-            "labels": {
-                "convention": convention.name,
-                "necrosis": convention.necrosis,
-                "oedema": convention.oedema,
-                "enhancing": convention.enhancing,
-            },
-            "seconds": {step: round(spent, 3) for step, spent in seconds.items()},
-            **computed.notes,
-            **model.calibration.record(list(volumes.values()), complete=not computed.notes["missing_contrasts"]),
-            "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
-            **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
-            **model.record(),
-            "runtime": list(self.runtime.reasons),
-            "versions": versions(),
-            "notice": NOTICE,
-            FINGERPRINT: {**computed.fingerprint, "files_sha256": files_sha256([label_map, *files.values()])},
-        }
+        content = case_content(
+            computed, model, label_map, files, convention=convention, runtime=self.runtime, seconds=seconds
+        )
         write_json(self.output / f"{case.id}.json", content)
         return content
 
 
 def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
-    """Contrasts of a case whose intensities are unlike those of the training cases; empty if those are unknown."""
+    """Return the contrasts whose intensities differ from those of the training cases; empty if those are unknown."""
     return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
 
 
 def companion_path(case: Case, name: Companion, output: Path) -> Path:
-    """Path of an optional file next to the label map."""
+    """Return the path of an optional file next to the label map."""
     return output / f"{case.id}_{name}.nii.gz"
 
 
@@ -319,7 +277,7 @@ def require_contrasts(case: Case, model: Predictor) -> None:
 
 
 def requested_companions(options: PredictOptions) -> tuple[Companion, ...]:
-    """The optional files that these options may produce."""
+    """Return the optional files that these options may produce."""
     return (
         *(("probabilities",) if options.save_probabilities else ()),
         *(("uncertainty", "disagreement") if options.uncertainty else ()),

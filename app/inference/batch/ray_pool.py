@@ -1,7 +1,7 @@
-"""Predict cases on the hosts of a Ray cluster: one task per case, retried elsewhere if its worker is lost.
+"""Predict cases on the hosts of a Ray cluster: one task per case, retried on another worker if its own is lost.
 
-Every host must have this program and see the run, the cases and the output folder under the same paths: only text goes
-through Ray, no volumes. Ray is an optional dependency (``pip install 'znormseg[ray]'``).
+Every host must have this program and see the run, the cases and the output folder under the same paths: only text is
+sent through Ray, no volumes. Ray is an optional dependency (``pip install 'znormseg[ray]'``).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, Worker
 from app.inference.batch.output_folder import at_work
+from app.inference.batch.parallel import MAX_ATTEMPTS
 from app.inference.batch.pipeline import InThisProcess
-from app.inference.batch.process_pool import MAX_ATTEMPTS
 from app.progress import LOG
 from app.system.device import versions
 from app.system.resources import cores
 from app.system.worker_pool import error_name, error_of
 from data.datasets.layouts import Case
 
-#: Size of Ray's object store: only text goes through it, and this is the minimum that Ray accepts.
+#: Size of Ray's object store: the minimum that Ray accepts, as only text is sent through it.
 _STORE_BYTES: Final = 80 << 20
-#: Time that a cancelled task has to leave its files complete.
+#: Grace period for a cancelled task to complete its files.
 _STOP_SECONDS: Final = 60.0
 _QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
@@ -61,9 +61,9 @@ class OnRay:
 
         Raises:
             ConfigError: Ray is not installed, or the cluster at RAY_ADDRESS does not respond.
-            DeviceError: a GPU is requested by number, or there is none.
+            DeviceError: a GPU is requested by number, or the cluster has none.
             DataError, RunError, OSError: the error that stopped a worker, such as a run that its host does not see.
-            KeyboardInterrupt: interrupted; tasks in progress have left complete files.
+            KeyboardInterrupt: interrupted; tasks in progress have completed their files.
         """
         if not cases:
             return
@@ -91,7 +91,7 @@ class OnRay:
             done, _ = ray.wait(list(pending), num_returns=1, timeout=1.0)
             for reference in done:
                 case = pending.pop(reference)
-                observer.begun(case.id)
+                observer.started(case.id)
                 try:
                     answer = ray.get(reference)
                 except ray.exceptions.RayError as error:
@@ -105,7 +105,7 @@ class OnRay:
                     raise error_of(answer, f"host {answer['host']}")
                 if not warned and answer["versions"] != versions():
                     warned = True
-                    LOG.warning("host %s has other versions: %s", answer["host"], answer["versions"])
+                    LOG.warning("host %s has different versions: %s", answer["host"], answer["versions"])
                 observer.ended(self._outcome(case, answer))
 
     def _outcome(self, case: Case, answer: dict[str, Any]) -> Outcome:
@@ -114,8 +114,8 @@ class OnRay:
         if content is not None and not (self.job.output / f"{case.id}.nii.gz").exists():
             content = None
             text = (
-                f"case {case.id}: host {worker.host} wrote its label map to {self.job.output}, which is another "
-                "folder there. Give one that all hosts share."
+                f"case {case.id}: host {worker.host} wrote its label map to {self.job.output}, which is a "
+                "different folder on that host. Give a folder that all hosts share."
             )
         return Outcome(case=case.id, content=content, message=text, worker=worker, attempts=None)
 
@@ -138,7 +138,7 @@ def ray_module() -> Any:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Redirect stdout to stderr, below Python too: what Ray prints about lost nodes is not part of the results."""
+    """Redirect stdout to stderr at the level of file descriptors: Ray's messages about lost nodes are not results."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -160,7 +160,7 @@ def _connected(ray: Any) -> Iterator[None]:
         ray.init(address=given or "auto", **quiet)
     except (ConnectionError, ValueError, RuntimeError) as error:
         if given is not None:
-            raise ConfigError(f"RAY_ADDRESS={given}: no Ray cluster answers there ({error})") from error
+            raise ConfigError(f"RAY_ADDRESS={given}: no Ray cluster responds at this address ({error})") from error
         ray.init(
             address="local",
             num_cpus=cores(),
@@ -179,9 +179,9 @@ def _connected(ray: Any) -> Iterator[None]:
 
 
 def _resources(ray: Any, device: str, processes: int) -> tuple[str, dict[str, float]]:
-    """Device that a task requests, and the resources it takes of a host."""
+    """Return the device that a task requests, and the resources that it takes from a host."""
     if device.startswith("cuda:"):
-        raise DeviceError(f"--engine ray with --device {device}: Ray gives out the GPUs. Use --device cuda.")
+        raise DeviceError(f"--engine ray with --device {device}: Ray assigns the GPUs. Use --device cuda.")
     gpus = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and not gpus:
         raise DeviceError("--engine ray with --device cuda: the cluster has no GPU. Use --device cpu.")
@@ -261,7 +261,7 @@ class _Recorder(logging.Handler):
         """Keep a log line."""
         self.lines.append((record.levelno, record.getMessage()))
 
-    def begun(self, case: str, what: str = "") -> None:
+    def started(self, case: str, what: str = "") -> None:
         """Do nothing: progress is not reported from a Ray task."""
 
     def ended(self, outcome: Outcome) -> None:

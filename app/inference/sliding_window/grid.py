@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 #: Width of the Gaussian weights as a share of the window, as in nnU-Net and MONAI.
 SIGMA: Final = 0.125
-#: Minimum weight: without it, a voxel that only corners of windows cover would be noise divided by noise.
+#: Minimum weight: without it, a voxel that is only in corners of windows would be noise divided by noise.
 LEAST_WEIGHT: Final = 1e-3
 #: Logit of voxels that no window with brain in it covers.
 SURE_BACKGROUND: Final = -30.0
@@ -22,7 +22,7 @@ Place = tuple[slice, slice, slice]
 
 
 def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
-    """Places of the windows, evenly spread from border to border along each axis.
+    """Return the places of the windows, evenly spread from border to border along each axis.
 
     Args:
         shape: of the volume, at least ``window`` along each axis.
@@ -35,7 +35,7 @@ def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
 
 
 def window_starts(size: int, side: int, overlap: float) -> list[int]:
-    """First voxel of each window along one axis.
+    """Return the first voxel of each window along one axis.
 
     Example:
         >>> window_starts(100, 64, 0.5)
@@ -50,7 +50,7 @@ def window_starts(size: int, side: int, overlap: float) -> list[int]:
 def place_windows(
     image: npt.NDArray[np.float32], window: Size, overlap: float
 ) -> tuple[npt.NDArray[np.float32], list[Place], tuple[slice, ...]]:
-    """Pad a volume with 0 so that a window fits, and place windows on it, without those that are zero everywhere.
+    """Pad a volume with 0 so that a window fits, and place windows on it, skipping those that are zero everywhere.
 
     Args:
         image: shape (contrasts, X, Y, Z).
@@ -75,7 +75,7 @@ def place_windows(
 
 
 def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
-    """Weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
+    """Return weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
     """
@@ -89,7 +89,7 @@ def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
 
 
 def rounded_up(sizes: Size, divisor: int) -> Size:
-    """Smallest window that holds a volume and fits a network: sides are multiples of ``divisor``, at least twice that.
+    """Return the smallest window that holds a volume; sides are multiples of ``divisor``, at least twice ``divisor``.
 
     Example:
         >>> rounded_up((141, 170, 9), 8)

@@ -1,7 +1,7 @@
-"""Fallbacks when memory is short: a plan made in advance, and a step down whenever memory runs out all the same.
+"""Fallbacks when memory is short: a plan made in advance, and a smaller one whenever memory runs out nevertheless.
 
-The steps, in order: fewer windows at once, blending in the CPU's memory, smaller windows, computing on the CPU. Each
-step taken is described in a sentence for the log and the case's JSON.
+The fallbacks, in order: fewer windows at once, blending in the CPU's memory, smaller windows, the CPU. Each
+fallback used is described in a sentence for the log and the case's JSON.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ class ComputePlan:
     """Whether blended logits are kept in float16."""
 
     def __str__(self) -> str:
-        """Description, such as ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
-        stitched = f", stitched on {self.stitch_on}" if self.stitch_on != self.device else ""
+        """Return a description, such as ``windows of 128x128x128 voxels, 2 at once, on cuda:0``."""
+        stitched = f", blended on {self.stitch_on}" if self.stitch_on != self.device else ""
         half = ", logits in float16" if self.half else ""
         size = "x".join(map(str, self.window))
         return f"windows of {size} voxels, {self.batch} at once, on {self.device}{stitched}{half}"
 
 
 class MemoryFallback:
-    """The plan for the windows of one case, and sentences that explain how it came about.
+    """The plan for the windows of one case, and sentences that explain its fallbacks.
 
     Args:
         max_memory_bytes: peak memory that the process may use; None for no bound.
@@ -72,7 +72,7 @@ class MemoryFallback:
         Args:
             compute: does the work, and releases what it holds when it fails.
             first: plan if memory is sufficient.
-            divisor: sides of windows are multiples of it.
+            divisor: sides of windows are multiples of this number.
             needed_bytes: estimates the CPU memory that a plan takes in addition to what the process already holds.
 
         Raises:
@@ -95,13 +95,13 @@ class MemoryFallback:
                     f"not enough memory, not even for {plan} ({reason}). Close other programs, or use a machine with "
                     "more memory."
                 )
-            self._note(f"out of memory with {plan} ({reason}); went on with {after}")
+            self._note(f"out of memory with {plan} ({reason}); continued with {after}")
             plan = after
 
     def _within_bound(
         self, first: ComputePlan, divisor: int, needed_bytes: Callable[[ComputePlan], int]
     ) -> ComputePlan:
-        """First plan that fits within the bound."""
+        """Return the first plan that fits within the bound."""
         if self._max_bytes is None:
             return first
         give_back_freed_memory()
@@ -113,7 +113,7 @@ class MemoryFallback:
         if plan is None:
             raise DataError(
                 f"--max-memory-gb {self._max_bytes / GB:g} is too little for this case: {max(0, free) / GB:.1f} GB "
-                "are left after reading it. Allow more, or omit the option."
+                "are left after reading it. Allow more, or leave out the option."
             )
         if plan != first:
             self._note(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {plan} instead of {first}")
@@ -125,12 +125,12 @@ class MemoryFallback:
 
 
 def next_plan(plan: ComputePlan, first: ComputePlan, divisor: int) -> ComputePlan | None:
-    """The next plan, which needs less memory, or None if there is no further step.
+    """Return the next plan, which needs less memory, or None if there is none.
 
     Args:
         plan: plan that needs too much.
         first: first plan of the case; on the CPU, windows return to its size.
-        divisor: sides of windows are multiples of it.
+        divisor: sides of windows are multiples of this number.
     """
     if plan.batch > 1:
         return replace(plan, batch=plan.batch // 2)

@@ -90,28 +90,28 @@ def resized(values: npt.NDArray[Any], shape: Size) -> npt.NDArray[Any]:
     """
     low, high, share = _between(values.shape[1], shape[0])
     answer = np.empty((values.shape[0], *shape), dtype=values.dtype)
-    known: dict[int, npt.NDArray[Any]] = {}
+    planes: dict[int, npt.NDArray[Any]] = {}
 
     def plane(number: int) -> npt.NDArray[Any]:
-        if number not in known:
+        if number not in planes:
             flat = values[:, number].astype(np.float32)
             for axis in (1, 2):
                 a, b, t = _between(flat.shape[axis], shape[axis])
                 along = t.reshape([-1 if one == axis else 1 for one in range(3)])
                 flat = np.take(flat, a, axis) * (1 - along) + np.take(flat, b, axis) * along
-            known[number] = flat
-        return known[number]
+            planes[number] = flat
+        return planes[number]
 
     for x in range(shape[0]):
         first = int(low[x])
-        for gone in [number for number in known if number < first]:
-            del known[gone]
+        for passed in [number for number in planes if number < first]:
+            del planes[passed]
         answer[:, x] = plane(first) * (1 - share[x]) + plane(int(high[x])) * share[x]
     return answer
 
 
 def _between(size: int, wanted: int) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.intp], Array]:
-    """For each new index: the two old indices around it, and the weight of the second."""
+    """Return for each new index the two old indices around it, and the weight of the second."""
     at = np.clip((np.arange(wanted) + 0.5) * (size / wanted) - 0.5, 0, None)
     low = np.minimum(np.floor(at).astype(np.intp), size - 1)
     return low, np.minimum(low + 1, size - 1), (at - low).astype(np.float32)

@@ -76,7 +76,7 @@ def sliding_logits(
 
 
 def _patches(image: Tensor, places: list[Place], device: torch.device, layout: torch.memory_format) -> Tensor:
-    """Windows of an image as a batch on the device; a GPU receives them through pinned memory."""
+    """Return windows of an image as a batch on the device; a GPU receives them through pinned memory."""
     patches = torch.stack([image[(slice(None), *place)] for place in places])
     if device.type == "cuda":
         patches = patches.pin_memory().to(device, non_blocking=True)
@@ -84,7 +84,7 @@ def _patches(image: Tensor, places: list[Place], device: torch.device, layout: t
 
 
 def gaussian_weights(window: Size) -> Tensor:
-    """Weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
+    """Return weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
     """

@@ -122,7 +122,7 @@ def test_what_was_put_right_is_printed_and_in_the_json(dicom_study: Path, znorms
     told = json.loads(znormseg("data", "dicom", study, tmp_path / "out", "--id", "two", "--json").out)["taken"]["flair"]
     uids, padding = told["notes"]
     assert uids.startswith("12 of its files share their SOPInstanceUID")
-    assert padding.endswith("% of its voxels are padding (stored values 0 to 99): set to 0, the value of background")
+    assert padding.endswith("% of its voxels are padding (stored values 0 to 99); they were set to 0, as background")
     assert f"\n3: {uids}\n" in shown.out
     assert f"\nnote: flair, series 3: {padding}\n4 contrasts in" in shown.out
     voxels = np.asanyarray(nib.Nifti1Image.from_filename(tmp_path / "out" / "one" / "one_flair.nii.gz").dataobj)

@@ -131,7 +131,7 @@ def test_a_mistyped_key_is_refused_with_the_key_that_was_meant() -> None:
 
 
 def test_a_key_like_no_other_is_refused_with_those_known_in_its_section() -> None:
-    assert "unknown key data.zzz; known here: nan_to_zero, spacing_mm" in refusal("data: {zzz: 1}")
+    assert "unknown key data.zzz; allowed here: nan_to_zero, spacing_mm" in refusal("data: {zzz: 1}")
     assert "the budget is training.hours" in refusal("training: {minutes: 5}")
 
 

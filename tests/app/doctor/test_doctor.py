@@ -53,7 +53,7 @@ def test_a_sound_machine_has_nothing_but_ok() -> None:
     [
         ({"gpus": (), "torch": "2.10.0+cpu", "torch_cuda": None}, "problem", "is built without CUDA"),
         ({"gpus": (), "driver_cuda": None}, "problem", "no driver"),
-        ({"gpus": (), "driver_cuda": (11, 8)}, "problem", "takes CUDA 11.8, torch 2.10.0+cu128 is built for 12.8"),
+        ({"gpus": (), "driver_cuda": (11, 8)}, "problem", "supports CUDA 11.8, torch 2.10.0+cu128 is built for 12.8"),
         ({"gpus": (), "environment": {"CUDA_VISIBLE_DEVICES": ""}}, "problem", "CUDA_VISIBLE_DEVICES="),
         ({"driver_cuda": (12, 4)}, "note", "A100 (40 GB)"),
         ({"driver_cuda": (13, 0)}, "ok", "A100 (40 GB)"),
@@ -105,7 +105,7 @@ def test_bfloat16_is_where_the_hardware_multiplies_it(made_up: Probe, level: str
 )
 def test_the_precision_that_auto_takes_on_a_gpu_is_told(capability: tuple[int, int], precision: str) -> None:
     found = finding(replace(MADE_UP, gpus=(replace(A100, capability=capability),)), "bfloat16")
-    assert found.found.endswith(f"precision auto takes {precision}")
+    assert found.found.endswith(f"precision auto uses {precision}")
     assert ("twice the memory" in found.remedy) is (precision == "float32")
 
 

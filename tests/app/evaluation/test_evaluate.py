@@ -171,7 +171,7 @@ def test_different_shapes_are_a_failure_that_gives_both(sides: tuple[Path, Path]
 def test_different_grids_are_a_failure_that_names_the_flag_which_resamples(sides: tuple[Path, Path]) -> None:
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     evaluation = evaluate(*map(DataSource, sides))
-    assert "Give --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
+    assert "Use --resample to resample the prediction to the grid of the reference." in evaluation.failures["a"]
     assert evaluation.resampled == ()
 
 
@@ -275,7 +275,7 @@ def test_the_command_line_refuses_other_grids_without_the_flag(
     save(sides[0] / "a.nii.gz", tumour(4)[:-1])
     ended = znormseg("evaluate", *sides, "--json")
     assert ended.code == 6
-    assert "Give --resample" in ended.err
+    assert "Use --resample" in ended.err
     assert json.loads(ended.out)["resampled"] == []
 
 
@@ -325,7 +325,7 @@ def test_no_common_case_shows_ids_of_both_sides_and_the_naming_rules(tmp_path: P
     for number in range(5):
         save(tmp_path / "predicted" / f"p{number}.nii.gz", tumour(4))
     save(tmp_path / "expected" / "e0-seg.nii.gz", tumour(4))
-    with pytest.raises(DataError, match=r"holds p0, p1, p2 and 2 more; .* holds e0\. .*<case>-seg\.nii\.gz"):
+    with pytest.raises(DataError, match=r"has p0, p1, p2 and 2 more; .* has e0\. .*<case>-seg\.nii\.gz"):
         evaluate(DataSource(tmp_path / "predicted"), DataSource(tmp_path / "expected"))
 
 
@@ -398,7 +398,7 @@ def test_writing_the_table_again_replaces_it_and_leaves_nothing_beside(
 
 def test_the_table_is_refused_where_it_cannot_stand(sides: tuple[Path, Path], tmp_path: Path) -> None:
     evaluation = evaluate(*map(DataSource, sides))
-    with pytest.raises(DataError, match="is a folder"):
+    with pytest.raises(DataError, match="a folder; give the name"):
         evaluation.write_table(tmp_path)
     with pytest.raises(DataError, match="does not exist"):
         evaluation.write_table(tmp_path / "nowhere" / "scores.csv")
@@ -419,12 +419,12 @@ def test_references_that_predict_wrote_are_asked_about(sides: tuple[Path, Path],
     (sides[1] / "b.json").write_text('["of a scanner"]')
     ended = znormseg("evaluate", *sides)
     assert ended.code == 0
-    assert "predict wrote references: a. Are PREDICTIONS and REFERENCES swapped?" in ended.err
+    assert "predict wrote some references: a. Are PREDICTIONS and REFERENCES swapped?" in ended.err
 
 
 def test_the_penalty_of_374_mm_is_explained_where_it_occurs_alone(
     sides: tuple[Path, Path], znormseg: Callable[..., Any]
 ) -> None:
-    assert "HD95 374 mm: only one of the two has the region" not in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one label map has the region" not in znormseg("evaluate", *sides).out
     save(sides[0] / "a.nii.gz", np.where(tumour(4) == 4, 1, tumour(4)).astype(np.uint8))
-    assert "HD95 374 mm: only one of the two has the region" in znormseg("evaluate", *sides).out
+    assert "HD95 374 mm: only one label map has the region" in znormseg("evaluate", *sides).out

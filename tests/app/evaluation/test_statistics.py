@@ -140,7 +140,7 @@ def test_worse_names_them_too() -> None:
 def test_an_interval_that_holds_0_shows_no_difference_whatever_the_test_says() -> None:
     said = words(low=-0.004)
     assert said.startswith("No difference between znorm and clip was shown under adamw")
-    assert "holds 0" in said
+    assert "contains 0" in said
 
 
 def test_a_test_that_does_not_agree_shows_no_difference() -> None:
@@ -150,7 +150,7 @@ def test_a_test_that_does_not_agree_shows_no_difference() -> None:
 def test_without_a_test_there_is_a_hint_alone() -> None:
     said = words(p=None, p_holm=None, cases=3, no_test="too few cases for a test (3; 6 are needed)")
     assert said.startswith("znorm scored higher than clip by 0.021 Dice")
-    assert said.endswith("too few cases for a test (3; 6 are needed): a hint, no proof.")
+    assert said.endswith("too few cases for a test (3; 6 are needed): a hint, not a proof.")
 
 
 def test_one_seed_is_told_in_the_past_tense() -> None:
@@ -189,10 +189,13 @@ def test_a_comparison_of_enough_of_everything_has_no_caveat() -> None:
         ({"seeds": 1}, "One seed"),
         ({"seeds": 2}, "2 seeds"),
         ({"cases": 4}, "4 scored cases"),
-        ({"tested": False}, "No third part"),
-        ({"at_border": ["znorm under adamw (0.01)"]}, "at the border of those tried for znorm under adamw (0.01)"),
-        ({"same_start": False}, "not on record"),
-        ({"backends": ["torch", "openvino"]}, "not all computed alike (torch; openvino)"),
+        ({"tested": False}, "No test cases"),
+        (
+            {"at_border": ["znorm under adamw (0.01)"]},
+            "is the lowest or highest one tried for znorm under adamw (0.01)",
+        ),
+        ({"same_start": False}, "do not show"),
+        ({"backends": ["torch", "openvino"]}, "computed by different backends (torch; openvino)"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

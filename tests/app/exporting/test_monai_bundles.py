@@ -343,7 +343,7 @@ def test_a_bundle_without_weights_says_how_to_get_them(changed: Path, tmp_path: 
     ("content", "said"),
     [
         (b"abc" * 100, "cannot be read as weights"),
-        ({"conv_final.2.conv.bias": torch.tensor(1.0)}, "not of that network"),
+        ({"conv_final.2.conv.bias": torch.tensor(1.0)}, "do not belong to this network"),
     ],
     ids=["a text", "a number for a vector"],
 )
@@ -367,7 +367,7 @@ def test_weights_that_are_not_finite_are_refused(changed: Path, tmp_path: Path) 
 
 def test_weights_of_another_network_are_refused(changed: Path, tmp_path: Path) -> None:
     torch.save({"convInit.conv.weight": torch.zeros(8, 4, 3, 3, 3)}, changed / "models" / "model.pt")
-    with pytest.raises(RunError, match="not of that network"):
+    with pytest.raises(RunError, match="do not belong to this network"):
         import_bundle(changed, tmp_path / "model")
 
 

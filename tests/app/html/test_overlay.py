@@ -137,7 +137,7 @@ def test_outside_the_brain_is_black_though_intensities_are_negative() -> None:
 
 
 def test_grids_that_differ_are_refused_with_the_case_id() -> None:
-    with pytest.raises(ValueError, match=r"case a: .*one shape"):
+    with pytest.raises(ValueError, match=r"case a: .*the same shape"):
         OverlayCase(
             case="a", background=np.ones((4, 4, 4), dtype=np.float32), background_name="T1c",
             prediction=empty((4, 4, 5)), reference=None, spacing_mm=(1, 1, 1),

@@ -43,7 +43,7 @@ Float = npt.NDArray[np.float32]
 
 
 def drawn(sharpened: float, *, seed: int = 0, count: int = 60_000) -> tuple[Float, npt.NDArray[np.bool_]]:
-    """Probabilities less one half that are right once their logits are divided by ``sharpened``, and what is right."""
+    """Probabilities minus one half that are right once their logits are divided by ``sharpened``, and what is right."""
     draw = np.random.default_rng(seed)
     logits = draw.normal(-0.5, 1.2, (3, count, 1, 1))
     right = draw.random(logits.shape) < 1 / (1 + np.exp(-logits))
@@ -271,7 +271,7 @@ def test_few_cases_give_temperatures_and_no_interval() -> None:
     found = calibrate(counts, few, few)
     read = calibration_from_json(found.ensemble_json(), postprocessed=False)
     assert read.volume is None
-    assert read.why_no_interval == "8 cases were cross-validated, and an interval that covers 90% needs 9 or more"
+    assert read.why_no_interval == "only 8 cases were cross-validated; an interval that covers 90% needs 9 or more"
     assert found.regions["WT"].coverage is None
 
 
@@ -355,8 +355,8 @@ def test_without_probabilities_evaluate_says_nothing_of_them(sides: tuple[Path, 
 @pytest.mark.parametrize(
     ("voxels", "affine", "told"),
     [
-        (np.full((20, 18, 10, 3), 2.0), AFFINE, "holds 2 to 2, and probabilities are from 0 to 1"),
-        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "is on a different grid than"),
+        (np.full((20, 18, 10, 3), 2.0), AFFINE, "has values from 2 to 2; probabilities are from 0 to 1"),
+        (np.full((20, 18, 10, 3), 0.5), np.diag([-1.0, -1.0, 3.0, 1.0]), "on a different grid than"),
         (np.full((20, 18, 10), 0.5), AFFINE, "volume 0 (from 0) of a 4D file is needed"),
     ],
 )

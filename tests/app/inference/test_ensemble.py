@@ -235,7 +235,7 @@ def test_an_older_ensemble_is_loaded_and_says_that_it_is_not_calibrated(tiny_run
     told = calibration.record([1.0, 1.0, 1.0], complete=True)
     assert told["calibration"] == {"state": "not calibrated", "temperature": None}
     assert told["volume_interval_ml"] is None
-    assert "made before calibration" in told["volume_interval_note"]
+    assert "version without calibration" in told["volume_interval_note"]
 
 
 @pytest.mark.parametrize("left_out", [False, True])
@@ -264,5 +264,5 @@ def test_networks_of_different_spacings_are_refused(tiny_run: Path, tmp_path: Pa
     ensemble = packed(tmp_path / "ensemble", tiny_run, tiny_run)
     details = max(ensemble.glob("fold-1/checkpoints/*.json"))
     changed(details, spacing_mm=[1.0, 4.0, 4.0])
-    with pytest.raises(RunError, match="networks that cannot be combined: spacing"):
+    with pytest.raises(RunError, match="its networks cannot be combined: spacing"):
         load_predictor(ensemble, RUNTIME)

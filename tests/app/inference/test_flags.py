@@ -84,15 +84,15 @@ def test_a_plain_case_has_no_flag() -> None:
         (
             with_volume(40.0, soft_volumes_ml={"WT": 51.0, "TC": 40.0, "ET": 40.0}),
             "uncertain_volume",
-            "WT: 40.0 ml are marked, the probabilities add up to 51.0 ml",
+            "WT: the label map has 40.0 ml, but the probabilities add up to 51.0 ml",
         ),
         (
             with_volume(40.0, answer_volumes_ml=(dict.fromkeys(REGIONS, 40.0), {"WT": 40.0, "TC": 25.0, "ET": 40.0})),
             "uncertain_volume",
-            "TC: single answers give from 25.0 to 40.0 ml",
+            "TC: single answers range from 25.0 to 40.0 ml",
         ),
         (replace(FACTS, training=TrainingRecord(trained_on=(FACTS.case,))), "seen_in_training", "trained on this case"),
-        (replace(FACTS, training=TrainingRecord(validated_on=(FACTS.case,))), "seen_in_training", "helped to choose"),
+        (replace(FACTS, training=TrainingRecord(validated_on=(FACTS.case,))), "seen_in_training", "used to choose"),
         (
             replace(FACTS, training=TrainingRecord(trained_on=("BraTS-GLI-00001-001",))),
             "seen_in_training",
@@ -275,7 +275,7 @@ def test_headers_that_leave_the_geometry_open_are_told(phantoms: Path, tmp_path:
             image.set_qform(other, 1)
         nib.save(image, tmp_path / f"{CASE}_{kind}.nii.gz")
     repairs = prepare(find_cases(tmp_path)[0]).repairs
-    assert repairs == ("t2: its sform and qform are up to 7 mm apart; the sform was taken",)
+    assert repairs == ("t2: its sform and qform are up to 7 mm apart; the sform was used",)
 
 
 def test_headers_without_any_form_are_told(phantoms: Path, tmp_path: Path) -> None:

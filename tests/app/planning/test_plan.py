@@ -286,7 +286,7 @@ def test_where_nothing_fits_the_error_says_what_the_smallest_attempt_needed() ->
 
 
 def test_an_error_names_the_settings_that_were_not_touched() -> None:
-    with pytest.raises(MemoryShortError, match=r"The settings training\.batch_size, training\.patch_voxels were kept"):
+    with pytest.raises(MemoryShortError, match=r"keys were not changed: training\.batch_size, training\.patch_voxels"):
         fit(
             LAPTOP,
             made_up_trial(1),
@@ -445,7 +445,7 @@ def test_where_validations_take_the_hours_there_are_fewer_of_them() -> None:
 def test_the_fewest_steps_are_planned_also_where_they_take_longer(fixed: Any, validations: int) -> None:
     steps, found, hours, why = on_a_cpu(step_seconds=36.0, validation_hours=3.0, fixed=fixed)
     assert (steps, found, hours) == (1_000, validations, 10 + 3 * validations)
-    assert "h on this CPU, more than 12 h, with the fewest steps" in why
+    assert "h on this CPU, more than 12 h, with the minimum number of steps" in why
 
 
 @pytest.fixture
@@ -467,7 +467,7 @@ def trial(phantoms: Path, tmp_path: Path, tiny_settings: list[str]) -> TrialRequ
 def test_a_trial_that_holds_too_much_is_ended(trial: TrialRequest, tmp_path: Path) -> None:
     ended = try_out(trial, tmp_path, most_bytes=50_000_000)
     assert isinstance(ended, TooMuch)
-    assert "it was ended when it held" in ended.why
+    assert "it was stopped when it held" in ended.why
 
 
 @pytest.mark.parametrize("settings", [[], ["training.telemetry_steps=10"], ["augment.contrast_dropout=0.5"]])
@@ -537,7 +537,7 @@ def test_a_trial_that_ends_for_another_reason_is_a_fault_with_its_last_words(
     trial: TrialRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stands_in("echo no such thing >&2; exit 9", tmp_path, monkeypatch)
-    with pytest.raises(RuntimeError, match="ended with code 9: no such thing"):
+    with pytest.raises(RuntimeError, match="exited with status 9: no such thing"):
         try_out(trial, tmp_path, most_bytes=None)
 
 

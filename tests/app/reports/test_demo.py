@@ -88,7 +88,7 @@ def test_equal_scores_carry_no_sign() -> None:
 def test_undefined_scores_are_left_out_of_the_mean_and_said() -> None:
     html = render(page(case("a", 0.5, float("nan")), case("b", 0.5, 4.0)))
     assert rows(html)["Mean"][1] == "4.0"
-    assert "Not defined: 3 values" in html
+    assert "3 values are not defined" in html
 
 
 def test_infinite_distance_is_shown_and_kept_in_the_mean() -> None:

@@ -190,7 +190,7 @@ def test_the_viewer_begins_in_the_predicted_tumour(pages: CohortPages) -> None:
 def test_scans_that_have_gone_are_told_and_the_page_is_there(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={"t1c": "/nowhere/<b>.nii.gz"})
     page = next(iter(write_cohort(folder, tmp_path / "out").cases.values())).read_text(encoding="utf-8")
-    assert "Not where they were predicted from: T1c. Give --images DATA to show them." in page
+    assert "No longer at the paths of the prediction: T1c. Give --images DATA to show them." in page
     assert "There is no scan to show." in page
 
 
@@ -213,7 +213,7 @@ def test_references_whose_numbers_nothing_tells_are_scored_with_labels(
     nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "refs" / "patient1" / "patient1_seg.nii.gz")
     asked = ("report", folder, tmp_path / "out", "--references", tmp_path / "refs")
     refused = znormseg(*asked)
-    assert (refused.code, "give the right one with --labels" in refused.err) == (3, True)
+    assert (refused.code, "give the right convention with --labels" in refused.err) == (3, True)
     assert znormseg(*asked, "--labels", "brats2023").code == 0
     dice = re.findall(r"ET (0\.\d+)", (tmp_path / "out" / "cases" / "patient1.html").read_text(encoding="utf-8"))
     assert dice
@@ -240,7 +240,7 @@ def test_a_scan_on_another_grid_is_left_out_with_the_reason(phantoms: Path, tmp_
     inputs = {"t1c": str(case.contrasts["t1c"]), "flair": str(tmp_path / "moved.nii.gz")}
     folder = predictions_of(phantoms, tmp_path / "p", ids=(case.id,), inputs=inputs)
     made = write_cohort(folder, tmp_path / "out")
-    assert "FLAIR is not shown, since it is on a different grid" in made.cases[case.id].read_text(encoding="utf-8")
+    assert "FLAIR is not shown, as it is on a different grid" in made.cases[case.id].read_text(encoding="utf-8")
     assert set(viewer_of(made.cases[case.id])["images"]) == {"T1c"}
 
 

@@ -60,9 +60,7 @@ def test_the_cache_is_where_the_variables_say(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize("text", ["much", "0", "-1", "nan", "inf"])
 def test_a_bound_that_is_no_size_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZNORMSEG_CACHE_GB", text)
-    with pytest.raises(
-        ConfigError, match=f"ZNORMSEG_CACHE_GB: a number of gigabytes above 0 is expected, got '{text}'"
-    ):
+    with pytest.raises(ConfigError, match=f"ZNORMSEG_CACHE_GB: expected a number of gigabytes above 0, got '{text}'"):
         case_cache.cache_bytes()
 
 
@@ -84,7 +82,10 @@ def test_a_cache_that_cannot_be_used_is_told_and_the_run_keeps_its_cases_itself(
     own_cache.write_text("a file")
     ended = znormseg("train", phantoms, tmp_path / "run", *options)
     assert ended.code == 0, ended.err
-    assert f"prepared cases go to {tmp_path / 'run' / 'cache'}, as the cache cannot be used: {own_cache}" in ended.err
+    assert (
+        f"prepared cases are stored in {tmp_path / 'run' / 'cache'}, as the cache cannot be used: {own_cache}"
+        in ended.err
+    )
     assert not (tmp_path / "run" / "cache").exists()
 
 
@@ -100,7 +101,7 @@ def test_cases_that_do_not_fit_are_kept_by_the_run_and_that_is_told(
     monkeypatch.setenv("ZNORMSEG_CACHE_GB", "0.001")
     ended = znormseg("train", phantoms, tmp_path / "run", *options)
     assert ended.code == 0, ended.err
-    assert "some prepared cases are in the run's own folder" in ended.err
+    assert "some prepared cases are stored in the run folder" in ended.err
     assert sum(path.stat().st_size for path in own_cache.glob("[!.]*/*")) <= 1e6
 
 
@@ -145,7 +146,7 @@ def test_a_run_whose_label_map_changed_is_not_resumed_and_says_which(
     write_label_map(path, np.roll(read_label_map(path).voxels, 1, axis=0), path)
     ended = znormseg("train", data, run, "--resume")
     assert ended.code == 3
-    assert "the label maps of 1 cases have changed since the run began: BraTS2021_00002. Put" in ended.err
+    assert "the label maps of 1 cases have changed since the run began: BraTS2021_00002. Restore" in ended.err
 
 
 def test_a_run_of_an_older_version_has_no_record_and_is_resumed(

@@ -27,7 +27,7 @@ with_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA de
 def test_the_cpu_is_taken_where_it_is_asked_for() -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu"))
     assert runtime.device == torch.device("cpu")
-    assert runtime.reasons[0] == "device cpu: asked for"
+    assert runtime.reasons[0] == "device cpu: requested"
 
 
 @without_cuda
@@ -112,7 +112,7 @@ def test_one_gpu_for_several_processes_is_refused() -> None:
 def test_the_precision_asked_for_is_taken(precision: Any) -> None:
     runtime = choose_runtime(RuntimeConfig(device="cpu", precision=precision))
     assert runtime.precision is getattr(torch, precision)
-    assert runtime.reasons[1] == f"precision {precision}: asked for"
+    assert runtime.reasons[1] == f"precision {precision}: requested"
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_auto_keeps_to_the_instructions_that_onednn_is_limited_to(
     monkeypatch.setenv(variable, limit)
     found, reason = cpu_precision()
     assert found == precision
-    assert (f"{variable}={limit} switches bfloat16 arithmetic off" in reason) == (precision == "float32")
+    assert (f"{variable}={limit} disables bfloat16 arithmetic" in reason) == (precision == "float32")
 
 
 def test_what_was_asked_for_is_told_from_what_was_chosen() -> None:

@@ -77,7 +77,7 @@ def test_each_task_gets_its_own_process_unless_workers_are_reused(
 
 def test_a_task_that_kills_its_workers_is_given_up_and_the_others_are_done(run: Callable[..., Seen]) -> None:
     seen = run("a", "die", "c", "d")
-    assert seen.lost == {"die 1": "was ended by SIGKILL 3"}
+    assert seen.lost == {"die 1": "was killed by SIGKILL 3"}
     assert sorted(seen.done) == ["a 0", "c 2", "d 3"]
 
 

@@ -118,7 +118,7 @@ def test_a_spacing_that_is_not_that_of_the_weights_is_told(
 ) -> None:
     given = [*few_steps, "--set", "data.spacing_mm=6"]
     ended = znormseg("train", phantoms, tmp_path / "run", *given, "--init-from", tiny_run)
-    assert "the weights are of 4x4x4 mm, this run works at 6x6x6 mm" in " ".join(ended.err.split())
+    assert "the weights were trained at 4x4x4 mm, but this run works at 6x6x6 mm" in " ".join(ended.err.split())
 
 
 @pytest.mark.parametrize(

@@ -229,7 +229,7 @@ def test_patience_without_validation_cases_is_refused_before_a_folder_is_made(
     options = [word for setting in (*tiny_settings, "training.patience=2") for word in ("--set", setting)]
     ended = znormseg("train", phantoms, tmp_path / "run", *options, "--fold", "all")
     assert ended.code == 4
-    assert "training.patience: there are no validation cases" in ended.err
+    assert "training.patience: needs validation cases" in ended.err
     assert not (tmp_path / "run").exists()
 
 

@@ -126,7 +126,7 @@ def test_a_killed_run_goes_on_to_the_same_result(
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_a_run_stopped_by_a_signal_says_how_to_go_on_and_goes_on_to_the_same_result(
     *,
     number: signal.Signals,
@@ -238,7 +238,7 @@ def test_a_folder_that_holds_something_is_refused(
     (tmp_path / "note.txt").touch()
     ended = znormseg("train", phantoms, tmp_path, *options)
     assert ended.code == 5
-    assert "is not empty. Continue with --resume, or give another folder" in ended.err
+    assert "is not empty. Resume it with --resume, or give another folder" in ended.err
     assert ids_of(tmp_path) == ["note.txt"]
 
 
@@ -266,7 +266,7 @@ def test_a_second_process_is_kept_out_and_leaves_the_folder_as_it_is(
         before = ids_of(run)
         ended = znormseg("train", phantoms, run, *(["--resume"] if mode == "resume" else options))
         assert ended.code == 5
-        assert "another process is training there" in ended.err
+        assert "another process is training in this folder" in ended.err
         assert ids_of(run) == before
 
 
@@ -287,7 +287,7 @@ def test_a_second_process_that_comes_while_the_first_prepares_leaves_its_folder_
             return find(data)
 
         monkeypatch.setattr(DataSource, "find_cases", find_while_another_starts)
-        with pytest.raises(RunError, match="another process is training there"):
+        with pytest.raises(RunError, match="another process is training in this folder"):
             start(DataSource(phantoms), run, config)
     assert ids_of(run) == [".lock", "config.yaml"]
 
@@ -460,7 +460,7 @@ def test_a_split_file_decides_which_cases_take_part(
     split = {"train": names[3:5], "validation": names[:1]}
     (tmp_path / "split.json").write_text(json.dumps(split))
     ended = znormseg("train", phantoms, tmp_path / "run", *options, "--split", tmp_path / "split.json")
-    assert "2 cases train, 1 validate" in ended.err
+    assert "2 cases for training, 1 for validation" in ended.err
     assert read(tmp_path / "run" / "split.json") == split
     assert read(tmp_path / "run" / "run.json")["split_file"] == str((tmp_path / "split.json").resolve())
 

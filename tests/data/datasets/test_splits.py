@@ -236,8 +236,8 @@ def test_a_split_may_do_without_validation(tmp_path: Path, content: dict[str, li
     [
         ("train: [a, b]", "cannot be read as a split"),
         ("", "cannot be read as a split"),
-        (IDS, "this file has something else"),
-        ({"train": IDS, "fold": 0}, "this file has something else"),
+        (IDS, "this file has another form"),
+        ({"train": IDS, "fold": 0}, "this file has another form"),
         ({"train": IDS[:1], "val": IDS[2:3], "validation": IDS[3:]}, "both validation and val"),
         ({"train": "BraTS-GLI-00001-000"}, "train must be a list of case ids"),
         ({"train": [1, 2]}, "train must be a list of case ids"),

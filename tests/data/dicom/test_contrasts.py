@@ -230,7 +230,7 @@ def test_a_choice_may_take_what_was_not_recognised_and_is_no_candidate_elsewhere
 
 
 def test_all_that_is_missing_is_said_at_once() -> None:
-    with pytest.raises(DataError, match=r"the t1c; .*--t1c SERIES; no series is recognised as the flair; .*--flair"):
+    with pytest.raises(DataError, match=r"the t1c; .*--t1c SERIES; no series was recognised as the flair; .*--flair"):
         choose_series([one for one in four() if one.key in "23"])
 
 

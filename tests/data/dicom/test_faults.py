@@ -90,7 +90,7 @@ def padded(tmp_path: Path, voxels: Voxels, write_series: Write) -> tuple[list[Pa
 def test_padding_is_background_and_said_to_be(padded: tuple[list[Path], Voxels]) -> None:
     reading = read_only(padded[0][0].parent)
     assert np.array_equal(reading.volume.voxels, padded[1])
-    assert reading.notes == ("25 % of its voxels are padding (stored values -2000): set to 0, the value of background",)
+    assert reading.notes == ("25 % of its voxels are padding (stored values -2000); they were set to 0, as background",)
 
 
 def test_a_padded_study_is_read_as_the_same_study_without_padding(
@@ -250,14 +250,14 @@ def test_padding_that_changes_nothing_is_not_mentioned(
 
 def test_padding_of_images_compressed_with_loss_is_to_be_looked_at(padded: tuple[list[Path], Voxels]) -> None:
     change_all(padded[0], set_fields(LossyImageCompression="01"))
-    assert "compressed with loss, which may have changed padding (stored values -2000) too" in str(
+    assert "compressed with loss, which may also have changed the padding (stored values -2000)" in str(
         read_only(padded[0][0].parent).notes
     )
 
 
 def test_a_series_that_is_all_padding_is_refused(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
     write_series(tmp_path, voxels, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
-    with pytest.raises(DataError, match=r"its headers call every voxel padding \(stored values 0 to 4095\)"):
+    with pytest.raises(DataError, match=r"its headers declare every voxel padding \(stored values 0 to 4095\)"):
         read_only(tmp_path)
 
 

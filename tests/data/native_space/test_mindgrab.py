@@ -12,7 +12,6 @@ from data.native_space.brain_mask import find_brain, require_mask
 from data.native_space.itk import to_itk, voxels_of
 from data.native_space.mindgrab import (
     SIDE,
-    head_box,
     largest_part,
     mask_agreement,
     mindgrab_mask,
@@ -24,8 +23,7 @@ from data.native_space.mindgrab import (
 ORDERS = {"RAS": np.diag([1.0, 1, 1]), "LPI": np.diag([-1.0, -1, -1]), "ASR": np.eye(3)[[2, 0, 1]]}
 
 
-def bright(values: npt.NDArray[np.float32], volume_voxels: int) -> npt.NDArray[np.bool_]:
-    assert volume_voxels == SIDE**3
+def bright(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
     found: npt.NDArray[np.bool_] = values > 0.5
     return found
 
@@ -60,15 +58,17 @@ def test_the_frame_is_lia_at_1_mm_around_the_middle_of_the_image() -> None:
     assert np.abs(middle[:3] - expected).max() <= 1.5
 
 
-def test_only_the_box_around_the_head_is_computed() -> None:
-    sizes = []
+def test_the_whole_frame_is_computed_for_the_mask_and_a_part_for_the_comparison() -> None:
+    shapes = []
 
-    def watched(values: npt.NDArray[np.float32], volume_voxels: int) -> npt.NDArray[np.bool_]:
-        sizes.append(values.shape)
-        return bright(values, volume_voxels)
+    def watched(values: npt.NDArray[np.float32]) -> npt.NDArray[np.bool_]:
+        shapes.append(values.shape)
+        return bright(values)
 
-    mindgrab_mask(head(), watched, name="A")
-    assert all(80 <= side <= 100 for side in sizes[0])
+    mask = mindgrab_mask(head(), watched, name="A")
+    mask_agreement(head(), mask, watched)
+    assert shapes[0] == (SIDE, SIDE, SIDE)
+    assert all(80 <= side <= 100 for side in shapes[1])
 
 
 def test_intensities_are_cut_at_the_quantiles() -> None:
@@ -80,10 +80,6 @@ def test_intensities_are_cut_at_the_quantiles() -> None:
 
 def test_a_constant_image_is_scaled_without_a_warning() -> None:
     assert not scaled_intensities(np.full(10, 3, dtype=np.float32)).any()
-
-
-def test_a_box_without_a_head_is_everything() -> None:
-    assert head_box(np.zeros((8, 8, 8), dtype=np.float32)) == (slice(None),) * 3
 
 
 def test_the_largest_part_is_kept_with_its_holes_filled() -> None:
@@ -98,7 +94,7 @@ def test_the_largest_part_is_kept_with_its_holes_filled() -> None:
 
 def test_a_network_that_marks_nothing_is_named() -> None:
     with pytest.raises(DataError, match="case A: MindGrab found no brain"):
-        mindgrab_mask(head(), lambda values, _: np.zeros(values.shape, dtype=bool), name="A")
+        mindgrab_mask(head(), lambda values: np.zeros(values.shape, dtype=bool), name="A")
 
 
 def test_a_contrast_with_another_brain_is_named() -> None:

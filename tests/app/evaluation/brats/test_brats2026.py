@@ -218,7 +218,7 @@ def test_the_terminal_says_whose_numbers_they_are_and_what_is_not_finite(
     row = next(line for line in shown.out.splitlines() if line.startswith("case-00003"))
     assert row.split()[1:] == ["-"] * 9
     assert "configuration GoAT, brats-evaluation 0.0.10, panoptica 2.1.7" in shown.out
-    assert "inf: no lesion matched; mean and median count 373" in shown.out
+    assert "inf: no lesion matched; mean and median use 373" in shown.out
     assert "Research use only" in shown.out
     assert "the voxels of 2 cases are not 1 mm cubes: case-00003, case-00007." in shown.err
 
@@ -269,14 +269,14 @@ def test_sets_of_other_versions_or_years_are_not_ranked_together(tmp_path: Path)
     (tmp_path / "c.csv").write_text("case,WT_lesion_dice,WT_lesion_hd95_mm\nx,0.5,2\n")
     with pytest.raises(DataError, match=r"panoptica 2\.1\.7\); brats2026 GLI \(panoptica 2\.2\.0"):
         rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None))
-    with pytest.raises(DataError, match="Score all in the same way"):
+    with pytest.raises(DataError, match="Score all sets in the same way"):
         rank(load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "c.csv")], None, None))
 
 
 def test_numbers_that_are_not_finite_in_a_table_of_another_year_are_refused(tmp_path: Path) -> None:
     for name in ("a.csv", "b.csv"):
         (tmp_path / name).write_text("case,WT_dice,WT_hd95_mm\nx,0.5,inf\n")
-    with pytest.raises(DataError, match="a score of inf"):
+    with pytest.raises(DataError, match="a score is inf"):
         load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None)
 
 
@@ -312,18 +312,21 @@ def test_without_the_command_the_message_says_how_to_install_it_and_under_which_
 
 
 IF_EMPTY = "if not any(stored[1]):\n    "
-UNREADABLE = "wrote no summary of one case that can be read"
+UNREADABLE = "wrote no readable summary of one case"
 WRONG = {
-    "crash": ("sys.exit('Traceback\\nline\\nValueError: no')", "ended with 1: Traceback / line / ValueError: no. Run"),
-    "killed": ("os.kill(os.getpid(), 9)", "was ended by SIGKILL: it printed nothing"),
+    "crash": (
+        "sys.exit('Traceback\\nline\\nValueError: no')",
+        "exited with status 1: Traceback / line / ValueError: no. Run",
+    ),
+    "killed": ("os.kill(os.getpid(), 9)", "was killed by SIGKILL: it printed nothing"),
     "garbage": ("""write('{"metrics": [')""", f"{UNREADABLE} (JSONDecodeError)"),
     "bytes": ("write(bytes(range(256)))", UNREADABLE),
     "nothing": ("print('Error: no configuration') or sys.exit(0)", "(FileNotFoundError): Error: no configuration"),
     "skipped": ("""write('{"metrics": [], "missings": [1]}')""", f"{UNREADABLE} (ValueError)"),
     "another shape": ("""write('{"metrics": [[1]]}')""", f"{UNREADABLE} (TypeError)"),
     "refused": ("""write('{"metrics": [{"error": "Size\\\\nMismatch"}]}')""", "refused the case: Size Mismatch"),
-    "region": ("""write('{"metrics": [{"et": {}}]}')""", "gave no scores of region WT"),
-    "number": ("""write('{"metrics": [{"wt": {"sq_dsc": "high"}}]}')""", "gave 'high' for sq_dsc"),
+    "region": ("""write('{"metrics": [{"et": {}}]}')""", "returned no scores for region WT"),
+    "number": ("""write('{"metrics": [{"wt": {"sq_dsc": "high"}}]}')""", "returned 'high' for sq_dsc"),
 }
 
 
@@ -468,8 +471,8 @@ def test_files_that_are_not_compressed_or_hold_floats_are_scored_alike(stand_in:
 @pytest.mark.parametrize(
     ("task", "label", "said"),
     [
-        ("GOAT", 4, r"holds label values 4 \(convention brats2024\), which are not part of task GOAT"),
-        ("MEN-RT", 2, r"case a: .*holds label values 2 .* task MEN-RT: its regions are GTV"),
+        ("GOAT", 4, r"contains label values 4 \(convention brats2024\), which are not part of task GOAT"),
+        ("MEN-RT", 2, r"case a: .*contains label values 2 .* task MEN-RT: its regions are GTV"),
         ("PED", 4, "not part of task PED"),
     ],
 )
@@ -523,7 +526,7 @@ def test_as_many_run_at_once_as_threads_are_allowed(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_task_that_2026_has_not_is_refused_with_those_it_has() -> None:
-    with pytest.raises(DataError, match=r"brats2026 has GLI, PED, MET, MEN-PRE, MEN-RT, GOAT\. Give one"):
+    with pytest.raises(DataError, match=r"no such task; choose from GLI, PED, MET, MEN-PRE, MEN-RT, GOAT\."):
         package_rules("SSA")
 
 

@@ -139,7 +139,7 @@ def test_different_shapes_are_refused() -> None:
 
 
 def test_a_task_that_the_year_has_not_is_refused_with_those_it_has() -> None:
-    with pytest.raises(DataError, match=r"brats2023 has GLI, PED, SSA, MEN, MET\. Give one"):
+    with pytest.raises(DataError, match=r"brats2023 has no such task; choose from GLI, PED, SSA, MEN, MET\."):
         rules_for("brats2023", "MEN-RT")
 
 
@@ -159,7 +159,7 @@ def test_the_later_script_of_met_scores_the_cavity_and_penalises_by_the_diagonal
 
 def test_met_is_scored_as_in_the_challenge_unless_the_later_script_is_asked_for() -> None:
     assert rules_for("brats2024", "MET").penalty_mm == 374.0
-    with pytest.raises(DataError, match=r"brats2024-f1131e3 has MET\. Give"):
+    with pytest.raises(DataError, match=r"brats2024-f1131e3 has no such task; choose from MET\."):
         rules_for("brats2024-f1131e3", "GLI")
 
 
@@ -310,16 +310,16 @@ def test_the_terminal_says_what_was_invented_and_missed(tmp_path: Path, znormseg
     words = [tmp_path / "predicted", tmp_path / "expected", "--rules", "brats2023", "--labels", "brats2023"]
     shown = znormseg("evaluate", *words).out
     assert "WT lesion Dice" in shown
-    assert "predicted lesions that touch none of the reference: WT 1, TC 1, ET 1" in shown
-    assert "lesions of the reference that were missed: WT 1, TC 1, ET 1" in shown
-    assert "each has Dice 0 and HD95 374 mm" in shown
+    assert "predicted lesions that touch no reference lesion: WT 1, TC 1, ET 1" in shown
+    assert "reference lesions that were missed: WT 1, TC 1, ET 1" in shown
+    assert "each of them counts with Dice 0 and an HD95 of 374 mm" in shown
 
 
 @pytest.mark.parametrize(
     ("rules", "task", "said"),
     [
-        ("brats2024-f1131e3", "MET", "each has Dice 0 and as HD95 the diagonal of the grid in voxels"),
-        ("brats2024", "MEN-RT", "each missed one has Dice 0 and as HD95 the diagonal"),
+        ("brats2024-f1131e3", "MET", "each of them counts with Dice 0 and an HD95 of the grid's diagonal in voxels"),
+        ("brats2024", "MEN-RT", "each missed one counts with Dice 0 and an HD95 of the grid's diagonal"),
     ],
 )
 def test_the_terminal_says_that_the_penalty_is_the_diagonal(

@@ -80,7 +80,7 @@ def test_cases_that_some_sets_lack_are_left_out_and_counted() -> None:
 
 def test_sets_without_a_common_case_are_refused_with_ids_of_each() -> None:
     other = Scored(name="b", cases={"x": {("WT", "dice"): 1.0}})
-    with pytest.raises(DataError, match="a holds case0; b holds x"):
+    with pytest.raises(DataError, match="a has case0; b has x"):
         rank([scored("a", [0.5]), other])
 
 
@@ -159,7 +159,7 @@ def test_a_table_from_a_spreadsheet_is_read_and_empty_cells_are_no_score(tmp_pat
         (tmp_path / f"{name}.csv").write_text(text, encoding="utf-8-sig")
     tables = load([DataSource(tmp_path / "a.csv"), DataSource(tmp_path / "b.csv")], None, None)
     assert rank(tables).cases == ("x", "y")
-    with pytest.raises(DataError, match="metric ece: is not in all of them"):
+    with pytest.raises(DataError, match="metric ece: not every set has it"):
         rank(tables, ("ece",))
 
 
@@ -185,7 +185,9 @@ def test_a_case_that_cannot_be_scored_is_named_counted_and_an_exit_code(
     assert told["left_out"] == ["BraTS-GLI-00001-000", "BraTS-GLI-00002-000"]
     assert set(told["failures"]) == set(spoilt)
     assert all(f"znormseg: {name}: BraTS-GLI-00002-000: " in done.err for name in spoilt)
-    assert "2 cases: BraTS-GLI-00001-000, BraTS-GLI-00002-000" in done.err
+    assert (
+        "2 cases left out, as not every set has scores for them: BraTS-GLI-00001-000, BraTS-GLI-00002-000" in done.err
+    )
 
 
 def test_a_table_in_json_knows_the_cases_that_failed(folders: dict[str, Path], znormseg: Callable[..., Any]) -> None:
@@ -225,7 +227,7 @@ def test_scores_by_different_rules_are_refused_with_both(other: dict[str, str], 
     first = {"rules": "brats2024", "task": "GLI"}
     rank(json_tables(tmp_path, first, first))
     shown = " ".join(other.values()) or "no rules"
-    with pytest.raises(DataError, match=rf"^b and c: .*: brats2024 GLI; {shown}\. .* --rules and --task"):
+    with pytest.raises(DataError, match=rf"^b and c were scored .*: brats2024 GLI; {shown}\. .* --rules and --task"):
         rank(json_tables(tmp_path, first, other))
 
 

@@ -93,7 +93,7 @@ def test_validations_do_not_count_as_time_of_steps() -> None:
 def test_scores_of_validation_cases_are_called_that() -> None:
     analysis = analysed(results({"clip": 0.0, "znorm": 0.1}, test=False))
     assert not analysis.tested
-    assert any("No third part" in caveat for caveat in analysis.caveats)
+    assert any("No test cases" in caveat for caveat in analysis.caveats)
 
 
 def test_the_plain_data_is_json_without_nan() -> None:

@@ -181,23 +181,23 @@ def test_seeds_count_up_from_the_first() -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"arms": ["clip", "magic"]}, "--arms: 'magic' is unknown; allowed are none, clip, "),
+        ({"arms": ["clip", "magic"]}, "--arms: 'magic' is unknown; allowed: none, clip, "),
         ({"arms": []}, "--arms: empty"),
         ({"arms": ["clip"]}, "at least two"),
         ({"arms": ["clip", "clip"]}, "--arms: clip is given twice"),
-        ({"optimizers": ["lion"]}, "--optimizers: 'lion' is unknown; allowed are adamw, sgd"),
+        ({"optimizers": ["lion"]}, "--optimizers: 'lion' is unknown; allowed: adamw, sgd"),
         ({"rates": ["fast"]}, "--learning-rates fast: expected numbers above 0"),
         ({"rates": ["1e-3,-1"]}, "--learning-rates 1e-3,-1: expected numbers above 0"),
         ({"rates": ["1e-3,0.001"]}, "a rate is given twice"),
-        ({"rates": ["sgd=1e-2"]}, "'sgd' is not among the optimizers adamw"),
+        ({"rates": ["sgd=1e-2"]}, "'sgd' is not among the optimizers (adamw)"),
         ({"rates": ["1e6"]}, "--learning-rates: training.learning_rate: from 1e-09 to 100"),
         ({"seeds": 0}, "--seeds: from 1"),
         ({"steps": 0}, "training.steps: from 1"),
-        ({"baseline": "none"}, "--baseline none: not among the arms clip, znorm"),
+        ({"baseline": "none"}, "--baseline none: not among the arms (clip, znorm)"),
         ({"target_dice": 1.5}, "--target-dice: above 0 and below 1"),
         ({"first_seed": -1}, "--first-seed: from 0"),
         ({"variants": ["all"]}, "--variant all: expected NAME:SECTION.KEY=VALUE"),
-        ({"variants": ["clip:gradient.clip_norm=2"]}, "clip is a rule's own name"),
+        ({"variants": ["clip:gradient.clip_norm=2"]}, "clip is the name of a rule"),
         ({"variants": ["all:training.seed=3"]}, "use --seeds"),
         (
             {"variants": ["all:gradient.clip_norm=2"]},
@@ -398,7 +398,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(phantoms: Path, tmp_path: 
 def test_a_folder_with_something_else_in_it_is_refused(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "thesis.tex").write_text("")
     ended = znormseg("compare", phantoms, tmp_path)
-    assert (ended.code, "is not empty and holds no comparison" in ended.err) == (5, True)
+    assert (ended.code, "is not empty and contains no comparison" in ended.err) == (5, True)
 
 
 def test_an_unknown_arm_is_refused_before_anything_is_made(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:

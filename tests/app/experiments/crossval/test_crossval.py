@@ -17,7 +17,6 @@ import numpy as np
 import pytest
 
 from app.errors import ConfigError, RunError
-from app.experiments.crossval.folds import read_folds
 from app.experiments.crossval.logits import no_counts
 from app.experiments.crossval.out_of_fold import (
     OutOfFoldPrediction,
@@ -27,6 +26,7 @@ from app.experiments.crossval.out_of_fold import (
     read_prediction,
     write_prediction,
 )
+from app.experiments.crossval.plan import read_folds
 from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
 from app.experiments.crossval.workers import fold_devices
 from app.inference.backends.choose import choose_backend
@@ -426,7 +426,7 @@ def test_other_cases_are_refused(
     shutil.rmtree(data / gone)
     ended = znormseg("crossval", data, finished, *options)
     assert ended.code == 3
-    assert f"started with other cases: 1 ({gone}) gone, 0 new" in ended.err
+    assert f"started with other cases: 1 ({gone}) missing, 0 new" in ended.err
 
 
 @pytest.mark.parametrize(("folds", "code", "told"), [(1, 4, "--folds takes 2 to 20"), (7, 3, "6 patients for 7 folds")])
@@ -469,7 +469,7 @@ def test_a_folder_that_holds_something_else_is_refused(
     (tmp_path / "notes").write_text("mine")
     ended = znormseg("crossval", phantoms, tmp_path, *options)
     assert ended.code == 5
-    assert "is not empty and holds no cross-validation" in ended.err
+    assert "is not empty and contains no cross-validation" in ended.err
 
 
 # Real processes
@@ -568,7 +568,7 @@ def test_a_process_that_is_killed_is_named_and_the_others_are_saved(
     child.kill()
     _, said = process.communicate(timeout=120)
     assert process.returncode == 7, said
-    assert "its process was ended by SIGKILL without reporting an error" in said
+    assert "its process was killed by SIGKILL without reporting an error" in said
     assert not other.is_running()
 
 

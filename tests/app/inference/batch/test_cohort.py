@@ -23,8 +23,8 @@ from app.inference.batch.job import CASE as CASE_JSON
 from app.inference.batch.job import PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.native import Native
+from app.inference.batch.parallel import devices_of
 from app.inference.batch.pipeline import InThisProcess, Steps
-from app.inference.batch.process_pool import devices_of
 from app.schemas import json_schema
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
@@ -185,7 +185,7 @@ def test_a_result_of_nobody_knows_what_is_replaced(tiny_run: Path, done: Path, p
 def test_the_command_says_how_many_were_finished(tiny_run: Path, done: Path, znormseg: Call) -> None:
     ended = znormseg("predict", tiny_run, done / "in", done / "out", "--device", "cpu", "--json")
     assert ended.code == 0
-    assert "3 of 3 were finished before" in ended.err
+    assert "3 of 3 cases were already finished" in ended.err
     assert len(json.loads(ended.out)["skipped"]) == 3
 
 
@@ -221,7 +221,7 @@ def test_partial_files_stay_while_somebody_else_is_at_work(tmp_path: Path) -> No
 KILLED_TEN_TIMES = """
 import os, random, signal, sys, time
 from pathlib import Path
-import app.inference.batch.job, app.inference.batch.process_pool
+import app.inference.batch.job, app.inference.batch.parallel
 from app.cli.main import run
 out, moments = Path(sys.argv.pop(1)), random.Random(7)
 killed = 0
@@ -321,7 +321,7 @@ def test_the_cases_of_a_worker_that_is_lost_are_done_by_another(
 def test_a_worker_that_cannot_begin_stops_the_cohort_with_its_reason(
     tiny_run: Path, cohort: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.inference.batch.process_pool import InProcesses
+    from app.inference.batch.parallel import InProcesses
 
     job = PredictJob(run=tmp_path / "no run", output=tmp_path, device="cpu")
     with pytest.raises(RuntimeError, match="no run: does not exist"):
@@ -337,7 +337,7 @@ def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path / 'site'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
     ended = znormseg("predict", tiny_run, cohort, tmp_path / "out", "--device=cpu", "--workers=2")
     assert ended.code == 6, ended.err
-    assert f"case {CASE}: its process was ended by SIGKILL, 3 times" in ended.err
+    assert f"case {CASE}: its process was killed by SIGKILL in 3 attempts" in ended.err
     assert statuses(tmp_path / "out") == {"0": "failed", "1": "done", "2": "done"}
 
 
@@ -345,7 +345,7 @@ def test_a_case_that_ends_its_worker_each_time_fails_by_name_and_the_others_are_
 DEADLY = f"""
 import os, signal, sys
 def deadly(event, arguments):
-    starts_worker = "app.inference.batch.process_pool" in " ".join(sys.orig_argv)
+    starts_worker = "app.inference.batch.parallel" in " ".join(sys.orig_argv)
     if event == "open" and "{CASE}_t2." in str(arguments[0]) and starts_worker:
         os.kill(os.getpid(), signal.SIGKILL)
 sys.addaudithook(deadly)
@@ -403,7 +403,7 @@ class Noted:
     def __init__(self) -> None:
         self.outcomes: list[Outcome] = []
 
-    def begun(self, case: str, what: str = "") -> None:
+    def started(self, case: str, what: str = "") -> None:
         pass
 
     def ended(self, outcome: Outcome) -> None:
@@ -504,7 +504,7 @@ def test_a_case_for_which_memory_is_not_enough_fails_by_name_and_the_others_go_o
 
     told, happened = through(compute=compute)
     messages = {outcome.case: outcome.message for outcome in told.outcomes}
-    assert "case c: not enough memory for it" in (messages["c"] or "")
+    assert "case c: not enough memory" in (messages["c"] or "")
     assert messages["a"] is messages["d"] is None
     assert happened[-1] == "computed d"
 
@@ -552,7 +552,7 @@ def test_an_interrupted_command_writes_the_manifest_of_what_is_done(
         return compute(steps, read, on_step)
 
     monkeypatch.setattr(PredictSteps, "compute", interrupted)
-    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* The same command continues"):
+    with pytest.raises(InterruptedRunError, match=r"1 of 3 label maps are in .* Run the same command again to resume"):
         predict_all(tiny_run, done, overwrite=True)
     assert statuses(done / "out") == {"0": "done", "1": "left", "2": "left"}
 
@@ -571,7 +571,7 @@ def test_a_case_whose_json_would_be_the_manifest_is_refused(
         shutil.copy(path, tmp_path / "in" / path.name.replace(CASE, "manifest"))
     ended = znormseg("predict", tiny_run, tmp_path / "in", tmp_path / "out")
     assert ended.code == 3
-    assert "would overwrite manifest.json of the cohort. Rename the case" in ended.err
+    assert "would overwrite the cohort's manifest.json. Rename the case" in ended.err
 
 
 # Ray

@@ -74,7 +74,7 @@ def test_every_step_down_is_told_in_a_sentence() -> None:
     assert len(fallback.sentences) == 2
     assert fallback.sentences[0] == (
         "out of memory with windows of 64x64x64 voxels, 2 at once, on cuda:0 (CUDA out of memory); "
-        "went on with windows of 64x64x64 voxels, 1 at once, on cuda:0"
+        "continued with windows of 64x64x64 voxels, 1 at once, on cuda:0"
     )
 
 

@@ -1,11 +1,11 @@
-"""One fold: train its network, and predict the cases that it has not trained on."""
+"""One fold: train its network, and predict the cases that it was not trained on."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from app.experiments.crossval.folds import Folds
 from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
+from app.experiments.crossval.plan import Folds
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
 from app.inference.backends.choose import choose_backend
 from app.inference.model import load_model
@@ -31,7 +31,7 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
         KeyboardInterrupt: stopped while predicting; completed cases are kept.
     """
     run, result = folds.run(fold), folds.result_file(fold)
-    # Chosen like predict, so that its label maps get these scores; and before hours of training, since it may fail.
+    # Chosen as in predict, so that the scores hold for its label maps; and before hours of training, as it may fail.
     runtime = choose_backend("auto", folds.config.runtime)
     if not (result.exists() and has_checkpoint(run)):
 

@@ -1,12 +1,12 @@
 """The folds of a cross-validation, and what must be unchanged when it is resumed.
 
-The folder of a cross-validation holds::
+The folder of a cross-validation contains::
 
     folds.json      config, case ids by fold, hash of the label maps
     splits/         training and validation cases of each fold
     fold-0/, ...    one run folder per fold, as ``train`` makes them
     results/        one JSON file per trained fold
-    out-of-fold/    one file per case: the prediction of the network that has not trained on it
+    out-of-fold/    one file per case: the prediction of the network that was not trained on it
                     (app.experiments.crossval.out_of_fold)
     logs/           stderr of the worker processes, if there are any, until all folds are done
     crossval.csv    scores of every case, without and with post-processing
@@ -118,14 +118,14 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
     patients = patients_of(cases.values())
     count = len(set(patients.values()))
     recorded = _on_record(out)
-    # With other cases, require_same reports them.
+    # If the cases differ, require_same reports that.
     kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(cases)
     if not kept and count < folds:
         raise DataError(
-            f"{data.root}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs one. "
-            "Give fewer --folds, or more cases."
+            f"{data.root}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs at "
+            "least one. Reduce --folds, or add cases."
         )
-    require_labels([case.require() for case in cases.values()], advice="Add them, or take the cases out.")
+    require_labels([case.require() for case in cases.values()], advice="Add them, or remove the cases.")
     label_maps = read_label_maps(cases.values())
     convention = data.decide_convention(cases, label_maps)
     if recorded is not None and kept and len(recorded["folds"]) == folds:
@@ -192,7 +192,7 @@ def require_same(folds: Folds) -> None:
             write_json(folds.split_file(fold), split.to_json())
         write_json(path, plan)
         return
-    # Keys that later versions added have their defaults.
+    # Keys that later versions added get their defaults.
     recorded["config"] = to_plain(from_plain(recorded.get("config", {}), str(path)))
     settings = ("version", "config", "labels")
     changed = differences({key: recorded.get(key) for key in settings}, {key: plan[key] for key in settings})
@@ -203,8 +203,8 @@ def require_same(folds: Folds) -> None:
     before, now = {case_id for fold in recorded["folds"] for case_id in fold}, set(folds.cases)
     if before != now:
         raise DataError(
-            f"{folds.out} was started with other cases: {_some(before - now)} gone, {_some(now - before)} new. Give "
-            "the data set it was started with, or another folder."
+            f"{folds.out} was started with other cases: {_some(before - now)} missing, {_some(now - before)} new. "
+            "Give the data set it was started with, or another folder."
         )
     if recorded["folds"] != plan["folds"] or recorded.get("label_maps_sha256") != plan["label_maps_sha256"]:
         raise DataError(f"label maps have changed since {folds.out} was started. Restore them, or give another folder.")
@@ -219,7 +219,7 @@ def _on_record(out: Path) -> dict[str, Any] | None:
     try:
         return {**content, "folds": [sorted(map(composed, fold)) for fold in content["folds"]]}
     except (KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged, it does not hold the folds ({error}). Restore it from a copy.") from error
+        raise RunError(f"{path}: damaged, it does not contain the folds ({error}). Restore it from a copy.") from error
 
 
 def _splits(folds: Sequence[Sequence[str]]) -> tuple[Split, ...]:
@@ -242,6 +242,6 @@ def _require_one_spacing(cases: Mapping[str, Case], splits: Sequence[Split]) -> 
     for along in zip(*medians, strict=True):
         if max(along) > min(along) * (1 + SPACING_TOLERANCE):
             raise ConfigError(
-                f"the cases have different spacings: the folds' medians go from {min(along):g} to {max(along):g} mm, "
-                "and the networks of an ensemble need one. Choose it, such as --set data.spacing_mm=1"
+                f"the cases have different spacings: the folds' medians range from {min(along):g} to {max(along):g} "
+                "mm, but the networks of an ensemble need the same one. Set it, such as with --set data.spacing_mm=1"
             )

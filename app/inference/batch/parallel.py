@@ -1,6 +1,6 @@
 """Predict cases in worker processes on this machine, one per device; cases of a lost worker are retried.
 
-A worker is ``python -m app.inference.batch.process_pool``; see :mod:`app.system.worker_pool`.
+A worker is ``python -m app.inference.batch.parallel``; see :mod:`app.system.worker_pool`.
 """
 
 from __future__ import annotations
@@ -46,9 +46,9 @@ def devices_of(text: str, gpus: int) -> tuple[str, ...]:
     else:
         names = device_names(text)
     if not names:
-        raise ConfigError(f"--devices takes auto, a number of GPUs, or cpu and cuda:N with commas, got {text!r}")
+        raise ConfigError(f"--devices takes auto, a number of GPUs, or names such as cuda:0,cuda:1, got {text!r}")
     if any(int(name.partition(":")[2] or 0) >= gpus for name in names if name != "cpu"):
-        raise DeviceError(f"--devices {text}: there are {gpus} GPUs, counted from 0. Use --workers N on the CPU.")
+        raise DeviceError(f"--devices {text}: there are {gpus} GPUs, counted from 0. Use --workers N for the CPU.")
     return names
 
 
@@ -62,7 +62,7 @@ class InProcesses:
 
     @property
     def name(self) -> str:
-        """For the manifest."""
+        """Name for the manifest."""
         return "local"
 
     def work(self, cases: Sequence[Case], observer: CaseObserver) -> None:
@@ -82,17 +82,17 @@ class InProcesses:
             observer.ended(Outcome(case=attempt.task, **result, worker=worker, attempts=attempt.number))
 
         def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
-            text = f"case {attempt.task}: its process {how}, {attempt.number} times. {last_output(log)}".rstrip()
+            text = f"case {attempt.task}: its process {how} in {attempt.number} attempts. {last_output(log)}".rstrip()
             done(attempt, {"message": text})
 
         with tempfile.TemporaryDirectory(prefix="znormseg-") as logs:
             WorkerPool(
-                module="app.inference.batch.process_pool",
+                module="app.inference.batch.parallel",
                 job=job,
                 tasks={case.id: CASE.dump_python(case, mode="json") for case in cases},
                 devices=self.devices,
                 logs=Path(logs),
-                on_progress=observer.begun,
+                on_progress=observer.started,
                 on_done=done,
                 on_lost=lost,
                 max_attempts=MAX_ATTEMPTS,
@@ -106,7 +106,7 @@ class _Reporter:
     def __init__(self, send: Send) -> None:
         self._send = send
 
-    def begun(self, case: str, what: str = "") -> None:
+    def started(self, case: str, what: str = "") -> None:
         """See :class:`app.inference.batch.cohort.CaseObserver`."""
         self._send({"task": case, "progress": what})
 
