@@ -214,8 +214,8 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
         coarse=True,
         detail=f"MNI152 by affine registration, mutual information {found.metric_after:.4f}",
         warnings=(
-            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one, run "
-            "znormseg model download mindgrab, install HD-BET or SynthStrip, or give a mask",
+            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one "
+            "run znormseg model download mindgrab, install HD-BET or SynthStrip, or give a mask",
         ),
     )
 
