@@ -400,7 +400,7 @@ def test_train_refuses_a_bad_label_map_and_leaves_no_run(
 #: Settings that must be refused, and the words of the message.
 BAD_SETTINGS: dict[str, tuple[str, list[str]]] = {
     "mistyped key": ("training.learning_rat=0.1", ["training.learning_rat", "did you mean training.learning_rate?"]),
-    "unknown key": ("training.zzz=1", ["unknown key training.zzz", "known here:"]),
+    "unknown key": ("training.zzz=1", ["unknown key training.zzz", "allowed here:"]),
     "unknown section": ("trainings.steps=1", ["did you mean training?"]),
     "text for a number": ('training.steps="64"', ["training.steps", 'got "64"']),
     "fraction for a count": ("training.steps=1.5", ["training.steps", "1.5"]),

@@ -93,7 +93,7 @@ def test_with_the_flag_a_flat_data_set_is_checked_and_trained_on(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["labels"] == "msd"
 
 
-@pytest.mark.parametrize(("folder", "why"), [("imagesTr", "holds the scans"), ("labelsTr", "would replace its own")])
+@pytest.mark.parametrize(("folder", "why"), [("imagesTr", "contains the scans"), ("labelsTr", "would replace its own")])
 def test_a_prediction_never_replaces_a_file_of_its_case(
     *, folder: str, why: str, render: Call, tiny_run: Path, tmp_path: Path, znormseg: Call
 ) -> None:

@@ -306,7 +306,7 @@ def test_a_run_of_other_processes_goes_on_with_the_next_patch(
     path.write_text(json.dumps({**details, "processes": 3}))
     with caplog.at_level("INFO", logger="znormseg"):
         resume(DataSource(phantoms), run)
-    assert "world size 1, before 3" in caplog.text
+    assert "world size 1, previously 3" in caplog.text
 
 
 # Two real processes
@@ -412,7 +412,7 @@ def test_training_completes_when_one_of_two_launchers_is_killed(
     assert status == 0, said
     words = (said, second.said.read_text(encoding="utf-8"))
     assert any("2 processes with batches of 2" in text for text in words)
-    assert "world size 1, before 2" in said
+    assert "world size 1, previously 2" in said
     assert last_step(run) == 60
 
 
@@ -427,5 +427,5 @@ def test_a_launcher_that_joins_later_takes_part(
     second = torchrun(*two_hosts(port, "1:2", 1), phantoms, run, *settings_of(300, 2))
     said = [launch.ended(280) for launch in (first, second)]
     assert [status for status, _ in said] == [0, 0], said
-    assert any("world size 2, before 1" in text for _, text in said)
+    assert any("world size 2, previously 1" in text for _, text in said)
     assert last_step(run) == 300
