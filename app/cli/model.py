@@ -20,7 +20,7 @@ _Model = Annotated[
 
 @verb(app, "list", examples="znormseg model list")
 def list_command() -> None:
-    """List the published models that commands take by name, and whether they are installed."""
+    """List the published models that commands take by name."""
     from dataclasses import asdict
 
     from app.runs.published import MODELS, folder_of, is_installed
@@ -33,7 +33,7 @@ def list_command() -> None:
         for one in found
     ]
     content = [{**asdict(one), "installed": here, "folder": str(folder_of(one.name))} for one, here in found.items()]
-    terminal.result(content, terminal.table(rows), *sentences)
+    terminal.result({"models": content}, terminal.table(rows), *sentences)
 
 
 @verb(app, "download", examples="znormseg model download mindgrab\nznormseg model download monai-brats --from model.pt")

@@ -107,8 +107,9 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
     config = _config(bundle, metadata, inference)
     source = bundle / "models" / "model.pt"
     name = str(metadata.get("name") or metadata.get("task") or bundle.resolve().name)
+    weights = _weights(source)
     statements = _provenance(bundle, name, metadata, source)
-    return _import(source, config, statements, out, licences=_licences(bundle))
+    return _import(source, weights, config, statements, out, licences=_licences(bundle))
 
 
 def import_published(source: Path, model: PublishedModel, out: Path) -> Imported:
@@ -134,14 +135,20 @@ def import_published(source: Path, model: PublishedModel, out: Path) -> Imported
         "metrics": {"metrics": "see the bundle's own documentation"},
         "licence": model.licence,
     }
-    return _import(source, config, statements, out)
+    return _import(source, _weights(source), config, statements, out)
 
 
 def _import(
-    source: Path, config: RunConfig, statements: dict[str, Any], out: Path, licences: Sequence[Path] = ()
+    source: Path,
+    weights: Mapping[str, Tensor],
+    config: RunConfig,
+    statements: dict[str, Any],
+    out: Path,
+    *,
+    licences: Sequence[Path] = (),
 ) -> Imported:
-    """Create a model folder from weights, their config and the statements about them."""
-    weights = in_our_order(_weights(source))
+    """Create a model folder from the weights of ``source``, their config and the statements about them."""
+    weights = in_our_order(weights)
     network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
     try:
         network.load_state_dict(weights)
