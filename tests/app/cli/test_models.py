@@ -18,7 +18,7 @@ from app.exporting import install
 from app.exporting.monai_import import import_published
 from app.runs import published
 from app.runs.published import MODELS, PublishedModel
-from  import build_network
+from models.networks import build_network
 
 Call = Callable[..., Any]
 
