@@ -21,6 +21,7 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 from data.errors import DataError
+from data.labels import Contrast
 from data.native_space.config import MASK_WORDS
 from data.native_space.itk import grid_of, resampled, to_itk, voxels_of
 from data.native_space.mindgrab import Network, mask_agreement, mindgrab_mask
@@ -92,7 +93,7 @@ def find_brain(
     *,
     name: str,
     network: Network | None = None,
-    others: Mapping[str, sitk.Image] | None = None,
+    others: Mapping[Contrast, sitk.Image] | None = None,
 ) -> BrainMask:
     """Find the brain voxels of an image.
 
@@ -176,7 +177,7 @@ def _from_tool(tool: str, image: sitk.Image, name: str) -> BrainMask:
     )
 
 
-def _from_mindgrab(image: sitk.Image, others: Mapping[str, sitk.Image], network: Network, name: str) -> BrainMask:
+def _from_mindgrab(image: sitk.Image, others: Mapping[Contrast, sitk.Image], network: Network, name: str) -> BrainMask:
     """The mask of T1c; contrasts whose own masks differ much from it are named."""
     mask = mindgrab_mask(image, network, name=f"{name}, contrast t1c")
     warnings = []

@@ -67,7 +67,8 @@ def mask_agreement(image: sitk.Image, mask: sitk.Image, network: Network) -> flo
     found = ndimage.find_objects(given.astype(np.uint8))[0]
     box = tuple(slice(max(0, one.start - _MARGIN), one.stop + _MARGIN) for one in found)
     own, given = network(np.ascontiguousarray(values[box])), given[box]
-    return float(2 * np.count_nonzero(own & given) / max(1, np.count_nonzero(own) + np.count_nonzero(given)))
+    both, total = int(np.count_nonzero(own & given)), int(np.count_nonzero(own)) + int(np.count_nonzero(given))
+    return 2 * both / max(1, total)
 
 
 def network_frame(image: sitk.Image) -> ImageGrid:
@@ -93,7 +94,9 @@ def scaled_intensities(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float3
     low, high = np.quantile(voxels, _QUANTILES)
     if high <= low:
         low, high = float(voxels.min()), float(voxels.max())
-    return np.clip((voxels - np.float32(low)) / np.float32(max(high - low, np.finfo(np.float32).tiny)), 0, 1)
+    scaled = (voxels - np.float32(low)) / np.float32(max(high - low, np.finfo(np.float32).tiny))
+    clipped: npt.NDArray[np.float32] = np.clip(scaled, 0, 1)
+    return clipped
 
 
 def largest_part(mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:

@@ -69,7 +69,7 @@ def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def monai_brats() -> PublishedModel:
-    return install.MODELS["monai-brats"]
+    return published.MODELS["monai-brats"]
 
 
 def test_the_list_says_what_each_model_is_and_whether_it_is_installed(znormseg: Call, folder: Path) -> None:
