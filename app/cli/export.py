@@ -34,7 +34,7 @@ def export_network_command(
     """
     from app.exporting.export import export_run
 
-    run = options.model_folder(run)
+    run = options.installed_model(run)
     with terminal.watched() as on_progress:
         exported = export_run(run, out, file_format=file_format, case=case, on_progress=on_progress)
     parity = exported.parity

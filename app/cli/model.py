@@ -79,7 +79,7 @@ def info(*, model: _Model) -> None:
     """Describe a model: data, network, metrics, weights, limits, licence."""
     from app.runs.model_card import card, describe_model
 
-    description = describe_model(options.model_folder(model))
+    description = describe_model(options.installed_model(model))
     terminal.result(description, card(description).rstrip())
 
 
@@ -88,5 +88,5 @@ def verify_command(*, model: _Model) -> None:
     """Verify the files of a model against its SHA256SUMS."""
     from app.runs.model_card import verify
 
-    names = verify(options.model_folder(model))
+    names = verify(options.installed_model(model))
     terminal.result({"model": str(model), "verified": list(names)}, f"{model}: {len(names)} files are unchanged")

@@ -144,12 +144,12 @@ def runtime_config(device: str) -> RuntimeConfig:
         raise ConfigError(f"--device: {error}") from error
 
 
-def model_folder(run: Path) -> Path:
+def installed_model(run: Path) -> Path:
     """Return the folder that RUN stands for; a published model that is not installed is downloaded."""
-    from app.exporting.install import model_folder as find
+    from app.exporting.install import model_folder
 
     with terminal.watched() as on_progress:
-        return find(run, on_progress)
+        return model_folder(run, on_progress)
 
 
 def mask_installed(mask: str | None) -> None:

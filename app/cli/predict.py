@@ -162,7 +162,7 @@ def predict_command(
     from data.labels import CONVENTIONS
 
     options.runtime_config(device)
-    run = options.model_folder(run)
+    run = options.installed_model(run)
     options.mask_installed(mask)
     native = None
     if prepare:
