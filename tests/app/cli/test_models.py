@@ -121,11 +121,21 @@ def test_an_unknown_name_is_refused_with_the_known_ones(znormseg: Call) -> None:
     assert "there are monai-brats, mindgrab" in ended.err
 
 
-@pytest.mark.parametrize("words", [("predict", "monai-brats", "{cases}", "OUT"), ("model", "info", "monai-brats")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "predict monai-brats {cases} {out}",
+        "contrasts monai-brats {cases}",
+        "export monai-brats {out} --format openvino",
+        "model info monai-brats",
+        "model verify monai-brats",
+        "train {cases} {out} --init-from monai-brats",
+    ],
+)
 def test_a_name_is_refused_offline_with_the_command_to_run(
-    znormseg: Call, phantoms: Path, words: tuple[str, ...]
+    znormseg: Call, phantoms: Path, tmp_path: Path, words: str
 ) -> None:
-    ended = znormseg(*(word.format(cases=phantoms) for word in words))
+    ended = znormseg(*(word.format(cases=phantoms, out=tmp_path / "out") for word in words.split()))
     assert ended.code == 5
     assert "znormseg model download monai-brats" in ended.err
 
