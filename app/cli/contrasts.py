@@ -41,6 +41,7 @@ def contrasts_command(
     from data.datasets.source import DataSource
 
     runtime = choose_backend("auto", options.runtime_config(device))
+    run = options.installed_model(run)
     with terminal.watched() as on_progress:
         model = load_predictor(run, runtime)
         found = tuple(DataSource(data, follow_links=follow_links).find_cases().values())

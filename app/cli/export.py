@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from app.cli import terminal
+from app.cli import options, terminal
 
 EXAMPLES = """\
 znormseg export RUN OUT --format onnx
@@ -34,6 +34,7 @@ def export_network_command(
     """
     from app.exporting.export import export_run
 
+    run = options.installed_model(run)
     with terminal.watched() as on_progress:
         exported = export_run(run, out, file_format=file_format, case=case, on_progress=on_progress)
     parity = exported.parity

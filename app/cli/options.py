@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar, cast
 
 import typer
 
+from app.cli import terminal
+
 if TYPE_CHECKING:
     from app.evaluation.brats.challenge import ChallengeRules
     from app.system.device import RuntimeConfig
@@ -140,3 +142,20 @@ def runtime_config(device: str) -> RuntimeConfig:
         return RuntimeConfig(device=device)
     except ValueError as error:
         raise ConfigError(f"--device: {error}") from error
+
+
+def installed_model(run: Path) -> Path:
+    """Return the folder that RUN stands for; a published model that is not installed is downloaded."""
+    from app.exporting.install import model_folder
+
+    with terminal.watched() as on_progress:
+        return model_folder(run, on_progress)
+
+
+def mask_installed(mask: str | None) -> None:
+    """Install the network that ``--mask`` names, if it names one."""
+    if mask == "mindgrab":
+        from app.exporting.install import install, published_model
+
+        with terminal.watched() as on_progress:
+            install(published_model(mask), on_progress=on_progress)

@@ -32,7 +32,11 @@ _hardware, _output = options.panel("Hardware"), options.panel("Output")
 def predict_command(
     *,
     run: Annotated[
-        Path | None, typer.Argument(metavar="RUN", help="Folder of a trained run, or of an ensemble from crossval.")
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Folder of a trained run or of an ensemble from crossval, or a published model (model list).",
+        ),
     ] = None,
     places: Annotated[
         list[Path] | None,
@@ -158,6 +162,8 @@ def predict_command(
     from data.labels import CONVENTIONS
 
     options.runtime_config(device)
+    run = options.installed_model(run)
+    options.mask_installed(mask)
     native = None
     if prepare:
         from data.native_space.config import PrepareConfig

@@ -31,7 +31,9 @@ def prepare_command(
     flair: options.Image = None,
     nan_to_zero: options.NanToZero = False,
     follow_links: options.FollowLinks = False,
-    mask: Annotated[str, _preparation(help="Brain mask: auto, hd-bet, synthstrip, atlas, none, or a file.")] = "auto",
+    mask: Annotated[
+        str, _preparation(help="Brain mask: auto, hd-bet, synthstrip, mindgrab, atlas, none, or a file.")
+    ] = "auto",
     n4: Annotated[bool, _preparation("--n4", help="Correct the bias field of each contrast with N4.")] = False,
 ) -> None:
     """Make BraTS cases from scans: register to T1c, resample to 1 mm, remove the skull.
@@ -39,7 +41,8 @@ def prepare_command(
     Give CASE, or the four files of one case: znormseg data prepare OUT --t1 A --t1c B --t2 C --flair D. In a DICOM
     study the contrasts are recognised automatically; if that fails, use data dicom. Writes OUT/<case>/ with the
     images, the label map if there is one, transforms/ and prepare.json. --mask auto uses the first that is available:
-    the zero background of an image without skull, HD-BET, SynthStrip, the mask of the MNI152 template (coarse).
+    the zero background of an image without skull, HD-BET, SynthStrip, MindGrab (model download mindgrab), the mask of
+    the MNI152 template (coarse).
     """
     files = options.given(t1=t1, t1c=t1c, t2=t2, flair=flair)
     options.refuse(
@@ -53,6 +56,7 @@ def prepare_command(
 
     out, config = places[-1], PrepareConfig(n4=n4, mask=mask)
     require_empty(out)
+    options.mask_installed(mask)
     cases = (case_from_files(files),) if files else _found(places[0], follow_links=follow_links)
     with terminal.watched() as on_progress:
         done, failures = prepare_cases(cases, out, config, nan_to_zero=nan_to_zero, on_progress=on_progress)

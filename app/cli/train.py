@@ -73,6 +73,7 @@ def train(
     from data.datasets.source import DataSource
 
     source = DataSource(data, labels=labels, follow_links=follow_links)
+    init_from = None if init_from is None else options.installed_model(init_from)
     with terminal.watched() as on_progress, joined_processes() as world:
         if resume:
             base = config or str(run / "config.yaml")

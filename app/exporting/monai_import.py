@@ -27,6 +27,7 @@ from app.exporting.places import export_folder_when_complete, require_empty_expo
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_durably
 from app.runs.model_card import seal
+from app.runs.published import PublishedModel
 from app.system.device import versions
 from data.files import file_sha256
 from data.labels import BRATS2021, CONTRASTS, REGIONS
@@ -105,7 +106,49 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
     metadata, inference = (_json(bundle, f"configs/{name}.json") for name in ("metadata", "inference"))
     config = _config(bundle, metadata, inference)
     source = bundle / "models" / "model.pt"
-    weights = in_our_order(_weights(source))
+    name = str(metadata.get("name") or metadata.get("task") or bundle.resolve().name)
+    weights = _weights(source)
+    statements = _provenance(bundle, name, metadata, source)
+    return _import(source, weights, config, statements, out, licences=_licences(bundle))
+
+
+def import_published(source: Path, model: PublishedModel, out: Path) -> Imported:
+    """Create a model folder from the published weights of the bundle, whose configuration is known.
+
+    Args:
+        source: the weights, verified by their hash.
+        model: what is known of them.
+        out: folder to create; it must be empty or not exist.
+
+    Raises:
+        RunError, OSError: as :func:`import_bundle`.
+    """
+    config = RunConfig(
+        network=NetworkConfig(architecture="segresnet", channels=(16, 32, 64, 128), dropout=0.2),
+        training=TrainingConfig(steps=1, patch_voxels=(240, 240, 160)),
+        inference=InferenceConfig(overlap=0.5, crop=False),
+    )
+    statements = {
+        "name": model.name,
+        "description": f"{model.summary}.",
+        "data": {"source": model.files[0].url, "citation": model.citation, "SHA-256 of model.pt": file_sha256(source)},
+        "metrics": {"metrics": "see the bundle's own documentation"},
+        "licence": model.licence,
+    }
+    return _import(source, _weights(source), config, statements, out)
+
+
+def _import(
+    source: Path,
+    weights: Mapping[str, Tensor],
+    config: RunConfig,
+    statements: dict[str, Any],
+    out: Path,
+    *,
+    licences: Sequence[Path] = (),
+) -> Imported:
+    """Create a model folder from the weights of ``source``, their config and the statements about them."""
+    weights = in_our_order(weights)
     network = build_network(config.network, in_channels=len(CONTRASTS), out_channels=len(REGIONS))
     try:
         network.load_state_dict(weights)
@@ -115,7 +158,6 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         ) from error
     if not all(bool(torch.isfinite(tensor).all()) for tensor in weights.values()):
         raise RunError(f"{source}: some weights are NaN or infinite. Download them again.")
-    name = str(metadata.get("name") or metadata.get("task") or bundle.resolve().name)
     facts = {
         "contrasts": list(CONTRASTS),
         "takes_missing_contrasts": False,
@@ -123,7 +165,7 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
         "labels": BRATS2021.name,
         "spacing_mm": [1.0, 1.0, 1.0],
         "versions": versions(),
-        "imported": _provenance(bundle, name, metadata, source),
+        "imported": statements,
     }
     with export_folder_when_complete(out) as partial:
         tensors = checkpoints.weight_tensors(network)
@@ -131,12 +173,12 @@ def import_bundle(bundle: Path, out: Path) -> Imported:
             partial / "checkpoints", "best", 0, tensors, {"dice": None, **facts, "config": to_plain(config)}
         )
         write_durably(partial / "config.yaml", to_yaml(config).encode())
-        for licence in _licences(bundle):
+        for licence in licences:
             shutil.copyfile(licence, partial / f"BUNDLE-{licence.name}")
         seal(partial, everything=True)
     best = checkpoints.load_newest(out / "checkpoints", "best")
     assert best is not None
-    return Imported(folder=out, bundle=name, sha256=best.sha256, config=config)
+    return Imported(folder=out, bundle=statements["name"], sha256=best.sha256, config=config)
 
 
 def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 """Find the brain: from the image's own background, a given file, an installed program, or the MNI152 template.
 
 HD-BET (Isensee et al., Human Brain Mapping 40, 4952, 2019) and SynthStrip (Hoopes et al., NeuroImage 260, 119474, 2022)
-are run through the commands they install; neither is part of this program. The template's mask, mapped by an affine
-registration, is coarse: it has the shape of an average brain.
+are run through the commands they install; neither is part of this program. MindGrab's network is computed here, if its
+files are installed. The template's mask, mapped by an affine registration, is coarse: it has the shape of an average
+brain.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
@@ -19,18 +21,22 @@ import numpy.typing as npt
 import SimpleITK as sitk  # noqa: N813 - SimpleITK's usual alias
 
 from data.errors import DataError
+from data.labels import Contrast
 from data.native_space.config import MASK_WORDS
 from data.native_space.itk import grid_of, resampled, to_itk, voxels_of
+from data.native_space.mindgrab import Network, mask_agreement, mindgrab_mask
 from data.native_space.rigid import register_template
 from data.nifti import read_volume
 from data.preprocess import image_problem
 
-MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "atlas", "none"]
+MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "mindgrab", "atlas", "none"]
 
 #: The command installed by each tool, in the order in which ``auto`` tries them.
 COMMANDS: Final = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
 #: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, is outside this range.
 BRAIN_LITRES: Final = (0.7, 2.2)
+#: Least Dice of MindGrab's masks of two contrasts that is not reported.
+MIN_AGREEMENT: Final = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +72,7 @@ def _litres(image: sitk.Image) -> float:
     return float(np.count_nonzero(voxels_of(image))) * float(np.prod(image.GetSpacing())) / 1e6
 
 
-def require_mask(wanted: str) -> None:
+def require_mask(wanted: str, network: Network | None = None) -> None:
     """Check that a mask source is available before time is spent on earlier steps.
 
     Raises:
@@ -74,19 +80,31 @@ def require_mask(wanted: str) -> None:
     """
     if wanted in COMMANDS:
         _require(wanted)
+    elif wanted == "mindgrab" and network is None:
+        raise DataError("--mask mindgrab: not installed. Install it: znormseg model download mindgrab")
     elif wanted not in MASK_WORDS and not Path(wanted).exists():
         raise DataError(f"--mask {wanted}: no such file, and none of {', '.join(MASK_WORDS)}")
 
 
-def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str) -> BrainMask:
+def find_brain(
+    image: sitk.Image,
+    native: sitk.Image,
+    wanted: str,
+    *,
+    name: str,
+    network: Network | None = None,
+    others: Mapping[Contrast, sitk.Image] | None = None,
+) -> BrainMask:
     """Find the brain voxels of an image.
 
     Args:
         image: T1c, float32, on the grid of the requested mask.
         native: the same contrast on its own grid; used to check whether it is skull-stripped.
         wanted: one of :data:`MASK_WORDS`, or the path of a mask in the scanner coordinates of ``image``. ``auto``
-            tries, in this order, the image's own background of 0, HD-BET, SynthStrip, the template.
+            tries, in this order, the image's own background of 0, HD-BET, SynthStrip, MindGrab, the template.
         name: name of the case, for messages.
+        network: computes MindGrab's mask; None if it is not installed.
+        others: the other contrasts on the grid of ``image``; MindGrab's masks of them are compared with that of T1c.
 
     Raises:
         DataError: a requested tool is not installed or fails, a mask is unreadable or empty in this image, or the
@@ -96,13 +114,16 @@ def find_brain(image: sitk.Image, native: sitk.Image, wanted: str, *, name: str)
         return BrainMask(mask=None, source="none", detail="nothing masked, as requested")
     is_own = wanted == "auto" and is_stripped(native)
     if wanted == "auto" and not is_own:
-        wanted = next((tool for tool, command in COMMANDS.items() if shutil.which(command)), "atlas")
+        installed = [tool for tool, command in COMMANDS.items() if shutil.which(command)]
+        wanted = [*installed, *(["mindgrab"] if network else []), "atlas"][0]
     if is_own:
         shares = resampled(sitk.Cast(native != 0, sitk.sitkFloat32), grid_of(image))
         detail = "t1c is skull-stripped: its background is 0"
         found = BrainMask(mask=sitk.BinaryFillhole(shares >= 0.5), source="own", detail=detail)
     elif wanted in COMMANDS:
         found = _from_tool(wanted, image, name)
+    elif wanted == "mindgrab" and network is not None:
+        found = _from_mindgrab(image, others or {}, network, name)
     elif wanted == "atlas":
         found = _from_template(image, name)
     else:
@@ -156,6 +177,20 @@ def _from_tool(tool: str, image: sitk.Image, name: str) -> BrainMask:
     )
 
 
+def _from_mindgrab(image: sitk.Image, others: Mapping[Contrast, sitk.Image], network: Network, name: str) -> BrainMask:
+    """The mask of T1c; contrasts whose own masks differ much from it are named."""
+    mask = mindgrab_mask(image, network, name=f"{name}, contrast t1c")
+    warnings = []
+    for contrast, other in others.items():
+        agreement = mask_agreement(other, mask, network)
+        if agreement < MIN_AGREEMENT:
+            warnings.append(
+                f"{contrast}: MindGrab's brain mask differs from that of t1c (Dice {agreement:.2f}). Check the "
+                "registration, and whether both images are of the same head"
+            )
+    return BrainMask(mask=mask, source="mindgrab", detail="MindGrab, mask of t1c", warnings=tuple(warnings))
+
+
 def _from_template(image: sitk.Image, name: str) -> BrainMask:
     """The MNI152 brain mask shipped with nilearn, registered to the image."""
     from data.phantoms.template import load_anatomy
@@ -180,8 +215,8 @@ def _from_template(image: sitk.Image, name: str) -> BrainMask:
         coarse=True,
         detail=f"MNI152 by affine registration, mutual information {found.metric_after:.4f}",
         warnings=(
-            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one, "
-            "install HD-BET or SynthStrip, or give a mask",
+            "the brain mask is coarse: it is that of the MNI152 template, registered to this head. For a better one "
+            "run znormseg model download mindgrab, install HD-BET or SynthStrip, or give a mask",
         ),
     )
 

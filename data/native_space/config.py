@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 #: Values of ``--mask`` that are not the path of a file.
-MASK_WORDS: Final = ("auto", "hd-bet", "synthstrip", "atlas", "none")
+MASK_WORDS: Final = ("auto", "hd-bet", "synthstrip", "mindgrab", "atlas", "none")
 
 
 @dataclass(frozen=True, kw_only=True)

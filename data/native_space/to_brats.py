@@ -26,6 +26,7 @@ from data.labels import CONTRASTS, Contrast, decode, from_regions, to_regions
 from data.native_space.brain_mask import BrainMask, find_brain, require_mask
 from data.native_space.config import PrepareConfig
 from data.native_space.itk import ImageGrid, grid_of, resampled, smoothed_for, to_itk, upright_grid, voxels_of
+from data.native_space.mindgrab import Network
 from data.native_space.rigid import MIN_CONTRAST, MIN_OVERLAP, WORKING_MM, Registration, head_mask, register_rigid
 from data.nifti import (
     Volume,
@@ -138,19 +139,24 @@ def read_native(case: Case, *, nan_to_zero: bool = False) -> NativeCase:
 
 
 def prepare_native(
-    native: NativeCase, config: PrepareConfig, *, on_step: Callable[[str], None] = lambda _: None
+    native: NativeCase,
+    config: PrepareConfig,
+    *,
+    mindgrab: Network | None = None,
+    on_step: Callable[[str], None] = lambda _: None,
 ) -> BratsCase:
     """Register, correct, resample and mask the contrasts of one case; the result is deterministic.
 
     Args:
         native: the four contrasts on their own grids.
         config: the processing options.
+        mindgrab: computes MindGrab's mask; None if it is not installed.
         on_step: called with a description of each step.
 
     Raises:
         DataError: a contrast cannot be registered, or the requested brain mask is not available; the message names it.
     """
-    require_mask(config.mask)
+    require_mask(config.mask, mindgrab)
     fixed = native.images[REFERENCE]
     registrations: dict[Contrast, Registration] = {}
     for contrast in CONTRASTS:
@@ -170,7 +176,8 @@ def prepare_native(
             image = corrected(image)
         made[contrast] = resampled(smoothed_for(image, config.spacing_mm), grid, transforms.get(contrast))
     on_step(f"{native.id}: brain mask")
-    mask = find_brain(made[REFERENCE], fixed, config.mask, name=native.id)
+    others = {contrast: image for contrast, image in made.items() if contrast != REFERENCE}
+    mask = find_brain(made[REFERENCE], fixed, config.mask, name=native.id, network=mindgrab, others=others)
     images = {contrast: voxels_of(image) for contrast, image in made.items()}
     if mask.mask is not None:
         inside = voxels_of(mask.mask) != 0

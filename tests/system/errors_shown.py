@@ -243,6 +243,11 @@ def tool(script: str, *, name: str = "hd-bet") -> Prepare:
     return install
 
 
+def no_models(scene: Scene) -> None:
+    """Take an own folder of published models, in which none is installed."""
+    scene.patch.setenv("ZNORMSEG_MODELS", "MODELS")
+
+
 def mask_elsewhere(_: Scene) -> None:
     """A mask a metre away."""
     stored: Any = nib.load(f"DATA/{CASE}/{CASE}_t1ce.nii.gz")
@@ -993,6 +998,8 @@ TABLES: dict[str, list[Shown | Raised]] = {
             prepare=both(smaller, noise),
             steady={r"\d\.\d+ is only \d\.\d+ times": "0.001 is only 0.66 times"},
         ),
+        # `--mask mindgrab` without its network, offline
+        Shown(command=f"ZNORMSEG_OFFLINE=1 {PREPARE} --mask mindgrab", code=5, prepare=no_models),
         # `--mask hd-bet` or `synthstrip` without the command
         Shown(
             command=f"{PREPARE} --mask hd-bet",
@@ -1531,6 +1538,27 @@ TABLES: dict[str, list[Shown | Raised]] = {
         Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx),
         # `model import`: another bundle, weights that are more than tensors
         Shown(command="znormseg model import RUN MODEL", code=5),
+        # published models: offline, an unknown name, another model, files that are not the published ones
+        Shown(command=f"ZNORMSEG_OFFLINE=1 znormseg predict monai-brats DATA/{CASE} OUT", code=5, prepare=no_models),
+        Shown(command="znormseg model download monai", code=5, prepare=no_models),
+        Shown(command=f"znormseg predict mindgrab DATA/{CASE} OUT", code=5, prepare=no_models),
+        Shown(
+            command="znormseg model download monai-brats --from model.pt",
+            code=5,
+            prepare=both(no_models, written("model.pt", "")),
+            remedy="Download it again, from the address that `model list --json` shows.",
+        ),
+        Shown(
+            command="znormseg model download mindgrab --from model.bin",
+            code=5,
+            prepare=both(no_models, written("model.bin", "")),
+        ),
+        # its installed files have changed
+        Shown(
+            command=f"{PREPARE} --mask mindgrab",
+            code=5,
+            prepare=both(no_models, folder("MODELS"), folder("MODELS/mindgrab")),
+        ),
         # `model verify`: a file missing or changed, no sums
         Shown(title="changed", command="znormseg model verify RUN", code=5, prepare=written("RUN/split.json", "{}")),
         Shown(

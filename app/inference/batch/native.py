@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from app.inference.model import Predictor
 from app.inference.probabilities import MeanPrediction, on_canonical_grid
+from app.inference.skull_strip import mindgrab_network
 from app.progress import LOG
 from data.files import file_sha256
 from data.labels import CONTRASTS, Contrast, to_regions
@@ -97,7 +98,7 @@ def prepare_scans(
     """
     from data.native_space.to_brats import prepare_native
 
-    case = prepare_native(scans, native.config, on_step=on_step)
+    case = prepare_native(scans, native.config, mindgrab=mindgrab_network(), on_step=on_step)
     for warning in case.warnings:
         LOG.warning("case %s: %s", case.id, warning)
     volumes = {contrast: partial(case.volume, contrast) for contrast in CONTRASTS}

@@ -9,6 +9,7 @@ from pathlib import Path
 from app.inference.batch.cohort import CaseProgress
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.pipeline import InThisProcess, Steps
+from app.inference.skull_strip import mindgrab_network
 from app.progress import LOG, OnProgress, silent
 from data.datasets.layouts import Case
 from data.native_space.case_files import write_brats_case
@@ -29,7 +30,7 @@ class _PrepareSteps(Steps[NativeCase, BratsCase]):
         return self.read_before.get(case.id) or read_native(case, nan_to_zero=self.nan_to_zero)
 
     def compute(self, read: NativeCase, on_step: Callable[[str], None]) -> BratsCase:
-        return prepare_native(read, self.config, on_step=on_step)
+        return prepare_native(read, self.config, mindgrab=mindgrab_network(), on_step=on_step)
 
     def write(self, computed: BratsCase) -> Mapping[str, object]:
         write_brats_case(computed, self.out)

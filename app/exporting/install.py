@@ -1,0 +1,66 @@
+"""Install published models: download, verify and convert them, so that commands can take them by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from app.errors import RunError
+from app.progress import OnProgress, silent
+from app.runs.published import MODELS, PublishedModel, download
+
+
+def model_folder(run: Path, on_progress: OnProgress = silent) -> Path:
+    """Return the folder that a command's RUN stands for: a path, or the name of a published model.
+
+    A path that exists comes first. A published model that is not installed is downloaded.
+
+    Args:
+        run: what the user gave.
+        on_progress: receives progress reports of a download.
+
+    Raises:
+        RunError: the model cannot be downloaded, or does not segment tumours.
+        OSError: the folder of models cannot be written to.
+    """
+    model = MODELS.get(str(run))
+    if run.exists() or model is None:
+        return run
+    if model.task != "segmentation":
+        raise RunError(f"{model.name}: a model for {model.task}, not for segmentation; see znormseg model list")
+    return install(model, on_progress=on_progress)
+
+
+def published_model(name: str) -> PublishedModel:
+    """Return a published model by name.
+
+    Raises:
+        RunError: there is none of this name.
+    """
+    if name not in MODELS:
+        raise RunError(f"{name}: no published model of this name; there are {', '.join(MODELS)}")
+    return MODELS[name]
+
+
+def install(model: PublishedModel, *, source: Path | None = None, on_progress: OnProgress = silent) -> Path:
+    """Install a published model, unless it is installed, and return its folder.
+
+    Args:
+        model: one of :data:`app.runs.published.MODELS`.
+        source: its file, or a folder with its files, to take instead of downloading.
+        on_progress: receives progress reports.
+
+    Raises:
+        RunError, OSError: as :func:`app.runs.published.download`.
+    """
+
+    def convert(verified: Path, out: Path) -> None:
+        if model.task == "segmentation":
+            from app.exporting.monai_import import import_published
+
+            import_published(verified / "model.pt", model, out)
+            return
+        out.mkdir()
+        for file in model.files:
+            (verified / file.name).rename(out / file.name)
+
+    return download(model, convert, source=source, on_progress=on_progress)
