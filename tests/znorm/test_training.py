@@ -30,19 +30,25 @@ import znorm
 
 rank, rendezvous, out = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-torch.manual_seed(0)
-layers = [nn.Conv2d(2, 6, 3), nn.GroupNorm(1, 6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 1, 1)]
-model = nn.Sequential(*layers).double()
-wrapped = DistributedDataParallel(model)
-optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
-znorm.attach(optimizer, wrapped)
-batches = torch.randn((5, 4, 2, 8, 8), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-for batch in batches:
-    wrapped(batch[2 * rank : 2 * rank + 2]).square().mean(dim=(1, 2, 3)).mean().backward()
-    optimizer.step()
-    optimizer.zero_grad()
-if rank == 0:
-    torch.save(model.state_dict(), out)
+
+
+def train():
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 6, 3), nn.GroupNorm(1, 6), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 1, 1)]
+    model = nn.Sequential(*layers).double()
+    wrapped = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(wrapped.parameters(), lr=0.1, momentum=0.9)
+    znorm.attach(optimizer, wrapped)
+    batches = torch.randn((5, 4, 2, 8, 8), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    for batch in batches:
+        wrapped(batch[2 * rank : 2 * rank + 2]).square().mean(dim=(1, 2, 3)).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if rank == 0:
+        torch.save(model.state_dict(), out)
+
+
+train()  # Its network, which holds the process group, is gone before the group: gloo's threads end before Python.
 distributed.destroy_process_group()
 """
 
