@@ -32,15 +32,14 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, resources
 from pathlib import Path
-from threading import Lock
 from typing import IO, Any, Final, Literal
 
-import numpy as np
 import numpy.typing as npt
 
 from data.datasets.layouts import Case
 from data.files import file_sha256, naming_the_place
 from data.filesystem import has_no_mapping, lock, warn_once
+from data.npy import load_npy
 
 #: Increment this when the format of an entry's files changes.
 _VERSION: Final = 2
@@ -50,8 +49,6 @@ _SOURCE: Final = "source.json"
 _STILL_SECONDS: Final = 2.0
 #: Libraries that affect a prepared case.
 _LIBRARIES: Final = ("nibabel", "numpy", "scipy", "zlib-ng")
-
-_PARSING: Final = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -384,29 +381,23 @@ def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
 
     If the file system cannot map files, the array is read with a warning.
 
-    Arrays are opened one at a time: numpy parses the header as Python, and CPython 3.11 may fail at that in two threads
-    at once (SystemError: AST constructor recursion depth mismatch).
-
     Raises:
         OSError, EOFError, ValueError: the file is unreadable or truncated.
     """
-    array: npt.NDArray[Any]
-    with _PARSING:
-        try:
-            array = np.load(path, mmap_mode=mode)
-        except OSError as error:
-            if mode is None or not has_no_mapping(error):
-                if error.errno is None or error.filename is not None:
-                    raise
-                raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from error
-            warn_once(
-                path.parents[1],
-                "map files into memory",
-                error,
-                "Prepared cases are read whole; this takes more memory.",
-            )
-            array = np.load(path)
-    return array
+    try:
+        return load_npy(path, mode)
+    except OSError as error:
+        if mode is None or not has_no_mapping(error):
+            if error.errno is None or error.filename is not None:
+                raise
+            raise OSError(error.errno, f"cannot be read: {error.strerror}", str(path)) from error
+        warn_once(
+            path.parents[1],
+            "map files into memory",
+            error,
+            "Prepared cases are read whole; this takes more memory.",
+        )
+    return load_npy(path, None)
 
 
 def write_source(folder: Path, case: Case, settings: Mapping[str, Any], backgrounds: Mapping[str, str]) -> None:

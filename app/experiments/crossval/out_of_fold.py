@@ -40,6 +40,7 @@ from data.errors import DataError
 from data.files import replacing
 from data.labels import LabelConvention, decode, to_regions
 from data.nifti import Spacing, canonical_spacing, read_label_map, reorient
+from data.npy import parse_npy
 from data.preprocess import prepare, smallest_box
 
 Bytes = npt.NDArray[np.uint8]
@@ -147,7 +148,7 @@ def read_counts(path: Path) -> Counts:
         RunError: the file is missing or damaged.
     """
     with _opened(path) as file:
-        return _counts(file["logit_counts"])
+        return _counts(_array(file, "logit_counts"))
 
 
 def read_prediction(path: Path) -> OutOfFoldPrediction:
@@ -157,16 +158,16 @@ def read_prediction(path: Path) -> OutOfFoldPrediction:
         RunError: the file is missing or damaged.
     """
     with _opened(path) as file:
-        answers, reference = file["answers"], file["reference"]
-        x, y, z = file["spacing_mm"].tolist()
+        answers, reference = _array(file, "answers"), _array(file, "reference")
+        x, y, z = _array(file, "spacing_mm").tolist()
         if answers.dtype != np.uint8 or reference.dtype != np.uint8 or answers.shape != (3, *reference.shape):
             raise ValueError(f"it contains {answers.dtype} {answers.shape} and {reference.dtype} {reference.shape}")
         return OutOfFoldPrediction(
             answers=answers,
             reference=reference,
-            logit_counts=_counts(file["logit_counts"]),
+            logit_counts=_counts(_array(file, "logit_counts")),
             spacing_mm=(x, y, z),
-            weights_sha256=str(file["weights_sha256"]),
+            weights_sha256=str(_array(file, "weights_sha256")),
             computed_by=_computed_by(file),
         )
 
@@ -185,25 +186,33 @@ def is_of(path: Path, weights_sha256: str) -> bool:
     """Whether a file exists, is complete and comes from the network with these weights; its voxels are not checked."""
     try:
         with _opened(path) as file:
-            return "logit_counts" in file and str(file["weights_sha256"]) == weights_sha256
+            return _has(file, "logit_counts") and str(_array(file, "weights_sha256")) == weights_sha256
     except RunError:
         return False
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[Mapping[str, npt.NDArray[Any]]]:
+def _opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file for the block; errors within it mean that the file is missing or damaged."""
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        with path.open("rb") as stream, zipfile.ZipFile(stream) as file:
             yield file
     except _DAMAGE as error:
         raise RunError(f"{path}: missing or damaged ({error}). Delete it to predict its case again.") from error
 
 
-def _computed_by(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, str] | None:
-    if "computed_by" not in file:
+def _has(file: zipfile.ZipFile, name: str) -> bool:
+    return f"{name}.npy" in file.namelist()
+
+
+def _array(file: zipfile.ZipFile, name: str) -> npt.NDArray[Any]:
+    return parse_npy(file.read(f"{name}.npy"))
+
+
+def _computed_by(file: zipfile.ZipFile) -> dict[str, str] | None:
+    if not _has(file, "computed_by"):
         return None
-    record = json.loads(str(file["computed_by"]))
+    record = json.loads(str(_array(file, "computed_by")))
     if not isinstance(record, dict) or not all(isinstance(value, str) for value in record.values()):
         raise ValueError(f"computed_by is {record!r}")
     return record

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import csv
 import json
+import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -164,6 +167,22 @@ def test_answers_come_back_from_their_file(answers: dict[str, Path]) -> None:
     assert np.array_equal(one.reference, other.reference)
     assert np.array_equal(one.logit_counts, read_counts(answers["case2"]))
     assert (one.spacing_mm, one.weights_sha256) == (other.spacing_mm, other.weights_sha256)
+
+
+def test_threads_that_read_files_parse_one_header_at_a_time(
+    answers: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    literal_eval, busy = ast.literal_eval, threading.Lock()
+
+    def slow(header: str) -> Any:
+        assert busy.acquire(blocking=False), "two headers are parsed at once"
+        time.sleep(0.002)
+        busy.release()
+        return literal_eval(header)
+
+    monkeypatch.setattr(ast, "literal_eval", slow)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    assert len(Scores(answers).of([Postprocess()])[0]) == 6
 
 
 def test_a_file_that_is_cut_short_is_as_good_as_not_there(answers: dict[str, Path], tmp_path: Path) -> None:
