@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from importlib import util
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from torch import nn
 
 from app.errors import ConfigError
 from app.exporting.parity import Answer, Floats
+
+if TYPE_CHECKING:
+    import onnx
 
 #: Names of the input, shape (N, contrasts, X, Y, Z), and the output, shape (N, regions, X, Y, Z); N is free.
 INPUT: Final = "image"
@@ -94,19 +97,19 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
     path = folder / ONNX_FILE
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own internals
-        torch.onnx.export(
+        program = torch.onnx.export(
             network,
             # Two windows: the exporter would treat a batch of one as fixed.
             (torch.cat([window, window]),),
-            path,
             dynamo=True,
             opset_version=OPSET,
             input_names=[INPUT],
             output_names=[OUTPUT],
             dynamic_shapes=({0: torch.export.Dim("windows")},),
-            external_data=False,
             verbose=False,
         )
+    assert program is not None
+    onnx.save(_without_metadata(program.model_proto), path)
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
@@ -114,3 +117,11 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
         return np.asarray(session.run([OUTPUT], {INPUT: image})[0])
 
     return answer
+
+
+def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove the exporter's notes from a model: stack traces with paths of this machine, and Python names."""
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+        part.ClearField("metadata_props")
+    return model

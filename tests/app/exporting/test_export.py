@@ -83,6 +83,16 @@ def test_every_file_of_an_export_is_in_its_sums(exports: dict[str, Path], name: 
 
 
 @pytest.mark.parametrize("name", FORMATS)
+def test_no_file_of_an_export_names_a_folder_of_this_machine(
+    exports: dict[str, Path], name: str, tiny_run: Path
+) -> None:
+    folders = (Path(exporting.__file__).parents[2], Path(torch.__file__).parents[1], tiny_run, exports[name].parent)
+    named = [word.encode() for word in (*map(str, folders), "site-packages", "stack_trace")]
+    for path in exports[name].rglob("*"):
+        assert not path.is_file() or [one for one in named if one in path.read_bytes()] == [], path
+
+
+@pytest.mark.parametrize("name", FORMATS)
 def test_parity_is_on_record(exports: dict[str, Path], name: str) -> None:
     parity = json.loads((exports[name] / "parity.json").read_text())
     assert 0 <= parity["mean_difference"] <= parity["largest_difference"]
