@@ -15,7 +15,7 @@ import socket
 import sys
 import zipfile
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ PREDICT, TRAIN = f"znormseg predict RUN DATA/{CASE} OUT", "znormseg train DATA N
 PREPARE = f"znormseg data prepare DATA/{CASE} OUT"
 CROSSVAL = "znormseg crossval DATA CROSSVAL --folds 2"
 TORCHRUN = "torchrun --nproc-per-node 2 --no-python znormseg"
-PORT = 29507
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
 
 
@@ -649,9 +648,9 @@ def as_of_torchrun(scene: Scene) -> None:
 def port_taken(scene: Scene) -> None:
     """Something else listens where processes would meet."""
     listening = scene.held.enter_context(socket.socket())
-    with suppress(OSError):  # then it is taken already
-        listening.bind(("127.0.0.1", PORT))
-        listening.listen()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen()
+    scene.patch.setenv("MASTER_PORT", str(listening.getsockname()[1]))
 
 
 def stretched(_: Scene) -> None:
@@ -1260,10 +1259,10 @@ TABLES: dict[str, list[Shown | Raised]] = {
         # `torchrun`: a process that ended, cannot be reached, or has another torch, device or precision
         Shown(
             title="cannot be reached",
-            command=f"MASTER_ADDR=127.0.0.1 MASTER_PORT={PORT} RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {TRAIN}",
+            command=f"MASTER_ADDR=127.0.0.1 RANK=0 WORLD_SIZE=2 LOCAL_RANK=0 {TRAIN}",
             code=7,
             prepare=port_taken,
-            steady={r"\(.*\)(?=\. Hosts)": "(address already in use)"},
+            steady={r"127\.0\.0\.1:\d+ \(.*\)(?=\. Hosts)": "127.0.0.1:29507 (address already in use)"},
         ),
         # `torchrun` with another command than `train`
         Shown(
