@@ -15,6 +15,7 @@ from app.exporting.parity import Answer, Parity, compare_outputs, windows_of
 from app.exporting.places import export_folder_when_complete, require_empty_export
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.inference.model import Model, load_model
+from app.inference.sliding_window.grid import SIGMA
 from app.progress import OnProgress, Progress, silent
 from app.runs.folder import read_json, write_json
 from app.runs.model_card import SUMS_FILE, describe_model, seal
@@ -120,7 +121,7 @@ def preprocessing(model: Model) -> dict[str, Any]:
         "spacing_mm": list(model.spacing_mm),
         "window_voxels": list(model.config.training.patch_voxels),
         "overlap": model.config.inference.overlap,
-        "window_weights": {"kind": "gaussian", "sigma_share_of_window": 0.125},
+        "window_weights": {"kind": "gaussian", "sigma_share_of_window": SIGMA},
         "output": {"name": formats.OUTPUT, "regions": list(REGIONS), "layout": "NCXYZ", "values": "logits"},
         "thresholds": dict(zip(REGIONS, model.postprocess.thresholds, strict=True)),
         "threshold_of": "sigmoid of the logits",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import product
 from math import ceil
 from typing import Final
@@ -19,6 +19,7 @@ SURE_BACKGROUND: Final = -30.0
 
 Size = tuple[int, int, int]
 Place = tuple[slice, slice, slice]
+Weights = npt.NDArray[np.float32]
 
 
 def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
@@ -74,15 +75,22 @@ def place_windows(
     return padded, places, (slice(None), *inner)
 
 
-def gaussian_array(window: Size) -> npt.NDArray[np.float32]:
+def gaussian_array(window: Size, exp: Callable[[Weights], Weights] = np.exp) -> Weights:
     """Return weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
+
+    Args:
+        window: in voxels.
+        exp: the exponential function; numpy's and torch's differ in the last bit.
+
+    Returns:
+        shape ``window``.
     """
     weights = np.ones(window, dtype=np.float32)
     for axis, side in enumerate(window):
         distance = np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2)
-        along = np.exp(np.float32(-0.5) * (distance / np.float32(SIGMA * side)) ** 2)
+        along = exp(np.float32(-0.5) * (distance / np.float32(SIGMA * side)) ** 2)
         weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
     weights /= weights.max()
     return np.maximum(weights, np.float32(LEAST_WEIGHT))

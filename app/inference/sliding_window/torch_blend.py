@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from app.inference.sliding_window.grid import LEAST_WEIGHT, SIGMA, SURE_BACKGROUND, Place, Size, place_windows
+from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, place_windows
 from app.system.device import Runtime
 
 
@@ -84,14 +84,5 @@ def _patches(image: Tensor, places: list[Place], device: torch.device, layout: t
 
 
 def gaussian_weights(window: Size) -> Tensor:
-    """Return weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
-
-    Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
-    """
-    weights = torch.ones(window)
-    for axis, side in enumerate(window):
-        distance = torch.arange(side, dtype=torch.float32) - (side - 1) / 2
-        along = torch.exp(-0.5 * (distance / (SIGMA * side)) ** 2)
-        weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
-    weights /= weights.max()
-    return weights.clamp_min(LEAST_WEIGHT)
+    """Return :func:`app.inference.sliding_window.grid.gaussian_array` as torch computes it."""
+    return torch.from_numpy(gaussian_array(window, exp=lambda values: torch.from_numpy(values).exp().numpy()))
