@@ -69,6 +69,21 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def case_1mm(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A phantom with voxels declared as 1 mm, in the voxel order of BraTS: a small case for MONAI's BraTS bundle."""
+    import nibabel as nib
+    import numpy as np
+
+    case = sorted(phantoms.iterdir())[0]
+    folder = tmp_path_factory.mktemp("case_1mm") / case.name
+    folder.mkdir()
+    for path in case.glob("*.nii.gz"):
+        voxels = np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
+        nib.save(nib.Nifti1Image(voxels, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / path.name)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_settings() -> list[str]:
     """Overrides in the form of ``--set`` that make a run of the laptop config last a second."""
     return [

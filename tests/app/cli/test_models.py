@@ -32,18 +32,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def case_1mm(phantoms: Path, tmp_path: Path) -> Path:
-    """A phantom whose voxels are called 1 mm, in the voxel order of BraTS."""
-    case = sorted(phantoms.iterdir())[0]
-    folder = tmp_path / "cases" / case.name
-    folder.mkdir(parents=True)
-    for path in case.glob("*.nii.gz"):
-        image = np.asanyarray(nib.Nifti1Image.from_filename(path).dataobj)
-        nib.save(nib.Nifti1Image(image, np.diag([-1.0, -1.0, 1.0, 1.0])), folder / path.name)
-    return folder
-
-
-@pytest.fixture
 def stand_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The file of monai-brats with random weights, registered by its own hash."""
     from monai.networks.nets.segresnet import SegResNet

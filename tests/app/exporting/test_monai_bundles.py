@@ -223,17 +223,6 @@ def zoo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def case_1mm(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A phantom whose voxels are called 1 mm, in the voxel order of BraTS: what the bundle is for, only smaller."""
-    case = sorted(phantoms.iterdir())[0]
-    folder = tmp_path_factory.mktemp("one") / case.name
-    folder.mkdir()
-    for path in case.glob("*.nii.gz"):
-        nib.save(nib.Nifti1Image(label_map(path), np.diag([-1.0, -1.0, 1.0, 1.0])), folder / path.name)
-    return folder
-
-
 @pytest.fixture
 def changed(zoo: Path, tmp_path: Path) -> Path:
     """A copy of the bundle that a test may change."""
