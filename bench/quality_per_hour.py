@@ -159,10 +159,8 @@ def main() -> None:
 
 def deal(cases: Path, folds: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return the ids of the training and test cases of each fold, as ``znormseg crossval`` deals them."""
-    source = DataSource(cases)
-    found = source.find_cases()
-    label_maps = read_label_maps(found.values())
-    tumours = tumours_of(found, label_maps, source.decide_convention(found, label_maps))
+    found = DataSource(cases).find_cases()
+    tumours = tumours_of(found, read_label_maps(found.values()), convention_of(list(found.values())))
     splits = [stratified_split(tumours, patients_of(found.values()), fold, folds=folds) for fold in range(folds)]
     return [(split.train, split.validation) for split in splits]
 
