@@ -47,6 +47,15 @@ demo: $(RUN) ## phantoms, training, prediction, scores and a page, in about five
 	@rm -rf znormseg-demo
 	$(BIN)/znormseg demo --out znormseg-demo
 
+# Both steps can be interrupted and repeated; the folds are kept in STARTER_WORK. `make starter CASES=FOLDER`
+CASES ?=
+STARTER_WORK ?= build/starter
+.PHONY: starter
+starter: $(RUN) ## train the shipped network by cross-validation and pack it into models/starter; resumable
+	@test -n "$(CASES)" || { echo "give the data set: make starter CASES=FOLDER" >&2; exit 1; }
+	$(BIN)/znormseg crossval "$(CASES)" "$(STARTER_WORK)" --folds 4 --config starter
+	$(BIN)/python setup/starter.py "$(STARTER_WORK)" models/starter --cases "$(CASES)"
+
 test: $(DEV) lint imports types ## every check except the slow tests; fails below the floor of branch coverage
 	$(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-report=
 
