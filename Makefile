@@ -85,7 +85,7 @@ lock: ## rewrite locks/*.txt, after changing constraints.txt or the packages in 
 		build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
 	PATH="$(CURDIR)/build/lock/bin:$$PATH" $(PYTHON) setup/lock.py
 
-# docs/docker.md explains the variables of these targets: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
+# docs/docker.md explains the variables of these targets: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX, MODELS.
 .PHONY: image image-test image-lint
 image: ## build the container image with docker, buildah or podman
 	@docker/build.sh

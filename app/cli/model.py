@@ -59,8 +59,9 @@ def download_command(
 ) -> None:
     """Download a published model, verify it by its hash and install it.
 
-    Models are in the user's data folder, or where ZNORMSEG_MODELS says. ZNORMSEG_MODELS_URL replaces the hosts by a
-    mirror that serves NAME/FILE; ZNORMSEG_OFFLINE=1 forbids downloads.
+    starter ships with the program and needs no download. Other models are in the user's data folder, or where
+    ZNORMSEG_MODELS says. ZNORMSEG_MODELS_URL replaces the hosts by a mirror that serves NAME/FILE; ZNORMSEG_OFFLINE=1
+    forbids downloads.
     """
     from app.exporting.install import install, published_model
 
