@@ -111,6 +111,7 @@ def _statement(crossval: Path) -> dict[str, Any]:
             "FLAIR, with the label maps of experts), from The Cancer Imaging Archive, DOI 10.7937/jc8x-9874, CC BY 4.0."
             " The weights were computed from these images and contain none of them.",
             "cite": _MODEL.citation,
+            "training": "cross-validation with the config starter; ensemble.json has every setting, under config",
         },
         "metrics": _scores(crossval),
         "limits": list(_MODEL.limits),
@@ -138,8 +139,8 @@ def _scores(crossval: Path) -> dict[str, str]:
         scores[f"HD95 of ET, {which}"] = f"{fmean(float(row['ET_hd95_mm']) for row in enhancing):.1f} mm"
     scores["Dice"], scores["HD95"] = content["dice"], content["hd95"]
     scores["post-processing"] = (
-        f"chosen on the same cases, where it raises the mean Dice by {tuning['gain_on_tuning_cases']:.3f}; by "
-        f"{tuning['estimated_gain']:.3f} on folds that are left out of the choice"
+        f"chosen on the same cases, whose mean Dice it changes by {tuning['gain_on_tuning_cases']:+.3f}; on folds that "
+        f"were left out of the choice, by {tuning['estimated_gain']:+.3f}"
     )
     return scores
 

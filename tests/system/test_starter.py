@@ -186,7 +186,7 @@ def test_a_folder_that_is_too_large_is_refused(tmp_path: Path, monkeypatch: pyte
 
 
 def test_without_a_finished_cross_validation_there_is_one_message(tmp_path: Path) -> None:
-    command = [sys.executable, ROOT / "setup" / "starter.py", tmp_path, tmp_path / "starter"]
+    command = [sys.executable, str(ROOT / "setup" / "starter.py"), str(tmp_path), str(tmp_path / "starter")]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 1
     assert ended.stderr == f"starter: {tmp_path / 'ensemble'}: does not exist; give the folder of a model\n"
@@ -222,9 +222,10 @@ def test_images_unlike_the_training_cases_are_flagged_on_the_page(
     for path in folder.glob("*/intensities.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "cases": LEAST_CASES}))
     odd = Path(shutil.copytree(case, tmp_path / "odd"))
-    image = nib.Nifti1Image.from_filename(odd / f"{PHANTOM}_flair.nii.gz")
+    flair = odd / f"{PHANTOM}_flair.nii.gz"
+    image = nib.Nifti1Image.from_filename(flair)
     voxels = np.asarray(image.dataobj, dtype=np.float32)
-    nib.save(nib.Nifti1Image(np.where(voxels > 0, 2 * voxels.max() - voxels, 0), image.affine), image.get_filename())
+    nib.save(nib.Nifti1Image(np.where(voxels > 0, 2 * voxels.max() - voxels, 0), image.affine), flair)
     assert znormseg("predict", "starter", odd, tmp_path / "out").code == 0
     assert znormseg("report", tmp_path / "out", tmp_path / "pages").code == 0
     page = (tmp_path / "pages" / "cases" / f"{PHANTOM}.html").read_text(encoding="utf-8")
