@@ -14,7 +14,7 @@ FROM scratch AS wheels
 COPY LICENSE /
 # What the steps below run, mounted too.
 FROM scratch AS scripts
-COPY docker/install-python.sh docker/install-packages.sh /
+COPY docker/install-python.sh docker/install-packages.sh docker/download-models.sh /
 
 
 # ---- cpu: torch without CUDA ------------------------------------------------------------------------------------
@@ -53,17 +53,26 @@ RUN /opt/pip/bin/pip wheel --no-build-isolation --no-deps --no-index --wheel-dir
     && /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --no-index --no-warn-script-location \
         --root /out /wheel/*.whl
 
+# Published models, by name: `--build-arg MODELS="mindgrab monai-brats"`. Without names it needs no network.
+FROM cpu-project AS cpu-models
+ARG MODELS=
+ARG ZNORMSEG_MODELS_URL=
+RUN --mount=type=bind,from=certs,target=/mnt/znormseg-certs \
+    --mount=type=bind,from=scripts,target=/mnt/znormseg-scripts \
+    /mnt/znormseg-scripts/download-models.sh
+
 
 FROM cpu-base AS cpu
 ARG VERSION=
 ARG REVISION=
 LABEL org.opencontainers.image.title="znormseg" \
       org.opencontainers.image.description="Brain-tumour MRI segmentation: train, predict, score. Research use only." \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-4.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=cpu-dependencies /opt/venv /opt/venv
 COPY --from=cpu-project /out/opt/venv /opt/venv
+COPY --from=cpu-models /opt/models /opt/models
 # Any user may write below HOME, or move it: `docker run --user` names users that /etc/passwd does not know, and
 # torch asks for the user's name. Nothing below /tmp/znormseg is in the image; programs make their folders there.
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -73,10 +82,11 @@ ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
     XDG_CACHE_HOME=/tmp/znormseg/cache \
     MPLCONFIGDIR=/tmp/znormseg/matplotlib \
     NILEARN_DATA=/tmp/znormseg/nilearn \
+    ZNORMSEG_MODELS=/opt/models \
     TRITON_CACHE_DIR=/tmp/znormseg/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/znormseg/inductor \
     PYTHONDONTWRITEBYTECODE=1
-RUN mkdir /workspace && chmod 1777 /workspace
+RUN mkdir -p /workspace /opt/models && chmod 1777 /workspace /opt/models
 WORKDIR /workspace
 USER 1000:1000
 ENTRYPOINT ["znormseg"]
@@ -120,17 +130,26 @@ RUN /opt/pip/bin/pip wheel --no-build-isolation --no-deps --no-index --wheel-dir
     && /opt/pip/bin/pip --python /opt/venv/bin/python install --no-deps --no-index --no-warn-script-location \
         --root /out /wheel/*.whl
 
+# Published models, by name: `--build-arg MODELS="mindgrab monai-brats"`. Without names it needs no network.
+FROM gpu-project AS gpu-models
+ARG MODELS=
+ARG ZNORMSEG_MODELS_URL=
+RUN --mount=type=bind,from=certs,target=/mnt/znormseg-certs \
+    --mount=type=bind,from=scripts,target=/mnt/znormseg-scripts \
+    /mnt/znormseg-scripts/download-models.sh
+
 
 FROM gpu-base AS gpu
 ARG VERSION=
 ARG REVISION=
 LABEL org.opencontainers.image.title="znormseg" \
       org.opencontainers.image.description="Brain-tumour MRI segmentation: train, predict, score. Research use only." \
-      org.opencontainers.image.licenses="Apache-2.0" \
+      org.opencontainers.image.licenses="Apache-2.0 AND CC-BY-4.0" \
       org.opencontainers.image.version="${VERSION}" \
       org.opencontainers.image.revision="${REVISION}"
 COPY --from=gpu-dependencies /opt/venv /opt/venv
 COPY --from=gpu-project /out/opt/venv /opt/venv
+COPY --from=gpu-models /opt/models /opt/models
 # Any user may write below HOME, or move it: `docker run --user` names users that /etc/passwd does not know, and
 # torch asks for the user's name. Nothing below /tmp/znormseg is in the image; programs make their folders there.
 ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin \
@@ -140,12 +159,13 @@ ENV PATH=/opt/venv/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/
     XDG_CACHE_HOME=/tmp/znormseg/cache \
     MPLCONFIGDIR=/tmp/znormseg/matplotlib \
     NILEARN_DATA=/tmp/znormseg/nilearn \
+    ZNORMSEG_MODELS=/opt/models \
     TRITON_CACHE_DIR=/tmp/znormseg/triton \
     TORCHINDUCTOR_CACHE_DIR=/tmp/znormseg/inductor \
     PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility
-RUN mkdir /workspace && chmod 1777 /workspace
+RUN mkdir -p /workspace /opt/models && chmod 1777 /workspace /opt/models
 WORKDIR /workspace
 USER 1000:1000
 ENTRYPOINT ["znormseg"]

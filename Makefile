@@ -47,6 +47,15 @@ demo: $(RUN) ## phantoms, training, prediction, scores and a page, in about five
 	@rm -rf znormseg-demo
 	$(BIN)/znormseg demo --out znormseg-demo
 
+# Both steps can be interrupted and repeated; the folds are kept in STARTER_WORK. `make starter CASES=FOLDER`
+CASES ?=
+STARTER_WORK ?= build/starter
+.PHONY: starter
+starter: $(RUN) ## train the shipped network by cross-validation and pack it into models/starter; resumable
+	@test -n "$(CASES)" || { echo "give the data set: make starter CASES=FOLDER" >&2; exit 1; }
+	$(BIN)/znormseg crossval "$(CASES)" "$(STARTER_WORK)" --folds 4 --config starter
+	$(BIN)/python setup/starter.py "$(STARTER_WORK)" models/starter --cases "$(CASES)"
+
 test: $(DEV) lint imports types ## every check except the slow tests; fails below the floor of branch coverage
 	$(BIN)/python -m pytest $(IN_PARALLEL) --cov --cov-report=
 
@@ -76,7 +85,7 @@ lock: ## rewrite locks/*.txt, after changing constraints.txt or the packages in 
 		build/lock/bin/python -m pip install --quiet --disable-pip-version-check uv==0.13.9; }
 	PATH="$(CURDIR)/build/lock/bin:$$PATH" $(PYTHON) setup/lock.py
 
-# docs/docker.md explains the variables of these targets: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX.
+# docs/docker.md explains the variables of these targets: TARGET, ENGINE, IMAGE, BASE_IMAGE, PIP_CERT, PIP_INDEX_URL, PIP_FIND_LINKS, TORCH_INDEX, MODELS.
 .PHONY: image image-test image-lint
 image: ## build the container image with docker, buildah or podman
 	@docker/build.sh

@@ -167,6 +167,16 @@ class PostprocessRules(TypedDict):
 
 
 @_complete
+class ModelRecord(TypedDict):
+    """A published or imported model."""
+
+    name: Text
+    """Its name; for a published model, the one in `model list`."""
+    limits: list[Text]
+    """Its limits, one sentence each; may be empty."""
+
+
+@_complete
 class CaseRecord(TypedDict):
     """The result of one case, its measurements and its provenance."""
 
@@ -220,6 +230,8 @@ class CaseRecord(TypedDict):
     """Index of the volume in a 4D file, from 0, by contrast."""
     made_from: MadeFrom
     """SHA-256 of everything the result was made from; a finished case is recognised by it and not predicted again."""
+    model: NotRequired[ModelRecord]
+    """The published or imported model; left out for a network that was trained here."""
     weights_sha256: Sha256
     """SHA-256 of the weights file; for an ensemble, over those of its networks."""
     weights_step: NotRequired[Count]

@@ -9,6 +9,8 @@
 #   PIP_FIND_LINKS  folder with wheels, or the URL of a page of links
 #   TORCH_INDEX     index of another torch build, such as https://download.pytorch.org/whl/cu126; default for the cpu
 #                   target: PyTorch's CPU index, or none if PIP_FIND_LINKS is given
+#   MODELS          names of published models to put into the image, separated by spaces; default: none
+#   ZNORMSEG_MODELS_URL  mirror to download them from
 #   IMAGE_WORK      folder for temporary files; default: TMPDIR or /tmp
 # http_proxy, https_proxy and no_proxy are passed on. None of these settings remains in the image.
 set -eu
@@ -27,7 +29,10 @@ case "${PIP_FIND_LINKS:-}" in
     '' | http://* | https://*) ;;
     *) [ -d "$PIP_FIND_LINKS" ] || fail "PIP_FIND_LINKS=$PIP_FIND_LINKS is neither a folder nor an http(s) address" ;;
 esac
-for name in PIP_INDEX_URL TORCH_INDEX; do
+case "${MODELS:-}" in
+    *[!a-z0-9\ -]*) fail "MODELS=$MODELS; give names from znormseg model list, separated by spaces" ;;
+esac
+for name in PIP_INDEX_URL TORCH_INDEX ZNORMSEG_MODELS_URL; do
     eval "value=\${$name:-}"
     case "$value" in
         '' | http://* | https://*) ;;
@@ -99,6 +104,8 @@ if [ -n "${TORCH_INDEX:-}" ]; then
 elif [ -n "${PIP_FIND_LINKS:-}" ]; then
     set -- "$@" --build-arg TORCH_INDEX=
 fi
+[ -z "${MODELS:-}" ] || set -- "$@" --build-arg "MODELS=$MODELS"
+[ -z "${ZNORMSEG_MODELS_URL:-}" ] || set -- "$@" --build-arg ZNORMSEG_MODELS_URL
 
 say "building $IMAGE, target $TARGET, with $ENGINE"
 containers >"$work/containers"

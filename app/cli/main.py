@@ -33,17 +33,21 @@ from app.cli.verbs import Verbs, verb
 from app.errors import EXIT_INTERRUPTED
 from app.system.process import share_processors
 
-_FIVE_THINGS = """\
+_COMMON_TASKS = """\
 Usage: znormseg COMMAND ...
 
 Brain-tumour MRI segmentation. Common tasks:
 
+  segment four images     znormseg predict starter OUTPUT --t1 A --t1c B --t2 C --flair D
+  look at the result      znormseg report OUTPUT PAGES
   see it work             znormseg demo
   check a data set        znormseg data check DATA
   train on it             znormseg train DATA RUN
   segment scans with it   znormseg predict RUN SCANS OUTPUT
   score the result        znormseg evaluate OUTPUT REFERENCES
 
+Images straight from the scanner need --prepare. starter learned from sixteen adult
+gliomas: znormseg model info starter shows its limits.
 znormseg doctor checks this machine; znormseg --help lists all commands.
 Research use only; not a medical device."""
 
@@ -92,7 +96,7 @@ def options(
     """Handle the options that precede the command."""
     terminal.settings.debug = debug
     if context.invoked_subcommand is None:
-        terminal.say(_FIVE_THINGS)
+        terminal.say(_COMMON_TASKS)
         raise typer.Exit(2)
     several = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
     refuse(

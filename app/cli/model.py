@@ -27,12 +27,24 @@ def list_command() -> None:
 
     found = {model: is_installed(model.name) for model in MODELS.values()}
     rows = [["name", "task", "installed", "download MB"]]
-    rows += [[one.name, one.task, "yes" if here else "no", f"{one.megabytes:g}"] for one, here in found.items()]
+    rows += [
+        [one.name, one.task, ("shipped" if one.ships else "yes") if here else "no", f"{one.megabytes:g}"]
+        for one, here in found.items()
+    ]
     sentences = [
-        f"{one.name}: {one.summary}. Takes {one.takes}; gives {one.gives}. Licence: {one.licence}. Cite {one.citation}."
+        " ".join(
+            [
+                f"{one.name}: {one.summary}. Takes {one.takes}; gives {one.gives}.",
+                *one.limits,
+                f"Licence: {one.licence}. Cite {one.citation}.",
+            ]
+        )
         for one in found
     ]
-    content = [{**asdict(one), "installed": here, "folder": str(folder_of(one.name))} for one, here in found.items()]
+    content = [
+        {**asdict(one), "ships": one.ships, "installed": here, "folder": str(folder_of(one.name))}
+        for one, here in found.items()
+    ]
     terminal.result({"models": content}, terminal.table(rows), *sentences)
 
 
@@ -47,15 +59,17 @@ def download_command(
 ) -> None:
     """Download a published model, verify it by its hash and install it.
 
-    Models are in the user's data folder, or where ZNORMSEG_MODELS says. ZNORMSEG_MODELS_URL replaces the hosts by a
-    mirror that serves NAME/FILE; ZNORMSEG_OFFLINE=1 forbids downloads.
+    starter ships with the program and needs no download. Other models are in the user's data folder, or where
+    ZNORMSEG_MODELS says. ZNORMSEG_MODELS_URL replaces the hosts by a mirror that serves NAME/FILE; ZNORMSEG_OFFLINE=1
+    forbids downloads.
     """
     from app.exporting.install import install, published_model
 
     model = published_model(name)
     with terminal.watched() as on_progress:
         folder = install(model, source=source, on_progress=on_progress)
-    terminal.result({"model": name, "folder": str(folder)}, f"{name}: {folder}")
+    shipped = " ships with the program, nothing to download" if model.ships else ""
+    terminal.result({"model": name, "folder": str(folder)}, f"{name}{shipped}: {folder}")
 
 
 @verb(app, "import", examples="znormseg model import BUNDLE OUT")

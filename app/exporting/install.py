@@ -6,20 +6,21 @@ from pathlib import Path
 
 from app.errors import RunError
 from app.progress import OnProgress, silent
-from app.runs.published import MODELS, PublishedModel, download
+from app.runs.published import MODELS, PublishedModel, download, folder_of, is_installed
 
 
 def model_folder(run: Path, on_progress: OnProgress = silent) -> Path:
     """Return the folder that a command's RUN stands for: a path, or the name of a published model.
 
-    A path that exists comes first. A published model that is not installed is downloaded.
+    A path that exists comes first. A published model that is not installed is downloaded, unless it ships with the
+    program.
 
     Args:
         run: what the user gave.
         on_progress: receives progress reports of a download.
 
     Raises:
-        RunError: the model cannot be downloaded, or does not segment tumours.
+        RunError: the model cannot be downloaded, is missing from the program, or does not segment tumours.
         OSError: the folder of models cannot be written to.
     """
     model = MODELS.get(str(run))
@@ -50,8 +51,12 @@ def install(model: PublishedModel, *, source: Path | None = None, on_progress: O
         on_progress: receives progress reports.
 
     Raises:
-        RunError, OSError: as :func:`app.runs.published.download`.
+        RunError: as :func:`app.runs.published.download`; or the model ships with the program, and is missing there or
+            ``source`` is given.
+        OSError: as :func:`app.runs.published.download`.
     """
+    if model.ships:
+        return _shipped(model, source)
 
     def convert(verified: Path, out: Path) -> None:
         if model.task == "segmentation":
@@ -64,3 +69,19 @@ def install(model: PublishedModel, *, source: Path | None = None, on_progress: O
             (verified / file.name).rename(out / file.name)
 
     return download(model, convert, source=source, on_progress=on_progress)
+
+
+def _shipped(model: PublishedModel, source: Path | None) -> Path:
+    """Return the folder of a model that ships with the program.
+
+    Raises:
+        RunError: it is missing, or ``source`` is given.
+    """
+    if source is not None:
+        raise RunError(f"--from {source}: {model.name} ships with the program and is not installed from files")
+    if not is_installed(model.name):
+        raise RunError(
+            f"{model.name}: ships with the program, but its weights are missing here: {folder_of(model.name)} does not "
+            f"exist. Install a release, or train them in a source checkout: make {model.name} CASES=FOLDER"
+        )
+    return folder_of(model.name)

@@ -133,6 +133,7 @@ def import_published(source: Path, model: PublishedModel, out: Path) -> Imported
         "description": f"{model.summary}.",
         "data": {"source": model.files[0].url, "citation": model.citation, "SHA-256 of model.pt": file_sha256(source)},
         "metrics": {"metrics": "see the bundle's own documentation"},
+        "limits": list(model.limits),
         "licence": model.licence,
     }
     return _import(source, _weights(source), config, statements, out)

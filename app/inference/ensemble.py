@@ -2,7 +2,8 @@
 
 The folder of an ensemble is self-contained::
 
-    ensemble.json   the networks and their SHA-256, post-processing, calibration, contrasts, regions, provenance
+    ensemble.json   the networks and their SHA-256, post-processing, calibration, contrasts, regions, provenance; and
+                    the statement of a published model
     split.json      the ids of the training cases, all under ``train``
     fold-0/checkpoints/best-*   weights with their JSON, as in a run; and so on
 """
@@ -17,9 +18,10 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.inference.calibration import calibration_from_json
-from app.inference.model import Model, Predictor, load_model
+from app.inference.model import Model, Predictor, load_model, statement_from_json
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runs.folder import read_json
+from app.runs.model_card import STATEMENT_KEY
 from app.system.device import Runtime
 from data.preprocess import SPACING_TOLERANCE
 
@@ -120,6 +122,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         listed = {str(one["network"]): (str(one["weights_sha256"]), int(one["step"])) for one in content["networks"]}
         rules = postprocess_from_json(content["postprocess"])
         calibration = calibration_from_json(content.get("calibration"), postprocessed=postprocess)
+        statement = statement_from_json(content.get(STATEMENT_KEY))
         if not listed or content["version"] != VERSION or any(Path(name).name != name for name in listed):
             raise ValueError(f"version {content['version']}, networks {', '.join(listed) or 'none'}")
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -145,6 +148,7 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
         postprocess=rules if postprocess else Postprocess(),
         postprocessed=postprocess,
         calibration=calibration,
+        statement=statement,
         held=tuple(held),
     )
 

@@ -17,6 +17,7 @@ from app.inference.postprocess import Postprocess
 from app.inference.sliding_window.grid import Size
 from app.progress import LOG
 from app.runs.checkpoints import Saved, load_newest, load_newest_arrays
+from app.runs.model_card import STATEMENT_KEY
 from app.system.device import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
@@ -29,6 +30,30 @@ if TYPE_CHECKING:
 
 #: Keys that this section has in the configs of all versions so far; reading a whole config would need torch.
 _NETWORK_KEYS: Final = {"architecture", "channels", "dropout"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStatement:
+    """What a published or imported model says of itself."""
+
+    name: str
+    limits: tuple[str, ...]
+    """What a reader of its label maps must know, one sentence each; may be empty."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for a result file."""
+        return {"name": self.name, "limits": list(self.limits)}
+
+
+def statement_from_json(content: Mapping[str, Any] | None) -> ModelStatement | None:
+    """Read a model's statement; None for a network that was trained here, which makes none.
+
+    Raises:
+        KeyError, TypeError: the content has another form.
+    """
+    if content is None:
+        return None
+    return ModelStatement(name=str(content["name"]), limits=tuple(map(str, content.get("limits", ()))))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +76,8 @@ class Predictor(ABC):
     """Rules that turn probabilities into masks; by default, probabilities are cut at one half."""
     calibration: Calibration = NOT_CALIBRATED
     """How far probabilities and volumes can be trusted."""
+    statement: ModelStatement | None = None
+    """None for a network that was trained here."""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -149,6 +176,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
         engine = make_engine(graph, checkpoint.weights, runtime)
         overlap = float(plain["inference"]["overlap"])
         crop = bool(plain["inference"].get("crop", True))
+        statement = statement_from_json(details.get("imported") or details.get(STATEMENT_KEY))
     except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, ConfigError) as error:
         if isinstance(error, RunError):
             raise
@@ -165,6 +193,7 @@ def load_model(run: Path, runtime: Runtime) -> Model:
         convention=convention,
         sha256=checkpoint.sha256,
         step=checkpoint.step,
+        statement=statement,
     )
 
 

@@ -265,6 +265,8 @@ def _case_page(shown: _Shown, picture: Picture, links: Sequence[tuple[str, str]]
         interval_name=one.interval_name if one.volume_intervals_ml else "",
         has_confidence=bool(one.confidence),
         flags=one.flags,
+        model_name=one.model_name,
+        model_limits=one.model_limits,
         remarks=shown.remarks,
         viewer=data,
         grid_mm=f"{grid_mm:g}",
@@ -297,6 +299,9 @@ def _cohort_page(
         means = truth.means()
         facts += [(f"mean Dice, {region}", f"{means[region]['dice']:.3f}") for region in REGIONS]
         facts.append(("Dice", DICE_DEFINITION))
+    limits = {one.model_name: one.model_limits for one in predicted if one.model_name}
+    for name, sentences in sorted(limits.items()):
+        facts += [("model", name), *([(f"limits of {name}", " ".join(sentences))] if sentences else [])]
     weights = sorted({str(one.record.get("weights_sha256", "not recorded")) for one in predicted})
     facts.append(("weights, SHA-256", ", ".join(weights[:3]) + (" ..." if len(weights) > 3 else "")))
     body = fill(

@@ -83,6 +83,17 @@ class Predicted:
         return "Range of answers (ml)"
 
     @property
+    def model_name(self) -> str:
+        """Name of the published or imported model that predicted the case; empty if the JSON has none."""
+        return str(mapping(self.record.get("model")).get("name") or "")
+
+    @property
+    def model_limits(self) -> tuple[str, ...]:
+        """Limits of that model, one sentence each."""
+        limits = mapping(self.record.get("model")).get("limits")
+        return tuple(map(str, limits)) if isinstance(limits, list) else ()
+
+    @property
     def flags(self) -> tuple[Flag, ...]:
         """The flags in the JSON; if it has none, a flag for missing contrasts."""
         flags = self.record.get("flags")

@@ -3,6 +3,8 @@
 A checkpoint is a pair of files, ``<kind>-<step>.safetensors`` and ``<kind>-<step>.json``. The JSON is written last and
 holds the SHA-256 of the tensors and of itself; an incomplete pair is ignored. Both files are synced to disk before
 older pairs are removed, and the pair before the newest is kept as a fallback in case the newest is damaged.
+
+Weights may be stored in float16, which halves a published model; they are loaded as float32.
 """
 
 from __future__ import annotations
@@ -121,9 +123,7 @@ def load_newest(
     Raises:
         RunError: there are checkpoints, but all are damaged or unfit.
     """
-    import safetensors.torch
-
-    return _newest(folder, kind, safetensors.torch.load, unfit)
+    return _newest(folder, kind, _unpack_tensors, unfit)
 
 
 def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
@@ -132,9 +132,25 @@ def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic
     Raises:
         RunError: as :func:`load_newest`.
     """
+    return _newest(folder, kind, _unpack_arrays, lambda _: None)
+
+
+def _unpack_tensors(content: bytes) -> dict[str, Tensor]:
+    import safetensors.torch
+    import torch
+
+    tensors = safetensors.torch.load(content)
+    half = {name for name, one in tensors.items() if one.dtype == torch.float16 and name.startswith(_WEIGHTS)}
+    return {name: one.float() if name in half else one for name, one in tensors.items()}
+
+
+def _unpack_arrays(content: bytes) -> dict[str, npt.NDArray[np.generic]]:
+    import numpy as np
     import safetensors.numpy
 
-    return _newest(folder, kind, safetensors.numpy.load, lambda _: None)
+    arrays = safetensors.numpy.load(content)
+    half = {name for name, one in arrays.items() if one.dtype == np.float16 and name.startswith(_WEIGHTS)}
+    return {name: one.astype(np.float32) if name in half else one for name, one in arrays.items()}
 
 
 def _newest(

@@ -25,6 +25,9 @@ from data.filesystem import why
 CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
+#: Key, in ``ensemble.json`` and in the JSON of weights, for what a published model says of itself: ``name``,
+#: ``description``, ``data``, ``metrics``, ``limits``, ``licence``. Imported weights have the same under ``imported``.
+STATEMENT_KEY: Final = "published"
 #: Licence statement on the card of a network trained by this program.
 LICENCE: Final = (
     "not stated. The program is Apache-2.0; the licence of the weights is up to those who trained them, within the "
@@ -179,24 +182,26 @@ def _own_files(folder: Path) -> Iterable[Path]:
 
 def _of_run(folder: Path, best: Path) -> dict[str, Any]:
     weights = read_json(best)
-    imported = weights.get("imported")
+    imported, published = weights.get("imported"), weights.get(STATEMENT_KEY)
+    stated = imported or published or {}
+    if imported is not None:
+        origin = f"The weights are from another program: {imported['description']}"
+        data, metrics = _input(weights), {}
+    else:
+        origin = " ".join(["Trained by znormseg.", *([published["description"]] if published else [])])
+        data, metrics = _data(folder, weights), _metrics(weights)
     return {
         "kind": "run" if imported is None else "import",
-        "name": folder.resolve().name if imported is None else imported["name"],
+        "name": stated.get("name", folder.resolve().name),
         "summary": "Brain-tumour segmentation: from four MRI contrasts to whole tumour, tumour core and enhancing "
-        "tumour. "
-        + (
-            "Trained by znormseg."
-            if imported is None
-            else f"The weights are from another program: {imported['description']}"
-        ),
+        f"tumour. {origin}",
         "notice": NOTICE,
-        "data": _data(folder, weights) if imported is None else {**_input(weights), **imported["data"]},
+        "data": {**data, **stated.get("data", {})},
         "network": _network(weights["config"]),
-        "metrics": _metrics(weights) if imported is None else imported["metrics"],
+        "metrics": {**metrics, **stated.get("metrics", {})},
         "weights": {"sha256": weights["sha256"], "step": weights["step"], "versions": weights["versions"]},
-        "limits": list(LIMITS),
-        "licence": LICENCE if imported is None else imported["licence"],
+        "limits": [*stated.get("limits", ()), *LIMITS],
+        "licence": stated.get("licence", LICENCE),
     }
 
 
@@ -204,17 +209,20 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
     content = read_json(folder / "ensemble.json")
     networks = content["networks"]
     first = read_json(_best_of(folder / networks[0]["network"]))
+    stated = content.get(STATEMENT_KEY) or {}
+    summary = f"Brain-tumour segmentation: the mean of the {len(networks)} networks of a cross-validation."
     return {
         "kind": "ensemble",
-        "name": folder.resolve().name,
-        "summary": f"Brain-tumour segmentation: the mean of the {len(networks)} networks of a cross-validation.",
+        "name": stated.get("name", folder.resolve().name),
+        "summary": f"{summary} {stated['description']}" if stated else summary,
         "notice": NOTICE,
-        "data": {**_input(first), **_counts(folder)},
+        "data": {**_input(first), **_counts(folder), **stated.get("data", {})},
         "network": _network(first["config"]),
-        "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks},
+        "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks}
+        | stated.get("metrics", {}),
         "weights": {one["network"]: one["weights_sha256"] for one in networks},
-        "limits": list(LIMITS),
-        "licence": LICENCE,
+        "limits": [*stated.get("limits", ()), *LIMITS],
+        "licence": stated.get("licence", LICENCE),
     }
 
 

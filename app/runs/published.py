@@ -3,11 +3,13 @@
 Each file is checked against its known hash before anything reads it. ``ZNORMSEG_MODELS`` names the folder of installed
 models (default: the user's data folder), ``ZNORMSEG_MODELS_URL`` a mirror that replaces all hosts and serves
 ``NAME/FILE``, and ``ZNORMSEG_OFFLINE=1`` forbids downloads. Proxies and certificates are those of requests
-(``HTTPS_PROXY``, ``REQUESTS_CA_BUNDLE``).
+(``HTTPS_PROXY``, ``REQUESTS_CA_BUNDLE``). A model without files to download ships with the program, in the package
+``models``.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import tempfile
@@ -48,11 +50,18 @@ class PublishedModel:
     takes: str
     gives: str
     megabytes: float
-    """Size of the download."""
+    """Size of the download; 0 for a model that ships with the program."""
     licence: str
     citation: str
+    limits: tuple[str, ...] = ()
+    """What a user must know before relying on it, one sentence each."""
     files: tuple[PublishedFile, ...] = ()
     """Files to download; none for a model that ships with the program."""
+
+    @property
+    def ships(self) -> bool:
+        """Whether the model is part of the program, so that nothing is downloaded."""
+        return not self.files
 
 
 _BRAINCHOP: Final = (
@@ -64,6 +73,24 @@ MODELS: Final[Mapping[str, PublishedModel]] = {
     model.name: model
     for model in (
         PublishedModel(
+            name="starter",
+            task="segmentation",
+            summary="Four small networks of this program, trained on sixteen adult gliomas of BraTS 2021",
+            takes="skull-stripped T1, T1c, T2 and FLAIR on one grid",
+            gives="WT, TC, ET",
+            megabytes=0,
+            licence="CC BY 4.0, as its training data",
+            citation="Baid et al. 2021, arXiv 2107.02314; Menze et al. 2015, 10.1109/TMI.2014.2377694; Bakas et al. "
+            "2017, 10.1038/sdata.2017.117",
+            limits=(
+                "Trained on sixteen adult gliomas of one challenge, BraTS 2021; expect more errors on images of other "
+                "scanners and hospitals.",
+                "Not for children, not for scans after surgery, not for metastases or meningiomas: none were among its "
+                "training cases.",
+                "For research only; not a medical device.",
+            ),
+        ),
+        PublishedModel(
             name="monai-brats",
             task="segmentation",
             summary="MONAI's SegResNet of the bundle brats_mri_segmentation, trained on BraTS 2018",
@@ -72,6 +99,11 @@ MODELS: Final[Mapping[str, PublishedModel]] = {
             megabytes=19,
             licence="Apache-2.0; its training data, BraTS 2018, may not be used commercially without permission",
             citation="Myronenko 2018, arXiv 1810.11654; Menze et al. 2015, 10.1109/TMI.2014.2377694",
+            limits=(
+                "Trained on adult gliomas before surgery, of BraTS 2018; not for children, scans after surgery, "
+                "metastases or meningiomas.",
+                "For research only; not a medical device.",
+            ),
             files=(
                 PublishedFile(
                     name="model.pt",
@@ -118,7 +150,19 @@ def models_folder() -> Path:
 
 def folder_of(name: str) -> Path:
     """Folder of a published model, whether it is installed or not."""
-    return models_folder() / name
+    model = MODELS.get(name)
+    return (shipped_folder() if model is not None and model.ships else models_folder()) / name
+
+
+def shipped_folder() -> Path:
+    """Folder of the models that ship with the program: that of the package ``models``.
+
+    The package is not imported, as ``importlib.resources`` would: it needs torch, and prediction does not.
+    """
+    found = importlib.util.find_spec("models")
+    assert found is not None
+    assert found.submodule_search_locations
+    return Path(found.submodule_search_locations[0])
 
 
 def is_installed(name: str) -> bool:

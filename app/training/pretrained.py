@@ -5,10 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from app.config.load import RunConfig, config_differences, load_config, to_plain
+from app.config.load import RunConfig, config_differences, from_plain, load_config, to_plain
 from app.errors import ConfigError, RunError
+from app.inference.ensemble import ENSEMBLE_FILE
 from app.inference.model import Model, load_model
 from app.progress import LOG
+from app.runs.folder import read_json
+from app.runs.model_card import newest_best
 from app.system.device import Runtime
 from app.training.state import State
 from data.nifti import Spacing
@@ -18,11 +21,16 @@ def sections_of(run: Path) -> dict[str, dict[str, Any]]:
     """Return the part of a run's config that belongs to its weights: the network and the patch size.
 
     Raises:
-        RunError: ``run`` is not a run folder.
+        RunError: ``run`` is neither a run folder nor that of another network.
         ConfigError: its config cannot be read.
     """
-    _require_one_run(run)
-    plain = to_plain(load_config(str(run / "config.yaml")))
+    _require_one_network(run)
+    best = newest_best(run)
+    if best is not None and not (run / "config.yaml").exists():
+        config = from_plain(read_json(best).get("config", {}), str(best))
+    else:
+        config = load_config(str(run / "config.yaml"))
+    plain = to_plain(config)
     return {"network": plain["network"], "training": {"patch_voxels": plain["training"]["patch_voxels"]}}
 
 
@@ -30,15 +38,15 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     """Load the weights that ``predict`` would use from a run, for a new run with another config.
 
     Args:
-        run: folder of the run to start from.
+        run: folder of the run, the import or the network of an ensemble to start from.
         config: config of the new run.
         runtime: device that the weights are loaded to.
 
     Raises:
-        RunError: ``run`` is not a run folder, or its weights cannot be used.
+        RunError: ``run`` is not the folder of one network, or its weights cannot be used.
         ConfigError: the new run's network is different, in more than its dropout.
     """
-    _require_one_run(run)
+    _require_one_network(run)
     model = load_model(run, runtime)
     if model.takes_missing_contrasts != config.takes_missing_contrasts:
         was, now = model.config.augment.contrast_dropout, config.augment.contrast_dropout
@@ -83,9 +91,15 @@ def origin_of(model: Model) -> dict[str, Any]:
     return {"run": run, "sha256": model.sha256, "step": model.step, "spacing_mm": list(model.spacing_mm)}
 
 
-def _require_one_run(run: Path) -> None:
-    if not (run / "run.json").is_file():
+def _require_one_network(run: Path) -> None:
+    if (run / ENSEMBLE_FILE).is_file():
+        names = sorted(path.parent.parent.name for path in run.glob("*/checkpoints/best-*.json"))
+        raise RunError(
+            f"{run}: an ensemble of {len(names)} networks, but --init-from takes one. Give one of them: "
+            + ", ".join(str(run / name) for name in names)
+        )
+    if not (run / "run.json").is_file() and newest_best(run) is None:
         raise RunError(
             f"{run}: not the folder of a run, as it has no run.json. --init-from takes the folder of one run of train, "
-            "not an ensemble or a file of weights."
+            "of an imported model or of one network of an ensemble, not a file of weights."
         )

@@ -247,6 +247,13 @@ def no_models(scene: Scene) -> None:
     scene.patch.setenv("ZNORMSEG_MODELS", "MODELS")
 
 
+def without_shipped_models(scene: Scene) -> None:
+    """A copy of the program without the weights that ship with it."""
+    from app.runs import published
+
+    scene.patch.setattr(published, "shipped_folder", lambda: Path("MODELS"))
+
+
 def mask_elsewhere(_: Scene) -> None:
     """A mask a metre away."""
     stored: Any = nib.load(f"DATA/{CASE}/{CASE}_t1ce.nii.gz")
@@ -1231,6 +1238,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         ),
         # `--init-from` with what is no run
         Shown(command=f"{TRAIN} --init-from DATA", code=5, small=True),
+        Shown(command=f"{TRAIN} --init-from CROSSVAL/ensemble", code=5, small=True, prepare=crossval()),
         # `train --resume` with another config
         Shown(command="znormseg train DATA RUN --resume --set training.learning_rate=1", code=4),
         # losses that are not finite, more than `training.max_rollbacks` times
@@ -1537,8 +1545,10 @@ TABLES: dict[str, list[Shown | Raised]] = {
         Shown(command="znormseg export RUN OUT --format onnx", code=4, prepare=without_onnx),
         # `model import`: another bundle, weights that are more than tensors
         Shown(command="znormseg model import RUN MODEL", code=5),
-        # published models: offline, an unknown name, another model, files that are not the published ones
+        # published models: weights missing, offline, an unknown name, another task, files that differ
         Shown(command=f"ZNORMSEG_OFFLINE=1 znormseg predict monai-brats DATA/{CASE} OUT", code=5, prepare=no_models),
+        Shown(command=f"znormseg predict starter DATA/{CASE} OUT", code=5, prepare=without_shipped_models),
+        Shown(command="znormseg model download starter --from model.pt", code=5, remedy="Leave out `--from`."),
         Shown(command="znormseg model download monai", code=5, prepare=no_models),
         Shown(command=f"znormseg predict mindgrab DATA/{CASE} OUT", code=5, prepare=no_models),
         Shown(

@@ -22,7 +22,7 @@ FINAL_STAGES = {
     for target in ("gpu", "cpu")
 }
 SCRIPTS = sorted((ROOT / "docker").glob("*.sh"))
-HANDED_TO_THE_BUILD = ("PIP_CERT", "PIP_INDEX_URL", "PIP_FIND_LINKS", "TORCH_INDEX")
+HANDED_TO_THE_BUILD = ("PIP_CERT", "PIP_INDEX_URL", "PIP_FIND_LINKS", "TORCH_INDEX", "ZNORMSEG_MODELS_URL")
 
 
 @pytest.fixture
@@ -94,6 +94,37 @@ def test_what_the_build_is_handed_is_an_argument_and_unknown_to_the_last_stage(n
     assert not any(name in stage for stage in FINAL_STAGES.values())
 
 
+@pytest.mark.parametrize(("target", "stage"), FINAL_STAGES.items())
+def test_models_of_the_build_are_where_the_program_looks_for_them(target: str, stage: str) -> None:
+    models = re.search(
+        rf"^FROM {target}-project AS {target}-models$.*?(?=^FROM )", DOCKERFILE, re.MULTILINE | re.DOTALL
+    )
+    assert models is not None
+    assert "\nARG MODELS=\n" in models[0]
+    assert models[0].rstrip().endswith("/download-models.sh")
+    assert f"COPY --from={target}-models /opt/models /opt/models\n" in stage
+    assert " ZNORMSEG_MODELS=/opt/models " in stage
+
+
+def test_models_are_downloaded_by_name_with_the_certificates_of_the_build(tmp_path: Path) -> None:
+    """The script runs with its folders in a temporary one, and a stand-in that records how it is called."""
+    out = tmp_path / "out" / "opt" / "venv" / "bin" / "znormseg"
+    out.parent.mkdir(parents=True)
+    out.write_text(f'#!/bin/sh\necho "$ZNORMSEG_MODELS $REQUESTS_CA_BUNDLE $*" >>{tmp_path}/calls\n')
+    out.chmod(0o755)
+    for name in ("opt/venv", "mnt/znormseg-certs"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "mnt/znormseg-certs/ca.pem").touch()
+    script = (ROOT / "docker" / "download-models.sh").read_text(encoding="utf-8")
+    script = re.sub(r"(?<![\w.])/(opt|out|mnt)/", rf"{tmp_path}/\1/", script)
+    subprocess.run(["sh", "-c", script], env={**os.environ, "MODELS": "mindgrab monai-brats"}, check=True)
+    expected = [
+        f"{tmp_path}/opt/models {tmp_path}/mnt/znormseg-certs/ca.pem model download {name}"
+        for name in ("mindgrab", "monai-brats")
+    ]
+    assert (tmp_path / "calls").read_text().splitlines() == expected
+
+
 def test_requirements_lists_what_pyproject_asks_for(shell: Callable[..., Any]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     for which, wanted in (("run", project["project"]["dependencies"]), ("build", project["build-system"]["requires"])):
@@ -128,6 +159,8 @@ def test_without_an_engine_one_line_says_what_to_install(script: str, without_en
         ("PIP_FIND_LINKS", "/nowhere", "PIP_FIND_LINKS=/nowhere is neither a folder nor an http(s) address"),
         ("PIP_INDEX_URL", "file:///srv/simple", "PIP_INDEX_URL must be an http(s) address"),
         ("TORCH_INDEX", "/srv/torch", "TORCH_INDEX must be an http(s) address"),
+        ("ZNORMSEG_MODELS_URL", "/srv/models", "ZNORMSEG_MODELS_URL must be an http(s) address"),
+        ("MODELS", "mindgrab,monai-brats", "give names from znormseg model list, separated by spaces"),
     ],
 )
 def test_a_setting_that_cannot_work_is_refused_before_the_build(

@@ -123,7 +123,9 @@ def test_the_citation_file_has_what_the_format_requires() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert {"cff-version", "message", "title", "authors"} <= set(content)
     assert (content["cff-version"], content["type"]) == ("1.2.0", "software")
-    assert (content["version"], content["license"]) == (project["version"], project["license"])
+    program, _, weights = project["license"].partition(" AND ")
+    assert (content["version"], content["license"]) == (project["version"], program)
+    assert weights == "CC-BY-4.0"
     for entry in [content, *content["references"]]:
         assert entry["title"]
         assert all(author.keys() <= {"name"} or author.keys() >= {"family-names"} for author in entry["authors"])

@@ -51,8 +51,19 @@ def test_every_python_file_lies_in_a_package() -> None:
 
 
 def test_every_file_beside_the_code_is_among_the_package_data() -> None:
-    patterns = PROJECT["tool"]["setuptools"]["package-data"]["*"]
+    declared = dict(PROJECT["tool"]["setuptools"]["package-data"])
+    patterns = declared.pop("*")
+    named = {path for package, some in declared.items() for one in some for path in (ROOT / package).glob(one)}
     roots = ("znorm", "models", "data", "app")
     files = [path for root in roots for path in (ROOT / root).rglob("*") if path.is_file()]
-    others = [path for path in files if path.suffix not in (".py", ".pyc", ".so", ".md")]
+    others = [path for path in files if path.suffix not in (".py", ".pyc", ".so", ".md") and path not in named]
     assert [path for path in others if not any(path.match(pattern) for pattern in patterns)] == []
+
+
+def test_the_weights_that_ship_are_among_the_package_data(tmp_path: Path) -> None:
+    (pattern,) = PROJECT["tool"]["setuptools"]["package-data"]["models"]
+    weights = tmp_path / "starter" / "fold-0" / "checkpoints" / "best-000000001.safetensors"
+    for path in (weights, tmp_path / "starter" / "SHA256SUMS"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        assert path in tmp_path.glob(pattern)

@@ -80,6 +80,7 @@ def case_content(
         **model.calibration.record(list(volumes.values()), complete=not computed.notes["missing_contrasts"]),
         "inputs": {contrast: str(path) for contrast, path in case.contrasts.items()},
         **({"input_volumes": dict(case.volumes)} if case.volumes else {}),
+        **({} if model.statement is None else {"model": model.statement.to_json()}),
         **model.record(),
         "runtime": list(runtime.reasons),
         "versions": versions(),

@@ -102,10 +102,11 @@ def test_the_help_fits_a_terminal_and_shows_no_markup(verb: list[str]) -> None:
     assert "\x1b" not in text
 
 
-def test_without_a_word_the_five_things_people_come_for_are_shown(znormseg: Call) -> None:
+def test_without_a_word_the_things_people_come_for_are_shown(znormseg: Call) -> None:
     ended = znormseg()
     shown = [line.partition("  znormseg ")[2].split()[0] for line in ended.err.splitlines() if "  znormseg " in line]
-    assert shown == ["demo", "data", "train", "predict", "evaluate"]
+    assert shown == ["predict", "report", "demo", "data", "train", "predict", "evaluate"]
+    assert "znormseg predict starter OUTPUT --t1 A --t1c B --t2 C --flair D" in ended.err
 
 
 @pytest.mark.parametrize(

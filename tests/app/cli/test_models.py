@@ -65,9 +65,14 @@ def test_the_list_says_what_each_model_is_and_whether_it_is_installed(znormseg: 
     ended = znormseg("model", "list", "--json")
     assert ended.code == 0
     found = {model["name"]: model for model in json.loads(ended.out)["models"]}
-    assert {name: model["installed"] for name, model in found.items()} == {"monai-brats": False, "mindgrab": True}
+    assert [name for name, model in found.items() if model["ships"]] == ["starter"]
+    assert {name: model["installed"] for name, model in found.items() if not model["ships"]} == {
+        "monai-brats": False,
+        "mindgrab": True,
+    }
     assert found["mindgrab"]["folder"] == str(folder / "mindgrab")
-    assert all(model["licence"] and model["citation"] and model["files"] for model in found.values())
+    assert all(model["licence"] and model["citation"] for model in found.values())
+    assert all(model["files"] or model["ships"] for model in found.values())
 
 
 def test_the_list_names_the_licence_to_a_reader(znormseg: Call) -> None:
@@ -106,7 +111,7 @@ def test_one_file_for_a_model_of_two_is_refused(znormseg: Call, tmp_path: Path) 
 def test_an_unknown_name_is_refused_with_the_known_ones(znormseg: Call) -> None:
     ended = znormseg("model", "download", "minegrab")
     assert ended.code == 5
-    assert "there are monai-brats, mindgrab" in ended.err
+    assert "there are starter, monai-brats, mindgrab" in ended.err
 
 
 @pytest.mark.parametrize(
@@ -180,8 +185,9 @@ def test_a_file_of_the_users_becomes_a_model_that_predict_takes_by_name(
     assert (ended.code, json.loads(ended.out)["folder"]) == (0, str(folder / "monai-brats")), ended.err
     assert znormseg("model", "verify", "monai-brats").code == 0
     assert "may not be used commercially" in znormseg("model", "info", "monai-brats").out
-    ended = znormseg("predict", "monai-brats", case_1mm, tmp_path / "out", "--device", "cpu")
+    ended = znormseg("predict", "monai-brats", case_1mm, tmp_path / "out", "--device", "cpu", "--json")
     assert ended.code == 0, ended.err
+    assert json.loads(ended.out)["cases"][0]["model"]["name"] == "monai-brats"
     labels = np.asanyarray(nib.Nifti1Image.from_filename(tmp_path / "out" / f"{case_1mm.name}.nii.gz").dataobj)
     assert set(np.unique(labels)) <= {0, 1, 2, 4}
     assert labels.any()

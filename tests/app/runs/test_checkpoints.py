@@ -19,6 +19,7 @@ from app.errors import RunError
 from app.runs.checkpoints import (
     Checkpoint,
     load_newest,
+    load_newest_arrays,
     optimizer_tensors,
     restore_optimizer,
     restore_rng,
@@ -98,6 +99,18 @@ def test_tensors_come_back_bit_for_bit(tensor: Tensor, tmp_path: Path) -> None:
     found = load_newest(tmp_path, "best")
     assert found is not None
     assert same(found.tensors, {"weights.x": tensor})
+
+
+def test_weights_in_float16_become_float32_and_other_tensors_stay(tmp_path: Path) -> None:
+    half = torch.tensor([0.1, 65504.0], dtype=torch.float16)
+    save(tmp_path, "best", 1, {"weights.x": half, "weights.count": torch.tensor(3), "rng.x": half.clone()}, {})
+    tensors, arrays = load_newest(tmp_path, "best"), load_newest_arrays(tmp_path, "best")
+    assert tensors is not None
+    assert arrays is not None
+    assert same(tensors.weights, {"x": half.float(), "count": torch.tensor(3)})
+    assert {name: array.dtype.name for name, array in arrays.weights.items()} == {"x": "float32", "count": "int64"}
+    assert arrays.weights["x"].tolist() == half.tolist()
+    assert tensors.tensors["rng.x"].dtype == torch.float16
 
 
 def test_step_and_details_come_back(folder: Path) -> None:

@@ -21,6 +21,7 @@ from app.training.state import State
 from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
+MADE_BEFORE = Path(__file__).parents[2] / "system" / "made_before"
 
 
 @pytest.fixture
@@ -169,6 +170,24 @@ def test_what_is_no_run_is_refused_with_what_is_one(
     assert ended.code == 5
     assert f"{given}: not the folder of a run" in " ".join(ended.err.split())
     assert not (tmp_path / "run").exists()
+
+
+def test_of_an_ensemble_the_networks_to_start_from_are_named(
+    phantoms: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
+) -> None:
+    ended = znormseg("train", phantoms, tmp_path / "run", *few_steps, "--init-from", MADE_BEFORE / "ensemble")
+    assert ended.code == 5
+    assert "an ensemble of 2 networks, but --init-from takes one" in ended.err
+    assert str(MADE_BEFORE / "ensemble" / "fold-1") in ended.err
+
+
+def test_one_network_of_an_ensemble_is_a_start(
+    phantoms: Path, tmp_path: Path, few_steps: list[str], znormseg: Call
+) -> None:
+    network = MADE_BEFORE / "ensemble" / "fold-0"
+    ended = znormseg("train", phantoms, tmp_path / "run", *few_steps, "--init-from", network)
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["init_from"]["run"] == str(network)
 
 
 def test_weights_that_were_changed_are_refused(
