@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from app.config.load import RunConfig
-from app.errors import RunError
+from app.errors import ConfigError, RunError
 from app.progress import LOG
 from app.runs.folder import read_json, write_json
 from app.runs.training_record import INTENSITIES_FILE
-from data.datasets.label_stats import LabelMap, changed, hash_of, label_map_from_json
+from data.datasets.label_stats import LabelMap, LabelStats, changed, hash_of, label_map_from_json, tumours_of
 from data.datasets.layouts import Case, look_like_visits, misnamed_files, patients_of
 from data.datasets.naming import composed
 from data.datasets.patients import grouped_by_words
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, parted
+from data.datasets.splits import FOLDS, Split, fold_count, parted, stratified_split, with_synthetic
 from data.errors import DataError
+from data.labels import CONVENTIONS, LabelConvention
 from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
 from data.quality.intensity_range import quantiles_of, range_of
@@ -33,6 +35,8 @@ ALL_CASES: Final = "all"
 #: Number of training cases whose intensities are read (at most twice as many); each takes a few hundredths of a second.
 _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
+
+_Case = TypeVar("_Case", Case, CachedCase)
 
 
 def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
@@ -72,7 +76,7 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
 
 def report_misnamed_files(cases: Collection[Case]) -> None:
     """Log a warning about files whose extension does not match whether they are compressed."""
-    found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
+    found = [f"case {case.id}: {text}" for case in describing(cases) for text in misnamed_files(case)]
     if found:
         LOG.warning("%s", _some_groups(found))
 
@@ -107,9 +111,184 @@ def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
     gone = [case_id for case_id in split.cases if case_id not in cases]
     if gone:
         raise DataError(
-            f"{data.root}: cases of the run are missing: {', '.join(gone[:5])}. Give the data folder of the run."
+            f"{data.name}: cases of the run are missing: {', '.join(gone[:5])}. Give the data folder of the run."
         )
     return cases
+
+
+def without_synthetic(cases: Mapping[str, Case]) -> dict[str, Case]:
+    """Return the cases that are not synthetic, by id: only these validate."""
+    return {case_id: case for case_id, case in cases.items() if not case.synthetic}
+
+
+def describing(cases: Iterable[_Case]) -> list[_Case]:
+    """Return the cases that describe a set of cases: those that are not synthetic, or all if all are."""
+    cases = list(cases)
+    return [case for case in cases if not case.synthetic] or cases
+
+
+def require_weights(config: RunConfig, data: DataSource) -> None:
+    """Require one weight for each data set, if there are weights.
+
+    Raises:
+        ConfigError: there are more or fewer.
+    """
+    weights, count = config.data.weights, len(data.data_sets)
+    if weights is not None and len(weights) != count:
+        raise ConfigError(
+            f"data.weights: {len(weights)} {'weight' if len(weights) == 1 else 'weights'} ({list(weights)}) for "
+            f"{count} {'data set' if count == 1 else 'data sets'} ({data.name}). Give one for each, in the same order."
+        )
+
+
+def require_use(split: Split, cases: Mapping[str, Case], data: DataSource, config: RunConfig) -> None:
+    """Require that no synthetic case validates and that the split uses every data set.
+
+    Args:
+        split: the split of a run.
+        cases: all cases, by id.
+        data: the data sets.
+        config: with ``data.weights``, every data set must have a training case.
+
+    Raises:
+        DataError: one of the two does not hold; the message names the case or the data set.
+    """
+    wrong = [case_id for case_id in split.validation if cases[case_id].synthetic]
+    if wrong:
+        raise DataError(
+            f"{len(wrong)} synthetic cases are listed for validation: {', '.join(wrong[:5])}. Synthetic cases only "
+            "train: list the real cases instead."
+        )
+    weighted = config.data.weights is not None
+    used = {cases[case_id].data_set for case_id in (split.train if weighted else split.cases)}
+    for number, one in enumerate(data.data_sets):
+        if number not in used and len(data.data_sets) > 1:
+            example = next((case.id for case in cases.values() if case.data_set == number), "")
+            raise DataError(
+                f"{one.name}: none of its cases (such as {example}) {'trains' if weighted else 'is in the split'}. "
+                f"{'data.weights needs training cases of every data set: l' if weighted else 'L'}ist some in the "
+                "split, or leave this data set out."
+            )
+
+
+def tumours_in(
+    cases: Mapping[str, Case], label_maps: Mapping[str, LabelMap], conventions: Sequence[LabelConvention]
+) -> dict[str, LabelStats]:
+    """Return the tumour of every case, as :func:`data.datasets.label_stats.tumours_of`.
+
+    Args:
+        cases: by id.
+        label_maps: by case id.
+        conventions: label convention of each data set.
+
+    Raises:
+        DataError: a label number is not in the convention of its data set.
+    """
+    found: dict[str, LabelStats] = {}
+    for number, convention in enumerate(conventions):
+        found |= tumours_of([one.id for one in cases.values() if one.data_set == number], label_maps, convention)
+    return found
+
+
+def require_fold(data: DataSource, cases: Mapping[str, Case], fold: int) -> None:
+    """Require that there is a fold of this number, with cases that may validate.
+
+    Raises:
+        DataError: there is none, or all cases are synthetic.
+    """
+    real = without_synthetic(cases)
+    if not real:
+        raise DataError(
+            f"{data.name}: synthetic cases only train, and there are no others to validate on. Add a data set without "
+            "synthetic:, or train on all cases with --fold all."
+        )
+    fold_count(len({case.patient for case in real.values()}), fold)
+
+
+def deal_fold(
+    cases: Mapping[str, Case],
+    label_maps: Mapping[str, LabelMap],
+    conventions: Sequence[LabelConvention],
+    fold: int,
+    *,
+    folds: int = FOLDS,
+) -> Split:
+    """Return a fold by patient, with similar tumours in each; synthetic cases of other patients are added to training.
+
+    Args:
+        cases: by id.
+        label_maps: by case id.
+        conventions: label convention of each data set.
+        fold: number of the fold, from 0.
+        folds: number of folds.
+
+    Raises:
+        DataError: as :func:`data.datasets.splits.stratified_split` and :func:`tumours_in`.
+    """
+    real, patients = without_synthetic(cases), patients_of(cases.values())
+    split = stratified_split(tumours_in(real, label_maps, conventions), patients, fold, folds=folds)
+    return with_synthetic(split, patients, cases.keys() - real.keys())
+
+
+def data_sets_on_record(cases: Iterable[Case], conventions: Sequence[LabelConvention]) -> list[dict[str, Any]]:
+    """Return the record of each data set: label convention, cases and a hash of their ids.
+
+    Args:
+        cases: the cases that are used.
+        conventions: label convention of each data set.
+
+    Returns:
+        one entry for each data set; none if there is only one and it is not synthetic.
+    """
+    own: list[list[Case]] = [[] for _ in conventions]
+    for case in cases:
+        own[case.data_set].append(case)
+    if len(own) == 1 and not any(case.synthetic for case in own[0]):
+        return []
+    return [
+        {
+            "labels": convention.name,
+            "synthetic": any(case.synthetic for case in of_set),
+            "cases": len(of_set),
+            "case_ids_sha256": hashlib.sha256("\n".join(sorted(case.id for case in of_set)).encode()).hexdigest(),
+        }
+        for convention, of_set in zip(conventions, own, strict=True)
+    ]
+
+
+def conventions_on_record(content: Mapping[str, Any]) -> tuple[LabelConvention, ...]:
+    """Return the label convention of each data set from a record, from its ``data_sets`` or else its ``labels``.
+
+    Raises:
+        KeyError: the record is damaged.
+    """
+    return tuple(CONVENTIONS[one["labels"]] for one in content.get("data_sets") or [content])
+
+
+def require_same_data_sets(place: Path, content: Mapping[str, Any], cases: Collection[Case], count: int) -> None:
+    """Require that a job that continues gets its data sets in the same order.
+
+    Args:
+        place: folder of the job, for the message.
+        content: the job's record, with ``data_sets`` from :func:`data_sets_on_record`.
+        cases: the cases that are used.
+        count: number of data sets that they are from.
+
+    Raises:
+        DataError: there are others, or they have another order.
+    """
+    conventions = conventions_on_record(content)
+    before = [one["case_ids_sha256"] for one in content.get("data_sets", [])]
+    if count == len(conventions) and before == [
+        one["case_ids_sha256"] for one in data_sets_on_record(cases, conventions)
+    ]:
+        return
+    known = content.get("data", [])
+    names = f" ({', '.join([known] if isinstance(known, str) else known)})" if known else ""
+    raise DataError(
+        f"{place} was started with {len(conventions)} data {'set' if len(conventions) == 1 else 'sets'}{names}, and "
+        f"now got {count}, with other cases or in another order. Give the same ones in the same order."
+    )
 
 
 def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave the cases out with --split.") -> None:
@@ -135,7 +314,7 @@ def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[s
     return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
-def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
+def require_same_labels(run: Path, data: DataSource, cases: Mapping[str, Case]) -> None:
     """Refuse a data set whose label maps have changed since a run began.
 
     Runs of older versions have no record and are not checked.
@@ -155,7 +334,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
     if others:
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
         raise DataError(
-            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
+            f"{data.name}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
             "Restore the old ones, or start a new run."
         )
 
@@ -165,10 +344,12 @@ def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
 
     Args:
         run: the run's folder.
-        prepared: the training cases; of a large number, evenly spaced ones are read.
+        prepared: the training cases; of a large number, evenly spaced ones are read. Synthetic ones are left out,
+            unless there are no others.
     """
     path = run / INTENSITIES_FILE
     if not path.exists():
+        prepared = describing(prepared)
         looked_at = prepared[:: max(1, len(prepared) // _MOST_LOOKED_AT)]
         write_json(path, range_of(quantiles_of(case.image()) for case in looked_at).to_json())
 
@@ -178,9 +359,9 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
 
     Args:
         run: the run's folder.
-        prepared: all cases of the run.
+        prepared: all cases of the run. Synthetic ones are left out, unless there are no others.
     """
-    found = {case.id: texts for case in prepared if (texts := case.backgrounds())}
+    found = {case.id: texts for case in describing(prepared) if (texts := case.backgrounds())}
     if not found:
         return
     write_json(run / BACKGROUNDS_FILE, found)
@@ -203,14 +384,15 @@ def patch_settings(config: RunConfig) -> dict[str, Any]:
         "enhancing_probability": training.enhancing_probability,
         "augmentation": config.augment,
         "seed": training.seed,
+        "weights": config.data.weights,
     }
 
 
 def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
-    """Return the configured spacing, or else the median of the training cases along each axis."""
+    """Return the configured spacing, or else the median of the training cases along each axis (:func:`describing`)."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    return median_by_axis(map(case_spacing, cases))
+    return median_by_axis(map(case_spacing, describing(cases)))
 
 
 def case_spacing(case: Case) -> Spacing:
