@@ -89,7 +89,7 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
     if not labelled:
         raise DataError(f"none of {len(cases)} cases has a label map (a file that ends in seg) to score against")
     split = read_json(run / "split.json")
-    trained, validated = set(map(real_id, split["train"])), set(split["validation"])
+    trained, validated = {*split["train"], *map(real_id, split["train"])}, set(split["validation"])
     chosen = tuple(
         case
         for case in labelled

@@ -21,7 +21,7 @@ class TrainingRecord:
     """Facts about the training cases of a network."""
 
     trained_on: tuple[str, ...] = ()
-    """Ids of the training cases; a synthetic one counts as the real case whose label map it has."""
+    """Ids of the training cases, and of the real cases whose label maps the synthetic ones have."""
     validated_on: tuple[str, ...] = ()
     """Ids of the validation cases, by which the weights were selected."""
     intensities: IntensityRange | None = None
@@ -47,9 +47,9 @@ def training_record(folder: Path) -> TrainingRecord:
         try:
             content = read_json(split)
             trained, validated = (
-                tuple(dict.fromkeys(real_id(composed(str(one))) for one in content[part]))
-                for part in ("train", "validation")
+                tuple(composed(str(one)) for one in content[part]) for part in ("train", "validation")
             )
+            trained = tuple(dict.fromkeys((*trained, *map(real_id, trained))))
         except (RunError, KeyError, TypeError) as error:
             LOG.warning("%s is damaged (%s); so cases seen in training are not flagged", split, error)
     ranges: list[IntensityRange] = []
