@@ -73,7 +73,7 @@ class DataSource:
         twice = [case_id for case_id, cases in found.items() if len(cases) > 1]
         if twice:
             first, second, *_ = found[twice[0]]
-            more = f", as are {len(twice) - 1} other cases" if len(twice) > 1 else ""
+            more = f" ({len(twice)} such ids in all)" if len(twice) > 1 else ""
             raise DataError(
                 f"case {twice[0]} is in two data sets, in {first.folder} and in {second.folder}{more}. Case ids must "
                 "be unique: leave such cases out of one of the data sets, or rename them there (in a manifest, .csv, "

@@ -1244,6 +1244,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
             command="znormseg train DATA synthetic:DATA RUN --resume",
             code=3,
             prepare=whole_data(lambda _: None),
+            steady={r"\(/[^)]*\)": "(DATA)"},
         ),
         # `training.patience` without validation cases
         Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True),

@@ -46,7 +46,7 @@ def test_an_id_in_two_data_sets_is_refused_with_both_places(render: Call, tmp_pa
     told = str(refused.value)
     assert "case BraTS2021_00000 is in two data sets" in told
     assert all(str(tmp_path / place / "BraTS2021_00000") in told for place in ("one", "other"))
-    assert "as are 1 other cases" in told
+    assert "(2 such ids in all)" in told
     assert "leave such cases out of one of the data sets, or rename them" in told
 
 
