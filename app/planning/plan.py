@@ -32,7 +32,7 @@ from app.progress import OnProgress, Progress, silent
 from app.runs.case_cache import cache_bytes, cache_folder
 from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
-from app.training.cases import require_weights
+from app.training.data_sets import require_weights
 from data.datasets.label_stats import tumours_of
 from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource

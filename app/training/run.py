@@ -39,8 +39,6 @@ from app.training import config_changes
 from app.training.cases import (
     ALL_CASES,
     cases_of,
-    conventions_on_record,
-    data_sets_on_record,
     deal_fold,
     labels_on_record,
     network_spacing,
@@ -50,11 +48,15 @@ from app.training.cases import (
     report_visits,
     require_fold,
     require_labels,
-    require_same_data_sets,
     require_same_labels,
+    split_on_record,
+)
+from app.training.data_sets import (
+    conventions_on_record,
+    data_sets_on_record,
+    require_same_data_sets,
     require_use,
     require_weights,
-    split_on_record,
 )
 from app.training.distributed import ALONE, World
 from app.training.pretrained import origin_of, pretrained_model, start_from

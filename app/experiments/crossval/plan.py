@@ -29,19 +29,21 @@ from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
 from app.training.cases import (
     case_spacing,
-    conventions_on_record,
-    data_sets_on_record,
     deal_fold,
     describing,
     median_by_axis,
     report_misnamed_files,
     report_visits,
     require_labels,
+    split_on_record,
+    without_synthetic,
+)
+from app.training.data_sets import (
+    conventions_on_record,
+    data_sets_on_record,
     require_same_data_sets,
     require_use,
     require_weights,
-    split_on_record,
-    without_synthetic,
 )
 from data.datasets.label_stats import hash_of, read_label_maps
 from data.datasets.layouts import Case, patients_of
