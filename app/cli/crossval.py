@@ -21,7 +21,7 @@ _hardware = options.panel("Hardware")
 
 def crossval(
     *,
-    data: options.Data,
+    data: options.DataSets,
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="Output folder; the same command resumes an interrupted job.")
     ],
@@ -30,7 +30,8 @@ def crossval(
     folds: Annotated[
         int, options.panel("Input")("--folds", "-k", help="Number of folds, 2 to 20, split by patient.")
     ] = 5,
-    labels: options.Labels = None,
+    weights: options.Weights = None,
+    labels: options.LabelsOfEach = None,
     follow_links: options.FollowLinks = False,
     devices: Annotated[
         str | None, _hardware(help="Train folds in parallel, one process per device, such as cuda:0,cuda:1.")
@@ -48,13 +49,14 @@ def crossval(
     from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
-    from data.datasets.source import DataSource
 
+    settings = [*(overrides or ()), *options.weights_override(weights)]
+    source = options.data_sets(data, labels, follow_links=follow_links)
     with terminal.watched() as on_progress:
         outcome = cross_validate(
-            DataSource(data, labels=labels, follow_links=follow_links),
+            source,
             out,
-            load_config(config or "laptop", overrides or ()),
+            load_config(config or "laptop", settings),
             folds=folds,
             devices=devices,
             jobs=jobs,

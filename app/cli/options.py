@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -14,6 +16,7 @@ from app.cli import terminal
 if TYPE_CHECKING:
     from app.evaluation.brats.challenge import ChallengeRules
     from app.system.device import RuntimeConfig
+    from data.datasets.source import DataSource
     from data.labels import Contrast
 
 T = TypeVar("T")
@@ -39,9 +42,28 @@ _LABELS = (
 Data = Annotated[
     Path, typer.Argument(metavar="DATA", help="Data set with label maps, in a layout that data check recognises.")
 ]
+DataSets = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="DATA",
+        help="Data set with label maps, in a layout that data check recognises, or several. synthetic:DATA makes the "
+        "images of its cases anew for every patch; such cases only train.",
+    ),
+]
+Weights = Annotated[
+    str | None,
+    _input(
+        metavar="N,N,...",
+        help="Patches of each data set in every cycle, such as 3,1 (data.weights); default: every case is equally "
+        "likely.",
+    ),
+]
 Image = Annotated[Path | None, _input(help="Image of this contrast, instead of a case folder.")]
 T1c = Annotated[Path | None, _input("--t1c", "--t1ce", help="Image of this contrast, instead of a case folder.")]
 Labels = Annotated[str | None, _input(metavar="NAME", help=_LABELS)]
+LabelsOfEach = Annotated[
+    str | None, _input(metavar="NAME[,NAME...]", help=f"{_LABELS} Give one for all data sets, or one for each.")
+]
 LabelsOfTwo = Annotated[
     str | None, _input(metavar="NAME[,NAME]", help=f"{_LABELS} Give two for predictions and references.")
 ]
@@ -119,6 +141,32 @@ def conventions(labels: str | None) -> tuple[str | None, str | None]:
     """
     first, comma, second = (labels or "").partition(",")
     return first or None, (second if comma else first) or None
+
+
+def data_sets(data: Sequence[Path], labels: str | None, *, follow_links: bool) -> DataSource:
+    """Return the data sets of a command, with ``--labels NAME[,NAME...]`` and ``--follow-links``."""
+    from data.datasets.source import data_source
+
+    source, names = data_source([str(one) for one in data], follow_links=follow_links), (labels or "").split(",")
+    refuse(
+        len(names) not in (1, len(data)),
+        f"--labels: {len(names)} names for {len(data)} data sets; give one for all of them, or one for each",
+    )
+    return source if labels is None else source.with_labels(names * len(data) if len(names) == 1 else names)
+
+
+def weights_override(weights: str | None) -> list[str]:
+    """Return ``--weights`` as an override of the config.
+
+    Example:
+        >>> weights_override("3,1"), weights_override(None)
+        (['data.weights=[3,1]'], [])
+    """
+    refuse(
+        weights is not None and re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", weights) is None,
+        f"--weights takes whole numbers above 0, separated by commas, such as 3,1; got {weights!r}",
+    )
+    return [] if weights is None else [f"data.weights=[{weights}]"]
 
 
 def challenge(rules: str | None, task: str | None) -> ChallengeRules | None:

@@ -13,6 +13,7 @@ EXAMPLES = """\
 znormseg train BraTS2021 RUN
 znormseg train BraTS2021 RUN --config resunet --set training.hours=12 --fold 1
 znormseg train BraTS2021 RUN --resume --set training.hours=24
+znormseg train BraTS2021 synthetic:BraTS2021 RUN --weights 3,1
 znormseg train MYCASES TUNED --init-from RUN --set training.hours=1"""
 
 _resume = options.panel("Resume or start from another run")
@@ -20,7 +21,7 @@ _resume = options.panel("Resume or start from another run")
 
 def train(
     *,
-    data: options.Data,
+    data: options.DataSets,
     run: Annotated[
         Path, typer.Argument(metavar="RUN", help="Run folder; empty or not existing yet, except with --resume.")
     ],
@@ -36,8 +37,9 @@ def train(
         Path | None,
         options.panel("Input")(help='JSON file to use instead of a fold: {"train": [ids], "validation": [ids]}.'),
     ] = None,
+    weights: options.Weights = None,
     nan_to_zero: options.NanToZero = False,
-    labels: options.Labels = None,
+    labels: options.LabelsOfEach = None,
     follow_links: options.FollowLinks = False,
     init_from: Annotated[
         Path | None,
@@ -54,7 +56,7 @@ def train(
         _resume(metavar="SECTION.KEY", help="Allow --resume to change this key of the config; may be repeated."),
     ] = None,
 ) -> None:
-    """Train a network on a data set.
+    """Train a network on one data set or several.
 
     The config sets the budget; override it with --set training.hours=2 or --set training.steps=5000.
     """
@@ -66,13 +68,13 @@ def train(
         )
     options.refuse(allow and not resume, "--allow requires --resume; a new run accepts any config")
     overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
+    overrides += options.weights_override(weights)
+    source = options.data_sets(data, labels, follow_links=follow_links)
     from app.config.load import load_config
     from app.training import run as training
     from app.training.distributed import joined_processes
     from app.training.pretrained import sections_of
-    from data.datasets.source import DataSource
 
-    source = DataSource(data, labels=labels, follow_links=follow_links)
     init_from = None if init_from is None else options.installed_model(init_from)
     with terminal.watched() as on_progress, joined_processes() as world:
         if resume:

@@ -38,8 +38,13 @@ class DataConfig:
     """Isotropic voxel spacing at which the network works; null takes the median of the training cases."""
     nan_to_zero: bool = False
     """Replace NaN and infinite image voxels with 0 instead of rejecting the case."""
+    weights: tuple[int, ...] | None = None
+    """With several data sets, the patches that each has in every cycle, such as ``[3, 1]``; null makes the cases of all
+    data sets equally likely."""
 
     def __post_init__(self) -> None:
+        if self.weights is not None and not (self.weights and all(1 <= one <= 1000 for one in self.weights)):
+            raise ValueError(f"data.weights: whole numbers from 1 to 1000, or null, got {list(self.weights)}")
         if self.spacing_mm is not None and not 0.25 <= self.spacing_mm <= 10:
             raise ValueError(f"data.spacing_mm: from 0.25 to 10 mm, or null, got {self.spacing_mm:g}")
 

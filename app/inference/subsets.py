@@ -19,6 +19,7 @@ from app.system.device import Runtime
 from data.contrasts import SUBSETS
 from data.datasets.label_stats import convention_of
 from data.datasets.layouts import Case
+from data.datasets.naming import real_id
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
@@ -88,7 +89,7 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
     if not labelled:
         raise DataError(f"none of {len(cases)} cases has a label map (a file that ends in seg) to score against")
     split = read_json(run / "split.json")
-    trained, validated = set(split["train"]), set(split["validation"])
+    trained, validated = {*split["train"], *map(real_id, split["train"])}, set(split["validation"])
     chosen = tuple(
         case
         for case in labelled

@@ -32,6 +32,7 @@ from app.progress import OnProgress, Progress, silent
 from app.runs.case_cache import cache_bytes, cache_folder
 from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
+from app.training.data_sets import require_weights
 from data.datasets.label_stats import tumours_of
 from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource
@@ -230,6 +231,7 @@ def plan_run(
         MemoryShortError: a dry run found nothing that fits.
     """
     base = load_config(config or "laptop", overrides)
+    require_weights(base, data)
     runtime = choose_runtime(base.runtime)
     if config is None and runtime.device.type == "cuda":
         base = load_config("resunet-znorm", overrides)
@@ -279,7 +281,7 @@ def _tried(planned: PlannedRun, plan: TrainingPlan, read: DataSet, on_progress: 
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
         work = Path(folder)
         request = TrialRequest(
-            data=replace(planned.data, root=planned.data.root.resolve()),
+            data=planned.data.resolved(),
             folder=work / "run",
             config=plan.config,
             training=_trial_cases(split.train, read),

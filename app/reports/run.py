@@ -120,7 +120,7 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
     weights = sorted(run.glob("checkpoints/best-*.json")) or sorted(run.glob("checkpoints/last-*.json"))
     candidates = [
         ("cases", f"{len(split.get('train', ()))} for training, {len(split.get('validation', ()))} for validation"),
-        ("data", facts.get("data")),
+        ("data", ", ".join(_places(facts))),
         ("labels", facts.get("labels")),
         ("spacing, mm", " x ".join(f"{mm:g}" for mm in spacing) if isinstance(spacing, list) else None),
         ("seconds", f"{max(seconds):,.0f}" if seconds else None),
@@ -133,6 +133,12 @@ def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], record
     return [(name, str(value)) for name, value in candidates if value]
 
 
+def _places(facts: Mapping[str, Any]) -> list[str]:
+    """Return the data sets of the run, as arguments of a command; empty if it does not record them."""
+    data = facts.get("data")
+    return [str(one) for one in data] if isinstance(data, list) else [str(data)] if data is not None else []
+
+
 def _sha256_in(paths: Sequence[Path]) -> str:
     """Return the SHA-256 recorded in the last of these JSON files; empty if there is none."""
     return str(mapping(read_json(paths[-1])).get("sha256", "")) if paths else ""
@@ -141,5 +147,6 @@ def _sha256_in(paths: Sequence[Path]) -> str:
 def _command(run: Path, facts: Mapping[str, Any]) -> str:
     fold = facts.get("fold")
     part = ["--split", str(run / "split.json")] if fold is None else ["--fold", str(fold)]
-    words = ["znormseg", "train", str(facts.get("data", "DATA")), "NEW_RUN", "--config", str(run / "config.yaml")]
+    data = _places(facts) or ["DATA"]
+    words = ["znormseg", "train", *data, "NEW_RUN", "--config", str(run / "config.yaml")]
     return shlex.join([*words, *part])

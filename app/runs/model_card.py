@@ -216,7 +216,12 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
         "name": stated.get("name", folder.resolve().name),
         "summary": f"{summary} {stated['description']}" if stated else summary,
         "notice": NOTICE,
-        "data": {**_input(first), **_counts(folder), **stated.get("data", {})},
+        "data": {
+            **_input(first),
+            **_counts(folder),
+            **_data_sets(content, first["config"]),
+            **stated.get("data", {}),
+        },
         "network": _network(first["config"]),
         "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks}
         | stated.get("metrics", {}),
@@ -250,9 +255,23 @@ def _counts(folder: Path) -> dict[str, Any]:
     return {"training cases": len(split["train"]), "validation cases": len(split["validation"])}
 
 
+def _data_sets(record: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Describe the data sets that a model was made from, if there are several or some are synthetic."""
+    data_sets = record.get("data_sets", [])
+    if not data_sets:
+        return {}
+    cases = [f"{one['cases']}{' with synthetic images' if one['synthetic'] else ''}" for one in data_sets]
+    weights = config["data"].get("weights")
+    return {
+        "cases of each data set": cases,
+        "label convention of each data set": [one["labels"] for one in data_sets],
+        **({} if weights is None else {"patches of each data set in every cycle": weights}),
+    }
+
+
 def _data(folder: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
     facts = read_json(folder / "run.json") if (folder / "run.json").exists() else {}
-    content = {**_input(weights), **_counts(folder)}
+    content = {**_input(weights), **_counts(folder), **_data_sets(facts, weights["config"])}
     if facts.get("fold") is not None:
         content["fold"] = facts["fold"]
     if facts.get("init_from") is not None:

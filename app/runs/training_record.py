@@ -9,7 +9,7 @@ from typing import Final
 from app.errors import RunError
 from app.progress import LOG
 from app.runs.folder import read_json
-from data.datasets.naming import composed
+from data.datasets.naming import composed, real_id
 from data.quality.intensity_range import IntensityRange, merged_range, range_from_json
 
 #: File in the run folder.
@@ -21,7 +21,7 @@ class TrainingRecord:
     """Facts about the training cases of a network."""
 
     trained_on: tuple[str, ...] = ()
-    """Ids of the training cases."""
+    """Ids of the training cases, and of the real cases whose label maps the synthetic ones have."""
     validated_on: tuple[str, ...] = ()
     """Ids of the validation cases, by which the weights were selected."""
     intensities: IntensityRange | None = None
@@ -49,6 +49,7 @@ def training_record(folder: Path) -> TrainingRecord:
             trained, validated = (
                 tuple(composed(str(one)) for one in content[part]) for part in ("train", "validation")
             )
+            trained = tuple(dict.fromkeys((*trained, *map(real_id, trained))))
         except (RunError, KeyError, TypeError) as error:
             LOG.warning("%s is damaged (%s); so cases seen in training are not flagged", split, error)
     ranges: list[IntensityRange] = []

@@ -6,20 +6,21 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from app.config.load import RunConfig
 from app.errors import RunError
 from app.progress import LOG
 from app.runs.folder import read_json, write_json
 from app.runs.training_record import INTENSITIES_FILE
-from data.datasets.label_stats import LabelMap, changed, hash_of, label_map_from_json
+from data.datasets.label_stats import LabelMap, LabelStats, changed, hash_of, label_map_from_json, tumours_of
 from data.datasets.layouts import Case, look_like_visits, misnamed_files, patients_of
 from data.datasets.naming import composed
 from data.datasets.patients import grouped_by_words
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, parted
+from data.datasets.splits import FOLDS, Split, fold_count, parted, stratified_split, with_synthetic
 from data.errors import DataError
+from data.labels import LabelConvention
 from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
 from data.quality.intensity_range import quantiles_of, range_of
@@ -33,6 +34,8 @@ ALL_CASES: Final = "all"
 #: Number of training cases whose intensities are read (at most twice as many); each takes a few hundredths of a second.
 _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
+
+_Case = TypeVar("_Case", Case, CachedCase)
 
 
 def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -> None:
@@ -72,7 +75,7 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
 
 def report_misnamed_files(cases: Collection[Case]) -> None:
     """Log a warning about files whose extension does not match whether they are compressed."""
-    found = [f"case {case.id}: {text}" for case in cases for text in misnamed_files(case)]
+    found = [f"case {case.id}: {text}" for case in describing(cases) for text in misnamed_files(case)]
     if found:
         LOG.warning("%s", _some_groups(found))
 
@@ -107,9 +110,79 @@ def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
     gone = [case_id for case_id in split.cases if case_id not in cases]
     if gone:
         raise DataError(
-            f"{data.root}: cases of the run are missing: {', '.join(gone[:5])}. Give the data folder of the run."
+            f"{data.name}: cases of the run are missing: {', '.join(gone[:5])}. Give the data folder of the run."
         )
     return cases
+
+
+def without_synthetic(cases: Mapping[str, Case]) -> dict[str, Case]:
+    """Return the cases that are not synthetic, by id: only these validate."""
+    return {case_id: case for case_id, case in cases.items() if not case.synthetic}
+
+
+def describing(cases: Iterable[_Case]) -> list[_Case]:
+    """Return the cases that describe a set of cases: those that are not synthetic, or all if all are."""
+    cases = list(cases)
+    return [case for case in cases if not case.synthetic] or cases
+
+
+def tumours_in(
+    cases: Mapping[str, Case], label_maps: Mapping[str, LabelMap], conventions: Sequence[LabelConvention]
+) -> dict[str, LabelStats]:
+    """Return the tumour of every case, as :func:`data.datasets.label_stats.tumours_of`.
+
+    Args:
+        cases: by id.
+        label_maps: by case id.
+        conventions: label convention of each data set.
+
+    Raises:
+        DataError: a label number is not in the convention of its data set.
+    """
+    found: dict[str, LabelStats] = {}
+    for number, convention in enumerate(conventions):
+        found |= tumours_of([one.id for one in cases.values() if one.data_set == number], label_maps, convention)
+    return found
+
+
+def require_fold(data: DataSource, cases: Mapping[str, Case], fold: int) -> None:
+    """Require that there is a fold of this number, with cases that may validate.
+
+    Raises:
+        DataError: there is none, or all cases are synthetic.
+    """
+    real = without_synthetic(cases)
+    if not real:
+        raise DataError(
+            f"{data.name}: synthetic cases only train, and there are no others to validate on. Add a data set without "
+            "synthetic:, or train on all cases with --fold all."
+        )
+    fold_count(len({case.patient for case in real.values()}), fold)
+
+
+def deal_fold(
+    cases: Mapping[str, Case],
+    label_maps: Mapping[str, LabelMap],
+    conventions: Sequence[LabelConvention],
+    fold: int,
+    *,
+    folds: int = FOLDS,
+) -> Split:
+    """Return a fold by patient, with similar tumours in each; synthetic cases of other patients are added to training.
+
+    Args:
+        cases: by id.
+        label_maps: by case id.
+        conventions: label convention of each data set.
+        fold: number of the fold, from 0.
+        folds: number of folds.
+
+    Raises:
+        DataError: as :func:`data.datasets.splits.stratified_split` and :func:`tumours_in`.
+    """
+    real, patients = without_synthetic(cases), patients_of(cases.values())
+    split = stratified_split(tumours_in(real, label_maps, conventions), patients, fold, folds=folds)
+    return with_synthetic(split, patients, cases.keys() - real.keys())
 
 
 def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave the cases out with --split.") -> None:
@@ -135,7 +208,7 @@ def labels_on_record(split: Split, label_maps: Mapping[str, LabelMap]) -> dict[s
     return {"sha256": hash_of(used), "cases": {case_id: asdict(one) for case_id, one in sorted(used.items())}}
 
 
-def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> None:
+def require_same_labels(run: Path, data: DataSource, cases: Mapping[str, Case]) -> None:
     """Refuse a data set whose label maps have changed since a run began.
 
     Runs of older versions have no record and are not checked.
@@ -155,7 +228,7 @@ def require_same_labels(run: Path, data: Path, cases: Mapping[str, Case]) -> Non
     if others:
         shown = f"{', '.join(others[:5])}{' ...' if len(others) > 5 else ''}"
         raise DataError(
-            f"{data}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
+            f"{data.name}: the label maps of {len(others)} cases have changed since the run began: {shown}. "
             "Restore the old ones, or start a new run."
         )
 
@@ -165,10 +238,12 @@ def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
 
     Args:
         run: the run's folder.
-        prepared: the training cases; of a large number, evenly spaced ones are read.
+        prepared: the training cases; of a large number, evenly spaced ones are read. Synthetic ones are left out,
+            unless there are no others.
     """
     path = run / INTENSITIES_FILE
     if not path.exists():
+        prepared = describing(prepared)
         looked_at = prepared[:: max(1, len(prepared) // _MOST_LOOKED_AT)]
         write_json(path, range_of(quantiles_of(case.image()) for case in looked_at).to_json())
 
@@ -178,9 +253,9 @@ def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
 
     Args:
         run: the run's folder.
-        prepared: all cases of the run.
+        prepared: all cases of the run. Synthetic ones are left out, unless there are no others.
     """
-    found = {case.id: texts for case in prepared if (texts := case.backgrounds())}
+    found = {case.id: texts for case in describing(prepared) if (texts := case.backgrounds())}
     if not found:
         return
     write_json(run / BACKGROUNDS_FILE, found)
@@ -203,14 +278,15 @@ def patch_settings(config: RunConfig) -> dict[str, Any]:
         "enhancing_probability": training.enhancing_probability,
         "augmentation": config.augment,
         "seed": training.seed,
+        "weights": config.data.weights,
     }
 
 
 def network_spacing(config: RunConfig, cases: Sequence[Case]) -> Spacing:
-    """Return the configured spacing, or else the median of the training cases along each axis."""
+    """Return the configured spacing, or else the median of the training cases along each axis (:func:`describing`)."""
     if config.data.spacing_mm is not None:
         return (config.data.spacing_mm,) * 3
-    return median_by_axis(map(case_spacing, cases))
+    return median_by_axis(map(case_spacing, describing(cases)))
 
 
 def case_spacing(case: Case) -> Spacing:

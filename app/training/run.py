@@ -39,26 +39,35 @@ from app.training import config_changes
 from app.training.cases import (
     ALL_CASES,
     cases_of,
+    deal_fold,
     labels_on_record,
     network_spacing,
     record_backgrounds,
     record_intensities,
     report_misnamed_files,
     report_visits,
+    require_fold,
     require_labels,
     require_same_labels,
     split_on_record,
+)
+from app.training.data_sets import (
+    conventions_on_record,
+    data_sets_on_record,
+    require_same_data_sets,
+    require_use,
+    require_weights,
 )
 from app.training.distributed import ALONE, World
 from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.trainer import Codes, Session, Trainer
-from data.datasets.label_stats import read_label_maps, tumours_of
+from data.datasets.label_stats import read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, fold_count, read_split, stratified_split
-from data.labels import CONTRASTS, CONVENTIONS, REGIONS
+from data.datasets.splits import Split, read_split
+from data.labels import CONTRASTS, REGIONS, LabelConvention
 from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, cache_cases
@@ -105,7 +114,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """Start a run and train until its budget is spent.
 
     Args:
-        data: the data set.
+        data: the data set, or several; synthetic cases only train.
         run: folder for the run; it must be empty or not exist yet.
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
@@ -118,7 +127,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
 
     Raises:
         ConfigError: ``init_from`` has a different network; ``training.patience`` is set without validation cases;
-            ``inference.crop`` is false.
+            ``inference.crop`` is false; ``data.weights`` does not fit the number of data sets.
         DataError: the data cannot be used.
         RunError: the run folder is not empty or is in use; ``init_from`` is not a run or has no weights.
         DeviceError: the requested device is not available.
@@ -132,6 +141,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         return resume(data, run, config, store=store, world=world, on_progress=on_progress)
     if not restarted:
         require_new(run)
+    require_weights(config, data)
     cases = data.find_cases()
     patients = {case_id: case_id for case_id in cases} if split_is_checked else patients_of(cases.values())
     split: Split | None = None
@@ -140,7 +150,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     elif fold == ALL_CASES:
         split = Split(train=tuple(patients), validation=())
     else:  # dealt below, once the label maps are read
-        fold_count(len(set(patients.values())), int(fold))
+        require_fold(data, cases, int(fold))
     require_labels([cases[case_id].require() for case_id in (cases if split is None else split.cases)])
     if config.training.patience is not None and split is not None and not split.validation:
         raise ConfigError(
@@ -152,9 +162,10 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     label_maps = read_label_maps(cases.values())
-    convention = data.decide_convention(cases, label_maps)
+    conventions = data.decide_conventions(cases, label_maps)
     if split is None:
-        split = stratified_split(tumours_of(cases, label_maps, convention), patients, int(fold))
+        split = deal_fold(cases, label_maps, conventions, int(fold))
+    require_use(split, cases, data, config)
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
         report_misnamed_files([cases[case_id] for case_id in split.cases])
@@ -169,13 +180,12 @@ def start(  # noqa: PLR0913 - one argument per command-line option
             write_json(run / "split.json", split.to_json())
             write_json(run / "labels.json", labels_on_record(split, label_maps))
             facts = {
-                "data": str(data.root.resolve()),
+                **_data_facts(data, [cases[case_id] for case_id in split.cases], conventions),
                 "fold": fold if split_file is None else None,
                 "split_file": None if split_file is None else str(split_file.resolve()),
                 "contrasts": list(CONTRASTS),
                 "takes_missing_contrasts": config.takes_missing_contrasts,
                 "regions": list(REGIONS),
-                "labels": convention.name,
                 "spacing_mm": list(spacing_mm),
                 "versions": versions(),
                 "machine": machine(),
@@ -206,7 +216,7 @@ def resume(
     """Resume an interrupted run, as if it had not been interrupted.
 
     Args:
-        data: the data set that the run was started with; its ``labels`` are those of the run.
+        data: the data sets that the run was started with; their ``labels`` are those of the run.
         run: the run's folder.
         config: the requested configuration; default: the run's own.
         allow: keys in which ``config`` may differ although they change what is learned; it may always differ in those
@@ -219,7 +229,8 @@ def resume(
     Raises:
         RunError: there is nothing to resume, or another process is training in ``run``.
         ConfigError: ``config`` differs from the run's own in a key that cannot change, or that ``allow`` lacks.
-        DataError: a case of the run is missing or damaged, or its label map has changed since the run began.
+        DataError: a case of the run is missing or damaged, its label map has changed since the run began, or the data
+            sets come in another order.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     session = Session(data=data, run=run, world=world, on_progress=on_progress)
@@ -237,7 +248,10 @@ def resume(
             raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
         split = split_on_record(run / "split.json")
         cases = cases_of(split, data)
-        require_same_labels(run, data.root, cases)
+        facts = read_json(run / "run.json")
+        require_same_data_sets(run, facts, [cases[case_id] for case_id in split.cases], len(data.data_sets))
+        require_weights(config, data)
+        require_same_labels(run, data, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))
         runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
@@ -252,6 +266,16 @@ def resume(
         config_changes.apply_changes(run, own, config, changed, state)
         facts = read_json(run / "run.json")
         return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+
+
+def _data_facts(data: DataSource, cases: Sequence[Case], conventions: Sequence[LabelConvention]) -> dict[str, Any]:
+    """Return the entries of ``run.json`` about the data.
+
+    ``labels`` is the convention in which ``predict`` writes label maps: that of the first data set.
+    """
+    places, data_sets = data.resolved().arguments, data_sets_on_record(cases, conventions)
+    facts = {"data": list(places) if len(places) > 1 else places[0], "labels": conventions[0].name}
+    return {**facts, "data_sets": data_sets} if data_sets else facts
 
 
 def _follow(session: Session, store: CaseFolder | None) -> TrainResult:
@@ -292,9 +316,10 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
         LOG.info("%s", reason)
     x, y, z = facts["spacing_mm"]
     counts = len(split.train), len(split.validation)
-    LOG.info(
-        "%d cases for training, %d for validation; labels %s; spacing %gx%gx%g mm", *counts, facts["labels"], x, y, z
-    )
+    labels = ", ".join(dict.fromkeys(convention.name for convention in conventions_on_record(facts)))
+    LOG.info("%d cases for training, %d for validation; labels %s; spacing %gx%gx%g mm", *counts, labels, x, y, z)
+    for data_set, record in zip(session.data.arguments, facts.get("data_sets", []), strict=False):
+        LOG.info("%s: %d cases, labels %s", data_set, record["cases"], record["labels"])
     if world.size > 1:
         batch = config.training.batch_size
         LOG.info("%d processes with batches of %d: %d patches in total", world.size, batch, world.size * batch)
@@ -404,9 +429,14 @@ def prepare_as_run(
     Raises:
         DataError: a case is unusable.
     """
-    spacing_mm, convention = tuple(facts["spacing_mm"]), CONVENTIONS[facts["labels"]]
-    options: dict[str, Any] = {"spacing_mm": spacing_mm, "nan_to_zero": config.data.nan_to_zero, "on_case": on_case}
-    return cache_cases(cases, store, convention=convention, **options)
+    options: dict[str, Any] = {"spacing_mm": tuple(facts["spacing_mm"]), "nan_to_zero": config.data.nan_to_zero}
+    prepared: dict[str, CachedCase] = {}
+    for number, convention in enumerate(conventions_on_record(facts)):
+        own = [case for case in cases if case.data_set == number]
+        prepared |= {
+            case.id: case for case in cache_cases(own, store, convention=convention, on_case=on_case, **options)
+        }
+    return [prepared[case.id] for case in cases]
 
 
 @contextmanager

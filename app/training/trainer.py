@@ -341,7 +341,7 @@ class Trainer:
     def _stopped(self, signal_name: str) -> InterruptedRunError:
         return InterruptedRunError(
             f"stopped by {signal_name} after step {self.state.step}; everything is saved. "
-            f"Resume with: znormseg train {self.session.data.root} {self.session.run} --resume"
+            f"Resume with: znormseg train {self.session.data.name} {self.session.run} --resume"
         )
 
     def _while_validating(self) -> None:

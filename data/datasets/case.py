@@ -44,6 +44,10 @@ class Case:
     """Names of files, columns or channels that match no contrast; one of them may be a missing contrast."""
     problems: tuple[str, ...] = ()
     """One sentence per problem; empty if every contrast was found exactly once and nothing else is wrong."""
+    data_set: int = 0
+    """Number of its data set, from 0, among the data sets that are used together."""
+    synthetic: bool = False
+    """Whether its images are made anew for every patch (:mod:`data.patches.synthetic`) instead of read."""
 
     def __post_init__(self) -> None:
         """Normalise the id, so that ids from files, manifests and splits compare equal whatever their Unicode form."""

@@ -50,9 +50,10 @@ def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
         {}
     """
     cases = list(cases)
+    files = {case.label: case for case in cases}  # a synthetic case shares the label map of a real one
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = list(pool.map(_read, cases))
-    return {case.id: label_map for case, label_map in zip(cases, found, strict=True) if label_map is not None}
+        found = dict(zip(files, pool.map(_read, files.values()), strict=True))
+    return {case.id: label_map for case in cases if (label_map := found[case.label]) is not None}
 
 
 def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:

@@ -86,6 +86,10 @@ _FAMILIES: Final[tuple[tuple[str, Naming], ...]] = (
 COMPANION_ENDINGS: Final = ("_probabilities", "_uncertainty", "_disagreement")
 
 
+#: Beginning of the ids of synthetic cases; the rest is the id of the real case whose label map they have.
+SYNTHETIC_ID: Final = "synthetic-"
+
+
 _BIDS_FILE: Final = re.compile(r"^sub-[a-z0-9]+_", re.IGNORECASE)
 _GIVEN_AT_END: Final = re.compile(rf"_{_GIVEN}$", re.IGNORECASE)
 
@@ -124,6 +128,16 @@ def composed(name: str) -> str:
         True
     """
     return unicodedata.normalize("NFC", name)
+
+
+def real_id(case_id: str) -> str:
+    """The id of the real case whose label map a case has: without the beginning that marks synthetic cases.
+
+    Example:
+        >>> real_id("synthetic-BraTS2021_00000"), real_id("BraTS2021_00000")
+        ('BraTS2021_00000', 'BraTS2021_00000')
+    """
+    return case_id.removeprefix(SYNTHETIC_ID)
 
 
 def split_name(name: str) -> FileName | None:

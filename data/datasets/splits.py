@@ -122,6 +122,26 @@ def stratified_folds(
     return assigned
 
 
+def with_synthetic(split: Split, patients: Mapping[str, str], synthetic: Collection[str]) -> Split:
+    """Add synthetic cases to the training cases of a split, except those of patients who validate.
+
+    The split itself stays the same, so that a run with synthetic cases validates on the cases of a run without them.
+
+    Args:
+        split: a split of the real cases.
+        patients: the patient of every case, by case id; that of a synthetic case is the patient of the real one.
+        synthetic: ids of the synthetic cases.
+
+    Example:
+        >>> patients = {"a": "a", "b": "b", "synthetic-a": "a", "synthetic-b": "b"}
+        >>> with_synthetic(Split(train=("a",), validation=("b",)), patients, ["synthetic-a", "synthetic-b"]).train
+        ('a', 'synthetic-a')
+    """
+    validating = {patients[case_id] for case_id in split.validation}
+    added = tuple(case_id for case_id in sorted(synthetic) if patients[case_id] not in validating)
+    return Split(train=(*split.train, *added), validation=split.validation)
+
+
 def _random_key(seed: int, name: str) -> str:
     return hashlib.sha256(f"{seed} {name}".encode()).hexdigest()
 

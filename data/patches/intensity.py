@@ -89,15 +89,15 @@ def blur(values: Tensor, brain: Tensor, sigma_voxels: float) -> Tensor:
     """Smooth with a Gaussian, axis by axis; at the borders of patch and brain the kernel is truncated and rescaled.
 
     Args:
-        values: shape (X, Y, Z).
-        brain: bool, same shape.
+        values: shape (..., X, Y, Z).
+        brain: bool, shape (X, Y, Z).
         sigma_voxels: standard deviation; 0 for no change.
     """
     if sigma_voxels == 0:
         return values
     smooth, weight = values, brain.to(values)
-    for axis, side in enumerate(values.shape):
-        matrix = _gaussian(side, sigma_voxels, values)
+    for axis in (-3, -2, -1):
+        matrix = _gaussian(values.shape[axis], sigma_voxels, values)
         smooth, weight = _along(smooth, matrix, axis), _along(weight, matrix, axis)
     return smooth / weight.clamp_min(_LEAST_WEIGHT) * brain
 

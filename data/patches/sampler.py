@@ -36,6 +36,7 @@ from data.labels import ENHANCING, NECROSIS, OEDEMA, LabelConvention, to_regions
 from data.nifti import Spacing
 from data.patches import augmentation as augment
 from data.patches.cache import ARRAYS, CaseFolder, backgrounds_in, open_array, write_source
+from data.patches.synthetic import synthetic_image
 from data.preprocess import Prepared, prepare
 
 #: Maximum number of voxels of each tissue stored per case as possible patch centres.
@@ -51,6 +52,10 @@ class CachedCase:
     id: str
     folder: Path
     shape: tuple[int, int, int]
+    data_set: int = 0
+    """As :attr:`data.datasets.case.Case.data_set`."""
+    synthetic: bool = False
+    """As :attr:`data.datasets.case.Case.synthetic`; the arrays are those of the real case."""
 
     def image(self) -> npt.NDArray[np.float16]:
         """Shape (contrasts, X, Y, Z)."""
@@ -144,7 +149,9 @@ def cache_cases(
         if place is None:
             prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
             place = store.add(key or secrets.token_hex(20), lambda folder: _write(folder, case, prepared, settings))
-        cached = CachedCase(id=case.id, folder=place, shape=_shape_in(place))
+        cached = CachedCase(
+            id=case.id, folder=place, shape=_shape_in(place), data_set=case.data_set, synthetic=case.synthetic
+        )
         if on_case is not None:
             on_case(case.id)
         return cached
@@ -168,13 +175,21 @@ class PatchSource:
         augmentation: augment.AugmentConfig,
         seed: int,
         enhancing_probability: float | None = None,
+        weights: Sequence[int] | None = None,
     ) -> None:
         """Create a source; the arguments correspond to the run's config.
 
         ``tumour_probability`` is the share of patches centred on tumour. ``enhancing_probability`` is the share of
-        those centred on enhancing tumour in cases that have some; None draws each tissue equally often.
+        those centred on enhancing tumour in cases that have some; None draws each tissue equally often. ``weights``
+        are the patches that each data set has in every cycle; None makes the cases of all data sets equally likely.
         """
         self._cases = list(cases)
+        self._pools = [list(range(len(self._cases)))]
+        if weights is not None:
+            numbers = range(len(weights))
+            self._pools = [[at for at, one in enumerate(self._cases) if one.data_set == number] for number in numbers]
+        assert all(self._pools), "every data set with a weight has a case"
+        self._weights = (1,) if weights is None else tuple(weights)
         self._centres = [_by_tissue(case.centres()) for case in cases]
         self._patch = patch_voxels
         self._tumour_probability = tumour_probability
@@ -196,14 +211,15 @@ class PatchSource:
 
     def crop(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
         """Like :meth:`patch`, before augmentation, with the generator for drawing the augmentation."""
-        epoch, position = divmod(number, len(self._cases))
-        order = np.random.default_rng([self._seed, 0, epoch]).permutation(len(self._cases))
-        index = int(order[position])
+        index = self._index(number)
         rng = np.random.default_rng([self._seed, 1, number])
         centre = self._centre(index, rng)
         mapped = self._mapped(index)
         image = cut_image(mapped.image, centre, self._patch)
-        return image, cut_patch(mapped.codes, centre, self._patch), self._cases[index].id, rng
+        codes = cut_patch(mapped.codes, centre, self._patch)
+        if self._cases[index].synthetic:
+            image = synthetic_image(image, codes, rng)
+        return image, codes, self._cases[index].id, rng
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch if gradients are accumulated."""
@@ -215,6 +231,17 @@ class PatchSource:
             present=torch.tensor(present),
             cases=cases,
         )
+
+    def _index(self, number: int) -> int:
+        """The case of a patch: the pools alternate as their weights say, each by random permutations of its cases."""
+        cycle, position = divmod(number, sum(self._weights))
+        in_turn = np.repeat(np.arange(len(self._weights)), self._weights)
+        order = np.random.default_rng([self._seed, 2, cycle]).permutation(in_turn)
+        chosen = int(order[position])
+        nth = cycle * self._weights[chosen] + int(np.count_nonzero(order[:position] == chosen))
+        pool = self._pools[chosen]
+        epoch, place = divmod(nth, len(pool))
+        return pool[int(np.random.default_rng([self._seed, 0, epoch]).permutation(len(pool))[place])]
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
         """Draw a tumour voxel, or any voxel of the box."""

@@ -203,6 +203,11 @@ def radiotherapy(_: Scene) -> None:
         shutil.copy(f"DATA/{CASE}/{CASE}_{ending}.nii.gz", folder / f"{folder.name}_{name}.nii.gz")
 
 
+def unlabelled(_: Scene) -> None:
+    """A case without its label map."""
+    shutil.copytree(f"DATA/{CASE}", f"UNLABELLED/{CASE}", ignore=shutil.ignore_patterns("*_seg*"))
+
+
 def renamed(to: str) -> Prepare:
     """Call the files of a case otherwise."""
 
@@ -725,6 +730,8 @@ TABLES: dict[str, list[Shown | Raised]] = {
         Shown(command="znormseg train DATA", code=2, remedy="Add the argument; `znormseg train -h` explains it."),
         # options that exclude each other
         Shown(command="znormseg train DATA RUN --resume --fold 1", code=2),
+        # `--weights` that are no whole numbers
+        Shown(command="znormseg train DATA MORE NEW --weights 3:1", code=2),
     ],
     "Images": [
         # a contrast missing; `predict` with a run trained on complete cases only
@@ -856,6 +863,15 @@ TABLES: dict[str, list[Shown | Raised]] = {
         # a data set that is not there, or holds no case
         Shown(title="not there", command="znormseg data check NOWHERE", code=3, remedy="Check the path."),
         Shown(title="no case", command="znormseg data check EMPTY", code=3, prepare=folder("EMPTY")),
+        # several data sets: an id in two of them; synthetic cases of a folder without label maps, or nothing else
+        Shown(
+            title="an id in two",
+            command="znormseg train DATA MORE NEW",
+            code=3,
+            prepare=lambda _: shutil.copytree(f"DATA/{CASE}", f"MORE/{CASE}"),
+        ),
+        Shown(command="znormseg train DATA synthetic:UNLABELLED NEW", code=3, prepare=unlabelled),
+        Shown(title="nothing but synthetic cases", command="znormseg train synthetic:DATA NEW", code=3, small=True),
         # a split that names other cases
         Shown(
             command=f"{TRAIN} --split split.json",
@@ -1160,6 +1176,8 @@ TABLES: dict[str, list[Shown | Raised]] = {
         setting("mistyped key"),
         setting("unknown key"),
         setting("unknown section"),
+        # more or fewer weights than data sets
+        Shown(command="znormseg train DATA MORE NEW --weights 1", code=4),
         # `ZNORMSEG_CACHE_GB` that is no size
         Shown(
             command=f"ZNORMSEG_CACHE_GB=much {TRAIN}",
@@ -1225,6 +1243,14 @@ TABLES: dict[str, list[Shown | Raised]] = {
             command="znormseg train DATA RUN --resume",
             code=3,
             prepare=whole_data(bad.relabel(2, 1)),
+        ),
+        # `train --resume` with other data sets
+        Shown(
+            title="other data sets",
+            command="znormseg train DATA synthetic:DATA RUN --resume",
+            code=3,
+            prepare=whole_data(lambda _: None),
+            steady={r"\(/[^)]*\)": "(DATA)"},
         ),
         # `training.patience` without validation cases
         Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True),

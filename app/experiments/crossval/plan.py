@@ -29,19 +29,29 @@ from app.inference.ensemble import CROSSVAL_FILE
 from app.runs.folder import read_json, write_json
 from app.training.cases import (
     case_spacing,
+    deal_fold,
+    describing,
     median_by_axis,
     report_misnamed_files,
     report_visits,
     require_labels,
     split_on_record,
+    without_synthetic,
 )
-from data.datasets.label_stats import hash_of, read_label_maps, tumours_of
+from app.training.data_sets import (
+    conventions_on_record,
+    data_sets_on_record,
+    require_same_data_sets,
+    require_use,
+    require_weights,
+)
+from data.datasets.label_stats import hash_of, read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.naming import composed
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, stratified_split
+from data.datasets.splits import Split, with_synthetic
 from data.errors import DataError
-from data.labels import CONVENTIONS, LabelConvention
+from data.labels import LabelConvention
 from data.preprocess import SPACING_TOLERANCE
 
 LEAST_FOLDS: Final = 2
@@ -58,8 +68,10 @@ class Folds:
     out: Path
     """Folder of the cross-validation."""
     cases: Mapping[str, Case]
+    """All cases by id, also the synthetic ones, which only train."""
     config: RunConfig
-    convention: LabelConvention
+    conventions: tuple[LabelConvention, ...]
+    """Label convention of each data set."""
     splits: tuple[Split, ...]
     """Split of each fold."""
     label_maps_sha256: str
@@ -88,20 +100,24 @@ class Folds:
 
     def to_json(self) -> dict[str, Any]:
         """Return the content of ``folds.json``."""
+        data_sets = data_sets_on_record(self.cases.values(), self.conventions)
         return {
             "version": _VERSION,
             "folds": [list(split.validation) for split in self.splits],
-            "labels": self.convention.name,
+            "labels": self.conventions[0].name,
             "label_maps_sha256": self.label_maps_sha256,
             "config": to_plain(self.config),
+            **({"data_sets": data_sets} if data_sets else {}),
         }
 
 
 def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
+    Synthetic cases are in no fold: they train in all splits but those that validate on their patient.
+
     Args:
-        data: the data set.
+        data: the data set, or several.
         out: folder of the cross-validation.
         config: config of every fold's run.
         folds: number of folds.
@@ -110,36 +126,45 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
         DataError: the data cannot be used, or has fewer patients than folds.
         RunError: ``folds.json`` is damaged.
         ConfigError: too many or too few folds; ``data.spacing_mm`` is null and the folds would work at different
-            spacings.
+            spacings; ``data.weights`` does not fit the number of data sets.
     """
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
+    require_weights(config, data)
     cases = data.find_cases()
+    real = without_synthetic(cases)
     patients = patients_of(cases.values())
-    count = len(set(patients.values()))
+    count = len({patients[case_id] for case_id in real})
     recorded = _on_record(out)
     # If the cases differ, require_same reports that.
-    kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(cases)
+    kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(real)
     if not kept and count < folds:
         raise DataError(
-            f"{data.root}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs at "
+            f"{data.name}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs at "
             "least one. Reduce --folds, or add cases."
         )
     require_labels([case.require() for case in cases.values()], advice="Add them, or remove the cases.")
     label_maps = read_label_maps(cases.values())
-    convention = data.decide_convention(cases, label_maps)
+    conventions = data.decide_conventions(cases, label_maps)
     if recorded is not None and kept and len(recorded["folds"]) == folds:
         # A later version may recognise more patients.
-        splits = _splits(recorded["folds"])
+        synthetic = cases.keys() - real.keys()
+        splits = tuple(with_synthetic(split, patients, synthetic) for split in _splits(recorded["folds"]))
     else:
-        tumours = tumours_of(cases, label_maps, convention)
-        splits = tuple(stratified_split(tumours, patients, fold, folds=folds) for fold in range(folds))
+        splits = tuple(deal_fold(cases, label_maps, conventions, fold, folds=folds) for fold in range(folds))
+    for split in splits:
+        require_use(split, cases, data, config)
     report_visits(cases.values(), [split.validation for split in splits])
-    report_misnamed_files(cases.values())
+    report_misnamed_files(real.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
     return Folds(
-        out=out, cases=cases, config=config, convention=convention, splits=splits, label_maps_sha256=hash_of(label_maps)
+        out=out,
+        cases=cases,
+        config=config,
+        conventions=conventions,
+        splits=splits,
+        label_maps_sha256=hash_of(label_maps),
     )
 
 
@@ -169,7 +194,7 @@ def read_folds(out: Path, data: DataSource | None = None) -> Folds:
             out=out,
             cases=cases,
             config=from_plain(recorded["config"], str(path)),
-            convention=CONVENTIONS[recorded["labels"]],
+            conventions=conventions_on_record(recorded),
             splits=splits,
             label_maps_sha256=str(recorded["label_maps_sha256"]),
         )
@@ -182,7 +207,7 @@ def require_same(folds: Folds) -> None:
 
     Raises:
         ConfigError: the config or the number of folds differs.
-        DataError: the cases or label maps differ.
+        DataError: the data sets, cases or label maps differ.
         RunError: ``folds.json`` is damaged.
     """
     path, plan, recorded = folds.out / CROSSVAL_FILE, folds.to_json(), _on_record(folds.out)
@@ -200,12 +225,14 @@ def require_same(folds: Folds) -> None:
     if counts[0] != counts[1]:
         changed.append(f"folds: {counts[0]} -> {counts[1]}")
     require_unchanged(folds.out, "cross-validation", changed)
-    before, now = {case_id for fold in recorded["folds"] for case_id in fold}, set(folds.cases)
+    before = {case_id for fold in recorded["folds"] for case_id in fold}
+    now = set(without_synthetic(folds.cases))
     if before != now:
         raise DataError(
             f"{folds.out} was started with other cases: {_some(before - now)} missing, {_some(now - before)} new. "
             "Give the data set it was started with, or another folder."
         )
+    require_same_data_sets(folds.out, recorded, folds.cases.values(), len(folds.conventions))
     if recorded["folds"] != plan["folds"] or recorded.get("label_maps_sha256") != plan["label_maps_sha256"]:
         raise DataError(f"label maps have changed since {folds.out} was started. Restore them, or give another folder.")
 
@@ -238,7 +265,10 @@ def _some(ids: set[str]) -> str:
 def _require_one_spacing(cases: Mapping[str, Case], splits: Sequence[Split]) -> None:
     """Require one spacing for all folds: a run takes the median of its training cases, an ensemble has only one."""
     found = {case_id: case_spacing(case) for case_id, case in cases.items()}
-    medians = [median_by_axis(found[case_id] for case_id in split.train) for split in splits]
+    medians = [
+        median_by_axis(found[case.id] for case in describing(cases[case_id] for case_id in split.train))
+        for split in splits
+    ]
     for along in zip(*medians, strict=True):
         if max(along) > min(along) * (1 + SPACING_TOLERANCE):
             raise ConfigError(

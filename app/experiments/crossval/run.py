@@ -89,7 +89,7 @@ def cross_validate(
     """Do the remaining work of a cross-validation, and write its scores and ensemble.
 
     Args:
-        data: the data set.
+        data: the data set, or several.
         out: folder of the cross-validation: new, empty, or with the same one, which is then resumed.
         config: config of every fold's run.
         folds: 2 to 20; each has at least one patient.
@@ -99,7 +99,8 @@ def cross_validate(
 
     Raises:
         DataError: the data cannot be used, or have changed since the cross-validation was started.
-        ConfigError: ``folds``, ``devices`` or ``jobs`` is invalid, or ``out`` contains a different cross-validation.
+        ConfigError: ``folds``, ``devices``, ``jobs`` or ``data.weights`` is invalid, or ``out`` contains a different
+            cross-validation.
         RunError: ``out`` is a file, contains something else, has damaged files, or is in use by another process.
         DeviceError: a device is not available.
         OSError: the machine failed, such as a full disk or a killed worker process.
@@ -216,11 +217,10 @@ class _Work:
         elif left:
             self.stage = f"folds {', '.join(map(str, left))}"
             work_in_processes(
-                self.data.root,
+                self.data,
                 self.folds.out,
                 left,
                 self.slots,
-                follow_links=self.data.follow_links,
                 on_progress=self._report,
                 on_done=self._note_done,
             )

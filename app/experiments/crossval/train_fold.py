@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
 from app.experiments.crossval.plan import Folds
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
@@ -40,7 +38,7 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
             detail = f"{progress.job}  {progress.detail}"
             on_progress(Progress(job="fold", share=_TRAINING * share, detail=detail))
 
-        labelled = replace(data, labels=folds.convention.name)
+        labelled = data.with_labels([convention.name for convention in folds.conventions])
         outcome = start_or_resume(labelled, run, folds.config, split_file=folds.split_file(fold), on_progress=report)
         result.parent.mkdir(exist_ok=True)
         write_json(result, {**outcome.to_json(), "run": run.name})
@@ -53,6 +51,7 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
         share = _TRAINING + (1 - _TRAINING) * number / len(validation)
         on_progress(Progress(job="fold", share=share, detail=f"predicting {case_id}"))
         case, nan_to_zero = folds.cases[case_id], folds.config.data.nan_to_zero
-        prediction = predict_left_out(model, case, runtime, convention=folds.convention, nan_to_zero=nan_to_zero)
+        convention = folds.conventions[case.data_set]
+        prediction = predict_left_out(model, case, runtime, convention=convention, nan_to_zero=nan_to_zero)
         write_prediction(folds.prediction_file(case_id), prediction)
     on_progress(Progress(job="fold", share=1.0, detail="done"))

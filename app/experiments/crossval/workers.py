@@ -9,11 +9,14 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from app.errors import ConfigError, DeviceError
 from app.progress import Progress
 from app.system.worker_pool import Send, TaskAttempt, TaskQueue, WorkerPool, be_worker, default_devices, device_names
+
+if TYPE_CHECKING:
+    from data.datasets.source import DataSource
 
 
 def fold_devices(devices: str | None, jobs: int | None, *, config_device: str) -> tuple[str | None, ...]:
@@ -49,23 +52,21 @@ def fold_devices(devices: str | None, jobs: int | None, *, config_device: str) -
 
 
 def work_in_processes(
-    data: Path,
+    data: DataSource,
     out: Path,
     folds: Sequence[int],
     devices: Sequence[str | None],
     *,
-    follow_links: bool,
     on_progress: Callable[[int, Progress], None],
     on_done: Callable[[int], None],
 ) -> None:
     """Work on folds in processes, one per device; a device that finishes a fold takes the next one.
 
     Args:
-        data: folder of cases.
+        data: the data sets; their label conventions are those of the cross-validation.
         out: folder of the cross-validation.
         folds: the folds to do.
         devices: devices from :func:`fold_devices`.
-        follow_links: accept symlinks that point outside ``data``.
         on_progress: called with the fold and its progress, on the caller's thread.
         on_done: called with the fold that is done, on the caller's thread.
 
@@ -78,8 +79,8 @@ def work_in_processes(
 
     def job(_: str, device: str | None) -> dict[str, Any]:
         needs_cuda = (device or "").startswith("cuda")
-        place = {"data": str(data.resolve()), "out": str(out.resolve())}
-        return {**place, "follow_links": follow_links, "needs_cuda": needs_cuda}
+        place = {"data": list(data.resolved().arguments), "out": str(out.resolve())}
+        return {**place, "follow_links": data.follow_links, "needs_cuda": needs_cuda}
 
     def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
         raise OSError(
@@ -102,14 +103,14 @@ def work_in_processes(
 def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
     from app.experiments.crossval.plan import read_folds
     from app.experiments.crossval.train_fold import work_on_fold
-    from data.datasets.source import DataSource
+    from data.datasets.source import data_source
 
     if job["needs_cuda"]:
         import torch
 
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Use other --devices.")
-    data = DataSource(Path(job["data"]), follow_links=job["follow_links"])
+    data = data_source(job["data"], follow_links=job["follow_links"])
     folds = read_folds(Path(job["out"]), data)
     for task, fold in iter(tasks.get, None):
 

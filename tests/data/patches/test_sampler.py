@@ -6,6 +6,7 @@ import shutil
 import threading
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -344,6 +345,86 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_would_have(cached: list[Ca
             other = next(resumed)
             assert torch.equal(other.image, batch.image)
             assert other.cases == batch.cases
+
+
+# Several data sets
+
+
+def of_sets(cached: list[CachedCase], numbers: tuple[int, ...]) -> list[CachedCase]:
+    return [replace(case, data_set=number) for case, number in zip(cached, numbers, strict=True)]
+
+
+@properties
+@given(st.lists(st.integers(1, 5), min_size=2, max_size=2), st.integers(0, 100), st.integers(0, 1000))
+def test_every_cycle_has_as_many_patches_of_each_data_set_as_its_weight_says(
+    cached: list[CachedCase], weights: list[int], seed: int, cycle: int
+) -> None:
+    source = patches(of_sets(cached, (0, 1, 0, 1, 1)), weights=weights, seed=seed)
+    indices = [source._index(cycle * sum(weights) + place) for place in range(sum(weights))]
+    assert [sum(index in pool for index in indices) for pool in ((0, 2), (1, 3, 4))] == weights
+
+
+def test_the_order_of_data_sets_differs_from_cycle_to_cycle(cached: list[CachedCase]) -> None:
+    source = patches(of_sets(cached, (0, 1, 0, 1, 1)), weights=[3, 2])
+    assert len({tuple(source._index(5 * cycle + place) in (0, 2) for place in range(5)) for cycle in range(8)}) > 1
+
+
+def test_with_weights_every_case_is_used_once_an_epoch_of_its_data_set(cached: list[CachedCase]) -> None:
+    source = patches(of_sets(cached, (0, 1, 0, 1, 1)), weights=[2, 1])
+    seen = [source._index(number) for number in range(90)]
+    of_second = [index for index in seen if index in (1, 3, 4)]
+    assert len(of_second) == 30
+    assert all(sorted(of_second[at : at + 3]) == [1, 3, 4] for at in range(0, 30, 3))
+
+
+@pytest.mark.parametrize("weights", [None, [1], [4]])
+def test_the_order_of_a_single_data_set_is_that_of_the_epochs_whatever_its_weight(
+    cached: list[CachedCase], weights: list[int] | None
+) -> None:
+    source = patches(cached, weights=weights, seed=3)
+    epochs = np.concatenate([np.random.default_rng([3, 0, epoch]).permutation(5) for epoch in range(4)])
+    assert [source._index(number) for number in range(20)] == epochs.tolist()
+
+
+def test_without_weights_several_data_sets_are_one_pool(cached: list[CachedCase]) -> None:
+    together, one = patches(of_sets(cached, (0, 1, 0, 1, 1))), patches(cached)
+    assert all(same_patch(together.patch(number), one.patch(number)) for number in range(10))
+
+
+# Synthetic cases
+
+
+def test_a_synthetic_patch_has_the_codes_of_the_real_one_and_other_images(cached: list[CachedCase]) -> None:
+    real = patches(cached, augmentation=STILL)
+    made = patches([replace(case, synthetic=True) for case in cached], augmentation=STILL)
+    for number in range(5):
+        image, codes, name, _ = made.patch(number)
+        assert name == real.patch(number)[2]
+        assert np.array_equal(codes, real.patch(number)[1])
+        assert not np.array_equal(image, real.patch(number)[0])
+        assert not image[:, ~real.patch(number)[0].any(axis=0)].any()
+
+
+def test_the_same_number_gives_the_same_synthetic_patch(cached: list[CachedCase]) -> None:
+    cases = [replace(case, synthetic=True) for case in cached]
+    assert all(same_patch(patches(cases).patch(number), patches(cases).patch(number)) for number in range(5))
+    assert len({patches(cases).patch(number)[0].tobytes() for number in range(10)}) == 10
+
+
+def test_synthetic_patches_lose_contrasts_as_others_do(cached: list[CachedCase]) -> None:
+    dropping = AugmentConfig(contrast_dropout=1.0)
+    made = patches([replace(case, synthetic=True) for case in cached], augmentation=dropping)
+    for number in range(5):
+        image, _, _, present = made.patch(number)
+        assert 0 < sum(present) < 4
+        assert [bool(contrast.any()) for contrast in image] == list(present)
+
+
+def test_a_synthetic_case_takes_the_arrays_of_the_real_one(tmp_path: Path) -> None:
+    case = write_case(tmp_path, "a")
+    made = replace(case, id="synthetic-a", synthetic=True, data_set=1)
+    real, other = cache([case], tmp_path / "cache")[0], cache([made], tmp_path / "cache")[0]
+    assert other == replace(real, id="synthetic-a", synthetic=True, data_set=1)
 
 
 def patch_threads() -> list[threading.Thread]:

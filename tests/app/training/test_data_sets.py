@@ -1,0 +1,280 @@
+"""Runs on several data sets: what they record, that they resume bit for bit, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from app.config.load import load_config
+from app.errors import InterruptedRunError
+from app.experiments.crossval.plan import deal, read_folds, require_same
+from app.reports.run import render_run
+from app.runs.checkpoints import load_newest
+from app.runs.folder import read_json
+from app.runs.model_card import describe_model
+from app.runs.training_record import training_record
+from app.training.cases import record_intensities
+from app.training.run import prepare_as_run, resume, start
+from app.training.step import Stepper, StepResult
+from data.datasets.layouts import find_cases
+from data.datasets.source import DataSource, data_source
+from data.errors import DataError
+from data.patches.cache import CaseFolder
+
+Call = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def halves(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """The phantoms as two data sets of three."""
+    root = tmp_path_factory.mktemp("halves")
+    for number, case in enumerate(sorted(phantoms.iterdir())):
+        shutil.copytree(case, root / "AB"[number // 3] / case.name)
+    return str(root / "A"), str(root / "B")
+
+
+@pytest.fixture(scope="module")
+def mixed(halves: tuple[str, str]) -> DataSource:
+    """Both, and the synthetic cases of the first."""
+    return data_source([*halves, f"synthetic:{halves[0]}"])
+
+
+@pytest.fixture(scope="module")
+def finished(mixed: DataSource, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on all of them with weights; tests must not modify it."""
+    run = tmp_path_factory.mktemp("mixed") / "run"
+    start(mixed, run, load_config("laptop", [*tiny_settings, "data.weights=[2, 1, 1]"]))
+    return run
+
+
+def options(settings: list[str]) -> list[str]:
+    return [word for setting in settings for word in ("--set", setting)]
+
+
+def refused(action: Callable[[], object]) -> str:
+    with pytest.raises(DataError) as caught:
+        action()
+    return str(caught.value)
+
+
+def test_a_run_that_was_stopped_ends_like_one_that_was_not(
+    finished: Path, mixed: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = Stepper.step
+
+    def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
+        if self.state.step == 2:
+            raise InterruptedRunError("stopped")
+        return steps(self, *arguments, **options)
+
+    config = load_config(str(finished / "config.yaml"), ["training.checkpoint_minutes=0.001"])
+    with monkeypatch.context() as patch:
+        patch.setattr(Stepper, "step", stopping)
+        with pytest.raises(InterruptedRunError):
+            start(mixed, tmp_path / "run", config)
+    resume(mixed, tmp_path / "run")
+    whole, parts = (load_newest(run / "checkpoints", "last") for run in (finished, tmp_path / "run"))
+    assert whole is not None
+    assert parts is not None
+    assert all(torch.equal(tensor, parts.tensors[name]) for name, tensor in whole.tensors.items())
+
+
+def test_synthetic_cases_train_but_not_those_of_patients_who_validate(finished: Path) -> None:
+    split = read_json(finished / "split.json")
+    made = {case_id for case_id in split["train"] if case_id.startswith("synthetic-")}
+    assert made
+    assert not any(case_id.startswith("synthetic-") for case_id in split["validation"])
+    assert not made & {f"synthetic-{case_id}" for case_id in split["validation"]}
+
+
+def test_the_folds_are_those_of_the_real_cases(
+    finished: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    start(DataSource(phantoms), tmp_path / "run", load_config("laptop", tiny_settings))
+    assert read_json(tmp_path / "run/split.json")["validation"] == read_json(finished / "split.json")["validation"]
+
+
+def test_the_run_records_its_data_sets(finished: Path, halves: tuple[str, str]) -> None:
+    facts, split = read_json(finished / "run.json"), read_json(finished / "split.json")
+    assert facts["data"] == [*halves, f"synthetic:{halves[0]}"]
+    assert [(one["labels"], one["synthetic"]) for one in facts["data_sets"]] == [
+        ("brats2021", False),
+        ("brats2021", False),
+        ("brats2021", True),
+    ]
+    assert sum(one["cases"] for one in facts["data_sets"]) == len(split["train"]) + len(split["validation"])
+    assert read_json(finished / "labels.json")["cases"].keys() == {*split["train"], *split["validation"]}
+
+
+def test_page_and_card_show_the_data_sets(finished: Path, halves: tuple[str, str]) -> None:
+    assert f"train {halves[0]} {halves[1]} synthetic:{halves[0]} NEW_RUN" in render_run(finished)
+    described = describe_model(finished)["data"]
+    assert described["cases of each data set"][0] == "3"
+    assert described["cases of each data set"][2].endswith(" with synthetic images")
+    assert described["patches of each data set in every cycle"] == [2, 1, 1]
+
+
+def test_a_case_whose_label_map_trained_synthetic_images_counts_as_trained_on(finished: Path, tmp_path: Path) -> None:
+    made = [case_id for case_id in read_json(finished / "split.json")["train"] if case_id.startswith("synthetic-")]
+    (tmp_path / "split.json").write_text(json.dumps({"train": made, "validation": []}))
+    assert {case_id.removeprefix("synthetic-") for case_id in made} < set(training_record(tmp_path).trained_on)
+
+
+def test_intensities_are_those_of_real_cases(finished: Path) -> None:
+    split = read_json(finished / "split.json")
+    real = [case_id for case_id in split["train"] if not case_id.startswith("synthetic-")]
+    assert read_json(finished / "intensities.json")["cases"] == len(real)
+
+
+def test_intensities_of_nothing_but_synthetic_cases_are_those_of_the_real_images(
+    halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path
+) -> None:
+    config, cases = load_config("laptop", tiny_settings), data_source([f"synthetic:{halves[0]}"]).find_cases()
+    facts = {"labels": "brats2021", "spacing_mm": [4.0, 4.0, 4.0]}
+    record_intensities(tmp_path, prepare_as_run(list(cases.values()), CaseFolder(tmp_path / "cache"), config, facts))
+    assert read_json(tmp_path / "intensities.json")["cases"] == 3
+
+
+def test_each_data_set_is_prepared_by_its_own_convention(
+    render: Call, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    early, late = render(tmp_path / "early", "2021"), render(tmp_path / "late", "2023 GLI")
+    data, config = data_source([str(early.root), str(late.root)]), load_config("laptop", tiny_settings)
+    start(data, tmp_path / "run", config, fold="all")
+    facts = read_json(tmp_path / "run/run.json")
+    assert (facts["labels"], [one["labels"] for one in facts["data_sets"]]) == (
+        "brats2021",
+        ["brats2021", "brats2023"],
+    )
+    prepared = prepare_as_run(list(data.find_cases().values()), CaseFolder(tmp_path / "cache"), config, facts)
+    for case in prepared:
+        expected = {**early.codes, **late.codes}[case.id]
+        assert np.bincount(case.codes().ravel())[1:].tolist() == np.bincount(expected.ravel())[1:].tolist()
+
+
+def test_the_command_takes_several_data_sets_with_weights_and_resumes(
+    halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    run = tmp_path / "run"
+    assert znormseg("train", *halves, run, "--weights", "3,1", *options(tiny_settings)).code == 0
+    assert load_config(str(run / "config.yaml")).data.weights == (3, 1)
+    ended = znormseg("train", *halves, run, "--resume", "--set", "training.steps=5", "--json")
+    assert (ended.code, json.loads(ended.out)["steps"]) == (0, 5)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize("given", [["B", "A", "synthetic:A"], ["A", "B"], ["A"]])
+def test_other_data_sets_or_another_order_do_not_continue_a_run(
+    given: list[str], finished: Path, halves: tuple[str, str], tmp_path: Path
+) -> None:
+    run = shutil.copytree(finished, tmp_path / "run")
+    named = [one.replace("A", halves[0]).replace("B", halves[1]) for one in given]
+    told = refused(lambda: resume(data_source(named), run))
+    assert "Give the same ones in the same order" in told or "cases of the run are missing" in told
+
+
+@pytest.mark.parametrize("weights", ["1", "1,2,3"])
+def test_weights_count_against_the_data_sets(
+    weights: str, halves: tuple[str, str], tmp_path: Path, znormseg: Call
+) -> None:
+    for command in ("train", "crossval"):
+        ended = znormseg(command, *halves, tmp_path / "run", "--weights", weights)
+        assert ended.code == 4
+        assert "for 2 data sets" in ended.err
+        assert "Give one for each, in the same order." in ended.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("weights", ["0,1", "a", "1,", "1.5,1"])
+def test_weights_that_are_no_counts_are_refused(weights: str, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("train", tmp_path, tmp_path, tmp_path / "run", "--weights", weights)
+    assert ended.code == 2
+    assert "--weights takes whole numbers above 0" in ended.err
+
+
+def test_labels_are_for_all_data_sets_or_for_each(halves: tuple[str, str], tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("train", *halves, tmp_path / "run", "--labels", "msd,msd,msd")
+    assert ended.code == 2
+    assert "--labels: 3 names for 2 data sets" in ended.err
+
+
+def test_nothing_but_synthetic_cases_has_no_folds(halves: tuple[str, str], tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("train", f"synthetic:{halves[0]}", tmp_path / "run")
+    assert ended.code == 3
+    assert "synthetic cases only train, and there are no others to validate on" in ended.err
+
+
+def test_a_split_that_validates_on_a_synthetic_case_is_refused(
+    mixed: DataSource, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    first, second, *_ = (case.id for case in find_cases(mixed.root))
+    (tmp_path / "split.json").write_text(json.dumps({"train": [first], "validation": [f"synthetic-{second}"]}))
+    config, split = load_config("laptop", tiny_settings), tmp_path / "split.json"
+    told = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
+    assert f"1 synthetic cases are listed for validation: synthetic-{second}." in told
+
+
+@pytest.mark.parametrize("weights", [[], ["data.weights=[1, 1, 1]"]])
+def test_a_data_set_that_the_split_leaves_out_is_refused_with_its_name(
+    weights: list[str], mixed: DataSource, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    ids = [case_id for case_id, case in mixed.find_cases().items() if case.data_set < 2]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[:-1], "validation": ids[-1:]}))
+    config, split = load_config("laptop", [*tiny_settings, *weights]), tmp_path / "split.json"
+    told = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
+    assert f"synthetic:{mixed.root}: none of its cases (such as synthetic-{ids[0]})" in told
+
+
+# Cross-validation
+
+
+def test_folds_hold_real_cases_and_synthetic_ones_train_apart_from_their_patients(
+    mixed: DataSource, tiny_settings: list[str], tmp_path: Path
+) -> None:
+    folds = deal(mixed, tmp_path, load_config("laptop", [*tiny_settings, "data.weights=[2, 1, 1]"]), folds=3)
+    assert sorted(folds.fold_of()) == [case_id for case_id in folds.cases if not case_id.startswith("synthetic-")]
+    for split in folds.splits:
+        validating = {folds.cases[case_id].patient for case_id in split.validation}
+        assert not validating & {folds.cases[case_id].patient for case_id in split.train}
+        assert any(case_id.startswith("synthetic-") for case_id in split.train)
+
+
+def test_folds_of_several_data_sets_continue_with_the_same_ones_alone(
+    mixed: DataSource, halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path
+) -> None:
+    config = load_config("laptop", tiny_settings)
+    folds = deal(mixed, tmp_path, config, folds=2)
+    require_same(folds)
+    again = deal(mixed, tmp_path, config, folds=2)
+    require_same(again)
+    assert again.splits == folds.splits
+    assert read_folds(tmp_path, mixed).splits == folds.splits
+    for others in (halves, (halves[1], halves[0], f"synthetic:{halves[0]}")):
+        with pytest.raises(DataError, match="Give the same ones in the same order"):
+            require_same(deal(data_source(others), tmp_path, config, folds=2))
+
+
+@pytest.mark.slow
+def test_a_cross_validation_of_real_and_synthetic_cases_in_two_processes(
+    mixed: DataSource, tiny_settings: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg(
+        "crossval", *mixed.arguments, tmp_path / "out", "--folds=2", "--jobs=2", "--weights=2,1,1", "--json",
+        *options(tiny_settings),
+    )  # fmt: skip
+    assert ended.code == 0, ended.err
+    content = json.loads(ended.out)
+    assert sum(fold["cases"] for fold in content["folds"]) == 6
+    assert sorted(path.stem for path in (tmp_path / "out/out-of-fold").iterdir()) == [
+        case_id for case_id in mixed.find_cases() if not case_id.startswith("synthetic-")
+    ]
+    assert len(describe_model(tmp_path / "out/ensemble")["data"]["cases of each data set"]) == 3
