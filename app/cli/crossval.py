@@ -33,6 +33,14 @@ def crossval(
     weights: options.Weights = None,
     labels: options.LabelsOfEach = None,
     follow_links: options.FollowLinks = False,
+    init_from: Annotated[
+        Path | None,
+        options.panel("Start from another cross-validation")(
+            metavar="ENSEMBLE",
+            help="Start each fold from the network of that fold in the ensemble of an earlier cross-validation of the "
+            "same cases; its folds are kept.",
+        ),
+    ] = None,
     devices: Annotated[
         str | None, _hardware(help="Train folds in parallel, one process per device, such as cuda:0,cuda:1.")
     ] = None,
@@ -47,19 +55,28 @@ def crossval(
     a run, OUT/crossval.html, crossval.json and crossval.csv. If interrupted, run the same command to resume.
     """
     from app.config.load import load_config
+    from app.experiments.crossval.plan import require_ensemble
     from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
+    from app.training.pretrained import sections_of
 
     settings = [*(overrides or ()), *options.weights_override(weights)]
     source = options.data_sets(data, labels, follow_links=follow_links)
+    init_from = None if init_from is None else options.installed_model(init_from)
+    # Without --config, the network is that of the ensemble, as in train.
+    sections = None
+    if init_from is not None:
+        require_ensemble(init_from)
+        sections = sections_of(init_from / "fold-0") if config is None else None
     with terminal.watched() as on_progress:
         outcome = cross_validate(
             source,
             out,
-            load_config(config or "laptop", settings),
+            load_config(config or "laptop", settings, sections=sections),
             folds=folds,
             devices=devices,
             jobs=jobs,
+            init_from=init_from,
             on_progress=on_progress,
         )
         write_crossval_page(outcome)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
 import signal
 import sys
 import threading
@@ -53,6 +54,8 @@ _NARROW = 100
 
 #: Minimum interval between lines of progress when stderr is not a terminal.
 _SECONDS_BETWEEN_LINES = 15.0
+#: Delay before a signal whose exception Python ignored is sent again.
+_REPEAT_SECONDS = 0.05
 
 
 def say(text: str) -> None:
@@ -133,20 +136,36 @@ def signals_unwind() -> Iterator[None]:
 
     ``docker stop`` and batch systems send SIGTERM, a closed terminal sends SIGHUP; under nohup SIGHUP stays ignored.
     """
+    caught: list[int] = []
 
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
+        caught.append(number)
         name = signal.Signals(number).name
         # A second SIGTERM ends the process at once; a second SIGHUP only repeats the first (kernel, then shell).
         signal.signal(number, signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
         settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
 
+    def interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
+        # Python ignores what is raised in a finalizer or a weak reference's callback. The signal comes again from
+        # another thread: here, in the hook, its exception would be ignored too.
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            hook(ignored)
+            return
+        if caught:
+            signal.signal(caught[-1], interrupt)
+        repeat = threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), caught[-1] if caught else signal.SIGINT))
+        repeat.daemon = True
+        repeat.start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
     before = {number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        sys.unraisablehook = hook
 
 
 def fail(error: BaseException) -> int:

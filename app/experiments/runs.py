@@ -102,6 +102,7 @@ def start_or_resume(
     config: RunConfig,
     *,
     split_file: Path,
+    init_from: Path | None = None,
     store: CaseFolder | None = None,
     on_progress: OnProgress = silent,
 ) -> TrainResult:
@@ -112,6 +113,7 @@ def start_or_resume(
         run: folder of the run.
         config: the complete configuration.
         split_file: JSON file with the lists ``train`` and ``validation``, whose patients the caller has checked.
+        init_from: folder of the network that a new run starts from.
         store: where prepared cases are kept; default: the user's cache.
         on_progress: called with the progress of the run.
 
@@ -122,7 +124,16 @@ def start_or_resume(
     if has_checkpoint(run):
         return resume(data, run, config, split_is_checked=True, store=store, on_progress=on_progress)
     shutil.rmtree(run, ignore_errors=True)
-    return start(data, run, config, split_file=split_file, split_is_checked=True, store=store, on_progress=on_progress)
+    return start(
+        data,
+        run,
+        config,
+        split_file=split_file,
+        split_is_checked=True,
+        init_from=init_from,
+        store=store,
+        on_progress=on_progress,
+    )
 
 
 def count_backends(records: Iterable[Mapping[str, str] | None]) -> list[dict[str, str | int | None]]:

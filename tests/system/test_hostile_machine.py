@@ -21,6 +21,8 @@ import numpy as np
 import psutil
 import pytest
 
+from app.cli.terminal import signals_unwind
+
 Call = Callable[..., Any]
 
 CASE = "BraTS2021_00000"
@@ -272,6 +274,28 @@ def test_predict_stopped_by_a_signal_leaves_whole_files_alone(
     assert [path.name for path in out.rglob(".partial*")] == []
     for path in out.glob("*.nii.gz"):
         np.asarray(nib.Nifti1Image.from_filename(path).dataobj)  # whole
+
+
+class _Finalized:
+    """Gets a signal while Python ignores exceptions."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        self._number = number
+
+    def __del__(self) -> None:
+        signal.raise_signal(self._number)
+
+
+def _signal_in_a_finalizer(number: signal.Signals) -> None:
+    with signals_unwind():
+        _Finalized(number)
+        time.sleep(60)
+
+
+@pytest.mark.parametrize(("number", "message"), [(signal.SIGINT, None), (signal.SIGTERM, "stopped by SIGTERM")])
+def test_a_signal_that_arrives_in_a_finalizer_is_not_lost(number: signal.Signals, message: str | None) -> None:
+    with pytest.raises(KeyboardInterrupt, match=message):
+        _signal_in_a_finalizer(number)
 
 
 def test_sigterm_before_the_first_step_leaves_nothing_in_the_way_of_starting_again(

@@ -25,7 +25,7 @@ from typing import Any, Final
 from app.config.load import RunConfig, from_plain, to_plain
 from app.errors import ConfigError, RunError
 from app.experiments.runs import differences, json_object, require_unchanged
-from app.inference.ensemble import CROSSVAL_FILE
+from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.runs.folder import read_json, write_json
 from app.training.cases import (
     case_spacing,
@@ -76,10 +76,16 @@ class Folds:
     """Split of each fold."""
     label_maps_sha256: str
     """Hash over all label maps."""
+    init_from: Path | None = None
+    """Ensemble of an earlier cross-validation with the same folds; its networks are the initial weights."""
 
     def run(self, fold: int) -> Path:
         """Return the run folder of a fold."""
         return self.out / f"fold-{fold}"
+
+    def initial_network(self, fold: int) -> Path | None:
+        """Return the folder of the network that a fold starts from, which never saw the fold's validation cases."""
+        return None if self.init_from is None else self.init_from / self.run(fold).name
 
     def split_file(self, fold: int) -> Path:
         """Return the file with the split of a fold's run."""
@@ -108,10 +114,11 @@ class Folds:
             "label_maps_sha256": self.label_maps_sha256,
             "config": to_plain(self.config),
             **({"data_sets": data_sets} if data_sets else {}),
+            **({"init_from": _weights_of(self.init_from)} if self.init_from is not None else {}),
         }
 
 
-def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds:
+def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_from: Path | None = None) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
     Synthetic cases are in no fold: they train in all splits but those that validate on their patient.
@@ -121,10 +128,11 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
         out: folder of the cross-validation.
         config: config of every fold's run.
         folds: number of folds.
+        init_from: ensemble of an earlier cross-validation; its folds are kept.
 
     Raises:
-        DataError: the data cannot be used, or has fewer patients than folds.
-        RunError: ``folds.json`` is damaged.
+        DataError: the data cannot be used, has fewer patients than folds, or has other cases than ``init_from``.
+        RunError: ``folds.json`` is damaged; ``init_from`` is not an ensemble.
         ConfigError: too many or too few folds; ``data.spacing_mm`` is null and the folds would work at different
             spacings; ``data.weights`` does not fit the number of data sets.
     """
@@ -136,6 +144,8 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
     patients = patients_of(cases.values())
     count = len({patients[case_id] for case_id in real})
     recorded = _on_record(out)
+    if recorded is None and init_from is not None:
+        recorded = {"folds": _earlier_folds(init_from, real, data, folds)}
     # If the cases differ, require_same reports that.
     kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(real)
     if not kept and count < folds:
@@ -165,6 +175,7 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int) -> Folds
         conventions=conventions,
         splits=splits,
         label_maps_sha256=hash_of(label_maps),
+        init_from=init_from,
     )
 
 
@@ -219,8 +230,8 @@ def require_same(folds: Folds) -> None:
         return
     # Keys that later versions added get their defaults.
     recorded["config"] = to_plain(from_plain(recorded.get("config", {}), str(path)))
-    settings = ("version", "config", "labels")
-    changed = differences({key: recorded.get(key) for key in settings}, {key: plan[key] for key in settings})
+    settings = ("version", "config", "labels", "init_from")
+    changed = differences({key: recorded.get(key) for key in settings}, {key: plan.get(key) for key in settings})
     counts = len(recorded["folds"]), len(folds.splits)
     if counts[0] != counts[1]:
         changed.append(f"folds: {counts[0]} -> {counts[1]}")
@@ -247,6 +258,46 @@ def _on_record(out: Path) -> dict[str, Any] | None:
         return {**content, "folds": [sorted(map(composed, fold)) for fold in content["folds"]]}
     except (KeyError, TypeError) as error:
         raise RunError(f"{path}: damaged, it does not contain the folds ({error}). Restore it from a copy.") from error
+
+
+def require_ensemble(folder: Path) -> None:
+    """Require the folder of an ensemble to start from.
+
+    Raises:
+        RunError: it is something else.
+    """
+    if not (folder / ENSEMBLE_FILE).is_file():
+        raise RunError(
+            f"{folder}: not the ensemble of a cross-validation, as it has no {ENSEMBLE_FILE}. For crossval, "
+            "--init-from takes the folder ensemble of an earlier cross-validation of the same cases."
+        )
+
+
+def _earlier_folds(ensemble: Path, cases: Mapping[str, Case], data: DataSource, folds: int) -> list[list[str]]:
+    """Return the folds of the cross-validation that made an ensemble, which must be of the same cases.
+
+    With other folds, a network would start from weights that were trained on the cases it is scored on.
+    """
+    require_ensemble(ensemble)
+    path = ensemble / ENSEMBLE_FILE
+    try:
+        earlier = [sorted(map(composed, fold)) for fold in json_object(read_json(path), path)["case_ids_by_fold"]]
+    except (KeyError, TypeError) as error:
+        raise RunError(f"{path}: damaged, it does not contain the folds ({error}). Restore it from a copy.") from error
+    before, now = {case_id for fold in earlier for case_id in fold}, set(cases)
+    if before != now:
+        raise DataError(
+            f"{data.name}: {_some(before - now)} cases of {ensemble} missing, {_some(now - before)} new. --init-from "
+            "needs the cases that the ensemble was cross-validated on."
+        )
+    if len(earlier) != folds:
+        raise ConfigError(f"--init-from {ensemble} has {len(earlier)} folds, not {folds}; set --folds {len(earlier)}")
+    return earlier
+
+
+def _weights_of(ensemble: Path) -> list[str]:
+    """Return the SHA-256 of the weights of each network."""
+    return [str(one["weights_sha256"]) for one in read_json(ensemble / ENSEMBLE_FILE)["networks"]]
 
 
 def _splits(folds: Sequence[Sequence[str]]) -> tuple[Split, ...]:

@@ -84,6 +84,7 @@ def cross_validate(
     folds: int = 5,
     devices: str | None = None,
     jobs: int | None = None,
+    init_from: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> CrossValidation:
     """Do the remaining work of a cross-validation, and write its scores and ensemble.
@@ -95,6 +96,8 @@ def cross_validate(
         folds: 2 to 20; each has at least one patient.
         devices: comma-separated names; each device runs one fold at a time in a separate process.
         jobs: number of such processes on the config's device, instead of ``devices``.
+        init_from: ensemble of an earlier cross-validation of the same cases. Each fold starts from the weights of the
+            earlier network of that fold, which never saw the fold's validation cases.
         on_progress: called with the progress of the whole job.
 
     Raises:
@@ -110,7 +113,7 @@ def cross_validate(
     for device in slots:
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
-    dealt = deal(data, out, config, folds=folds)
+    dealt = deal(data, out, config, folds=folds, init_from=init_from)
     with locked(out):
         require_same(dealt)
         progress = JobProgress(job="cross-validating", parts=folds, scale=_FOLDS, on_progress=on_progress)
@@ -221,6 +224,7 @@ class _Work:
                 self.folds.out,
                 left,
                 self.slots,
+                init_from=self.folds.init_from,
                 on_progress=self._report,
                 on_done=self._note_done,
             )

@@ -39,7 +39,14 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
             on_progress(Progress(job="fold", share=_TRAINING * share, detail=detail))
 
         labelled = data.with_labels([convention.name for convention in folds.conventions])
-        outcome = start_or_resume(labelled, run, folds.config, split_file=folds.split_file(fold), on_progress=report)
+        outcome = start_or_resume(
+            labelled,
+            run,
+            folds.config,
+            split_file=folds.split_file(fold),
+            init_from=folds.initial_network(fold),
+            on_progress=report,
+        )
         result.parent.mkdir(exist_ok=True)
         write_json(result, {**outcome.to_json(), "run": run.name})
     json_object(read_json(result), result)

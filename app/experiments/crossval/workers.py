@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ def work_in_processes(
     folds: Sequence[int],
     devices: Sequence[str | None],
     *,
+    init_from: Path | None,
     on_progress: Callable[[int, Progress], None],
     on_done: Callable[[int], None],
 ) -> None:
@@ -67,6 +68,7 @@ def work_in_processes(
         out: folder of the cross-validation.
         folds: the folds to do.
         devices: devices from :func:`fold_devices`.
+        init_from: as in :func:`app.experiments.crossval.run.cross_validate`.
         on_progress: called with the fold and its progress, on the caller's thread.
         on_done: called with the fold that is done, on the caller's thread.
 
@@ -80,7 +82,8 @@ def work_in_processes(
     def job(_: str, device: str | None) -> dict[str, Any]:
         needs_cuda = (device or "").startswith("cuda")
         place = {"data": list(data.resolved().arguments), "out": str(out.resolve())}
-        return {**place, "follow_links": data.follow_links, "needs_cuda": needs_cuda}
+        start = None if init_from is None else str(init_from.resolve())
+        return {**place, "init_from": start, "follow_links": data.follow_links, "needs_cuda": needs_cuda}
 
     def lost(attempt: TaskAttempt, how: str, log: Path) -> None:
         raise OSError(
@@ -111,7 +114,8 @@ def _work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
         if not torch.cuda.is_available():
             raise DeviceError("no CUDA device is visible to its process. Use other --devices.")
     data = data_source(job["data"], follow_links=job["follow_links"])
-    folds = read_folds(Path(job["out"]), data)
+    start = job["init_from"]
+    folds = replace(read_folds(Path(job["out"]), data), init_from=None if start is None else Path(start))
     for task, fold in iter(tasks.get, None):
 
         def report(progress: Progress, task: str = task) -> None:

@@ -608,3 +608,38 @@ def test_a_cross_validation_that_has_not_ended_has_no_page(finished: Path, tmp_p
     ended = znormseg("report", tmp_path / "begun", tmp_path / "pages")
     assert ended.code == 5
     assert "the cross-validation is not finished" in ended.err
+
+
+# Starting from an earlier cross-validation
+
+
+@pytest.mark.parametrize("jobs", [None, "2"])
+def test_each_fold_starts_from_the_network_that_never_saw_its_cases(
+    *, jobs: str | None, finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    out, ensemble = tmp_path / "out", finished / "ensemble"
+    several = [] if jobs is None else ["--jobs", jobs]
+    done = znormseg("crossval", phantoms, out, *options, "--init-from", ensemble, *several)
+    assert done.code == 0, done.err
+    assert [read(out / f"fold-{fold}" / "run.json")["init_from"]["sha256"] for fold in range(2)] == weights_of(finished)
+    assert read(out / "folds.json")["folds"] == read(finished / "folds.json")["folds"]
+
+
+def test_the_earlier_cross_validation_must_have_had_the_same_cases(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    fewer = tmp_path / "fewer"
+    shutil.copytree(phantoms, fewer)
+    shutil.rmtree(next(path for path in sorted(fewer.iterdir()) if path.is_dir()))
+    done = znormseg("crossval", fewer, tmp_path / "out", *options, "--init-from", finished / "ensemble")
+    assert done.code != 0
+    assert "needs the cases that the ensemble was cross-validated on" in done.err
+
+
+def test_a_run_is_not_what_a_cross_validation_starts_from(
+    finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    done = znormseg("crossval", phantoms, tmp_path / "out", *options, "--init-from", finished / "fold-0")
+    assert done.code != 0
+    assert "not the ensemble of a cross-validation" in done.err
+    assert not (tmp_path / "out").exists()
