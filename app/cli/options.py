@@ -78,7 +78,7 @@ Config = Annotated[
     _config(
         "--config",
         "-c",
-        help="laptop (default), unet, resunet, resunet-znorm, large, or a YAML file.",
+        help="laptop (default), unet, resunet, resunet-znorm, large, starter, or a YAML file.",
         autocompletion=complete_config,
     ),
 ]
