@@ -55,7 +55,7 @@ class MemoryShortError(RuntimeError):
 
 
 class InterruptedRunError(Exception):
-    """A job was interrupted with its finished output intact. The message says how to continue."""
+    """A job was interrupted; what it had finished is intact. The message says how to continue."""
 
 
 _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
@@ -103,7 +103,7 @@ def message(error: BaseException) -> str:
 
 
 def _of_the_system(error: OSError) -> str:
-    """Describe a system error with its path and a remedy; an error without errno already has a message of ours."""
+    """Describe a system error with its path and a remedy; an error without errno already has one of our messages."""
     if error.errno is None:
         return f"{str(error).rstrip('.')}."
     if error.filename is None:
@@ -113,7 +113,7 @@ def _of_the_system(error: OSError) -> str:
 
 
 def first_problem(error: ValidationError) -> str:
-    """Return the first problem that pydantic found, in one line: the place in the data, and what is wrong with it."""
+    """Return the first problem that pydantic found, in one line: where it is in the data, and what is wrong."""
     problem = error.errors()[0]
     given = f", got {problem['input']!r}" if isinstance(problem["input"], str | int | float | None) else ""
     place = ".".join(map(str, problem["loc"]))
@@ -128,5 +128,5 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _has_no_deterministic_form(error: BaseException) -> bool:
-    """Whether torch refused an operation under ``runtime.deterministic``; only the error's text shows it."""
+    """Whether torch refused an operation under ``runtime.deterministic``; there is no exception type for it."""
     return isinstance(error, RuntimeError) and "does not have a deterministic implementation" in str(error)

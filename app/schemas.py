@@ -1,6 +1,6 @@
 """JSON Schemas (draft 2020-12) of the files that ``predict`` writes, and of what ``predict --json`` prints.
 
-The schemas are generated from the types below; the text under a field is its description.
+The schemas are generated from the types below; the string literal under a field becomes its description.
 """
 
 from __future__ import annotations
@@ -359,7 +359,7 @@ class Manifest(TypedDict):
     """Intended use."""
 
 
-#: The types by name of their schema.
+#: Type and title of each schema, by its name.
 RECORDS: Final[dict[str, tuple[Any, str]]] = {
     "predict": (CaseRecord, "OUTPUT/<case>.json of znormseg predict"),
     "predict-output": (PredictOutput, "What znormseg predict --json prints"),
@@ -388,7 +388,7 @@ def json_schema(name: str) -> dict[str, Any]:
 
 
 def _inlined(node: Any, definitions: dict[str, Any]) -> Any:
-    """Replace references with what they refer to, and drop the titles, which repeat the names of types and fields."""
+    """Replace references with their definitions, and drop titles, which repeat the names of types and fields."""
     if isinstance(node, list):
         return [_inlined(item, definitions) for item in node]
     if not isinstance(node, dict):

@@ -4,9 +4,9 @@
     python bench/brats2026_scores.py --pairs 5
     python bench/brats2026_scores.py --record OUT.json   # the command's output on a few pairs: tests/golden
 
-`brats-evaluate` of the package brats-evaluation must be on the PATH. By hand it is called once for all pairs of a
-configuration, on the original files; `--rules brats2026` calls it for each case, on copies. All values must be equal,
-bit for bit.
+`brats-evaluate` of the package brats-evaluation must be on the PATH. By hand, this script calls it once for all pairs
+of a configuration, on the original files; `--rules brats2026` calls it for each case, on copies. All values must be
+equal, bit for bit.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def record(path: Path) -> None:
 
 
 def main() -> int:
-    """Compare, or record."""
+    """Compare the scores, or record the command's output."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=100)
     parser.add_argument("--record", type=Path)

@@ -1,10 +1,10 @@
-"""Measure the effect of calibration on unseen cases: calibration error, and how often volume intervals hold.
+"""Measure the effect of calibration on unseen cases: calibration error and coverage of volume intervals.
 
     python bench/calibration.py [--train 15] [--test 30] [--folds 3] [--steps 120] [--spacing 4] [--folder DIR]
 
-All cases are phantoms. ``crossval`` makes an ensemble from the first ones, which predicts the others. Reported are the
-ECE and Brier score of these without and with the temperatures, and the share of their true volumes inside the intervals
-that ``predict`` writes.
+All cases are phantoms. ``crossval`` trains an ensemble on the first ones, and the ensemble predicts the others. For
+these the script reports the ECE and Brier score without and with the temperatures, and the share of true volumes inside
+the intervals that ``predict`` writes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,11 @@
-"""Measure what contrast dropout in training costs with complete input, and gains when a contrast is missing.
+"""Measure the cost of contrast dropout with complete input, and its benefit when a contrast is missing.
 
     python bench/contrast_dropout.py [--seeds 3] [--steps 1500] [--probability 0.5] [--folder DIR]
 
-Phantoms at 2 mm, the laptop network, patches of 2 x 48^3. For each seed there is one run without dropout and one with
-it, on the same cases and patches. The score is the mean Dice on test cases that no choice was based on. Runs without
-dropout get zeros for missing contrasts; ``predict`` would refuse such input, which the network has never seen.
+The cases are phantoms at 2 mm; the laptop network is trained on batches of 2 x 48^3. For each seed there is one run
+without dropout and one with it, on the same cases and patches. The score is the mean Dice on held-out test cases, which
+no decision used. Runs without dropout get zeros for missing contrasts; ``predict`` would refuse such input, because the
+network has never seen it.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def phantoms(folder: Path, training: int, testing: int) -> tuple[Case, ...]:
     write_phantoms(folder, training + testing, seed=0, spacing_mm=2.0)
     cases = find_cases(folder)
     ids = [case.id for case in cases]
-    # One of the training cases is used for validation, so that the run reports a Dice; it chooses only the weights.
+    # One of the training cases is used for validation, so that the run reports a Dice; it only selects the weights.
     write_json(folder.parent / "split.json", {"train": ids[1:training], "validation": ids[:1]})
     return cases
 
@@ -82,7 +83,7 @@ def train(folder: Path, run: Path, *, seed: int, probability: float, steps: int)
 
 
 def score(run: Path, cases: tuple[Case, ...]) -> Table:
-    """Return the Dice of a run."""
+    """Return the Dice of a run for each set of missing contrasts."""
     runtime = choose_runtime(RuntimeConfig())
     model = load_model(run, runtime)
     table: Table = {}

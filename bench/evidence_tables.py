@@ -2,9 +2,9 @@
 
     python bench/evidence_tables.py OUT [OUT ...]
 
-For each folder: final Dice by arm with its difference from the best arm of that optimiser, validation Dice at equal
-learning rates, and the overlap of gradients at the junctions if telemetry was on. All figures are derived from files of
-the comparison.
+The tables of each folder show the final Dice by arm with its difference from the best arm of that optimiser, the
+validation Dice at equal learning rates, and, if telemetry was on, the overlap of gradients at the junctions. All
+figures are derived from files of the comparison.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Compare patch loading with MONAI's CacheDataset, and reading a case with nibabel: ratios within one run.
+"""Compare patch loading with MONAI's CacheDataset, and case reading with nibabel, as ratios within one run.
 
     python bench/loader.py CASES [--patch 64] [--threads 2] [--copies 1] [--rounds 5] [--monai-threads]
     python bench/loader.py CASES --layouts
 
 CASES is a folder of cases. Both sides read the same prepared cases, crop patches of the same size, mirror them and make
-batches of two, nothing else. MONAI is used in its fastest form: float32 cached in memory, precomputed centres (at most
-2000 per class), no copy of the cache and no metadata per patch; its workers are processes, or one thread with
---monai-threads. Each side runs in a separate process, and they take turns; the median of the rounds counts. Memory is
+batches of two; they do nothing else. MONAI is used in its fastest form: float32 cached in memory, precomputed centres
+(at most 2000 per class), no copy of the cache and no metadata per patch; its workers are processes, or one thread with
+--monai-threads. Each side runs in a separate process, and they take turns; the median of the rounds is used. Memory is
 the proportional set size of a side and its children (shared pages are counted once), with and without memory-mapped
 files, which the system reclaims when memory is short; only Linux reports it. Files are in the system's page cache for
 both sides. --layouts compares memory layouts of the image on disk.

@@ -6,8 +6,9 @@
 
 SCRIPTS/2023/brats_metrics.py, SCRIPTS/2024/metrics_{GLI,PED,SSA,MEN,MET,MEN_RT}.py and the package surface_distance
 come from rachitsaluja/BraTS-2023-Metrics and -2024-Metrics, at COMMITS. For --nsd they are those of COMMITS_NSD: SSA,
-MET and SCRIPTS/2024-f1131e3/metrics_MET.py are combined from two commits, since none with NSD was available. None of
-this is part of this project. This file itself needs only numpy and nibabel, so it can run in the scripts' environment.
+MET and SCRIPTS/2024-f1131e3/metrics_MET.py are combined from two commits, since no version with NSD was available.
+None of this is part of this project. This file itself needs only numpy and nibabel, so it can run in the scripts'
+environment.
 """
 
 from __future__ import annotations
@@ -110,13 +111,13 @@ def labels_of(year: str, task: str) -> tuple[int, ...]:
 
 
 def spacing_of(seed: int) -> tuple[float, float, float]:
-    """Return the edge lengths in mm of the pair of a seed."""
+    """Return the edge lengths in mm of the voxels in the pair of a seed."""
     return SPACINGS[seed % 4]
 
 
 @functools.cache
 def module_of(file: Path) -> object:
-    """Import a module by its file: two scripts share a name, and importing their packages needs more packages."""
+    """Import a module by its file: two scripts share a name, and importing their packages needs further packages."""
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None
     assert spec.loader is not None

@@ -4,16 +4,16 @@
 
 All commands use the same weights and case. Each is a separate process, timed from its start until the file is written:
 
-- znormseg with ``--window`` (default: brain), in the automatic precision and in float32;
+- znormseg with ``--window`` (default: brain), in the automatically chosen precision and in float32;
 - znormseg with windows of the size the network was trained on;
 - MONAI as in its BraTS bundle: window 240x240x160, overlap 0.5, fp32, MONAI's transforms and SlidingWindowInferer;
 - MONAI with Gaussian windows of 128x128x128, overlap 0.5, fp32.
 
 RUN is the folder of a trained run; ``random-segresnet`` (16 filters, like the bundle) or ``random-resunet`` (like the
 config resunet-znorm) makes one with random weights. ``--small`` keeps every third voxel of the case and reduces the
-windows to a third, to test this script itself. Reported are the seconds and peak resident memory of each command, the
-stages of znormseg, the share of brain voxels with different labels, Dice against the truth if the case has one, and the
-network's GFLOP/s next to the machine's measured peak.
+windows to a third, to test this script itself. The script reports the seconds and peak resident memory of each command,
+the stages of znormseg, the share of brain voxels with different labels, Dice against the truth if the case has one, and
+the network's GFLOP/s next to the machine's measured peak.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ print(json.dumps({"load": loaded - start, "compute": computed - loaded, "save": 
 
 
 def main() -> None:
-    """Run all commands, and print the results and write them as JSON."""
+    """Run all commands, print the results, and write them as JSON."""
     parser = argparse.ArgumentParser(description="Compare znormseg predict with MONAI, each in a separate process")
     parser.add_argument("run", help="folder of a run, random-segresnet or random-resunet")
     parser.add_argument("case", type=Path, help="folder of one case in BraTS 2021 layout")

@@ -9,21 +9,21 @@ CASES are real cases; without them, OUT/phantoms gets 16 phantoms at 2 mm. There
   scale and shift, DiceLoss with squared probabilities, Adam with weight decay 1e-5 and a cosine schedule, batch 1),
   with its cases kept in memory (CacheDataset). Its crop of 224 x 224 x 144 is for a GPU; here it has ``--crop`` voxels
   along each side. Its learning rate is the best of ``--rates``: each is tried with the first seed, in every fold and
-  for all minutes, and the choice uses the mean Dice that the table reports, which is in MONAI's favour.
+  for all minutes. The choice is by mean Dice on the test cases that the table reports on, which favours MONAI.
 
 Folds are those of ``znormseg crossval``: by patient, with similar tumours in each. The minutes count from the first
 access to the data to the last step, without imports and scoring. Both sides are scored as ``crossval`` scores: the
 label map that ``predict`` would write, on the case's own grid. Dice and HD95 of a region are means over the cases with
 at least 0.5 ml of it; if only the prediction is empty, Dice is 0 and HD95 374 mm (BraTS 2023).
 
-Intervals of 95 % are percentile bootstraps. Their unit is the case, which each seed predicts once, by a network that
-was not trained on it; cases and seeds are drawn independently with replacement, and differences are paired by case and
-seed. With so few seeds the intervals are somewhat too narrow.
+The 95 % intervals are percentile bootstraps. Their unit is the case; with each seed, a case is predicted once, by a
+network that was not trained on it. Cases and seeds are drawn independently with replacement, and differences are paired
+by case and seed. With so few seeds the intervals are somewhat too narrow.
 
-Each training is a process with one thread on a core of its own. Its scores are kept in OUT/<training>.json, and a
-training that has them is not repeated: interrupt the command at any time, and run it again to continue. Another
-``--config`` with the same OUT uses MONAI's trainings again. By default there are 32 trainings, 12 of the config and 20
-of MONAI's recipe: four hours with two side by side, and their scoring.
+Each training runs in a single-threaded process pinned to its own core. Its scores are kept in OUT/<training>.json, and
+a training that has scores is not repeated: interrupt the command at any time, and run it again to continue. Another
+``--config`` with the same OUT reuses MONAI's trainings. By default there are 32 trainings, 12 of the config and 20 of
+MONAI's recipe: four hours with two at a time, plus their scoring.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ COLUMNS: Final[tuple[tuple[Region, str, str, int], ...]] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One training to make and score."""
+    """One training to run and score."""
 
     side: str
     config: Mapping[str, Any] | None
@@ -103,7 +103,7 @@ class Job:
 
     @property
     def name(self) -> str:
-        """Name of the files."""
+        """Name of the training, and of its files without their ending."""
         return f"{self.side}-rate{self.rate:g}-fold{self.fold}-seed{self.seed}"
 
     def to_json(self) -> dict[str, Any]:
@@ -112,7 +112,7 @@ class Job:
 
 
 def main() -> None:
-    """Make the missing trainings, choose MONAI's learning rate, and print the table."""
+    """Run the missing trainings, choose MONAI's learning rate, and print the table."""
     options = _options()
     if options.job:
         work(options.out, options.cases, Job(**json.loads(options.job)))
@@ -166,9 +166,9 @@ def deal(cases: Path, folds: int) -> list[tuple[tuple[str, ...], tuple[str, ...]
 
 
 def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Return the results by name; those that exist are not made again.
+    """Run the jobs that have no result yet, and return the results of all jobs by name.
 
-    Sides take turns, so that trainings that run at once are of the same seed and fold where possible.
+    Sides take turns, so that trainings that run at the same time have the same seed and fold where possible.
     """
     jobs = sorted(jobs, key=lambda job: (job.seed, job.fold))
     missing = [job for job in jobs if result(options.out, job) is None]
@@ -201,7 +201,7 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[
 
 
 def result(out: Path, job: Job) -> dict[str, Any] | None:
-    """Return the result of a training, or None if it is not there."""
+    """Return the result of a training, or None if there is none yet."""
     path = out / f"{job.name}.json"
     if not path.exists():
         return None
@@ -260,7 +260,7 @@ def table(mine: Sequence[Mapping[str, Any]], other: Sequence[Mapping[str, Any]])
 
 
 def work(out: Path, data: Path, job: Job) -> None:
-    """Make and score one training; it has a process of its own, which ends when its standard input closes."""
+    """Train and score one job, in a separate process that exits when its standard input closes."""
 
     def end_with_parent() -> None:
         os.read(0, 1)
@@ -304,7 +304,7 @@ def train_ours(out: Path, data: Path, job: Job, runtime: Runtime) -> Model:
     """Train as ``znormseg train`` does, with a cache of prepared cases that is empty at the start."""
     assert job.config is not None
     run, store, split = out / f"run-{job.name}", out / f"cache-{job.name}", out / f"split-{job.name}.json"
-    for left in (run, store):  # by an interrupted training
+    for left in (run, store):  # left behind by an interrupted training
         shutil.rmtree(left, ignore_errors=True)
     write_json(split, {"train": list(job.train), "validation": []})
     start(DataSource(data), run, from_plain(dict(job.config), job.name), split_file=split, store=CaseFolder(store))

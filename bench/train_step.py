@@ -6,9 +6,10 @@ Both sides train the same network on patches of the same prepared cases (CASES, 
 and optimiser. Ours is the trainer's own step, with the config's optimiser and gradient transform, in float32 and, if
 the hardware supports it, in bfloat16. MONAI's side is that of its tutorial (brats_segmentation_3d in
 Project-MONAI/tutorials): CacheDataset, random crop, three flips, z-score, scale and shift of intensities, DataLoader,
-DiceLoss, Adam, and reading the loss at every step; on a GPU with its autocast and scaler. Ours draws the same kinds of
-augmentation. Each side is a separate process; they take turns, and the median of the rounds counts. Also printed are
-the share of our step spent waiting for data, and its share of the measured peak of matrix products.
+DiceLoss, Adam, and reading the loss at every step; on a GPU also its autocast and scaler. Ours draws the same kinds of
+augmentation. Each side is a separate process; they take turns, and the median of the rounds is used. The script also
+prints the share of our step that is spent waiting for data, and the share of the measured peak of matrix products that
+our step reaches.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def main() -> None:
 
 
 class Side:
-    """A process that makes steps on request."""
+    """A process that runs steps on request."""
 
     def __init__(self, name: str, cases: list[CachedCase], options: argparse.Namespace) -> None:
         words = [sys.executable, __file__, "--side", name, "--config", options.config, "--device", options.device]
@@ -112,7 +113,7 @@ class Side:
 
 
 def serve(options: argparse.Namespace) -> None:
-    """Act as one side: make a round of steps for each line of standard input."""
+    """Act as one side: run a round of steps for each line of standard input."""
     places = [Path(place) for place in json.loads(sys.stdin.readline())]
     steps = monai_steps(places, options) if options.side == "monai" else our_steps(places, options)
     while sys.stdin.readline().strip():
@@ -128,7 +129,7 @@ def serve(options: argparse.Namespace) -> None:
 
 
 def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """Make steps by this project; yield the seconds spent waiting for data, and the operations of a step."""
+    """Run this project's steps; yield the seconds spent waiting for data, and the operations of a step."""
     keep_freed_memory()
     settings = {"training.patch_voxels": [options.patch] * 3, "training.batch_size": options.batch}
     settings |= {f"augment.{key}": value for key, value in AUGMENTATION.items()}
@@ -196,7 +197,7 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 
 def monai_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple[float, float]]:
-    """Make steps like the tutorial."""
+    """Run steps like those of the tutorial."""
     from monai.data import CacheDataset, DataLoader, set_track_meta
     from monai.losses import DiceLoss
     from monai.transforms import (

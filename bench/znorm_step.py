@@ -3,7 +3,7 @@
     python bench/znorm_step.py [--device cuda] [--rounds 15] [--without-steps] [--processor-time]
 
 All jobs take turns on one set of gradients, and each round starts with a different job. Before each job a block larger
-than the caches is read, since gradients come from a backward pass that moves gigabytes. A ratio is the median of the
+than the caches is read, as in training a backward pass that moves gigabytes precedes it. A ratio is the median of the
 rounds' ratios. On a machine shared with other jobs, ``OMP_NUM_THREADS=1`` with ``--processor-time`` excludes the time
 in which others had the processor. The floor is the time to read every gradient twice and write it once at the bandwidth
 measured in the same run.
@@ -83,7 +83,7 @@ def row(
 
 
 def floor(gradients: list[Tensor]) -> Callable[[], object]:
-    """Return a job that reads as many bytes twice (dot product, in-place product) and writes them once."""
+    """Return a job on a block of the gradients' total size, which it reads twice and writes once."""
     size = sum(g.numel() for g in gradients)
     block = torch.randn(size, device=gradients[0].device)
 

@@ -1,4 +1,4 @@
-"""Set backgrounds that are not 0 to 0: interpolation ringing, residue of denoising, a fill value such as -1024.
+"""Replace non-zero backgrounds with 0: interpolation ringing, denoising residue, a fill value such as -1024.
 
 The rest of the program takes 0 for background and any other value for brain, so each image is converted when it is
 read. MR intensities have no unit; "almost 0" is relative to the bright tissue of the same image.
@@ -19,7 +19,7 @@ from scipy import ndimage
 
 #: Quantile of the non-zero magnitudes that counts as bright tissue; isolated hot voxels are above it.
 _BRIGHT: Final = 0.99
-#: Values below this share of bright tissue are not signal: a signal is at most a few hundred times its noise. Used if
+#: Values below this share of bright tissue are noise, since signal-to-noise ratios are at most a few hundred. Used if
 #: the volume's faces are 0, that is, if the brain has already been extracted.
 NEGLIGIBLE: Final = 5e-3
 #: The same share if the faces are not 0. Noise in the air around a head exceeds it, so a head is not taken for a brain.
@@ -45,13 +45,13 @@ _LEAST_VOXELS: Final = 1000
 _LEAST_SOLID: Final = 0.3
 #: Minimum share of the volume's faces that a fill value covers; it must also cover a corner.
 _LEAST_FILL: Final = 0.01
-#: If the darkest tissue is farther from the fill than this multiple of its distance from the brain's median, only
-#: mixtures of brain and fill are half-way between them.
+#: If the darkest tissue is farther from the fill than this multiple of its distance from the brain's median, values
+#: half-way between the fill and the darkest tissue can only be mixtures of brain and fill.
 _GAP: Final = 1.5
 #: The first look takes every fourth voxel along each axis, or every voxel of volumes smaller than ``_SMALL_VOXELS``.
 _STEP: Final = 4
 _SMALL_VOXELS: Final = 100_000
-#: Replaces 0 inside a brain whose background was another value.
+#: Replaces 0 inside a brain whose background was another value, so that these voxels do not count as background.
 _ALMOST_NOTHING: Final = np.float32(1e-30)
 
 _Voxels = npt.NDArray[np.float32]
@@ -69,7 +69,7 @@ class Cleaned:
 
 
 def clean_background(voxels: _Voxels) -> Cleaned | None:
-    """Set background voxels that are not 0 to 0.
+    """Replace a non-zero background with 0.
 
     Args:
         voxels: one contrast, finite, shape (X, Y, Z), any memory order; not modified.
@@ -96,7 +96,7 @@ def clean_background(voxels: _Voxels) -> Cleaned | None:
 
 
 def _may_have_one(voxels: _Voxels) -> bool:
-    """Whether a subsample of the voxels looks unusual; takes a tenth of the time needed to read the file."""
+    """Return whether a subsample suggests a non-zero background; takes a tenth of the time needed to read the file."""
     step = 1 if voxels.size < _SMALL_VOXELS else _STEP
     some = voxels[::step, ::step, ::step]
     values = some[some != 0]
@@ -148,7 +148,7 @@ def _without_fill(voxels: _Voxels) -> Cleaned | None:
 
 
 def _mixed_with_fill(difference: _Voxels) -> _Mask:
-    """Voxels in which interpolation mixed brain and fill, with at least half of the fill.
+    """Mask of the voxels in which interpolation mixed brain and fill, at least half of it fill.
 
     Args:
         difference: difference from the fill value, 0 where the voxel holds the fill.
@@ -166,7 +166,7 @@ def _mixed_with_fill(difference: _Voxels) -> _Mask:
 
 
 def _without_residue(voxels: _Voxels) -> Cleaned | None:
-    """Set residue that is almost 0 around a brain to 0."""
+    """Set almost-zero residue around a brain to exactly 0."""
     outside = _residue(voxels)
     if not outside.any():
         return None
@@ -203,13 +203,13 @@ def _residue(voxels: _Voxels) -> _Mask:
     if ringing:
         outside |= _faint_islands(voxels, nonzero & ~outside, darkest)
     left = nonzero & ~outside
-    # Keep everything if what remains is air noise around a head, or if it is only a few voxels thousands of times
-    # brighter than the brain: then the brain itself would be removed.
+    # Change nothing if what remains is air noise around a head, or only a few voxels thousands of times brighter than
+    # the brain, because the brain itself would then be removed.
     return none if (on_faces and share_of_faces(left) > 0.5) or not _is_solid(left) else outside
 
 
 def _rings(voxels: _Voxels, large: _Mask, limit: np.float32) -> tuple[bool, float]:
-    """Whether an image that is positive inside the brain has many negative voxels; also its darkest tissue's value."""
+    """Return whether an image is positive in the brain but has many negative voxels, and its darkest tissue's value."""
     negative = np.count_nonzero(voxels < -limit)
     count = np.count_nonzero(large)
     if not _LEAST_NEGATIVE * count < negative < _MOST_NEGATIVE * count:

@@ -1,4 +1,4 @@
-"""Which contrasts a case has: the possible subsets, the reference contrast, and the presence mask."""
+"""The contrasts of a case: the possible subsets, the reference contrast, and the presence mask."""
 
 from __future__ import annotations
 

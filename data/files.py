@@ -89,7 +89,7 @@ def folder_when_complete(folder: Path) -> Iterator[Path]:
 
 
 def remove_stale(folder: Path) -> list[Path]:
-    """Remove the partial files that :func:`replacing` left behind in processes of this host that were killed.
+    """Remove partial files that :func:`replacing` left behind when processes of this host were killed.
 
     Files from processes of other hosts are kept, because there is no way to find out whether those are still running.
     Call this only while no process invisible to this one, such as one in a container, is writing to the folder.
@@ -124,7 +124,7 @@ def partial_prefix(process: int) -> str:
 
 @cache
 def _host_mark() -> str:
-    """A stand-in for the name of this host, with fixed length and characters."""
+    """A short hash of this host's name, which has a fixed length and is safe in file names."""
     return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 

@@ -96,7 +96,7 @@ def in_words(error: OSError) -> str:
 
 
 def why(error: Exception) -> str:
-    """As :func:`in_words` without the final full stop; errors that are not the system's return their own text."""
+    """Like :func:`in_words`, but without the final full stop; for an error that is not the system's, its own text."""
     if not isinstance(error, OSError) or error.errno is None:
         return str(error)
     return f"{str(error.strerror or error).rstrip('.')}. {remedy(error.errno)}".rstrip(".")

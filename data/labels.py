@@ -191,7 +191,7 @@ def require_known_values(values: Iterable[int]) -> None:
 
 
 def _of_family(seen: set[int], family: Naming) -> LabelConvention:
-    """The convention of a data set whose case ids or layout identify its family; only the year may be open."""
+    """The convention of a data set whose case ids or layout identify its family; at most the year is left to infer."""
     if family == "brats2015":
         return BRATS2015
     if family == "msd" and {3, 4} <= seen:
@@ -299,7 +299,7 @@ def decode(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> n
 
 
 def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConvention) -> npt.NDArray[np.uint8]:
-    """Like :func:`decode`, with separate codes for resection cavities and cysts, as scored under BraTS 2024 rules.
+    """Like :func:`decode`, with separate codes for resection cavities and cysts, which BraTS 2024 rules score.
 
     Args:
         label_map: any shape, whole numbers.
@@ -309,7 +309,7 @@ def decode_tissues(label_map: npt.NDArray[np.generic], convention: LabelConventi
         uint8 array of the same shape with the codes 0 to 3, :data:`CAVITY` and :data:`CYST`.
 
     Raises:
-        DataError: as :func:`decode`.
+        DataError: see :func:`decode`.
 
     Example:
         >>> decode_tissues(np.array([4, 3, 0]), BRATS2024).tolist()

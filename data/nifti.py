@@ -85,8 +85,8 @@ class Volume:
     doubt: str | None = None
     """Describes an ambiguity of the header's geometry; None if there is none."""
     pixdim_mm: Spacing | None = None
-    """The header's own voxel size (pixdim) if it differs from the affine's, which is the one in use; else None. Set for
-    label maps only, since other programs measure by it."""
+    """The header's own voxel size (pixdim) if it differs from the affine's, which is the one in use; else None. Set
+    only for label maps, because other programs measure with it."""
     background: str | None = None
     """Describes the background of an image if it was not 0 in the file; else None."""
     rounded: str | None = None
@@ -206,7 +206,7 @@ def read_image(path: Path, volume: int | None = None, *, nan_to_zero: bool = Fal
         the volume; its ``background`` describes what was set to 0.
 
     Raises:
-        DataError: as :func:`read_volume`.
+        DataError: see :func:`read_volume`.
     """
     return with_clean_background(read_volume(path, volume, nan_to_zero=nan_to_zero))
 
@@ -227,7 +227,7 @@ def read_label_map(path: Path, *, log: bool = True) -> Volume:
         log: warn about rounded values, once per file; pass False if the caller reports them.
 
     Raises:
-        DataError: as :func:`read_volume`, or values that are not whole numbers from 0 to 255.
+        DataError: as raised by :func:`read_volume`; also if values are not whole numbers from 0 to 255.
     """
     with _reading(path):
         image, shape = _checked(path)
@@ -281,7 +281,7 @@ def read_grid(path: Path, volume: int | None = None) -> tuple[tuple[int, int, in
     """Shape and affine from the header only, of a 3D file or of one volume of a 4D file.
 
     Raises:
-        DataError: as :func:`read_volume`, except for faults that only the voxels reveal.
+        DataError: as raised by :func:`read_volume`, except for faults that only the voxels reveal.
     """
     with _reading(path):
         image = _open(path)
@@ -341,8 +341,8 @@ def write_label_map(path: Path, labels: npt.NDArray[np.uint8], reference: Path) 
     Args:
         path: where to write (``.nii`` or ``.nii.gz``); an existing file is replaced.
         labels: uint8, shape (X, Y, Z) in the reference's own voxel order.
-        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied; of a 4D file
-            those of its spatial axes.
+        reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied; for a 4D
+            file, those of its spatial axes.
 
     Raises:
         DataError: the reference cannot be read, or its shape differs from that of ``labels``.
@@ -364,7 +364,7 @@ def write_shares(path: Path, shares: npt.NDArray[np.uint16], reference: Path, *,
         what: description of the content for the header; ASCII only.
 
     Raises:
-        DataError, OSError: as :func:`write_label_map`.
+        DataError, OSError: see :func:`write_label_map`.
     """
     description = f"znormseg {what}. ".encode() + _RESEARCH_ONLY
     _write_like(path, np.ascontiguousarray(shares), reference, description, slope=1 / SHARE_STEPS)
@@ -381,7 +381,7 @@ def write_image(path: Path, voxels: npt.NDArray[np.float32], reference: Path) ->
         reference: the NIfTI file whose affine, qform, sform, their codes, units and zooms are copied.
 
     Raises:
-        DataError, OSError: as :func:`write_label_map`.
+        DataError, OSError: see :func:`write_label_map`.
     """
     _write_like(path, in_16_bits(voxels), reference, b"")
 
@@ -600,7 +600,7 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any, dtype: type[_Number]) -> 
     Args:
         stream: positioned at the start of a NIfTI file.
         stored: nibabel's proxy of the voxels: offset, dtype, shape, slope and intercept.
-        dtype: of the result.
+        dtype: dtype of the result.
     """
     _skip(stream, stored.offset)
     slope, intercept = np.asanyarray(stored.slope), np.asanyarray(stored.inter)
@@ -619,7 +619,7 @@ def _unpacked(stream: gzip_ng.GzipNGFile, stored: Any, dtype: type[_Number]) -> 
 
 
 def _skip(stream: gzip_ng.GzipNGFile, count: int) -> None:
-    """Skip bytes in pieces: a damaged header may claim an offset that no memory holds."""
+    """Skip bytes in pieces: a damaged header may claim an offset larger than memory."""
     while count > 0:
         skipped = len(stream.read(min(count, _PIECE_BYTES)))
         if not skipped:

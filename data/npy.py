@@ -1,6 +1,6 @@
-"""Arrays from .npy files, for any number of threads.
+"""Read arrays from .npy files safely in any number of threads.
 
-numpy parses the header of a .npy file as Python, and CPython 3.11 may fail at that in two threads at once (SystemError:
+numpy parses the header of a .npy file as Python, and CPython 3.11 may fail if two threads do so at once (SystemError:
 AST constructor recursion depth mismatch). Arrays that threads read are therefore parsed here, one at a time.
 """
 

@@ -131,17 +131,17 @@ def prepare_volumes(
     spacing_mm: Spacing | None = None,
     read_codes: Callable[[Volume], npt.NDArray[np.uint8]] | None = None,
 ) -> Prepared:
-    """Prepare contrasts that come from anywhere.
+    """Prepare contrasts from any source.
 
     Args:
-        volumes: functions that return the contrasts, first the one whose voxel order the result is mapped back to. Each
-            is called once, so only one whole volume is held at a time.
+        volumes: functions that return the contrasts, first the one whose voxel order results are mapped back to. Each
+            is called once, after the previous volume was released, so only one whole volume is held at a time.
         case_id: name of the case, for messages.
         spacing_mm: as for :func:`prepare`.
         read_codes: returns the label map in the program's codes and in the voxel order of the volume it is given.
 
     Raises:
-        DataError: as :func:`prepare`.
+        DataError: see :func:`prepare`.
     """
     reference = next(iter(volumes))
     canonical: Volume | None = None
@@ -227,12 +227,13 @@ def to_native_grid(values: npt.NDArray[_Number], prepared: Prepared) -> npt.NDAr
     """Map an array of the brain box, such as a label map, back to the grid of the case's files.
 
     Args:
-        values: shape of the box at the files' own spacing (``prepared.box_shape``), or several such arrays: (n, X, Y,
-            Z).
+        values: an array of shape ``prepared.box_shape``, the box at the files' own spacing, or several such arrays,
+            stacked: (n, X, Y, Z).
         prepared: the result of :func:`prepare` for the case.
 
     Returns:
-        array of the same dtype in the files' own voxel order and shape, 0 outside the box; n is its last axis.
+        array of the same dtype in the files' own voxel order and shape, 0 outside the box; several arrays are stacked
+            along the last axis.
     """
     if values.ndim == 4:
         return np.stack([to_native_grid(one, prepared) for one in values], axis=-1)
@@ -393,7 +394,7 @@ def resample_codes_onto(
     shape: tuple[int, int, int],
     target_affine: npt.NDArray[np.float64],
 ) -> npt.NDArray[np.uint8]:
-    """Resample a label map to any other grid in the same world: rotated, shifted, finer, coarser, of another extent.
+    """Resample a label map to any grid in the same world space: rotated, shifted, finer, coarser, of another extent.
 
     Voxel ``v`` of the target takes each region's share at ``inv(affine) @ target_affine @ v``, interpolated linearly,
     and belongs to the regions whose share is at least one half; :func:`from_regions` then makes the regions nested.
@@ -445,7 +446,7 @@ def resample_codes_onto(
 def _require_overlap(
     to_source: npt.NDArray[np.float64], target_shape: tuple[int, ...], source_shape: tuple[int, ...]
 ) -> None:
-    """Reject grids if no target voxel has its centre in the source's field of view."""
+    """Reject two grids if no voxel of the target has its centre in the source's field of view."""
     x, y, z = np.ogrid[tuple(slice(size) for size in target_shape)]
     inside = np.ones(target_shape, dtype=bool)
     for (to_x, to_y, to_z, origin), size in zip(to_source[:3], source_shape, strict=True):
@@ -461,7 +462,7 @@ def _reached(
     stop: npt.NDArray[np.int_],
     shape: tuple[int, int, int],
 ) -> tuple[npt.NDArray[np.int_], npt.NDArray[np.int_]]:
-    """First index and stop of the part of another grid that a box of this one overlaps, clipped to its shape."""
+    """Start and stop of the part of another grid, of the given shape, that a box of this grid overlaps."""
     corners = np.array([[*corner, 1] for corner in product(*zip(start, stop - 1, strict=True))]).T
     places = (transform @ corners)[:3]
     low = np.clip(np.floor(places.min(axis=1)).astype(int), 0, shape)

@@ -53,7 +53,7 @@ nameless() { [ "$ENGINE" = docker ] || "$ENGINE" images --quiet --no-trunc --fil
 
 # When a build fails or is interrupted, buildah 1.28 leaves the mounted container of a stage and its image behind. This
 # removes all that are newer than the start of this build and come from its base or have a step of this Dockerfile in
-# their history. It would break a second such build at the same time.
+# their history. It would break another such build that runs at the same time.
 undo() {
     [ "${building:-no}" = yes ] || return 0
     base=${BASE_IMAGE:-$(sed -n "s/^ARG $base_argument=//p" "$here/../Dockerfile")}

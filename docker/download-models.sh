@@ -1,6 +1,6 @@
 #!/bin/sh
-# During the build of an image: downloads published models into /opt/models, which the image names in ZNORMSEG_MODELS.
-# Environment variables: MODELS, the names, which may be empty; ZNORMSEG_MODELS_URL, a mirror.
+# During the build of an image: downloads published models into /opt/models, which is ZNORMSEG_MODELS in the image.
+# Environment variables: MODELS (the names; may be empty) and ZNORMSEG_MODELS_URL (a mirror).
 set -eu
 mkdir -p /opt/models
 [ -n "${MODELS:-}" ] || exit 0

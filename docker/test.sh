@@ -124,7 +124,7 @@ choose_runner() {
     esac
 }
 
-# Whether podman can run this image; inside some virtual machines only with limits that it need not raise.
+# Whether podman can run this image; inside some virtual machines it can only with limits that it need not raise.
 podman_runs() {
     # Like docker: do not add the user of --user to /etc/passwd, and mount only the requested tmpfs.
     plain='--passwd=false --read-only-tmpfs=false'

@@ -17,8 +17,8 @@ class RegionLoss(nn.Module):
 
     Args:
         smooth: s above, in voxels; default 1.
-        total: maps the regions' sums of this process to those of all processes that share the batch; gradients flow
-            through it. Default: there is only one process.
+        total: adds up this process's per-region sums over all processes that share the batch; gradients flow through
+            it. Default: a single process, no reduction.
 
     Example:
         >>> logits, masks = torch.full((1, 1, 2, 2, 2), 50.0), torch.ones(1, 1, 2, 2, 2)
@@ -34,7 +34,7 @@ class RegionLoss(nn.Module):
         self._total = total
 
     def forward(self, logits: Tensor, masks: Tensor) -> Tensor:
-        """Loss of logits against masks, both of shape (N, regions, X, Y, Z); masks in 0..1.
+        """Return the loss of logits against masks, both of shape (N, regions, X, Y, Z); masks in 0..1.
 
         Computed in float32, or in float64 if the logits are float64.
         """
@@ -55,11 +55,11 @@ class DeepLoss(nn.Module):
     """A loss at several resolutions: each weight is half that of the next finer resolution, and the weights sum to 1.
 
     Coarser masks take the voxel in the middle of each block, so they stay binary and nested, and a region keeps its
-    volume on average. Max pooling would make tumours several times too large on the coarse grids; what is too small for
-    a coarse grid is still in the finer ones.
+    volume on average. Max pooling would make tumours several times too large on the coarse grids; structures too small
+    for a coarse grid remain in the finer ones.
 
     Args:
-        loss: computed from logits and masks at one resolution.
+        loss: the loss at one resolution, called with logits and masks.
 
     Example:
         >>> logits, masks = torch.full((1, 1, 4, 4, 4), 50.0), torch.ones(1, 1, 4, 4, 4)
@@ -75,11 +75,12 @@ class DeepLoss(nn.Module):
         self.loss = loss
 
     def forward(self, logits: Tensor | Sequence[Tensor], masks: Tensor) -> Tensor:
-        """Weighted mean of the losses of logits, finest first, against masks at the resolution of the finest.
+        """Return the weighted mean of the losses at all resolutions.
 
         Args:
-            logits: one tensor, or several, each of shape (N, regions, x, y, z); their sides divide those of the first.
-            masks: shape (N, regions, X, Y, Z), in 0..1.
+            logits: one tensor, or one per resolution, finest first, each of shape (N, regions, x, y, z); their sides
+                divide those of the first.
+            masks: shape (N, regions, X, Y, Z), in 0..1, at the finest resolution.
         """
         if isinstance(logits, Tensor):
             return self.loss(logits, masks)  # type: ignore[no-any-return]
@@ -92,7 +93,7 @@ class DeepLoss(nn.Module):
 
 
 def coarser(masks: Tensor, shape: Sequence[int]) -> Tensor:
-    """Masks on a coarser grid: the voxel in the middle of each block.
+    """Return masks on a coarser grid: the voxel in the middle of each block.
 
     Args:
         masks: shape (N, regions, X, Y, Z).

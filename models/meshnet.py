@@ -1,4 +1,4 @@
-"""MeshNet, a chain of dilated convolutions without pooling, as published in TensorFlow.js files, for skull stripping.
+"""MeshNet for skull stripping: a chain of dilated convolutions without pooling, read from TensorFlow.js files.
 
 MindGrab's network is read from its ``model.json`` (layers) and ``model.bin`` (float32 weights, one after the other).
 Source: neuroneural/brainchop, MIT licence; MeshNet: Fedorov et al. 2017, arXiv 1612.00940.
@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's usual alias
 from torch import Tensor
 
-#: Layers whose names end so are followed by a normalization of each channel over the volume, without weights.
+#: Name suffix of layers that are followed by a normalization of each channel over the volume, without weights.
 _NORMALIZED: Final = "_gn"
 #: Added to the variance, as in brainchop.
 _EPSILON: Final = 1e-5
-#: Voxels whose values are worked on at once, to keep copies small.
+#: Number of voxels processed at a time, to keep copies small.
 _ROWS: Final = 1 << 18
 
 
@@ -46,7 +46,7 @@ class MeshNet:
     convolutions: tuple[Convolution, ...]
 
     def reference(self, image: Tensor) -> Tensor:
-        """Compute the logits of a volume operation by operation: the slow twin of :meth:`logits`.
+        """Compute the logits of a volume operation by operation: the slow reference for :meth:`logits`.
 
         Args:
             image: shape (X, Y, Z), float32, from 0 to 1.
@@ -65,12 +65,12 @@ class MeshNet:
         return values[0]
 
     def logits(self, image: Tensor) -> Tensor:
-        """Compute the logits of a volume with two layers' values in memory: 2 GB for 256^3 voxels.
+        """Compute the logits of a volume, keeping only two layers' values in memory: 2 GB for 256^3 voxels.
 
-        The whole volume has to be computed: normalizations take statistics of the background, which the zero padding at
-        the volume's borders changes, and dilated convolutions carry the head's influence far out. Computed on the box
-        around a head with 8 and with 32 voxels of margin, MindGrab's mask had a Dice of 0.979 and 0.993 with the mask
-        of the whole volume.
+        A box around the head is not enough: the normalizations use statistics of the background, which the zero padding
+        at the volume's borders changes, and the dilated convolutions carry the head's influence far out. Computed on
+        the box around a head with a margin of 8 and of 32 voxels, MindGrab's mask had a Dice of 0.979 and 0.993 against
+        the mask from the whole volume.
 
         Args:
             image: shape (X, Y, Z), float32, from 0 to 1.
@@ -83,7 +83,7 @@ class MeshNet:
             values = _convolved(values, one)
             rows = values.permute(0, 2, 3, 4, 1).view(-1, values.shape[1])
             if one.normalized:
-                # A product of matrices takes a third of the time of torch.var_mean over a channels-last tensor.
+                # A matrix product takes a third of the time of torch.var_mean over a channels-last tensor.
                 mean = rows.sum(0) / len(rows)
                 squares = sum((part.T @ part).diagonal() for part in rows.split(_ROWS)) / len(rows)
                 scale = torch.rsqrt((squares - mean.square()).clamp(min=0) + _EPSILON)
@@ -102,7 +102,7 @@ def read_meshnet(description: Path, weights: Path) -> MeshNet:
         weights: ``model.bin``.
 
     Raises:
-        ValueError: the files are not of such a network; the message says what differs.
+        ValueError: the files do not describe such a network; the message says what differs.
         OSError: a file cannot be read.
     """
     try:

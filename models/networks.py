@@ -12,7 +12,7 @@ from torch import nn
 #: Probability of each region in an untrained network.
 _FIRST_PROBABILITY: Final = 0.05
 
-#: Default blocks of ``resenc`` by level; further levels have as many as the last.
+#: Default number of encoder blocks of ``resenc`` by level; further levels have as many as the last.
 _BLOCKS: Final = (1, 3, 4, 6, 6, 6)
 
 Architecture = Literal["unet", "resunet", "segresnet", "resenc"]
@@ -109,9 +109,9 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
 
 
 def patch_divisor(config: NetworkConfig) -> int:
-    """Number that every side of a patch must be a multiple of, in voxels: 2 to the number of halvings.
+    """Return the number of voxels that every side of a patch must be a multiple of: 2 ** the number of halvings.
 
-    A patch needs at least twice as many voxels: an instance norm over a single voxel has nothing to normalise.
+    A side must also be at least twice this long: an instance norm over a single voxel has nothing to normalise.
 
     Example:
         >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
@@ -183,7 +183,7 @@ def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Mo
     )
 
 
-#: Builders of the networks by name; each takes a config, the number of input channels and that of output channels.
+#: Builders of the networks by name; each takes a config and the numbers of input and output channels.
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
     "resunet": _unet,

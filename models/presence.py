@@ -28,7 +28,7 @@ def with_presence(image: Tensor, present: Tensor) -> Tensor:
 
 
 class GivenPresence(nn.Module):
-    """Wraps a network with presence channels so that it takes only contrasts; all inputs must lack the same ones."""
+    """Wraps a network with presence channels so that it takes only contrasts; every input must lack the same ones."""
 
     def __init__(self, network: nn.Module, present: Sequence[bool]) -> None:
         """Wrap a network of ``2 * contrasts`` input channels; ``present`` has one truth value per contrast."""

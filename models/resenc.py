@@ -16,7 +16,7 @@ _ACTIVATION: Final = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
 class ResEncUNet(nn.Module):
     """A U-Net with any number of residual blocks per encoder level and one convolution per decoder level.
 
-    Level i has half the resolution of level i - 1: strided convolutions lead down, transposed ones up. Norms are
+    Level i has half the resolution of level i - 1: strided convolutions halve it, transposed ones double it. Norms are
     instance norms, activations LeakyReLU. The 1x1 convolutions that make the logits are the last child, ``heads``,
     finest first, so that ``znorm.select``, which takes the last child as the output block, finds all of them.
 

@@ -152,7 +152,7 @@ PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
 
 
 def pip_install(*arguments: str) -> None:
-    """Run ``pip install`` quietly; show warnings and errors, but those about missing locations as one line."""
+    """Run ``pip install`` quietly; show warnings and errors, with those about missing locations as one line."""
     command = [*PIP, "install", "--quiet", *arguments]
     absent = 0
     with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, errors="replace") as process:

@@ -6,7 +6,7 @@ machines:
 torch.txt
     torch, with the hashes of PyPI and of torch's CPU index.
 cuda.txt
-    The further packages that PyPI's torch for Linux needs.
+    The additional packages that PyPI's torch for Linux needs.
 run.txt
     Everything else that znormseg needs to run, and setuptools, which builds the package.
 dev.txt
@@ -58,7 +58,7 @@ def with_cpu_hashes(torch: str) -> str:
         sys.stderr.write(f"lock: {CPU_INDEX} does not answer; keeping the CPU hashes of locks/torch.txt\n{error}\n")
         cpu = (LOCKS / "torch.txt").read_text(encoding="utf-8")
         if f"torch=={version} " not in cpu:
-            sys.exit(f"lock: locks/torch.txt is not of torch {version}; its hashes do not fit")
+            sys.exit(f"lock: locks/torch.txt is not for torch {version}, so its hashes cannot be reused")
     hashes = sorted(set(re.findall(r"--hash=sha256:\w+", torch + cpu)))
     return f"torch=={version} \\\n    " + " \\\n    ".join(hashes) + "\n"
 

@@ -3,8 +3,8 @@
     python setup/starter.py CROSSVAL models/starter --cases CASES
 
 The weights are stored in float16. The card states the data, the scores of the cross-validation, the limits and the
-licence. Nothing is written if the folder would be too large, names a place of this machine, or gives another label map
-than the ensemble for the first of the cases.
+licence. Nothing is written if the folder would be too large, contains a path of this machine, or labels too many voxels
+of the first case differently from the ensemble.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from data.nifti import read_label_map
 MOST_BYTES: Final = 8_000_000
 #: Share of the voxels of a case that the weights in float16 must label as the ensemble does.
 LEAST_AGREEMENT: Final = 0.999
-#: Cases with less enhancing tumour than this are left out of its second mean: a few voxels decide their Dice.
+#: The second mean of ET leaves out cases with less enhancing tumour than this, as a few voxels decide their Dice.
 LEAST_ENHANCING_ML: Final = 0.5
 
 #: An absolute path, but not the address of a web page.
@@ -51,12 +51,12 @@ _LICENCE: Final = "https://creativecommons.org/licenses/by/4.0/"
 
 
 def pack(crossval: Path, out: Path, cases: Path | None = None) -> None:
-    """Write the ensemble of a cross-validation as a model folder, and replace an older one.
+    """Write the ensemble of a cross-validation as a model folder, replacing an older one.
 
     Args:
         crossval: folder of a finished cross-validation.
         out: folder to write, such as ``models/starter``.
-        cases: data set whose first case both models must label alike; None compares nothing.
+        cases: data set; both models must label its first case alike. None skips the comparison.
 
     Raises:
         RunError: the cross-validation is unfinished or damaged, or the result may not be shipped; ``out`` is unchanged.
@@ -96,12 +96,12 @@ def _halved(source: Path, out: Path, network: Mapping[str, Any], statement: Mapp
         shutil.copyfile(source / name / INTENSITIES_FILE, out / name / INTENSITIES_FILE)
     written = checkpoints.load_newest(out / name / "checkpoints", "best")
     assert written is not None
-    entry = {key: value for key, value in network.items() if key != "runtime"}  # names the device it was trained on
+    entry = {key: value for key, value in network.items() if key != "runtime"}  # names the training device
     return {**entry, "weights_sha256": written.sha256}
 
 
 def _statement(crossval: Path) -> dict[str, Any]:
-    """Return what the model says of itself."""
+    """Return what the model card states: data, scores, limits and licence."""
     split = read_json(crossval / ENSEMBLE_FOLDER / "split.json")
     return {
         "name": _MODEL.name,
@@ -154,7 +154,7 @@ def _require_small(folder: Path) -> None:
 
 
 def _require_no_places(folder: Path) -> None:
-    """Refuse files with absolute paths, which are of the machine that trained."""
+    """Refuse files with absolute paths, which come from the machine that trained."""
     for path in sorted(folder.rglob("*")):
         found = _PLACE.search(path.read_text(encoding="utf-8")) if path.suffix in (".json", ".md") else None
         if found is not None:
@@ -162,7 +162,7 @@ def _require_no_places(folder: Path) -> None:
 
 
 def _require_same_labels(one: Path, other: Path, cases: Path) -> None:
-    """Refuse weights that label the first case differently."""
+    """Refuse weights that label too many voxels of the first case differently."""
     case = find_cases(cases)[0]
     maps = []
     with tempfile.TemporaryDirectory() as folder:

@@ -20,7 +20,7 @@ import pytest
 
 from data.datasets.source import DataSource
 
-# Other jobs on a machine make an example slow, and that is no fault of the program.
+# Other jobs on the machine can slow an example down, which is not the program's fault.
 hypothesis.settings.register_profile(
     "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -124,7 +124,7 @@ def real_cases() -> Path:
 
 @pytest.fixture(scope="session")
 def openvino_computes() -> None:
-    """Skip if OpenVINO cannot run: on a CPU without AVX2, or if oneDNN is limited to less."""
+    """Skip the test if OpenVINO cannot run: on a CPU without AVX2, or if oneDNN may not use AVX2."""
     from app.system.device import without_avx2
 
     if why := without_avx2():
@@ -300,7 +300,7 @@ def enhanced(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
         return pydicom.Sequence([item])
 
     random = np.random.default_rng(3)
-    voxels = random.integers(0, 4000, (8, 9, 6))  # a multiple of 8: GDCM misreads the last bits of other masks
+    voxels = random.integers(0, 4000, (8, 9, 6))  # voxels in multiples of 8: GDCM misreads the last bits of other masks
     affine = np.eye(4)
     affine[:3, :3] = Rotation.from_euler("xyz", [10, 15, -5], degrees=True).as_matrix() @ np.diag([-1.5, -2.0, 4.0])
     affine[:3, 3] = (12, 7, -30)

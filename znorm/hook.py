@@ -51,7 +51,7 @@ class ZNormConfig:
 
 
 class GradientHandle:
-    """A rule attached to an optimiser: its selection, its number of skipped steps, and how to remove it."""
+    """Handle of a rule attached to an optimiser: its selection, the number of skipped steps, and ``remove()``."""
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, rule: GradientTransform, selection: Selection) -> None:
         self.selection = selection
@@ -119,7 +119,7 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
         optimizer: any torch optimiser over parameters of ``model``; hooks are not part of its ``state_dict``, so attach
             again to a new optimiser that loads one.
         model: supplies the parameter names and the output block.
-        config: what to normalise and how; default: that of :class:`ZNormConfig`.
+        config: what to normalise and how; default: ``ZNormConfig()``.
 
     Returns:
         a handle with ``remove()``, ``selection`` and ``skipped_steps``.
@@ -166,12 +166,12 @@ def attach_baseline(
         optimizer: as in :func:`attach`.
         model: as in :func:`attach`.
         name: one of :data:`znorm.transforms.BASELINES`.
-        config: selects the parameters for ``scale``; ``adaptive-clip`` only uses its ``output_block``, which it leaves
-            out as its paper does; other rules ignore it and take every parameter.
+        config: ``scale`` selects its parameters with it. ``adaptive-clip`` takes every parameter except those of the
+            ``output_block``, as in its paper. The other rules ignore it and take every parameter.
         numbers: keyword arguments of the rule, such as ``limit=1.0`` for ``clip``.
 
     Raises:
-        ValueError: there is no such rule, or a reason given under :func:`attach`.
+        ValueError: there is no rule of this name; otherwise as raised by :func:`attach`.
     """
     if name not in BASELINES:
         raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(BASELINES)}")

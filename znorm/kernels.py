@@ -42,12 +42,12 @@ def zscore_kernels_(tensors: Sequence[Tensor], eps: float, mode: _Mode, *, toget
     It takes three launches, whatever the number of tensors: one measures each chunk of 8192 elements, one merges the
     chunks of each tensor, one rewrites each chunk. Every element is read twice and written once. Temporaries take 20
     bytes per chunk and about 60 per tensor, 0.1 % of large float32 gradients. There are no atomic operations on floats,
-    so the same gradients give the same bits. At their first use with a device and dtype the kernels check themselves on
-    small tensors, which reads results back; later calls do not synchronise.
+    so the same gradients give the same bits. The first call with a device and dtype runs a self-check on small tensors
+    and reads its results back; later calls do not synchronise.
 
     Args:
-        tensors: gradients of any shape, of one device and dtype; empty ones are left out. Without ``together`` a
-            tensor of one element becomes 0, so the caller leaves those out.
+        tensors: gradients of any shape, on one device and of one dtype; empty ones are left out. Without ``together``
+            a tensor of one element becomes 0, so the caller leaves those out.
         eps: added to the standard deviation (the population's), relative to rms(g); at least 0.
         mode: ``zscore``; ``centre`` only subtracts the mean; ``scale`` only divides and keeps the mean.
         together: use one mean and spread over all elements of all tensors instead of each tensor's own.
@@ -124,7 +124,7 @@ def _named(error: Exception) -> str:
 
 @dataclass
 class _Layout:
-    """How gradients of given sizes are split into chunks, as tables on the device."""
+    """Tables on the device that describe how gradients of given sizes are split into chunks."""
 
     owners: Tensor
     """int32 [chunks]: the tensor that a chunk belongs to."""
@@ -138,7 +138,7 @@ class _Layout:
     """int64 [tensors]: the addresses, on the device."""
 
     def pointers_to(self, addresses: list[int]) -> Tensor:
-        """The table of addresses, copied to the device only if an address changed."""
+        """Return the table of addresses, copied to the device only if an address changed."""
         if self.pointers is None or addresses != self.addresses:
             self.pointers = _upload(torch.tensor(addresses, dtype=torch.int64), self.owners.device)
             self.addresses = addresses
@@ -222,7 +222,7 @@ def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _samples(dtype: torch.dtype) -> list[Tensor]:
-    """Small gradients of odd sizes: several chunks, a mean above the spread, both ends of the range, constant."""
+    """Return small gradients of odd sizes: several chunks, mean above spread, both ends of the range, constant."""
     generator = torch.Generator().manual_seed(0)
     limits = torch.finfo(dtype)
 

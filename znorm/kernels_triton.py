@@ -5,14 +5,14 @@ This is a separate module because Triton reads the source of what it compiles. T
 binds its own to the interpreter or the compiler when Triton is imported, but ours when this module is imported.
 """
 
-# The parameters of a kernel have no types that a checker knows, and are passed one by one.
+# The parameters of a kernel have no types that a type checker knows, and each is a separate argument.
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators, allow-untyped-calls
 # ruff: noqa: PLR0913, PLR0917
 
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Nothing is specialised on numbers, so there is one build per dtype and alignment, and the self-check runs all of them.
+# Kernels are not specialised on numbers: there is one build per dtype and alignment, and the self-check runs each.
 
 
 @triton.jit
@@ -145,7 +145,7 @@ def merge(
         begin = tl.load(first + unit * width)
         end = tl.load(first + (unit + 1) * width)
         lane = tl.arange(0, lanes)
-        # Sums are relative to a nearby number, so that equal elements, however many, have exactly their value as mean.
+        # Sums are relative to a nearby number, so the mean of equal elements, however many, is exactly their value.
         origin = tl.load(sums + begin).to(tl.float64) * _wide_power(_exponent(tl.load(largest + begin)))
         top = tl.full((lanes,), 0, tl.int32)
         count = tl.full((lanes,), 0, tl.float64)

@@ -79,7 +79,7 @@ class OverlapWatch:
         self._sums: dict[str, Tensor] = {}
 
     def read(self) -> dict[str, Overlap]:
-        """Overlap of each junction that both gradients reached, by name, in the order of the junctions."""
+        """Return the overlap of each junction that both gradients reached, by name, in the order of the junctions."""
         names = [name for name in self._names if name in self._sums]
         rows = [self._sums[name] for name in names]
         table = torch.stack([row.to(rows[0].device) for row in rows]).tolist() if rows else []
@@ -101,9 +101,9 @@ def watch_overlap(junctions: nn.Module | Sequence[Junction]) -> Iterator[Overlap
         the watch, complete when the block ends; :meth:`OverlapWatch.read` copies its numbers from the device once.
         Norms and products are float64 where the device supports it.
 
-    All hooks are removed when the block ends. Over several passes, or several calls of a module, a and b are those of
-    all calls concatenated. A junction whose x needs no gradient, such as one fed by the image itself, is left out.
-    Modules inside ``torch.compile`` may not call their hooks.
+    All hooks are removed when the block ends. With several passes, or several calls of a module, a and b are the
+    concatenated gradients of all calls. A junction whose x needs no gradient, such as one fed by the image itself, is
+    left out. Modules inside ``torch.compile`` may not call their hooks.
 
     Example:
         >>> unit = nn.Linear(2, 2, bias=False)
@@ -152,7 +152,7 @@ def _of_module(name: str, module: nn.Module) -> Iterator[Junction]:
 
 
 def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[RemovableHandle]:
-    """Install hooks that call ``add(a, b)`` for each call of the junction's modules, once both gradients arrived."""
+    """Install hooks that call ``add(a, b)`` for each call of the junction's modules, once both gradients are there."""
     waiting: dict[int, tuple[bool, Tensor]] = {}
     calls = {True: 0, False: 0}
 
@@ -238,7 +238,7 @@ def _sums(a: Tensor, b: Tensor) -> Tensor:
 
 def _overlap(product: float, skip: float, transformation: float, both: float) -> Overlap:
     a, b = skip**0.5, transformation**0.5
-    # Rounding may exceed the limits; the comparisons let NaN through.
+    # Rounding may push values beyond their limits; the comparisons let NaN through.
     cosine = product / (a * b) if a * b > 0 else float("nan")
     ratio = both**0.5 / (a + b) if a + b > 0 else float("nan")
     return Overlap(

@@ -132,14 +132,14 @@ def select(
 
 
 def find_output_block(model: nn.Module) -> str | None:
-    """Name of the block that makes the logits: the last child, after looking through wrappers with one child.
+    """Find the block that makes the logits: the last child, after looking through wrappers with one child.
 
     In MONAI's UNet this is the last up-sampling stage, ``model.2``. With residual units, that stage holds a transposed
-    convolution and the residual unit whose shortcut feeds the logits, so more than the last convolution. In MONAI's
-    SegResNet it is ``conv_final``.
+    convolution and the residual unit whose shortcut feeds the logits, so it is more than the last convolution. In
+    MONAI's SegResNet it is ``conv_final``.
 
     Returns:
-        the name, or None if all parameters of the model are in one layer.
+        its name, or None if all parameters of the model are in one layer.
     """
     path: list[str] = []
     module = model

@@ -1,4 +1,4 @@
-"""Baselines to compare ZNorm with: rules that change gradients in place before a step, each with a name.
+"""Baselines to compare ZNorm with: named rules that change gradients in place before a step.
 
 A rule returns whether every gradient was finite; if not, the step must be skipped.
 """
@@ -134,7 +134,7 @@ def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> boo
     Args:
         work: gradients with their parameters; in tensors with one dimension each element is a channel.
         ratio: the share; 0.01 in the paper.
-        floor: smallest norm that weights count with; default 1e-3.
+        floor: lower bound on the weights' norm; default 1e-3.
 
     Example:
         >>> g, w = torch.tensor([[3.0, 4.0], [0.0, 0.5]]), torch.tensor([[1.0, 0.0], [0.0, 2.0]])
@@ -167,7 +167,7 @@ def scale_(work: Gradients, *, eps: float) -> bool:
 def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
     """Normalise the chosen gradients, then rescale all gradients to the norm that clipping would leave.
 
-    Let ||all|| and ||chosen|| be the norms of all and of the chosen gradients before, and s = min(1, limit / ||all||).
+    Let ||all|| and ||chosen|| be the initial norms of all and of the chosen gradients, and s = min(1, limit / ||all||).
     The chosen gradients end up with norm s * ||chosen||, and the others are multiplied by s. The size of a step, and so
     the meaning of the learning rate, is the same as with clipping, and it falls as the gradients fall; the
     normalisation only changes the share of each layer.

@@ -17,8 +17,8 @@ Mode = Literal["zscore", "centre", "scale"]
 
 #: Relative to a gradient's root mean square. About the resolution of float32, so that rounding noise is not amplified.
 EPS: Final = 1e-7
-#: Elements per thread that are squared and summed in turn: 1 MB, so that the second reduction finds them in the core's
-#: cache. A smaller block would start the threads more often.
+#: Elements per thread in each block that is first squared, then summed: 1 MB, so that the second reduction finds them
+#: in the core's cache. A smaller block would start the threads more often.
 _BLOCK: Final = 2**18
 #: Outside this range of mean squares, sums of squares have lost digits or are about to.
 _SAFE: Final = {torch.float32: (1e-30, 1e30), torch.float64: (1e-280, 1e280)}
@@ -138,7 +138,7 @@ def _on_cpu(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
     if not all(bool(torch.isfinite(piece.flat).all()) for unit in suspicious for piece in unit.pieces):
         return False
     lines = [_line(unit, eps, mode) for unit in units]
-    # All offsets in one tensor: for small gradients, creating a tensor each would take as long as the pass itself.
+    # All offsets in one tensor: for small gradients, creating one tensor each would take as long as the pass itself.
     offsets = torch.tensor([line.offset for line in lines], dtype=torch.float64)
     of_dtype = {dtype: offsets.to(dtype).unbind() for dtype in {unit.pieces[0].flat.dtype for unit in units}}
     for number in reversed(range(len(units))):
@@ -263,7 +263,7 @@ def _foreach_zscore_(group: list[Tensor], largest: Tensor, eps: float, mode: Mod
     def mean_of(sums: Tensor) -> Tensor:
         return (sums.sum() / counts.sum()).expand_as(sums) if together else sums / counts
 
-    # A power of two is exact. ldexp in two steps, as the factor itself may not be representable in the dtype.
+    # Scaling by a power of two is exact. It takes two steps: the factor itself may not be representable in the dtype.
     exponents = torch.frexp(torch.where(largest > 0, largest, 1))[1]
     for part in (exponents // 2, exponents - exponents // 2):
         torch._foreach_mul_(group, list(torch.ldexp(torch.ones_like(largest), -part).unbind()))

@@ -63,7 +63,7 @@ def crossval(
     settings = [*(overrides or ()), *options.weights_override(weights)]
     source = options.data_sets(data, labels, follow_links=follow_links)
     init_from = None if init_from is None else options.installed_model(init_from)
-    # Without --config, the network is that of the ensemble, as in train.
+    # Without --config, use the ensemble's network and patch size, as train --init-from does.
     sections = None
     if init_from is not None:
         require_ensemble(init_from)

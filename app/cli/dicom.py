@@ -67,7 +67,7 @@ def dicom(
         lines = []
         if folder is not None:
             for contrast, choice in choices.items():
-                new = notes[contrast][len(choice.series.notes) :]  # those of the series are in the list above
+                new = notes[contrast][len(choice.series.notes) :]  # the list above shows the series' own
                 lines += [f"note: {contrast}, series {choice.series.key}: {note}" for note in new]
             lines.append(f"{len(choices)} contrasts in {folder}")
         terminal.result(_content(opened, choices, notes, case=case, folder=folder, problem=problem), *lines)

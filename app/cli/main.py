@@ -111,7 +111,7 @@ def run() -> None:
     with outlasting_streams(), terminal.signals_unwind():
         try:
             code = app(standalone_mode=False)
-            if code == EXIT_INTERRUPTED:  # typer silently turns KeyboardInterrupt into this
+            if code == EXIT_INTERRUPTED:  # typer silently turns KeyboardInterrupt into this code
                 raise KeyboardInterrupt(terminal.settings.stopped_by)
         except BaseException as error:
             code = terminal.fail(error)

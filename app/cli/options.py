@@ -28,7 +28,7 @@ def panel(heading: str) -> partial[Any]:
 
 
 def complete_config(incomplete: str) -> list[str]:
-    """Complete the name of a config; lists the folder, because importing app.config.load takes seconds."""
+    """Complete the name of a config from the folder's entries, because importing app.config.load takes seconds."""
     names = (Path(entry.name).stem for entry in resources.files("app.config.named").iterdir() if ".yaml" in entry.name)
     return sorted(name for name in names if name.startswith(incomplete))
 
@@ -128,7 +128,7 @@ def refuse(wrong: object, message: str) -> None:
 
 
 def given(**by_contrast: T | None) -> dict[Contrast, T]:
-    """Return those options that were given, by the contrast that names each."""
+    """Return the options that were given, keyed by contrast."""
     return {cast("Contrast", name): value for name, value in by_contrast.items() if value is not None}
 
 
@@ -144,7 +144,7 @@ def conventions(labels: str | None) -> tuple[str | None, str | None]:
 
 
 def data_sets(data: Sequence[Path], labels: str | None, *, follow_links: bool) -> DataSource:
-    """Return the data sets of a command, with ``--labels NAME[,NAME...]`` and ``--follow-links``."""
+    """Return the data sets of a command, after applying ``--labels NAME[,NAME...]`` and ``--follow-links``."""
     from data.datasets.source import data_source
 
     source, names = data_source([str(one) for one in data], follow_links=follow_links), (labels or "").split(",")
@@ -178,7 +178,7 @@ def challenge(rules: str | None, task: str | None) -> ChallengeRules | None:
 
 
 def runtime_config(device: str) -> RuntimeConfig:
-    """Return the settings of the machine with ``--device``.
+    """Return the runtime config for ``--device``.
 
     Raises:
         ConfigError: there is no device of this name.
@@ -193,7 +193,7 @@ def runtime_config(device: str) -> RuntimeConfig:
 
 
 def installed_model(run: Path) -> Path:
-    """Return the folder that RUN stands for; a published model that is not installed is downloaded."""
+    """Return the model folder for RUN; if RUN is a published model that is not installed, download it."""
     from app.exporting.install import model_folder
 
     with terminal.watched() as on_progress:

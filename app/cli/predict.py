@@ -224,7 +224,7 @@ def predict_command(
 
 
 def _places(run: Path | None, places: list[Path], *, files: bool, challenge: bool) -> tuple[Path, Path, Path]:
-    """Return RUN, INPUT and OUTPUT; INPUT is meaningless if the files of one case are given instead."""
+    """Return RUN, INPUT and OUTPUT; if the files of one case are given instead of INPUT, its value has no meaning."""
     if challenge:
         from app.inference.batch.challenge import INPUT, MODEL, OUTPUT
 
@@ -250,7 +250,7 @@ def _window(text: str) -> Literal["trained", "brain"] | tuple[int, int, int]:
 
 
 def _other_processes(job: PredictJob, engine: str, devices: str | None, workers: int | None) -> CaseExecutor | None:
-    """Return the executor that uses other processes; None if this process does the work."""
+    """Return an executor that runs other processes; None if this process does the work itself."""
     from app.inference.batch.parallel import InProcesses, devices_of
     from app.system.worker_pool import default_devices
 

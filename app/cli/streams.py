@@ -1,8 +1,8 @@
 """Standard output and error that survive the loss of their reader.
 
 The reader may disappear at any time: ``znormseg train ... 2>&1 | head``, a closed terminal, a lost connection. Messages
-are then dropped and the job continues. A result without a reader is not an error either, but a result that cannot
-be written to a full disk is.
+are then dropped and the job continues. A result that nobody reads is not an error either, but failing to write it to a
+file, for example because the disk is full, is one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class _Outlasting(io.FileIO):
             # A closed terminal raises EIO, as does a failing disk.
             is_gone = error.errno in _READER_GONE or (error.errno == errno.EIO and self._is_terminal)
             if is_gone or not self._messages:
-                self._discard_output()  # so that buffered content is not retried either
+                self._discard_output()  # so that buffered content is not written again either
             if not is_gone and not self._messages:
                 raise OSError(error.errno, f"cannot be written: {error.strerror}", "standard output") from error
             return memoryview(content).nbytes
@@ -91,7 +91,10 @@ def _outlasting(stream: TextIO | None, descriptor: int, *, messages: bool) -> Te
 
 
 def _open_closed_ones() -> None:
-    """Open closed descriptors 0 to 2 (``2>&-``); else the next file opened would get the number, and the messages."""
+    """Open descriptors 0 to 2 if they are closed (``2>&-``).
+
+    Otherwise the next file to be opened would get the free number, and messages would be written to it.
+    """
     for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)

@@ -75,7 +75,7 @@ def some(ids: Sequence[str]) -> str:
 
 
 def name_failed(failures: Collection[str], *, done: int) -> None:
-    """Name the cases that failed for reasons already printed; exit with code 6, or with 3 if no case is done."""
+    """Name the cases that failed for reasons already printed; exit with code 6, or with 3 if no case succeeded."""
     from app.errors import EXIT_DATA, EXIT_SOME_FAILED
 
     if failures:
@@ -141,14 +141,14 @@ def signals_unwind() -> Iterator[None]:
     def interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - signature of a signal handler
         caught.append(number)
         name = signal.Signals(number).name
-        # A second SIGTERM ends the process at once; a second SIGHUP only repeats the first (kernel, then shell).
+        # A second SIGTERM ends the process at once. A second SIGHUP is ignored: the kernel and the shell each send one.
         signal.signal(number, signal.SIG_IGN if name == "SIGHUP" else signal.SIG_DFL)
         settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
 
     def interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
-        # Python ignores what is raised in a finalizer or a weak reference's callback. The signal comes again from
-        # another thread: here, in the hook, its exception would be ignored too.
+        # Python ignores exceptions raised in finalizers and weak reference callbacks. The signal is sent again from
+        # another thread, because an exception raised in this hook would be ignored too.
         if not isinstance(ignored.exc_value, KeyboardInterrupt):
             hook(ignored)
             return
@@ -206,7 +206,7 @@ def watched() -> Iterator[OnProgress]:
 def _threads_without_tracebacks() -> Iterator[None]:
     """Suppress tracebacks of system errors in a library's thread, such as TensorBoard's.
 
-    The code that uses the thread gets the error as well, reports its path and decides whether the job continues.
+    The code that uses the thread also receives the error, reports the path and decides whether the job continues.
     """
     before = threading.excepthook
 

@@ -56,17 +56,17 @@ def _common(
         ),
     ] = False,
 ) -> None:
-    """Hold the signature of the options that every command has."""
+    """Declare the options that every command has; only the signature is used."""
 
 
 class _Verb(TyperCommand):
     """A command whose help has headings (``rich_help_panel``) and ends with examples (``epilog``).
 
-    Typer's own headings need its rich help, which wraps the examples and leaves little space for the options' texts.
+    Typer's own headings need its rich help, which wraps the examples and leaves little space for descriptions.
     """
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write arguments, options without a heading, the other headings in order of appearance."""
+        """Write the arguments, then options without a heading, then the other headings in order of appearance."""
         panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
         for parameter in self.get_params(ctx):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"

@@ -27,8 +27,8 @@ class GradientConfig:
     adaptive_clip_ratio: float = 0.01
     """Maximum ratio of the norm of a channel's gradient to the norm of its weights, under ``adaptive-clip``."""
     znorm: znorm.ZNormConfig = field(default_factory=znorm.ZNormConfig)
-    """Settings of ``znorm``; ``scale`` uses its ``eps`` and its selection of parameters, ``adaptive-clip`` its output
-    block."""
+    """Settings of ``znorm``. ``scale`` also uses ``eps`` and the selection of parameters; ``adaptive-clip`` also uses
+    the output block."""
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "clip_value", "adaptive_clip_ratio"):

@@ -16,8 +16,8 @@ class InferenceConfig:
     overlap: float = 0.5
     """Overlap of neighbouring windows, as a fraction of the window's side."""
     crop: bool = True
-    """Crop the volume to the brain before placing the windows. False keeps the empty space around it, for imported
-    networks that were trained with it: their group norms include it. Training requires True."""
+    """Crop the volume to the brain before placing the windows. False keeps the empty space around the brain, for
+    imported networks that were trained with it and whose group norms depend on it. Training requires True."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.overlap <= 0.9:
@@ -36,7 +36,7 @@ class PredictOptions:
     """Size of the windows: ``trained``, the network's training patch; ``brain``, one window around the whole brain; or
     voxels along each axis. Sides are rounded up to sizes that the network accepts."""
     overlap: float | None = None
-    """Overlap of neighbouring windows, as a fraction of the window's side; None takes the run's."""
+    """Overlap of neighbouring windows, as a fraction of the window's side; None uses the run's."""
     max_memory_gb: float | None = None
     """Peak memory that the process may use, in 10^9 bytes; None for no limit."""
 
@@ -64,7 +64,7 @@ DEFAULTS: Final = PredictOptions()
 
 
 def options_to_plain(options: PredictOptions) -> dict[str, Any]:
-    """Return the options as plain data, the convention by name, without ``training``, which is read from the run."""
+    """Return the options, except ``training``, as plain data; the label convention is given by its name."""
     left_out = ("labels", "training")
     plain = {one.name: getattr(options, one.name) for one in fields(options) if one.name not in left_out}
     return {**plain, "labels": None if options.labels is None else options.labels.name}

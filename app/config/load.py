@@ -39,8 +39,8 @@ class DataConfig:
     nan_to_zero: bool = False
     """Replace NaN and infinite image voxels with 0 instead of rejecting the case."""
     weights: tuple[int, ...] | None = None
-    """With several data sets, the patches that each has in every cycle, such as ``[3, 1]``; null makes the cases of all
-    data sets equally likely."""
+    """With several data sets, the number of patches from each in every cycle, such as ``[3, 1]``; null makes every case
+    equally likely, whichever data set it is from."""
 
     def __post_init__(self) -> None:
         if self.weights is not None and not (self.weights and all(1 <= one <= 1000 for one in self.weights)):
@@ -73,7 +73,7 @@ class RunConfig:
 
     @property
     def takes_missing_contrasts(self) -> bool:
-        """Whether the network accepts missing contrasts; one extra input channel per contrast marks its presence."""
+        """Whether the network accepts missing contrasts; if so, an extra channel per contrast marks its presence."""
         return self.augment.contrast_dropout > 0
 
     @property
@@ -129,10 +129,10 @@ def parse_config(
     *,
     sections: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> RunConfig:
-    """Parse a config from text, as :func:`load_config`; ``origin`` is its name in messages.
+    """Parse a config from text, like :func:`load_config`; ``origin`` is its name in messages.
 
     Raises:
-        ConfigError: as :func:`load_config`.
+        ConfigError: see :func:`load_config`.
     """
     try:
         content = _load_yaml(text)
@@ -249,7 +249,7 @@ def from_plain(content: dict[str, Any], origin: str) -> RunConfig:
     """Return the config from the output of :func:`to_plain`; ``origin`` is its name in messages.
 
     Raises:
-        ConfigError: as :func:`load_config`.
+        ConfigError: see :func:`load_config`.
     """
     try:
         text = json.dumps({"run": content}, allow_nan=False)

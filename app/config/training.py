@@ -51,7 +51,7 @@ class TrainingConfig:
     """Maximum number of rollbacks to the last checkpoint after a non-finite loss."""
     telemetry_steps: int = 0
     """Steps between measurements of each layer's gradient and of the gradient overlap; 0 disables them. In float16 the
-    norms of the overlap are those of the scaled loss."""
+    overlap's norms are measured on the scaled loss."""
     seed: int = 0
     """Random seed of the initial weights, the patches and their augmentation."""
 

@@ -1,4 +1,4 @@
-"""Interpretation of the facts about a machine: pure functions of a probe."""
+"""Findings about a machine, derived from a probe by pure functions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from app.system.device import TENSOR_CORES
 
 Level = Literal["ok", "note", "warning", "problem"]
 
-#: Free memory below which hardly anything can be trained, and below which a plan should be tried out.
+#: Free memory in bytes: below the first, hardly anything can be trained; below the second, try a plan with --dry-run.
 _LITTLE_MEMORY: Final = 2_000_000_000
 _SOME_MEMORY: Final = 6_000_000_000
 _LITTLE_DISK: Final = 1_000_000_000
@@ -21,7 +21,7 @@ _SOME_DISK: Final = 10_000_000_000
 #: First compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
 _SHM: Final = "/dev/shm"  # noqa: S108 - only its name; nothing is written to it
-#: Builds of torch: since 2.12 they are cu126, cu130 and cu132 (pytorch/pytorch#178665).
+#: Commands that install torch with CUDA; since 2.12 its builds are cu126, cu130 and cu132 (pytorch/pytorch#178665).
 _WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
 _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
 
@@ -143,7 +143,7 @@ def _processors(probe: Probe) -> DoctorFinding:
 
 
 def _threads(probe: Probe) -> DoctorFinding:
-    """Compare the network's threads with the processors."""
+    """Compare the number of torch's threads with the number of processors."""
     share = probe.cores if probe.quota is None else min(probe.cores, max(1, math.ceil(probe.quota)))
     topic, remedy = "threads", f"export OMP_NUM_THREADS={share}"
     setting = probe.environment.get("OMP_NUM_THREADS")

@@ -126,7 +126,7 @@ def _gpu(index: int) -> Gpu:
 
 
 def _gpu_in_machine() -> bool:
-    """Whether there is an NVIDIA device: a node of its driver, or a display controller on the PCI bus."""
+    """Whether there is an NVIDIA device: its driver's device node, or a display controller on the PCI bus."""
     if any(Path("/dev").glob("nvidia[0-9]*")):
         return True
     for device in Path("/sys/bus/pci/devices").glob("*"):
@@ -146,7 +146,7 @@ def _driver() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """Return the CUDA version according to libcuda, which comes with the driver."""
+    """Return the newest CUDA version that the driver supports, as its library libcuda reports it."""
     try:
         library = ctypes.CDLL("libcuda.so.1")
         number = ctypes.c_int()

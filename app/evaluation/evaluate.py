@@ -59,7 +59,7 @@ class Evaluation(FolderScores):
     nsd_mm: float = NSD_MM
     """Tolerance of the surface Dice in mm."""
     made_by_us: tuple[str, ...] = ()
-    """Case ids whose reference has a JSON file of ``predict`` next to it: the two sides may be swapped."""
+    """Case ids whose reference has a JSON file written by ``predict`` next to it: the two sides may be swapped."""
 
     @property
     def by_case(self) -> dict[str, Values]:
@@ -83,7 +83,7 @@ class Evaluation(FolderScores):
         return {**cases, "mean": over_cases(every, statistics.fmean), "median": over_cases(every, statistics.median)}
 
     def rows(self) -> list[list[str]]:
-        """Return the table for the terminal; with probabilities, three more columns have the ECE."""
+        """Return the table for the terminal; with probabilities, three more columns show the ECE."""
         return self._with_calibration(super().rows(), "{0} ECE", ("ece",), lambda value: f"{value:.4f}", "-")
 
     def csv_rows(self) -> list[list[object]]:
@@ -98,7 +98,7 @@ class Evaluation(FolderScores):
         return found
 
     def notes(self) -> list[str]:
-        """Return what to know about the folders: swapped sides, resampled and missing cases."""
+        """Return notes on the folders: possibly swapped arguments, resampled predictions, missing cases."""
         found = super().notes()
         if self.resampled:
             found.insert(0, f"predictions resampled to the grid of their reference: {first_ids(self.resampled)}")
@@ -126,7 +126,7 @@ class Evaluation(FolderScores):
     def _with_calibration(
         self, rows: list[list[Any]], heading: str, names: Sequence[str], text: Callable[[float], Any], missing: str
     ) -> list[list[Any]]:
-        """Add columns with errors of the probabilities to a table, if any case has them."""
+        """Add columns with calibration errors to a table if any case has them."""
         errors = self.calibration()
         columns = [(region, name) for region in REGIONS for name in names] if errors else []
         header, *others = rows
@@ -232,7 +232,7 @@ def _score_case(case: str, folders: Folders, *, resample: bool, nsd_mm: float) -
 
 
 def _probabilities_of(case: str, label_map: Path) -> Path | None:
-    """Return the probability file of a label map, unless predict's JSON shows that it belongs to an earlier one."""
+    """Return the probability file of a label map, unless predict's JSON shows that it belongs to an earlier map."""
     names = dict.fromkeys((strip_nifti_ending(label_map.name), case))
     path = next((p for name in names if (p := label_map.with_name(f"{name}{ENDING}")).exists()), None)
     files = _record_beside(label_map, case).get("files")

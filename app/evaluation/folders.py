@@ -52,8 +52,8 @@ class Folders:
     read: Callable[[Path], Volume]
     """Reads one of the label maps, or returns it from memory; see :class:`LabelMapsOnce`."""
     pixdim_mm: Mapping[str, Spacing]
-    """Voxel size in the header of the prediction (or else the reference) that disagrees with the affine, which takes
-    precedence; by id of the cases with both label maps."""
+    """Voxel size stated in the header of the prediction, or else of the reference, if it disagrees with the affine,
+    which takes precedence; by case id, for cases with both label maps."""
 
     @property
     def common(self) -> list[str]:
@@ -136,7 +136,7 @@ def match(predictions: DataSource, references: DataSource) -> Folders:
 class LabelMapsOnce:
     """Label maps that are used twice (to determine the convention and to score) but read only once.
 
-    After the first use a label map is kept in memory, cropped to its foreground, while the size limit allows.
+    After the first use a label map is kept in memory, cropped to its foreground, if the size limit allows.
     """
 
     def __init__(self, paths: frozenset[Path], *, room_bytes: int = _KEPT_BYTES) -> None:
@@ -144,7 +144,7 @@ class LabelMapsOnce:
 
         Args:
             paths: the label maps that will be used twice.
-            room_bytes: maximum size of the label maps kept at any time; default: 512 MiB.
+            room_bytes: maximum total size of the label maps in memory; default: 512 MiB.
         """
         self._paths, self._room_bytes, self._lock = paths, room_bytes, Lock()
         self._kept: dict[Path, tuple[Volume, tuple[slice, slice, slice], tuple[int, ...]]] = {}
@@ -152,10 +152,10 @@ class LabelMapsOnce:
         self.pixdim_mm: dict[Path, Spacing] = {}
 
     def values(self, path: Path) -> set[int]:
-        """Return the numbers in a label map.
+        """Return the distinct values in a label map.
 
         Raises:
-            DataError: as :func:`data.nifti.read_label_map`.
+            DataError: as raised by :func:`data.nifti.read_label_map`.
         """
         volume = read_label_map(path)
         if volume.pixdim_mm is not None:
@@ -173,10 +173,10 @@ class LabelMapsOnce:
         return {int(value) for value in values_in(inside)} | ({0} if inside.size < mask.size else set())
 
     def give(self, path: Path) -> Volume:
-        """Return a label map: the copy kept in memory, which is then dropped, or else read from its file again.
+        """Return a label map: hand over the copy kept in memory, or else read the file again.
 
         Raises:
-            DataError: as :func:`data.nifti.read_label_map`.
+            DataError: as raised by :func:`data.nifti.read_label_map`.
         """
         with self._lock:
             kept = self._kept.pop(path, None)
@@ -207,7 +207,7 @@ def score_each(
         on_stop: called if the job is interrupted or fails, to end whatever ``score`` waits for in other threads.
 
     Returns:
-        the results of ``score`` in the order of the ids, without failed cases; and the reasons of failures, by id.
+        the results of ``score`` in the order of the ids, without failed cases; and the reasons for failures, by id.
 
     Raises:
         DataError: no case could be scored; the message gives reasons.
@@ -241,7 +241,7 @@ def _label_maps(cases: Mapping[str, Case]) -> dict[str, Path]:
 def _survey(
     source: DataSource, cases: Mapping[str, Case], maps: LabelMapsOnce
 ) -> tuple[LabelConvention, dict[str, str]]:
-    """Determine one side's convention from all of its files; return unusable files as well, as reasons by case id.
+    """Determine one side's convention from all of its files; also return why files are unusable, by case id.
 
     Cases without a counterpart are read too: they may contain the only 3 or 4 of the data set.
     """

@@ -37,7 +37,7 @@ DEFINITION: Final = (
     f"(reference, and probability above one half), grown by {MARGIN_MM:g} mm on every side; ECE: {BINS} bins of equal "
     "width; Brier: mean squared difference; undefined for a case without predicted or true tumour"
 )
-#: Ending of the name of a case's probability file.
+#: Suffix of a case's probability file.
 ENDING: Final = "_probabilities.nii.gz"
 _ROUNDING: Final = 1e-4
 
@@ -49,9 +49,9 @@ class Reliability:
     voxels: FloatArray
     """Number of voxels in each bin, shape (BINS,)."""
     probabilities: FloatArray
-    """Sum of the voxels' probabilities, shape (BINS,)."""
+    """Sum of the voxels' probabilities in each bin, shape (BINS,)."""
     members: FloatArray
-    """Number of the voxels that are in the region, shape (BINS,)."""
+    """Number of voxels in each bin that are in the region, shape (BINS,)."""
     squares: float
     """Sum over all voxels of the squared difference of probability and truth (0 or 1)."""
 
@@ -61,7 +61,7 @@ class Reliability:
 
     @property
     def ece(self) -> float:
-        """Mean over voxels of the gap between mean probability and share in the region in their bin; 0 if empty."""
+        """Mean over voxels of the gap, in their bin, between mean probability and share in the region; 0 if empty."""
         return float(np.abs(self.probabilities - self.members).sum() / max(1.0, self.voxels.sum()))
 
     @property

@@ -25,7 +25,7 @@ _SHARE: Final = 0.95
 _SLACK_MM: Final = 1e-4  # single precision turns a 1 mm voxel into 1.00000003 mm, still within a 1 mm tolerance
 _SPARSE: Final = 60  # voxels per corner above which a tree search is faster than a distance transform
 #: Marching-cubes patches of the codes 0 to 127; code 255 - c has the same patch as c. Each triangle has three digits:
-#: its area in eighths as seen along X, Y and Z. Values of the table in surface-distance (Apache-2.0), without signs.
+#: its area in eighths as seen along X, Y and Z. The values are those in surface-distance (Apache-2.0), without signs.
 _PATCHES: Final = """
     - 111 111 220220 111 202202 111111 400222111 111 111111 202202 400222111 220220 400222111 400222111 400400 111
     022022 111111 040222111 111111 004222111 111111111 111222222111 111111 022022111 202202111 111333022202
@@ -75,7 +75,7 @@ def surface_areas_mm2(spacing_mm: Spacing) -> FloatArray:
 
     A patch has up to four triangles. The table gives each as a normal whose length is the triangle's area for voxels
     with unit edges; for other voxels each component is scaled by the area of the face perpendicular to its axis.
-    Computed in double precision, as the error of single precision can move the 95 % point to the next distance.
+    The computation is in double precision, as single-precision errors can move the 95 % point to the next distance.
     """
     dx, dy, dz = spacing_mm
     face_mm2 = np.array([dy * dz, dx * dz, dx * dy])
@@ -126,7 +126,7 @@ class SurfaceDistances:
 
     @property
     def robust_mm(self) -> float:
-        """Distance from the other surface within which 95 % of a surface's area is; the larger of both directions."""
+        """Distance from the other surface within which 95 % of a surface's area lies; the larger of both directions."""
         return max(_percentile_mm(self.there_mm, self.there_mm2), _percentile_mm(self.back_mm, self.back_mm2))
 
     def share_within(self, tolerance_mm: float) -> float:
@@ -165,7 +165,7 @@ def surface_distances(
 def robust_distance_mm(
     first: Codes, second: Codes, spacing_mm: Spacing, areas_mm2: FloatArray, *, may_search: bool = False
 ) -> float:
-    """Return the distance from the other surface within which 95 % of a surface's area is; the larger direction.
+    """Return the robust distance between two surfaces; see :attr:`SurfaceDistances.robust_mm`.
 
     Args:
         first: codes of the first mask, from :func:`corner_codes`.
@@ -182,7 +182,7 @@ def robust_distance_mm(
 
 
 def _percentile_mm(distances: FloatArray, weights_mm2: FloatArray) -> float:
-    # Ties of distance are sorted by area, as in the original; this fixes the rounding of the cumulative sum.
+    # Equal distances are sorted by area, as in the original, so that the cumulative sum is rounded in the same way.
     order = np.lexsort((weights_mm2, distances))
     reached = np.cumsum(weights_mm2[order]) / np.sum(weights_mm2[order])
     position = min(int(np.searchsorted(reached, _SHARE)), len(order) - 1)
@@ -191,7 +191,7 @@ def _percentile_mm(distances: FloatArray, weights_mm2: FloatArray) -> float:
 
 @functools.cache
 def _triangles() -> FloatArray:
-    """Return up to four triangles per code as unsigned normals as long as the triangle's area, shape (256, 4, 3)."""
+    """Return up to four triangles per code, as unsigned normals with the triangle's area as length: (256, 4, 3)."""
     half = np.zeros((128, 12))
     for code, digits in enumerate(_PATCHES.split()):
         half[code, : len(digits)] = [int(digit) / 8 for digit in digits.strip("-")] or [0.0]

@@ -75,7 +75,7 @@ class FolderScores(ABC):
         ]
 
     def write_table(self, path: Path) -> None:
-        """Write :meth:`csv_rows` as a CSV file; as :func:`write_csv`."""
+        """Write :meth:`csv_rows` as a CSV file; see :func:`write_csv`."""
         write_csv(path, self.csv_rows())
 
     def json_with(
@@ -125,7 +125,7 @@ def over_cases(cases: Sequence[Values], average: Callable[[Sequence[float]], flo
 
     Args:
         cases: at least one, all with the same regions and metrics.
-        average: such as ``statistics.fmean``.
+        average: function of a sequence of numbers, such as ``statistics.fmean``.
     """
     return {
         region: {metric: average([float(values[region][metric]) for values in cases]) for metric in numbers}

@@ -24,7 +24,7 @@ from data.datasets.source import DataSource
 from data.labels import LabelConvention
 from data.phantoms import write_phantoms
 
-#: Numbers of phantoms for training, for validation and held out.
+#: Numbers of phantoms to train on, to validate on and to hold out.
 TRAINING: Final = 24
 VALIDATING: Final = 2
 HELD_OUT: Final = 6
@@ -78,7 +78,7 @@ def run_demo(
     Args:
         out: new or empty folder; gets ``phantoms/ run/ predictions/ scores.csv``.
         overrides: changes to the ``laptop`` config, in the form of ``--set``.
-        counts: numbers of phantoms for training, for validation and held out; default: 24, 2 and 6.
+        counts: numbers of phantoms to train on, to validate on and to hold out; default: 24, 2 and 6.
         on_progress: called with the progress of each stage.
 
     Raises:

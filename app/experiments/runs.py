@@ -1,6 +1,6 @@
 """Helpers for jobs of several runs: the job's folder, resuming a run, and a quiet log.
 
-The folder of such a job has one file that describes the job, and the runs; the same command resumes unfinished work.
+The folder of such a job contains its runs and one file that describes it; the same command resumes unfinished work.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 def require_unchanged(out: Path, what: str, changed: Sequence[str]) -> None:
-    """Refuse to resume a job in whose folder another one was started.
+    """Refuse to resume a job in a folder where a different one was started.
 
     Args:
         out: the folder.
@@ -118,8 +118,8 @@ def start_or_resume(
         on_progress: called with the progress of the run.
 
     Raises:
-        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start` and
-            :func:`app.training.run.resume`.
+        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as raised by :func:`app.training.run.start`
+            and :func:`app.training.run.resume`.
     """
     if has_checkpoint(run):
         return resume(data, run, config, split_is_checked=True, store=store, on_progress=on_progress)
@@ -171,7 +171,7 @@ def backends_sentence(counts: Sequence[Mapping[str, str | int | None]]) -> str:
 
 @contextmanager
 def resumable(out: Path, position: Callable[[], str]) -> Iterator[None]:
-    """Work on a job: the log has only warnings of single runs, and an interruption names the job's position.
+    """Work on a job: limit the log of single runs to warnings, and report the job's position on interruption.
 
     Args:
         out: folder of the job.
@@ -210,7 +210,7 @@ class JobProgress:
     began: float = field(default_factory=time.monotonic)
 
     def report(self, done: float, detail: str) -> None:
-        """Report the number of parts that are done, with the share of those in progress."""
+        """Report the number of parts done, including the fractions of those in progress."""
         share = min(done / self.parts, 0.999)
         made = share - self.kept / self.parts
         eta = (time.monotonic() - self.began) / made * (1 - share) if made > _LEAST_MADE else None

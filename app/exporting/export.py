@@ -1,4 +1,4 @@
-"""Export a run's network for other programs, with everything needed to apply it and a proof that it is the same."""
+"""Export a run's network for other programs, with what is needed to apply it and proof that it matches the original."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ class ExportedNetwork:
 def export_run(
     run: Path, out: Path, *, file_format: str, case: Path | None = None, on_progress: OnProgress = silent
 ) -> ExportedNetwork:
-    """Write a network in another format, compare the two, and keep the export only if they agree.
+    """Write a network in another format, compare it with the original, and keep the export only if they agree.
 
     Args:
         run: folder of a run, an import, or one network of an ensemble.
         out: folder to create; it must be empty or not exist.
         file_format: one of :data:`FORMATS`.
-        case: folder of a case whose windows are compared; None uses a phantom.
+        case: folder of a case whose windows are used for the comparison; None uses a phantom.
         on_progress: called with the step in progress.
 
     Raises:
@@ -150,7 +150,8 @@ def _one_network(run: Path) -> Model:
     """Load the network of a run.
 
     Raises:
-        RunError: as in :func:`app.inference.model.load_model`; or it is an ensemble, an export or a cross-validation.
+        RunError: as raised by :func:`app.inference.model.load_model`; or ``run`` is an ensemble, an export or a
+            cross-validation.
     """
     if (run / ENSEMBLE_FILE).exists():
         try:

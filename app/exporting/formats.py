@@ -42,9 +42,9 @@ def write_openvino(network: nn.Module, window: torch.Tensor, folder: Path) -> An
     """Write ``model.xml`` and ``model.bin``, in float32, and read them back.
 
     Args:
-        network: on the CPU, in eval mode.
-        window: of shape (1, contrasts, X, Y, Z).
-        folder: to write to.
+        network: the network, on the CPU and in eval mode.
+        window: an example window of shape (1, contrasts, X, Y, Z).
+        folder: folder to write to.
 
     Returns:
         the network as OpenVINO computes it from these files.
@@ -80,15 +80,15 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
     """Write ``model.onnx``, in float32, check it, and read it back.
 
     Args:
-        network: on the CPU, in eval mode.
-        window: of shape (1, contrasts, X, Y, Z).
-        folder: to write to.
+        network: the network, on the CPU and in eval mode.
+        window: an example window of shape (1, contrasts, X, Y, Z).
+        folder: folder to write to.
 
     Returns:
         the network as ONNX Runtime computes it from the file.
 
     Raises:
-        ConfigError: as in :func:`require_onnx`.
+        ConfigError: as raised by :func:`require_onnx`.
     """
     require_onnx()
     import onnx

@@ -12,11 +12,11 @@ from app.runs.published import MODELS, PublishedModel, download, folder_of, is_i
 def model_folder(run: Path, on_progress: OnProgress = silent) -> Path:
     """Return the folder that a command's RUN stands for: a path, or the name of a published model.
 
-    A path that exists comes first. A published model that is not installed is downloaded, unless it ships with the
+    An existing path takes precedence. A published model that is not installed is downloaded, unless it ships with the
     program.
 
     Args:
-        run: what the user gave.
+        run: the argument as the user gave it.
         on_progress: receives progress reports of a download.
 
     Raises:
@@ -35,7 +35,7 @@ def published_model(name: str) -> PublishedModel:
     """Return a published model by name.
 
     Raises:
-        RunError: there is none of this name.
+        RunError: no published model has this name.
     """
     if name not in MODELS:
         raise RunError(f"{name}: no published model of this name; there are {', '.join(MODELS)}")
@@ -43,17 +43,17 @@ def published_model(name: str) -> PublishedModel:
 
 
 def install(model: PublishedModel, *, source: Path | None = None, on_progress: OnProgress = silent) -> Path:
-    """Install a published model, unless it is installed, and return its folder.
+    """Install a published model unless it is already installed, and return its folder.
 
     Args:
         model: one of :data:`app.runs.published.MODELS`.
-        source: its file, or a folder with its files, to take instead of downloading.
+        source: its file, or a folder with its files, to use instead of downloading them.
         on_progress: receives progress reports.
 
     Raises:
-        RunError: as :func:`app.runs.published.download`; or the model ships with the program, and is missing there or
-            ``source`` is given.
-        OSError: as :func:`app.runs.published.download`.
+        RunError: as raised by :func:`app.runs.published.download`; or the model ships with the program, but is missing
+            from it, or ``source`` is given for it.
+        OSError: as raised by :func:`app.runs.published.download`.
     """
     if model.ships:
         return _shipped(model, source)

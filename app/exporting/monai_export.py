@@ -1,9 +1,9 @@
 """Export a network as a MONAI bundle (configs, weights, README), which MONAI runs without znormseg.
 
-The bundle's preprocessing and postprocessing repeat the steps of ``predict``. MONAI places windows at one interval and
-shifts the last one back, whereas ``predict`` spreads them evenly; so for each volume the bundle computes the overlap at
-which the two agree, except that MONAI rounds the interval to voxels. One difference remains: where images are resampled
-to a coarser spacing, MONAI smooths with zeros beyond the border.
+The bundle's preprocessing and postprocessing repeat the steps of ``predict``. MONAI places windows at a fixed interval
+and shifts the last one back, whereas ``predict`` spreads them evenly. For each volume, the bundle therefore computes
+the overlap at which the two agree, except that MONAI rounds the interval to voxels. One other difference remains: where
+images are resampled to a coarser spacing, MONAI smooths with zeros beyond the border.
 
 Source: MONAI's bundle specification (docs.monai.io, mb_specification).
 """
@@ -38,7 +38,7 @@ def require_monai(model: Model, run: Path) -> None:
     """Check that MONAI can run a network.
 
     Raises:
-        RunError: MONAI lacks the architecture, or its transforms cannot make the input channels.
+        RunError: MONAI lacks the architecture, or its transforms cannot create the input channels.
     """
     if model.config.network.architecture not in _MONAI_NETWORKS:
         raise RunError(
@@ -57,8 +57,8 @@ def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> 
 
     Args:
         model: one that :func:`require_monai` accepts.
-        description: of the model, as returned by :func:`app.runs.model_card.describe_model`.
-        folder: to write to.
+        description: description of the model, as returned by :func:`app.runs.model_card.describe_model`.
+        folder: folder to write to.
 
     Returns:
         the network as MONAI builds it from the bundle's config and weights.
@@ -75,7 +75,7 @@ def write_bundle(model: Model, description: Mapping[str, Any], folder: Path) -> 
 
 
 def network_def(config: NetworkConfig) -> dict[str, Any]:
-    """Return a network in the notation of MONAI's configs; :mod:`models.networks` builds the same one."""
+    """Return a network in the notation of MONAI's configs; :mod:`models.networks` builds the same network."""
     common = {"spatial_dims": 3, "in_channels": len(CONTRASTS), "out_channels": len(REGIONS)}
     levels = len(config.channels)
     if config.architecture == "segresnet":

@@ -117,11 +117,11 @@ def import_published(source: Path, model: PublishedModel, out: Path) -> Imported
 
     Args:
         source: the weights, verified by their hash.
-        model: what is known of them.
+        model: the published model that they belong to.
         out: folder to create; it must be empty or not exist.
 
     Raises:
-        RunError, OSError: as :func:`import_bundle`.
+        RunError, OSError: as raised by :func:`import_bundle`.
     """
     config = RunConfig(
         network=NetworkConfig(architecture="segresnet", channels=(16, 32, 64, 128), dropout=0.2),
@@ -186,7 +186,7 @@ def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reorder the bundle's weights for input in the order of ``CONTRASTS`` and output in that of ``REGIONS``.
 
     Args:
-        weights: state dict for the bundle's own orders; that of a different network is returned unchanged.
+        weights: state dict in the bundle's own orders; the state dict of a different network is returned unchanged.
     """
     channels = [BUNDLE_CONTRASTS.index(contrast) for contrast in CONTRASTS]
     regions = [BUNDLE_REGIONS.index(region) for region in REGIONS]
@@ -200,7 +200,7 @@ def in_our_order(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _config(bundle: Path, metadata: Mapping[str, Any], inference: Mapping[str, Any]) -> RunConfig:
-    """Return the config of this program with the effect of the bundle's settings."""
+    """Return a config of this program that has the same effect as the bundle's settings."""
     try:
         network = dict(inference["network_def"])
         inferer = dict(inference["inferer"])

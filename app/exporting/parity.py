@@ -103,7 +103,7 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
 
     Args:
         network: the original, on the CPU, in eval mode.
-        answer: the exported network, computed by the program that it is exported for.
+        answer: the exported network, run by the program that it is exported for.
         windows: each of shape (1, contrasts, X, Y, Z), at least one.
         source: where the windows come from, in words.
     """
@@ -139,11 +139,11 @@ def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
 
     Args:
         model: determines window and spacing.
-        folder: of the case; None uses a phantom.
+        folder: folder of the case; None uses a phantom.
 
     Returns:
-        at most :data:`WINDOWS` of shape (1, contrasts, X, Y, Z), spread over the volume; and where they come from, in
-        words.
+        at most :data:`WINDOWS` windows of shape (1, contrasts, X, Y, Z), spread over the volume; and where they come
+        from, in words.
 
     Raises:
         DataError: the case cannot be used, or the folder does not hold exactly one case.

@@ -1,4 +1,4 @@
-"""Charts that compare several runs: for each arm the mean over seeds, and a band from the lowest to the highest."""
+"""Charts that compare several runs: the mean over seeds of each arm, in a band from the lowest to the highest seed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from app.html.records import Records, mapping, number_or_nan
 Series = Mapping[int, float]
 """Value by step."""
 
-_MOST_POINTS: Final = 250  # per line; a band has twice as many, still fewer than a chart thins
+_MOST_POINTS: Final = 250  # per line; a band has twice as many, still too few to be thinned
 
 
 def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> Markup:

@@ -160,7 +160,7 @@ def _frame(chart: Chart, lines: Sequence[Line]) -> _Frame:
 
 
 def _widened(low: float, high: float, *, share: float) -> tuple[float, float]:
-    """Add a margin to the limits; a non-negative quantity keeps a non-negative limit, and a constant gets a span."""
+    """Add a margin to the limits; non-negative data keep a non-negative lower limit, and constant data get a span."""
     span = (high - low) or abs(high) or 1.0
     lower = low - share * span
     return float(max(lower, 0.0) if low >= 0 else lower), float(high + share * span)

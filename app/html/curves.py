@@ -37,7 +37,7 @@ def curves_html(metrics: Records) -> Markup:
 
 
 def gradients_html(metrics: Records) -> Markup:
-    """Return figures of the gradient norms before and after the rule and of the gradient overlap, from telemetry.
+    """Return figures of the gradient norms before and after the gradient rule, and of the gradient overlap.
 
     Args:
         metrics: records of ``metrics.jsonl``, as for :func:`curves_html`.
@@ -52,7 +52,7 @@ def gradients_html(metrics: Records) -> Markup:
 
 
 def running_mean(y: FloatArray, *, window: int) -> FloatArray:
-    """Return the mean of the ``window`` values around each value, of fewer values at the two ends.
+    """Return the mean of the ``window`` values around each value, or of fewer values at the two ends.
 
     Example:
         >>> running_mean(np.array([0.0, 3.0, 6.0]), window=3).tolist()

@@ -128,7 +128,7 @@ def overlay_caption(case: OverlayCase) -> str:
 
 
 def overlay_alt(case: str, dice: Mapping[Region, float], *, has_reference: bool) -> str:
-    """Return the text of the picture for people who do not see it.
+    """Return the picture's alternative text, for people who cannot see it.
 
     Args:
         case: case id.
@@ -170,8 +170,8 @@ def _shown(case: OverlayCase) -> npt.NDArray[np.bool_]:
 def to_grey(background: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     """Window a contrast to grey between the 1st and 99.5th percentile of the brain; outside the brain it is 0.
 
-    The brain uses 20 to 210 of 0..255, so that its darkest part differs from the black outside, and a yellow line
-    from its brightest part.
+    The brain uses 20 to 210 of 0..255, so that its darkest part differs from the black outside, and its brightest
+    part from a yellow line.
     """
     values = np.nan_to_num(background, nan=0.0, posinf=0.0, neginf=0.0)
     brain = values != 0

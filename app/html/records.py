@@ -1,4 +1,4 @@
-"""Values in JSON records, which may be missing or damaged."""
+"""Read values from JSON records, where they may be missing or damaged."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def number_or_nan(value: object) -> float:
 
 
 def column(records: Records, key: str) -> npt.NDArray[np.float64]:
-    """Return one value per record, as :func:`number_or_nan`."""
+    """Return one value per record, converted by :func:`number_or_nan`."""
     return np.array([number_or_nan(record.get(key)) for record in records], dtype=np.float64)

@@ -20,7 +20,7 @@ REGION_NAMES: Final[dict[Region, str]] = {"WT": "whole tumour", "TC": "tumour co
 REGIONS_IN_WORDS: Final = ", ".join(f"{region} {name}" for region, name in REGION_NAMES.items())
 _UNDEFINED: Final = Markup('<span role="img" aria-label="not defined">&ndash;</span>')
 
-#: Columns of the table of scores: region, key, decimals, and the sign by which higher is better.
+#: Columns of the table of scores: region, key, decimals, and 1 if higher is better or -1 if lower is better.
 _COLUMNS: Final = tuple((region, *metric) for region, metric in product(REGIONS, (("dice", 3, 1), ("hd95_mm", 1, -1))))
 #: Columns of the table of one case: key, heading, decimals.
 _CASE_COLUMNS: Final = (
@@ -86,7 +86,7 @@ def _text(value: float, digits: int) -> str:
 
 
 def _mark(value: float, column: Sequence[float], sign: int) -> str:
-    """Return whether a value is the best or worst of a column; empty if all are equal."""
+    """Return ``best`` or ``worst`` for such a value of a column; empty for any other, and if all values are equal."""
     if math.isnan(value) or max(column) == min(column):
         return ""
     best, worst = (max(column), min(column)) if sign > 0 else (min(column), max(column))

@@ -1,4 +1,4 @@
-"""Volumes small enough to embed in a page: 8-bit slices on a coarser grid, tiled into one picture."""
+"""Make volumes small enough to embed in a page: 8-bit slices on a coarser grid, tiled into one picture."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def picture_uri(picture: Bytes, kind: Literal["webp", "png"] = "webp", *, qualit
     Args:
         picture: uint8, shape (height, width) for grey or (height, width, 3) for colour.
         kind: lossy WebP, or PNG.
-        quality: of WebP, 0 to 100.
+        quality: WebP quality, 0 to 100.
     """
     written = io.BytesIO()
     options: dict[str, Any] = {"quality": quality, "method": 4} if kind == "webp" else {"optimize": True}

@@ -1,11 +1,11 @@
 """Calibration from a cross-validation: temperatures for probabilities, and intervals for volumes.
 
 Temperature scaling divides the logit of a probability by one number per region (Guo et al. 2017, arXiv 1706.04599).
-One half stays one half, and the order of probabilities does not change. Masks are cut before calibration, with
-thresholds chosen on uncalibrated probabilities. The interval of a volume is split conformal (Vovk et al. 2005; Lei
-et al. 2018, JASA 113, 1094): the error of a volume is the absolute logarithm of (true + offset) / (marked + offset);
-the interval covers errors up to their finite-sample quantile over the cross-validated cases. The offset gives an empty
-region an interval too.
+A probability of one half stays one half, and the order of probabilities does not change. Masks are cut before
+calibration, with thresholds chosen on uncalibrated probabilities. Intervals for volumes are split conformal (Vovk et
+al. 2005; Lei et al. 2018, JASA 113, 1094): the error of a volume is the absolute logarithm of (true + offset) /
+(marked + offset), and the interval covers errors up to their finite-sample quantile over the cross-validated cases. The
+offset gives an empty region an interval too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class VolumeErrors:
     """By region: quantile of the absolute logarithm of the ratio."""
 
     def interval_ml(self, number: int, volume_ml: float) -> tuple[float, float]:
-        """Return the interval of the true volume of a region.
+        """Return the interval for the true volume of a region.
 
         Args:
             number: index of the region in :data:`data.labels.REGIONS`.
@@ -73,7 +73,7 @@ class Calibration:
     """Why ``volume`` is None, in words."""
 
     def apply(self, centred: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Calibrate probabilities minus one half; for display, not for cutting masks.
+        """Calibrate probabilities minus one half; the result is for display, not for cutting masks.
 
         Args:
             centred: probabilities minus one half, shape (3, ...), order of :data:`data.labels.REGIONS`, from -0.5 to
@@ -130,7 +130,7 @@ def conformal_quantile(errors: Sequence[float], level: float) -> float | None:
         level: above 0 and below 1.
 
     Returns:
-        the ceil((n + 1) level)-th smallest of n errors; None if that is more than n, so that there is no bound.
+        the ceil((n + 1) level)-th smallest of n errors; None if that rank exceeds n, since there is then no bound.
 
     Example:
         >>> conformal_quantile(range(9), 0.9), conformal_quantile(range(8), 0.9), conformal_quantile(range(19), 0.9)
@@ -171,7 +171,7 @@ _SECTION: Final = TypeAdapter(_Section)
 
 
 def calibration_from_json(content: Mapping[str, Any] | None, *, postprocessed: bool) -> Calibration:
-    """Read the section ``calibration`` of ``ensemble.json`` (``Calibrated.to_json`` of app.experiments.crossval).
+    """Read ``calibration`` from ``ensemble.json``, as ``Calibrated.to_json`` of app.experiments.crossval writes it.
 
     Args:
         content: the section; None for an ensemble without it, whose probabilities are used as they are.

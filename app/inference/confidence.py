@@ -23,17 +23,17 @@ from data.nifti import SHARE_STEPS, Spacing
 
 Floats = npt.NDArray[np.float32]
 ShareSteps = npt.NDArray[np.uint16]
-#: An optional file next to the label map, by its name: WT, TC and ET as volumes of one 4D file.
+#: Name of an optional file next to the label map: a 4D file with one volume each for WT, TC and ET.
 Companion = Literal["probabilities", "uncertainty", "disagreement"]
 COMPANIONS: Final[tuple[Companion, ...]] = ("probabilities", "uncertainty", "disagreement")
 
 
 def nested(centred: Floats) -> Floats:
-    """Make probabilities minus one half nested, so that none exceeds that of a larger region: WT >= TC >= ET.
+    """Nest probabilities minus one half, so that none exceeds that of a larger region: WT >= TC >= ET.
 
     Networks predict each region separately. Enhancing tumour is part of the core, and the core is part of the whole
-    tumour, so no region can be more probable than the one that contains it. Cut at one half, the regions are those of
-    the label map.
+    tumour, so no region can be more probable than the one that contains it. Cutting the result at one half gives the
+    regions of the label map.
 
     Args:
         centred: shape (3, ...), order of :data:`data.labels.REGIONS`.
@@ -60,8 +60,8 @@ def entropy_bits(centred: Floats) -> Floats:
 def probability_steps(centred: Floats) -> ShareSteps:
     """Quantise probabilities minus one half to 65535ths without moving any across a multiple of 1/256.
 
-    A value above a multiple stays above it, and one at or below it stays there, so that a file cut at a threshold of
-    this program gives the label map. The error is at most 1/65535.
+    A value above a multiple stays above it, and one at or below a multiple stays at or below it. Cutting the file at
+    one of this program's thresholds therefore gives the label map. The error is at most 1/65535.
 
     Example:
         >>> probability_steps(np.array([-0.5, 0.0, 1e-9, 0.5], dtype=np.float32)).tolist()
@@ -74,7 +74,7 @@ def probability_steps(centred: Floats) -> ShareSteps:
 
 
 def bit_steps(bits: Floats) -> ShareSteps:
-    """Quantise entropies from 0 to 1 to 65535ths, rounded."""
+    """Quantise entropies from 0 to 1 to 65535ths, rounding to the nearest."""
     steps: ShareSteps = np.rint(bits * SHARE_STEPS).astype(np.uint16)
     return steps
 
@@ -84,8 +84,8 @@ def companions(centred: Floats, disagreement: Floats | None, options: PredictOpt
 
     Args:
         centred: nested probabilities minus one half, shape (3, ...).
-        disagreement: of several answers, in bits, the same shape; None if it was not computed.
-        options: which files are requested.
+        disagreement: disagreement of several answers, in bits, the same shape; None if it was not computed.
+        options: determines which files are requested.
     """
     found: dict[Companion, ShareSteps] = {}
     if options.save_probabilities:
@@ -99,7 +99,7 @@ def companions(centred: Floats, disagreement: Floats | None, options: PredictOpt
 
 @dataclass(frozen=True, kw_only=True)
 class Trust:
-    """How far a prediction can be trusted: measures in addition to its label map."""
+    """Measures of how far a prediction's label map can be trusted."""
 
     volumes_ml: Mapping[Region, float]
     """By region: volume in the label map."""
@@ -112,7 +112,7 @@ class Trust:
     largest_component: float
     """Share of the predicted whole tumour that is in its largest component; 0 if there is none."""
     answer_volumes_ml: tuple[Mapping[Region, float], ...]
-    """One entry for each network and mirrored image: the regions' volumes after only the thresholds."""
+    """One entry per network and mirrored image: the regions' volumes after thresholds, but no other post-processing."""
     networks: int
     flips: int
 
@@ -155,7 +155,7 @@ def measure_confidence(
         masks: nested, after post-processing, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
         centred: nested probabilities minus one half, the same shape; -0.5 outside the brain.
         spacing_mm: spacing of these voxels.
-        answer_voxels: one entry per answer: number of voxels of each region.
+        answer_voxels: one entry per answer, the number of voxels of each region.
         answer_spacing_mm: spacing of the answers' voxels.
         networks: number of networks.
         flips: number of mirrored images per network.

@@ -1,4 +1,4 @@
-"""Several trained networks as one: the mean of their probabilities, post-processed.
+"""Predict with several trained networks as one: average their probabilities and post-process the mean.
 
 The folder of an ensemble is self-contained::
 
@@ -32,7 +32,7 @@ CROSSVAL_FILE: Final = "folds.json"
 #: Folder of the ensemble inside that of its cross-validation.
 ENSEMBLE_FOLDER: Final = "ensemble"
 VERSION: Final = 1
-#: Facts that the networks of an ensemble have in common.
+#: Attributes that the networks of an ensemble have in common.
 _SHARED: Final = ("plain_config", "takes_missing_contrasts", "spacing_mm", "convention")
 #: Ensembles up to this total size of weights are held in memory; larger ones read each network again for each case.
 _MOST_HELD_BYTES: Final = 1 << 30
@@ -43,8 +43,9 @@ _ANEW: Final = "Restore the folder from a copy, or delete it and run the znormse
 class Ensemble(Predictor):
     """Networks that predict together; ``plain_config`` is that of the first, and the others differ only in their cases.
 
-    ``sha256`` is over the SHA-256s of the networks' weights, in the order of the networks. The temperatures of
-    ``calibration`` are for probabilities before post-processing, its volumes for masks post-processed as here.
+    ``sha256`` is the hash of the SHA-256s of the networks' weights, in the order of the networks. In ``calibration``,
+    temperatures apply to probabilities before post-processing, and volume intervals to masks that are post-processed in
+    the same way as here.
     """
 
     folder: Path
@@ -52,15 +53,15 @@ class Ensemble(Predictor):
     """SHA-256 of the weights file and optimiser step of each network, by the name of its folder in ``folder``."""
     runtime: Runtime
     postprocessed: bool
-    """Whether the ensemble's own rules are applied; otherwise ``postprocess`` has none."""
+    """Whether the ensemble's own rules are applied; otherwise ``postprocess`` has its defaults."""
     held: tuple[Model, ...]
-    """The networks, if they are small in total; else empty."""
+    """The networks, if they are small enough in total to be held in memory; else empty."""
 
     def members(self) -> Iterator[Model]:
         """Yield the networks; unless they are held in memory, each is read when needed and then dropped.
 
         Raises:
-            RunError: a file has changed since :func:`load_ensemble`; the errors are the same.
+            RunError: a file has changed since :func:`load_ensemble`, which raises the same errors.
         """
         if self.held:
             yield from self.held
@@ -84,13 +85,13 @@ def load_predictor(folder: Path, runtime: Runtime, *, postprocess: bool = True) 
     """Load the network of a run or the networks of an ensemble.
 
     Args:
-        folder: of a run or of an ensemble.
+        folder: folder of a run or an ensemble.
         runtime: backend, device and precision to load the networks for.
-        postprocess: False only cuts probabilities at one half.
+        postprocess: if False, probabilities are only cut at one half.
 
     Raises:
-        RunError: as in :func:`app.inference.model.load_model` and :func:`load_ensemble`; or the folder is that of a
-            cross-validation.
+        RunError: as raised by :func:`app.inference.model.load_model` and :func:`load_ensemble`; or the folder is that
+            of a cross-validation.
     """
     if (folder / ENSEMBLE_FILE).exists():
         return load_ensemble(folder, runtime, postprocess=postprocess)
@@ -109,9 +110,9 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
     """Read an ensemble and verify that no network was replaced.
 
     Args:
-        folder: with an ``ensemble.json``.
+        folder: folder with an ``ensemble.json``.
         runtime: backend, device and precision to load the networks for.
-        postprocess: False only cuts probabilities at one half.
+        postprocess: if False, probabilities are only cut at one half.
 
     Raises:
         RunError: ``ensemble.json`` is damaged; weights are missing, damaged or replaced; or the networks do not fit

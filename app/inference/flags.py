@@ -1,4 +1,4 @@
-"""Warnings to read before relying on a label map: rules as pure functions of the facts about a case."""
+"""Warnings to read before relying on a label map; the rules are pure functions of the facts about a case."""
 
 from __future__ import annotations
 
@@ -12,18 +12,21 @@ from app.runs.training_record import UNKNOWN, TrainingRecord
 from data.datasets.patients import patient_of
 from data.labels import REGIONS, Contrast, Region
 
-#: A smaller whole tumour is tiny: a ball of 10 mm diameter, the smallest lesion that counts as measurable in the RANO
-#: criteria (Wen et al., J Clin Oncol 28, 1963, 2010). A few voxels more or less change such a volume a lot.
+#: A whole tumour smaller than this is flagged as tiny: the volume of a ball of 10 mm diameter, the smallest lesion that
+#: counts as measurable in the RANO criteria (Wen et al., J Clin Oncol 28, 1963, 2010). A few voxels more or less change
+#: such a volume a lot.
 TINY_ML: Final = math.pi / 6
-#: More components than this are scattered; multifocal gliomas have two to a handful. Our choice.
+#: A whole tumour with more components than this is flagged as scattered; multifocal gliomas have two to a handful. The
+#: value is our choice.
 MANY_COMPONENTS: Final = 10
-#: A whole tumour is also scattered if its largest component has less than this share of it. Our choice.
+#: A whole tumour is also flagged as scattered if its largest component is less than this share of it. Our choice.
 LEAST_IN_LARGEST: Final = 0.5
-#: Volumes that differ by more than this share are uncertain: half of the 40 % growth in volume that counts as
-#: progression in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023), so the difference may hide or mimic half of that
-#: growth.
+#: A volume is flagged as uncertain if two estimates of it differ by more than this share: half of the 40 % growth in
+#: volume that counts as progression in RANO 2.0 (Wen et al., J Clin Oncol 41, 5187, 2023). Such a difference may hide
+#: or mimic half of that growth.
 UNCERTAIN_SHARE: Final = 0.2
-#: They must also differ by more than this; a faint probability all over a brain can add up to it. Our choice.
+#: The two estimates must also differ by more than this, since faint probabilities all over a brain can add up to as
+#: much. Our choice.
 UNCERTAIN_ML: Final = 1.0
 
 

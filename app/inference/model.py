@@ -1,4 +1,4 @@
-"""A trained network, loaded from its run folder with everything needed to apply it; and the base of all predictors."""
+"""Load a trained network with everything needed to apply it; also defines the base class of all predictors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ if TYPE_CHECKING:
     from app.inference.backends.torch_backend import GraphNetwork
 
 
-#: Keys that this section has in the configs of all versions so far; reading a whole config would need torch.
+#: Keys that every version so far has in the ``network`` section of its configs. Only these are checked, because
+#: reading a whole config would need torch.
 _NETWORK_KEYS: Final = {"architecture", "channels", "dropout"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelStatement:
-    """What a published or imported model says of itself."""
+    """Name and known limits of a published or imported model."""
 
     name: str
     limits: tuple[str, ...]
-    """What a reader of its label maps must know, one sentence each; may be empty."""
+    """Caveats for readers of its label maps, one sentence each; may be empty."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for a result file."""
@@ -46,10 +47,10 @@ class ModelStatement:
 
 
 def statement_from_json(content: Mapping[str, Any] | None) -> ModelStatement | None:
-    """Read a model's statement; None for a network that was trained here, which makes none.
+    """Read a model's statement; None for a network trained with this program, which has none.
 
     Raises:
-        KeyError, TypeError: the content has another form.
+        KeyError, TypeError: the content does not have the expected form.
     """
     if content is None:
         return None
@@ -75,9 +76,9 @@ class Predictor(ABC):
     postprocess: Postprocess = field(default_factory=Postprocess)
     """Rules that turn probabilities into masks; by default, probabilities are cut at one half."""
     calibration: Calibration = NOT_CALIBRATED
-    """How far probabilities and volumes can be trusted."""
+    """Temperatures for probabilities, and intervals for volumes."""
     statement: ModelStatement | None = None
-    """None for a network that was trained here."""
+    """None for a network trained with this program."""
 
     @cached_property
     def config(self) -> RunConfig:
@@ -99,21 +100,21 @@ class Predictor(ABC):
 
     @abstractmethod
     def record(self) -> dict[str, Any]:
-        """Return the entries of a result file about the weights and the post-processing."""
+        """Return the entries for a result file that describe the weights and the post-processing."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model(Predictor):
-    """A network ready to predict; not calibrated, since a run uses its validation cases to choose its weights."""
+    """A network ready to predict; it is not calibrated, since its validation cases were used to choose its weights."""
 
     engine: Engine
-    """The network and the backend that computes it."""
+    """The network and the backend that runs it."""
     window: Size
-    """Size that the network was trained on, in voxels."""
+    """Patch size that the network was trained on, in voxels."""
     overlap: float
     """Share of a window that its neighbour also covers, as in the run's validations."""
     crop: bool
-    """Whether it sees only the bounding box of the brain instead of the whole volume."""
+    """Whether the network sees only the bounding box of the brain instead of the whole volume."""
     step: int
 
     @property
@@ -202,7 +203,7 @@ def _does_not_fit(origin: str, error: Exception) -> RunError:
 
 
 def _traced(run: Path, plain: dict[str, Any]) -> Graph:
-    """Trace the graph of a run whose version did not store it, from the network's code.
+    """Trace the graph from the network's code, for a run saved by a version that did not store it.
 
     Raises:
         ConfigError: the config of the run does not fit this version.

@@ -1,4 +1,4 @@
-"""From probabilities to masks: thresholds, removal of small components, a minimum volume of enhancing tumour.
+"""Turn probabilities into masks: thresholds, removal of small components, a minimum volume of enhancing tumour.
 
 The functions take probabilities minus one half ("centred", -0.5 to 0.5), so that rounding moves none across one half.
 Sources: every BraTS pipeline removes small components; relabelling very little enhancing tumour as necrosis is from
@@ -23,20 +23,21 @@ Masks = npt.NDArray[np.bool_]
 ByRegion = tuple[float, float, float]
 
 _CONNECTED: Final = np.ones((3, 3, 3), dtype=bool)
-#: Voxel sizes come from affines, so a component this close to the bound (relative) counts as large enough.
+#: Relative tolerance: voxel sizes come from affines and are inexact, so a component this close to the bound counts as
+#: large enough.
 _TOLERANCE: Final = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class Postprocess:
-    """Rules between a network's probabilities and a label map; the defaults change nothing."""
+    """Rules that turn a network's probabilities into masks; the defaults only cut at one half."""
 
     thresholds: ByRegion = (0.5, 0.5, 0.5)
     """By region: a voxel belongs to the region if its probability is above this."""
     smallest_mm3: ByRegion = (0.0, 0.0, 0.0)
     """By region: 26-connected components with less volume are removed."""
     least_enhancing_mm3: float = 0.0
-    """A case with less enhancing tumour in total has none: those voxels stay in the core, as necrosis."""
+    """A case with less enhancing tumour in total gets none: those voxels stay in the core and become necrosis."""
 
     def __post_init__(self) -> None:
         if not all(0 < threshold < 1 for threshold in self.thresholds):
@@ -50,7 +51,7 @@ class Postprocess:
         return self == Postprocess()
 
     def cut(self, centred: npt.NDArray[np.float32]) -> Masks:
-        """Cut probabilities into masks.
+        """Cut probabilities at the thresholds.
 
         Args:
             centred: probabilities minus one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`.
@@ -64,12 +65,12 @@ class Postprocess:
     def clean(self, masks: Masks, spacing_mm: Spacing) -> Masks:
         """Remove components that are too small and nest the masks; never adds a voxel to ``masks``.
 
-        The order is from the largest region to the smallest: voxels that WT loses, TC and ET lose too.
+        Regions are cleaned from the largest to the smallest, so TC and ET also lose the voxels that WT loses.
 
         Args:
             masks: bool, shape (3, X, Y, Z), nested or not; a larger region limits those inside it, as in
                 ``data.labels.from_regions``.
-            spacing_mm: of the grid.
+            spacing_mm: voxel spacing of the grid.
 
         Returns:
             bool, the same shape; WT contains TC, and TC contains ET.

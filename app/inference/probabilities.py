@@ -31,9 +31,9 @@ from data.labels import from_regions
 from data.nifti import canonical_spacing
 from data.preprocess import Prepared, to_native_grid
 
-#: For every answer: the mirrored axes of the brain box (axis 0 is contrasts or regions); the first answer has none.
+#: Axes along which the brain box is mirrored for each answer, none for the first; axis 0 holds contrasts or regions.
 FLIPS: Final[tuple[tuple[int, ...], ...]] = tuple(axes for count in range(4) for axes in combinations((1, 2, 3), count))
-#: Planes turned from logits into probabilities at a time, so that no second answer is held.
+#: Planes turned from logits into probabilities at a time, so that memory never holds a second copy of an answer.
 _PLANES = 16
 
 
@@ -45,7 +45,7 @@ class MeanPrediction:
     """Mean probability minus one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside the
     brain. Float32, or float16 if memory is short."""
     disagreement: npt.NDArray[np.float32] | None
-    """Entropy of the mean less the mean of the answers' entropies, in bits from 0 to 1, the same shape; None if it was
+    """Entropy of the mean minus the mean of the answers' entropies, in bits from 0 to 1, the same shape; None if it was
     not requested, or for a single answer."""
     volumes_voxels: tuple[tuple[int, int, int], ...]
     """One entry per answer: voxels of each region, after thresholds and nesting but no other post-processing."""
@@ -55,7 +55,7 @@ class MeanPrediction:
 
 
 def fallback_for(options: PredictOptions) -> MemoryFallback:
-    """Create the memory fallback of a new case, with the bound that was requested."""
+    """Create the memory fallback for a new case, with the requested bound on memory."""
     return MemoryFallback(None if options.max_memory_gb is None else round(options.max_memory_gb * GB))
 
 
@@ -111,7 +111,7 @@ def predict_answer(
     options: PredictOptions = DEFAULTS,
     fallback: MemoryFallback | None = None,
 ) -> MeanPrediction:
-    """Average the answers of every network, with ``tta`` eight answers each.
+    """Average the answers of all networks: one answer per network, or eight with ``tta``.
 
     The mean is updated after each answer, so that memory holds only one answer in addition to it. The mean of equal
     answers is exactly their value.
@@ -180,7 +180,7 @@ def _answers(
 
 
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
-    """Mirror the image of a prepared case, and the volume that contains its box."""
+    """Mirror the image of a prepared case, and the position of its box in the volume."""
     x, y, z = (
         slice(side - part.stop, side - part.start) if axis in axes else part
         for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
@@ -204,7 +204,7 @@ def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds
 
 
 def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Compute the sigmoid minus one half, in place; unlike the plain sigmoid, it does not round small logits to 0."""
+    """Compute the sigmoid minus one half in place, via tanh; sigmoid(x) - 0.5 would round small logits to 0."""
     for start in range(0, logits.shape[1], _PLANES):
         planes = logits[:, start : start + _PLANES]
         planes *= planes.dtype.type(0.5)
@@ -263,16 +263,16 @@ def _box_logits(
 def in_whole_volume(
     image: npt.NDArray[np.float32], prepared: Prepared
 ) -> tuple[npt.NDArray[np.float32], tuple[slice, ...]]:
-    """Put the brain box back into the empty space that it was cropped from.
+    """Put the brain box back into the volume that it was cropped from.
 
     Args:
         image: shape (contrasts, X, Y, Z), of the box, at the network's spacing.
         prepared: defines the place of the box.
 
     Returns:
-        the canonical volume at the network's spacing, 0 around the box; and the place of the box in it, as an index of
-        any array (channels, X, Y, Z) of the volume. At the files' own spacing the place is exact, else it is rounded
-        to a voxel.
+        the canonical volume at the network's spacing, 0 around the box; and the place of the box in it, as an index for
+        any array of shape (channels, X, Y, Z) over the volume. The place is exact at the files' own spacing; at others
+        it is rounded to whole voxels.
     """
     shape, places = [], [slice(None)]
     for side, part, whole in zip(image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):

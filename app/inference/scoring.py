@@ -1,4 +1,4 @@
-"""Dice of a network or of a finished run on cases, on each case's original grid."""
+"""Score a network or a finished run on cases: Dice on each case's original grid."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def case_dice(
 
     Args:
         model: the network; missing contrasts are set to 0 without a warning even if it was not trained for that.
-        case: with a label map and at least one contrast.
+        case: case with a label map and at least one contrast.
         runtime: the one that the model was loaded for.
         nan_to_zero: replace NaN and infinite voxels with 0.
-        convention: of the label map; default: that of the network's training data.
+        convention: convention of the label map; default: that of the network's training data.
 
     Raises:
         DataError: the case cannot be used.
     """
     convention = convention or model.convention
-    # With the convention, `prepare` also checks the label map's grid; its codes are at the network's spacing, not used.
+    # Given the convention, `prepare` also checks the label map's grid. The codes that it returns are not used, as they
+    # are at the network's spacing.
     prepared = prepare(
         case,
         spacing_mm=model.spacing_mm,
@@ -62,12 +63,13 @@ def score_run(
 
     Args:
         run: folder of a finished run.
-        cases: with label maps.
-        config: of the run; its runtime section determines device and precision, as in ``predict``.
+        cases: cases with label maps.
+        config: config of the run; its runtime section determines device and precision, as in ``predict``.
         on_case: called with the id of each finished case.
 
     Returns:
-        runtime that was used; SHA-256 of the weights; Dice by case id and region, on the grid of the case's files.
+        the runtime that was used; the SHA-256 of the weights; and Dice by case id and region, on the grid of the case's
+        files.
 
     Raises:
         DataError: a case cannot be used.

@@ -1,4 +1,4 @@
-"""How well a run predicts without some of the contrasts: Dice for each of the fifteen subsets."""
+"""Measure how well a run predicts when contrasts are missing: Dice for each of the fifteen subsets."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from data.datasets.naming import real_id
 from data.errors import DataError
 from data.labels import REGIONS, Contrast, LabelConvention, Region
 
-#: Cases of a data set that are scored: those the run did not train on, those it was validated on, or all.
+#: Which cases of a data set to score: those the run did not train on, those it was validated on, or all.
 Which = Literal["unseen", "validation", "all"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubsetScores:
-    """Scores of a run that is given only some contrasts."""
+    """Scores of a run that is given one subset of the contrasts."""
 
     contrasts: tuple[Contrast, ...]
     """Contrasts given to the network, in project order."""
@@ -52,7 +52,7 @@ class SubsetEvaluation:
     subsets: tuple[SubsetScores, ...]
     weights_sha256: str
     failures: Mapping[str, str]
-    """Message by case id; these cases count in no subset."""
+    """Message by case id; failed cases are left out of every subset."""
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -137,8 +137,8 @@ def score_subsets(
     """Predict cases with every subset of their contrasts, as if the other files were missing, and score them.
 
     Args:
-        model: of a run that was trained to predict without some contrasts.
-        cases: with label maps; a case that lacks contrasts counts only in the subsets of those it has.
+        model: network of a run that was trained to accept missing contrasts.
+        cases: cases with label maps; a case that lacks contrasts is scored only on subsets of the contrasts it has.
         runtime: the one that the model was loaded for.
         nan_to_zero: replace NaN and infinite voxels with 0.
         convention: meaning of the numbers in the label maps; default: that of the run's training data.
@@ -180,7 +180,7 @@ def score_subsets(
 
 
 def subset_rows(evaluation: SubsetEvaluation) -> list[list[str]]:
-    """Return the rows of the table for the terminal: a header, then ``["t1+t1c", "12", "0.801", ...]`` by subset."""
+    """Return the rows of the table for the terminal: a header, then ``["t1+t1c", "12", "0.801", ...]`` per subset."""
     return [
         ["contrasts", "n", *(f"{region} Dice" for region in REGIONS), "mean"],
         *([name, str(n), *(f"{value:.3f}" for value in dice)] for name, n, *dice in _rows(evaluation)),

@@ -1,1 +1,1 @@
-"""From a data set and a machine to a config that fits both, and a dry run that verifies it."""
+"""Plan a config that fits a data set and a machine, and verify it with a dry run."""

@@ -22,7 +22,7 @@ from data.errors import DataError
 _SECONDS: Final = 0.005
 #: Share of the limit that a run may use; the memory of a long run varies a little.
 SHARE: Final = 0.9
-#: Own memory of a long run relative to that of a trial: allocators keep more as time passes. Measurements are in
+#: Own memory of a long run divided by that of a trial: allocators keep more as time passes. Measurements are in
 #: docs/how-to/plan-and-doctor.md.
 _LONGER: Final = 1.05
 _LAST_LINES: Final = 5
@@ -30,11 +30,11 @@ _LAST_LINES: Final = 5
 
 @dataclass(frozen=True, kw_only=True)
 class Needed:
-    """Resources that a trial took."""
+    """Resources that a run needs, as measured by a trial."""
 
     report: TrialReport
     own_bytes: int | None
-    """RAM that a long run needs: its own memory at its peak plus a margin, and the program's files."""
+    """RAM that a long run needs: its peak of own memory, with a margin, plus the program's files."""
 
     @property
     def step_seconds(self) -> float:
@@ -48,7 +48,7 @@ class TooMuch:
 
     why: str
     needed_bytes: int | None
-    """The peak of its memory, if known; it may have needed more."""
+    """Peak memory until the trial ended, if known; it may have needed more."""
 
 
 def try_out(request: TrialRequest, work: Path, *, most_bytes: int | None) -> Needed | TooMuch:
@@ -57,11 +57,11 @@ def try_out(request: TrialRequest, work: Path, *, most_bytes: int | None) -> Nee
     Args:
         request: what to try.
         work: an existing folder to exchange files in.
-        most_bytes: a trial that holds more than this is killed and counts as too much; None sets no limit.
+        most_bytes: a trial that holds more than this is killed and does not fit; None sets no limit.
 
     Raises:
         DataError, ConfigError: a case or the config cannot be used.
-        DeviceError: the device is not available, or another fault of the machine that less memory would not fix.
+        DeviceError: the device is not available, or the machine has another fault that a smaller config would not fix.
         RuntimeError: the trial failed for another reason.
     """
     ended = _watched(request, work, most_bytes=most_bytes)
@@ -93,7 +93,7 @@ def prepare_trial(request: TrialRequest, work: Path, *, most_bytes: int | None) 
 def _watched(
     request: TrialRequest, work: Path, *, most_bytes: int | None
 ) -> tuple[TrialReport | None, int | None] | TooMuch:
-    """Run a trial; return its report and the peak of the own memory that was sampled."""
+    """Run a trial; return its report and the highest own memory that was sampled."""
     request_path, outcome_path, log_path = work / "request.json", work / "outcome.json", work / "trial.log"
     outcome_path.unlink(missing_ok=True)
     request_path.write_bytes(REQUEST.dump_json(request))
@@ -142,7 +142,7 @@ def _environment() -> dict[str, str]:
 
 
 def memory_in_words(held: int | None) -> str:
-    """Describe a number of bytes, or an unknown amount."""
+    """Format a number of bytes, which may be unknown."""
     return "an unknown amount" if held is None else f"{held / 1e9:.2f} GB"
 
 

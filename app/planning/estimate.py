@@ -51,7 +51,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
     """Return the peak bytes of a step in addition to the program: saved activations, weights, gradients, moments.
 
     The network runs on torch's meta device, which tracks shapes but holds no numbers. The tensors that autograd would
-    save for the backward pass are added up, each storage once. Scratch space of the kernels is not included.
+    save for the backward pass are added up, counting each storage once. Scratch space of the kernels is not included.
 
     Args:
         config: network, patch and batch.
@@ -68,7 +68,7 @@ def step_bytes(config: RunConfig, *, half: bool) -> int:
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage._cdata not in weights:
-            _, before = saved.get(storage._cdata, (None, 0))  # a view of it may have fewer voxels
+            _, before = saved.get(storage._cdata, (None, 0))  # an earlier view of it may be smaller
             saved[storage._cdata] = (storage, max(before, tensor.numel() * tensor.element_size()))
         return tensor
 

@@ -19,7 +19,8 @@ from data.labels import LabelConvention
 from data.nifti import Spacing, in_order_of, read_image, read_label_map, reorient
 from data.preprocess import smallest_box
 
-#: Cases whose images are read to measure brain and tumour; more take minutes and hardly change a median.
+#: Number of cases whose images are read to measure brain and tumour; reading more takes minutes and hardly changes a
+#: median.
 SAMPLE: Final = 24
 
 
@@ -35,7 +36,7 @@ class Extent:
 
 @dataclass(frozen=True, kw_only=True)
 class Fingerprint:
-    """Facts about a data set. All cases count, but only those with a label map can train."""
+    """Facts about a data set; the case count includes cases without a label map, which cannot be trained on."""
 
     cases: int
     with_label_map: int
@@ -121,7 +122,7 @@ def read_data_set(data: DataSource, *, on_case: Callable[[str, float], None] = l
     tumours = tumours_of(cases, label_maps, convention).values()
     sample = _spread(list(cases.values()), SAMPLE)
     extents: dict[str, Extent] = {}
-    # Reading a case takes about 100 MB.
+    # Few threads, because reading a case takes about 100 MB.
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for case, extent in zip(sample, pool.map(_extent, sample), strict=True):
             extents[case.id] = extent

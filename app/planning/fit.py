@@ -12,7 +12,7 @@ from app.planning.dry_run import Needed, TooMuch, memory_in_words
 from app.planning.estimate import Estimate, estimate
 from app.planning.rules import PROGRAM_BYTES, smaller_network, times
 
-#: Maximum number of attempts; a plan has fewer steps down than this.
+#: Maximum number of attempts; no plan can be made smaller this many times.
 _MOST_ATTEMPTS: Final = 12
 #: Allowance for the error of an estimate, as a factor, when smaller configs are skipped.
 _MARGIN: Final = 0.9
@@ -32,7 +32,7 @@ class Attempt:
 
 @dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """A config that ran, and the resources it took."""
+    """A config that fits, and the resources it needs."""
 
     config: RunConfig
     needed: Needed
@@ -51,7 +51,7 @@ def fit(
 ) -> Fitted:
     """Try a config, then smaller ones (:func:`app.planning.rules.smaller_network`), until one fits.
 
-    If the memory of an attempt is known, smaller configs that by estimate still need too much are skipped.
+    If the memory of an attempt is known, smaller configs are skipped if they are estimated to need too much as well.
 
     Args:
         config: config of the plan.
@@ -101,7 +101,7 @@ def fit(
 
 
 def _target(outcome: TooMuch, needed: Estimate, most_bytes: int | None) -> float:
-    """Return the maximum estimate for the next attempt; reduced in proportion if RAM was the limit."""
+    """Return the highest estimate that the next attempt may have; it is reduced in proportion if RAM was the limit."""
     now = needed.host + needed.gpu
     if most_bytes is None or outcome.needed_bytes is None or needed.gpu or outcome.needed_bytes <= PROGRAM_BYTES:
         return _MARGIN * now

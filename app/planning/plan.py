@@ -56,13 +56,13 @@ class Disk:
     cache_free_bytes: int | None
     cache_limit_bytes: int
     checkpoint_bytes: int | None
-    """Both kinds, old and new together while they are replaced; measured by a dry run."""
+    """Both kinds of checkpoint, old and new: they coexist while being replaced. Measured by a dry run."""
     here_free_bytes: int | None
     """Free in the current folder."""
 
     @property
     def warnings(self) -> list[str]:
-        """Descriptions of what does not fit, with what to do."""
+        """What does not fit, and what to do about it."""
         found = []
         if self.cache_free_bytes is not None and self.cache_bytes > self.cache_free_bytes:
             found.append(
@@ -88,12 +88,12 @@ class DryRun:
     own_bytes: int | None
     """RAM that a run needs."""
     mapped_bytes: int | None
-    """Pages of prepared cases on top, which the system reclaims when memory is short; tools count them as memory."""
+    """Mapped pages of prepared cases in addition: tools count them as memory, but the system can reclaim them."""
     gpu_bytes: int | None
     step_seconds: float
     window_seconds: float | None
     prepare_seconds: float
-    """Time to prepare the cases of the dry run; next to none if they were in the cache."""
+    """Time to prepare the cases of the dry run; close to 0 if they were in the cache."""
     validation_seconds: float
     """Time of all validations; an upper bound, as windows without brain are skipped."""
     seconds: float
@@ -218,7 +218,7 @@ def plan_run(
 
     Args:
         data: a data set with label maps.
-        config: supplies what is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
+        config: base of everything that is not planned; default: ``laptop`` on a CPU, ``resunet-znorm`` on a GPU.
         overrides: ``section.key=value``; these keys are kept.
         with_dry_run: try the plan, and make it smaller if it does not fit.
         max_memory_bytes: RAM that may be used, if less than the free RAM.
@@ -272,10 +272,10 @@ def plan_run(
 
 
 def _tried(planned: PlannedRun, plan: TrainingPlan, read: DataSet, on_progress: OnProgress) -> PlannedRun:
-    """Try a plan; return it with measurements, made smaller if it does not fit."""
+    """Try a plan, and make it smaller if it does not fit; return it with the measurements."""
     split, hardware, fixed = planned.split, plan.bounds.hardware, plan.bounds.fixed
     validating = next(iter(_trial_cases(split.validation, read)), None)
-    # Limits of this process also apply to the child, which hits them by itself.
+    # The trial inherits this process's own limits and fails at them without being watched.
     outer = [limit.free_bytes for limit in planned.limits if not limit.name.startswith("RLIMIT")]
     most = min(outer, default=None)
     with tempfile.TemporaryDirectory(prefix="znormseg-plan-") as folder:
@@ -356,7 +356,7 @@ def _foreseen(
 def cut_to_hours(
     config: RunConfig, dry_run: DryRun, why: str, *, fixed: Collection[str]
 ) -> tuple[RunConfig, DryRun, str]:
-    """Reduce the steps if they would take longer than :data:`_CPU_HOURS`; also returns the reason.
+    """Reduce the steps if they would take longer than :data:`_CPU_HOURS`, and extend the reason.
 
     If that leaves too few steps, there are fewer validations, but at least one. The minimum steps for a CPU are always
     planned; if they take longer, the reason says so.
@@ -422,7 +422,7 @@ def _free(place: Path) -> int | None:
 
 
 def _trial_cases(ids: Sequence[str], read: DataSet) -> tuple[str, ...]:
-    """Return up to :data:`_TRIAL_CASES` ids: cases of known size first, from the largest down."""
+    """Return up to :data:`_TRIAL_CASES` ids: the largest cases first, those of unknown size last."""
     volumes = {case_id: prod(extent.brain_mm) for case_id, extent in read.fingerprint.extents.items()}
     return tuple(sorted(ids, key=lambda case_id: -volumes.get(case_id, 0.0))[:_TRIAL_CASES])
 

@@ -1,4 +1,4 @@
-"""The rules of a plan: from a fingerprint and a machine to a config, with a reason for each choice.
+"""The rules of a plan, which derive a config from a fingerprint and a machine, with a reason for each choice.
 
 The ideas are nnU-Net's (Isensee et al., Nature Methods 18, 203, 2021): spacing and patch follow the data's medians, the
 patch is as large as memory allows, the batch has at least two patches. The differences: a plan uses the free memory of
@@ -28,11 +28,11 @@ _LEAST_BATCH: Final = 2
 _MOST_BATCH: Final = 8
 #: A batch has at most this share of the voxels of all training brains, as in nnU-Net.
 _BATCH_SHARE: Final = 0.05
-#: How often patches cover every training brain.
+#: Number of times that the patches of a run cover every training brain.
 _COVERS: Final = 50
 FEWEST_STEPS: Final = {"cpu": 1_000, "cuda": 10_000}
 _MOST_STEPS: Final = {"cpu": 20_000, "cuda": 50_000}
-#: Shares of the free memory that a plan may use; the rest is for what an estimate misses.
+#: Shares of the free memory that a plan may use; the rest allows for what an estimate misses.
 _HOST_SHARE: Final = 0.8
 _GPU_SHARE: Final = 0.85
 #: Memory of a training process before its first step; on a GPU, that of the driver.
@@ -63,7 +63,7 @@ class Hardware:
         return "a GPU" if self.device == "cuda" else "a CPU"
 
     def fits(self, config: RunConfig) -> bool:
-        """Whether the memory of a config, by estimate, is at most the share of the free memory that a plan may use."""
+        """Whether a config is estimated to fit into the share of the free memory that a plan may use."""
         gpu = self.device == "cuda"
         needed = estimate(config, half=self.half, gpu=gpu)
         if gpu and needed.gpu > _GPU_SHARE * self.gpu_bytes - _GPU_PROGRAM_BYTES:
@@ -89,7 +89,7 @@ class Chosen:
 
 @dataclass(frozen=True, kw_only=True)
 class Bounds:
-    """Facts other than the config that the sizes of a plan depend on."""
+    """Facts that the sizes in a plan depend on, other than the config."""
 
     brain: tuple[int, int, int]
     """Median brain box in voxels of the network's spacing."""
@@ -119,7 +119,7 @@ def plan_training(
         fingerprint: of the data set.
         hardware: resources that may be used.
         base: supplies everything that is not planned: optimiser, gradient rule, augmentation and the rest.
-        training_cases: number of cases that train.
+        training_cases: number of training cases.
         fixed: keys that the user set, such as ``training.batch_size``; they are kept too.
     """
     choices: list[Chosen] = []
@@ -217,7 +217,7 @@ def _spacing(fingerprint: Fingerprint, base: RunConfig, fixed: Collection[str]) 
 
 
 def _with_levels(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
-    """Reduce the network to the levels that the brain has voxels for."""
+    """Remove the levels for which the median brain has too few voxels."""
     network, fixed = config.network, bounds.fixed
     levels = len(network.channels)
     why = f"levels: the coarsest keeps {_COARSEST_VOXELS} voxels or more of the median brain"
@@ -228,7 +228,7 @@ def _with_levels(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
             levels -= 1
             blocks = None if network.blocks is None else network.blocks[:levels]
             network = replace(network, channels=network.channels[:levels], blocks=blocks)
-    # A provisional patch, valid for any number of levels; a patch set by the user is also valid with fewer levels.
+    # A provisional patch that the network accepts; a patch set by the user remains valid with fewer levels.
     patch = (_least_side(patch_divisor(network)),) * 3
     if "training.patch_voxels" in fixed:
         patch = config.training.patch_voxels

@@ -43,7 +43,7 @@ from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
 WARM_UP: Final = 3
 #: Timed steps.
 STEPS: Final = 5
-#: Maximum patches cut from each case to measure how much of its files a long run keeps mapped.
+#: Maximum number of patches cut from each case, to measure how much of its files a long run keeps mapped.
 _WALKED_PER_CASE: Final = 60
 
 
@@ -83,13 +83,13 @@ class TrialReport:
     own_bytes: int | None
     """Peak of own memory: the peak of all resident memory, less the pages of files after the last step."""
     case_files_bytes: int | None
-    """Average of one case's arrays that a long run keeps mapped; the system reclaims them when memory is short."""
+    """Bytes of a case's arrays that a long run keeps mapped, on average; the system reclaims them if needed."""
     gpu_bytes: int | None
     """Peak of what torch reserved on the GPU, including its cache but not the driver's own context."""
     gpu_free_bytes: int | None
     """Free GPU memory before the first step."""
     checkpoint_bytes: int
-    """Both kinds together, on disk."""
+    """Size of both kinds of checkpoint together, on disk."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,7 +110,7 @@ OUTCOME: Final = TypeAdapter(TrialOutcome)
 
 
 def run_trial(request: TrialRequest) -> TrialReport | None:
-    """Run the steps and report their time and memory; None if the cases are only prepared.
+    """Run the steps and report their time and memory; return None if the cases are only prepared.
 
     Raises:
         DataError: a case cannot be used.
@@ -124,7 +124,7 @@ def run_trial(request: TrialRequest) -> TrialReport | None:
         found = request.data.find_cases()
         ids = [*request.training, *([request.validation] if request.validation is not None else [])]
         used = [found[case_id].require() for case_id in ids]
-        # As in a training run: the allocator keeps what this frees, so that it is part of the run's memory.
+        # A training run does this too, and the allocator keeps the memory that it frees, so it has to be measured.
         read_label_maps(used)
         prepared = cache_cases(
             used,
@@ -183,7 +183,7 @@ class _Timed(PatchSource):
 
 
 def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSource) -> list[float]:
-    """Return the seconds of each step after the warm-up; if the run measures gradients, one more step does so."""
+    """Return the seconds of each step after the warm-up; with telemetry, one more, untimed step measures gradients."""
     timed = WARM_UP + STEPS
     every = timed + 1 if config.training.telemetry_steps else 0
     stepper = Stepper(

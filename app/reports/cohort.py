@@ -156,7 +156,7 @@ class _Shown:
         )
 
     def overlay(self) -> OverlayCase:
-        """Return the content of the still picture; without a scan, only the tumour."""
+        """Return the content of the still picture, which without a scan shows only the tumour."""
         behind = next((contrast for contrast in _BEHIND if contrast in self.images), None)
         return OverlayCase(
             case=self.predicted.case,
@@ -400,7 +400,10 @@ def _provenance(one: Predicted) -> list[tuple[str, str]]:
 
 
 def _command(one: Predicted) -> str:
-    """Return a command that repeats the prediction: the recorded one, else one with the scans, unless they are 4D."""
+    """Return a command that repeats the prediction, or an empty string.
+
+    This is the recorded command, or else one made from the scans, unless these are volumes of 4D files.
+    """
     recorded = one.record.get("command")
     if isinstance(recorded, str) and recorded:
         return recorded

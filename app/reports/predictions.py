@@ -89,7 +89,7 @@ class Predicted:
 
     @property
     def model_limits(self) -> tuple[str, ...]:
-        """Limits of that model, one sentence each."""
+        """Limits that the model states, one sentence each."""
         limits = mapping(self.record.get("model")).get("limits")
         return tuple(map(str, limits)) if isinstance(limits, list) else ()
 
@@ -100,7 +100,7 @@ class Predicted:
         if not isinstance(flags, list):
             missing = self.record.get("missing_contrasts")
             names = ", ".join(map(str, missing)) if isinstance(missing, list) else ""
-            return (Flag(code="missing-contrast", sentence=f"Missing: {names}."),) if names else ()
+            return (Flag(code="missing_contrast", sentence=f"Missing: {names}."),) if names else ()
         return tuple(
             Flag(code=str(one.get("code", "flag")), sentence=str(one.get("sentence", "")))
             for one in flags
@@ -109,7 +109,7 @@ class Predicted:
 
 
 def is_predictions(folder: Path) -> bool:
-    """Whether a folder contains a label map with its JSON, as written by ``znormseg predict``."""
+    """Return whether a folder contains a label map with its JSON, as written by ``znormseg predict``."""
     return any(path.with_name(path.stem + _ENDING).is_file() for path in folder.glob("*.json"))
 
 

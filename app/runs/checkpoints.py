@@ -4,7 +4,7 @@ A checkpoint is a pair of files, ``<kind>-<step>.safetensors`` and ``<kind>-<ste
 holds the SHA-256 of the tensors and of itself; an incomplete pair is ignored. Both files are synced to disk before
 older pairs are removed, and the pair before the newest is kept as a fallback in case the newest is damaged.
 
-Weights may be stored in float16, which halves a published model; they are loaded as float32.
+Weights may be stored in float16, which halves the size of a published model; they are loaded as float32.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def save(folder: Path, kind: Kind, step: int, tensors: dict[str, Tensor], detail
         folder: destination, created if missing.
         kind: ``best`` or ``last``.
         step: number of completed optimiser steps.
-        tensors: as from :func:`weight_tensors` and :func:`optimizer_tensors`.
+        tensors: as returned by :func:`weight_tensors` and :func:`optimizer_tensors`.
         details: plain data for the JSON.
     """
     import safetensors.torch
@@ -127,10 +127,10 @@ def load_newest(
 
 
 def load_newest_arrays(folder: Path, kind: Kind) -> Saved[npt.NDArray[np.generic]] | None:
-    """Load the newest usable checkpoint as numpy arrays, without importing torch; as :func:`load_newest`.
+    """Load the newest usable checkpoint as numpy arrays, like :func:`load_newest` but without importing torch.
 
     Raises:
-        RunError: as :func:`load_newest`.
+        RunError: see :func:`load_newest`.
     """
     return _newest(folder, kind, _unpack_arrays, lambda _: None)
 
@@ -243,9 +243,9 @@ def restore_optimizer(optimizer: Optimizer, checkpoint: Checkpoint) -> None:
 
 
 def _in_layout_of(parameter: Tensor, value: Any) -> Any:
-    """Return a state tensor in its parameter's memory layout, which may be channels-last; the file is contiguous.
+    """Return a state tensor, contiguous in the file, in its parameter's memory layout, which may be channels-last.
 
-    Fused optimisers traverse both in memory order and ignore the strides.
+    Fused optimisers traverse both tensors in memory order and ignore the strides.
     """
     import torch
 

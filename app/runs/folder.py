@@ -102,7 +102,7 @@ def require_new(run: Path) -> None:
 
 #: Minimum free space for metrics and TensorBoard events.
 LEAST_ROOM_BYTES: Final = 1 << 16
-#: After this many failed TensorBoard writers no new one is opened; missing curves are not worth ending a run.
+#: After this many failed TensorBoard writers no new one is opened; the run continues without curves.
 MOST_BOARDS_LOST: Final = 3
 #: Lock file, held while a process trains in the folder.
 LOCK = ".lock"
@@ -183,7 +183,7 @@ class MetricsLog:
             keep_up_to_step: records of later steps are dropped.
             keep_validations_up_to_step: validations of later steps are dropped.
             patiently: calls the function it is given, and retries it while the disk is full.
-            writes: False discards all records; for the processes of a distributed run that do not write.
+            writes: False discards all records, for those processes of a distributed run that must not write.
         """
         self._run = run
         self._patiently = patiently
@@ -314,7 +314,7 @@ class MetricsLog:
                 while left:
                     left = left[file.write(left) :]
             if _is_almost_full(self._run):
-                _require_space(self._run)  # for TensorBoard
+                _require_space(self._run)  # TensorBoard would fail without it
 
         self._patiently(write)
 
@@ -336,7 +336,7 @@ class MetricsLog:
         try:
             add(self._board)
         except OSError as error:
-            # The writer's thread died on a full disk, with up to two minutes of events; metrics.jsonl has them.
+            # The writer's thread died on a full disk and lost up to two minutes of events; metrics.jsonl has them.
             self._lost_board(error)
             self._board = None
             if self._boards_lost < MOST_BOARDS_LOST:

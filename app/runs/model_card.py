@@ -1,4 +1,4 @@
-"""Model cards: a description for people, the same for programs, and checksums, in every model folder.
+"""Model cards: every model folder has a description for people, the same one for programs, and checksums.
 
 ::
 
@@ -6,7 +6,7 @@
     model.json      the same as plain data
     SHA256SUMS      checksums of both and of the model's files; check them with ``sha256sum -c SHA256SUMS``
 
-The card contains only facts that the files of the folder record, and names those that they do not.
+The card states only facts that are recorded in the folder, and says which ones are missing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from data.filesystem import why
 CARD_FILE: Final = "MODEL_CARD.md"
 DESCRIPTION_FILE: Final = "model.json"
 SUMS_FILE: Final = "SHA256SUMS"
-#: Key, in ``ensemble.json`` and in the JSON of weights, for what a published model says of itself: ``name``,
+#: Key in ``ensemble.json`` and in the JSON of weights under which a published model describes itself: ``name``,
 #: ``description``, ``data``, ``metrics``, ``limits``, ``licence``. Imported weights have the same under ``imported``.
 STATEMENT_KEY: Final = "published"
 #: Licence statement on the card of a network trained by this program.
@@ -40,7 +40,8 @@ LIMITS: Final = (
     "The weights were chosen on the validation cases, so their Dice is somewhat better than that of new cases.",
 )
 
-#: Files of a run, an ensemble or one of its networks that are checksummed. Metrics, TensorBoard and pages may change.
+#: Files of a run, an ensemble or one of its networks that are checksummed, besides checkpoints. Metrics, TensorBoard
+#: files and pages are left out, because they may change.
 _PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
 _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
@@ -82,7 +83,7 @@ def seal(folder: Path, description: Mapping[str, Any] | None = None, *, everythi
         everything: checksum every file in the folder, not only those that make up the model.
 
     Raises:
-        RunError: as :func:`describe_model`.
+        RunError: as raised by :func:`describe_model`.
         OSError: the folder cannot be written to.
     """
     content = describe_model(folder) if description is None else dict(description)

@@ -23,10 +23,10 @@ from app.errors import RunError
 from app.progress import LOG, OnProgress, Progress, silent
 from data.files import naming_the_place
 
-#: Seconds to wait for a connection, and for the next bytes.
+#: Timeouts for the connection and for the next bytes.
 _TIMEOUT_SECONDS: Final = (15.0, 60.0)
 _RETRIES: Final = 1
-#: Share of a download between two progress reports.
+#: Fraction of a download between two progress reports.
 _REPORT_EVERY: Final = 0.02
 
 
@@ -140,7 +140,7 @@ MODELS: Final[Mapping[str, PublishedModel]] = {
 
 
 def models_folder() -> Path:
-    """Folder of the installed models: ``ZNORMSEG_MODELS``, else the user's data folder."""
+    """Return the folder of installed models: ``ZNORMSEG_MODELS`` or, if not set, one in the user's data folder."""
     if folder := os.environ.get("ZNORMSEG_MODELS"):
         return Path(folder)
     import platformdirs
@@ -149,15 +149,15 @@ def models_folder() -> Path:
 
 
 def folder_of(name: str) -> Path:
-    """Folder of a published model, whether it is installed or not."""
+    """Return the folder of a published model, which exists only if the model is installed."""
     model = MODELS.get(name)
     return (shipped_folder() if model is not None and model.ships else models_folder()) / name
 
 
 def shipped_folder() -> Path:
-    """Folder of the models that ship with the program: that of the package ``models``.
+    """Return the folder of the models that ship with the program, which is that of the package ``models``.
 
-    The package is not imported, as ``importlib.resources`` would: it needs torch, and prediction does not.
+    ``importlib.resources`` would import the package and thereby torch, which prediction can do without.
     """
     found = importlib.util.find_spec("models")
     assert found is not None
@@ -220,7 +220,7 @@ def download(
         try:
             complete.rename(out)
         except OSError:
-            if not out.is_dir():  # otherwise another process has installed it meanwhile
+            if not out.is_dir():  # otherwise another process has installed it in the meantime
                 raise
     return out
 
@@ -238,7 +238,7 @@ def _temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def _fetch(model: PublishedModel, file: PublishedFile, folder: Path, on_progress: OnProgress) -> None:
-    """Download one file into a folder, if its hash is the known one."""
+    """Download one file into a folder and verify its hash."""
     import pooch
     import requests
 
@@ -247,7 +247,7 @@ def _fetch(model: PublishedModel, file: PublishedFile, folder: Path, on_progress
     LOG.info("downloading %s (%g MB, %s) from %s", model.name, model.megabytes, model.licence, url)
     bar = _ProgressBar(f"downloading {model.name}", file.name, on_progress)
     loader = pooch.HTTPDownloader(progressbar=bar, timeout=_TIMEOUT_SECONDS)
-    # pooch logs each file itself; the line above says more.
+    # pooch would log each file too, with less detail than the line above.
     pooch.get_logger().setLevel("ERROR")
     try:
         pooch.create(
@@ -267,7 +267,7 @@ def _fetch(model: PublishedModel, file: PublishedFile, folder: Path, on_progress
 
 
 def _copy(model: PublishedModel, file: PublishedFile, source: Path, folder: Path) -> None:
-    """Copy one file from what the user has downloaded, if its hash is the known one."""
+    """Copy one file that the user has downloaded, and verify its hash."""
     path = source / file.name if source.is_dir() else source
     if not source.is_dir() and len(model.files) > 1:
         names = " and ".join(one.name for one in model.files)
@@ -280,7 +280,7 @@ def _copy(model: PublishedModel, file: PublishedFile, source: Path, folder: Path
 
 
 def _reason(error: Any) -> str:
-    """Why a request failed, in a few words."""
+    """Return why a request failed, in a few words."""
     import requests
     from requests import exceptions
 
@@ -297,7 +297,7 @@ def _reason(error: Any) -> str:
 
 
 class _ProgressBar:
-    """What pooch reports to: a progress bar with the interface of tqdm's."""
+    """Forwards pooch's progress; has the interface of tqdm's progress bar."""
 
     def __init__(self, job: str, name: str, on_progress: OnProgress) -> None:
         self.total = 0
@@ -317,4 +317,4 @@ class _ProgressBar:
         self._bytes = 0
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing; pooch calls it at the end."""

@@ -21,9 +21,9 @@ class TrainingRecord:
     """Facts about the training cases of a network."""
 
     trained_on: tuple[str, ...] = ()
-    """Ids of the training cases, and of the real cases whose label maps the synthetic ones have."""
+    """Ids of the training cases, and of the real cases whose label maps the synthetic ones share."""
     validated_on: tuple[str, ...] = ()
-    """Ids of the validation cases, by which the weights were selected."""
+    """Ids of the validation cases, on which the weights were selected."""
     intensities: IntensityRange | None = None
     """Intensity range of the training cases; None for runs of older versions and imported models."""
 

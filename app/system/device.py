@@ -42,7 +42,7 @@ class RuntimeConfig:
     device: str = "auto"
     """``auto``, ``cpu``, ``cuda`` or ``cuda:N``."""
     precision: WantedPrecision = "auto"
-    """``auto``: bfloat16 autocast if the hardware multiplies it, else float16 on a GPU with tensor cores, else
+    """``auto``: bfloat16 autocast if the hardware supports it, else float16 on a GPU with tensor cores, else
     float32."""
     channels_last: bool = True
     """Use the channels-last memory format; faster for small 3D U-Nets on a CPU."""
@@ -162,9 +162,9 @@ def require_device(name: str) -> None:
 
 
 def _set_deterministic(*, on: bool) -> None:
-    """Switch torch's deterministic algorithms on or off; their results do not depend on the order of GPU threads.
+    """Switch torch's deterministic algorithms on or off, as described in PyTorch's notes on reproducibility.
 
-    Source: PyTorch's notes on reproducibility.
+    Their results do not depend on the order of GPU threads.
     """
     import torch
 

@@ -12,7 +12,7 @@ from typing import Final
 
 from app.progress import LOG
 
-#: Error numbers of a full disk. Not EFBIG: a file size limit does not go away by waiting.
+#: Error numbers of a full disk. EFBIG is not among them: waiting does not lift a limit on file size.
 _FULL: Final = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -27,7 +27,7 @@ class RetryOnFullDisk:
     """Retries a write that failed because the disk is full, until it succeeds."""
 
     stopped: Callable[[], bool]
-    """Returns whether the run was asked to stop; the wait then ends with the error."""
+    """Returns whether the run was asked to stop; the write error is then raised."""
     waited_seconds: float = field(default=0.0, init=False)
     """Total seconds spent waiting so far."""
 
@@ -37,8 +37,8 @@ class RetryOnFullDisk:
         Args:
             write: must leave nothing half-written when it raises.
             what: what is written, for the message, such as ``the checkpoint of step 40``.
-            needed_bytes: its size.
-            folder: its destination.
+            needed_bytes: size of what is written, for the message.
+            folder: its destination, for the message.
 
         Raises:
             OSError: the disk is full and the run was asked to stop, or ``write`` failed for another reason.

@@ -1,4 +1,4 @@
-"""Processor and memory settings of this process; imports nothing slow, as threads must be set before torch loads."""
+"""Processor and memory settings of this process; must not import torch, as threads are set before it loads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LARGEST_INT: Final = 2**31 - 1
 _THREADS: Final = "OMP_NUM_THREADS"
 
 
-#: Environment variables that this process set itself, as opposed to the user.
+#: Environment variables set by this process rather than by the user.
 _SET: Final[dict[str, str]] = {}
 
 
@@ -43,8 +43,9 @@ def share_processors() -> None:
     """Set OpenMP's wait policy and number of threads unless the user has; must run before torch is imported.
 
     Waiting threads sleep instead of spinning: a spinning thread occupies a processor that the thread it waits for may
-    need, and next to another job a step takes two to three times as long. If a control group grants fewer processors
-    than are visible (``docker run --cpus``), the number of threads equals that grant: more would stall each other.
+    need, so that next to another job a step takes two to three times as long. If a control group grants fewer
+    processors than are visible (``docker run --cpus``), the number of threads is set to that grant, because more
+    threads would stall each other.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     granted = granted_processors()
@@ -90,8 +91,8 @@ def give_back_freed_memory() -> bool:
 def give_back_large_blocks() -> bool:
     """Return each freed block of 128 KiB or more to the system at once, for jobs with a memory limit.
 
-    That is glibc's initial setting, but it raises the threshold as larger blocks are freed; blocks of other threads
-    then stay with the process, which grows by tens of megabytes per case. Does nothing unless the C library is glibc.
+    glibc starts with this threshold, but raises it as larger blocks are freed. Blocks of other threads then stay
+    with the process, which grows by tens of megabytes per case. Does nothing unless the C library is glibc.
 
     Returns:
         Whether the setting was accepted.
@@ -115,7 +116,7 @@ def keep_freed_memory() -> bool:
 
 
 def _call_glibc(function: str, *arguments: int) -> bool:
-    """Call a function of glibc; False if it returns 0, or the C library is another one."""
+    """Call a function of glibc; return False if it returns 0 or if the C library is not glibc."""
     if not sys.platform.startswith("linux"):
         return False
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-#: Version 1 of control groups writes "no limit" as a number of at least this size.
+#: Control groups version 1 express "no limit" as a number of at least this size.
 _NO_LIMIT_BYTES: Final = 1 << 60
 
 

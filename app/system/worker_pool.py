@@ -2,7 +2,7 @@
 
 The parent writes lines of JSON to a worker's standard input: the job, the tasks, and a message that no more will come.
 If the pipe closes before that message, the parent is gone, and the worker stops as if by SIGTERM. The worker writes
-events to standard output, one JSON object per line: that it is ready, the progress and the result of each task, log
+events to standard output, one JSON object per line: a ready message, the progress and the result of each task, log
 records, and the error that stops it.
 """
 
@@ -46,7 +46,7 @@ TaskQueue = queue.SimpleQueue[tuple[str, Any] | None]
 
 
 def device_names(text: str) -> tuple[str, ...]:
-    """Split comma-separated device names; return none if any of them is not ``cpu``, ``cuda`` or ``cuda:N``."""
+    """Split comma-separated device names; return an empty tuple unless each is ``cpu``, ``cuda`` or ``cuda:N``."""
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     return names if all(_DEVICE.fullmatch(name) for name in names) else ()
 
@@ -126,8 +126,8 @@ class WorkerPool:
     """Called after the last attempt at a task whose worker died, with how it ended and the worker's stderr."""
     max_attempts: int = 1
     reuse: bool = False
-    """Whether a worker does one task after another, holding the next one in order to read it ahead. Otherwise each
-    task has its own process, which is named after it."""
+    """Whether a worker does one task after another, and receives the next one early in order to prefetch its input.
+    Otherwise each task has its own process, which is named after it."""
 
     def run(self) -> None:
         """Do all tasks; a worker gets the next one when it has finished one.
@@ -135,8 +135,8 @@ class WorkerPool:
         If a worker reports an error or this process is interrupted, the other workers stop as on SIGTERM.
 
         Raises:
-            DataError, ConfigError, RunError, DeviceError, OSError, InterruptedRunError: the error that stopped a
-                worker that was ready, or all workers before they were.
+            DataError, ConfigError, RunError, DeviceError, OSError, InterruptedRunError: a worker reported this error
+                after it was ready, or no worker could start and the last one failed with this error.
             KeyboardInterrupt: this process was interrupted; the workers have ended.
         """
         self._left = len(self.tasks)
@@ -176,7 +176,7 @@ class WorkerPool:
         self._hand_out(slot)
 
     def _hand_out(self, slot: _Slot) -> None:
-        """Give a worker the tasks it can hold; a task that a lost worker held is handed out by itself."""
+        """Give a worker as many tasks as it may hold: a task that a lost worker held must be its only one."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
             if len(slot.held) >= (2 if self.reuse and not by_itself else 1):
@@ -243,7 +243,7 @@ class WorkerPool:
 
 @dataclass(kw_only=True, eq=False)
 class _Slot:
-    """A device: runs one process, and a new one whenever it has ended."""
+    """A slot for a worker on a device: runs one process at a time, and starts another when that one has ended."""
 
     name: str
     device: str | None
@@ -376,7 +376,7 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
 
 
 def _input_lines() -> Iterator[str]:
-    """Yield the lines of standard input, unbuffered: a thread blocked on a buffer would hold its lock at exit."""
+    """Yield the lines of standard input, unbuffered: a thread blocked in a buffered read keeps its lock at exit."""
     line = b""
     while part := os.read(0, 1):
         line += part
@@ -394,7 +394,8 @@ def _receive(lines: Iterator[str], tasks: TaskQueue, stopping: threading.Event) 
             return
         tasks.put((content["task"], content["content"]))
     tasks.put(None)
-    # A signal that comes just before the main thread blocks in a system call is only seen after that call.
+    # Repeated, because a signal that arrives just before the main thread blocks in a system call is handled only when
+    # that call returns.
     while not stopping.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
         stopping.wait(1)

@@ -25,13 +25,14 @@ from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
 from data.quality.intensity_range import quantiles_of, range_of
 
-#: File name in the run folder.
+#: File in the run folder that lists the cases whose background was not 0.
 BACKGROUNDS_FILE: Final = "backgrounds.json"
 #: Maximum number of cases named in the log.
 _MOST_WARNED: Final = 5
 #: Value of ``fold`` that trains on every case and validates on none.
 ALL_CASES: Final = "all"
-#: Number of training cases whose intensities are read (at most twice as many); each takes a few hundredths of a second.
+#: Target number of training cases whose intensities are read (at most twice as many are); each takes a few hundredths
+#: of a second.
 _MOST_LOOKED_AT: Final = 100
 _GROUPS_SHOWN: Final = 3
 
@@ -74,7 +75,7 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
 
 
 def report_misnamed_files(cases: Collection[Case]) -> None:
-    """Log a warning about files whose extension does not match whether they are compressed."""
+    """Warn about files whose extension contradicts their compression."""
     found = [f"case {case.id}: {text}" for case in describing(cases) for text in misnamed_files(case)]
     if found:
         LOG.warning("%s", _some_groups(found))
@@ -116,12 +117,12 @@ def cases_of(split: Split, data: DataSource) -> dict[str, Case]:
 
 
 def without_synthetic(cases: Mapping[str, Case]) -> dict[str, Case]:
-    """Return the cases that are not synthetic, by id: only these validate."""
+    """Return the cases that are not synthetic, by id: only these are used for validation."""
     return {case_id: case for case_id, case in cases.items() if not case.synthetic}
 
 
 def describing(cases: Iterable[_Case]) -> list[_Case]:
-    """Return the cases that describe a set of cases: those that are not synthetic, or all if all are."""
+    """Return the cases that represent a set of cases: the real ones, or all if all are synthetic."""
     cases = list(cases)
     return [case for case in cases if not case.synthetic] or cases
 
@@ -129,7 +130,7 @@ def describing(cases: Iterable[_Case]) -> list[_Case]:
 def tumours_in(
     cases: Mapping[str, Case], label_maps: Mapping[str, LabelMap], conventions: Sequence[LabelConvention]
 ) -> dict[str, LabelStats]:
-    """Return the tumour of every case, as :func:`data.datasets.label_stats.tumours_of`.
+    """Return the tumour statistics of every case; see :func:`data.datasets.label_stats.tumours_of`.
 
     Args:
         cases: by id.
@@ -146,10 +147,10 @@ def tumours_in(
 
 
 def require_fold(data: DataSource, cases: Mapping[str, Case], fold: int) -> None:
-    """Require that there is a fold of this number, with cases that may validate.
+    """Require that the fold exists and that there are real cases to validate on.
 
     Raises:
-        DataError: there is none, or all cases are synthetic.
+        DataError: there is no such fold, or all cases are synthetic.
     """
     real = without_synthetic(cases)
     if not real:
@@ -168,7 +169,9 @@ def deal_fold(
     *,
     folds: int = FOLDS,
 ) -> Split:
-    """Return a fold by patient, with similar tumours in each; synthetic cases of other patients are added to training.
+    """Return the split of one fold; folds are dealt by patient, with similar tumours in each.
+
+    Synthetic cases are added to the training cases unless the split validates on their patient.
 
     Args:
         cases: by id.
@@ -178,7 +181,7 @@ def deal_fold(
         folds: number of folds.
 
     Raises:
-        DataError: as :func:`data.datasets.splits.stratified_split` and :func:`tumours_in`.
+        DataError: as raised by :func:`data.datasets.splits.stratified_split` and :func:`tumours_in`.
     """
     real, patients = without_synthetic(cases), patients_of(cases.values())
     split = stratified_split(tumours_in(real, label_maps, conventions), patients, fold, folds=folds)
@@ -190,7 +193,7 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
 
     Args:
         cases: the cases to check.
-        advice: what the user can do about it; ends the message.
+        advice: end of the message: what the user can do about it.
 
     Raises:
         DataError: cases have no label map; the message names the first five.
@@ -234,12 +237,12 @@ def require_same_labels(run: Path, data: DataSource, cases: Mapping[str, Case]) 
 
 
 def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
-    """Write the intensity range of the training cases to a run that lacks it; ``predict`` flags cases outside it.
+    """Record the training cases' intensity range if the run has none yet; ``predict`` flags cases outside it.
 
     Args:
         run: the run's folder.
-        prepared: the training cases; of a large number, evenly spaced ones are read. Synthetic ones are left out,
-            unless there are no others.
+        prepared: the training cases; if there are many, only evenly spaced ones are read. Synthetic ones are left
+            out, unless there are no others.
     """
     path = run / INTENSITIES_FILE
     if not path.exists():
@@ -249,7 +252,7 @@ def record_intensities(run: Path, prepared: Sequence[CachedCase]) -> None:
 
 
 def record_backgrounds(run: Path, prepared: Sequence[CachedCase]) -> None:
-    """Record the cases whose background was not 0 in their files, and warn about them; no file if there are none.
+    """Record the cases whose background was not 0 in their files, and warn about them; write no file if there are none.
 
     Args:
         run: the run's folder.
@@ -295,6 +298,6 @@ def case_spacing(case: Case) -> Spacing:
 
 
 def median_by_axis(sizes: Iterable[Spacing]) -> Spacing:
-    """Return the median along each axis, to 0.1 micrometres for sizes in millimetres."""
+    """Return the median along each axis, rounded to 0.1 micrometres for sizes in millimetres."""
     x, y, z = (round(median(along), 4) for along in zip(*sizes, strict=True))
     return (x, y, z)

@@ -1,4 +1,4 @@
-"""The data sets of a run: their weights, their use in the split, and the record by which a run knows them again."""
+"""The data sets of a run: their weights, their use in the split, and the record that lets a run recognise them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def require_weights(config: RunConfig, data: DataSource) -> None:
 
 
 def require_use(split: Split, cases: Mapping[str, Case], data: DataSource, config: RunConfig) -> None:
-    """Require that no synthetic case validates and that the split uses every data set.
+    """Require that no synthetic case is used for validation and that the split uses every data set.
 
     Args:
         split: the split of a run.
@@ -40,7 +40,7 @@ def require_use(split: Split, cases: Mapping[str, Case], data: DataSource, confi
         config: with ``data.weights``, every data set must have a training case.
 
     Raises:
-        DataError: one of the two does not hold; the message names the case or the data set.
+        DataError: either requirement is not met; the message names the case or the data set.
     """
     wrong = [case_id for case_id in split.validation if cases[case_id].synthetic]
     if wrong:
@@ -68,7 +68,7 @@ def data_sets_on_record(cases: Iterable[Case], conventions: Sequence[LabelConven
         conventions: label convention of each data set.
 
     Returns:
-        one entry for each data set; none if there is only one and it is not synthetic.
+        one entry for each data set; no entries if there is only one data set and it is not synthetic.
     """
     own: list[list[Case]] = [[] for _ in conventions]
     for case in cases:
@@ -96,16 +96,16 @@ def conventions_on_record(content: Mapping[str, Any]) -> tuple[LabelConvention, 
 
 
 def require_same_data_sets(place: Path, content: Mapping[str, Any], cases: Collection[Case], count: int) -> None:
-    """Require that a job that continues gets its data sets in the same order.
+    """Require that a resumed job is given the same data sets in the same order.
 
     Args:
         place: folder of the job, for the message.
         content: the job's record, with ``data_sets`` from :func:`data_sets_on_record`.
         cases: the cases that are used.
-        count: number of data sets that they are from.
+        count: number of data sets that were given.
 
     Raises:
-        DataError: there are others, or they have another order.
+        DataError: the data sets or their order differ.
     """
     conventions = conventions_on_record(content)
     before = [one["case_ids_sha256"] for one in content.get("data_sets", [])]

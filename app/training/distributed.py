@@ -59,7 +59,7 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str]) -> Launch:
-    """Read the environment variables of ``torchrun``; without all of them, describe a single process.
+    """Read the environment variables of ``torchrun``; if any is missing, describe a single process.
 
     Raises:
         DeviceError: a variable is not a number, or the rank is not below the number of processes.
@@ -87,7 +87,7 @@ class World:
     """The processes that train together, as one of them sees them; a single process never waits."""
 
     def __init__(self, launch: Launch | None = None, *, restarts: int = 0) -> None:
-        """Set it up; ``restarts`` is the maximum over all processes, as a host that joined later counts from 0."""
+        """Set up a world; ``restarts`` is the maximum over all processes, as a host that joined later counts from 0."""
         self.launch = launch if launch is not None else Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.restarts = max(restarts, self.launch.restarts)
@@ -167,7 +167,7 @@ class World:
         """Require that facts are equal in all processes.
 
         Raises:
-            DeviceError: a fact differs; the message has its name and the first two values.
+            DeviceError: a fact differs; the message names it and two differing values.
         """
         if self.size == 1:
             return
@@ -246,7 +246,7 @@ def joined_processes() -> Iterator[World]:
     _set_up(launch)
     level = LOG.level
     try:
-        # The strides of 1x1x1 weights with channels innermost are ambiguous; torch copies them, which needs no warning.
+        # Strides of 1x1x1 weights with channels innermost are ambiguous: torch copies the gradients, which is harmless.
         warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
         try:
             restarts = torch.tensor(launch.restarts)

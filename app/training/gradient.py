@@ -55,7 +55,7 @@ def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str,
 
 
 def _described(config: GradientConfig) -> dict[str, tuple[dict[str, float], str]]:
-    """Return the numbers of each rule other than ZNorm, and its description, if its tensors need no listing."""
+    """Return settings and description of each rule except ZNorm; the description is empty if its tensors are listed."""
     ratio = config.adaptive_clip_ratio
     return {
         "none": ({}, "gradients unchanged"),

@@ -21,7 +21,7 @@ def sections_of(run: Path) -> dict[str, dict[str, Any]]:
     """Return the part of a run's config that belongs to its weights: the network and the patch size.
 
     Raises:
-        RunError: ``run`` is neither a run folder nor that of another network.
+        RunError: ``run`` is not the folder of one network: a run, an import or a network of an ensemble.
         ConfigError: its config cannot be read.
     """
     _require_one_network(run)
@@ -38,13 +38,13 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     """Load the weights that ``predict`` would use from a run, for a new run with another config.
 
     Args:
-        run: folder of the run, the import or the network of an ensemble to start from.
+        run: folder to start from: a run, an import or a network of an ensemble.
         config: config of the new run.
         runtime: device that the weights are loaded to.
 
     Raises:
         RunError: ``run`` is not the folder of one network, or its weights cannot be used.
-        ConfigError: the new run's network is different, in more than its dropout.
+        ConfigError: the new run's network differs in more than its dropout.
     """
     _require_one_network(run)
     model = load_model(run, runtime)
@@ -73,7 +73,7 @@ def start_from(model: Model, state: State, spacing_mm: Spacing) -> None:
 
     Args:
         model: the other run's model.
-        state: before its first step.
+        state: the new run's state, before its first step.
         spacing_mm: spacing at which the new run works.
     """
     state.start_from(model.network.state_dict())

@@ -114,7 +114,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     """Start a run and train until its budget is spent.
 
     Args:
-        data: the data set, or several; synthetic cases only train.
+        data: the data set, or several; synthetic cases are used only for training.
         run: folder for the run; it must be empty or not exist yet.
         config: the complete configuration.
         fold: 0 to 4, or ``all`` to train on every case and validate on none.
@@ -216,7 +216,7 @@ def resume(
     """Resume an interrupted run, as if it had not been interrupted.
 
     Args:
-        data: the data sets that the run was started with; their ``labels`` are those of the run.
+        data: the data sets that the run was started with; their label conventions are read from the run.
         run: the run's folder.
         config: the requested configuration; default: the run's own.
         allow: keys in which ``config`` may differ although they change what is learned; it may always differ in those
@@ -230,7 +230,7 @@ def resume(
         RunError: there is nothing to resume, or another process is training in ``run``.
         ConfigError: ``config`` differs from the run's own in a key that cannot change, or that ``allow`` lacks.
         DataError: a case of the run is missing or damaged, its label map has changed since the run began, or the data
-            sets come in another order.
+            sets are given in another order.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     session = Session(data=data, run=run, world=world, on_progress=on_progress)
@@ -420,9 +420,9 @@ def prepare_as_run(
     """Prepare cases for a run, or find them in the store.
 
     Args:
-        cases: with label maps.
+        cases: cases with label maps.
         store: where prepared cases are kept.
-        config: of the run.
+        config: config of the run.
         facts: content of its ``run.json``.
         on_case: called with the id of each case that is ready.
 

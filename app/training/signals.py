@@ -11,13 +11,13 @@ from types import FrameType
 
 from app.system.process import stopping_signals
 
-#: Requests a checkpoint; Windows has no such signal.
+#: Signal that requests a checkpoint; None on Windows, which lacks it.
 _SAVE = getattr(signal, "SIGUSR1", None)
 
 
 @dataclass
 class StopRequest:
-    """What a signal has requested."""
+    """Requests made by signals."""
 
     signal_name: str | None = None
     """Name of the signal that requested to save and stop."""

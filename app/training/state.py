@@ -59,7 +59,7 @@ class State:
         return self.network if self.average is None else self.average.network
 
     def start_from(self, weights: dict[str, Tensor]) -> None:
-        """Load a state dict of the network before the first step, into the average as well."""
+        """Load initial weights, a state dict, into the network and, if there is one, its average."""
         self.network.load_state_dict(weights)
         if self.average is not None:
             self.average.load(weights)

@@ -83,7 +83,7 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         if state.average is not None:
             state.average.update(state.network, state.step + 1)
-        # Read after the step, so that the GPU has the step queued before the host waits.
+        # Read only now, so that the whole step is queued on the GPU before the host waits for the losses.
         total = sum(float(loss) / settings.accumulate for loss in losses)
         state.patches += settings.accumulate * settings.batch_size * self.world.size
         return StepResult(loss=self.world.mean(total), waited_seconds=waited, gradient_norm=norm)

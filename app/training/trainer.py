@@ -44,7 +44,7 @@ _VALIDATION_SHARE: Final = 0.1
 _NORM_EVERY: Final = 10
 #: Number of recent steps over which progress reports average the loss and the waiting time.
 _RECENT_STEPS: Final = 20
-#: Entries of ``run.json`` that are copied to the best weights.
+#: Entries of ``run.json`` that are copied to the JSON of the best weights.
 _CARRIED: Final = ("contrasts", "takes_missing_contrasts", "regions", "labels", "spacing_mm", "versions")
 
 
@@ -105,7 +105,7 @@ class Session:
     world: World
     on_progress: OnProgress
     began: float = field(default_factory=time.monotonic)
-    """Monotonic time."""
+    """Monotonic time at the start."""
 
 
 @dataclass
@@ -118,7 +118,7 @@ class Trainer:
     """Content of ``run.json``."""
     split: Split
     cases: Mapping[str, Case]
-    """By id; those of the split are among them."""
+    """Cases by id, including those of the split."""
     runtime: Runtime
     state: State
     # Set by train:
@@ -146,7 +146,7 @@ class Trainer:
 
         Args:
             prepared: the training cases, then the validation cases.
-            draw: draws a validation case and its prediction for TensorBoard: RGB, shape (height, width, 3).
+            draw: draws a validation case and its prediction for TensorBoard, as RGB of shape (height, width, 3).
             describe: returns further entries for the JSON of the best weights.
 
         Raises:
@@ -189,7 +189,7 @@ class Trainer:
                 with closing(made), suppress(_RolledBackError):
                     state.network.train()
                     self._agree()
-                    if self._validation_is_due():  # a stop interrupted it
+                    if self._validation_is_due():  # a stop interrupted the last one
                         self._validate()
                         self._save_last()
                     while self._progress() < 1 and not self._has_stalled():
@@ -385,7 +385,7 @@ class Trainer:
     def _validate_again(self) -> None:
         """Repeat the latest validation of a finished run whose best weights are lost.
 
-        The count for ``training.patience`` is preserved, so that a run it has ended stays ended.
+        The count for ``training.patience`` is preserved, so that a run that ended early does not continue.
         """
         state = self.state
         since_best = state.validations - state.best_validation

@@ -23,7 +23,7 @@ from models import GivenPresence
 
 
 def on_contrasts(network: nn.Module, config: RunConfig) -> nn.Module:
-    """Return the network as one that takes only the contrasts, all of them present."""
+    """Return the network, wrapped if needed, so that it takes only the contrasts, all of them present."""
     return GivenPresence(network, presence_mask(CONTRASTS)) if config.takes_missing_contrasts else network
 
 
@@ -42,7 +42,7 @@ def validation_dice(
     """Return the mean Dice by region over cases, at the network's spacing; a region empty in both masks scores 1.
 
     Args:
-        network: in any mode; it is set to eval mode and restored afterwards.
+        network: a network in any mode; it is set to eval mode and restored afterwards.
         cases: prepared cases with label maps, at least one.
         window: window size in voxels.
         config: supplies the overlap.

@@ -47,7 +47,7 @@ class Case:
     data_set: int = 0
     """Number of its data set, from 0, among the data sets that are used together."""
     synthetic: bool = False
-    """Whether its images are made anew for every patch (:mod:`data.patches.synthetic`) instead of read."""
+    """Whether its images are generated for every patch (:mod:`data.patches.synthetic`) instead of read from files."""
 
     def __post_init__(self) -> None:
         """Normalise the id, so that ids from files, manifests and splits compare equal whatever their Unicode form."""

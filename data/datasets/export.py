@@ -45,7 +45,7 @@ from data.nifti import (
 Layout = Literal["nnunet", "msd", "csv"]
 LAYOUTS: Final[tuple[Layout, ...]] = get_args(Layout)
 
-#: Folder name required by nnU-Net inside its nnUNet_raw, which is the role of OUT.
+#: Folder name that nnU-Net requires inside nnUNet_raw; here OUT takes the place of nnUNet_raw.
 NNUNET_NAME: Final = "Dataset001_BraTS"
 MANIFEST: Final = "manifest.csv"
 _NNUNET_CHANNELS: Final[dict[Contrast, str]] = {"t1": "T1", "t1c": "T1ce", "t2": "T2", "flair": "FLAIR"}
@@ -92,9 +92,9 @@ def export_dataset(
     Args:
         source: the data set.
         out: folder to write to; must be new or empty.
-        layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, its label numbers those of nnU-Net's conversions and
-            the regions as nnU-Net trains them; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a
-            folder for each case, label maps unchanged.
+        layout: ``nnunet``: ``Dataset001_BraTS`` with dataset.json, using the label numbers of nnU-Net's conversions and
+            the regions that nnU-Net trains; ``msd``: 4D files and dataset.json; ``csv``: ``manifest.csv`` and a folder
+            for each case, with label maps unchanged.
         on_case: called with each case's id and the fraction of cases completed.
 
     Returns:
@@ -278,7 +278,7 @@ class _Manifest(_Writer):
     def describe(self, cases: Sequence[Case]) -> None:
         with (self._root / MANIFEST).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file, lineterminator="\n")
-            # Without a stated patient, every reader derives it from the id.
+            # If no case states its patient, the column is omitted: every reader derives the patient from the id.
             stated = any(case.stated_patient is not None for case in cases)
             writer.writerow(["case", *(["patient"] if stated else []), *CONTRASTS, "seg", "labels"])
             for case in cases:
@@ -313,10 +313,10 @@ def _t1c_grid(case: Case) -> Volume:
 
 
 def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume:
-    """Return a volume, to be rewritten, in the voxel order of the reference.
+    """Return a volume in the voxel order of the reference, ready to be rewritten.
 
     Raises:
-        DataError: it is on another grid, or contains NaN or infinity, which would have to be replaced.
+        DataError: the volume is on another grid, or contains NaN or infinity, which would have to be replaced.
     """
     if volume.zeroed:
         raise DataError(
@@ -336,7 +336,7 @@ def _on_grid(case: Case, reference: Volume, volume: Volume, name: str) -> Volume
 def _store(case: Case, contrast: Contrast, path: Path) -> None:
     """Store a contrast in its own file: copied if it is a 3D file in the T1c's voxel order, else rewritten.
 
-    It is also rewritten if its background is not 0, because other programs would take the whole field for brain.
+    It is also rewritten if its background is not 0, because other programs would take the whole volume for brain.
     """
     reference, volume = _t1c_grid(case), _read(case, contrast)
     if contrast not in case.volumes and volume.background is None and grid_difference(reference, volume) is None:

@@ -57,7 +57,7 @@ def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
 
 
 def label_map_from_json(content: Mapping[str, Any]) -> LabelMap:
-    """Undo ``dataclasses.asdict`` and JSON.
+    """Restore a label map's statistics that were converted with ``dataclasses.asdict`` and stored as JSON.
 
     Raises:
         ValueError: the content is damaged.
@@ -108,7 +108,7 @@ def tumours_of(
     """Tumours by case id, for the folds; volume 0 for unreadable label maps, which are rejected when they are used.
 
     Raises:
-        DataError: as :func:`tumour_of`.
+        DataError: see :func:`tumour_of`.
     """
     none = LabelStats(volume_um3=0, enhances=False)
     return {

@@ -1,4 +1,4 @@
-"""Recognise data sets: BraTS case folders of every year, flat folders, MSD, nnU-Net, manifests; and label maps only.
+"""Recognise data sets: BraTS case folders of every year, flat folders, MSD, nnU-Net, manifests, folders of label maps.
 
 File names by year: ``<case>_{t1,t1ce,t2,flair,seg}`` in BraTS 2017-2021, ``<case>-{t1n,t1c,t2w,t2f,seg}`` in BraTS 2023
 and later, ignoring case (sources: see data/datasets/naming.py). Data sets described by a dataset.json or a manifest are
@@ -162,7 +162,7 @@ def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, C
     """Like :func:`find_label_maps`, but as cases that hold only the label map and hints about its numbers.
 
     Raises:
-        DataError: as :func:`find_label_maps`.
+        DataError: see :func:`find_label_maps`.
     """
     cases, links = _search(
         folder, _label_cases_in, "the folder that contains the label maps", follow_links=follow_links
@@ -236,7 +236,10 @@ def _require_fit(convention: LabelConvention, seen: Iterable[int], source: str) 
 
 
 def _require_cavities(values: Mapping[str, Iterable[int]]) -> None:
-    """Distinguish 2024's cavities (4) next to enhancing tumour (3) from a mixture of cases from different years."""
+    """Check that some case has both 3 and 4: in 2024, cavities (4) occur next to enhancing tumour (3).
+
+    If none has both, the data set may mix cases from different years.
+    """
     if not any({3, 4} <= set(found) for found in values.values()):
         raise DataError(
             "the data set has the label values 3 and 4, but no case has both: does it mix cases of BraTS 2021 "
@@ -421,7 +424,7 @@ _RADIOTHERAPY: Final = (
 
 
 def _not_taken(root: Path, links: _Links) -> list[str]:
-    """One sentence if there are NIfTI files, none of which is named as a contrast; else empty."""
+    """One sentence that lists the NIfTI files found, none of which is named as a contrast; empty if there are none."""
     if not root.is_dir():
         return []
     names = [path.name for folder in _folders(root, links) for path in nifti_files(folder)]
@@ -453,7 +456,7 @@ def _label_cases_in(folder: Path, links: _Links) -> Iterator[Case]:
             id=case_id,
             folder=folder,
             label=path,
-            # nnU-Net keeps the BraTS ids but renumbers the labels, so the names say nothing there.
+            # nnU-Net keeps the BraTS ids but renumbers the labels, so its names imply nothing about the numbers.
             naming=None if renumbered else naming_of(case_id, endings),
             declared=declared or _declared_next_to(path),
             case_folder=len(images) == 1,

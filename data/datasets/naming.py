@@ -86,7 +86,7 @@ _FAMILIES: Final[tuple[tuple[str, Naming], ...]] = (
 COMPANION_ENDINGS: Final = ("_probabilities", "_uncertainty", "_disagreement")
 
 
-#: Beginning of the ids of synthetic cases; the rest is the id of the real case whose label map they have.
+#: Prefix of the ids of synthetic cases; the rest is the id of the real case whose label map they use.
 SYNTHETIC_ID: Final = "synthetic-"
 
 
@@ -131,7 +131,7 @@ def composed(name: str) -> str:
 
 
 def real_id(case_id: str) -> str:
-    """The id of the real case whose label map a case has: without the beginning that marks synthetic cases.
+    """The id of the real case whose label map a case uses: the id without the prefix of synthetic cases.
 
     Example:
         >>> real_id("synthetic-BraTS2021_00000"), real_id("BraTS2021_00000")
@@ -157,9 +157,10 @@ def split_name(name: str) -> FileName | None:
 def split_names(names: Sequence[str]) -> list[FileName | None]:
     """Split each of the file names of one folder.
 
-    ``P_t2_flair`` is the T2-FLAIR of P next to ``P_t1``, but the FLAIR of P_t2 next to ``P_t2_t1``: if a name can be
-    split in several ways, the case id that most files could have wins, then the longest case id. BIDS entities between
-    session and contrast (``acq-3D``, ``run-1``) belong to the case id only if all files of the session share them.
+    Next to ``P_t1``, ``P_t2_flair`` is the T2-FLAIR of P; next to ``P_t2_t1``, it is the FLAIR of P_t2. If a name can
+    be split in several ways, the case id that fits most files wins and, on a tie, the longest one. BIDS entities
+    between session and contrast (``acq-3D``, ``run-1``) belong to the case id only if all files of the session share
+    them.
 
     Example:
         >>> [name.case for name in split_names(["P_t1", "P_t2_flair"])]
@@ -190,7 +191,7 @@ def _readings(name: str) -> list[FileName]:
         if contrast is None and (bare != name or ending not in (*_LABEL_WORDS, *_TARGET_WORDS)):
             continue
         if in_bids and contrast == "t1" and _GIVEN_AT_END.search(case):
-            continue  # a T1 after a contrast agent
+            continue  # a T1 after a contrast agent, that is, a T1c
         found.append(FileName(case=case, ending=ending, corrected=bare != name))
     return found
 

@@ -71,7 +71,7 @@ _LONGEST_ID: Final = 255
 
 
 def patient_of(case_id: str) -> str:
-    """The patient a case belongs to according to its id; the cases of a patient are never split between parts.
+    """Infer from its id which patient a case belongs to; all cases of a patient stay in the same part of a split.
 
     The result depends only on this id, not on the other cases, because data sets grow and prediction has no data set.
 
@@ -91,7 +91,7 @@ def patient_of(case_id: str) -> str:
 
 
 def patient_by_older_versions(case_id: str) -> str:
-    """The patient as inferred by versions before 2026-12; comparisons started with them keep their splits."""
+    """The patient as inferred by versions before 2026-12, so that comparisons started with them keep their splits."""
     patterns = (r"(BraTS-[A-Z]+(?:-RT)?-\d+)-\d+", r"(Brats1[789]_.+)_\d+", r"(UCSF-PDGM-\d+)_FU\d+d")
     matches = (re.fullmatch(pattern, case_id, re.IGNORECASE) for pattern in patterns)
     return next((match[1] for match in matches if match is not None), case_id)
@@ -119,7 +119,7 @@ def possible_visits(patients: Mapping[str, str], stated: Collection[str] = ()) -
         stated: ids of cases whose patient is stated elsewhere and need not be guessed.
 
     Returns:
-        ids of each group, sorted; empty if all ids share one prefix; groups too large for one patient are omitted.
+        the sorted ids of each group, without groups too large for one patient; empty if all ids share one prefix.
 
     Example:
         >>> possible_visits({case_id: case_id for case_id in ("P01_1", "P01_2", "P02_1", "case_1", "case_2")})

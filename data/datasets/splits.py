@@ -123,9 +123,9 @@ def stratified_folds(
 
 
 def with_synthetic(split: Split, patients: Mapping[str, str], synthetic: Collection[str]) -> Split:
-    """Add synthetic cases to the training cases of a split, except those of patients who validate.
+    """Add synthetic cases to the training cases of a split, except those of patients used for validation.
 
-    The split itself stays the same, so that a run with synthetic cases validates on the cases of a run without them.
+    The split itself stays the same, so that runs with and without synthetic cases validate on the same cases.
 
     Args:
         split: a split of the real cases.
@@ -147,10 +147,10 @@ def _random_key(seed: int, name: str) -> str:
 
 
 def fold_count(patients: int, fold: int, folds: int = FOLDS) -> int:
-    """The number of folds for so many patients.
+    """The number of folds: as many as requested, but at most one per patient.
 
     Raises:
-        DataError: they cannot be split, or the fold does not exist.
+        DataError: there are too few patients to split, or the fold does not exist.
     """
     folds = min(folds, patients)
     if folds < 2:
@@ -219,7 +219,7 @@ def require_apart(path: Path, patients: Mapping[str, str], parts: Mapping[str, C
     """Check that no patient is in two parts of a split.
 
     Raises:
-        DataError: a patient is; the message names the parts and a case in each.
+        DataError: a patient is in two; the message names the parts and a case in each.
     """
     first: dict[str, tuple[str, str]] = {}
     for part, case_ids in parts.items():

@@ -1,9 +1,10 @@
 """Identify the T1, T1c, T2 and FLAIR series of a study, and explain why the other series are none of them.
 
 A series' name (SeriesDescription, else ProtocolName) and its timing are judged separately; if they contradict each
-other, the series is not assigned. The limits in ms separate the usual protocols at 1.5 and 3 T: T1 has a short
-echo and a short repetition or, as MPRAGE, an inversion below 1.3 s; T2 has a long echo; FLAIR a long echo and an
-inversion that nulls fluid, above 1.3 s (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004, chapter 14).
+other, the series is not assigned. The limits in ms separate the usual protocols at 1.5 and 3 T: T1 has short echo and
+repetition times or, as in MPRAGE, an inversion time below 1.3 s; T2 has a long echo time; FLAIR has a long echo time
+and an inversion time above 1.3 s, which nulls fluid (Bernstein, King and Zhou, Handbook of MRI Pulse Sequences, 2004,
+chapter 14).
 Names follow vendors' conventions in English, German, French, Italian, Spanish and Portuguese.
 """
 
@@ -156,7 +157,7 @@ def series_of(series: Sequence[Series], name: str) -> Series:
     """Look up a series by contrast, number or UID.
 
     Raises:
-        DataError: as :func:`choose_series` and :func:`find`.
+        DataError: see :func:`choose_series` and :func:`find`.
     """
     for contrast in CONTRASTS:
         if name.lower() == contrast:

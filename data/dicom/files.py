@@ -98,7 +98,7 @@ def dicom_files(path: Path) -> Iterator[tuple[DicomFile, ...]]:
 def is_study(path: Path) -> bool:
     """Whether a path is treated as DICOM rather than as NIfTI cases.
 
-    True of an archive, a DICOMDIR, a single DICOM file, or a folder with DICOM files and no NIfTI file.
+    True for an archive, a DICOMDIR, a single DICOM file, or a folder with DICOM files and no NIfTI file.
     """
     if path.is_file():
         return zipfile.is_zipfile(path) or path.name.upper() == "DICOMDIR" or _has_prefix(path)

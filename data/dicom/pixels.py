@@ -84,7 +84,7 @@ def read_series(series: Series) -> Reading:
 
 
 def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.NDArray[np.bool_]) -> Iterator[str]:
-    """Remarks about the padding before it is set to 0; none if it is 0 already and was not compressed with loss.
+    """Remarks about the padding before it is set to 0; none if it is 0 already and compression was not lossy.
 
     Raises:
         DataError: every voxel is padding.
@@ -116,7 +116,7 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
 
 
 def stored_digest(file: DicomFile) -> str:
-    """Hash of a file's stored values, independent of lossless compression; without voxels, hash of the file's bytes."""
+    """Hash of a file's stored values, the same for any lossless compression; of its bytes if they cannot be decoded."""
     try:
         frames = _decoded(file, "", several=False) if file.has_voxels else None
     except DataError:

@@ -37,7 +37,7 @@ _MOST_NAMES: Final = 10
 _EMPTY: Final = (None, "", b"")
 _LPS_TO_RAS: Final = np.diag([-1.0, -1.0, 1.0, 1.0])
 
-#: Attributes whose values are words, and numbers of a direction.
+#: Attributes whose values are words, and the attribute whose values are the components of a direction.
 _TYPE: Final = ("FrameType", "ImageType")
 _GRADIENT: Final = ("DiffusionGradientOrientation",)
 
@@ -302,7 +302,7 @@ def _value(places: Sequence[pydicom.Dataset], *keywords: str) -> Any:
 
 
 def _values(places: Sequence[pydicom.Dataset], *keywords: str) -> list[Any]:
-    """The same value as a list; empty if there is none."""
+    """The value that :func:`_value` finds, as a list; empty if there is none."""
     content = _value(places, *keywords)
     if content is None:
         return []
@@ -310,7 +310,7 @@ def _values(places: Sequence[pydicom.Dataset], *keywords: str) -> list[Any]:
 
 
 def _numbers(places: Sequence[pydicom.Dataset], keyword: str, *, count: int | None = None) -> Vector | None:
-    """The values of an attribute as finite numbers; None if they are not, or not as many as required."""
+    """The values of an attribute as numbers; None if one is not a finite number or their count is not as required."""
     try:
         numbers = tuple(float(one) for one in _values(places, keyword))
     except (TypeError, ValueError):
@@ -448,7 +448,7 @@ def _volumes(frames: Sequence[Frame]) -> list[list[Frame]]:
 
 
 def _alike(items: Iterable[_Item], same: Callable[[_Item, _Item], bool]) -> list[list[_Item]]:
-    """Groups of items that are like the first of their group."""
+    """Group items so that ``same`` holds between the first item of a group and each of its others."""
     groups: list[list[_Item]] = []
     for item in items:
         home = next((group for group in groups if same(group[0], item)), None)
@@ -525,7 +525,7 @@ def _problems(frames: Sequence[Frame]) -> Iterator[str]:
 
 
 def _fault_of_image(frames: Sequence[Frame]) -> str | None:  # noqa: PLR0911 - one return per reason
-    """Why the frames are not images with one value per voxel, stated positions and a size that can be read."""
+    """Why the frames are not images with one value per voxel, known positions and a readable size; None if they are."""
     first = frames[0]
     if not first.file.has_voxels or first.rows < 1 or first.columns < 1:
         return "it holds no image"
@@ -579,7 +579,7 @@ def _named(frames: Sequence[Frame]) -> str:
 
 
 def _fault_of_stack(positions: npt.NDArray[np.float64], normal: npt.NDArray[np.float64]) -> str | None:
-    """Why slices at these sorted positions are not evenly spaced."""
+    """Why slices at these sorted positions are not evenly spaced; None if they are."""
     along = positions @ normal
     gaps = np.diff(along)
     usual = float(np.median(gaps))

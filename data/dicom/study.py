@@ -86,12 +86,13 @@ def read_study(
     """Identify and read T1, T1c, T2 and FLAIR of a study, each on its own grid.
 
     Args:
-        path: as :func:`open_study`.
+        path: see :func:`open_study`.
         chosen: series given by the user, by number or UID.
-        study_uid: as :func:`open_study`.
+        study_uid: see :func:`open_study`.
 
     Raises:
-        DataError: as :func:`open_study` and :func:`data.dicom.contrasts.choose_series`, or a series is not decodable.
+        DataError: as raised by :func:`open_study` and :func:`data.dicom.contrasts.choose_series`; also if a series
+            cannot be decoded.
     """
     with open_study(path, study_uid=study_uid) as study:
         return read_chosen(study, choose_series(study.series, chosen))
@@ -109,9 +110,9 @@ def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:
 
 
 def write_dicom_case(out: Path, images: StudyImages, *, case_id: str | None = None) -> Path:
-    """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; all of them or none.
+    """Write the contrasts as ``<id>/<id>_{t1,t1ce,t2,flair}.nii.gz``, each on its own grid; either all or none.
 
-    Whole numbers that fit are stored as int16, others as float32. Only the geometry is kept of the DICOM headers.
+    Whole numbers that fit are stored as int16, others as float32. Of the DICOM headers, only the geometry is kept.
 
     Args:
         out: folder of the data set, created if missing.

@@ -35,7 +35,7 @@ MaskSource = Literal["own", "file", "hd-bet", "synthstrip", "mindgrab", "atlas",
 COMMANDS: Final = {"hd-bet": "hd-bet", "synthstrip": "mri_synthstrip"}
 #: Plausible volume of a brain with its fluid; a head with its skull, or a part of a brain, is outside this range.
 BRAIN_LITRES: Final = (0.7, 2.2)
-#: Least Dice of MindGrab's masks of two contrasts that is not reported.
+#: If the Dice of MindGrab's masks of two contrasts is below this, a warning is issued.
 MIN_AGREEMENT: Final = 0.9
 
 
@@ -149,7 +149,7 @@ def _from_file(path: Path, image: sitk.Image, name: str) -> BrainMask:
 def _from_tool(tool: str, image: sitk.Image, name: str) -> BrainMask:
     """Run a tool on the image's file and read its mask.
 
-    Of HD-BET's output the stripped image is used: its versions name the mask file differently.
+    For HD-BET, the mask is taken from the stripped image, because its versions name the mask file differently.
     """
     command, is_hd_bet = _require(tool), tool == "hd-bet"
     device = ["-device", "cpu"] if is_hd_bet and not Path("/dev/nvidiactl").exists() else []
@@ -178,7 +178,7 @@ def _from_tool(tool: str, image: sitk.Image, name: str) -> BrainMask:
 
 
 def _from_mindgrab(image: sitk.Image, others: Mapping[Contrast, sitk.Image], network: Network, name: str) -> BrainMask:
-    """The mask of T1c; contrasts whose own masks differ much from it are named."""
+    """The mask of T1c, with a warning for each contrast whose own mask differs much from it."""
     mask = mindgrab_mask(image, network, name=f"{name}, contrast t1c")
     warnings = []
     for contrast, other in others.items():

@@ -20,7 +20,7 @@ _MOST_PARTS: Final = 16
 def resample_to_scan(
     shares: npt.NDArray[np.float32], grid: ImageGrid, transform: sitk.Transform, scan: ImageGrid
 ) -> npt.NDArray[np.float32]:
-    """Map shares to a scan's own grid: the mean over the extent of each of its voxels.
+    """Map shares to a scan's own grid, averaged over the extent of each of the scan's voxels.
 
     They are interpolated linearly at as many points along each axis as voxels of ``grid`` fit into a voxel of the scan.
 
@@ -47,9 +47,9 @@ def resample_to_scan(
 def threshold_shares(
     shares: npt.NDArray[np.float32], thresholds: tuple[float, float, float] = (0.5, 0.5, 0.5)
 ) -> npt.NDArray[np.uint8]:
-    """Threshold the result of :func:`resample_to_scan`: a region is where its share is at least its threshold, nested.
+    """Threshold the result of :func:`resample_to_scan`: a voxel is in a region if its share reaches the threshold.
 
-    Labels are never interpolated.
+    The regions are then made nested. Labels are never interpolated.
 
     Args:
         shares: shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`, 0 to 1.

@@ -1,8 +1,8 @@
 """Convert between the program's arrays and SimpleITK images; every voxel keeps its position.
 
 The program measures millimetres to the right, anterior and superior (RAS, as NIfTI does) and stores (X, Y, Z); ITK
-measures to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). Code that also runs for other jobs
-imports this package in functions, so that training does not load SimpleITK.
+measures to the left, posterior and superior (LPS), and its arrays are (Z, Y, X). Modules that other tasks use as well
+import this package inside functions, so that training does not load SimpleITK.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Find the brain with MindGrab's network: bring an image into the network's frame, and its mask back.
 
-The network takes 256^3 voxels of 1 mm in the voxel order LIA, with intensities cut at two quantiles and scaled to 0..1.
-What computes it is passed in, as this package knows no networks.
+The network takes 256^3 voxels of 1 mm in the voxel order LIA, with intensities clipped at two quantiles and scaled to
+0..1. The function that runs it is passed in, because this package does not import networks.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from scipy import ndimage
 from data.errors import DataError
 from data.native_space.itk import ImageGrid, grid_of, resampled, to_itk, voxels_of
 
-#: Marks the brain in a volume with values from 0 to 1.
+#: A function that marks the brain in a volume with values from 0 to 1.
 Network = Callable[[npt.NDArray[np.float32]], npt.NDArray[np.bool_]]
 
 #: Voxels along each axis of the network's frame.
 SIDE: Final = 256
 #: Quantiles of all voxels that become 0 and 1.
 _QUANTILES: Final = (0.02, 0.98)
-#: Voxels around the brain that are computed for a comparison.
+#: Margin in voxels around the given mask; a comparison computes the network's mask only within it.
 _MARGIN: Final = 16
 
 
@@ -52,9 +52,9 @@ def mindgrab_mask(image: sitk.Image, network: Network, *, name: str) -> sitk.Ima
 
 
 def mask_agreement(image: sitk.Image, mask: sitk.Image, network: Network) -> float:
-    """Dice of a given mask and the network's mask of another contrast, computed near the given mask, to save time.
+    """Dice of a given mask and the network's mask of another contrast, computed only near the given mask.
 
-    The network's mask of a part differs a little from that of the whole (Dice about 0.98).
+    This saves time; the network's mask of a part of an image differs a little from that of the whole (Dice about 0.98).
 
     Args:
         image: another contrast of the same head.
@@ -77,7 +77,7 @@ def network_frame(image: sitk.Image) -> ImageGrid:
     centre = own.affine @ [*((np.array(own.size) - 1) / 2), 1.0]
     affine = np.eye(4)
     affine[:3, :3] = [[-1, 0, 0], [0, 0, 1], [0, -1, 0]]
-    # An image whose voxels are 1 mm along these axes keeps them: the centre is rounded to its voxels.
+    # Align the frame with the image's voxels, so that an image with voxels of 1 mm along these axes keeps them.
     affine[:3, 3] = centre[:3] - affine[:3, :3] @ np.full(3, (SIDE - 1) / 2)
     first = np.linalg.inv(own.affine) @ affine[:, 3]
     affine[:, 3] = own.affine @ np.array([*np.round(first[:3]), 1.0])
@@ -85,7 +85,7 @@ def network_frame(image: sitk.Image) -> ImageGrid:
 
 
 def scaled_intensities(voxels: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Scale intensities so that the 2 % quantile of all voxels is 0 and the 98 % quantile is 1, and cut the rest.
+    """Scale intensities so that the 2 % quantile of all voxels is 0 and the 98 % quantile is 1, and clip the rest.
 
     Example:
         >>> scaled_intensities(np.array([0, 1, 3, 5], dtype=np.float32)).round(2).tolist()

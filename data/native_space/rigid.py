@@ -2,7 +2,7 @@
 
 The metric is Mattes mutual information (Mattes et al., IEEE TMI 22, 120, 2003) as implemented in ITK, over a pyramid
 that stops at :data:`WORKING_MM`. A single thread and a fixed seed make the transform the same on every run and machine.
-The start is chosen among several candidates, and a result that does not stand out from moving_head poses is rejected.
+The start is chosen among several candidates, and a result that does not stand out from distant poses is rejected.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ MIN_OVERLAP: Final = 0.75
 #: Minimum ratio of mutual information at the result to that at the headers' pose. Below 1, because between thick
 #: slices the metric at the true pose is a few thousandths lower than at neighbouring poses.
 LEAST_KEPT: Final = 0.95
-#: Assumed distances of the brain's top below the head's, and height of the part of the head that contains the brain.
+#: Assumed distances of the brain's top below the head's top, and height of the part of the head with the brain.
 _SCALP_MM: Final = (0.0, 12.0)
 _BRAIN_HEIGHT_MM: Final = 140.0
 
@@ -179,7 +179,11 @@ def register_template(template: sitk.Image, brain: sitk.Image, head: sitk.Image,
 
 
 def _template_places(fixed_head: _Head, moving_head: _Head) -> Iterator[tuple[float, float, float]]:
-    """Candidate positions of the template brain's centre: the head's centre, or the brain's height below its top."""
+    """Candidate positions of the template brain's centre.
+
+    These are the head's centre, and positions that put the brain's top at each of the assumed distances below the
+    head's top.
+    """
     points = np.argwhere(voxels_of(moving_head.mask)).astype(np.float64)
     to_ras = grid_of(moving_head.mask).affine
     places = points @ to_ras[:3, :3].T + to_ras[:3, 3]
@@ -320,9 +324,9 @@ def _refined(fixed_head: _Head, moving_head: _Head, found: Any) -> Any:
     """Refine a transform if one of the two images has thick slices; otherwise return ``found`` itself.
 
     Interpolation between thick slices blurs an image by an amount that varies with position, which shifts the metric's
-    optimum by a millimetre or two. So the thick image is used on its own voxels, and the other, resampled to them with
-    the transform found, is blurred across the slices as if it had been scanned with them. A small rigid transform
-    between the two remains to be found.
+    optimum by a millimetre or two. Therefore the thick image is used on its own voxels, and the other image, resampled
+    to them with the transform found, is blurred across the slices as if it had been scanned in them. The remaining
+    small rigid transform between the two is then estimated.
     """
     if max(*fixed_head.image.GetSpacing(), *moving_head.image.GetSpacing()) < _THICK_MM:
         return found
@@ -416,7 +420,7 @@ def _descend(
 
 
 def _ignore_no_overlap(error: RuntimeError) -> None:
-    """Ignore ITK's error about images that do not overlap; re-raise others: ITK has only one exception type."""
+    """Ignore ITK's error about images that do not overlap, but re-raise others, as ITK has only one exception type."""
     if "samples map outside" not in str(error):
         raise error
 

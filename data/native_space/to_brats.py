@@ -85,7 +85,7 @@ class BratsCase:
     """What to check in the result, one sentence each; ``record`` also lists what was changed on reading."""
 
     def transform(self, contrast: Contrast) -> sitk.Transform:
-        """From LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
+        """The transform from LPS millimetres of the grid, which are those of T1c, to those of a contrast."""
         return sitk.TranslationTransform(3) if contrast == REFERENCE else self.registrations[contrast].transform
 
     def volume(self, contrast: Contrast) -> Volume:
@@ -99,7 +99,7 @@ class BratsCase:
             raise DataError(f"case {self.id}, contrast {contrast}, prepared: voxels are NaN or infinite.")
         if (problem := image_problem(voxels)) is not None:
             raise DataError(f"case {self.id}, contrast {contrast}, prepared: {problem}.")
-        affine = self.grid.affine.astype(np.float32).astype(np.float64)  # a file has it in single precision
+        affine = self.grid.affine.astype(np.float32).astype(np.float64)  # a file stores it in single precision
         return with_clean_background(Volume(voxels=voxels, affine=affine, path=Path(self.id)))
 
 

@@ -142,8 +142,8 @@ class Variation:
 def draw_augmentation(config: AugmentConfig, contrasts: int, rng: np.random.Generator) -> Variation:
     """Draw a variation; the same generator state gives the same result.
 
-    The number and order of random draws never depend on the config, and new augmentations draw after older ones.
-    Enabling one therefore changes nothing else about a patch.
+    The number and order of random draws never depend on the config, and augmentations added later draw after older
+    ones. Enabling an augmentation therefore changes nothing else about a patch.
     """
     flips = rng.random(3) < config.flip_probability
     moved = rng.random() < config.affine_probability

@@ -401,7 +401,7 @@ def open_array(path: Path, mode: Literal["r", "c"] | None) -> npt.NDArray[Any]:
 
 
 def write_source(folder: Path, case: Case, settings: Mapping[str, Any], backgrounds: Mapping[str, str]) -> None:
-    """Record next to the arrays what they were made from, for human readers; the program relies on the key.
+    """Record next to the arrays what they were made from, for human readers; the program finds an entry by its key.
 
     Args:
         folder: folder of the entry.

@@ -53,9 +53,9 @@ class CachedCase:
     folder: Path
     shape: tuple[int, int, int]
     data_set: int = 0
-    """As :attr:`data.datasets.case.Case.data_set`."""
+    """See :attr:`data.datasets.case.Case.data_set`."""
     synthetic: bool = False
-    """As :attr:`data.datasets.case.Case.synthetic`; the arrays are those of the real case."""
+    """See :attr:`data.datasets.case.Case.synthetic`; the arrays are those of the real case."""
 
     def image(self) -> npt.NDArray[np.float16]:
         """Shape (contrasts, X, Y, Z)."""
@@ -119,7 +119,7 @@ def cache_cases(
 
     Args:
         cases: the cases to prepare.
-        store: the cache for them, or a folder used for nothing else; takes 9 bytes per voxel of the brain's box.
+        store: the cache for them, or a folder used for nothing else; a case takes 9 bytes per voxel of its brain's box.
         spacing_mm: spacing of the network's input.
         convention: the meaning of the label numbers.
         nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.
@@ -180,8 +180,9 @@ class PatchSource:
         """Create a source; the arguments correspond to the run's config.
 
         ``tumour_probability`` is the share of patches centred on tumour. ``enhancing_probability`` is the share of
-        those centred on enhancing tumour in cases that have some; None draws each tissue equally often. ``weights``
-        are the patches that each data set has in every cycle; None makes the cases of all data sets equally likely.
+        these that is centred on enhancing tumour, in cases that have some; None draws each tissue equally often.
+        ``weights`` are the numbers of patches that each data set contributes to a cycle; None makes the cases of all
+        data sets equally likely.
         """
         self._cases = list(cases)
         self._pools = [list(range(len(self._cases)))]
@@ -233,7 +234,7 @@ class PatchSource:
         )
 
     def _index(self, number: int) -> int:
-        """The case of a patch: the pools alternate as their weights say, each by random permutations of its cases."""
+        """The case of a patch: pools take turns by weight, and each goes through random permutations of its cases."""
         cycle, position = divmod(number, sum(self._weights))
         in_turn = np.repeat(np.arange(len(self._weights)), self._weights)
         order = np.random.default_rng([self._seed, 2, cycle]).permutation(in_turn)

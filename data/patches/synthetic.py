@@ -2,7 +2,7 @@
 
 A network that learns from such images must rely on shape, as no contrast is ever the same (Billot et al., Medical
 Image Analysis 86, 102789, 2023, doi 10.1016/j.media.2023.102789). SynthSeg has label maps of all structures of the
-brain. Here only the tumour has one, so the rest of the brain is divided by the intensities of a real contrast.
+brain. Here only the tumour is labelled, so the rest of the brain is divided by the intensities of a real contrast.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ FloatArray = npt.NDArray[np.float32]
 
 
 def synthetic_image(image: FloatArray, codes: npt.NDArray[np.uint8], rng: np.random.Generator) -> FloatArray:
-    """Make the images of a patch anew, each contrast with another random appearance of the same tissues.
+    """Generate new images for a patch: each contrast shows the same tissues with a different random appearance.
 
     Each contrast is ``mean[class] + spread[class] * noise``, with random means and spreads, and is slightly blurred;
-    some get a bias field, some a lower resolution. Then it is z-scored over the patch's brain.
+    some get a bias field, some a lower resolution. Each is then z-scored over the patch's brain.
 
     Args:
         image: the real image, shape (contrasts, X, Y, Z), z-scored, 0 outside the brain.
@@ -44,7 +44,7 @@ def synthetic_image(image: FloatArray, codes: npt.NDArray[np.uint8], rng: np.ran
         rng: supplies all random numbers, so the same state gives the same image.
 
     Returns:
-        float32, shape of ``image``: 0 outside the brain, and everywhere in a contrast that the patch lacks.
+        float32, shape of ``image``; 0 outside the brain and, in contrasts that the patch lacks, everywhere.
     """
     brain, present = (np.asarray(image.any(axis=axes)) for axes in (0, (1, 2, 3)))
     if not brain.any():
@@ -73,7 +73,7 @@ def tissue_classes(
         values: one contrast, shape (X, Y, Z).
         codes: label codes, same shape.
         brain: mask, same shape.
-        count: number of classes outside the tumour, equally large.
+        count: number of equally large classes outside the tumour.
 
     Returns:
         class of each voxel: 0 to ``count - 1``, and ``count - 1 + code`` in the tumour.
@@ -90,7 +90,7 @@ def tissue_classes(
 
 
 def _scanned(values: torch.Tensor, brain: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Add the traces of a scanner to one contrast, uneven coil and large voxels, and z-score it over the brain."""
+    """Apply random scanner effects (uneven coil, large voxels) to one contrast, and z-score it over the brain."""
     waves = torch.from_numpy(rng.standard_normal((intensity.BIAS_WAVES,) * 3, dtype=np.float32))
     strength, resolution = rng.uniform(0, _BIAS_FIELD), rng.uniform(_LEAST_RESOLUTION, 1)
     is_uneven, is_coarse = rng.random(2) < (_UNEVEN, _COARSE)

@@ -60,7 +60,7 @@ def _nth_largest(values: Floats, n: float) -> float:
 
 
 def _oedema_cost(tissue: TissueClass) -> Floats:
-    """Resistance of tissue to oedema: the millimetres of white matter equivalent to one millimetre of it."""
+    """Resistance of tissue to oedema: the millimetres of white matter equivalent to one millimetre of the tissue."""
     return np.float32(1) / (tissue.white + np.float32(0.12) * tissue.grey + np.float32(0.02))
 
 

@@ -23,7 +23,7 @@ class Kind:
 
 
 def draw_kind(index: int, seed: int) -> Kind:
-    """Draw the kind of a case in fixed proportions, spread evenly, so that ten cases in a row have some of each.
+    """Draw the kind of a case; proportions are fixed and evenly spread, so ten cases in a row have some of each kind.
 
     Case i takes the i-th point of Richtmyer's additive recurrence, with a start given by the seed. Its steps are badly
     approximable irrational numbers, so short runs of cases do not cluster.
@@ -56,7 +56,7 @@ def draw_tumour(rng: np.random.Generator, head: Head, kind: Kind) -> TumourPlan:
 
 
 def _draw_foci(rng: np.random.Generator, head: Head, core_ml: float, n_foci: int) -> tuple[Focus, ...]:
-    """Draw foci in cerebral white matter, apart from each other, whose balls add up to the core's volume."""
+    """Draw foci in cerebral white matter, apart from each other; their balls add up to the core's volume."""
     candidates_mm = _possible_centres(head)
     shares = rng.uniform(0.35, 1.0, n_foci)
     radii_mm = np.cbrt(shares / shares.sum() * core_ml * 1000 * 3 / (4 * math.pi))

@@ -24,7 +24,7 @@ _LEAST_VOXELS: Final = 200
 
 @dataclass(frozen=True, kw_only=True)
 class Prints:
-    """The data kept of a case to recognise it."""
+    """The data kept about a case to recognise it again."""
 
     fingerprints: Mapping[Contrast, bytes]
     """Fingerprint of every contrast that is an image."""

@@ -111,7 +111,7 @@ def check(source: DataSource, *, on_case: Callable[[str], None] | None = None) -
         on_case: called with the id of each case that has been checked.
 
     Raises:
-        DataError: there is no data set at all (no folder, no case, or a duplicate id).
+        DataError: there is no usable data set (no folder, no case, or a duplicate id).
     """
     cases = list(source.find_cases().values())
 
@@ -190,7 +190,7 @@ def _look(case: Case) -> tuple[CheckedCase, Prints]:
 def _read_contrasts(
     case: Case,
 ) -> tuple[dict[Contrast, Digest], dict[Contrast, npt.NDArray[np.bool_]], list[Finding]]:
-    """Read each contrast once, in the axis order of the first: digests, masks of non-zero voxels, read failures."""
+    """Read each contrast once, in the first one's axis order; return digests, masks of non-zero voxels and failures."""
     seen: dict[Contrast, Digest] = {}
     nonzero: dict[Contrast, npt.NDArray[np.bool_]] = {}
     findings = []

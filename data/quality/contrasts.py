@@ -29,22 +29,23 @@ _COARSEST_MM: Final = 6.5
 _LEAST_VOXELS: Final = 5000
 #: Approximate number of voxels used for rank correlations.
 _SAMPLE: Final = 40_000
-#: Minimum advantage in correlation of another pairing over that of the names before names are reported as wrong. Real
-#: cases with correct names have 0.4 to 1.3.
+#: Names are reported as wrong if another pairing exceeds theirs in correlation by more than this. In real cases with
+#: correct names, the names' pairing leads by 0.4 to 1.3.
 _PAIR_MARGIN: Final = 0.15
 #: The same margin for fluid, in spreads of the local contrast. Real cases: 2.2 to 7.
 _FLUID_MARGIN: Final = 1.5
 #: Share of the voxels assumed to be fluid: the darkest ones of an image on which fluid is dark.
 _FLUID_SHARE: Final = 0.03
-#: Contrasts are of one patient if the Dice of their brain masks reaches this (real cases 1.00, others up to 0.95),
+#: Contrasts count as one patient's if any of three limits is reached. First: the Dice of their brain masks (real cases
+#: 1.00, different patients up to 0.95).
 SAME_MASK_DICE: Final = 0.97
-#: or if this share of one mask is within the other, as after a cut field of view (different patients up to 0.99),
+#: Second: the share of one mask within the other, high if a field of view was cut (different patients up to 0.99).
 PART_OF_MASK: Final = 0.997
-#: or if their local contrasts correlate by at least this (real cases 0.18 to 0.6, different patients up to 0.13).
+#: Third: the correlation of their local contrasts (real cases 0.18 to 0.6, different patients up to 0.13).
 SAME_ANATOMY: Final = 0.16
 #: Minimum skew of the difference T1c - T1. Contrast agent only adds signal: real cases have 1.2 to 2.9.
 _AGENT_SKEW: Final = -1.0
-#: Share of the brain missing from one contrast but present in the others at which its field of view counts as cut.
+#: If a contrast lacks more than this share of the brain that the others show, its field of view counts as cut.
 _LACKING: Final = 0.03
 
 
@@ -147,7 +148,7 @@ def _local_contrast(
     cover: npt.NDArray[np.float32],
     widths: list[int],
 ) -> npt.NDArray[np.float32]:
-    """Voxels inside minus the mean of the brain around them."""
+    """The voxels marked by ``inside``, each minus the mean of the brain around it."""
     values = np.where(brain, voxels, 0).astype(np.float32)
     values /= max(np.abs(values).max(), np.finfo(np.float32).tiny)
     mean = ndimage.uniform_filter(values, widths, mode="constant")[inside] / cover[inside]

@@ -21,12 +21,12 @@ QUANTILES: Final = (0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99)
 LEAST_CASES: Final = 10
 #: A case is unusual if a quantile is beyond the range by more than the range's width (the range of few cases is
 #: narrower than that of all future ones) and by more than a quarter of a standard deviation of the brain (which
-#: different brain masks and a large tumour can cause). Chosen on six cases of BraTS 2021, each against the other
-#: five: with half the width and a tenth of a deviation four were unusual, with these values two; with either, all six
-#: were when T1 and T2 were swapped.
+#: different brain masks and a large tumour can cause). Chosen on six cases of BraTS 2021, each compared with the other
+#: five: with half the width and a tenth of a deviation, four were unusual; with these values, two. With either choice,
+#: all six were unusual once T1 and T2 were swapped.
 MARGIN_SHARE: Final = 1.0
 MARGIN_SD: Final = 0.25
-#: Minimum number of planes sampled per volume; at most twice as many. They hold more than enough voxels.
+#: Minimum number of planes sampled per volume (the maximum is twice that), which hold more than enough voxels.
 _PLANES: Final = 16
 
 #: For each contrast present, one number per quantile.

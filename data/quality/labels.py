@@ -23,7 +23,7 @@ _LEAST_TUMOUR: Final = 500
 
 @dataclass(frozen=True, kw_only=True)
 class LabelDigest:
-    """The data kept of a label map."""
+    """The data kept about a label map."""
 
     grid: Volume
     """Shape, affine and path, without voxels."""
@@ -154,7 +154,7 @@ def lonely(mask: npt.NDArray[np.bool_]) -> int:
 
 
 def brightness(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
-    """A note if FLAIR is not brighter in the label than in the rest of the brain, as it is in a glioma."""
+    """A note if FLAIR is no brighter in the label than in the rest of the brain; in a glioma it is brighter."""
     if coarse.shape != flair.coarse.shape:
         return []
     inside, healthy = flair.coarse[coarse], flair.coarse[(flair.coarse != 0) & ~coarse]

@@ -18,12 +18,12 @@ THICK_RATIO: Final = 1.5
 VERY_THICK_RATIO: Final = 3.0
 #: A brain with its fluid takes 1 to 2 litres; MNI152's mask has 1.9, a head with its skull 3 or more.
 MOST_BRAIN_LITRES: Final = 2.5
-#: A brain that ends in a larger plane was cut. The brain stem in a BraTS volume takes up to 5 cm2.
+#: A brain that ends in a larger plane was cut off. The brain stem in a BraTS volume takes up to 5 cm2.
 CUT_CM2: Final = 25.0
 #: Area that the convex end of a head gains per mm (2 pi 70 mm2 at a radius of 70 mm, with a margin), so that its last
 #: thick slice does not count as a cut.
 _END_MM: Final = 900.0
-#: Depths in mm below the outermost tissue: a skull is above the first, and brain between the first and the second.
+#: Depths in mm below the outermost tissue: a skull lies above the first, and brain between the first and the second.
 _BAND_MM: Final = 24.0
 _INNER_MM: Final = 45.0
 #: Longer steps along a ray could miss the skull.
@@ -110,7 +110,7 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
 def has_dark_band(
     voxels: npt.NDArray[np.float32], tissue: npt.NDArray[np.bool_], spacing_mm: tuple[float, float, float]
 ) -> bool:
-    """Whether most directions into the head cross bright, dark, bright within 45 mm.
+    """Return whether, along most directions into the head, intensities go bright, dark, bright within 45 mm.
 
     If there are negative values, as after z-scoring, darkness is measured from the darkest tissue instead of from 0.
 
@@ -148,7 +148,7 @@ def _both_ways(
 
 
 def _band_along(rays: npt.NDArray[np.float32], inside: npt.NDArray[np.bool_], step_mm: float) -> bool | None:
-    """Whether one direction is bright, dark, bright; None if too few rays go deep enough or steps are too long."""
+    """Return whether one direction is bright, dark, then bright; None if too few rays go deep or steps are too long."""
     depth = round(_INNER_MM / step_mm) + 1
     if step_mm > _LONGEST_STEP_MM:
         return None

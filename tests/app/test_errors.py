@@ -1,4 +1,4 @@
-"""Exit codes and messages: one code for each kind of trouble, one line that says what to do."""
+"""Exit codes and messages: one code for each kind of error, and one line that says what to do."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loss: its value by hand, and what must hold for any logits and masks."""
+"""The loss: values computed by hand, and invariants for any logits and masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MeshNet against its slow twin, and its files."""
+"""MeshNet compared with its slow reference, and the files that are read or refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The networks: shapes in and out, the rule for patch sizes, and what a config refuses."""
+"""The networks: input and output shapes, the rule for patch sizes, and what a config refuses."""
 
 from __future__ import annotations
 

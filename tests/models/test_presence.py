@@ -1,4 +1,4 @@
-"""Presence channels: 1 in the brain, after the contrasts, of the image's own type."""
+"""Presence channels: 1 in the brain, appended after the contrasts, with the image's dtype."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The errors that docs/errors.md lists: by topic, the commands that meet them.
+"""The errors that docs/errors.md lists, by topic, with the commands that cause them.
 
 tests/system/test_docs_errors.py runs the commands and compares what they print with the document.
 """

@@ -1,4 +1,4 @@
-"""Headers no scanner ever wrote: a file is read, or refused by name, and nothing else ever happens."""
+"""Headers that no scanner ever wrote: a file is either read or refused by name."""
 
 from __future__ import annotations
 

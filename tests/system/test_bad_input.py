@@ -1,4 +1,4 @@
-"""Bad input through the command line: one message that names the thing and the way out, a code, nothing left behind.
+"""Bad input on the command line: one message with the cause and the remedy, an exit code, and nothing left behind.
 
 The tables of this file are what docs/errors.md lists, and what tests/system/test_guards.py takes the guards away from.
 """

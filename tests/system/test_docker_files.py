@@ -1,4 +1,4 @@
-"""What can be said of Dockerfile and docker/ without an engine; `make image-test` builds and runs the image."""
+"""Checks of Dockerfile and docker/ that need no engine; `make image-test` builds and runs the image."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Blocks of code in the documents: every command in them exists, and every block runs or says why not.
+"""Code blocks in the documents: every command in them exists, and every block runs or says why not.
 
 How a block is marked stands in CONTRIBUTING.md. A block runs in a folder that has the things it names and no others;
 commands run as printed, but that a training is made small.

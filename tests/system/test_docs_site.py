@@ -1,4 +1,4 @@
-"""The documentation site: what is public is documented, every page has its place, nothing is loaded from elsewhere."""
+"""The documentation site: public names are documented, every page has its place, nothing is loaded from elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every grid and every way to store it: label maps on exactly the input's grid, the same tissue, and the way to others.
+"""Every grid, however stored: label maps on exactly the input's grid, the same tissue, and transfer to other grids.
 
 One call of the command line predicts a phantom that is stored in every way and in all 48 axis orders; each test looks
 at one of the files.

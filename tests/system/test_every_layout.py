@@ -1,4 +1,4 @@
-"""Training, prediction and scoring on data sets that are no BraTS case folders."""
+"""Training, prediction and scoring on data sets that are not BraTS case folders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each guard against bad input is taken away in a copy of the program, and a test must notice.
+"""Mutation tests: each guard against bad input is removed in a copy of the program, and a test must then fail.
 
 Slow: every guard costs a run of pytest. The tests named here pass on the untouched copy, which is checked first.
 """

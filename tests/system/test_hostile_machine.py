@@ -1,4 +1,4 @@
-"""A machine that does not do as asked: full disks, folders nobody may write to, signals, processes that go.
+"""A hostile machine: full disks, missing permissions, signals, and killed processes.
 
 Full disks are small tmpfs mounts in a mount namespace of the command's own; missing permission is real too: as root,
 the command runs without the capabilities that let root write anywhere.

@@ -1,4 +1,4 @@
-"""What an earlier version wrote still loads, and predicts the label maps that it predicted then.
+"""Models from an earlier version still load, and predict the same label maps as they did then.
 
 tests/system/made_before has a run, an ensemble and two exports; its README says how they were made.
 """

@@ -1,4 +1,4 @@
-"""Cases that lack contrasts: a run trained with contrast dropout takes them and says so, another one refuses."""
+"""Cases that lack contrasts: a run trained with contrast dropout accepts them and says so, other runs refuse them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Nothing is lost: damaged checkpoints, signals, changed configs, losses that are not finite, full disks."""
+"""No work is lost to damaged checkpoints, signals, changed configs, losses that are not finite, or full disks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The installed program: nothing in the working folder stands in for its parts, and every package is shipped."""
+"""The installed program: nothing in the working folder shadows its modules, and every package is shipped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Patients and names in the verbs: a manifest's column counts, what was begun stays, one bad name is one case's."""
+"""Patients and names in the commands: a manifest's patients count, begun splits stay, a bad name affects one case."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Continuous integration, pre-commit and the issue forms: files that no other test would miss."""
+"""Continuous integration, pre-commit and the issue forms: files that no other test checks."""
 
 from __future__ import annotations
 

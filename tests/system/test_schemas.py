@@ -1,4 +1,4 @@
-"""The JSON of predict: a schema that describes every field, and outputs that keep to it."""
+"""The JSON of predict: a schema that describes every field, and outputs that conform to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Set-up: where torch comes from, what each command of make installs, and lock files that agree with the pins.
+"""Set-up: where torch comes from, what each make target installs, and lock files that agree with the pins.
 
 The index is a stand-in: a real HTTP server on the loopback interface with a wheel named torch that has nothing in it.
 nvidia-smi is a stand-in too: a shell script. pip and virtual environments are real.

@@ -1,4 +1,4 @@
-"""Network and shared folders that lack what local disks have: the program warns once where that is safe.
+"""Network and shared folders that lack features of local disks: the program warns once where it is safe to continue.
 
 Calls are refused as those file systems refuse them: in processes of their own by a sitecustomize, else in this one.
 """

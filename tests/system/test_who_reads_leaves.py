@@ -1,4 +1,4 @@
-"""Whoever reads our messages may leave: pipes that close, terminals that go, streams that were never there.
+"""Output that nobody reads any more: closed pipes, closed terminals, and streams closed from the start.
 
 Real processes, pipes and pseudo-terminals.
 """

@@ -1,4 +1,4 @@
-"""ZNorm in a training loop: a step is that by hand, and every misuse is refused."""
+"""ZNorm in a training loop: a step equals one computed by hand, and every misuse is refused."""
 
 from __future__ import annotations
 

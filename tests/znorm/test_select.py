@@ -1,4 +1,4 @@
-"""Which tensors are normalised: the output block of each network, and what is refused."""
+"""The choice of tensors to normalise: the output block of each network, and what is refused."""
 
 from __future__ import annotations
 

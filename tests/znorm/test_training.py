@@ -1,4 +1,4 @@
-"""ZNorm where real training breaks it: processes, compilers, short numbers, and a user with torch alone."""
+"""ZNorm in real training: several processes, a compiled model, low precision, and an environment with only torch."""
 
 from __future__ import annotations
 

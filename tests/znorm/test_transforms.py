@@ -1,4 +1,4 @@
-"""The rivals of ZNorm: each changes gradients as its paper says, and none lets a bad number through."""
+"""The baselines for ZNorm: each changes gradients as its paper says, and none lets a non-finite number through."""
 
 from __future__ import annotations
 

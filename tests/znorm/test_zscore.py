@@ -1,4 +1,4 @@
-"""The z-score of gradients: the slow twin, and what must hold for any gradient."""
+"""The z-score of gradients: equality with the slow reference, and invariants for any gradient."""
 
 from __future__ import annotations
 

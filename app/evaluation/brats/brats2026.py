@@ -1,7 +1,7 @@
 """Score a folder of predicted label maps with the command of the 2026 challenges.
 
-The command gets copies of the label maps with the label numbers of the task, prediction and reference both with the
-reference's header. Its results keep its own metric names and values.
+The command gets copies of the label maps with the label numbers of the task; prediction and reference both get the
+reference's header. The results keep the command's metric names and values.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ _MAY_LACK: Final = ("prec", "rec")
 NO_SCORE: Final = METRICS[METRICS.index("n_ref_instances") :]
 #: Metrics of which a lower value is better.
 LOWER: Final = ("sq_hd95", "global_bin_hd95", "fp", "fn")
-#: Value of an infinite HD95 in means and ranks: brats-parse-metrics, of the same package, uses it for whole regions in
-#: the table of the challenge.
+#: Value that replaces an infinite HD95 in means and ranks. The package's brats-parse-metrics uses it for whole regions
+#: in the table of the challenge.
 FINITE_HD95: Final = 373.0
 _EDGE_TOLERANCE_MM: Final = 1e-3
 
@@ -69,7 +69,7 @@ class PackageRules:
     regions: tuple[str, ...]
     """Regions in table order; the package has the same names in lower case."""
     numbers: Mapping[int, int]
-    """Label number that the configuration expects, by code of ``data.labels.decode_tissues``; others are refused."""
+    """Label number that the configuration expects, by code of ``decode_tissues``; other codes are refused."""
 
 
 _THREE: Final = ("WT", "TC", "ET")
@@ -102,7 +102,7 @@ class PackageCase:
     regions: Values
     """Values by region and metric, in the order of :data:`METRICS`; NaN and infinity as the command returns them."""
     uneven: bool = False
-    """Whether the voxels are not 1 mm cubes."""
+    """True if the voxels are not 1 mm cubes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class PackageEvaluation(FolderScores):
 
     @property
     def scored_by(self) -> str:
-        """Year, task, configuration and versions in words; sets for which these differ are not ranked together."""
+        """Year, task, configuration and versions in words; ``rank`` refuses sets that differ in them."""
         versions = ", ".join(f"{name} {version or '?'}" for name, version in self.installed.versions.items())
         return f"{YEAR} {self.rules.task} (configuration {self.rules.config}, {versions})"
 
@@ -207,7 +207,7 @@ def evaluate_by_package(
 
     Raises:
         MissingToolError: the command is not installed or cannot be started.
-        DataError: as :func:`app.evaluation.evaluate.evaluate`.
+        DataError: as raised by :func:`app.evaluation.evaluate.evaluate`.
     """
     installed = find_installed()
     if installed.doubt is not None:
@@ -241,7 +241,7 @@ def _score_case(case: str, folders: Folders, rules: PackageRules, runner: Runner
     with tempfile.TemporaryDirectory(prefix="znormseg-brats2026-") as name:
         for side, numbers in sides.items():
             (Path(name) / side).mkdir()
-            # The same header for both: the command refuses affines that differ by rounding; grid_difference does not.
+            # Both get the same header: the command refuses affines that differ by rounding, which we accept.
             write_label_map(Path(name) / side / FILE, numbers, reference.path)
         found = runner.score(Path(name))
     edges = np.asarray(reference.spacing_mm)

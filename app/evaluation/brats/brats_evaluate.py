@@ -1,8 +1,8 @@
 """Run ``brats-evaluate``, the scorer of the 2026 BraTS challenges, one process per case.
 
 It belongs to the package brats-evaluation, which is not a dependency and is never imported: it has a different licence
-and a separate environment. This module finds and runs the command, and parses its output, as of brats-evaluation
-0.0.10 with panoptica 2.1.7.
+and a separate environment. This module finds and runs the command, and parses its output in the format of
+brats-evaluation 0.0.10 with panoptica 2.1.7.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Installed:
     command: Path
     """The executable."""
     versions: Mapping[str, str | None]
-    """Versions of the packages in :data:`TESTED`; None if the command's environment has no metadata of them."""
+    """Versions of the packages in :data:`TESTED`; None if the command's environment has no metadata for them."""
 
     @property
     def doubt(self) -> str | None:
@@ -131,7 +131,7 @@ class Runner:
                 written next to them.
 
         Returns:
-            the command's values, by its own names of regions and metrics.
+            the command's values, keyed by its own names for regions and metrics.
 
         Raises:
             DataError: the command crashed, timed out, refused the case or wrote no valid summary; the message quotes
@@ -166,7 +166,7 @@ class Runner:
 
     def _run(self, words: list[Any], folder: Path, **outputs: Any) -> int | None:
         """Run the command, and return its exit status, or None after a timeout."""
-        # Our Python paths would shadow the packages of its environment. One thread each: cases run in parallel.
+        # Our Python paths would shadow the command's packages. It gets one thread, because cases run in parallel.
         given = {name: value for name, value in os.environ.items() if name not in {"PYTHONPATH", "PYTHONHOME"}}
         with self._lock:
             if self._closed:

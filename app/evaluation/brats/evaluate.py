@@ -81,7 +81,10 @@ class OfficialEvaluation(FolderScores):
 
 
 def match_for_task(predictions: DataSource, references: DataSource, task: str) -> Folders:
-    """Match two folders as :func:`app.evaluation.folders.match`; label maps of MEN-RT have only one label."""
+    """Match two folders with :func:`app.evaluation.folders.match`.
+
+    For MEN-RT, whose label maps have only one label, the label convention is set instead of detected.
+    """
     if task == "MEN-RT":
         predictions, references = (replace(side, labels=BRATS2024.name) for side in (predictions, references))
     return match(predictions, references)
@@ -106,7 +109,7 @@ def evaluate_officially(
         on_case: called in order with each case id that is done, and the share of cases done so far.
 
     Raises:
-        DataError: as :func:`app.evaluation.evaluate.evaluate`.
+        DataError: as raised by :func:`app.evaluation.evaluate.evaluate`.
     """
     folders = match_for_task(predictions, references, rules.task)
 

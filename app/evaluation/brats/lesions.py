@@ -1,4 +1,4 @@
-"""Lesions of a region: components joined by dilation, without small ones, and merged if they touch."""
+"""Lesions of a region: join components by dilation, drop small ones, and merge those that touch the same lesion."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def joined_components(mask: Mask, dilation: int) -> Lesions:
 
 
 def dilated(mask: Mask, steps: int) -> Mask:
-    """Dilate a mask ``steps`` times by the 18 neighbours of each voxel; beyond the grid is background.
+    """Dilate a mask ``steps`` times by the 18 neighbours of each voxel; voxels beyond the grid count as background.
 
     The neighbourhood is the union of three squares, one perpendicular to each axis, and a square is a step along one of
     its axes followed by a step along the other. That takes ten passes over bytes, where scipy's ``binary_dilation``
@@ -99,8 +99,8 @@ def without_small_lesions(lesions: Lesions, most_voxels: float) -> Lesions:
 def joined_by(lesions: Lesions, other: Lesions) -> Lesions:
     """Merge lesions that touch the same lesion of another region, as the scripts of 2024 do.
 
-    A lesion that touches several is merged only with those of the lowest-numbered one, and nothing changes if only one
-    pair touches. Lesions that touch get new numbers above the existing ones.
+    Of several lesions that a lesion touches, only the lowest-numbered one counts. Nothing changes if only one pair
+    touches. Lesions that touch get new numbers above the existing ones.
 
     Args:
         lesions: lesions of one region.

@@ -1,4 +1,4 @@
-"""What the challenges' scripts count as a lesion, by year and task: data only, no computation.
+"""Definition of a lesion in the challenges' scripts, by year and task; data only, no computation.
 
 Sources: rachitsaluja/BraTS-2023-Metrics, brats_metrics.py at 0c603fc; rachitsaluja/BraTS-2024-Metrics, metrics_GLI.py,
 metrics_MEN.py, metrics_PED.py and metrics_MEN_RT.py at 9e8879a, which adds the surface Dice to the challenge's scripts,
@@ -20,7 +20,7 @@ Task = Literal["GLI", "PED", "SSA", "MEN", "MET", "MEN-RT"]
 
 @dataclass(frozen=True, kw_only=True)
 class RegionRule:
-    """Definition of one region, and of which of its voxels form a lesion."""
+    """Definition of one region and of its lesions."""
 
     name: str
     """Name of the region, e.g. ``ET``."""
@@ -31,7 +31,7 @@ class RegionRule:
     threshold_mm3: float
     """Reference lesions of at most this volume are left out of the means."""
     joins: tuple[str, ...] = ()
-    """Regions whose lesions merge the lesions of this region that touch them, applied in this order."""
+    """Other regions, in order: lesions of this region that touch the same lesion of one of them are merged."""
     scored: bool = True
     """Whether the region has a row in the table; an unscored one is used only in ``joins``."""
 
@@ -52,7 +52,7 @@ class Rules:
     """Whether predicted components are joined as in the reference, and small ones dropped. If so, whole-volume HD95,
     sensitivity and specificity are computed from lesion numbers, as in the scripts of 2024."""
     least_in_mm3: bool = False
-    """Whether predicted lesions are dropped by their volume in mm^3 (MEN-RT) or their number of voxels."""
+    """Whether small predicted lesions are dropped by volume in mm^3 (MEN-RT) instead of by number of voxels."""
     counts_invented: bool = True
     """Whether spurious lesions lower the lesion-wise means; MEN-RT leaves them out."""
     surface_dice: bool = True
@@ -85,7 +85,7 @@ def _three(dilation: int, threshold_mm3: float, *, joined: bool = False) -> tupl
 
 
 def _gli_2024() -> tuple[RegionRule, ...]:
-    # The script intends to dilate SNFH by 5 as well, but asks for a region "SFNH".
+    # The script intends to dilate SNFH by 5 as well, but misspells it as "SFNH", so 3 applies.
     return (
         RegionRule(name="WT", tissues=_WHOLE, dilation=3, threshold_mm3=20),
         RegionRule(name="TC", tissues=(*_CORE, ENHANCING), dilation=3, threshold_mm3=20),

@@ -91,12 +91,12 @@ def official_scores(
         prediction: codes of ``data.labels.decode_tissues``, shape (X, Y, Z), in the voxel order of the reference's
             file, which determines the numbering of lesions.
         reference: the same for the reference, on the same grid.
-        spacing_mm: voxel edge lengths in mm along X, Y, Z; rounded to single precision, in which the scripts read them
-            from the header.
+        spacing_mm: voxel edge lengths in mm along X, Y, Z; they are rounded to single precision, because the scripts
+            read them from the header in that precision.
         rules: rules from :func:`app.evaluation.brats.rules.rules_for`.
 
     Returns:
-        scores by name of the region, in the order of the script's table.
+        scores by region name, in the order of the script's table.
 
     Raises:
         ValueError: the shapes differ.
@@ -119,7 +119,7 @@ class _Case:
         box = _grown_box((prediction > 0) | (reference > 0), margin)
         pair = np.ascontiguousarray(prediction[box]), np.ascontiguousarray(reference[box])
         masks = {rule.name: _region_masks(pair, rule) for rule in rules.regions}
-        if not any(rule.joins for rule in rules.regions):  # otherwise regions are compared with each other
+        if not any(rule.joins for rule in rules.regions):  # otherwise regions are compared and need the same box
             masks = {rule.name: _cropped(masks[rule.name], rule.dilation + 1) for rule in rules.regions}
         found = [
             {rule.name: self._lesions(masks[rule.name][side], rule, side) for rule in rules.regions} for side in (0, 1)
@@ -171,7 +171,7 @@ class _Case:
         )
 
     def _one_empty(self) -> _Overlap:
-        """Return the scores if exactly one of the two is empty, or a lesion is missed."""
+        """Return the scores of a region that is empty on exactly one side, or of a missed lesion."""
         return _Overlap(dice=0.0, hd95_mm=self.penalty_mm, nsd=self._nsd_for_all(0.0))
 
     def _nsd_for_all(self, value: float) -> tuple[float, ...]:
@@ -280,7 +280,7 @@ def _border(mask: Mask) -> Mask:
 
 
 def _within(border: Mask, spacing_mm: Spacing, tolerance_mm: float) -> Mask:
-    """Return the voxels within a tolerance of a border, which must have that much background around it."""
+    """Return the voxels within a tolerance of a border, which must be at least that far from the edge of the array."""
     close = border.copy()
     reach = [math.floor(tolerance_mm / edge) for edge in spacing_mm]
     for step in itertools.product(*(range(-voxels, voxels + 1) for voxels in reach)):
@@ -328,7 +328,7 @@ def _matches(predicted: Lesions, expected: Lesions) -> dict[int, set[int]]:
 
 
 def _overlaps(predicted: Lesions, expected: Lesions) -> npt.NDArray[np.int64]:
-    """Count the voxels of each pair of lesion numbers except (0, 0): (expected.most + 1, predicted.most + 1)."""
+    """Count the voxels of each pair of lesion numbers except (0, 0), shape (expected.most + 1, predicted.most + 1)."""
     width = predicted.most + 1
     marked = (expected.numbers | predicted.numbers) != 0
     both = np.bincount(expected.numbers[marked].astype(np.int64) * width + predicted.numbers[marked], minlength=width)

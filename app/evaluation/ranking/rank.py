@@ -206,7 +206,7 @@ def ranks(values: FloatArray, metrics: Sequence[str]) -> FloatArray:
 
 
 def permutation_p(differences: FloatArray, *, permutations: int = PERMUTATIONS, seed: int = 0) -> float:
-    """Return p of a two-sided permutation test that paired differences have mean 0, by random signs.
+    """Return the p-value of a two-sided permutation test, by random signs, that paired differences have mean 0.
 
     Args:
         differences: one difference per case, shape (cases,).

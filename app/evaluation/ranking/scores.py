@@ -37,7 +37,7 @@ class Scored:
     missing: tuple[str, ...] = ()
     """Case ids that have a reference but no prediction."""
     scored_by: str | None = None
-    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None if not stated, as in CSV of rules before 2026."""
+    """Rules and task, e.g. ``brats2023 GLI``, or ``no rules``; None if unstated, as in CSVs of rules before 2026."""
     nsd_definition: str | None = None
     """Definition of the surface Dice ``nsd`` in words; None if not stated."""
 
@@ -88,7 +88,7 @@ def load(
 
 
 def _names(sources: Sequence[Path]) -> list[str]:
-    """Name each source by the last part of its path, or by as many parts as make all names different."""
+    """Name each source by the last part of its path, or by as many parts as it takes to make all names different."""
     for parts in range(1, max(len(source.parts) for source in sources) + 1):
         names = [
             "/".join((*source.parts[-parts:-1], source.stem if source.is_file() else source.name)) for source in sources
@@ -162,7 +162,7 @@ def _of_csv(name: str, text: str) -> Scored:
 
 
 def _of_package(values: Mapping[str, Any]) -> dict[str, float]:
-    """Return the scores of a region by the rules of 2026, with finite values for those that are not."""
+    """Return the scores of a region by the rules of 2026, with undefined and infinite values replaced."""
     return brats2026.rankable({metric: math.nan if n is None else float(n) for metric, n in values.items()})
 
 

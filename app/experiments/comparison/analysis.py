@@ -69,7 +69,7 @@ class Analysis:
     arms: tuple[ArmSummary, ...]
     target_dice: float
     tested: bool
-    """Whether the final Dice is measured on a third part of the cases."""
+    """Whether the final Dice is measured on test cases instead of validation cases."""
     same_start: bool
     """Whether the records show the same initial weights and first batch in all runs of each seed."""
     sweep: Mapping[str, Mapping[str, Mapping[float, float]]]
@@ -138,7 +138,7 @@ def is_same_start(runs: Mapping[RunKey, Mapping[str, Any]]) -> bool:
 
 
 def scored_by(results: Results) -> list[dict[str, str | int | None]]:
-    """Count the backends that computed the scored predictions (:func:`app.experiments.runs.count_backends`)."""
+    """Count the backends that computed the scored predictions; see :func:`app.experiments.runs.count_backends`."""
     return count_backends(results.runs[key].get("computed_by") for key in results.plan.finals(results.chosen))
 
 

@@ -27,7 +27,7 @@ from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource
 from data.labels import REGIONS, convention_named
 
-#: Describes the comparison.
+#: Name of the file that describes the comparison.
 PLAN_FILE: Final = "plan.json"
 _VERSION: Final = 1
 COLUMNS: Final = (

@@ -79,7 +79,7 @@ class ComparisonPlan:
     """The first seed; the others follow it."""
 
     def sweep(self) -> list[RunKey]:
-        """Return the runs that choose the learning rate: first seed, every rate, with alternating arms."""
+        """Return the runs for choosing the learning rate: first seed, every rate, with alternating arms."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=self.first_seed)
             for optimizer in self.optimizers
@@ -88,7 +88,7 @@ class ComparisonPlan:
         ]
 
     def finals(self, chosen: Mapping[tuple[str, str], float]) -> list[RunKey]:
-        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the first is in the sweep."""
+        """Return the runs to score: every seed at the rate chosen for (optimizer, arm); the sweep has the first."""
         return [
             RunKey(optimizer=optimizer, arm=arm, rate=chosen[optimizer, arm], seed=seed)
             for optimizer in self.optimizers

@@ -5,7 +5,7 @@ The folder of a comparison contains::
     plan.json       what is compared, and the case ids by part
     split.json      the training and validation cases of every run
     runs/           one run folder per run, as ``train`` makes them
-    results/        one JSON file per run: its start, its end and, for the final ones, scores on the third part
+    results/        one JSON file per run: its start, its end and, for final runs, the Dice by scored case
     compare.csv     Dice of every final run and scored case
     compare.json    everything in numbers and words
     compare.html    the page
@@ -184,7 +184,7 @@ def choose_rates(plan: ComparisonPlan, runs: Mapping[RunKey, Mapping[str, Any]])
         runs: results of its sweep.
 
     Returns:
-        the chosen rates; of equally good rates the lowest.
+        the chosen rates; among equally good ones, the lowest.
     """
     chosen = {}
     for optimizer in plan.optimizers:

@@ -25,7 +25,7 @@ class ThreeWaySplit:
 
     train: tuple[str, ...]
     validation: tuple[str, ...]
-    """Cases that choose the learning rate and the weights of each run."""
+    """Cases on which the learning rate and the weights of each run are chosen."""
     test: tuple[str, ...]
     """Cases that are not used for any choice; if empty, the final scores are those of ``validation``."""
 
@@ -85,11 +85,11 @@ def deal_parts(data: DataSource, cases: Mapping[str, Case], fold: int, *, record
         data: the data set.
         cases: all its cases, by id.
         fold: as in :func:`fold_parts`.
-        recorded: the lists of a comparison that was started before, or None. If an older version dealt them, by its
-            rules for patients or by case id only, they are kept.
+        recorded: the lists of a comparison that was started before, or None. They are kept if an older version dealt
+            them, with its rules for patients or by case id only.
 
     Raises:
-        DataError: as :func:`fold_parts`, or the label convention cannot be determined.
+        DataError: as raised by :func:`fold_parts`, or the label convention cannot be determined.
     """
     patients = patients_of(cases.values())
     before = {case_id: patient_by_older_versions(case_id) for case_id in cases}
@@ -107,8 +107,9 @@ def read_parts(path: Path, patients: Mapping[str, str]) -> ThreeWaySplit:
     """Read the parts from a JSON object with the lists ``train``, ``validation`` and, optionally, ``test``.
 
     Raises:
-        DataError: as :func:`data.datasets.splits.read_split`; ``validation`` is empty; ``test`` is not a list of case
-            ids, repeats one, names one that is not in the data set, or shares a patient with another part.
+        DataError: as raised by :func:`data.datasets.splits.read_split`; or ``validation`` is empty; or ``test`` is not
+            a list of case ids, repeats one, names one that is not in the data set, or shares a patient with another
+            part.
     """
     split = read_split(path, patients)
     if not split.validation:

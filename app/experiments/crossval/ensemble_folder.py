@@ -27,7 +27,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
     """Write the ensemble to a temporary folder, then move it into place and replace an older one.
 
     Weights are hard links to those of the folds if the file system supports them, else copies. A run never writes into
-    an existing file, so changing a fold does not change the ensemble, nor the reverse.
+    an existing file, so changing a fold does not change the ensemble, or vice versa.
 
     Args:
         folds: the cross-validation, with every fold trained.

@@ -68,7 +68,7 @@ class Folds:
     out: Path
     """Folder of the cross-validation."""
     cases: Mapping[str, Case]
-    """All cases by id, also the synthetic ones, which only train."""
+    """All cases by id, including synthetic ones, which are used only for training."""
     config: RunConfig
     conventions: tuple[LabelConvention, ...]
     """Label convention of each data set."""
@@ -77,7 +77,7 @@ class Folds:
     label_maps_sha256: str
     """Hash over all label maps."""
     init_from: Path | None = None
-    """Ensemble of an earlier cross-validation with the same folds; its networks are the initial weights."""
+    """Ensemble of an earlier cross-validation with the same folds; its networks supply the initial weights."""
 
     def run(self, fold: int) -> Path:
         """Return the run folder of a fold."""
@@ -121,7 +121,7 @@ class Folds:
 def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_from: Path | None = None) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
-    Synthetic cases are in no fold: they train in all splits but those that validate on their patient.
+    Synthetic cases are in no fold: all splits train on them, except those that validate on their patient.
 
     Args:
         data: the data set, or several.
@@ -157,7 +157,7 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_fro
     label_maps = read_label_maps(cases.values())
     conventions = data.decide_conventions(cases, label_maps)
     if recorded is not None and kept and len(recorded["folds"]) == folds:
-        # A later version may recognise more patients.
+        # The folds are kept, but synthetic cases are assigned anew: a later version may recognise more patients.
         synthetic = cases.keys() - real.keys()
         splits = tuple(with_synthetic(split, patients, synthetic) for split in _splits(recorded["folds"]))
     else:
@@ -301,7 +301,7 @@ def _weights_of(ensemble: Path) -> list[str]:
 
 
 def _splits(folds: Sequence[Sequence[str]]) -> tuple[Split, ...]:
-    """Return the split of each fold: all cases of the other folds train."""
+    """Return the split of each fold, which trains on all cases of the other folds."""
     ids = sorted(case_id for fold in folds for case_id in fold)
     return tuple(
         Split(train=tuple(case_id for case_id in ids if case_id not in fold), validation=tuple(fold)) for fold in folds

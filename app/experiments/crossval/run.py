@@ -106,7 +106,7 @@ def cross_validate(
             cross-validation.
         RunError: ``out`` is a file, contains something else, has damaged files, or is in use by another process.
         DeviceError: a device is not available.
-        OSError: the machine failed, such as a full disk or a killed worker process.
+        OSError: the machine failed, e.g. the disk is full or a worker process was killed.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
     slots = fold_devices(devices, jobs, config_device=config.runtime.device)

@@ -25,11 +25,11 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
         on_progress: called with the progress of this fold.
 
     Raises:
-        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as :func:`app.training.run.start`.
+        DataError, ConfigError, RunError, DeviceError, InterruptedRunError: as raised by :func:`app.training.run.start`.
         KeyboardInterrupt: stopped while predicting; completed cases are kept.
     """
     run, result = folds.run(fold), folds.result_file(fold)
-    # Chosen as in predict, so that the scores hold for its label maps; and before hours of training, as it may fail.
+    # Chosen as in predict, so that the scores apply to its label maps; chosen before training, because it may fail.
     runtime = choose_backend("auto", folds.config.runtime)
     if not (result.exists() and has_checkpoint(run)):
 

@@ -3,8 +3,8 @@
 The rules are tuned one after the other: threshold of each region, smallest component of each region, least enhancing
 tumour. Each gets the value with the best objective while the others are held fixed, but only if that gains at least
 :data:`MARGIN` over its current value. So on the cases it was chosen on, the result is never worse than no
-post-processing. The gain on other cases is estimated like the networks' Dice: chosen on all folds but one, scored on
-that one.
+post-processing. The gain on other cases is estimated like the networks' Dice: rules are chosen on all folds but one and
+scored on that one.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _dice_under(file: Path, candidates: Sequence[Postprocess]) -> FloatArray:
 
 
 def cropped(prediction: OutOfFoldPrediction) -> OutOfFoldPrediction:
-    """Crop a prediction to where there is tumour in the reference or under any candidate; Dice needs no more."""
+    """Crop a prediction to the box of the tumour in the reference and under all candidates; Dice needs no more."""
     may_be = (prediction.answers >= min(THRESHOLDS) * 256).any(axis=0) | (prediction.reference != 0)
     if not may_be.any():
         may_be[0, 0, 0] = True

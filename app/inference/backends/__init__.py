@@ -1,1 +1,1 @@
-"""Computation of a network on windows: a graph of operations, and torch or OpenVINO to run it."""
+"""Run a network on windows: the network is a graph of operations, which torch or OpenVINO computes."""

@@ -1,4 +1,4 @@
-"""Choose the backend and device of a trained network, with the reasons."""
+"""Choose the backend and device for a trained network, and give the reasons."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _DRIVERS: Final = ("nvidiactl", "nvidia0", "nvhost-gpu", "kfd", "dxg")
 
 
 def choose_backend(wanted: str, config: RuntimeConfig, *, devices: Path = Path("/dev")) -> Runtime:
-    """Choose the backend, device and precision of a trained network.
+    """Choose the backend, device and precision for a trained network.
 
-    ``auto`` uses torch on a GPU. On a CPU it uses OpenVINO if that is installed: it is faster there, and torch need
-    not be imported. Everything that scores a trained network calls this function, as ``predict`` does, so that all
-    results on one machine are computed in the same way; backends and precisions round differently.
+    ``auto`` uses torch on a GPU. On a CPU it uses OpenVINO if installed, which is faster there and does not need torch
+    to be imported. Everything that scores a trained network calls this function, as ``predict`` does, so that all
+    results on one machine are computed in the same way: different backends and precisions round differently.
 
     Args:
         wanted: ``auto``, ``torch`` or ``openvino``.
@@ -69,9 +69,9 @@ def _require_openvino(config: RuntimeConfig) -> None:
 
 
 def may_have_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether a GPU driver is present, so that it is worthwhile to import torch and query it.
+    """Return whether a GPU driver is present, so that importing torch to look for a GPU is worthwhile.
 
-    True on systems without a folder of device files.
+    The answer is True on systems without a folder of device files.
     """
     return not devices.is_dir() or any((devices / name).exists() for name in _DRIVERS)
 

@@ -1,4 +1,4 @@
-"""Executors of a trained network on whole volumes: torch on CPU or GPU, or OpenVINO on the CPU."""
+"""Engines that run a trained network on whole volumes: torch on CPU or GPU, or OpenVINO on the CPU."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from app.inference.backends.openvino_backend import CompiledNetwork
     from app.inference.backends.torch_backend import GraphNetwork
 
-#: Factor from the values that a network must hold to the memory used, which includes the overhead of libraries.
+#: Ratio of the memory used, including the overhead of libraries, to the size of the values that a network must hold.
 _OVERHEAD: Final = 1.6
-#: Batch on a GPU: as many windows as have the voxels of this many windows of 128x128x128.
+#: Batch size on a GPU: as many windows as together have the voxels of this many windows of 128x128x128.
 _GPU_WINDOWS: Final = 2
 
 
 class Engine(ABC):
-    """A network and the library that computes it.
+    """A network and the library that runs it.
 
     Args:
         graph: operations of the network.
@@ -49,7 +49,7 @@ class Engine(ABC):
 
     @abstractmethod
     def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
-        """Return the plan for the windows if memory is sufficient."""
+        """Return the plan to use if memory is sufficient."""
 
     @abstractmethod
     def logits(
@@ -69,17 +69,17 @@ class Engine(ABC):
         """
 
     def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:  # noqa: B027 - torch needs none
-        """Do what can be done before there is an image, for the windows of the plan if one is given.
+        """Do the work that needs no image, in advance; if a plan is given, also prepare for its windows.
 
         Raises:
-            MemoryError, RuntimeError: it failed; the same error will recur, and be handled, with the image.
+            MemoryError, RuntimeError: it failed; the same error will recur with the image, and is handled there.
         """
 
     def settle(self, runtime: Runtime) -> None:
-        """Compute one small window on the first call, so that the memory that libraries keep is counted from then on.
+        """On the first call, compute one small window, so that the memory that libraries keep is counted from then on.
 
         Raises:
-            MemoryError, RuntimeError: as in :meth:`warm_up`.
+            MemoryError, RuntimeError: as raised by :meth:`warm_up`.
         """
         if not self._settled:
             self._settled = True
@@ -126,7 +126,7 @@ class TorchEngine(Engine):
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As :meth:`Engine.logits`."""
+        """See :meth:`Engine.logits`."""
         import torch
 
         from app.inference.sliding_window.torch_blend import sliding_logits
@@ -179,13 +179,13 @@ class OpenvinoEngine(Engine):
             self._network((plan.batch, self.graph.in_channels, *plan.window), runtime)
 
     def forget(self) -> None:
-        """As :meth:`Engine.forget`: releases the compiled network, which holds the values of its windows."""
+        """Release the compiled network, which holds the values of its windows."""
         self._compiled = None
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
     ) -> npt.NDArray[Any]:
-        """As :meth:`Engine.logits`."""
+        """See :meth:`Engine.logits`."""
         network = self._network((plan.batch, self.graph.in_channels, *plan.window), runtime)
 
         def compute(patches: Array) -> Array:
@@ -233,7 +233,7 @@ def needed_bytes(
     """Estimate the memory for logits, resampling to the files' spacing and masks, in addition to the image.
 
     Args:
-        engine: of the network.
+        engine: the network's engine.
         plan: plan for the windows.
         runtime: the one that the network was loaded for.
         image_shape: shape of the network's input.
@@ -254,8 +254,8 @@ def needed_bytes(
     copy = len(CONTRASTS) * prod(image_shape) * 4 + prod(box_shape) if mirrored else 0
     computing = before + copy + padded + on_cpu + patches + engine.window_bytes(plan, runtime)
     other = image_shape != box_shape
-    # Over the box: the answer (twice if it was resampled or averaged), and masks before and after cleaning; with
-    # entropies, three arrays at once in addition to their mean.
+    # Memory over the box: the answer (twice if it was resampled or averaged), and masks before and after cleaning. If
+    # entropies are computed, there are three more arrays at once in addition to their mean.
     answering = (logits if other else 0) + prod(box_shape) * (2 * 3 * number + 8) + 3 * entropy
     if several:
         answering += entropy
@@ -263,7 +263,7 @@ def needed_bytes(
 
 
 def _with_presence(patches: Array, present: Sequence[bool]) -> Array:
-    """As :func:`models.presence.with_presence`, for inputs that all lack the same contrasts."""
+    """Numpy version of :func:`models.presence.with_presence`, for inputs that all lack the same contrasts."""
     brain = (patches != 0).any(axis=1, keepdims=True)
     given = np.array(present, dtype=np.float32).reshape(1, -1, 1, 1, 1)
     return np.concatenate([patches, brain * given], axis=1)

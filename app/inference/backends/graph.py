@@ -105,7 +105,7 @@ class Graph:
             raise ValueError(f"{len(missing)} weights are missing, among them {missing[0]}")
 
     def steps(self) -> Iterator[tuple[int, Operation, tuple[int, ...]]]:
-        """Yield number and operation of each step, and the values that are not needed after it."""
+        """Yield the number and the operation of each step, and the values that are no longer needed after it."""
         last = {value: number for number, operation in enumerate(self.operations, 1) for value in operation.inputs}
         for number, operation in enumerate(self.operations, 1):
             yield number, operation, tuple(value for value in set(operation.inputs) if last[value] == number)
@@ -138,7 +138,7 @@ def out_channels(graph: Graph, shapes: Mapping[str, Shape]) -> tuple[int, ...]:
 
     Args:
         graph: the operations.
-        shapes: of the weights, by name.
+        shapes: shapes of the weights, by name.
     """
     channels = [graph.in_channels]
     for operation in graph.operations:
@@ -174,7 +174,7 @@ def divisor(graph: Graph) -> int:
 
 
 def live_values(graph: Graph, shapes: Mapping[str, Shape]) -> float:
-    """Return the peak of numbers held per voxel of a window, if values are freed as in :meth:`Graph.steps`.
+    """Return how many numbers per voxel of a window are held at most, if values are freed as in :meth:`Graph.steps`.
 
     Example: two convolutions from 4 to 16 to 3 channels hold 4 + 16, then 16 + 3 numbers: at most 20.
     """

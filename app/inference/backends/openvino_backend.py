@@ -1,4 +1,4 @@
-"""Computes a graph with OpenVINO on the CPU; the model is built directly, without torch or a conversion."""
+"""Run a graph with OpenVINO on the CPU; the model is built directly, without torch or a conversion."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_model(graph: Graph, weights: Mapping[str, npt.NDArray[Any]], shape: Sh
     Args:
         graph: the operations.
         weights: float arrays by name.
-        shape: of the input, (N, in_channels, X, Y, Z).
+        shape: shape of the input, (N, in_channels, X, Y, Z).
 
     Raises:
         ValueError: weights are missing, or the shape has the wrong number of channels.
@@ -46,12 +46,12 @@ class CompiledNetwork:
     Args:
         graph: the operations.
         weights: float arrays by name.
-        shape: of the input, (N, in_channels, X, Y, Z).
+        shape: shape of the input, (N, in_channels, X, Y, Z).
         bfloat16: whether to multiply in bfloat16 where OpenVINO supports it; else in float32.
         threads: number of threads.
 
     Raises:
-        ValueError: as in :func:`build_model`.
+        ValueError: as raised by :func:`build_model`.
         RuntimeError: OpenVINO cannot compile the graph, or memory is not sufficient.
     """
 

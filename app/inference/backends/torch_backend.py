@@ -1,4 +1,4 @@
-"""Computes a graph with torch, on CPU or GPU."""
+"""Run a graph with torch, on CPU or GPU."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def trace_of(config: NetworkConfig, *, in_channels: int) -> Graph:
     """Trace the graph of a network that is built from its config, with random weights that are discarded.
 
     Raises:
-        ValueError: as in :func:`trace`.
+        ValueError: as raised by :func:`trace`.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         return trace(build_network(config, in_channels=in_channels, out_channels=len(REGIONS)), in_channels=in_channels)
@@ -102,7 +102,7 @@ def _dimension(node: fx.Node) -> Any:
     return node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
 
 
-def _of_module(module: nn.Module) -> tuple[Kind, dict[str, Any]]:  # noqa: PLR0911 - one return a kind
+def _of_module(module: nn.Module) -> tuple[Kind, dict[str, Any]]:  # noqa: PLR0911 - one return per kind
     match module:
         case nn.Conv3d(groups=1, padding_mode="zeros") if not isinstance(module.padding, str):
             return "conv", {

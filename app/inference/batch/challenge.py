@@ -24,7 +24,7 @@ class Delivery:
     """Copies label maps to another folder, each as soon as its case is done."""
 
     output: Path
-    """Folder; receives ``<case>.nii.gz``."""
+    """Folder that receives ``<case>.nii.gz``."""
 
     def create_folder(self, cases: Sequence[Case]) -> None:
         """Create the folder, before anything is computed.
@@ -49,7 +49,7 @@ class Delivery:
         (self.output / ".znormseg").unlink()
 
     def copy(self, label_map: Path) -> None:
-        """Copy a label map, which appears complete or not at all.
+        """Copy a label map; the copy appears complete or not at all.
 
         Raises:
             OSError: ``output`` cannot be written to.

@@ -1,4 +1,4 @@
-"""Prediction of many cases: finished ones are skipped, an executor does the others, a manifest lists the outcomes."""
+"""Predict many cases: finished ones are skipped, an executor runs the others, and a manifest lists the outcomes."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def predict_each(
         on_progress: called with the case that is being processed.
 
     Raises:
-        DataError, OSError, InterruptedRunError: as in :func:`app.inference.batch.predict.predict`.
+        DataError, OSError, InterruptedRunError: as raised by :func:`app.inference.batch.predict.predict`.
     """
     progress = _CohortProgress(
         job="predicting",
@@ -201,7 +201,7 @@ class _CohortProgress(CaseProgress):
             self.manifest = path
 
     def write_if_possible(self) -> None:
-        """Write the manifest of a stopped command; it may have stopped because writing is impossible."""
+        """Write the manifest of a stopped command, ignoring an OSError, which may be why it stopped."""
         with suppress(OSError):
             self.write(ended=False)
 

@@ -1,8 +1,8 @@
 """Decide by SHA-256 which cases are finished: whether a label map's inputs, settings and files are unchanged.
 
 Every ``<case>.json`` has an entry ``made_from``: the SHA-256 of the settings (weights, rules, options), of each input
-file and of each output file. A case is finished if all of them are unchanged. Contents are hashed rather than
-timestamps compared, so copies and restored backups count by their content.
+file and of each output file. A case is finished if all of them are unchanged. Timestamps are ignored, so
+copies and restored backups are recognised by their content.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ FINGERPRINT: Final = "made_from"
 
 
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
-    """Return everything except its files that determines a case's result, as plain data.
+    """Return everything that determines a case's result apart from its files, as plain data.
 
     Device, backend and precision are left out: a cohort may be started on one machine and finished on another. The
     memory bound is included, but only matters for cases that were computed differently because of it.
@@ -63,7 +63,8 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
     """Return the content of ``<case>.json`` if the case is finished, else None.
 
     A case is not finished if anything is missing, damaged or changed: the JSON, the settings, an input file or an
-    output file. Nor is it if memory was short and the memory bound has changed, as the result may then differ.
+    output file. Nor is it finished if memory was short and the memory bound has changed, as the result may then
+    differ.
 
     Args:
         case: the case to predict.

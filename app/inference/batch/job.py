@@ -48,7 +48,7 @@ class PredictJob:
     """None if cases are skull-stripped and on one grid."""
 
     def to_plain(self) -> dict[str, Any]:
-        """Return plain data that JSON can hold; the record of the training cases is read from the run again."""
+        """Return plain data that JSON can hold, except the record of training cases, which is reread from the run."""
         left_out = {"options": {"training"}}
         plain: dict[str, Any] = TypeAdapter(PredictJob).dump_python(self, mode="json", exclude=left_out)
         return plain
@@ -57,8 +57,8 @@ class PredictJob:
         """Load the network on its device.
 
         Raises:
-            RunError: as in :func:`app.inference.ensemble.load_predictor`.
-            DeviceError: as in :func:`app.inference.backends.choose.choose_backend`.
+            RunError: as raised by :func:`app.inference.ensemble.load_predictor`.
+            DeviceError: as raised by :func:`app.inference.backends.choose.choose_backend`.
         """
         runtime = choose_backend(self.backend, RuntimeConfig(device=self.device, precision=self.precision))
         return load_predictor(self.run, runtime, postprocess=self.postprocess), runtime

@@ -1,4 +1,4 @@
-"""Prepare scans as they come from the scanner for a network, and map the answer back to a scan's own grid."""
+"""Prepare scans straight from the scanner for a network, and map the answer back to a scan's own grid."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class Native:
-    """How scans that come from the scanner are handled."""
+    """How scans straight from the scanner are handled."""
 
     config: PrepareConfig
     """How the scans are prepared."""
     space: Contrast = "t1c"
-    """The contrast to whose grid the label map is mapped."""
+    """Contrast whose grid the label map is mapped to."""
 
     def settings(self) -> dict[str, Any]:
-        """Return the part of a prediction's settings; a mask is identified by the content of its file."""
+        """Return the entries for a prediction's settings; a mask file is identified by its content."""
         prepare = asdict(self.config)
         if self.config.mask not in MASK_WORDS and (mask := Path(self.config.mask)).is_file():
             prepare["mask"] = file_sha256(mask)
@@ -44,12 +44,12 @@ class Native:
 
 @dataclass(frozen=True, kw_only=True)
 class PreparedScans:
-    """Scans, and the case that was made of them."""
+    """Scans, and the case that was prepared from them."""
 
     scans: NativeCase
     case: BratsCase
     network_input: Prepared
-    """As if it had been read from the files of ``case``."""
+    """The network's input, as if it had been read from the files of ``case``."""
     space: Contrast
 
     @property

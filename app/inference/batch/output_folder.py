@@ -50,10 +50,10 @@ def require_place_of_its_own(output: Path, *, run: Path, source: Path, cases: Se
 
 @contextmanager
 def at_work(output: Path) -> Iterator[None]:
-    """Register as a writer to a folder; the first one removes partial files that killed writers left behind.
+    """Register as a writer to a folder; the first writer removes partial files that killed writers left behind.
 
     Every writer holds a shared lock on the folder, which the kernel releases when the process ends, however it ends. A
-    process that gets the lock exclusively for a moment is the only writer on this machine, containers included; partial
+    process that can briefly take the lock exclusively is the only writer on this machine, containers included. Partial
     files of other machines are recognised by their names and kept. On file systems without locks nothing is removed.
     """
     with naming_the_place(output):

@@ -1,6 +1,6 @@
 """Predict cases in worker processes on this machine, one per device; cases of a lost worker are retried.
 
-A worker is ``python -m app.inference.batch.parallel``; see :mod:`app.system.worker_pool`.
+Each worker runs ``python -m app.inference.batch.parallel``; see :mod:`app.system.worker_pool`.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class InProcesses:
         """Execute cases.
 
         Raises:
-            DataError, ConfigError, RunError, DeviceError, OSError, KeyboardInterrupt: as in
+            DataError, ConfigError, RunError, DeviceError, OSError, KeyboardInterrupt: as raised by
                 :meth:`app.system.worker_pool.WorkerPool.run`.
         """
 

@@ -1,4 +1,4 @@
-"""Cases in one process: while one is computed, the next is read and the previous one is written."""
+"""Run cases in one process: while one is computed, the next is read and the previous one is written."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from data.nifti import voxel_count
 R = TypeVar("R")
 C = TypeVar("C")
 
-#: A case with more voxels is not read ahead: it and the case being computed would need too much memory.
+#: A case with more voxels is not read ahead: together with the case being computed, it would need too much memory.
 MOST_VOXELS_AHEAD: Final = 320**3
 
 
@@ -30,7 +30,7 @@ class Steps(ABC, Generic[R, C]):
 
     @property
     def most_voxels_ahead(self) -> int:
-        """A case with a larger image is only read after the previous one has been computed."""
+        """Largest image, in voxels, that is read ahead; a larger one is read after the previous case is computed."""
         return MOST_VOXELS_AHEAD
 
     def warm_up(self) -> None:
@@ -74,7 +74,7 @@ class InThisProcess(Generic[R, C]):
 
         Raises:
             OSError, MemoryError, RuntimeError: from any step, once the file being written is complete or removed.
-            KeyboardInterrupt: interrupted, likewise.
+            KeyboardInterrupt: interrupted, once the file being written is complete or removed.
         """
         waiting = iter(cases)
         idle, stopped = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Predict label maps on the grid of a case's files, for prepared cases and for scans as they come from the scanner."""
+"""Predict label maps on the grid of a case's files, for prepared cases and for scans straight from the scanner."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def predict(
     overwrite: bool = False,
     on_progress: OnProgress = silent,
 ) -> Predictions:
-    """Predict cases in this process; a failed case is recorded and does not stop the others, finished ones are kept.
+    """Predict cases in this process; failed cases are recorded and do not stop the others, and finished ones are kept.
 
     Args:
         model: the trained network.
@@ -90,7 +90,7 @@ class ReadCase:
 
 @dataclass(frozen=True, kw_only=True)
 class PredictSteps(Steps[ReadCase, ComputedCase]):
-    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans from the scanner."""
+    """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans straight from the scanner."""
 
     model: Predictor
     output: Path
@@ -114,7 +114,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         """Hash the files of a case and read it.
 
         Raises:
-            DataError: as in :func:`data.preprocess.prepare`, :func:`data.native_space.to_brats.read_native`,
+            DataError: as raised by :func:`data.preprocess.prepare`, :func:`data.native_space.to_brats.read_native`,
                 :func:`require_contrasts` and :func:`require_writable`.
             OSError: a file cannot be read.
         """
@@ -122,7 +122,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         try:
             inputs = fingerprint(case.require(all_contrasts=False), self.settings)
         except (OSError, DataError):
-            self._images(case)  # its own error describes the problem better
+            self._images(case)  # raises an error that describes the problem better
             raise
         began = time.monotonic()
         images = self._images(case)
@@ -262,8 +262,8 @@ def require_contrasts(case: Case, model: Predictor) -> None:
     """Check that a case has the contrasts that a network needs.
 
     Raises:
-        DataError: as in :meth:`data.datasets.layouts.Case.require`; a contrast may be missing if the network was
-            trained for that.
+        DataError: as raised by :meth:`data.datasets.layouts.Case.require`; a contrast may be missing if the network
+            was trained for that.
     """
     if model.takes_missing_contrasts or not missing_contrasts(case.contrasts):
         case.require(all_contrasts=False)

@@ -1,4 +1,4 @@
-"""What ``predict --json`` prints, and what the file ``<case>.json`` of a predicted case contains."""
+"""Content of ``<case>.json`` for a predicted case, and of the output of ``predict --json``."""
 
 from __future__ import annotations
 
@@ -55,9 +55,9 @@ def case_content(
     Args:
         computed: the predicted case.
         model: the network or ensemble that predicted it.
-        label_map: its file, which has been written.
-        files: the optional files, which have been written.
-        convention: label numbers of the file.
+        label_map: path of the label map, which has been written.
+        files: paths of the optional files, which have been written.
+        convention: label convention of the file.
         runtime: device and precision of the prediction.
         seconds: time spent, by step.
     """
@@ -113,6 +113,6 @@ class Predictions:
         }
 
     def copied_to(self, folder: Path) -> Predictions:
-        """Return the same predictions, after only the label maps were copied to another folder."""
+        """Return these predictions as they are after only the label maps were copied to another folder."""
         cases = ({**one, "label_map": str(folder / Path(one["label_map"]).name)} for one in self.cases)
         return replace(self, cases=tuple(cases), manifest=None)

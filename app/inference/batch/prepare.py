@@ -1,4 +1,4 @@
-"""Many cases prepared from scans and written as BraTS stores them, without a network."""
+"""Prepare many cases from scans and write them as BraTS stores them, without a network."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def prepare_cases(
     """Prepare cases; a case that fails does not stop the others.
 
     Args:
-        cases: their files, or scans that have been read.
+        cases: cases to be read from their files, or scans that have been read.
         out: folder of the data set, created if missing.
         config: how the scans are prepared.
         nan_to_zero: set image voxels that are NaN or infinite to 0 instead of rejecting the case.

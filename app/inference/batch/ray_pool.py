@@ -1,7 +1,7 @@
 """Predict cases on the hosts of a Ray cluster: one task per case, retried on another worker if its own is lost.
 
-Every host must have this program and see the run, the cases and the output folder under the same paths: only text is
-sent through Ray, no volumes. Ray is an optional dependency (``pip install 'znormseg[ray]'``).
+Every host must have this program installed and see the run, the cases and the output folder under the same paths,
+because no volumes are sent through Ray, only text. Ray is an optional dependency (``pip install 'znormseg[ray]'``).
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ def ray_module() -> Any:
 
 @contextmanager
 def _stdout_to_stderr() -> Iterator[None]:
-    """Redirect stdout to stderr at the level of file descriptors: Ray's messages about lost nodes are not results."""
+    """Redirect stdout to stderr at file-descriptor level: Ray's messages about lost nodes must not mix with results."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -213,8 +213,8 @@ def do_case(job: str, case: str) -> dict[str, Any]:
     """Predict one case in a Ray worker.
 
     Args:
-        job: as JSON of :meth:`app.inference.batch.job.PredictJob.to_plain`.
-        case: as JSON of :data:`app.inference.batch.job.CASE`.
+        job: output of :meth:`app.inference.batch.job.PredictJob.to_plain`, as JSON.
+        case: the case, converted by :data:`app.inference.batch.job.CASE`, as JSON.
 
     Returns:
         plain data: ``content`` or ``message`` of the case, or ``error`` and ``message`` of an error that stops all

@@ -14,7 +14,7 @@ import numpy.typing as npt
 SIGMA: Final = 0.125
 #: Minimum weight: without it, a voxel that is only in corners of windows would be noise divided by noise.
 LEAST_WEIGHT: Final = 1e-3
-#: Logit of voxels that no window with brain in it covers.
+#: Logit of voxels that are not covered by any window with brain in it.
 SURE_BACKGROUND: Final = -30.0
 
 Size = tuple[int, int, int]
@@ -26,9 +26,9 @@ def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
     """Return the places of the windows, evenly spread from border to border along each axis.
 
     Args:
-        shape: of the volume, at least ``window`` along each axis.
+        shape: shape of the volume, at least ``window`` along each axis.
         window: size of each window.
-        overlap: least share that neighbours have in common.
+        overlap: minimum share of a window that its neighbour also covers.
     """
     starts = [window_starts(size, side, overlap) for size, side in zip(shape, window, strict=True)]
     for x, y, z in product(*starts):
@@ -56,10 +56,11 @@ def place_windows(
     Args:
         image: shape (contrasts, X, Y, Z).
         window: size of each window.
-        overlap: least share that neighbours have in common.
+        overlap: minimum share of a window that its neighbour also covers.
 
     Returns:
-        the padded volume, the places of the windows, and the place of the image, as an index of four axes.
+        the padded volume, the places of the windows, and the place of the image in the padded volume, as an index of
+        four axes.
 
     Raises:
         ValueError: the volume is zero everywhere.
@@ -81,11 +82,11 @@ def gaussian_array(window: Size, exp: Callable[[Weights], Weights] = np.exp) -> 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
 
     Args:
-        window: in voxels.
+        window: size of the window, in voxels.
         exp: the exponential function; numpy's and torch's differ in the last bit.
 
     Returns:
-        shape ``window``.
+        array of shape ``window``.
     """
     weights = np.ones(window, dtype=np.float32)
     for axis, side in enumerate(window):
@@ -108,7 +109,7 @@ def rounded_up(sizes: Size, divisor: int) -> Size:
 
 
 def smaller(window: Size, divisor: int) -> Size | None:
-    """Halve the longest side of a window, rounded up to a multiple of ``divisor``; None if it is too short for that.
+    """Halve the longest side of a window, rounded up to a multiple of ``divisor``; return None if it is too short.
 
     Example:
         >>> smaller((64, 64, 96), 8)

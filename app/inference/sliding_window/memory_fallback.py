@@ -1,6 +1,6 @@
-"""Fallbacks when memory is short: a plan made in advance, and a smaller one whenever memory runs out nevertheless.
+"""Fallbacks for when memory is short: plan ahead for a memory bound, and use a smaller plan whenever memory runs out.
 
-The fallbacks, in order: fewer windows at once, blending in the CPU's memory, smaller windows, the CPU. Each
+The fallbacks, in order: fewer windows at once, blending in CPU memory, smaller windows, computing on the CPU. Each
 fallback used is described in a sentence for the log and the case's JSON.
 """
 
@@ -26,7 +26,7 @@ _PROGRAM_BYTES: Final = GB
 
 @dataclass(frozen=True, kw_only=True)
 class ComputePlan:
-    """How windows are computed."""
+    """How the windows of a volume are computed."""
 
     window: Size
     """Size of a window along each axis."""
@@ -67,16 +67,16 @@ class MemoryFallback:
         divisor: int,
         needed_bytes: Callable[[ComputePlan], int],
     ) -> T:
-        """Compute, with less memory each time it runs out; the next call starts with the plan that worked.
+        """Call ``compute``, with ever smaller plans if memory runs out; the next run starts with the plan that worked.
 
         Args:
-            compute: does the work, and releases what it holds when it fails.
-            first: plan if memory is sufficient.
+            compute: does the work; it must release its memory when it fails.
+            first: plan to use if memory is sufficient.
             divisor: sides of windows are multiples of this number.
             needed_bytes: estimates the CPU memory that a plan takes in addition to what the process already holds.
 
         Raises:
-            DataError: memory is not even sufficient for the last plan, or the bound is too low.
+            DataError: memory is insufficient even for the last plan, or the bound is too low.
         """
         plan = self._plan or self._within_bound(first, divisor, needed_bytes)
         while True:
@@ -128,7 +128,7 @@ def next_plan(plan: ComputePlan, first: ComputePlan, divisor: int) -> ComputePla
     """Return the next plan, which needs less memory, or None if there is none.
 
     Args:
-        plan: plan that needs too much.
+        plan: plan that needs too much memory.
         first: first plan of the case; on the CPU, windows return to its size.
         divisor: sides of windows are multiples of this number.
     """

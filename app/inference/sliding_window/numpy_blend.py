@@ -11,7 +11,7 @@ import numpy.typing as npt
 from app.inference.sliding_window.grid import SURE_BACKGROUND, Place, Size, gaussian_array, place_windows
 
 Array = npt.NDArray[np.float32]
-#: Planes divided at a time, so that no second volume is held.
+#: Planes divided by their weights at a time, so that memory never holds a second volume.
 _PLANES: Final = 16
 
 
@@ -29,11 +29,11 @@ def stitched_logits(
     If one window covers the volume, its answer is returned without any weighting.
 
     Args:
-        compute: maps windows of shape (batch, contrasts, *window) to logits of shape (batch, regions, *window); always
-            gets whole batches.
+        compute: maps windows of shape (batch, contrasts, *window) to logits of shape (batch, regions, *window); it is
+            always called with whole batches.
         image: shape (contrasts, X, Y, Z), not all zero.
-        window: in voxels.
-        overlap: least share that neighbours have in common, from 0 to below 1.
+        window: size of the window, in voxels.
+        overlap: minimum share of a window that its neighbour also covers, from 0 to below 1.
         batch: windows per call; the last batch is filled up with zeros.
         half: blend in float16, for half the memory.
 
@@ -78,7 +78,7 @@ def _fill(patches: Array, image: Array, places: list[Place]) -> None:
 def resized(values: npt.NDArray[Any], shape: Size) -> npt.NDArray[Any]:
     """Interpolate linearly to another shape over the same box, with half-voxel centres and repeated borders.
 
-    The result is that of torch's trilinear interpolation without aligned corners. The first axis of the volume is
+    The result equals torch's trilinear interpolation with ``align_corners=False``. The first axis of the volume is
     interpolated last, plane by plane, so that memory holds little more than the result.
 
     Args:

@@ -33,7 +33,7 @@ def sliding_logits(
         network: in eval mode, on ``runtime.device``.
         image: float32, shape (contrasts, X, Y, Z), on the CPU.
         window: size that the network was trained on, in voxels.
-        overlap: least share that neighbours have in common, from 0 to below 1.
+        overlap: minimum share of a window that its neighbour also covers, from 0 to below 1.
         runtime: device, precision, memory layout.
         batch: windows per forward pass.
         stitch_on: device on which windows are blended; None means the runtime's device.
@@ -84,5 +84,5 @@ def _patches(image: Tensor, places: list[Place], device: torch.device, layout: t
 
 
 def gaussian_weights(window: Size) -> Tensor:
-    """Return :func:`app.inference.sliding_window.grid.gaussian_array` as torch computes it."""
+    """Return :func:`app.inference.sliding_window.grid.gaussian_array`, computed with torch's exponential function."""
     return torch.from_numpy(gaussian_array(window, exp=lambda values: torch.from_numpy(values).exp().numpy()))

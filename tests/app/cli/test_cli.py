@@ -1,4 +1,4 @@
-"""The command line: help as it was agreed on, results on stdout, all else on stderr, an exit code for each kind.
+"""The command line: recorded help texts, results on stdout, all else on stderr, an exit code for each kind of error.
 
 The texts of ``--help`` are kept in ``tests/golden/help_*.txt``. After a wanted change write them anew with
 ``ZNORMSEG_REGENERATE=1 python -m pytest tests/app/cli/test_cli.py -k help_text`` and look at the difference.

@@ -1,4 +1,4 @@
-"""``znormseg data dicom`` and ``data dicom-seg``: the whole way of a study, and what is said when it cannot go on."""
+"""``znormseg data dicom`` and ``data dicom-seg``: a study from end to end, and the messages when a step fails."""
 
 from __future__ import annotations
 

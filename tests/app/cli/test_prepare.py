@@ -1,4 +1,4 @@
-"""``data prepare`` and ``predict --prepare``: what goes in, what is written, what is refused."""
+"""``data prepare`` and ``predict --prepare``: what they accept, write and refuse."""
 
 from __future__ import annotations
 

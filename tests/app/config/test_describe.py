@@ -1,4 +1,4 @@
-"""Every field of the configuration says what it means, and a config is printed with that."""
+"""Every field of the configuration has a description, and a config is printed with the descriptions."""
 
 from __future__ import annotations
 

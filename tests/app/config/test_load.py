@@ -1,4 +1,4 @@
-"""Configs: what is read, what is refused and in which words, and that nothing but a ConfigError comes out."""
+"""Configs: what is accepted, what is refused with which message, and that the only exception is a ConfigError."""
 
 from __future__ import annotations
 

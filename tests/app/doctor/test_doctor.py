@@ -1,4 +1,4 @@
-"""The doctor: machines with GPUs are made-up facts, this machine is real."""
+"""The doctor, on made-up facts about machines with GPUs, and on the real facts of this machine."""
 
 from __future__ import annotations
 

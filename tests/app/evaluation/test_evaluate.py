@@ -1,4 +1,4 @@
-"""Scoring folders: matching of cases, label conventions and grids, what a bad file does, and what is written."""
+"""Scoring folders: matching of cases, label conventions and grids, the effect of a bad file, and the output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Scores of masks: the official numbers, the rules for empty masks, and what must hold for any masks."""
+"""Scores of masks: the official numbers, the rules for empty masks, and invariants for any masks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Paired differences: the interval, the signed-rank test, Holm's correction; and the words that follow from them."""
+"""Paired differences: the interval, the signed-rank test, Holm's correction, and the verdicts that follow from them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo: everything it promises is there, and it spoils no folder."""
+"""The demo: it writes everything it promises, and leaves folders with other content as they are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exports: the files load where they belong and say what the run says; what differs is not kept."""
+"""Exports: other programs load the files and get the run's logits; an export that differs is not kept."""
 
 from __future__ import annotations
 

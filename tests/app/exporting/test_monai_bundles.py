@@ -1,4 +1,4 @@
-"""MONAI's bundles, out and in: MONAI itself and ``predict`` give the same masks."""
+"""MONAI bundles, exported and imported: MONAI itself and ``predict`` give the same masks."""
 
 from __future__ import annotations
 

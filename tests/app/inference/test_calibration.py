@@ -1,4 +1,4 @@
-"""Temperatures, calibration errors, volume intervals: known distortions, numbers by hand, coverage on drawn data."""
+"""Temperatures, calibration errors, volume intervals: known distortions, values by hand, coverage on simulated data."""
 
 from __future__ import annotations
 

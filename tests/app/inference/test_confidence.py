@@ -1,4 +1,4 @@
-"""Mirrored images, probabilities, uncertainty: what they must be whatever the network."""
+"""Mirrored images, probabilities, uncertainty: what must hold for any network."""
 
 from __future__ import annotations
 

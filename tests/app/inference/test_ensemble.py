@@ -1,4 +1,4 @@
-"""Several networks as one: equal networks are as one, rules are applied and told, what is damaged is refused."""
+"""Several networks as one: equal networks act as one, rules are applied and reported, damaged files are refused."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Flags: each appears where it should and nowhere else; training cases and their intensities are known."""
+"""Flags: each appears where it should and nowhere else; training cases and their intensities are recognised."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prediction: label maps on exactly the input's grid, whatever its voxel order, and what bad input does."""
+"""Prediction: label maps on exactly the input's grid, whatever its voxel order, and how bad input is handled."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plans: rules over made-up fingerprints and machines, fitting over made-up trials, and real dry runs."""
+"""Plans: rules on made-up fingerprints and machines, fitting with made-up trials, and real dry runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of ``znormseg report`` in a real browser without network, from their files."""
+"""The pages of ``znormseg report``, opened from their files in a real browser without network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``znormseg report``: what is recognised, what the pages say, that nothing in them is markup or from outside."""
+"""``znormseg report``: what it recognises, what the pages say, that they escape data and load nothing external."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prepared cases between runs: made once, told where they are, and never in the way when their folder is of no use."""
+"""Prepared cases shared by runs: each is made once, their folder is reported, and an unusable folder stops no run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is saved comes back bit for bit; for what is damaged the one before is taken, and it is named."""
+"""Checkpoints load bit for bit as they were saved; a damaged one is named, and the one before it is loaded."""
 
 from __future__ import annotations
 

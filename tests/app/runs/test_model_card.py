@@ -1,4 +1,4 @@
-"""Model folders: cards and sums, and what a changed byte does."""
+"""Model folders: cards, checksums, and the detection of a changed byte."""
 
 from __future__ import annotations
 

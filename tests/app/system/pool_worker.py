@@ -1,4 +1,4 @@
-"""A worker for test_worker_pool.py: does what its job and its tasks say."""
+"""A worker for test_worker_pool.py that does what its job and its tasks say."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Device and precision: what is asked for is taken or refused, what is chosen comes with its reason."""
+"""Device and precision: requests are met or refused, and automatic choices come with their reasons."""
 
 from __future__ import annotations
 

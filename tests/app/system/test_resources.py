@@ -1,4 +1,4 @@
-"""Bounds of the machine: read from made-up copies of /proc and /sys, and from the real ones."""
+"""Limits of the machine, read from made-up copies of /proc and /sys, and from the real ones."""
 
 from __future__ import annotations
 

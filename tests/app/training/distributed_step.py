@@ -1,4 +1,4 @@
-"""Twenty steps of the trainer's own kind in float64, by however many processes; called by
+"""Run twenty of the trainer's steps in float64, in any number of processes; called by
 tests/app/training/test_distributed.py.
 
 The first argument is the file for the weights, the second the number of patches that all processes take together.

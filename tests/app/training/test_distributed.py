@@ -1,4 +1,4 @@
-"""Several processes train as one: the same numbers, one writer, one decision, and none is left behind."""
+"""Several processes train as one: the same numbers, one writer, one decision, and no process left behind."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The losses of the first twenty steps are those on record: who changes the numerics should mean it.
+"""The losses of the first twenty steps equal the recorded ones, so that the numerics change only on purpose.
 
 ``ZNORMSEG_REGENERATE=1 python -m pytest tests/app/training/test_golden_losses.py`` writes tests/golden/losses.json
 anew.

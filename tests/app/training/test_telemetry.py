@@ -1,4 +1,4 @@
-"""Telemetry of a run: what is recorded when, and that the run itself is the same with and without."""
+"""Telemetry of a run: what is recorded when, and that the run is the same with and without it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MindGrab's frame, with a stand-in for its network that marks what is brighter than one half."""
+"""MindGrab's frame, with a stand-in for its network that marks voxels brighter than one half."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contrasts of a case together: names against intensities, and anatomy against anatomy."""
+"""The contrasts of a case compared: names with intensities, and anatomy with anatomy."""
 
 from __future__ import annotations
 

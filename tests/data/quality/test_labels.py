@@ -1,4 +1,4 @@
-"""The label map against its brain: stray voxels, islands, another patient's label map."""
+"""The label map compared with its brain: stray voxels, islands, another patient's label map."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--rules brats2026`: the numbers of `brats-evaluate` as it gives them, and what is said where it does not.
+"""`--rules brats2026`: the numbers of `brats-evaluate`, unchanged, and the messages when it gives none.
 
 The command is not installed with the tests. Fast tests put a stand-in of that name on the PATH: one replays output that
 was recorded of the real command (tests/golden/brats2026_recorded.json), if it is handed the very voxels of which the

@@ -1,4 +1,4 @@
-"""Scores by the rules of the challenges: equal to what their own scripts give, and what holds for any label maps."""
+"""Scores by the rules of the challenges: equal to those of their own scripts, and invariants for any label maps."""
 
 from __future__ import annotations
 

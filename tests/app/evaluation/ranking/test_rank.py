@@ -1,4 +1,4 @@
-"""Rankings of several sets of predictions: ranks, tests, tables read back, what is refused."""
+"""Rankings of several sets of predictions: ranks, significance tests, score tables as input, refused input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From results to what is told: differences, correction over arms, steps to a Dice, seconds, the start on record."""
+"""Analysis of a comparison: differences, correction over arms, steps to a target Dice, seconds, equal starts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``znormseg compare``: what all arms share, what chooses, going on where it was, what it writes and refuses."""
+"""``znormseg compare``: what all arms share, how rates are chosen, resuming, what it writes and refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``znormseg crossval``: how cases are dealt, how rules are chosen, what is written, going on, what is refused."""
+"""``znormseg crossval``: how cases are dealt, how rules are chosen, resuming, what it writes and refuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks as graphs, and what computes them: torch, OpenVINO; which is chosen, and what each imports."""
+"""Networks as graphs, and the backends that compute them (torch, OpenVINO): which is chosen, and what each imports."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``znormseg predict --challenge``: as BraTS runs containers."""
+"""``znormseg predict --challenge``, called as BraTS runs containers."""
 
 from __future__ import annotations
 

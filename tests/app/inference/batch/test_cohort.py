@@ -1,4 +1,4 @@
-"""Many cases: what is finished is kept, what is killed goes on, lost workers are replaced; the manifest says it."""
+"""Many cases: finished ones are kept, killed runs resume, lost workers are replaced, and the manifest records it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sliding window: every voxel covered, windows that agree give their answer, MONAI gives the same."""
+"""The sliding window: every voxel is covered, windows that agree give their answer, and MONAI gives the same."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory that runs out: planned before, and a step down where it does; windows stitched in numpy."""
+"""Out of memory: plans that avoid it, the fallbacks when it happens, and windows stitched in numpy."""
 
 from __future__ import annotations
 
