@@ -12,7 +12,7 @@ FROM scratch AS certs
 COPY LICENSE /
 FROM scratch AS wheels
 COPY LICENSE /
-# What the steps below run, mounted too.
+# Scripts that the steps below run, also mounted.
 FROM scratch AS scripts
 COPY docker/install-python.sh docker/install-packages.sh docker/download-models.sh /
 
@@ -42,7 +42,7 @@ RUN --mount=type=bind,from=certs,target=/mnt/znormseg-certs \
     --mount=type=bind,from=scripts,target=/mnt/znormseg-scripts \
     /mnt/znormseg-scripts/install-packages.sh
 
-# The program alone, so that a change of it is a small layer. Needs no network.
+# Only the program, so that changing it gives a small layer. Needs no network.
 FROM cpu-dependencies AS cpu-project
 COPY README.md LICENSE ./
 COPY znorm ./znorm
@@ -95,7 +95,7 @@ CMD ["--help"]
 
 # ---- gpu: the last stage, so the one that is built where no target is named --------------------------------------
 
-# Triton compiles its launchers with gcc against Python.h where it first meets a GPU.
+# Triton compiles its launchers with gcc against Python.h when it first uses a GPU.
 FROM ${GPU_BASE} AS gpu-base
 RUN --mount=type=bind,from=certs,target=/mnt/znormseg-certs \
     --mount=type=bind,from=scripts,target=/mnt/znormseg-scripts \
@@ -119,7 +119,7 @@ RUN --mount=type=bind,from=certs,target=/mnt/znormseg-certs \
     --mount=type=bind,from=scripts,target=/mnt/znormseg-scripts \
     /mnt/znormseg-scripts/install-packages.sh
 
-# The program alone, so that a change of it is a small layer. Needs no network.
+# Only the program, so that changing it gives a small layer. Needs no network.
 FROM gpu-dependencies AS gpu-project
 COPY README.md LICENSE ./
 COPY znorm ./znorm

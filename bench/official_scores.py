@@ -46,8 +46,8 @@ COMMITS = {
 SOURCE = "Output of the challenges' own scripts, see bench/official_scores.py; affine diag(-x, -y, z)"
 SOURCE_NSD = (
     "Output of the challenges' scripts, transcribed by hand, see bench/official_scores.py; affine diag(-x, -y, z). Of "
-    "brats2024 the surface Dice only. Where two commits are named there was no such script: it was put together from "
-    "both, and is a reading, see docs/how-to/scores.md."
+    "brats2024 the surface Dice only. Where two commits are named there was no such script: it was assembled from "
+    "both and is our interpretation, see docs/how-to/scores.md."
 )
 #: Commits of the scripts for --nsd.
 COMMITS_NSD = {

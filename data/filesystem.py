@@ -33,7 +33,7 @@ _NOT_ABLE: Final = (
     "choose a folder on a local disk."
 )
 _TOO_MANY_OPEN: Final = "Too many files are open: raise the limit (ulimit -n), or close other programs."
-_IN_USE: Final = "Another program uses it: close that program and run the same command again."
+_IN_USE: Final = "Another program is using it: close that program and run the same command again."
 _IN_THE_WAY: Final = "Something with this name already exists: move it, or choose another place."
 _SERVER_LOST: Final = "The server of this folder does not answer: check the network, mount the folder again, and retry."
 _LOGIN_EXPIRED: Final = "The login at the server of this folder has expired: log in again (such as with kinit)."
@@ -122,7 +122,7 @@ def sync_file(file: IO[Any], path: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FILE_SYNC:
             raise _at(path, "cannot be flushed to the disk (fsync)", error) from error
-        warn_once(path.parent, "sync files", error, "A power cut may take the newest files.")
+        warn_once(path.parent, "sync files", error, "A power cut may destroy the newest files.")
 
 
 def sync_folder(folder: Path) -> None:
@@ -140,7 +140,7 @@ def sync_folder(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _NO_FOLDER_SYNC:
             raise _at(folder, "the folder cannot be flushed to the disk (fsync)", error) from error
-        warn_once(folder, "sync folders", error, "A power cut may take the newest files.")
+        warn_once(folder, "sync folders", error, "A power cut may destroy the newest files.")
 
 
 def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = False) -> None:

@@ -710,7 +710,7 @@ def _geometry_doubt(image: Any, affine: npt.NDArray[np.float64], shape: tuple[in
     if not int(image.header["sform_code"]):
         if int(image.header["qform_code"]):
             return None
-        return "its header has neither sform nor qform; which side is left is nibabel's assumption"
+        return "its header has neither sform nor qform; nibabel had to assume which side is left"
     if not int(image.header["qform_code"]):
         return None
     with np.errstate(all="ignore"):

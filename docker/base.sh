@@ -82,5 +82,5 @@ else
     tar -C "$root" --numeric-owner -c . |
         "$ENGINE" import --change 'CMD ["bash"]' - "$name" >/dev/null
 fi
-say "base image $name is made"
+say "built base image $name"
 echo "$name"

@@ -22,7 +22,7 @@ TARGET=${TARGET:-gpu}
 case "$TARGET" in
     gpu) IMAGE=${IMAGE:-znormseg:latest} base_argument=GPU_BASE ;;
     cpu) IMAGE=${IMAGE:-znormseg:cpu} base_argument=CPU_BASE ;;
-    *) fail "TARGET=$TARGET; allowed are gpu and cpu" ;;
+    *) fail "TARGET=$TARGET: use gpu or cpu" ;;
 esac
 [ -z "${PIP_CERT:-}" ] || [ -f "$PIP_CERT" ] || fail "PIP_CERT=$PIP_CERT is not a file"
 case "${PIP_FIND_LINKS:-}" in

@@ -44,7 +44,7 @@ choose_engine() {
     else
         # Inside another container there is often neither overlayfs nor a cgroup to run build steps in.
         if [ -z "${STORAGE_DRIVER:-}" ] && ! "$ENGINE" info >/dev/null 2>&1; then
-            say "$ENGINE's own storage driver does not work here; taking vfs, which is slow and large"
+            say "$ENGINE's own storage driver does not work here; falling back to vfs, which is slow and uses more disk"
             STORAGE_DRIVER=vfs
             export STORAGE_DRIVER
         fi

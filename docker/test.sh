@@ -15,7 +15,7 @@ TARGET=${TARGET:-gpu}
 case "$TARGET" in
     gpu) IMAGE=${TEST_IMAGE:-znormseg:image-test} ;;
     cpu) IMAGE=${TEST_IMAGE:-znormseg:image-test-cpu} ;;
-    *) fail "TARGET=$TARGET; allowed are gpu and cpu" ;;
+    *) fail "TARGET=$TARGET: use gpu or cpu" ;;
 esac
 RUNNER=${RUNNER:-auto}
 runner_flags='' run_flags=''

@@ -115,9 +115,9 @@ def read_meshnet(description: Path, weights: Path) -> MeshNet:
                 following = layers[number + 1]["config"] if number + 1 < len(layers) else {}
                 convolutions.append(_convolution(layer["config"], following, arrays))
             elif layer["class_name"] not in ("InputLayer", "Activation"):
-                raise ValueError(f"a layer of class {layer['class_name']}")
+                raise ValueError(f"unsupported layer class {layer['class_name']}")
     except (LookupError, TypeError, UnicodeDecodeError) as error:
-        raise ValueError(f"no description of a network of convolutions ({error!r})") from error
+        raise ValueError(f"not a description of a convolutional network ({error!r})") from error
     if not convolutions:
         raise ValueError("a network without convolutions")
     return MeshNet(convolutions=tuple(convolutions))
@@ -135,15 +135,15 @@ def _arrays(specifications: Any, raw: bytes) -> dict[str, Tensor]:
         arrays[one["name"]] = torch.from_numpy(array)
         offset += 4 * count
     if offset != len(raw):
-        raise ValueError(f"{len(raw)} bytes of weights, {offset} are described")
+        raise ValueError(f"{len(raw)} bytes of weights, but the description covers {offset}")
     return arrays
 
 
 def _convolution(config: Any, following: Any, arrays: dict[str, Tensor]) -> Convolution:
     if set(config["strides"]) != {1} or config["padding"] != "same" or len(set(config["dilation_rate"])) != 1:
-        raise ValueError(f"layer {config['name']}: strides, padding or dilation of another kind of network")
+        raise ValueError(f"layer {config['name']}: unsupported strides, padding or dilation")
     if config.get("activation", "linear") != "linear" or following.get("activation", "gelu") not in ("gelu", "linear"):
-        raise ValueError(f"layer {config['name']}: an activation other than GELU")
+        raise ValueError(f"layer {config['name']}: unsupported activation: only GELU or none")
     bias = arrays.get(f"{config['name']}/bias")
     kernel = arrays[f"{config['name']}/kernel"].permute(4, 3, 0, 1, 2).contiguous()
     if not all(bool(torch.isfinite(tensor).all()) for tensor in (kernel, *([] if bias is None else [bias]))):

@@ -212,7 +212,8 @@ def main(which: str) -> None:
             venv.create(VENV, symlinks=True)
         same = f"import sys; sys.exit(sys.version_info[:2] != {sys.version_info[:2]})"
         if subprocess.run([python, "-c", same], check=False).returncode:
-            sys.exit(f".venv is not for Python {platform.python_version()}, which PYTHON names. Remove it: make clean")
+            version = platform.python_version()
+            sys.exit(f".venv was made with a Python other than {version} (set by PYTHON). Remove it: make clean")
         os.execv(python, [str(python), *sys.argv])
     provide_pip()
     locked = bool(os.environ.get("LOCKED"))

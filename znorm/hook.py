@@ -62,7 +62,8 @@ class GradientHandle:
         parameters = _parameters(optimizer)
         strangers = [parameter for parameter in parameters if id(parameter) not in names]
         if strangers:
-            raise ValueError(f"the optimizer holds {len(strangers)} parameters that are not the model's")
+            strange = "parameter that does" if len(strangers) == 1 else "parameters that do"
+            raise ValueError(f"the optimizer holds {len(strangers)} {strange} not belong to the model")
         self._channel_dims = {
             id(p): choices[names[id(p)]].channel_dim if choices[names[id(p)]].normalised else None for p in parameters
         }
@@ -108,7 +109,8 @@ class GradientHandle:
             return self._channel_dims[id(parameter)]
         except KeyError:
             raise RuntimeError(
-                "the optimizer got parameters after the rule was attached to it; remove() the handle and attach again"
+                "parameters were added to the optimizer after the rule was attached; call remove() on the handle and "
+                "attach again"
             ) from None
 
 
@@ -125,8 +127,8 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
         a handle with ``remove()``, ``selection`` and ``skipped_steps``.
 
     Raises:
-        ValueError: the optimiser already has a rule or holds parameters that are not the model's, or nothing is left
-            to normalise.
+        ValueError: the optimiser already has a rule or holds parameters that do not belong to the model, or nothing is
+            left to normalise.
 
     The step itself raises RuntimeError for gradients that are still scaled by a GradScaler (call
     ``scaler.unscale_(optimizer)`` first), for closures and for parameters added after this call, and TypeError for
@@ -174,7 +176,7 @@ def attach_baseline(
         ValueError: there is no rule of this name; otherwise as raised by :func:`attach`.
     """
     if name not in BASELINES:
-        raise ValueError(f"no gradient rule is named {name!r}; there are {', '.join(BASELINES)}")
+        raise ValueError(f"unknown gradient rule {name!r}; available: {', '.join(BASELINES)}")
     config = config if config is not None else ZNormConfig()
     if name != "scale":
         block = config.output_block if name == "adaptive-clip" else NONE

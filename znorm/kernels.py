@@ -215,7 +215,7 @@ def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
             finite = _run(found, 1e-7, "zscore", together=False)
             same = (torch.equal(f.cpu().nan_to_num(7.0), s.nan_to_num(7.0)) for f, s in zip(found, sick, strict=True))
             if bool(finite) or not all(same):
-                return f"a gradient with an element {value} is changed"
+                return f"a gradient containing {value} was changed"
     except Exception as error:
         return _named(error)
     return None

@@ -11,7 +11,7 @@ import typer
 from app.cli import options, terminal
 
 if TYPE_CHECKING:
-    from data.dicom.contrasts import Choice
+    from data.dicom.series_choice import Choice
     from data.dicom.study import Study
     from data.labels import Contrast
 
@@ -46,7 +46,7 @@ def dicom(
 
     Each image stays on its own grid.
     """
-    from data.dicom.contrasts import choose_series
+    from data.dicom.series_choice import choose_series
     from data.dicom.study import open_study, read_chosen, write_dicom_case
     from data.errors import DataError
 
@@ -88,8 +88,8 @@ def dicom_seg(
     """Convert a label map to a DICOM segmentation (SEG) of its source series."""
     from importlib import metadata
 
-    from data.dicom.contrasts import describe_series, series_of
     from data.dicom.segmentation import on_grid_of, write_dicom_seg
+    from data.dicom.series_choice import describe_series, series_of
     from data.dicom.study import open_study
     from data.errors import DataError
     from data.labels import decide_convention, decode
@@ -116,7 +116,7 @@ def _taken(choices: dict[Contrast, Choice], key: str) -> str:
 
 def _listed(study: Study, choices: dict[Contrast, Choice]) -> str:
     """Return a table of the series, followed by the reason why each was chosen or not."""
-    from data.dicom.contrasts import MOST_VOLUMES, identify
+    from data.dicom.series_choice import MOST_VOLUMES, identify
 
     def number(value: float | None) -> str:
         return "-" if value is None else f"{value:.4g}"
@@ -155,7 +155,7 @@ def _content(
     problem: Exception | None,
 ) -> dict[str, Any]:
     """Return the findings as plain data."""
-    from data.dicom.contrasts import identify, to_json
+    from data.dicom.series_choice import identify, to_json
 
     return {
         "study": study.uid,

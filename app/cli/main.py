@@ -46,8 +46,8 @@ Brain-tumour MRI segmentation. Common tasks:
   segment scans with it   znormseg predict RUN SCANS OUTPUT
   score the result        znormseg evaluate OUTPUT REFERENCES
 
-Images straight from the scanner need --prepare. starter learned from sixteen adult
-gliomas: znormseg model info starter shows its limits.
+Images straight from the scanner need --prepare. starter was trained on sixteen
+adult gliomas: znormseg model info starter shows its limits.
 znormseg doctor checks this machine; znormseg --help lists all commands.
 Research use only; not a medical device."""
 

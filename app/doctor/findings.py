@@ -125,8 +125,8 @@ def _memory(probe: Probe) -> DoctorFinding:
     if not probe.memory:
         return _note(topic, "the system does not report it", "")
     tightest = probe.memory[0]
-    found = f"{tightest.free_bytes / 1e9:.1f} GB, by {tightest.name}"
-    others = [f"{limit.free_bytes / 1e9:.1f} by {limit.name}" for limit in probe.memory[1:]]
+    found = f"{tightest.free_bytes / 1e9:.1f} GB, according to {tightest.name}"
+    others = [f"{limit.free_bytes / 1e9:.1f} according to {limit.name}" for limit in probe.memory[1:]]
     found += f" ({', '.join(others)})" if others else ""
     if tightest.free_bytes < _LITTLE_MEMORY:
         return _warning(topic, found, "znormseg plan DATA --dry-run measures what fits; or raise the limit")
@@ -150,9 +150,9 @@ def _threads(probe: Probe) -> DoctorFinding:
     found = f"torch uses {probe.torch_threads}" + (f", OMP_NUM_THREADS={setting}" if setting is not None else "")
     if setting is not None and not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", setting):
         return _warning(topic, f"{found}, which is not a number", remedy)
-    found += f", of {share} processors"
+    found += f", on {share} {'processor' if share == 1 else 'processors'}"
     if probe.torch_threads > share:
-        return _warning(topic, f"{found}: they wait for each other", remedy)
+        return _warning(topic, f"{found}: the threads compete for them", remedy)
     if probe.torch_threads < share and not probe.gpus:
         return _note(topic, found, f"{remedy} if nothing else runs")
     return _ok(topic, found)

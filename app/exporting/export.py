@@ -87,9 +87,9 @@ def export_run(
         monai_export.require_monai(model, run)
     description = describe_model(run)
     network = _network_of(model)
-    report(0.1, "windows to compare on")
+    report(0.1, "choosing windows for the comparison")
     windows, source = windows_of(model, case)
-    report(0.4, f"the network as {file_format}, compared on {source}")
+    report(0.4, f"writing the network as {file_format} and comparing it on {source}")
     with export_folder_when_complete(out) as partial:
         writers: Mapping[str, Callable[[], Answer]] = {
             "openvino": lambda: formats.write_openvino(network, windows[0], partial),

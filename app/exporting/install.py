@@ -38,7 +38,7 @@ def published_model(name: str) -> PublishedModel:
         RunError: no published model has this name.
     """
     if name not in MODELS:
-        raise RunError(f"{name}: no published model of this name; there are {', '.join(MODELS)}")
+        raise RunError(f"{name}: no published model has this name; available: {', '.join(MODELS)}")
     return MODELS[name]
 
 

@@ -269,8 +269,8 @@ def _weights(path: Path) -> dict[str, Tensor]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise RunError(
-            f"{path}: damaged, or contains more than tensors, and is not read: unpickling it could run any code. "
-            "Ask its author for a file with only the state dict."
+            f"{path}: damaged, or contains more than tensors. It was not read, because unpickling it could run "
+            "arbitrary code. Ask its author for a file with only the state dict."
         ) from error
     except (
         OSError,

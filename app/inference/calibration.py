@@ -30,7 +30,7 @@ OFFSET_ML: Final = 1.0
 #: Version of the section ``calibration`` of ``ensemble.json``.
 VERSION: Final = 1
 _NOT_FROM_CROSSVAL: Final = "a single run is not calibrated; an ensemble from znormseg crossval is"
-_NOT_MEASURED: Final = "this ensemble is of a version without calibration; rebuild it with znormseg crossval"
+_NOT_MEASURED: Final = "this ensemble was built by a version without calibration; rebuild it with znormseg crossval"
 
 
 @dataclass(frozen=True, kw_only=True)

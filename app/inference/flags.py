@@ -48,9 +48,9 @@ CODES: Final[Mapping[str, str]] = {
     "preparation": "the preparation of the scans (--prepare) gave a warning, such as a coarse brain mask",
     "unusual_intensities": "the intensities of a contrast are unlike those of the training cases",
     "no_tumour": "no tumour was found",
-    "tiny_tumour": "the whole tumour is smaller than a ball of 10 mm",
+    "tiny_tumour": "the whole tumour is smaller than a ball of 10 mm diameter",
     "scattered_tumour": "the whole tumour is in many pieces, or the largest has less than half of it",
-    "uncertain_volume": "the sum of the probabilities, or single answers, give a different volume than the label map",
+    "uncertain_volume": "the sum of the probabilities, or single predictions, give another volume than the label map",
     "seen_in_training": "this case or another of its patient was used to train the networks or to choose their weights",
 }
 
@@ -106,8 +106,8 @@ def _tumour_flags(trust: Trust) -> Iterator[Flag]:
     if not whole:
         yield Flag("no_tumour", "No tumour was found.")
     elif whole < TINY_ML:
-        sentence = f"The whole tumour has {whole:.2f} ml, less than a ball of 10 mm ({TINY_ML:.2f})."
-        yield Flag("tiny_tumour", sentence)
+        least = f"that of a ball of 10 mm diameter ({TINY_ML:.2f} ml)"
+        yield Flag("tiny_tumour", f"The volume of the whole tumour is {whole:.2f} ml, less than {least}.")
     if pieces > MANY_COMPONENTS or 0 < largest < LEAST_IN_LARGEST:
         sentence = f"The whole tumour is in {pieces} pieces; the largest has {largest:.0%} of it."
         yield Flag("scattered_tumour", sentence)
@@ -124,7 +124,7 @@ def _uncertain(region: Region, trust: Trust) -> str | None:
     spread = trust.volume_range_ml
     if spread is not None and _apart(*spread[region]):
         least, largest = spread[region]
-        return f"{region}: single answers range from {least:.1f} to {largest:.1f} ml."
+        return f"{region}: single predictions range from {least:.1f} to {largest:.1f} ml."
     return None
 
 

@@ -87,7 +87,8 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
     """
     labelled = [case for case in cases if case.label is not None]
     if not labelled:
-        raise DataError(f"none of {len(cases)} cases has a label map (a file that ends in seg) to score against")
+        none = "the only case has no" if len(cases) == 1 else f"none of {len(cases)} cases has a"
+        raise DataError(f"{none} label map (a file that ends in seg) to score against")
     split = read_json(run / "split.json")
     trained, validated = {*split["train"], *map(real_id, split["train"])}, set(split["validation"])
     chosen = tuple(
@@ -96,13 +97,22 @@ def choose_cases(run: Path, cases: Sequence[Case], which: Which) -> tuple[Case, 
         if which == "all" or (case.id in validated if which == "validation" else case.id not in trained)
     )
     if not chosen:
-        what = "validated on none" if which == "validation" else "trained on all"
-        raise DataError(f"{run} was {what} of the {len(labelled)} cases, by their ids. Give others, or --cases all.")
+        raise DataError(f"{run}: {_why_none(len(labelled), which)}. Give others, or --cases all.")
     if which == "unseen" and len(chosen) < len(labelled):
         LOG.info(
             "%d cases are left out because the run was trained on cases with their ids", len(labelled) - len(chosen)
         )
     return chosen
+
+
+def _why_none(count: int, which: Which) -> str:
+    """Why none of the labelled cases can be scored."""
+    purpose = "validation" if which == "validation" else "training"
+    if count == 1:
+        never = "not " if which == "validation" else ""
+        return f"the only case with a label map (compared by id) was {never}used for {purpose}"
+    share = "none" if which == "validation" else "all"
+    return f"{share} of the {count} cases with label maps (compared by id) were used for {purpose}"
 
 
 def convention_for(model: Predictor, cases: Sequence[Case], *, labels: str | None = None) -> LabelConvention:

@@ -161,8 +161,8 @@ class PlannedRun:
             f"{fingerprint.patients} patients, {fingerprint.bytes_on_disk / 1e9:.2f} GB; labels {fingerprint.labels}",
             f"  fold 0: {len(self.split.train)} for training, {len(self.split.validation)} for validation",
             f"  spacing: median {spacing} mm (10 % to 90 %: {low} to {high})",
-            f"  brain's box: median {_mm(fingerprint.brain_mm)} mm; tumour's: {_mm(fingerprint.tumour_mm)} mm "
-            f"(of {len(fingerprint.extents)} cases)",
+            f"  bounding box of the brain: median {_mm(fingerprint.brain_mm)} mm; of the tumour: "
+            f"{_mm(fingerprint.tumour_mm)} mm (of {len(fingerprint.extents)} cases)",
             f"  tumour: median {middle:g} ml (10 % to 90 %: {small:g} to {large:g}); "
             f"{fingerprint.enhancing_share:.0%} have enhancing tumour",
         ]

@@ -261,9 +261,8 @@ def _with_patch(config: RunConfig, bounds: Bounds) -> tuple[RunConfig, str]:
         if not longest:
             break
         sides[max(longest, key=lambda axis: (sides[axis] * bounds.spacing_mm[axis], axis))] -= divisor
-        reason = (
-            f"at most {most} voxels per step on a CPU" if slow else f"{batch} of them fit {bounds.hardware.memory()}"
-        )
+        fits = f"a batch of {batch} fits {bounds.hardware.memory()}"
+        reason = f"at most {most} voxels per step on a CPU" if slow else fits
         why = f"the median brain's box {times(bounds.brain)}, its longest side cut until {reason}"
     return tried(), why
 

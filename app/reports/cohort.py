@@ -205,7 +205,7 @@ def _read_images(
             images[contrast] = volume.voxels
     if absent:
         remarks.append(
-            f"No longer at the paths of the prediction: {', '.join(absent)}. Give --images DATA to show them."
+            f"No longer at the paths recorded by the prediction: {', '.join(absent)}. Give --images DATA to show them."
         )
     return images
 

@@ -173,7 +173,7 @@ def _newest(
             refused.append(str(error))
             continue
         for reason in refused:
-            LOG.warning("%s Skipped; using the checkpoint of step %d is.", _sentence(reason), step)
+            LOG.warning("%s Skipped; using the checkpoint of step %d.", _sentence(reason), step)
         return found
     if not any(stem.with_suffix(".json").exists() for stem in _saved(folder, kind).values()):
         return None

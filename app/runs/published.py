@@ -259,7 +259,7 @@ def _fetch(model: PublishedModel, file: PublishedFile, folder: Path, on_progress
         ).fetch(file.name, downloader=loader)
     except (requests.RequestException, ValueError) as error:
         wrong = isinstance(error, ValueError) and not isinstance(error, requests.RequestException)
-        reason = "what came is not the published file: its hash differs" if wrong else _reason(error)
+        reason = "the downloaded file is not the published one: its hash differs" if wrong else _reason(error)
         raise RunError(
             f"{model.name}: {url} could not be downloaded ({reason}). Try again, set ZNORMSEG_MODELS_URL to a mirror, "
             f"or download the file elsewhere and run: znormseg model download {model.name} --from FILE"

@@ -51,14 +51,14 @@ def training_record(folder: Path) -> TrainingRecord:
             )
             trained = tuple(dict.fromkeys((*trained, *map(real_id, trained))))
         except (RunError, KeyError, TypeError) as error:
-            LOG.warning("%s is damaged (%s); so cases seen in training are not flagged", split, error)
+            LOG.warning("%s is damaged (%s); cases seen in training will not be flagged", split, error)
     ranges: list[IntensityRange] = []
     for path in [folder / INTENSITIES_FILE, *sorted(folder.glob(f"fold-*/{INTENSITIES_FILE}"))]:
         if path.exists():
             try:
                 ranges.append(range_from_json(read_json(path)))
             except (RunError, KeyError, TypeError, ValueError, AttributeError) as error:
-                LOG.warning("%s is damaged (%s); so unusual intensities are not flagged", path, error)
+                LOG.warning("%s is damaged (%s); unusual intensities will not be flagged", path, error)
     return TrainingRecord(
         trained_on=trained, validated_on=validated, intensities=merged_range(ranges) if ranges else None
     )

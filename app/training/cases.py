@@ -61,7 +61,8 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
     if separated:
         LOG.warning(
             "the recorded split has cases of the same patient in several parts, as older versions did not recognise "
-            "their names: %s. The split is kept, and its scores are too good. A new run separates no patient.",
+            "their names: %s. The split is kept, and its scores are too good. A new run keeps each patient in one "
+            "part.",
             _some_groups([", ".join(ids) for ids in separated]),
         )
     maybe = parted(look_like_visits(cases), parts)
@@ -200,8 +201,9 @@ def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave t
     """
     without = [case.id for case in cases if case.label is None]
     if without:
+        have = "case has" if len(without) == 1 else "cases have"
         raise DataError(
-            f"{len(without)} cases have no label map (a file that ends in seg): {', '.join(without[:5])}. {advice}"
+            f"{len(without)} {have} no label map (a file that ends in seg): {', '.join(without[:5])}. {advice}"
         )
 
 

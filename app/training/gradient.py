@@ -60,7 +60,7 @@ def _described(config: GradientConfig) -> dict[str, tuple[dict[str, float], str]
     return {
         "none": ({}, "gradients unchanged"),
         "clip": ({"limit": config.clip_norm}, f"gradients clipped to norm {config.clip_norm:g}"),
-        "clip-value": ({"limit": config.clip_value}, f"gradients clipped to {config.clip_value:g} by element"),
+        "clip-value": ({"limit": config.clip_value}, f"gradients clipped element-wise to {config.clip_value:g}"),
         "centralize": ({}, "gradients centralized by output channel"),
         "adaptive-clip": ({"ratio": ratio}, f"gradients clipped by output channel to {ratio:g} of the weights"),
         "scale": ({"eps": config.znorm.eps}, ""),

@@ -52,7 +52,7 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
         was, now = model.config.augment.contrast_dropout, config.augment.contrast_dropout
         raise ConfigError(
             f"augment.contrast_dropout: {run} was trained with {was:g}, this run has {now:g}: its network takes "
-            f"{model.config.input_channels} channels, this one {config.input_channels}. "
+            f"{model.config.input_channels} channels, but this network takes {config.input_channels}. "
             f"Set augment.contrast_dropout={was or 0:g}"
         )
     others = [
@@ -62,7 +62,7 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     ]
     if others:
         raise ConfigError(
-            f"{run} has a different network; leave out --config and the settings of network, or use those of that run. "
+            f"{run} has a different network; leave out --config and all network settings, or use that run's. "
             f"Different (there -> here): {'; '.join(others)}"
         )
     return model

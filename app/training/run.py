@@ -237,7 +237,7 @@ def resume(
     if not world.is_first:
         return _follow(session, store)
     if not (run / "checkpoints").is_dir():
-        raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
+        raise RunError(f"{run}: nothing to resume: the folder has no checkpoint. Leave out --resume to start a run.")
     own = load_config(str(run / "config.yaml"))
     config = own if config is None else config
     changed = config_changes.require_allowed(run, own, config, allow)
@@ -245,7 +245,9 @@ def resume(
         remove_partial_files(run)
         checkpoint = checkpoints.load_newest(run / "checkpoints", "last")
         if checkpoint is None:
-            raise RunError(f"{run}: nothing to resume, no checkpoint there. Leave out --resume to start a run.")
+            raise RunError(
+                f"{run}: nothing to resume: the folder has no checkpoint. Leave out --resume to start a run."
+            )
         split = split_on_record(run / "split.json")
         cases = cases_of(split, data)
         facts = read_json(run / "run.json")

@@ -275,8 +275,9 @@ class Trainer:
         good, record = world.broadcast(self._last_good(why, loss) if world.is_first else None)
         rollbacks = [*state.rollbacks, record]
         if len(rollbacks) > settings.max_rollbacks:
+            times = "1 time" if len(state.rollbacks) == 1 else f"{len(state.rollbacks)} times"
             raise RunError(
-                f"{self.session.run}: step {failed}: {why}. The run has rolled back {len(state.rollbacks)} times "
+                f"{self.session.run}: step {failed}: {why}. The run has rolled back {times} "
                 f"(training.max_rollbacks: {settings.max_rollbacks}): {rollback.rollbacks_in_words(rollbacks)}. The "
                 f"last good checkpoint is that of step {good.step}. Check these cases, or resume with a lower "
                 "learning rate: --resume --set training.learning_rate=... --allow training.learning_rate --set "

@@ -121,13 +121,16 @@ def missing_problems(contrasts: Iterable[Contrast], unrecognised: Sequence[str] 
     absent = missing_contrasts(set(contrasts))
     if not absent:
         return []
+    several = len(absent) > 1
+    missing = f"contrasts {', '.join(absent)} are missing" if several else f"contrast {absent[0]} is missing"
+    file = "their files" if several else "its file"
     if not unrecognised:
-        return [f"contrast {', '.join(absent)} is missing. Add its file, or leave the case out"]
-    wanted = absent[0]
+        return [f"{missing}. Add {file}, or leave the case out"]
+    if_there = "If they are among these, rename them" if several else "If it is among these, rename it"
     return [
-        f"contrast {', '.join(absent)} is missing, and these names match no contrast: {some_names(unrecognised)}. If "
-        f"it is among these, rename it: a file ends in _{wanted}, a column or a channel is named {wanted}; or state "
-        "the file in a manifest (.csv: case, t1, t1c, t2, flair, seg). Otherwise add its file, or leave the case out"
+        f"{missing}, and these names match no contrast: {some_names(unrecognised)}. {if_there}: a file ends in "
+        f"_{absent[0]}, a column or a channel is named {absent[0]}; or state the {'files' if several else 'file'} in a "
+        f"manifest (.csv: case, t1, t1c, t2, flair, seg). Otherwise add {file}, or leave the case out"
     ]
 
 

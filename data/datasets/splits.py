@@ -155,7 +155,7 @@ def fold_count(patients: int, fold: int, folds: int = FOLDS) -> int:
     folds = min(folds, patients)
     if folds < 2:
         raise DataError(
-            f"{patients} patient cannot be split into training and validation; "
+            f"{patients} {'patient' if patients == 1 else 'patients'} cannot be split into training and validation; "
             'give --fold all, or --split FILE with {"train": [...], "validation": [...]}'
         )
     if not 0 <= fold < folds:

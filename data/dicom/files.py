@@ -323,4 +323,4 @@ def _unpacking(path: Path) -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise DataError(f"{path}: the archive is damaged ({error}). Copy or make it again.") from error
+        raise DataError(f"{path}: the archive is damaged ({error}). Copy it again, or create a new one.") from error

@@ -101,7 +101,7 @@ def _padding_notes(series: Series, voxels: npt.NDArray[np.float32], padded: npt.
         return
     if padded.all():
         raise DataError(
-            f"series {series.key}: its headers declare every voxel padding (stored values {said}). "
+            f"series {series.key}: its headers declare every voxel to be padding (stored values {said}). "
             "Choose another series, or export it again with the right Pixel Padding Value."
         )
     share = 100 * float(padded.mean())

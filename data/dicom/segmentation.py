@@ -65,8 +65,8 @@ def on_grid_of(series: Series, labels: Volume) -> npt.NDArray[np.uint8]:
     difference = grid_difference(grid, ordered)
     if difference is not None:
         raise DataError(
-            f"{labels.path}: not on the grid of series {series.key}: {difference}. Choose the series that it was made "
-            "on with --reference, or resample it to that one."
+            f"{labels.path}: not on the grid of series {series.key}: {difference}. Use --reference to name the series "
+            "it was drawn on, or resample the label map to the grid of this series."
         )
     return np.ascontiguousarray(ordered.voxels)
 

@@ -18,11 +18,11 @@ import SimpleITK
 
 from data.datasets.layouts import Case
 from data.datasets.naming import SUFFIXES_2021
-from data.dicom.contrasts import Choice, choose_series
 from data.dicom.copies import without_copies
 from data.dicom.files import DicomFile, dicom_files, quiet, text
 from data.dicom.pixels import read_series
 from data.dicom.series import Series, group
+from data.dicom.series_choice import Choice, choose_series
 from data.errors import DataError
 from data.files import folder_when_complete
 from data.labels import CONTRASTS, Contrast
@@ -91,7 +91,7 @@ def read_study(
         study_uid: see :func:`open_study`.
 
     Raises:
-        DataError: as raised by :func:`open_study` and :func:`data.dicom.contrasts.choose_series`; also if a series
+        DataError: as raised by :func:`open_study` and :func:`data.dicom.series_choice.choose_series`; also if a series
             cannot be decoded.
     """
     with open_study(path, study_uid=study_uid) as study:
@@ -157,7 +157,7 @@ def _require_one_patient(path: Path, files: tuple[DicomFile, ...]) -> None:
         if len(first) > 1:
             one, other = list(first.values())[:2]
             raise DataError(
-                f"{path}: files of {len(first)} patients ({field} differs, as between {one} and {other}). "
+                f"{path}: files of {len(first)} patients ({field} differs, for instance between {one} and {other}). "
                 "Give the folder of one patient."
             )
 

@@ -83,9 +83,9 @@ class AugmentConfig:
             value = getattr(self, name)
             if name.endswith(("_probability", "_dropout")):
                 if not 0 <= value <= 1:
-                    raise ValueError(f"augment.{name}: a probability from 0 to 1, got {value}")
+                    raise ValueError(f"augment.{name}: must be a probability from 0 to 1, got {value}")
             elif not 0 <= value <= _LARGEST[name]:
-                raise ValueError(f"augment.{name}: from 0 to {_LARGEST[name]:g}, got {value}")
+                raise ValueError(f"augment.{name}: must be from 0 to {_LARGEST[name]:g}, got {value}")
 
 
 _LARGEST: Final = {

@@ -231,7 +231,8 @@ def swapped(tissue: Tissue) -> list[Finding]:
                 kind="swapped contrasts",
                 severity="problem",
                 contrast=name,
-                message=f"looks like {look}, not like {_weighting(name)}, by white and grey matter and fluid",
+                message=f"judging by white matter, grey matter and fluid, it looks like {look}, "
+                f"not like {_weighting(name)}",
                 action="Look at the images, then rename the files",
             )
             for name, look in wrong
@@ -241,7 +242,7 @@ def swapped(tissue: Tissue) -> list[Finding]:
     skew = float((centred**3).mean() / max(float((centred**2).mean()), 1e-12) ** 1.5)
     if skew >= _AGENT_SKEW:
         return []
-    message = "spots are brighter on t1 than on t1c, and contrast agent only adds: they may be swapped"
+    message = "some spots are brighter on t1 than on t1c, but a contrast agent only adds signal: the two may be swapped"
     action = "Look for bright vessels and tumour rims, which belong to t1c; rename the files if so"
     return [Finding(kind="swapped contrasts", severity="note", contrast="t1c", message=message, action=action)]
 

@@ -31,7 +31,7 @@ Kind = Literal[
     "no label map",
     "empty label map",
     "label outside the brain",
-    "label beside the tumour",
+    "misplaced label",
     "one-voxel islands",
 ]
 

@@ -87,7 +87,7 @@ def range_from_json(content: Mapping[str, Any]) -> IntensityRange:
         if any(len(values) != len(QUANTILES) for values in ends[-1].values()):
             raise ValueError(f"{key}: not {len(QUANTILES)} numbers per contrast")
     if ends[0].keys() != ends[1].keys():
-        raise ValueError("least and largest have other contrasts")
+        raise ValueError("least and largest have different contrasts")
     return IntensityRange(cases=int(content["cases"]), least=ends[0], largest=ends[1])
 
 

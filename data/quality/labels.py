@@ -77,7 +77,8 @@ def judge_labels(
             )
         ]
     if label.box is None:
-        message, action = "every voxel is 0", "Used as a case without tumour. Leave it out with --split if there is one"
+        message = "every voxel is 0"
+        action = "Used as a case without tumour. If the case has a tumour, leave it out with --split"
         return [Finding(kind="empty label map", severity="note", contrast=WHAT, message=message, action=action)]
     findings = outside(label.tumour, [brain[label.box] for brain in brains]) if brains else []
     findings += islands(label.tumour)
@@ -162,7 +163,7 @@ def brightness(coarse: npt.NDArray[np.bool_], flair: Digest) -> list[Finding]:
         return []
     return [
         Finding(
-            kind="label beside the tumour",
+            kind="misplaced label",
             severity="note",
             contrast=WHAT,
             message="FLAIR is no brighter where it is labelled than in the rest of the brain",

@@ -98,9 +98,12 @@ def skull(seen: Digest, contrast: str) -> Finding | None:
     tissue = seen.coarse != 0
     litres = float(np.count_nonzero(tissue)) * float(np.prod(seen.coarse_spacing_mm)) / 1e6
     if litres > MOST_BRAIN_LITRES:
-        message = f"{litres:.1f} litres are not 0, a brain has 1 to 2: a skull was left on, or the spacing is wrong"
+        message = (
+            f"the non-zero voxels take {litres:.1f} litres, but a brain has 1 to 2: the skull was not removed, or the "
+            "spacing is wrong"
+        )
     elif has_dark_band(seen.coarse, tissue, seen.coarse_spacing_mm):
-        message = "there is a dark band between a bright rim and the brain: a skull was left on"
+        message = "there is a dark band between a bright rim and the brain: the skull was not removed"
     else:
         return None
     action = f"Look at it, then {_STRIP}. Training and prediction accept it as it is"

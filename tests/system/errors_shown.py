@@ -998,8 +998,8 @@ TABLES: dict[str, list[Shown | Raised]] = {
         found("rounded labels", 0, change(LABEL, lambda v: v * np.float32(1.002))),
         # label outside the brain
         found("label outside the brain", 3, change(LABEL, lambda v: np.roll(v, 40, axis=0), np.uint8)),
-        # label beside the tumour
-        found("label beside the tumour", 0, labelled_where_dark),
+        # misplaced label
+        found("misplaced label", 0, labelled_where_dark),
         # cut field of view
         *(
             found("cut field of view", 0, change(IMAGE, lambda v: np.where(np.arange(v.shape[2]) < 26, v, 0)), about)
@@ -1102,7 +1102,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
             prepare=study(headers(rescaled, "S3", most=11)),
             steady=_HEX,
         ),
-        # a Pixel Padding Value that calls every voxel padding
+        # a Pixel Padding Value that declares every voxel to be padding
         Shown(command="znormseg data dicom STUDY CASES", code=3, prepare=study(headers(all_padding, "S3"))),
         # images without position, orientation or pixel spacing
         Shown(

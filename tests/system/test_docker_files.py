@@ -152,7 +152,7 @@ def test_without_an_engine_one_line_says_what_to_install(script: str, without_en
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("TARGET", "tpu", "TARGET=tpu; allowed are gpu and cpu"),
+        ("TARGET", "tpu", "TARGET=tpu: use gpu or cpu"),
         ("ENGINE", "nerdctl", "allowed are auto, docker, buildah, podman"),
         ("ENGINE", "buildah", "there is no buildah on PATH"),
         ("PIP_CERT", "/nowhere/ca.pem", "PIP_CERT=/nowhere/ca.pem is not a file"),

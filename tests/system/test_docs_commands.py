@@ -177,7 +177,7 @@ def things(
 
     def label_map(place: Path) -> None:
         """A label map on the grid of the study's T1c."""
-        from data.dicom.contrasts import choose_series
+        from data.dicom.series_choice import choose_series
         from data.dicom.study import open_study, read_chosen, write_dicom_case
 
         with open_study(request.getfixturevalue("dicom_study")) as study:

@@ -17,6 +17,7 @@ import torch
 
 from data.contrasts import SUBSETS
 from data.datasets.source import DataSource
+from data.errors import DataError
 
 Call = Callable[..., Any]
 
@@ -281,7 +282,18 @@ def test_when_the_run_trained_on_all_cases_the_way_out_is_told(
     seen = json.loads((dropout_run / "split.json").read_text())["train"][0]
     ended = znormseg("contrasts", dropout_run, phantoms / seen)
     assert ended.code == 3
-    assert "--cases all" in ended.err
+    said = " ".join(ended.err.split())
+    assert "the only case with a label map (compared by id) was used for training. Give others, or --cases all" in said
+
+
+def test_when_no_case_was_used_for_validation_it_is_told(dropout_run: Path, phantoms: Path) -> None:
+    from app.inference.subsets import choose_cases
+    from data.datasets.layouts import find_cases
+
+    seen = json.loads((dropout_run / "split.json").read_text())["train"]
+    cases = [case for case in find_cases(phantoms) if case.id in seen]
+    with pytest.raises(DataError, match=rf"none of the {len(seen)} cases .* were used for validation"):
+        choose_cases(dropout_run, cases, "validation")
 
 
 def test_cases_without_label_maps_are_refused(
@@ -290,7 +302,7 @@ def test_cases_without_label_maps_are_refused(
     case = with_only(phantoms, tmp_path / "in", *ENDINGS)
     ended = znormseg("contrasts", dropout_run, case, "--cases", "all")
     assert ended.code == 3
-    assert "none of 1 cases has a label map" in ended.err
+    assert "the only case has no label map" in ended.err
 
 
 def test_a_broken_case_is_told_and_the_others_are_scored(

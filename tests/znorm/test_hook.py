@@ -387,7 +387,7 @@ def test_one_element_that_is_not_finite_is_found_among_thousands(dtype: torch.dt
 
 def test_parameters_that_are_not_the_models_are_refused() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match="1 parameters that are not the model's"):
+    with pytest.raises(ValueError, match="1 parameter that does not belong to the model"):
         attach(SGD([*model.parameters(), nn.Parameter(torch.ones(2, 2))], lr=0.1), model)
 
 

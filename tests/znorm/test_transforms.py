@@ -160,7 +160,7 @@ def test_each_rival_takes_the_parameters_of_its_paper(name: str, left_out: list[
 
 def test_a_rule_with_an_unknown_name_is_refused_with_those_there_are() -> None:
     model = small_model()
-    with pytest.raises(ValueError, match=r"no gradient rule is named 'clop'; there are none, clip, "):
+    with pytest.raises(ValueError, match=r"unknown gradient rule 'clop'; available: none, clip, "):
         attach_baseline(SGD(model.parameters(), lr=1), model, "clop")
 
 

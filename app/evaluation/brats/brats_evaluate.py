@@ -37,7 +37,7 @@ FILE: Final = "00000.nii.gz"
 _PINNED: Final = " ".join(f"{name}=={version}" for name, version in TESTED.items())
 _INSTALL: Final = (
     f"Install it into its own environment, python -m venv ENV && ENV/bin/pip install {_PINNED}, and put "
-    f"ENV/bin/{COMMAND} on the PATH. Its metadata state the licence AGPL-3.0, the licence file in it is Apache-2.0; "
+    f"ENV/bin/{COMMAND} on the PATH. Its metadata say AGPL-3.0, but its licence file is Apache-2.0; "
     "znormseg contains no part of it and only runs the command"
 )
 _TAIL_LINES, _TAIL_CHARACTERS = 3, 400

@@ -160,8 +160,8 @@ def _write(folds: Folds, outcome: CrossValidation) -> CrossValidation:
     tuning, out = outcome.tuning, folds.out
     if not tuning.chosen.changes_nothing and tuning.estimated_gain <= 0:
         LOG.warning(
-            "post-processing gains %.4f on the cases it was chosen on, but %.4f if the fold that is scored is left out "
-            "of the choice: it may not help on other cases. predict --no-postprocess turns it off.",
+            "post-processing gains %.4f on the cases it was chosen on, but %.4f on folds that were left out of the "
+            "choice: it may not help on other cases. predict --no-postprocess turns it off.",
             *(tuning.after - tuning.before, tuning.estimated_gain),
         )
     if len(outcome.backends) > 1:

@@ -169,7 +169,10 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         except DataError as error:
             raise DataError(f"case {case.id}: {error}") from error
         if options.uncertainty and answer.disagreement is None:
-            LOG.info("case %s: uncertainty is from a single answer; use --tta or an ensemble for several", case.id)
+            LOG.info(
+                "case %s: uncertainty is computed from a single prediction; use --tta or an ensemble for several",
+                case.id,
+            )
         spacing_mm = answer_spacing_mm = canonical_spacing(prepared.native_affine)
         if scans is None:
             masks = predict_masks(model, prepared, answer.centred)

@@ -282,7 +282,7 @@ def test_uncertainty_of_one_answer_is_its_entropy_and_that_is_said(
 ) -> None:
     ended = znormseg("predict", tiny_run, phantoms / CASE, tmp_path, "--uncertainty", "--json")
     assert ended.code == 0, ended.err
-    assert "uncertainty is from a single answer" in ended.err
+    assert "uncertainty is computed from a single prediction" in ended.err
     content = json.loads(ended.out)["cases"][0]
     assert content["files"]["uncertainty"] == str(tmp_path / f"{CASE}_uncertainty.nii.gz")
     assert content["files"]["disagreement"] is None

@@ -89,7 +89,7 @@ def test_a_plain_case_has_no_flag() -> None:
         (
             with_volume(40.0, answer_volumes_ml=(dict.fromkeys(REGIONS, 40.0), {"WT": 40.0, "TC": 25.0, "ET": 40.0})),
             "uncertain_volume",
-            "TC: single answers range from 25.0 to 40.0 ml",
+            "TC: single predictions range from 25.0 to 40.0 ml",
         ),
         (replace(FACTS, training=TrainingRecord(trained_on=(FACTS.case,))), "seen_in_training", "trained on this case"),
         (replace(FACTS, training=TrainingRecord(validated_on=(FACTS.case,))), "seen_in_training", "used to choose"),

@@ -190,7 +190,7 @@ def test_the_viewer_begins_in_the_predicted_tumour(pages: CohortPages) -> None:
 def test_scans_that_have_gone_are_told_and_the_page_is_there(phantoms: Path, tmp_path: Path) -> None:
     folder = predictions_of(phantoms, tmp_path / "p", inputs={"t1c": "/nowhere/<b>.nii.gz"})
     page = next(iter(write_cohort(folder, tmp_path / "out").cases.values())).read_text(encoding="utf-8")
-    assert "No longer at the paths of the prediction: T1c. Give --images DATA to show them." in page
+    assert "No longer at the paths recorded by the prediction: T1c. Give --images DATA to show them." in page
     assert "There is no scan to show." in page
 
 

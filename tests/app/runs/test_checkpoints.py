@@ -243,7 +243,7 @@ def test_where_the_newest_pair_is_damaged_the_one_before_is_taken_and_a_warning_
     (line,) = caplog.messages
     assert str(two / "last-000000009.") in line
     assert words in line
-    assert "Skipped; using the checkpoint of step 5 is." in line
+    assert "Skipped; using the checkpoint of step 5." in line
 
 
 @given(st.integers(0, 100_000))

@@ -213,7 +213,7 @@ def test_the_network_of_the_run_may_be_changed_by_a_setting_and_is_then_refused(
     given = [*few_steps, "--set", "network.channels=[8, 8]", "--init-from", tiny_run]
     ended = znormseg("train", phantoms, tmp_path / "run", *given)
     assert ended.code == 4
-    assert "leave out --config and the settings of network" in " ".join(ended.err.split())
+    assert "leave out --config and all network settings" in " ".join(ended.err.split())
 
 
 def test_what_a_run_gives_to_the_next_fits_the_config_it_is_put_into(tiny_run: Path) -> None:

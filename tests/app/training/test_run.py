@@ -478,7 +478,7 @@ def test_missing_label_maps_are_refused_with_the_case_ids(
     one_file(data, "seg").unlink()
     ended = znormseg("train", data, tmp_path / "run", *options)
     assert ended.code == 3
-    assert f"1 cases have no label map (a file that ends in seg): {ids_of(data)[0]}." in ended.err
+    assert f"1 case has no label map (a file that ends in seg): {ids_of(data)[0]}." in ended.err
 
 
 @pytest.mark.parametrize("ending", ["t1", "seg"])

@@ -173,7 +173,7 @@ def test_fewer_single_files_do_where_that_is_asked_for_and_the_first_lends_its_n
     files: dict[Contrast, Path] = {"flair": Path("in/b_flair.nii"), "t2": Path("in/a_t2.nii")}
     case = case_from_files(files, all_contrasts=False)
     assert (case.id, case.reference, case.contrasts) == ("a", "t2", files)
-    with pytest.raises(DataError, match="contrast t1, t1c is missing"):
+    with pytest.raises(DataError, match="contrasts t1, t1c are missing"):
         case.require()
 
 
@@ -181,7 +181,7 @@ def test_a_case_that_lacks_contrasts_fits_where_not_all_are_needed(tmp_path: Pat
     make_case(tmp_path / "a", NAMES_2021[2:])
     (case,) = find_cases(tmp_path)
     assert case.require(all_contrasts=False) is case
-    with pytest.raises(DataError, match="contrast t1, t1c is missing"):
+    with pytest.raises(DataError, match="contrasts t1, t1c are missing"):
         case.require()
 
 

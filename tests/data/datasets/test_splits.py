@@ -99,9 +99,9 @@ def test_a_fold_that_does_not_exist_is_refused_with_those_that_do(fold: int) -> 
         fold_split(by_id(IDS), fold)
 
 
-@pytest.mark.parametrize("ids", [IDS[:2], []])
-def test_fewer_than_two_patients_are_refused(ids: list[str]) -> None:
-    with pytest.raises(DataError, match=r"cannot be split into training and validation; give --fold all"):
+@pytest.mark.parametrize(("ids", "count"), [(IDS[:2], "1 patient"), ([], "0 patients")])
+def test_fewer_than_two_patients_are_refused(ids: list[str], count: str) -> None:
+    with pytest.raises(DataError, match=rf"^{count} cannot be split into training and validation; give --fold all"):
         fold_split(by_id(ids), 0)
 
 

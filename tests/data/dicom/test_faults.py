@@ -23,10 +23,10 @@ from pydicom.uid import (
     RLELossless,
 )
 
-from data.dicom.contrasts import choose_series, find, identify
 from data.dicom.pixels import Reading, read_series
 from data.dicom.segmentation import write_dicom_seg
 from data.dicom.series import Series
+from data.dicom.series_choice import choose_series, find, identify
 from data.dicom.study import open_study, read_study
 from data.errors import DataError
 from data.labels import OEDEMA
@@ -257,7 +257,7 @@ def test_padding_of_images_compressed_with_loss_is_to_be_looked_at(padded: tuple
 
 def test_a_series_that_is_all_padding_is_refused(tmp_path: Path, voxels: Voxels, write_series: Write) -> None:
     write_series(tmp_path, voxels, AFFINE, PixelPaddingValue=0, PixelPaddingRangeLimit=4095)
-    with pytest.raises(DataError, match=r"its headers declare every voxel padding \(stored values 0 to 4095\)"):
+    with pytest.raises(DataError, match=r"its headers declare every voxel to be padding \(stored values 0 to 4095\)"):
         read_only(tmp_path)
 
 

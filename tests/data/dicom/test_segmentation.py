@@ -15,10 +15,10 @@ import pydicom
 import pytest
 import SimpleITK as sitk  # noqa: N813
 
-from data.dicom.contrasts import series_of
 from data.dicom.pixels import read_series
 from data.dicom.segmentation import CONTENT, on_grid_of, write_dicom_seg
 from data.dicom.series import Series
+from data.dicom.series_choice import series_of
 from data.dicom.study import open_study
 from data.errors import DataError
 from data.labels import ENHANCING, NECROSIS, OEDEMA

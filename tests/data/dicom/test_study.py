@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from scipy.spatial.transform import Rotation
 
-from data.dicom import contrasts
 from data.dicom import files as dicom_files
-from data.dicom.contrasts import identify
+from data.dicom import series_choice
 from data.dicom.pixels import read_series
 from data.dicom.series import Series
+from data.dicom.series_choice import identify
 from data.dicom.study import StudyImages, open_study, read_study, write_dicom_case
 from data.errors import DataError
 from data.native_space.itk import to_itk
@@ -85,7 +85,7 @@ def in_place_order(paths: list[Path]) -> list[Path]:
 
 
 def test_the_examples_hold() -> None:
-    assert doctest.testmod(contrasts).failed == 0
+    assert doctest.testmod(series_choice).failed == 0
 
 
 @properties
@@ -510,7 +510,7 @@ def test_nothing_of_the_patient_leaves_the_study(
 ) -> None:
     caplog.set_level(logging.DEBUG)
     with open_study(dicom_study) as study:
-        shown = json.dumps([contrasts.to_json(s, identify(s)) for s in study.series]) + repr(study)
+        shown = json.dumps([series_choice.to_json(s, identify(s)) for s in study.series]) + repr(study)
     folder = write_dicom_case(tmp_path, images)
     shown += caplog.text + repr(images) + " ".join(path.name for path in folder.iterdir())
     for path in folder.iterdir():

@@ -63,7 +63,7 @@ def test_a_label_map_where_flair_is_dark_is_a_note(phantom: Phantom) -> None:
     dark = (phantom.images["flair"] > 0) & (
         phantom.images["flair"] < np.median(phantom.images["flair"][phantom.codes > 0]) / 2
     )
-    assert ("label beside the tumour", "note") in kinds(dark.astype(np.uint8), phantom)
+    assert ("misplaced label", "note") in kinds(dark.astype(np.uint8), phantom)
 
 
 def test_a_label_map_of_zeros_is_a_note(phantom: Phantom) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pydicom
 import pytest
 
-from data.dicom.contrasts import choose_series, identify, series_of, timing
 from data.dicom.files import DicomFile
 from data.dicom.series import Acquisition, Frame, Series
+from data.dicom.series_choice import choose_series, identify, series_of, timing
 from data.errors import DataError
 
 MPRAGE = {"echo_ms": 3.0, "repetition_ms": 1900.0, "inversion_ms": 900.0, "scanning": ("GR", "IR")}
@@ -243,7 +243,7 @@ def test_a_choice_that_is_not_there_or_was_made_twice_is_refused() -> None:
 
 def test_a_number_that_several_volumes_go_by_is_refused_with_their_names() -> None:
     echoes = [series("t2", T2, key="3/1"), series("t2", T2, key="3/2")]
-    with pytest.raises(DataError, match=r"--t2 3: 2 volumes match: 3/1 .*, 3/2 .* Give the first word of one of them"):
+    with pytest.raises(DataError, match=r"--t2 3: 2 volumes match: 3/1 .*, 3/2 .* Give one of them by its first word"):
         choose_series([*four()[:2], *echoes, four()[3]], {"t2": "3"})
 
 

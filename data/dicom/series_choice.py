@@ -180,7 +180,7 @@ def find(series: Sequence[Series], key: str, option: str) -> Series:
     if not found:
         raise DataError(f"{option} {wanted}: no such series. There are {', '.join(one.key for one in series)}.")
     shown = ", ".join(describe_series(one) for one in found)
-    raise DataError(f"{option} {wanted}: {len(found)} volumes match: {shown}. Give the first word of one of them.")
+    raise DataError(f"{option} {wanted}: {len(found)} volumes match: {shown}. Give one of them by its first word.")
 
 
 def describe_series(series: Series) -> str:
