@@ -84,7 +84,10 @@ def flags_of(facts: CaseFacts) -> tuple[Flag, ...]:
 
 def _flags(facts: CaseFacts) -> Iterator[Flag]:
     if facts.missing:
-        yield Flag("missing_contrast", f"Predicted without {_and(facts.missing)}, which is missing.")
+        yield Flag(
+            "missing_contrast",
+            f"Predicted without {_and(facts.missing)}, which {'is' if len(facts.missing) == 1 else 'are'} missing.",
+        )
     for contrast, count in facts.zeroed.items():
         yield Flag("nan_to_zero", f"{count} voxels of {contrast} were NaN or infinite and were replaced with 0.")
     for contrast, sentence in facts.backgrounds.items():

@@ -186,6 +186,8 @@ def test_ranges_join_to_that_of_all_their_cases() -> None:
 
 def test_the_range_of_a_run_is_written_once_and_stays(tiny_run: Path, tmp_path: Path) -> None:
     class Even:
+        synthetic = False
+
         def image(self) -> Any:
             return np.ones((4, 2, 2, 2), dtype=np.float16)
 
