@@ -171,7 +171,7 @@ class ModelRecord(TypedDict):
     """A published or imported model."""
 
     name: Text
-    """Its name; for a published model, the one in `model list`."""
+    """Its name; for a published model, the one in `model list`, and for one network of it, such as `starter/fold-0`."""
     limits: list[Text]
     """Its limits, one sentence each; may be empty."""
 

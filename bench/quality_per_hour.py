@@ -21,9 +21,10 @@ network that was not trained on it. Cases and seeds are drawn independently with
 by case and seed. With so few seeds the intervals are somewhat too narrow.
 
 Each training runs in a single-threaded process pinned to its own core. Its scores are kept in OUT/<training>.json, and
-a training that has scores is not repeated: interrupt the command at any time, and run it again to continue. Another
-``--config`` with the same OUT reuses MONAI's trainings. By default there are 32 trainings, 12 of the config and 20 of
-MONAI's recipe: four hours with two at a time, plus their scoring.
+a training that has scores is not repeated: interrupt the command at any time, and run it again to continue, on the same
+machine and with the same versions. Another ``--config`` with the same OUT reuses MONAI's training runs. By default
+there are 32 training runs, 12 of the config and 20 of MONAI's recipe: four hours with two at a time, plus their
+scoring.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -112,16 +114,14 @@ class Job:
 
 
 def main() -> None:
-    """Run the missing trainings, choose MONAI's learning rate, and print the table."""
+    """Run the missing training runs, choose MONAI's learning rate, and print the table."""
     options = _options()
     if options.job:
         work(options.out, options.cases, Job(**json.loads(options.job)))
         return
     options.out.mkdir(parents=True, exist_ok=True)
     if options.cases is None:
-        options.cases = options.out / "phantoms"
-        if not options.cases.exists():
-            write_phantoms(options.cases, 16, seed=0, spacing_mm=2.0)
+        options.cases = phantoms(options.out)
     print(f"{machine()}; {versions()}; {options.minutes:g} minutes on one core for each training", flush=True)
     side = Path(options.config).stem
     if side == MONAI:
@@ -157,6 +157,16 @@ def main() -> None:
     print("\n" + "\n".join(table(mine, other)))
 
 
+def phantoms(out: Path) -> Path:
+    """Write the phantoms if they are not complete yet, and return their folder."""
+    folder, partial = out / "phantoms", out / ".phantoms.partial"
+    if not folder.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        write_phantoms(partial, 16, seed=0, spacing_mm=2.0)
+        partial.rename(folder)
+    return folder
+
+
 def deal(cases: Path, folds: int) -> list[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Return the ids of the training and test cases of each fold, as ``znormseg crossval`` deals them."""
     found = DataSource(cases).find_cases()
@@ -173,20 +183,31 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[
     jobs = sorted(jobs, key=lambda job: (job.seed, job.fold))
     missing = [job for job in jobs if result(options.out, job) is None]
     hours = options.minutes / 60 * math.ceil(len(missing) / options.jobs)
-    print(f"{len(jobs)} trainings, {len(missing)} to make: {hours:.1f} hours, and their scoring", flush=True)
+    print(f"{len(jobs)} runs, {len(missing)} left: {hours:.1f} hours, and their scoring", flush=True)
     cores: SimpleQueue[int] = SimpleQueue()
     for core in sorted(os.sched_getaffinity(0))[: options.jobs]:
         cores.put(core)
 
+    running: set[subprocess.Popen[bytes]] = set()
+    stopped = threading.Event()
+
     def make(job: Job) -> None:
-        core = cores.get()
         words = [sys.executable, __file__, str(options.out), str(options.cases), "--job", json.dumps(job.to_json())]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         # The pipe closes when this process ends, however it ends, and the training ends with it.
-        command = ["taskset", "-c", str(core), *words]
-        with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
-            status = process.wait()
-        cores.put(core)
+        core = cores.get()
+        try:
+            if stopped.is_set():
+                return
+            command = ["taskset", "-c", str(core), *words]
+            with subprocess.Popen(command, env=environment, stdin=subprocess.PIPE) as process:
+                running.add(process)
+                if stopped.is_set():  # after the others were terminated
+                    process.terminate()
+                status = process.wait()
+                running.discard(process)
+        finally:
+            cores.put(core)
         if status:
             raise RuntimeError(f"{job.name}: ended with exit status {status}. Run the same command again to continue.")
 
@@ -194,6 +215,10 @@ def run_all(jobs: Sequence[Job], options: argparse.Namespace) -> dict[str, dict[
         try:
             list(pool.map(make, missing))
         except BaseException as error:
+            if not isinstance(error, Exception):  # interrupted; after a failure, the others may end
+                stopped.set()
+                for process in tuple(running):
+                    process.terminate()
             pool.shutdown(cancel_futures=True)
             sys.exit(str(error) or "interrupted; run the same command again to continue")
     found = {job.name: result(options.out, job) for job in jobs}
@@ -206,9 +231,19 @@ def result(out: Path, job: Job) -> dict[str, Any] | None:
     if not path.exists():
         return None
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    if changed := differences(content["job"], job.to_json()):
-        sys.exit(f"{path}: made with other settings ({'; '.join(changed[:5])}). Delete it, or give another OUT.")
+    now = {"job": job.to_json(), "machine": _without_cores(machine()), "versions": versions()}
+    before = {**content, "machine": _without_cores(content["machine"])}
+    if changed := differences({key: before[key] for key in now}, now):
+        sys.exit(
+            f"{path}: made with other settings, on another machine or with other versions ({'; '.join(changed[:5])}). "
+            "Delete it, or give another OUT."
+        )
     return content
+
+
+def _without_cores(machine: str) -> str:
+    """Leave out the number of cores, which is 1 in the process of a training."""
+    return re.sub(r", \d+ cores?", "", machine)
 
 
 def scores_of(results: Sequence[Mapping[str, Any]]) -> dict[str, FloatArray]:

@@ -3,8 +3,8 @@
     python setup/starter.py CROSSVAL models/starter --cases CASES
 
 The weights are stored in float16. The card states the data, the scores of the cross-validation, the limits and the
-licence. Nothing is written if the folder would be too large, contains a path of this machine, or labels too many voxels
-of the first case differently from the ensemble.
+licence. Nothing is written if there were not 16 training cases, or if the folder would be too large, contains a path of
+this machine, or labels too many voxels of the first case differently from the ensemble.
 """
 
 from __future__ import annotations
@@ -39,14 +39,17 @@ from data.labels import REGIONS
 from data.nifti import read_label_map
 
 MOST_BYTES: Final = 8_000_000
-#: Share of the voxels of a case that the weights in float16 must label as the ensemble does.
-LEAST_AGREEMENT: Final = 0.999
+#: Share of the tumour's voxels, in either label map, that the weights in float16 must label as the ensemble does.
+LEAST_AGREEMENT: Final = 0.99
+#: The number of training cases, which the name, the limits and the documents of the model state.
+CASES: Final = 16
 #: The second mean of ET leaves out cases with less enhancing tumour than this, as a few voxels decide their Dice.
 LEAST_ENHANCING_ML: Final = 0.5
 
 #: An absolute path, but not the address of a web page.
 _PLACE: Final = re.compile(r"(?<![\w./-])/\w[\w./-]*")
 _MODEL: Final = MODELS["starter"]
+_STORED: Final = "The weights are stored in float16."
 _LICENCE: Final = "https://creativecommons.org/licenses/by/4.0/"
 
 
@@ -64,9 +67,13 @@ def pack(crossval: Path, out: Path, cases: Path | None = None) -> None:
     source, partial = crossval / ENSEMBLE_FOLDER, out.with_name(f".{out.name}.partial")
     verify(source)
     ensemble, statement = read_json(source / ENSEMBLE_FILE), _statement(crossval)
+    _require_cases(source, ensemble)
     shutil.rmtree(partial, ignore_errors=True)
     try:
-        networks = [_halved(source, partial, network, statement) for network in ensemble["networks"]]
+        networks = [
+            _halved(source, partial, network, _of_one(statement, network["network"], CASES - len(left_out)))
+            for network, left_out in zip(ensemble["networks"], ensemble["case_ids_by_fold"], strict=True)
+        ]
         write_json(partial / ENSEMBLE_FILE, {**ensemble, "networks": networks, STATEMENT_KEY: statement})
         shutil.copyfile(source / "split.json", partial / "split.json")
         seal(partial)
@@ -90,8 +97,7 @@ def _halved(source: Path, out: Path, network: Mapping[str, Any], statement: Mapp
     if not all(bool(torch.isfinite(one).all()) for one in tensors.values()):
         raise RunError(f"{source / name}: some weights are too large for float16, or not finite")
     details = {key: value for key, value in best.details.items() if key not in ("kind", "step", "sha256")}
-    named = {**statement, "name": f"{statement['name']}/{name}"}
-    checkpoints.save(out / name / "checkpoints", "best", best.step, tensors, {**details, STATEMENT_KEY: named})
+    checkpoints.save(out / name / "checkpoints", "best", best.step, tensors, {**details, STATEMENT_KEY: statement})
     if (source / name / INTENSITIES_FILE).exists():
         shutil.copyfile(source / name / INTENSITIES_FILE, out / name / INTENSITIES_FILE)
     written = checkpoints.load_newest(out / name / "checkpoints", "best")
@@ -102,14 +108,11 @@ def _halved(source: Path, out: Path, network: Mapping[str, Any], statement: Mapp
 
 def _statement(crossval: Path) -> dict[str, Any]:
     """Return what the model card states: data, scores, limits and licence."""
-    split = read_json(crossval / ENSEMBLE_FOLDER / "split.json")
     return {
         "name": _MODEL.name,
-        "description": f"{_MODEL.summary}. The weights are stored in float16.",
+        "description": f"{_MODEL.summary}. {_STORED}",
         "data": {
-            "training data": f"{len(split['train'])} adult gliomas of RSNA-ASNR-MICCAI BraTS 2021 (T1, T1c, T2 and "
-            "FLAIR, with the label maps of experts), from The Cancer Imaging Archive, DOI 10.7937/jc8x-9874, CC BY 4.0."
-            " The weights were computed from these images and contain none of them.",
+            "training data": _training_data(CASES),
             "cite": _MODEL.citation,
             "training": "cross-validation with the config starter; ensemble.json has every setting, under config",
         },
@@ -117,6 +120,27 @@ def _statement(crossval: Path) -> dict[str, Any]:
         "limits": list(_MODEL.limits),
         "licence": f"{_MODEL.licence}; {_LICENCE}. Credit the data and the papers that are named above.",
     }
+
+
+def _of_one(statement: Mapping[str, Any], network: str, cases: int) -> dict[str, Any]:
+    """Return what the card of one network states, without the scores of the others."""
+    first, *limits = statement["limits"]
+    return {
+        **statement,
+        "name": f"{statement['name']}/{network}",
+        "description": f"One network of {statement['name']}: trained on {cases} of its {CASES} cases. {_STORED}",
+        "data": {**statement["data"], "training data": _training_data(cases)},
+        "metrics": {},
+        "limits": [first.replace("sixteen", str(cases)), *limits],
+    }
+
+
+def _training_data(cases: int) -> str:
+    return (
+        f"{cases} adult gliomas of RSNA-ASNR-MICCAI BraTS 2021 (T1, T1c, T2 and FLAIR, with the label maps of experts),"
+        " from The Cancer Imaging Archive, DOI 10.7937/jc8x-9874, CC BY 4.0. The weights were computed from these "
+        "images and contain none of them."
+    )
 
 
 def _scores(crossval: Path) -> dict[str, str]:
@@ -143,6 +167,15 @@ def _scores(crossval: Path) -> dict[str, str]:
         f"were left out of the choice, by {tuning['estimated_gain']:+.3f}"
     )
     return scores
+
+
+def _require_cases(source: Path, ensemble: Mapping[str, Any]) -> None:
+    """Refuse another number of real cases (synthetic ones are in no fold) than the texts of the model state."""
+    found = sum(map(len, ensemble["case_ids_by_fold"]))
+    if found != CASES:
+        raise RunError(
+            f"{source}: trained on {found} real cases, but the texts of {_MODEL.name} say {CASES}; correct them first"
+        )
 
 
 def _require_small(folder: Path) -> None:
@@ -173,11 +206,11 @@ def _require_same_labels(one: Path, other: Path, cases: Path) -> None:
             if outcome.failures:
                 raise RunError(f"{model}: {outcome.failures[case.id]}")
             maps.append(read_label_map(Path(outcome.cases[0]["label_map"])).voxels)
-    differing, tumour = np.count_nonzero(maps[0] != maps[1]), np.count_nonzero(maps[0])
-    compared = f"{case.id}: float16 changes {differing} of {maps[0].size} voxels, {tumour} of which are tumour"
+    differing, tumour = np.count_nonzero(maps[0] != maps[1]), np.count_nonzero((maps[0] != 0) | (maps[1] != 0))
+    compared = f"{case.id}: float16 changes {differing} of {tumour} voxels of tumour"
     sys.stderr.write(f"{compared}\n")
-    if differing > (1 - LEAST_AGREEMENT) * maps[0].size:
-        raise RunError(f"{compared}; at most {1 - LEAST_AGREEMENT:.1%} may change")
+    if differing > (1 - LEAST_AGREEMENT) * tumour:
+        raise RunError(f"{compared}; at most {1 - LEAST_AGREEMENT:.0%} may change")
 
 
 def main() -> None:

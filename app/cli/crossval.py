@@ -28,8 +28,13 @@ def crossval(
     config: options.Config = None,
     overrides: options.Overrides = None,
     folds: Annotated[
-        int, options.panel("Input")("--folds", "-k", help="Number of folds, 2 to 20, split by patient.")
-    ] = 5,
+        int | None,
+        options.panel("Input")(
+            "--folds",
+            "-k",
+            help="Number of folds, 2 to 20, split by patient; default: 5, or as many as ENSEMBLE has.",
+        ),
+    ] = None,
     weights: options.Weights = None,
     labels: options.LabelsOfEach = None,
     follow_links: options.FollowLinks = False,
@@ -60,7 +65,7 @@ def crossval(
     from app.reports.crossval import write_crossval_page
     from app.training.pretrained import sections_of
 
-    settings = [*(overrides or ()), *options.weights_override(weights)]
+    settings = [*(overrides or ()), *options.weights_override(weights, overrides)]
     source = options.data_sets(data, labels, follow_links=follow_links)
     init_from = None if init_from is None else options.installed_model(init_from)
     # Without --config, use the ensemble's network and patch size, as train --init-from does.

@@ -46,8 +46,8 @@ DataSets = Annotated[
     list[Path],
     typer.Argument(
         metavar="DATA",
-        help="Data set with label maps, in a layout that data check recognises, or several. synthetic:DATA makes the "
-        "images of its cases anew for every patch; such cases only train.",
+        help="Data set with label maps, in a layout that data check recognises, or several. synthetic:DATA generates "
+        "new images of its cases for every patch; such cases only train.",
     ),
 ]
 Weights = Annotated[
@@ -155,13 +155,19 @@ def data_sets(data: Sequence[Path], labels: str | None, *, follow_links: bool) -
     return source if labels is None else source.with_labels(names * len(data) if len(names) == 1 else names)
 
 
-def weights_override(weights: str | None) -> list[str]:
+def weights_override(weights: str | None, overrides: Sequence[str] | None = None) -> list[str]:
     """Return ``--weights`` as an override of the config.
+
+    Args:
+        weights: the option; None if it is not given.
+        overrides: the values of ``--set``, which must not set the weights too.
 
     Example:
         >>> weights_override("3,1"), weights_override(None)
         (['data.weights=[3,1]'], [])
     """
+    twice = weights is not None and any(one.partition("=")[0].strip() == "data.weights" for one in overrides or ())
+    refuse(twice, "give either --weights or --set data.weights")
     refuse(
         weights is not None and re.fullmatch(r"[1-9][0-9]*(,[1-9][0-9]*)*", weights) is None,
         f"--weights takes whole numbers above 0, separated by commas, such as 3,1; got {weights!r}",

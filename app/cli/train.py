@@ -67,8 +67,8 @@ def train(
             resume and given is not None, f"--resume uses the split, labels and weights of the run; leave out {option}"
         )
     options.refuse(allow and not resume, "--allow requires --resume; a new run accepts any config")
-    overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else [])]
-    overrides += options.weights_override(weights)
+    of_weights = options.weights_override(weights, overrides)
+    overrides = [*(overrides or ()), *(["data.nan_to_zero=true"] if nan_to_zero else []), *of_weights]
     source = options.data_sets(data, labels, follow_links=follow_links)
     from app.config.load import load_config
     from app.training import run as training

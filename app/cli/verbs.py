@@ -72,7 +72,8 @@ class _Verb(TyperCommand):
             usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
             panel = _COMMON if parameter.name == "help" else getattr(parameter, "rich_help_panel", None) or usual
             if record := parameter.get_help_record(ctx):
-                panels.setdefault(panel, []).append(record)
+                name, text = record
+                panels.setdefault(panel, []).append((name.replace("<list[Path]>", "<path>..."), text))
         _write(panels, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class

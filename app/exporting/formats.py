@@ -122,6 +122,9 @@ def write_onnx(network: nn.Module, window: torch.Tensor, folder: Path) -> Answer
 def _without_metadata(model: onnx.ModelProto) -> onnx.ModelProto:
     """Remove the exporter's notes from a model: stack traces with paths of this machine, and Python names."""
     graph = model.graph
-    for part in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info):
+    described = [model, *graph.initializer, *graph.input, *graph.output]
+    for one in (graph, *model.functions):
+        described += [one, *one.node, *one.value_info]
+    for part in described:
         part.ClearField("metadata_props")
     return model

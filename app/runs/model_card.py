@@ -33,16 +33,19 @@ LICENCE: Final = (
     "not stated. The program is Apache-2.0; the licence of the weights is up to those who trained them, within the "
     "terms of the training data."
 )
-#: Limits of every network trained by this program.
-LIMITS: Final = (
-    "Made for skull-stripped T1, T1c, T2 and FLAIR images on one grid.",
-    "Not tested on scanners, patients or diseases other than those of its validation cases, if any.",
-    "The weights were chosen on the validation cases, so their Dice is somewhat better than that of new cases.",
+#: Limit of every network.
+INPUT_LIMIT: Final = "Made for skull-stripped T1, T1c, T2 and FLAIR images on one grid."
+#: Limit of every network trained by this program.
+TESTED_LIMIT: Final = "Not tested on scanners, patients or diseases other than those of its validation cases, if any."
+#: Limit of networks with several validations, of which the best one's weights were kept.
+CHOSEN_LIMIT: Final = (
+    "The weights were chosen on the validation cases, so their Dice is somewhat better than that of new cases."
 )
 
 #: Files of a run, an ensemble or one of its networks that are checksummed, besides checkpoints. Metrics, TensorBoard
 #: files and pages are left out, because they may change.
 _PARTS: Final = ("config.yaml", "split.json", "labels.json", "run.json", "intensities.json", "ensemble.json")
+_STARTED: Final = "weights started from those with SHA-256"
 _LINE: Final = re.compile(r"(?P<sum>[0-9a-f]{64}) [ *](?P<name>.+)")
 
 
@@ -201,7 +204,7 @@ def _of_run(folder: Path, best: Path) -> dict[str, Any]:
         "network": _network(weights["config"]),
         "metrics": {**metrics, **stated.get("metrics", {})},
         "weights": {"sha256": weights["sha256"], "step": weights["step"], "versions": weights["versions"]},
-        "limits": [*stated.get("limits", ()), *LIMITS],
+        "limits": [*stated.get("limits", ()), *_limits(weights)],
         "licence": stated.get("licence", LICENCE),
     }
 
@@ -221,15 +224,25 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
             **_input(first),
             **_counts(folder),
             **_data_sets(content, first["config"]),
+            **({_STARTED: content["init_from"]} if content.get("init_from") else {}),
             **stated.get("data", {}),
         },
         "network": _network(first["config"]),
         "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks}
         | stated.get("metrics", {}),
         "weights": {one["network"]: one["weights_sha256"] for one in networks},
-        "limits": [*stated.get("limits", ()), *LIMITS],
+        "limits": [*stated.get("limits", ()), *_limits(first)],
         "licence": stated.get("licence", LICENCE),
     }
+
+
+def _limits(weights: Mapping[str, Any]) -> Iterable[str]:
+    """Return the limits that follow from the JSON of weights."""
+    yield INPUT_LIMIT
+    if weights.get("imported") is None:
+        yield TESTED_LIMIT
+        if weights["dice"] is not None and weights["config"]["training"]["validations"] > 1:
+            yield CHOSEN_LIMIT
 
 
 def _best_of(folder: Path) -> Path:
@@ -276,7 +289,7 @@ def _data(folder: Path, weights: Mapping[str, Any]) -> dict[str, Any]:
     if facts.get("fold") is not None:
         content["fold"] = facts["fold"]
     if facts.get("init_from") is not None:
-        content["weights started from those with SHA-256"] = facts["init_from"]["sha256"]
+        content[_STARTED] = facts["init_from"]["sha256"]
     return content
 
 

@@ -75,6 +75,30 @@ def report_visits(cases: Collection[Case], parts: Collection[Collection[str]]) -
         )
 
 
+def report_same_label_maps(label_maps: Mapping[str, LabelMap], splits: Collection[Split]) -> None:
+    """Warn if cases for training and for validation have identical label maps: probably one scan under two ids.
+
+    Empty label maps are not compared. A synthetic case and its real case may train together.
+
+    Args:
+        label_maps: by case id.
+        splits: the split of a run, or those of all folds.
+    """
+    groups: dict[str, list[str]] = {}
+    for case_id, label_map in sorted(label_maps.items()):
+        if label_map.counts:
+            groups.setdefault(label_map.sha256, []).append(case_id)
+    same = [ids for ids in groups.values() if len(ids) > 1]
+    separated = [ids for ids in same if any(parted([ids], (split.train, split.validation)) for split in splits)]
+    if separated:
+        LOG.warning(
+            "cases in several parts of the split have identical label maps, so they are probably the same scan under "
+            "two ids: %s. If they are, scores will be too good: name the patients in a manifest (column patient), or "
+            "leave such cases out.",
+            _some_groups([", ".join(ids) for ids in separated]),
+        )
+
+
 def report_misnamed_files(cases: Collection[Case]) -> None:
     """Warn about files whose extension contradicts their compression."""
     found = [f"case {case.id}: {text}" for case in describing(cases) for text in misnamed_files(case)]
@@ -147,18 +171,31 @@ def tumours_in(
     return found
 
 
+def require_real(data: DataSource, cases: Mapping[str, Case], *, advice: str) -> dict[str, Case]:
+    """Return the real cases, by id, and require that there are some to validate on.
+
+    Args:
+        data: the data sets.
+        cases: all cases, by id.
+        advice: end of the message: what the user can do about it.
+
+    Raises:
+        DataError: all cases are synthetic.
+    """
+    real = without_synthetic(cases)
+    if not real:
+        raise DataError(f"{data.name}: synthetic cases only train, and there are no others to validate on. {advice}")
+    return real
+
+
 def require_fold(data: DataSource, cases: Mapping[str, Case], fold: int) -> None:
     """Require that the fold exists and that there are real cases to validate on.
 
     Raises:
         DataError: there is no such fold, or all cases are synthetic.
     """
-    real = without_synthetic(cases)
-    if not real:
-        raise DataError(
-            f"{data.name}: synthetic cases only train, and there are no others to validate on. Add a data set without "
-            "synthetic:, or train on all cases with --fold all."
-        )
+    advice = "Add a data set without synthetic:, or train on all cases with --fold all."
+    real = require_real(data, cases, advice=advice)
     fold_count(len({case.patient for case in real.values()}), fold)
 
 

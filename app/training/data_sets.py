@@ -1,4 +1,4 @@
-"""The data sets of a run: their weights, their use in the split, and the record that lets a run recognise them."""
+"""The data sets of a run: their weights, their use in the split, and the record that --resume compares them with."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def require_use(split: Split, cases: Mapping[str, Case], data: DataSource, confi
     wrong = [case_id for case_id in split.validation if cases[case_id].synthetic]
     if wrong:
         raise DataError(
-            f"{len(wrong)} synthetic cases are listed for validation: {', '.join(wrong[:5])}. Synthetic cases only "
+            f"synthetic cases are listed for validation ({len(wrong)}): {', '.join(wrong[:5])}. Synthetic cases only "
             "train: list the real cases instead."
         )
     weighted = config.data.weights is not None
@@ -54,9 +54,9 @@ def require_use(split: Split, cases: Mapping[str, Case], data: DataSource, confi
         if number not in used and len(data.data_sets) > 1:
             example = next((case.id for case in cases.values() if case.data_set == number), "")
             raise DataError(
-                f"{one.name}: none of its cases (such as {example}) {'trains' if weighted else 'is in the split'}. "
-                f"{'data.weights needs training cases of every data set: l' if weighted else 'L'}ist some in the "
-                "split, or leave this data set out."
+                f"{one.name}: none of its cases (such as {example}) "
+                f"{'is used for training, which data.weights requires' if weighted else 'is in the split'}. Leave out "
+                f"{'data.weights or ' if weighted else ''}this data set, or list some of its cases in a --split file."
             )
 
 
@@ -115,7 +115,9 @@ def require_same_data_sets(place: Path, content: Mapping[str, Any], cases: Colle
         return
     known = content.get("data", [])
     names = f" ({', '.join([known] if isinstance(known, str) else known)})" if known else ""
-    raise DataError(
-        f"{place} was started with {len(conventions)} data {'set' if len(conventions) == 1 else 'sets'}{names}, and "
-        f"now got {count}, with other cases or in another order. Give the same ones in the same order."
-    )
+    if count != len(conventions):
+        started = f"{len(conventions)} data {'set' if len(conventions) == 1 else 'sets'}{names}"
+        difference = f"was started with {started}, but {count} {'was' if count == 1 else 'were'} given"
+    else:
+        difference = f"was started with these data sets in another order, or with other cases{names}"
+    raise DataError(f"{place} {difference}. Give the same ones in the same order.")

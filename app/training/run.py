@@ -45,6 +45,7 @@ from app.training.cases import (
     record_backgrounds,
     record_intensities,
     report_misnamed_files,
+    report_same_label_maps,
     report_visits,
     require_fold,
     require_labels,
@@ -168,6 +169,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
     require_use(split, cases, data, config)
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
+        report_same_label_maps(label_maps, [split])
         report_misnamed_files([cases[case_id] for case_id in split.cases])
     spacing_mm = network_spacing(config, [cases[case_id] for case_id in split.train])
     was_there = run.exists()
@@ -229,8 +231,8 @@ def resume(
     Raises:
         RunError: there is nothing to resume, or another process is training in ``run``.
         ConfigError: ``config`` differs from the run's own in a key that cannot change, or that ``allow`` lacks.
-        DataError: a case of the run is missing or damaged, its label map has changed since the run began, or the data
-            sets are given in another order.
+        DataError: a case of the run is missing or damaged, its label map has changed since the run began, the data
+            sets are given in another order, or ``data.weights`` is set and one of them has no training case.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; the state is saved.
     """
     session = Session(data=data, run=run, world=world, on_progress=on_progress)
@@ -253,6 +255,7 @@ def resume(
         facts = read_json(run / "run.json")
         require_same_data_sets(run, facts, [cases[case_id] for case_id in split.cases], len(data.data_sets))
         require_weights(config, data)
+        require_use(split, cases, data, config)
         require_same_labels(run, data, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))

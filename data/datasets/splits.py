@@ -13,7 +13,7 @@ from typing import Final
 import numpy as np
 
 from data.datasets.label_stats import LabelStats
-from data.datasets.naming import composed
+from data.datasets.naming import composed, real_id
 from data.errors import DataError
 from data.filesystem import why
 
@@ -123,7 +123,7 @@ def stratified_folds(
 
 
 def with_synthetic(split: Split, patients: Mapping[str, str], synthetic: Collection[str]) -> Split:
-    """Add synthetic cases to the training cases of a split, except those of patients used for validation.
+    """Add synthetic cases to the training cases of a split, except those of patients or cases used for validation.
 
     The split itself stays the same, so that runs with and without synthetic cases validate on the same cases.
 
@@ -137,8 +137,10 @@ def with_synthetic(split: Split, patients: Mapping[str, str], synthetic: Collect
         >>> with_synthetic(Split(train=("a",), validation=("b",)), patients, ["synthetic-a", "synthetic-b"]).train
         ('a', 'synthetic-a')
     """
-    validating = {patients[case_id] for case_id in split.validation}
-    added = tuple(case_id for case_id in sorted(synthetic) if patients[case_id] not in validating)
+    real, validating = set(split.validation), {patients[case_id] for case_id in split.validation}
+    added = tuple(
+        case_id for case_id in sorted(synthetic) if patients[case_id] not in validating and real_id(case_id) not in real
+    )
     return Split(train=(*split.train, *added), validation=split.validation)
 
 

@@ -242,7 +242,9 @@ class PatchSource:
         nth = cycle * self._weights[chosen] + int(np.count_nonzero(order[:position] == chosen))
         pool = self._pools[chosen]
         epoch, place = divmod(nth, len(pool))
-        return pool[int(np.random.default_rng([self._seed, 0, epoch]).permutation(len(pool))[place])]
+        # Pools of equal length need different orders: real and synthetic patches of one patient would share a batch.
+        own = [chosen] if chosen else []
+        return pool[int(np.random.default_rng([self._seed, 0, epoch, *own]).permutation(len(pool))[place])]
 
     def _centre(self, index: int, rng: np.random.Generator) -> tuple[int, ...]:
         """Draw a tumour voxel, or any voxel of the box."""

@@ -31,6 +31,7 @@ IMAGE, LABEL = f"DATA/{CASE}/{CASE}_t2.nii.gz", f"DATA/{CASE}/{CASE}_seg.nii.gz"
 PREDICT, TRAIN = f"znormseg predict RUN DATA/{CASE} OUT", "znormseg train DATA NEW"
 PREPARE = f"znormseg data prepare DATA/{CASE} OUT"
 CROSSVAL = "znormseg crossval DATA CROSSVAL --folds 2"
+FURTHER = "znormseg crossval DATA OUT --init-from CROSSVAL/ensemble"
 TORCHRUN = "torchrun --nproc-per-node 2 --no-python znormseg"
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
 
@@ -645,6 +646,26 @@ def crossval(then: Callable[[Path], object] = lambda _: None) -> Prepare:
     return make
 
 
+def exchanged(out: Path) -> None:
+    """The network of fold 1 in place of that of fold 0."""
+    shutil.rmtree(out / "ensemble" / "fold-0")
+    shutil.copytree(out / "ensemble" / "fold-1", out / "ensemble" / "fold-0")
+
+
+def no_networks(out: Path) -> None:
+    """An ensemble.json without its networks."""
+    path = out / "ensemble" / "ensemble.json"
+    path.write_text(
+        json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "networks"})
+    )
+
+
+def from_an_ensemble(out: Path) -> None:
+    """Started from an ensemble."""
+    path = out / "folds.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "init_from": ["0" * 64, "1" * 64]}))
+
+
 def cut_answer(out: Path) -> None:
     """The first out-of-fold file cut short."""
     first = min((out / "out-of-fold").iterdir())
@@ -1252,6 +1273,44 @@ TABLES: dict[str, list[Shown | Raised]] = {
             prepare=whole_data(lambda _: None),
             steady={r"\(/[^)]*\)": "(DATA)"},
         ),
+        # `train --resume` with as many data sets, but others
+        Shown(
+            title="another data set",
+            command="znormseg train synthetic:DATA RUN --resume --set training.steps=9",
+            code=3,
+            prepare=whole_data(lambda _: None),
+        ),
+        # a split that uses no case of a data set for training, or synthetic ones for validation
+        Shown(
+            title="weights of a data set that does not train",
+            command="znormseg train DATA synthetic:DATA NEW --split split.json --weights 3,1",
+            code=3,
+            small=True,
+            prepare=written("split.json", f'{{"train": ["{CASE}"], "validation": ["{OTHER}"]}}'),
+        ),
+        Shown(
+            title="a data set that is not in the split",
+            command="znormseg train DATA synthetic:DATA NEW --split split.json",
+            code=3,
+            small=True,
+            prepare=written("split.json", f'{{"train": ["{CASE}"], "validation": ["{OTHER}"]}}'),
+        ),
+        Shown(
+            title="synthetic cases for validation",
+            command="znormseg train DATA synthetic:DATA NEW --split split.json",
+            code=3,
+            small=True,
+            prepare=written("split.json", f'{{"train": ["{CASE}"], "validation": ["synthetic-{OTHER}"]}}'),
+        ),
+        # nothing but synthetic cases; `synthetic:` without a data set
+        Shown(title="only synthetic cases", command="znormseg train synthetic:DATA NEW", code=3),
+        Shown(title="`synthetic:` alone", command="znormseg train synthetic: DATA NEW", code=3),
+        # `--weights` and `--set data.weights`
+        Shown(
+            command="znormseg train DATA MORE NEW --weights 3,1 --set data.weights=[1,1]",
+            code=2,
+            remedy="Leave out one of them.",
+        ),
         # `training.patience` without validation cases
         Shown(command=f"{TRAIN} --fold all --set training.patience=3", code=4, small=True),
         # `--init-from` with another network, or other input channels
@@ -1497,6 +1556,23 @@ TABLES: dict[str, list[Shown | Raised]] = {
         ),
         Shown(title="devices", command=f"{CROSSVAL} --devices gpu0", code=4, remedy="Give such a list."),
         Shown(title="jobs", command=f"{CROSSVAL} --jobs 0", code=4, remedy="Give a number in this range."),
+        # `crossval`: nothing but synthetic cases
+        Shown(title="only synthetic cases", command="znormseg crossval synthetic:DATA OUT", code=3),
+        # `crossval --init-from`: no ensemble, of other cases or another number of folds, networks that cannot be used
+        Shown(title="a run", command="znormseg crossval DATA OUT --init-from RUN", code=5),
+        Shown(
+            title="other cases of the ensemble",
+            command=FURTHER,
+            code=3,
+            small=True,
+            prepare=both(crossval(), gone(OTHER)),
+        ),
+        Shown(title="another number of folds", command=f"{FURTHER} --folds 3", code=4, small=True, prepare=crossval()),
+        Shown(title="another network", command=f"{FURTHER} --config resunet", code=4, prepare=crossval()),
+        Shown(title="exchanged weights", command=FURTHER, code=5, small=True, prepare=crossval(exchanged)),
+        Shown(title="damaged", command=FURTHER, code=5, small=True, prepare=crossval(no_networks)),
+        # `crossval`: resumed with another ensemble, or with none
+        Shown(title="no ensemble", command=CROSSVAL, code=4, small=True, prepare=crossval(from_an_ensemble)),
         # `crossval`: cases of different spacings and `data.spacing_mm` open
         Shown(command=CROSSVAL, code=4, small=True, prepare=both(stretched, gone(OTHER))),
         # an out-of-fold file that is damaged

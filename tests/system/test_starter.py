@@ -46,6 +46,11 @@ _spec.loader.exec_module(starter)
 def write_crossval(folder: Path) -> Path:
     """A finished cross-validation of four cases around the tiny ensemble; one case has almost no enhancing tumour."""
     shutil.copytree(ENSEMBLE, folder / "ensemble")
+    ensemble = json.loads((folder / "ensemble" / "ensemble.json").read_text())
+    ids = [f"case{number:02}" for number in range(starter.CASES)]
+    ensemble["case_ids_by_fold"] = [ids[:4], ids[4:]]
+    (folder / "ensemble" / "ensemble.json").write_text(json.dumps(ensemble))
+    seal(folder / "ensemble")
     means = {key: {"mean": 0.5} for region in ("WT", "TC", "ET") for key in (region, f"{region}_hd95_mm")}
     content = {
         "tuned": {"all": means},
@@ -140,11 +145,35 @@ def test_one_network_by_itself_has_the_licence_too(packed: Path, znormseg: Call)
     assert "CC BY 4.0" in ended.out
 
 
+def test_one_network_states_its_own_cases_and_scores(packed: Path, znormseg: Call) -> None:
+    shown = znormseg("model", "info", packed / "fold-0").out
+    assert "One network of starter: trained on 12 of its 16 cases." in shown
+    assert "Trained on 12 adult gliomas" in shown
+    assert "- training data: 12 adult gliomas" in shown
+    assert "validation Dice WT" in shown
+    assert "Dice of WT" not in shown
+    assert "Four small networks" not in shown
+
+
 def test_the_first_case_must_get_the_same_labels(
     case: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     starter.pack(write_crossval(tmp_path / "crossval"), tmp_path / "starter", case.parent)
-    assert re.search(rf"{PHANTOM}: float16 changes \d+ of \d+ voxels", capsys.readouterr().err)
+    assert re.search(rf"{PHANTOM}: float16 changes \d+ of \d+ voxels of tumour", capsys.readouterr().err)
+
+
+def test_other_labels_are_refused(case: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(starter, "LEAST_AGREEMENT", 2.0)
+    with pytest.raises(RunError, match="voxels of tumour; at most -100% may change"):
+        starter.pack(write_crossval(tmp_path / "crossval"), tmp_path / "starter", case.parent)
+    assert not (tmp_path / "starter").exists()
+
+
+def test_another_number_of_cases_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    crossval = write_crossval(tmp_path / "crossval")
+    monkeypatch.setattr(starter, "CASES", 17)
+    with pytest.raises(RunError, match="trained on 16 real cases, but the texts of starter say 17"):
+        starter.pack(crossval, tmp_path / "starter")
 
 
 def absolute_path(crossval: Path) -> str:

@@ -33,8 +33,10 @@ from app.training.cases import (
     describing,
     median_by_axis,
     report_misnamed_files,
+    report_same_label_maps,
     report_visits,
     require_labels,
+    require_real,
     split_on_record,
     without_synthetic,
 )
@@ -49,7 +51,7 @@ from data.datasets.label_stats import hash_of, read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.naming import composed
 from data.datasets.source import DataSource
-from data.datasets.splits import Split, with_synthetic
+from data.datasets.splits import FOLDS, Split, with_synthetic
 from data.errors import DataError
 from data.labels import LabelConvention
 from data.preprocess import SPACING_TOLERANCE
@@ -78,6 +80,8 @@ class Folds:
     """Hash over all label maps."""
     init_from: Path | None = None
     """Ensemble of an earlier cross-validation with the same folds; its networks supply the initial weights."""
+    init_weights: tuple[str, ...] | None = None
+    """SHA-256 of the initial weights of each fold; None without ``init_from``."""
 
     def run(self, fold: int) -> Path:
         """Return the run folder of a fold."""
@@ -114,11 +118,13 @@ class Folds:
             "label_maps_sha256": self.label_maps_sha256,
             "config": to_plain(self.config),
             **({"data_sets": data_sets} if data_sets else {}),
-            **({"init_from": _weights_of(self.init_from)} if self.init_from is not None else {}),
+            **({"init_from": list(self.init_weights)} if self.init_weights is not None else {}),
         }
 
 
-def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_from: Path | None = None) -> Folds:
+def deal(
+    data: DataSource, out: Path, config: RunConfig, *, folds: int | None = None, init_from: Path | None = None
+) -> Folds:
     """Deal the cases of a data set into folds by patient, with similar tumours in each; keep recorded folds.
 
     Synthetic cases are in no fold: all splits train on them, except those that validate on their patient.
@@ -127,25 +133,29 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_fro
         data: the data set, or several.
         out: folder of the cross-validation.
         config: config of every fold's run.
-        folds: number of folds.
+        folds: number of folds; None for that of ``init_from``, or else :data:`data.datasets.splits.FOLDS`.
         init_from: ensemble of an earlier cross-validation; its folds are kept.
 
     Raises:
         DataError: the data cannot be used, has fewer patients than folds, or has other cases than ``init_from``.
-        RunError: ``folds.json`` is damaged; ``init_from`` is not an ensemble.
+        RunError: ``folds.json`` is damaged; ``init_from`` is not an ensemble, or its description is damaged.
         ConfigError: too many or too few folds; ``data.spacing_mm`` is null and the folds would work at different
             spacings; ``data.weights`` does not fit the number of data sets.
     """
+    earlier = None if init_from is None else _earlier(init_from)
+    if folds is None:
+        folds = FOLDS if earlier is None else len(earlier.folds)
     if not LEAST_FOLDS <= folds <= MOST_FOLDS:
         raise ConfigError(f"--folds takes {LEAST_FOLDS} to {MOST_FOLDS}, got {folds}")
     require_weights(config, data)
     cases = data.find_cases()
-    real = without_synthetic(cases)
+    real = require_real(data, cases, advice="Add a data set of real cases.")
     patients = patients_of(cases.values())
     count = len({patients[case_id] for case_id in real})
     recorded = _on_record(out)
-    if recorded is None and init_from is not None:
-        recorded = {"folds": _earlier_folds(init_from, real, data, folds)}
+    if recorded is None and earlier is not None:
+        earlier.require_fit(real, data, folds)
+        recorded = {"folds": earlier.folds}
     # If the cases differ, require_same reports that.
     kept = recorded is not None and sorted(case_id for fold in recorded["folds"] for case_id in fold) == sorted(real)
     if not kept and count < folds:
@@ -165,6 +175,7 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_fro
     for split in splits:
         require_use(split, cases, data, config)
     report_visits(cases.values(), [split.validation for split in splits])
+    report_same_label_maps(label_maps, splits)
     report_misnamed_files(real.values())
     if config.data.spacing_mm is None:
         _require_one_spacing(cases, splits)
@@ -176,6 +187,7 @@ def deal(data: DataSource, out: Path, config: RunConfig, *, folds: int, init_fro
         splits=splits,
         label_maps_sha256=hash_of(label_maps),
         init_from=init_from,
+        init_weights=None if earlier is None else earlier.weights,
     )
 
 
@@ -208,6 +220,7 @@ def read_folds(out: Path, data: DataSource | None = None) -> Folds:
             conventions=conventions_on_record(recorded),
             splits=splits,
             label_maps_sha256=str(recorded["label_maps_sha256"]),
+            init_weights=tuple(map(str, recorded["init_from"])) if "init_from" in recorded else None,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise RunError(f"{path}: damaged ({error}).") from error
@@ -230,11 +243,13 @@ def require_same(folds: Folds) -> None:
         return
     # Keys that later versions added get their defaults.
     recorded["config"] = to_plain(from_plain(recorded.get("config", {}), str(path)))
-    settings = ("version", "config", "labels", "init_from")
+    settings = ("version", "config", "labels")
     changed = differences({key: recorded.get(key) for key in settings}, {key: plan.get(key) for key in settings})
     counts = len(recorded["folds"]), len(folds.splits)
     if counts[0] != counts[1]:
         changed.append(f"folds: {counts[0]} -> {counts[1]}")
+    if recorded.get("init_from") != plan.get("init_from"):
+        changed.append(f"--init-from: {_change_of_ensemble(recorded.get('init_from'), plan.get('init_from'))}")
     require_unchanged(folds.out, "cross-validation", changed)
     before = {case_id for fold in recorded["folds"] for case_id in fold}
     now = set(without_synthetic(folds.cases))
@@ -273,31 +288,55 @@ def require_ensemble(folder: Path) -> None:
         )
 
 
-def _earlier_folds(ensemble: Path, cases: Mapping[str, Case], data: DataSource, folds: int) -> list[list[str]]:
-    """Return the folds of the cross-validation that made an ensemble, which must be of the same cases.
+@dataclass(frozen=True, kw_only=True)
+class _Earlier:
+    """The cross-validation that made an ensemble to start from."""
 
-    With other folds, a network would start from weights that were trained on the cases it is scored on.
-    """
+    ensemble: Path
+    folds: list[list[str]]
+    """Sorted case ids of each fold."""
+    weights: tuple[str, ...]
+    """SHA-256 of the weights of each fold's network."""
+
+    def require_fit(self, cases: Mapping[str, Case], data: DataSource, folds: int) -> None:
+        """Require the same cases and number of folds.
+
+        With other folds, a network would start from weights that were trained on the cases it is scored on.
+        """
+        before, now = {case_id for fold in self.folds for case_id in fold}, set(cases)
+        if before != now:
+            raise DataError(
+                f"{data.name}: not the cases of {self.ensemble}: missing {_some(before - now)}, new "
+                f"{_some(now - before)}. --init-from needs the cases that the ensemble was cross-validated on."
+            )
+        if len(self.folds) != folds:
+            raise ConfigError(
+                f"--init-from {self.ensemble} has {len(self.folds)} folds, not {folds}. Leave out --folds, or set it "
+                f"to {len(self.folds)}."
+            )
+
+
+def _earlier(ensemble: Path) -> _Earlier:
+    """Read the folds and the weights of an ensemble to start from."""
     require_ensemble(ensemble)
     path = ensemble / ENSEMBLE_FILE
+    content = json_object(read_json(path), path)
     try:
-        earlier = [sorted(map(composed, fold)) for fold in json_object(read_json(path), path)["case_ids_by_fold"]]
-    except (KeyError, TypeError) as error:
-        raise RunError(f"{path}: damaged, it does not contain the folds ({error}). Restore it from a copy.") from error
-    before, now = {case_id for fold in earlier for case_id in fold}, set(cases)
-    if before != now:
-        raise DataError(
-            f"{data.name}: {_some(before - now)} cases of {ensemble} missing, {_some(now - before)} new. --init-from "
-            "needs the cases that the ensemble was cross-validated on."
-        )
-    if len(earlier) != folds:
-        raise ConfigError(f"--init-from {ensemble} has {len(earlier)} folds, not {folds}; set --folds {len(earlier)}")
-    return earlier
+        folds = [sorted(map(composed, fold)) for fold in content["case_ids_by_fold"]]
+        weights = tuple(str(network["weights_sha256"]) for network in content["networks"])
+        if len(weights) != len(folds):
+            raise ValueError(f"{len(weights)} networks for {len(folds)} folds")
+    except (KeyError, TypeError, ValueError) as error:
+        raise RunError(
+            f"{path}: damaged, it does not contain the folds and their networks ({error}). Restore it from a copy."
+        ) from error
+    return _Earlier(ensemble=ensemble, folds=folds, weights=weights)
 
 
-def _weights_of(ensemble: Path) -> list[str]:
-    """Return the SHA-256 of the weights of each network."""
-    return [str(one["weights_sha256"]) for one in read_json(ensemble / ENSEMBLE_FILE)["networks"]]
+def _change_of_ensemble(before: object, now: object) -> str:
+    if before is not None and now is not None:
+        return "another ensemble"
+    return "an ensemble -> none" if now is None else "none -> an ensemble"
 
 
 def _splits(folds: Sequence[Sequence[str]]) -> tuple[Split, ...]:

@@ -22,7 +22,7 @@ from app.experiments.crossval.ensemble_folder import write_ensemble
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
 from app.experiments.crossval.plan import SPLITS, Folds, deal, require_same
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
-from app.experiments.crossval.train_fold import work_on_fold
+from app.experiments.crossval.train_fold import require_initial_networks, work_on_fold
 from app.experiments.crossval.tune import Scores, Tuning, tune
 from app.experiments.crossval.workers import fold_devices, work_in_processes
 from app.experiments.runs import (
@@ -81,7 +81,7 @@ def cross_validate(
     out: Path,
     config: RunConfig,
     *,
-    folds: int = 5,
+    folds: int | None = None,
     devices: str | None = None,
     jobs: int | None = None,
     init_from: Path | None = None,
@@ -93,7 +93,7 @@ def cross_validate(
         data: the data set, or several.
         out: folder of the cross-validation: new, empty, or with the same one, which is then resumed.
         config: config of every fold's run.
-        folds: 2 to 20; each has at least one patient.
+        folds: 2 to 20; each has at least one patient. None for as many as ``init_from`` has, or else 5.
         devices: comma-separated names; each device runs one fold at a time in a separate process.
         jobs: number of such processes on the config's device, instead of ``devices``.
         init_from: ensemble of an earlier cross-validation of the same cases. Each fold starts from the weights of the
@@ -104,7 +104,8 @@ def cross_validate(
         DataError: the data cannot be used, or have changed since the cross-validation was started.
         ConfigError: ``folds``, ``devices``, ``jobs`` or ``data.weights`` is invalid, or ``out`` contains a different
             cross-validation.
-        RunError: ``out`` is a file, contains something else, has damaged files, or is in use by another process.
+        RunError: ``out`` is a file, contains something else, has damaged files, or is in use by another process;
+            ``init_from`` is not an ensemble, or its weights are not those it lists.
         DeviceError: a device is not available.
         OSError: the machine failed, e.g. the disk is full or a worker process was killed.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
@@ -114,17 +115,19 @@ def cross_validate(
         require_device(device or config.runtime.device)
     require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
     dealt = deal(data, out, config, folds=folds, init_from=init_from)
+    require_initial_networks(dealt)
+    count = len(dealt.splits)
     with locked(out):
         require_same(dealt)
-        progress = JobProgress(job="cross-validating", parts=folds, scale=_FOLDS, on_progress=on_progress)
+        progress = JobProgress(job="cross-validating", parts=count, scale=_FOLDS, on_progress=on_progress)
         work = _Work(data=data, folds=dealt, slots=slots, progress=progress)
         with resumable(out, lambda: work.stage):
             work.all_folds()
             work.stage = "the scores"
-            outcome = measure_folds(dealt, on_share=lambda share: progress.report(folds, f"scores: {share:.0%}"))
+            outcome = measure_folds(dealt, on_share=lambda share: progress.report(count, f"scores: {share:.0%}"))
             work.stage = "the ensemble"
             outcome = _write(dealt, outcome)
-        progress.end(f"{folds} folds")
+        progress.end(f"{count} folds")
         return outcome
 
 

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
+from app.errors import RunError
 from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
 from app.experiments.crossval.plan import Folds
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
 from app.inference.backends.choose import choose_backend
+from app.inference.ensemble import ENSEMBLE_FILE
 from app.inference.model import load_model
 from app.progress import OnProgress, Progress
 from app.runs.folder import read_json, write_json
+from app.system.device import RuntimeConfig, choose_runtime
+from app.training.pretrained import pretrained_model
 from data.datasets.source import DataSource
 
 #: Share of a fold's time that training takes, for the progress bar.
 _TRAINING: float = 0.9
+
+
+def require_initial_networks(folds: Folds) -> None:
+    """Require that every fold that has not begun can start from its network in ``folds.init_from``.
+
+    A network that was exchanged for that of another fold would have been trained on the cases it is scored on.
+
+    Raises:
+        ConfigError: a network differs from that of the config.
+        RunError: a network is missing or damaged, or not the one that the ensemble lists.
+    """
+    if folds.init_weights is None:
+        return
+    runtime = choose_runtime(RuntimeConfig(device="cpu"))
+    for fold, listed in enumerate(folds.init_weights):
+        network = folds.initial_network(fold)
+        if network is None or has_checkpoint(folds.run(fold)):
+            continue
+        if pretrained_model(network, folds.config, runtime).sha256 != listed:
+            raise RunError(f"{network}: not the weights that {ENSEMBLE_FILE} lists. Restore the folder from a copy.")
 
 
 def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnProgress) -> None:

@@ -193,6 +193,18 @@ def test_a_network_that_is_told_which_contrasts_are_there_takes_any_number_of_wi
         np.testing.assert_allclose(answer(windows), network(torch.from_numpy(windows)).numpy(), atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [{"residual_units": 1}, {"architecture": "resenc", "residual_units": 1}])
+def test_an_onnx_file_has_no_notes_of_the_exporter(settings: dict[str, Any], tmp_path: Path, windows: Any) -> None:
+    pytest.importorskip("onnxscript")
+    from app.exporting.formats import write_onnx
+    from models import NetworkConfig, build_network
+
+    network = build_network(NetworkConfig(channels=(4, 8), **settings), in_channels=4, out_channels=3).eval()
+    write_onnx(network, torch.from_numpy(windows[:1]), tmp_path)
+    content = (tmp_path / "model.onnx").read_bytes()
+    assert [note for note in (b"pkg.torch", b"stack_trace", b"site-packages", b".py") if note in content] == []
+
+
 def test_where_openvino_cannot_compute_its_format_is_refused_before_any_work(
     tiny_run: Path, tmp_path: Path, znormseg: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

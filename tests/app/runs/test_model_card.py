@@ -15,7 +15,17 @@ from typing import Any
 import pytest
 
 from app.errors import RunError
-from app.runs.model_card import CARD_FILE, SUMS_FILE, card, describe_model, seal, verify
+from app.runs.model_card import (
+    CARD_FILE,
+    CHOSEN_LIMIT,
+    INPUT_LIMIT,
+    SUMS_FILE,
+    TESTED_LIMIT,
+    card,
+    describe_model,
+    seal,
+    verify,
+)
 from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
@@ -112,6 +122,25 @@ def test_the_card_says_what_the_run_knows(tiny_run: Path, znormseg: Call) -> Non
     assert said["data"]["training cases"] == len(split["train"])
     assert said["metrics"] == {f"validation Dice {region}": round(dice, 4) for region, dice in best["dice"].items()}
     assert said["weights"]["sha256"] == best["sha256"]
+
+
+@pytest.mark.parametrize(
+    ("validations", "dice", "imported", "limits"),
+    [
+        (2, {"WT": 0.5}, None, [INPUT_LIMIT, TESTED_LIMIT, CHOSEN_LIMIT]),
+        (1, {"WT": 0.5}, None, [INPUT_LIMIT, TESTED_LIMIT]),
+        (2, None, None, [INPUT_LIMIT, TESTED_LIMIT]),
+        (2, None, {"name": "n", "description": "d"}, [INPUT_LIMIT]),
+    ],
+)
+def test_a_card_has_the_limits_that_hold(
+    *, validations: int, dice: Any, imported: Any, limits: list[str], run: Path
+) -> None:
+    path = weights_of(run).with_suffix(".json")
+    content = json.loads(path.read_text())
+    content["config"]["training"]["validations"] = validations
+    path.write_text(json.dumps({**content, "dice": dice, "imported": imported}))
+    assert describe_model(run)["limits"] == limits
 
 
 def test_the_card_in_the_folder_is_the_one_that_info_shows(tiny_run: Path, znormseg: Call) -> None:

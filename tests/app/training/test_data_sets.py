@@ -20,11 +20,13 @@ from app.runs.checkpoints import load_newest
 from app.runs.folder import read_json
 from app.runs.model_card import describe_model
 from app.runs.training_record import training_record
-from app.training.cases import record_intensities
+from app.training.cases import record_intensities, report_same_label_maps
 from app.training.run import prepare_as_run, resume, start
-from app.training.step import Stepper, StepResult
+from app.training.trainer import Trainer
+from data.datasets.label_stats import LabelMap
 from data.datasets.layouts import find_cases
 from data.datasets.source import DataSource, data_source
+from data.datasets.splits import Split
 from data.errors import DataError
 from data.patches.cache import CaseFolder
 
@@ -67,18 +69,21 @@ def refused(action: Callable[[], object]) -> str:
 def test_a_run_that_was_stopped_ends_like_one_that_was_not(
     finished: Path, mixed: DataSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = Stepper.step
+    step = Trainer._step
 
-    def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
+    def stopping(self: Trainer, *arguments: Any) -> None:
         if self.state.step == 2:
+            self._save_last()
             raise InterruptedRunError("stopped")
-        return steps(self, *arguments, **options)
+        step(self, *arguments)
 
-    config = load_config(str(finished / "config.yaml"), ["training.checkpoint_minutes=0.001"])
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", stopping)
+        patch.setattr(Trainer, "_step", stopping)
         with pytest.raises(InterruptedRunError):
-            start(mixed, tmp_path / "run", config)
+            start(mixed, tmp_path / "run", load_config(str(finished / "config.yaml")))
+    stopped = load_newest(tmp_path / "run" / "checkpoints", "last")
+    assert stopped is not None
+    assert stopped.step == 2
     resume(mixed, tmp_path / "run")
     whole, parts = (load_newest(run / "checkpoints", "last") for run in (finished, tmp_path / "run"))
     assert whole is not None
@@ -179,7 +184,10 @@ def test_other_data_sets_or_another_order_do_not_continue_a_run(
     run = shutil.copytree(finished, tmp_path / "run")
     named = [one.replace("A", halves[0]).replace("B", halves[1]) for one in given]
     told = refused(lambda: resume(data_source(named), run))
-    assert "Give the same ones in the same order" in told or "cases of the run are missing" in told
+    if len(given) < 3:
+        assert "but" in told or "cases of the run are missing" in told
+    else:
+        assert "was started with these data sets in another order, or with other cases" in told
 
 
 @pytest.mark.parametrize("weights", ["1", "1,2,3"])
@@ -211,6 +219,10 @@ def test_nothing_but_synthetic_cases_has_no_folds(halves: tuple[str, str], tmp_p
     ended = znormseg("train", f"synthetic:{halves[0]}", tmp_path / "run")
     assert ended.code == 3
     assert "synthetic cases only train, and there are no others to validate on" in ended.err
+    ended = znormseg("crossval", f"synthetic:{halves[0]}", tmp_path / "out")
+    assert ended.code == 3
+    assert "there are no others to validate on. Add a data set of real cases." in ended.err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_split_that_validates_on_a_synthetic_case_is_refused(
@@ -220,7 +232,7 @@ def test_a_split_that_validates_on_a_synthetic_case_is_refused(
     (tmp_path / "split.json").write_text(json.dumps({"train": [first], "validation": [f"synthetic-{second}"]}))
     config, split = load_config("laptop", tiny_settings), tmp_path / "split.json"
     told = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
-    assert f"1 synthetic cases are listed for validation: synthetic-{second}." in told
+    assert f"synthetic cases are listed for validation (1): synthetic-{second}." in told
 
 
 @pytest.mark.parametrize("weights", [[], ["data.weights=[1, 1, 1]"]])
@@ -234,7 +246,83 @@ def test_a_data_set_that_the_split_leaves_out_is_refused_with_its_name(
     assert f"synthetic:{mixed.root}: none of its cases (such as synthetic-{ids[0]})" in told
 
 
+def test_resume_refuses_weights_of_a_data_set_that_only_validates_and_leaves_the_run_as_it_was(
+    halves: tuple[str, str], tiny_settings: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    data, run = data_source(halves), tmp_path / "run"
+    ids = [[case_id for case_id, case in data.find_cases().items() if case.data_set == number] for number in (0, 1)]
+    (tmp_path / "split.json").write_text(json.dumps({"train": ids[0], "validation": ids[1]}))
+    start(data, run, load_config("laptop", tiny_settings), split_file=tmp_path / "split.json")
+    before = (run / "config.yaml").read_bytes()
+    ended = znormseg(
+        "train", *halves, run, "--resume", "--weights=3,1", "--allow=data.weights", "--set=training.steps=9"
+    )
+    assert ended.code == 3
+    assert "is used for training, which data.weights requires. Leave out data.weights or this data set" in ended.err
+    assert (run / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("command", ["train", "crossval"])
+def test_weights_are_given_once(command: str, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg(command, tmp_path, tmp_path, tmp_path / "run", "--weights=3,1", "--set=data.weights=[1,1]")
+    assert ended.code == 2
+    assert "give either --weights or --set data.weights" in ended.err
+
+
+def test_the_prefix_alone_is_refused(tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("train", "synthetic:", tmp_path, tmp_path / "run")
+    assert ended.code == 3
+    assert "synthetic: needs a data set directly after the colon, such as synthetic:CASES" in ended.err
+
+
+# The same scan under two ids
+
+
+def scan(sha256: str, *, empty: bool = False) -> LabelMap:
+    return LabelMap(counts={} if empty else {1: 5}, voxel_um3=1, sha256=sha256, stamp=(0, 0))
+
+
+def warnings_of(maps: dict[str, LabelMap], split: Split, caplog: pytest.LogCaptureFixture) -> str:
+    with caplog.at_level("WARNING"):
+        report_same_label_maps(maps, [split])
+    return caplog.text
+
+
+def test_one_scan_under_two_ids_in_training_and_validation_is_reported(caplog: pytest.LogCaptureFixture) -> None:
+    maps = {"a": scan("x"), "b": scan("y"), "c": scan("x")}
+    told = warnings_of(maps, Split(train=("a", "b"), validation=("c",)), caplog)
+    assert "identical label maps, so they are probably the same scan under two ids: a, c." in told
+    assert "manifest (column patient)" in told
+
+
+@pytest.mark.parametrize(
+    ("maps", "split"),
+    [
+        ({"a": scan("x"), "b": scan("x"), "c": scan("y")}, Split(train=("a", "b"), validation=("c",))),
+        ({"a": scan("x", empty=True), "c": scan("x", empty=True)}, Split(train=("a",), validation=("c",))),
+        ({"a": scan("x"), "synthetic-a": scan("x")}, Split(train=("a", "synthetic-a"), validation=())),
+    ],
+    ids=["in one part", "empty", "synthetic"],
+)
+def test_other_identical_label_maps_are_not(
+    maps: dict[str, LabelMap], split: Split, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert warnings_of(maps, split, caplog) == ""
+
+
 # Cross-validation
+
+
+def test_copies_of_a_scan_in_several_folds_are_reported(
+    phantoms: Path, tiny_settings: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data, case = Path(shutil.copytree(phantoms, tmp_path / "data")), sorted(phantoms.iterdir())[0]
+    for number in range(4):
+        for path in case.iterdir():
+            (data / f"copy{number}").mkdir(exist_ok=True)
+            shutil.copy(path, data / f"copy{number}" / path.name.replace(case.name, f"copy{number}"))
+    deal(DataSource(data), tmp_path / "out", load_config("laptop", tiny_settings), folds=2)
+    assert f"{case.name}, copy0, copy1, copy2, copy3" in caplog.text
 
 
 def test_folds_hold_real_cases_and_synthetic_ones_train_apart_from_their_patients(

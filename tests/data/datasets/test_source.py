@@ -16,7 +16,7 @@ from data.datasets.case import Case
 from data.datasets.label_stats import LabelStats, read_label_maps
 from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource, data_source
-from data.datasets.splits import stratified_split, with_synthetic
+from data.datasets.splits import Split, stratified_split, with_synthetic
 from data.errors import DataError
 
 Call = Callable[..., Any]
@@ -47,7 +47,7 @@ def test_an_id_in_two_data_sets_is_refused_with_both_places(render: Call, tmp_pa
     assert "case BraTS2021_00000 is in two data sets" in told
     assert all(str(tmp_path / place / "BraTS2021_00000") in told for place in ("one", "other"))
     assert "(2 such ids in all)" in told
-    assert "leave such cases out of one of the data sets, or rename them" in told
+    assert "or give them other ids in a manifest (.csv); no file has to be renamed." in told
 
 
 def test_each_data_set_is_read_by_its_own_convention(render: Call, tmp_path: Path) -> None:
@@ -77,6 +77,34 @@ def test_a_synthetic_case_has_another_id_and_the_patient_of_the_real_one(render:
     assert (made.patient, made.synthetic, made.data_set) == ("BraTS-GLI-00001", True, 1)
     assert made.files == cases["BraTS-GLI-00001-000"].files
     assert made.require() is made
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_manifest_of_one_data_set_names_the_patients_of_the_other_ones_synthetic_cases(
+    *, reverse: bool, render: Call, tmp_path: Path
+) -> None:
+    root = render(tmp_path / "cases", "2021").root
+    columns = {"t1": "t1", "t1c": "t1ce", "t2": "t2", "flair": "flair", "seg": "seg"}
+    rows = [f"case,{','.join(columns)},patient"]
+    for case in ("BraTS2021_00000", "BraTS2021_00002"):
+        files = [f"cases/{case}/{case}_{ending}.nii.gz" for ending in columns.values()]
+        rows.append(",".join([case, *files, "P1"]))
+    (tmp_path / "cases.csv").write_text("\n".join(rows))
+    given = [str(tmp_path / "cases.csv"), f"synthetic:{root}"]
+    cases = data_source(given[::-1] if reverse else given).find_cases()
+    assert len(cases) == 4
+    assert {case.patient for case in cases.values()} == {"P1"}
+
+
+def test_a_synthetic_case_does_not_train_where_its_real_case_validates() -> None:
+    patients = {"a": "a", "b": "b", "synthetic-a": "P1", "synthetic-b": "P2"}
+    split = with_synthetic(Split(train=("a",), validation=("b",)), patients, ["synthetic-a", "synthetic-b"])
+    assert split.train == ("a", "synthetic-a")
+
+
+def test_the_prefix_needs_a_data_set() -> None:
+    with pytest.raises(DataError, match="synthetic: needs a data set directly after the colon"):
+        data_source(["A", "synthetic:", "A"])
 
 
 def test_cases_without_label_map_have_no_synthetic_ones(render: Call, tmp_path: Path) -> None:

@@ -377,6 +377,13 @@ def test_with_weights_every_case_is_used_once_an_epoch_of_its_data_set(cached: l
     assert all(sorted(of_second[at : at + 3]) == [1, 3, 4] for at in range(0, 30, 3))
 
 
+def test_data_sets_of_equal_length_are_not_drawn_in_step(cached: list[CachedCase]) -> None:
+    source = patches(of_sets([*cached[:4], *cached[:4]], (0,) * 4 + (1,) * 4), weights=[1, 1])
+    seen = [source._index(number) for number in range(80)]
+    first, second = ([index % 4 for index in seen if index // 4 == data_set] for data_set in (0, 1))
+    assert sum(one == other for one, other in zip(first, second, strict=True)) < 25
+
+
 @pytest.mark.parametrize("weights", [None, [1], [4]])
 def test_the_order_of_a_single_data_set_is_that_of_the_epochs_whatever_its_weight(
     cached: list[CachedCase], weights: list[int] | None

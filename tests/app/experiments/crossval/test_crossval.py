@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from app.config.load import load_config
 from app.errors import ConfigError, RunError
 from app.experiments.crossval.logits import no_counts
 from app.experiments.crossval.out_of_fold import (
@@ -29,7 +30,7 @@ from app.experiments.crossval.out_of_fold import (
     read_prediction,
     write_prediction,
 )
-from app.experiments.crossval.plan import read_folds
+from app.experiments.crossval.plan import deal, read_folds, require_same
 from app.experiments.crossval.tune import MARGIN, Scores, choose_rules, tune
 from app.experiments.crossval.workers import fold_devices
 from app.inference.backends.choose import choose_backend
@@ -52,7 +53,6 @@ def options(tiny_settings: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cross-validation of these options, ended well; tests read it and leave it as it is."""
-    from app.config.load import load_config
     from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
 
@@ -623,6 +623,10 @@ def test_each_fold_starts_from_the_network_that_never_saw_its_cases(
     assert done.code == 0, done.err
     assert [read(out / f"fold-{fold}" / "run.json")["init_from"]["sha256"] for fold in range(2)] == weights_of(finished)
     assert read(out / "folds.json")["folds"] == read(finished / "folds.json")["folds"]
+    again = znormseg("crossval", phantoms, out, *options, "--init-from", ensemble)
+    assert again.code == 0, again.err
+    card = (out / "ensemble" / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert f"weights started from those with SHA-256: {', '.join(weights_of(finished))}" in card
 
 
 def test_the_earlier_cross_validation_must_have_had_the_same_cases(
@@ -630,9 +634,11 @@ def test_the_earlier_cross_validation_must_have_had_the_same_cases(
 ) -> None:
     fewer = tmp_path / "fewer"
     shutil.copytree(phantoms, fewer)
-    shutil.rmtree(next(path for path in sorted(fewer.iterdir()) if path.is_dir()))
+    gone = next(path for path in sorted(fewer.iterdir()) if path.is_dir())
+    shutil.rmtree(gone)
     done = znormseg("crossval", fewer, tmp_path / "out", *options, "--init-from", finished / "ensemble")
-    assert done.code != 0
+    assert done.code == 3
+    assert f"not the cases of {finished / 'ensemble'}: missing 1 ({gone.name}), new 0." in done.err
     assert "needs the cases that the ensemble was cross-validated on" in done.err
 
 
@@ -640,6 +646,92 @@ def test_a_run_is_not_what_a_cross_validation_starts_from(
     finished: Path, phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
 ) -> None:
     done = znormseg("crossval", phantoms, tmp_path / "out", *options, "--init-from", finished / "fold-0")
-    assert done.code != 0
+    assert done.code == 5
     assert "not the ensemble of a cross-validation" in done.err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def ensemble(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the ensemble."""
+    return Path(shutil.copytree(finished / "ensemble", tmp_path / "ensemble"))
+
+
+def another_ensemble(ensemble: Path) -> None:
+    """Other weights than those of the cross-validation that was started."""
+    path = ensemble / "ensemble.json"
+    path.write_text(path.read_text().replace(read(path)["networks"][0]["weights_sha256"], "0" * 64))
+
+
+def no_networks(ensemble: Path) -> None:
+    path = ensemble / "ensemble.json"
+    path.write_text(json.dumps({key: value for key, value in read(path).items() if key != "networks"}))
+
+
+def exchanged(ensemble: Path) -> None:
+    """The network of fold 1, which trained on the cases of fold 0, in place of that of fold 0."""
+    shutil.rmtree(ensemble / "fold-0")
+    shutil.copytree(ensemble / "fold-1", ensemble / "fold-0")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "more", "code", "told"),
+    [
+        (lambda _: None, ["--folds=3"], 4, "has 2 folds, not 3. Leave out --folds, or set it to 2."),
+        (lambda _: None, ["--set=network.channels=[8, 8]"], 4, "has a different network"),
+        (exchanged, [], 5, "fold-0: not the weights that ensemble.json lists. Restore the folder from a copy."),
+        (no_networks, [], 5, "damaged, it does not contain the folds and their networks"),
+    ],
+)
+def test_ensembles_that_no_fold_can_start_from_are_refused_before_the_folder_is_made(
+    *,
+    spoil: Call,
+    more: list[str],
+    code: int,
+    told: str,
+    ensemble: Path,
+    phantoms: Path,
+    options: list[str],
+    tmp_path: Path,
+    znormseg: Call,
+) -> None:
+    spoil(ensemble)
+    done = znormseg("crossval", phantoms, tmp_path / "out", *options, *more, "--init-from", ensemble)
+    assert done.code == code
+    assert told in done.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def started(ensemble: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> Path:
+    """A cross-validation from the ensemble, before its first fold."""
+    config = load_config("laptop", tiny_settings)
+    folds = deal(DataSource(phantoms), tmp_path / "out", config, init_from=ensemble)
+    assert len(folds.splits) == 2
+    require_same(folds)
+    return folds.out
+
+
+def test_another_ensemble_on_resume_is_refused(
+    started: Path, ensemble: Path, phantoms: Path, tiny_settings: list[str]
+) -> None:
+    another_ensemble(ensemble)
+    folds = deal(DataSource(phantoms), started, load_config("laptop", tiny_settings), init_from=ensemble)
+    with pytest.raises(ConfigError, match=r"Different: --init-from: another ensemble$"):
+        require_same(folds)
+
+
+def test_no_ensemble_on_resume_is_refused(started: Path, phantoms: Path, options: list[str], znormseg: Call) -> None:
+    done = znormseg("crossval", phantoms, started, *options)
+    assert done.code == 4
+    assert "Different: --init-from: an ensemble -> none" in done.err
+
+
+def test_the_ensemble_is_read_once(ensemble: Path, phantoms: Path, tiny_settings: list[str], tmp_path: Path) -> None:
+    config = load_config("laptop", tiny_settings)
+    folds = deal(DataSource(phantoms), tmp_path / "out", config, init_from=ensemble)
+    listed = weights_of(tmp_path)
+    shutil.rmtree(ensemble)
+    require_same(folds)
+    assert folds.to_json()["init_from"] == listed
+    assert read_folds(folds.out).to_json()["init_from"] == listed
