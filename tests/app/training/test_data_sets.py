@@ -272,7 +272,7 @@ def test_weights_are_given_once(command: str, tmp_path: Path, znormseg: Call) ->
 def test_the_prefix_alone_is_refused(tmp_path: Path, znormseg: Call) -> None:
     ended = znormseg("train", "synthetic:", tmp_path, tmp_path / "run")
     assert ended.code == 3
-    assert "synthetic: needs a data set directly after the colon, such as synthetic:CASES" in ended.err
+    assert "synthetic: names no data set. Write one directly after the colon, such as synthetic:CASES." in ended.err
 
 
 # The same scan under two ids

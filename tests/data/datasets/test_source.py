@@ -103,7 +103,7 @@ def test_a_synthetic_case_does_not_train_where_its_real_case_validates() -> None
 
 
 def test_the_prefix_needs_a_data_set() -> None:
-    with pytest.raises(DataError, match="synthetic: needs a data set directly after the colon"):
+    with pytest.raises(DataError, match="synthetic: names no data set"):
         data_source(["A", "synthetic:", "A"])
 
 
