@@ -165,7 +165,8 @@ def data_source(arguments: Sequence[str], *, follow_links: bool = False) -> Data
     """
     if SYNTHETIC_ARGUMENT in arguments:
         raise DataError(
-            f"{SYNTHETIC_ARGUMENT} names no data set. Write one directly after the colon, such as {SYNTHETIC_ARGUMENT}CASES."
+            f"{SYNTHETIC_ARGUMENT} names no data set. Write one directly after the colon, such as "
+            f"{SYNTHETIC_ARGUMENT}CASES."
         )
     first, *others = (
         DataSource(
