@@ -135,7 +135,8 @@ def test_the_common_options_come_last_and_only_the_examples_after_them(verb: str
 def test_a_long_example_is_not_wrapped_in_a_narrow_terminal(shell: Call, tmp_path: Path) -> None:
     ended = shell(["znormseg", "predict", "--help"], environment={**TERMINAL, "COLUMNS": "60"}, cwd=tmp_path)
     assert (
-        "  znormseg predict RUN PREDICTIONS --t1 a.nii.gz --t1c b.nii.gz --t2 c.nii.gz --flair d.nii.gz\n" in ended.out
+        "  znormseg predict starter PREDICTIONS --t1 a.nii.gz --t1c b.nii.gz --t2 c.nii.gz --flair d.nii.gz\n"
+        in ended.out
     )
 
 

@@ -111,7 +111,7 @@ def test_one_file_for_a_model_of_two_is_refused(znormseg: Call, tmp_path: Path) 
 def test_an_unknown_name_is_refused_with_the_known_ones(znormseg: Call) -> None:
     ended = znormseg("model", "download", "minegrab")
     assert ended.code == 5
-    assert "there are starter, monai-brats, mindgrab" in ended.err
+    assert "available: starter, monai-brats, mindgrab" in ended.err
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_without_the_command_the_message_says_how_to_install_it_and_under_which_
         done = znormseg(*words[:1], predictions, *words[1:], references, "--rules", "brats2026")
         assert (done.code, done.out) == (EXIT_MACHINE, "")
         assert "pip install brats-evaluation==0.0.10 panoptica==2.1.7" in done.err
-        assert "AGPL-3.0, the licence file in it is Apache-2.0" in done.err
+        assert "AGPL-3.0, but its licence file is Apache-2.0" in done.err
         assert "Traceback" not in done.err
 
 
