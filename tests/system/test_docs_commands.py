@@ -229,8 +229,6 @@ def test_a_block_runs(
 ) -> None:
     if "openvino" in block.code:
         request.getfixturevalue("openvino_computes")
-    if " starter " in block.code and not (ROOT / "models" / "starter").is_dir():
-        pytest.skip("models/starter is not here: make starter")
     place, programs = tmp_path / "folder", tmp_path / "bin"
     (place / ".venv" / "bin").mkdir(parents=True)
     (place / ".venv" / "bin" / "activate").touch()

@@ -310,20 +310,15 @@ def test_the_folder_is_that_of_the_package_models() -> None:
 
 # The folder itself
 
-part_of_the_checkout = pytest.mark.skipif(not SHIPPED.is_dir(), reason="models/starter is not here: make starter")
 
-
-@part_of_the_checkout
 def test_what_ships_has_at_most_8_mb() -> None:
     assert sum(path.stat().st_size for path in SHIPPED.rglob("*") if path.is_file()) <= 8_000_000
 
 
-@part_of_the_checkout
 def test_what_ships_names_no_place_of_the_machine_that_made_it() -> None:
     starter._require_no_places(SHIPPED)
 
 
-@part_of_the_checkout
 def test_what_ships_is_whole_and_has_one_generation_of_weights(znormseg: Call) -> None:
     assert znormseg("model", "verify", "starter").code == 0
     listed = {*verify(SHIPPED), "SHA256SUMS"}
@@ -331,13 +326,11 @@ def test_what_ships_is_whole_and_has_one_generation_of_weights(znormseg: Call) -
     assert [len(list(path.glob("best-*.json"))) for path in SHIPPED.glob("*/checkpoints")] == [1, 1, 1, 1]
 
 
-@part_of_the_checkout
 @pytest.mark.parametrize("text", ["10.7937/jc8x-9874", "CC BY 4.0", "2107.02314", "Not for children", "not a medical"])
 def test_the_card_that_ships_names_data_licence_and_limits(text: str) -> None:
     assert text in (SHIPPED / CARD_FILE).read_text(encoding="utf-8")
 
 
-@part_of_the_checkout
 @pytest.mark.parametrize("how", ["a case folder", "four files"])
 def test_what_ships_predicts(how: str, case: Path, tmp_path: Path, znormseg: Call) -> None:
     given = [case, tmp_path / "out"] if how == "a case folder" else [tmp_path / "out", *four_files(case)]
