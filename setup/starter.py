@@ -124,14 +124,13 @@ def _statement(crossval: Path) -> dict[str, Any]:
 
 def _of_one(statement: Mapping[str, Any], network: str, cases: int) -> dict[str, Any]:
     """Return what the card of one network states, without the scores of the others."""
-    first, *limits = statement["limits"]
     return {
         **statement,
         "name": f"{statement['name']}/{network}",
         "description": f"One network of {statement['name']}: trained on {cases} of its {CASES} cases. {_STORED}",
         "data": {**statement["data"], "training data": _training_data(cases)},
         "metrics": {},
-        "limits": [first.replace("sixteen", str(cases)), *limits],
+        "limits": [limit.replace("sixteen", str(cases)) for limit in statement["limits"]],
     }
 
 
