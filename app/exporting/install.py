@@ -20,12 +20,18 @@ def model_folder(run: Path, on_progress: OnProgress = silent) -> Path:
         on_progress: receives progress reports of a download.
 
     Raises:
-        RunError: the model cannot be downloaded, is missing from the program, or does not segment tumours.
+        RunError: the model cannot be downloaded, is missing from the program, or does not segment tumours; or ``run``
+            is a single word that is neither a folder nor such a name.
         OSError: the folder of models cannot be written to.
     """
     model = MODELS.get(str(run))
-    if run.exists() or model is None:
+    if run.exists() or (model is None and len(run.parts) > 1):
         return run
+    if model is None:
+        raise RunError(
+            f"{run}: does not exist, and no published model has this name; give the folder of a run, or a name from "
+            "znormseg model list"
+        )
     if model.task != "segmentation":
         raise RunError(f"{model.name}: a model for {model.task}, not for segmentation; see znormseg model list")
     return install(model, on_progress=on_progress)

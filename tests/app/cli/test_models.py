@@ -114,6 +114,13 @@ def test_an_unknown_name_is_refused_with_the_known_ones(znormseg: Call) -> None:
     assert "available: starter, monai-brats, mindgrab" in ended.err
 
 
+def test_a_misspelt_name_given_as_run_is_refused_with_where_names_are_listed(tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("predict", "startr", tmp_path, tmp_path / "out")
+    assert ended.code == 5
+    assert "no published model has this name" in ended.err
+    assert "znormseg model list" in ended.err
+
+
 @pytest.mark.parametrize(
     "words",
     [

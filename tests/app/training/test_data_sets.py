@@ -183,11 +183,11 @@ def test_other_data_sets_or_another_order_do_not_continue_a_run(
 ) -> None:
     run = shutil.copytree(finished, tmp_path / "run")
     named = [one.replace("A", halves[0]).replace("B", halves[1]) for one in given]
-    told = refused(lambda: resume(data_source(named), run))
+    message = refused(lambda: resume(data_source(named), run))
     if len(given) < 3:
-        assert "but" in told or "cases of the run are missing" in told
+        assert "but" in message or "cases of the run are missing" in message
     else:
-        assert "was started with these data sets in another order, or with other cases" in told
+        assert "was started with these data sets in another order, or with other cases" in message
 
 
 @pytest.mark.parametrize("weights", ["1", "1,2,3"])
@@ -231,8 +231,8 @@ def test_a_split_that_validates_on_a_synthetic_case_is_refused(
     first, second, *_ = (case.id for case in find_cases(mixed.root))
     (tmp_path / "split.json").write_text(json.dumps({"train": [first], "validation": [f"synthetic-{second}"]}))
     config, split = load_config("laptop", tiny_settings), tmp_path / "split.json"
-    told = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
-    assert f"synthetic cases are listed for validation (1): synthetic-{second}." in told
+    message = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
+    assert f"synthetic cases are listed for validation (1): synthetic-{second}." in message
 
 
 @pytest.mark.parametrize("weights", [[], ["data.weights=[1, 1, 1]"]])
@@ -242,8 +242,8 @@ def test_a_data_set_that_the_split_leaves_out_is_refused_with_its_name(
     ids = [case_id for case_id, case in mixed.find_cases().items() if case.data_set < 2]
     (tmp_path / "split.json").write_text(json.dumps({"train": ids[:-1], "validation": ids[-1:]}))
     config, split = load_config("laptop", [*tiny_settings, *weights]), tmp_path / "split.json"
-    told = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
-    assert f"synthetic:{mixed.root}: none of its cases (such as synthetic-{ids[0]})" in told
+    message = refused(lambda: start(mixed, tmp_path / "run", config, split_file=split))
+    assert f"synthetic:{mixed.root}: none of its cases (such as synthetic-{ids[0]})" in message
 
 
 def test_resume_refuses_weights_of_a_data_set_that_only_validates_and_leaves_the_run_as_it_was(
@@ -290,9 +290,9 @@ def warnings_of(maps: dict[str, LabelMap], split: Split, caplog: pytest.LogCaptu
 
 def test_one_scan_under_two_ids_in_training_and_validation_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     maps = {"a": scan("x"), "b": scan("y"), "c": scan("x")}
-    told = warnings_of(maps, Split(train=("a", "b"), validation=("c",)), caplog)
-    assert "identical label maps, so they are probably the same scan under two ids: a, c." in told
-    assert "manifest (column patient)" in told
+    message = warnings_of(maps, Split(train=("a", "b"), validation=("c",)), caplog)
+    assert "identical label maps, so they are probably the same scan under two ids: a, c." in message
+    assert "manifest (column patient)" in message
 
 
 @pytest.mark.parametrize(

@@ -43,11 +43,11 @@ def test_an_id_in_two_data_sets_is_refused_with_both_places(render: Call, tmp_pa
         render(tmp_path / place, "2021")
     with pytest.raises(DataError) as refused:
         data_source([str(tmp_path / "one"), str(tmp_path / "other")]).find_cases()
-    told = str(refused.value)
-    assert "case BraTS2021_00000 is in two data sets" in told
-    assert all(str(tmp_path / place / "BraTS2021_00000") in told for place in ("one", "other"))
-    assert "(2 such ids in all)" in told
-    assert "or give them other ids in a manifest (.csv); no file has to be renamed." in told
+    message = str(refused.value)
+    assert "case BraTS2021_00000 is in two data sets" in message
+    assert all(str(tmp_path / place / "BraTS2021_00000") in message for place in ("one", "other"))
+    assert "(2 such ids in all)" in message
+    assert "or give them other ids in a manifest (.csv); no file has to be renamed." in message
 
 
 def test_each_data_set_is_read_by_its_own_convention(render: Call, tmp_path: Path) -> None:
