@@ -28,7 +28,7 @@ def trap(tmp_path: Path) -> Path:
 def test_the_working_folder_does_not_stand_in_for_our_packages(
     command: list[str], trap: Path, shell: Callable[..., Any]
 ) -> None:
-    ended = shell([*command, "predict", "nowhere", "cases", "out"], cwd=trap)
+    ended = shell([*command, "predict", "runs/nowhere", "cases", "out"], cwd=trap)
     assert ended.code == 3, ended.err
     assert ended.err == "znormseg: cases: does not exist\n"
 

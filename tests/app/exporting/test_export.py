@@ -283,7 +283,7 @@ def test_what_was_put_into_the_folder_meanwhile_is_left_alone(tmp_path: Path) ->
 def test_a_place_where_no_folder_can_be_is_refused_before_any_work(verb: str, tmp_path: Path, znormseg: Call) -> None:
     (tmp_path / "link").symlink_to("gone")
     (tmp_path / "file").write_text("mine")
-    words = {"export": ("export", "RUN"), "import": ("model", "import", "BUNDLE")}[verb]
+    words = {"export": ("export", "runs/RUN"), "import": ("model", "import", "BUNDLE")}[verb]
     more = ("--format", "openvino") if verb == "export" else ()
     for name, said in (("link", "link: a symlink to gone, which does not exist"), ("file/sub/out", "file is a file")):
         ended = znormseg(*words, tmp_path / name, *more)
