@@ -66,7 +66,9 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
-#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system.
+#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system, in lower case. CUDA's libraries
+#: allocate memory of their own: cuBLAS and cuDNN report a status, and cuDNN may say only that no engine is left, because
+#: each of them needs a workspace that could not be allocated (pytorch/pytorch#108645).
 _OUT_OF_MEMORY_TEXTS: Final = (
     "out of memory",
     "not enough memory",
@@ -75,6 +77,10 @@ _OUT_OF_MEMORY_TEXTS: Final = (
     "cannot allocate memory",
     "failed to allocate",
     "memory allocation",
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "unable to find an engine",
+    "no valid execution plans",
 )
 
 

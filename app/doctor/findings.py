@@ -21,7 +21,8 @@ _SOME_DISK: Final = 10_000_000_000
 #: First compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
 _SHM: Final = "/dev/shm"  # noqa: S108 - only its name; nothing is written to it
-#: Commands that install torch with CUDA; since 2.12 its builds are cu126, cu130 and cu132 (pytorch/pytorch#178665).
+#: Commands that install torch with CUDA. The builds of 2.12 to 2.14 are cu126, cu130 and cu132, with no cu128
+#: (pytorch/pytorch#178665); 2.15 drops cu126, the last one for GPUs older than Turing (pytorch/pytorch#190385).
 _WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
 _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
 
