@@ -66,9 +66,9 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
-#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system, in lower case. CUDA's libraries
-#: allocate memory of their own: cuBLAS and cuDNN report a status, and cuDNN may say only that no engine is left, because
-#: each of them needs a workspace that could not be allocated (pytorch/pytorch#108645).
+#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system, in lower case. cuBLAS and cuDNN
+#: allocate workspaces without torch and report a status. cuDNN may report only that no engine is left, since each one
+#: needs a workspace that does not fit (pytorch/pytorch#108645).
 _OUT_OF_MEMORY_TEXTS: Final = (
     "out of memory",
     "not enough memory",
