@@ -38,6 +38,8 @@ class GivenPresence(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits of an image of shape (N, contrasts, X, Y, Z)."""
-        present = torch.tensor([self.present], device=image.device)
+        present = torch.zeros((1, len(self.present)), dtype=torch.bool, device=image.device)
+        for contrast, given in enumerate(self.present):
+            present[0, contrast] = given  # fills on the device; a tensor of these values would have to be uploaded
         logits: Tensor = self.network(with_presence(image, present))
         return logits

@@ -38,8 +38,10 @@ from data.patches.sampler import Batch, CachedCase, PatchSource, batches
 
 Codes = npt.NDArray[np.uint8]
 
-#: Maximum share of a budget in hours spent on validation; beyond it, all validations but the last are skipped.
+#: Maximum share of a run's time spent on validation; beyond it, validations but the last are skipped.
 _VALIDATION_SHARE: Final = 0.1
+#: Evenly spaced validations that a budget in steps gets whatever they cost, if as many are requested.
+_FEW_VALIDATIONS: Final = 10
 #: Number of steps between measurements of the gradient norm.
 _NORM_EVERY: Final = 10
 #: Number of recent steps over which progress reports average the loss and the waiting time.
@@ -445,14 +447,18 @@ class Trainer:
         return self._has_stalled() and self._progress() < 1
 
     def _validation_is_due(self) -> bool:
-        """Whether to validate now: at even intervals; with a budget in hours, only while validation stays cheap."""
+        """Whether to validate now: at even intervals, but only while validation stays cheap.
+
+        With a budget in steps, the first ten of the requested validations are due in any case, so that a run with no
+        more of them makes the same ones on every machine.
+        """
         settings, state = self.config.training, self.state
         progress = self._progress()
         if not self.validating or progress >= 1 or state.validated_step == state.step:
             return False
-        due = progress * settings.validations >= state.validations + 1
         cheap = state.validations * state.validation_seconds <= _VALIDATION_SHARE * self.seconds()
-        return due and (settings.steps is not None or cheap)
+        few = min(settings.validations, _FEW_VALIDATIONS) if settings.steps is not None else 0
+        return progress * (settings.validations if cheap else few) >= state.validations + 1
 
     def skipped_steps(self) -> int:
         """Return how many steps were skipped because a gradient was not finite, over all resumptions of the run."""

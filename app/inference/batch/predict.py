@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +27,7 @@ from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
 from app.system.device import Runtime
-from app.system.process import give_back_freed_memory
+from app.system.process import give_back_freed_memory, granted_processors
 from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
 from data.errors import DataError
@@ -39,6 +39,9 @@ from data.quality.intensity_range import quantiles_of
 
 if TYPE_CHECKING:
     from data.native_space.to_brats import NativeCase
+
+#: Threads that read ahead for a GPU; each keeps one case in memory.
+GPU_READERS: Final = 4
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -104,6 +107,13 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
     def most_voxels_ahead(self) -> int:
         """0 if memory is bounded, as the plan for the current case leaves no memory for another."""
         return MOST_VOXELS_AHEAD if self.options.max_memory_gb is None else 0
+
+    @property
+    def readers(self) -> int:
+        """1 on a CPU, which computes at the same time; several on a GPU, which is faster than one thread can read."""
+        if self.runtime.device_name == "cpu" or self.options.max_memory_gb is not None:
+            return 1
+        return min(GPU_READERS, granted_processors())
 
     def warm_up(self) -> None:
         """Prepare the network for its windows, unless the first case has to be prepared first."""
