@@ -105,4 +105,3 @@ def scored_on_device(logits: Tensor, expected: Codes) -> tuple[Codes, list[float
     numbers, label_map = download([torch.stack(counts), codes])
     scores = [2 * int(both) / int(one + other) if one + other else 1.0 for both, one, other in numbers.reshape(3, 3)]
     return label_map, scores
-

@@ -1,4 +1,4 @@
-"""Prediction and validation on fake CUDA tensors; called by tests/system/test_fake_cuda_inference.py in its own process.
+"""Prediction and validation on fake CUDA tensors; tests/system/test_fake_cuda_inference.py runs it in its own process.
 
 The arguments are names of :data:`SCENARIOS`; each prints one line of JSON.
 """
@@ -114,9 +114,7 @@ def predict(
         shared = {key: getattr(members[0], key) for key in ("origin", "takes_missing_contrasts", "spacing_mm")}
         model: Predictor = members[0]
         if networks > 1:
-            model = _Networks(
-                **shared, plain_config={"members": members}, convention=members[0].convention, sha256=""
-            )
+            model = _Networks(**shared, plain_config={"members": members}, convention=members[0].convention, sha256="")
         windows: list[int] = []
         for _ in range(2):  # the first volume moves the weights
             watch.reset()
