@@ -109,9 +109,11 @@ class World:
         """
         return values if self.size == 1 else _Total.apply(values, self.size)  # type: ignore[no-untyped-call]
 
-    def mean(self, value: float) -> float:
-        """Return the mean of a number over all processes; NaN if it is NaN in any of them."""
-        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.SUM)[0] / self.size
+    def means(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of each number over all processes; NaN if it is NaN in any of them."""
+        if self.size == 1:
+            return list(values)
+        return [total / self.size for total in self._reduced(values, dist.ReduceOp.SUM)]
 
     def largest(self, value: float) -> float:
         """Return the maximum of a number over all processes."""

@@ -317,8 +317,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "a loss that is not finite": Guard(
         "app/training/trainer.py",
-        "        if not math.isfinite(result.loss):",
-        "        if False:",
+        "            if not math.isfinite(result.loss):",
+        "            if False:",
         "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
     ),
     "weights that are not finite": Guard(
@@ -329,7 +329,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "other patches after a return": Guard(
         "app/training/trainer.py",
-        "        state.patches = after\n",
+        "        state.patches = next_patch\n",
         "",
         "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
     ),
