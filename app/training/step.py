@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -56,10 +57,11 @@ class Stepper:
     runtime: Runtime
     state: State
     telemetry: Telemetry
-    loss_of: RegionLoss | DeepLoss
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
+    """Called with logits and masks."""
     world: World = ALONE
     replica: nn.Module | None = None
-    """The network wrapped by :meth:`World.replica`; None in a single process."""
+    """The network compiled, or wrapped by :meth:`World.replica`; None for the network itself."""
 
     def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
         """Perform one optimiser step, and wait for it; the arguments are those of :meth:`queue`."""
@@ -140,5 +142,4 @@ class Stepper:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
             logits = network(image.contiguous(memory_format=self.runtime.memory_format))
-        loss: torch.Tensor = self.loss_of(logits, masks)
-        return loss
+        return self.loss_of(logits, masks)

@@ -22,9 +22,10 @@ from app.runs import checkpoints
 from app.runs.folder import LEAST_ROOM_BYTES, MetricsLog
 from app.system.device import Runtime
 from app.system.disk_full import RetryOnFullDisk
-from app.training import gradient, rollback
+from app.training import gpu, gradient, rollback
 from app.training.cases import patch_settings
 from app.training.distributed import World
+from app.training.loader import Loader
 from app.training.schedule import learning_rate, spent_share
 from app.training.signals import StopRequest, stop_on_signals
 from app.training.state import State, restore, to_checkpoint
@@ -34,7 +35,7 @@ from app.training.validation import on_contrasts, validation_dice
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
 from data.datasets.splits import Split
-from data.patches.sampler import Batch, CachedCase, PatchSource, batches
+from data.patches.sampler import Batch, CachedCase, PatchSource
 
 Codes = npt.NDArray[np.uint8]
 
@@ -186,24 +187,11 @@ class Trainer:
             self.saved_at = time.monotonic()
             if state.step == 0:
                 self._save_last()
-            stepper = Stepper(
-                config=self.config,
-                runtime=self.runtime,
-                state=state,
-                telemetry=self.telemetry,
-                loss_of=loss_for(self.config, world),
-                world=world,
-                replica=world.replica(state.network),
-            )
+            stepper = self._stepper()
+            loader = Loader(self.source, self.config, self.runtime)
             done = False
             while not done:
-                made = batches(
-                    self.source,
-                    first=state.patches // settings.batch_size + world.rank,
-                    every=world.size,
-                    size=settings.batch_size,
-                    threads=self.config.runtime.loader_threads,
-                )
+                made = loader.batches(first=state.patches // settings.batch_size + world.rank, every=world.size)
                 with closing(made), suppress(_RolledBackError):
                     state.network.train()
                     self._agree()
@@ -237,6 +225,22 @@ class Trainer:
                 self._validate_again()
             self._save_last()
         return self.figures.losses
+
+    def _stepper(self) -> Stepper:
+        world, network = self.session.world, self.state.network
+        loss = loss_for(self.config, world)
+        computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)
+        for reason in computation.reasons:
+            LOG.info("%s", reason)
+        return Stepper(
+            config=self.config,
+            runtime=self.runtime,
+            state=self.state,
+            telemetry=self.telemetry,
+            loss_of=computation.loss,
+            world=world,
+            replica=world.replica(computation.network),
+        )
 
     def _open_log(self) -> MetricsLog:
         run = self.session.run
