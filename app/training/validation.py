@@ -95,10 +95,11 @@ def scored(logits: Tensor, expected: Codes) -> tuple[Codes, list[float]]:
 @torch.inference_mode()
 def scored_on_device(logits: Tensor, expected: Codes) -> tuple[Codes, list[float]]:
     """Compute what :func:`scored` does on the device of the logits; only label codes and counts are downloaded."""
-    predicted = (logits > 0).cumprod(dim=0, dtype=torch.uint8)  # a larger region limits those inside it
+    whole, core, enhancing = logits > 0
+    nested = (whole, whole & core, whole & core & enhancing)
     reference = upload(torch.from_numpy(expected), logits.device)
     codes, counts = torch.zeros_like(reference), []
-    for mask, region, code_of_rest in zip(predicted.bool(), REGIONS, (OEDEMA, NECROSIS, ENHANCING), strict=True):
+    for mask, region, code_of_rest in zip(nested, REGIONS, (OEDEMA, NECROSIS, ENHANCING), strict=True):
         truth = torch.stack([reference == code for code in region_codes(region)]).any(dim=0)
         codes.masked_fill_(mask, code_of_rest)
         counts += [torch.count_nonzero(one) for one in (mask & truth, mask, truth)]
