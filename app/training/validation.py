@@ -71,7 +71,7 @@ def validation_dice(
     def score(number: int) -> list[float]:
         case = cases[number]
         # Prepared cases are in float16; on a GPU, windows become float32 when they are cut.
-        image = torch.from_numpy(case.image() if on_gpu else case.image().astype(np.float32))
+        image = case.image() if on_gpu else case.image().astype(np.float32)
         logits = sliding_logits(
             network, image, window=window, overlap=config.overlap, runtime=runtime, between_windows=between_windows
         )

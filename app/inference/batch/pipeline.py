@@ -39,6 +39,11 @@ class Steps(ABC, Generic[R, C]):
         """Number of threads that read ahead, and of cases that are read ahead."""
         return 1
 
+    @property
+    def writers(self) -> int:
+        """Number of threads that write, and of cases that are being written at a time."""
+        return 1
+
     def warm_up(self) -> None:
         """Prepare to compute; called once on the computing thread, while the first case is read."""
 
@@ -71,7 +76,7 @@ class InThisProcess(Generic[R, C]):
     def work(
         self, cases: Iterable[Case], observer: CaseObserver, *, stop_cases: Callable[[], None] = lambda: None
     ) -> None:
-        """Execute cases one after the other; each reader reads one ahead, and at most one is being written.
+        """Execute cases one after the other; each reader reads one ahead, and each writer writes one.
 
         Args:
             cases: in order; the iterator may block before the next case, and is advanced on other threads.
@@ -99,14 +104,15 @@ class InThisProcess(Generic[R, C]):
                 with self._isolated_failure(case, observer):
                     return case, self.steps.read(case)
 
-        reader, writer = ThreadPoolExecutor(self.steps.readers, "read"), ThreadPoolExecutor(1, "write")
+        reader = ThreadPoolExecutor(self.steps.readers, "read")
+        writer = ThreadPoolExecutor(self.steps.writers, "write")
         ahead: deque[tuple[threading.Event, Future[tuple[Case, R] | None]]] = deque()
 
         def read_ahead() -> None:
             turn = threading.Event()
             ahead.append((turn, reader.submit(read_next, turn)))
 
-        writing: Future[None] | None = None
+        writing: deque[Future[None]] = deque()
         try:
             for _ in range(self.steps.readers):
                 read_ahead()
@@ -122,13 +128,13 @@ class InThisProcess(Generic[R, C]):
                 computed = self._computed(case, read, observer)
                 del found, read, reading
                 ahead[0][0].set()
-                if writing is not None:
-                    writing.result()
+                while len(writing) >= self.steps.writers:
+                    writing.popleft().result()
                 if computed is not None:
-                    writing = writer.submit(self._write, case, computed, observer)
+                    writing.append(writer.submit(self._write, case, computed, observer))
                     del computed
-            if writing is not None:
-                writing.result()
+            for written in writing:
+                written.result()
         finally:
             stop_cases()
             stopped.set()

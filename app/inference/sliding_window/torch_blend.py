@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -26,7 +28,7 @@ from app.system.device import Runtime
 
 def sliding_logits(
     network: nn.Module,
-    image: Tensor,
+    image: npt.NDArray[np.floating],
     *,
     window: Size,
     overlap: float,
@@ -43,7 +45,7 @@ def sliding_logits(
 
     Args:
         network: in eval mode, on ``runtime.device``.
-        image: float32 or float16, shape (contrasts, X, Y, Z), on the CPU.
+        image: float32 or float16, shape (contrasts, X, Y, Z).
         window: size that the network was trained on, in voxels.
         overlap: minimum share of a window that its neighbour also covers, from 0 to below 1.
         runtime: device, precision, memory layout.
@@ -60,8 +62,8 @@ def sliding_logits(
     stitched = stitch_on or runtime.device_name
     return window_logits(
         network,
-        upload(image, torch.device(stitched)),
-        place_windows(image.numpy(), window, overlap),
+        upload(torch.from_numpy(image), torch.device(stitched)),
+        place_windows(image, window, overlap),
         runtime=runtime,
         batch=batch,
         half=half,

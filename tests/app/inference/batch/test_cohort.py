@@ -526,7 +526,25 @@ def test_several_threads_read_for_a_gpu_unless_memory_is_bounded(
     none: Any = None
     runtime = Runtime(device_name=device, precision_name="float32", channels_last=False, reasons=())
     steps = predict.PredictSteps(model=none, output=tmp_path, runtime=runtime, settings={}, options=options)
-    assert (steps.readers > 1) is several
+    assert (steps.readers > 1, steps.writers > 1) == (several, several)
+
+
+def test_what_is_written_is_the_same_if_it_is_made_on_several_threads_as_for_a_gpu(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.inference.batch.predict import PredictSteps, predict
+
+    model, runtime = PredictJob(run=tiny_run, output=tmp_path, device="cpu", backend="torch").load()
+    options = PredictOptions(save_probabilities=True)
+    written = []
+    for feeds_gpu in (False, True):
+        monkeypatch.setattr(PredictSteps, "_feeds_gpu", feeds_gpu)
+        output = tmp_path / str(feeds_gpu)
+        found = predict(model, find_cases(phantoms), output, runtime=runtime, options=options)
+        assert not found.failures
+        written.append({path.name: file_sha256(path) for path in output.glob("*.nii.gz")})
+    assert len(written[0]) == 12
+    assert written[0] == written[1]
 
 
 def test_a_large_case_is_not_read_ahead(through: Call) -> None:

@@ -46,7 +46,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def logits_of(network: nn.Module, image: Tensor, *, side: int = 16, overlap: float = 0.5) -> Tensor:
-    return sliding_logits(network, image, window=(side, side, side), overlap=overlap, runtime=cpu())
+    return sliding_logits(network, image.numpy(), window=(side, side, side), overlap=overlap, runtime=cpu())
 
 
 @given(SIZES, SIDES, OVERLAPS)
@@ -174,7 +174,12 @@ def test_a_callback_between_windows_may_stop_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         sliding_logits(
-            FirstThree(), noise(4, 16, 16, 16), window=(16, 16, 16), overlap=0.5, runtime=cpu(), between_windows=stop
+            FirstThree(),
+            noise(4, 16, 16, 16).numpy(),
+            window=(16, 16, 16),
+            overlap=0.5,
+            runtime=cpu(),
+            between_windows=stop,
         )
 
 
@@ -182,7 +187,7 @@ def test_bfloat16_gives_float32_logits_close_to_those_of_float32() -> None:
     torch.manual_seed(0)
     network, image = nn.Conv3d(4, 3, 3, padding="same").eval(), noise(4, 24, 24, 24)
     half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
-    answer = sliding_logits(network, image, window=(16, 16, 16), overlap=0.5, runtime=half)
+    answer = sliding_logits(network, image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
     assert answer.dtype is torch.float32
     torch.testing.assert_close(answer, logits_of(network, image), rtol=0, atol=0.05)
 
@@ -191,7 +196,7 @@ def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> No
     image = noise(4, 40, 36, 20)
     image[:, :24, :24] = 0
     whole = logits_of(FirstThree(), image)
-    half = sliding_logits(FirstThree(), image, window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
+    half = sliding_logits(FirstThree(), image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
     assert half.dtype is torch.float16
     assert torch.equal(half == -30, whole == -30)
     torch.testing.assert_close(half.float(), whole, rtol=5e-3, atol=5e-3)
@@ -246,7 +251,7 @@ def test_weights_are_cast_once_for_all_windows_and_are_as_trainable_as_before(fr
     network = nn.Conv3d(4, 3, 3, padding="same").eval().requires_grad_(not frozen)
     half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
     with Casts((3, 4, 3, 3, 3)) as casts:
-        sliding_logits(network, noise(4, 32, 24, 24), window=(16, 16, 16), overlap=0.5, runtime=half)
+        sliding_logits(network, noise(4, 32, 24, 24).numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
     assert casts.count == 1
     assert network.weight.requires_grad is not frozen
 
@@ -257,5 +262,5 @@ def test_weights_cast_once_are_those_cast_for_each_window() -> None:
     image = noise(4, 16, 16, 16)
     with torch.inference_mode(), half.autocast():
         expected = network(image[None].contiguous(memory_format=half.memory_format))[0].float()
-    found = sliding_logits(network, image, window=(16, 16, 16), overlap=0.5, runtime=half)
+    found = sliding_logits(network, image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -179,7 +179,7 @@ def an_image(*shape: int) -> Any:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int) -> None:
     image, runtime = an_image(*shape), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    expected = sliding_logits(Blur(), torch.from_numpy(image), window=(16, 16, 16), overlap=0.5, runtime=runtime)
+    expected = sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime)
     found = stitched_logits(
         lambda patches: Blur()(torch.from_numpy(patches)).numpy(), image, window=(16, 16, 16), overlap=0.5, batch=batch
     )
@@ -190,9 +190,7 @@ def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int
 def test_torch_gives_the_same_with_several_windows_at_once() -> None:
     image, runtime = an_image(40, 36, 20), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     one, some = (
-        sliding_logits(
-            Blur(), torch.from_numpy(image), window=(16, 16, 16), overlap=0.5, runtime=runtime, batch=b, stitch_on="cpu"
-        )
+        sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime, batch=b, stitch_on="cpu")
         for b in (1, 4)
     )
     torch.testing.assert_close(one, some)
