@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from data.datasets.layouts import find_cases
-from data.labels import CONVENTIONS, to_regions
+from data.labels import to_regions
 from data.patches import device_augmentation, intensity, on_device
 from data.patches.augmentation import AugmentConfig, apply_augmentation, draw_augmentation
+from data.patches.cache import ARRAYS
 from data.patches.device_augmentation import augment_on_device
 from data.patches.on_device import DevicePatches, case_bytes, device_batches, region_masks
-from data.patches.sampler import CachedCase, PatchSource, cache_cases
+from data.patches.sampler import CachedCase, PatchSource, _centres
 
 CPU = torch.device("cpu")
 #: Everything at once.
@@ -40,10 +39,20 @@ ALL = AugmentConfig(
 
 
 @pytest.fixture(scope="module")
-def cached(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> list[CachedCase]:
-    cases = [case.require() for case in find_cases(phantoms).values()][:3]
-    folder = tmp_path_factory.mktemp("cached")
-    return cache_cases(cases, folder, spacing_mm=(4.0, 4.0, 4.0), convention=CONVENTIONS["brats2023"])
+def cached(tmp_path_factory: pytest.TempPathFactory) -> list[CachedCase]:
+    """Three prepared cases: a ball of noise with a smaller ball of each tissue inside."""
+    cases = []
+    for number in range(3):
+        folder = tmp_path_factory.mktemp(f"case{number}")
+        random = np.random.default_rng(number)
+        x, y, z = np.ogrid[-1:1:26j, -1:1:24j, -1:1:22j]
+        distance = x**2 + y**2 + z**2
+        codes = np.select([distance < 0.05, distance < 0.15, distance < 0.3], [1, 3, 2], 0).astype(np.uint8)
+        image = (random.standard_normal((4, *codes.shape)) * (distance < 0.9)).astype(np.float16)
+        for name, array in zip(ARRAYS, (image, codes, _centres(codes)), strict=True):
+            np.save(folder / name, array)
+        cases.append(CachedCase(id=f"case{number}", folder=folder, shape=codes.shape))
+    return cases
 
 
 def source_of(cases: list[CachedCase], patch: tuple[int, int, int] = (16, 24, 20), **more: Any) -> PatchSource:
