@@ -128,7 +128,7 @@ class GradientHandle:
 
     def _skip_on_gpu_unless(self, finite: Tensor) -> None:
         """Let the optimiser's kernel skip the step, so that the host need not wait for the answer."""
-        found = torch.where(finite, 0.0, 1.0)
+        found = (~finite).float()
         given = getattr(self._optimizer, "found_inf", None)
         if given is not None and given is not self._found_inf:  # from a GradScaler
             found = torch.maximum(found, given.to(found))

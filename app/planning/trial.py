@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
@@ -150,7 +150,9 @@ def _measure(request: TrialRequest, runtime: Runtime, prepared: list[CachedCase]
     before = memory_of()
     gpu_free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else None
     _save(state, config, folder)
-    loader = Loader(source, config, runtime)
+    # The cases take whatever GPU memory training leaves free, which would hide how much that is.
+    without_cases = replace(config, runtime=replace(config.runtime, gpu_cases_gb=0.0))
+    loader = Loader(source, without_cases, runtime)
     seconds = _steps(config, runtime, state, loader)
     _save(state, config, folder)
     window_seconds = None if request.validation is None else _window(config, runtime, state, prepared[-1])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -195,7 +196,11 @@ def _set_tf32(*, on: bool) -> None:
     """
     import torch
 
-    torch.backends.cudnn.conv.fp32_precision = "tf32" if on else "ieee"
+    # torch refuses to read this flag once its successor (conv.fp32_precision) was set, and torch itself reads it.
+    if torch.backends.cudnn.allow_tf32 != on:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32 = on
 
 
 def _tf32_in_words(*, on: bool) -> str:

@@ -53,9 +53,9 @@ def require_deterministic(config: RunConfig, runtime: Runtime) -> None:
     """
     if config.runtime.deterministic and runtime.device.type == "cuda" and config.network.architecture == "segresnet":
         raise ConfigError(
-            "runtime.deterministic: true does not work with network.architecture: segresnet on a GPU, because torch has "
-            "no deterministic gradient of trilinear upsampling. Set runtime.deterministic to false, choose unet, resunet "
-            "or resenc, or train on a CPU (runtime.device=cpu)."
+            "runtime.deterministic: true does not work with network.architecture: segresnet on a GPU, because torch "
+            "has no deterministic gradient of trilinear upsampling. Set runtime.deterministic to false, choose unet, "
+            "resunet or resenc, or train on a CPU (runtime.device=cpu)."
         )
 
 

@@ -180,8 +180,6 @@ class Trainer:
         training, self.validating = prepared[: len(self.split.train)], prepared[len(self.split.train) :]
         self.source = PatchSource(training, **patch_settings(self.config))
         self.transform = gradient.attach_transform(self.config.gradient, state.optimizer, state.network)
-        LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
-        LOG.debug("%s", self.transform.report)  # one line per tensor
         telemetry_steps = settings.telemetry_steps if world.is_first else 0
         self.telemetry = Telemetry(telemetry_steps, state.network, state.optimizer)
         with stop_on_signals(patient=world.size > 1) as self.stop, closing(self._open_log()) as self.log:
@@ -229,6 +227,8 @@ class Trainer:
         return self.figures.losses
 
     def _stepper(self) -> Stepper:
+        LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
+        LOG.debug("%s", self.transform.report)  # one line per tensor
         world, network = self.session.world, self.state.network
         loss = loss_for(self.config, world)
         computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)

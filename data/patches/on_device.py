@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -58,6 +58,8 @@ class DevicePatches:
         self._device = device
         self._staying: frozenset[int] = frozenset()
         self._held: dict[int, tuple[Tensor, Tensor]] = {}
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        """Stream on which a GPU makes the batches; None on a CPU."""
 
     def keep(self, budget_bytes: int) -> tuple[int, int]:
         """Let the first cases that fit into a number of bytes stay on the device, from their next use on.
@@ -173,7 +175,6 @@ def device_batches(
         every: step between the numbers of batches.
         on_batch: called with how many batches were yielded before, each time one is requested.
     """
-    stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     pool = ThreadPoolExecutor(threads, thread_name_prefix="patches")
     drafting: deque[list[Future[Draft]]] = deque()
     made: deque[tuple[Batch, Any]] = deque()
@@ -186,9 +187,9 @@ def device_batches(
             drafting.append([pool.submit(patches.draft, one) for one in numbers])
             number += every
         drafts = [future.result() for future in drafting.popleft()]
-        with _on(stream):
+        with nullcontext() if patches.stream is None else torch.cuda.stream(patches.stream):
             batch = patches.batch(drafts)
-            made.append((batch, None if stream is None else stream.record_event()))
+        made.append((batch, None if patches.stream is None else patches.stream.record_event()))
 
     try:
         make()
@@ -205,10 +206,6 @@ def device_batches(
             yield batch
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[Any]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
 
 
 def _cut(array: Tensor, centre: tuple[int, ...], patch: tuple[int, int, int]) -> Tensor:

@@ -2,12 +2,12 @@
 
 FakeTensorMode gives each operation the shape, dtype, device and strides that CUDA would give it, without numbers. So it
 finds tensors on different devices, dtypes that do not fit together, every place where the host waits for the GPU, and
-every byte that is copied to it. It finds nothing that happens inside a kernel: no speed, no memory, no streams, no NCCL,
-no non-deterministic algorithm.
+every byte that is copied to it. It finds nothing that happens inside a kernel: no speed, no memory, no streams, no
+NCCL, no non-deterministic algorithm.
 
-A CPU build of torch refuses autograd on CUDA tensors in two places, which :func:`allow_autograd` changes in the memory of
-this process: there is no device guard for CUDA, and the engine asks an accelerator that does not exist for its streams.
-Therefore use this module only in scripts that tests start as processes of their own.
+A CPU build of torch refuses autograd on CUDA tensors in two places, which :func:`allow_autograd` changes in the memory
+of this process: there is no device guard for CUDA, and the engine asks an accelerator that does not exist for its
+streams. Therefore use this module only in scripts that tests start as separate processes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Final
 from unittest import mock
@@ -214,15 +214,15 @@ def fake_cuda(watch: Watch) -> Iterator[None]:
     with ExitStack() as stack:
         enter: Callable[[Any], Any] = stack.enter_context
         enter(warnings.catch_warnings())
-        enter(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False))
-        enter(mock.patch("torch.cuda.is_bf16_supported", lambda *_, **__: True))
+        enter(mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False))
+        enter(mock.patch("torch.cuda.is_bf16_supported", return_value=True))
         enter(mock.patch("torch.cuda.Stream", _FakeStream))
         enter(mock.patch("torch.cuda.Event", _FakeEvent))
-        enter(mock.patch("torch.cuda.stream", lambda _: ExitStack()))
+        enter(mock.patch("torch.cuda.stream", nullcontext))
         enter(mock.patch("torch.cuda.current_stream", _FakeStream))
         enter(mock.patch("torch.Generator", _generator))
         enter(mock.patch.object(nn.Module, "_apply", _apply))
-        enter(mock.patch.object(Tensor, "record_stream", lambda *_: None))
+        enter(mock.patch.object(Tensor, "record_stream"))
         enter(mock.patch.object(Tensor, "is_pinned", lambda tensor, *_: any(tensor is one for one in watch.pinned)))
         enter(mock.patch.object(Tensor, "pin_memory", lambda tensor, *_: _pinned(tensor, watch)))
         enter(mock.patch.object(Tensor, "numpy", _numpy_of(Tensor.numpy)))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).with_name("fake_cuda_inference.py")
 FAST = (
@@ -37,6 +38,11 @@ SLOW = (
 )
 #: Bytes of everything but the volume and its mask or label map: the weights of windows along their sides.
 LITTLE = 10_000
+
+pytestmark = [
+    pytest.mark.skipif(torch.version.cuda is not None, reason="this torch has CUDA"),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="changes torch's library in memory"),
+]
 
 
 def run(names: tuple[str, ...]) -> dict[str, dict[str, Any]]:

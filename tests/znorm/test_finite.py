@@ -16,7 +16,7 @@ from znorm import ZNormConfig, attach, attach_baseline, finite, transforms, zsco
 def unread(monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers about gradients stay tensors, as on a GPU."""
     for module in (finite, transforms, zscore):
-        monkeypatch.setattr(module, "stays_on_gpu", lambda gradients: bool(gradients))
+        monkeypatch.setattr(module, "stays_on_gpu", bool)
 
 
 def fused(model: nn.Module, kind: str) -> torch.optim.Optimizer:
