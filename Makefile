@@ -62,6 +62,12 @@ test: $(DEV) lint imports types ## every check except the slow tests; fails belo
 test-slow: $(DEV) ## only the slow tests
 	$(BIN)/python -m pytest -m slow
 
+# bench/gpu.py says what it measures. `make bench-gpu OUT=FOLDER`
+OUT ?= build/bench-gpu
+.PHONY: bench-gpu
+bench-gpu: $(DEV) ## measure everything that needs a GPU, in under 8 minutes; OUT=FOLDER
+	$(BIN)/python bench/gpu.py "$(OUT)"
+
 lint: $(DEV) ## ruff
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

@@ -66,7 +66,9 @@ _CODES: Final[tuple[tuple[tuple[type[BaseException], ...], int], ...]] = (
     ((KeyboardInterrupt, InterruptedRunError), EXIT_INTERRUPTED),
 )
 
-#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system.
+#: Substrings of the out-of-memory messages of torch, OpenVINO and the operating system, in lower case. cuBLAS and cuDNN
+#: allocate workspaces without torch and report a status. cuDNN may report only that no engine is left, since each one
+#: needs a workspace that does not fit (pytorch/pytorch#108645).
 _OUT_OF_MEMORY_TEXTS: Final = (
     "out of memory",
     "not enough memory",
@@ -75,6 +77,10 @@ _OUT_OF_MEMORY_TEXTS: Final = (
     "cannot allocate memory",
     "failed to allocate",
     "memory allocation",
+    "cudnn_status_alloc_failed",
+    "cublas_status_alloc_failed",
+    "unable to find an engine",
+    "no valid execution plans",
 )
 
 

@@ -1,6 +1,6 @@
 #!/bin/sh
 # Runs a program in a root folder like `docker run --read-only --network none --cap-drop ALL
-# --security-opt no-new-privileges --tmpfs /tmp --shm-size 64m --user U:G -v DATA:/data`, for machines without a
+# --security-opt no-new-privileges --tmpfs /tmp:exec --shm-size 64m --user U:G -v DATA:/data`, for machines without a
 # container runtime. test.sh calls it. Needs root.
 #   emulate.sh ROOT DATA UID:GID WORKDIR ENVIRONMENT_FILE TMP PROGRAM ARGUMENTS...
 # TMP is tmpfs or as-is. The script re-executes itself inside new namespaces; all mounts are made there and disappear
@@ -26,7 +26,7 @@ done
 ln -s /proc/self/fd "$root/dev/fd"
 mkdir "$root/dev/shm"
 mount -t tmpfs -o mode=1777,size=64m,nosuid,nodev,noexec tmpfs "$root/dev/shm"
-[ "$tmp" = as-is ] || mount -t tmpfs -o mode=1777,nosuid,nodev,noexec tmpfs "$root/tmp"
+[ "$tmp" = as-is ] || mount -t tmpfs -o mode=1777,nosuid,nodev tmpfs "$root/tmp"
 mount -o remount,bind,ro "$root/dev"
 mount -o remount,bind,ro "$root"
 

@@ -83,7 +83,7 @@ in_image() {
         "$here/emulate.sh" "$rootfs" "$work/data" "$as" "$(config WorkingDir)" "$work/env" "$tmp" "$program" "$@"
         return
     fi
-    tmpfs='--tmpfs /tmp'
+    tmpfs='--tmpfs /tmp:exec'
     [ "$tmp" = tmpfs ] || tmpfs=
     # shellcheck disable=SC2086 # each may be several words or none
     "$RUNNER" $runner_flags run --rm $run_flags --network none --read-only $tmpfs --shm-size 64m \
@@ -264,11 +264,20 @@ print(torch.version.cuda or "", *[d.metadata["Name"] for d in m.distributions() 
     [ -z "$found" ] || broken "a CPU image with CUDA: $found"
     ok "torch without CUDA, no CUDA libraries"
 else
-    # shellcheck disable=SC2016 # expanded by the inner shell
-    tool sh -c 'printf "#include <Python.h>\nint main(void) { return 0; }\n" >/tmp/probe.c &&
-        gcc $(python3 -c "import sysconfig; print(\"-I\" + sysconfig.get_path(\"include\"))") -o /tmp/probe /tmp/probe.c' ||
-        broken "gcc cannot compile against Python.h, which Triton needs"
-    ok "gcc compiles against Python.h, as Triton does"
+    # A launcher of Triton: a shared library that is compiled into its cache, then loaded from there.
+    tool python -c '
+import importlib.machinery, importlib.util, os, pathlib, subprocess, sysconfig
+folder = pathlib.Path(os.environ["TRITON_CACHE_DIR"]); folder.mkdir(parents=True)
+source, library = folder / "probe.c", folder / "probe.so"
+source.write_text("""#include <Python.h>
+static struct PyModuleDef probe = {PyModuleDef_HEAD_INIT, "probe"};
+PyMODINIT_FUNC PyInit_probe(void) { return PyModule_Create(&probe); }
+""")
+subprocess.run(["gcc", source, "-shared", "-fPIC", "-I" + sysconfig.get_path("include"), "-o", library], check=True)
+loader = importlib.machinery.ExtensionFileLoader("probe", str(library))
+importlib.util.module_from_spec(importlib.util.spec_from_loader("probe", loader))
+' || broken "what gcc compiles into Triton's cache cannot be loaded from there"
+    ok "gcc compiles against Python.h into Triton's cache, and Python loads the result from there"
 fi
 
 # ---- the container ----------------------------------------------------------------------------------------------

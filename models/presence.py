@@ -23,8 +23,12 @@ def with_presence(image: Tensor, present: Tensor) -> Tensor:
     Returns:
         shape (N, 2 * contrasts, X, Y, Z), device and dtype of ``image``: the contrasts, then their presence.
     """
-    brain = (image != 0).any(dim=1, keepdim=True).to(image)
-    return torch.cat([image, brain * present.to(image)[:, :, None, None, None]], dim=1)
+    return torch.cat([image, _brain_of(image) * present.to(image)[:, :, None, None, None]], dim=1)
+
+
+def _brain_of(image: Tensor) -> Tensor:
+    """Return 1 where any contrast is not 0, else 0, shape (N, 1, X, Y, Z)."""
+    return (image != 0).any(dim=1, keepdim=True).to(image)
 
 
 class GivenPresence(nn.Module):
@@ -38,6 +42,9 @@ class GivenPresence(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Compute the logits of an image of shape (N, contrasts, X, Y, Z)."""
-        present = torch.tensor([self.present], device=image.device)
-        logits: Tensor = self.network(with_presence(image, present))
+        brain = _brain_of(image)
+        nowhere = torch.zeros_like(brain)
+        # Unlike a tensor of the truth values, these channels need no upload to a GPU.
+        presence = [brain if given else nowhere for given in self.present]
+        logits: Tensor = self.network(torch.cat([image, *presence], dim=1))
         return logits

@@ -14,12 +14,13 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from znorm.finite import Finite, are_finite, both
 from znorm.select import AUTO, NONE, Selection, select
-from znorm.transforms import BASELINES, Gradients, GradientTransform, all_finite, rescale_to_clipped_norm_
-from znorm.zscore import EPS, Mode, Scope, zscore_
+from znorm.transforms import BASELINES, Gradients, GradientTransform, rescale_to_clipped_norm_
+from znorm.zscore import EPS, Mode, Scope, zscore_unread_
 
 _attached: WeakSet[Optimizer] = WeakSet()
 
@@ -55,8 +56,8 @@ class GradientHandle:
 
     def __init__(self, optimizer: Optimizer, model: nn.Module, rule: GradientTransform, selection: Selection) -> None:
         self.selection = selection
-        self.skipped_steps = 0
-        """Number of steps skipped because a gradient was not finite."""
+        self._skipped = 0
+        self._skipped_on_gpu: Tensor | None = None
         choices = {choice.name: choice for choice in selection.choices}
         names = {id(parameter): name for name, parameter in model.named_parameters()}
         parameters = _parameters(optimizer)
@@ -69,14 +70,30 @@ class GradientHandle:
         }
         self._rule = rule
         self._optimizer = optimizer
-        self._hook: RemovableHandle | None = optimizer.register_step_pre_hook(self._before_step)
+        self._found_inf: Tensor | None = None
+        self._hooks: list[RemovableHandle] = [
+            optimizer.register_step_pre_hook(self._before_step),
+            optimizer.register_step_post_hook(self._after_step),
+        ]
         _attached.add(optimizer)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps skipped because a gradient was not finite; the host waits if a GPU counts them."""
+        return int(self.skipped)
+
+    @property
+    def skipped(self) -> int | Tensor:
+        """Like :attr:`skipped_steps`, but unread: an integer tensor of shape () if a GPU counts them."""
+        return self._skipped if self._skipped_on_gpu is None else self._skipped + self._skipped_on_gpu
 
     def remove(self) -> None:
         """Detach the rule from the optimiser; a second call does nothing."""
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        if self._hooks:
+            for hook in self._hooks:
+                hook.remove()
+            self._hooks.clear()
+            self._after_step(self._optimizer)
             _attached.discard(self._optimizer)
 
     def _before_step(self, optimizer: Optimizer, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -99,10 +116,34 @@ class GradientHandle:
             channel_dims=[dim for _, _, dim in chosen],
             others=others,
         )
-        if not all_finite(others) or not self._rule(work):
+        finite = are_finite(others)
+        if finite is not False:
+            finite = both(finite, self._rule(work))
+        if isinstance(finite, Tensor) and _takes_found_inf(optimizer):
+            self._skip_on_gpu_unless(finite)
+        elif not bool(finite):
             # Without gradients the step changes nothing: no weight decay, no momentum, no step count.
             optimizer.zero_grad(set_to_none=True)
-            self.skipped_steps += 1
+            self._skipped += 1
+
+    def _skip_on_gpu_unless(self, finite: Tensor) -> None:
+        """Let the optimiser's kernel skip the step, so that the host need not wait for the answer."""
+        found = (~finite).float()
+        given = getattr(self._optimizer, "found_inf", None)
+        if given is not None and given is not self._found_inf:  # from a GradScaler
+            found = torch.maximum(found, given.to(found))
+        if self._skipped_on_gpu is None:
+            self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=found.device)
+        self._skipped_on_gpu += found.to(torch.int64)
+        self._found_inf = found
+        self._optimizer.found_inf = found  # type: ignore[attr-defined]  # of fused optimisers only
+
+    def _after_step(self, optimizer: Optimizer, *_: object) -> None:
+        """Take back what the optimiser was given, unless a GradScaler removes it."""
+        given = getattr(optimizer, "found_inf", None)
+        if given is not None and given is self._found_inf and not hasattr(optimizer, "grad_scale"):
+            del optimizer.found_inf
+        self._found_inf = None
 
     def _channel_dim(self, parameter: Tensor) -> int | None:
         try:
@@ -144,9 +185,9 @@ def attach(optimizer: Optimizer, model: nn.Module, config: ZNormConfig | None = 
     """
     config = config if config is not None else ZNormConfig()
 
-    def rule(work: Gradients) -> bool:
-        def normalise() -> bool:
-            return zscore_(
+    def rule(work: Gradients) -> Finite:
+        def normalise() -> Finite:
+            return zscore_unread_(
                 work.gradients, config.eps, scope=config.scope, mode=config.mode, channel_dims=work.channel_dims
             )
 
@@ -205,6 +246,24 @@ def _attach(optimizer: Optimizer, model: nn.Module, rule: GradientTransform, sel
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _takes_found_inf(optimizer: Optimizer) -> bool:
+    """Whether the optimiser's kernel skips a step by itself if its attribute ``found_inf`` says so.
+
+    In torch, fused optimisers do, for the sake of GradScaler. A first step that is skipped leaves the momentum of SGD
+    uninitialised, so it starts from 0 here, which makes the first step no different: 0 * momentum + gradient.
+    """
+    if not getattr(optimizer, "_step_supports_amp_scaling", False):
+        return False
+    if isinstance(optimizer, SGD):
+        for group in optimizer.param_groups:
+            for parameter in group["params"] if group["momentum"] else ():
+                if parameter.grad is not None and optimizer.state[parameter].get("momentum_buffer") is None:
+                    if group["dampening"]:
+                        return False
+                    optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return True
 
 
 def _refuse_closure(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:

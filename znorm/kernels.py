@@ -28,8 +28,6 @@ _CHUNK = 8192
 #: Chunks merged in parallel.
 _LANES = 256
 _WARPS: Final = 8
-#: Addresses must be multiples of this many bytes for the widest loads.
-_ALIGNMENT: Final = 16
 
 #: Whether the kernels passed their self-check, for each device and dtype used so far.
 _passed: dict[tuple[torch.device, torch.dtype], bool] = {}
@@ -55,8 +53,8 @@ def zscore_kernels_(tensors: Sequence[Tensor], eps: float, mode: _Mode, *, toget
     Returns:
         one bool on the device (shape [1]): whether every element was finite; if not, nothing is changed. None, with
         nothing changed, if the kernels cannot be used: without Triton or a GPU, in float64, for tensors with gaps in
-        their memory or with shared memory, and if the kernels cannot be built or fail their self-check. A
-        RuntimeWarning reports the last two once.
+        their memory or with shared memory, while memory is short, and if the kernels cannot be built or fail their
+        self-check. A RuntimeWarning reports the last two once.
     """
     tensors = [tensor for tensor in tensors if tensor.numel() > 0]
     if not tensors or not _fit(tensors):
@@ -66,6 +64,8 @@ def zscore_kernels_(tensors: Sequence[Tensor], eps: float, mode: _Mode, *, toget
         return None
     try:
         return _run(tensors, eps, mode, together=together)
+    except torch.OutOfMemoryError:  # other memory may be free at the next step
+        return None
     except Exception as error:  # nothing has changed: only the last launch writes to gradients
         _give_up(device, dtype, _named(error))
         return None
@@ -102,7 +102,10 @@ def _usable(device: torch.device, dtype: torch.dtype) -> bool:
         interpreter = os.environ.get("TRITON_INTERPRET") == "1"
         if device.type != ("cpu" if interpreter else "cuda") or find_spec("triton") is None:
             return False
-        reason = _self_check(device, dtype)
+        try:
+            reason = _self_check(device, dtype)
+        except torch.OutOfMemoryError:
+            return False  # for now; the next step tries again
         _passed[device, dtype] = reason is None
         if reason is not None:
             _give_up(device, dtype, reason)
@@ -184,7 +187,6 @@ def _run(tensors: list[Tensor], eps: float, mode: _Mode, *, together: bool) -> T
         kind = {
             "block": _CHUNK,
             "dtype": getattr(kernels.tl, str(tensors[0].dtype).removeprefix("torch.")),
-            "aligned": all(address % _ALIGNMENT == 0 for address in addresses),
         }
         # Capped to the range of float32, the widest the kernels take; with a larger eps, results are 0 anyway.
         settings = (min(float(eps), 1e38), _MODES.index(mode), len(tensors) if together else 1, chunks)
@@ -197,7 +199,11 @@ def _run(tensors: list[Tensor], eps: float, mode: _Mode, *, together: bool) -> T
 
 
 def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare the kernels with the float64 reference on this device; return what is wrong, None if they agree."""
+    """Compare the kernels with the float64 reference on this device; return what is wrong, None if they agree.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory left for the samples, which says nothing about the kernels.
+    """
     samples = _samples(dtype)
     try:
         for mode, together in itertools.product(_MODES, (False, True)):
@@ -216,6 +222,8 @@ def _self_check(device: torch.device, dtype: torch.dtype) -> str | None:
             same = (torch.equal(f.cpu().nan_to_num(7.0), s.nan_to_num(7.0)) for f, s in zip(found, sick, strict=True))
             if bool(finite) or not all(same):
                 return f"a gradient containing {value} was changed"
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         return _named(error)
     return None

@@ -12,7 +12,7 @@ binds its own to the interpreter or the compiler when Triton is imported, but ou
 import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 
-# Kernels are not specialised on numbers: there is one build per dtype and alignment, and the self-check runs each.
+# Kernels are not specialised on numbers: there is one build per dtype, and the self-check runs both kinds of address.
 
 
 @triton.jit
@@ -47,20 +47,26 @@ def _exponent(bits):
 
 
 @triton.jit
-def _places(pointers, owner, start, dtype: tl.constexpr, block: tl.constexpr, aligned: tl.constexpr):
+def _places(pointers, owner, start, dtype: tl.constexpr, block: tl.constexpr):
     """Addresses of a chunk's elements."""
-    places = tl.load(pointers + owner).to(tl.pointer_type(dtype)) + start + tl.arange(0, block)
-    if aligned:
-        # The compiler cannot infer this for an address from a table; without it, every element is loaded separately.
-        places = tl.multiple_of(places, 16)
-    return places
+    return tl.load(pointers + owner).to(tl.pointer_type(dtype)) + start + tl.arange(0, block)
 
 
 @triton.jit
-def _values(places, count, block: tl.constexpr):
+def _is_aligned(pointers, owner):
+    """Whether a tensor's address allows the widest loads; that of a view, as DDP makes them, often does not."""
+    return tl.load(pointers + owner) % 16 == 0
+
+
+@triton.jit
+def _values(places, count, aligned, block: tl.constexpr):
     """Load a chunk as float32, padded with zeros."""
-    if count == block:
-        values = tl.load(places).to(tl.float32)  # without a mask, which would forbid wide loads
+    if count == block:  # without a mask, which would forbid wide loads
+        if aligned:  # noqa: SIM108 - Triton has no conditional expression for tensors
+            # The compiler cannot infer this for an address from a table; without it, every element is loaded by itself.
+            values = tl.load(tl.multiple_of(places, 16)).to(tl.float32)
+        else:
+            values = tl.load(places).to(tl.float32)
     else:
         values = tl.load(places, mask=tl.arange(0, block) < count, other=0).to(tl.float32)
     return values
@@ -78,7 +84,6 @@ def measure(
     chunks,
     dtype: tl.constexpr,
     block: tl.constexpr,
-    aligned: tl.constexpr,
 ):
     """Measure one chunk: bits of the largest magnitude; at unit scale a mean and sums of (x - mean) and (x - mean)^2.
 
@@ -88,7 +93,8 @@ def measure(
     owner = tl.load(owners + chunk)
     start = (chunk - tl.load(first + owner)) * block
     count = tl.minimum(tl.load(counts + owner) - start, block).to(tl.int32)
-    values = _values(_places(pointers, owner, start, dtype, block, aligned), count, block)
+    places = _places(pointers, owner, start, dtype, block)
+    values = _values(places, count, _is_aligned(pointers, owner), block)
     # Integers, as a maximum of floats may lose a NaN.
     bits = tl.reduce(values.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 0, _larger)
     if bits >= 0x7F800000:
@@ -195,7 +201,6 @@ def apply(
     stride,
     dtype: tl.constexpr,
     block: tl.constexpr,
-    aligned: tl.constexpr,
 ):
     """Apply to one chunk: x becomes (x * s1 * s2 - high - low) * f1 * f2, if all elements of all tensors are finite."""
     chunk = tl.num_programs(0) - 1 - tl.program_id(0)  # last chunk first: its elements may still be in the cache
@@ -203,14 +208,18 @@ def apply(
         owner = tl.load(owners + chunk)
         start = (chunk - tl.load(first + owner)) * block
         count = tl.minimum(tl.load(counts + owner) - start, block).to(tl.int32)
-        places = _places(pointers, owner, start, dtype, block, aligned)
-        values = _values(places, count, block)
+        places = _places(pointers, owner, start, dtype, block)
+        aligned = _is_aligned(pointers, owner)
+        values = _values(places, count, aligned, block)
         score = scores + owner * stride
         values = values * tl.load(score) * tl.load(score + 1)
         values = values - tl.load(score + 2) - tl.load(score + 3)
         values = values * tl.load(score + 4) * tl.load(score + 5)
         if count == block:
-            tl.store(places, values.to(dtype))
+            if aligned:
+                tl.store(tl.multiple_of(places, 16), values.to(dtype))
+            else:
+                tl.store(places, values.to(dtype))
         else:
             inside = tl.arange(0, block) < count
             # The padding may be outside the dtype's range.

@@ -5,6 +5,7 @@ Nothing here changes a gradient, and no hook stays installed outside :func:`obse
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ class StepObservation:
         rows = _read([*self._before.values(), *self._after.values()])
         before = dict(zip(self._before, rows, strict=False))
         after = dict(zip(self._after, rows[len(before) :], strict=True))
+        if not all(math.isfinite(stats.mean) for stats in before.values()):
+            after = {}  # a GPU skips the step without removing the gradients
         return {name: LayerGradient(before=stats, after=after.get(name)) for name, stats in before.items()}
 
 

@@ -1,6 +1,7 @@
 """Baselines to compare ZNorm with: named rules that change gradients in place before a step.
 
-A rule returns whether every gradient was finite; if not, the step must be skipped.
+A rule returns whether every gradient was finite; if not, the step must be skipped. On a GPU the answer is a tensor that
+nobody has read, and if it is false, the gradients may have changed.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from znorm.zscore import zscore_
+from znorm.finite import Finite, all_finite, are_finite, stays_on_gpu
+from znorm.zscore import zscore_unread_
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,32 +30,17 @@ class Gradients:
     """Gradients of the parameters that were not chosen; all finite."""
 
 
-#: Changes gradients in place; returns False if one was not finite.
-GradientTransform = Callable[[Gradients], bool]
+#: Changes gradients in place; returns whether all were finite.
+GradientTransform = Callable[[Gradients], Finite]
 
 
-@torch.no_grad()
-def all_finite(gradients: Sequence[Tensor]) -> bool:
-    """Whether no element is infinite or NaN; synchronises once for all tensors that are not on a CPU."""
-    elsewhere: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for gradient in gradients:
-        if gradient.device.type == "cpu":
-            # A sum is faster than a test of each element, but it may overflow: only then are the elements tested.
-            if not math.isfinite(float(gradient.sum())) and not bool(torch.isfinite(gradient).all()):
-                return False
-        elif gradient.numel() > 0:
-            elsewhere.setdefault((gradient.device, gradient.dtype), []).append(gradient)
-    found = [torch.isfinite(torch.stack(torch._foreach_norm(group, math.inf))).all() for group in elsewhere.values()]
-    return not found or bool(torch.stack([flag.to(found[0].device) for flag in found]).all())
-
-
-def none_(work: Gradients) -> bool:
+def none_(work: Gradients) -> Finite:
     """Leave the gradients as they are."""
-    return all_finite(work.gradients)
+    return are_finite(work.gradients)
 
 
 @torch.no_grad()
-def clip_by_norm_(work: Gradients, *, limit: float) -> bool:
+def clip_by_norm_(work: Gradients, *, limit: float) -> Finite:
     """Scale all gradients down together if their total norm exceeds a limit.
 
     Example:
@@ -67,6 +54,8 @@ def clip_by_norm_(work: Gradients, *, limit: float) -> bool:
     """
     if not work.gradients:
         return True
+    if stays_on_gpu(work.gradients) and all(gradient.dtype != torch.float64 for gradient in work.gradients):
+        return _clip_unread(work, limit)
     norm = torch.nn.utils.get_total_norm(work.gradients)
     if not bool(torch.isfinite(norm)):
         return all_finite(work.gradients) and _clip_large(work, limit)
@@ -74,6 +63,13 @@ def clip_by_norm_(work: Gradients, *, limit: float) -> bool:
     if factor < 1:
         torch._foreach_mul_(list(work.gradients), factor)
     return True
+
+
+def _clip_unread(work: Gradients, limit: float) -> Tensor:
+    """Clip without reading the norm; in float64 it overflows only if an element is not finite."""
+    norm = _norm(work.gradients)
+    _times_(work.gradients, (limit / (norm + 1e-6)).clamp_max(1))
+    return torch.isfinite(norm)
 
 
 def _clip_large(work: Gradients, limit: float) -> bool:
@@ -86,7 +82,7 @@ def _clip_large(work: Gradients, limit: float) -> bool:
 
 
 @torch.no_grad()
-def clip_by_value_(work: Gradients, *, limit: float) -> bool:
+def clip_by_value_(work: Gradients, *, limit: float) -> Finite:
     """Clamp every element to -limit .. limit.
 
     Example:
@@ -98,16 +94,15 @@ def clip_by_value_(work: Gradients, *, limit: float) -> bool:
 
     Source: torch.nn.utils.clip_grad_value_.
     """
-    if not all_finite(work.gradients):
-        return False
-    if work.gradients:
+    finite = are_finite(work.gradients)
+    if finite is not False and work.gradients:
         torch._foreach_clamp_min_(list(work.gradients), -limit)
         torch._foreach_clamp_max_(list(work.gradients), limit)
-    return True
+    return finite
 
 
 @torch.no_grad()
-def centralize_(work: Gradients) -> bool:
+def centralize_(work: Gradients) -> Finite:
     """Subtract the mean of each output channel, in tensors with two or more dimensions.
 
     Example:
@@ -119,16 +114,17 @@ def centralize_(work: Gradients) -> bool:
 
     Source: Yong, Huang, Hua and Zhang, arXiv 2004.01461, equation 1.
     """
-    if not all_finite(work.gradients):
+    finite = are_finite(work.gradients)
+    if finite is False:
         return False
     for gradient, dim in zip(work.gradients, work.channel_dims, strict=True):
         if gradient.dim() > 1:
             gradient.sub_(gradient.mean(_all_but(gradient, dim), keepdim=True))
-    return True
+    return finite
 
 
 @torch.no_grad()
-def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> bool:
+def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> Finite:
     """Scale down the gradient of each output channel whose norm exceeds a share of its weights' norm.
 
     Args:
@@ -145,7 +141,8 @@ def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> boo
 
     Source: Brock, De, Smith and Simonyan, arXiv 2102.06171, equation 3.
     """
-    if not all_finite(work.gradients):
+    finite = are_finite(work.gradients)
+    if finite is False:
         return False
     for gradient, parameter, dim in zip(work.gradients, work.parameters, work.channel_dims, strict=True):
         others = _all_but(gradient, dim)
@@ -155,16 +152,16 @@ def adaptive_clip_(work: Gradients, *, ratio: float, floor: float = 1e-3) -> boo
         )
         allowed = ratio * weight.clamp_min(floor)
         gradient.mul_(torch.where(size > allowed, allowed / size.clamp_min(1e-30), 1.0))
-    return True
+    return finite
 
 
-def scale_(work: Gradients, *, eps: float) -> bool:
+def scale_(work: Gradients, *, eps: float) -> Finite:
     """Apply ZNorm without subtracting the mean: divide each tensor by its standard deviation."""
-    return zscore_(work.gradients, eps, mode="scale")
+    return zscore_unread_(work.gradients, eps, mode="scale")
 
 
 @torch.no_grad()
-def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, limit: float) -> bool:
+def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], Finite], *, limit: float) -> Finite:
     """Normalise the chosen gradients, then rescale all gradients to the norm that clipping would leave.
 
     Let ||all|| and ||chosen|| be the initial norms of all and of the chosen gradients, and s = min(1, limit / ||all||).
@@ -174,13 +171,14 @@ def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, 
 
     Args:
         work: gradients, changed in place.
-        normalise: changes the chosen gradients in place; if one is not finite, changes nothing and returns False.
+        normalise: changes the chosen gradients in place; if one is not finite, it returns False and changes nothing, or
+            returns an unread tensor.
         limit: maximum norm of all gradients together, above 0.
 
     Example:
         >>> g, other = torch.tensor([3.0, 5.0]), torch.tensor([1.0])
         >>> work = Gradients(gradients=[g], parameters=[g], channel_dims=[0], others=[other])
-        >>> rescale_to_clipped_norm_(work, lambda: zscore_([g]), limit=1000.0)
+        >>> rescale_to_clipped_norm_(work, lambda: zscore_unread_([g]), limit=1000.0)
         True
         >>> [round(v, 4) for v in g.tolist()], other.tolist()
         ([-4.1231, 4.1231], [1.0])
@@ -188,14 +186,15 @@ def rescale_to_clipped_norm_(work: Gradients, normalise: Callable[[], bool], *, 
     Source: ours.
     """
     chosen, others = _norm(work.gradients), _norm(work.others)
-    if not normalise():
+    finite = normalise()
+    if isinstance(finite, bool) and not finite:
         return False
     total = torch.hypot(chosen, others)
     shrink = torch.where(total > limit, limit / total, 1.0)
     now = _norm(work.gradients)
     _times_(work.gradients, torch.where(now > 0, shrink * chosen / now, 0.0))
     _times_(work.others, shrink)
-    return True
+    return finite
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -208,8 +207,12 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _times_(tensors: Sequence[Tensor], factor: Tensor) -> None:
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        tensor.mul_(factor.to(tensor.device))
+        kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    for (device, dtype), group in kinds.items():
+        # One launch for all float32 tensors; half precision needs the factor in a wider type.
+        torch._foreach_mul_(group, factor.to(device, dtype if dtype.itemsize >= 4 else factor.dtype))
 
 
 def _all_but(tensor: Tensor, dim: int) -> list[int]:
@@ -217,7 +220,7 @@ def _all_but(tensor: Tensor, dim: int) -> list[int]:
 
 
 #: Every rule except ZNorm itself, by name; the numbers of a rule are its keyword arguments.
-BASELINES: Final[Mapping[str, Callable[..., bool]]] = {
+BASELINES: Final[Mapping[str, Callable[..., Finite]]] = {
     "none": none_,
     "clip": clip_by_norm_,
     "clip-value": clip_by_value_,

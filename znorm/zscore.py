@@ -10,6 +10,7 @@ from typing import Final, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from znorm.finite import Finite, are_finite, stays_on_gpu
 from znorm.kernels import zscore_kernels_
 
 Scope = Literal["layer", "channel", "global"]
@@ -67,19 +68,48 @@ def zscore_(
 
     Source: Yun, arXiv 2408.01215; the relative eps is ours.
     """
+    return bool(_zscore(gradients, eps, scope, mode, channel_dims, waits=True))
+
+
+@torch.no_grad()
+def zscore_unread_(
+    gradients: Sequence[Tensor],
+    eps: float = EPS,
+    *,
+    scope: Scope = "layer",
+    mode: Mode = "zscore",
+    channel_dims: Sequence[int] | None = None,
+) -> Finite:
+    """Like :func:`zscore_`, but the host does not wait for gradients on one GPU.
+
+    Returns:
+        as :func:`zscore_`; for gradients on one GPU an unread tensor, and if it is false, they may have changed.
+    """
+    return _zscore(gradients, eps, scope, mode, channel_dims, waits=not stays_on_gpu(gradients))
+
+
+def _zscore(
+    gradients: Sequence[Tensor],
+    eps: float,
+    scope: Scope,
+    mode: Mode,
+    channel_dims: Sequence[int] | None,
+    *,
+    waits: bool,
+) -> Finite:
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be a finite number of at least 0, got {eps}")
     if scope == "channel":
         dims = channel_dims if channel_dims is not None else [0] * len(gradients)
-        chosen = zip(gradients, dims, strict=True)
-        return _by_channel([(gradient, dim) for gradient, dim in chosen if gradient.numel() > 0], eps, mode)
+        chosen = [(one, dim) for one, dim in zip(gradients, dims, strict=True) if one.numel() > 0]
+        return _by_channel(chosen, eps, mode, waits=waits)
     fewest = 1 if scope == "global" else 2
     tensors = [gradient for gradient in gradients if gradient.numel() >= fewest]
     if not tensors:
         return True
     if all(tensor.is_cpu for tensor in tensors):
         return _on_cpu([[tensor] for tensor in tensors] if scope == "layer" else [tensors], eps, mode)
-    return _on_device(tensors, eps, mode, together=scope == "global")
+    return _on_device(tensors, eps, mode, together=scope == "global", waits=waits)
 
 
 @dataclass(slots=True)
@@ -232,8 +262,8 @@ def _dense_view(gradient: Tensor) -> Tensor | None:
     return gradient.as_strided((gradient.numel(),), (1,))
 
 
-def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool) -> bool:
-    """Normalise without reading scalars back, except one: whether every element is finite."""
+def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool, waits: bool = True) -> Finite:
+    """Normalise without reading anything back, except, with ``waits``, whether every element is finite."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
         kinds.setdefault((tensor.device, tensor.dtype), []).append(tensor)
@@ -241,10 +271,12 @@ def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool)
     if len(groups) == 1:  # with several, one might be changed before another is checked
         finite = zscore_kernels_(tensors, eps, mode, together=together)
         if finite is not None:
-            return bool(finite)
+            return bool(finite) if waits else finite.reshape(())
     wide = [[g.float() if g.dtype not in _SAFE else g for g in group] for group in groups]
     largest = [torch.stack(torch._foreach_norm(group, math.inf)) for group in wide]
-    if not bool(torch.stack([torch.isfinite(of_group).all().cpu() for of_group in largest]).all()):
+    flags = [torch.isfinite(of_group).all().to(tensors[0].device) for of_group in largest]
+    every = flags[0] if len(flags) == 1 else torch.stack(flags).all()
+    if waits and not bool(every):
         return False
     if together and len(wide) > 1:
         raise ValueError("scope global needs gradients of one device and dtype")
@@ -253,27 +285,30 @@ def _on_device(tensors: list[Tensor], eps: float, mode: Mode, *, together: bool)
         for result, target in zip(group, targets, strict=True):
             if result is not target:
                 target.copy_(result)
-    return True
+    return True if waits else every
 
 
 def _foreach_zscore_(group: list[Tensor], largest: Tensor, eps: float, mode: Mode, together: bool) -> None:
     """Normalise tensors of one device and dtype; every sum stays on the device."""
-    counts = torch.tensor([g.numel() for g in group], dtype=largest.dtype, device=largest.device)
+    counts = [g.numel() for g in group]
 
-    def mean_of(sums: Tensor) -> Tensor:
-        return (sums.sum() / counts.sum()).expand_as(sums) if together else sums / counts
+    def mean_of(sums: Sequence[Tensor]) -> Tensor:
+        # The counts are arguments of the division: a tensor of them would have to be copied to the device.
+        if together:
+            return (torch.stack(list(sums)).sum() / sum(counts)).expand_as(largest)
+        return torch.stack(torch._foreach_div(list(sums), counts))
 
     # Scaling by a power of two is exact. It takes two steps: the factor itself may not be representable in the dtype.
     exponents = torch.frexp(torch.where(largest > 0, largest, 1))[1]
     for part in (exponents // 2, exponents - exponents // 2):
         torch._foreach_mul_(group, list(torch.ldexp(torch.ones_like(largest), -part).unbind()))
-    mean_square = mean_of(torch.stack(torch._foreach_norm(group, 2)) ** 2)
+    mean_square = mean_of(torch._foreach_pow(torch._foreach_norm(group, 2), 2))
     shift = torch.zeros_like(largest)
     for _ in range(2):
-        mean = mean_of(torch.stack([g.sum() for g in group]))
+        mean = mean_of([g.sum() for g in group])
         torch._foreach_sub_(group, list(mean.unbind()))
         shift = shift + mean
-    spread = mean_of(torch.stack(torch._foreach_norm(group, 2)) ** 2).sqrt()
+    spread = mean_of(torch._foreach_pow(torch._foreach_norm(group, 2), 2)).sqrt()
     if mode == "scale":
         torch._foreach_add_(group, list(shift.unbind()))
     if mode == "centre":
@@ -284,9 +319,10 @@ def _foreach_zscore_(group: list[Tensor], largest: Tensor, eps: float, mode: Mod
     torch._foreach_div_(group, list(torch.where(divisor > 0, divisor, 1).unbind()))
 
 
-def _by_channel(chosen: list[tuple[Tensor, int]], eps: float, mode: Mode) -> bool:
+def _by_channel(chosen: list[tuple[Tensor, int]], eps: float, mode: Mode, *, waits: bool) -> Finite:
     """Normalise each output channel with plain tensor operations; this scope is meant for experiments."""
-    if not all(bool(torch.isfinite(gradient).all()) for gradient, _ in chosen):
+    finite = are_finite([gradient for gradient, _ in chosen])
+    if waits and not bool(finite):
         return False
     for gradient, dim in chosen:
         others = [d for d in range(gradient.dim()) if d != dim % max(1, gradient.dim())]
@@ -299,4 +335,4 @@ def _by_channel(chosen: list[tuple[Tensor, int]], eps: float, mode: Mode) -> boo
         divisor = (centred**2).mean(others, keepdim=True).sqrt() + eps * mean_square.sqrt()
         scaled = (values if mode == "scale" else centred) / torch.where(divisor > 0, divisor, 1)
         gradient.copy_(centred if mode == "centre" else scaled)
-    return True
+    return True if waits else finite

@@ -42,7 +42,8 @@ class TrainingConfig:
     therefore prediction use the average. After step t the decay is capped at (1 + t) / (10 + t), so all values from
     0.99 on are equivalent up to step 890."""
     validations: int = 10
-    """Number of validations, evenly spaced; the last one is at the end of the run."""
+    """Number of validations, evenly spaced; the last one is at the end of the run. Those beyond the tenth, and with a
+    budget in hours all but the last, are made only while validation takes less than a tenth of the run's time."""
     patience: int | None = None
     """Stop early after this many validations without a better mean Dice; null disables early stopping."""
     checkpoint_minutes: float = 10.0

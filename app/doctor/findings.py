@@ -21,7 +21,10 @@ _SOME_DISK: Final = 10_000_000_000
 #: First compute capability with bfloat16.
 _BF16_CAPABILITY: Final = (8, 0)
 _SHM: Final = "/dev/shm"  # noqa: S108 - only its name; nothing is written to it
-#: Commands that install torch with CUDA; since 2.12 its builds are cu126, cu130 and cu132 (pytorch/pytorch#178665).
+#: Shared memory that NVIDIA's guide for NCCL advises for containers.
+_NCCL_SHM: Final = 1_000_000_000
+#: Commands that install torch with CUDA. The builds of 2.12 to 2.14 are cu126, cu130 and cu132, with no cu128
+#: (pytorch/pytorch#178665); 2.15 drops cu126, the last one for GPUs older than Turing (pytorch/pytorch#190385).
 _WITH_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu130 make setup"
 _OLDER_CUDA: Final = "TORCH_INDEX=https://download.pytorch.org/whl/cu126 make setup"
 
@@ -48,6 +51,7 @@ def examine(probe: Probe) -> list[DoctorFinding]:
         _threads(probe),
         *_waiting(probe),
         _shm(probe),
+        *_kernels(probe),
         *(_disk(place) for place in probe.places),
         *_torch_2_9(probe),
         _packages(probe.packages),
@@ -166,9 +170,20 @@ def _waiting(probe: Probe) -> Iterator[DoctorFinding]:
 
 
 def _shm(probe: Probe) -> DoctorFinding:
-    if probe.shm_bytes is None:
-        return _ok(_SHM, "does not exist and is not needed: threads make the batches")
-    return _ok(_SHM, f"{probe.shm_bytes / 1e9:.2f} GB, none of it needed: threads make the batches")
+    """Check shared memory, which only NCCL uses, between GPUs that cannot access each other's memory."""
+    size = "does not exist" if probe.shm_bytes is None else f"{probe.shm_bytes / 1e9:.2f} GB"
+    if len(probe.gpus) > 1 and (probe.shm_bytes or 0) < _NCCL_SHM:
+        remedy = "for training on several GPUs in a container, add --shm-size 1g --ulimit memlock=-1"
+        return _note(_SHM, f"{size}; NCCL may need more between {len(probe.gpus)} GPUs", remedy)
+    return _ok(_SHM, f"{size}; not needed: threads make the batches")
+
+
+def _kernels(probe: Probe) -> Iterator[DoctorFinding]:
+    """Check that code which Triton compiles for the GPU can be loaded from its cache."""
+    if probe.gpus and probe.kernel_cache_noexec is not None:
+        found = f"{probe.kernel_cache_noexec} is mounted noexec: ZNorm's kernels and torch.compile cannot be loaded"
+        remedy = "mount it with exec (--tmpfs /tmp:exec), or set TRITON_CACHE_DIR and TORCHINDUCTOR_CACHE_DIR"
+        yield _warning("compiled kernels", found, remedy)
 
 
 def _disk(place: Place) -> DoctorFinding:

@@ -81,6 +81,8 @@ class Probe:
     memory: tuple[MemoryLimit, ...]
     """Memory limits, the tightest first."""
     shm_bytes: int | None
+    kernel_cache_noexec: str | None = None
+    """Folder of compiled Triton kernels if its file system is mounted noexec; None otherwise."""
     torch_threads: int
     environment: Mapping[str, str] = field(default_factory=dict)
     """Values of OMP_NUM_THREADS, OMP_WAIT_POLICY and CUDA_VISIBLE_DEVICES, where set."""
@@ -113,6 +115,7 @@ def probe(given: Sequence[Path] = ()) -> Probe:
         quota=processor_quota(),
         memory=tuple(memory_limits()),
         shm_bytes=shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else None,  # noqa: S108 - only its size
+        kernel_cache_noexec=_kernel_cache_noexec(),
         torch_threads=torch.get_num_threads(),
         environment={name: os.environ[name] for name in names if name in os.environ},
         places=tuple(_place(role, path) for role, path in places),
@@ -155,6 +158,16 @@ def _driver_cuda() -> tuple[int, int] | None:
     except (OSError, AttributeError):
         return None
     return (number.value // 1000, number.value % 1000 // 10)
+
+
+def _kernel_cache_noexec() -> str | None:
+    """Return the folder of compiled Triton kernels, by Triton's own rule, if code cannot be loaded from it."""
+    folder = Path(os.environ.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache")
+    with suppress(OSError):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if os.statvfs(existing).f_flag & os.ST_NOEXEC:
+            return str(folder)
+    return None
 
 
 def _place(role: str, path: Path) -> Place:

@@ -11,17 +11,16 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from app.config.inference import DEFAULTS, PredictOptions
-from app.inference.backends.executors import needed_bytes
-from app.inference.confidence import entropy_bits
+from app.inference.answer_mean import AnswerMean, ArrayMean, MeanAnswer
+from app.inference.backends.executors import TorchEngine, needed_bytes
 from app.inference.model import Model, Predictor
-from app.inference.postprocess import ByRegion
-from app.inference.sliding_window.grid import Size, rounded_up
+from app.inference.sliding_window.grid import Padding, Size, place_windows, rounded_up
 from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback
 from app.inference.sliding_window.numpy_blend import resized
 from app.system.device import Runtime
@@ -31,6 +30,13 @@ from data.labels import from_regions
 from data.nifti import canonical_spacing
 from data.preprocess import Prepared, to_native_grid
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from app.inference.device_average import DeviceVolume
+
+    Answer = npt.NDArray[Any] | Tensor
+
 #: Axes along which the brain box is mirrored for each answer, none for the first; axis 0 holds contrasts or regions.
 FLIPS: Final[tuple[tuple[int, ...], ...]] = tuple(axes for count in range(4) for axes in combinations((1, 2, 3), count))
 #: Planes turned from logits into probabilities at a time, so that memory never holds a second copy of an answer.
@@ -38,17 +44,9 @@ _PLANES = 16
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class MeanPrediction:
+class MeanPrediction(MeanAnswer):
     """Combined answers of the networks for a prepared case, over the brain box, at the files' own spacing."""
 
-    centred: npt.NDArray[Any]
-    """Mean probability minus one half, shape (3, X, Y, Z), order of :data:`data.labels.REGIONS`; -0.5 outside the
-    brain. Float32, or float16 if memory is short."""
-    disagreement: npt.NDArray[np.float32] | None
-    """Entropy of the mean minus the mean of the answers' entropies, in bits from 0 to 1, the same shape; None if it was
-    not requested, or for a single answer."""
-    volumes_voxels: tuple[tuple[int, int, int], ...]
-    """One entry per answer: voxels of each region, after thresholds and nesting but no other post-processing."""
     networks: int
     flips: int
     """Number of mirrored images per network, including the original image: 1 or 8."""
@@ -129,78 +127,90 @@ def predict_answer(
         DataError: memory is not sufficient.
     """
     fallback = fallback or fallback_for(options)
-    mean: npt.NDArray[Any] | None = None
-    entropy: npt.NDArray[Any] | None = None
-    volumes: list[tuple[int, int, int]] = []
+    mean: AnswerMean[Any] | None = None
     for answer in _answers(model, prepared, runtime, options, fallback):
-        volumes.append(_volumes(answer, prepared.brain, model.postprocess.thresholds))
-        if options.uncertainty:
-            own = entropy_bits(answer)
-            entropy = own if entropy is None else _towards(entropy, own, len(volumes))
-        mean = answer if mean is None else _towards(mean, answer, len(volumes))
+        mean = _mean_for(answer, mean, prepared, model, options)
+        mean.add(answer)
         del answer
     assert mean is not None
-    spread: npt.NDArray[np.float32] | None = None
-    if entropy is not None and len(volumes) > 1:
-        spread = np.clip(entropy_bits(mean) - entropy, 0, 1).astype(np.float32, copy=False)
-        np.copyto(spread, np.float32(0), where=~prepared.brain)
-    np.copyto(mean, mean.dtype.type(-0.5), where=~prepared.brain)
-    flips = len(FLIPS) if options.tta else 1
+    flips, count = len(FLIPS) if options.tta else 1, mean.count
+    found = mean.result()
     return MeanPrediction(
-        centred=mean, disagreement=spread, volumes_voxels=tuple(volumes), networks=len(volumes) // flips, flips=flips
+        centred=found.centred,
+        disagreement=found.disagreement,
+        volumes_voxels=found.volumes_voxels,
+        networks=count // flips,
+        flips=flips,
     )
 
 
-def _towards(mean: npt.NDArray[Any], value: npt.NDArray[Any], count: int) -> npt.NDArray[Any]:
-    """Update the mean of ``count - 1`` values in place to that of ``count`` values; overwrites ``value``."""
-    value = value.astype(mean.dtype, copy=False)
-    value -= mean
-    value /= value.dtype.type(count)
-    mean += value
-    return mean
+def _mean_for(
+    answer: Answer, before: AnswerMean[Any] | None, prepared: Prepared, model: Predictor, options: PredictOptions
+) -> AnswerMean[Any]:
+    """Return the mean to add an answer to, on the device of the answer."""
+    on_cpu = isinstance(answer, np.ndarray)
+    if before is not None and (not on_cpu or isinstance(before, ArrayMean)):
+        return before
+    if on_cpu and before is None:
+        return ArrayMean(prepared.brain, model.postprocess.thresholds, uncertainty=options.uncertainty)
+    from app.inference.device_average import TensorMean
+
+    if before is None:
+        return TensorMean(prepared.brain, model.postprocess.thresholds, uncertainty=options.uncertainty)
+    assert isinstance(before, TensorMean)
+    return before.on_cpu()  # memory has run out on the GPU
 
 
 def _answers(
     model: Predictor, prepared: Prepared, runtime: Runtime, options: PredictOptions, fallback: MemoryFallback
-) -> Iterator[npt.NDArray[Any]]:
+) -> Iterator[Answer]:
     """Yield probabilities minus one half of every network for every mirrored image, mirrored back."""
     several = options.tta or not isinstance(model, Model)
+    volume = _Volume(prepared)
     for member in model.members():
         try:
             for axes in FLIPS if options.tta else FLIPS[:1]:
-                seen = prepared if not axes else _mirrored(prepared, axes)
-                answer = _centre_(_box_logits(member, seen, runtime, options, fallback, several=several))
-                del seen
-                yield np.flip(answer, axes) if axes else answer
-                del answer
+                yield _answer(member, volume, axes, runtime, options, fallback=fallback, several=several)
         finally:
             if options.max_memory_gb is not None:
                 member.engine.forget()  # else the next case's plan would count its windows twice
         del member
 
 
+class _Volume:
+    """The image of a case as networks see it: in CPU memory, and on a GPU once one needs it."""
+
+    def __init__(self, prepared: Prepared) -> None:
+        self.prepared = prepared
+        self._on_device: DeviceVolume | None = None
+
+    def on_device(self) -> DeviceVolume:
+        """Return the volume in GPU memory."""
+        from app.inference.device_average import DeviceVolume
+
+        self._on_device = self._on_device or DeviceVolume(np.ascontiguousarray(self.prepared.image))
+        return self._on_device
+
+    def leave_device(self) -> None:
+        """Free the GPU memory."""
+        if self._on_device is not None:
+            self._on_device.release()
+
+
 def _mirrored(prepared: Prepared, axes: tuple[int, ...]) -> Prepared:
-    """Mirror the image of a prepared case, and the position of its box in the volume."""
+    """Mirror the image of a prepared case, and the position of its box in the volume; arrays are views."""
+    if not axes:
+        return prepared
     x, y, z = (
         slice(side - part.stop, side - part.start) if axis in axes else part
         for axis, (part, side) in enumerate(zip(prepared.box, prepared.canonical_shape, strict=True), 1)
     )
     return replace(
         prepared,
-        image=np.ascontiguousarray(np.flip(prepared.image, axes)),
-        brain=np.ascontiguousarray(np.flip(prepared.brain, tuple(axis - 1 for axis in axes))),
+        image=np.flip(prepared.image, axes),
+        brain=np.flip(prepared.brain, tuple(axis - 1 for axis in axes)),
         box=(x, y, z),
     )
-
-
-def _volumes(centred: npt.NDArray[Any], brain: npt.NDArray[np.bool_], thresholds: ByRegion) -> tuple[int, int, int]:
-    """Count the voxels of each region in one answer: above the threshold, nested, inside the brain."""
-    counts = []
-    inside = brain
-    for share, threshold in zip(centred, thresholds, strict=True):
-        inside = inside & (share > share.dtype.type(threshold - 0.5))
-        counts.append(int(np.count_nonzero(inside)))
-    return (counts[0], counts[1], counts[2])
 
 
 def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -213,28 +223,51 @@ def _centre_(logits: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return logits
 
 
-def _box_logits(
+def _answer(
     model: Model,
-    prepared: Prepared,
+    volume: _Volume,
+    axes: tuple[int, ...],
     runtime: Runtime,
     options: PredictOptions,
-    fallback: MemoryFallback,
     *,
+    fallback: MemoryFallback,
     several: bool,
-) -> npt.NDArray[Any]:
-    """Return the logits over the brain box, shape (regions, X, Y, Z), at the files' own spacing, as a new array."""
-    engine = model.engine
-    image, inner = (prepared.image, ()) if model.crop else in_whole_volume(prepared.image, prepared)
-    x, y, z = image.shape[1:]
+) -> Answer:
+    """Return probabilities minus one half over the brain box, shape (regions, X, Y, Z), at the files' own spacing.
+
+    The network sees the image mirrored along some axes. The answer is mirrored back; it is on the device on which
+    windows were blended.
+    """
+    engine, prepared, seen = model.engine, volume.prepared, _mirrored(volume.prepared, axes)
+    around = None if model.crop else around_box(seen)
+    x, y, z = (side + sum(gaps) for side, gaps in zip(seen.image.shape[1:], around or ((0, 0),) * 3, strict=True))
     present = presence_mask(prepared.present) if model.takes_missing_contrasts else None
     overlap = model.overlap if options.overlap is None else options.overlap
 
-    def compute(plan: ComputePlan) -> npt.NDArray[Any]:
+    def compute(plan: ComputePlan) -> Answer:
+        return on_cpu(plan) if stays_on_cpu(plan) else on_device(plan)
+
+    def on_cpu(plan: ComputePlan) -> npt.NDArray[Any]:
+        volume.leave_device()
+        image, inner = (np.ascontiguousarray(seen.image), ()) if around is None else in_whole_volume(seen.image, seen)
         logits = engine.logits(image, present, runtime, overlap=overlap, plan=plan)[inner]
-        if logits.shape[1:] == prepared.box_shape:
-            return logits
-        # Logits rather than labels are resampled, so that borders stay smooth.
-        return resized(logits, prepared.box_shape)
+        del image
+        if logits.shape[1:] != prepared.box_shape:
+            # Logits rather than labels are resampled, so that borders stay smooth.
+            logits = resized(logits, prepared.box_shape)
+        answer = _centre_(logits)
+        return np.flip(answer, axes) if axes else answer
+
+    def on_device(plan: ComputePlan) -> Tensor:
+        import torch
+
+        from app.inference.device_average import tensor_answer
+
+        assert isinstance(engine, TorchEngine)
+        image = volume.on_device().mirrored(axes, torch.device(plan.stitch_on))
+        windows = place_windows(seen.image, plan.window, overlap, around=around)
+        logits = engine.tensor_logits(image, windows, present, runtime, plan=plan)
+        return tensor_answer(logits, prepared.box_shape, axes)
 
     def needed(plan: ComputePlan) -> int:
         return needed_bytes(
@@ -260,6 +293,24 @@ def _box_logits(
     )
 
 
+def stays_on_cpu(plan: ComputePlan) -> bool:
+    """Whether answers of a plan are in CPU memory, so that numpy averages them."""
+    return plan.stitch_on == "cpu"
+
+
+def around_box(prepared: Prepared) -> Padding:
+    """Return how many voxels the canonical volume, at the network's spacing, has before and after the brain box.
+
+    At the files' own spacing this is exact; at others it is rounded to whole voxels.
+    """
+    gaps: list[tuple[int, int]] = []
+    for side, part, whole in zip(prepared.image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):
+        scale = side / (part.stop - part.start)
+        start = round(part.start * scale)
+        gaps.append((start, max(0, round(whole * scale) - start - side)))
+    return (gaps[0], gaps[1], gaps[2])
+
+
 def in_whole_volume(
     image: npt.NDArray[np.float32], prepared: Prepared
 ) -> tuple[npt.NDArray[np.float32], tuple[slice, ...]]:
@@ -271,18 +322,11 @@ def in_whole_volume(
 
     Returns:
         the canonical volume at the network's spacing, 0 around the box; and the place of the box in it, as an index for
-        any array of shape (channels, X, Y, Z) over the volume. The place is exact at the files' own spacing; at others
-        it is rounded to whole voxels.
+        any array of shape (channels, X, Y, Z) over the volume. See :func:`around_box`.
     """
-    shape, places = [], [slice(None)]
-    for side, part, whole in zip(image.shape[1:], prepared.box, prepared.canonical_shape, strict=True):
-        scale = side / (part.stop - part.start)
-        start = round(part.start * scale)
-        shape.append(max(start + side, round(whole * scale)))
-        places.append(slice(start, start + side))
-    volume = np.zeros((image.shape[0], *shape), dtype=image.dtype)
-    volume[tuple(places)] = image
-    return volume, tuple(places)
+    around = around_box(prepared)
+    places = [slice(before, before + side) for side, (before, _) in zip(image.shape[1:], around, strict=True)]
+    return np.pad(image, ((0, 0), *around)), (slice(None), *places)
 
 
 def _window(model: Model, image_shape: Size, options: PredictOptions) -> Size:

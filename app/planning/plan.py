@@ -9,11 +9,10 @@ from math import ceil, prod
 from pathlib import Path
 from typing import Any, Final
 
-import torch
-
 from app.config.load import RunConfig, load_config, to_plain, to_yaml
 from app.errors import ConfigError, MemoryShortError
 from app.inference.sliding_window.grid import window_starts
+from app.planning.device_facts import device_facts
 from app.planning.dry_run import TooMuch, memory_in_words, prepare_trial, try_out
 from app.planning.fingerprint import DataSet, Fingerprint, read_data_set
 from app.planning.fit import Attempt, Fitted, fit, step_in_words
@@ -30,7 +29,6 @@ from app.planning.rules import (
 from app.planning.trial import TrialRequest
 from app.progress import OnProgress, Progress, silent
 from app.runs.case_cache import cache_bytes, cache_folder
-from app.system.device import choose_runtime
 from app.system.resources import MemoryLimit, cores, free_disk, memory_limits
 from app.training.data_sets import require_weights
 from data.datasets.label_stats import tumours_of
@@ -232,8 +230,8 @@ def plan_run(
     """
     base = load_config(config or "laptop", overrides)
     require_weights(base, data)
-    runtime = choose_runtime(base.runtime)
-    if config is None and runtime.device.type == "cuda":
+    device = device_facts(base.runtime)
+    if config is None and device.kind == "cuda":
         base = load_config("resunet-znorm", overrides)
     fixed = {override.partition("=")[0].strip() for override in overrides}
     read = read_data_set(
@@ -248,10 +246,10 @@ def plan_run(
         limits = [*limits, MemoryLimit(name="--max-memory-gb", free_bytes=max_memory_bytes)]
     limits.sort(key=lambda limit: limit.free_bytes)
     hardware = Hardware(
-        device=runtime.device.type,
-        half=runtime.precision is not torch.float32,
+        device=device.kind,
+        half=device.half,
         memory_bytes=limits[0].free_bytes if limits else 1 << 62,
-        gpu_bytes=torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else 0,
+        gpu_bytes=device.gpu_bytes,
         cores=cores(),
     )
     plan = plan_training(read.fingerprint, hardware, base, training_cases=len(split.train), fixed=fixed)

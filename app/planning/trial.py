@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any, Final
@@ -29,6 +29,7 @@ from app.system.process import keep_freed_memory
 from app.system.resources import memory_of
 from app.training import gradient
 from app.training.cases import patch_settings
+from app.training.loader import Loader
 from app.training.schedule import learning_rate
 from app.training.state import State, new_state, to_checkpoint
 from app.training.step import Stepper, loss_for
@@ -37,7 +38,7 @@ from app.training.validation import on_contrasts, validation_dice
 from data.datasets.label_stats import read_label_maps
 from data.datasets.source import DataSource
 from data.labels import CONTRASTS, CONVENTIONS
-from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
+from data.patches.sampler import CachedCase, PatchSource, cache_cases
 
 #: Steps before the timed ones: the first one allocates memory and chooses kernels.
 WARM_UP: Final = 3
@@ -149,7 +150,10 @@ def _measure(request: TrialRequest, runtime: Runtime, prepared: list[CachedCase]
     before = memory_of()
     gpu_free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else None
     _save(state, config, folder)
-    seconds = _steps(config, runtime, state, source)
+    # The cases take whatever GPU memory training leaves free, which would hide how much that is.
+    without_cases = replace(config, runtime=replace(config.runtime, gpu_cases_gb=0.0))
+    loader = Loader(source, without_cases, runtime)
+    seconds = _steps(config, runtime, state, loader)
     _save(state, config, folder)
     window_seconds = None if request.validation is None else _window(config, runtime, state, prepared[-1])
     saved = _save(state, config, folder)
@@ -157,7 +161,9 @@ def _measure(request: TrialRequest, runtime: Runtime, prepared: list[CachedCase]
     return TrialReport(
         device=str(runtime.device),
         step_seconds=tuple(seconds),
-        loader_seconds=mean(source.seconds) * config.training.accumulate / config.runtime.loader_threads,
+        loader_seconds=(mean(source.seconds) if source.seconds else loader.seconds_to_draft(0))
+        * config.training.accumulate
+        / config.runtime.loader_threads,
         window_seconds=window_seconds,
         program_files_bytes=None if before is None else before.files,
         own_bytes=None if after is None else after.peak - after.files,
@@ -182,7 +188,7 @@ class _Timed(PatchSource):
         return made
 
 
-def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSource) -> list[float]:
+def _steps(config: RunConfig, runtime: Runtime, state: State, loader: Loader) -> list[float]:
     """Return the seconds of each step after the warm-up; with telemetry, one more, untimed step measures gradients."""
     timed = WARM_UP + STEPS
     every = timed + 1 if config.training.telemetry_steps else 0
@@ -193,7 +199,7 @@ def _steps(config: RunConfig, runtime: Runtime, state: State, source: PatchSourc
         telemetry=Telemetry(every, state.network, state.optimizer),
         loss_of=loss_for(config),
     )
-    made = batches(source, first=0, size=config.training.batch_size, threads=config.runtime.loader_threads)
+    made = loader.batches(first=0)
     seconds = []
     with closing(made):
         state.network.train()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import warnings
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -50,8 +51,18 @@ class RuntimeConfig:
     """Number of threads that prepare batches."""
     deterministic: bool = False
     """Use only deterministic operations on a GPU, which is slower; a CPU is deterministic anyway."""
+    tf32: bool = True
+    """With ``precision`` float32 on a GPU from Ampere on, round the inputs of convolutions to 10 bits (TF32), which is
+    several times faster; false computes them in full float32."""
+    compile: bool | None = None
+    """Compile network and loss with ``torch.compile`` for training; null does so on a GPU if the run is long enough."""
+    gpu_cases_gb: float | None = None
+    """Gigabytes of prepared cases that stay in GPU memory during training; null uses what the first steps leave free, 0
+    uploads each patch."""
 
     def __post_init__(self) -> None:
+        if self.gpu_cases_gb is not None and not 0 <= self.gpu_cases_gb <= 10_000:
+            raise ValueError(f"runtime.gpu_cases_gb: from 0 to 10000, or null, got {self.gpu_cases_gb:g}")
         if not 1 <= self.loader_threads <= 256:
             raise ValueError(f"runtime.loader_threads: from 1 to 256, got {self.loader_threads}")
         if self.device not in ("auto", "cpu", "cuda") and not _is_cuda_index(self.device):
@@ -122,6 +133,7 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
         DeviceError: the requested device does not exist, or several processes request one GPU.
     """
     _set_deterministic(on=config.deterministic)
+    _set_tf32(on=config.tf32)
     device, device_reason = _choose_device(_own_device(config.device, local_rank))
     if local_rank is not None and device.type == "cuda":
         device_reason = f"device {device}: the GPU of process {local_rank} of this host"
@@ -130,6 +142,8 @@ def choose_runtime(config: RuntimeConfig, *, local_rank: int | None = None) -> R
 
         torch.cuda.set_device(device)  # for later calls that do not name a device
     precision, precision_reason = _choose_precision(config.precision, device)
+    if precision == "float32" and device.type == "cuda":
+        precision_reason += "; " + _tf32_in_words(on=config.tf32)
     return Runtime(
         device_name=str(device),
         precision_name=precision,
@@ -173,6 +187,28 @@ def _set_deterministic(*, on: bool) -> None:
         torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.deterministic = on
+
+
+def _set_tf32(*, on: bool) -> None:
+    """Choose between TF32 and full float32 for convolutions of float32 on a GPU; matrix products stay in float32.
+
+    The rest of a network, and everything that autocast leaves in float32, is not affected.
+    """
+    import torch
+
+    # torch refuses to read this flag once its successor (conv.fp32_precision) was set, and torch itself reads it.
+    if torch.backends.cudnn.allow_tf32 != on:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.backends.cudnn.allow_tf32 = on
+
+
+def _tf32_in_words(*, on: bool) -> str:
+    return (
+        "convolutions round their inputs to TF32 where the GPU can (runtime.tf32)"
+        if on
+        else "convolutions do not use TF32 (runtime.tf32)"
+    )
 
 
 def versions() -> dict[str, str]:

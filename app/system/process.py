@@ -88,6 +88,16 @@ def give_back_freed_memory() -> bool:
     return _call_glibc("malloc_trim", 0)
 
 
+def give_back_gpu_memory() -> None:
+    """Return the blocks that torch keeps for its next tensors to the GPU; does nothing if torch has not used one.
+
+    cuDNN, cuBLAS and other processes cannot allocate memory that torch keeps.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def give_back_large_blocks() -> bool:
     """Return each freed block of 128 KiB or more to the system at once, for jobs with a memory limit.
 

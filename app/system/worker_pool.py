@@ -128,6 +128,8 @@ class WorkerPool:
     reuse: bool = False
     """Whether a worker does one task after another, and receives the next one early in order to prefetch its input.
     Otherwise each task has its own process, which is named after it."""
+    ahead: int = 1
+    """Most tasks that a worker receives early; one while there are not so many left for each of the others."""
 
     def run(self) -> None:
         """Do all tasks; a worker gets the next one when it has finished one.
@@ -179,7 +181,8 @@ class WorkerPool:
         """Give a worker as many tasks as it may hold: a task that a lost worker held must be its only one."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
-            if len(slot.held) >= (2 if self.reuse and not by_itself else 1):
+            ahead = max(1, min(self.ahead, len(self._waiting) // len(self._slots)))
+            if len(slot.held) >= (1 + ahead if self.reuse and not by_itself else 1):
                 return
             task = self._waiting.popleft()
             self._attempts[task] += 1

@@ -2,7 +2,9 @@
 
 Every process holds the whole network and computes its share of each batch. Gradients are averaged once per step, in
 the backward pass of its last micro-batch. All processes decide together when to stop or when a budget in hours has
-ended; only the first one writes. Control messages use gloo, GPU tensors nccl.
+ended; only the first one writes. Control messages use gloo, GPU tensors nccl. gloo notices at once that a process is
+gone, and waits for hours for work of one process; nccl does neither. So whatever may take long, such as waiting for a
+full disk, is followed by a control message before the next GPU tensor is sent.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ T = TypeVar("T")
 _JOIN_TIMEOUT: Final = timedelta(minutes=5)
 #: Timeout for work of one process that the others wait for, such as preparing a large data set.
 _TIMEOUT: Final = timedelta(hours=12)
+#: Timeout for tensors: all processes send theirs within a step, so one that is this late is lost.
+_TENSOR_TIMEOUT: Final = timedelta(minutes=20)
 #: Environment variables that ``torchrun`` sets for each process.
 _VARIABLES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
@@ -86,12 +90,19 @@ def launched(environment: Mapping[str, str]) -> Launch:
 class World:
     """The processes that train together, as one of them sees them; a single process never waits."""
 
-    def __init__(self, launch: Launch | None = None, *, restarts: int = 0) -> None:
-        """Set up a world; ``restarts`` is the maximum over all processes, as a host that joined later counts from 0."""
+    def __init__(
+        self, launch: Launch | None = None, *, restarts: int = 0, tensors: dist.ProcessGroup | None = None
+    ) -> None:
+        """Set up a world.
+
+        ``restarts`` is the maximum over all processes, as a host that joined later counts from 0. ``tensors`` is the
+        group that sends tensors; None for the default group.
+        """
         self.launch = launch if launch is not None else Launch()
         self.rank, self.size = self.launch.rank, self.launch.size
         self.restarts = max(restarts, self.launch.restarts)
         self._seconds = 0.0
+        self._tensors = tensors
 
     @property
     def is_first(self) -> bool:
@@ -107,11 +118,13 @@ class World:
         the sum. They are multiplied by the number of processes, so that the averaged parameter gradients equal those
         of one process with all the patches.
         """
-        return values if self.size == 1 else _Total.apply(values, self.size)  # type: ignore[no-untyped-call]
+        return values if self.size == 1 else _Total.apply(values, self.size, self._tensors)  # type: ignore[no-untyped-call]
 
-    def mean(self, value: float) -> float:
-        """Return the mean of a number over all processes; NaN if it is NaN in any of them."""
-        return value if self.size == 1 else self._reduced([value], dist.ReduceOp.SUM)[0] / self.size
+    def means(self, values: Sequence[float]) -> list[float]:
+        """Return the mean of each number over all processes; NaN if it is NaN in any of them."""
+        if self.size == 1:
+            return list(values)
+        return [total / self.size for total in self._reduced(values, dist.ReduceOp.SUM)]
 
     def largest(self, value: float) -> float:
         """Return the maximum of a number over all processes."""
@@ -204,7 +217,10 @@ class World:
             return network
         device = next(network.parameters()).device
         return DistributedDataParallel(
-            network, device_ids=[device] if device.type == "cuda" else None, gradient_as_bucket_view=True
+            network,
+            device_ids=[device] if device.type == "cuda" else None,
+            process_group=self._tensors,
+            gradient_as_bucket_view=True,
         )
 
     def gradients(self, replica: nn.Module, *, last: bool) -> AbstractContextManager[None]:
@@ -243,7 +259,7 @@ def joined_processes() -> Iterator[World]:
     if launch.size == 1:
         yield World(launch)
         return
-    _set_up(launch)
+    tensors = _set_up(launch)
     level = LOG.level
     try:
         # Strides of 1x1x1 weights with channels innermost are ambiguous: torch copies the gradients, which is harmless.
@@ -253,7 +269,7 @@ def joined_processes() -> Iterator[World]:
             dist.all_reduce(restarts, dist.ReduceOp.MAX)
             if launch.rank > 0:
                 LOG.setLevel(logging.ERROR)
-            yield World(launch, restarts=int(restarts))
+            yield World(launch, restarts=int(restarts), tensors=tensors)
         except RuntimeError as error:
             if not _is_lost_connection(error):
                 raise
@@ -270,27 +286,30 @@ class _Total(torch.autograd.Function):
     """All-reduce whose backward pass needs no second all-reduce; see :meth:`World.total`."""
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, size: int) -> Tensor:
+    def forward(ctx: Any, values: Tensor, size: int, group: dist.ProcessGroup | None) -> Tensor:
         ctx.size = size
         summed = values.clone()
-        dist.all_reduce(summed)
+        dist.all_reduce(summed, group=group)
         return summed
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] * ctx.size, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return gradients[0] * ctx.size, None, None
 
 
-def _set_up(launch: Launch) -> None:
+def _set_up(launch: Launch) -> dist.ProcessGroup:
+    """Join the other processes; return the group for tensors. The default group is for control messages."""
     backend = "gloo"
     if torch.cuda.is_available():
-        backend = "cpu:gloo,cuda:nccl"
+        backend = "cpu:gloo,cuda:nccl"  # a run may still be set to a CPU
         if launch.local_rank is not None and launch.local_rank < torch.cuda.device_count():
             torch.cuda.set_device(launch.local_rank)
     try:
         store, rank, size = next(rendezvous("env://", timeout=_JOIN_TIMEOUT))
         place = fresh_store(store, rank=rank, size=size)
-        dist.init_process_group(backend, store=place, rank=rank, world_size=size, timeout=_TIMEOUT)
+        dist.init_process_group("gloo", store=place, rank=rank, world_size=size, timeout=_TIMEOUT)
+        group: dist.ProcessGroup = dist.new_group(backend=backend, timeout=_TENSOR_TIMEOUT)
+        return group
     except (RuntimeError, ValueError, OSError) as error:
         first = str(error).strip().partition("\n")[0]
         raise DeviceError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 import znorm
@@ -20,7 +20,9 @@ class AttachedTransform:
     report: str
     """Description of the rule and its tensors, for the log."""
     skipped_steps: Callable[[], int]
-    """Returns how many steps were skipped because a gradient was not finite."""
+    """Returns how many steps were skipped because a gradient was not finite; waits for a GPU."""
+    skipped: Callable[[], int | Tensor]
+    """Like ``skipped_steps``, but does not wait: a GPU's count is a tensor of shape ()."""
 
 
 def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Module) -> AttachedTransform:
@@ -42,7 +44,7 @@ def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Mod
     if not words:
         title = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[name]
         report = f"{title}{reason} on these tensors:\n{handle.selection.report()}"
-    return AttachedTransform(report=report, skipped_steps=lambda: handle.skipped_steps)
+    return AttachedTransform(report=report, skipped_steps=lambda: handle.skipped_steps, skipped=lambda: handle.skipped)
 
 
 def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str, str]:

@@ -33,7 +33,7 @@ from app.runs.folder import (
     write_json,
 )
 from app.runs.model_card import seal, unseal
-from app.system.device import choose_runtime, machine, versions
+from app.system.device import machine, versions
 from app.system.process import keep_freed_memory
 from app.training import config_changes
 from app.training.cases import (
@@ -60,6 +60,7 @@ from app.training.data_sets import (
     require_weights,
 )
 from app.training.distributed import ALONE, World
+from app.training.gpu import training_runtime
 from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
@@ -160,7 +161,7 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         )
     if not config.inference.crop:
         raise ConfigError("inference.crop: false is only for imported networks; training requires true")
-    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
+    runtime = training_runtime(config, world)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     label_maps = read_label_maps(cases.values())
     conventions = data.decide_conventions(cases, label_maps)
@@ -259,7 +260,7 @@ def resume(
         require_same_labels(run, data, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))
-        runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
+        runtime = training_runtime(config, world)
         state = new_state(config, runtime)
         restore(state, checkpoint, config.training)
         _require_best(run, state)
@@ -289,7 +290,7 @@ def _follow(session: Session, store: CaseFolder | None) -> TrainResult:
     received: tuple[RunConfig, dict[str, Any], Split, checkpoints.Checkpoint] = world.broadcast()
     config, facts, split, checkpoint = received
     cases = cases_of(split, session.data)
-    runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
+    runtime = training_runtime(config, world)
     state = new_state(config, runtime)
     restore(state, checkpoint, config.training)
     with _opened(store, session.run) as opened:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -37,6 +38,18 @@ class StepResult:
 
 
 @dataclass(frozen=True, kw_only=True)
+class QueuedStep:
+    """An optimiser step that a GPU may still be computing; reading its numbers would wait for it."""
+
+    loss: torch.Tensor
+    """float64, shape (): mean over the micro-batches of this process."""
+    waited_seconds: float
+    """Time spent waiting for batches."""
+    gradient_norm: torch.Tensor | None = None
+    """Shape (): global norm before the gradient rule; None unless requested."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stepper:
     """Performs the optimiser steps of a run."""
 
@@ -44,13 +57,45 @@ class Stepper:
     runtime: Runtime
     state: State
     telemetry: Telemetry
-    loss_of: RegionLoss | DeepLoss
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
+    """Called with logits and masks."""
     world: World = ALONE
     replica: nn.Module | None = None
-    """The network wrapped by :meth:`World.replica`; None in a single process."""
+    """The network compiled, or wrapped by :meth:`World.replica`; None for the network itself."""
 
     def step(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> StepResult:
-        """Perform one optimiser step.
+        """Perform one optimiser step, and wait for it; the arguments are those of :meth:`queue`."""
+        (result,), _ = self.read([self.queue(batches, rate, with_norm=with_norm)])
+        return result
+
+    def read(self, queued: Sequence[QueuedStep], skipped: int | torch.Tensor = 0) -> tuple[list[StepResult], int]:
+        """Wait for queued steps and return their results; in several processes, all must call this together.
+
+        Args:
+            queued: results of :meth:`queue`, at least one.
+            skipped: a number that may be on the device, such as that of the skipped steps.
+
+        Returns:
+            the results, and ``skipped`` as a number. The host reads from the device only once.
+        """
+        norms = [step.gradient_norm for step in queued if step.gradient_norm is not None]
+        counts = [skipped] if isinstance(skipped, torch.Tensor) else []
+        numbers = torch.stack(
+            [number.double() for number in [*(step.loss for step in queued), *norms, *counts]]
+        ).tolist()
+        losses, rest = self.world.means(numbers[: len(queued)]), iter(numbers[len(queued) :])
+        results = [
+            StepResult(
+                loss=loss,
+                waited_seconds=step.waited_seconds,
+                gradient_norm=None if step.gradient_norm is None else next(rest),
+            )
+            for step, loss in zip(queued, losses, strict=True)
+        ]
+        return results, int(next(rest)) if isinstance(skipped, torch.Tensor) else skipped
+
+    def queue(self, batches: Iterator[Batch], rate: float, *, with_norm: bool = False) -> QueuedStep:
+        """Perform one optimiser step without waiting for the device.
 
         Args:
             batches: iterator from which ``training.accumulate`` micro-batches are taken.
@@ -83,14 +128,12 @@ class Stepper:
         state.optimizer.zero_grad(set_to_none=True)
         if state.average is not None:
             state.average.update(state.network, state.step + 1)
-        # Read only now, so that the whole step is queued on the GPU before the host waits for the losses.
-        total = sum(float(loss) / settings.accumulate for loss in losses)
         state.patches += settings.accumulate * settings.batch_size * self.world.size
-        return StepResult(loss=self.world.mean(total), waited_seconds=waited, gradient_norm=norm)
+        return QueuedStep(loss=torch.stack(losses).double().mean(), waited_seconds=waited, gradient_norm=norm)
 
-    def _gradient_norm(self) -> float:
+    def _gradient_norm(self) -> torch.Tensor:
         gradients = [p.grad for p in self.state.network.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
+        return torch.nn.utils.get_total_norm(gradients)
 
     def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)
@@ -99,5 +142,4 @@ class Stepper:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
             logits = network(image.contiguous(memory_format=self.runtime.memory_format))
-        loss: torch.Tensor = self.loss_of(logits, masks)
-        return loss
+        return self.loss_of(logits, masks)

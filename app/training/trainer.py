@@ -22,26 +22,31 @@ from app.runs import checkpoints
 from app.runs.folder import LEAST_ROOM_BYTES, MetricsLog
 from app.system.device import Runtime
 from app.system.disk_full import RetryOnFullDisk
-from app.training import gradient, rollback
+from app.training import gpu, gradient, rollback
 from app.training.cases import patch_settings
 from app.training.distributed import World
+from app.training.loader import Loader
 from app.training.schedule import learning_rate, spent_share
 from app.training.signals import StopRequest, stop_on_signals
 from app.training.state import State, restore, to_checkpoint
-from app.training.step import Stepper, StepResult, loss_for
+from app.training.step import QueuedStep, Stepper, StepResult, loss_for
 from app.training.telemetry import Telemetry
 from app.training.validation import on_contrasts, validation_dice
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
 from data.datasets.splits import Split
-from data.patches.sampler import Batch, CachedCase, PatchSource, batches
+from data.patches.sampler import Batch, CachedCase, PatchSource
 
 Codes = npt.NDArray[np.uint8]
 
-#: Maximum share of a budget in hours spent on validation; beyond it, all validations but the last are skipped.
+#: Maximum share of a run's time spent on validation; beyond it, validations but the last are skipped.
 _VALIDATION_SHARE: Final = 0.1
+#: Evenly spaced validations that a budget in steps gets whatever they cost, if as many are requested.
+_FEW_VALIDATIONS: Final = 10
 #: Number of steps between measurements of the gradient norm.
 _NORM_EVERY: Final = 10
+#: Number of steps that a GPU may lag behind before their losses are read; a CPU never lags behind.
+_READ_EVERY: Final = 10
 #: Number of recent steps over which progress reports average the loss and the waiting time.
 _RECENT_STEPS: Final = 20
 #: Entries of ``run.json`` that are copied to the JSON of the best weights.
@@ -97,6 +102,21 @@ class _Figures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class _Unread:
+    """A step whose loss has not been read."""
+
+    step: int
+    patches: int
+    """Number of the next patch after the step."""
+    rate: float
+    began: float
+    """Monotonic time."""
+    seconds: float
+    """Seconds of the run after the step was queued."""
+    queued: QueuedStep
+
+
+@dataclass(frozen=True, kw_only=True)
 class Session:
     """One process's share of a run, from the start of its command to the end."""
 
@@ -130,6 +150,7 @@ class Trainer:
     disk_retry: RetryOnFullDisk = field(init=False)
     log: MetricsLog = field(init=False)
     figures: _Figures = field(init=False)
+    unread: list[_Unread] = field(init=False, default_factory=list)
     saved_at: float = field(init=False)
     """Monotonic time of the latest ``last`` checkpoint."""
     draw: Callable[[CachedCase, Codes], Codes] = field(init=False)
@@ -159,8 +180,6 @@ class Trainer:
         training, self.validating = prepared[: len(self.split.train)], prepared[len(self.split.train) :]
         self.source = PatchSource(training, **patch_settings(self.config))
         self.transform = gradient.attach_transform(self.config.gradient, state.optimizer, state.network)
-        LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
-        LOG.debug("%s", self.transform.report)  # one line per tensor
         telemetry_steps = settings.telemetry_steps if world.is_first else 0
         self.telemetry = Telemetry(telemetry_steps, state.network, state.optimizer)
         with stop_on_signals(patient=world.size > 1) as self.stop, closing(self._open_log()) as self.log:
@@ -168,24 +187,11 @@ class Trainer:
             self.saved_at = time.monotonic()
             if state.step == 0:
                 self._save_last()
-            stepper = Stepper(
-                config=self.config,
-                runtime=self.runtime,
-                state=state,
-                telemetry=self.telemetry,
-                loss_of=loss_for(self.config, world),
-                world=world,
-                replica=world.replica(state.network),
-            )
+            stepper = self._stepper()
+            loader = Loader(self.source, self.config, self.runtime)
             done = False
             while not done:
-                made = batches(
-                    self.source,
-                    first=state.patches // settings.batch_size + world.rank,
-                    every=world.size,
-                    size=settings.batch_size,
-                    threads=self.config.runtime.loader_threads,
-                )
+                made = loader.batches(first=state.patches // settings.batch_size + world.rank, every=world.size)
                 with closing(made), suppress(_RolledBackError):
                     state.network.train()
                     self._agree()
@@ -194,6 +200,8 @@ class Trainer:
                         self._save_last()
                     while self._progress() < 1 and not self._has_stalled():
                         self._step(stepper, made)
+                        if self.unread:
+                            continue
                         stop, save = self._agree()
                         if self._validation_is_due():
                             self._require_finite_weights()
@@ -203,9 +211,10 @@ class Trainer:
                         if stop is not None or save:
                             self._require_finite_weights()
                             self._save_last()
+                            world.wait()  # here, as a collective operation on GPUs has a shorter timeout
                         if stop is not None:
-                            world.wait()
                             raise self._stopped(stop)
+                    self._read(stepper)
                     self._require_finite_weights()
                     done = True
             if not self.validating:
@@ -216,6 +225,24 @@ class Trainer:
                 self._validate_again()
             self._save_last()
         return self.figures.losses
+
+    def _stepper(self) -> Stepper:
+        LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
+        LOG.debug("%s", self.transform.report)  # one line per tensor
+        world, network = self.session.world, self.state.network
+        loss = loss_for(self.config, world)
+        computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)
+        for reason in computation.reasons:
+            LOG.info("%s", reason)
+        return Stepper(
+            config=self.config,
+            runtime=self.runtime,
+            state=self.state,
+            telemetry=self.telemetry,
+            loss_of=computation.loss,
+            world=world,
+            replica=world.replica(computation.network),
+        )
 
     def _open_log(self) -> MetricsLog:
         run = self.session.run
@@ -231,48 +258,87 @@ class Trainer:
         )
 
     def _step(self, stepper: Stepper, made: Iterator[Batch]) -> None:
-        """Perform and log one step.
+        """Perform one step; read it, and those before it, if it is time.
 
         Raises:
-            _RolledBackError: the loss was not finite.
+            _RolledBackError: the loss of one of them was not finite.
         """
         state = self.state
         began = time.monotonic()
         rate = learning_rate(self.config.training, self._progress())
-        result = stepper.step(made, rate, with_norm=state.step % _NORM_EVERY == 0)
+        queued = stepper.queue(made, rate, with_norm=state.step % _NORM_EVERY == 0)
         state.step += 1
-        if not math.isfinite(result.loss):
-            self._go_back(f"its loss is {result.loss}", result.loss)
-        spent = time.monotonic() - began
-        self.figures.add(result, spent)
-        self.log.train(
-            step=state.step,
-            loss=result.loss,
-            learning_rate=rate,
-            seconds=self.seconds(),
-            skipped_steps=self.skipped_steps(),
-            waited_seconds=result.waited_seconds,
-            step_seconds=spent,
-            gradient_norm=result.gradient_norm,
+        seconds = self.seconds()
+        self.unread.append(
+            _Unread(step=state.step, patches=state.patches, rate=rate, began=began, seconds=seconds, queued=queued)
         )
-        self.telemetry.write(self.log, step=state.step, skipped_steps=self.skipped_steps())
-        self._report(rate)
+        if not _lags_behind(self.runtime) or self._reads_now():
+            self._read(stepper)
+
+    def _reads_now(self) -> bool:
+        """Whether to wait for the GPU after this step; the answer is the same in all processes."""
+        state, alone = self.state, self.session.world.size == 1
+        requested = self.stop.signal_name is not None or self.stop.save or self._save_is_late()
+        return (
+            state.step % _READ_EVERY == 0
+            or self.telemetry.is_due(state.step)
+            or self._progress() >= 1
+            or self._validation_is_due()
+            or (alone and requested)
+        )
+
+    def _read(self, stepper: Stepper) -> None:
+        """Wait for the steps since the last call, and check and log them; in several processes, all call this together.
+
+        Raises:
+            _RolledBackError: the loss of one of them was not finite.
+        """
+        steps, self.unread = self.unread, []
+        if not steps:
+            return
+        results, skipped = stepper.read([one.queued for one in steps], self.transform.skipped())
+        skipped += self.state.skipped_before
+        spent = (time.monotonic() - steps[0].began) / len(steps)
+        for one, result in zip(steps, results, strict=True):
+            if not math.isfinite(result.loss):
+                self._go_back(f"its loss is {result.loss}", result.loss, failed=one.step, after=one.patches)
+            self.figures.add(result, spent)
+            self.log.train(
+                step=one.step,
+                loss=result.loss,
+                learning_rate=one.rate,
+                seconds=one.seconds,
+                skipped_steps=skipped,
+                waited_seconds=result.waited_seconds,
+                step_seconds=spent,
+                gradient_norm=result.gradient_norm,
+            )
+        self.telemetry.write(self.log, step=self.state.step, skipped_steps=skipped)
+        self._report(steps[-1].rate)
 
     def _require_finite_weights(self) -> None:
         """Roll back before a save if the weights are not finite although the loss was."""
         if not rollback.weights_are_finite(self.state.network):
-            self._go_back("the weights are not finite", self.figures.losses[-1])
+            state = self.state
+            loss = self.figures.losses[-1]
+            self._go_back("the weights are not finite", loss, failed=state.step, after=state.patches)
 
-    def _go_back(self, why: str, loss: float) -> None:
+    def _go_back(self, why: str, loss: float, *, failed: int, after: int) -> None:
         """Roll back from a failed step to the last good checkpoint, and continue with other patches.
+
+        Args:
+            why: what is wrong, in words.
+            loss: loss of the failed step.
+            failed: the step; a GPU may have made further ones since.
+            after: number of the next patch after it.
 
         Raises:
             _RolledBackError: always, unless RunError is raised.
             RunError: ``training.max_rollbacks`` is exceeded, or no checkpoint is usable.
         """
         state, settings, world = self.state, self.config.training, self.session.world
-        failed, after = state.step, state.patches
-        good, record = world.broadcast(self._last_good(why, loss) if world.is_first else None)
+        good, record = world.broadcast(self._last_good(why, loss, failed, after) if world.is_first else None)
+        next_patch = state.patches
         rollbacks = [*state.rollbacks, record]
         if len(rollbacks) > settings.max_rollbacks:
             times = "1 time" if len(state.rollbacks) == 1 else f"{len(state.rollbacks)} times"
@@ -293,7 +359,7 @@ class Trainer:
         restore(state, good, settings)
         state.seconds = seconds  # a rollback does not refund time
         state.skipped_before -= self.transform.skipped_steps()
-        state.patches = after
+        state.patches = next_patch
         state.rollbacks = rollbacks
         state.optimizer.zero_grad(set_to_none=True)
         self.telemetry.forget()
@@ -302,15 +368,17 @@ class Trainer:
         self._save_last()
         raise _RolledBackError
 
-    def _last_good(self, why: str, loss: float) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
+    def _last_good(
+        self, why: str, loss: float, failed: int, after: int
+    ) -> tuple[checkpoints.Checkpoint, dict[str, Any]]:
         """Save the batch of the failed step; return the checkpoint to roll back to, and a record of the rollback.
 
         Raises:
             RunError: no checkpoint is usable.
         """
-        settings, run, failed = self.config.training, self.session.run, self.state.step
-        after = self.state.patches // settings.batch_size
-        numbers = range(after - settings.accumulate * self.session.world.size, after)
+        settings, run = self.config.training, self.session.run
+        end = after // settings.batch_size
+        numbers = range(end - settings.accumulate * self.session.world.size, end)
         seen = [self.source.batch(number, settings.batch_size) for number in numbers]
         cases = sorted({case for batch in seen for case in batch.cases})
         facts = {
@@ -334,10 +402,14 @@ class Trainer:
 
     def _agree(self) -> tuple[str | None, bool]:
         """Synchronise the clocks; return the signal that asked any process to stop, and whether to save now."""
-        late = time.monotonic() - self.saved_at >= 60 * self.config.training.checkpoint_minutes
         return self.session.world.agree(
-            seconds=self._own_seconds(), signal_name=self.stop.signal_name, save=late or self.stop.save
+            seconds=self._own_seconds(),
+            signal_name=self.stop.signal_name,
+            save=self._save_is_late() or self.stop.save,
         )
+
+    def _save_is_late(self) -> bool:
+        return time.monotonic() - self.saved_at >= 60 * self.config.training.checkpoint_minutes
 
     def _stopped(self, signal_name: str) -> InterruptedRunError:
         return InterruptedRunError(
@@ -445,14 +517,18 @@ class Trainer:
         return self._has_stalled() and self._progress() < 1
 
     def _validation_is_due(self) -> bool:
-        """Whether to validate now: at even intervals; with a budget in hours, only while validation stays cheap."""
+        """Whether to validate now: at even intervals, but only while validation stays cheap.
+
+        With a budget in steps, the first ten of the requested validations are due in any case, so that a run with no
+        more of them makes the same ones on every machine.
+        """
         settings, state = self.config.training, self.state
         progress = self._progress()
         if not self.validating or progress >= 1 or state.validated_step == state.step:
             return False
-        due = progress * settings.validations >= state.validations + 1
         cheap = state.validations * state.validation_seconds <= _VALIDATION_SHARE * self.seconds()
-        return due and (settings.steps is not None or cheap)
+        few = min(settings.validations, _FEW_VALIDATIONS) if settings.steps is not None else 0
+        return progress * (settings.validations if cheap else few) >= state.validations + 1
 
     def skipped_steps(self) -> int:
         """Return how many steps were skipped because a gradient was not finite, over all resumptions of the run."""
@@ -474,6 +550,11 @@ class Trainer:
         detail = f"step {state.step}  {self.figures.in_words(rate, state.best_dice)}"
         share, eta_seconds = min(progress, 1.0), max(0.0, left)
         self.session.on_progress(Progress(job="training", share=share, detail=detail, eta_seconds=eta_seconds))
+
+
+def _lags_behind(runtime: Runtime) -> bool:
+    """Whether the device may still be computing steps that the host has queued."""
+    return runtime.device.type == "cuda"
 
 
 def _in_words(dice: dict[str, float]) -> str:

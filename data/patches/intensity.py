@@ -1,8 +1,9 @@
-"""Intensity augmentation of one contrast: pure functions of tensors, on any device.
+"""Intensity augmentation of one contrast: pure functions of tensors.
 
 Each takes z-scored values, 0 outside the brain, and returns new ones, 0 outside the brain; an empty brain is returned
-unchanged. The selection follows nnU-Net (Isensee et al., Nature Methods 18, 203, 2021; its class nnUNetTrainer), plus
-the bias field of a receive coil.
+unchanged. ``bias_field``, ``stretch`` and ``range_gamma`` pick out the brain's voxels, which makes the host wait for a
+GPU; ``device_augmentation`` has versions that do not. The selection follows nnU-Net (Isensee et al., Nature Methods 18,
+203, 2021; its class nnUNetTrainer), plus the bias field of a receive coil.
 """
 
 from __future__ import annotations
@@ -37,14 +38,19 @@ def bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: float) ->
     """
     if not brain.any() or strength == 0:
         return values
+    log_field = log_bias_field(values, waves, strength)
+    darkest = values[brain].min()
+    return (darkest + (values - darkest) * log_field.exp()) * brain
+
+
+def log_bias_field(values: Tensor, waves: Tensor, strength: float) -> Tensor:
+    """Return the logarithm of the field of :func:`bias_field`, from -strength to strength, shape (X, Y, Z)."""
     weights = waves.to(values).clone()
     weights[0, 0, 0] = 0
     log_field = weights
     for axis, side in enumerate(values.shape):
         log_field = _along(log_field, _cosines(side, values), axis)
-    log_field = log_field * (strength / log_field.abs().max().clamp_min(1e-12))
-    darkest = values[brain].min()
-    return (darkest + (values - darkest) * log_field.exp()) * brain
+    return log_field * (strength / log_field.abs().max().clamp_min(1e-12))
 
 
 def stretch(values: Tensor, brain: Tensor, factor: float) -> Tensor:

@@ -184,18 +184,18 @@ class PatchSource:
         ``weights`` are the numbers of patches that each data set contributes to a cycle; None makes the cases of all
         data sets equally likely.
         """
-        self._cases = list(cases)
-        self._pools = [list(range(len(self._cases)))]
+        self.cases = tuple(cases)
+        self._pools = [list(range(len(self.cases)))]
         if weights is not None:
             numbers = range(len(weights))
-            self._pools = [[at for at, one in enumerate(self._cases) if one.data_set == number] for number in numbers]
+            self._pools = [[at for at, one in enumerate(self.cases) if one.data_set == number] for number in numbers]
         assert all(self._pools), "every data set with a weight has a case"
         self._weights = (1,) if weights is None else tuple(weights)
         self._centres = [_by_tissue(case.centres()) for case in cases]
-        self._patch = patch_voxels
+        self.patch_voxels = patch_voxels
         self._tumour_probability = tumour_probability
         self._enhancing_probability = enhancing_probability
-        self._augmentation = augmentation
+        self.augmentation = augmentation
         self._seed = seed
         self._open: OrderedDict[int, _Mapped] = OrderedDict()
         self._lock = Lock()
@@ -207,20 +207,24 @@ class PatchSource:
             DataError: the prepared arrays of its case were removed or damaged.
         """
         image, codes, case_id, rng = self.crop(number)
-        variation = augment.draw_augmentation(self._augmentation, image.shape[0], rng)
+        variation = augment.draw_augmentation(self.augmentation, image.shape[0], rng)
         return *augment.apply_augmentation(variation, image, codes), case_id, variation.present
 
     def crop(self, number: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8], str, np.random.Generator]:
         """Like :meth:`patch`, before augmentation, with the generator for drawing the augmentation."""
+        index, centre, rng = self.place(number)
+        mapped = self.mapped(index)
+        image = cut_image(mapped.image, centre, self.patch_voxels)
+        codes = cut_patch(mapped.codes, centre, self.patch_voxels)
+        if self.cases[index].synthetic:
+            image = synthetic_image(image, codes, rng)
+        return image, codes, self.cases[index].id, rng
+
+    def place(self, number: int) -> tuple[int, tuple[int, ...], np.random.Generator]:
+        """Index of a patch's case, the voxel at its centre, and the generator for everything that is drawn next."""
         index = self._index(number)
         rng = np.random.default_rng([self._seed, 1, number])
-        centre = self._centre(index, rng)
-        mapped = self._mapped(index)
-        image = cut_image(mapped.image, centre, self._patch)
-        codes = cut_patch(mapped.codes, centre, self._patch)
-        if self._cases[index].synthetic:
-            image = synthetic_image(image, codes, rng)
-        return image, codes, self._cases[index].id, rng
+        return index, self._centre(index, rng), rng
 
     def batch(self, step: int, size: int) -> Batch:
         """The patches of one step, or of one micro-batch if gradients are accumulated."""
@@ -253,7 +257,7 @@ class PatchSource:
         if wanted and centres:
             of_tissue = centres[self._tissue(list(centres), rng)]
             return tuple(int(v) for v in of_tissue[rng.integers(len(of_tissue))])
-        return tuple(int(rng.integers(side)) for side in self._cases[index].shape)
+        return tuple(int(rng.integers(side)) for side in self.cases[index].shape)
 
     def _tissue(self, tissues: list[int], rng: np.random.Generator) -> int:
         """Draw one of a case's tissues: all equally likely, or enhancing tumour with the configured probability."""
@@ -264,8 +268,12 @@ class PatchSource:
             return ENHANCING
         return int(rng.choice(others))
 
-    def _mapped(self, index: int) -> _Mapped:
-        """The arrays of a case, reusing open maps."""
+    def mapped(self, index: int) -> _Mapped:
+        """The arrays of a case, reusing open maps.
+
+        Raises:
+            DataError: they were removed or damaged.
+        """
         with self._lock:
             mapped = self._open.pop(index, None)
             if mapped is not None:
@@ -273,7 +281,7 @@ class PatchSource:
         if mapped is not None:
             mapped.require_whole()
             return mapped
-        mapped = _Mapped(self._cases[index])
+        mapped = _Mapped(self.cases[index])
         with self._lock:
             self._open[index] = mapped
             while len(self._open) > MOST_OPEN:
@@ -339,7 +347,7 @@ def cut_patch(array: npt.NDArray[Any], centre: tuple[int, ...], patch: tuple[int
         centre: voxel to centre the patch on; the patch is shifted if it would leave the volume.
         patch: shape of the result's last three axes.
     """
-    inside, outside = _where(array.shape[-3:], centre, patch)
+    inside, outside = slices_of(array.shape[-3:], centre, patch)
     piece = array[..., inside[0], inside[1], inside[2]]
     if piece.shape[-3:] == tuple(patch):
         return np.array(piece)
@@ -352,7 +360,7 @@ def cut_image(
     image: npt.NDArray[np.float16], centre: tuple[int, ...], patch: tuple[int, int, int]
 ) -> npt.NDArray[np.float32]:
     """Like :func:`cut_patch`, converting float16 to float32 on the way, which is faster in torch than in numpy."""
-    inside, outside = _where(image.shape[-3:], centre, patch)
+    inside, outside = slices_of(image.shape[-3:], centre, patch)
     piece = torch.from_numpy(image)[..., inside[0], inside[1], inside[2]]
     make = torch.empty if piece.shape[-3:] == tuple(patch) else torch.zeros
     result = make((*image.shape[:-3], *patch), dtype=torch.float32)
@@ -360,7 +368,7 @@ def cut_image(
     return result.numpy()
 
 
-def _where(
+def slices_of(
     shape: tuple[int, ...], centre: tuple[int, ...], patch: tuple[int, int, int]
 ) -> tuple[list[slice], list[slice]]:
     """The slices of the volume covered by a patch, and the slices of the patch that they fill."""

@@ -578,14 +578,14 @@ def at_step(scene: Scene, number: int, act: Callable[[], object]) -> None:
     """Have something happen in a step of the training, counted from 1."""
     from app.training.step import Stepper
 
-    steps = Stepper.step
+    steps = Stepper.queue
 
     def acting(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.state.step + 1 == number:
             act()
         return steps(self, *arguments, **options)
 
-    scene.patch.setattr(Stepper, "step", acting)
+    scene.patch.setattr(Stepper, "queue", acting)
 
 
 def cache_goes(scene: Scene) -> None:

@@ -179,3 +179,20 @@ def test_compose_calls_verbs_that_there_are(name: str, znormseg: Callable[..., A
     assert set(services) == {"train", "predict"}
     for service in services.values():
         assert znormseg(service.get("command", ["predict"])[0], "--help").code == 0
+
+
+def test_a_tmpfs_is_mounted_so_that_compiled_code_can_be_loaded_from_it() -> None:
+    """docker and podman mount a tmpfs as noexec by default, and Triton loads what it compiles into /tmp."""
+    files = [*SCRIPTS, *ROOT.glob("compose*.yaml"), *(ROOT / "docs").rglob("*.md"), ROOT / "README.md"]
+    mounts = [
+        (path.name, mount)
+        for path in files
+        for mount in re.findall(r"(?:--tmpfs |tmpfs: \[)\"?(/tmp[\w:,=]*)", path.read_text(encoding="utf-8"))
+    ]
+    assert len(mounts) >= 5
+    assert [pair for pair in mounts if ":exec" not in pair[1]] == []
+
+
+def test_several_gpus_get_the_shared_memory_that_nccl_needs() -> None:
+    services = yaml.safe_load((ROOT / "compose.gpu.yaml").read_text(encoding="utf-8"))["services"]
+    assert services["train"]["shm_size"] == "1gb"

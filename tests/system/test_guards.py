@@ -317,8 +317,8 @@ GUARDS: dict[str, Guard] = {
     ),
     "a loss that is not finite": Guard(
         "app/training/trainer.py",
-        "        if not math.isfinite(result.loss):",
-        "        if False:",
+        "            if not math.isfinite(result.loss):",
+        "            if False:",
         "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
     ),
     "weights that are not finite": Guard(
@@ -329,7 +329,7 @@ GUARDS: dict[str, Guard] = {
     ),
     "other patches after a return": Guard(
         "app/training/trainer.py",
-        "        state.patches = after\n",
+        "        state.patches = next_patch\n",
         "",
         "system/test_never_lost.py::test_a_loss_that_is_not_finite_takes_the_run_back_and_on_with_other_patches",
     ),
@@ -481,19 +481,19 @@ TRAPS: dict[str, Guard] = {
     ),
     "a number that is not finite, in what is normalised": Guard(
         HOOK,
-        "not self._rule(work):",
-        "(self._rule(work) and False):",
+        "finite = both(finite, self._rule(work))",
+        "self._rule(work)",
         "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
     ),
     "a number that is not finite, in what is not": Guard(
         HOOK,
-        "if not all_finite(others) or",
-        "if",
+        "finite = are_finite(others)",
+        "finite: Finite = True",
         "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
     ),
     "a skipped step is counted": Guard(
         HOOK,
-        "self.skipped_steps += 1",
+        "self._skipped += 1",
         "pass",
         "znorm/test_hook.py::test_a_step_with_a_gradient_that_is_not_finite_changes_nothing",
     ),

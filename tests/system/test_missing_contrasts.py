@@ -122,21 +122,21 @@ def test_a_resumed_run_with_dropout_equals_one_that_was_not_interrupted(
     from app.errors import InterruptedRunError
     from app.runs.checkpoints import load_newest
     from app.training.run import resume, start
-    from app.training.step import Stepper, StepResult
+    from app.training.step import QueuedStep, Stepper
 
     # A checkpoint after nearly every step.
     frequent = ["training.checkpoint_minutes=0.001"]
     config = load_config("laptop", [*tiny_settings, *frequent, "augment.contrast_dropout=0.5"])
     start(DataSource(phantoms), tmp_path / "whole", config)
-    steps = Stepper.step
+    steps = Stepper.queue
 
-    def stopping(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
+    def stopping(self: Stepper, *arguments: Any, **options: Any) -> QueuedStep:
         if self.state.step == 2:
             raise InterruptedRunError("stopped")
         return steps(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Stepper, "step", stopping)
+        patch.setattr(Stepper, "queue", stopping)
         with pytest.raises(InterruptedRunError):
             start(DataSource(phantoms), tmp_path / "parts", config)
     resume(DataSource(phantoms), tmp_path / "parts")

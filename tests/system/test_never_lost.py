@@ -24,7 +24,7 @@ from app.runs.folder import read_metrics, write_durably
 from app.system.disk_full import RetryOnFullDisk
 from app.training.config_changes import FIXED, HARMLESS, require_allowed
 from app.training.run import resume, start
-from app.training.step import Stepper, StepResult
+from app.training.step import QueuedStep, Stepper
 from data.datasets.source import DataSource
 
 Call = Callable[..., Any]
@@ -78,16 +78,16 @@ def assert_same_weights(run: Path, other: Path) -> None:
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[Stepper], object]) -> None:
     """Have something happen once, in the middle of a step counted from 1."""
-    steps = Stepper.step
+    steps = Stepper.queue
     done: list[object] = []
 
-    def acting(self: Stepper, *arguments: Any, **options: Any) -> StepResult:
+    def acting(self: Stepper, *arguments: Any, **options: Any) -> QueuedStep:
         result = steps(self, *arguments, **options)
         if self.state.step + 1 == step and not done:
             done.append(act(self))
         return result
 
-    monkeypatch.setattr(Stepper, "step", acting)
+    monkeypatch.setattr(Stepper, "queue", acting)
 
 
 def next_batch(stepper: Stepper) -> int:

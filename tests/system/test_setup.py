@@ -387,7 +387,7 @@ def test_every_package_of_a_lock_has_a_hash(name: str) -> None:
     assert [block for block in blocks if not re.search(r"--hash=sha256:[0-9a-f]{64}\b", block)] == []
 
 
-@pytest.mark.parametrize(("extra", "files"), [("", ["run"]), ("dev", ["run", "dev"])])
+@pytest.mark.parametrize(("extra", "files"), [("", ["run"]), ("dev", ["run", "dev", "cuda"])])
 def test_a_lock_has_all_that_the_project_requires_here(extra: str, files: list[str]) -> None:
     requirements = pytest.importorskip("packaging.requirements")
     wanted, seen = [("znormseg", extra)], set()

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.inference.backends.graph import Graph, divisor, live_values
-from app.inference.sliding_window.grid import Size
+from app.inference.sliding_window.grid import Size, Windows, place_windows
 from app.inference.sliding_window.memory_fallback import ComputePlan
 from app.inference.sliding_window.numpy_blend import Array, stitched_logits
 from app.system.device import Runtime, below_gpu
@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 #: Ratio of the memory used, including the overhead of libraries, to the size of the values that a network must hold.
 _OVERHEAD: Final = 1.6
-#: Batch size on a GPU: as many windows as together have the voxels of this many windows of 128x128x128.
-_GPU_WINDOWS: Final = 2
+#: Voxels of a batch of windows on a GPU: a single window of 128x128x128 keeps every part of one busy, and norms copy
+#: larger batches once more.
+_GPU_VOXELS: Final = 128**3
 
 
 class Engine(ABC):
@@ -68,7 +69,7 @@ class Engine(ABC):
             float32, or float16 with ``plan.half``; shape (regions, X, Y, Z).
         """
 
-    def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:  # noqa: B027 - torch needs none
+    def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:  # noqa: B027 - torch on a CPU needs none
         """Do the work that needs no image, in advance; if a plan is given, also prepare for its windows.
 
         Raises:
@@ -114,14 +115,20 @@ class TorchEngine(Engine):
 
         super().__init__(graph, weights)
         self.network: GraphNetwork = GraphNetwork(graph, weights)
+        self._placed: tuple[str, bool] | None = None
         self._place(runtime)
         self.network.eval()
 
     def first_plan(self, window: Size, runtime: Runtime) -> ComputePlan:
         """Return a plan for the runtime's device; on a GPU, several windows are computed at once."""
         device = runtime.device_name
-        batch = 1 if device == "cpu" else max(1, min(8, _GPU_WINDOWS * 128**3 // prod(window)))
+        batch = 1 if device == "cpu" else max(1, min(8, _GPU_VOXELS // prod(window)))
         return ComputePlan(window=window, batch=batch, device=device, stitch_on=device)
+
+    def warm_up(self, plan: ComputePlan | None, runtime: Runtime) -> None:
+        """On a GPU, compute one batch of windows if a plan is given, which loads its libraries and chooses kernels."""
+        if plan is not None and plan.device != "cpu":
+            self._compute(np.zeros((plan.batch, self.graph.in_channels, *plan.window), dtype=np.float32), runtime)
 
     def logits(
         self, image: Array, present: Sequence[bool] | None, runtime: Runtime, *, overlap: float, plan: ComputePlan
@@ -129,34 +136,50 @@ class TorchEngine(Engine):
         """See :meth:`Engine.logits`."""
         import torch
 
-        from app.inference.sliding_window.torch_blend import sliding_logits
+        from app.inference.sliding_window.torch_blend import upload
+
+        volume = upload(torch.from_numpy(image), torch.device(plan.stitch_on))
+        windows = place_windows(image, plan.window, overlap)
+        answer: npt.NDArray[Any] = self.tensor_logits(volume, windows, present, runtime, plan=plan).cpu().numpy()
+        return answer
+
+    def tensor_logits(
+        self, volume: Tensor, windows: Windows, present: Sequence[bool] | None, runtime: Runtime, *, plan: ComputePlan
+    ) -> Tensor:
+        """Compute the logits of a volume, and leave them on the device where its windows are blended.
+
+        Args:
+            volume: shape (contrasts, X, Y, Z), on ``plan.stitch_on``.
+            windows: windows on the volume, of the plan's size.
+            present: see :meth:`Engine.logits`.
+            runtime: see :meth:`Engine.logits`.
+            plan: see :meth:`Engine.logits`.
+
+        Returns:
+            the same as :meth:`Engine.logits`.
+        """
+        from app.inference.sliding_window.torch_blend import window_logits
         from models import GivenPresence
 
         if plan.device != runtime.device_name:
             runtime = below_gpu(runtime)
         self._place(runtime)
-        found = sliding_logits(
-            self.network if present is None else GivenPresence(self.network, present).eval(),
-            torch.from_numpy(image),
-            window=plan.window,
-            overlap=overlap,
-            runtime=runtime,
-            batch=plan.batch,
-            stitch_on=plan.stitch_on,
-            half=plan.half,
-        )
-        answer: npt.NDArray[Any] = found.cpu().numpy()
-        return answer
+        network = self.network if present is None else GivenPresence(self.network, present).eval()
+        return window_logits(network, volume, windows, runtime=runtime, batch=plan.batch, half=plan.half)
 
     def _compute(self, patches: Array, runtime: Runtime) -> None:
         import torch
 
         self._place(runtime)
         with torch.inference_mode(), runtime.autocast():
-            self.network(torch.from_numpy(patches).to(runtime.device))
+            batch = torch.from_numpy(patches).to(runtime.device)
+            self.network(batch.contiguous(memory_format=runtime.memory_format))
 
     def _place(self, runtime: Runtime) -> None:
-        self.network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+        placed = runtime.device_name, runtime.channels_last
+        if placed != self._placed:
+            self.network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+            self._placed = placed
 
 
 class OpenvinoEngine(Engine):

@@ -73,7 +73,8 @@ def _compute(operation: Operation, values: list[Tensor], weights: Mapping[str, T
                 output_padding=operation.triple("output_paddings"),
             )
         case "instance_norm":
-            return functional.instance_norm(x, weight=weights.get("weight"), bias=bias, eps=settings["epsilon"])
+            norm = norm_channels_last if _is_channels_last_on_gpu(x) else functional.instance_norm
+            return norm(x, weight=weights.get("weight"), bias=bias, eps=settings["epsilon"])
         case "group_norm":
             return functional.group_norm(x, settings["group_count"], weights["weight"], bias, settings["epsilon"])
         case "prelu":
@@ -89,3 +90,24 @@ def _compute(operation: Operation, values: list[Tensor], weights: Mapping[str, T
         case "interpolate":
             factors = [float(factor) for factor in operation.triple("factors")]
             return functional.interpolate(x, scale_factor=factors, mode="trilinear", align_corners=False)
+
+
+def _is_channels_last_on_gpu(x: Tensor) -> bool:
+    return x.device.type == "cuda" and x.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+def norm_channels_last(x: Tensor, *, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Instance norm of a batch with channels innermost, whose result has them innermost too.
+
+    torch's instance norm copies such a batch into the other layout and returns that, and the next convolution copies it
+    back. The batch norm of a single sample is its instance norm, and keeps the layout. Several samples are joined,
+    which copies them once.
+
+    Args:
+        x: shape (N, channels, X, Y, Z).
+        weight: scale of each channel, or None.
+        bias: shift of each channel, or None.
+        eps: added to the variance.
+    """
+    normed = [functional.batch_norm(one, None, None, weight, bias, training=True, eps=eps) for one in x.split(1)]
+    return normed[0] if len(normed) == 1 else torch.cat(normed)

@@ -15,7 +15,7 @@ from app.inference.batch.fingerprint import settings_of
 from app.inference.batch.manifest import this_worker
 from app.inference.batch.native import Native
 from app.inference.batch.pipeline import InThisProcess
-from app.inference.batch.predict import PredictSteps, ReadCase
+from app.inference.batch.predict import AnsweredCase, PredictSteps, ReadCase
 from app.inference.batch.prediction_json import ComputedCase
 from app.inference.ensemble import load_predictor
 from app.inference.model import Predictor
@@ -69,7 +69,7 @@ class PredictJob:
 
     def engine(
         self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
-    ) -> InThisProcess[ReadCase, ComputedCase]:
+    ) -> InThisProcess[ReadCase, ComputedCase | AnsweredCase]:
         """Create the executor that predicts cases of this job in this process.
 
         Args:

@@ -17,6 +17,7 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
+from app.inference.batch.predict import GPU_READERS
 from app.system.worker_pool import Send, TaskAttempt, TaskQueue, WorkerPool, be_worker, device_names, last_output
 from data.datasets.layouts import Case
 
@@ -97,6 +98,7 @@ class InProcesses:
                 on_lost=lost,
                 max_attempts=MAX_ATTEMPTS,
                 reuse=True,
+                ahead=1 if all(device in (None, "cpu") for device in self.devices) else GPU_READERS,
             ).run()
 
 

@@ -1,9 +1,10 @@
-"""Run cases in one process: while one is computed, the next is read and the previous one is written."""
+"""Run cases in one process: while one is computed, the next are read and the previous one is written."""
 
 from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,6 +33,16 @@ class Steps(ABC, Generic[R, C]):
     def most_voxels_ahead(self) -> int:
         """Largest image, in voxels, that is read ahead; a larger one is read after the previous case is computed."""
         return MOST_VOXELS_AHEAD
+
+    @property
+    def readers(self) -> int:
+        """Number of threads that read ahead, and of cases that are read ahead."""
+        return 1
+
+    @property
+    def writers(self) -> int:
+        """Number of threads that write, and of cases that are being written at a time."""
+        return 1
 
     def warm_up(self) -> None:
         """Prepare to compute; called once on the computing thread, while the first case is read."""
@@ -65,10 +76,10 @@ class InThisProcess(Generic[R, C]):
     def work(
         self, cases: Iterable[Case], observer: CaseObserver, *, stop_cases: Callable[[], None] = lambda: None
     ) -> None:
-        """Execute cases one after the other; at most one is read ahead, and at most one is being written.
+        """Execute cases one after the other; each reader reads one ahead, and each writer writes one.
 
         Args:
-            cases: in order; the iterator may block before the next case, and is advanced on another thread.
+            cases: in order; the iterator may block before the next case, and is advanced on other threads.
             observer: receives the events.
             stop_cases: called when no more cases are needed; must unblock ``cases``.
 
@@ -76,44 +87,59 @@ class InThisProcess(Generic[R, C]):
             OSError, MemoryError, RuntimeError: from any step, once the file being written is complete or removed.
             KeyboardInterrupt: interrupted, once the file being written is complete or removed.
         """
-        waiting = iter(cases)
-        idle, stopped = threading.Event(), threading.Event()
-        idle.set()
+        waiting, one_at_a_time = iter(cases), threading.Lock()
+        stopped = threading.Event()
 
-        def read_next() -> tuple[Case, R] | None:
-            """Return the next case that can be read; None at the end."""
-            for case in waiting:
+        def read_next(turn: threading.Event) -> tuple[Case, R] | None:
+            """Return the next case that can be read; None at the end. A large one is read when it is its turn."""
+            while True:
+                with one_at_a_time:
+                    case = next(waiting, None)
+                if case is None:
+                    return None
                 if self._is_large(case):
-                    idle.wait()
+                    turn.wait()
                 if stopped.is_set():
                     return None
                 with self._isolated_failure(case, observer):
                     return case, self.steps.read(case)
-            return None
 
-        reader, writer = ThreadPoolExecutor(1, "read"), ThreadPoolExecutor(1, "write")
-        reading = reader.submit(read_next)
-        writing: Future[None] | None = None
+        reader = ThreadPoolExecutor(self.steps.readers, "read")
+        writer = ThreadPoolExecutor(self.steps.writers, "write")
+        ahead: deque[tuple[threading.Event, Future[tuple[Case, R] | None]]] = deque()
+
+        def read_ahead() -> None:
+            turn = threading.Event()
+            ahead.append((turn, reader.submit(read_next, turn)))
+
+        writing: deque[Future[None]] = deque()
         try:
+            for _ in range(self.steps.readers):
+                read_ahead()
             self.steps.warm_up()
-            while (found := reading.result()) is not None:
-                idle.clear()
-                reading = reader.submit(read_next)
+            while ahead:
+                turn, reading = ahead.popleft()
+                turn.set()
+                found = reading.result()
+                if found is None:  # readers race for the last cases, so a later one may still hold a case
+                    continue
+                read_ahead()
                 case, read = found
                 computed = self._computed(case, read, observer)
-                del found, read
-                idle.set()
-                if writing is not None:
-                    writing.result()
+                del found, read, reading
+                ahead[0][0].set()
+                while len(writing) >= self.steps.writers:
+                    writing.popleft().result()
                 if computed is not None:
-                    writing = writer.submit(self._write, case, computed, observer)
+                    writing.append(writer.submit(self._write, case, computed, observer))
                     del computed
-            if writing is not None:
-                writing.result()
+            for written in writing:
+                written.result()
         finally:
             stop_cases()
             stopped.set()
-            idle.set()
+            for turn, _ in ahead:
+                turn.set()
             reader.shutdown(cancel_futures=True)
             writer.shutdown()
 

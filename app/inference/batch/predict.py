@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,12 @@ from app.inference.batch.prediction_json import ComputedCase, Predictions, case_
 from app.inference.confidence import COMPANIONS, Companion, companions, measure_confidence, nested
 from app.inference.flags import CaseFacts, flags_of
 from app.inference.model import Predictor
-from app.inference.probabilities import fallback_for, predict_answer, predict_masks, warm_up
+from app.inference.probabilities import MeanPrediction, fallback_for, predict_answer, predict_masks, warm_up
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
 from app.system.device import Runtime
-from app.system.process import give_back_freed_memory
+from app.system.process import give_back_freed_memory, granted_processors
 from data.contrasts import missing_contrasts
 from data.datasets.layouts import Case, misnamed_files
 from data.errors import DataError
@@ -39,6 +39,9 @@ from data.quality.intensity_range import quantiles_of
 
 if TYPE_CHECKING:
     from data.native_space.to_brats import NativeCase
+
+#: Threads that read ahead for a GPU; each keeps one case in memory.
+GPU_READERS: Final = 4
 
 _Number = TypeVar("_Number", bound=np.generic)
 
@@ -89,7 +92,21 @@ class ReadCase:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PredictSteps(Steps[ReadCase, ComputedCase]):
+class AnsweredCase:
+    """A case that the networks have answered; the rest of its work needs no GPU."""
+
+    read: ReadCase
+    prepared: Prepared
+    scans: PreparedScans | None
+    answer: MeanPrediction
+    ladder: tuple[str, ...]
+    """Sentences about fallbacks when memory was short."""
+    seconds: float
+    """Time spent on preparing scans and on the networks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
     """Predicts cases with skull-stripped contrasts on one grid or, with ``native``, scans straight from the scanner."""
 
     model: Predictor
@@ -104,6 +121,20 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
     def most_voxels_ahead(self) -> int:
         """0 if memory is bounded, as the plan for the current case leaves no memory for another."""
         return MOST_VOXELS_AHEAD if self.options.max_memory_gb is None else 0
+
+    @property
+    def readers(self) -> int:
+        """1 on a CPU, which computes at the same time; several on a GPU, which is faster than one thread can read."""
+        return min(GPU_READERS, granted_processors()) if self._feeds_gpu else 1
+
+    @property
+    def writers(self) -> int:
+        """The same number: for a GPU, writers also do everything that follows the networks' answer."""
+        return self.readers
+
+    @property
+    def _feeds_gpu(self) -> bool:
+        return self.runtime.device_name != "cpu" and self.options.max_memory_gb is None
 
     def warm_up(self) -> None:
         """Prepare the network for its windows, unless the first case has to be prepared first."""
@@ -147,7 +178,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             LOG.warning("case %s: predicted without %s, which is missing%s", case.id, ", ".join(absent), hint)
         return prepared
 
-    def compute(self, read: ReadCase, on_step: Callable[[str], None]) -> ComputedCase:
+    def compute(self, read: ReadCase, on_step: Callable[[str], None]) -> ComputedCase | AnsweredCase:
         """Predict a case; the only step that uses the device.
 
         Raises:
@@ -157,11 +188,11 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
         model, options, case, images = self.model, self.options, read.case, read.images
         scans: PreparedScans | None = None
         if isinstance(images, Prepared):
-            prepared, repairs = images, images.repairs
+            prepared = images
         else:
             assert self.native is not None
             scans = prepare_scans(images, self.native, model.spacing_mm, on_step)
-            prepared, repairs = scans.network_input, scans.repairs
+            prepared = scans.network_input
         fallback = fallback_for(options)
         give_back_freed_memory()
         try:
@@ -173,6 +204,25 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
                 "case %s: uncertainty is computed from a single prediction; use --tta or an ensemble for several",
                 case.id,
             )
+        answered = AnsweredCase(
+            read=read,
+            prepared=prepared,
+            scans=scans,
+            answer=answer,
+            ladder=tuple(fallback.sentences),
+            seconds=time.monotonic() - began,
+        )
+        return answered if self._feeds_gpu else self.finish(answered, on_step)
+
+    def finish(self, answered: AnsweredCase, on_step: Callable[[str], None] = lambda _: None) -> ComputedCase:
+        """Turn the networks' answer into everything that is written.
+
+        Raises:
+            DataError: it cannot be mapped back to the scans.
+        """
+        began = time.monotonic()
+        model, options, read, answer = self.model, self.options, answered.read, answered.answer
+        case, images, prepared, scans = read.case, read.images, answered.prepared, answered.scans
         spacing_mm = answer_spacing_mm = canonical_spacing(prepared.native_affine)
         if scans is None:
             masks = predict_masks(model, prepared, answer.centred)
@@ -203,12 +253,12 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             missing=missing,
             zeroed=images.zeroed,
             backgrounds=images.backgrounds,
-            repairs=repairs,
+            repairs=prepared.repairs if scans is None else scans.repairs,
             preparation=() if scans is None else scans.case.warnings,
             unusual=unusual_contrasts(prepared, options.training),
             training=options.training,
         )
-        seconds = time.monotonic() - began
+        seconds = answered.seconds + time.monotonic() - began
         return ComputedCase(
             case=case,
             fingerprint=read.fingerprint,
@@ -223,17 +273,20 @@ class PredictSteps(Steps[ReadCase, ComputedCase]):
             notes={
                 "nan_to_zero": dict(images.zeroed),
                 "missing_contrasts": list(missing),
-                "ladder": list(fallback.sentences),
+                "ladder": list(answered.ladder),
                 **({} if scans is None else {"space": scans.space, "prepare": scans.case.record}),
             },
         )
 
-    def write(self, computed: ComputedCase) -> dict[str, Any]:
+    def write(self, computed: ComputedCase | AnsweredCase) -> dict[str, Any]:
         """Write the files of a case, then its JSON, which marks them as complete.
 
         Raises:
+            DataError: as raised by :meth:`finish`.
             OSError: the folder cannot be written to.
         """
+        if isinstance(computed, AnsweredCase):
+            computed = self.finish(computed)
         began = time.monotonic()
         model, case = self.model, computed.case
         convention = self.options.labels or case.written_convention or model.convention

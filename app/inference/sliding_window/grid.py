@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import product
 from math import ceil
 from typing import Final
@@ -19,7 +20,12 @@ SURE_BACKGROUND: Final = -30.0
 
 Size = tuple[int, int, int]
 Place = tuple[slice, slice, slice]
+#: Voxels before and after an image along each axis.
+Padding = tuple[tuple[int, int], tuple[int, int], tuple[int, int]]
 Weights = npt.NDArray[np.float32]
+_NO_PADDING: Final[Padding] = ((0, 0), (0, 0), (0, 0))
+#: Every so many voxels of a window are examined first: almost always one of them is in the brain.
+_STRIDE: Final = 8
 
 
 def window_places(shape: Size, window: Size, overlap: float) -> Iterator[Place]:
@@ -48,53 +54,90 @@ def window_starts(size: int, side: int, overlap: float) -> list[int]:
     return [round(step * (size - side) / steps) for step in range(steps + 1)]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Windows:
+    """Windows on an image that is padded with 0, so that at least one fits."""
+
+    size: Size
+    padding: Padding
+    """Voxels that the padded volume has around the image."""
+    places: tuple[Place, ...]
+    """Places in the padded volume."""
+    inner: tuple[slice, slice, slice, slice]
+    """Place of the image in an array of shape (channels, X, Y, Z) over the padded volume."""
+
+
 def place_windows(
-    image: npt.NDArray[np.float32], window: Size, overlap: float
-) -> tuple[npt.NDArray[np.float32], list[Place], tuple[slice, ...]]:
+    image: npt.NDArray[np.floating], window: Size, overlap: float, *, around: Padding | None = None
+) -> Windows:
     """Pad a volume with 0 so that a window fits, and place windows on it, skipping those that are zero everywhere.
 
     Args:
-        image: shape (contrasts, X, Y, Z).
+        image: shape (contrasts, X, Y, Z), in any memory layout.
         window: size of each window.
         overlap: minimum share of a window that its neighbour also covers.
-
-    Returns:
-        the padded volume, the places of the windows, and the place of the image in the padded volume, as an index of
-        four axes.
+        around: voxels of 0 that surround the image in any case; None for none.
 
     Raises:
         ValueError: the volume is zero everywhere.
     """
-    x, y, z = image.shape[1:]
-    missing = [max(0, side - size) for size, side in zip((x, y, z), window, strict=True)]
-    padded = np.pad(image, [(0, 0), *((gap // 2, gap - gap // 2) for gap in missing)]) if any(missing) else image
-    inner = tuple(slice(gap // 2, gap // 2 + size) for gap, size in zip(missing, (x, y, z), strict=True))
-    x, y, z = padded.shape[1:]
-    places = [place for place in window_places((x, y, z), window, overlap) if padded[:, *place].any()]
+    around = around or _NO_PADDING
+    sizes = [before + size + after for size, (before, after) in zip(image.shape[1:], around, strict=True)]
+    missing = [max(0, side - size) for size, side in zip(sizes, window, strict=True)]
+    x, y, z = (
+        (before + gap // 2, after + gap - gap // 2) for gap, (before, after) in zip(missing, around, strict=True)
+    )
+    padding: Padding = (x, y, z)
+    width, depth, height = (size + gap for size, gap in zip(sizes, missing, strict=True))
+    places = tuple(
+        place
+        for place in window_places((width, depth, height), window, overlap)
+        if _is_filled(image[:, *_in_image(place, padding)])
+    )
     if not places:
         raise ValueError("the volume is zero everywhere")
-    return padded, places, (slice(None), *inner)
+    inner = [slice(before, before + size) for size, (before, _) in zip(image.shape[1:], padding, strict=True)]
+    return Windows(size=window, padding=padding, places=places, inner=(slice(None), *inner))
 
 
-def gaussian_array(window: Size, exp: Callable[[Weights], Weights] = np.exp) -> Weights:
+def _in_image(place: Place, padding: Padding) -> tuple[slice, ...]:
+    """Return the part of a window that covers the image, as a place in the image."""
+    return tuple(
+        slice(max(0, part.start - before), max(0, part.stop - before))
+        for part, (before, _) in zip(place, padding, strict=True)
+    )
+
+
+def _is_filled(values: npt.NDArray[np.floating]) -> bool:
+    """Whether any value is not 0."""
+    few = values[:, *(slice(_STRIDE // 2, None, _STRIDE),) * 3]
+    return bool(few.any() or values.any())
+
+
+def gaussian_array(window: Size) -> Weights:
     """Return weights that fall from the centre of a window to its borders; the largest is 1, none is 0.
 
     Source: the sliding window of nnU-Net (Isensee et al. 2021); sigma is 1/8 of each side.
 
     Args:
         window: size of the window, in voxels.
-        exp: the exponential function; numpy's and torch's differ in the last bit.
 
     Returns:
         array of shape ``window``.
     """
-    weights = np.ones(window, dtype=np.float32)
-    for axis, side in enumerate(window):
-        distance = np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2)
-        along = exp(np.float32(-0.5) * (distance / np.float32(SIGMA * side)) ** 2)
-        weights *= along.reshape([-1 if a == axis else 1 for a in range(3)])
+    along_x, along_y, along_z = (np.exp(exponents) for exponents in gaussian_exponents(window))
+    weights = along_x[:, None, None] * along_y[None, :, None] * along_z[None, None, :]
     weights /= weights.max()
     return np.maximum(weights, np.float32(LEAST_WEIGHT))
+
+
+def gaussian_exponents(window: Size) -> tuple[Weights, ...]:
+    """Return, for each axis, the exponents whose exponential functions are multiplied into the weights."""
+    distances = (np.arange(side, dtype=np.float32) - np.float32((side - 1) / 2) for side in window)
+    return tuple(
+        np.float32(-0.5) * (distance / np.float32(SIGMA * side)) ** 2
+        for distance, side in zip(distances, window, strict=True)
+    )
 
 
 def rounded_up(sizes: Size, divisor: int) -> Size:

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 from app.errors import is_out_of_memory
 from app.inference.sliding_window.grid import Size, smaller
 from app.progress import LOG
-from app.system.process import give_back_freed_memory
+from app.system.process import give_back_freed_memory, give_back_gpu_memory
 from app.system.resources import memory_of
 from data.errors import DataError
 
@@ -89,6 +89,7 @@ class MemoryFallback:
             else:
                 self._plan = plan
                 return answer
+            give_back_gpu_memory()  # cuDNN and cuBLAS allocate outside torch's cache, which may hold all that is free
             after = next_plan(plan, first, divisor)
             if after is None:
                 raise DataError(

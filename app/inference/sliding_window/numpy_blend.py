@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -40,7 +40,9 @@ def stitched_logits(
     Returns:
         float32, or float16 with ``half``, shape (regions, X, Y, Z); -30 where there is no brain nearby.
     """
-    padded, places, inner = place_windows(image, window, overlap)
+    windows = place_windows(image, window, overlap)
+    places, inner = windows.places, windows.inner
+    padded = np.pad(image, ((0, 0), *windows.padding)) if any(map(any, windows.padding)) else image
     shape = padded.shape[1:]
     kept = np.dtype(np.float16 if half else np.float32)
     patches = np.zeros((batch, image.shape[0], *window), dtype=np.float32)
@@ -69,7 +71,7 @@ def stitched_logits(
     return total[inner]
 
 
-def _fill(patches: Array, image: Array, places: list[Place]) -> None:
+def _fill(patches: Array, image: Array, places: Sequence[Place]) -> None:
     for number, place in enumerate(places):
         patches[number] = image[:, *place]
     patches[len(places) :] = 0

@@ -222,6 +222,7 @@ def test_a_patch_that_does_not_fit_the_network_is_refused_with_key_value_and_div
         "training.patience=0",
         "training.enhancing_probability=1.5",
         "runtime.loader_threads=0",
+        "runtime.gpu_cases_gb=-1",
     ],
 )
 def test_a_value_out_of_range_is_refused_with_its_key(override: str) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -35,6 +37,7 @@ MADE_UP = Probe(
     places=(Place(role="cache", path="/cache", free_bytes=10**12, writable=True),),
     packages=(Package(name="monai", least="1.6", installed="1.6.0"),),
 )
+SEVERAL = replace(MADE_UP, gpus=(A100, A100))
 CPU_ONLY = replace(MADE_UP, torch="2.10.0+cpu", torch_cuda=None, gpus=(), gpu_in_machine=False, driver_cuda=None)
 
 
@@ -184,3 +187,32 @@ def test_the_command_ends_with_7_where_there_is_a_problem(
     ended = znormseg("doctor", "--json")
     assert (ended.code, json.loads(ended.out)["ok"]) == (code, code == 0)
     assert ("problem  packages: monai 1.5" in znormseg("doctor").out) is (code != 0)
+
+
+@pytest.mark.parametrize(("shm_bytes", "level"), [(64 * 10**6, "note"), (None, "note"), (10**9, "ok")])
+def test_several_gpus_may_need_more_shared_memory_than_a_container_has(shm_bytes: int | None, level: str) -> None:
+    found = finding(replace(SEVERAL, shm_bytes=shm_bytes), "/dev/shm")
+    assert (found.level, "--shm-size" in found.remedy) == (level, level == "note")
+
+
+def test_a_cache_from_which_no_code_can_be_loaded_is_a_warning_with_a_gpu_only() -> None:
+    noexec = replace(MADE_UP, kernel_cache_noexec="/tmp/triton")
+    assert finding(noexec, "compiled kernels").level == "warning"
+    assert "compiled kernels" not in {found.topic for found in examine(replace(noexec, gpus=()))}
+
+
+def test_the_folder_of_compiled_kernels_is_reported_if_its_mount_is_noexec(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "triton"))
+    assert probe().kernel_cache_noexec is None
+    real = os.statvfs
+    monkeypatch.setattr(
+        os,
+        "statvfs",
+        lambda path: SimpleNamespace(
+            f_flag=os.ST_NOEXEC,
+            **{name: getattr(real(path), name) for name in ("f_bavail", "f_frsize", "f_blocks", "f_bfree")},
+        ),
+    )
+    assert probe().kernel_cache_noexec == str(tmp_path / "triton")

@@ -7,9 +7,12 @@ import logging
 import os
 import subprocess
 import sys
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -114,3 +117,30 @@ def test_a_worker_stops_when_its_parent_is_gone(tmp_path: Path) -> None:
         out, _ = worker.communicate(timeout=30)
     assert worker.returncode == 1
     assert '"error": "InterruptedRunError"' in out
+
+
+@pytest.mark.parametrize(
+    ("ahead", "tasks", "held"),
+    [(1, 20, [2, 2]), (4, 20, [5, 5]), (4, 4, [2, 2]), (4, 1, [1, 0])],
+    ids=["one", "four", "few tasks are left for the others", "a single task"],
+)
+def test_a_worker_receives_several_tasks_early_if_there_are_enough(
+    ahead: int, tasks: int, held: list[int], tmp_path: Path
+) -> None:
+    slots = [SimpleNamespace(ready=True, held=[], send=lambda _: None) for _ in held]
+    pool = WorkerPool(
+        module="",
+        job=lambda *_: {},
+        tasks={str(number): number for number in range(tasks)},
+        devices=(None, None),
+        logs=tmp_path,
+        on_progress=lambda *_: None,
+        on_done=lambda *_: None,
+        on_lost=lambda *_: None,
+        reuse=True,
+        ahead=ahead,
+    )
+    pool._waiting, pool._attempts, pool._slots = deque(pool.tasks), Counter(), cast(Any, slots)
+    for slot in slots:
+        pool._hand_out(cast(Any, slot))
+    assert [len(slot.held) for slot in slots] == held

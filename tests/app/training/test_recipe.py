@@ -269,7 +269,7 @@ def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
                 norms.setdefault(precision, float(torch.nn.utils.get_total_norm(grads)))
 
             optimizer.register_step_pre_hook(hook)
-            return gradient.AttachedTransform(report="", skipped_steps=lambda: 0)
+            return gradient.AttachedTransform(report="", skipped_steps=lambda: 0, skipped=lambda: 0)
 
         monkeypatch.setattr("app.training.trainer.gradient.attach_transform", look)
         train(precision, f"runtime.precision={precision}", "training.steps=1")

@@ -26,7 +26,7 @@ from app.inference.backends.graph import (
     live_values,
 )
 from app.inference.backends.openvino_backend import CompiledNetwork
-from app.inference.backends.torch_backend import GraphNetwork
+from app.inference.backends.torch_backend import GraphNetwork, norm_channels_last
 from app.inference.backends.trace import trace
 from app.system.device import RuntimeConfig, limit_below_avx512
 from models import GivenPresence, NetworkConfig, build_network, patch_divisor
@@ -323,3 +323,24 @@ def test_a_smaller_window_is_compiled_anew(tiny_run: Path) -> None:
         for side in (16, 8)
     ]
     assert shapes == [(3, 16, 16, 16)] * 2
+
+
+@pytest.mark.parametrize("samples", [1, 3])
+@pytest.mark.parametrize("affine", [True, False])
+def test_the_norm_for_a_gpu_is_the_instance_norm_and_keeps_channels_innermost(samples: int, affine: bool) -> None:
+    x = torch.randn(samples, 4, 3, 5, 6).mul_(3).add_(7).contiguous(memory_format=torch.channels_last_3d)
+    weight, bias = (torch.randn(4) if affine else None for _ in range(2))
+    found = norm_channels_last(x, weight=weight, bias=bias, eps=1e-5)
+    expected = nn.functional.instance_norm(x, weight=weight, bias=bias, eps=1e-5)
+    assert found.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gpu_computes_so_many_windows_at_once_that_they_have_the_voxels_of_one_of_128(tiny_run: Path) -> None:
+    from app.inference.model import load_model
+
+    runtime = choose_backend("torch", RuntimeConfig(device="cpu"))
+    engine, gpu = load_model(tiny_run, runtime).engine, replace(runtime, device_name="cuda:0")
+    batches = [engine.first_plan((side,) * 3, gpu).batch for side in (160, 128, 96, 64, 32)]
+    assert batches == [1, 1, 2, 8, 8]
+    assert engine.first_plan((32, 32, 32), runtime).batch == 1

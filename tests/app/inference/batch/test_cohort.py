@@ -26,6 +26,7 @@ from app.inference.batch.native import Native
 from app.inference.batch.parallel import devices_of
 from app.inference.batch.pipeline import InThisProcess, Steps
 from app.schemas import json_schema
+from app.system.device import Runtime
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
 from data.files import file_sha256, partial_prefix, remove_stale
@@ -419,8 +420,8 @@ def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
     happened: list[str] = []
 
     class StepsOfATest(Steps[str, str]):
-        def __init__(self, compute: Callable[[str, list[str]], None], options: PredictOptions) -> None:
-            self._compute = compute
+        def __init__(self, compute: Callable[[str, list[str]], None], options: PredictOptions, readers: int) -> None:
+            self._compute, self._readers = compute, readers
             none: Any = None
             as_in_predict = PredictSteps(model=none, output=tmp_path, runtime=none, settings={}, options=options)
             self._most_voxels_ahead = as_in_predict.most_voxels_ahead
@@ -428,6 +429,10 @@ def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
         @property
         def most_voxels_ahead(self) -> int:
             return self._most_voxels_ahead
+
+        @property
+        def readers(self) -> int:
+            return self._readers
 
         def read(self, case: Case) -> str:
             happened.append(f"read {case.id}")
@@ -445,10 +450,14 @@ def through(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tu
             return {"case": computed}
 
     def call(
-        *, compute: Callable[[str, list[str]], None], voxels: int = 1, options: PredictOptions = DEFAULTS
+        *,
+        compute: Callable[[str, list[str]], None],
+        voxels: int = 1,
+        options: PredictOptions = DEFAULTS,
+        readers: int = 1,
     ) -> tuple[Noted, list[str]]:
         monkeypatch.setattr(pipeline, "voxel_count", lambda path: voxels)
-        engine = InThisProcess(steps=StepsOfATest(compute, options), worker=this_worker("cpu"))
+        engine = InThisProcess(steps=StepsOfATest(compute, options, readers), worker=this_worker("cpu"))
         told = Noted()
         cases = [Case(id=name, folder=tmp_path, contrasts={"t1": tmp_path / name}) for name in "abcd"]
         engine.work(cases, told)
@@ -481,6 +490,61 @@ def test_no_more_than_one_case_is_read_ahead(through: Call) -> None:
 
     _, happened = through(compute=compute)
     assert happened[-1] == "computed d"
+
+
+@pytest.mark.parametrize("readers", [2, 3, 9])
+def test_several_readers_read_several_cases_ahead_and_lose_none(readers: int, through: Call) -> None:
+    def compute(case: str, happened: list[str]) -> None:
+        until = time.monotonic() + 20
+        while case == "a" and "read d" not in happened and readers > 2:
+            assert time.monotonic() < until
+            time.sleep(0.001)
+
+    told, happened = through(compute=compute, readers=readers)
+    assert sorted(outcome.case for outcome in told.outcomes) == ["a", "b", "c", "d"]
+    assert [what for what in happened if what.startswith("computed")] == ["computed a", "computed c", "computed d"]
+
+
+def test_several_readers_read_large_cases_one_at_a_time(through: Call) -> None:
+    _, happened = through(voxels=512**3, readers=3, compute=lambda case, happened: time.sleep(0.02))
+    computed = [what.removeprefix("computed ") for what in happened if what.startswith("computed")]
+    assert sorted(computed) == ["a", "c", "d"]
+    assert [what.removeprefix("read ") for what in happened if what != "read b" and what.startswith("read")] == computed
+    assert all(happened.index(f"computed {case}") == happened.index(f"read {case}") + 1 for case in computed)
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "several"),
+    [("cuda:0", DEFAULTS, True), ("cpu", DEFAULTS, False), ("cuda:0", PredictOptions(max_memory_gb=6), False)],
+)
+def test_several_threads_read_for_a_gpu_unless_memory_is_bounded(
+    device: str, options: PredictOptions, several: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from app.inference.batch import predict
+
+    monkeypatch.setattr(predict, "granted_processors", lambda: 8)
+    none: Any = None
+    runtime = Runtime(device_name=device, precision_name="float32", channels_last=False, reasons=())
+    steps = predict.PredictSteps(model=none, output=tmp_path, runtime=runtime, settings={}, options=options)
+    assert (steps.readers > 1, steps.writers > 1) == (several, several)
+
+
+def test_what_is_written_is_the_same_if_it_is_made_on_several_threads_as_for_a_gpu(
+    tiny_run: Path, phantoms: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from app.inference.batch.predict import PredictSteps, predict
+
+    model, runtime = PredictJob(run=tiny_run, output=tmp_path, device="cpu", backend="torch").load()
+    options = PredictOptions(save_probabilities=True)
+    written = []
+    for feeds_gpu in (False, True):
+        monkeypatch.setattr(PredictSteps, "_feeds_gpu", feeds_gpu)
+        output = tmp_path / str(feeds_gpu)
+        found = predict(model, find_cases(phantoms), output, runtime=runtime, options=options)
+        assert not found.failures
+        written.append({path.name: file_sha256(path) for path in output.glob("*.nii.gz")})
+    assert len(written[0]) == 12
+    assert written[0] == written[1]
 
 
 def test_a_large_case_is_not_read_ahead(through: Call) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from monai.data.utils import compute_importance_map
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from app.inference.sliding_window.grid import window_places, window_starts
-from app.inference.sliding_window.torch_blend import gaussian_weights, sliding_logits
+from app.inference.sliding_window.grid import Padding, place_windows, window_places, window_starts
+from app.inference.sliding_window.torch_blend import gaussian_weights, sliding_logits, window_logits
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
 
 SIZES = st.integers(1, 120)
@@ -43,7 +46,7 @@ def noise(*shape: int) -> Tensor:
 
 
 def logits_of(network: nn.Module, image: Tensor, *, side: int = 16, overlap: float = 0.5) -> Tensor:
-    return sliding_logits(network, image, window=(side, side, side), overlap=overlap, runtime=cpu())
+    return sliding_logits(network, image.numpy(), window=(side, side, side), overlap=overlap, runtime=cpu())
 
 
 @given(SIZES, SIDES, OVERLAPS)
@@ -171,7 +174,12 @@ def test_a_callback_between_windows_may_stop_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         sliding_logits(
-            FirstThree(), noise(4, 16, 16, 16), window=(16, 16, 16), overlap=0.5, runtime=cpu(), between_windows=stop
+            FirstThree(),
+            noise(4, 16, 16, 16).numpy(),
+            window=(16, 16, 16),
+            overlap=0.5,
+            runtime=cpu(),
+            between_windows=stop,
         )
 
 
@@ -179,7 +187,7 @@ def test_bfloat16_gives_float32_logits_close_to_those_of_float32() -> None:
     torch.manual_seed(0)
     network, image = nn.Conv3d(4, 3, 3, padding="same").eval(), noise(4, 24, 24, 24)
     half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
-    answer = sliding_logits(network, image, window=(16, 16, 16), overlap=0.5, runtime=half)
+    answer = sliding_logits(network, image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
     assert answer.dtype is torch.float32
     torch.testing.assert_close(answer, logits_of(network, image), rtol=0, atol=0.05)
 
@@ -188,7 +196,7 @@ def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> No
     image = noise(4, 40, 36, 20)
     image[:, :24, :24] = 0
     whole = logits_of(FirstThree(), image)
-    half = sliding_logits(FirstThree(), image, window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
+    half = sliding_logits(FirstThree(), image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
     assert half.dtype is torch.float16
     assert torch.equal(half == -30, whole == -30)
     torch.testing.assert_close(half.float(), whole, rtol=5e-3, atol=5e-3)
@@ -196,3 +204,63 @@ def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> No
 
 def test_no_gradient_is_kept() -> None:
     assert not logits_of(nn.Conv3d(4, 3, 1).eval(), noise(4, 16, 16, 16)).requires_grad
+
+
+def test_an_image_in_float16_is_computed_in_float32() -> None:
+    image, network = noise(4, 20, 16, 24).half(), FirstThree()
+    answer = logits_of(network, image)
+    assert {patch.dtype for patch in network.seen} == {torch.float32}
+    assert torch.equal(answer, logits_of(FirstThree(), image.float()))
+
+
+@pytest.mark.parametrize("shape", [(40, 36, 20), (10, 40, 16)])
+@pytest.mark.parametrize("around", [((3, 9), (0, 0), (1, 2)), ((0, 5), (2, 0), (20, 0))])
+def test_zeros_around_an_image_need_not_be_in_memory(shape: tuple[int, int, int], around: Padding) -> None:
+    image, torch_network, other = noise(4, *shape), FirstThree(), FirstThree()
+    windows = place_windows(image.numpy(), (16, 16, 16), 0.5, around=around)
+    found = window_logits(torch_network, image, windows, runtime=cpu())
+    whole = functional.pad(image, [gap for gaps in reversed(around) for gap in gaps])
+    expected = logits_of(other, whole)
+    inner = [slice(before, before + side) for side, (before, _) in zip(shape, around, strict=True)]
+    assert torch.equal(found, expected[:, *inner])
+    assert len(torch_network.seen) == len(other.seen)
+
+
+def test_windows_on_a_mirrored_view_are_those_on_a_mirrored_copy() -> None:
+    image = noise(4, 40, 36, 20)
+    image[:, :24, :24] = 0
+    view = image.numpy()[:, ::-1, :, ::-1]
+    assert place_windows(view, (16, 16, 16), 0.5) == place_windows(view.copy(), (16, 16, 16), 0.5)
+
+
+class Casts(TorchDispatchMode):
+    """Counts the conversions to bfloat16 of tensors of a certain shape."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.shape, self.count = shape, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        converts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16
+        self.count += converts and args[0].shape == self.shape
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_weights_are_cast_once_for_all_windows_and_are_as_trainable_as_before(frozen: bool) -> None:
+    network = nn.Conv3d(4, 3, 3, padding="same").eval().requires_grad_(not frozen)
+    half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
+    with Casts((3, 4, 3, 3, 3)) as casts:
+        sliding_logits(network, noise(4, 32, 24, 24).numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
+    assert casts.count == 1
+    assert network.weight.requires_grad is not frozen
+
+
+def test_weights_cast_once_are_those_cast_for_each_window() -> None:
+    network = nn.Conv3d(4, 3, 3, padding="same").eval()
+    half = choose_runtime(RuntimeConfig(device="cpu", precision="bfloat16"))
+    image = noise(4, 16, 16, 16)
+    with torch.inference_mode(), half.autocast():
+        expected = network(image[None].contiguous(memory_format=half.memory_format))[0].float()
+    found = sliding_logits(network, image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

@@ -86,6 +86,15 @@ def test_what_worked_is_where_the_next_network_of_a_case_begins() -> None:
     assert mock.tried == tried + 1
 
 
+def test_torch_gives_up_the_gpu_memory_that_it_keeps_before_the_next_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    given_back: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: given_back.append(1))
+    error = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    down(MockOfMemory(lambda plan: plan.stitch_on == "cpu", error))
+    assert len(given_back) == 2
+
+
 def test_where_no_step_is_left_the_case_is_refused() -> None:
     with pytest.raises(DataError, match="not enough memory, not even for windows of 32x32x32"):
         down(MockOfMemory(lambda _: False, MemoryError()))
@@ -98,6 +107,11 @@ def test_where_no_step_is_left_the_case_is_refused() -> None:
         (torch.OutOfMemoryError("x"), True),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), True),
         (RuntimeError("could not create: std::bad_alloc"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("cuDNN Frontend error: [cudnn_frontend] Error: No valid execution plans built."), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_BAD_PARAM"), False),
         (RuntimeError("shapes do not fit"), False),
         (ValueError("out of memory"), False),
     ],
@@ -165,7 +179,7 @@ def an_image(*shape: int) -> Any:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int) -> None:
     image, runtime = an_image(*shape), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
-    expected = sliding_logits(Blur(), torch.from_numpy(image), window=(16, 16, 16), overlap=0.5, runtime=runtime)
+    expected = sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime)
     found = stitched_logits(
         lambda patches: Blur()(torch.from_numpy(patches)).numpy(), image, window=(16, 16, 16), overlap=0.5, batch=batch
     )
@@ -176,9 +190,7 @@ def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int
 def test_torch_gives_the_same_with_several_windows_at_once() -> None:
     image, runtime = an_image(40, 36, 20), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
     one, some = (
-        sliding_logits(
-            Blur(), torch.from_numpy(image), window=(16, 16, 16), overlap=0.5, runtime=runtime, batch=b, stitch_on="cpu"
-        )
+        sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime, batch=b, stitch_on="cpu")
         for b in (1, 4)
     )
     torch.testing.assert_close(one, some)
