@@ -1,8 +1,8 @@
 """Networks and losses: tensors in, tensors out."""
 
+from models.contrast_presence import GivenPresence, with_presence
 from models.losses import DeepLoss, RegionLoss
 from models.networks import ARCHITECTURES, NetworkConfig, build_network, patch_divisor
-from models.presence import GivenPresence, with_presence
 
 __all__ = [
     "ARCHITECTURES",

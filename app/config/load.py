@@ -21,11 +21,12 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.config.gradient import GradientConfig
 from app.config.inference import InferenceConfig
+from app.config.task import TaskConfig
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 from app.system.device import RuntimeConfig
 from data.filesystem import why
-from data.labels import CONTRASTS
+from data.labels import CONTRASTS, REGIONS
 from data.patches.augmentation import AugmentConfig
 from models import NetworkConfig, patch_divisor
 
@@ -53,6 +54,7 @@ class DataConfig:
 class RunConfig:
     """Everything that defines a run except its data, fold and folder."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=50_000))
@@ -70,6 +72,11 @@ class RunConfig:
                 f"{len(self.network.channels)} levels (network.channels) every side must be a multiple of {divisor}, "
                 f"and at least {2 * divisor}"
             )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the network's output channels: the regions, or what is present or absent."""
+        return REGIONS if self.task.name == "segmentation" else self.task.outputs
 
     @property
     def takes_missing_contrasts(self) -> bool:

@@ -17,8 +17,6 @@ import torch
 from app.config.load import RunConfig, load_config, to_yaml
 from app.errors import ConfigError, RunError, message
 from app.html.overlay import OverlayCase, axial_picture
-from app.inference.backends.graph import GRAPH_KEY
-from app.inference.backends.trace import trace
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
@@ -63,6 +61,8 @@ from app.training.distributed import ALONE, World
 from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
+from app.training.task import Task
+from app.training.tasks import task_of
 from app.training.trainer import Codes, Session, Trainer
 from data.datasets.label_stats import read_label_maps
 from data.datasets.layouts import Case, patients_of
@@ -86,16 +86,22 @@ class TrainResult:
     seconds: float
     loss: float | None
     """Mean training loss over the last tenth of the steps."""
-    validation_dice: dict[str, float] | None
-    """Dice by region of the checkpoint that ``predict`` uses; None without validation cases."""
+    measure: str
+    """Key of the task's measure, such as ``dice``."""
+    measure_in_words: str
+    validation_scores: dict[str, float] | None
+    """The measure by output of the checkpoint that ``predict`` uses; None without validation cases."""
     best_step: int
     skipped_steps: int
     stopped_early: bool = False
     """Whether ``training.patience`` ended the run with budget left."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for ``--json``."""
-        return {**asdict(self), "run": str(self.run), "seconds": round(self.seconds, 3)}
+        """Return plain data for ``--json``; the scores are under ``validation_dice`` or that of another measure."""
+        content = {**asdict(self), "run": str(self.run), "seconds": round(self.seconds, 3)}
+        measure, scores = content.pop("measure"), content.pop("validation_scores")
+        del content["measure_in_words"]
+        return {**content, f"validation_{measure}": scores}
 
 
 @not_ended_by_sigusr1()
@@ -196,11 +202,12 @@ def start(  # noqa: PLR0913 - one argument per command-line option
                 "init_from": None if initial is None else origin_of(initial),
             }
             write_json(run / "run.json", facts)
+            task = task_of(config, facts)
             torch.manual_seed(config.training.seed)
             state = new_state(config, runtime)
             if initial is not None:
                 start_from(initial, state, spacing_mm)
-            return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+            return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
 
 
 @not_ended_by_sigusr1()
@@ -259,10 +266,11 @@ def resume(
         require_same_labels(run, data, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))
+        task = task_of(config, facts)
         runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
         state = new_state(config, runtime)
         restore(state, checkpoint, config.training)
-        _require_best(run, state)
+        _require_best(run, state, task)
         LOG.info("resuming at step %d", state.step)
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
@@ -270,7 +278,7 @@ def resume(
         unseal(run)
         config_changes.apply_changes(run, own, config, changed, state)
         facts = read_json(run / "run.json")
-        return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+        return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
 
 
 def _data_facts(data: DataSource, cases: Sequence[Case], conventions: Sequence[LabelConvention]) -> dict[str, Any]:
@@ -290,10 +298,10 @@ def _follow(session: Session, store: CaseFolder | None) -> TrainResult:
     config, facts, split, checkpoint = received
     cases = cases_of(split, session.data)
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
-    state = new_state(config, runtime)
+    state, task = new_state(config, runtime), task_of(config, facts)
     restore(state, checkpoint, config.training)
     with _opened(store, session.run) as opened:
-        return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+        return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
 
 
 def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
@@ -339,7 +347,6 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     losses = trainer.train(
         prepared,
         draw=partial(_picture, spacing_mm=(x, y, z)),
-        describe=lambda network: {GRAPH_KEY: trace(network, in_channels=config.input_channels).to_json()},
     )
     world.wait()
     shutil.rmtree(run / "cache", ignore_errors=True)
@@ -354,7 +361,9 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
             steps=state.step,
             seconds=trainer.seconds(),
             loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
-            validation_dice=best.details["dice"],
+            measure=trainer.task.measure,
+            measure_in_words=trainer.task.measure_in_words,
+            validation_scores=best.details[trainer.task.measure],
             best_step=best.step,
             skipped_steps=trainer.skipped_steps(),
             stopped_early=trainer.stopped_early(),
@@ -384,16 +393,16 @@ def _seal(run: Path) -> None:
         LOG.warning("%s: model card and SHA256SUMS were not written: %s", run, message(error))
 
 
-def _require_best(run: Path, state: State) -> None:
-    """Lower the state's best Dice to that of the best weights that still load, so that lost weights are replaced."""
+def _require_best(run: Path, state: State, task: Task) -> None:
+    """Lower the state's best score to that of the best weights that still load, so that lost weights are replaced."""
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
         LOG.warning("%s The next validation of this run will save new best weights.", error)
         best = None
-    if state.best_dice >= 0 and (best is None or best.step < state.best_step):
-        dice = None if best is None else best.details["dice"]
-        state.best_dice = sum(dice.values()) / len(dice) if dice else -1.0
+    if state.best_score >= 0 and (best is None or best.step < state.best_step):
+        scores = None if best is None else best.details[task.measure]
+        state.best_score = sum(scores.values()) / len(scores) if scores else -1.0
         state.best_step = best.step if best is not None else 0
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from operator import attrgetter
+from typing import Any
 
 import torch
 from torch import nn
@@ -44,7 +46,9 @@ class Stepper:
     runtime: Runtime
     state: State
     telemetry: Telemetry
-    loss_of: RegionLoss | DeepLoss
+    loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
+    target_of: Callable[[Batch], torch.Tensor] = attrgetter("masks")
+    """Returns what the network should answer for a batch."""
     world: World = ALONE
     replica: nn.Module | None = None
     """The network wrapped by :meth:`World.replica`; None in a single process."""
@@ -94,10 +98,9 @@ class Stepper:
 
     def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)
-        masks = batch.masks.to(self.runtime.device, non_blocking=True)
+        target = self.target_of(batch).to(self.runtime.device, non_blocking=True)
         if self.config.takes_missing_contrasts:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
             logits = network(image.contiguous(memory_format=self.runtime.memory_format))
-        loss: torch.Tensor = self.loss_of(logits, masks)
-        return loss
+        return self.loss_of(logits, target)
