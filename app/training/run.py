@@ -49,6 +49,7 @@ from app.training.cases import (
     require_labels,
     require_same_labels,
     split_on_record,
+    unlabelled_conventions,
 )
 from app.training.data_sets import (
     conventions_on_record,
@@ -62,13 +63,13 @@ from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
 from app.training.task import Task
-from app.training.tasks import task_of
+from app.training.tasks import labels_of_task, record_of_task, task_of
 from app.training.trainer import Codes, Session, Trainer
-from data.datasets.label_stats import read_label_maps
+from data.datasets.label_stats import LabelMap, read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.source import DataSource
 from data.datasets.splits import Split, read_split
-from data.labels import CONTRASTS, REGIONS, LabelConvention
+from data.labels import CONTRASTS, LabelConvention
 from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, cache_cases
@@ -158,20 +159,15 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         split = Split(train=tuple(patients), validation=())
     else:  # dealt below, once the label maps are read
         require_fold(data, cases, int(fold))
-    require_labels([cases[case_id].require() for case_id in (cases if split is None else split.cases)])
-    if config.training.patience is not None and split is not None and not split.validation:
-        raise ConfigError(
-            "training.patience: needs validation cases, and there are none; leave it out, or give a fold or a split "
-            "with validation cases"
-        )
-    if not config.inference.crop:
-        raise ConfigError("inference.crop: false is only for imported networks; training requires true")
+    used = [cases[case_id].require() for case_id in (cases if split is None else split.cases)]
+    if config.task.labels_csv is None:
+        require_labels(used)
+    _require_trainable(config, split)
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     label_maps = read_label_maps(cases.values())
-    conventions = data.decide_conventions(cases, label_maps)
-    if split is None:
-        split = deal_fold(cases, label_maps, conventions, int(fold))
+    conventions = data.decide_conventions(cases, label_maps) if label_maps else unlabelled_conventions(data)
+    split, of_task = _dealt(config, cases, label_maps, conventions, split if split is not None else int(fold))
     require_use(split, cases, data, config)
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
@@ -193,7 +189,8 @@ def start(  # noqa: PLR0913 - one argument per command-line option
                 "split_file": None if split_file is None else str(split_file.resolve()),
                 "contrasts": list(CONTRASTS),
                 "takes_missing_contrasts": config.takes_missing_contrasts,
-                "regions": list(REGIONS),
+                "regions": list(config.outputs),
+                **of_task,
                 "spacing_mm": list(spacing_mm),
                 "versions": versions(),
                 "machine": machine(),
@@ -279,6 +276,32 @@ def resume(
         config_changes.apply_changes(run, own, config, changed, state)
         facts = read_json(run / "run.json")
         return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
+
+
+def _require_trainable(config: RunConfig, split: Split | None) -> None:
+    """Require settings that a new run can use; ``split`` is None if it is dealt later, with validation cases."""
+    if config.training.patience is not None and split is not None and not split.validation:
+        raise ConfigError(
+            "training.patience: needs validation cases, and there are none; leave it out, or give a fold or a split "
+            "with validation cases"
+        )
+    if not config.inference.crop:
+        raise ConfigError("inference.crop: false is only for imported networks; training requires true")
+
+
+def _dealt(
+    config: RunConfig,
+    cases: Mapping[str, Case],
+    label_maps: Mapping[str, LabelMap],
+    conventions: Sequence[LabelConvention],
+    split: Split | int,
+) -> tuple[Split, dict[str, Any]]:
+    """Return the split, dealt if the number of a fold is given, and the task's entries of ``run.json``."""
+    used = cases if isinstance(split, int) else split.cases
+    labels = labels_of_task(config, cases, used, label_maps, conventions)
+    if isinstance(split, int):
+        split = deal_fold(cases, label_maps, conventions, split, classes=labels)
+    return split, record_of_task(config, labels, split.train)
 
 
 def _data_facts(data: DataSource, cases: Sequence[Case], conventions: Sequence[LabelConvention]) -> dict[str, Any]:
