@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from app.cli import options, terminal
+from app.cli.presence import presence_lines
 
 if TYPE_CHECKING:
     from app.experiments.crossval.run import CrossValidation
@@ -57,12 +58,15 @@ def crossval(
 
     Each case is predicted by the network that was not trained on it. Thresholds, minimum component sizes and the
     minimum volume of enhancing tumour are tuned on these predictions. Writes OUT/ensemble, which predict accepts like
-    a run, OUT/crossval.html, crossval.json and crossval.csv. If interrupted, run the same command to resume.
+    a run, OUT/crossval.html, crossval.json and crossval.csv. With --config presence, thresholds and calibration of the
+    probabilities are tuned instead. If interrupted, run the same command to resume.
     """
     from app.config.load import load_config
     from app.experiments.crossval.plan import require_ensemble
+    from app.experiments.crossval.presence import PresenceCrossValidation
     from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
+    from app.reports.presence import write_presence_page
     from app.training.pretrained import sections_of
 
     settings = [*(overrides or ()), *options.weights_override(weights, overrides)]
@@ -84,8 +88,12 @@ def crossval(
             init_from=init_from,
             on_progress=on_progress,
         )
-        write_crossval_page(outcome)
-    terminal.result(outcome.content, *_lines(outcome))
+        if isinstance(outcome, PresenceCrossValidation):
+            write_presence_page(outcome.scores, outcome.page)
+        else:
+            write_crossval_page(outcome)
+    of_task = presence_lines(outcome) if isinstance(outcome, PresenceCrossValidation) else _lines(outcome)
+    terminal.result(outcome.content, *of_task)
 
 
 def _lines(outcome: CrossValidation) -> list[str]:

@@ -116,6 +116,13 @@ Page = Annotated[
     Path | None, _output(help="Write an HTML page with plots by case and the worst cases.", callback=_place)
 ]
 
+PresencePage = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write a page with ROC and calibration curves.", rich_help_panel="Scores of presence", callback=_place
+    ),
+]
+
 
 def refuse(wrong: object, message: str) -> None:
     """Refuse the command line if ``wrong`` is true.

@@ -109,11 +109,11 @@ def train(
     lines = [
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; predict will use the best checkpoint of {run}, step "
         f"{outcome.best_step}",
-        f"validation {outcome.measure_in_words}: {scores or 'no validation cases'}",
+        f"validation {outcome.measure.in_words}: {scores or 'no validation cases'}",
     ]
     if outcome.stopped_early:
         lines.append(
-            f"stopped early: the mean {outcome.measure_in_words} of the latest validations did not improve "
+            f"stopped early: the mean {outcome.measure.in_words} of the latest validations did not improve "
             "(training.patience)"
         )
     if outcome.skipped_steps:

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.config.gradient import GradientConfig
 from app.config.inference import InferenceConfig
-from app.config.task import TaskConfig
+from app.config.task import MEASURES_OF_TASKS, Measure, TaskConfig
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 from app.system.device import RuntimeConfig
@@ -104,6 +104,11 @@ class RunConfig:
     def outputs(self) -> tuple[str, ...]:
         """Names of the network's output channels: the regions, or what is present or absent."""
         return REGIONS if self.task.name == "segmentation" else self.task.outputs
+
+    @property
+    def measure(self) -> Measure:
+        """The measure that chooses the weights."""
+        return MEASURES_OF_TASKS[self.task.name]
 
     @property
     def takes_missing_contrasts(self) -> bool:

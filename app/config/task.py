@@ -7,6 +7,23 @@ from typing import Final, Literal
 
 from data.labels import REGIONS
 
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """The measure on validation cases that chooses a run's weights; larger is better, from 0 to 1."""
+
+    key: str
+    """Name in ``metrics.jsonl`` and other files."""
+    in_words: str
+    """Name in the log and on pages."""
+
+
+#: The measure of each task.
+MEASURES_OF_TASKS: Final = {
+    "segmentation": Measure(key="dice", in_words="Dice"),
+    "presence": Measure(key="one_minus_brier", in_words="1 - Brier score"),
+}
+
 _LEAST_ML: Final = 0.0
 _MOST_ML: Final = 1000.0
 

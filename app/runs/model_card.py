@@ -214,7 +214,10 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
     networks = content["networks"]
     first = read_json(_best_of(folder / networks[0]["network"]))
     stated = content.get(STATEMENT_KEY) or {}
-    summary = f"Brain-tumour segmentation: the mean of the {len(networks)} networks of a cross-validation."
+    mean = f"the mean of the {len(networks)} networks of a cross-validation."
+    summary = f"Brain-tumour segmentation: {mean}"
+    if is_presence(first["config"]):
+        summary = f"{_purpose(first['config'])} The answer is {mean}"
     return {
         "kind": "ensemble",
         "name": stated.get("name", folder.resolve().name),
@@ -228,8 +231,7 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
             **stated.get("data", {}),
         },
         "network": _network(first["config"]),
-        "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks}
-        | stated.get("metrics", {}),
+        "metrics": _out_of_fold(content) | stated.get("metrics", {}),
         "weights": {one["network"]: one["weights_sha256"] for one in networks},
         "limits": [*stated.get("limits", ()), *_limits(first)],
         "licence": stated.get("licence", LICENCE),
@@ -303,6 +305,13 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
         "overlap of windows": config["inference"]["overlap"],
         **{f"budget in {unit}": amount for unit, amount in budget.items()},
     }
+
+
+def _out_of_fold(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of an ensemble's networks on cases that they were not trained on."""
+    if is_presence(content.get("config", {})):
+        return {f"out-of-fold AUROC {name}": value for name, value in content["out_of_fold_auroc"].items()}
+    return {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in content["networks"]}
 
 
 def _metrics(weights: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,9 +30,6 @@ class Presence(Task):
         config: config of the run.
         facts: content of its ``run.json``, with the labels of the cases.
     """
-
-    measure: ClassVar[str] = "one_minus_brier"
-    measure_in_words: ClassVar[str] = "1 - Brier score"
 
     def __init__(self, config: RunConfig, facts: Mapping[str, Any]) -> None:
         record = facts[RECORD]

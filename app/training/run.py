@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from app.config.load import RunConfig, load_config, to_yaml
+from app.config.task import Measure
 from app.errors import ConfigError, RunError, message
 from app.html.overlay import OverlayCase, axial_picture
 from app.progress import LOG, OnProgress, Progress, silent
@@ -62,7 +63,6 @@ from app.training.distributed import ALONE, World
 from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
-from app.training.task import Task
 from app.training.tasks import labels_of_task, record_of_task, task_of
 from app.training.trainer import Codes, Session, Trainer
 from data.datasets.label_stats import LabelMap, read_label_maps
@@ -87,9 +87,7 @@ class TrainResult:
     seconds: float
     loss: float | None
     """Mean training loss over the last tenth of the steps."""
-    measure: str
-    """Key of the task's measure, such as ``dice``."""
-    measure_in_words: str
+    measure: Measure
     validation_scores: dict[str, float] | None
     """The measure by output of the checkpoint that ``predict`` uses; None without validation cases."""
     best_step: int
@@ -100,9 +98,9 @@ class TrainResult:
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``--json``; the scores are under ``validation_dice`` or that of another measure."""
         content = {**asdict(self), "run": str(self.run), "seconds": round(self.seconds, 3)}
-        measure, scores = content.pop("measure"), content.pop("validation_scores")
-        del content["measure_in_words"]
-        return {**content, f"validation_{measure}": scores}
+        del content["measure"]
+        scores = content.pop("validation_scores")
+        return {**content, f"validation_{self.measure.key}": scores}
 
 
 @not_ended_by_sigusr1()
@@ -267,7 +265,7 @@ def resume(
         runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
         state = new_state(config, runtime)
         restore(state, checkpoint, config.training)
-        _require_best(run, state, task)
+        _require_best(run, state, config.measure.key)
         LOG.info("resuming at step %d", state.step)
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
@@ -384,9 +382,8 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
             steps=state.step,
             seconds=trainer.seconds(),
             loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
-            measure=trainer.task.measure,
-            measure_in_words=trainer.task.measure_in_words,
-            validation_scores=best.details[trainer.task.measure],
+            measure=config.measure,
+            validation_scores=best.details[config.measure.key],
             best_step=best.step,
             skipped_steps=trainer.skipped_steps(),
             stopped_early=trainer.stopped_early(),
@@ -416,7 +413,7 @@ def _seal(run: Path) -> None:
         LOG.warning("%s: model card and SHA256SUMS were not written: %s", run, message(error))
 
 
-def _require_best(run: Path, state: State, task: Task) -> None:
+def _require_best(run: Path, state: State, measure: str) -> None:
     """Lower the state's best score to that of the best weights that still load, so that lost weights are replaced."""
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
@@ -424,7 +421,7 @@ def _require_best(run: Path, state: State, task: Task) -> None:
         LOG.warning("%s The next validation of this run will save new best weights.", error)
         best = None
     if state.best_score >= 0 and (best is None or best.step < state.best_step):
-        scores = None if best is None else best.details[task.measure]
+        scores = None if best is None else best.details[measure]
         state.best_score = sum(scores.values()) / len(scores) if scores else -1.0
         state.best_step = best.step if best is not None else 0
 

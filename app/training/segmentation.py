@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -20,9 +20,6 @@ from data.patches.sampler import Batch, CachedCase
 
 class Segmentation(Task):
     """Outlines WT, TC and ET; ``config`` is that of the run."""
-
-    measure: ClassVar[str] = "dice"
-    measure_in_words: ClassVar[str] = "Dice"
 
     def __init__(self, config: RunConfig) -> None:
         self._config = config

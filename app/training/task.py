@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,11 +42,6 @@ class ValidationScores:
 
 class Task(ABC):
     """What a run learns."""
-
-    measure: ClassVar[str]
-    """Key of the measure in ``metrics.jsonl`` and in the JSON of the best weights, such as ``dice``."""
-    measure_in_words: ClassVar[str]
-    """The measure in the log and on the command line, such as ``Dice``."""
 
     @abstractmethod
     def loss(self, world: World = ALONE) -> Callable[[Any, Tensor], Tensor]:

@@ -370,7 +370,7 @@ class Trainer:
         state.validation_seconds = world.largest(time.monotonic() - before)
         self.log.validation(
             step=state.step,
-            measure=self.task.measure,
+            measure=self.config.measure.key,
             by_output=scores.by_output,
             mean=scores.mean,
             cases=scores.cases,
@@ -380,7 +380,7 @@ class Trainer:
         if world.is_first and first:
             self.log.picture(step=state.step, rgb=self.draw(*first[0]))
         self.figures.scores = scores
-        LOG.info("step %d: validation %s %s", state.step, self.task.measure_in_words, _in_words(scores.by_output))
+        LOG.info("step %d: validation %s %s", state.step, self.config.measure.in_words, _in_words(scores.by_output))
         if scores.mean > state.best_score:
             state.best_score, state.best_step, state.best_validation = scores.mean, state.step, state.validations
             self._save_best(scores.by_output)
@@ -403,7 +403,7 @@ class Trainer:
         network = self.state.evaluated
         facts = {**self.facts, "takes_missing_contrasts": self.config.takes_missing_contrasts}
         carried = {name: facts[name] for name in _CARRIED}
-        scores = {self.task.measure: by_output}
+        scores = {self.config.measure.key: by_output}
         details = {**scores, **carried, "config": to_plain(self.config), **self.task.describe(network)}
         self._save("best", checkpoints.weight_tensors(network), details)
 
@@ -474,7 +474,7 @@ class Trainer:
             left = (steps - state.step) * self.figures.seconds_a_step()
         else:
             left = self.seconds() * (1 / progress - 1)
-        detail = f"step {state.step}  {self.figures.in_words(rate, state.best_score, self.task.measure_in_words)}"
+        detail = f"step {state.step}  {self.figures.in_words(rate, state.best_score, self.config.measure.in_words)}"
         share, eta_seconds = min(progress, 1.0), max(0.0, left)
         self.session.on_progress(Progress(job="training", share=share, detail=detail, eta_seconds=eta_seconds))
 

@@ -16,14 +16,14 @@ _SHOWN: Final = 5
 
 
 def read_presence_table(
-    path: Path, columns: Sequence[str], *, known: Collection[str], needed: Collection[str]
+    path: Path, columns: Sequence[str], *, known: Collection[str] | None = None, needed: Collection[str] = ()
 ) -> dict[str, tuple[int, ...]]:
     """Read 0 or 1 for each case and column.
 
     Args:
         path: a CSV file with the columns ``case`` and ``columns``; others are ignored.
         columns: names of the columns to read, in the order of the result.
-        known: ids of all cases of the data set; the file must have no others.
+        known: ids of all cases of the data set; the file must have no others. None allows any.
         needed: ids of the cases that must have a row.
 
     Raises:
@@ -39,7 +39,7 @@ def read_presence_table(
         if case_id in found:
             raise DataError(f"{path}: two rows for case {case_id}, the second in line {number}. Keep one of them.")
         found[case_id] = tuple(_bit(path, number, case_id, name, row[name]) for name in columns)
-    if strange := [case_id for case_id in found if case_id not in known]:
+    if strange := [case_id for case_id in found if known is not None and case_id not in known]:
         raise DataError(
             f"{path}: {_count(strange, 'row')} for cases that are not in the data set: {_some(strange)}. Remove "
             f"{'it' if len(strange) == 1 else 'them'}, or give the data set that has these cases."

@@ -21,6 +21,7 @@ from app.experiments.crossval.calibrate import Calibrated, calibrate
 from app.experiments.crossval.ensemble_folder import write_ensemble
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
 from app.experiments.crossval.plan import SPLITS, Folds, deal, require_same
+from app.experiments.crossval.presence import PresenceCrossValidation, finish_presence, is_answer_of
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
 from app.experiments.crossval.train_fold import require_initial_networks, work_on_fold
 from app.experiments.crossval.tune import Scores, Tuning, tune
@@ -86,7 +87,7 @@ def cross_validate(
     jobs: int | None = None,
     init_from: Path | None = None,
     on_progress: OnProgress = silent,
-) -> CrossValidation:
+) -> CrossValidation | PresenceCrossValidation:
     """Do the remaining work of a cross-validation, and write its scores and ensemble.
 
     Args:
@@ -124,6 +125,11 @@ def cross_validate(
         with resumable(out, lambda: work.stage):
             work.all_folds()
             work.stage = "the scores"
+            if dealt.is_presence:
+                results = [read_json(dealt.result_file(fold)) for fold in range(count)]
+                judged = finish_presence(dealt, results)
+                progress.end(f"{count} folds")
+                return judged
             outcome = measure_folds(dealt, on_share=lambda share: progress.report(count, f"scores: {share:.0%}"))
             work.stage = "the ensemble"
             outcome = _write(dealt, outcome)
@@ -244,14 +250,15 @@ class _Work:
             weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
         except RunError:  # damaged: loading falls back to the previous pair
             return False
-        return all(
-            is_of(self.folds.prediction_file(case_id), weights) for case_id in self.folds.splits[fold].validation
-        )
+        same = is_answer_of if self.folds.is_presence else is_of
+        return all(same(self.folds.prediction_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
 
     def _note_done(self, fold: int) -> None:
         self.shares[fold] = 1.0
-        dice = read_json(self.folds.result_file(fold))["validation_dice"]
-        LOG.info("fold %d is done: Dice during training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
+        measure = self.folds.config.measure
+        scores = read_json(self.folds.result_file(fold))[f"validation_{measure.key}"]
+        in_words = ", ".join(f"{output} {value:.3f}" for output, value in scores.items())
+        LOG.info("fold %d is done: %s during training %s", fold, measure.in_words, in_words)
 
     def _report(self, fold: int, progress: Progress) -> None:
         self.shares[fold] = min(progress.share, 0.999)
