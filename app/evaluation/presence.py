@@ -20,6 +20,8 @@ FloatArray = npt.NDArray[np.float64]
 BINS_OF_CASES: Final = 10
 #: Specificity at which the sensitivity is stated, unless another is requested.
 SPECIFICITY: Final = 0.9
+#: Definition of the score of one case in comparisons.
+BRIER_DEFINITION: Final = "1 - squared difference of the probability and the truth (0 or 1); 1 is best"
 #: Bootstrap samples of patients.
 PATIENT_RESAMPLES: Final = 1000
 _LEVEL: Final = 0.95

@@ -203,8 +203,8 @@ def load_model(run: Path, runtime: Runtime) -> Model:
 def no_label_maps(folder: Path) -> RunError:
     """The error for a presence model where one that makes label maps is needed."""
     return RunError(
-        f"{folder}: a presence model, which makes no label maps. Give a segmentation; to limit its enhancing tumour, add "
-        f"--presence {folder} to znormseg predict."
+        f"{folder}: a presence model, which makes no label maps. Give a segmentation; to limit its enhancing tumour, "
+        f"add --presence {folder} to znormseg predict."
     )
 
 
