@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli import options, terminal
-from app.cli.presence import is_presence, show_presence_scores
+from app.cli.presence import holds_presence, show_presence_scores
 
 EXAMPLES = """\
 znormseg evaluate PREDICTIONS REFERENCES
@@ -71,7 +71,7 @@ def evaluate_command(
         rules is not None and (resample or nsd_mm is not None),
         "--resample and --nsd-mm cannot be combined with --rules, which fix the grid and the tolerance",
     )
-    if is_presence(predictions):
+    if holds_presence(predictions):
         for option, value in {"--resample": resample, "--nsd-mm": nsd_mm, "--rules": rules, "--task": task}.items():
             options.refuse(value not in (None, False), f"{option} is for label maps; {predictions} holds probabilities")
         show_presence_scores(

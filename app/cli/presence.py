@@ -65,7 +65,7 @@ def show_presence(
     terminal.name_failed(outcome.failures, done=len(outcome.cases))
 
 
-def is_presence(predictions: Path) -> bool:
+def holds_presence(predictions: Path) -> bool:
     """Whether a folder holds the predictions of a presence run."""
     return (predictions / "predictions.csv").is_file()
 
