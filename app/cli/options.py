@@ -78,7 +78,8 @@ Config = Annotated[
     _config(
         "--config",
         "-c",
-        help="laptop (default), unet, resunet, resunet-znorm, large, starter, or a YAML file.",
+        help="laptop (default), unet, resunet, resunet-znorm, large, starter, presence, presence-slabs, or a YAML "
+        "file.",
         autocompletion=complete_config,
     ),
 ]

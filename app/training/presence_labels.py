@@ -10,6 +10,7 @@ from app.config.load import RunConfig
 from app.config.task import TaskConfig
 from data.datasets.label_stats import LabelMap, region_volumes_ml
 from data.datasets.layouts import Case
+from data.datasets.naming import real_id
 from data.datasets.presence_table import read_presence_table
 from data.errors import DataError
 from data.labels import LabelConvention, Region
@@ -40,8 +41,9 @@ def presence_labels(
         DataError: the CSV file cannot be used, or a label map has a number that is not in its convention.
     """
     if task.labels_csv is not None:
-        table = read_presence_table(Path(task.labels_csv), task.outputs, known=cases, needed=used)
-        return {case_id: table[case_id] for case_id in used}
+        known, needed = ({real_id(case_id) for case_id in ids} for ids in (cases, used))
+        table = read_presence_table(Path(task.labels_csv), task.outputs, known=known, needed=needed)
+        return {case_id: table[real_id(case_id)] for case_id in used}
     names: list[Region] = [_region(name) for name in task.outputs]
     found = {}
     for case_id in used:

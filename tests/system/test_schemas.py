@@ -33,9 +33,9 @@ LEAD = """\
 cases. What the numbers mean, and what they do not: [How far to trust a label map](../how-to/trust.md). Fields in
 *italics* are not in every file.
 
-There are JSON Schemas (draft 2020-12) for a case (`predict`; `presence` with a presence run), for `manifest` and for
-what `--json` prints (`predict-output`). The documentation site has them in the folder of this page, as `predict.schema.json` and so on. The
-installed program prints its own:
+There are JSON Schemas (draft 2020-12) for a case (`predict`, or `presence` with a presence run), for `manifest` and for
+what `--json` prints (`predict-output`). The documentation site has them in the folder of this page, as
+`predict.schema.json` and so on. The installed program prints its own:
 
 ```python
 import json

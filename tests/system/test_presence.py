@@ -1,4 +1,4 @@
-"""Training, prediction and scores of presence, from phantoms to the page, and bad input."""
+"""Presence from phantoms to the page: training, prediction, scores, cross-validation, the gate, and bad input."""
 
 from __future__ import annotations
 
@@ -306,3 +306,98 @@ def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Pat
 def test_config_of_a_presence_run_reads_back(presence_run: Path) -> None:
     config: RunConfig = load_config(str(presence_run / "config.yaml"))
     assert (config.task.name, config.outputs) == ("presence", ("ET",))
+
+
+# Cross-validation, export, report
+
+
+@pytest.fixture(scope="module")
+def crossvalidated(phantoms: Path, cases: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cross-validation in two folds of a table of labels; tests must not modify it."""
+    from app.experiments.crossval.run import cross_validate_presence
+    from app.reports.presence import write_presence_page
+
+    folder = tmp_path_factory.mktemp("crossval")
+    (folder / "labels.csv").write_text("\n".join([*rows_of(cases), ""]))
+    settings = [*TINY, "training.steps=1", f"task.labels_csv={folder / 'labels.csv'}", "task.outputs=[grade]"]
+    outcome = cross_validate_presence(DataSource(phantoms), folder / "out", load_config("presence", settings), folds=2)
+    write_presence_page(outcome.scores, outcome.page)
+    return folder / "out"
+
+
+def test_every_case_is_answered_by_the_network_that_was_not_trained_on_it(crossvalidated: Path) -> None:
+    for fold in (0, 1):
+        split = json.loads((crossvalidated / "splits" / f"fold-{fold}.json").read_text())
+        (best,) = (crossvalidated / f"fold-{fold}" / "checkpoints").glob("best-*.json")
+        for case in split["validation"]:
+            answer = json.loads((crossvalidated / "out-of-fold" / f"{case}.json").read_text())
+            assert answer["weights_sha256"] == json.loads(best.read_text())["sha256"]
+
+
+def test_the_ensemble_predicts_with_its_tuned_decision(crossvalidated: Path, phantoms: Path, tmp_path: Path) -> None:
+    from app.inference.tumour_presence.model import load_presence
+    from app.system.device import RuntimeConfig, choose_runtime
+
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    model = load_presence(crossvalidated / "ensemble", runtime)
+    recorded = json.loads((crossvalidated / "crossval.json").read_text())["decisions"]["grade"]["decision"]
+    assert vars(model.decisions["grade"]) == recorded
+    assert (len(model.networks), model.decisions["grade"].tuned) == (2, True)
+
+
+def test_a_finished_cross_validation_is_repeated_without_training(
+    crossvalidated: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg("report", crossvalidated, tmp_path / "pages")
+    assert ended.code == 0, ended.err
+    assert "calibration curve" in (tmp_path / "pages" / "index.html").read_text()
+
+
+def test_a_presence_ensemble_makes_no_label_maps(crossvalidated: Path) -> None:
+    from app.errors import RunError
+    from app.inference.ensemble import load_predictor
+    from app.system.device import RuntimeConfig, choose_runtime
+
+    with pytest.raises(RunError, match="a presence model, which makes no label maps"):
+        load_predictor(crossvalidated / "ensemble", choose_runtime(RuntimeConfig(device="cpu")))
+
+
+def test_the_page_of_a_run_shows_its_brier_score(presence_run: Path, tmp_path: Path, znormseg: Call) -> None:
+    assert znormseg("report", presence_run, tmp_path / "pages").code == 0
+    assert "1 - Brier score of each validation case" in (tmp_path / "pages" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["openvino", "onnx"])
+def test_an_exported_presence_network_agrees_with_the_original(
+    presence_run: Path, phantoms: Path, tmp_path: Path, openvino_computes: None, file_format: str
+) -> None:
+    from app.exporting.export import export_run
+
+    case = sorted(phantoms.iterdir())[0]
+    exported = export_run(presence_run, tmp_path / "out", file_format=file_format, case=case)
+    assert exported.parity.holds
+    steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert steps["output"]["outputs"] == ["ET"]
+
+
+def test_a_bundle_of_a_presence_network_is_refused(presence_run: Path, phantoms: Path, tmp_path: Path) -> None:
+    from app.errors import RunError
+    from app.exporting.export import export_run
+
+    with pytest.raises(RunError, match="bundles hold segmentations"):
+        export_run(presence_run, tmp_path / "out", file_format="monai-bundle", case=sorted(phantoms.iterdir())[0])
+
+
+@pytest.mark.slow
+def test_gradient_rules_are_compared_by_brier_score(
+    phantoms: Path, tmp_path: Path, cases: list[str], znormseg: Call
+) -> None:
+    split = {"train": [*cases[:2], cases[4]], "validation": [cases[3]], "test": [cases[5]]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    sets = [word for setting in TINY if "steps" not in setting for word in ("--set", setting)]
+    arms = ("--arms", "none,znorm", "--seeds", "1", "--steps", "1", "--learning-rates", "1e-3")
+    place = ("compare", phantoms, tmp_path / "out", "--config", "presence", "--split", tmp_path / "split.json")
+    ended = znormseg(*place, *arms, *sets)
+    assert ended.code == 0, ended.err
+    assert "1 - Brier score of the test cases" in ended.out
