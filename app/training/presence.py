@@ -48,7 +48,7 @@ class Presence(Task):
         if not self._config.task.by_slab:
             return torch.tensor([self._labels[case_id] for case_id in batch.cases], dtype=torch.float32)
         volumes_ml = batch.masks.sum(dim=(2, 3, 4)) * self._voxel_ml
-        places = [REGIONS.index(name) for name in self._outputs]  # type: ignore[arg-type]  # only regions have slabs
+        places = [REGIONS.index(name) for name in self._outputs]
         return (volumes_ml[:, places] >= torch.tensor(self._config.task.thresholds_ml)).float()
 
     def validate(
@@ -115,7 +115,7 @@ def slab_truth(codes: Any, slices: int, voxel_ml: float, config: RunConfig) -> F
         config: config of the run.
     """
     masks = to_regions(codes)
-    places = [REGIONS.index(name) for name in config.outputs]  # type: ignore[arg-type]  # only regions have slabs
+    places = [REGIONS.index(name) for name in config.outputs]
     volumes = [
         masks[places, :, :, start : start + slices].sum(axis=(1, 2, 3)) * voxel_ml
         for start in slab_starts(codes.shape[2], slices)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from app.config.load import RunConfig
 from app.config.task import TaskConfig
@@ -44,7 +44,7 @@ def presence_labels(
         known, needed = ({real_id(case_id) for case_id in ids} for ids in (cases, used))
         table = read_presence_table(Path(task.labels_csv), task.outputs, known=known, needed=needed)
         return {case_id: table[real_id(case_id)] for case_id in used}
-    names: list[Region] = [_region(name) for name in task.outputs]
+    names = cast("tuple[Region, ...]", task.outputs)  # TaskConfig allows no others without a CSV file
     found = {}
     for case_id in used:
         case = cases[case_id]
@@ -54,11 +54,6 @@ def presence_labels(
         of_outputs = (volumes[name] for name in names)
         found[case_id] = tuple(int(ml >= least) for ml, least in zip(of_outputs, task.thresholds_ml, strict=True))
     return found
-
-
-def _region(name: str) -> Region:
-    assert name in ("WT", "TC", "ET"), "TaskConfig allows no other output without a CSV file"
-    return name  # type: ignore[return-value]  # narrowed by the assertion, which mypy does not follow
 
 
 def require_both_classes(task: TaskConfig, labels: Labels, train: Collection[str]) -> None:
