@@ -177,6 +177,122 @@ class ModelRecord(TypedDict):
 
 
 @_complete
+class GateRecord(TypedDict):
+    """What a presence network said about enhancing tumour (--presence)."""
+
+    region: Literal["ET"]
+    """The region that it may remove."""
+    probability: Share
+    """Probability that the region is present, calibrated if the cross-validation fitted that."""
+    threshold: Share
+    """Below it, the region is removed from the label map; its voxels become non-enhancing core."""
+    threshold_tuned: bool
+    """Whether a cross-validation chose the threshold on cases that its networks were not trained on."""
+    removed: bool
+    """Whether the probability is below the threshold."""
+    removed_ml: Amount
+    """Volume that was removed, in ml; 0 if the segmentation had none."""
+    run: str
+    """Folder of the presence run or ensemble."""
+    weights_sha256: Sha256
+    """SHA-256 of its weights; for an ensemble, over those of its networks."""
+
+
+@_complete
+class DecisionRecord(TypedDict):
+    """How a logit of a presence network becomes a probability and a decision."""
+
+    slope: float
+    """Platt scaling: the calibrated logit is slope times logit plus intercept; 1 if not calibrated."""
+    intercept: float
+    """0 if not calibrated."""
+    threshold: Share
+    """The output counts as present from this probability on."""
+    tuned: bool
+    """Whether a cross-validation fitted these numbers."""
+
+
+@_complete
+class SlabRecord(TypedDict):
+    """A slab of axial slices."""
+
+    from_mm: float
+    """Lower border along the superior axis of the file's world space, at the middle of the volume."""
+    to_mm: float
+    """Upper border."""
+    probability: dict[str, Share]
+    """By output."""
+
+
+@_complete
+class PresenceSeconds(TypedDict):
+    """Time by stage."""
+
+    read: Amount
+    """Reading and preparing the images."""
+    compute: Amount
+    """Networks."""
+
+
+@_complete
+class PresenceMadeFrom(TypedDict):
+    """Checksums of a result of a presence network and its inputs."""
+
+    settings_sha256: Sha256
+    """SHA-256 of weights, decisions, options and version."""
+    inputs_sha256: dict[str, Sha256]
+    """SHA-256 of each input file, by contrast."""
+    max_memory_gb: None
+    """Not used."""
+    files_sha256: dict[str, Sha256]
+    """Empty: there is no other file."""
+    answer_sha256: Sha256
+    """SHA-256 of `probability`, `present` and `slabs`."""
+
+
+@_complete
+class PresenceRecord(TypedDict):
+    """The answer of a presence run for one case."""
+
+    case: Text
+    """Case id."""
+    probability: dict[str, Share]
+    """Probability that each output is present; with slabs, the largest of them."""
+    present: dict[str, bool]
+    """Whether the probability is at least the threshold."""
+    decisions: dict[str, DecisionRecord]
+    """By output."""
+    slabs: list[SlabRecord] | None
+    """Slabs from the feet to the head; null if the network sees the whole brain."""
+    threshold_ml: dict[str, Amount] | None
+    """Volume in ml from which a region counted as present in training; null if a CSV file gave the labels."""
+    seen_in: Literal["training", "validation"] | None
+    """Whether the case was used to train the networks or to choose their weights."""
+    missing_contrasts: Annotated[list[Contrast], Field(json_schema_extra={"uniqueItems": True})]
+    """Contrasts that the case lacks and that the network was trained to do without."""
+    nan_to_zero: ByContrast[Positive]
+    """Number of NaN or infinite voxels that were replaced with 0, by contrast (--nan-to-zero)."""
+    ladder: list[Text]
+    """Empty: a presence network has no fallback for short memory."""
+    seconds: PresenceSeconds
+    """Time spent by stage, in seconds."""
+    inputs: ByContrast[str]
+    """Path of each image, by contrast."""
+    weights_sha256: Sha256
+    """SHA-256 of the weights; for an ensemble, over those of its networks."""
+    networks: Positive
+    """Number of networks whose logits were averaged."""
+    runtime: list[str]
+    """Device and precision, with reasons, one sentence each."""
+    versions: dict[str, str]
+    """Versions of the packages that the result depends on, by name."""
+    notice: Notice
+    """Intended use."""
+    made_from: PresenceMadeFrom
+    """SHA-256 of everything the result was made from; a finished case is recognised by it and not predicted again."""
+
+
+@_complete
 class CaseRecord(TypedDict):
     """The result of one case, its measurements and its provenance."""
 
@@ -220,6 +336,8 @@ class CaseRecord(TypedDict):
     """Contrasts that the case lacks and that the network was trained to do without."""
     ladder: list[Text]
     """Fallbacks used because memory was short, one sentence each; may be empty."""
+    presence: NotRequired[GateRecord]
+    """With --presence: what the presence network said, and what was removed."""
     space: NotRequired[Contrast]
     """With --prepare: the contrast whose grid the label map is on."""
     prepare: NotRequired[dict[str, Any]]
@@ -364,6 +482,7 @@ RECORDS: Final[dict[str, tuple[Any, str]]] = {
     "predict": (CaseRecord, "OUTPUT/<case>.json of znormseg predict"),
     "predict-output": (PredictOutput, "What znormseg predict --json prints"),
     "manifest": (Manifest, "OUTPUT/manifest.json of znormseg predict"),
+    "presence": (PresenceRecord, "OUTPUT/<case>.json of znormseg predict with a presence run"),
 }
 
 
@@ -371,7 +490,7 @@ def json_schema(name: str) -> dict[str, Any]:
     """Return the JSON Schema of a record.
 
     Args:
-        name: ``predict`` (``<case>.json``), ``predict-output`` (``--json``) or ``manifest``.
+        name: ``predict`` (``<case>.json``), ``predict-output`` (``--json``), ``manifest`` or ``presence``.
 
     Example:
         >>> json_schema("predict-output")["required"]

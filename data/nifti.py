@@ -297,6 +297,33 @@ def reorient(volume: Volume) -> Volume:
     return replace(volume, voxels=np.ascontiguousarray(voxels), affine=affine, doubt=None)
 
 
+def axial_positions_mm(
+    native_affine: npt.NDArray[np.float64], canonical_shape: tuple[int, int, int], part: slice, count: int
+) -> tuple[float, ...]:
+    """Return the position along the superior axis, in mm of the file's world space, of the borders of axial slices.
+
+    Args:
+        native_affine: affine of the file.
+        canonical_shape: shape of the volume in the program's voxel order.
+        part: slices of that volume.
+        count: number of slices into which ``part`` is divided.
+
+    Returns:
+        ``count`` + 1 positions, at the middle of the volume, from the feet to the head.
+
+    Example:
+        >>> axial_positions_mm(np.diag([-1.0, -1.0, 2.0, 1.0]), (9, 9, 8), slice(2, 6), 2)
+        (3.0, 7.0, 11.0)
+    """
+    own, canonical = orientations.io_orientation(native_affine), orientations.axcodes2ornt(CANONICAL_AXES)
+    to_canonical = orientations.ornt_transform(own, canonical)
+    native_shape = tuple(canonical_shape[int(axis)] for axis in to_canonical[:, 0])
+    affine = native_affine @ orientations.inv_ornt_aff(to_canonical, native_shape)
+    x, y = ((side - 1) / 2 for side in canonical_shape[:2])
+    borders = np.linspace(part.start - 0.5, part.stop - 0.5, count + 1)
+    return tuple(float((affine @ [x, y, border, 1.0])[2]) for border in borders)
+
+
 def in_order_of(reference: Volume, volume: Volume) -> Volume:
     """Return the volume with its axes in the reference's order; nothing is interpolated.
 

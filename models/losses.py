@@ -92,6 +92,33 @@ class DeepLoss(nn.Module):
         return torch.stack(losses).sum() / sum(weights)
 
 
+class PresenceLoss(nn.Module):
+    """Binary cross-entropy of presence, with a weight for absent and for present examples of each output.
+
+    mean_nr w_r(t) BCE(logit, t), with w_r(0) = absent_r and w_r(1) = present_r.
+
+    Args:
+        absent: weight of an example without output r; one number for each output.
+        present: weight of an example with output r.
+
+    Example:
+        >>> round(float(PresenceLoss([1.0], [1.0])(torch.zeros(1, 1), torch.ones(1, 1))), 4)
+        0.6931
+    """
+
+    def __init__(self, absent: Sequence[float], present: Sequence[float]) -> None:
+        super().__init__()
+        self.absent, self.present = tuple(absent), tuple(present)
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the loss of logits against 0 and 1, both of shape (N, outputs); computed in float32 at least."""
+        precision = torch.promote_types(logits.dtype, torch.float32)
+        logits, target = logits.to(precision), target.to(precision)
+        absent, present = logits.new_tensor(self.absent), logits.new_tensor(self.present)
+        weights = absent + (present - absent) * target
+        return functional.binary_cross_entropy_with_logits(logits, target, weight=weights)
+
+
 def coarser(masks: Tensor, shape: Sequence[int]) -> Tensor:
     """Return masks on a coarser grid: the voxel in the middle of each block.
 

@@ -15,7 +15,12 @@ _FIRST_PROBABILITY: Final = 0.05
 #: Default number of encoder blocks of ``resenc`` by level; further levels have as many as the last.
 _BLOCKS: Final = (1, 3, 4, 6, 6, 6)
 
-Architecture = Literal["unet", "resunet", "segresnet", "resenc"]
+#: Number of stages of a ResNet.
+_STAGES: Final = 4
+
+Architecture = Literal["unet", "resunet", "segresnet", "resenc", "resnet10", "resnet18", "resnet50"]
+#: Architectures that answer whether something is present, with one logit for each output instead of a map.
+PRESENCE_ARCHITECTURES: Final = ("resnet10", "resnet18", "resnet50")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,20 +29,25 @@ class NetworkConfig:
 
     architecture: Architecture = "resunet"
     """``unet``: MONAI UNet; ``resunet``: MONAI UNet with residual units; ``segresnet``: MONAI SegResNet; ``resenc``:
-    deep residual encoder and light decoder, after nnU-Net's ResEnc."""
+    deep residual encoder and light decoder, after nnU-Net's ResEnc; ``resnet10``, ``resnet18``, ``resnet50``: MONAI
+    ResNet, for the task ``presence``."""
     channels: tuple[int, ...] = (32, 64, 128, 256, 320)
     """Feature channels by level, finest first; each level has half the resolution of the one before. ``segresnet`` only
-    uses the first entry, which it doubles from level to level, and the number of entries as the number of levels."""
+    uses the first entry, which it doubles from level to level, and the number of entries as the number of levels. A
+    ResNet has four stages."""
     residual_units: int = 2
     """Convolutions in each residual unit of ``resunet``."""
     first_stride: Literal[1, 2] = 2
     """For all but ``segresnet``: 1 keeps the first level at full resolution; 2 halves it too, which is faster."""
+    slices: int | None = None
+    """For a ResNet: null uses 3D convolutions; a number uses 2D convolutions on slabs of this many axial slices."""
     blocks: tuple[int, ...] | None = None
     """For ``resenc``: residual blocks of the encoder by level, finest first; null means 1, 3, 4, 6, 6, 6."""
     deep_supervision: bool = False
     """For ``resenc``: also train on logits at the coarser resolutions; prediction uses only the finest."""
     dropout: float = 0.0
-    """Dropout probability: of whole channels in ``segresnet``, of single values in the others."""
+    """Dropout probability: of whole channels in ``segresnet``, of pooled features in a ResNet, of single values in the
+    others."""
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2:
@@ -55,6 +65,12 @@ class NetworkConfig:
             raise ValueError(f"network.residual_units: from 1 to 8, got {self.residual_units}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"network.dropout: a probability from 0 to below 1, got {self.dropout}")
+        if self.architecture in PRESENCE_ARCHITECTURES and len(self.channels) != _STAGES:
+            raise ValueError(f"network.channels: a ResNet has {_STAGES} stages, got {list(self.channels)}")
+        if self.slices is not None and self.architecture not in PRESENCE_ARCHITECTURES:
+            raise ValueError(f"network.slices: only a ResNet takes slabs, not {self.architecture}; leave it out")
+        if self.slices is not None and not 1 <= self.slices <= 64:
+            raise ValueError(f"network.slices: from 1 to 64, or null, got {self.slices}")
         if self.blocks is not None:
             self._check_blocks(self.blocks)
         if self.deep_supervision and self.architecture != "resenc":
@@ -93,7 +109,7 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
         in_channels: contrasts of the input, shape (N, in_channels, X, Y, Z).
         out_channels: regions of the output, logits of shape (N, out_channels, X, Y, Z); with ``deep_supervision`` a
             network in training mode returns a list of logits, finest first, each at half the resolution of the one
-            before.
+            before. For a ResNet: number of logits, shape (N, out_channels).
 
     Raises:
         ValueError: the architecture is unknown.
@@ -104,6 +120,8 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
     if config.architecture not in ARCHITECTURES:
         raise ValueError(f"network.architecture: {config.architecture!r} is not one of {', '.join(ARCHITECTURES)}")
     network = ARCHITECTURES[config.architecture](config, in_channels, out_channels)
+    if config.architecture in PRESENCE_ARCHITECTURES:
+        return network
     _start_from_background(network, out_channels)
     return network
 
@@ -111,12 +129,16 @@ def build_network(config: NetworkConfig, *, in_channels: int, out_channels: int)
 def patch_divisor(config: NetworkConfig) -> int:
     """Return the number of voxels that every side of a patch must be a multiple of: 2 ** the number of halvings.
 
+    A ResNet takes patches of any size: 1.
+
     A side must also be at least twice this long: an instance norm over a single voxel has nothing to normalise.
 
     Example:
         >>> patch_divisor(NetworkConfig(channels=(16, 32, 64, 128)))
         8
     """
+    if config.architecture in PRESENCE_ARCHITECTURES:
+        return 1
     halvings = len(config.channels) - 1
     if config.architecture == "resenc":
         halvings += config.first_stride - 1
@@ -183,10 +205,27 @@ def _resenc(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Mo
     )
 
 
+def _resnet(config: NetworkConfig, in_channels: int, out_channels: int) -> nn.Module:
+    from models.resnet import PresenceResNet
+
+    return PresenceResNet(
+        in_channels,
+        out_channels,
+        architecture=config.architecture,
+        channels=config.channels,
+        first_stride=config.first_stride,
+        slices=config.slices,
+        dropout=config.dropout,
+    )
+
+
 #: Builders of the networks by name; each takes a config and the numbers of input and output channels.
 ARCHITECTURES: Final[dict[str, Callable[[NetworkConfig, int, int], nn.Module]]] = {
     "unet": _unet,
     "resunet": _unet,
     "segresnet": _segresnet,
     "resenc": _resenc,
+    "resnet10": _resnet,
+    "resnet18": _resnet,
+    "resnet50": _resnet,
 }

@@ -118,18 +118,21 @@ def _names(text: str) -> list[str]:
 
 
 def _lines(outcome: Comparison) -> list[str]:
-    rows = [["arm", "rate", "mean", "WT", "TC", "ET", "s/step"]]
+    config = outcome.results.plan.config
+    names = ("mean", *config.outputs)
+    rows = [["arm", "rate", *names, "s/step"]]
     rows += [
         [
             f"{arm.arm}, {arm.optimizer}",
             f"{arm.rate:g}",
-            *(f"{arm.dice[measure]:.3f}" for measure in ("mean", "WT", "TC", "ET")),
+            *(f"{arm.dice[name]:.3f}" for name in names),
             "-" if arm.seconds_per_step is None else f"{arm.seconds_per_step:.3f}",
         ]
         for arm in outcome.analysis.arms
     ]
+    part = "test" if outcome.analysis.tested else "validation"
     return [
-        f"Dice of the {'test' if outcome.analysis.tested else 'validation'} cases, mean over seeds",
+        f"{config.measure.in_words} of the {part} cases, mean over seeds",
         terminal.table(rows),
         *outcome.analysis.verdicts(),
         *outcome.analysis.caveats,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from app.cli import options, terminal
+from app.cli.presence import presence_lines
 
 if TYPE_CHECKING:
     from app.experiments.crossval.run import CrossValidation
@@ -57,12 +58,14 @@ def crossval(
 
     Each case is predicted by the network that was not trained on it. Thresholds, minimum component sizes and the
     minimum volume of enhancing tumour are tuned on these predictions. Writes OUT/ensemble, which predict accepts like
-    a run, OUT/crossval.html, crossval.json and crossval.csv. If interrupted, run the same command to resume.
+    a run, OUT/crossval.html, crossval.json and crossval.csv. With --config presence, thresholds and calibration of the
+    probabilities are tuned instead. If interrupted, run the same command to resume.
     """
     from app.config.load import load_config
     from app.experiments.crossval.plan import require_ensemble
-    from app.experiments.crossval.run import cross_validate
+    from app.experiments.crossval.run import cross_validate, cross_validate_presence
     from app.reports.crossval import write_crossval_page
+    from app.reports.presence import write_presence_page
     from app.training.pretrained import sections_of
 
     settings = [*(overrides or ()), *options.weights_override(weights, overrides)]
@@ -73,17 +76,17 @@ def crossval(
     if init_from is not None:
         require_ensemble(init_from)
         sections = sections_of(init_from / "fold-0") if config is None else None
+    settings_of_folds = load_config(config or "laptop", settings, sections=sections)
+    how: dict[str, Any] = {"folds": folds, "devices": devices, "jobs": jobs}
+    if settings_of_folds.task.name == "presence":
+        options.refuse(init_from is not None, "--init-from is for segmentations; presence starts from random weights")
+        with terminal.watched() as on_progress:
+            judged = cross_validate_presence(source, out, settings_of_folds, **how, on_progress=on_progress)
+            write_presence_page(judged.scores, judged.page)
+        terminal.result(judged.content, *presence_lines(judged))
+        return
     with terminal.watched() as on_progress:
-        outcome = cross_validate(
-            source,
-            out,
-            load_config(config or "laptop", settings, sections=sections),
-            folds=folds,
-            devices=devices,
-            jobs=jobs,
-            init_from=init_from,
-            on_progress=on_progress,
-        )
+        outcome = cross_validate(source, out, settings_of_folds, **how, init_from=init_from, on_progress=on_progress)
         write_crossval_page(outcome)
     terminal.result(outcome.content, *_lines(outcome))
 

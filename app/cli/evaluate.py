@@ -9,11 +9,15 @@ from typing import Annotated
 import typer
 
 from app.cli import options, terminal
+from app.cli.presence import holds_presence, show_presence_scores
 
 EXAMPLES = """\
 znormseg evaluate PREDICTIONS REFERENCES
 znormseg evaluate PREDICTIONS REFERENCES --resample --out scores.csv
 znormseg evaluate PREDICTIONS REFERENCES --rules brats2023 --task GLI"""
+
+
+_presence = options.panel("Scores of presence")
 
 
 def _refer_to_contrasts(given: bool) -> None:
@@ -47,6 +51,11 @@ def evaluate_command(
     rules: options.Rules = None,
     task: options.Task = None,
     out: options.Table = None,
+    specificity: Annotated[
+        float | None,
+        _presence(min=0, max=1, help="State the sensitivity at this specificity.  [default: 0.9]"),
+    ] = None,
+    page: options.PresencePage = None,
     contrast_subsets: Annotated[  # noqa: ARG001 - its callback does the work
         bool,
         typer.Option("--contrast-subsets", "--cases", "--device", hidden=True, callback=_refer_to_contrasts),
@@ -54,13 +63,23 @@ def evaluate_command(
 ) -> None:
     """Score predictions against references: Dice, HD95 and more, by region and case.
 
-    Also reports sensitivity, specificity, surface Dice and volumes. To measure what a run loses when contrasts are
+    Also reports sensitivity, specificity, surface Dice and volumes. Predictions of a presence run get AUROC, AUPRC,
+    Brier score and more; REFERENCES may then be a CSV file of 0 and 1. To measure what a run loses when contrasts are
     missing, use znormseg contrasts.
     """
     options.refuse(
         rules is not None and (resample or nsd_mm is not None),
         "--resample and --nsd-mm cannot be combined with --rules, which fix the grid and the tolerance",
     )
+    if holds_presence(predictions):
+        for option, value in {"--resample": resample, "--nsd-mm": nsd_mm, "--rules": rules, "--task": task}.items():
+            options.refuse(value not in (None, False), f"{option} is for label maps; {predictions} holds probabilities")
+        show_presence_scores(
+            predictions, references, labels, follow_links=follow_links, specificity=specificity, out=out, page=page
+        )
+        return
+    for option, value in {"--specificity": specificity, "--page": page}.items():
+        options.refuse(value is not None, f"{option} is for the predictions of a presence run, not for label maps")
     options.refuse(nsd_mm is not None and not math.isfinite(nsd_mm), "--nsd-mm takes a distance in mm")
     chosen = options.challenge(rules, task)
     from app import NOTICE

@@ -78,7 +78,8 @@ Config = Annotated[
     _config(
         "--config",
         "-c",
-        help="laptop (default), unet, resunet, resunet-znorm, large, starter, or a YAML file.",
+        help="laptop (default), unet, resunet, resunet-znorm, large, starter, presence, presence-slabs, or a YAML "
+        "file.",
         autocompletion=complete_config,
     ),
 ]
@@ -114,6 +115,13 @@ def _place(path: Path | None) -> Path | None:
 Table = Annotated[Path | None, _output("--out", "-o", help="Write the table to a CSV file.", callback=_place)]
 Page = Annotated[
     Path | None, _output(help="Write an HTML page with plots by case and the worst cases.", callback=_place)
+]
+
+PresencePage = Annotated[
+    Path | None,
+    typer.Option(
+        help="Write a page with ROC and calibration curves.", rich_help_panel="Scores of presence", callback=_place
+    ),
 ]
 
 

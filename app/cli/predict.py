@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from app.cli import options, terminal
+from app.cli.presence import refuse_for_presence, show_presence
 
 if TYPE_CHECKING:
     from app.inference.batch.cohort import CaseExecutor
     from app.inference.batch.job import PredictJob
+    from app.inference.batch.prediction_json import Predictions
     from data.datasets.layouts import Case
     from data.labels import Contrast
 
@@ -25,6 +27,7 @@ znormseg predict RUN NEW_CASES PREDICTIONS
 znormseg predict RUN SCANS PREDICTIONS --prepare --space flair
 znormseg predict --challenge"""
 
+_FLAGS = "; <case>.json explains the flags"
 _scans, _prediction = options.panel("Unprepared scans"), options.panel("Prediction")
 _hardware, _output = options.panel("Hardware"), options.panel("Output")
 
@@ -78,6 +81,13 @@ def predict_command(
     max_memory_gb: Annotated[
         float | None,
         _prediction(min=0.1, help="Plan for a peak memory of at most this many GB; default: no limit."),
+    ] = None,
+    presence: Annotated[
+        Path | None,
+        _prediction(
+            metavar="RUN2",
+            help="Presence run, or the ensemble of its cross-validation: where it finds no ET, ET is removed.",
+        ),
     ] = None,
     device: options.Device = "auto",
     backend: Annotated[
@@ -152,17 +162,45 @@ def predict_command(
         devices is not None and (workers is not None or engine == "ray" or device != "auto"),
         "--devices cannot be combined with --workers, --device or --engine ray",
     )
-    from app import NOTICE
     from app.config.inference import PredictOptions
     from app.inference.batch.challenge import Delivery
     from app.inference.batch.cohort import predict_each
     from app.inference.batch.job import PredictJob
     from app.inference.batch.native import Native
     from app.inference.batch.output_folder import require_place_of_its_own
+    from app.inference.tumour_presence.model import is_presence_model
     from data.labels import CONVENTIONS
 
     options.runtime_config(device)
     run = options.installed_model(run)
+    if is_presence_model(run):
+        unused = {
+            "--prepare": prepare,
+            "--tta": tta,
+            "--no-postprocess": no_postprocess,
+            "--overlap": overlap,
+            "--window": window != "trained",
+            "--max-memory-gb": max_memory_gb,
+            "--engine": engine == "ray",
+            "--backend": backend == "openvino",
+            "--devices": devices,
+            "--workers": workers,
+            "--labels": labels,
+            "--save-probabilities": save_probabilities,
+            "--uncertainty": uncertainty,
+            "--challenge": challenge,
+        }
+        refuse_for_presence(run, {**unused, "--presence": presence})
+        show_presence(
+            run,
+            _cases(files, source, follow_links=follow_links),
+            wanted,
+            source=None if files else source,
+            runtime=replace(options.runtime_config(device), precision=precision),
+            nan_to_zero=nan_to_zero,
+            overwrite=overwrite,
+        )
+        return
     options.mask_installed(mask)
     native = None
     if prepare:
@@ -189,6 +227,7 @@ def predict_command(
             ),
             postprocess=not no_postprocess,
             native=native,
+            presence=presence,
         )
         pool = _other_processes(job, engine, devices, workers)
         cases = _cases(files, source, follow_links=follow_links)
@@ -209,16 +248,20 @@ def predict_command(
                 delivery=Delivery(output=wanted) if challenge else None,
                 on_progress=on_progress,
             )
-    if challenge:
-        outcome = outcome.copied_to(wanted)
+    _show(outcome.copied_to(wanted) if challenge else outcome, wanted, flags="" if challenge else _FLAGS)
+
+
+def _show(outcome: Predictions, output: Path, *, flags: str) -> None:
+    """Print a row for each case."""
+    from app import NOTICE
+
     rows = [["case", "WT ml", "TC ml", "ET ml", "s", "flags"]]
     for case in outcome.cases:
         volumes, seconds = case["volumes_ml"], case["seconds"]
         codes = list(dict.fromkeys(flag["code"] for flag in case["flags"]))
         shown = [f"{volumes[region]:.1f}" for region in volumes]
         rows.append([case["case"], *shown, f"{sum(seconds.values()):.1f}", " ".join(codes) or "-"])
-    flags = "" if challenge else "; <case>.json explains the flags"
-    lines = [terminal.table(rows), f"label maps in {wanted}{flags}. {NOTICE}"] if outcome.cases else []
+    lines = [terminal.table(rows), f"label maps in {output}{flags}. {NOTICE}"] if outcome.cases else []
     terminal.result(outcome.to_json(), *lines)
     terminal.name_failed(outcome.failures, done=len(outcome.cases))
 

@@ -105,14 +105,17 @@ def train(
             )
     if not world.is_first:
         return
-    dice = ", ".join(f"{region} {value:.3f}" for region, value in (outcome.validation_dice or {}).items())
+    scores = ", ".join(f"{output} {value:.3f}" for output, value in (outcome.validation_scores or {}).items())
     lines = [
         f"{outcome.steps} steps in {outcome.seconds:.0f} s; predict will use the best checkpoint of {run}, step "
         f"{outcome.best_step}",
-        f"validation Dice: {dice or 'no validation cases'}",
+        f"validation {outcome.measure.in_words}: {scores or 'no validation cases'}",
     ]
     if outcome.stopped_early:
-        lines.append("stopped early: the mean Dice of the latest validations did not improve (training.patience)")
+        lines.append(
+            f"stopped early: the mean {outcome.measure.in_words} of the latest validations did not improve "
+            "(training.patience)"
+        )
     if outcome.skipped_steps:
         lines.append(f"{outcome.skipped_steps} steps were skipped because a gradient was not finite")
     terminal.result(outcome.to_json(), *lines, f"next: znormseg predict {run} CASES OUTPUT")

@@ -14,20 +14,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.config.gradient import GradientConfig
 from app.config.inference import InferenceConfig
+from app.config.task import MEASURES_OF_TASKS, Measure, TaskConfig
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 from app.system.device import RuntimeConfig
 from data.filesystem import why
-from data.labels import CONTRASTS
+from data.labels import CONTRASTS, REGIONS
 from data.patches.augmentation import AugmentConfig
-from models import NetworkConfig, patch_divisor
+from models import PRESENCE_ARCHITECTURES, NetworkConfig, patch_divisor
+
+#: Shortest side of a patch in voxels, except for the thickness of slabs.
+_LEAST_SIDE: Final = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ class DataConfig:
 class RunConfig:
     """Everything that defines a run except its data, fold and folder."""
 
+    task: TaskConfig = field(default_factory=TaskConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     gradient: GradientConfig = field(default_factory=GradientConfig)
     training: TrainingConfig = field(default_factory=lambda: TrainingConfig(steps=50_000))
@@ -62,6 +67,7 @@ class RunConfig:
     runtime: RuntimeConfig = field(default_factory=RuntimeConfig)
 
     def __post_init__(self) -> None:
+        self._require_fitting_task()
         divisor = patch_divisor(self.network)
         bad = [side for side in self.training.patch_voxels if side % divisor or side < 2 * divisor]
         if bad:
@@ -70,6 +76,39 @@ class RunConfig:
                 f"{len(self.network.channels)} levels (network.channels) every side must be a multiple of {divisor}, "
                 f"and at least {2 * divisor}"
             )
+
+    def _require_fitting_task(self) -> None:
+        """Require a network that can do the task, and patches that fit both."""
+        network, patch = self.network, self.training.patch_voxels
+        if (network.architecture in PRESENCE_ARCHITECTURES) != (self.task.name == "presence"):
+            raise ValueError(
+                f"network.architecture: {network.architecture} cannot do task.name={self.task.name}; presence needs "
+                f"{', '.join(PRESENCE_ARCHITECTURES)}, segmentation any other"
+            )
+        if min(patch) < _LEAST_SIDE and not self.task.by_slab:
+            raise ValueError(
+                f"training.patch_voxels: from {_LEAST_SIDE} to 512 along each axis, got {list(patch)}; only slabs "
+                "(task.by_slab) may be thinner"
+            )
+        if network.slices is None:
+            return
+        if not self.task.by_slab or network.slices != patch[2]:
+            raise ValueError(
+                f"network.slices: {network.slices} slices need task.by_slab=true and training.patch_voxels[2]="
+                f"{network.slices}, got {list(patch)}"
+            )
+        if self.runtime.channels_last:
+            raise ValueError("runtime.channels_last: only for 3D convolutions; leave it out with network.slices")
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the network's output channels: the regions, or what is present or absent."""
+        return REGIONS if self.task.name == "segmentation" else self.task.outputs
+
+    @property
+    def measure(self) -> Measure:
+        """The measure that chooses the weights."""
+        return MEASURES_OF_TASKS[self.task.name]
 
     @property
     def takes_missing_contrasts(self) -> bool:

@@ -59,7 +59,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.hours is None):
             raise ValueError("training.steps, training.hours: set exactly one of them; the other is null")
-        if min(self.patch_voxels) < 8 or max(self.patch_voxels) > 512:
+        if min(self.patch_voxels[:2]) < 8 or min(self.patch_voxels) < 1 or max(self.patch_voxels) > 512:
             raise ValueError(f"training.patch_voxels: from 8 to 512 along each axis, got {list(self.patch_voxels)}")
         for name, (lowest, highest) in _RANGES.items():
             value = getattr(self, name)

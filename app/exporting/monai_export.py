@@ -24,6 +24,7 @@ from app import NOTICE
 from app.errors import RunError
 from app.exporting.parity import Answer, Floats
 from app.inference.model import Model
+from app.inference.tumour_presence.model import PresenceModel
 from app.runs.folder import write_durably, write_json
 from data.labels import CONTRASTS, REGIONS
 from data.preprocess import SPACING_TOLERANCE
@@ -34,12 +35,14 @@ _MONAI_NETWORKS: Final = ("unet", "resunet", "segresnet")
 _ENDINGS: Final = {"t1": ["t1", "t1n"], "t1c": ["t1c", "t1ce", "t1gd"], "t2": ["t2", "t2w"], "flair": ["flair", "t2f"]}
 
 
-def require_monai(model: Model, run: Path) -> None:
+def require_monai(model: Model | PresenceModel, run: Path) -> None:
     """Check that MONAI can run a network.
 
     Raises:
         RunError: MONAI lacks the architecture, or its transforms cannot create the input channels.
     """
+    if isinstance(model, PresenceModel):
+        raise RunError(f"{run}: a presence network; bundles hold segmentations. Use --format openvino or onnx.")
     if model.config.network.architecture not in _MONAI_NETWORKS:
         raise RunError(
             f"{run}: its network is a {model.config.network.architecture}, which MONAI does not have; bundles support "

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +24,7 @@ from app.inference.sliding_window.grid import window_places
 from data.datasets.layouts import Case, find_cases
 from data.errors import DataError
 from data.labels import from_regions
+from data.nifti import Spacing
 from data.phantoms import write_phantoms
 from data.preprocess import prepare
 
@@ -98,7 +100,19 @@ class Parity:
         }
 
 
-def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor], source: str) -> Parity:
+def labels_of(logits: Floats) -> npt.NDArray[Any]:
+    """Return the label map of the logits of one window, shape (regions, X, Y, Z)."""
+    return from_regions(logits > 0)
+
+
+def compare_outputs(
+    network: nn.Module,
+    answer: Answer,
+    windows: Sequence[Tensor],
+    source: str,
+    *,
+    decide: Callable[[Floats], npt.NDArray[Any]] = labels_of,
+) -> Parity:
     """Compare the logits of the original and of an exported network, window by window.
 
     Args:
@@ -106,6 +120,7 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
         answer: the exported network, run by the program that it is exported for.
         windows: each of shape (1, contrasts, X, Y, Z), at least one.
         source: where the windows come from, in words.
+        decide: returns the decisions that follow from the logits of one window; default: the labels of its voxels.
     """
     largest = total = logit = 0.0
     count = voxels = differing = 0
@@ -121,7 +136,7 @@ def compare_outputs(network: nn.Module, answer: Answer, windows: Sequence[Tensor
         largest = max(largest, float(np.nan_to_num(apart, nan=np.inf).max()))
         total += float(apart.sum(dtype=np.float64))
         logit = max(logit, float(np.abs(ours).max()) if np.isfinite(ours).all() else math.inf)
-        labels = [from_regions(logits[0] > 0) for logits in (ours, theirs)]
+        labels = [decide(logits[0]) for logits in (ours, theirs)]
         differing += int(np.count_nonzero(labels[0] != labels[1]))
         count, voxels = count + ours.size, voxels + labels[0].size
     return Parity(
@@ -148,14 +163,36 @@ def windows_of(model: Model, folder: Path | None) -> tuple[list[Tensor], str]:
     Raises:
         DataError: the case cannot be used, or the folder does not hold exactly one case.
     """
+    with _case_for(model.spacing_mm, folder) as (case, words):
+        return _windows(model, case), words
+
+
+def image_of(spacing_mm: Spacing, folder: Path | None) -> tuple[Floats, str]:
+    """Return the prepared image of a case, shape (contrasts, X, Y, Z), and where it comes from, in words.
+
+    Args:
+        spacing_mm: spacing of the network's input.
+        folder: folder of the case; None uses a phantom.
+
+    Raises:
+        DataError: the case cannot be used, or the folder does not hold exactly one case.
+    """
+    with _case_for(spacing_mm, folder) as (case, words):
+        return prepare(case.require(), spacing_mm=spacing_mm).image, words
+
+
+@contextmanager
+def _case_for(spacing_mm: Spacing, folder: Path | None) -> Iterator[tuple[Case, str]]:
+    """Return the case of a folder, or a phantom that exists during the block."""
     if folder is not None:
         cases = find_cases(folder)
         if len(cases) != 1:
             raise DataError(f"{folder}: contains {len(cases)} cases; give the folder of one")
-        return _windows(model, cases[0]), f"case {cases[0].id}"
+        yield cases[0], f"case {cases[0].id}"
+        return
     with tempfile.TemporaryDirectory() as place:
-        write_phantoms(Path(place), 1, seed=0, spacing_mm=max(_PHANTOM_MM, *model.spacing_mm))
-        return _windows(model, find_cases(Path(place))[0]), "a phantom"
+        write_phantoms(Path(place), 1, seed=0, spacing_mm=max(_PHANTOM_MM, *spacing_mm))
+        yield find_cases(Path(place))[0], "a phantom"
 
 
 def _windows(model: Model, case: Case) -> list[Tensor]:

@@ -13,7 +13,7 @@ from markupsafe import Markup
 from app.html.chart import Chart, FloatArray, Line, arm_line, arm_style, draw_chart
 from app.html.curves import running_mean
 from app.html.elements import charts_html, figure
-from app.html.records import Records, mapping, number_or_nan
+from app.html.records import MEASURE_NAMES, Records, mapping, measure_in, number_or_nan
 
 Series = Mapping[int, float]
 """Value by step."""
@@ -22,21 +22,23 @@ _MOST_POINTS: Final = 250  # per line; a band has twice as many, still too few t
 
 
 def figures_html(arms: Mapping[str, Sequence[Records]], *, target_dice: float | None = None) -> Markup:
-    """Return charts of loss, validation Dice and, if it was recorded, gradient overlap at skip connections.
+    """Return charts of loss, validation scores and, if it was recorded, gradient overlap at skip connections.
 
     Args:
         arms: by arm, the metric records of each seed.
         target_dice: value at which to draw a line across the validation chart; None draws no line.
     """
     loss = {arm: [_losses(records) for records in seeds] for arm, seeds in arms.items()}
-    dice = {arm: [_validations(records) for records in seeds] for arm, seeds in arms.items()}
+    measure = measure_in([record for seeds in arms.values() for records in seeds for record in records])
+    scores = {arm: [_validations(records, measure) for records in seeds] for arm, seeds in arms.items()}
+    name = MEASURE_NAMES[measure]
     figures = [
         _figure("loss", "Training loss", loss, "Running mean of the training loss."),
         _figure(
-            "mean Dice",
-            "Validation Dice",
-            dice,
-            "Dice of the validation cases, mean over the regions"
+            f"mean {name}",
+            f"Validation {name}",
+            scores,
+            f"{name} of the validation cases, mean over the {'regions' if measure == 'dice' else 'outputs'}"
             + ("." if target_dice is None else f"; the dashed line is {target_dice:.3f}."),
             y_range=(0.0, 1.0),
             level=target_dice,
@@ -106,8 +108,8 @@ def _losses(records: Records) -> Series:
     return dict(zip(steps, smooth.tolist(), strict=True))
 
 
-def _validations(records: Records) -> Series:
-    return _series(records, "validation", lambda record: number_or_nan(record.get("mean_dice")))
+def _validations(records: Records, measure: str) -> Series:
+    return _series(records, "validation", lambda record: number_or_nan(record.get(f"mean_{measure}")))
 
 
 def _overlaps(records: Records, key: str) -> Series:

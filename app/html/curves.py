@@ -11,8 +11,8 @@ from markupsafe import Markup
 
 from app.html.chart import MARKERS, Chart, FloatArray, Line, draw_chart
 from app.html.elements import charts_html, figure
-from app.html.records import Records, column, mapping, number_or_nan
-from data.labels import REGIONS, Region
+from app.html.records import MEASURE_NAMES, Records, column, mapping, measure_in, number_or_nan, outputs_in
+from data.labels import REGIONS
 
 #: Number of junction colours in the style sheet; further junctions repeat them with dashes.
 _COLOURS: Final = 8
@@ -21,7 +21,7 @@ _LEAST_TO_SMOOTH: Final = 20
 
 
 def curves_html(metrics: Records) -> Markup:
-    """Return figures of training loss, learning rate and validation Dice.
+    """Return figures of training loss, learning rate and validation scores.
 
     Args:
         metrics: records of ``metrics.jsonl``; unknown kinds and keys are ignored, and null counts as non-finite.
@@ -97,20 +97,28 @@ def _loss_lines(steps: FloatArray, loss: FloatArray) -> tuple[list[Line], str]:
 
 def _validation_figure(validation: Records) -> Markup:
     steps = column(validation, "step")
-    dice = {region: column([mapping(record.get("dice")) for record in validation], region) for region in REGIONS}
+    measure = measure_in(validation)
+    name, outputs = MEASURE_NAMES[measure], outputs_in(validation, measure)
+    scores = {output: column([mapping(record.get(measure)) for record in validation], output) for output in outputs}
     lines = [
-        Line(label=region, style=region.lower(), x=steps, y=dice[region], marker=marker)
-        for region, marker in zip(REGIONS, MARKERS, strict=True)
+        Line(
+            label=output,
+            style=output.lower() if output in REGIONS else "smooth",
+            x=steps,
+            y=scores[output],
+            marker=MARKERS[place % len(MARKERS)],
+        )
+        for place, output in enumerate(outputs)
     ]
-    chart = Chart(title="Validation Dice over steps", y_label="Dice", lines=lines, height=375, y_range=(0.0, 1.0))
-    return figure(draw_chart(chart), f"Validation. {_last_dice(steps, dice)}")
+    chart = Chart(title=f"Validation {name} over steps", y_label=name, lines=lines, height=375, y_range=(0.0, 1.0))
+    return figure(draw_chart(chart), f"Validation. {_last_scores(steps, scores, name)}")
 
 
-def _last_dice(steps: FloatArray, dice: Mapping[Region, FloatArray]) -> str:
+def _last_scores(steps: FloatArray, scores: Mapping[str, FloatArray], name: str) -> str:
     if not len(steps):
         return "No validation was recorded."
-    last = ", ".join(f"{region} {_score_text(dice[region][-1])}" for region in REGIONS)
-    return f"Last Dice at step {steps[-1]:,.0f}: {last}."
+    last = ", ".join(f"{output} {_score_text(values[-1])}" for output, values in scores.items())
+    return f"Last {name} at step {steps[-1]:,.0f}: {last}."
 
 
 def _score_text(value: float) -> str:

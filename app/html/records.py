@@ -9,9 +9,27 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from data.labels import REGIONS
+
 Records = Sequence[Mapping[str, Any]]
 
+#: Names of the measures that validations record, by key; the first is that of segmentation.
+MEASURE_NAMES: Final = {"dice": "Dice", "one_minus_brier": "1 - Brier score"}
+
 _LARGEST: Final = 1e30  # larger values would overflow in the arithmetic of charts
+
+
+def measure_in(records: Records) -> str:
+    """Return the key of the measure that the validations of a run recorded; ``dice`` if there are none."""
+    found = (key for record in records if record.get("kind") == "validation" for key in MEASURE_NAMES if key in record)
+    return next(found, "dice")
+
+
+def outputs_in(records: Records, measure: str) -> list[str]:
+    """Return the outputs that the validations scored: the regions, or those of a presence network."""
+    if measure == "dice":
+        return list(REGIONS)
+    return list(dict.fromkeys(name for record in records for name in mapping(record.get(measure))))
 
 
 def mapping(value: object) -> Mapping[str, Any]:

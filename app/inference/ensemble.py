@@ -18,10 +18,10 @@ from typing import Any, Final
 
 from app.errors import RunError
 from app.inference.calibration import calibration_from_json
-from app.inference.model import Model, Predictor, load_model, statement_from_json
+from app.inference.model import Model, Predictor, load_model, no_label_maps, statement_from_json
 from app.inference.postprocess import Postprocess, postprocess_from_json
 from app.runs.folder import read_json
-from app.runs.model_card import STATEMENT_KEY
+from app.runs.model_card import STATEMENT_KEY, is_presence
 from app.system.device import Runtime
 from data.preprocess import SPACING_TOLERANCE
 
@@ -119,6 +119,8 @@ def load_ensemble(folder: Path, runtime: Runtime, *, postprocess: bool = True) -
             together.
     """
     content = read_json(folder / ENSEMBLE_FILE)
+    if isinstance(content, Mapping) and is_presence(content.get("config", {})):
+        raise no_label_maps(folder)
     try:
         listed = {str(one["network"]): (str(one["weights_sha256"]), int(one["step"])) for one in content["networks"]}
         rules = postprocess_from_json(content["postprocess"])

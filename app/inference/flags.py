@@ -51,6 +51,7 @@ CODES: Final[Mapping[str, str]] = {
     "tiny_tumour": "the whole tumour is smaller than a ball of 10 mm diameter",
     "scattered_tumour": "the whole tumour is in many pieces, or the largest has less than half of it",
     "uncertain_volume": "the sum of the probabilities, or single predictions, give another volume than the label map",
+    "enhancing_removed": "a presence network found no enhancing tumour, and --presence removed it from the label map",
     "seen_in_training": "this case or another of its patient was used to train the networks or to choose their weights",
 }
 
@@ -74,6 +75,8 @@ class CaseFacts:
     """Warnings from the preparation of the scans (``--prepare``), one sentence each."""
     unusual: tuple[Contrast, ...] = ()
     """Contrasts whose intensities are unlike those of the training cases."""
+    removed: str = ""
+    """What ``--presence`` removed, in one sentence; empty if nothing."""
     training: TrainingRecord = UNKNOWN
 
 
@@ -100,6 +103,8 @@ def _flags(facts: CaseFacts) -> Iterator[Flag]:
         unusual = _and(facts.unusual)
         yield Flag("unusual_intensities", f"The intensities of {unusual} are unlike those of the training cases.")
     yield from _tumour_flags(facts.trust)
+    if facts.removed:
+        yield Flag("enhancing_removed", facts.removed)
     if (seen := _seen(facts.case, facts.training)) is not None:
         yield Flag("seen_in_training", seen)
 

@@ -17,7 +17,7 @@ from app.inference.postprocess import Postprocess
 from app.inference.sliding_window.grid import Size
 from app.progress import LOG
 from app.runs.checkpoints import Saved, load_newest, load_newest_arrays
-from app.runs.model_card import STATEMENT_KEY
+from app.runs.model_card import STATEMENT_KEY, is_presence
 from app.system.device import Runtime
 from data.labels import CONTRASTS, CONVENTIONS, REGIONS, LabelConvention
 from data.nifti import Spacing
@@ -156,6 +156,8 @@ def load_model(run: Path, runtime: Runtime) -> Model:
             f"znormseg train DATA {run} --resume"
         )
     details = checkpoint.details
+    if is_presence(details.get("config", {})):
+        raise no_label_maps(run)
     try:
         if details["contrasts"] != list(CONTRASTS) or details["regions"] != list(REGIONS):
             raise RunError(
@@ -195,6 +197,14 @@ def load_model(run: Path, runtime: Runtime) -> Model:
         sha256=checkpoint.sha256,
         step=checkpoint.step,
         statement=statement,
+    )
+
+
+def no_label_maps(folder: Path) -> RunError:
+    """The error for a presence model where one that makes label maps is needed."""
+    return RunError(
+        f"{folder}: a presence model, which makes no label maps. Give a segmentation; to limit its enhancing tumour, "
+        f"add --presence {folder} to znormseg predict."
     )
 
 

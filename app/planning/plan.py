@@ -229,6 +229,8 @@ def plan_run(
         MemoryShortError: a dry run found nothing that fits.
     """
     base = load_config(config or "laptop", overrides)
+    if base.task.name != "segmentation":
+        raise ConfigError("plan: only for segmentation. Give the config of another task to train as it is.")
     require_weights(base, data)
     device = device_facts(base.runtime)
     if config is None and device.kind == "cuda":

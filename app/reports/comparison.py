@@ -8,6 +8,7 @@ from statistics import fmean
 from markupsafe import Markup
 
 from app.evaluation.metrics import DICE_DEFINITION
+from app.evaluation.presence import BRIER_DEFINITION
 from app.experiments.comparison.analysis import Analysis, ArmSummary, final_keys, scored_by
 from app.experiments.comparison.compare import Comparison
 from app.experiments.comparison.run import Results
@@ -16,7 +17,6 @@ from app.html.bands import figures_html
 from app.html.elements import Row, document, made_by, number, write_html
 from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
-from data.labels import REGIONS
 
 
 def write_comparison_page(outcome: Comparison, path: Path | None = None) -> None:
@@ -36,6 +36,7 @@ def render_comparison(outcome: Comparison) -> str:
     """Render the page as one HTML document; every external string is escaped."""
     results, analysis, metrics = outcome.results, outcome.analysis, outcome.metrics
     plan = results.plan
+    is_presence = plan.config.task.name == "presence"
     curves = {
         optimizer: figures_html(
             {arm: [metrics[key] for key in final_keys(results, optimizer, arm)] for arm in plan.arms},
@@ -47,8 +48,9 @@ def render_comparison(outcome: Comparison) -> str:
         "comparison.html",
         verdicts=analysis.verdicts(),
         limits=analysis.caveats,
-        regions=list(REGIONS),
-        regions_in_words=REGIONS_IN_WORDS,
+        measure=plan.config.measure.in_words,
+        regions=list(plan.config.outputs),
+        regions_in_words=", ".join(plan.config.outputs) if is_presence else REGIONS_IN_WORDS,
         dice=[_dice_row(arm) for arm in analysis.arms],
         scored=len(results.parts.scored),
         tested=analysis.tested,
@@ -79,6 +81,7 @@ def render_comparison(outcome: Comparison) -> str:
 
 def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
     plan, parts = results.plan, results.parts
+    measure = plan.config.measure
     return [
         ("optimizers", ", ".join(plan.optimizers)),
         ("seeds", f"{plan.seeds}, from {plan.first_seed}"),
@@ -88,7 +91,7 @@ def _facts(results: Results, analysis: Analysis) -> list[tuple[str, str]]:
         ),
         *((name, "; ".join(plan.settings_of(name))) for name in plan.variants),
         ("same start in every arm", "recorded (SHA-256)" if analysis.same_start else "not recorded for every run"),
-        ("Dice", DICE_DEFINITION),
+        (measure.in_words, DICE_DEFINITION if measure.key == "dice" else BRIER_DEFINITION),
         ("predictions", backends_sentence(scored_by(results))),
     ]
 
@@ -100,7 +103,7 @@ def _dice_row(arm: ArmSummary) -> Row:
         f"{arm.dice['mean']:.3f}",
         f"{arm.low:.3f} to {arm.high:.3f}",
         number(arm.between_seeds),
-        *(f"{arm.dice[region]:.3f}" for region in REGIONS),
+        *(f"{value:.3f}" for name, value in arm.dice.items() if name != "mean"),
     ]
 
 

@@ -8,12 +8,16 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from app.errors import ConfigError, RunError
+from app.evaluation.presence import SPECIFICITY
+from app.evaluation.presence_scores import score_presence
+from app.inference.batch.presence import PREDICTIONS_FILE
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.progress import OnProgress, silent
 from app.reports import saved_comparison as comparison
 from app.reports import saved_crossval as crossval
 from app.reports.cohort import write_cohort
 from app.reports.predictions import is_predictions
+from app.reports.presence import write_presence_page
 from app.reports.run import write_run
 from data.datasets.source import DataSource
 
@@ -60,7 +64,7 @@ def recognise(folder: Path) -> Kind:
         return "comparison"
     if (folder / "run.json").exists() and (folder / "config.yaml").exists():
         return "run"
-    if is_predictions(folder):
+    if is_predictions(folder) or (folder / PREDICTIONS_FILE).exists():
         return "predictions"
     raise RunError(
         f"{folder}: contains nothing to report on. Expected a run (config.yaml and run.json), predictions "
@@ -100,6 +104,11 @@ def report(
         raise RunError(f"{out} is a file; give a folder for the pages")
     if out.resolve() == folder.resolve():
         raise RunError(f"{out} is the folder that the pages describe; give another folder for the pages")
+    if (folder / PREDICTIONS_FILE).exists():
+        if references is None:
+            raise ConfigError(f"{folder}: predictions of a presence run; its page needs --references")
+        write_presence_page(score_presence(folder, references, specificity=SPECIFICITY), out / _PAGE)
+        return Report(kind=kind, page=out / _PAGE)
     if kind == "predictions":
         pages = write_cohort(
             folder,

@@ -6,19 +6,20 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Final
 
 from app.errors import RunError
 from app.evaluation.metrics import DICE_DEFINITION
 from app.html.curves import curves_html, gradients_html
 from app.html.distribution import distribution_svg
 from app.html.elements import Row, document, listed, number, write_html
-from app.html.records import Records, mapping, number_or_none
+from app.html.records import MEASURE_NAMES, Records, mapping, measure_in, number_or_none, outputs_in
 from app.html.scores import REGIONS_IN_WORDS
 from app.html.templates import fill
 from app.runs.folder import read_json, read_metrics
 from data.filesystem import why
-from data.labels import REGIONS, Region
+
+_BRIER: Final = "Brier score: mean squared difference of probability and truth"
 
 
 def write_run(run: Path, page: Path) -> None:
@@ -51,16 +52,22 @@ def render_run(run: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{run}: missing or damaged ({why(error)}). Is it a run folder?") from error
     best = best_validation(records)
-    cases = {} if best is None else _by_case(best)
+    measure = measure_in(records)
+    outputs = outputs_in(records, measure)
+    name = MEASURE_NAMES[measure]
+    cases = {} if best is None else _by_case(best, outputs)
     body = fill(
         "run.html",
         validated=best is not None,
-        rows=_worst_first(cases),
-        chart=distribution_svg({region: [cases[case][region] for case in cases] for region in REGIONS}, name="Dice"),
-        regions=list(REGIONS),
-        regions_in_words=REGIONS_IN_WORDS,
+        rows=_worst_first(cases, outputs),
+        chart=distribution_svg(
+            {output: [cases[case][output] for case in cases] for output in outputs}, name=name, outputs=outputs
+        ),
+        measure=name,
+        regions=outputs,
+        regions_in_words=REGIONS_IN_WORDS if measure == "dice" else ", ".join(outputs),
         step=f"{best['step']:,}" if best else "",
-        dice_definition=DICE_DEFINITION,
+        definition=f"Dice at the spacing of the network; {DICE_DEFINITION}" if measure == "dice" else _BRIER,
         curves=curves_html(records),
         gradients=gradients_html(records),
         config=config,
@@ -68,7 +75,7 @@ def render_run(run: Path) -> str:
     )
     return document(
         title=f"Run {run.resolve().name}",
-        lead=_lead(records, best),
+        lead=_lead(records, best, measure),
         facts=_facts(run, facts, split, records),
         body=body,
         styles=("page.css", "report.css"),
@@ -76,41 +83,43 @@ def render_run(run: Path) -> str:
 
 
 def best_validation(records: Records) -> Mapping[str, Any] | None:
-    """Return the validation with the best mean Dice (the first in a tie), whose weights ``predict`` uses, or None.
+    """Return the validation with the best mean score (the first in a tie), whose weights ``predict`` uses, or None.
 
     Example:
         >>> best_validation([{"kind": "validation", "step": 5, "mean_dice": 0.4}])["step"]
         5
     """
-    scored = [r for r in records if r.get("kind") == "validation" and number_or_none(r.get("mean_dice")) is not None]
-    return max(scored, key=lambda record: float(record["mean_dice"]), default=None)
+    mean = f"mean_{measure_in(records)}"
+    scored = [r for r in records if r.get("kind") == "validation" and number_or_none(r.get(mean)) is not None]
+    return max(scored, key=lambda record: float(record[mean]), default=None)
 
 
-def _worst_first(cases: Mapping[str, Mapping[Region, float]]) -> list[Row]:
+def _worst_first(cases: Mapping[str, Mapping[str, float]], outputs: Sequence[str]) -> list[Row]:
     mean = {case: fmean(scores.values()) for case, scores in cases.items()}
     return [
-        [case, number(mean[case]), *(number(cases[case][region]) for region in REGIONS)]
+        [case, number(mean[case]), *(number(cases[case][output]) for output in outputs)]
         for case in sorted(cases, key=lambda case: (mean[case], case))
     ]
 
 
-def _by_case(best: Mapping[str, Any]) -> dict[str, dict[Region, float]]:
-    found: dict[str, dict[Region, float]] = {}
+def _by_case(best: Mapping[str, Any], outputs: Sequence[str]) -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
     for case, scores in mapping(best.get("cases")).items():
-        values = {region: number_or_none(scores.get(region)) for region in REGIONS}
-        scored = {region: value for region, value in values.items() if value is not None}
-        if len(scored) == len(REGIONS):
+        values = {output: number_or_none(scores.get(output)) for output in outputs}
+        scored = {output: value for output, value in values.items() if value is not None}
+        if len(scored) == len(outputs):
             found[case] = scored
     return found
 
 
-def _lead(records: Records, best: Mapping[str, Any] | None) -> str:
+def _lead(records: Records, best: Mapping[str, Any] | None, measure: str) -> str:
     steps = max((int(record["step"]) for record in records if record.get("kind") == "train"), default=0)
     lead = f"{steps:,} optimiser steps."
     if best is None:
         return lead
-    dice = ", ".join(f"{region} {value:.3f}" for region, value in best.get("dice", {}).items() if value is not None)
-    return f"{lead} Best validation at step {best['step']:,}: mean Dice {best['mean_dice']:.3f} ({dice})."
+    scores = ", ".join(f"{name} {value:.3f}" for name, value in best.get(measure, {}).items() if value is not None)
+    mean = f"mean {MEASURE_NAMES[measure]} {best[f'mean_{measure}']:.3f}"
+    return f"{lead} Best validation at step {best['step']:,}: {mean} ({scores})."
 
 
 def _facts(run: Path, facts: Mapping[str, Any], split: Mapping[str, Any], records: Records) -> list[tuple[str, str]]:

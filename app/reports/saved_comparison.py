@@ -59,7 +59,7 @@ def results_of(out: Path) -> Results:
     runs = {key: _result(out, key) for key in plan.sweep()}
     chosen = choose_rates(plan, runs)
     runs |= {key: _result(out, key) for key in plan.finals(chosen)}
-    if not all("dice" in runs[key] for key in plan.finals(chosen)):
+    if not all(plan.config.measure.key in runs[key] for key in plan.finals(chosen)):
         raise _unfinished(out)
     return Results(plan=plan, parts=parts, chosen=chosen, runs=runs)
 

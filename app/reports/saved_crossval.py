@@ -7,10 +7,12 @@ from pathlib import Path
 
 from app.errors import RunError
 from app.experiments.crossval.plan import read_folds
+from app.experiments.crossval.presence import measure_presence
 from app.experiments.crossval.run import measure_folds
 from app.experiments.runs import json_object
 from app.progress import OnProgress, Progress, silent
 from app.reports.crossval import write_crossval_page
+from app.reports.presence import write_presence_page
 from app.runs.folder import read_json
 
 
@@ -34,6 +36,10 @@ def rebuild_crossval_report(out: Path, page: Path, *, on_progress: OnProgress = 
         raise RunError(f"{out}: the cross-validation is not finished. Run its command again to resume it.")
     recorded = json_object(read_json(out / "crossval.json"), out / "crossval.json")
     detail = f"{len(folds.cases)} cases"
+
+    if folds.is_presence:
+        write_presence_page(measure_presence(folds)[0], page)
+        return
 
     def report(share: float) -> None:
         on_progress(Progress(job="scores", share=0.99 * share, detail=detail))

@@ -245,15 +245,34 @@ class MetricsLog:
         self,
         *,
         step: int,
-        dice: dict[str, float],
-        mean_dice: float,
+        measure: str,
+        by_output: Mapping[str, float],
+        mean: float,
         seconds: float,
         cases: Mapping[str, Mapping[str, float]],
+        more: Mapping[str, Mapping[str, float | None]] | None = None,
     ) -> None:
-        """Record a validation: Dice by region, its mean, and Dice by region for each case."""
-        self._write(kind="validation", step=step, dice=dice, mean_dice=mean_dice, seconds=seconds, cases=cases)
-        by_region = {f"dice_{region}": value for region, value in dice.items()}
-        self._scalars("validation", {**by_region, "mean_dice": mean_dice}, step)
+        """Record a validation.
+
+        Args:
+            step: number of the step.
+            measure: key of the measure, such as ``dice``.
+            by_output: the measure by output of the network, such as the regions.
+            mean: its mean over the outputs.
+            seconds: time since the run began.
+            cases: the measure by output for each case.
+            more: further measures by output; None where one is not defined.
+        """
+        measures: dict[str, Mapping[str, float | None]] = {measure: by_output, **(more or {})}
+        means = {f"mean_{measure}": mean}
+        self._write(kind="validation", step=step, **measures, **means, seconds=seconds, cases=cases)
+        scalars = {
+            f"{name}_{output}": value
+            for name, values in measures.items()
+            for output, value in values.items()
+            if value is not None
+        }
+        self._scalars("validation", {**scalars, **means}, step)
 
     def picture(self, *, step: int, rgb: npt.NDArray[np.uint8]) -> None:
         """Show a picture of a validation case in TensorBoard; uint8, shape (height, width, 3)."""

@@ -38,8 +38,9 @@ INPUT_LIMIT: Final = "Made for skull-stripped T1, T1c, T2 and FLAIR images on on
 #: Limit of every network trained by this program.
 TESTED_LIMIT: Final = "Not tested on scanners, patients or diseases other than those of its validation cases, if any."
 #: Limit of networks with several validations, of which the best one's weights were kept.
+#: To be formatted with the name of the measure.
 CHOSEN_LIMIT: Final = (
-    "The weights were chosen on the validation cases, so their Dice is somewhat better than that of new cases."
+    "The weights were chosen on the validation cases, so their {} is somewhat better than that of new cases."
 )
 
 #: Files of a run, an ensemble or one of its networks that are checksummed, besides checkpoints. Metrics, TensorBoard
@@ -197,8 +198,7 @@ def _of_run(folder: Path, best: Path) -> dict[str, Any]:
     return {
         "kind": "run" if imported is None else "import",
         "name": stated.get("name", folder.resolve().name),
-        "summary": "Brain-tumour segmentation: from four MRI contrasts to whole tumour, tumour core and enhancing "
-        f"tumour. {origin}",
+        "summary": f"{_purpose(weights['config'])} {origin}",
         "notice": NOTICE,
         "data": {**data, **stated.get("data", {})},
         "network": _network(weights["config"]),
@@ -214,7 +214,10 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
     networks = content["networks"]
     first = read_json(_best_of(folder / networks[0]["network"]))
     stated = content.get(STATEMENT_KEY) or {}
-    summary = f"Brain-tumour segmentation: the mean of the {len(networks)} networks of a cross-validation."
+    mean = f"the mean of the {len(networks)} networks of a cross-validation."
+    summary = f"Brain-tumour segmentation: {mean}"
+    if is_presence(first["config"]):
+        summary = f"{_purpose(first['config'])} The answer is {mean}"
     return {
         "kind": "ensemble",
         "name": stated.get("name", folder.resolve().name),
@@ -228,8 +231,7 @@ def _of_ensemble(folder: Path) -> dict[str, Any]:
             **stated.get("data", {}),
         },
         "network": _network(first["config"]),
-        "metrics": {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in networks}
-        | stated.get("metrics", {}),
+        "metrics": _out_of_fold(content) | stated.get("metrics", {}),
         "weights": {one["network"]: one["weights_sha256"] for one in networks},
         "limits": [*stated.get("limits", ()), *_limits(first)],
         "licence": stated.get("licence", LICENCE),
@@ -241,8 +243,9 @@ def _limits(weights: Mapping[str, Any]) -> Iterable[str]:
     yield INPUT_LIMIT
     if weights.get("imported") is None:
         yield TESTED_LIMIT
-        if weights["dice"] is not None and weights["config"]["training"]["validations"] > 1:
-            yield CHOSEN_LIMIT
+        key, words = _measure(weights["config"])
+        if weights[key] is not None and weights["config"]["training"]["validations"] > 1:
+            yield CHOSEN_LIMIT.format(words)
 
 
 def _best_of(folder: Path) -> Path:
@@ -304,10 +307,35 @@ def _network(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _out_of_fold(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the scores of an ensemble's networks on cases that they were not trained on."""
+    if is_presence(content.get("config", {})):
+        return {f"out-of-fold AUROC {name}": value for name, value in content["out_of_fold_auroc"].items()}
+    return {f"out-of-fold Dice of {one['network']}": one["out_of_fold_dice"] for one in content["networks"]}
+
+
 def _metrics(weights: Mapping[str, Any]) -> dict[str, Any]:
-    if weights["dice"] is None:
-        return {"validation Dice": "none: there were no validation cases"}
-    return {f"validation Dice {region}": round(value, 4) for region, value in weights["dice"].items()}
+    key, words = _measure(weights["config"])
+    if weights[key] is None:
+        return {f"validation {words}": "none: there were no validation cases"}
+    return {f"validation {words} {output}": round(value, 4) for output, value in weights[key].items()}
+
+
+def is_presence(config: Mapping[str, Any]) -> bool:
+    """Whether a plain config is that of the presence task; runs of older versions have no task and segment."""
+    return bool(config.get("task", {}).get("name") == "presence")
+
+
+def _measure(config: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the key and the name of the measure by which the weights were chosen."""
+    return ("one_minus_brier", "1 - Brier score") if is_presence(config) else ("dice", "Dice")
+
+
+def _purpose(config: Mapping[str, Any]) -> str:
+    if not is_presence(config):
+        return "Brain-tumour segmentation: from four MRI contrasts to whole tumour, tumour core and enhancing tumour."
+    whole = "each slab of slices" if config["task"]["by_slab"] else "a case"
+    return f"Presence of {', '.join(config['task']['outputs'])} in {whole}, as a probability, from four MRI contrasts."
 
 
 def _rows(content: Mapping[str, Any]) -> Iterable[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any, Final, TypeVar
@@ -20,7 +20,7 @@ from data.datasets.patients import grouped_by_words
 from data.datasets.source import DataSource
 from data.datasets.splits import FOLDS, Split, fold_count, parted, stratified_split, with_synthetic
 from data.errors import DataError
-from data.labels import LabelConvention
+from data.labels import BRATS2021, LabelConvention, convention_named
 from data.nifti import Spacing, canonical_spacing, read_grid
 from data.patches.sampler import CachedCase
 from data.quality.intensity_range import quantiles_of, range_of
@@ -206,6 +206,7 @@ def deal_fold(
     fold: int,
     *,
     folds: int = FOLDS,
+    classes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Split:
     """Return the split of one fold; folds are dealt by patient, with similar tumours in each.
 
@@ -217,13 +218,23 @@ def deal_fold(
         conventions: label convention of each data set.
         fold: number of the fold, from 0.
         folds: number of folds.
+        classes: labels of a classification by case id, by which the folds are stratified first.
 
     Raises:
         DataError: as raised by :func:`data.datasets.splits.stratified_split` and :func:`tumours_in`.
     """
     real, patients = without_synthetic(cases), patients_of(cases.values())
-    split = stratified_split(tumours_in(real, label_maps, conventions), patients, fold, folds=folds)
+    tumours = tumours_in(real, label_maps, conventions)
+    if classes is not None:
+        tumours = {case_id: replace(one, classes=classes[case_id]) for case_id, one in tumours.items()}
+    split = stratified_split(tumours, patients, fold, folds=folds)
     return with_synthetic(split, patients, cases.keys() - real.keys())
+
+
+def unlabelled_conventions(data: DataSource) -> tuple[LabelConvention, ...]:
+    """Return a label convention for each data set without label maps, whose labels come from a CSV file."""
+    names = [one.labels for one in data.data_sets]
+    return tuple(BRATS2021 if name is None else convention_named(name) for name in names)
 
 
 def require_labels(cases: Sequence[Case], *, advice: str = "Add them, or leave the cases out with --split.") -> None:

@@ -29,6 +29,7 @@ HARMLESS: Final = (
 )
 #: Keys and sections that can never change, with the reason.
 FIXED: Final = {
+    "task.": "what the run learns was fixed when it started",
     "network.": "the saved weights would not fit another network",
     "training.optimizer": "the saved state belongs to a different optimiser",
     "training.ema_decay": "the average of the weights started with the run",

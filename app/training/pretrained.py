@@ -47,6 +47,8 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
         ConfigError: the new run's network differs in more than its dropout.
     """
     _require_one_network(run)
+    if config.task.name == "presence":
+        raise ConfigError("--init-from: presence runs start from random weights; leave it out")
     model = load_model(run, runtime)
     if model.takes_missing_contrasts != config.takes_missing_contrasts:
         was, now = model.config.augment.contrast_dropout, config.augment.contrast_dropout

@@ -15,10 +15,9 @@ import numpy as np
 import torch
 
 from app.config.load import RunConfig, load_config, to_yaml
+from app.config.task import Measure
 from app.errors import ConfigError, RunError, message
 from app.html.overlay import OverlayCase, axial_picture
-from app.inference.backends.graph import GRAPH_KEY
-from app.inference.backends.trace import trace
 from app.progress import LOG, OnProgress, Progress, silent
 from app.runs import checkpoints
 from app.runs.case_cache import prepared_cases
@@ -51,6 +50,7 @@ from app.training.cases import (
     require_labels,
     require_same_labels,
     split_on_record,
+    unlabelled_conventions,
 )
 from app.training.data_sets import (
     conventions_on_record,
@@ -64,12 +64,13 @@ from app.training.gpu import training_runtime
 from app.training.pretrained import origin_of, pretrained_model, start_from
 from app.training.signals import not_ended_by_sigusr1
 from app.training.state import State, new_state, restore, to_checkpoint
+from app.training.tasks import labels_of_task, record_of_task, task_of
 from app.training.trainer import Codes, Session, Trainer
-from data.datasets.label_stats import read_label_maps
+from data.datasets.label_stats import LabelMap, read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.source import DataSource
 from data.datasets.splits import Split, read_split
-from data.labels import CONTRASTS, REGIONS, LabelConvention
+from data.labels import CONTRASTS, LabelConvention
 from data.nifti import Spacing
 from data.patches.cache import CaseFolder
 from data.patches.sampler import CachedCase, cache_cases
@@ -87,16 +88,20 @@ class TrainResult:
     seconds: float
     loss: float | None
     """Mean training loss over the last tenth of the steps."""
-    validation_dice: dict[str, float] | None
-    """Dice by region of the checkpoint that ``predict`` uses; None without validation cases."""
+    measure: Measure
+    validation_scores: dict[str, float] | None
+    """The measure by output of the checkpoint that ``predict`` uses; None without validation cases."""
     best_step: int
     skipped_steps: int
     stopped_early: bool = False
     """Whether ``training.patience`` ended the run with budget left."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain data for ``--json``."""
-        return {**asdict(self), "run": str(self.run), "seconds": round(self.seconds, 3)}
+        """Return plain data for ``--json``; the scores are under ``validation_dice`` or that of another measure."""
+        content = {**asdict(self), "run": str(self.run), "seconds": round(self.seconds, 3)}
+        del content["measure"]
+        scores = content.pop("validation_scores")
+        return {**content, f"validation_{self.measure.key}": scores}
 
 
 @not_ended_by_sigusr1()
@@ -153,20 +158,15 @@ def start(  # noqa: PLR0913 - one argument per command-line option
         split = Split(train=tuple(patients), validation=())
     else:  # dealt below, once the label maps are read
         require_fold(data, cases, int(fold))
-    require_labels([cases[case_id].require() for case_id in (cases if split is None else split.cases)])
-    if config.training.patience is not None and split is not None and not split.validation:
-        raise ConfigError(
-            "training.patience: needs validation cases, and there are none; leave it out, or give a fold or a split "
-            "with validation cases"
-        )
-    if not config.inference.crop:
-        raise ConfigError("inference.crop: false is only for imported networks; training requires true")
+    used = [cases[case_id].require() for case_id in (cases if split is None else split.cases)]
+    if config.task.labels_csv is None:
+        require_labels(used)
+    _require_trainable(config, split)
     runtime = training_runtime(config, world)
     initial = None if init_from is None else pretrained_model(init_from, config, runtime)
     label_maps = read_label_maps(cases.values())
-    conventions = data.decide_conventions(cases, label_maps)
-    if split is None:
-        split = deal_fold(cases, label_maps, conventions, int(fold))
+    conventions = data.decide_conventions(cases, label_maps) if label_maps else unlabelled_conventions(data)
+    split, of_task = _dealt(config, cases, label_maps, conventions, split if split is not None else int(fold))
     require_use(split, cases, data, config)
     if not split_is_checked:
         report_visits(cases.values(), (split.train, split.validation))
@@ -188,7 +188,8 @@ def start(  # noqa: PLR0913 - one argument per command-line option
                 "split_file": None if split_file is None else str(split_file.resolve()),
                 "contrasts": list(CONTRASTS),
                 "takes_missing_contrasts": config.takes_missing_contrasts,
-                "regions": list(REGIONS),
+                "regions": list(config.outputs),
+                **of_task,
                 "spacing_mm": list(spacing_mm),
                 "versions": versions(),
                 "machine": machine(),
@@ -197,11 +198,12 @@ def start(  # noqa: PLR0913 - one argument per command-line option
                 "init_from": None if initial is None else origin_of(initial),
             }
             write_json(run / "run.json", facts)
+            task = task_of(config, facts)
             torch.manual_seed(config.training.seed)
             state = new_state(config, runtime)
             if initial is not None:
                 start_from(initial, state, spacing_mm)
-            return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+            return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
 
 
 @not_ended_by_sigusr1()
@@ -260,10 +262,11 @@ def resume(
         require_same_labels(run, data, cases)
         if not split_is_checked:
             report_visits(cases.values(), (split.train, split.validation))
+        task = task_of(config, facts)
         runtime = training_runtime(config, world)
         state = new_state(config, runtime)
         restore(state, checkpoint, config.training)
-        _require_best(run, state)
+        _require_best(run, state, config.measure.key)
         LOG.info("resuming at step %d", state.step)
         before = checkpoint.details.get("processes", 1)
         if before != world.size:
@@ -271,7 +274,33 @@ def resume(
         unseal(run)
         config_changes.apply_changes(run, own, config, changed, state)
         facts = read_json(run / "run.json")
-        return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+        return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
+
+
+def _require_trainable(config: RunConfig, split: Split | None) -> None:
+    """Require settings that a new run can use; ``split`` is None if it is dealt later, with validation cases."""
+    if config.training.patience is not None and split is not None and not split.validation:
+        raise ConfigError(
+            "training.patience: needs validation cases, and there are none; leave it out, or give a fold or a split "
+            "with validation cases"
+        )
+    if not config.inference.crop:
+        raise ConfigError("inference.crop: false is only for imported networks; training requires true")
+
+
+def _dealt(
+    config: RunConfig,
+    cases: Mapping[str, Case],
+    label_maps: Mapping[str, LabelMap],
+    conventions: Sequence[LabelConvention],
+    split: Split | int,
+) -> tuple[Split, dict[str, Any]]:
+    """Return the split, dealt if the number of a fold is given, and the task's entries of ``run.json``."""
+    used = cases if isinstance(split, int) else split.cases
+    labels = labels_of_task(config, cases, used, label_maps, conventions)
+    if isinstance(split, int):
+        split = deal_fold(cases, label_maps, conventions, split, classes=labels)
+    return split, record_of_task(config, labels, split.train)
 
 
 def _data_facts(data: DataSource, cases: Sequence[Case], conventions: Sequence[LabelConvention]) -> dict[str, Any]:
@@ -291,10 +320,10 @@ def _follow(session: Session, store: CaseFolder | None) -> TrainResult:
     config, facts, split, checkpoint = received
     cases = cases_of(split, session.data)
     runtime = training_runtime(config, world)
-    state = new_state(config, runtime)
+    state, task = new_state(config, runtime), task_of(config, facts)
     restore(state, checkpoint, config.training)
     with _opened(store, session.run) as opened:
-        return _train(Trainer(session, config, facts, split, cases, runtime, state), opened)
+        return _train(Trainer(session, config, facts, split, cases, runtime, state, task), opened)
 
 
 def _as_checkpoint(state: State) -> checkpoints.Checkpoint:
@@ -340,7 +369,6 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
     losses = trainer.train(
         prepared,
         draw=partial(_picture, spacing_mm=(x, y, z)),
-        describe=lambda network: {GRAPH_KEY: trace(network, in_channels=config.input_channels).to_json()},
     )
     world.wait()
     shutil.rmtree(run / "cache", ignore_errors=True)
@@ -355,7 +383,8 @@ def _train(trainer: Trainer, store: CaseFolder) -> TrainResult:
             steps=state.step,
             seconds=trainer.seconds(),
             loss=sum(tail) / len(tail) if (tail := losses[-max(1, len(losses) // 10) :]) else None,
-            validation_dice=best.details["dice"],
+            measure=config.measure,
+            validation_scores=best.details[config.measure.key],
             best_step=best.step,
             skipped_steps=trainer.skipped_steps(),
             stopped_early=trainer.stopped_early(),
@@ -385,16 +414,16 @@ def _seal(run: Path) -> None:
         LOG.warning("%s: model card and SHA256SUMS were not written: %s", run, message(error))
 
 
-def _require_best(run: Path, state: State) -> None:
-    """Lower the state's best Dice to that of the best weights that still load, so that lost weights are replaced."""
+def _require_best(run: Path, state: State, measure: str) -> None:
+    """Lower the state's best score to that of the best weights that still load, so that lost weights are replaced."""
     try:
         best = checkpoints.load_newest(run / "checkpoints", "best")
     except RunError as error:
         LOG.warning("%s The next validation of this run will save new best weights.", error)
         best = None
-    if state.best_dice >= 0 and (best is None or best.step < state.best_step):
-        dice = None if best is None else best.details["dice"]
-        state.best_dice = sum(dice.values()) / len(dice) if dice else -1.0
+    if state.best_score >= 0 and (best is None or best.step < state.best_step):
+        scores = None if best is None else best.details[measure]
+        state.best_score = sum(scores.values()) / len(scores) if scores else -1.0
         state.best_step = best.step if best is not None else 0
 
 

@@ -14,13 +14,12 @@ from app.config.training import TrainingConfig
 from app.runs import checkpoints
 from app.system.device import Runtime
 from app.training.ema import WeightAverage
-from data.labels import REGIONS
 from models import build_network
 
 _AVERAGE: Final = "average."
 #: Fields of the state that a checkpoint's JSON holds under their own names.
 _RECORDED: Final = (
-    *("best_dice", "best_step", "best_validation", "validations", "validated_step", "validation_seconds"),
+    *("best_score", "best_step", "best_validation", "validations", "validated_step", "validation_seconds"),
     *("patches", "rollbacks"),
 )
 
@@ -40,7 +39,8 @@ class State:
     """Number of the next patch; a rollback after a non-finite loss does not reset it."""
     seconds: float = 0.0
     """Time that the run had spent before the current process took over."""
-    best_dice: float = -1.0
+    best_score: float = -1.0
+    """Largest mean of the task's measure over the outputs; -1 before the first validation."""
     best_step: int = 0
     best_validation: int = 0
     """Number of the best validation, from 1; renumbered with ``validations`` when the budget changes, and may then be
@@ -67,7 +67,7 @@ class State:
 
 def new_state(config: RunConfig, runtime: Runtime) -> State:
     """Create a network with random weights, and its optimiser."""
-    network = build_network(config.network, in_channels=config.input_channels, out_channels=len(REGIONS))
+    network = build_network(config.network, in_channels=config.input_channels, out_channels=len(config.outputs))
     network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
     decay = config.training.ema_decay
     return State(
@@ -105,6 +105,7 @@ def restore(state: State, checkpoint: checkpoints.Checkpoint, settings: Training
         "patches": checkpoint.step * settings.accumulate * settings.batch_size,
         "best_validation": checkpoint.details["validations"],
         "rollbacks": [],
+        "best_score": checkpoint.details.get("best_dice"),
         **checkpoint.details,
     }
     if details.get("scaler"):

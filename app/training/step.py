@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class Stepper:
     state: State
     telemetry: Telemetry
     loss_of: Callable[[Any, torch.Tensor], torch.Tensor]
-    """Called with logits and masks."""
+    """Called with logits and the target."""
+    target_of: Callable[[Batch], torch.Tensor] = attrgetter("masks")
+    """Returns what the network should answer for a batch."""
     world: World = ALONE
     replica: nn.Module | None = None
     """The network compiled, or wrapped by :meth:`World.replica`; None for the network itself."""
@@ -137,9 +140,9 @@ class Stepper:
 
     def _loss(self, network: nn.Module, batch: Batch) -> torch.Tensor:
         image = batch.image.to(self.runtime.device, non_blocking=True)
-        masks = batch.masks.to(self.runtime.device, non_blocking=True)
+        target = self.target_of(batch).to(self.runtime.device, non_blocking=True)
         if self.config.takes_missing_contrasts:
             image = with_presence(image, batch.present)
         with self.runtime.autocast():
             logits = network(image.contiguous(memory_format=self.runtime.memory_format))
-        return self.loss_of(logits, masks)
+        return self.loss_of(logits, target)

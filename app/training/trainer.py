@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.config.load import RunConfig, to_plain
 from app.errors import InterruptedRunError, RunError
@@ -29,9 +29,9 @@ from app.training.loader import Loader
 from app.training.schedule import learning_rate, spent_share
 from app.training.signals import StopRequest, stop_on_signals
 from app.training.state import State, restore, to_checkpoint
-from app.training.step import QueuedStep, Stepper, StepResult, loss_for
+from app.training.step import QueuedStep, Stepper, StepResult
+from app.training.task import Task, ValidationScores
 from app.training.telemetry import Telemetry
-from app.training.validation import on_contrasts, validation_dice
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
 from data.datasets.splits import Split
@@ -69,8 +69,8 @@ class _Figures:
     times: deque[tuple[float, float]] = field(default_factory=lambda: deque(maxlen=_RECENT_STEPS))
     """Seconds of each recent step: waiting for batches, and in total."""
     gradient_norm: float | None = None
-    dice: dict[str, float] | None = None
-    """Dice of the latest validation."""
+    scores: ValidationScores | None = None
+    """Scores of the latest validation."""
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.losses.append(result.loss)
@@ -87,17 +87,17 @@ class _Figures:
         """Return the mean seconds per step, including validations and checkpoints."""
         return (time.monotonic() - self.began) / max(len(self.losses), 1)
 
-    def in_words(self, rate: float, best_dice: float) -> str:
+    def in_words(self, rate: float, best_score: float, measure: str) -> str:
         waited, spent = (sum(column) for column in zip(*self.times, strict=True))
         recent = self.losses[-_RECENT_STEPS:]
         mean, waiting = sum(recent) / len(recent), waited / max(spent, 1e-9)
         parts = [f"loss {mean:.3f}", f"lr {rate:.3g}", f"data wait {waiting:.0%}"]
         if self.gradient_norm is not None:
             parts.append(f"gradient norm {self.gradient_norm:.3g}")
-        if self.dice is not None:
-            parts.append(f"Dice {_in_words(self.dice)}")
-        if best_dice >= 0:
-            parts.append(f"best Dice {best_dice:.3f}")
+        if self.scores is not None:
+            parts.append(f"{measure} {_in_words(self.scores.by_output)}")
+        if best_score >= 0:
+            parts.append(f"best {measure} {best_score:.3f}")
         return "  ".join(parts)
 
 
@@ -141,6 +141,7 @@ class Trainer:
     """Cases by id, including those of the split."""
     runtime: Runtime
     state: State
+    task: Task
     # Set by train:
     validating: Sequence[CachedCase] = field(init=False)
     source: PatchSource = field(init=False)
@@ -154,21 +155,18 @@ class Trainer:
     saved_at: float = field(init=False)
     """Monotonic time of the latest ``last`` checkpoint."""
     draw: Callable[[CachedCase, Codes], Codes] = field(init=False)
-    describe: Callable[[nn.Module], Mapping[str, Any]] = field(init=False)
 
     def train(
         self,
         prepared: Sequence[CachedCase],
         *,
         draw: Callable[[CachedCase, Codes], Codes],
-        describe: Callable[[nn.Module], Mapping[str, Any]],
     ) -> list[float]:
         """Train until the budget is spent, and return the losses of this process's steps.
 
         Args:
             prepared: the training cases, then the validation cases.
             draw: draws a validation case and its prediction for TensorBoard, as RGB of shape (height, width, 3).
-            describe: returns further entries for the JSON of the best weights.
 
         Raises:
             InterruptedRunError: a stop was requested; everything is saved.
@@ -176,7 +174,7 @@ class Trainer:
             OSError: the disk is full, and a stop was requested or the first checkpoint does not fit.
         """
         settings, state, world = self.config.training, self.state, self.session.world
-        self.draw, self.describe = draw, describe
+        self.draw = draw
         training, self.validating = prepared[: len(self.split.train)], prepared[len(self.split.train) :]
         self.source = PatchSource(training, **patch_settings(self.config))
         self.transform = gradient.attach_transform(self.config.gradient, state.optimizer, state.network)
@@ -221,7 +219,7 @@ class Trainer:
                 self._save_best(None)
             elif state.validated_step < state.step:
                 self._validate()
-            elif state.best_dice < 0:
+            elif state.best_score < 0:
                 self._validate_again()
             self._save_last()
         return self.figures.losses
@@ -230,7 +228,7 @@ class Trainer:
         LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
         LOG.debug("%s", self.transform.report)  # one line per tensor
         world, network = self.session.world, self.state.network
-        loss = loss_for(self.config, world)
+        loss = self.task.loss(world)
         computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)
         for reason in computation.reasons:
             LOG.info("%s", reason)
@@ -240,6 +238,7 @@ class Trainer:
             state=self.state,
             telemetry=self.telemetry,
             loss_of=computation.loss,
+            target_of=self.task.target,
             world=world,
             replica=world.replica(computation.network),
         )
@@ -430,30 +429,33 @@ class Trainer:
         state, world = self.state, self.session.world
         before = time.monotonic()
         first: list[tuple[CachedCase, Codes]] = []
-        by_case: dict[str, dict[str, float]] = {}
-        dice = validation_dice(
-            on_contrasts(state.evaluated, self.config),
+        scores = self.task.validate(
+            state.evaluated,
             self.validating,
-            window=self.config.training.patch_voxels,
-            config=self.config.inference,
             runtime=self.runtime,
-            between_windows=self._while_validating,
             world=world,
+            between_windows=self._while_validating,
             on_case=lambda case, codes: first.append((case, codes)) if not first else None,
-            on_scores=by_case.update,
         )
         state.validations += 1
         state.validated_step = state.step
         state.validation_seconds = world.largest(time.monotonic() - before)
-        mean = sum(dice.values()) / len(dice)
-        self.log.validation(step=state.step, dice=dice, mean_dice=mean, cases=by_case, seconds=self.seconds())
-        if world.is_first:
+        self.log.validation(
+            step=state.step,
+            measure=self.config.measure.key,
+            by_output=scores.by_output,
+            mean=scores.mean,
+            cases=scores.cases,
+            more=scores.more,
+            seconds=self.seconds(),
+        )
+        if world.is_first and first:
             self.log.picture(step=state.step, rgb=self.draw(*first[0]))
-        self.figures.dice = dice
-        LOG.info("step %d: validation Dice %s", state.step, _in_words(dice))
-        if mean > state.best_dice:
-            state.best_dice, state.best_step, state.best_validation = mean, state.step, state.validations
-            self._save_best(dice)
+        self.figures.scores = scores
+        LOG.info("step %d: validation %s %s", state.step, self.config.measure.in_words, _in_words(scores.by_output))
+        if scores.mean > state.best_score:
+            state.best_score, state.best_step, state.best_validation = scores.mean, state.step, state.validations
+            self._save_best(scores.by_output)
 
     def _validate_again(self) -> None:
         """Repeat the latest validation of a finished run whose best weights are lost.
@@ -467,13 +469,14 @@ class Trainer:
         self._validate()
         state.best_validation = state.validations - since_best
 
-    def _save_best(self, dice: dict[str, float] | None) -> None:
+    def _save_best(self, by_output: dict[str, float] | None) -> None:
         if not self.session.world.is_first:
             return
         network = self.state.evaluated
         facts = {**self.facts, "takes_missing_contrasts": self.config.takes_missing_contrasts}
         carried = {name: facts[name] for name in _CARRIED}
-        details = {"dice": dice, **carried, "config": to_plain(self.config), **self.describe(network)}
+        scores = {self.config.measure.key: by_output}
+        details = {**scores, **carried, "config": to_plain(self.config), **self.task.describe(network)}
         self._save("best", checkpoints.weight_tensors(network), details)
 
     def _save_last(self) -> None:
@@ -508,7 +511,7 @@ class Trainer:
         )
 
     def _has_stalled(self) -> bool:
-        """Whether the latest ``training.patience`` validations failed to improve the mean Dice."""
+        """Whether the latest ``training.patience`` validations failed to improve the mean score."""
         patience, state = self.config.training.patience, self.state
         return patience is not None and state.validations - state.best_validation >= patience
 
@@ -547,7 +550,7 @@ class Trainer:
             left = (steps - state.step) * self.figures.seconds_a_step()
         else:
             left = self.seconds() * (1 / progress - 1)
-        detail = f"step {state.step}  {self.figures.in_words(rate, state.best_dice)}"
+        detail = f"step {state.step}  {self.figures.in_words(rate, state.best_score, self.config.measure.in_words)}"
         share, eta_seconds = min(progress, 1.0), max(0.0, left)
         self.session.on_progress(Progress(job="training", share=share, detail=detail, eta_seconds=eta_seconds))
 
@@ -557,5 +560,5 @@ def _lags_behind(runtime: Runtime) -> bool:
     return runtime.device.type == "cuda"
 
 
-def _in_words(dice: dict[str, float]) -> str:
-    return ", ".join(f"{region} {value:.3f}" for region, value in dice.items())
+def _in_words(by_output: dict[str, float]) -> str:
+    return ", ".join(f"{output} {value:.3f}" for output, value in by_output.items())

@@ -14,7 +14,7 @@ from pydantic import TypeAdapter
 
 from data.datasets.layouts import Case, decide_for
 from data.errors import DataError
-from data.labels import ENHANCING, LabelConvention, convention_named, decode
+from data.labels import ENHANCING, REGIONS, LabelConvention, Region, convention_named, decode, region_codes
 from data.nifti import read_label_map
 
 
@@ -40,6 +40,8 @@ class LabelStats:
     """Volume of the whole tumour in cubic micrometres; an integer, so that it is the same on every machine."""
     enhances: bool
     """Whether there is enhancing tumour."""
+    classes: tuple[int, ...] = ()
+    """Labels of a classification, by which cases are stratified first; empty for a segmentation."""
 
 
 def read_label_maps(cases: Iterable[Case]) -> dict[str, LabelMap]:
@@ -95,6 +97,28 @@ def tumour_of(label_map: LabelMap, convention: LabelConvention) -> LabelStats:
     codes = decode(numbers, convention).tolist()
     voxels = sum(count for count, code in zip(label_map.counts.values(), codes, strict=True) if code)
     return LabelStats(volume_um3=voxels * label_map.voxel_um3, enhances=ENHANCING in codes)
+
+
+def region_volumes_ml(label_map: LabelMap, convention: LabelConvention) -> dict[Region, float]:
+    """Volume of each region in ml.
+
+    Raises:
+        DataError: a number is not in the convention.
+
+    Example:
+        >>> from data.labels import BRATS2021
+        >>> region_volumes_ml(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
+        {'WT': 0.011, 'TC': 0.001, 'ET': 0.001}
+    """
+    numbers = np.array(list(label_map.counts), dtype=np.uint8)
+    codes = decode(numbers, convention).tolist()
+    voxels = dict.fromkeys(codes, 0)
+    for code, count in zip(codes, label_map.counts.values(), strict=True):
+        voxels[code] += count
+    return {
+        region: sum(voxels.get(code, 0) for code in region_codes(region)) * label_map.voxel_um3 / 1e12
+        for region in REGIONS
+    }
 
 
 def values_of(case_ids: Iterable[str], label_maps: Mapping[str, LabelMap]) -> dict[str, tuple[int, ...]]:

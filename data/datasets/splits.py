@@ -85,7 +85,8 @@ def stratified_folds(
 ) -> dict[str, int]:
     """Assign each patient to a fold so that the folds have similar tumours.
 
-    Patients are sorted: those with enhancing tumour first, then by tumour volume (the largest of a patient's cases).
+    Patients are sorted: by the labels of a classification, if there are any; those with enhancing tumour first, then by
+    tumour volume (the largest of a patient's cases).
     The sorted list is cut into groups as long as the number of folds, and each group gives every fold one patient. The
     folds therefore have similar volumes, and each has enhancing tumour if at least as many patients as folds do.
 
@@ -107,10 +108,11 @@ def stratified_folds(
     for case_id, tumour in tumours.items():
         of_patient[patients[case_id]].append(tumour)
 
-    def place(patient: str) -> tuple[bool, int, str, str]:
+    def place(patient: str) -> tuple[tuple[int, ...], bool, int, str, str]:
         its = of_patient[patient]
+        classes = tuple(max(values) for values in zip(*(tumour.classes for tumour in its), strict=True))
         volume = max(tumour.volume_um3 for tumour in its)
-        return not any(tumour.enhances for tumour in its), volume, _random_key(seed, patient), patient
+        return classes, not any(tumour.enhances for tumour in its), volume, _random_key(seed, patient), patient
 
     row = sorted(of_patient, key=place)
     folds = min(folds, len(row))

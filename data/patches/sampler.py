@@ -117,6 +117,8 @@ def cache_cases(
 ) -> list[CachedCase]:
     """Prepare cases with their label maps; valid entries already in the store are reused.
 
+    A case without a label map gets an empty one.
+
     Args:
         cases: the cases to prepare.
         store: the cache for them, or a folder used for nothing else; a case takes 9 bytes per voxel of its brain's box.
@@ -147,7 +149,8 @@ def cache_cases(
     def ready(case: Case, key: str | None) -> CachedCase:
         place = None if key is None else store.find(key)
         if place is None:
-            prepared = prepare(case, spacing_mm=spacing_mm, convention=convention, nan_to_zero=nan_to_zero)
+            own = None if case.label is None else convention
+            prepared = prepare(case, spacing_mm=spacing_mm, convention=own, nan_to_zero=nan_to_zero)
             place = store.add(key or secrets.token_hex(20), lambda folder: _write(folder, case, prepared, settings))
         cached = CachedCase(
             id=case.id, folder=place, shape=_shape_in(place), data_set=case.data_set, synthetic=case.synthetic
@@ -385,12 +388,10 @@ def slices_of(
 
 def _write(folder: Path, case: Case, prepared: Prepared, settings: Mapping[str, Any]) -> None:
     """Write a prepared case into an entry of the cache."""
-    assert prepared.codes is not None
-    arrays: list[npt.NDArray[Any]] = [
-        prepared.image.astype(np.float16),
-        prepared.codes,
-        _centres(prepared.codes),
-    ]
+    codes = prepared.codes
+    if codes is None:
+        codes = np.zeros(prepared.image.shape[1:], dtype=np.uint8)
+    arrays: list[npt.NDArray[Any]] = [prepared.image.astype(np.float16), codes, _centres(codes)]
     for name, array in zip(ARRAYS, arrays, strict=True):
         _save_array(folder / name, array)
     write_source(folder, case, settings, {str(name): said for name, said in prepared.backgrounds.items()})

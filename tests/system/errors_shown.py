@@ -33,6 +33,8 @@ PREPARE = f"znormseg data prepare DATA/{CASE} OUT"
 CROSSVAL = "znormseg crossval DATA CROSSVAL --folds 2"
 FURTHER = "znormseg crossval DATA OUT --init-from CROSSVAL/ensemble"
 TORCHRUN = "torchrun --nproc-per-node 2 --no-python znormseg"
+PRESENCE = "znormseg train DATA NEW --config presence --set task.labels_csv=labels.csv"
+ALL_LABELLED = ("case,ET", f"{CASE},1", f"{OTHER},0", "BraTS2021_00002,0")
 CONTRASTS = ("t1", "t1ce", "t2", "flair")
 
 
@@ -174,6 +176,11 @@ def by_two_rules(scene: Scene) -> None:
 def written(name: str, text: str) -> Prepare:
     """Write a file of that text."""
     return lambda _: Path(name).write_text(text)
+
+
+def labels(*lines: str) -> Prepare:
+    """Write a table of labels."""
+    return written("labels.csv", "\n".join([*lines, ""]))
 
 
 def change(name: str, edit: Callable[[Any], Any], dtype: Any = np.float32) -> Prepare:
@@ -1364,6 +1371,16 @@ TABLES: dict[str, list[Shown | Raised]] = {
             prepare=as_of_torchrun,
             remedy="Start it without torchrun.",
         ),
+    ],
+    "Presence": [
+        Shown(command=f"{PRESENCE} --set task.outputs=[grade]", code=3, prepare=labels("case,ET")),
+        Shown(command=PRESENCE, code=3, prepare=labels("case,ET", f"{CASE},1", "BraTS2021_00002,0")),
+        Shown(command=PRESENCE, code=3, prepare=labels(*ALL_LABELLED, "nobody,1")),
+        Shown(command=PRESENCE, code=3, prepare=labels("case,ET", f"{CASE},2")),
+        # all three phantoms have enhancing tumour
+        Shown(command="znormseg train DATA NEW --config presence", code=3, small=False),
+        Shown(command="znormseg train DATA NEW --config presence --set network.architecture=unet", code=4),
+        Shown(command=f"{PREDICT} --presence RUN", code=5),
     ],
     "Runs and their weights": [
         # RUN that does not exist, is a file, is none, has no weights

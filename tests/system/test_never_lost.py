@@ -209,7 +209,7 @@ def test_sigusr1_while_cases_are_prepared_ends_nothing(
 def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
     phantoms: Path, eight_steps: list[str], straight: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from app.training import trainer
+    from app.training import segmentation
     from app.training.validation import validation_dice as validate
 
     def stopped(*arguments: Any, **options: Any) -> dict[str, float]:
@@ -217,7 +217,7 @@ def test_a_run_stopped_while_it_validates_goes_on_to_the_same_result(
         return validate(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "validation_dice", stopped)
+        patch.setattr(segmentation, "validation_dice", stopped)
         with pytest.raises(InterruptedRunError, match="stopped by SIGTERM after step 2"):
             start(DataSource(phantoms), tmp_path / "run", load_config("laptop", eight_steps))
     resume(DataSource(phantoms), tmp_path / "run")

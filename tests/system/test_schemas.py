@@ -23,7 +23,7 @@ from data.labels import CONTRASTS, REGIONS
 Call = Callable[..., Any]
 
 CASE = "BraTS2021_00000"
-NAMES = ("predict", "predict-output", "manifest")
+NAMES = ("predict", "predict-output", "manifest", "presence")
 SCHEMAS = {name: json_schema(name) for name in NAMES}
 REFERENCE = Path(__file__).parents[2] / "docs" / "reference" / "predict-json.md"
 LEAD = """\
@@ -33,9 +33,9 @@ LEAD = """\
 cases. What the numbers mean, and what they do not: [How far to trust a label map](../how-to/trust.md). Fields in
 *italics* are not in every file.
 
-There are JSON Schemas (draft 2020-12) for a case (`predict`), for `manifest` and for what `--json` prints
-(`predict-output`). The documentation site has them in the folder of this page, as `predict.schema.json` and so on. The
-installed program prints its own:
+There are JSON Schemas (draft 2020-12) for a case (`predict`, or `presence` with a presence run), for `manifest` and for
+what `--json` prints (`predict-output`). The documentation site has them in the folder of this page, as
+`predict.schema.json` and so on. The installed program prints its own:
 
 ```python
 import json
@@ -102,7 +102,7 @@ def reference() -> str:
     """The page of the reference."""
     flags = "\n".join(["| code | meaning |", "|---|---|", *(f"| `{code}` | {what} |" for code, what in CODES.items())])
     parts = ["## A case", table("predict"), "## Flags", flags, "## `--json`", table("predict-output", "cases[]")]
-    parts += ["## `manifest.json`", table("manifest")]
+    parts += ["## `manifest.json`", table("manifest"), "## A case of a presence run", table("presence")]
     return "\n".join([LEAD, *(f"{part}\n" for part in parts)])
 
 

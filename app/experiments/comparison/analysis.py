@@ -23,11 +23,9 @@ from app.experiments.comparison.plan import ComparisonPlan, RunKey
 from app.experiments.comparison.run import Results
 from app.experiments.comparison.verdict import caveats, verdict
 from app.experiments.runs import backends_sentence, count_backends
-from data.labels import REGIONS
 
 #: The measure that verdicts refer to; the others are the regions.
 MEAN: Final = "mean"
-MEASURES: Final = (MEAN, *REGIONS)
 #: Default target Dice, as a share of the best final mean.
 _TARGET_SHARE: Final = 0.9
 
@@ -42,7 +40,7 @@ class ArmSummary:
     arm: str
     rate: float
     dice: Mapping[str, float]
-    """Final Dice by measure, mean over seeds and cases."""
+    """Final Dice, or 1 - Brier score of a presence network: by output and mean, over seeds and cases."""
     low: float
     """Lower end of the 95 % bootstrap interval of the mean Dice over seeds and cases."""
     high: float
@@ -147,11 +145,13 @@ def final_keys(results: Results, optimizer: str, arm: str) -> list[RunKey]:
     return [key for key in results.plan.finals(results.chosen) if (key.optimizer, key.arm) == (optimizer, arm)]
 
 
-def dice_array(results: Results, optimizer: str, arm: str, measure: str) -> FloatArray:
-    """Return the final Dice of one arm, shape (seeds, cases); ``mean`` is the mean over the regions of each case."""
-    regions = REGIONS if measure == MEAN else (measure,)
+def score_array(results: Results, optimizer: str, arm: str, measure: str) -> FloatArray:
+    """Return the final scores of one arm, shape (seeds, cases); ``mean`` is the mean over the outputs of each case."""
+    plan = results.plan
+    outputs = plan.config.outputs if measure == MEAN else (measure,)
+    scores = plan.config.measure.key
     rows = [
-        [fmean(float(results.runs[key]["dice"][case][region]) for region in regions) for case in results.parts.scored]
+        [fmean(float(results.runs[key][scores][case][output]) for output in outputs) for case in results.parts.scored]
         for key in final_keys(results, optimizer, arm)
     ]
     return np.array(rows, dtype=np.float64)
@@ -161,15 +161,15 @@ def _summary(
     results: Results, metrics: Mapping[RunKey, Records], optimizer: str, arm: str, target: float
 ) -> ArmSummary:
     keys = final_keys(results, optimizer, arm)
-    arrays = {measure: dice_array(results, optimizer, arm, measure) for measure in MEASURES}
+    arrays = {name: score_array(results, optimizer, arm, name) for name in (MEAN, *results.plan.config.outputs)}
     low, high = bootstrap_interval(arrays[MEAN])
     differences: dict[str, Difference] = {}
     if arm != results.plan.baseline:
         differences = {
-            measure: paired_difference(values, dice_array(results, optimizer, results.plan.baseline, measure))
+            measure: paired_difference(values, score_array(results, optimizer, results.plan.baseline, measure))
             for measure, values in arrays.items()
         }
-    validations = [_validations(metrics[key]) for key in keys]
+    validations = [_validations(metrics[key], results.plan.config.measure.key) for key in keys]
     return ArmSummary(
         optimizer=optimizer,
         arm=arm,
@@ -192,31 +192,35 @@ def _summary(
 def _with_verdicts(plan: ComparisonPlan, summaries: Sequence[ArmSummary]) -> list[ArmSummary]:
     """Add verdicts, and p values corrected over the arms, to the summaries of one optimiser."""
     others = [summary for summary in summaries if summary.arm != plan.baseline]
-    corrected = {measure: holm([summary.differences[measure].p for summary in others]) for measure in MEASURES}
+    corrected = {
+        measure: holm([summary.differences[measure].p for summary in others])
+        for measure in (MEAN, *plan.config.outputs)
+    }
     judged = [summary for summary in summaries if summary.arm == plan.baseline]
     for place, summary in enumerate(others):
         differences = {
             measure: replace(difference, p_holm=corrected[measure][place])
             for measure, difference in summary.differences.items()
         }
-        words = verdict(summary.arm, plan.baseline, summary.optimizer, differences[MEAN])
+        measure = plan.config.measure.in_words
+        words = verdict(summary.arm, plan.baseline, summary.optimizer, differences[MEAN], measure=measure)
         judged.append(replace(summary, differences=differences, verdict=words))
     return sorted(judged, key=lambda summary: plan.arms.index(summary.arm))
 
 
 def _usual_target(results: Results, metrics: Mapping[RunKey, Records]) -> float:
     """Return a fixed share of the best arm's mean validation Dice at the end of its runs."""
-    best = 0.0
+    best, measure = 0.0, results.plan.config.measure.key
     for optimizer, arm in results.chosen:
-        ends = [_validations(metrics[key])[1][-1:] for key in final_keys(results, optimizer, arm)]
+        ends = [_validations(metrics[key], measure)[1][-1:] for key in final_keys(results, optimizer, arm)]
         if all(ends):
             best = max(best, fmean(end[0] for end in ends))
     return round(_TARGET_SHARE * best, 3)
 
 
-def _validations(records: Records) -> tuple[list[int], list[float]]:
+def _validations(records: Records, measure: str) -> tuple[list[int], list[float]]:
     of_kind = [record for record in records if record.get("kind") == "validation"]
-    return [int(record["step"]) for record in of_kind], [float(record["mean_dice"]) for record in of_kind]
+    return [int(record["step"]) for record in of_kind], [float(record[f"mean_{measure}"]) for record in of_kind]
 
 
 def _seconds_per_step(runs: Sequence[Records]) -> float | None:
@@ -235,7 +239,7 @@ def _seconds_per_step(runs: Sequence[Records]) -> float | None:
 def _sweep(results: Results) -> dict[str, dict[str, dict[float, float]]]:
     table: dict[str, dict[str, dict[float, float]]] = {}
     for key in results.plan.sweep():
-        dice = fmean(results.runs[key]["validation_dice"].values())
+        dice = fmean(results.runs[key][f"validation_{results.plan.config.measure.key}"].values())
         table.setdefault(key.optimizer, {}).setdefault(key.arm, {})[key.rate] = dice
     return table
 

@@ -12,6 +12,7 @@ from typing import Any, Final
 from app import NOTICE
 from app.config.load import from_plain
 from app.evaluation.metrics import DICE_DEFINITION
+from app.evaluation.presence import BRIER_DEFINITION
 from app.evaluation.tables import write_csv
 from app.experiments.comparison.analysis import Analysis, Records, analyse
 from app.experiments.comparison.plan import ComparisonPlan, RunKey, shared_settings
@@ -25,23 +26,11 @@ from app.system.device import machine, versions
 from app.training.cases import report_misnamed_files, report_visits, require_labels
 from data.datasets.layouts import patients_of
 from data.datasets.source import DataSource
-from data.labels import REGIONS, convention_named
+from data.labels import convention_named
 
 #: Name of the file that describes the comparison.
 PLAN_FILE: Final = "plan.json"
 _VERSION: Final = 1
-COLUMNS: Final = (
-    "optimizer",
-    "arm",
-    "learning_rate",
-    "seed",
-    "part",
-    "case",
-    *(f"dice_{region}" for region in REGIONS),
-    "dice_mean",
-    "best_step",
-    "run",
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +101,7 @@ def compare(
     content = {
         **analysis.to_json(),
         "plan": {**plan.to_json(), "parts": results.parts.to_json()},
-        "dice": DICE_DEFINITION,
+        plan.config.measure.key: DICE_DEFINITION if plan.config.measure.key == "dice" else BRIER_DEFINITION,
         "versions": versions(),
         "machine": machine(),
         "runs": [dict(result) for result in results.runs.values()],
@@ -136,18 +125,22 @@ def _record_plan(out: Path, plan: dict[str, Any]) -> None:
 
 
 def write_comparison_table(path: Path, results: Results) -> None:
-    """Write the final Dice as CSV in full precision, one row per final run and scored case.
+    """Write the final scores as CSV in full precision, one row per final run and scored case.
 
     Args:
         path: file to write, atomically.
-        results: every final run must have ``dice``.
+        results: every final run must have scores by case.
     """
     part = "test" if results.parts.test else "validation"
-    rows: list[Sequence[object]] = [COLUMNS]
+    measure, outputs = results.plan.config.measure.key, results.plan.config.outputs
+    scores = (f"{measure}_{name}" for name in (*outputs, "mean"))
+    rows: list[Sequence[object]] = [
+        ["optimizer", "arm", "learning_rate", "seed", "part", "case", *scores, "best_step", "run"]
+    ]
     for key in results.plan.finals(results.chosen):
         result = results.runs[key]
-        for case, dice in result["dice"].items():
-            values = [dice[region] for region in REGIONS]
+        for case, dice in result[measure].items():
+            values = [dice[name] for name in outputs]
             run = (key.optimizer, key.arm, key.rate, key.seed, part, case)
             rows.append([*run, *values, fmean(values), result["best_step"], result["run"]])
     write_csv(path, rows)

@@ -28,6 +28,7 @@ from app.progress import LOG, Progress
 from app.runs import checkpoints
 from app.runs.folder import read_json, write_json
 from app.training.cases import patch_settings
+from app.training.presence_scoring import score_presence_run
 from app.training.run import TrainResult, prepare_as_run
 from data.datasets.layouts import Case
 from data.datasets.source import DataSource
@@ -35,7 +36,7 @@ from data.patches.cache import CaseFolder
 from data.patches.sampler import PatchSource
 
 #: Entries of a run's result that the comparison keeps.
-_KEPT: Final = ("steps", "seconds", "validation_dice", "best_step", "skipped_steps")
+_KEPT: Final = ("steps", "seconds", "best_step", "skipped_steps")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ class ComparisonRuns:
             runs[key] = self._one(key)
         chosen = choose_rates(self.plan, runs)
         for (optimizer, arm), rate in chosen.items():
-            LOG.info("%s, %s: learning rate %g has the best validation Dice", optimizer, arm, rate)
+            name = self.plan.config.measure.in_words
+            LOG.info("%s, %s: learning rate %g has the best validation %s", optimizer, arm, rate, name)
         for key in self.plan.finals(chosen):
             if key not in runs:
                 runs[key] = self._one(key)
@@ -95,13 +97,13 @@ class ComparisonRuns:
             "arm": key.arm,
             "learning_rate": key.rate,
             "seed": key.seed,
-            **{name: outcome.to_json()[name] for name in _KEPT},
+            **{name: outcome.to_json()[name] for name in (*_KEPT, f"validation_{outcome.measure.key}")},
             "start": (read_json(path) if path.exists() else {}).get("start"),
         }
         write_json(path, result)
         self.done += 1
-        dice = _mean(outcome.validation_dice)
-        LOG.info("%d of %d, %s: validation Dice %.3f", self.done, self.plan.count(), key.name, dice)
+        score, name = _mean(outcome.validation_scores), outcome.measure.in_words
+        LOG.info("%d of %d, %s: validation %s %.3f", self.done, self.plan.count(), key.name, name, score)
         return result
 
     def _train(self, key: RunKey) -> TrainResult:
@@ -143,12 +145,13 @@ class ComparisonRuns:
         return digest.hexdigest()
 
     def _scored(self, key: RunKey, result: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Add the final Dice by case if it is missing."""
-        ids = list(self.parts.scored)
-        if list(result.get("dice", {})) == ids:
+        """Add the final scores by case if they are missing."""
+        ids, measure = list(self.parts.scored), self.plan.config.measure.key
+        if list(result.get(measure, {})) == ids:
             return result
         began = time.monotonic()
-        runtime, sha256, dice = score_run(
+        score = score_presence_run if measure != "dice" else score_run
+        runtime, sha256, scores = score(
             self._run(key),
             [self.cases[case_id] for case_id in ids],
             self.plan.config_of(key),
@@ -159,7 +162,7 @@ class ComparisonRuns:
             "weights_sha256": sha256,
             "computed_by": runtime.record(),
             "scoring_seconds": round(time.monotonic() - began, 3),
-            "dice": dice,
+            measure: scores,
         }
         write_json(self._result_path(key), scored)
         return scored
@@ -192,7 +195,7 @@ def choose_rates(plan: ComparisonPlan, runs: Mapping[RunKey, Mapping[str, Any]])
             keys = [
                 RunKey(optimizer=optimizer, arm=arm, rate=rate, seed=plan.first_seed) for rate in plan.rates[optimizer]
             ]
-            best = max(keys, key=lambda key: _mean(runs[key]["validation_dice"]))
+            best = max(keys, key=lambda key: _mean(runs[key][f"validation_{plan.config.measure.key}"]))
             chosen[optimizer, arm] = best.rate
     return chosen
 

@@ -11,7 +11,7 @@ _FEW_SEEDS: Final = 3
 _FEW_CASES: Final = 10
 
 
-def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> str:
+def verdict(arm: str, baseline: str, optimizer: str, difference: Difference, *, measure: str = "Dice") -> str:
     """Return one sentence on one arm.
 
     The sentence says "better" or "worse" only if the interval excludes 0 and the signed-rank test, corrected for the
@@ -21,16 +21,17 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
         arm: the arm under test.
         baseline: the arm it is compared with.
         optimizer: the optimiser that both were trained with.
-        difference: their difference in mean Dice, from at least one seed and case.
+        difference: their difference in the mean score, from at least one seed and case.
+        measure: name of the score.
     """
     pair = f"{arm} and {baseline}"
-    size = f"{_short(abs(difference.mean))} Dice"
+    size = f"{_short(abs(difference.mean))} {measure}"
     interval = f"95 % interval {_short(difference.low)} to {_short(difference.high)}"
     if difference.mean == difference.low == difference.high == 0:
-        return f"{pair} had the same Dice in every case under {optimizer}."
+        return f"{pair} had the same {measure} in every case under {optimizer}."
     if difference.low <= 0 <= difference.high:
         return (
-            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice, and the "
+            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} {measure}, and the "
             f"{interval} contains 0."
         )
     direction = "better" if difference.mean > 0 else "worse"
@@ -43,8 +44,8 @@ def verdict(arm: str, baseline: str, optimizer: str, difference: Difference) -> 
         )
     if p > SIGNIFICANCE:
         return (
-            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} Dice ({interval}), but "
-            f"the signed-rank test gives p {_p(p)}."
+            f"No difference between {pair} was shown under {optimizer}: {difference.mean:+.3f} {measure} ({interval}), "
+            f"but the signed-rank test gives p {_p(p)}."
         )
     if difference.seeds == 1:
         return (

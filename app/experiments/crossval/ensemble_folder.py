@@ -20,7 +20,8 @@ from app.runs.training_record import INTENSITIES_FILE
 from app.system.device import versions
 from data.labels import CONTRASTS, REGIONS
 
-_PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
+#: Folder in which an ensemble is written before it gets its name.
+PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
 
 
 def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: Calibrated) -> Path:
@@ -42,31 +43,11 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
         RunError: a fold has no weights, or they have been altered.
         OSError: the folder cannot be written.
     """
-    partial, place = folds.out / _PARTIAL, folds.out / ENSEMBLE_FOLDER
-    shutil.rmtree(partial, ignore_errors=True)
-    networks: list[dict[str, Any]] = []
-    for fold in range(len(folds.splits)):
-        run = folds.run(fold)
-        checkpoint = checkpoints.load_newest(run / "checkpoints", "best")
-        if checkpoint is None:
-            raise RunError(f"{run}: contains no weights. Delete {folds.result_file(fold)} to train the fold again.")
-        target = partial / run.name / "checkpoints"
-        target.mkdir(parents=True)
-        for ending in ("safetensors", "json"):
-            name = f"best-{checkpoint.step:09d}.{ending}"
-            _link(run / "checkpoints" / name, target / name)
-        if (run / INTENSITIES_FILE).exists():
-            _link(run / INTENSITIES_FILE, target.parent / INTENSITIES_FILE)
-        networks.append(
-            {
-                "network": run.name,
-                "weights_sha256": checkpoint.sha256,
-                "step": checkpoint.step,
-                "trained_on": len(folds.splits[fold].train),
-                "out_of_fold_dice": summary.fold_means(fold)["mean"],
-                "runtime": read_json(run / "run.json")["runtime"],
-            }
-        )
+    partial, place = folds.out / PARTIAL, folds.out / ENSEMBLE_FOLDER
+    networks = [
+        {**one, "out_of_fold_dice": summary.fold_means(fold)["mean"]}
+        for fold, one in enumerate(link_networks(folds, partial))
+    ]
     write_json(partial / "split.json", {"train": sorted(folds.cases), "validation": []})
     write_json(
         partial / ENSEMBLE_FILE,
@@ -88,6 +69,46 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
         shutil.rmtree(place)
     partial.rename(place)
     return place
+
+
+def link_networks(folds: Folds, partial: Path) -> list[dict[str, Any]]:
+    """Put the best weights of every fold into an ensemble's folder, which is emptied before.
+
+    Args:
+        folds: the cross-validation, with every fold trained.
+        partial: folder to write to.
+
+    Returns:
+        the entry of each network in ``ensemble.json``.
+
+    Raises:
+        RunError: a fold has no weights, or they have been altered.
+        OSError: the folder cannot be written.
+    """
+    shutil.rmtree(partial, ignore_errors=True)
+    networks: list[dict[str, Any]] = []
+    for fold in range(len(folds.splits)):
+        run = folds.run(fold)
+        checkpoint = checkpoints.load_newest(run / "checkpoints", "best")
+        if checkpoint is None:
+            raise RunError(f"{run}: contains no weights. Delete {folds.result_file(fold)} to train the fold again.")
+        target = partial / run.name / "checkpoints"
+        target.mkdir(parents=True)
+        for ending in ("safetensors", "json"):
+            name = f"best-{checkpoint.step:09d}.{ending}"
+            _link(run / "checkpoints" / name, target / name)
+        if (run / INTENSITIES_FILE).exists():
+            _link(run / INTENSITIES_FILE, target.parent / INTENSITIES_FILE)
+        networks.append(
+            {
+                "network": run.name,
+                "weights_sha256": checkpoint.sha256,
+                "step": checkpoint.step,
+                "trained_on": len(folds.splits[fold].train),
+                "runtime": read_json(run / "run.json")["runtime"],
+            }
+        )
+    return networks
 
 
 def _link(source: Path, target: Path) -> None:

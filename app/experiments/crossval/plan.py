@@ -38,6 +38,7 @@ from app.training.cases import (
     require_labels,
     require_real,
     split_on_record,
+    unlabelled_conventions,
     without_synthetic,
 )
 from app.training.data_sets import (
@@ -47,6 +48,7 @@ from app.training.data_sets import (
     require_use,
     require_weights,
 )
+from app.training.tasks import labels_of_task, record_of_task
 from data.datasets.label_stats import hash_of, read_label_maps
 from data.datasets.layouts import Case, patients_of
 from data.datasets.naming import composed
@@ -83,6 +85,11 @@ class Folds:
     init_weights: tuple[str, ...] | None = None
     """SHA-256 of the initial weights of each fold; None without ``init_from``."""
 
+    @property
+    def is_presence(self) -> bool:
+        """Whether the networks answer whether something is present."""
+        return self.config.task.name == "presence"
+
     def run(self, fold: int) -> Path:
         """Return the run folder of a fold."""
         return self.out / f"fold-{fold}"
@@ -100,8 +107,8 @@ class Folds:
         return self.out / "results" / f"fold-{fold}.json"
 
     def prediction_file(self, case_id: str) -> Path:
-        """Return the file with the out-of-fold probabilities of a case."""
-        return self.out / "out-of-fold" / f"{case_id}.npz"
+        """Return the file with the out-of-fold answer for a case: probabilities of voxels, or logits of presence."""
+        return self.out / "out-of-fold" / f"{case_id}.{'json' if self.is_presence else 'npz'}"
 
     def fold_of(self) -> dict[str, int]:
         """Map each case id, in sorted order, to the fold that validates on it."""
@@ -163,17 +170,23 @@ def deal(
             f"{data.name}: {count} {'patient' if count == 1 else 'patients'} for {folds} folds; every fold needs at "
             "least one. Reduce --folds, or add cases."
         )
-    require_labels([case.require() for case in cases.values()], advice="Add them, or remove the cases.")
+    usable = [case.require() for case in cases.values()]
+    if config.task.labels_csv is None:
+        require_labels(usable, advice="Add them, or remove the cases.")
     label_maps = read_label_maps(cases.values())
-    conventions = data.decide_conventions(cases, label_maps)
+    conventions = data.decide_conventions(cases, label_maps) if label_maps else unlabelled_conventions(data)
+    labels = labels_of_task(config, cases, cases, label_maps, conventions)
     if recorded is not None and kept and len(recorded["folds"]) == folds:
         # The folds are kept, but synthetic cases are assigned anew: a later version may recognise more patients.
         synthetic = cases.keys() - real.keys()
         splits = tuple(with_synthetic(split, patients, synthetic) for split in _splits(recorded["folds"]))
     else:
-        splits = tuple(deal_fold(cases, label_maps, conventions, fold, folds=folds) for fold in range(folds))
+        splits = tuple(
+            deal_fold(cases, label_maps, conventions, fold, folds=folds, classes=labels) for fold in range(folds)
+        )
     for split in splits:
         require_use(split, cases, data, config)
+        record_of_task(config, labels, split.train)  # refuses folds that cannot be trained
     report_visits(cases.values(), [split.validation for split in splits])
     report_same_label_maps(label_maps, splits)
     report_misnamed_files(real.values())

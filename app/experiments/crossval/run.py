@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from app import NOTICE
 from app.config.load import RunConfig
@@ -21,6 +21,7 @@ from app.experiments.crossval.calibrate import Calibrated, calibrate
 from app.experiments.crossval.ensemble_folder import write_ensemble
 from app.experiments.crossval.out_of_fold import is_of, read_computed_by, read_counts
 from app.experiments.crossval.plan import SPLITS, Folds, deal, require_same
+from app.experiments.crossval.presence import PresenceCrossValidation, finish_presence, is_answer_of
 from app.experiments.crossval.summary import Summary, summarise, write_crossval_table
 from app.experiments.crossval.train_fold import require_initial_networks, work_on_fold
 from app.experiments.crossval.tune import Scores, Tuning, tune
@@ -40,6 +41,8 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
 from data.datasets.source import DataSource
+
+T = TypeVar("T")
 
 #: Share of the total time that training and prediction take, for the progress bar.
 _FOLDS: Final = 0.97
@@ -87,7 +90,7 @@ def cross_validate(
     init_from: Path | None = None,
     on_progress: OnProgress = silent,
 ) -> CrossValidation:
-    """Do the remaining work of a cross-validation, and write its scores and ensemble.
+    """Do the remaining work of a cross-validation of a segmentation, and write its scores and ensemble.
 
     Args:
         data: the data set, or several.
@@ -110,25 +113,84 @@ def cross_validate(
         OSError: the machine failed, e.g. the disk is full or a worker process was killed.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    slots = fold_devices(devices, jobs, config_device=config.runtime.device)
-    for device in slots:
-        require_device(device or config.runtime.device)
-    require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
-    dealt = deal(data, out, config, folds=folds, init_from=init_from)
-    require_initial_networks(dealt)
-    count = len(dealt.splits)
-    with locked(out):
-        require_same(dealt)
-        progress = JobProgress(job="cross-validating", parts=count, scale=_FOLDS, on_progress=on_progress)
-        work = _Work(data=data, folds=dealt, slots=slots, progress=progress)
-        with resumable(out, lambda: work.stage):
-            work.all_folds()
-            work.stage = "the scores"
-            outcome = measure_folds(dealt, on_share=lambda share: progress.report(count, f"scores: {share:.0%}"))
-            work.stage = "the ensemble"
-            outcome = _write(dealt, outcome)
-        progress.end(f"{count} folds")
-        return outcome
+    job = _Job(data=data, out=out, config=config, folds=folds, devices=devices, jobs=jobs, init_from=init_from)
+    return job.run(_finish_segmentation, on_progress)
+
+
+def cross_validate_presence(
+    data: DataSource,
+    out: Path,
+    config: RunConfig,
+    *,
+    folds: int | None = None,
+    devices: str | None = None,
+    jobs: int | None = None,
+    on_progress: OnProgress = silent,
+) -> PresenceCrossValidation:
+    """Do the remaining work of a cross-validation of a presence network, and write its scores and ensemble.
+
+    Args:
+        data: the data set, or several.
+        out: folder of the cross-validation.
+        config: config of every fold's run.
+        folds: see :func:`cross_validate`.
+        devices: see :func:`cross_validate`.
+        jobs: see :func:`cross_validate`.
+        on_progress: called with the progress of the whole job.
+
+    Raises:
+        DataError, ConfigError, RunError, DeviceError, OSError, InterruptedRunError: see :func:`cross_validate`.
+    """
+    job = _Job(data=data, out=out, config=config, folds=folds, devices=devices, jobs=jobs, init_from=None)
+    return job.run(_finish_presence, on_progress)
+
+
+def _finish_segmentation(work: _Work) -> CrossValidation:
+    """Measure trained folds, and write their ensemble."""
+    count, progress = len(work.folds.splits), work.progress
+    outcome = measure_folds(work.folds, on_share=lambda share: progress.report(count, f"scores: {share:.0%}"))
+    work.stage = "the ensemble"
+    return _write(work.folds, outcome)
+
+
+def _finish_presence(work: _Work) -> PresenceCrossValidation:
+    """Measure trained folds, and write their ensemble."""
+    numbers = range(len(work.folds.splits))
+    return finish_presence(work.folds, [read_json(work.folds.result_file(fold)) for fold in numbers])
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Job:
+    """A cross-validation as requested; see :func:`cross_validate`."""
+
+    data: DataSource
+    out: Path
+    config: RunConfig
+    folds: int | None
+    devices: str | None
+    jobs: int | None
+    init_from: Path | None
+
+    def run(self, finish: Callable[[_Work], T], on_progress: OnProgress) -> T:
+        """Train and predict the folds that are left, then finish."""
+        out, config = self.out, self.config
+        slots = fold_devices(self.devices, self.jobs, config_device=config.runtime.device)
+        for device in slots:
+            require_device(device or config.runtime.device)
+        require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
+        dealt = deal(self.data, out, config, folds=self.folds, init_from=self.init_from)
+        require_initial_networks(dealt)
+        count = len(dealt.splits)
+        with locked(out):
+            require_same(dealt)
+            progress = JobProgress(job="cross-validating", parts=count, scale=_FOLDS, on_progress=on_progress)
+            work = _Work(data=self.data, folds=dealt, slots=slots, progress=progress)
+            with resumable(out, lambda: work.stage):
+                work.all_folds()
+                work.stage = "the scores"
+                outcome = finish(work)
+            progress.end(f"{count} folds")
+            return outcome
 
 
 def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:
@@ -244,14 +306,15 @@ class _Work:
             weights = str(json_object(read_json(saved[-1]), saved[-1]).get("sha256"))
         except RunError:  # damaged: loading falls back to the previous pair
             return False
-        return all(
-            is_of(self.folds.prediction_file(case_id), weights) for case_id in self.folds.splits[fold].validation
-        )
+        same = is_answer_of if self.folds.is_presence else is_of
+        return all(same(self.folds.prediction_file(case_id), weights) for case_id in self.folds.splits[fold].validation)
 
     def _note_done(self, fold: int) -> None:
         self.shares[fold] = 1.0
-        dice = read_json(self.folds.result_file(fold))["validation_dice"]
-        LOG.info("fold %d is done: Dice during training %s", fold, ", ".join(f"{r} {v:.3f}" for r, v in dice.items()))
+        measure = self.folds.config.measure
+        scores = read_json(self.folds.result_file(fold))[f"validation_{measure.key}"]
+        in_words = ", ".join(f"{output} {value:.3f}" for output, value in scores.items())
+        LOG.info("fold %d is done: %s during training %s", fold, measure.in_words, in_words)
 
     def _report(self, fold: int, progress: Progress) -> None:
         self.shares[fold] = min(progress.share, 0.999)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from app.errors import RunError
 from app.experiments.crossval.out_of_fold import is_of, predict_left_out, write_prediction
 from app.experiments.crossval.plan import Folds
+from app.experiments.crossval.presence import answer_left_out
 from app.experiments.runs import has_checkpoint, json_object, start_or_resume
 from app.inference.backends.choose import choose_backend
 from app.inference.ensemble import ENSEMBLE_FILE
 from app.inference.model import load_model
 from app.progress import OnProgress, Progress
 from app.runs.folder import read_json, write_json
-from app.system.device import RuntimeConfig, choose_runtime
+from app.system.device import Runtime, RuntimeConfig, choose_runtime
 from app.training.pretrained import pretrained_model
 from data.datasets.source import DataSource
 
@@ -54,7 +55,7 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
     """
     run, result = folds.run(fold), folds.result_file(fold)
     # Chosen as in predict, so that the scores apply to its label maps; chosen before training, because it may fail.
-    runtime = choose_backend("auto", folds.config.runtime)
+    runtime = choose_backend("torch" if folds.is_presence else "auto", folds.config.runtime)
     if not (result.exists() and has_checkpoint(run)):
 
         def report(progress: Progress) -> None:
@@ -74,7 +75,16 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
         result.parent.mkdir(exist_ok=True)
         write_json(result, {**outcome.to_json(), "run": run.name})
     json_object(read_json(result), result)
-    model = load_model(run, runtime)
+    if folds.is_presence:
+        answer_left_out(folds, fold, on_progress=on_progress, done_before=_TRAINING)
+    else:
+        _predict_left_out(folds, fold, runtime, on_progress)
+    on_progress(Progress(job="fold", share=1.0, detail="done"))
+
+
+def _predict_left_out(folds: Folds, fold: int, runtime: Runtime, on_progress: OnProgress) -> None:
+    """Predict the label maps of a fold's validation cases."""
+    model = load_model(folds.run(fold), runtime)
     validation = folds.splits[fold].validation
     for number, case_id in enumerate(validation):
         if is_of(folds.prediction_file(case_id), model.sha256):
@@ -85,4 +95,3 @@ def work_on_fold(data: DataSource, folds: Folds, fold: int, *, on_progress: OnPr
         convention = folds.conventions[case.data_set]
         prediction = predict_left_out(model, case, runtime, convention=convention, nan_to_zero=nan_to_zero)
         write_prediction(folds.prediction_file(case_id), prediction)
-    on_progress(Progress(job="fold", share=1.0, detail="done"))

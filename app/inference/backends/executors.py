@@ -286,7 +286,7 @@ def needed_bytes(
 
 
 def _with_presence(patches: Array, present: Sequence[bool]) -> Array:
-    """Numpy version of :func:`models.presence.with_presence`, for inputs that all lack the same contrasts."""
+    """Numpy version of :func:`models.contrast_presence.with_presence`, for inputs that all lack the same contrasts."""
     brain = (patches != 0).any(axis=1, keepdims=True)
     given = np.array(present, dtype=np.float32).reshape(1, -1, 1, 1, 1)
     return np.concatenate([patches, brain * given], axis=1)

@@ -22,6 +22,8 @@ from data.files import file_sha256
 
 #: Key of this entry in ``<case>.json``.
 FINGERPRINT: Final = "made_from"
+#: Value of ``task`` in the settings of a presence network.
+PRESENCE: Final = "presence"
 
 
 def settings_of(model: Predictor, options: PredictOptions, **more: Any) -> dict[str, Any]:
@@ -78,7 +80,12 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
         if not same or (content["ladder"] and noted.get("max_memory_gb") != settings["options"].get("max_memory_gb")):
             return None
         files = dict(noted["files_sha256"])
-        if f"{case.id}.nii.gz" not in files or any(Path(name).name != name for name in files):
+        is_there = (
+            noted["answer_sha256"] == answer_sha256(content)
+            if settings.get("task") == PRESENCE
+            else f"{case.id}.nii.gz" in files
+        )
+        if not is_there or any(Path(name).name != name for name in files):
             return None
         if {name: file_sha256(output / name) for name in files} != files:
             return None
@@ -88,6 +95,11 @@ def finished_content(case: Case, output: Path, settings: Mapping[str, Any]) -> d
         return None
     assert isinstance(content, dict)
     return content
+
+
+def answer_sha256(content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the answer in the ``<case>.json`` of a presence network, which is its only file."""
+    return sha256_of([content["probability"], content["present"], content["slabs"]])
 
 
 def files_sha256(paths: Iterable[Path]) -> dict[str, str]:

@@ -19,8 +19,9 @@ from app.inference.batch.predict import AnsweredCase, PredictSteps, ReadCase
 from app.inference.batch.prediction_json import ComputedCase
 from app.inference.ensemble import load_predictor
 from app.inference.model import Predictor
+from app.inference.tumour_presence.gate import Gate, load_gate
 from app.runs.training_record import training_record
-from app.system.device import Runtime, RuntimeConfig
+from app.system.device import Runtime, RuntimeConfig, choose_runtime
 from data.datasets.layouts import Case
 
 #: Converts cases to plain data that JSON can hold, and back.
@@ -46,6 +47,8 @@ class PredictJob:
     """Whether to apply the post-processing rules of an ensemble."""
     native: Native | None = None
     """None if cases are skull-stripped and on one grid."""
+    presence: Path | None = None
+    """Presence run or ensemble that removes enhancing tumour where it finds none."""
 
     def to_plain(self) -> dict[str, Any]:
         """Return plain data that JSON can hold, except the record of training cases, which is reread from the run."""
@@ -65,7 +68,22 @@ class PredictJob:
 
     def settings(self, model: Predictor) -> dict[str, Any]:
         """Return the settings from :func:`app.inference.batch.fingerprint.settings_of`."""
-        return settings_of(model, self.options, **({} if self.native is None else self.native.settings()))
+        return self._settings(model, self.gate(RuntimeConfig(device="cpu")))
+
+    def _settings(self, model: Predictor, gate: Gate | None) -> dict[str, Any]:
+        native = {} if self.native is None else self.native.settings()
+        return settings_of(model, self.options, **native, **({} if gate is None else gate.settings()))
+
+    def gate(self, config: RuntimeConfig) -> Gate | None:
+        """Load the presence network, if there is one, on its device.
+
+        Raises:
+            RunError: as raised by :func:`app.inference.tumour_presence.gate.load_gate`.
+            DeviceError: the device is not available.
+        """
+        if self.presence is None:
+            return None
+        return load_gate(self.presence, choose_runtime(config))
 
     def engine(
         self, model: Predictor, runtime: Runtime, *, worker: str = "main", device: str | None = None
@@ -78,13 +96,15 @@ class PredictJob:
             worker: name of this process in the manifest.
             device: name of the device in the manifest, if this process sees it under another name.
         """
+        gate = self.gate(RuntimeConfig(device=self.device))
         steps = PredictSteps(
             model=model,
             output=self.output,
             runtime=runtime,
-            settings=self.settings(model),
+            settings=self._settings(model, gate),
             options=replace(self.options, training=training_record(self.run)),
             native=self.native,
+            gate=gate,
         )
         return InThisProcess(steps=steps, worker=this_worker(device or runtime.device_name, worker))
 

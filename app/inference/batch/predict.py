@@ -23,6 +23,7 @@ from app.inference.confidence import COMPANIONS, Companion, companions, measure_
 from app.inference.flags import CaseFacts, flags_of
 from app.inference.model import Predictor
 from app.inference.probabilities import MeanPrediction, fallback_for, predict_answer, predict_masks, warm_up
+from app.inference.tumour_presence.gate import remove_enhancing_
 from app.progress import LOG, OnProgress, silent
 from app.runs.folder import write_json
 from app.runs.training_record import TrainingRecord
@@ -38,6 +39,8 @@ from data.preprocess import Prepared, prepare, to_native_grid
 from data.quality.intensity_range import quantiles_of
 
 if TYPE_CHECKING:
+    from app.inference.tumour_presence.gate import Gate
+    from app.inference.tumour_presence.model import PresenceModel
     from data.native_space.to_brats import NativeCase
 
 #: Threads that read ahead for a GPU; each keeps one case in memory.
@@ -116,6 +119,8 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
     """As returned by :func:`app.inference.batch.fingerprint.settings_of`."""
     options: PredictOptions = DEFAULTS
     native: Native | None = None
+    gate: Gate | None = None
+    """Removes enhancing tumour where its presence network finds none."""
 
     @property
     def most_voxels_ahead(self) -> int:
@@ -231,6 +236,10 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
             on_step(f"{case.id}: mapping back to the grid of {scans.space}")
             masks, centred, disagreement, spacing_mm = scans.map_back(model, answer)
 
+        judged = None if self.gate is None else self.gate.answer(prepared)
+        removed = remove_enhancing_(masks) if judged is not None and judged.removes else 0
+        presence = None if judged is None else judged.record(removed * float(np.prod(spacing_mm)) / 1000)
+
         def in_file(values: npt.NDArray[_Number]) -> npt.NDArray[_Number]:
             if scans is None:
                 return to_native_grid(values, prepared)
@@ -256,6 +265,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
             repairs=prepared.repairs if scans is None else scans.repairs,
             preparation=() if scans is None else scans.case.warnings,
             unusual=unusual_contrasts(prepared, options.training),
+            removed=removed_in_words(presence) if presence is not None and removed else "",
             training=options.training,
         )
         seconds = answered.seconds + time.monotonic() - began
@@ -274,6 +284,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
                 "nan_to_zero": dict(images.zeroed),
                 "missing_contrasts": list(missing),
                 "ladder": list(answered.ladder),
+                **({} if presence is None else {"presence": presence}),
                 **({} if scans is None else {"space": scans.space, "prepare": scans.case.record}),
             },
         )
@@ -304,6 +315,14 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
         return content
 
 
+def removed_in_words(presence: Mapping[str, Any]) -> str:
+    """Return what a presence network removed, in one sentence, from the entry of the case's JSON."""
+    return (
+        f"{presence['removed_ml']:.2f} ml of enhancing tumour became tumour core, because a presence network gives "
+        f"it a probability of {presence['probability']:.3f}, below its threshold of {presence['threshold']:.3f}."
+    )
+
+
 def unusual_contrasts(prepared: Prepared, training: TrainingRecord) -> tuple[Contrast, ...]:
     """Return the contrasts whose intensities differ from those of the training cases; empty if those are unknown."""
     return () if training.intensities is None else training.intensities.unusual(quantiles_of(prepared.image))
@@ -314,7 +333,7 @@ def companion_path(case: Case, name: Companion, output: Path) -> Path:
     return output / f"{case.id}_{name}.nii.gz"
 
 
-def require_contrasts(case: Case, model: Predictor) -> None:
+def require_contrasts(case: Case, model: Predictor | PresenceModel) -> None:
     """Check that a case has the contrasts that a network needs.
 
     Raises:

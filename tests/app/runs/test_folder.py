@@ -34,7 +34,7 @@ def test_a_log_that_does_not_write_leaves_the_run_as_it_is(tmp_path: Path) -> No
     before = sorted(path.name for path in tmp_path.rglob("*"))
     log = MetricsLog(tmp_path, keep_up_to_step=0, keep_validations_up_to_step=0, writes=False)
     log.train(step=3, loss=0.5, learning_rate=0.1, seconds=1.0, skipped_steps=0, waited_seconds=0.0, step_seconds=1.0)
-    log.validation(step=3, dice={"WT": 0.5}, mean_dice=0.5, seconds=1.0, cases={"a": {"WT": 0.5}})
+    log.validation(step=3, measure="dice", by_output={"WT": 0.5}, mean=0.5, seconds=1.0, cases={"a": {"WT": 0.5}})
     log.picture(step=3, rgb=np.zeros((2, 2, 3), dtype=np.uint8))
     log.go_back(step=1, validated_step=0)
     log.sync()

@@ -127,7 +127,7 @@ def test_the_card_says_what_the_run_knows(tiny_run: Path, znormseg: Call) -> Non
 @pytest.mark.parametrize(
     ("validations", "dice", "imported", "limits"),
     [
-        (2, {"WT": 0.5}, None, [INPUT_LIMIT, TESTED_LIMIT, CHOSEN_LIMIT]),
+        (2, {"WT": 0.5}, None, [INPUT_LIMIT, TESTED_LIMIT, CHOSEN_LIMIT.format("Dice")]),
         (1, {"WT": 0.5}, None, [INPUT_LIMIT, TESTED_LIMIT]),
         (2, None, None, [INPUT_LIMIT, TESTED_LIMIT]),
         (2, None, {"name": "n", "description": "d"}, [INPUT_LIMIT]),

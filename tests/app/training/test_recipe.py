@@ -18,7 +18,7 @@ from app.errors import InterruptedRunError
 from app.inference.model import load_model
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig, choose_runtime
-from app.training import gradient, trainer
+from app.training import gradient, segmentation
 from app.training.ema import WeightAverage
 from app.training.run import TrainResult, resume, start
 from app.training.state import State, new_state
@@ -86,7 +86,7 @@ def score(monkeypatch: pytest.MonkeyPatch, values: Iterable[float]) -> None:
         validate(*arguments, **options)
         return {"WT": next(given)}
 
-    monkeypatch.setattr(trainer, "validation_dice", validation_dice)
+    monkeypatch.setattr(segmentation, "validation_dice", validation_dice)
 
 
 # Averaged weights

@@ -1,4 +1,4 @@
-"""Presence channels: one more input channel per contrast, 1 inside the brain if the contrast is present.
+"""Contrast presence: one more input channel per contrast, 1 inside the brain if the contrast is present.
 
 A missing contrast is all 0, but so are the background of a present contrast and, after z-scoring, its average brain
 tissue. The presence channels distinguish them. They are 0 outside the brain, as the contrasts are, because the instance

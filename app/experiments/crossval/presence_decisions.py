@@ -1,0 +1,111 @@
+"""Fit the decisions of a presence network on out-of-fold logits: Platt scaling, and a threshold for each output.
+
+Platt scaling (Platt 1999) is a logistic regression on one logit. It is kept only if it lowers the Brier score of folds
+that it was not fitted on. The threshold maximises sensitivity plus specificity (Youden 1950); of equally good ones, the
+one in the middle of the widest gap between probabilities is taken, so that a gate removes as little as possible by
+chance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.linear_model import LogisticRegression
+
+from app.inference.tumour_presence.model import UNTUNED, Decision
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int_]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """The decision for one output, and how it does on folds that it was not fitted on."""
+
+    decision: Decision
+    brier_before: float
+    """Of uncalibrated out-of-fold probabilities."""
+    brier_after: float
+    """Of probabilities calibrated without the case's fold."""
+    sensitivity: float | None
+    """Share of present examples found with a threshold tuned without their fold; None without such examples."""
+    specificity: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data."""
+        return {**vars(self), "decision": dict(vars(self.decision))}
+
+
+def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitted:
+    """Fit one output on all folds, and estimate its errors on folds left out.
+
+    Args:
+        logits: out-of-fold logits, shape (examples,).
+        truth: 0 or 1, shape (examples,).
+        folds: fold of each example.
+
+    Returns:
+        an untuned decision if all examples are of one kind.
+    """
+    plain = Decision().probability(logits)
+    before = float(np.mean((plain - truth) ** 2))
+    if len(set(truth.tolist())) < 2:
+        return Fitted(decision=Decision(), brier_before=before, brier_after=before, sensitivity=None, specificity=None)
+    left_out = np.array(plain)
+    for fold in np.unique(folds):
+        if len(set(truth[folds != fold].tolist())) > 1:
+            left_out[folds == fold] = platt_scaling(logits[folds != fold], truth[folds != fold]).probability(
+                logits[folds == fold]
+            )
+    after = float(np.mean((left_out - truth) ** 2))
+    scale = after < before
+    decided = np.zeros(len(truth), dtype=bool)
+    for fold in np.unique(folds):
+        others = folds != fold
+        decided[~others] = _decide(logits[others], truth[others], logits[~others], scale=scale)
+    scaling = platt_scaling(logits, truth) if scale else Decision()
+    probability = scaling.probability(logits)
+    threshold = best_threshold(probability, truth)
+    decision = Decision(slope=scaling.slope, intercept=scaling.intercept, threshold=threshold, tuned=True)
+    return Fitted(
+        decision=decision,
+        brier_before=before,
+        brier_after=after if scale else before,
+        sensitivity=float(decided[truth == 1].mean()),
+        specificity=float((~decided[truth == 0]).mean()),
+    )
+
+
+def platt_scaling(logits: FloatArray, truth: FloatArray) -> Decision:
+    """Fit slope and intercept by logistic regression with scikit-learn's default penalty; both classes are needed."""
+    model = LogisticRegression().fit(logits[:, None], truth)
+    return Decision(slope=float(model.coef_[0, 0]), intercept=float(model.intercept_[0]))
+
+
+def best_threshold(probability: FloatArray, truth: FloatArray) -> float:
+    """Return the threshold with the largest sum of sensitivity and specificity; both classes are needed.
+
+    Example:
+        >>> best_threshold(np.array([0.1, 0.2, 0.6, 0.9]), np.array([0.0, 0.0, 1.0, 1.0]))
+        0.4
+    """
+    values = np.unique(probability)
+    if len(values) < 2:
+        return UNTUNED
+    middles, gaps = (values[1:] + values[:-1]) / 2, np.diff(values)
+    above = probability[None, :] >= middles[:, None]
+    sums = above[:, truth == 1].mean(axis=1) + (~above[:, truth == 0]).mean(axis=1)
+    best = np.flatnonzero(sums >= sums.max() - 1e-12)
+    return float(middles[best[gaps[best].argmax()]])
+
+
+def _decide(logits: FloatArray, truth: FloatArray, others: FloatArray, *, scale: bool) -> npt.NDArray[np.bool_]:
+    """Decide on other examples with a scaling and a threshold that are fitted on these."""
+    if len(set(truth.tolist())) < 2:
+        return Decision().probability(others) >= UNTUNED
+    scaling = platt_scaling(logits, truth) if scale else Decision()
+    threshold = best_threshold(scaling.probability(logits), truth)
+    return scaling.probability(others) >= threshold

@@ -1,0 +1,48 @@
+"""Decisions fitted on out-of-fold logits: calibration only where it helps, thresholds in the widest gap."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from app.experiments.crossval.presence_decisions import best_threshold, fit_decision, platt_scaling
+
+TRUTH = np.tile([0.0, 1.0], 20)
+FOLDS = np.arange(40) // 2 % 5
+
+
+def test_separated_answers_get_a_threshold_between_them_and_no_errors_on_folds_left_out() -> None:
+    fitted = fit_decision(np.where(TRUTH == 1, 2.0, -2.0) + np.linspace(-0.5, 0.5, 40), TRUTH, FOLDS)
+    assert (fitted.sensitivity, fitted.specificity) == (1.0, 1.0)
+    assert fitted.decision.tuned
+
+
+def test_overconfident_answers_are_scaled_down() -> None:
+    logits = np.where(TRUTH == 1, 20.0, -20.0)
+    logits[:8] *= -1  # a fifth is wrong
+    fitted = fit_decision(logits, TRUTH, FOLDS)
+    assert 0 < fitted.decision.slope < 1
+    assert fitted.brier_after < fitted.brier_before
+
+
+def test_a_scaling_that_does_not_help_is_not_kept() -> None:
+    rng = np.random.default_rng(0)
+    probability = rng.uniform(0.2, 0.8, 40)
+    truth = (rng.random(40) < probability).astype(float)
+    fitted = fit_decision(np.log(probability / (1 - probability)), truth, FOLDS)
+    assert fitted.brier_after <= fitted.brier_before
+    assert fitted.decision.slope == 1 or fitted.brier_after < fitted.brier_before
+
+
+def test_one_class_alone_leaves_the_decision_untuned() -> None:
+    fitted = fit_decision(np.zeros(4), np.ones(4), np.array([0, 0, 1, 1]))
+    assert (fitted.decision.tuned, fitted.decision.threshold, fitted.specificity) == (False, 0.5, None)
+
+
+def test_of_equally_good_thresholds_the_one_in_the_widest_gap_is_taken() -> None:
+    probability, truth = np.array([0.1, 0.2, 0.3, 0.7, 0.8]), np.array([0.0, 1.0, 0.0, 1.0, 1.0])
+    assert best_threshold(probability, truth) == pytest.approx(0.5)
+
+
+def test_platt_scaling_keeps_the_order_of_answers_that_are_right_on_average() -> None:
+    assert platt_scaling(np.array([-2.0, -1.0, 1.0, 2.0]), np.array([0.0, 0.0, 1.0, 1.0])).slope > 0

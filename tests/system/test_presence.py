@@ -1,0 +1,403 @@
+"""Presence from phantoms to the page: training, prediction, scores, cross-validation, the gate, and bad input."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.config.load import RunConfig, load_config
+from app.errors import ConfigError
+from app.training.presence import Presence
+from app.training.run import resume, start
+from data.datasets.source import DataSource
+from data.errors import DataError
+from data.patches.sampler import Batch
+
+Call = Callable[..., Any]
+Table = Callable[[Iterable[str]], Path]
+
+TINY = [
+    "network.channels=[4, 4, 4, 4]",
+    "training.patch_voxels=[40, 48, 40]",
+    "training.batch_size=2",
+    "training.steps=3",
+    "training.validations=1",
+    "data.spacing_mm=4",
+    "runtime.device=cpu",
+    "runtime.precision=float32",
+]
+SLABS = ["task.by_slab=true", "network.slices=6", "training.patch_voxels=[40, 48, 6]", "task.outputs=[WT, ET]"]
+
+
+@pytest.fixture(scope="module")
+def cases(phantoms: Path) -> list[str]:
+    """The ids of the phantoms."""
+    return sorted(path.name for path in phantoms.iterdir())
+
+
+@pytest.fixture(scope="module")
+def presence_run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A presence run with the tiny settings."""
+    run = tmp_path_factory.mktemp("presence") / "run"
+    start(DataSource(phantoms), run, load_config("presence", TINY))
+    return run
+
+
+@pytest.fixture(scope="module")
+def predictions(presence_run: Path, phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Predictions of that run; tests must not modify them."""
+    from app.inference.batch.presence import predict_presence
+    from app.inference.tumour_presence.model import load_presence
+    from app.runs.training_record import training_record
+    from app.system.device import RuntimeConfig, choose_runtime
+
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    output = tmp_path_factory.mktemp("predictions") / "out"
+    model, found = load_presence(presence_run, runtime), tuple(DataSource(phantoms).find_cases().values())
+    training = training_record(presence_run)
+    predict_presence(model, found, output, runtime=runtime, run=presence_run, training=training)
+    return output
+
+
+@pytest.fixture
+def table(cases: list[str], tmp_path: Path) -> Table:
+    """Write a table of labels, from lines that replace the default ones."""
+
+    def write(lines: Iterable[str]) -> Path:
+        path = tmp_path / "labels.csv"
+        path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+        return path
+
+    return write
+
+
+def rows_of(cases: list[str]) -> list[str]:
+    return ["case,grade,ET", *(f"{case},{number % 2},1" for number, case in enumerate(cases))]
+
+
+def started(phantoms: Path, run: Path, table: Path, *more: str) -> None:
+    settings = [*TINY, f"task.labels_csv={table}", "task.outputs=[grade]", *more]
+    start(DataSource(phantoms), run, load_config("presence", settings))
+
+
+# Training
+
+
+def test_the_labels_of_all_cases_are_on_record(presence_run: Path, cases: list[str]) -> None:
+    from data.phantoms.sampling import draw_kind
+
+    record = json.loads((presence_run / "run.json").read_text())["presence"]
+    assert record["labels"] == {case: [int(draw_kind(int(case[-5:]), 0).enhances)] for case in cases}
+
+
+def test_present_and_absent_cases_weigh_the_same_in_total(presence_run: Path) -> None:
+    record = json.loads((presence_run / "run.json").read_text())["presence"]
+    train = json.loads((presence_run / "split.json").read_text())["train"]
+    present = sum(record["labels"][case][0] for case in train)
+    totals = present * record["weight_present"][0], (len(train) - present) * record["weight_absent"][0]
+    assert totals == pytest.approx((len(train) / 2, len(train) / 2))
+
+
+def test_a_validation_records_the_brier_score_and_the_area_under_the_roc_curve(presence_run: Path) -> None:
+    records = [json.loads(line) for line in (presence_run / "metrics.jsonl").read_text().splitlines()]
+    (validation,) = (record for record in records if record["kind"] == "validation")
+    assert 0 <= validation["one_minus_brier"]["ET"] == validation["mean_one_minus_brier"] <= 1
+    assert set(validation["auroc"]) == {"ET"}
+
+
+def test_a_resumed_presence_run_has_the_weights_of_one_that_was_not_interrupted(
+    presence_run: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    from app.runs.checkpoints import load_newest
+
+    shorter = load_config("presence", [*TINY, "training.steps=2", "training.schedule=constant"])
+    longer = load_config("presence", [*TINY, "training.schedule=constant"])
+    start(DataSource(phantoms), tmp_path / "resumed", shorter)
+    resume(DataSource(phantoms), tmp_path / "resumed", longer)
+    start(DataSource(phantoms), tmp_path / "straight", longer)
+    one, other = (load_newest(tmp_path / name / "checkpoints", "last") for name in ("resumed", "straight"))
+    assert one is not None
+    assert other is not None
+    assert one.step == other.step == 3
+    assert all(one.weights[name].shape == other.weights[name].shape for name in other.weights)
+
+
+def test_the_model_card_says_what_is_judged(presence_run: Path) -> None:
+    assert "Presence of ET in a case" in (presence_run / "MODEL_CARD.md").read_text()
+
+
+def test_slabs_take_their_labels_from_the_voxels_of_the_batch() -> None:
+    config = load_config("presence", [*TINY, *SLABS])
+    facts = {
+        "spacing_mm": [4, 4, 4],
+        "presence": {"labels": {}, "weight_absent": [1.0, 1.0], "weight_present": [1.0, 1.0]},
+    }
+    masks = torch.zeros(2, 3, 40, 48, 6)
+    masks[0, 0, :4, :2, 0] = 1  # 8 voxels of 0.064 ml
+    batch = Batch(image=torch.zeros(2, 4, 40, 48, 6), masks=masks, present=torch.ones(2, 4).bool(), cases=("a", "b"))
+    assert Presence(config, facts).target(batch).tolist() == [[1.0, 0.0], [0.0, 0.0]]
+
+
+def test_slabs_train_and_are_predicted_with_their_positions(phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    start(DataSource(phantoms), tmp_path / "run", load_config("presence", [*TINY, *SLABS]))
+    case = sorted(phantoms.iterdir())[0]
+    assert znormseg("predict", tmp_path / "run", case, tmp_path / "out", "--device", "cpu").code == 0
+    slabs = json.loads((tmp_path / "out" / f"{case.name}.json").read_text())["slabs"]
+    assert all(slab["to_mm"] - slab["from_mm"] == pytest.approx(24, abs=1) for slab in slabs)
+    assert set(slabs[0]["probability"]) == {"WT", "ET"}
+
+
+# Bad input
+
+
+def test_a_column_that_is_missing_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+    with pytest.raises(DataError, match=r"labels\.csv: no column IDH; its columns are case, grade, ET"):
+        started(phantoms, tmp_path / "run", table(rows_of(cases)), "task.outputs=[IDH]")
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_class_alone_is_refused(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+    with pytest.raises(DataError, match=r"ET is present in all \d training cases"):
+        started(phantoms, tmp_path / "run", table(rows_of(cases)), "task.outputs=[ET]")
+
+
+def test_one_class_alone_in_the_label_maps_is_refused(phantoms: Path, tmp_path: Path) -> None:
+    config = load_config("presence", [*TINY, "task.outputs=[WT]"])
+    with pytest.raises(DataError, match=r"WT is present in all . training cases \(WT of at least 0\.5 ml"):
+        start(DataSource(phantoms), tmp_path / "run", config)
+
+
+def test_a_case_without_a_row_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+    with pytest.raises(DataError, match=f"no row for 1 case: {cases[-1]}"):
+        started(phantoms, tmp_path / "run", table(rows_of(cases)[:-1]))
+
+
+def test_a_row_without_a_case_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+    with pytest.raises(DataError, match="1 row for cases that are not in the data set: nobody"):
+        started(phantoms, tmp_path / "run", table([*rows_of(cases), "nobody,1,1"]))
+
+
+@pytest.mark.parametrize("value", ["2", "", "yes", "0.5", "nan"])
+def test_a_value_other_than_0_and_1_is_named(
+    phantoms: Path, tmp_path: Path, table: Table, cases: list[str], value: str
+) -> None:
+    lines = [*rows_of(cases)[:-1], f"{cases[-1]},{value},1"]
+    with pytest.raises(DataError, match=f"line 7, case {cases[-1]}: grade is '{value}'; allowed are 0"):
+        started(phantoms, tmp_path / "run", table(lines))
+
+
+def test_two_rows_for_a_case_are_refused(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
+    with pytest.raises(DataError, match=f"two rows for case {cases[0]}, the second in line 8"):
+        started(phantoms, tmp_path / "run", table([*rows_of(cases), f"{cases[0]},0,1"]))
+
+
+@pytest.mark.parametrize(
+    ("setting", "hint"),
+    [
+        ("network.architecture=unet", "presence needs resnet10, resnet18, resnet50"),
+        ("task.outputs=[IDH]", "IDH is not a region"),
+        ("task.threshold_ml=[0]", "above 0"),
+        ("task.threshold_ml=[1, 2]", "one number, or one for each"),
+        ("network.channels=[4, 8]", "a ResNet has 4 stages"),
+        ("network.slices=4", "need task.by_slab=true"),
+        ("training.patch_voxels=[40, 48, 4]", "only slabs"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(setting: str, hint: str) -> None:
+    with pytest.raises(ConfigError, match=hint):
+        load_config("presence", [*TINY, setting])
+
+
+def test_segmentation_refuses_a_resnet() -> None:
+    with pytest.raises(ConfigError, match=r"resnet10 cannot do task\.name=segmentation"):
+        load_config("laptop", ["network.architecture=resnet10", "network.channels=[4, 4, 4, 4]"])
+
+
+def test_cases_without_label_maps_train_on_a_table(
+    phantoms: Path, tmp_path: Path, cases: list[str], table: Table
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(phantoms, data)
+    for path in data.rglob("*_seg.nii.gz"):
+        path.unlink()
+    started(data, tmp_path / "run", table(rows_of(cases)))
+    assert list((tmp_path / "run" / "checkpoints").glob("best-*.json"))
+
+
+# Prediction and scores
+
+
+def test_a_prediction_gives_a_probability_and_a_decision(predictions: Path, cases: list[str]) -> None:
+    content = json.loads((predictions / f"{cases[0]}.json").read_text())
+    assert 0 <= content["probability"]["ET"] <= 1
+    assert content["present"]["ET"] == (content["probability"]["ET"] >= 0.5)
+    assert content["decisions"]["ET"]["tuned"] is False
+
+
+def test_the_table_has_a_row_for_each_case(predictions: Path, cases: list[str]) -> None:
+    with (predictions / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["case"] for row in rows] == cases
+    assert set(rows[0]) == {"case", "ET", "ET_present"}
+
+
+def test_finished_cases_are_kept_and_changed_answers_are_not(
+    presence_run: Path, phantoms: Path, tmp_path: Path, cases: list[str], znormseg: Call
+) -> None:
+    arguments = ("predict", presence_run, phantoms / cases[0], tmp_path / "out", "--device", "cpu", "--json")
+    znormseg(*arguments)
+    assert json.loads(znormseg(*arguments).out)["skipped"] == [cases[0]]
+    path = tmp_path / "out" / f"{cases[0]}.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "probability": {"ET": 0.99}}))
+    assert json.loads(znormseg(*arguments).out)["skipped"] == []
+
+
+def test_evaluate_gives_every_measure_with_its_interval_and_a_page(
+    predictions: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg("evaluate", predictions, phantoms, "--json", "--page", tmp_path / "page.html")
+    assert ended.code == 0, ended.err
+    measures = json.loads(ended.out)["measures"]["ET"]
+    assert set(measures) == {"auroc", "auprc", "accuracy", "sensitivity_at_specificity", "f1", "brier", "ece"}
+    assert "ROC" in (tmp_path / "page.html").read_text()
+
+
+def test_evaluate_takes_a_table_as_reference(predictions: Path, table: Table, cases: list[str], znormseg: Call) -> None:
+    labels = table(["case,ET", *(f"{case},{number % 2}" for number, case in enumerate(cases))])
+    ended = znormseg("evaluate", predictions, labels, "--json")
+    assert [case["present"]["ET"] for case in json.loads(ended.out)["cases"]] == [0, 1, 0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("option", ["--tta", "--uncertainty", "--prepare"])
+def test_predict_refuses_options_that_presence_does_not_have(
+    presence_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, option: str
+) -> None:
+    ended = znormseg("predict", presence_run, phantoms, tmp_path / "out", option)
+    assert (ended.code, f"{option} cannot be used with" in " ".join(ended.err.split())) == (2, True)
+
+
+# The gate
+
+
+def test_a_gate_removes_enhancing_tumour_and_says_so(
+    presence_run: Path, tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    case = sorted(phantoms.iterdir())[0]
+    ended = znormseg("predict", tiny_run, case, tmp_path / "out", "--presence", presence_run, "--device", "cpu")
+    assert ended.code == 0, ended.err
+    content = json.loads((tmp_path / "out" / f"{case.name}.json").read_text())
+    gate = content["presence"]
+    assert gate["removed"] == (gate["probability"] < gate["threshold"] == 0.5)
+    assert not gate["removed"] or content["volumes_ml"]["ET"] == 0
+
+
+def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
+    ended = znormseg("predict", tiny_run, phantoms, tmp_path / "out", "--presence", tiny_run)
+    assert (ended.code, "not a presence model" in ended.err) == (5, True)
+
+
+def test_config_of_a_presence_run_reads_back(presence_run: Path) -> None:
+    config: RunConfig = load_config(str(presence_run / "config.yaml"))
+    assert (config.task.name, config.outputs) == ("presence", ("ET",))
+
+
+# Cross-validation, export, report
+
+
+@pytest.fixture(scope="module")
+def crossvalidated(phantoms: Path, cases: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cross-validation in two folds of a table of labels; tests must not modify it."""
+    from app.experiments.crossval.run import cross_validate_presence
+    from app.reports.presence import write_presence_page
+
+    folder = tmp_path_factory.mktemp("crossval")
+    (folder / "labels.csv").write_text("\n".join([*rows_of(cases), ""]))
+    settings = [*TINY, "training.steps=1", f"task.labels_csv={folder / 'labels.csv'}", "task.outputs=[grade]"]
+    outcome = cross_validate_presence(DataSource(phantoms), folder / "out", load_config("presence", settings), folds=2)
+    write_presence_page(outcome.scores, outcome.page)
+    return folder / "out"
+
+
+def test_every_case_is_answered_by_the_network_that_was_not_trained_on_it(crossvalidated: Path) -> None:
+    for fold in (0, 1):
+        split = json.loads((crossvalidated / "splits" / f"fold-{fold}.json").read_text())
+        (best,) = (crossvalidated / f"fold-{fold}" / "checkpoints").glob("best-*.json")
+        for case in split["validation"]:
+            answer = json.loads((crossvalidated / "out-of-fold" / f"{case}.json").read_text())
+            assert answer["weights_sha256"] == json.loads(best.read_text())["sha256"]
+
+
+def test_the_ensemble_predicts_with_its_tuned_decision(crossvalidated: Path, phantoms: Path, tmp_path: Path) -> None:
+    from app.inference.tumour_presence.model import load_presence
+    from app.system.device import RuntimeConfig, choose_runtime
+
+    runtime = choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    model = load_presence(crossvalidated / "ensemble", runtime)
+    recorded = json.loads((crossvalidated / "crossval.json").read_text())["decisions"]["grade"]["decision"]
+    assert vars(model.decisions["grade"]) == recorded
+    assert (len(model.networks), model.decisions["grade"].tuned) == (2, True)
+
+
+def test_a_finished_cross_validation_is_repeated_without_training(
+    crossvalidated: Path, phantoms: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    ended = znormseg("report", crossvalidated, tmp_path / "pages")
+    assert ended.code == 0, ended.err
+    assert "calibration curve" in (tmp_path / "pages" / "index.html").read_text()
+
+
+def test_a_presence_ensemble_makes_no_label_maps(crossvalidated: Path) -> None:
+    from app.errors import RunError
+    from app.inference.ensemble import load_predictor
+    from app.system.device import RuntimeConfig, choose_runtime
+
+    with pytest.raises(RunError, match="a presence model, which makes no label maps"):
+        load_predictor(crossvalidated / "ensemble", choose_runtime(RuntimeConfig(device="cpu")))
+
+
+def test_the_page_of_a_run_shows_its_brier_score(presence_run: Path, tmp_path: Path, znormseg: Call) -> None:
+    assert znormseg("report", presence_run, tmp_path / "pages").code == 0
+    assert "1 - Brier score of each validation case" in (tmp_path / "pages" / "index.html").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file_format", ["openvino", "onnx"])
+def test_an_exported_presence_network_agrees_with_the_original(
+    presence_run: Path, phantoms: Path, tmp_path: Path, openvino_computes: None, file_format: str
+) -> None:
+    from app.exporting.export import export_run
+
+    case = sorted(phantoms.iterdir())[0]
+    exported = export_run(presence_run, tmp_path / "out", file_format=file_format, case=case)
+    assert exported.parity.holds
+    steps = json.loads((tmp_path / "out" / "preprocessing.json").read_text())
+    assert steps["output"]["outputs"] == ["ET"]
+
+
+def test_a_bundle_of_a_presence_network_is_refused(presence_run: Path, phantoms: Path, tmp_path: Path) -> None:
+    from app.errors import RunError
+    from app.exporting.export import export_run
+
+    with pytest.raises(RunError, match="bundles hold segmentations"):
+        export_run(presence_run, tmp_path / "out", file_format="monai-bundle", case=sorted(phantoms.iterdir())[0])
+
+
+@pytest.mark.slow
+def test_gradient_rules_are_compared_by_brier_score(
+    phantoms: Path, tmp_path: Path, cases: list[str], znormseg: Call
+) -> None:
+    split = {"train": [*cases[:2], cases[4]], "validation": [cases[3]], "test": [cases[5]]}
+    (tmp_path / "split.json").write_text(json.dumps(split))
+    sets = [word for setting in TINY if "steps" not in setting for word in ("--set", setting)]
+    arms = ("--arms", "none,znorm", "--seeds", "1", "--steps", "1", "--learning-rates", "1e-3")
+    place = ("compare", phantoms, tmp_path / "out", "--config", "presence", "--split", tmp_path / "split.json")
+    ended = znormseg(*place, *arms, *sets)
+    assert ended.code == 0, ended.err
+    assert "1 - Brier score of the test cases" in ended.out
