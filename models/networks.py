@@ -38,6 +38,10 @@ class NetworkConfig:
     """For ``resenc``: also train on logits at the coarser resolutions; prediction uses only the finest."""
     dropout: float = 0.0
     """Dropout probability: of whole channels in ``segresnet``, of single values in the others."""
+    backward_normalization: tuple[str, ...] = ()
+    """Patterns of module names, such as ``model.1*``: in training, the gradient that flows back into their outputs gets
+    a fixed size (arXiv 2106.09475). ``auto`` stands for residual units and skips, or activations where there are none;
+    empty: nowhere."""
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2:
@@ -55,6 +59,11 @@ class NetworkConfig:
             raise ValueError(f"network.residual_units: from 1 to 8, got {self.residual_units}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"network.dropout: a probability from 0 to below 1, got {self.dropout}")
+        if not all(self.backward_normalization):
+            raise ValueError(
+                f"network.backward_normalization: names or patterns of modules, or auto, got "
+                f"{list(self.backward_normalization)}"
+            )
         if self.blocks is not None:
             self._check_blocks(self.blocks)
         if self.deep_supervision and self.architecture != "resenc":

@@ -13,6 +13,7 @@ import argparse
 import time
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Final
@@ -81,8 +82,9 @@ class CifarResNet(nn.Module):
         shortcut, depth = name.startswith("resnet"), int(name.removeprefix("resnet").removeprefix("plain"))
         widths = [16] + [width for width in (16, 32, 64) for _ in range((depth - 2) // 6)]
         self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
-        pairs = zip(widths[:-1], widths[1:], strict=True)
-        self.blocks = nn.Sequential(*(nn.Sequential(Joined(a, b, shortcut=shortcut), nn.ReLU()) for a, b in pairs))
+        self.blocks = nn.Sequential(
+            *(nn.Sequential(Joined(a, b, shortcut=shortcut), nn.ReLU()) for a, b in pairwise(widths))
+        )
         self.head = nn.Linear(64, classes)
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
@@ -272,9 +274,17 @@ def main(words: list[str] | None = None) -> None:
     parser.add_argument("--target", type=float, default=0.8, help="accuracy to count the steps to")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 autocast")
     options = parser.parse_args(words)
-    settings = {
-        k: v for k, v in vars(options).items() if k not in ("data", "out", "networks", "optimizers", "rules", "seeds")
-    }
+    keys = (
+        "steps",
+        "batch",
+        "train_images",
+        "validation_images",
+        "test_images",
+        "validate_every",
+        "target",
+        "bfloat16",
+    )
+    settings = {key: getattr(options, key) for key in keys}
     train_count, validation_count = options.train_images // 10, options.validation_images // 10
     known = read_images(options.data, "train", train_count)
     data = Data(
@@ -283,14 +293,7 @@ def main(words: list[str] | None = None) -> None:
         test=read_images(options.data, "test", options.test_images // 10),
     )
     record = Record(options.out / "runs.jsonl", settings)
-    train_one = partial(train, data=data, settings=settings)
-    for network in options.networks:
-        for rule in options.rules:
-            for optimizer in options.optimizers:
-                rate = sweep.tune(record, train_one, network, optimizer, rule)
-                for seed in range(options.seeds):
-                    run = Run(network=network, optimizer=optimizer, rule=rule, rate=rate, seed=seed)
-                    record.result(run, train_one)
+    sweep.sweep(record, partial(train, data=data, settings=settings), options)
     columns = {"test": "test accuracy", "steps_to_target": f"steps to {options.target:g}", "overlap_ratio": "overlap"}
     print("\n".join(sweep.table(record, columns)))
 

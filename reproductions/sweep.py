@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -95,7 +96,7 @@ class Record:
         for line in complete.splitlines():
             entry = json.loads(line)
             if entry["settings"] != self._settings:
-                raise SystemExit(f"{path}: its runs have other settings, {entry['settings']}; choose another --out")
+                raise SystemExit(f"{path}: its runs have other settings, {entry['settings']}; choose another folder")
             self._results[Run(**entry["run"])] = entry["result"]
 
     def result(self, run: Run, train: Callable[[Run], Result]) -> Result:
@@ -130,6 +131,22 @@ def tune(record: Record, train: Callable[[Run], Result], network: str, optimizer
         run = Run(network=network, optimizer=optimizer, rule=rule, rate=rate_of(place), seed=0)
         scores[place] = float(record.result(run, train)["validation"])
     return rate_of(max(scores, key=lambda place: scores[place]))
+
+
+def sweep(record: Record, train: Callable[[Run], Result], options: Namespace) -> None:
+    """Make every missing run: each network, rule and optimiser at its chosen rate with every seed.
+
+    Args:
+        record: where runs are kept.
+        train: makes one run.
+        options: has ``networks``, ``rules``, ``optimizers`` and ``seeds``.
+    """
+    for optimizer in options.optimizers:
+        for network in options.networks:
+            for rule in options.rules:
+                rate = tune(record, train, network, optimizer, rule)
+                for seed in range(options.seeds):
+                    record.result(Run(network=network, optimizer=optimizer, rule=rule, rate=rate, seed=seed), train)
 
 
 def table(record: Record, columns: Mapping[str, str]) -> list[str]:
