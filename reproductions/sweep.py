@@ -149,22 +149,32 @@ def sweep(record: Record, train: Callable[[Run], Result], options: Namespace) ->
                     record.result(Run(network=network, optimizer=optimizer, rule=rule, rate=rate, seed=seed), train)
 
 
+def chosen(results: Mapping[Run, Result]) -> dict[tuple[str, str, str], list[Result]]:
+    """Return, by network, optimiser and rule, the results of all seeds at the rate that is best for seed 0."""
+    groups: dict[tuple[str, str, str], dict[float, list[Result]]] = {}
+    for run, result in sorted(results.items(), key=lambda item: item[0].seed):
+        groups.setdefault((run.network, run.optimizer, run.rule), {}).setdefault(run.rate, []).append(result)
+    return {
+        names: max(rates.values(), key=lambda found: (found[0]["validation"], len(found)))
+        for names, rates in groups.items()
+    }
+
+
 def table(record: Record, columns: Mapping[str, str]) -> list[str]:
     """Return a Markdown table: for every network, optimiser and rule the mean and SD over the seeds at the chosen rate.
 
     Args:
-        record: the finished runs; the chosen rate is the best one of seed 0 on the validation images.
+        record: the finished runs.
         columns: title of a column by its key in the results.
     """
-    groups: dict[tuple[str, str, str], dict[float, list[Result]]] = {}
-    for run, result in sorted(record.runs().items(), key=lambda item: item[0].seed):
-        groups.setdefault((run.network, run.optimizer, run.rule), {}).setdefault(run.rate, []).append(result)
+    runs = record.runs()
     titles = ["network", "optimizer", "rule", "rate", "rates tried", "seeds", *columns.values()]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for names, rates in groups.items():
-        rate = max(rates, key=lambda one: rates[one][0]["validation"])
-        cells = [*names, f"{rate:.2g}", str(len(rates)), str(len(rates[rate]))]
-        cells += [_spread([result.get(key) for result in rates[rate]]) for key in columns]
+    for names, found in chosen(runs).items():
+        rate = next(run.rate for run, result in runs.items() if result is found[0])
+        tried = {run.rate for run in runs if (run.network, run.optimizer, run.rule) == names}
+        cells = [*names, f"{rate:.2g}", str(len(tried)), str(len(found))]
+        cells += [_spread([result.get(key) for result in found]) for key in columns]
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 

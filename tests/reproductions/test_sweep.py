@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from xml.etree import ElementTree
 
+import curves
 import pytest
 import sweep
 import torch
@@ -99,3 +101,16 @@ def test_each_rule_changes_the_step_in_its_own_way(rule: str, optimizer: str) ->
         assert seen[0] < 100
     if rule == "none":
         assert seen[0] > 100
+
+
+def test_the_curves_are_one_picture_with_a_line_per_rule(tmp_path: Path) -> None:
+    results: dict[Run, Result] = {
+        run(rule, seed=seed, optimizer=optimizer): {"validation": 0.5, "curve": [[10, 0.2], [20, 0.5]]}
+        for rule in ("none", "znorm")
+        for seed in range(2)
+        for optimizer in ("sgd", "adam")
+    }
+    picture = ElementTree.fromstring(curves.draw(results))
+    charts = picture.findall("{http://www.w3.org/2000/svg}svg")
+    assert [chart.get("aria-label") for chart in charts] == ["net, sgd", "net, adam"]
+    assert all(len(chart.findall(".//*[@class='line arm1']")) == 2 for chart in charts)
