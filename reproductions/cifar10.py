@@ -217,7 +217,9 @@ def train(run: Run, data: Data, settings: dict[str, Any]) -> Result:
     generator = torch.Generator().manual_seed(run.seed)
     model = CifarResNet(run.network, classes=len(data.train.classes.unique())).to(memory_format=torch.channels_last)
     optimizer = sweep.optimizer_of(run, model, model.places())
-    curve, overlaps, junctions = [], {}, model.junctions()
+    junctions = model.junctions()
+    curve: list[tuple[int, float]] = []
+    overlaps: dict[int, dict[str, tuple[float, float]]] = {}
     for step in range(settings["steps"]):
         optimizer.param_groups[0]["lr"] = sweep.rate_at(step, settings["steps"], run.rate)
         chosen = torch.randint(0, len(data.train.classes), (settings["batch"],), generator=generator)
@@ -231,8 +233,8 @@ def train(run: Run, data: Data, settings: dict[str, Any]) -> Result:
         optimizer.step()
         optimizer.zero_grad()
         if due:
-            curve.append([step + 1, accuracy(model, data, data.validation, settings)])
-            overlaps[step + 1] = {name: [found.cosine, found.ratio] for name, found in watch.read().items()}
+            curve.append((step + 1, accuracy(model, data, data.validation, settings)))
+            overlaps[step + 1] = {name: (found.cosine, found.ratio) for name, found in watch.read().items()}
     measured = [ratio for found in overlaps.values() for _, ratio in found.values()]
     return {
         "validation": curve[-1][1],

@@ -21,6 +21,7 @@ from statistics import fmean
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 import sweep
 import torch
 from monai.losses.dice import DiceCELoss
@@ -89,7 +90,7 @@ def _slice_number(name: str) -> int:
     return int(number) if number.isdigit() else 0
 
 
-def _pixels(path: Path, *, channels: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _pixels(path: Path, *, channels: int) -> npt.NDArray[np.uint8]:
     """Pixels of shape (channels, height, width)."""
     try:
         with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
@@ -101,7 +102,7 @@ def _pixels(path: Path, *, channels: int) -> np.ndarray[Any, np.dtype[np.uint8]]
     return pixels.transpose(2, 0, 1) if channels == 3 else pixels[None]
 
 
-def _scaled(images: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _scaled(images: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     for channel in range(images.shape[1]):
         head = images[:, channel][images[:, channel] > 0]
         if head.size:

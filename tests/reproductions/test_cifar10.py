@@ -6,6 +6,7 @@ from pathlib import Path
 
 import cifar10
 import numpy as np
+import numpy.typing as npt
 import pytest
 import sweep
 import torch
@@ -21,7 +22,7 @@ TINY = (
 )
 
 
-def made(count: int, seed: int) -> np.ndarray:
+def made(count: int, seed: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, (count, 3, 32, 32), dtype=np.uint8)
 
 

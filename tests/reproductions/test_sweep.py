@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -18,7 +19,7 @@ def run(rule: str = "none", rate: float = 0.1, seed: int = 0, optimizer: str = "
     return Run(network="net", optimizer=optimizer, rule=rule, rate=rate, seed=seed)
 
 
-def best_at(rate: float, tried: list[float]) -> sweep.Callable[[Run], Result]:
+def best_at(rate: float, tried: list[float]) -> Callable[[Run], Result]:
     """A training whose score falls with the distance from one rate."""
 
     def train(run: Run) -> Result:
@@ -71,8 +72,11 @@ def test_runs_of_other_settings_are_refused(tmp_path: Path) -> None:
 def test_the_table_has_mean_and_spread_at_the_best_rate(tmp_path: Path) -> None:
     record = Record(tmp_path / "runs.jsonl", {})
     for rate, seed, score, steps in ((0.1, 0, 0.3, 40), (0.1, 1, 0.5, None), (0.3, 0, 0.2, 20)):
-        found: Result = {"validation": score, "test": score, "steps": steps}
-        record.result(run(rate=rate, seed=seed), lambda _, found=found: found)  # type: ignore[misc]
+
+        def train(_: Run, score: float = score, steps: int | None = steps) -> Result:
+            return {"validation": score, "test": score, "steps": steps}
+
+        record.result(run(rate=rate, seed=seed), train)
     table = sweep.table(record, {"test": "accuracy", "steps": "steps to 0.4"})
     assert table[-1] == "| net | sgd | none | 0.1 | 2 | 2 | 0.400 (SD 0.141) | 40, never |"
 
@@ -92,7 +96,8 @@ def test_each_rule_changes_the_step_in_its_own_way(rule: str, optimizer: str) ->
     made = sweep.optimizer_of(run(rule, optimizer=optimizer, rate=0.01), model, ["1"])
     (1e4 * model(torch.randn(5, 4)).square().mean()).backward()
     seen: list[float] = []
-    made.register_step_pre_hook(lambda *_: seen.append(float(model[0].weight.grad.norm())))  # type: ignore[union-attr]
+    weight = next(model.parameters())
+    made.register_step_pre_hook(lambda *_: seen.append(float(torch.as_tensor(weight.grad).norm())))
     made.step()
     expected = {"clip": 1.0, "znorm": 32**0.5, "bgn+znorm": 32**0.5}
     if rule in expected:
