@@ -48,6 +48,10 @@ class NetworkConfig:
     dropout: float = 0.0
     """Dropout probability: of whole channels in ``segresnet``, of pooled features in a ResNet, of single values in the
     others."""
+    backward_normalization: tuple[str, ...] = ()
+    """Patterns of module names, such as ``model.1*``: in training, the gradient that flows back into their outputs gets
+    a fixed size (arXiv 2106.09475). ``auto`` stands for residual units and skips, or activations where there are none;
+    empty: nowhere."""
 
     def __post_init__(self) -> None:
         if len(self.channels) < 2:
@@ -71,6 +75,11 @@ class NetworkConfig:
             raise ValueError(f"network.slices: only a ResNet takes slabs, not {self.architecture}; leave it out")
         if self.slices is not None and not 1 <= self.slices <= 64:
             raise ValueError(f"network.slices: from 1 to 64, or null, got {self.slices}")
+        if not all(self.backward_normalization):
+            raise ValueError(
+                f"network.backward_normalization: names or patterns of modules, or auto, got "
+                f"{list(self.backward_normalization)}"
+            )
         if self.blocks is not None:
             self._check_blocks(self.blocks)
         if self.deep_supervision and self.architecture != "resenc":

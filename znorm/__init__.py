@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from znorm.backward import BackwardNormHandle, attach_backward_norm, backward_norm, find_places
 from znorm.hook import GradientHandle, ZNormConfig, attach, attach_baseline
 from znorm.overlap import Junction, find_junctions, watch_overlap
 from znorm.select import Selection, TensorChoice, select
@@ -12,14 +13,18 @@ from znorm.zscore import EPS, zscore_
 __all__ = [
     "BASELINES",
     "EPS",
+    "BackwardNormHandle",
     "GradientHandle",
     "Junction",
     "Selection",
     "TensorChoice",
     "ZNormConfig",
     "attach",
+    "attach_backward_norm",
     "attach_baseline",
+    "backward_norm",
     "find_junctions",
+    "find_places",
     "observe_step",
     "select",
     "watch_overlap",

@@ -180,9 +180,10 @@ def _watch(junction: Junction, add: Callable[[Tensor, Tensor], None]) -> list[Re
         else:
             output.register_hook(lambda gradient: report(gradient.narrow(dim, 0, x.shape[dim])))
 
+    # In front of other hooks: one that rescales the gradient of an output (znorm.backward) would separate a from b.
     return [
-        junction.transformation.register_forward_hook(partial(after_call, False)),
-        junction.skip.register_forward_hook(partial(after_call, True)),
+        junction.transformation.register_forward_hook(partial(after_call, False), prepend=True),
+        junction.skip.register_forward_hook(partial(after_call, True), prepend=True),
     ]
 
 

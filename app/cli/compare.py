@@ -27,7 +27,8 @@ def compare_command(
         str,
         _comparison(
             help="Rules to compare, as in gradient.transform: none, clip, clip-value, centralize, adaptive-clip, "
-            "scale, znorm."
+            "scale, znorm. bgn normalises gradients inside the network (network.backward_normalization=[auto]), "
+            "bgn-znorm does both."
         ),
     ] = "none,clip,centralize,znorm",
     variants: Annotated[

@@ -11,6 +11,8 @@ from torch.optim import SGD, Optimizer
 import znorm
 from app.config.gradient import AUTO, GradientConfig
 from app.errors import ConfigError
+from app.progress import LOG
+from models import NetworkConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +47,22 @@ def attach_transform(config: GradientConfig, optimizer: Optimizer, model: nn.Mod
         title = {"znorm": "ZNorm", "scale": "division by the standard deviation"}[name]
         report = f"{title}{reason} on these tensors:\n{handle.selection.report()}"
     return AttachedTransform(report=report, skipped_steps=lambda: handle.skipped_steps, skipped=lambda: handle.skipped)
+
+
+def attach_backward(config: NetworkConfig, network: nn.Module) -> znorm.BackwardNormHandle | None:
+    """Normalise gradients inside a network where ``network.backward_normalization`` says; None if it is empty.
+
+    Raises:
+        ConfigError: a pattern matches no module of the network.
+    """
+    if not config.backward_normalization:
+        return None
+    try:
+        handle = znorm.attach_backward_norm(network, config.backward_normalization)
+    except ValueError as error:
+        raise ConfigError(f"network.backward_normalization: {error}") from error
+    LOG.info("gradients normalised on their way back at the outputs of %s", ", ".join(handle.places))
+    return handle
 
 
 def choose_transform(config: GradientConfig, optimizer: Optimizer) -> tuple[str, str]:

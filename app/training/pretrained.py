@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from app.config.load import RunConfig, config_differences, from_plain, load_config, to_plain
 from app.errors import ConfigError, RunError
@@ -15,6 +15,9 @@ from app.runs.model_card import newest_best
 from app.system.device import Runtime
 from app.training.state import State
 from data.nifti import Spacing
+
+#: Keys of the network that do not change which weights fit.
+_FREE: Final = ("network.dropout:", "network.backward_normalization:")
 
 
 def sections_of(run: Path) -> dict[str, dict[str, Any]]:
@@ -44,7 +47,7 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
 
     Raises:
         RunError: ``run`` is not the folder of one network, or its weights cannot be used.
-        ConfigError: the new run's network differs in more than its dropout.
+        ConfigError: the new run's network differs in more than its dropout and its backward normalization.
     """
     _require_one_network(run)
     if config.task.name == "presence":
@@ -60,7 +63,7 @@ def pretrained_model(run: Path, config: RunConfig, runtime: Runtime) -> Model:
     others = [
         change
         for change in config_differences(model.config, config)
-        if change.startswith("network.") and not change.startswith("network.dropout:")
+        if change.startswith("network.") and not change.startswith(_FREE)
     ]
     if others:
         raise ConfigError(

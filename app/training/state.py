@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+import znorm
 from app.config.load import RunConfig
 from app.config.training import TrainingConfig
 from app.runs import checkpoints
 from app.system.device import Runtime
 from app.training.ema import WeightAverage
+from app.training.gradient import attach_backward
 from models import build_network
 
 _AVERAGE: Final = "average."
@@ -32,6 +34,8 @@ class State:
     optimizer: Optimizer
     scaler: torch.amp.GradScaler
     """Scales the loss if the run computes in float16; otherwise it does nothing."""
+    backward_norm: znorm.BackwardNormHandle | None = None
+    """Handle of the places that normalise gradients inside the network; None if there are none."""
     average: WeightAverage | None = None
     """Moving average of the weights; None if ``training.ema_decay`` is 0."""
     step: int = 0
@@ -75,6 +79,7 @@ def new_state(config: RunConfig, runtime: Runtime) -> State:
         optimizer=_optimizer(config, network),
         scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.scales_gradients),
         average=WeightAverage(network, decay) if decay > 0 else None,
+        backward_norm=attach_backward(config.network, network),
     )
 
 

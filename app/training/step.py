@@ -111,6 +111,9 @@ class Stepper:
         self.world.seed_step(settings.seed, state.step)
         waited = 0.0
         losses: list[torch.Tensor] = []
+        if state.backward_norm is not None:
+            # Behind a place the gradient does not depend on the size of the loss, which unscale_ will divide by.
+            state.backward_norm.factor = state.scaler.get_scale() / settings.accumulate
         for number in range(settings.accumulate):
             began_waiting = time.perf_counter()
             batch = next(batches)

@@ -121,6 +121,7 @@ def test_only_dropout_makes_two_answers_in_training_differ(architecture: Archite
         ("network.channels", {"architecture": "segresnet", "channels": (12, 24)}),
         ("network.residual_units", {"residual_units": 0}),
         ("network.residual_units", {"residual_units": 9}),
+        ("network.backward_normalization", {"backward_normalization": ("auto", "")}),
         ("network.blocks", {"blocks": (1,) * 5}),
         ("network.blocks", {"architecture": "resenc", "blocks": (1, 2)}),
         ("network.blocks", {"architecture": "resenc", "blocks": (1, 2, 3, 4, 0)}),

@@ -439,7 +439,7 @@ GUARDS: dict[str, Guard] = {
 }
 
 
-ZSCORE, HOOK = "znorm/zscore.py", "znorm/hook.py"
+ZSCORE, HOOK, BACKWARD = "znorm/zscore.py", "znorm/hook.py", "znorm/backward.py"
 
 #: The traps of real training, and what keeps ZNorm out of them.
 TRAPS: dict[str, Guard] = {
@@ -550,6 +550,42 @@ TRAPS: dict[str, Guard] = {
         "        if len(children) > 1:",
         "        if True:",
         "znorm/test_select.py::test_the_selection_of_a_wrapped_model_is_that_of_the_model",
+    ),
+    "in-place operations after a place": Guard(
+        BACKWARD,
+        "return x.clone()",
+        "return x.view_as(x)",
+        "znorm/test_backward.py::test_an_in_place_activation_may_follow_a_place",
+    ),
+    "places in evaluation mode": Guard(
+        BACKWARD,
+        "    if not (module.training and torch.is_grad_enabled()):",
+        "    if False:",
+        "znorm/test_backward.py::test_nothing_happens_in_evaluation_mode_or_without_gradients",
+    ),
+    "places and batches of several sizes": Guard(
+        BACKWARD,
+        "factor / samples * math.sqrt(count)",
+        "factor * math.sqrt(count)",
+        "znorm/test_backward.py::test_micro_batches_add_up_to_the_joined_batch",
+    ),
+    "places and a gradient of zero": Guard(
+        BACKWARD,
+        "torch.where(norm == 0, 0.0, norm)",
+        "torch.inf",
+        "znorm/test_backward.py::test_a_gradient_of_zero_stays_zero",
+    ),
+    "places and a scaled loss": Guard(
+        "app/training/step.py",
+        "state.scaler.get_scale() / settings.accumulate",
+        "1.0",
+        "app/training/test_recipe.py::test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale",
+    ),
+    "the overlap at a place": Guard(
+        "znorm/overlap.py",
+        "junction.skip.register_forward_hook(partial(after_call, True), prepend=True)",
+        "junction.skip.register_forward_hook(partial(after_call, True))",
+        "znorm/test_backward.py::test_the_overlap_at_a_place_is_measured_on_one_side_of_it",
     ),
 }
 GUARDS |= TRAPS

@@ -14,10 +14,15 @@ from app.config.load import config_differences as changed_keys
 from app.config.training import TrainingConfig
 from app.errors import ConfigError
 
-#: Values of ``gradient.transform`` (except its automatic choice) and of ``training.optimizer``.
-ARMS: Final[tuple[str, ...]] = tuple(
-    name for name in get_args(get_type_hints(GradientConfig)["transform"]) if name != AUTO
+#: Arms that normalise gradients inside the network (``network.backward_normalization: [auto]``), and the rule that each
+#: adds to it.
+BACKWARD_ARMS: Final[Mapping[str, str]] = {"bgn": "none", "bgn-znorm": "znorm"}
+#: Values of ``gradient.transform`` (except its automatic choice) and :data:`BACKWARD_ARMS`.
+ARMS: Final[tuple[str, ...]] = (
+    *(name for name in get_args(get_type_hints(GradientConfig)["transform"]) if name != AUTO),
+    *BACKWARD_ARMS,
 )
+#: Values of ``training.optimizer``.
 OPTIMIZERS: Final[tuple[str, ...]] = get_args(get_type_hints(TrainingConfig)["optimizer"])
 DEFAULT_ARMS: Final = ("none", "clip", "centralize", "znorm")
 #: Default peak learning rates; a decade apart for SGD, whose best rate varies the most between arms.
@@ -26,12 +31,15 @@ DEFAULT_RATES: Final[Mapping[str, tuple[float, ...]]] = {
     "sgd": (1e-3, 1e-2, 1e-1, 1.0),
 }
 _USUAL_BASELINE: Final = "clip"
+#: Keys that a comparison sets itself, but a variant may change.
+_VARIABLE: Final = ("gradient.transform", "network.backward_normalization")
 #: The rule that a variant starts from, unless it sets another.
 _VARIED: Final = "znorm"
 _VARIANT_NAME: Final = re.compile("[a-z0-9][a-z0-9-]{0,39}")
 #: Keys that a comparison sets itself, and the option that controls each.
 _TAKEN: Final = {
     "gradient.transform": "--arms",
+    "network.backward_normalization": "--arms bgn, or --variant for other places",
     "training.optimizer": "--optimizers",
     "training.seed": "--seeds",
     "training.steps": "--steps",
@@ -102,10 +110,18 @@ class ComparisonPlan:
 
     def config_of(self, key: RunKey) -> RunConfig:
         """Return the complete configuration of one run."""
-        rule: dict[str, Any] = {"transform": key.arm}
         changes: dict[str, Any] = {"optimizer": key.optimizer, "learning_rate": key.rate, "seed": key.seed}
-        config = self.variants.get(key.arm) or replace(self.config, gradient=replace(self.config.gradient, **rule))
+        config = self.variants.get(key.arm) or self._with_rule(key.arm)
         return replace(config, training=replace(config.training, **changes))
+
+    def _with_rule(self, arm: str) -> RunConfig:
+        rule: dict[str, Any] = {"transform": BACKWARD_ARMS.get(arm, arm)}
+        places = (AUTO,) if arm in BACKWARD_ARMS else ()
+        return replace(
+            self.config,
+            gradient=replace(self.config.gradient, **rule),
+            network=replace(self.config.network, backward_normalization=places),
+        )
 
     def settings_of(self, variant: str) -> list[str]:
         """List how a variant differs from the shared config, each as ``section.key: shared -> variant``."""
@@ -145,7 +161,7 @@ def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
     Args:
         config: name or path, as for ``train --config``.
         overrides: ``section.key=value``, except for keys that the comparison sets itself.
-        arms: names of ``gradient.transform`` or of variants, at least two.
+        arms: names of :data:`ARMS` or of variants, at least two.
         optimizers: names of ``training.optimizer``.
         seeds: number of seeds, 1 or more.
         steps: optimiser steps of every run.
@@ -229,7 +245,7 @@ def _variants(texts: Sequence[str]) -> dict[str, list[str]]:
             )
         if name in ARMS:
             raise ConfigError(f"--variant {text}: {name} is the name of a rule; give the variant another name")
-        if key in _TAKEN and key != "gradient.transform":
+        if key in _TAKEN and key not in _VARIABLE:
             raise ConfigError(f"--variant {text}: the comparison sets {key} itself; use {_TAKEN[key]}")
         changes.setdefault(name, []).append(override)
     return changes

@@ -13,7 +13,8 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from app.config.gradient import GradientConfig
 from app.config.load import load_config
-from app.training.gradient import attach_transform, choose_transform
+from app.training.gradient import attach_backward, attach_transform, choose_transform
+from models import NetworkConfig
 
 
 def network() -> nn.Sequential:
@@ -61,3 +62,26 @@ def test_a_choice_that_fits_no_tensor_of_the_network_is_a_wrong_config(
     ended = znormseg("train", phantoms, tmp_path / "run", *options)
     assert (ended.code, (tmp_path / "run").exists()) == (4, False)
     assert "znormseg: gradient.znorm: " in ended.err
+
+
+# Backward normalization
+
+
+def test_no_network_is_normalised_on_the_way_back_unless_asked_for() -> None:
+    assert attach_backward(NetworkConfig(), network()) is None
+
+
+def test_the_named_modules_are_normalised_on_the_way_back() -> None:
+    handle = attach_backward(NetworkConfig(backward_normalization=("0",)), network())
+    assert handle is not None
+    assert handle.places == ("0",)
+
+
+def test_a_place_that_is_not_in_the_network_is_a_wrong_config(
+    phantoms: Path, tiny_settings: list[str], tmp_path: Path, znormseg: Callable[..., Any]
+) -> None:
+    settings = [*tiny_settings, "network.backward_normalization=[decoder]"]
+    options = [word for override in settings for word in ("--set", override)]
+    ended = znormseg("train", phantoms, tmp_path / "run", *options)
+    assert (ended.code, (tmp_path / "run").exists()) == (4, False)
+    assert "network.backward_normalization: the model has no module named 'decoder'" in ended.err

@@ -154,10 +154,11 @@ def test_a_run_with_contrast_dropout_is_taken_by_one_with_it_and_names_the_setti
     assert train.start(DataSource(phantoms), tmp_path / "run", dropping, init_from=tmp_path / "first").steps == 4
 
 
-def test_another_dropout_of_the_network_is_no_other_network(
-    phantoms: Path, tiny_settings: list[str], tiny_run: Path, tmp_path: Path
+@pytest.mark.parametrize("setting", ["network.dropout=0.3", "network.backward_normalization=[auto]"])
+def test_a_setting_that_changes_no_weight_makes_no_other_network(
+    setting: str, phantoms: Path, tiny_settings: list[str], tiny_run: Path, tmp_path: Path
 ) -> None:
-    config = load_config("laptop", [*tiny_settings, "network.dropout=0.3"])
+    config = load_config("laptop", [*tiny_settings, setting])
     assert train.start(DataSource(phantoms), tmp_path / "run", config, init_from=tiny_run).steps == 4
 
 

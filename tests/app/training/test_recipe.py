@@ -257,8 +257,9 @@ def after_a_step(loss_factor: float, tiny: list[str]) -> tuple[State, dict[str, 
     return state, before, rule.skipped_steps()
 
 
+@pytest.mark.parametrize("places", ["[]", "[auto]"])
 def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
-    train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    places: str, train: Train, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     norms: dict[str, float] = {}
     for precision in ("float32", "float16"):
@@ -272,7 +273,8 @@ def test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale(
             return gradient.AttachedTransform(report="", skipped_steps=lambda: 0, skipped=lambda: 0)
 
         monkeypatch.setattr("app.training.trainer.gradient.attach_transform", look)
-        train(precision, f"runtime.precision={precision}", "training.steps=1")
+        changes = [f"runtime.precision={precision}", f"network.backward_normalization={places}"]
+        train(precision, *changes, "training.steps=1", "training.accumulate=2")
     assert norms["float16"] == pytest.approx(norms["float32"], rel=0.05)
 
 

@@ -172,6 +172,22 @@ def test_a_variant_is_an_arm_with_a_config_of_its_own() -> None:
     assert (run.gradient.transform, run.gradient.znorm.output_block, run.training.seed) == ("znorm", "none", 3)
 
 
+def test_bgn_normalises_inside_the_network_with_or_without_znorm() -> None:
+    made = plan(arms=["clip", "bgn", "bgn-znorm"])
+    configs = {key.arm: made.config_of(key) for key in made.sweep()}
+    assert {arm: (c.network.backward_normalization, c.gradient.transform) for arm, c in configs.items()} == {
+        "clip": ((), "clip"),
+        "bgn": (("auto",), "none"),
+        "bgn-znorm": (("auto",), "znorm"),
+    }
+
+
+def test_a_variant_normalises_at_other_places() -> None:
+    made = plan(arms=["clip", "deep"], variants=["deep:network.backward_normalization=[model.1]"])
+    run = made.config_of(RunKey(optimizer="adamw", arm="deep", rate=1e-3, seed=0))
+    assert run.network.backward_normalization == ("model.1",)
+
+
 def test_seeds_count_up_from_the_first() -> None:
     made = plan(first_seed=5, seeds=2)
     assert {key.seed for key in made.sweep()} == {5}
@@ -196,6 +212,7 @@ def test_seeds_count_up_from_the_first() -> None:
         ({"baseline": "none"}, "--baseline none: not among the arms (clip, znorm)"),
         ({"target_dice": 1.5}, "--target-dice: above 0 and below 1"),
         ({"first_seed": -1}, "--first-seed: from 0"),
+        ({"overrides": ["network.backward_normalization=[auto]"]}, "use --arms bgn, or --variant for other places"),
         ({"variants": ["all"]}, "--variant all: expected NAME:SECTION.KEY=VALUE"),
         ({"variants": ["clip:gradient.clip_norm=2"]}, "clip is the name of a rule"),
         ({"variants": ["all:training.seed=3"]}, "use --seeds"),
@@ -384,6 +401,16 @@ def test_a_damaged_result_is_named(
     path.write_text("{")
     ended = znormseg("compare", phantoms, tmp_path / "out", *options)
     assert (ended.code, str(path) in ended.err) == (5, True)
+
+
+def test_arms_that_normalise_inside_the_network_are_compared(
+    phantoms: Path, options: list[str], tmp_path: Path, znormseg: Call
+) -> None:
+    arguments = [*options, "--arms=clip,bgn,bgn-znorm", "--learning-rates=1e-3"]
+    ended = znormseg("compare", phantoms, tmp_path / "out", *arguments)
+    assert ended.code == 0, ended.err
+    assert content(tmp_path / "out")["same_start"] is True
+    assert [row["arm"] for row in content(tmp_path / "out")["arms"]] == ["clip", "bgn", "bgn-znorm"]
 
 
 # Refusals on the command line
