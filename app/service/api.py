@@ -12,12 +12,13 @@ from urllib.parse import quote
 
 from anyio import sleep, to_thread
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from fastapi import Path as PathPart
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel
 
 from app.html.templates import policy, source
 from app.runs.published import MODELS
+from app.service.accounts import Account
 from app.service.answers import (
     FolderRequest,
     HealthAnswer,
@@ -37,7 +38,6 @@ from app.service.identity import TheAccount, TheAdmin, TheService
 from app.service.jobs import own_job
 from app.service.metrics import metrics_text
 from app.service.refusals import RefusedError, not_found
-from app.service.accounts import Account
 from app.service.service import Service
 
 PREFIX: Final = "/api/v1"
@@ -163,9 +163,7 @@ def list_jobs(
     account: TheAccount,
     service: TheService,
     state: State | None = None,
-    after: Annotated[
-        str | None, Query(pattern=r"^[0-9]{1,15}$", description="The `next` of the part before.")
-    ] = None,
+    after: Annotated[str | None, Query(pattern=r"^[0-9]{1,15}$", description="The `next` of the part before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Most jobs of this part.")] = 50,
 ) -> JobPage:
     """List your jobs, newest first; administrators see those of all users."""
@@ -196,7 +194,10 @@ def retry_job(job: JobId, account: TheAccount, service: TheService) -> JobAnswer
 @router.delete(
     "/jobs/{job}",
     status_code=204,
-    responses={**_problems(404), 202: {"description": "The job is running; it is deleted once its worker has stopped."}},
+    responses={
+        **_problems(404),
+        202: {"description": "The job is running; it is deleted once its worker has stopped."},
+    },
     tags=["jobs"],
 )
 def delete_job(job: JobId, account: TheAccount, service: TheService) -> Response:
@@ -218,9 +219,7 @@ def delete_job(job: JobId, account: TheAccount, service: TheService) -> Response
     response_class=FileResponse,
     tags=["jobs"],
 )
-def fetch_result(
-    job: JobId, name: ResultName, request: Request, account: TheAccount, service: TheService
-) -> Response:
+def fetch_result(job: JobId, name: ResultName, request: Request, account: TheAccount, service: TheService) -> Response:
     """Fetch a result; ranges and ETags allow to resume."""
     return result_response(service, account, job, name, request)
 
@@ -299,18 +298,25 @@ def result_response(service: Service, account: Account, job: str, name: str, req
     Raises:
         RefusedError: there is no such job or result.
     """
-    file, shown, path = _result_file(service, account, job, name)
+    file, shown, path = result_file(service, account, job, name)
     tag = f'"{file["sha256"]}"'
     headers = {"etag": tag, "cache-control": "private, no-cache"}
     if _matches(request, tag):
         return Response(status_code=304, headers=headers)
     headers["content-disposition"] = f"attachment; filename=\"{name}\"; filename*=UTF-8''{quote(shown, safe='')}"
     if name == "page":
-        headers["content-security-policy"] = f"{policy(source('viewer.js'))}; frame-ancestors 'none'; sandbox allow-scripts"
+        headers["content-security-policy"] = (
+            f"{policy(source('viewer.js'))}; frame-ancestors 'none'; sandbox allow-scripts"
+        )
     return FileResponse(path, media_type=file["media_type"], headers=headers)
 
 
-def _result_file(service: Service, account: Account, job: str, name: str) -> tuple[dict[str, Any], str, Path]:
+def result_file(service: Service, account: Account, job: str, name: str) -> tuple[dict[str, Any], str, Path]:
+    """Return what is recorded of a result, the name under which it is downloaded, and its path.
+
+    Raises:
+        RefusedError: there is no such job or result.
+    """
     with service.database.reading() as session:
         row = own_job(session, account, job)
         files = row.result["files"] if row.state == "done" and row.result is not None else []

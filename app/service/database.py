@@ -18,6 +18,7 @@ from sqlalchemy.exc import DatabaseError, DBAPIError
 from sqlalchemy.orm import Session
 
 from app.errors import RunError
+from app.system.disk_full import is_disk_full
 
 #: Seconds that a statement waits for another writer of SQLite.
 _BUSY_SECONDS: Final = 30
@@ -139,9 +140,9 @@ class Database:
 
 def is_full(error: BaseException) -> bool:
     """Whether an error of the database or of the system means that a disk is full."""
-    if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return isinstance(error, DBAPIError) and any(words in str(error).lower() for words in _FULL)
+    return is_disk_full(error) or (
+        isinstance(error, DBAPIError) and any(words in str(error).lower() for words in _FULL)
+    )
 
 
 def _create_private(path: Path) -> None:
@@ -176,5 +177,3 @@ def _upgrade(scripts: ScriptDirectory) -> Any:
         return scripts._upgrade_revs("head", revision)
 
     return steps
-
-

@@ -327,4 +327,3 @@ class Dispatcher:
             except subprocess.TimeoutExpired:
                 process.kill()
             worker.slot.join()
-

@@ -53,9 +53,13 @@ class Guard:
         headers = Headers(scope=scope)
         secured = _with_headers(send, https=scope["scheme"] == "https")
         if _host_of(headers.get("host", "")) not in self._names:
-            await _refuse(secured, 421, "This service is not reached under this host name. Use the one it was set up with.")
+            await _refuse(
+                secured, 421, "This service is not reached under this host name. Use the one it was set up with."
+            )
         elif b"zns_" in scope.get("query_string", b""):
-            await _refuse(secured, 400, "A token does not belong into an address. Send it as: Authorization: Bearer TOKEN")
+            await _refuse(
+                secured, 400, "A token does not belong into an address. Send it as: Authorization: Bearer TOKEN"
+            )
         elif "transfer-encoding" in headers and "content-length" in headers:
             await _refuse(secured, 400, "The request states its length twice.")
         elif _length(headers) > MOST_BODY_BYTES and not _is_file(scope):

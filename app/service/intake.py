@@ -64,7 +64,7 @@ def look_at(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     request = {"folder": str(folder), "files": list(files), "most_bytes": most_bytes}
     try:
-        ended = subprocess.run(  # noqa: S603 - this program itself
+        ended = subprocess.run(
             [sys.executable, "-P", "-m", "app.service.intake"],
             input=json.dumps(request),
             capture_output=True,

@@ -13,8 +13,17 @@ from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session as DatabaseSession
 
 from app.service.accounts import Account
-from app.service.answers import JobAnswer, JobPage, JobRequest, PredictionOptions, Priority, ResultFile, State, moment
-from app.service.answers import plain_options
+from app.service.answers import (
+    JobAnswer,
+    JobPage,
+    JobRequest,
+    PredictionOptions,
+    Priority,
+    ResultFile,
+    State,
+    moment,
+    plain_options,
+)
 from app.service.database import Database
 from app.service.refusals import RefusedError, not_found
 from app.service.settings import ServiceSettings
@@ -70,9 +79,7 @@ class Jobs:
             jobs = self._created(session, account, request)
             if key is not None:
                 made_ids = [job.id for job in jobs]
-                session.add(
-                    Submission(user_id=account.id, key=key, request=digest, made=made_ids, created=time.time())
-                )
+                session.add(Submission(user_id=account.id, key=key, request=digest, made=made_ids, created=time.time()))
             session.flush()
             answers = self._answers(session, jobs)
         self.wake()
@@ -92,11 +99,13 @@ class Jobs:
         numbers = list(range(len(upload.cases))) if request.cases is None else list(dict.fromkeys(request.cases))
         for number in numbers:
             if number >= len(upload.cases):
-                raise RefusedError(422, f"The upload has {len(upload.cases)} cases, counted from 0; there is no {number}.")
+                raise RefusedError(
+                    422, f"The upload has {len(upload.cases)} cases, counted from 0; there is no {number}."
+                )
             if upload.cases[number]["problems"]:
                 raise RefusedError(422, f"Case {number} cannot be predicted: {upload.cases[number]['problems'][0]}")
         self._require_place(session, account, len(numbers))
-        return [self._job(session, account, request, model, upload, number) for number in numbers]
+        return [self._job(session, account, request, upload, model=model, number=number) for number in numbers]
 
     def _require_place(self, session: DatabaseSession, account: Account, more: int) -> None:
         count = select(func.count()).select_from(Job).where(Job.state.in_(OPEN), Job.deleted.is_(False))
@@ -115,8 +124,9 @@ class Jobs:
         session: DatabaseSession,
         account: Account,
         request: JobRequest,
-        model: str,
         upload: Upload,
+        *,
+        model: str,
         number: int,
     ) -> Job:
         job = Job(
@@ -151,7 +161,9 @@ class Jobs:
         with self.database.reading() as session:
             return self._answers(session, [own_job(session, account, job)])[0]
 
-    def listed(self, account: Account, *, state: State | None = None, after: int | None = None, most: int = 50) -> JobPage:
+    def listed(
+        self, account: Account, *, state: State | None = None, after: int | None = None, most: int = 50
+    ) -> JobPage:
         """Return the jobs that a user may see, newest first.
 
         Args:

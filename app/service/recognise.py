@@ -79,9 +79,7 @@ def _cases_of_folder(folder: PurePosixPath, names: Sequence[str], numbers: Seque
     if not groups:
         return [NamedCase(name=folder.name or "case", contrasts={}, naming=None, notes=_unused(names, others))]
     if several:
-        return [
-            _case_of_group(case, names, own, set(), ENDINGS_OF_A_YEAR) for case, own in groups.items()
-        ]
+        return [_case_of_group(case, names, own, set(), ENDINGS_OF_A_YEAR) for case, own in groups.items()]
     together = {number: reading for own in groups.values() for number, reading in own.items()}
     name = next(iter(groups)) if len(groups) == 1 else folder.name or "case"
     return [_case_of_group(name, names, together, others, None)]
@@ -121,6 +119,6 @@ def _ordered(numbers: Mapping[Contrast, int]) -> dict[Contrast, int]:
 
 
 def _unused(names: Sequence[str], numbers: set[int]) -> tuple[str, ...]:
-    return tuple(f"{PurePosixPath(names[number]).name}: not one of the four contrasts; not used." for number in sorted(numbers))
-
-
+    return tuple(
+        f"{PurePosixPath(names[number]).name}: not one of the four contrasts; not used." for number in sorted(numbers)
+    )

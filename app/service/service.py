@@ -33,8 +33,10 @@ class Service:
     jobs: Jobs
     dispatcher: Dispatcher
     removal: Removal
-    sign_in_failures: Failures = field(default_factory=lambda: Failures(most=5, seconds=300))
-    """By address and by name: sign-ins that failed."""
+    name_failures: Failures = field(default_factory=lambda: Failures(most=5, seconds=300))
+    """By name: sign-ins that failed."""
+    address_failures: Failures = field(default_factory=lambda: Failures(most=20, seconds=300))
+    """By address: sign-ins that failed."""
     token_failures: Failures = field(default_factory=lambda: Failures(most=30, seconds=60))
     """By address: tokens that were not valid."""
     streams: dict[int, int] = field(default_factory=dict)

@@ -55,7 +55,9 @@ class Uploads:
             (total, self.settings.most_upload_bytes, "upload"),
         ):
             if size > most:
-                raise RefusedError(413, f"A{'n' * (what == 'upload')} {what} has {size / 1e9:.3g} GB; {most / 1e9:g} GB are allowed.")
+                raise RefusedError(
+                    413, f"A{'n' * (what == 'upload')} {what} has {size / 1e9:.3g} GB; {most / 1e9:g} GB are allowed."
+                )
         self._require_room(total)
         return self._created(account, [one.model_dump(mode="json") for one in request.files])
 
@@ -70,7 +72,9 @@ class Uploads:
         files = [{"name": name, "bytes": path.stat().st_size, "contrast": None} for name, path in paths.items()]
         total = sum(path.stat().st_size for path in paths.values())
         if total > self.settings.most_upload_bytes:
-            raise RefusedError(413, f"The folder has {total / 1e9:.3g} GB; {self.settings.most_upload_bytes / 1e9:g} GB are allowed.")
+            raise RefusedError(
+                413, f"The folder has {total / 1e9:.3g} GB; {self.settings.most_upload_bytes / 1e9:g} GB are allowed."
+            )
         self._require_room(total)
         made = self._created(account, files)
         place = self.settings.place.received(made.id)
@@ -112,9 +116,13 @@ class Uploads:
         if row.state in ("ready", "refused"):
             return self._answer(row)
         place = self.settings.place
-        missing = [number for number in range(len(row.files)) if not (place.received(upload) / f"{number:05}").is_file()]
+        missing = [
+            number for number in range(len(row.files)) if not (place.received(upload) / f"{number:05}").is_file()
+        ]
         if missing:
-            raise RefusedError(409, f"{len(missing)} of {len(row.files)} files have not arrived: number {missing[0]} is the first.")
+            raise RefusedError(
+                409, f"{len(missing)} of {len(row.files)} files have not arrived: number {missing[0]} is the first."
+            )
         with self._lock:
             if upload in self._looking:
                 raise RefusedError(409, "The upload is being looked at. Read it again.", retry_seconds=2)

@@ -28,8 +28,8 @@ from app.progress import LOG
 from app.reports.cohort import case_page
 from app.reports.predictions import Predicted
 from app.runs.folder import write_json
-from app.service.database import is_full
 from app.system.device import Runtime
+from app.system.disk_full import is_disk_full
 from app.system.process import give_back_large_blocks
 from app.system.worker_pool import Send, TaskQueue, be_worker
 from data.datasets.layouts import Case
@@ -38,7 +38,6 @@ from data.files import file_sha256, remove_stale
 from data.filesystem import lock, sync_file, sync_folder
 from data.labels import CONVENTIONS
 from data.native_space.config import PrepareConfig
-
 
 #: Name, file and media type of each result, in the order in which they are listed.
 RESULTS: Final = (
@@ -79,7 +78,7 @@ def run_task(content: Mapping[str, Any], models: Models, send_step: Any) -> dict
             _write_page(public, content, case, output, shown)
             return {"result": _result(public, folder)}
     except OSError as error:
-        if is_full(error):
+        if is_disk_full(error):
             return {"full": "the disk is full"}
         return {"failed": f"a file of the job cannot be used: {os.strerror(error.errno or 0)}."}
 
@@ -197,9 +196,8 @@ def _public(record: Mapping[str, Any], content: Mapping[str, Any], output: Path)
 def _options_in_words(content: Mapping[str, Any]) -> list[str]:
     options = content["options"]
     words = [f"--{contrast} {json.dumps(name)}" for contrast, name in content["files"].items()]
-    for name in ("prepare", "n4", "tta", "nan_to_zero", "save_probabilities", "uncertainty"):
-        if options[name]:
-            words.append(f"--{name.replace('_', '-')}")
+    switches = ("prepare", "n4", "tta", "nan_to_zero", "save_probabilities", "uncertainty")
+    words += [f"--{name.replace('_', '-')}" for name in switches if options[name]]
     if not options["postprocess"]:
         words.append("--no-postprocess")
     return words
@@ -238,9 +236,7 @@ def _write_segmentation(content: Mapping[str, Any], output: Path, shown: Path) -
         LOG.warning("a DICOM segmentation could not be written: %s", message(error))
 
 
-def _write_page(
-    public: Mapping[str, Any], content: Mapping[str, Any], case: Case, output: Path, shown: Path
-) -> None:
+def _write_page(public: Mapping[str, Any], content: Mapping[str, Any], case: Case, output: Path, shown: Path) -> None:
     uncertainty = output / "case_uncertainty.nii.gz"
     predicted = Predicted(
         case=content["name"],
