@@ -270,4 +270,3 @@ def predicted(quick_run: Path, tmp_path: Path) -> Callable[[Path], bytes]:
 def changed_settings(settings: ServiceSettings) -> Callable[..., ServiceSettings]:
     """The settings with some of them changed."""
     return lambda **changes: replace(settings, **changes)
-

@@ -137,9 +137,7 @@ def test_a_token_in_the_address_is_refused_although_it_is_valid(client: TestClie
 def test_anothers_job_looks_as_if_there_were_none(
     client: TestClient, token: Token, anns_job: str, method: str, path: str
 ) -> None:
-    answers = [
-        client.request(method, f"{API}/jobs/{job}{path}", headers=token("ben")) for job in (anns_job, NOBODYS)
-    ]
+    answers = [client.request(method, f"{API}/jobs/{job}{path}", headers=token("ben")) for job in (anns_job, NOBODYS)]
     assert [answer.status_code for answer in answers] == [404, 404]
     assert answers[0].json() == answers[1].json()
 
@@ -201,7 +199,9 @@ def test_a_name_is_never_used_as_a_path(client: TestClient, token: Token, servic
 
 
 @pytest.mark.parametrize("name", ["a\0_t1.nii", "a\n_t1.nii", "a\x1b[31m_t1.nii", "", "x" * 1025, "\u202etxt_t1.nii"])
-def test_a_name_with_control_characters_or_of_any_length_is_refused(client: TestClient, token: Token, name: str) -> None:
+def test_a_name_with_control_characters_or_of_any_length_is_refused(
+    client: TestClient, token: Token, name: str
+) -> None:
     answer = client.post(f"{API}/uploads", headers=token("ann"), json={"files": [{"name": name, "bytes": 1}]})
     assert answer.status_code == 422
 
