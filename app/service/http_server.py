@@ -124,7 +124,12 @@ def run_http(
     Raises:
         SystemExit: the address cannot be used.
     """
-    config = uvicorn.Config(
+    _Server(http_config(site, settings), on_start, on_stop).run()
+
+
+def http_config(site: ASGIApp, settings: HttpSettings) -> uvicorn.Config:
+    """Return the settings of uvicorn."""
+    return uvicorn.Config(
         site,
         host=settings.host,
         port=settings.port,
@@ -144,4 +149,3 @@ def run_http(
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )
-    _Server(config, on_start, on_stop).run()

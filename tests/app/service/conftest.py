@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 import uuid
@@ -16,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
 from argon2 import PasswordHasher
 from starlette.testclient import TestClient
 
 from app.service.accounts import Account
+from app.service.http_server import HttpSettings, http_config
 from app.service.service import Service, create_service
 from app.service.settings import ServiceSettings
 from app.service.site import create_site
@@ -28,6 +31,12 @@ from app.service.tables import Upload, User
 PASSWORD = "correct horse battery"
 #: Argon2 with the least cost, since tests hash many passwords.
 FAST_HASHES = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1)
+
+
+@pytest.fixture
+def fast_hashes() -> PasswordHasher:
+    """Argon2 with the least cost."""
+    return FAST_HASHES
 
 
 @pytest.fixture
@@ -62,6 +71,19 @@ def client(service: Service) -> Iterator[TestClient]:
     """A client of the service without a token; redirects are not followed."""
     with TestClient(create_site(service), base_url="http://localhost", follow_redirects=False) as made:
         yield made
+
+
+@pytest.fixture
+def live_port(service: Service) -> Iterator[int]:
+    """Port of a real HTTP server of the service, which computes nothing."""
+    server = uvicorn.Server(http_config(create_site(service), HttpSettings(port=0)))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    yield server.servers[0].sockets[0].getsockname()[1]
+    server.should_exit = True
+    thread.join()
 
 
 @pytest.fixture
