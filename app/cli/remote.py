@@ -38,7 +38,7 @@ def submit(
     *,
     url: _Url,
     source: Annotated[
-        Path | None, typer.Argument(metavar="[INPUT]", help="Case folder, folder of cases, DICOM study, or .zip.")
+        Path | None, typer.Argument(metavar="INPUT", help="Case folder, folder of cases, DICOM study, or .zip.")
     ] = None,
     t1: options.Image = None,
     t1c: options.T1c = None,
@@ -78,7 +78,7 @@ def submit(
 def status(
     *,
     url: _Url,
-    job: Annotated[str | None, typer.Argument(metavar="[JOB]", help="Id of a job; default: all jobs.")] = None,
+    job: Annotated[str | None, typer.Argument(metavar="JOB", help="Id of a job; default: all jobs.")] = None,
     token_file: _TokenFile = None,
 ) -> None:
     """List the jobs of the token's user, or show one."""
@@ -115,7 +115,7 @@ def watch_jobs(
     url: _Url,
     job: _Job,
     output: Annotated[
-        Path | None, typer.Argument(metavar="[OUTPUT]", help="Fetch the results to this folder when they are done.")
+        Path | None, typer.Argument(metavar="OUTPUT", help="Fetch the results to this folder when they are done.")
     ] = None,
     token_file: _TokenFile = None,
 ) -> None:

@@ -171,7 +171,7 @@ def add_user(
     role: Annotated[Literal["user", "admin"], typer.Option(help="Admins see the jobs of all users.")] = "user",
     database: _Database = "",
 ) -> None:
-    """Add a user; the password is asked for, or read from the first line of standard input."""
+    """Add a user; asks for the password, or reads a line of standard input."""
     with _accounts(folder, database) as accounts:
         accounts.add(name, _password(), role)
     terminal.result({"user": name, "role": role}, f"{name}: added as {role}")

@@ -9,7 +9,11 @@
     if (body !== undefined && !isFile) headers["content-type"] = "application/json";
     if (isFile) headers["content-type"] = "application/octet-stream";
     const sent = isFile || body === undefined ? body : JSON.stringify(body);
-    const answer = await fetch(`/api/v1${path}`, { method, headers, body: sent });
+    let answer = await fetch(`/api/v1${path}`, { method, headers, body: sent });
+    for (let turn = 0; answer.status === 429 && turn < 60 && path.endsWith("/complete"); turn++) {
+      await new Promise((resolve) => setTimeout(resolve, 2000));
+      answer = await fetch(`/api/v1${path}`, { method, headers, body: sent });
+    }
     if (answer.status === 401) {
       location.assign("/sign-in");
       throw new Error("You are no longer signed in.");

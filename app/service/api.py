@@ -45,7 +45,8 @@ PREFIX: Final = "/api/v1"
 ResultName = Literal["label_map", "probabilities", "uncertainty", "disagreement", "dicom_seg", "record", "page"]
 #: Event streams that one user may hold open.
 _MOST_STREAMS: Final = 8
-_STREAM_SECONDS: Final = 3600
+#: Clients then connect again, with a token that is still valid.
+_STREAM_SECONDS: Final = 600
 _POLL_SECONDS: Final = 0.5
 #: Seconds between comments that keep a stream open through proxies.
 _COMMENT_SECONDS: Final = 15.0

@@ -21,6 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.inference.batch.parallel import MAX_ATTEMPTS
 from app.progress import LOG
 from app.service.database import Database, is_full
+from app.service.durations import Durations
 from app.service.jobs import note_change, waiting_in_order
 from app.service.settings import ServiceSettings
 from app.service.tables import Event, Job, Upload
@@ -58,8 +59,8 @@ class Dispatcher:
 
     settings: ServiceSettings
     database: Database
-    seconds: list[float] = field(default_factory=list)
-    """Duration of each job since the start, for the metrics."""
+    durations: Durations = field(default_factory=Durations)
+    """Of the jobs since the start, for the metrics."""
     _events: queue.SimpleQueue[tuple[WorkerSlot, dict[str, Any]]] = field(default_factory=queue.SimpleQueue, repr=False)
     _workers: list[_Worker] = field(default_factory=list, repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -210,7 +211,7 @@ class Dispatcher:
                 self._note_step(task, step)
             case {"done": outcome, "task": task} if task == worker.job:
                 self._patiently(lambda: self._finish(task, outcome))
-                self.seconds.append(outcome["seconds"])
+                self.durations.add(outcome["seconds"])
                 worker.job = None
             case {"error": _}:
                 slot.error = event

@@ -12,12 +12,11 @@ from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Met
 from prometheus_client.registry import Collector
 from sqlalchemy import func, select
 
+from app.service.durations import CLASSES
 from app.service.service import Service
 from app.service.tables import Job
 
 _STATES: Final = ("queued", "running", "done", "failed", "cancelled")
-#: Upper ends of the classes of durations, in seconds.
-_CLASSES: Final = (1.0, 5.0, 15.0, 60.0, 300.0, 900.0, 3600.0)
 
 
 def metrics_text(service: Service) -> bytes:
@@ -40,13 +39,13 @@ class _Numbers(Collector):
         for state in _STATES:
             jobs.add_metric([state], counts.get(state, 0))
         yield jobs
-        seconds = list(self._service.dispatcher.seconds)
-        classes = [(f"{end:g}", sum(one <= end for one in seconds)) for end in _CLASSES]
+        durations = self._service.dispatcher.durations
+        ends = [*(f"{end:g}" for end in CLASSES), "+Inf"]
         yield HistogramMetricFamily(
             "znormseg_job_seconds",
             "Duration of jobs since the start of the service.",
-            buckets=[*classes, ("+Inf", len(seconds))],
-            sum_value=sum(seconds),
+            buckets=list(zip(ends, durations.counts(), strict=True)),
+            sum_value=durations.total,
         )
         memory = GaugeMetricFamily("znormseg_memory_bytes", "Resident memory, by process.", labels=["process"])
         memory.add_metric(["service"], _resident_bytes("self"))

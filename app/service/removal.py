@@ -70,6 +70,7 @@ class Removal:
             session.execute(delete(Submission).where(Submission.created < now - _KEY_SECONDS))
             session.execute(delete(Event).where(Event.at < now - EVENT_SECONDS))
         self.finish()
+        self.database.forget()  # readers may have kept the log from being emptied before
 
     def remainders(self) -> None:
         """After a start: remove folders that no row knows, and partial files of interrupted uploads."""

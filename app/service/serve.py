@@ -7,14 +7,18 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
 from app.errors import ConfigError, RunError
+from app.progress import LOG
 from app.service.http_server import HttpSettings, run_http
 from app.service.service import create_service
 from app.service.settings import ServiceSettings
 from app.service.site import create_site
 from data.files import naming_the_place
 from data.filesystem import has_no_locks, lock, warn_once
+
+_LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
 
 
 def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[str], None]) -> None:
@@ -32,6 +36,11 @@ def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[
     """
     os.umask(0o077)
     require_usable(http)
+    if http.host not in _LOOPBACK and http.certificate is None and http.proxy is None:
+        LOG.warning(
+            "%s: passwords and images travel unencrypted; use --tls-cert and --tls-key, or a proxy that speaks TLS",
+            http.host,
+        )
     with naming_the_place(settings.folder):
         settings.place.create()
     with only_service(settings.place.root):

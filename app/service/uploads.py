@@ -10,7 +10,7 @@ import uuid
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import BoundedSemaphore, Lock
+from threading import Lock
 from typing import Final
 
 from anyio import to_thread
@@ -41,7 +41,6 @@ class Uploads:
     database: Database
     _looking: set[str] = field(default_factory=set, repr=False)
     _lock: Lock = field(default_factory=Lock, repr=False)
-    _turns: BoundedSemaphore = field(default_factory=lambda: BoundedSemaphore(_LOOKS), repr=False)
 
     def announce(self, account: Account, request: UploadRequest) -> UploadAnswer:
         """Create an upload whose files are still to be received.
@@ -110,7 +109,7 @@ class Uploads:
         """Look at an upload whose files have all arrived, and recognise its cases; repeating it changes nothing.
 
         Raises:
-            RefusedError: there is no such upload, a file is missing, or the upload is being looked at.
+            RefusedError: there is no such upload, a file is missing, or too many uploads are being looked at.
         """
         row = self._row(account, upload)
         if row.state in ("ready", "refused"):
@@ -123,9 +122,10 @@ class Uploads:
             raise RefusedError(
                 409, f"{len(missing)} of {len(row.files)} files have not arrived: number {missing[0]} is the first."
             )
+        # Requests do not wait for their turn, since a few that did would keep all others from being answered.
         with self._lock:
-            if upload in self._looking:
-                raise RefusedError(409, "The upload is being looked at. Read it again.", retry_seconds=2)
+            if upload in self._looking or len(self._looking) >= _LOOKS:
+                raise RefusedError(429, "Uploads are being looked at. Ask again.", retry_seconds=2)
             self._looking.add(upload)
         try:
             self._set(upload, "checking")
@@ -178,6 +178,7 @@ class Uploads:
         with self.database.writing() as session:
             waiting = select(func.count()).select_from(Upload)
             waiting = waiting.where(Upload.user_id == account.id, Upload.deleted.is_(False), ~used)
+            waiting = waiting.where(Upload.state != "refused")
             if (session.scalar(waiting) or 0) >= self.settings.most_uploads_per_user:
                 raise RefusedError(
                     429, "You have too many uploads without a job. Delete one, or start its jobs.", retry_seconds=60
@@ -191,8 +192,7 @@ class Uploads:
     def _looked_at(self, account: Account, upload: str, row: Upload) -> UploadAnswer:
         folder = self.settings.place.upload(upload)
         try:
-            with self._turns:
-                cases = look_at(folder, row.files, self.settings.most_upload_bytes)
+            cases = look_at(folder, row.files, self.settings.most_upload_bytes)
         except DataError as error:
             self._set(upload, "refused", message=str(error))
             shutil.rmtree(folder, ignore_errors=True)

@@ -188,8 +188,8 @@ def _public(record: Mapping[str, Any], content: Mapping[str, Any], output: Path)
         "inputs": dict(content["files"]),
         "command": " ".join(["znormseg predict", content["model"], "OUTPUT", *_options_in_words(content)]),
     }
-    plain: dict[str, Any] = json.loads(json.dumps(named))
-    assert str(output) not in json.dumps(plain)
+    escaped = json.dumps(f"{output}{os.sep}")[1:-1]
+    plain: dict[str, Any] = json.loads(json.dumps(named).replace(escaped, ""))
     return plain
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import time
@@ -42,15 +43,14 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 def wait(true: Callable[[], Any]) -> Any:
-    until = time.monotonic() + SECONDS
-    while True:
-        try:
-            if found := true():
-                return found
-        except Exception as error:  # an element that is not there yet, or no longer
-            assert time.monotonic() < until, error
+    """Wait until something is true; an element may not be there yet, or no longer."""
+    until, found = time.monotonic() + SECONDS, None
+    while not found:
         assert time.monotonic() < until
         time.sleep(0.2)
+        with contextlib.suppress(Exception):
+            found = true()
+    return found
 
 
 def one(browser: Any, selector: str) -> Any:
