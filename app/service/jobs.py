@@ -265,7 +265,7 @@ class Jobs:
         if any(job.state == "queued" for job in jobs):
             places = {job: number for number, job in enumerate(session.scalars(waiting_in_order()), 1)}
         wanted = select(User.id, User.name).where(User.id.in_({job.user_id for job in jobs}))
-        owners = dict(session.execute(wanted).tuples().all())
+        owners = dict(session.execute(wanted).all())
         return [_answer(job, owners[job.user_id], places.get(job.id)) for job in jobs]
 
 

@@ -34,7 +34,7 @@ class _Numbers(Collector):
         """Yield each family of numbers."""
         with self._service.database.reading() as session:
             counted = select(Job.state, func.count()).where(Job.deleted.is_(False)).group_by(Job.state)
-            counts = dict(session.execute(counted).tuples().all())
+            counts = dict(session.execute(counted).all())
         jobs = GaugeMetricFamily("znormseg_jobs", "Jobs that are kept, by state.", labels=["state"])
         for state in _STATES:
             jobs.add_metric([state], counts.get(state, 0))

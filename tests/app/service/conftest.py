@@ -161,7 +161,7 @@ class ServerProcess:
             self.process = subprocess.Popen(list(map(str, command)), stderr=log, start_new_session=True, text=True)
         self.wait_for("/health")
 
-    def wait_for(self, path: str, seconds: float = 120) -> None:
+    def wait_for(self, path: str, seconds: float = 600) -> None:
         """Wait until a path is answered with 200."""
         until = time.monotonic() + seconds
         while True:
@@ -180,7 +180,7 @@ class ServerProcess:
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         sent = {"Authorization": f"Bearer {self.token}", "Content-Type": kind, **headers}
         request = urllib.request.Request(f"{self.url}/api/v1{path}", data=data, method=method, headers=sent)
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=600) as answer:
             content = answer.read()
         is_json = answer.headers.get_content_type() == "application/json" and "/results/" not in path
         return json.loads(content) if is_json else content
@@ -195,7 +195,7 @@ class ServerProcess:
         assert self.ask("POST", f"/uploads/{upload}/complete")["state"] == "ready"
         return upload
 
-    def wait_until_ended(self, jobs: list[str], seconds: float = 300) -> list[dict[str, Any]]:
+    def wait_until_ended(self, jobs: list[str], seconds: float = 1200) -> list[dict[str, Any]]:
         """Wait until jobs have ended; returns them."""
         until = time.monotonic() + seconds
         while True:
@@ -216,7 +216,7 @@ class ServerProcess:
         if self.process is None:
             return 0
         self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
+        return self.process.wait(120)
 
     def workers(self) -> list[int]:
         """Process ids of the workers."""

@@ -49,7 +49,7 @@ def status_of(call: Callable[[], Any]) -> int:
     return 200
 
 
-def wait_until(true: Callable[[], bool], seconds: float = 120) -> None:
+def wait_until(true: Callable[[], bool], seconds: float = 900) -> None:
     until = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < until

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 PASSWORD = "correct horse battery"
-SECONDS = 180
+SECONDS = 900
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +34,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('profile')}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     started = webdriver.Chrome(options=options, service=Service(driver))
-    started.set_script_timeout(120)
-    started.set_page_load_timeout(120)
+    started.set_script_timeout(600)
+    started.set_page_load_timeout(600)
     started.downloads = downloads
     started.execute_cdp_cmd("Page.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(downloads)})
     yield started
