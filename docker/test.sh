@@ -354,6 +354,22 @@ step "predict: six cases" znormseg predict /data/run /data/cases /data/out --dev
 step "evaluate" znormseg evaluate /data/out /data/cases --out /data/scores.csv
 [ -s "$work/data/scores.csv" ] || broken "evaluate wrote no scores"
 
+step "serve: one job, with a read-only root and no network" tool sh -c '
+set -e
+echo "correct horse battery" | znormseg serve user add ann --role admin --data /data/service
+ZNORMSEG_TOKEN=$(znormseg serve token add ann --data /data/service)
+export ZNORMSEG_TOKEN
+znormseg serve --data /data/service --model /data/run --reserve-gb 0 & server=$!
+for _ in $(seq 120); do
+    python -c "import urllib.request as u; u.urlopen(\"http://127.0.0.1:8000/api/v1/ready\")" 2>/dev/null && break
+    sleep 1
+done
+case=$(ls -d /data/cases/* | head -n 1)
+znormseg remote submit http://127.0.0.1:8000 "$case" --watch /data/served
+kill -TERM $server
+wait $server
+cmp /data/served/*.nii.gz "/data/out/$(basename "$case").nii.gz"'
+
 rm -f "$work/data/canaries" "$work/data/control" "$work/data/constraints.txt"
 if [ "$RUNNER" = podman ] && [ "$(id -u)" != 0 ]; then
     # Rootless podman maps the uid; it is 1234 only inside the container.

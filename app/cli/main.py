@@ -23,7 +23,9 @@ from app.cli import (
     plan,
     predict,
     rank,
+    remote,
     report,
+    serve,
     terminal,
     train,
 )
@@ -74,6 +76,8 @@ verb(app, "evaluate", panel=_USE, examples=evaluate.EXAMPLES)(evaluate.evaluate_
 verb(app, "contrasts", panel=_USE, examples=contrasts.EXAMPLES)(contrasts.contrasts_command)
 verb(app, "rank", panel=_USE, examples=rank.EXAMPLES)(rank.rank_command)
 verb(app, "report", panel=_USE, examples=report.EXAMPLES)(report.report_command)
+app.add_typer(serve.app, name="serve", rich_help_panel=_SHARE)
+app.add_typer(remote.app, name="remote", rich_help_panel=_SHARE)
 app.add_typer(model.app, name="model", rich_help_panel=_SHARE)
 verb(app, "export", panel=_SHARE, examples=export.EXAMPLES)(export.export_network_command)
 

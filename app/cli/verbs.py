@@ -67,20 +67,11 @@ class _Verb(TyperCommand):
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the arguments, then options without a heading, then the other headings in order of appearance."""
-        panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
-        for parameter in self.get_params(ctx):
-            usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
-            panel = _COMMON if parameter.name == "help" else getattr(parameter, "rich_help_panel", None) or usual
-            if record := parameter.get_help_record(ctx):
-                name, text = record
-                panels.setdefault(panel, []).append((name.replace("<list[Path]>", "<path>..."), text))
-        _write(panels, formatter)
+        _write_options(self, ctx, formatter)
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
         """Write the examples, one per line, without wrapping."""
-        if self.epilog:
-            with formatter.section("Examples"):
-                formatter.write("".join(f"  {line}\n" for line in self.epilog.splitlines()))
+        _write_examples(self.epilog, formatter)
 
 
 class Verbs(TyperGroup):
@@ -94,6 +85,36 @@ class Verbs(TyperGroup):
             record = f"{name:{width}}", command.get_short_help_str(limit=200)
             panels.setdefault(getattr(command, "rich_help_panel", None) or "Commands", []).append(record)
         _write(panels, formatter)
+
+
+class VerbWithVerbs(Verbs):
+    """A command that also has subcommands; its help has headings and examples, as that of other commands."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options under their headings, then the subcommands."""
+        _write_options(self, ctx, formatter)
+        self.format_commands(ctx, formatter)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 - signature of the base class
+        """Write the examples, one per line, without wrapping."""
+        _write_examples(self.epilog, formatter)
+
+
+def _write_options(command: Any, ctx: Any, formatter: Any) -> None:
+    panels: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
+    for parameter in command.get_params(ctx):
+        usual = "Arguments" if parameter.param_type_name == "argument" else "Options"
+        panel = _COMMON if parameter.name == "help" else getattr(parameter, "rich_help_panel", None) or usual
+        if record := parameter.get_help_record(ctx):
+            name, text = record
+            panels.setdefault(panel, []).append((name.replace("<list[Path]>", "<path>..."), text))
+    _write(panels, formatter)
+
+
+def _write_examples(examples: str | None, formatter: Any) -> None:
+    if examples:
+        with formatter.section("Examples"):
+            formatter.write("".join(f"  {line}\n" for line in examples.splitlines()))
 
 
 def _write(panels: dict[str, list[tuple[str, str]]], formatter: Any) -> None:

@@ -114,6 +114,20 @@ def write_cohort(
     return CohortPages(index=index, cases=pages, failures=failures)
 
 
+def case_page(predicted: Predicted, *, grid_mm: float = 1.0) -> str:
+    """Return the page of one case as HTML, without references and without links to other pages.
+
+    Args:
+        predicted: the case.
+        grid_mm: grid of the viewer.
+
+    Raises:
+        DataError: the label map cannot be read.
+    """
+    shown = _Shown.of(predicted, None)
+    return _case_page(shown, overlay_picture(shown.overlay(), height_px=_PANEL_PX), (), grid_mm)
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Shown:
     """A case with its voxel arrays, all in canonical voxel order on the label map's grid."""

@@ -22,6 +22,11 @@ RETRY_SECONDS = 5.0
 MESSAGE_SECONDS = 60.0
 
 
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a system error means that the disk is full or the quota is used up."""
+    return isinstance(error, OSError) and error.errno in _FULL
+
+
 @dataclass(kw_only=True)
 class RetryOnFullDisk:
     """Retries a write that failed because the disk is full, until it succeeds."""

@@ -144,10 +144,10 @@ class WorkerPool:
         self._left = len(self.tasks)
         self._waiting = deque(self.tasks)
         self._attempts = Counter[str]()
-        events: queue.SimpleQueue[tuple[_Slot, dict[str, Any]]] = queue.SimpleQueue()
+        events: queue.SimpleQueue[tuple[WorkerSlot, dict[str, Any]]] = queue.SimpleQueue()
         devices = self.devices[: len(self.tasks)]
         self._slots = [
-            _Slot(
+            WorkerSlot(
                 name=f"worker-{number}",
                 device=device,
                 environment=worker_environment(device, len(devices), given=dict(os.environ)),
@@ -166,7 +166,7 @@ class WorkerPool:
             for slot in self._slots:
                 slot.join()
 
-    def _start(self, slot: _Slot) -> None:
+    def _start(self, slot: WorkerSlot) -> None:
         """Start a worker, unless it would have nothing to do."""
         if not self._waiting and not self.reuse:
             return
@@ -177,7 +177,7 @@ class WorkerPool:
         slot.send({"job": self.job(slot.name, slot.device)})
         self._hand_out(slot)
 
-    def _hand_out(self, slot: _Slot) -> None:
+    def _hand_out(self, slot: WorkerSlot) -> None:
         """Give a worker as many tasks as it may hold: a task that a lost worker held must be its only one."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
@@ -189,7 +189,7 @@ class WorkerPool:
             slot.held.append(task)
             slot.send({"task": task, "content": self.tasks[task]})
 
-    def _handle(self, slot: _Slot, event: dict[str, Any]) -> None:
+    def _handle(self, slot: WorkerSlot, event: dict[str, Any]) -> None:
         match event:
             case {"log": text, "level": level}:
                 LOG.log(level, "%s", text if self.reuse else f"{slot.name}: {text}")
@@ -213,11 +213,11 @@ class WorkerPool:
         for one in self._slots:
             self._hand_out(one)
 
-    def _attempt(self, slot: _Slot, task: str) -> TaskAttempt:
+    def _attempt(self, slot: WorkerSlot, task: str) -> TaskAttempt:
         device = slot.device or slot.reported_device or "unknown"
         return TaskAttempt(task=task, number=self._attempts[task], worker=slot.name, device=device)
 
-    def _replace(self, slot: _Slot, how: str) -> None:
+    def _replace(self, slot: WorkerSlot, how: str) -> None:
         """Handle a worker that ended while tasks were left."""
         was_ready, slot.ready = slot.ready, False
         retried = self.max_attempts > 1 and slot.error and slot.error["error"] == InterruptedRunError.__name__
@@ -245,13 +245,20 @@ class WorkerPool:
 
 
 @dataclass(kw_only=True, eq=False)
-class _Slot:
-    """A slot for a worker on a device: runs one process at a time, and starts another when that one has ended."""
+class WorkerSlot:
+    """A slot for a worker on a device: runs one process at a time, and starts another when that one has ended.
+
+    :class:`WorkerPool` has one for each worker of a fixed set of tasks. The service, whose tasks have no end, uses
+    slots directly.
+    """
 
     name: str
     device: str | None
+    """Device of its processes; None for the device of the job."""
     environment: dict[str, str]
-    events: queue.SimpleQueue[tuple[_Slot, dict[str, Any]]]
+    """Environment of its processes, from :func:`worker_environment`."""
+    events: queue.SimpleQueue[tuple[WorkerSlot, dict[str, Any]]]
+    """Receives the events of its processes, and ``{"gone": status}`` when one has ended."""
     held: list[str] = field(default_factory=list)
     """Ids of the tasks that its process holds."""
     ready: bool = False

@@ -176,7 +176,7 @@ def test_a_setting_that_cannot_work_is_refused_before_the_build(
 @pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
 def test_compose_calls_verbs_that_there_are(name: str, znormseg: Callable[..., Any]) -> None:
     services = yaml.safe_load((ROOT / name).read_text(encoding="utf-8"))["services"]
-    assert set(services) == {"train", "predict"}
+    assert set(services) == {"train", "predict", "serve"}
     for service in services.values():
         assert znormseg(service.get("command", ["predict"])[0], "--help").code == 0
 

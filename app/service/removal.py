@@ -1,0 +1,94 @@
+"""Deletion: of what users delete, of what is too old, and of what a killed service left behind."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from sqlalchemy import delete, select
+
+from app.progress import LOG
+from app.service.database import Database
+from app.service.jobs import OPEN, note_change
+from app.service.settings import ServiceSettings
+from app.service.tables import Event, Job, Session, Submission, Upload
+
+_DAY: Final = 86_400.0
+#: Uploads without a job are deleted after this many seconds.
+UNUSED_UPLOAD_SECONDS: Final = _DAY
+#: Idempotency keys are remembered for this many seconds.
+_KEY_SECONDS: Final = _DAY
+#: Entries of the log of who did what are kept for this many seconds.
+EVENT_SECONDS: Final = 365 * _DAY
+
+
+@dataclass(kw_only=True)
+class Removal:
+    """Deletes jobs and uploads with all their files."""
+
+    settings: ServiceSettings
+    database: Database
+    now: Callable[[], float] = time.time
+
+    def finish(self) -> None:
+        """Remove everything that is marked as deleted: first files, then rows, so that a crash loses no trace of it."""
+        with self.database.reading() as session:
+            jobs = session.scalars(select(Job.id).where(Job.deleted.is_(True), Job.state.not_in(OPEN))).all()
+            unused = ~select(Job.id).where(Job.upload_id == Upload.id, Job.id.not_in(jobs)).exists()
+            wanted = select(Upload.id).where(Upload.deleted.is_(True), unused)
+            of_jobs = select(Job.upload_id).where(Job.id.in_(jobs))
+            uploads = set(session.scalars(wanted)) | set(
+                session.scalars(select(Upload.id).where(Upload.id.in_(of_jobs), unused))
+            )
+        if not jobs and not uploads:
+            return
+        self._remove_folders([*map(self.settings.place.job, jobs), *map(self.settings.place.upload, uploads)])
+        with self.database.writing() as session:
+            session.execute(delete(Job).where(Job.id.in_(jobs)))
+            session.execute(delete(Upload).where(Upload.id.in_(uploads)))
+        self.database.forget()
+
+    def by_age(self) -> None:
+        """Mark what is too old as deleted, and forget old sessions, keys and log entries."""
+        now = self.now()
+        with self.database.writing() as session:
+            old = Job.ended < now - self.settings.keep_days * _DAY
+            for job in session.scalars(select(Job).where(old, Job.state.not_in(OPEN), Job.deleted.is_(False))):
+                job.deleted = True
+                note_change(session, job)
+                session.add(Event(at=now, user="service", action="job too old", what=job.id))
+            used = select(Job.id).where(Job.upload_id == Upload.id).exists()
+            unused = select(Upload).where(Upload.created < now - UNUSED_UPLOAD_SECONDS, ~used)
+            for upload in session.scalars(unused.where(Upload.deleted.is_(False))):
+                upload.deleted = True
+                session.add(Event(at=now, user="service", action="upload too old", what=upload.id))
+            session.execute(delete(Session).where(Session.expires < now))
+            session.execute(delete(Submission).where(Submission.created < now - _KEY_SECONDS))
+            session.execute(delete(Event).where(Event.at < now - EVENT_SECONDS))
+        self.finish()
+        self.database.forget()  # readers may have kept the log from being emptied before
+
+    def remainders(self) -> None:
+        """After a start: remove folders that no row knows, and partial files of interrupted uploads."""
+        place = self.settings.place
+        with self.database.reading() as session:
+            uploads, jobs = set(session.scalars(select(Upload.id))), set(session.scalars(select(Job.id)))
+        known = {place.upload(upload) for upload in uploads} | {place.job(job) for job in jobs}
+        found = [*place.uploads.iterdir(), *place.jobs.iterdir()]
+        self._remove_folders(folder for folder in found if folder not in known)
+        for partial in place.uploads.glob("*/received/.partial-*"):
+            partial.unlink(missing_ok=True)
+
+    def _remove_folders(self, folders: Iterable[Path]) -> None:
+        for folder in folders:
+            try:
+                shutil.rmtree(folder)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                LOG.error("%s cannot be removed: %s; tried again later", folder, error.strerror)
+                raise

@@ -1,0 +1,101 @@
+"""The parts of a running service."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+from typing import Final
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.progress import LOG
+from app.service.accounts import Accounts
+from app.service.database import Database
+from app.service.dispatcher import Dispatcher
+from app.service.jobs import Jobs
+from app.service.limits import Failures
+from app.service.removal import Removal
+from app.service.settings import ServiceSettings
+from app.service.uploads import Uploads
+
+#: Seconds between two looks for what is too old or marked as deleted.
+_REMOVAL_SECONDS: Final = 30.0
+
+
+@dataclass(kw_only=True)
+class Service:
+    """Everything that requests need."""
+
+    settings: ServiceSettings
+    database: Database
+    accounts: Accounts
+    uploads: Uploads
+    jobs: Jobs
+    dispatcher: Dispatcher
+    removal: Removal
+    name_failures: Failures = field(default_factory=lambda: Failures(most=5, seconds=300))
+    """By name: sign-ins that failed."""
+    address_failures: Failures = field(default_factory=lambda: Failures(most=20, seconds=300))
+    """By address: sign-ins that failed."""
+    token_failures: Failures = field(default_factory=lambda: Failures(most=30, seconds=60))
+    """By address: tokens that were not valid."""
+    streams: dict[int, int] = field(default_factory=dict)
+    """Open event streams by user."""
+    stopping: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list, repr=False)
+
+    def start(self) -> None:
+        """Tidy up after a service that was killed, and begin to compute.
+
+        Raises:
+            OSError: the data folder cannot be written to.
+        """
+        self.uploads.interrupted()
+        self.removal.remainders()
+        self.dispatcher.start()
+        for work in (self._remove, self._stop_jobs):
+            thread = threading.Thread(target=work, name=work.__name__, daemon=True)
+            thread.start()
+            self._threads.append(thread)
+
+    def stop(self) -> None:
+        """Let running jobs finish within the grace period, stop the workers and close the database."""
+        self.stopping.set()
+        for thread in self._threads:
+            thread.join()
+        self.database.close()
+
+    def _stop_jobs(self) -> None:
+        self.stopping.wait()
+        self.dispatcher.stop(self.settings.grace_seconds)
+
+    def _remove(self) -> None:
+        while True:
+            try:
+                self.removal.by_age()
+            except (OSError, SQLAlchemyError) as error:
+                LOG.warning("old jobs could not be deleted, tried again later: %s", type(error).__name__)
+            if self.stopping.wait(_REMOVAL_SECONDS):
+                return
+
+
+def create_service(settings: ServiceSettings) -> Service:
+    """Open the database of a service, bring it up to date, and return its parts; nothing runs yet.
+
+    Raises:
+        RunError: the database is newer than this program, or cannot be opened.
+        OSError: the data folder cannot be written to.
+    """
+    settings.place.create()
+    database = Database(settings.database_url)
+    database.migrate()
+    dispatcher = Dispatcher(settings=settings, database=database)
+    return Service(
+        settings=settings,
+        database=database,
+        accounts=Accounts(database=database, secret=settings.place.secret()),
+        uploads=Uploads(settings=settings, database=database),
+        jobs=Jobs(settings=settings, database=database, wake=dispatcher.wake),
+        dispatcher=dispatcher,
+        removal=Removal(settings=settings, database=database),
+    )

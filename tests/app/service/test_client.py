@@ -1,0 +1,144 @@
+"""The client: it resumes what was interrupted, waits for a server that restarts, and repeats nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.errors import ConfigError, RunError
+from app.service.accounts import Account
+from app.service.answers import JobRequest
+from app.service.client import RemoteService
+from app.service.service import Service
+from app.service.tables import Job, Upload
+
+
+@pytest.fixture
+def remote(live_port: int, service: Service) -> RemoteService:
+    """A client of a service without workers, with a token of ann; it does not sleep."""
+    return RemoteService(
+        url=f"http://127.0.0.1:{live_port}", token=service.accounts.add_token("ann"), pause=lambda _: None
+    )
+
+
+@pytest.fixture
+def files(phantoms: Path) -> list[tuple[str, Path, str | None]]:
+    case = sorted(phantoms.iterdir())[0]
+    return [(path.name, path, None) for path in sorted(case.glob("*.nii.gz")) if "seg" not in path.name]
+
+
+def test_an_interrupted_submission_continues_and_starts_one_job(
+    remote: RemoteService, service: Service, files: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, sent = tmp_path / "state.json", []
+    real = RemoteService._send
+
+    def send(self: RemoteService, upload: str, number: int, path: Path) -> None:
+        sent.append(number)
+        if sent == [0, 1, 2]:
+            raise KeyboardInterrupt
+        real(self, upload, number, path)
+
+    monkeypatch.setattr(RemoteService, "_send", send)
+    with pytest.raises(KeyboardInterrupt):
+        remote.submit(files, {"options": {}}, state)
+    jobs = remote.submit(files, {"options": {}}, state)
+    assert sent == [0, 1, 2, 2, 3]
+    assert len(jobs) == 1
+    assert not state.exists()
+    with service.database.reading() as session:
+        assert (session.query(Upload).count(), session.query(Job).count()) == (1, 1)
+
+
+def test_files_that_are_no_images_are_refused_with_the_servers_reason(remote: RemoteService, tmp_path: Path) -> None:
+    from data.errors import DataError
+
+    (tmp_path / "readme.txt").write_text("x")
+    with pytest.raises(DataError, match="no image was found"):
+        remote.submit([("readme.txt", tmp_path / "readme.txt", None)], {}, None)
+
+
+@pytest.fixture
+def done(service: Service, accounts: dict[str, Account], ready_upload: Callable[..., str]) -> str:
+    """A job that is done, with a label map of ten bytes."""
+    import hashlib
+
+    ann = accounts["ann"]
+    job = service.jobs.submit(ann, JobRequest(upload=ready_upload(ann)), None)[0].id
+    place = service.settings.place.job(job)
+    (place / "output").mkdir(parents=True)
+    (place / "output" / "case.nii.gz").write_bytes(b"0123456789")
+    file = {"name": "label_map", "file": "output/case.nii.gz", "media_type": "application/gzip", "bytes": 10}
+    file["sha256"] = hashlib.sha256(b"0123456789").hexdigest()
+    with service.database.writing() as session:
+        row = session.get(Job, job)
+        assert row is not None
+        row.state, row.ended, row.result = "done", 1.0, {"volumes_ml": {}, "flags": [], "files": [file]}
+    return job
+
+
+def test_a_download_continues_where_it_was_and_is_not_repeated(
+    remote: RemoteService, done: str, tmp_path: Path
+) -> None:
+    from data.files import partial_prefix
+
+    place = tmp_path / "a.nii.gz"
+    partial = tmp_path / f"{partial_prefix(0)}{done}-label_map"
+    partial.write_bytes(b"0123")
+    assert remote.fetch(done, "label_map", place)
+    assert place.read_bytes() == b"0123456789"
+    assert not remote.fetch(done, "label_map", place)
+    assert list(tmp_path.iterdir()) == [place]
+
+
+def test_a_damaged_part_is_thrown_away(remote: RemoteService, done: str, tmp_path: Path) -> None:
+    from data.files import partial_prefix
+
+    (tmp_path / f"{partial_prefix(0)}{done}-label_map").write_bytes(b"XXXX")
+    with pytest.raises(RunError, match="arrived damaged"):
+        remote.fetch(done, "label_map", tmp_path / "a.nii.gz")
+    assert remote.fetch(done, "label_map", tmp_path / "a.nii.gz")
+
+
+def test_all_jobs_are_listed_and_ended_ones_are_not_waited_for(remote: RemoteService, done: str) -> None:
+    assert [job["id"] for job in remote.jobs()] == [done]
+    seen: list[str] = []
+    remote.watch([done], lambda job: seen.append(job["state"]))
+    assert seen == ["done"]
+
+
+def test_a_server_that_is_away_is_tried_again(live_port: int, service: Service) -> None:
+    waited: list[float] = []
+    away = RemoteService(url="http://127.0.0.1:9", token="zns_x", pause=waited.append)
+    with pytest.raises(OSError, match="cannot be reached"):
+        away.job("0" * 32)
+    assert waited == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_a_wrong_token_and_a_wrong_address_are_said(live_port: int) -> None:
+    with pytest.raises(RunError, match="The token is not valid"):
+        RemoteService(url=f"http://127.0.0.1:{live_port}", token="x").job("0" * 32)
+    for url in ("127.0.0.1:8000", "ftp://a", "http://user:secret@a"):
+        with pytest.raises(ConfigError, match="not the address of a service"):
+            RemoteService(url=url, token="x")
+
+
+def test_the_commands_need_a_token(znormseg: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("ZNORMSEG_TOKEN", raising=False)
+    ended = znormseg("remote", "status", "http://127.0.0.1:9")
+    assert (ended.code, ended.err) == (4, "znormseg: no token: set ZNORMSEG_TOKEN, or give --token-file FILE\n")
+
+
+def test_the_commands_list_and_fetch(
+    znormseg: Callable[..., Any], remote: RemoteService, done: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ZNORMSEG_TOKEN", remote.token)
+    listed = znormseg("remote", "status", remote.url)
+    assert listed.code == 0, listed.err
+    assert f"{done}   done" in listed.out
+    fetched = znormseg("remote", "fetch", remote.url, done, tmp_path / "out")
+    assert fetched.code == 0, fetched.err
+    assert (tmp_path / "out" / f"{done}.nii.gz").read_bytes() == b"0123456789"
