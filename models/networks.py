@@ -69,12 +69,7 @@ class NetworkConfig:
             raise ValueError(f"network.residual_units: from 1 to 8, got {self.residual_units}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"network.dropout: a probability from 0 to below 1, got {self.dropout}")
-        if self.architecture in PRESENCE_ARCHITECTURES and len(self.channels) != _STAGES:
-            raise ValueError(f"network.channels: a ResNet has {_STAGES} stages, got {list(self.channels)}")
-        if self.slices is not None and self.architecture not in PRESENCE_ARCHITECTURES:
-            raise ValueError(f"network.slices: only a ResNet takes slabs, not {self.architecture}; leave it out")
-        if self.slices is not None and not 1 <= self.slices <= 64:
-            raise ValueError(f"network.slices: from 1 to 64, or null, got {self.slices}")
+        self._check_resnet()
         if not all(self.backward_normalization):
             raise ValueError(
                 f"network.backward_normalization: names or patterns of modules, or auto, got "
@@ -91,6 +86,14 @@ class NetworkConfig:
             raise ValueError(
                 "network.deep_supervision: two levels at first_stride 1 have no coarser logits; add a level"
             )
+
+    def _check_resnet(self) -> None:
+        if self.architecture in PRESENCE_ARCHITECTURES and len(self.channels) != _STAGES:
+            raise ValueError(f"network.channels: a ResNet has {_STAGES} stages, got {list(self.channels)}")
+        if self.slices is not None and self.architecture not in PRESENCE_ARCHITECTURES:
+            raise ValueError(f"network.slices: only a ResNet takes slabs, not {self.architecture}; leave it out")
+        if self.slices is not None and not 1 <= self.slices <= 64:
+            raise ValueError(f"network.slices: from 1 to 64, or null, got {self.slices}")
 
     def _check_blocks(self, blocks: tuple[int, ...]) -> None:
         if self.architecture != "resenc":
