@@ -52,6 +52,10 @@ class AnswerMean(ABC, Generic[A]):
         """Take in probabilities minus one half, shape (3, X, Y, Z); overwrites them."""
 
     @abstractmethod
+    def on_cpu(self) -> ArrayMean:
+        """Return the mean so far in numpy, to which answers from the CPU can be added."""
+
+    @abstractmethod
     def result(self) -> MeanAnswer:
         """Return the mean of the answers, of which there is at least one; nothing can be added afterwards."""
 
@@ -71,6 +75,10 @@ class ArrayMean(AnswerMean[Array]):
             own = entropy_bits(answer)
             self.entropy = own if self.entropy is None else _towards(self.entropy, own, self.count)
         self.mean = answer if self.mean is None else _towards(self.mean, answer, self.count)
+
+    def on_cpu(self) -> ArrayMean:
+        """See :meth:`AnswerMean.on_cpu`."""
+        return self
 
     def result(self) -> MeanAnswer:
         """See :meth:`AnswerMean.result`."""

@@ -93,17 +93,17 @@ class TensorMean(AnswerMean[Tensor]):
             spread = (_entropy_bits(self.mean) - self.entropy).clamp_(0, 1).float()
             wanted.append(spread.masked_fill_(outside, 0))
         self.mean.masked_fill_(outside, -0.5)
-        counts, centred, *spreads = download(wanted)
+        counts, centred, *spreads = fetch_tensors(wanted)
         return MeanAnswer(
             centred=centred, disagreement=spreads[0] if spreads else None, volumes_voxels=_by_answer(counts)
         )
 
     @torch.inference_mode()
     def on_cpu(self) -> ArrayMean:
-        """Return the mean so far in numpy, to which answers from the CPU can be added."""
+        """See :meth:`app.inference.answer_mean.AnswerMean.on_cpu`."""
         assert self.mean is not None
         tensors = [torch.stack(self._counts), self.mean, *([] if self.entropy is None else [self.entropy])]
-        counts, mean, *entropies = download(tensors)
+        counts, mean, *entropies = fetch_tensors(tensors)
         found = ArrayMean(self.brain, self.thresholds, uncertainty=self.uncertainty)
         found.count, found.mean = self.count, mean
         found.entropy = entropies[0] if entropies else None
@@ -125,7 +125,7 @@ def _entropy_bits(centred: Tensor) -> Tensor:
     return (torch.special.entr(0.5 + centred) + torch.special.entr(0.5 - centred)).div_(log(2)).clamp_(0, 1)
 
 
-def download(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
+def fetch_tensors(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:
     """Copy tensors to the CPU in one transfer.
 
     Args:

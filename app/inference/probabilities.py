@@ -148,17 +148,16 @@ def _mean_for(
     answer: Answer, before: AnswerMean[Any] | None, prepared: Prepared, model: Predictor, options: PredictOptions
 ) -> AnswerMean[Any]:
     """Return the mean to add an answer to, on the device of the answer."""
-    on_cpu = isinstance(answer, np.ndarray)
-    if before is not None and (not on_cpu or isinstance(before, ArrayMean)):
+    thresholds = model.postprocess.thresholds
+    if isinstance(answer, np.ndarray):
+        if before is None:
+            return ArrayMean(prepared.brain, thresholds, uncertainty=options.uncertainty)
+        return before.on_cpu()  # it is on a GPU if memory has run out there since
+    if before is not None:
         return before
-    if on_cpu and before is None:
-        return ArrayMean(prepared.brain, model.postprocess.thresholds, uncertainty=options.uncertainty)
     from app.inference.device_average import TensorMean
 
-    if before is None:
-        return TensorMean(prepared.brain, model.postprocess.thresholds, uncertainty=options.uncertainty)
-    assert isinstance(before, TensorMean)
-    return before.on_cpu()  # memory has run out on the GPU
+    return TensorMean(prepared.brain, thresholds, uncertainty=options.uncertainty)
 
 
 def _answers(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.config.inference import InferenceConfig
 from app.config.load import RunConfig
 from app.evaluation.metrics import dice
-from app.inference.device_average import download
+from app.inference.device_average import fetch_tensors
 from app.inference.sliding_window.grid import Size
 from app.inference.sliding_window.torch_blend import sliding_logits, upload
 from app.system.device import Runtime
@@ -103,6 +103,6 @@ def scored_on_device(logits: Tensor, expected: Codes) -> tuple[Codes, list[float
         truth = torch.stack([reference == code for code in region_codes(region)]).any(dim=0)
         codes.masked_fill_(mask, code_of_rest)
         counts += [torch.count_nonzero(one) for one in (mask & truth, mask, truth)]
-    numbers, label_map = download([torch.stack(counts), codes])
+    numbers, label_map = fetch_tensors([torch.stack(counts), codes])
     scores = [2 * int(both) / int(one + other) if one + other else 1.0 for both, one, other in numbers.reshape(3, 3)]
     return label_map, scores

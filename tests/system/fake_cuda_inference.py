@@ -35,9 +35,9 @@ from data.patches.sampler import CachedCase
 from data.preprocess import Prepared
 from models import build_network
 
-_TINY: Final = ("training.patch_voxels=[32, 32, 32]", "network.channels=[8, 16, 32, 64]")
-#: Windows of 32 voxels: 3 x 4 x 3 at an overlap of one half.
-_SMALL: Final = (64, 70, 50)
+_TINY: Final = ("training.patch_voxels=[32, 32, 32]", "network.channels=[8, 16, 32]")
+#: Twelve windows of 32 voxels, in two batches.
+_SMALL: Final = (64, 40, 40)
 _BRAIN: Final = (144, 176, 144)
 
 
@@ -196,7 +196,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "predict, mirrored": partial(predict, options=_EVERYTHING),
     "predict, float16": partial(predict, precision="float16"),
     "predict, presence": partial(predict, settings=_PRESENCE),
-    "predict, padded, whole volume": partial(predict, shape=(20, 70, 40), crop=False),
+    "predict, padded, whole volume": partial(predict, shape=(20, 64, 40), crop=False),
     "validate": validate,
     "validate, ema, presence": partial(validate, settings=(*_PRESENCE, "training.ema_decay=0.999")),
     # Slow
@@ -207,7 +207,7 @@ SCENARIOS: Final[dict[str, Callable[[], dict[str, Any]]]] = {
     "predict, float32": partial(predict, precision="float32"),
     "predict, contiguous": partial(predict, settings=(*_TINY, "runtime.channels_last=false")),
     "predict, two networks": partial(predict, networks=2, options=_EVERYTHING),
-    "predict, resampled": partial(predict, files=(70, 60, 40), options=_EVERYTHING),
+    "predict, resampled": partial(predict, files=(70, 50, 40), options=_EVERYTHING),
     "predict, logits in float16": partial(predict, change=lambda plan: replace(plan, half=True)),
     "predict, blended on the CPU": partial(predict, change=lambda plan: replace(plan, stitch_on="cpu")),
     "validate, size of a brain": partial(validate, settings=(), shape=_BRAIN),

@@ -96,8 +96,8 @@ def place_windows(
     )
     if not places:
         raise ValueError("the volume is zero everywhere")
-    inner = [slice(before, before + size) for size, (before, _) in zip(image.shape[1:], padding, strict=True)]
-    return Windows(size=window, padding=padding, places=places, inner=(slice(None), *inner))
+    a, b, c = (slice(before, before + size) for size, (before, _) in zip(image.shape[1:], padding, strict=True))
+    return Windows(size=window, padding=padding, places=places, inner=(slice(None), a, b, c))
 
 
 def _in_image(place: Place, padding: Padding) -> tuple[slice, ...]:

@@ -154,7 +154,7 @@ def _padded(image: Tensor, windows: Windows) -> Tensor:
     if not any(map(any, windows.padding)):
         return image
     x, y, z = windows.padding
-    return functional.pad(image, (*z, *y, *x))
+    return functional.pad(image, [*z, *y, *x])
 
 
 def _patches(image: Tensor, places: Sequence[Place], runtime: Runtime) -> Tensor:

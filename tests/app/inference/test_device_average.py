@@ -13,7 +13,7 @@ import torch
 from app.config.inference import PredictOptions
 from app.inference import probabilities
 from app.inference.answer_mean import ArrayMean, MeanAnswer
-from app.inference.device_average import DeviceVolume, TensorMean, download, tensor_answer
+from app.inference.device_average import DeviceVolume, TensorMean, fetch_tensors, tensor_answer
 from app.inference.model import Model, load_model
 from app.inference.probabilities import MeanPrediction, predict_answer, predict_masks
 from app.system.device import RuntimeConfig, choose_runtime
@@ -79,7 +79,7 @@ def test_a_mean_that_leaves_the_device_goes_on_in_numpy(uncertainty: bool) -> No
 
 def test_tensors_are_downloaded_in_one_piece_with_their_types() -> None:
     tensors = [torch.arange(6).reshape(2, 3), torch.rand(4, 2).T, torch.tensor([1, 255], dtype=torch.uint8)]
-    for tensor, array in zip(tensors, download(tensors), strict=True):
+    for tensor, array in zip(tensors, fetch_tensors(tensors), strict=True):
         assert np.array_equal(array, tensor.numpy())
         assert array.dtype == tensor.numpy().dtype
 
