@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,7 +16,8 @@ _STAGES: Final[dict[str, tuple[str, list[int]]]] = {
 }
 #: Channels of the last stage as a multiple of its config entry.
 _EXPANSION: Final = {"basic": 1, "bottleneck": 4}
-_GROUPS: Final = 8
+#: Channels that a group norm normalises together.
+_GROUP: Final = 8
 
 
 class PresenceResNet(nn.Module):
@@ -89,5 +89,6 @@ def _use_group_norms_(network: nn.Module) -> None:
     for parent in list(network.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.BatchNorm2d | nn.BatchNorm3d):
-                groups = math.gcd(_GROUPS, child.num_features)
-                setattr(parent, name, nn.GroupNorm(groups, child.num_features))
+                features = child.num_features
+                groups = features // _GROUP if features % _GROUP == 0 else 1
+                setattr(parent, name, nn.GroupNorm(groups, features))

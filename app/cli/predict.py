@@ -139,11 +139,12 @@ def predict_command(
 ) -> None:
     """Segment cases: write a label map, volumes and flags for each.
 
-    Writes OUTPUT/<case>.nii.gz and OUTPUT/<case>.json. RUN may be starter, the model that ships with the program. Give
-    INPUT, or the four files of one case: znormseg predict RUN OUTPUT --t1 A --t1c B --t2 C --flair D. With --prepare
-    the contrasts may come straight from the scanner: on different grids, with the skull. A run trained with
-    augment.contrast_dropout above 0 accepts cases with missing contrasts. Finished cases - same weights, options and
-    files, by SHA-256 - are kept; if interrupted, run the same command to resume.
+    Writes OUTPUT/<case>.nii.gz and OUTPUT/<case>.json; a presence run writes OUTPUT/predictions.csv and the JSON. RUN
+    may be starter, the model that ships with the program. Give INPUT, or the four files of one case: znormseg predict
+    RUN OUTPUT --t1 A --t1c B --t2 C --flair D. With --prepare the contrasts may come straight from the scanner: on
+    different grids, with the skull. A run trained with augment.contrast_dropout above 0 accepts cases with missing
+    contrasts. Finished cases - same weights, options and files, by SHA-256 - are kept; if interrupted, run the same
+    command to resume.
     """
     files = options.given(t1=t1, t1c=t1c, t2=t2, flair=flair)
     run, source, wanted = _places(run, places or [], files=bool(files), challenge=challenge)

@@ -98,7 +98,7 @@ class RunConfig:
                 f"{network.slices}, got {list(patch)}"
             )
         if self.runtime.channels_last:
-            raise ValueError("runtime.channels_last: only for 3D convolutions; leave it out with network.slices")
+            raise ValueError("runtime.channels_last: true is for 3D convolutions; network.slices needs false")
 
     @property
     def outputs(self) -> tuple[str, ...]:

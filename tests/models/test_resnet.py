@@ -29,7 +29,7 @@ def test_no_norm_depends_on_the_rest_of_the_batch() -> None:
     network = build_network(NetworkConfig(architecture="resnet10", channels=SMALL), in_channels=4, out_channels=1)
     images = torch.randn(2, 4, 24, 24, 24)
     together = network(images)
-    assert torch.allclose(together[:1], network(images[:1]), atol=1e-5)
+    assert torch.allclose(together[:1], network(images[:1]), rtol=1e-3, atol=1e-4)
 
 
 def test_the_head_is_the_output_block_that_znorm_leaves_out() -> None:
