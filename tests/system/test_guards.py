@@ -224,7 +224,8 @@ GUARDS: dict[str, Guard] = {
         "app/training/step.py",
         "        state.scaler.unscale_(state.optimizer)\n",
         "",
-        "app/training/test_recipe.py::test_the_rule_sees_gradients_as_they_are_and_not_times_the_scale",
+        "app/training/test_recipe.py::"
+        "test_backward_normalization_takes_neither_the_scale_nor_the_number_of_micro_batches_for_the_gradient",
     ),
     # Label maps
     "no label map": Guard("app/training/cases.py", "    if without:", "    if False:", f"{LABEL}[missing]"),
