@@ -15,7 +15,7 @@ from app.progress import LOG
 from app.service.database import Database
 from app.service.jobs import OPEN, note_change
 from app.service.settings import ServiceSettings
-from app.service.tables import Event, Job, Session, Submission, Upload
+from app.service.tables import BrowserSession, Event, Job, Submission, Upload
 
 _DAY: Final = 86_400.0
 #: Uploads without a job are deleted after this many seconds.
@@ -73,7 +73,7 @@ class Removal:
             for upload in session.scalars(unused.where(Upload.deleted.is_(False))):
                 upload.deleted = True
                 session.add(Event(at=now, user="service", action="upload too old", what=upload.id))
-            session.execute(delete(Session).where(Session.expires < now))
+            session.execute(delete(BrowserSession).where(BrowserSession.expires < now))
             session.execute(delete(Submission).where(Submission.created < now - _KEY_SECONDS))
             session.execute(delete(Event).where(Event.at < now - EVENT_SECONDS))
         self.finish()
