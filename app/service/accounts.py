@@ -18,7 +18,7 @@ from sqlalchemy import delete, select
 
 from app.errors import ConfigError
 from app.service.database import Database
-from app.service.tables import Event, Job, Session, Token, User
+from app.service.tables import BrowserSession, Event, Job, Token, User
 
 Role = Literal["user", "admin"]
 
@@ -94,7 +94,7 @@ class Accounts:
         with self.database.writing() as session:
             user = _user(session.scalar(select(User).where(User.name == name)), name)
             user.password = hashed
-            session.execute(delete(Session).where(Session.user_id == user.id))
+            session.execute(delete(BrowserSession).where(BrowserSession.user_id == user.id))
             session.add(Event(at=self.now(), user="command line", action="password changed", what=name))
 
     def remove(self, name: str) -> None:
@@ -206,9 +206,9 @@ class Accounts:
             return None
         random = secrets.token_urlsafe(32)
         with self.database.writing() as session:
-            session.execute(delete(Session).where(Session.expires < self.now()))
+            session.execute(delete(BrowserSession).where(BrowserSession.expires < self.now()))
             session.add(
-                Session(
+                BrowserSession(
                     id=_digest(random).hex(),
                     user_id=user.id,
                     csrf=secrets.token_urlsafe(32),
@@ -224,7 +224,7 @@ class Accounts:
         if random is None:
             return None
         with self.database.reading() as session:
-            found = session.get(Session, _digest(random).hex())
+            found = session.get(BrowserSession, _digest(random).hex())
             if found is None or found.expires < self.now():
                 return None
             user = found.user
@@ -233,7 +233,7 @@ class Accounts:
     def sign_out(self, account: Account) -> None:
         """End a session."""
         with self.database.writing() as session:
-            session.execute(delete(Session).where(Session.id == account.session))
+            session.execute(delete(BrowserSession).where(BrowserSession.id == account.session))
             session.add(Event(at=self.now(), user=account.name, action="signed out", what=""))
 
     def signed(self, random: str) -> str:

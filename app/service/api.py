@@ -273,7 +273,7 @@ def read_ready(service: TheService) -> Response:
     responses={200: {"content": {"text/plain": {"schema": {"type": "string"}}}}},
     tags=["service"],
 )
-def read_metrics(account: TheAdmin, service: TheService) -> Response:  # noqa: ARG001 - only for who may ask
+def show_metrics(account: TheAdmin, service: TheService) -> Response:  # noqa: ARG001 - only for who may ask
     """Read the numbers for Prometheus: queue, seconds, memory, disk; needs an administrator's token."""
     return PlainTextResponse(metrics_text(service), media_type="text/plain; version=0.0.4; charset=utf-8")
 

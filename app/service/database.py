@@ -114,7 +114,7 @@ class Database:
         """
         if self.is_sqlite:
             return
-        self._guard = self.engine.connect()
+        self._guard = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
         if not self._guard.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": _ADVISORY_LOCK}):
             raise RunError(f"{self._shown()}: another service uses this database. Stop it, or name another one.")
 

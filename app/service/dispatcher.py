@@ -166,6 +166,9 @@ class Dispatcher:
         slot.send({"job": {"models": folders, "device": device}})
 
     def _hand_out(self, worker: _Worker) -> None:
+        with self.database.reading() as session:
+            if session.scalar(waiting_in_order().limit(1)) is None:
+                return
         with self.database.writing() as session:
             wanted = session.scalar(waiting_in_order().limit(1))
             job = None if wanted is None else session.get(Job, wanted)

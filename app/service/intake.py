@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import app
 from app.service.archive import checked_archive, unpack
-from app.service.recognise import NamedCase, recognise
+from app.service.recognise import NamedCase, recognised_cases
 from data.contrasts import missing_contrasts
 from data.datasets.naming import SUFFIXES_2021
 from data.datasets.source import DataSource
@@ -97,7 +97,7 @@ def _look(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -> 
     if len(files) == 1 and zipfile.is_zipfile(paths[0]):
         source, stated = folder / "unpacked", {}
         names, paths = _unpacked(paths[0], source, most_bytes)
-    found = recognise(names, stated)
+    found = recognised_cases(names, stated)
     if not any(case.contrasts or case.problems for case in found) and is_study(source):
         return [_dicom_case(source, cases)]
     if not found:

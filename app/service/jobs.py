@@ -86,7 +86,7 @@ class Jobs:
         return answers
 
     def _created(self, session: DatabaseSession, account: Account, request: JobRequest) -> list[Job]:
-        upload = session.get(Upload, request.upload)
+        upload = session.get(Upload, request.upload, with_for_update=True)
         if upload is None or upload.deleted or (upload.user_id != account.id and not account.is_admin):
             raise not_found("upload")
         if upload.state != "ready":

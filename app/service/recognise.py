@@ -28,7 +28,7 @@ class NamedCase:
     """Files that are not used, one sentence each."""
 
 
-def recognise(names: Sequence[str], stated: Mapping[int, Contrast] | None = None) -> list[NamedCase]:
+def recognised_cases(names: Sequence[str], stated: Mapping[int, Contrast] | None = None) -> list[NamedCase]:
     """Group files into cases.
 
     Args:
@@ -36,7 +36,7 @@ def recognise(names: Sequence[str], stated: Mapping[int, Contrast] | None = None
         stated: contrast of files by number, from the user; these files then form one case, whatever their names.
 
     Example:
-        >>> [(case.name, dict(case.contrasts)) for case in recognise(["a_t1.nii", "a_flair.nii"])]
+        >>> [(case.name, dict(case.contrasts)) for case in recognised_cases(["a_t1.nii", "a_flair.nii"])]
         [('a', {'t1': 0, 'flair': 1})]
     """
     if stated:

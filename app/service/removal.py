@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, or_, select
 
 from app.progress import LOG
 from app.service.database import Database
 from app.service.jobs import OPEN, note_change
 from app.service.settings import ServiceSettings
-from app.service.tables import Event, Job, Session, Submission, Upload
+from app.service.tables import BrowserSession, Event, Job, Submission, Upload
 
 _DAY: Final = 86_400.0
 #: Uploads without a job are deleted after this many seconds.
@@ -37,13 +37,20 @@ class Removal:
     def finish(self) -> None:
         """Remove everything that is marked as deleted: first files, then rows, so that a crash loses no trace of it."""
         with self.database.reading() as session:
-            jobs = session.scalars(select(Job.id).where(Job.deleted.is_(True), Job.state.not_in(OPEN))).all()
-            unused = ~select(Job.id).where(Job.upload_id == Upload.id, Job.id.not_in(jobs)).exists()
-            wanted = select(Upload.id).where(Upload.deleted.is_(True), unused)
+            done = Job.deleted.is_(True), Job.state.not_in(OPEN)
+            if not session.scalar(select(Job.id).where(*done).limit(1)) and not session.scalar(
+                select(Upload.id).where(Upload.deleted.is_(True)).limit(1)
+            ):
+                return
+        with self.database.writing() as session:
+            jobs = session.scalars(select(Job.id).where(*done)).all()
             of_jobs = select(Job.upload_id).where(Job.id.in_(jobs))
-            uploads = set(session.scalars(wanted)) | set(
-                session.scalars(select(Upload.id).where(Upload.id.in_(of_jobs), unused))
-            )
+            unused = ~select(Job.id).where(Job.upload_id == Upload.id, Job.id.not_in(jobs)).exists()
+            going = or_(Upload.deleted.is_(True), Upload.id.in_(of_jobs))
+            found = session.scalars(select(Upload).where(going, unused).with_for_update()).all()
+            for upload in found:  # from now on, no job can use it
+                upload.deleted = True
+            uploads = [upload.id for upload in found]
         if not jobs and not uploads:
             return
         self._remove_folders([*map(self.settings.place.job, jobs), *map(self.settings.place.upload, uploads)])
@@ -66,21 +73,26 @@ class Removal:
             for upload in session.scalars(unused.where(Upload.deleted.is_(False))):
                 upload.deleted = True
                 session.add(Event(at=now, user="service", action="upload too old", what=upload.id))
-            session.execute(delete(Session).where(Session.expires < now))
+            session.execute(delete(BrowserSession).where(BrowserSession.expires < now))
             session.execute(delete(Submission).where(Submission.created < now - _KEY_SECONDS))
             session.execute(delete(Event).where(Event.at < now - EVENT_SECONDS))
         self.finish()
+        self.remainders()
         self.database.forget()  # readers may have kept the log from being emptied before
 
     def remainders(self) -> None:
-        """After a start: remove folders that no row knows, and partial files of interrupted uploads."""
+        """Remove folders that no row knows, left behind by a killed service or a user who was removed."""
         place = self.settings.place
+        # Folders are listed first: the row of an upload or job is there before its folder.
+        found = [*place.uploads.iterdir(), *place.jobs.iterdir()]
         with self.database.reading() as session:
             uploads, jobs = set(session.scalars(select(Upload.id))), set(session.scalars(select(Job.id)))
         known = {place.upload(upload) for upload in uploads} | {place.job(job) for job in jobs}
-        found = [*place.uploads.iterdir(), *place.jobs.iterdir()]
         self._remove_folders(folder for folder in found if folder not in known)
-        for partial in place.uploads.glob("*/received/.partial-*"):
+
+    def partial_files(self) -> None:
+        """At the start: remove files that a killed service was receiving."""
+        for partial in self.settings.place.uploads.glob("*/received/.partial-*"):
             partial.unlink(missing_ok=True)
 
     def _remove_folders(self, folders: Iterable[Path]) -> None:

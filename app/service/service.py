@@ -51,6 +51,7 @@ class Service:
             OSError: the data folder cannot be written to.
         """
         self.uploads.interrupted()
+        self.removal.partial_files()
         self.removal.remainders()
         self.dispatcher.start()
         for work in (self._remove, self._stop_jobs):

@@ -25,6 +25,17 @@ from app.service.service import Service
 
 def create_site(service: Service) -> ASGIApp:
     """Return the application of a service."""
+    return guarded(create_routes(), service)
+
+
+def guarded(routes: FastAPI, service: Service) -> ASGIApp:
+    """Return routes behind the guard, for a service."""
+    routes.state.service = service
+    return Guard(routes, names=frozenset(service.settings.names))
+
+
+def create_routes() -> FastAPI:
+    """Return the routes of the API and the pages, which still need a service."""
     site = FastAPI(
         title="znormseg",
         version=metadata.version("znormseg"),
@@ -34,7 +45,6 @@ def create_site(service: Service) -> ASGIApp:
         redoc_url=None,
         redirect_slashes=False,
     )
-    site.state.service = service
     site.include_router(api.router)
     site.include_router(pages.router)
     site.add_exception_handler(pages.SignInNeededError, _sign_in)
@@ -45,7 +55,7 @@ def create_site(service: Service) -> ASGIApp:
     site.add_exception_handler(ClientDisconnect, _gone)
     site.add_exception_handler(OSError, _system)
     site.add_exception_handler(SQLAlchemyError, _database)
-    return Guard(site, names=frozenset(service.settings.names))
+    return site
 
 
 def _answer(request: Request, status: int, detail: str, headers: dict[str, str] | None = None) -> Response:

@@ -41,7 +41,7 @@ class Token(Table):
     user: Mapped[User] = relationship()
 
 
-class Session(Table):
+class BrowserSession(Table):
     """A browser that has signed in."""
 
     __tablename__ = "sessions"

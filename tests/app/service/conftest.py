@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,13 +20,15 @@ from typing import Any
 import pytest
 import uvicorn
 from argon2 import PasswordHasher
+from fastapi import FastAPI
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from app.service.accounts import Account
 from app.service.http_server import HttpSettings, http_config
 from app.service.service import Service, create_service
 from app.service.settings import ServiceSettings
-from app.service.site import create_site
+from app.service.site import create_routes, guarded
 from app.service.tables import Upload, User
 
 PASSWORD = "correct horse battery"
@@ -45,13 +48,26 @@ def settings(tmp_path: Path) -> ServiceSettings:
     return ServiceSettings(folder=tmp_path / "service", models={"tiny": tmp_path / "run"}, reserve_bytes=0)
 
 
-@pytest.fixture
-def service(settings: ServiceSettings) -> Iterator[Service]:
-    """A service with the users ann and ben, and the admin eve; it computes nothing."""
-    made = create_service(settings)
+@pytest.fixture(scope="session")
+def database_with_users(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with the users ann and ben, and the admin eve, made once; tests get a copy."""
+    folder = tmp_path_factory.mktemp("database")
+    made = create_service(ServiceSettings(folder=folder, models={}))
     made.accounts.hasher = FAST_HASHES
     for name in ("ann", "ben", "eve"):
         made.accounts.add(name, PASSWORD, "admin" if name == "eve" else "user")
+    made.database.forget()
+    made.database.close()
+    return folder / "service.db"
+
+
+@pytest.fixture
+def service(settings: ServiceSettings, database_with_users: Path) -> Iterator[Service]:
+    """A service with the users ann and ben, and the admin eve; it computes nothing."""
+    settings.place.create()
+    shutil.copy(database_with_users, settings.place.database)
+    made = create_service(settings)
+    made.accounts.hasher = FAST_HASHES
     yield made
     made.database.close()
 
@@ -66,17 +82,28 @@ def accounts(service: Service) -> dict[str, Account]:
     }
 
 
+@pytest.fixture(scope="session")
+def routes() -> FastAPI:
+    """The routes of the API and the pages, made once, since that takes longer than most tests."""
+    return create_routes()
+
+
 @pytest.fixture
-def client(service: Service) -> Iterator[TestClient]:
+def site(routes: FastAPI, service: Service) -> ASGIApp:
+    """The application of the service."""
+    return guarded(routes, service)
+
+
+@pytest.fixture
+def client(site: ASGIApp) -> TestClient:
     """A client of the service without a token; redirects are not followed."""
-    with TestClient(create_site(service), base_url="http://localhost", follow_redirects=False) as made:
-        yield made
+    return TestClient(site, base_url="http://localhost", follow_redirects=False)
 
 
 @pytest.fixture
-def live_port(service: Service) -> Iterator[int]:
+def live_port(site: ASGIApp) -> Iterator[int]:
     """Port of a real HTTP server of the service, which computes nothing."""
-    server = uvicorn.Server(http_config(create_site(service), HttpSettings(port=0)))
+    server = uvicorn.Server(http_config(site, HttpSettings(port=0)))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:

@@ -11,11 +11,11 @@ import pytest
 import schemathesis
 from schemathesis.specs.openapi import checks
 from starlette.testclient import TestClient
+from starlette.types import ASGIApp
 
 from app.service.accounts import Account
 from app.service.answers import JobRequest
 from app.service.service import Service
-from app.service.site import create_site
 
 #: Requests for each operation, and each kind of request; with 18 operations, the two tests make more than 2,000.
 EXAMPLES = 35
@@ -41,7 +41,9 @@ def test_the_document_has_examples_and_describes_every_operation(client: TestCli
 
 @pytest.mark.parametrize("with_token", [True, False], ids=["token", "nobody"])
 def test_no_request_makes_the_server_fail_or_answer_outside_of_its_schema(
+    *,
     service: Service,
+    site: ASGIApp,
     accounts: dict[str, Account],
     ready_upload: Callable[..., str],
     token: Callable[[str], dict[str, str]],
@@ -50,7 +52,7 @@ def test_no_request_makes_the_server_fail_or_answer_outside_of_its_schema(
     ann = accounts["ann"]
     service.jobs.submit(ann, JobRequest(upload=ready_upload(ann, cases=3)), None)
     service.token_failures.most = 10**9
-    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", create_site(service), base_url="http://localhost")
+    schema = schemathesis.openapi.from_asgi("/api/v1/openapi.json", site, base_url="http://localhost")
     headers = {"Host": "localhost", **(token("eve") if with_token else {})}
     count = 0
 

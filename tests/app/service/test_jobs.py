@@ -241,10 +241,11 @@ def test_what_a_killed_service_left_without_a_row_is_removed_at_the_start(
     kept = ready_upload(accounts["ann"])
     place = service.settings.place
     for folder in (place.upload("1" * 32), place.job("2" * 32)):
-        (folder / "received").mkdir(parents=True)
+        (folder / "received").mkdir(parents=True)  # an upload and a job that no row knows
     partial = place.received(kept)
     partial.mkdir()
     (partial / ".partial-0").touch()
+    service.removal.partial_files()
     service.removal.remainders()
     assert [path.name for path in place.uploads.iterdir()] == [kept]
     assert list(place.jobs.iterdir()) == []
