@@ -71,7 +71,7 @@ def sliding_logits(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # autocast keeps no copies of weights in inference mode
 def window_logits(
     network: nn.Module,
     image: Tensor,

@@ -234,16 +234,18 @@ def test_windows_on_a_mirrored_view_are_those_on_a_mirrored_copy() -> None:
 
 
 class Casts(TorchDispatchMode):
-    """Counts the conversions to bfloat16 of tensors of a certain shape."""
+    """Counts the conversions of tensors of a certain shape to bfloat16."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        converts = func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") is torch.bfloat16
-        self.count += converts and args[0].shape == self.shape
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        # In inference mode, `to` is not split into its parts.
+        if str(func).startswith(("aten.to.", "aten._to_copy.")) and args[0].shape == self.shape:
+            self.count += out.dtype is torch.bfloat16 and args[0].dtype is torch.float32
+        return out
 
 
 @pytest.mark.parametrize("frozen", [True, False])
