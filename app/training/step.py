@@ -82,7 +82,7 @@ class Stepper:
         counts = [skipped] if isinstance(skipped, torch.Tensor) else []
         numbers = torch.stack(
             [number.double() for number in [*(step.loss for step in queued), *norms, *counts]]
-        ).tolist()
+        ).cpu().tolist()
         losses, rest = self.world.means(numbers[: len(queued)]), iter(numbers[len(queued) :])
         results = [
             StepResult(
