@@ -125,7 +125,7 @@ def compile_or_not(
             finest = logits if isinstance(logits, Tensor) else logits[0]
             loss(logits, torch.zeros_like(finest, dtype=torch.float32)).backward()
     except Exception as error:  # compilers fail in many ways, none of which should stop a run
-        torch._dynamo.reset()
+        torch.compiler.reset()
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         reasons = (*computation.reasons[:-1], f"torch.compile off: it failed ({first})")
         return Computation(network=computation.network, loss=computation.loss, reasons=reasons)
