@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -118,7 +119,8 @@ def compile_or_not(
     was_training = computation.network.training
     computation.network.train()
     try:
-        with torch.random.fork_rng(devices=devices):
+        # Dynamo looks at the gradient of every input, also of logits, which makes torch warn.
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings(action="ignore"):
             image = torch.zeros(size, inputs, *sides, device=device)
             with runtime.autocast():
                 logits = network(image.contiguous(memory_format=runtime.memory_format))
