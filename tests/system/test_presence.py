@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import torch
 
 from app.config.load import RunConfig, load_config
 from app.errors import ConfigError
+from app.schemas import json_schema
 from app.training.presence import Presence
 from app.training.run import resume, start
 from data.datasets.source import DataSource
@@ -255,6 +257,11 @@ def test_a_prediction_gives_a_probability_and_a_decision(predictions: Path, case
     assert content["decisions"]["ET"]["tuned"] is False
 
 
+def test_a_prediction_conforms_to_its_schema(predictions: Path, cases: list[str]) -> None:
+    content = json.loads((predictions / f"{cases[0]}.json").read_text())
+    jsonschema.Draft202012Validator(json_schema("presence")).validate(content)
+
+
 def test_the_table_has_a_row_for_each_case(predictions: Path, cases: list[str]) -> None:
     with (predictions / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -310,6 +317,7 @@ def test_a_gate_removes_enhancing_tumour_and_says_so(
     gate = content["presence"]
     assert gate["removed"] == (gate["probability"] < gate["threshold"] == 0.5)
     assert not gate["removed"] or content["volumes_ml"]["ET"] == 0
+    jsonschema.Draft202012Validator(json_schema("predict")).validate(content)
 
 
 def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:

@@ -203,5 +203,7 @@ def _network(run: Path, runtime: Runtime) -> _Loaded:
         x, y, z = details["spacing_mm"]
     except (KeyError, TypeError, ValueError, RuntimeError, ConfigError) as error:
         raise RunError(f"{run}: the weights do not fit this version ({error}). Train again.") from error
-    network.to(runtime.device, memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
+    network.to(runtime.device)
+    if config.network.slices is None:  # other formats are for 3D convolutions
+        network.to(memory_format=runtime.memory_format)  # type: ignore[call-overload]  # torch's stub lacks it
     return _Loaded(network=network.eval(), config=config, spacing_mm=(x, y, z), sha256=checkpoint.sha256)
