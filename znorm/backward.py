@@ -95,7 +95,7 @@ def backward_norm(x: Tensor, factor: float = 1.0, share: Share = "sample") -> Te
 
     Source: Cabana and Lago-Fernandez, arXiv 2106.09475.
     """
-    result: Tensor = _BackwardNorm.apply(x, factor, share)
+    result: Tensor = _BackwardNorm.apply(x, factor, share)  # type: ignore[no-untyped-call]  # torch does not annotate it
     return result
 
 
