@@ -102,7 +102,8 @@
       const doubtful = upload.cases.length === 1 && (upload.cases[0].missing.length || upload.cases[0].problems.length);
       ask_contrasts(doubtful && chosen.length <= 8);
       recognised.hidden = false;
-      say(`${upload.cases.length} recognised, ${usable.length} can be predicted.`);
+      const count = upload.cases.length;
+      say(`${count} ${count === 1 ? "case was" : "cases were"} recognised; ${usable.length} can be predicted.`);
       find("recognised-head").focus();
     }
 

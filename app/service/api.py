@@ -63,6 +63,7 @@ _REASONS: Final = {
     421: "Another host name.",
     422: "The request does not have the right form.",
     429: "Too many requests; see Retry-After.",
+    431: "The headers are too large.",
     503: "Not ready.",
     507: "The disk is full; see Retry-After.",
 }
@@ -72,7 +73,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     return {status: {"model": ProblemAnswer, "description": _REASONS[status]} for status in statuses}
 
 
-_ALWAYS: Final = _problems(400, 401, 403, 413, 421, 422, 429)
+_ALWAYS: Final = _problems(400, 401, 403, 413, 421, 422, 429, 431)
 router = APIRouter(prefix=PREFIX, responses=_ALWAYS)
 UploadId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{32}$", description="Id of an upload.")]
 JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{32}$", description="Id of a job.")]

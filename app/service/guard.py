@@ -11,6 +11,8 @@ from typing import Final
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+#: Most bytes of a request's headers; the server's own limit holds only for headers that arrive in several parts.
+MOST_HEADER_BYTES: Final = 16 << 10
 #: Most bytes of a request that is not a file of an upload.
 MOST_BODY_BYTES: Final = 4 << 20
 #: Seconds that a request may pause between two parts of its body.
@@ -64,6 +66,8 @@ class Guard:
             )
         elif "transfer-encoding" in headers and "content-length" in headers:
             await _refuse(secured, 400, "The request states its length twice.")
+        elif sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:
+            await _refuse(secured, 431, f"The headers are larger than {MOST_HEADER_BYTES} bytes.")
         elif _length(headers) > MOST_BODY_BYTES and not _is_file(scope):
             await _refuse(secured, 413, f"The request is larger than {MOST_BODY_BYTES} bytes.")
         else:

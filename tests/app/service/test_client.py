@@ -85,13 +85,14 @@ def test_a_download_continues_where_it_was_and_is_not_repeated(
 ) -> None:
     from data.files import partial_prefix
 
-    place = tmp_path / "a.nii.gz"
-    partial = tmp_path / f"{partial_prefix(0)}{done}-label_map"
+    folder = tmp_path / "out"
+    folder.mkdir()
+    place, partial = folder / "a.nii.gz", folder / f"{partial_prefix(0)}{done}-label_map"
     partial.write_bytes(b"0123")
     assert remote.fetch(done, "label_map", place)
     assert place.read_bytes() == b"0123456789"
     assert not remote.fetch(done, "label_map", place)
-    assert list(tmp_path.iterdir()) == [place]
+    assert list(folder.iterdir()) == [place]
 
 
 def test_a_damaged_part_is_thrown_away(remote: RemoteService, done: str, tmp_path: Path) -> None:

@@ -167,8 +167,9 @@ def test_the_page_asks_for_a_contrast_that_it_does_not_recognise(
     fields = browser.find_elements("css selector", "#assign select")
     fields[-1].send_keys("t2")
     one(browser, "#again").click()
-    wait(lambda: "missing" not in one(browser, "#recognised").text and not one(browser, "#assign").is_displayed())
-    assert "t2: series7.nii.gz" in one(browser, "#recognised").text
+    wait(lambda: "t2: series7.nii.gz" in one(browser, "#recognised").text)
+    assert "missing" not in one(browser, "#recognised").text
+    assert not one(browser, "#assign").is_displayed()
     one(browser, "#discard").click()
     wait(lambda: "Discarded" in one(browser, "#upload-status").text)
     assert problems(browser) == []
