@@ -129,20 +129,20 @@ class GradientHandle:
     def _skip_on_gpu_unless(self, finite: Tensor) -> None:
         """Let the optimiser's kernel skip the step, so that the host need not wait for the answer."""
         found = (~finite).float()
-        given = getattr(self._optimizer, "found_inf", None)
+        given = vars(self._optimizer).get("found_inf")
         if given is not None and given is not self._found_inf:  # from a GradScaler
             found = torch.maximum(found, given.to(found))
         if self._skipped_on_gpu is None:
             self._skipped_on_gpu = torch.zeros((), dtype=torch.int64, device=found.device)
         self._skipped_on_gpu += found.to(torch.int64)
         self._found_inf = found
-        self._optimizer.found_inf = found  # type: ignore[attr-defined]  # of fused optimisers only
+        vars(self._optimizer)["found_inf"] = found  # an attribute of fused optimisers only
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
         """Take back what the optimiser was given, unless a GradScaler removes it."""
-        given = getattr(optimizer, "found_inf", None)
-        if given is not None and given is self._found_inf and not hasattr(optimizer, "grad_scale"):
-            del optimizer.found_inf
+        attributes = vars(optimizer)
+        if self._found_inf is not None and "grad_scale" not in attributes:
+            attributes.pop("found_inf", None)
         self._found_inf = None
 
     def _channel_dim(self, parameter: Tensor) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -118,14 +119,15 @@ def compile_or_not(
     was_training = computation.network.training
     computation.network.train()
     try:
-        with torch.random.fork_rng(devices=devices):
+        # Dynamo looks at the gradient of every input, also of logits, which makes torch warn.
+        with torch.random.fork_rng(devices=devices), warnings.catch_warnings(action="ignore"):
             image = torch.zeros(size, inputs, *sides, device=device)
             with runtime.autocast():
                 logits = network(image.contiguous(memory_format=runtime.memory_format))
             finest = logits if isinstance(logits, Tensor) else logits[0]
             loss(logits, torch.zeros_like(finest, dtype=torch.float32)).backward()
     except Exception as error:  # compilers fail in many ways, none of which should stop a run
-        torch._dynamo.reset()
+        torch.compiler.reset()
         first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         reasons = (*computation.reasons[:-1], f"torch.compile off: it failed ({first})")
         return Computation(network=computation.network, loss=computation.loss, reasons=reasons)

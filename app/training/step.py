@@ -80,9 +80,11 @@ class Stepper:
         """
         norms = [step.gradient_norm for step in queued if step.gradient_norm is not None]
         counts = [skipped] if isinstance(skipped, torch.Tensor) else []
-        numbers = torch.stack(
-            [number.double() for number in [*(step.loss for step in queued), *norms, *counts]]
-        ).tolist()
+        numbers = (
+            torch.stack([number.double() for number in [*(step.loss for step in queued), *norms, *counts]])
+            .cpu()
+            .tolist()
+        )
         losses, rest = self.world.means(numbers[: len(queued)]), iter(numbers[len(queued) :])
         results = [
             StepResult(

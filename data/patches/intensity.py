@@ -46,7 +46,7 @@ def bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: float) ->
 def log_bias_field(values: Tensor, waves: Tensor, strength: float) -> Tensor:
     """Return the logarithm of the field of :func:`bias_field`, from -strength to strength, shape (X, Y, Z)."""
     weights = waves.to(values).clone()
-    weights[0, 0, 0] = 0
+    weights[0, 0, 0].zero_()  # an assignment would copy the 0 to a GPU, and wait
     log_field = weights
     for axis, side in enumerate(values.shape):
         log_field = _along(log_field, _cosines(side, values), axis)

@@ -34,6 +34,8 @@ Found = dict[str, dict[str, Any]]
 
 def run(kind: str) -> Found:
     ended = subprocess.run([sys.executable, SCRIPT, kind], capture_output=True, text=True, check=False, timeout=1800)
+    if "mprotect" in ended.stderr:
+        pytest.skip("this system does not let a process change its code")
     lines = [json.loads(line) for line in ended.stdout.splitlines()]
     assert lines, ended.stderr
     assert [line["name"] + ": " + line["error"] for line in lines if "error" in line] == []

@@ -38,7 +38,7 @@ def through(path: str) -> Iterator[None]:
 
 def by_device(groups: list[list[Tensor]], eps: float, mode: Mode) -> bool:
     together = len(groups) == 1
-    return zscore._on_device([g for group in groups for g in group], eps, mode, together=together)
+    return bool(zscore._on_device([g for group in groups for g in group], eps, mode, together=together))
 
 
 def normal(shape: tuple[int, ...], seed: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from torch._C._distributed_c10d import HashStore
 from app.config.load import load_config
 from app.errors import DeviceError, RunError
 from app.runs.folder import read_metrics
+from app.training import distributed
 from app.training.distributed import ALONE, Launch, World, fresh_store, joined_processes, launched
 from app.training.run import resume, start
 from app.training.signals import stop_on_signals
@@ -429,3 +431,25 @@ def test_a_launcher_that_joins_later_takes_part(
     assert [status for status, _ in said] == [0, 0], said
     assert any("world size 2, previously 1" in text for _, text in said)
     assert last_step(run) == 300
+
+
+# Timeouts
+
+
+@pytest.mark.parametrize("gpus", [False, True])
+def test_tensors_have_a_timeout_of_minutes_and_control_messages_one_of_hours(
+    gpus: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, float]] = []
+
+    def note(backend: str, *, timeout: timedelta, **_: Any) -> str:
+        asked.append((backend, timeout.total_seconds()))
+        return "the group for tensors"
+
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([("store", 0, 2)]))
+    monkeypatch.setattr(distributed, "fresh_store", lambda store, **_: store)
+    monkeypatch.setattr(distributed.dist, "init_process_group", note)
+    monkeypatch.setattr(distributed.dist, "new_group", lambda *, backend, timeout: note(backend, timeout=timeout))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus)
+    assert distributed._set_up(Launch(size=2)) == "the group for tensors"
+    assert asked == [("gloo", 12 * 3600), ("cpu:gloo,cuda:nccl" if gpus else "gloo", 20 * 60)]

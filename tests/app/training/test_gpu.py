@@ -39,9 +39,9 @@ def records(run: Path, kind: str = "train") -> list[dict[str, Any]]:
     return [record for record in read_metrics(run) if record["kind"] == kind]
 
 
-def numbers(run: Path) -> list[tuple[int, float, int, float | None]]:
+def numbers(run: Path) -> list[tuple[int, float, float | None]]:
     """What does not depend on time in the records of steps."""
-    return [(r["step"], r["loss"], r["skipped_steps"], r.get("gradient_norm")) for r in records(run)]
+    return [(record["step"], record["loss"], record.get("gradient_norm")) for record in records(run)]
 
 
 def train(phantoms: Path, run: Path, tiny: list[str], *settings: str) -> Path:
