@@ -31,17 +31,20 @@ import torch
 from app.config.load import load_config
 from app.system.device import RuntimeConfig, choose_runtime, machine
 from app.system.process import keep_freed_memory, share_processors
-from app.training import gradient
+from app.training import gpu, gradient
+from app.training.loader import Loader
 from app.training.state import new_state
-from app.training.step import Stepper
+from app.training.step import QueuedStep, Stepper
 from app.training.telemetry import Telemetry
 from data.datasets.label_stats import convention_of
 from data.datasets.layouts import find_cases
 from data.labels import REGIONS, to_regions
-from data.patches.sampler import CachedCase, PatchSource, batches, cache_cases
+from data.patches.sampler import CachedCase, PatchSource, cache_cases
 from data.phantoms import write_phantoms
 from models import RegionLoss, build_network
 
+#: Steps on a GPU after which losses are read, as in the trainer.
+READ_EVERY = 10
 #: Augmentations of the tutorial's loop: flips, and a factor and a shift for each contrast.
 AUGMENTATION = {"gain": 0.1, "shift": 0.1, "flip_probability": 0.5}
 
@@ -144,12 +147,14 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
     state = new_state(config, runtime)
     state.network.train()
     gradient.attach_transform(config.gradient, state.optimizer, state.network)
+    computation = gpu.prepare(config, runtime, state.network, RegionLoss())
     stepper = Stepper(
         config=config,
         runtime=runtime,
         state=state,
         telemetry=Telemetry(0, state.network, state.optimizer),
-        loss_of=RegionLoss(),
+        loss_of=computation.loss,
+        replica=computation.network,
     )
     cached = []
     for place in places:
@@ -162,12 +167,17 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
         augmentation=config.augment,
         seed=0,
     )
-    made = batches(source, first=0, size=options.batch, threads=config.runtime.loader_threads)
+    made = Loader(source, config, runtime).batches(first=0)
     flops = operations(config, options)
+    queued: list[QueuedStep] = []
     while True:
-        result = stepper.step(made, config.training.learning_rate)
+        queued.append(stepper.queue(made, config.training.learning_rate))
         state.step += 1
-        yield result.waited_seconds, flops
+        waited = queued[-1].waited_seconds
+        if len(queued) == READ_EVERY or runtime.device.type == "cpu":
+            stepper.read(queued)
+            queued.clear()
+        yield waited, flops
 
 
 def operations(config: Any, options: argparse.Namespace) -> float:

@@ -98,7 +98,7 @@ class Watch(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch does not annotate it
         self.finite = True
         self.pinned: list[Tensor] = []
         self.reset()

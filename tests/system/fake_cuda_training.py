@@ -19,7 +19,12 @@ import torch
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
-from fake_cuda import Watch, allow_autograd, fake_cuda, is_ndhwc
+from fake_cuda import (  # type: ignore[import-not-found]  # a neighbour of this script
+    Watch,
+    allow_autograd,
+    fake_cuda,
+    is_ndhwc,
+)
 
 from app.config.load import load_config
 from app.system.device import Precision, Runtime
@@ -153,7 +158,7 @@ def count_step(scenario: Scenario) -> dict[str, Any]:
         queued = stepper.queue(batches, 1e-3, with_norm=True)
         while_queued = sum(watch.waits.values())
         stepper.read([queued], attached.skipped())
-        found = watch.report()
+        found: dict[str, Any] = watch.report()
         parameters = list(state.network.parameters())
         moments = [one for entry in state.optimizer.state.values() for one in entry.values() if isinstance(one, Tensor)]
         found["waits_while_queued"] = while_queued

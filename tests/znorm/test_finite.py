@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,9 @@ def steps_of(kind: str, rule: str, bad_steps: Sequence[int] = ()) -> tuple[list[
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4), nn.Linear(4, 2))
     optimizer = fused(model, kind)
-    numbers = {"clip": {"limit": 1.0}, "scale": {"eps": 1e-7}, "clip-value": {"limit": 0.1}}.get(rule, {})
+    numbers: dict[str, Any] = {"clip": {"limit": 1.0}, "scale": {"eps": 1e-7}, "clip-value": {"limit": 0.1}}.get(
+        rule, {}
+    )
     handle = (
         attach(optimizer, model)
         if rule == "znorm"
