@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from monai.networks.blocks.convolutions import Convolution
 from monai.networks.blocks.dynunet_block import UnetResBlock
-from torch import Tensor, cat, nn
+from torch import Tensor, cat, einsum, nn
 
 _NORM: Final = ("INSTANCE", {"affine": True})
 _ACTIVATION: Final = ("LEAKYRELU", {"negative_slope": 0.01, "inplace": True})
@@ -72,11 +72,11 @@ class ResEncUNet(nn.Module):
         self.encoder = nn.ModuleList(stages)
         #: Coarsest first, in the order of use.
         finer = list(reversed(channels[:-1]))
-        self.ups = nn.ModuleList(_up(deep, fine) for deep, fine in zip(reversed(channels), finer, strict=False))
+        self.ups = nn.ModuleList(_Up(deep, fine) for deep, fine in zip(reversed(channels), finer, strict=False))
         self.decoder = nn.ModuleList(
             Convolution(in_channels=2 * fine, out_channels=fine, **common, **adn) for fine in finer
         )
-        self.to_full = _up(channels[0], channels[0]) if first_stride == 2 else None
+        self.to_full = _Up(channels[0], channels[0]) if first_stride == 2 else None
         widths = [*([channels[0]] if first_stride == 2 else []), *channels[:-1]]
         if not deep_supervision:
             widths = widths[:1]
@@ -96,15 +96,40 @@ class ResEncUNet(nn.Module):
         for up, block in zip(self.ups, self.decoder, strict=True):
             features = block(cat([up(features), skips.pop()], dim=1))
             found.append(features)
-        if self.to_full is not None:
-            found.append(self.to_full(features))
-        if self.training and len(self.heads) > 1:
-            return [head(features) for head, features in zip(self.heads, reversed(found), strict=True)]
-        logits: Tensor = self.heads[0](found[-1])
+        finest, *coarser = self.heads
+        if self.to_full is None:
+            logits: Tensor = finest(found.pop())
+        else:
+            logits = self.to_full(features, finest.conv)
+        if self.training and coarser:
+            return [logits, *(head(features) for head, features in zip(coarser, reversed(found), strict=True))]
         return logits
 
 
-def _up(deep: int, fine: int) -> nn.Module:
-    """Build a transposed convolution that doubles the resolution."""
-    up: dict[str, Any] = {"strides": 2, "padding": 0, "output_padding": 0, "is_transposed": True}
-    return Convolution(3, deep, fine, kernel_size=2, bias=False, conv_only=True, **up)
+class _Up(nn.Module):
+    """A transposed convolution that doubles the resolution: every voxel becomes a block of 2x2x2 voxels.
+
+    As the blocks do not overlap, training computes them as one matrix product, several times as fast on a CPU as the
+    transposed convolution and equal to it up to rounding (``bench/upsampling.py``). Otherwise the convolution itself is
+    used, which exported graphs contain.
+    """
+
+    def __init__(self, deep: int, fine: int) -> None:
+        super().__init__()
+        self.conv = nn.ConvTranspose3d(deep, fine, kernel_size=2, stride=2, bias=False)
+
+    def forward(self, features: Tensor, head: nn.Conv3d | None = None) -> Tensor:
+        """Double the resolution, and apply a convolution of 1x1x1 voxels if one is given.
+
+        The two are linear, so training multiplies their weights instead of computing all features at full resolution.
+        """
+        if not self.training:
+            fine: Tensor = self.conv(features)
+            return fine if head is None else head(fine)
+        weight = self.conv.weight
+        if head is not None:
+            weight = einsum("dfxyz,of->doxyz", weight, head.weight.flatten(1))
+        blocks = features.movedim(1, -1) @ weight.flatten(1)
+        blocks = blocks.unflatten(-1, weight.shape[1:])  # (N, X, Y, Z, features, 2, 2, 2)
+        doubled = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        return doubled if head is None or head.bias is None else doubled + head.bias[:, None, None, None]

@@ -16,8 +16,9 @@ def cache(
 ) -> None:
     """Show or clear the cache of prepared cases.
 
-    train, compare and demo cache prepared cases in $ZNORMSEG_CACHE or, by default, in the system's cache folder. The
-    cache is limited to $ZNORMSEG_CACHE_GB gigabytes (default 50); the least recently used cases are deleted first.
+    train, crossval, compare, plan and demo cache prepared cases in $ZNORMSEG_CACHE or, by default, in the system's
+    cache folder. The cache is limited to $ZNORMSEG_CACHE_GB gigabytes (default 50); the least recently used cases are
+    deleted first.
     """
     options.refuse(info and clear, "--info and --clear cannot be combined; give one of them")
     from contextlib import closing

@@ -283,7 +283,7 @@ def test_it_is_described_and_verified_by_name(znormseg: Call) -> None:
 
 
 @pytest.mark.usefixtures("shipped")
-@pytest.mark.parametrize("words", ["export starter {out} --format openvino", "train {cases} {out} --init-from starter"])
+@pytest.mark.parametrize("words", ["export starter {out} --format onnx", "train {cases} {out} --init-from starter"])
 def test_where_one_network_is_needed_the_networks_are_named(
     words: str, case: Path, tmp_path: Path, znormseg: Call
 ) -> None:

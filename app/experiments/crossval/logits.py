@@ -1,6 +1,6 @@
 """Histograms of the logits around a tumour, on which temperatures are fitted.
 
-Bins of width 1/32 are fine enough for their likelihood to equal that of the voxels: within a bin the probability
+Bins of width 1/32 are fine enough for their likelihood to be close to that of the voxels: within a bin the probability
 changes by less than 0.01.
 """
 
