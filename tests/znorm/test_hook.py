@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from znorm import ZNormConfig, attach, hook, zscore_
-from znorm.transforms import all_finite
+from znorm.finite import all_finite
 
 OPTIMIZERS: dict[str, Callable[[Any], Optimizer]] = {
     "SGD": lambda p: SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
