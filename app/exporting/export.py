@@ -27,6 +27,7 @@ from app.runs.model_card import SUMS_FILE, describe_model, seal
 from app.system.device import Runtime, versions, without_avx2
 from data.contrasts import presence_mask
 from data.labels import CONTRASTS, REGIONS, region_codes
+from data.patches.sampler import cut_patch
 from models import GivenPresence, build_network
 
 FORMATS: Final = ("openvino", "onnx", "monai-bundle")
@@ -146,7 +147,10 @@ def _presence_source(run: Path, case: Path | None) -> _Source:
     if model.takes_missing_contrasts:
         network = GivenPresence(network, presence_mask(CONTRASTS)).eval()
     image, words = image_of(model.spacing_mm, case)
-    parts = [torch.from_numpy(part)[None] for part in seen_parts(image, model.config)]
+    patch = model.config.training.patch_voxels
+    middle = tuple(side // 2 for side in image.shape[1:])
+    whole = image if model.config.task.by_slab else cut_patch(image, middle, patch)  # the export has a fixed size
+    parts = [torch.from_numpy(part)[None] for part in seen_parts(whole, model.config)]
     filled = [part for part in parts if part.any()]
     chosen = np.unique(np.linspace(0, len(filled) - 1, WINDOWS).round().astype(int))
     return _Source(
@@ -168,7 +172,8 @@ def presence_preprocessing(model: PresenceModel) -> dict[str, Any]:
         "crop": "to the smallest box with all voxels that are not 0 in some contrast",
         "normalisation": _NORMALISATION,
         "spacing_mm": list(model.spacing_mm),
-        "padding": f"with 0, evenly on both sides, to at least {list(patch)} voxels; a larger box is not cut",
+        "size_voxels": list(patch),
+        "padding": "with 0, evenly on both sides; a larger box has to be cut, which znormseg predict does not do",
         "slab_slices": patch[2] if task.by_slab else None,
         "output": {"name": formats.OUTPUT, "outputs": list(model.outputs), "layout": "NC", "values": "logits"},
         "decisions": {name: dict(vars(decision)) for name, decision in model.decisions.items()},
