@@ -2,7 +2,7 @@
 
     python reproductions/curves.py OUT/runs.jsonl CURVES.svg
 
-There is one chart per network and optimiser, and one line per rule: the mean over the seeds at its chosen learning rate.
+There is one chart per network and optimiser, and one line per rule: the mean over the seeds at its chosen rate.
 """
 
 from __future__ import annotations
