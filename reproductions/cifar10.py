@@ -297,7 +297,7 @@ def main(words: list[str] | None = None) -> None:
     record = Record(options.out / "runs.jsonl", settings)
     sweep.sweep(record, partial(train, data=data, settings=settings), options)
     columns = {"test": "test accuracy", "steps_to_target": f"steps to {options.target:g}", "overlap_ratio": "overlap"}
-    print("\n".join(sweep.table(record, columns)))
+    print("\n".join(sweep.table(record.runs(), columns)))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Draw the validation curves of a reproduction as SVG: one chart per network and optimiser, one line per rule.
+"""Print the table of a reproduction's finished runs, and draw their validation curves as SVG.
 
     python reproductions/curves.py OUT/runs.jsonl CURVES.svg
 
-A line is the mean over the seeds at the rule's chosen learning rate.
+There is one chart per network and optimiser, and one line per rule: the mean over the seeds at its chosen rate.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 
 import numpy as np
-from sweep import Result, Run, chosen
+from sweep import Result, Run, chosen, table
 
 from app.html.chart import WIDTH, Chart, arm_line, draw_chart
 
@@ -59,13 +59,15 @@ def _arm_rules() -> list[str]:
 
 
 def main(words: list[str] | None = None) -> None:
-    """Read the runs and write the picture."""
+    """Read the runs, print the table and write the picture."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path)
     parser.add_argument("out", type=Path)
     options = parser.parse_args(words)
     entries = [json.loads(line) for line in options.runs.read_text(encoding="utf-8").splitlines()]
     results = {Run(**entry["run"]): entry["result"] for entry in entries}
+    columns = {"test": "test score", "steps_to_target": "steps to target", "overlap_ratio": "overlap"}
+    print("\n".join(table(results, columns)))
     options.out.write_text(draw(results), encoding="utf-8")
 
 

@@ -220,7 +220,7 @@ def main(words: list[str] | None = None) -> None:
     record = Record(options.out / "runs.jsonl", settings)
     sweep.sweep(record, partial(train, split=split, settings=settings), options)
     columns = {"test": "Dice", "iou": "IoU", "steps_to_target": f"steps to {options.target:g}"}
-    print("\n".join(sweep.table(record, columns)))
+    print("\n".join(sweep.table(record.runs(), columns)))
 
 
 def report(patients: Sequence[Patient]) -> None:

@@ -136,7 +136,7 @@ def main(words: list[str] | None = None) -> None:
     record = Record(options.out / "runs.jsonl", settings)
     sweep.sweep(record, partial(train, parts=parts, settings=settings), options)
     columns = {"test": "accuracy", "auroc": "AUROC", "steps_to_target": f"steps to {options.target:g}"}
-    print("\n".join(sweep.table(record, columns)))
+    print("\n".join(sweep.table(record.runs(), columns)))
 
 
 if __name__ == "__main__":

@@ -160,19 +160,18 @@ def chosen(results: Mapping[Run, Result]) -> dict[tuple[str, str, str], list[Res
     }
 
 
-def table(record: Record, columns: Mapping[str, str]) -> list[str]:
+def table(results: Mapping[Run, Result], columns: Mapping[str, str]) -> list[str]:
     """Return a Markdown table: for every network, optimiser and rule the mean and SD over the seeds at the chosen rate.
 
     Args:
-        record: the finished runs.
+        results: the finished runs.
         columns: title of a column by its key in the results.
     """
-    runs = record.runs()
     titles = ["network", "optimizer", "rule", "rate", "rates tried", "seeds", *columns.values()]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for names, found in chosen(runs).items():
-        rate = next(run.rate for run, result in runs.items() if result is found[0])
-        tried = {run.rate for run in runs if (run.network, run.optimizer, run.rule) == names}
+    for names, found in chosen(results).items():
+        rate = next(run.rate for run, result in results.items() if result is found[0])
+        tried = {run.rate for run in results if (run.network, run.optimizer, run.rule) == names}
         cells = [*names, f"{rate:.2g}", str(len(tried)), str(len(found))]
         cells += [_spread([result.get(key) for result in found]) for key in columns]
         lines.append("| " + " | ".join(cells) + " |")

@@ -77,7 +77,7 @@ def test_the_table_has_mean_and_spread_at_the_best_rate(tmp_path: Path) -> None:
             return {"validation": score, "test": score, "steps": steps}
 
         record.result(run(rate=rate, seed=seed), train)
-    table = sweep.table(record, {"test": "accuracy", "steps": "steps to 0.4"})
+    table = sweep.table(record.runs(), {"test": "accuracy", "steps": "steps to 0.4"})
     assert table[-1] == "| net | sgd | none | 0.1 | 2 | 2 | 0.400 (SD 0.141) | 40, never |"
 
 
