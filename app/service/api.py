@@ -75,7 +75,7 @@ _REASONS: Final = {
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    # Stated again as JSON for the routes whose other answers are not: FastAPI documents the model under their media type.
+    # Stated as JSON too, since FastAPI documents the model under the media type of the route.
     content = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
     return {
         status: {"model": ProblemAnswer, "description": _REASONS[status], "content": content} for status in statuses
