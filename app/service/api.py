@@ -43,6 +43,11 @@ from app.service.service import Service
 PREFIX: Final = "/api/v1"
 #: Names of results in addresses.
 ResultName = Literal["label_map", "probabilities", "uncertainty", "disagreement", "dicom_seg", "record", "page"]
+_EVENT: Final = {
+    "type": "object",
+    "description": "`data` is a list of jobs, as `GET /jobs/ID` returns them, in JSON.",
+    "properties": {name: {"type": "string"} for name in ("id", "event", "data", "retry")},
+}
 #: Event streams that one user may hold open.
 _MOST_STREAMS: Final = 8
 #: Clients then connect again, with a token that is still valid.
@@ -70,7 +75,11 @@ _REASONS: Final = {
 
 
 def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ProblemAnswer, "description": _REASONS[status]} for status in statuses}
+    # Stated as JSON too, since FastAPI documents the model under the media type of the route.
+    content = {"application/json": {"schema": {"$ref": "#/components/schemas/ProblemAnswer"}}}
+    return {
+        status: {"model": ProblemAnswer, "description": _REASONS[status], "content": content} for status in statuses
+    }
 
 
 _ALWAYS: Final = _problems(400, 401, 403, 413, 421, 422, 429, 431)
@@ -235,7 +244,7 @@ def list_models(account: TheAccount, service: TheService) -> ModelsAnswer:  # no
 @router.get(
     "/events",
     response_class=StreamingResponse,
-    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    responses={200: {"content": {"text/event-stream": {"schema": _EVENT}}}},
     tags=["jobs"],
 )
 async def stream_events(

@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,19 +35,16 @@ def _programs() -> Path | None:
 
 
 @pytest.fixture(scope="module")
-def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def url() -> Iterator[str]:
     """Address of an empty database on a server of this test."""
     programs = _programs()
     if programs is None:
         pytest.skip("no PostgreSQL")
-    folder = tmp_path_factory.mktemp("postgres") / "data"
+    folder = Path(tempfile.mkdtemp(prefix="znormseg-postgres-"))  # others may not enter the folders of pytest
     # PostgreSQL refuses to run as root.
     prefix = ["setpriv", "--reuid", "postgres", "--regid", "postgres", "--clear-groups"] if os.getuid() == 0 else []
     if prefix:
-        folder.mkdir()
         shutil.chown(folder, "postgres", "postgres")
-        for parent in folder.parents[:2]:
-            parent.chmod(0o755)
     command = [*prefix, str(programs / "initdb"), "-D", str(folder), "-U", "znormseg", "--auth", "trust", "-E", "UTF8"]
     subprocess.run(command, check=True, capture_output=True, cwd="/")
     with socket.create_server(("127.0.0.1", 0)) as free:
@@ -60,6 +58,8 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield f"postgresql+psycopg://znormseg@127.0.0.1:{port}/postgres"
         finally:
             server.terminate()
+            server.wait()
+            shutil.rmtree(folder)
 
 
 def _wait_for(port: int) -> None:
