@@ -229,7 +229,7 @@ class Trainer:
         LOG.debug("%s", self.transform.report)  # one line per tensor
         world, network = self.session.world, self.state.network
         loss = loss_for(self.config, world)
-        computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)
+        computation = gpu.prepare_computation(self.config, self.runtime, network, loss, processes=world.size)
         for reason in computation.reasons:
             LOG.info("%s", reason)
         return Stepper(
