@@ -131,5 +131,5 @@ class _Up(nn.Module):
             weight = einsum("dfxyz,of->doxyz", weight, head.weight.flatten(1))
         blocks = features.movedim(1, -1) @ weight.flatten(1)
         blocks = blocks.unflatten(-1, weight.shape[1:])  # (N, X, Y, Z, features, 2, 2, 2)
-        doubled = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
+        doubled: Tensor = blocks.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6, 7).flatten(4, 5).flatten(2, 3)
         return doubled if head is None or head.bias is None else doubled + head.bias[:, None, None, None]

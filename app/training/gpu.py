@@ -78,7 +78,9 @@ def choose_compile(config: RunConfig, runtime: Runtime, *, processes: int = 1) -
     return (False, f"torch.compile off: {reasons[0]}") if reasons else (True, "torch.compile on: the run is long")
 
 
-def prepare(config: RunConfig, runtime: Runtime, network: nn.Module, loss: Loss, *, processes: int = 1) -> Computation:
+def prepare_computation(
+    config: RunConfig, runtime: Runtime, network: nn.Module, loss: Loss, *, processes: int = 1
+) -> Computation:
     """Set up a run's computation: on a GPU, with cuDNN's benchmark and compiled where that is chosen.
 
     Args:

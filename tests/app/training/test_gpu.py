@@ -16,7 +16,7 @@ from app.errors import ConfigError, InterruptedRunError
 from app.runs.folder import read_metrics
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
 from app.training import gpu, trainer
-from app.training.gpu import Computation, choose_compile, compile_or_not, prepare, require_deterministic
+from app.training.gpu import Computation, choose_compile, compile_or_not, prepare_computation, require_deterministic
 from app.training.loader import Loader, cases_budget
 from app.training.run import start
 from app.training.step import Stepper
@@ -152,7 +152,7 @@ def test_a_long_run_on_a_gpu_is_compiled_where_triton_is(
 
 def test_a_run_on_a_cpu_computes_what_it_did_before_and_says_nothing() -> None:
     network, loss = nn.Linear(1, 1), RegionLoss()
-    assert prepare(config_of(), CPU, network, loss) == Computation(network=network, loss=loss)
+    assert prepare_computation(config_of(), CPU, network, loss) == Computation(network=network, loss=loss)
 
 
 def computation_of(config: RunConfig) -> Computation:
