@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from app.training.presence_labels import RECORD
 from app.training.task import OnCodes, Task, ValidationScores
 from app.training.validation import on_contrasts
 from data.labels import REGIONS, to_regions
+from data.patches.device_augmentation import send
 from data.patches.sampler import Batch, CachedCase
 from models import PresenceLoss
 
@@ -46,7 +46,8 @@ class Presence(Task):
     def target(self, batch: Batch) -> Tensor:
         """Return 0 or 1 for each output, shape (N, outputs): of the case, or of the slab after augmentation."""
         if not self._config.task.by_slab:
-            return torch.tensor([self._labels[case_id] for case_id in batch.cases], dtype=torch.float32)
+            labels = np.array([self._labels[case_id] for case_id in batch.cases], dtype=np.float32)
+            return send(labels, batch.image.device)
         volumes_ml = batch.masks.sum(dim=(2, 3, 4)) * self._voxel_ml
         places = [REGIONS.index(name) for name in self._outputs]
         return (volumes_ml[:, places] >= volumes_ml.new_tensor(self._config.task.thresholds_ml)).float()

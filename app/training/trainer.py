@@ -228,13 +228,8 @@ class Trainer:
         LOG.info("%s", "\n".join(line for line in self.transform.report.splitlines() if not line.startswith(" ")))
         LOG.debug("%s", self.transform.report)  # one line per tensor
         world, network = self.session.world, self.state.network
-<<<<<<< HEAD
         loss = self.task.loss(world)
-        computation = gpu.prepare(self.config, self.runtime, network, loss, processes=world.size)
-=======
-        loss = loss_for(self.config, world)
         computation = gpu.prepare_computation(self.config, self.runtime, network, loss, processes=world.size)
->>>>>>> gpu-step
         for reason in computation.reasons:
             LOG.info("%s", reason)
         return Stepper(
