@@ -196,7 +196,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     given = argparse.Namespace(
         config=options.config,
         device=options.device,
-        patch=16 if options.small else training.patch_voxels[0],
+        patch=32 if options.small else training.patch_voxels[0],
         batch=1 if options.small else training.batch_size,
         workers=1 if options.small else min(8, os.cpu_count() or 1),
         side=runtime.precision_name,
