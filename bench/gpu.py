@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -196,7 +197,7 @@ def train(options: argparse.Namespace) -> dict[str, Any]:
     given = argparse.Namespace(
         config=options.config,
         device=options.device,
-        patch=16 if options.small else training.patch_voxels[0],
+        patch=32 if options.small else training.patch_voxels[0],
         batch=1 if options.small else training.batch_size,
         workers=1 if options.small else min(8, os.cpu_count() or 1),
         side=runtime.precision_name,
@@ -358,10 +359,8 @@ def cohort(options: argparse.Namespace) -> dict[str, Any]:
     """Return the seconds that each further case adds to the command ``znormseg predict``, from files to files."""
     run, cases = _random_run(options), options.out / "cases"
     first = options.out / "first"
-    first.mkdir(exist_ok=True)
     one = sorted(cases.glob("BraTS*"))[0]
-    with suppress(FileExistsError):
-        (first / one.name).symlink_to(one, target_is_directory=True)
+    shutil.copytree(one, first / one.name, dirs_exist_ok=True)
     found = {}
     for title, more in (("one", []), ("mirrored", ["--tta"])):
         spent = []
