@@ -11,6 +11,7 @@ from data.labels import Contrast
 
 Id = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 State = Literal["queued", "running", "done", "failed", "cancelled"]
+UploadState = Literal["receiving", "checking", "ready", "refused"]
 Priority = Literal["low", "normal", "high"]
 
 
@@ -100,7 +101,7 @@ class UploadAnswer(_Answer):
     """An upload."""
 
     id: Id
-    state: Literal["receiving", "checking", "ready", "refused"]
+    state: UploadState
     created: datetime
     files: list[SentFile]
     cases: list[RecognisedCase]

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from sqlalchemy import func, select, update
 from sqlalchemy.orm import Session as DatabaseSession
@@ -293,7 +293,7 @@ def _answer(job: Job, owner: str, place: int | None) -> JobAnswer:
         id=job.id,
         name=job.name,
         owner=owner,
-        state=job.state,
+        state=cast("State", job.state),
         priority=_PRIORITY_NAMES[job.priority],
         model=job.model,
         options=PredictionOptions.model_validate(job.options),

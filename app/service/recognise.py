@@ -86,7 +86,7 @@ def _cases_of_folder(folder: PurePosixPath, names: Sequence[str], numbers: Seque
 
 
 def _case_of_group(
-    name: str, names: Sequence[str], files: Mapping[int, FileName], others: set[int], endings: frozenset[str] | None
+    name: str, names: Sequence[str], files: Mapping[int, FileName], others: set[int], endings: set[str] | None
 ) -> NamedCase:
     by_contrast: dict[Contrast, list[int]] = defaultdict(list)
     plain = {one.contrast for one in files.values() if not one.corrected}

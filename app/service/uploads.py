@@ -11,13 +11,21 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import Final
+from typing import Any, Final, cast
 
 from anyio import to_thread
 from sqlalchemy import func, select
 
 from app.service.accounts import Account
-from app.service.answers import FolderRequest, RecognisedCase, SentFile, UploadAnswer, UploadRequest, moment
+from app.service.answers import (
+    FolderRequest,
+    RecognisedCase,
+    SentFile,
+    UploadAnswer,
+    UploadRequest,
+    UploadState,
+    moment,
+)
 from app.service.database import Database, is_full
 from app.service.intake import look_at
 from app.service.refusals import RefusedError, no_room, not_found
@@ -68,7 +76,9 @@ class Uploads:
                 :meth:`complete`.
         """
         paths = self._in_inbox(request.folder)
-        files = [{"name": name, "bytes": path.stat().st_size, "contrast": None} for name, path in paths.items()]
+        files: list[dict[str, Any]] = [
+            {"name": name, "bytes": path.stat().st_size, "contrast": None} for name, path in paths.items()
+        ]
         total = sum(path.stat().st_size for path in paths.values())
         if total > self.settings.most_upload_bytes:
             raise RefusedError(
@@ -163,7 +173,7 @@ class Uploads:
             for row in session.scalars(select(Upload).where(Upload.state == "checking")):
                 row.state = "receiving"
 
-    def _created(self, account: Account, files: list[dict[str, object]]) -> UploadAnswer:
+    def _created(self, account: Account, files: list[dict[str, Any]]) -> UploadAnswer:
         row = Upload(
             id=uuid.uuid4().hex,
             user_id=account.id,
@@ -206,7 +216,7 @@ class Uploads:
                 shutil.rmtree(folder / part, ignore_errors=True)
         return self.read(account, upload)
 
-    def _set(self, upload: str, state: str, *, message: str = "", cases: list[dict[str, object]] | None = None) -> None:
+    def _set(self, upload: str, state: str, *, message: str = "", cases: list[dict[str, Any]] | None = None) -> None:
         with self.database.writing() as session:
             row = session.get(Upload, upload)
             if row is None or row.deleted:
@@ -260,7 +270,7 @@ class Uploads:
         arrived = row.state in ("checking", "ready")
         return UploadAnswer(
             id=row.id,
-            state=row.state,
+            state=cast("UploadState", row.state),
             created=moment(row.created),
             files=[
                 SentFile(
@@ -276,7 +286,7 @@ class Uploads:
         )
 
 
-def recognised(number: int, case: dict[str, object]) -> RecognisedCase:
+def recognised(number: int, case: dict[str, Any]) -> RecognisedCase:
     """Return what the intake found out about a case, without paths."""
     shown = {key: case[key] for key in ("name", "missing", "problems", "warnings", "notes", "dicom")}
     return RecognisedCase.model_validate({"number": number, "contrasts": case["files"], **shown})
