@@ -147,7 +147,7 @@ def our_steps(places: list[Path], options: argparse.Namespace) -> Iterator[tuple
     state = new_state(config, runtime)
     state.network.train()
     gradient.attach_transform(config.gradient, state.optimizer, state.network)
-    computation = gpu.prepare(config, runtime, state.network, RegionLoss())
+    computation = gpu.prepare_computation(config, runtime, state.network, RegionLoss())
     stepper = Stepper(
         config=config,
         runtime=runtime,
