@@ -19,7 +19,7 @@ from app.evaluation.presence_scores import PresenceScores
 from app.evaluation.tables import write_csv
 from app.experiments.crossval.ensemble_folder import PARTIAL, link_networks
 from app.experiments.crossval.plan import Folds
-from app.experiments.crossval.presence_decisions import Fitted, fit_decision
+from app.experiments.crossval.presence_decisions import FittedDecision, fit_decision
 from app.experiments.runs import json_object
 from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER
 from app.inference.tumour_presence.model import VERSION, load_presence
@@ -43,7 +43,7 @@ class PresenceCrossValidation:
     out: Path
     scores: PresenceScores
     """Of out-of-fold answers with the fitted decisions; the intervals do not cover that these were fitted on them."""
-    fitted: Mapping[str, Fitted]
+    fitted: Mapping[str, FittedDecision]
     """By output."""
     content: Mapping[str, Any]
     """Content of ``crossval.json``."""
@@ -112,7 +112,7 @@ def is_answer_of(path: Path, weights_sha256: str) -> bool:
         return False
 
 
-def measure_presence(folds: Folds) -> tuple[PresenceScores, dict[str, Fitted]]:
+def measure_presence(folds: Folds) -> tuple[PresenceScores, dict[str, FittedDecision]]:
     """Fit the decisions on the out-of-fold logits, and score these.
 
     Raises:

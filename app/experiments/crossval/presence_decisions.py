@@ -22,7 +22,7 @@ IntArray = npt.NDArray[np.int_]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Fitted:
+class FittedDecision:
     """The decision for one output, and how it does on folds that it was not fitted on."""
 
     decision: Decision
@@ -39,7 +39,7 @@ class Fitted:
         return {**vars(self), "decision": dict(vars(self.decision))}
 
 
-def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitted:
+def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> FittedDecision:
     """Fit one output on all folds, and estimate its errors on folds left out.
 
     Args:
@@ -53,7 +53,9 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
     plain = Decision().probability(logits)
     before = float(np.mean((plain - truth) ** 2))
     if len(set(truth.tolist())) < 2:
-        return Fitted(decision=Decision(), brier_before=before, brier_after=before, sensitivity=None, specificity=None)
+        return FittedDecision(
+            decision=Decision(), brier_before=before, brier_after=before, sensitivity=None, specificity=None
+        )
     left_out = np.array(plain)
     for fold in np.unique(folds):
         if len(set(truth[folds != fold].tolist())) > 1:
@@ -70,7 +72,7 @@ def fit_decision(logits: FloatArray, truth: FloatArray, folds: IntArray) -> Fitt
     probability = scaling.probability(logits)
     threshold = best_threshold(probability, truth)
     decision = Decision(slope=scaling.slope, intercept=scaling.intercept, threshold=threshold, tuned=True)
-    return Fitted(
+    return FittedDecision(
         decision=decision,
         brier_before=before,
         brier_after=after if scale else before,
