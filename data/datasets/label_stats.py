@@ -91,7 +91,7 @@ def tumour_of(label_map: LabelMap, convention: LabelConvention) -> LabelStats:
     Example:
         >>> from data.labels import BRATS2021
         >>> tumour_of(LabelMap(counts={2: 10, 4: 1}, voxel_um3=10**9, sha256="", stamp=(0, 0)), BRATS2021)
-        LabelStats(volume_um3=11000000000, enhances=True)
+        LabelStats(volume_um3=11000000000, enhances=True, classes=())
     """
     numbers = np.array(list(label_map.counts), dtype=np.uint8)
     codes = decode(numbers, convention).tolist()

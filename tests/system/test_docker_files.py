@@ -127,7 +127,9 @@ def test_models_are_downloaded_by_name_with_the_certificates_of_the_build(tmp_pa
 
 def test_requirements_lists_what_pyproject_asks_for(shell: Callable[..., Any]) -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    for which, wanted in (("run", project["project"]["dependencies"]), ("build", project["build-system"]["requires"])):
+    extras = project["project"]["optional-dependencies"]
+    run = [*project["project"]["dependencies"], *extras["serve"], *extras["postgres"]]
+    for which, wanted in (("run", run), ("build", project["build-system"]["requires"])):
         outcome = shell(["python", "docker/requirements.py", which], cwd=ROOT)
         assert outcome.out.splitlines() == wanted
 

@@ -372,10 +372,11 @@ def test_the_locks_and_the_pins_agree() -> None:
     locks = {name: version for file in ("run", "dev", "torch", "cuda") for name, version in locked(file).items()}
     ours = {canonical(name): version for name, version in pins.items()}
     assert {name: locks.get(name) for name in ours} == ours
-    # What is not pinned is either pinned by torch, or for Windows only.
+    # What is not pinned is either pinned by torch, or for Windows or a browser only.
     assert {name for name in locks.keys() - ours if not re.match(r"nvidia-|cuda-|triton$", name)} <= {
         "cffi",
         "pycparser",
+        "httpx2-jsfetch",
     }
 
 
@@ -404,13 +405,19 @@ def test_a_lock_has_all_that_the_project_requires_here(extra: str, files: list[s
     assert here - {name for file in files for name in locked(file)} == set()
 
 
+#: Modules that only the extra ``serve`` brings.
+SERVICE_MODULES = frozenset(
+    ("alembic", "anyio", "argon2", "fastapi", "prometheus_client", "sqlalchemy", "starlette", "uvicorn")
+)
+
+
 def test_the_program_imports_nothing_that_running_does_not_install() -> None:
     trees = [ast.parse(file.read_text("utf-8")) for name in OURS for file in (ROOT / name).rglob("*.py")]
     names = {alias.name for node in walked(trees, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in walked(trees, ast.ImportFrom) if node.level == 0}
     modules = {name.partition(".")[0] for name in names} - {*OURS, *sys.stdlib_module_names}
     brought_by = importlib.metadata.packages_distributions()
-    extras = {"onnx", "onnxruntime", "onnxscript", "ray"}
+    extras = {"onnx", "onnxruntime", "onnxscript", "ray", *SERVICE_MODULES}
     needed = {module: {canonical(name) for name in brought_by.get(module, [module])} for module in modules - extras}
     lock = locked("run") | locked("torch") | locked("cuda")
     assert {"torch", "typer", "SimpleITK"} <= needed.keys()

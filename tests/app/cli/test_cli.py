@@ -154,9 +154,11 @@ def test_a_long_example_is_not_wrapped_in_a_narrow_terminal(shell: Call, tmp_pat
     )
 
 
-@pytest.mark.parametrize(
-    "verb", [verb for verb in VERBS if verb not in ([], ["data"], ["config"], ["model"])], ids=" ".join
-)
+#: Verbs that only have subcommands, or whose subcommands have the common options.
+GROUPS = ([], ["data"], ["config"], ["model"], ["remote"], ["serve"], ["serve", "token"], ["serve", "user"])
+
+
+@pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in GROUPS], ids=" ".join)
 def test_the_help_of_every_verb_has_quiet_and_of_most_an_example(verb: list[str]) -> None:
     text = (GOLDEN / f"help_{'_'.join(verb)}.txt").read_text(encoding="utf-8")
     assert "-q, --quiet" in text

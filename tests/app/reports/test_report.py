@@ -360,7 +360,7 @@ def test_a_run_without_dice_by_case_says_so(tiny_run: Path, tmp_path: Path) -> N
     shutil.copytree(tiny_run, old, ignore=shutil.ignore_patterns("checkpoints", "tensorboard", ".lock"))
     lines = [json.loads(line) for line in (old / "metrics.jsonl").read_text().splitlines()]
     (old / "metrics.jsonl").write_text("\n".join(json.dumps({**one, "cases": {}}) for one in lines))
-    assert "Dice by case was not recorded" in render_run(old)
+    assert "Scores by case were not recorded" in render_run(old)
 
 
 def test_scores_that_are_not_finite_are_left_out_of_a_distribution() -> None:

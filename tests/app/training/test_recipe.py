@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterable
 from itertools import repeat
 from pathlib import Path
@@ -18,7 +19,7 @@ from app.errors import InterruptedRunError
 from app.inference.model import load_model
 from app.runs.folder import read_metrics
 from app.system.device import RuntimeConfig, choose_runtime
-from app.training import gradient, segmentation
+from app.training import gradient, segmentation, trainer
 from app.training.ema import WeightAverage
 from app.training.run import TrainResult, resume, start
 from app.training.state import State, new_state
@@ -212,6 +213,7 @@ def test_patience_counts_on_where_the_budget_is_changed(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     score(monkeypatch, [0.1, 0.5, *repeat(0.4, 20)])
+    monkeypatch.setattr(trainer, "_VALIDATION_SHARE", math.inf)  # more than ten would depend on the machine's speed
     train("run", "training.steps=8", "training.validations=4", "training.patience=3")  # two wasted
     resume(DataSource(phantoms), tmp_path / "run", load_config(str(tmp_path / "run" / "config.yaml"), more))
     records = read_metrics(tmp_path / "run")
