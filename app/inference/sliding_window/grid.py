@@ -126,7 +126,7 @@ def gaussian_array(window: Size) -> Weights:
         array of shape ``window``.
     """
     along_x, along_y, along_z = (np.exp(exponents) for exponents in gaussian_exponents(window))
-    weights = along_x[:, None, None] * along_y[None, :, None] * along_z[None, None, :]
+    weights: Weights = along_x[:, None, None] * along_y[None, :, None] * along_z[None, None, :]
     weights /= weights.max()
     return np.maximum(weights, np.float32(LEAST_WEIGHT))
 
