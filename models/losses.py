@@ -114,8 +114,8 @@ class PresenceLoss(nn.Module):
         """Return the loss of logits against 0 and 1, both of shape (N, outputs); computed in float32 at least."""
         precision = torch.promote_types(logits.dtype, torch.float32)
         logits, target = logits.to(precision), target.to(precision)
-        absent, present = logits.new_tensor(self.absent), logits.new_tensor(self.present)
-        weights = absent + (present - absent) * target
+        pairs = enumerate(zip(self.absent, self.present, strict=True))
+        weights = torch.stack([absent + (present - absent) * target[:, r] for r, (absent, present) in pairs], dim=1)
         return functional.binary_cross_entropy_with_logits(logits, target, weight=weights)
 
 

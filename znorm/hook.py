@@ -139,7 +139,7 @@ class GradientHandle:
         vars(self._optimizer)["found_inf"] = found  # an attribute of fused optimisers only
 
     def _after_step(self, optimizer: Optimizer, *_: object) -> None:
-        """Take back what the optimiser was given, unless a GradScaler removes it."""
+        """Remove ``found_inf`` from the optimiser, unless a GradScaler will."""
         attributes = vars(optimizer)
         if self._found_inf is not None and "grad_scale" not in attributes:
             attributes.pop("found_inf", None)

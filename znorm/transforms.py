@@ -1,7 +1,7 @@
 """Baselines to compare ZNorm with: named rules that change gradients in place before a step.
 
-A rule returns whether every gradient was finite; if not, the step must be skipped. On a GPU the answer is a tensor that
-nobody has read, and if it is false, the gradients may have changed.
+A rule returns whether every gradient was finite; if not, the step must be skipped. On a GPU the answer is an unread
+tensor; if it is false, the gradients may have changed.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from app.inference.answer_mean import AnswerMean, ArrayMean, MeanAnswer
 from app.inference.postprocess import ByRegion
-from app.inference.sliding_window.torch_blend import upload
+from data.patches.transfer import upload
 
 
 class DeviceVolume:
@@ -70,15 +70,17 @@ class TensorMean(AnswerMean[Tensor]):
     @torch.inference_mode()
     def add(self, answer: Tensor) -> None:
         """See :meth:`app.inference.answer_mean.AnswerMean.add`."""
-        self.count += 1
         if self._inside is None:
             self._inside = upload(torch.from_numpy(self.brain), answer.device)
-        inside = self._inside
+        inside, counts = self._inside, []
         for share, threshold in zip(answer, self.thresholds, strict=True):
             inside = inside & (share > threshold - 0.5)
-            self._counts.append(torch.count_nonzero(inside))
-        if self.uncertainty:
-            own = _entropy_bits(answer)
+            counts.append(torch.count_nonzero(inside))
+        own = _entropy_bits(answer) if self.uncertainty else None
+        # Nothing has changed if memory ran out above; what follows needs none.
+        self.count += 1
+        self._counts += counts
+        if own is not None:
             self.entropy = own if self.entropy is None else _towards(self.entropy, own, self.count)
         self.mean = answer if self.mean is None else _towards(self.mean, answer, self.count)
 
@@ -88,26 +90,26 @@ class TensorMean(AnswerMean[Tensor]):
         assert self.mean is not None
         assert self._inside is not None
         outside = ~self._inside
-        wanted = [torch.stack(self._counts), self.mean]
+        spreads = []
         if self.entropy is not None and self.count > 1:
             spread = (_entropy_bits(self.mean) - self.entropy).clamp_(0, 1).float()
-            wanted.append(spread.masked_fill_(outside, 0))
+            spreads.append(spread.masked_fill_(outside, 0))
         self.mean.masked_fill_(outside, -0.5)
-        counts, centred, *spreads = fetch_tensors(wanted)
+        counts, *disagreements, centred = fetch_tensors([torch.stack(self._counts), *spreads, self.mean])
         return MeanAnswer(
-            centred=centred, disagreement=spreads[0] if spreads else None, volumes_voxels=_by_answer(counts)
+            centred=centred,
+            disagreement=disagreements[0] if disagreements else None,
+            volumes_voxels=_by_answer(counts),
         )
 
     @torch.inference_mode()
     def on_cpu(self) -> ArrayMean:
         """See :meth:`app.inference.answer_mean.AnswerMean.on_cpu`."""
-        assert self.mean is not None
-        tensors = [torch.stack(self._counts), self.mean, *([] if self.entropy is None else [self.entropy])]
-        counts, mean, *entropies = fetch_tensors(tensors)
         found = ArrayMean(self.brain, self.thresholds, uncertainty=self.uncertainty)
-        found.count, found.mean = self.count, mean
-        found.entropy = entropies[0] if entropies else None
-        found.volumes.extend(_by_answer(counts))
+        found.count = self.count
+        # One by one: packed into one piece they would need memory that the device may not have.
+        found.mean, found.entropy = (None if one is None else one.cpu().numpy() for one in (self.mean, self.entropy))
+        found.volumes.extend(_by_answer(np.array([int(count) for count in self._counts])))
         return found
 
 

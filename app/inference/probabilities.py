@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app.config.inference import DEFAULTS, PredictOptions
+from app.errors import is_out_of_memory
 from app.inference.answer_mean import AnswerMean, ArrayMean, MeanAnswer
 from app.inference.backends.executors import TorchEngine, needed_bytes
 from app.inference.model import Model, Predictor
@@ -24,7 +25,7 @@ from app.inference.sliding_window.grid import Padding, Size, place_windows, roun
 from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback
 from app.inference.sliding_window.numpy_blend import resized
 from app.system.device import Runtime
-from app.system.process import give_back_large_blocks
+from app.system.process import give_back_gpu_memory, give_back_large_blocks
 from data.contrasts import presence_mask
 from data.labels import from_regions
 from data.nifti import canonical_spacing
@@ -129,12 +130,11 @@ def predict_answer(
     fallback = fallback or fallback_for(options)
     mean: AnswerMean[Any] | None = None
     for answer in _answers(model, prepared, runtime, options, fallback):
-        mean = _mean_for(answer, mean, prepared, model, options)
-        mean.add(answer)
+        mean = _with_answer(answer, mean, prepared, model, options, fallback=fallback)
         del answer
     assert mean is not None
     flips, count = len(FLIPS) if options.tta else 1, mean.count
-    found = mean.result()
+    found = _result(mean, fallback)
     return MeanPrediction(
         centred=found.centred,
         disagreement=found.disagreement,
@@ -144,20 +144,50 @@ def predict_answer(
     )
 
 
-def _mean_for(
-    answer: Answer, before: AnswerMean[Any] | None, prepared: Prepared, model: Predictor, options: PredictOptions
+def _with_answer(
+    answer: Answer,
+    before: AnswerMean[Any] | None,
+    prepared: Prepared,
+    model: Predictor,
+    options: PredictOptions,
+    *,
+    fallback: MemoryFallback,
 ) -> AnswerMean[Any]:
-    """Return the mean to add an answer to, on the device of the answer."""
-    thresholds = model.postprocess.thresholds
-    if isinstance(answer, np.ndarray):
-        if before is None:
-            return ArrayMean(prepared.brain, thresholds, uncertainty=options.uncertainty)
-        return before.on_cpu()  # it is on a GPU if memory has run out there since
-    if before is not None:
-        return before
-    from app.inference.device_average import TensorMean
+    """Return the mean with one more answer: on a GPU until an answer comes from the CPU or memory runs out there."""
+    thresholds, uncertainty = model.postprocess.thresholds, options.uncertainty
+    if not isinstance(answer, np.ndarray):
+        if not isinstance(before, ArrayMean):
+            from app.inference.device_average import TensorMean
 
-    return TensorMean(prepared.brain, thresholds, uncertainty=options.uncertainty)
+            before = before or TensorMean(prepared.brain, thresholds, uncertainty=uncertainty)
+            try:
+                before.add(answer)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            else:
+                return before
+            _leave_gpu(fallback)
+        answer = answer.cpu().numpy()
+    mean = ArrayMean(prepared.brain, thresholds, uncertainty=uncertainty) if before is None else before.on_cpu()
+    mean.add(answer)
+    return mean
+
+
+def _result(mean: AnswerMean[Any], fallback: MemoryFallback) -> MeanAnswer:
+    """Return the result of a mean, computed on the CPU if a GPU has no memory for it."""
+    try:
+        return mean.result()
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+    _leave_gpu(fallback)
+    return mean.on_cpu().result()
+
+
+def _leave_gpu(fallback: MemoryFallback) -> None:
+    fallback.note("out of memory on the GPU while answers were averaged; continued on the CPU")
+    give_back_gpu_memory()
 
 
 def _answers(

@@ -1,24 +1,22 @@
-"""What a plan needs to know about the device, found out without opening the GPU in this process.
+"""Device facts for a plan, queried by a subprocess so that this process never opens the GPU.
 
-A GPU in exclusive mode admits one process at a time, and whoever asks it for its free memory occupies it. So a process
-that ends before the dry run begins asks: ``python -m app.planning.device_facts``.
+A GPU in exclusive mode admits one process at a time, and a query of its free memory occupies it. The subprocess
+(``python -m app.planning.device_facts``) ends before the dry run starts.
 """
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import torch
 from pydantic import TypeAdapter
 
-import app
 from app.errors import DeviceError
 from app.system.device import RuntimeConfig, choose_runtime
+from app.system.process import own_environment
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,26 +41,25 @@ def device_facts(config: RuntimeConfig) -> DeviceFacts:
     """Return the facts about the device that a config requests.
 
     Raises:
-        DeviceError: the device does not exist.
-        RuntimeError: the process that asks the GPU failed for another reason.
+        DeviceError: the device does not exist or cannot be used.
     """
     if config.device == "cpu" or not torch.cuda.is_available():  # which does not open a GPU
         return _facts(config)
-    paths = [str(Path(app.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     # -P: data/ or models.py in the current folder must not shadow this program's packages.
     command = [sys.executable, "-P", "-m", "app.planning.device_facts", _CONFIG.dump_json(config).decode()]
     asked = subprocess.run(  # noqa: S603
         command,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        env=own_environment(),
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
         check=False,
     )
     if asked.returncode != 0:
-        last = " / ".join(asked.stderr.splitlines()[-5:])
-        raise RuntimeError(
-            f"the process that asks the GPU for its memory exited with status {asked.returncode}: {last}"
+        last = " / ".join(asked.stderr.splitlines()[-5:]) or "no output"
+        raise DeviceError(
+            f"the GPU cannot be used (exit status {asked.returncode}): {last}. If another process holds it, wait for "
+            "that process, or set runtime.device=cpu."
         )
     found = _FACTS.validate_json(asked.stdout.splitlines()[-1])
     if found.error is not None:

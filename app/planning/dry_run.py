@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -12,9 +11,9 @@ from pathlib import Path
 from statistics import median
 from typing import Final
 
-import app
 from app.errors import EXIT_CONFIG, EXIT_DATA, EXIT_MACHINE, ConfigError, DeviceError
 from app.planning.trial import OUTCOME, REQUEST, TrialOutcome, TrialReport, TrialRequest
+from app.system.process import own_environment
 from app.system.resources import memory_of
 from data.errors import DataError
 
@@ -102,7 +101,9 @@ def _watched(
     with log_path.open("w", encoding="utf-8") as log:
         # -P: data/ or models.py in the current folder must not shadow this program's packages.
         command = [sys.executable, "-P", "-m", "app.planning.trial", str(request_path), str(outcome_path)]
-        with subprocess.Popen(command, env=_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log) as trial:  # noqa: S603
+        with subprocess.Popen(  # noqa: S603
+            command, env=own_environment(), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        ) as trial:
             try:
                 while trial.poll() is None and not stopped:
                     if (sample := memory_of(trial.pid)) is not None:
@@ -133,12 +134,6 @@ def _watched(
         raise kinds.get(outcome.code, RuntimeError)(outcome.error)
     last = " / ".join(output.splitlines()[-_LAST_LINES:])
     raise RuntimeError(f"the dry run exited with status {trial.returncode}: {last}")
-
-
-def _environment() -> dict[str, str]:
-    """Return this process's environment, with a path from which the trial imports the same program."""
-    paths = [str(Path(app.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def memory_in_words(held: int | None) -> str:

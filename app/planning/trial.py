@@ -27,7 +27,7 @@ from app.runs.folder import MetricsLog, write_durably
 from app.system.device import Runtime, choose_runtime
 from app.system.process import keep_freed_memory
 from app.system.resources import memory_of
-from app.training import gradient
+from app.training import gpu, gradient
 from app.training.cases import patch_settings
 from app.training.loader import Loader
 from app.training.schedule import learning_rate
@@ -150,7 +150,7 @@ def _measure(request: TrialRequest, runtime: Runtime, prepared: list[CachedCase]
     before = memory_of()
     gpu_free = torch.cuda.mem_get_info(runtime.device)[0] if runtime.device.type == "cuda" else None
     _save(state, config, folder)
-    # The cases take whatever GPU memory training leaves free, which would hide how much that is.
+    # Without cached cases, which would fill the GPU memory that this trial measures.
     without_cases = replace(config, runtime=replace(config.runtime, gpu_cases_gb=0.0))
     loader = Loader(source, without_cases, runtime)
     seconds = _steps(config, runtime, state, loader)
@@ -192,12 +192,15 @@ def _steps(config: RunConfig, runtime: Runtime, state: State, loader: Loader) ->
     """Return the seconds of each step after the warm-up; with telemetry, one more, untimed step measures gradients."""
     timed = WARM_UP + STEPS
     every = timed + 1 if config.training.telemetry_steps else 0
+    uncompiled = replace(config, runtime=replace(config.runtime, compile=False))  # compiling takes minutes
+    computation = gpu.prepare_computation(uncompiled, runtime, state.network, loss_for(config))
     stepper = Stepper(
         config=config,
         runtime=runtime,
         state=state,
         telemetry=Telemetry(every, state.network, state.optimizer),
-        loss_of=loss_for(config),
+        loss_of=computation.loss,
+        replica=computation.network,
     )
     made = loader.batches(first=0)
     seconds = []

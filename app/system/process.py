@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final
 
 from app.system.resources import cores, processor_quota
@@ -51,6 +52,13 @@ def share_processors() -> None:
     granted = granted_processors()
     if granted < cores() and _THREADS not in os.environ:
         os.environ[_THREADS] = _SET[_THREADS] = str(granted)
+
+
+def own_environment() -> dict[str, str]:
+    """Return this process's environment, with a path from which a subprocess imports the same program."""
+    root = str(Path(__file__).resolve().parents[2])
+    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:

@@ -129,7 +129,7 @@ class WorkerPool:
     """Whether a worker does one task after another, and receives the next one early in order to prefetch its input.
     Otherwise each task has its own process, which is named after it."""
     ahead: int = 1
-    """Most tasks that a worker receives early; one while there are not so many left for each of the others."""
+    """Maximum number of tasks that a worker receives early; fewer near the end, so that every worker has some left."""
 
     def run(self) -> None:
         """Do all tasks; a worker gets the next one when it has finished one.

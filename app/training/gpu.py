@@ -16,6 +16,7 @@ from app.config.load import RunConfig
 from app.errors import ConfigError
 from app.system.device import Runtime, choose_runtime
 from app.training.distributed import World
+from models import PRESENCE_ARCHITECTURES
 
 #: Budget from which on a run earns back the minute or two that torch.compile takes: steps, or hours.
 _LONG_STEPS: Final = 5000
@@ -26,23 +27,25 @@ Loss = Callable[[Any, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Computation:
-    """What a step calls to get from an image to a loss."""
+    """The network and the loss that a step calls."""
 
     network: nn.Module
     loss: Loss
     reasons: tuple[str, ...] = ()
-    """One sentence for each choice; none on a CPU."""
+    """One sentence for each choice; none on a CPU, unless ``runtime.compile`` is true."""
 
 
 def training_runtime(config: RunConfig, world: World) -> Runtime:
     """Choose the runtime of a training process.
 
     Raises:
-        ConfigError: ``runtime.deterministic`` is set, and the network has no deterministic gradients on a GPU.
+        ConfigError: ``runtime.deterministic`` is set, and the network has no deterministic gradients on a GPU; or see
+            :func:`choose_compile`.
         DeviceError: see :func:`app.system.device.choose_runtime`.
     """
     runtime = choose_runtime(config.runtime, local_rank=world.launch.local_rank)
     require_deterministic(config, runtime)
+    choose_compile(config, runtime)  # an error comes now, not after the cases are prepared
     return runtime
 
 
@@ -52,17 +55,29 @@ def require_deterministic(config: RunConfig, runtime: Runtime) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if config.runtime.deterministic and runtime.device.type == "cuda" and config.network.architecture == "segresnet":
+    architecture = config.network.architecture
+    operations = {"segresnet": "trilinear upsampling", **dict.fromkeys(PRESENCE_ARCHITECTURES, "max pooling")}
+    if config.runtime.deterministic and runtime.device.type == "cuda" and architecture in operations:
+        others = ", choose unet, resunet or resenc" if architecture == "segresnet" else ""
         raise ConfigError(
-            "runtime.deterministic: true does not work with network.architecture: segresnet on a GPU, because torch "
-            "has no deterministic gradient of trilinear upsampling. Set runtime.deterministic to false, choose unet, "
-            "resunet or resenc, or train on a CPU (runtime.device=cpu)."
+            f"runtime.deterministic: true does not work with network.architecture: {architecture} on a GPU, because "
+            f"torch has no deterministic gradient of {operations[architecture]}. Set runtime.deterministic to "
+            f"false{others}, or train on a CPU (runtime.device=cpu)."
         )
 
 
 def choose_compile(config: RunConfig, runtime: Runtime, *, processes: int = 1) -> tuple[bool, str]:
-    """Return whether to compile network and loss, and the reason."""
+    """Return whether to compile network and loss, and the reason.
+
+    Raises:
+        ConfigError: ``runtime.compile`` is true with telemetry.
+    """
     training, wanted = config.training, config.runtime.compile
+    if wanted and training.telemetry_steps > 0:
+        raise ConfigError(
+            "runtime.compile: true does not work with training.telemetry_steps, whose hooks a compiled network "
+            "ignores. Set one of them to false or 0."
+        )
     if wanted is not None:
         return wanted, f"torch.compile {'on' if wanted else 'off'}: requested"
     long = (training.steps or 0) >= _LONG_STEPS or (training.hours or 0.0) >= _LONG_HOURS
@@ -71,6 +86,9 @@ def choose_compile(config: RunConfig, runtime: Runtime, *, processes: int = 1) -
         f"it pays from {_LONG_STEPS} steps or {_LONG_HOURS:g} hour on": not long,
         "compiled sums may be added in another order (runtime.deterministic)": config.runtime.deterministic,
         "telemetry hooks into the network (training.telemetry_steps)": training.telemetry_steps > 0,
+        "network.backward_normalization changes a number of the backward pass between steps": bool(
+            config.network.backward_normalization
+        ),
         "several processes share a loss": processes > 1,
         "Triton is not installed": find_spec("triton") is None,
     }
@@ -87,7 +105,7 @@ def prepare_computation(
         config: config of the run.
         runtime: its device and precision.
         network: the network in training; it is not changed.
-        loss: called with logits and masks.
+        loss: called with logits and the target.
         processes: number of processes that train together.
     """
     compiled, reason = choose_compile(config, runtime, processes=processes)
@@ -95,12 +113,14 @@ def prepare_computation(
         return Computation(network=network, loss=loss)
     reasons = []
     if runtime.device.type == "cuda":
-        torch.backends.cudnn.benchmark = not config.runtime.deterministic
-        reasons.append(
-            "cuDNN may only choose deterministic algorithms: runtime.deterministic"
-            if config.runtime.deterministic
-            else "cuDNN times its algorithms in the first step: all patches have one shape"
-        )
+        fixed = config.task.name == "segmentation"
+        torch.backends.cudnn.benchmark = fixed and not config.runtime.deterministic
+        if config.runtime.deterministic:
+            reasons.append("cuDNN may only choose deterministic algorithms: runtime.deterministic")
+        elif fixed:
+            reasons.append("cuDNN times its algorithms in the first step: all patches have one shape")
+        else:
+            reasons.append("cuDNN chooses its algorithms by rule: whole brains differ in shape")
     computation = Computation(network=network, loss=loss, reasons=(*reasons, reason))
     return compile_or_not(computation, config, runtime) if compiled else computation
 

@@ -14,8 +14,9 @@ from app.system.device import Runtime
 from data.patches.on_device import DevicePatches, case_bytes, device_batches
 from data.patches.sampler import Batch, PatchSource, batches
 
-#: Batches after which the free memory of a GPU is measured: the first step allocates what every later one needs.
-_BATCHES_BEFORE: Final = 3
+#: Batches after which the free memory of a GPU is measured: the first step allocates what every later one needs, and
+#: the host is up to ten steps ahead of the GPU.
+_BATCHES_BEFORE: Final = 12
 #: GPU memory that cases leave free, for validation and fragmentation: a share of all of it, at least so many bytes.
 _SPARE_SHARE: Final = 0.1
 _SPARE_BYTES: Final = 2 * 10**9

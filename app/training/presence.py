@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import expit
 from torch import Tensor, nn
 
@@ -18,8 +19,8 @@ from app.training.presence_labels import RECORD
 from app.training.task import OnCodes, Task, ValidationScores
 from app.training.validation import on_contrasts
 from data.labels import REGIONS, to_regions
-from data.patches.device_augmentation import send
 from data.patches.sampler import Batch, CachedCase
+from data.patches.transfer import send
 from models import PresenceLoss
 
 
@@ -49,8 +50,8 @@ class Presence(Task):
             labels = np.array([self._labels[case_id] for case_id in batch.cases], dtype=np.float32)
             return send(labels, batch.image.device)
         volumes_ml = batch.masks.sum(dim=(2, 3, 4)) * self._voxel_ml
-        places = [REGIONS.index(name) for name in self._outputs]
-        return (volumes_ml[:, places] >= volumes_ml.new_tensor(self._config.task.thresholds_ml)).float()
+        limits = zip(self._outputs, self._config.task.thresholds_ml, strict=True)
+        return torch.stack([volumes_ml[:, REGIONS.index(name)] >= ml for name, ml in limits], dim=1).float()
 
     def validate(
         self,

@@ -194,8 +194,7 @@ class Trainer:
                     state.network.train()
                     self._agree()
                     if self._validation_is_due():  # a stop interrupted the last one
-                        self._validate()
-                        self._save_last()
+                        self._validate_and_save()
                     while self._progress() < 1 and not self._has_stalled():
                         self._step(stepper, made)
                         if self.unread:
@@ -203,9 +202,7 @@ class Trainer:
                         stop, save = self._agree()
                         if self._validation_is_due():
                             self._require_finite_weights()
-                            self._validate()
-                            self._save_last()
-                            stop, save = self._agree()
+                            stop, save = self._validate_and_save()
                         if stop is not None or save:
                             self._require_finite_weights()
                             self._save_last()
@@ -277,10 +274,11 @@ class Trainer:
     def _reads_now(self) -> bool:
         """Whether to wait for the GPU after this step; the answer is the same in all processes."""
         state, alone = self.state, self.session.world.size == 1
+        every = self.config.training.telemetry_steps  # only the first process has telemetry
         requested = self.stop.signal_name is not None or self.stop.save or self._save_is_late()
         return (
             state.step % _READ_EVERY == 0
-            or self.telemetry.is_due(state.step)
+            or (every > 0 and state.step % every == 0)
             or self._progress() >= 1
             or self._validation_is_due()
             or (alone and requested)
@@ -456,6 +454,15 @@ class Trainer:
         if scores.mean > state.best_score:
             state.best_score, state.best_step, state.best_validation = scores.mean, state.step, state.validations
             self._save_best(scores.by_output)
+
+    def _validate_and_save(self) -> tuple[str | None, bool]:
+        """Validate, save everything, and return what :meth:`_agree` does.
+
+        If the disk is full, the other processes wait there, and not in a step on GPUs, which has a shorter timeout.
+        """
+        self._validate()
+        self._save_last()
+        return self._agree()
 
     def _validate_again(self) -> None:
         """Repeat the latest validation of a finished run whose best weights are lost.

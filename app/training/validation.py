@@ -14,7 +14,7 @@ from app.config.load import RunConfig
 from app.evaluation.metrics import dice
 from app.inference.device_average import fetch_tensors
 from app.inference.sliding_window.grid import Size
-from app.inference.sliding_window.torch_blend import sliding_logits, upload
+from app.inference.sliding_window.torch_blend import sliding_logits
 from app.system.device import Runtime
 from app.training.distributed import ALONE, World
 from data.contrasts import presence_mask
@@ -29,6 +29,7 @@ from data.labels import (
     to_regions,
 )
 from data.patches.sampler import CachedCase
+from data.patches.transfer import upload
 from models import GivenPresence
 
 Codes = npt.NDArray[np.uint8]

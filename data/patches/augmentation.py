@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Final
@@ -210,6 +211,23 @@ def apply_augmentation(
     return _change_intensities(variation, image), np.ascontiguousarray(codes)
 
 
+def affine_theta(matrix: FloatArray, shape: Sequence[int]) -> FloatArray:
+    """Return a map from output to input coordinates as :func:`torch.nn.functional.affine_grid` takes it.
+
+    Args:
+        matrix: 3x3, about the patch's centre, in voxels.
+        shape: X, Y, Z of the patch.
+
+    Returns:
+        shape (1, 3, 4).
+    """
+    sides = np.array(shape[::-1], dtype=np.float32)  # grid_sample orders axes Z, Y, X
+    # grid_sample scales every side to -1..1, so a rotation must take the sides' lengths into account.
+    theta = np.zeros((1, 3, 4), dtype=np.float32)
+    theta[0, :, :3] = matrix * sides[None, :] / sides[:, None]
+    return theta
+
+
 def _draw_present(probability: float, contrasts: int, rng: np.random.Generator) -> tuple[bool, ...]:
     """Draw which contrasts a patch keeps; if it loses any, all proper non-empty subsets are equally likely.
 
@@ -267,11 +285,8 @@ def _transform(
     image: npt.NDArray[np.float32], codes: npt.NDArray[np.uint8], matrix: npt.NDArray[np.float32]
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.uint8]]:
     """Rotate and scale about the patch's centre: linear for the image, nearest neighbour for the label map."""
-    sides = np.array(image.shape[:0:-1], dtype=np.float32)  # grid_sample orders axes Z, Y, X
-    # grid_sample scales every side to -1..1, so a rotation must take the sides' lengths into account.
-    theta = np.zeros((1, 3, 4), dtype=np.float32)
-    theta[0, :, :3] = matrix * sides[None, :] / sides[:, None]
-    grid = functional.affine_grid(torch.from_numpy(theta), [1, 1, *image.shape[1:]], align_corners=False)
+    theta = torch.from_numpy(affine_theta(matrix, image.shape[1:]))
+    grid = functional.affine_grid(theta, [1, 1, *image.shape[1:]], align_corners=False)
     moved = functional.grid_sample(_tensor(image), grid, mode="bilinear", align_corners=False)
     labels = functional.grid_sample(_tensor(codes), grid, mode="nearest", align_corners=False)
     return moved[0].numpy(), labels[0, 0].numpy().astype(np.uint8)

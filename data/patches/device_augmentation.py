@@ -1,7 +1,7 @@
 """Training augmentation of a patch on a GPU: the same variation as in ``augmentation``, and nothing is read back.
 
-The functions of ``intensity`` that pick out the brain's voxels wait for their number, and on a GPU that is the whole
-queue of work. Those here compute everywhere and mask. On a CPU, picking them out saves the powers outside the brain.
+Boolean indexing, as in ``intensity``, makes the host wait until the GPU has finished its queue. These functions compute
+everywhere and mask. On a CPU, indexing is cheaper.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from data.patches import intensity
-from data.patches.augmentation import Variation
+from data.patches.augmentation import Variation, affine_theta
+from data.patches.transfer import send
 
 
 def augment_on_device(variation: Variation, image: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,12 +38,6 @@ def augment_on_device(variation: Variation, image: Tensor, codes: Tensor) -> tup
     if variation.matrix is not None:
         image, codes = _transformed(image, codes, variation.matrix)
     return _changed(variation, image), codes.contiguous()
-
-
-def send(array: npt.NDArray[np.generic], device: torch.device) -> Tensor:
-    """Copy an array to a device; a GPU's copy is queued from pinned memory, so nobody waits for it."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def dense_stretch(values: Tensor, brain: Tensor, factor: float) -> Tensor:
@@ -78,10 +73,8 @@ def dense_bias_field(values: Tensor, brain: Tensor, waves: Tensor, strength: flo
 
 def _transformed(image: Tensor, codes: Tensor, matrix: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
     """Rotate and scale, as ``augmentation._transform`` does."""
-    sides = np.array(image.shape[:0:-1], dtype=np.float32)
-    theta = np.zeros((1, 3, 4), dtype=np.float32)
-    theta[0, :, :3] = matrix * sides[None, :] / sides[:, None]
-    grid = functional.affine_grid(send(theta, image.device), [1, 1, *image.shape[1:]], align_corners=False)
+    theta = send(affine_theta(matrix, image.shape[1:]), image.device)
+    grid = functional.affine_grid(theta, [1, 1, *image.shape[1:]], align_corners=False)
     moved = functional.grid_sample(image[None], grid, mode="bilinear", align_corners=False)
     labels = functional.grid_sample(codes[None, None].float(), grid, mode="nearest", align_corners=False)
     return moved[0], labels[0, 0].to(torch.uint8)

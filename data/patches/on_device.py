@@ -5,7 +5,7 @@ what it lacks: a case, once, if it may stay; otherwise the crop. Uploads are que
 their own, one batch ahead of the step.
 
 Which cases stay does not change. A run uses each case once per epoch, in random order; a cache that always replaces the
-least recently used case would find about f^2 / 2 of them if it has room for a share f, while a fixed set finds f.
+least recently used case would have a hit rate of about f^2 / 2 with room for a share f; a fixed set has f.
 """
 
 from __future__ import annotations
@@ -24,9 +24,10 @@ from torch import Tensor
 
 from data.labels import BACKGROUND, CONTRASTS, ENHANCING, NECROSIS
 from data.patches.augmentation import Variation, draw_augmentation
-from data.patches.device_augmentation import augment_on_device, send
+from data.patches.device_augmentation import augment_on_device
 from data.patches.sampler import Batch, CachedCase, PatchSource, cut_patch, slices_of
 from data.patches.synthetic import synthetic_image
+from data.patches.transfer import send
 
 #: Bytes of a prepared voxel: four contrasts in float16, and the label code.
 _BYTES_PER_VOXEL: Final = 9

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 #: Ratio of the memory used, including the overhead of libraries, to the size of the values that a network must hold.
 _OVERHEAD: Final = 1.6
-#: Voxels of a batch of windows on a GPU: a single window of 128x128x128 keeps every part of one busy, and norms copy
-#: larger batches once more.
+#: Voxels of a batch of windows on a GPU: a single window of 128x128x128 keeps every part of one busy, and instance
+#: norms copy larger batches once more.
 _GPU_VOXELS: Final = 128**3
 
 
@@ -136,7 +136,7 @@ class TorchEngine(Engine):
         """See :meth:`Engine.logits`."""
         import torch
 
-        from app.inference.sliding_window.torch_blend import upload
+        from data.patches.transfer import upload
 
         volume = upload(torch.from_numpy(image), torch.device(plan.stitch_on))
         windows = place_windows(image, plan.window, overlap)

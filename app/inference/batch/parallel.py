@@ -98,7 +98,7 @@ class InProcesses:
                 on_lost=lost,
                 max_attempts=MAX_ATTEMPTS,
                 reuse=True,
-                ahead=1 if all(device in (None, "cpu") for device in self.devices) else GPU_READERS,
+                ahead=1 if all((device or self.job.device) == "cpu" for device in self.devices) else GPU_READERS,
             ).run()
 
 

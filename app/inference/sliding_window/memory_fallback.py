@@ -96,7 +96,7 @@ class MemoryFallback:
                     f"not enough memory, not even for {plan} ({reason}). Close other programs, or use a machine with "
                     "more memory."
                 )
-            self._note(f"out of memory with {plan} ({reason}); continued with {after}")
+            self.note(f"out of memory with {plan} ({reason}); continued with {after}")
             plan = after
 
     def _within_bound(
@@ -117,10 +117,11 @@ class MemoryFallback:
                 "are left after reading it. Allow more, or leave out the option."
             )
         if plan != first:
-            self._note(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {plan} instead of {first}")
+            self.note(f"planned for --max-memory-gb {self._max_bytes / GB:g}: {plan} instead of {first}")
         return plan
 
-    def _note(self, sentence: str) -> None:
+    def note(self, sentence: str) -> None:
+        """Log a sentence about a fallback, and keep it for the case's JSON."""
         LOG.warning("%s", sentence)
         self.sentences.append(sentence)
 

@@ -24,6 +24,7 @@ from app.inference.sliding_window.grid import (
     place_windows,
 )
 from app.system.device import Runtime
+from data.patches.transfer import upload
 
 
 def sliding_logits(
@@ -126,20 +127,13 @@ def window_logits(
     return total[windows.inner]
 
 
-def upload(values: Tensor, device: torch.device) -> Tensor:
-    """Copy a tensor to a device; a GPU receives it from pinned memory, so that the host does not wait."""
-    if device.type != "cuda" or values.device.type == "cuda":
-        return values.to(device)
-    return values.pin_memory().to(device, non_blocking=True)
-
-
 @contextmanager
 def _weights_cast_once(network: nn.Module, runtime: Runtime) -> Iterator[None]:
     """Context in which autocast casts each weight once, and not in every forward pass.
 
     Autocast keeps the copies until the outermost of its blocks ends, and only those of weights that require a gradient.
     """
-    frozen = [parameter for parameter in network.parameters() if not parameter.requires_grad]
+    frozen = [one for one in network.parameters() if one.is_floating_point() and not one.requires_grad]
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:

@@ -12,6 +12,7 @@ from torch import nn
 
 from app.config.load import RunConfig
 from app.system.device import Runtime
+from data.patches.transfer import upload
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -72,7 +73,7 @@ def case_logits(
     rows = []
     for part in seen_parts(image, config):
         between()
-        given = torch.from_numpy(part)[None].to(runtime.device)
+        given = upload(torch.from_numpy(part)[None], runtime.device)
         with torch.inference_mode(), runtime.autocast():
             logits = network(given.contiguous(memory_format=runtime.memory_format))
         rows.append(logits[0].double().cpu().numpy())

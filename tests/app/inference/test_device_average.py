@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from app.config.inference import PredictOptions
-from app.inference import probabilities
+from app.inference import device_average, probabilities
 from app.inference.answer_mean import ArrayMean, MeanAnswer
 from app.inference.device_average import DeviceVolume, TensorMean, fetch_tensors, tensor_answer
 from app.inference.model import Model, load_model
-from app.inference.probabilities import MeanPrediction, predict_answer, predict_masks
+from app.inference.probabilities import MeanPrediction, fallback_for, predict_answer, predict_masks
 from app.system.device import RuntimeConfig, choose_runtime
 from data.datasets.layouts import find_cases
 from data.preprocess import Prepared, prepare
@@ -85,8 +86,6 @@ def test_tensors_are_downloaded_in_one_piece_with_their_types() -> None:
 
 
 def test_a_volume_is_uploaded_once_and_mirrored_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    from app.inference import device_average
-
     uploads: list[Any] = []
     monkeypatch.setattr(device_average, "upload", lambda tensor, device: uploads.append(1) or tensor.to(device))
     image = np.random.default_rng(0).random((4, 3, 2, 5)).astype(np.float32)
@@ -156,3 +155,24 @@ def test_when_memory_runs_out_after_some_answers_the_mean_moves_to_the_cpu(
     on_device = iter([False] * 3)
     monkeypatch.setattr(probabilities, "stays_on_cpu", lambda _: next(on_device, True))
     like(predict_answer(model, prepared, RUNTIME, options=PredictOptions(tta=True)), expected, model, prepared)
+
+
+@pytest.mark.parametrize("failing", [1, 3, 9], ids=["first answer", "third answer", "result"])
+def test_when_memory_runs_out_while_answers_are_averaged_the_mean_moves_to_the_cpu(
+    failing: int, model: Model, prepared: Prepared, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = PredictOptions(tta=True, uncertainty=True)
+    entropy, calls = device_average._entropy_bits, itertools.count(1)
+    expected = predict_answer(model, prepared, RUNTIME, options=options)
+
+    def short(centred: torch.Tensor) -> torch.Tensor:
+        if next(calls) == failing:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return entropy(centred)
+
+    monkeypatch.setattr(probabilities, "stays_on_cpu", lambda _: False)
+    monkeypatch.setattr(device_average, "_entropy_bits", short)
+    fallback = fallback_for(options)
+    found = predict_answer(model, prepared, RUNTIME, options=options, fallback=fallback)
+    like(found, expected, model, prepared)
+    assert fallback.sentences == ["out of memory on the GPU while answers were averaged; continued on the CPU"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+
 import pytest
 import torch
 
@@ -32,6 +34,14 @@ def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.usefixtures("with_a_gpu")
 def test_a_gpu_is_asked_by_another_process() -> None:
     assert device_facts(RuntimeConfig(precision="bfloat16")) == DeviceFacts(half=True)
+
+
+@pytest.mark.usefixtures("with_a_gpu")
+def test_a_gpu_that_the_other_process_cannot_use_is_an_error_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.CompletedProcess([], 1, stdout="", stderr="CUDA-capable device(s) is/are busy")
+    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(DeviceError, match=r"is/are busy\. If another process holds it, wait"):
+        device_facts(RuntimeConfig())
 
 
 @pytest.mark.usefixtures("with_a_gpu")

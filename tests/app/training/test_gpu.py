@@ -20,6 +20,7 @@ from app.training.gpu import Computation, choose_compile, compile_or_not, prepar
 from app.training.loader import Loader, cases_budget
 from app.training.run import start
 from app.training.step import Stepper
+from app.training.telemetry import Telemetry
 from app.training.trainer import Trainer
 from data.datasets.source import DataSource
 from models import RegionLoss, build_network
@@ -63,8 +64,10 @@ def test_losses_that_are_read_late_are_those_that_are_read_at_once(
     assert [r["step"] for r in records(late, "validation")] == [r["step"] for r in records(at_once, "validation")]
 
 
+@pytest.mark.usefixtures("lagging")
+@pytest.mark.parametrize("has_telemetry", [True, False], ids=["first process", "another"])
 def test_losses_are_read_every_ten_steps_and_before_whatever_needs_them(
-    phantoms: Path, tiny_settings: list[str], tmp_path: Path, lagging: None, monkeypatch: pytest.MonkeyPatch
+    has_telemetry: bool, phantoms: Path, tiny_settings: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, steps = Stepper.read, []
 
@@ -73,6 +76,8 @@ def test_losses_are_read_every_ten_steps_and_before_whatever_needs_them(
         return read(self, *arguments)
 
     monkeypatch.setattr(Stepper, "read", reading)
+    if not has_telemetry:
+        monkeypatch.setattr(trainer, "Telemetry", lambda _, *arguments: Telemetry(0, *arguments))
     train(phantoms, tmp_path / "run", tiny_settings, "training.telemetry_steps=9")
     assert steps == [9, 10, 12, 18, 20, 23]  # telemetry, tenth, validation, telemetry, tenth, end
 
@@ -127,6 +132,7 @@ def config_of(*settings: str) -> RunConfig:
         (("training.hours=0.5",), GPU, 1, "it pays from"),
         (("runtime.deterministic=true",), GPU, 1, "runtime.deterministic"),
         (("training.telemetry_steps=100",), GPU, 1, "training.telemetry_steps"),
+        (("network.backward_normalization=[auto]",), GPU, 1, "network.backward_normalization"),
         ((), GPU, 2, "several processes"),
         (("runtime.compile=false",), GPU, 1, "requested"),
     ],
@@ -148,6 +154,24 @@ def test_a_long_run_on_a_gpu_is_compiled_where_triton_is(
     for installed in (True, False):
         monkeypatch.setattr(gpu, "find_spec", lambda _, installed=installed: object() if installed else None)
         assert choose_compile(config_of(*settings), GPU)[0] == installed
+
+
+def test_compiling_on_request_is_refused_with_telemetry_whose_hooks_it_would_ignore() -> None:
+    with pytest.raises(ConfigError, match=r"does not work with training\.telemetry_steps"):
+        choose_compile(config_of("runtime.compile=true", "training.telemetry_steps=9"), CPU)
+
+
+@pytest.mark.parametrize(
+    ("config", "benchmark", "reason"),
+    [("resunet", True, "all patches have one shape"), ("presence", False, "whole brains differ in shape")],
+)
+def test_cudnn_times_its_algorithms_only_where_shapes_are_fixed(
+    config: str, benchmark: bool, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", not benchmark)
+    chosen = load_config(config, ["runtime.compile=false"])
+    assert reason in prepare_computation(chosen, GPU, nn.Linear(1, 1), RegionLoss()).reasons[0]
+    assert torch.backends.cudnn.benchmark == benchmark
 
 
 def test_a_run_on_a_cpu_computes_what_it_did_before_and_says_nothing() -> None:
@@ -190,9 +214,18 @@ def test_a_compiler_that_fails_leaves_the_run_as_it_is_and_says_why() -> None:
 # Deterministic, float32, memory
 
 
-def test_segresnet_is_refused_where_a_gpu_cannot_be_deterministic() -> None:
-    config = load_config("resunet", ["network.architecture=segresnet", "runtime.deterministic=true"])
-    with pytest.raises(ConfigError, match=r"runtime\.deterministic: true does not work with .*segresnet"):
+@pytest.mark.parametrize(
+    ("name", "settings", "why"),
+    [
+        ("resunet", ["network.architecture=segresnet"], "segresnet .* trilinear upsampling"),
+        ("presence", [], "resnet10 .* max pooling"),
+    ],
+)
+def test_a_network_is_refused_that_a_gpu_cannot_train_deterministically(
+    name: str, settings: list[str], why: str
+) -> None:
+    config = load_config(name, [*settings, "runtime.deterministic=true"])
+    with pytest.raises(ConfigError, match=rf"runtime\.deterministic: true does not work with .*{why}"):
         require_deterministic(config, GPU)
     require_deterministic(config, CPU)
 

@@ -266,3 +266,9 @@ def test_weights_cast_once_are_those_cast_for_each_window() -> None:
         expected = network(image[None].contiguous(memory_format=half.memory_format))[0].float()
     found = sliding_logits(network, image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=half)
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_network_may_have_integer_weights() -> None:
+    network, image = FirstThree(), noise(4, 16, 16, 16)
+    network.register_parameter("count", nn.Parameter(torch.ones(1, dtype=torch.int64), requires_grad=False))
+    torch.testing.assert_close(logits_of(network, image), image[:3])
