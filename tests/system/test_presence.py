@@ -429,6 +429,14 @@ def test_the_page_of_a_run_shows_its_brier_score(presence_run: Path, tmp_path: P
     assert "1 - Brier score of each validation case" in (tmp_path / "pages" / "index.html").read_text()
 
 
+def test_a_run_with_a_table_of_predictions_in_its_folder_is_still_a_run(
+    presence_run: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    run = shutil.copytree(presence_run, tmp_path / "run")
+    (run / "predictions.csv").touch()
+    assert znormseg("report", run, tmp_path / "pages").code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("file_format", ["openvino", "onnx"])
 def test_an_exported_presence_network_agrees_with_the_original(
