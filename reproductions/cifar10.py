@@ -224,7 +224,7 @@ def train(run: Run, data: Data, settings: dict[str, Any]) -> Result:
         optimizer.param_groups[0]["lr"] = sweep.rate_at(step, settings["steps"], run.rate)
         chosen = torch.randint(0, len(data.train.classes), (settings["batch"],), generator=generator)
         images = data.scaled(augment(data.train.pixels[chosen], generator))
-        due = (step + 1) % settings["validate_every"] == 0
+        due = (step + 1) % settings["validate_every"] == 0 or step + 1 == settings["steps"]
         model.train()
         with znorm.watch_overlap(junctions if due else []) as watch:
             with torch.autocast("cpu", torch.bfloat16, enabled=settings["bfloat16"]):
@@ -294,6 +294,8 @@ def main(words: list[str] | None = None) -> None:
         validation=known.part(train_count - validation_count, train_count),
         test=read_images(options.data, "test", options.test_images // 10),
     )
+    if not all(len(part.classes) for part in (data.train, data.validation, data.test)):
+        parser.error(f"{options.data} has fewer images than --train-images, --validation-images and --test-images need")
     record = Record(options.out / "runs.jsonl", settings)
     sweep.sweep(record, partial(train, data=data, settings=settings), options)
     columns = {"test": "test accuracy", "steps_to_target": f"steps to {options.target:g}", "overlap_ratio": "overlap"}

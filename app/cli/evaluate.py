@@ -73,7 +73,8 @@ def evaluate_command(
     )
     if holds_presence(predictions):
         for option, value in {"--resample": resample, "--nsd-mm": nsd_mm, "--rules": rules, "--task": task}.items():
-            options.refuse(value not in (None, False), f"{option} is for label maps; {predictions} holds probabilities")
+            given = value is not None and value is not False
+            options.refuse(given, f"{option} is for label maps; {predictions} holds probabilities")
         show_presence_scores(
             predictions, references, labels, follow_links=follow_links, specificity=specificity, out=out, page=page
         )

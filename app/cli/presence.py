@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def refuse_for_presence(run: Path, used: Mapping[str, object]) -> None:
     """Refuse options of ``predict`` that a presence run does not have; values are those given, by option."""
     for option, value in used.items():
-        options.refuse(value not in (None, False), f"{option} cannot be used with {run}, which is a presence run")
+        given = value is not None and value is not False
+        options.refuse(given, f"{option} cannot be used with {run}, which is a presence run")
 
 
 def show_presence(
@@ -32,8 +33,9 @@ def show_presence(
 ) -> None:
     """Predict presence, and print a row for each case; ``source`` is the folder of the cases, if there is one."""
     from app import NOTICE
+    from app.evaluation.folders import PREDICTIONS_FILE
     from app.inference.batch.output_folder import require_place_of_its_own
-    from app.inference.batch.presence import PREDICTIONS_FILE, predict_presence
+    from app.inference.batch.presence import predict_presence
     from app.inference.tumour_presence.model import load_presence
     from app.runs.training_record import training_record
     from app.system.device import choose_runtime
@@ -67,7 +69,9 @@ def show_presence(
 
 def holds_presence(predictions: Path) -> bool:
     """Whether a folder holds the predictions of a presence run."""
-    return (predictions / "predictions.csv").is_file()
+    from app.evaluation.folders import PREDICTIONS_FILE
+
+    return (predictions / PREDICTIONS_FILE).is_file()
 
 
 def show_presence_scores(
@@ -109,7 +113,7 @@ def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
             lines.append(f"{name}: all cases are of one kind, so nothing was tuned")
             continue
         lines.append(
-            f"{name}: on folds that were not used for tuning, sensitivity {one.sensitivity:.3f} and specificity "
+            f"{name}: with thresholds tuned on the other folds, sensitivity {one.sensitivity:.3f} and specificity "
             f"{one.specificity:.3f}; Brier score {one.brier_before:.4f} -> {one.brier_after:.4f}"
         )
     return [

@@ -44,7 +44,8 @@ class TaskConfig:
     """CSV file with a column ``case`` and a column of 0 and 1 for each output, used instead of the label maps; null
     uses the label maps."""
     class_weights: Literal["balanced", "none"] = "balanced"
-    """``balanced``: present and absent cases of an output have the same total weight in the loss."""
+    """``balanced``: present and absent cases of an output have the same total weight in the loss; not used with
+    ``by_slab``, where ``training.tumour_probability`` sets the share of slabs with tumour."""
     by_slab: bool = False
     """False: the network sees the whole brain, and ``training.patch_voxels`` should hold it. True: it sees slabs of
     ``training.patch_voxels[2]`` axial slices, and each slab gets probabilities."""

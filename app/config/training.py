@@ -45,7 +45,7 @@ class TrainingConfig:
     """Number of validations, evenly spaced; the last one is at the end of the run. Those beyond the tenth, and with a
     budget in hours all but the last, are made only while validation takes less than a tenth of the run's time."""
     patience: int | None = None
-    """Stop early after this many validations without a better mean Dice; null disables early stopping."""
+    """Stop early after this many validations without a better mean score; null disables early stopping."""
     checkpoint_minutes: float = 10.0
     """Minutes between checkpoints; one is also saved at the start, at each validation and on interruption."""
     max_rollbacks: int = 3

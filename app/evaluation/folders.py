@@ -21,6 +21,9 @@ from data.labels import LabelConvention, require_known_values, values_in
 from data.nifti import Spacing, Volume, grid_difference, in_order_of, read_label_map
 from data.preprocess import smallest_box
 
+#: File with the probabilities of all cases in a folder of presence predictions.
+PREDICTIONS_FILE: Final = "predictions.csv"
+
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 

@@ -67,6 +67,8 @@ class PresenceScores:
     """By output and measure."""
     missing_predictions: tuple[str, ...]
     missing_references: tuple[str, ...]
+    fitted_here: bool = False
+    """Whether calibration and thresholds were fitted on these same cases."""
 
     def of_output(self, name: str) -> tuple[FloatArray, FloatArray]:
         """Return truth and probability of an output, each of shape (cases,)."""
@@ -96,7 +98,11 @@ class PresenceScores:
                 f"{name}: present in {present} of {len(self.truth)} cases; counts as present from probability "
                 f"{self.thresholds[place]:.3g} on"
             )
-        return [*counts, "in brackets: 95 % bootstrap interval over patients"]
+        fitted = (
+            "calibration and thresholds were fitted on these same cases, so accuracy, F1, Brier score and ECE are "
+            "somewhat too good"
+        )
+        return [*counts, *([fitted] if self.fitted_here else []), "in brackets: 95 % bootstrap interval over patients"]
 
     def to_json(self) -> dict[str, Any]:
         """Return plain data for ``--json``."""
@@ -109,6 +115,7 @@ class PresenceScores:
                 for name, of_output in self.measures.items()
             },
             "definitions": dict(PRESENCE_DEFINITIONS),
+            "fitted_here": self.fitted_here,
             "cases": [
                 {
                     "case": case_id,
@@ -164,6 +171,8 @@ def read_presence_predictions(folder: Path) -> PresencePredictions:
                     f"{path}: from another model than {first['case']}. Predict all cases with one model, in one folder."
                 )
             found[str(content["case"])] = tuple(float(content["probability"][name]) for name in outputs)
+        except DataError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise DataError(f"{path}: cannot be read as a prediction of presence ({why(error)})") from error
     if first is None:

@@ -149,7 +149,8 @@ def _presence_source(run: Path, case: Path | None) -> _Source:
     image, words = image_of(model.spacing_mm, case)
     patch = model.config.training.patch_voxels
     middle = tuple(side // 2 for side in image.shape[1:])
-    whole = image if model.config.task.by_slab else cut_patch(image, middle, patch)  # the export has a fixed size
+    size = (*patch[:2], image.shape[3]) if model.config.task.by_slab else patch
+    whole = cut_patch(image, middle, size)  # the export has a fixed size
     parts = [torch.from_numpy(part)[None] for part in seen_parts(whole, model.config)]
     filled = [part for part in parts if part.any()]
     chosen = np.unique(np.linspace(0, len(filled) - 1, WINDOWS).round().astype(int))

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any, Final, Literal
 
 from app.errors import ConfigError, RunError
+from app.evaluation.folders import PREDICTIONS_FILE
 from app.evaluation.presence import SPECIFICITY
 from app.evaluation.presence_scores import score_presence
-from app.inference.batch.presence import PREDICTIONS_FILE
 from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE
 from app.progress import OnProgress, silent
 from app.reports import saved_comparison as comparison
@@ -104,7 +104,7 @@ def report(
         raise RunError(f"{out} is a file; give a folder for the pages")
     if out.resolve() == folder.resolve():
         raise RunError(f"{out} is the folder that the pages describe; give another folder for the pages")
-    if (folder / PREDICTIONS_FILE).exists():
+    if kind == "predictions" and (folder / PREDICTIONS_FILE).exists():
         if references is None:
             raise ConfigError(f"{folder}: predictions of a presence run; its page needs --references")
         write_presence_page(score_presence(folder, references, specificity=SPECIFICITY), out / _PAGE)

@@ -57,16 +57,14 @@ def presence_labels(
 
 
 def require_both_classes(task: TaskConfig, labels: Labels, train: Collection[str]) -> None:
-    """Require present and absent training cases of each output; slabs of one case may be of both kinds.
+    """Require present and absent training cases of each output, or a present one if slabs of a case may be absent.
 
     Raises:
-        DataError: an output is present, or absent, in all training cases.
+        DataError: an output is absent in all training cases; or, without slabs, present in all of them.
     """
-    if task.by_slab:
-        return
     for place, name in enumerate(task.outputs):
         values = {labels[case_id][place] for case_id in train}
-        if len(values) > 1:
+        if len(values) > 1 or (task.by_slab and values == {1}):
             continue
         state = "present" if values == {1} else "absent"
         where = (

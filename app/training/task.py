@@ -49,7 +49,7 @@ class Task(ABC):
 
     @abstractmethod
     def target(self, batch: Batch) -> Tensor:
-        """Return what the network should answer for a batch, on the CPU."""
+        """Return what the network should answer for a batch, on the batch's device."""
 
     @abstractmethod
     def validate(

@@ -88,7 +88,8 @@ def stratified_folds(
     Patients are sorted: by the labels of a classification, if there are any; those with enhancing tumour first, then by
     tumour volume (the largest of a patient's cases).
     The sorted list is cut into groups as long as the number of folds, and each group gives every fold one patient. The
-    folds therefore have similar volumes, and each has enhancing tumour if at least as many patients as folds do.
+    folds therefore have similar volumes. Without labels of a classification, each has enhancing tumour if at least as
+    many patients as folds do; with labels, a fold may lack a rare one.
 
     All randomness comes from the SHA-256 of seed and patient, and ties are broken by it and the patient's name, so the
     result is the same on every machine and with every library version.

@@ -120,6 +120,21 @@ def test_augmented_images_keep_their_shape_and_their_pixels() -> None:
     assert (shifted > 0).flatten(1).float().mean(dim=1).min() > (28 / 32) ** 2 - 0.01
 
 
+def test_a_run_shorter_than_the_time_to_a_validation_is_validated_at_its_end(
+    binary: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sweep, "RATES", 1)
+    more = ("--steps", "1", "--validate-every", "9", "--rules", "none", "--networks", "resnet20")
+    cifar10.main([str(binary), str(tmp_path), *TINY, *more])
+    assert '"curve": [[1,' in (tmp_path / "runs.jsonl").read_text()
+
+
+def test_too_few_images_are_refused(binary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cifar10.main([str(binary), str(tmp_path), *TINY, "--train-images", "400", "--validation-images", "50"])
+    assert "has fewer images than --train-images" in capsys.readouterr().err
+
+
 def test_all_rules_run_on_made_images_and_the_same_command_resumes(
     binary: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1380,6 +1380,7 @@ TABLES: dict[str, list[Shown | Raised]] = {
         # all three phantoms have enhancing tumour
         Shown(command="znormseg train DATA NEW --config presence", code=3, small=False),
         Shown(command="znormseg train DATA NEW --config presence --set network.architecture=unet", code=4),
+        Shown(command="znormseg compare DATA OUT --config presence --set task.labels_csv=labels.csv", code=4),
         Shown(command=f"{PREDICT} --presence RUN", code=5),
     ],
     "Runs and their weights": [

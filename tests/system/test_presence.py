@@ -7,14 +7,18 @@ import json
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jsonschema
 import pytest
 import torch
+import typer
 
+from app.cli.presence import refuse_for_presence
 from app.config.load import RunConfig, load_config
 from app.errors import ConfigError
+from app.evaluation.presence_scores import read_presence_predictions
 from app.schemas import json_schema
 from app.training.presence import Presence
 from app.training.run import resume, start
@@ -190,6 +194,16 @@ def test_one_class_alone_in_the_label_maps_is_refused(phantoms: Path, tmp_path: 
         start(DataSource(phantoms), tmp_path / "run", config)
 
 
+def test_slabs_may_have_an_output_in_every_case_but_not_in_none() -> None:
+    from app.config.task import TaskConfig
+    from app.training.presence_labels import require_both_classes
+
+    task = TaskConfig(name="presence", outputs=("WT", "ET"), by_slab=True)
+    require_both_classes(task, {"a": (1, 0), "b": (1, 1)}, ["a", "b"])
+    with pytest.raises(DataError, match="ET is absent in all 2 training cases"):
+        require_both_classes(task, {"a": (1, 0), "b": (1, 0)}, ["a", "b"])
+
+
 def test_a_case_without_a_row_is_named(phantoms: Path, tmp_path: Path, table: Table, cases: list[str]) -> None:
     with pytest.raises(DataError, match=f"no row for 1 case: {cases[-1]}"):
         started(phantoms, tmp_path / "run", table(rows_of(cases)[:-1]))
@@ -296,6 +310,19 @@ def test_evaluate_takes_a_table_as_reference(predictions: Path, table: Table, ca
     assert [case["present"]["ET"] for case in json.loads(ended.out)["cases"]] == [0, 1, 0, 1, 0, 1]
 
 
+def test_predictions_of_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
+    for name in "ab":
+        content = {"case": name, "probability": {"ET": 0.5}, "decisions": {"ET": {}}, "threshold_ml": None}
+        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "weights_sha256": name}))
+    with pytest.raises(DataError, match=r"b\.json: from another model than a\. Predict all cases"):
+        read_presence_predictions(tmp_path)
+
+
+def test_an_option_of_0_is_also_refused() -> None:
+    with pytest.raises(typer.BadParameter, match="--overlap cannot be used with RUN"):
+        refuse_for_presence(Path("RUN"), {"--tta": False, "--device": None, "--overlap": 0.0})
+
+
 @pytest.mark.parametrize("option", ["--tta", "--uncertainty", "--prepare"])
 def test_predict_refuses_options_that_presence_does_not_have(
     presence_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call, option: str
@@ -318,6 +345,19 @@ def test_a_gate_removes_enhancing_tumour_and_says_so(
     assert gate["removed"] == (gate["probability"] < gate["threshold"] == 0.5)
     assert not gate["removed"] or content["volumes_ml"]["ET"] == 0
     jsonschema.Draft202012Validator(json_schema("predict")).validate(content)
+
+
+def test_a_case_without_a_contrast_that_the_gate_needs_is_refused(phantoms: Path, tmp_path: Path) -> None:
+    from app.inference.batch.predict import PredictSteps
+    from data.datasets.layouts import find_cases
+
+    case = shutil.copytree(sorted(phantoms.iterdir())[0], tmp_path / "data" / "a")
+    next(case.glob("*_t1ce.nii.gz")).unlink()
+    gate: Any = SimpleNamespace(model=SimpleNamespace(origin="RUN2", takes_missing_contrasts=False))
+    model: Any = SimpleNamespace(takes_missing_contrasts=True)
+    steps = PredictSteps(model=model, output=tmp_path, runtime=cast("Any", None), settings={}, gate=gate)
+    with pytest.raises(DataError, match=r"^--presence RUN2: case .*: contrast t1c is missing"):
+        steps.read(find_cases(tmp_path / "data")[0])
 
 
 def test_a_segmentation_is_no_gate(tiny_run: Path, phantoms: Path, tmp_path: Path, znormseg: Call) -> None:
@@ -387,6 +427,14 @@ def test_a_presence_ensemble_makes_no_label_maps(crossvalidated: Path) -> None:
 def test_the_page_of_a_run_shows_its_brier_score(presence_run: Path, tmp_path: Path, znormseg: Call) -> None:
     assert znormseg("report", presence_run, tmp_path / "pages").code == 0
     assert "1 - Brier score of each validation case" in (tmp_path / "pages" / "index.html").read_text()
+
+
+def test_a_run_with_a_table_of_predictions_in_its_folder_is_still_a_run(
+    presence_run: Path, tmp_path: Path, znormseg: Call
+) -> None:
+    run = shutil.copytree(presence_run, tmp_path / "run")
+    (run / "predictions.csv").touch()
+    assert znormseg("report", run, tmp_path / "pages").code == 0
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ def compare(
     content = {
         **analysis.to_json(),
         "plan": {**plan.to_json(), "parts": results.parts.to_json()},
+        "measure": plan.config.measure.key,
         plan.config.measure.key: DICE_DEFINITION if plan.config.measure.key == "dice" else BRIER_DEFINITION,
         "versions": versions(),
         "machine": machine(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, get_args, get_type_hints
 
@@ -214,6 +214,7 @@ def plan_comparison(  # noqa: PLR0913 - one argument per command-line option
         },
         first_seed=first_seed,
     )
+    _require_label_maps((plan.config, *plan.variants.values()))
     for run in plan.sweep():
         try:
             plan.config_of(run)
@@ -266,6 +267,15 @@ def _require_known(option: str, names: Sequence[str], allowed: Sequence[str]) ->
             raise ConfigError(f"{option}: {name!r} is unknown; allowed: {', '.join(allowed)}")
         if names.count(name) > 1:
             raise ConfigError(f"{option}: {name} is given twice")
+
+
+def _require_label_maps(configs: Iterable[RunConfig]) -> None:
+    """Refuse labels of a table, which :func:`app.training.presence_scoring.score_presence_run` does not read."""
+    for config in configs:
+        if config.task.name == "presence" and config.task.labels_csv is not None:
+            raise ConfigError(
+                "task.labels_csv: compare scores against label maps; leave it out, and name regions in task.outputs"
+            )
 
 
 def _rates(texts: Sequence[str], optimizers: Sequence[str]) -> dict[str, tuple[float, ...]]:

@@ -27,13 +27,12 @@ from app.progress import OnProgress, Progress
 from app.runs.folder import read_json, write_json
 from app.runs.model_card import describe_model, seal
 from app.system.device import choose_runtime, machine, versions
-from app.training.presence import slab_truth
 from app.training.presence_labels import RECORD
 from data.labels import CONTRASTS
 from data.preprocess import prepare
 
 FloatArray = npt.NDArray[np.float64]
-_KEYS: Final = {"case", "logits", "truth", "weights_sha256", "computed_by"}
+_KEYS: Final = {"case", "logits", "labels", "weights_sha256", "computed_by"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,19 +83,12 @@ def answer_left_out(folds: Folds, fold: int, *, on_progress: OnProgress, done_be
         share = done_before + (1 - done_before) * number / len(validation)
         on_progress(Progress(job="fold", share=share, detail=f"predicting {case_id}"))
         case = folds.cases[case_id]
-        convention = folds.conventions[case.data_set] if config.task.by_slab else None
-        prepared = prepare(
-            case, spacing_mm=model.spacing_mm, convention=convention, nan_to_zero=config.data.nan_to_zero
-        )
-        truth = np.array([labels[case_id]], dtype=np.float64)
-        if prepared.codes is not None:
-            voxel_ml = float(np.prod(prepared.spacing_mm)) / 1000
-            truth = slab_truth(prepared.codes, config.training.patch_voxels[2], voxel_ml, config)
+        prepared = prepare(case, spacing_mm=model.spacing_mm, nan_to_zero=config.data.nan_to_zero)
         path.parent.mkdir(parents=True, exist_ok=True)
         content = {
             "case": case_id,
             "logits": model.logits(prepared.image, prepared.present, runtime).tolist(),
-            "truth": truth.tolist(),
+            "labels": labels[case_id],
             "weights_sha256": model.sha256,
             "computed_by": runtime.record(),
         }
@@ -118,13 +110,13 @@ def measure_presence(folds: Folds) -> tuple[PresenceScores, dict[str, FittedDeci
     Raises:
         RunError: a file is missing or damaged.
     """
-    names, logits, truths, of_fold = _answers(folds)
+    names, logits, truths, of_fold = _answers(folds)  # of cases, as that is what a decision is made about
     outputs = folds.config.outputs
     fitted = {name: fit_decision(logits[:, n], truths[:, n], of_fold) for n, name in enumerate(outputs)}
     probabilities = np.stack(
         [fitted[name].decision.probability(logits[:, n]) for n, name in enumerate(outputs)], axis=1
     )
-    patients = [folds.cases[name.partition(_SLAB)[0]].patient for name in names]
+    patients = [folds.cases[name].patient for name in names]
     thresholds = tuple(fitted[name].decision.threshold for name in outputs)
     scores = PresenceScores(
         outputs=outputs,
@@ -138,16 +130,13 @@ def measure_presence(folds: Folds) -> tuple[PresenceScores, dict[str, FittedDeci
         },
         missing_predictions=(),
         missing_references=(),
+        fitted_here=any(one.decision.tuned for one in fitted.values()),
     )
     return scores, fitted
 
 
-#: Between the case and the number of a slab in the names of examples.
-_SLAB: Final = ", slab "
-
-
 def _answers(folds: Folds) -> tuple[list[str], FloatArray, FloatArray, npt.NDArray[np.int_]]:
-    """Return the name, logits, labels and fold of every example: a case, or a slab of one."""
+    """Return the id, logits, labels and fold of every case; of slabs, the largest logit of each output counts."""
     names: list[str] = []
     logits: list[list[float]] = []
     truths: list[list[float]] = []
@@ -156,16 +145,16 @@ def _answers(folds: Folds) -> tuple[list[str], FloatArray, FloatArray, npt.NDArr
         path = folds.prediction_file(case_id)
         content = json_object(read_json(path), path)
         try:
-            rows, own = content["logits"], content["truth"]
-            if len(rows) != len(own):
-                raise ValueError(f"{len(rows)} answers for {len(own)} labels")
+            rows, own = np.array(content["logits"], dtype=np.float64), content["labels"]
+            if rows.ndim != 2 or not len(rows) or not rows.shape[1] == len(own) == len(folds.config.outputs):
+                raise ValueError(f"logits of shape {rows.shape} and {len(own)} labels")
         except (KeyError, TypeError, ValueError) as error:
             raise RunError(f"{path}: damaged ({error}). Delete it to predict its case again.") from error
-        names += [f"{case_id}{_SLAB}{number}" if len(rows) > 1 else case_id for number in range(len(rows))]
-        logits += rows
-        truths += own
-        of_fold += [fold] * len(rows)
-    return names, np.array(logits), np.array(truths), np.array(of_fold)
+        names.append(case_id)
+        logits.append(rows.max(axis=0).tolist())
+        truths.append(own)
+        of_fold.append(fold)
+    return names, np.array(logits), np.array(truths, dtype=np.float64), np.array(of_fold)
 
 
 def finish_presence(folds: Folds, results: Sequence[Mapping[str, Any]]) -> PresenceCrossValidation:
@@ -192,9 +181,9 @@ def finish_presence(folds: Folds, results: Sequence[Mapping[str, Any]]) -> Prese
         "notice": NOTICE,
     }
     fold_of = folds.fold_of()
-    rows: list[list[object]] = [["fold", "example", *scores.outputs, *(f"{name}_present" for name in scores.outputs)]]
+    rows: list[list[object]] = [["fold", "case", *scores.outputs, *(f"{name}_truth" for name in scores.outputs)]]
     for name, truth in scores.truth.items():
-        rows.append([fold_of[name.partition(_SLAB)[0]], name, *scores.probability[name], *truth])
+        rows.append([fold_of[name], name, *scores.probability[name], *truth])
     write_csv(out / "crossval.csv", rows)
     write_json(out / "crossval.json", content)
     return PresenceCrossValidation(out=out, scores=scores, fitted=fitted, content=content)

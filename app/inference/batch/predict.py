@@ -39,7 +39,7 @@ from data.preprocess import Prepared, prepare, to_native_grid
 from data.quality.intensity_range import quantiles_of
 
 if TYPE_CHECKING:
-    from app.inference.tumour_presence.gate import Gate
+    from app.inference.tumour_presence.gate import Gate, GateAnswer
     from app.inference.tumour_presence.model import PresenceModel
     from data.native_space.to_brats import NativeCase
 
@@ -102,6 +102,8 @@ class AnsweredCase:
     prepared: Prepared
     scans: PreparedScans | None
     answer: MeanPrediction
+    judged: GateAnswer | None
+    """What the presence network says; None without one."""
     ladder: tuple[str, ...]
     """Sentences about fallbacks when memory was short."""
     seconds: float
@@ -172,6 +174,11 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
 
     def _images(self, case: Case) -> Prepared | NativeCase:
         nan_to_zero = self.options.nan_to_zero
+        if self.gate is not None:
+            try:
+                require_contrasts(case, self.gate.model)
+            except DataError as error:
+                raise DataError(f"--presence {self.gate.model.origin}: {error}") from error
         if self.native is not None:
             from data.native_space.to_brats import read_native
 
@@ -214,6 +221,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
             prepared=prepared,
             scans=scans,
             answer=answer,
+            judged=None if self.gate is None else self.gate.answer(prepared),
             ladder=tuple(fallback.sentences),
             seconds=time.monotonic() - began,
         )
@@ -236,7 +244,7 @@ class PredictSteps(Steps[ReadCase, ComputedCase | AnsweredCase]):
             on_step(f"{case.id}: mapping back to the grid of {scans.space}")
             masks, centred, disagreement, spacing_mm = scans.map_back(model, answer)
 
-        judged = None if self.gate is None else self.gate.answer(prepared)
+        judged = answered.judged
         removed = remove_enhancing_(masks) if judged is not None and judged.removes else 0
         presence = None if judged is None else judged.record(removed * float(np.prod(spacing_mm)) / 1000)
 

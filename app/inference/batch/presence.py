@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from app import NOTICE
+from app.evaluation.folders import PREDICTIONS_FILE
 from app.evaluation.tables import write_csv
 from app.inference.batch.cohort import predict_each
 from app.inference.batch.fingerprint import FINGERPRINT, PRESENCE, answer_sha256, fingerprint
@@ -29,8 +30,6 @@ from data.datasets.layouts import Case
 from data.nifti import axial_positions_mm
 from data.preprocess import Prepared, prepare
 
-#: File with the probabilities of all cases.
-PREDICTIONS_FILE: Final = "predictions.csv"
 #: File with the probabilities of all slabs.
 SLABS_FILE: Final = "slabs.csv"
 _DIGITS: Final = 6

@@ -126,6 +126,11 @@ def test_the_arms_are_those_of_the_gradient_config() -> None:
     assert plan_comparison(arms=ARMS).arms == ARMS
 
 
+def test_presence_labels_of_a_table_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task\.labels_csv: compare scores against label maps; leave it out"):
+        plan(config="presence", overrides=["task.labels_csv=labels.csv", "task.outputs=[grade]"])
+
+
 def test_runs_of_one_seed_differ_in_nothing_but_arm_rate_and_optimizer() -> None:
     made = plan(optimizers=["adamw", "sgd"])
     changed = {
