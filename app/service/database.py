@@ -131,12 +131,14 @@ class Database:
         if self.is_sqlite or self._guard is not None:
             return
         try:
-            self._guard = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-            free = self._guard.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": _ADVISORY_LOCK})
+            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            free = connection.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": _ADVISORY_LOCK})
         except DatabaseError as error:
             raise RunError(self._unusable(error)) from error
         if not free:
+            connection.close()
             raise RunError(f"{self._shown()}: another service uses this database. Stop it, or name another one.")
+        self._guard = connection
 
     def forget(self) -> None:
         """Remove deleted content from SQLite's write-ahead log; freed pages are overwritten as they are freed."""
