@@ -179,7 +179,7 @@ class Uploads:
             if session.scalar(select(Job.id).where(Job.upload_id == upload, Job.deleted.is_(False)).limit(1)):
                 raise RefusedError(409, "A job uses this upload; it is deleted with the job.")
             if row is not None:
-                if row.state == "checking":
+                if upload in self._looking:
                     raise RefusedError(409, "The upload is being checked. Delete it afterwards.")
                 row.deleted = True
                 session.add(Event(at=time.time(), user=account.name, action="upload deleted", what=upload))

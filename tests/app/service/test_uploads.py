@@ -214,9 +214,9 @@ def test_an_upload_that_is_being_checked_is_not_deleted(
     client: TestClient, ann: dict[str, str], service: Service
 ) -> None:
     upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
-    service.uploads._set(upload, "checking")
+    service.uploads._looking.add(upload)
     assert client.delete(f"{API}/uploads/{upload}", headers=ann).status_code == 409
-    service.uploads.interrupted()
+    service.uploads._looking.clear()
     assert client.delete(f"{API}/uploads/{upload}", headers=ann).status_code == 204
 
 
@@ -242,7 +242,7 @@ def test_an_archive_for_which_there_is_no_room_is_kept_until_there_is(
     upload = announced(client, ann, [{"name": "x.zip", "bytes": len(content)}])
     client.put(f"{API}/uploads/{upload}/files/0", headers=ann, content=content)
 
-    def look(folder: Path, files: object, most_bytes: int) -> list[Any]:  # noqa: ARG001 - signature of look_at
+    def look(folder: Path, files: object, most_bytes: int) -> list[Any]:
         with checked_archive(folder / "received" / "00000", most_bytes):
             return []
 
