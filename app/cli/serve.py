@@ -78,7 +78,11 @@ def serve_command(
     tls_key: Annotated[Path | None, _web(metavar="PEM", help="Key of the certificate.")] = None,
     proxy: Annotated[
         str | None,
-        _web(metavar="ADDRESS", help="Reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed."),
+        _web(
+            metavar="ADDRESS",
+            help="Reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are trusted; those of other "
+            "clients are ignored.",
+        ),
     ] = None,
     device: options.Device = "auto",
     devices: Annotated[
@@ -126,7 +130,7 @@ def serve_command(
         most_upload_bytes=int(most_upload_gb * 1e9),
         reserve_bytes=int(reserve_gb * 1e9),
         grace_seconds=grace_seconds,
-        names=tuple(name or ()),
+        names=_names(host, name or []),
     )
     http = HttpSettings(host=host, port=port, certificate=tls_cert, key=tls_key, proxy=proxy)
     with terminal.watched():
@@ -270,6 +274,13 @@ def _models(names: list[str]) -> dict[str, Path]:
         options.refuse(name in found, f"--model: two models are called {name}; rename one of the folders")
         found[name] = place
     return found
+
+
+def _names(host: str, names: list[str]) -> tuple[str, ...]:
+    """Return the host names that are answered: those that are given, and the address if it is that of one interface."""
+    from app.service.serve import WILDCARDS
+
+    return (*(() if host in WILDCARDS else (host,)), *names)
 
 
 def _slots(devices: str | None, workers: int | None) -> tuple[str | None, ...]:

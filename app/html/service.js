@@ -62,7 +62,7 @@
           say(`Sending file ${number + 1} of ${chosen.length}.`);
           await ask("PUT", `/uploads/${made.id}/files/${number}`, one.file);
         }
-        say("The files have arrived. Looking at them.");
+        say("The files have arrived. Checking them.");
         upload = await ask("POST", `/uploads/${made.id}/complete`);
         show();
       } catch (error) {

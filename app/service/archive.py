@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import stat
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,10 @@ from data.errors import DataError
 
 #: An archive with more entries is refused.
 MOST_ENTRIES: Final = 20_000
+#: A longer name, with its folders, is refused.
+MOST_NAME: Final = 1024
+#: How the refusal of an archive begins that would take more space than is allowed.
+OVER_THE_LIMIT: Final = "the archive would be unpacked to more than"
 #: An entry that is compressed to a smaller share than this is refused: a zip bomb. Images of zeros reach 1/1030.
 LEAST_SHARE: Final = 1 / 500
 #: Entries below this size are not measured by their share.
@@ -69,7 +74,7 @@ def unpack(archive: zipfile.ZipFile, entry: ArchiveEntry, place: Path) -> None:
                     if written > entry.bytes:
                         raise DataError("the archive contains a file that is larger than it states. Create it again.")
                     file.write(block)
-        except (zipfile.BadZipFile, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError, NotImplementedError) as error:
             raise DataError("the archive contains a damaged file. Create it again.") from error
 
 
@@ -87,7 +92,7 @@ def _checked_entries(archive: zipfile.ZipFile, most_bytes: int) -> tuple[Archive
         _require_plain(info)
         total += info.file_size
         if total > most_bytes:
-            raise DataError(f"the archive would be unpacked to more than {most_bytes / 1e9:g} GB, which is the limit.")
+            raise DataError(f"{OVER_THE_LIMIT} {most_bytes / 1e9:g} GB, which is the limit.")
         if not info.is_dir() and name.parts[0] not in _IGNORED:
             entries.append(ArchiveEntry(name=name, bytes=info.file_size, info=info))
     return tuple(entries)
@@ -105,6 +110,8 @@ def _require_apart(infos: list[zipfile.ZipInfo]) -> None:
 def _safe_name(info: zipfile.ZipInfo) -> PurePosixPath:
     # zipfile cuts names at a null byte and replaces the separator of Windows; the original shows both.
     given = info.orig_filename
+    if len(given) > MOST_NAME:
+        raise DataError(f"the archive contains a name of {len(given)} characters; at most {MOST_NAME} are allowed.")
     name = PurePosixPath(given)
     drive = len(given) > 1 and given[1] == ":"
     if name.is_absolute() or drive or ".." in name.parts or "\\" in given or not given.isprintable() or not name.parts:

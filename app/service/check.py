@@ -13,6 +13,7 @@ from app.service.accounts import Accounts
 from app.service.database import Database
 from app.service.http_server import HttpSettings
 from app.service.serve import only_service, require_usable
+from app.service.service import require_inbox
 from app.service.settings import ServiceSettings
 
 
@@ -36,6 +37,8 @@ def check_service(settings: ServiceSettings, http: HttpSettings) -> tuple[list[s
     if attempt(lambda: _folder(settings)):
         attempt(lambda: _database(settings))
     attempt(lambda: _address(http))
+    if settings.inbox is not None:
+        attempt(lambda: _inbox(settings))
     for name, folder in settings.models.items():
         attempt(lambda name=name, folder=folder: _model(settings, name, folder))  # type: ignore[misc]
     return good, errors
@@ -79,6 +82,11 @@ def _address(http: HttpSettings) -> str:
     require_usable(http)
     scheme = "http" if http.certificate is None else "https"
     return f"address: {scheme}://{http.host}:{http.port} is free"
+
+
+def _inbox(settings: ServiceSettings) -> str:
+    require_inbox(settings)
+    return f"inbox: {settings.inbox} can be read"
 
 
 def _model(settings: ServiceSettings, name: str, folder: Path) -> str:

@@ -19,10 +19,13 @@ from data.errors import DataError
 from data.files import file_sha256, partial_prefix
 
 _TIMEOUT_SECONDS: Final = (10.0, 900.0)
-#: Attempts at a request while the server is away or busy, and the first pause between two of them.
+#: Attempts at a request while the server cannot be reached, and the first pause between two of them.
 _ATTEMPTS: Final = 8
 _PAUSE_SECONDS: Final = 1.0
-_BUSY: Final = (409, 429, 502, 503, 504, 507)
+#: Statuses of a server that is busy, full or restarting, the longest pause then, and for how long it is waited for.
+_BUSY: Final = (429, 502, 503, 504, 507)
+_LONGEST_PAUSE_SECONDS: Final = 60.0
+_MOST_WAIT_SECONDS: Final = 1800.0
 _BLOCK_BYTES: Final = 1 << 20
 
 
@@ -78,6 +81,8 @@ class RemoteService:
                 self._send(upload["id"], one["number"], files[one["number"]][1])
         upload = self._json("POST", f"/uploads/{upload['id']}/complete")
         if upload["state"] == "refused":
+            if state is not None:
+                state.unlink(missing_ok=True)
             raise DataError(f"the server refused the files: {upload['message']}")
         made = self._json(
             "POST",
@@ -97,7 +102,8 @@ class RemoteService:
             known = json.loads(state.read_text(encoding="utf-8"))
             if known["key"] != key:
                 return None
-            return self._json("GET", f"/uploads/{known['upload']}")
+            found = self._json("GET", f"/uploads/{known['upload']}")
+            return None if found["state"] == "refused" else found
         except (ValueError, LookupError, TypeError, RunError):
             return None
 
@@ -207,24 +213,30 @@ class RemoteService:
         self, method: str, path: str, *, body: Path | None = None, also: tuple[int, ...] = (), **more: Any
     ) -> requests.Response:
         address = f"{self.url.rstrip('/')}/api/v1{path}"
-        for attempt in range(1, _ATTEMPTS + 1):
-            pause = _PAUSE_SECONDS * 2 ** (attempt - 1)
+        failures, busy, waited = 0, 0, 0.0
+        while True:
             try:
                 answer = self._once(method, address, body, more)
             except requests.RequestException as error:
-                if attempt == _ATTEMPTS:
+                failures += 1
+                if failures == _ATTEMPTS:
                     raise OSError(
                         f"{self.url}: cannot be reached: {type(error).__name__}. Is the service running?"
                     ) from error
+                pause = _PAUSE_SECONDS * 2 ** (failures - 1)
             else:
                 if answer.ok or answer.status_code in also:
                     return answer
-                wait = answer.headers.get("retry-after")
-                if answer.status_code not in _BUSY or wait is None or attempt == _ATTEMPTS:
-                    raise RunError(f"{self.url}: {_reason(answer)}")
-                pause = min(float(wait) if wait.isdecimal() else pause, 60.0)
+                with answer:
+                    reason = _reason(answer)
+                if answer.status_code not in _BUSY or waited >= _MOST_WAIT_SECONDS:
+                    raise RunError(f"{self.url}: {reason}")
+                stated = answer.headers.get("retry-after", "")
+                growing = _PAUSE_SECONDS * 2 ** min(busy, 6)
+                pause = min(float(stated) if stated.isdecimal() else growing, _LONGEST_PAUSE_SECONDS)
+                pause = max(pause, _PAUSE_SECONDS)
+                busy, waited = busy + 1, waited + pause
             self.pause(pause)
-        raise AssertionError("the loop returns or raises")
 
     def _once(self, method: str, address: str, body: Path | None, more: dict[str, Any]) -> requests.Response:
         if body is None:
@@ -238,5 +250,5 @@ class RemoteService:
 def _reason(answer: requests.Response) -> str:
     try:
         return str(answer.json()["detail"])
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, requests.RequestException):
         return f"answered with status {answer.status_code}. Check the address."

@@ -14,10 +14,10 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, event, text
-from sqlalchemy.exc import DatabaseError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DatabaseError, DBAPIError, NoSuchModuleError
 from sqlalchemy.orm import Session
 
-from app.errors import RunError
+from app.errors import ConfigError, RunError
 from app.system.disk_full import is_disk_full
 
 #: Seconds that a statement waits for another writer of SQLite.
@@ -36,6 +36,9 @@ class Database:
 
         Args:
             url: SQLAlchemy's URL of a SQLite file or a PostgreSQL database.
+
+        Raises:
+            ConfigError: the URL has another form, or the driver that it names is not installed.
         """
         self.is_sqlite = url.startswith("sqlite")
         if self.is_sqlite:
@@ -43,7 +46,14 @@ class Database:
             arguments: dict[str, Any] = {"connect_args": {"timeout": _BUSY_SECONDS, "check_same_thread": False}}
         else:
             arguments = {"pool_pre_ping": True}
-        self.engine = create_engine(url, **arguments)
+        try:
+            self.engine = create_engine(url, **arguments)
+        except (ArgumentError, NoSuchModuleError, ModuleNotFoundError, ValueError):
+            # The URL is not repeated, since it may contain a password; neither is the error, which quotes it.
+            raise ConfigError(
+                "--database: give postgresql+psycopg://USER:PASSWORD@HOST/NAME, and install its driver: "
+                "pip install 'znormseg[postgres]'"
+            ) from None
         if self.is_sqlite:
             event.listen(self.engine, "connect", _set_up_sqlite)
             event.listen(self.engine, "begin", _begin)
@@ -86,19 +96,25 @@ class Database:
         except CommandError as error:
             raise RunError(self._newer()) from error
         except DatabaseError as error:
-            raise RunError(f"{self._shown()}: cannot be used as the database: {error.orig}") from error
+            raise RunError(self._unusable(error)) from error
 
     def revision(self) -> str | None:
         """Return the version of the database; None if it is empty.
 
         Raises:
-            RunError: a newer program created it.
+            RunError: a newer program created it, or it cannot be opened.
         """
-        with self.engine.connect() as connection:
-            found = MigrationContext.configure(connection).get_current_revision()
+        try:
+            with self.engine.connect() as connection:
+                found = MigrationContext.configure(connection).get_current_revision()
+        except DatabaseError as error:
+            raise RunError(self._unusable(error)) from error
         if found is not None and found not in {one.revision for one in _scripts().walk_revisions()}:
             raise RunError(self._newer())
         return found
+
+    def _unusable(self, error: DatabaseError) -> str:
+        return f"{self._shown()}: cannot be used as the database: {error.orig}"
 
     def _newer(self) -> str:
         return (
@@ -107,16 +123,22 @@ class Database:
         )
 
     def guard(self) -> None:
-        """Keep other services away from a PostgreSQL database while this process runs.
+        """Keep other services away from a PostgreSQL database until it is closed; repeating it changes nothing.
 
         Raises:
-            RunError: another service uses it.
+            RunError: another service uses it, or it cannot be opened.
         """
-        if self.is_sqlite:
+        if self.is_sqlite or self._guard is not None:
             return
-        self._guard = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
-        if not self._guard.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": _ADVISORY_LOCK}):
+        try:
+            connection = self.engine.connect().execution_options(isolation_level="AUTOCOMMIT")
+            free = connection.scalar(text("SELECT pg_try_advisory_lock(:number)"), {"number": _ADVISORY_LOCK})
+        except DatabaseError as error:
+            raise RunError(self._unusable(error)) from error
+        if not free:
+            connection.close()
             raise RunError(f"{self._shown()}: another service uses this database. Stop it, or name another one.")
+        self._guard = connection
 
     def forget(self) -> None:
         """Remove deleted content from SQLite's write-ahead log; freed pages are overwritten as they are freed."""

@@ -206,7 +206,7 @@ class Jobs:
             RefusedError: there is no such job, or it has ended.
         """
         with self.database.writing() as session:
-            row = own_job(session, account, job)
+            row = own_job(session, account, job, lock=True)
             if row.state in ("done", "failed"):
                 raise RefusedError(409, f"The job is {row.state}; only a queued or running job can be cancelled.")
             if row.state == "queued":
@@ -227,7 +227,7 @@ class Jobs:
         """
         with self.database.writing() as session:
             session.scalar(select(User).where(User.id == account.id).with_for_update())
-            row = own_job(session, account, job)
+            row = own_job(session, account, job, lock=True)
             if row.state not in ("failed", "cancelled"):
                 raise RefusedError(409, f"The job is {row.state}; only a failed or cancelled job can be repeated.")
             self._require_place(session, account, 1)
@@ -249,7 +249,7 @@ class Jobs:
             RefusedError: there is no such job.
         """
         with self.database.writing() as session:
-            row = own_job(session, account, job)
+            row = own_job(session, account, job, lock=True)
             row.deleted = True
             if row.state == "queued":
                 row.state, row.ended = "cancelled", time.time()
@@ -275,13 +275,13 @@ def waiting_in_order() -> Any:
     return wanted.order_by(Job.priority.desc(), Job.place)
 
 
-def own_job(session: DatabaseSession, account: Account, job: str) -> Job:
-    """Return a job that a user may see.
+def own_job(session: DatabaseSession, account: Account, job: str, *, lock: bool = False) -> Job:
+    """Return a job that a user may see; with ``lock``, no other transaction changes it before this one ends.
 
     Raises:
         RefusedError: there is no such job, or it belongs to another user; the answers do not differ.
     """
-    row = session.get(Job, job)
+    row = session.get(Job, job, with_for_update=lock)
     if row is None or row.deleted or (row.user_id != account.id and not account.is_admin):
         raise not_found("job")
     return row

@@ -5,8 +5,9 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Final
 
 from sqlalchemy import delete, or_, select
@@ -33,9 +34,19 @@ class Removal:
     settings: ServiceSettings
     database: Database
     now: Callable[[], float] = time.time
+    _lock: Lock = field(default_factory=Lock, repr=False)
+    """Held while folders are removed, since two threads that remove the same one would fail."""
 
     def finish(self) -> None:
-        """Remove everything that is marked as deleted: first files, then rows, so that a crash loses no trace of it."""
+        """Remove everything that is marked as deleted: first files, then rows, so that a crash loses no trace of it.
+
+        Raises:
+            OSError: a folder cannot be removed; what is marked stays so.
+        """
+        with self._lock:
+            self._finish()
+
+    def _finish(self) -> None:
         with self.database.reading() as session:
             done = Job.deleted.is_(True), Job.state.not_in(OPEN)
             if not session.scalar(select(Job.id).where(*done).limit(1)) and not session.scalar(
@@ -64,13 +75,14 @@ class Removal:
         now = self.now()
         with self.database.writing() as session:
             old = Job.ended < now - self.settings.keep_days * _DAY
-            for job in session.scalars(select(Job).where(old, Job.state.not_in(OPEN), Job.deleted.is_(False))):
+            ended = select(Job).where(old, Job.state.not_in(OPEN), Job.deleted.is_(False))
+            for job in session.scalars(ended.with_for_update()).all():
                 job.deleted = True
                 note_change(session, job)
                 session.add(Event(at=now, user="service", action="job too old", what=job.id))
             used = select(Job.id).where(Job.upload_id == Upload.id).exists()
             unused = select(Upload).where(Upload.created < now - UNUSED_UPLOAD_SECONDS, ~used)
-            for upload in session.scalars(unused.where(Upload.deleted.is_(False))):
+            for upload in session.scalars(unused.where(Upload.deleted.is_(False), Upload.state != "checking")):
                 upload.deleted = True
                 session.add(Event(at=now, user="service", action="upload too old", what=upload.id))
             session.execute(delete(BrowserSession).where(BrowserSession.expires < now))
@@ -82,6 +94,10 @@ class Removal:
 
     def remainders(self) -> None:
         """Remove folders that no row knows, left behind by a killed service or a user who was removed."""
+        with self._lock:
+            self._remove_remainders()
+
+    def _remove_remainders(self) -> None:
         place = self.settings.place
         # Folders are listed first: the row of an upload or job is there before its folder.
         found = [*place.uploads.iterdir(), *place.jobs.iterdir()]
@@ -96,11 +112,15 @@ class Removal:
             partial.unlink(missing_ok=True)
 
     def _remove_folders(self, folders: Iterable[Path]) -> None:
+        """Remove all folders that can be removed, then raise the first error."""
+        first: OSError | None = None
         for folder in folders:
             try:
                 shutil.rmtree(folder)
-            except FileNotFoundError:
-                continue
             except OSError as error:
+                if isinstance(error, FileNotFoundError) and not folder.exists():
+                    continue
                 LOG.error("%s cannot be removed: %s; tried again later", folder, error.strerror)
-                raise
+                first = first or error
+        if first is not None:
+            raise first

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,8 @@ from data.files import naming_the_place
 from data.filesystem import has_no_locks, lock, warn_once
 
 _LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
+#: Addresses that stand for all of the machine.
+WILDCARDS: Final = ("0.0.0.0", "::")  # noqa: S104 - only compared with
 
 
 def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[str], None]) -> None:
@@ -31,7 +34,7 @@ def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[
 
     Raises:
         RunError: another service uses the data folder or the database, or a newer program made the database.
-        ConfigError: as raised by :func:`require_usable`.
+        ConfigError: as raised by :func:`require_usable` and :func:`~app.service.service.create_service`.
         OSError: the data folder cannot be written to, or the address is in use.
     """
     os.umask(0o077)
@@ -41,11 +44,15 @@ def serve(settings: ServiceSettings, http: HttpSettings, *, on_start: Callable[[
             "%s: passwords and images travel unencrypted; use --tls-cert and --tls-key, or a proxy that speaks TLS",
             http.host,
         )
+    if http.host in WILDCARDS and not settings.names:
+        LOG.warning(
+            "%s: requests from other machines are refused until --name gives the host name in their addresses",
+            http.host,
+        )
     with naming_the_place(settings.folder):
         settings.place.create()
     with only_service(settings.place.root):
         service = create_service(settings)
-        service.database.guard()
         site = create_site(service)
         scheme = "http" if http.certificate is None else "https"
         service.start()
@@ -83,7 +90,7 @@ def require_usable(http: HttpSettings) -> None:
     """Check certificate and address before anything is created.
 
     Raises:
-        ConfigError: only one of certificate and key is given, or one cannot be read.
+        ConfigError: only one of certificate and key is given, one cannot be read, or they do not belong together.
         OSError: the address cannot be used.
     """
     if (http.certificate is None) != (http.key is None):
@@ -91,6 +98,15 @@ def require_usable(http: HttpSettings) -> None:
     for path in (http.certificate, http.key):
         if path is not None and not os.access(path, os.R_OK):
             raise ConfigError(f"{path}: cannot be read; give the PEM files of the certificate and its key")
+    if http.certificate is not None:
+        try:
+            # Without a password, OpenSSL would ask for that of an encrypted key.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(http.certificate, http.key, password="")
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{http.certificate}, {http.key}: not a certificate and its key; give PEM files that belong together, "
+                "and a key without a password"
+            ) from error
     family = socket.AF_INET6 if ":" in http.host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

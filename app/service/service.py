@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from dataclasses import dataclass, field
 from typing import Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.errors import ConfigError
 from app.progress import LOG
 from app.service.accounts import Accounts
 from app.service.database import Database
@@ -84,12 +86,19 @@ def create_service(settings: ServiceSettings) -> Service:
     """Open the database of a service, bring it up to date, and return its parts; nothing runs yet.
 
     Raises:
-        RunError: the database is newer than this program, or cannot be opened.
+        ConfigError: as raised by :func:`require_inbox`, or the database's URL has another form.
+        RunError: another service uses the database, it is newer than this program, or it cannot be opened.
         OSError: the data folder cannot be written to.
     """
+    require_inbox(settings)
     settings.place.create()
     database = Database(settings.database_url)
-    database.migrate()
+    try:
+        database.guard()  # first, since another service may still use the tables as they are
+        database.migrate()
+    except BaseException:
+        database.close()
+        raise
     dispatcher = Dispatcher(settings=settings, database=database)
     return Service(
         settings=settings,
@@ -100,3 +109,21 @@ def create_service(settings: ServiceSettings) -> Service:
         dispatcher=dispatcher,
         removal=Removal(settings=settings, database=database),
     )
+
+
+def require_inbox(settings: ServiceSettings) -> None:
+    """Check the folder below which jobs may name folders of images; every user may read it.
+
+    Raises:
+        ConfigError: it is not a folder that can be read, or it shares folders with the data folder.
+    """
+    if settings.inbox is None:
+        return
+    inbox, root = settings.inbox.resolve(), settings.place.root
+    if not inbox.is_dir() or not os.access(inbox, os.R_OK | os.X_OK):
+        raise ConfigError(f"--inbox {settings.inbox}: not a folder that can be read; give one that exists")
+    if inbox.is_relative_to(root) or root.is_relative_to(inbox):
+        raise ConfigError(
+            f"--inbox {settings.inbox}: every user may read the inbox, so it must not contain the data folder or be in "
+            "it; give another folder"
+        )

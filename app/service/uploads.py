@@ -7,7 +7,7 @@ import secrets
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -26,6 +26,7 @@ from app.service.answers import (
     UploadState,
     moment,
 )
+from app.service.archive import OVER_THE_LIMIT
 from app.service.database import Database, is_full
 from app.service.intake import look_at
 from app.service.refusals import RefusedError, no_room, not_found
@@ -34,9 +35,13 @@ from app.service.tables import Event, Job, Upload
 from data.errors import DataError
 from data.filesystem import sync_folder
 
-#: Uploads that are looked at in parallel.
+#: Uploads that are checked in parallel.
 _LOOKS: Final = 2
 _BLOCK_BYTES: Final = 1 << 20
+#: Bytes of a file between two checks of the space on the disk.
+_ROOM_BYTES: Final = 64 << 20
+#: States of an upload that has been checked.
+_CHECKED: Final = ("ready", "refused")
 #: Most files of a folder on the server.
 _MOST_IN_FOLDER: Final = 20_000
 
@@ -69,7 +74,7 @@ class Uploads:
         return self._created(account, [one.model_dump(mode="json") for one in request.files])
 
     def from_folder(self, account: Account, request: FolderRequest) -> UploadAnswer:
-        """Copy a folder below the inbox to a new upload, and look at it.
+        """Copy a folder below the inbox to a new upload, and check it, unless too many uploads are being checked.
 
         Raises:
             RefusedError: no inbox is allowed, the folder is not below it, it is empty or too large; or as raised by
@@ -89,10 +94,17 @@ class Uploads:
         place = self.settings.place.received(made.id)
         try:
             for number, path in enumerate(paths.values()):
+                self._require_room(path.stat().st_size)
                 shutil.copyfile(path, place / f"{number:05}", follow_symlinks=False)
+            return self.complete(account, made.id)
+        except RefusedError as error:
+            if error.status == 429:  # nothing has to be copied again: the client completes the upload later
+                return self.read(account, made.id)
+            self.delete(account, made.id)
+            raise
         except OSError as error:
+            self.delete(account, made.id)
             raise no_room() if is_full(error) else RefusedError(409, "A file of the folder cannot be read.") from error
-        return self.complete(account, made.id)
 
     async def receive(self, account: Account, upload: str, number: int, body: AsyncIterator[bytes]) -> None:
         """Write a file of an upload to the disk as it arrives; it counts as received once it is complete.
@@ -101,11 +113,11 @@ class Uploads:
             RefusedError: there is no such file, it has another size than announced, or the disk is full.
         """
         expected = await to_thread.run_sync(self._expected_bytes, account, upload, number)
-        place = self.settings.place.received(upload) / f"{number:05}"
-        partial = place.with_name(f".partial-{secrets.token_hex(8)}")
+        await to_thread.run_sync(self._require_room, expected)
+        partial = self.settings.place.received(upload) / f".partial-{secrets.token_hex(8)}"
         try:
-            await _write(partial, body, expected)
-            await to_thread.run_sync(_finish, partial, place)
+            await _write(partial, body, expected, require_room=lambda: self._require_room(0))
+            await to_thread.run_sync(self._finish, account, upload, number, partial)
         except OSError as error:
             if is_full(error):
                 raise no_room() from error
@@ -116,28 +128,31 @@ class Uploads:
             partial.unlink(missing_ok=True)
 
     def complete(self, account: Account, upload: str) -> UploadAnswer:
-        """Look at an upload whose files have all arrived, and recognise its cases; repeating it changes nothing.
+        """Check an upload whose files have all arrived, and recognise its cases; repeating it changes nothing.
 
         Raises:
-            RefusedError: there is no such upload, a file is missing, or too many uploads are being looked at.
+            RefusedError: there is no such upload, a file is missing, or too many uploads are being checked.
         """
         row = self._row(account, upload)
-        if row.state in ("ready", "refused"):
+        if row.state in _CHECKED:
             return self._answer(row)
         place = self.settings.place
         missing = [
             number for number in range(len(row.files)) if not (place.received(upload) / f"{number:05}").is_file()
         ]
-        if missing:
+        if missing and self._row(account, upload).state == "receiving":
             raise RefusedError(
                 409, f"{len(missing)} of {len(row.files)} files have not arrived: number {missing[0]} is the first."
             )
         # Requests do not wait for their turn, since a few that did would keep all others from being answered.
         with self._lock:
             if upload in self._looking or len(self._looking) >= _LOOKS:
-                raise RefusedError(429, "Uploads are being looked at. Ask again.", retry_seconds=2)
+                raise RefusedError(429, "The server is busy checking other uploads. Try again.", retry_seconds=2)
             self._looking.add(upload)
         try:
+            row = self._row(account, upload)
+            if row.state in _CHECKED:  # by a request that has ended since; jobs may use its cases already
+                return self._answer(row)
             self._set(upload, "checking")
             return self._looked_at(account, upload, row)
         finally:
@@ -156,19 +171,21 @@ class Uploads:
         """Mark an upload that no job uses as deleted.
 
         Raises:
-            RefusedError: there is no such upload, or a job uses it.
+            RefusedError: there is no such upload, it is being checked, or a job uses it.
         """
         self._row(account, upload)
         with self.database.writing() as session:
+            row = session.get(Upload, upload, with_for_update=True)
             if session.scalar(select(Job.id).where(Job.upload_id == upload, Job.deleted.is_(False)).limit(1)):
                 raise RefusedError(409, "A job uses this upload; it is deleted with the job.")
-            row = session.get(Upload, upload)
             if row is not None:
+                if upload in self._looking:
+                    raise RefusedError(409, "The upload is being checked. Delete it afterwards.")
                 row.deleted = True
                 session.add(Event(at=time.time(), user=account.name, action="upload deleted", what=upload))
 
     def interrupted(self) -> None:
-        """After a start: uploads that a stopped service was looking at can be completed again."""
+        """After a start: uploads that a stopped service was checking can be completed again."""
         with self.database.writing() as session:
             for row in session.scalars(select(Upload).where(Upload.state == "checking")):
                 row.state = "receiving"
@@ -201,9 +218,14 @@ class Uploads:
 
     def _looked_at(self, account: Account, upload: str, row: Upload) -> UploadAnswer:
         folder = self.settings.place.upload(upload)
+        most = self.settings.most_upload_bytes
+        room = shutil.disk_usage(self.settings.place.root).free - self.settings.reserve_bytes
         try:
-            cases = look_at(folder, row.files, self.settings.most_upload_bytes)
+            cases = look_at(folder, row.files, min(most, max(room, 0)))
         except DataError as error:
+            if room < most and str(error).startswith(OVER_THE_LIMIT):
+                self._set(upload, "receiving")
+                raise no_room() from error
             self._set(upload, "refused", message=str(error))
             shutil.rmtree(folder, ignore_errors=True)
             return self.read(account, upload)
@@ -218,7 +240,7 @@ class Uploads:
 
     def _set(self, upload: str, state: str, *, message: str = "", cases: list[dict[str, Any]] | None = None) -> None:
         with self.database.writing() as session:
-            row = session.get(Upload, upload)
+            row = session.get(Upload, upload, with_for_update=True)
             if row is None or row.deleted:
                 raise not_found("upload")
             row.state, row.message, row.cases = state, message, cases or []
@@ -236,8 +258,19 @@ class Uploads:
             raise RefusedError(409, "The upload is complete; its files cannot be changed.")
         if number >= len(row.files):
             raise not_found("file")
-        self._require_room(int(row.files[number]["bytes"]))
         return int(row.files[number]["bytes"])
+
+    def _finish(self, account: Account, upload: str, number: int, partial: Path) -> None:
+        """Give a complete file its name, unless its upload has been completed while it arrived."""
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        place = partial.with_name(f"{number:05}")
+        with self._lock:
+            if upload in self._looking:
+                raise RefusedError(409, "The upload is being checked; its files cannot be changed.")
+            self._expected_bytes(account, upload, number)
+            partial.replace(place)
+        sync_folder(place.parent)
 
     def _require_room(self, needed: int) -> None:
         if shutil.disk_usage(self.settings.place.root).free < needed + self.settings.reserve_bytes:
@@ -292,9 +325,9 @@ def recognised(number: int, case: dict[str, Any]) -> RecognisedCase:
     return RecognisedCase.model_validate({"number": number, "contrasts": case["files"], **shown})
 
 
-async def _write(partial: Path, body: AsyncIterator[bytes], expected: int) -> None:
+async def _write(partial: Path, body: AsyncIterator[bytes], expected: int, *, require_room: Callable[[], None]) -> None:
     """Write a body of exactly the expected size; only one block of it is in memory."""
-    received, block = 0, bytearray()
+    received, block, room_asked_at = 0, bytearray(), 0
     with await to_thread.run_sync(lambda: partial.open("xb")) as file:
         async for chunk in body:
             received += len(chunk)
@@ -304,13 +337,9 @@ async def _write(partial: Path, body: AsyncIterator[bytes], expected: int) -> No
             if len(block) >= _BLOCK_BYTES:
                 await to_thread.run_sync(file.write, bytes(block))
                 block.clear()
+                if received - room_asked_at >= _ROOM_BYTES:
+                    room_asked_at = received
+                    await to_thread.run_sync(require_room)
         await to_thread.run_sync(file.write, bytes(block))
     if received < expected:
         raise RefusedError(400, f"{received} bytes arrived, but {expected} were announced. Send the file again.")
-
-
-def _finish(partial: Path, place: Path) -> None:
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(place)
-    sync_folder(place.parent)

@@ -124,3 +124,19 @@ def test_more_entries_than_allowed_are_refused(archive: Path, monkeypatch: pytes
 def test_what_is_no_archive_is_refused(archive: Path, content: bytes) -> None:
     archive.write_bytes(content)
     assert "damaged" in refused(archive)
+
+
+def test_a_name_that_is_too_long_is_refused(archive: Path) -> None:
+    with zipfile.ZipFile(archive, "w") as made:
+        made.writestr("a/" * 600, b"")
+    assert "1200 characters" in refused(archive)
+
+
+def test_a_damaged_stream_is_refused(archive: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("a", b"scan" * 100)
+    content = bytearray(archive.read_bytes())
+    content[31:35] = b"\xff" * 4  # behind the header of 30 bytes and the name of one
+    archive.write_bytes(content)
+    with checked_archive(archive, GB) as (opened, entries), pytest.raises(DataError, match="damaged file"):
+        unpack(opened, entries[0], tmp_path / "00000")

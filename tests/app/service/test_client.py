@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from app.errors import ConfigError, RunError
 from app.service.accounts import Account
@@ -58,7 +59,8 @@ def test_files_that_are_no_images_are_refused_with_the_servers_reason(remote: Re
 
     (tmp_path / "readme.txt").write_text("x")
     with pytest.raises(DataError, match="no image was found"):
-        remote.submit([("readme.txt", tmp_path / "readme.txt", None)], {}, None)
+        remote.submit([("readme.txt", tmp_path / "readme.txt", None)], {}, tmp_path / "state.json")
+    assert not (tmp_path / "state.json").exists()
 
 
 @pytest.fixture
@@ -117,6 +119,34 @@ def test_a_server_that_is_away_is_tried_again(live_port: int, service: Service) 
     with pytest.raises(OSError, match="cannot be reached"):
         away.job("0" * 32)
     assert waited == [1, 2, 4, 8, 16, 32, 64]
+
+
+def answers_of(monkeypatch: pytest.MonkeyPatch, status: Callable[[int], int], **headers: str) -> list[float]:
+    """Let a server answer the n-th request with a status; returns the pauses of its client, to be filled."""
+    waited: list[float] = []
+
+    def once(*_: object) -> requests.Response:
+        answer = requests.Response()
+        answer.status_code, answer._content = status(len(waited)), b'{"detail": "busy"}'
+        answer.headers.update(headers)
+        return answer
+
+    monkeypatch.setattr(RemoteService, "_once", once)
+    return waited
+
+
+def test_a_busy_server_is_asked_again_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = answers_of(monkeypatch, lambda asked: 429 if asked < 12 else 200, **{"retry-after": "2"})
+    assert RemoteService(url="http://a", token="x", pause=waited.append).job("0") == {"detail": "busy"}
+    assert waited == [2.0] * 12
+
+
+def test_a_server_that_stays_away_is_given_up_after_half_an_hour(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited = answers_of(monkeypatch, lambda _: 503)
+    with pytest.raises(RunError, match="busy"):
+        RemoteService(url="http://a", token="x", pause=waited.append).job("0")
+    assert waited[:8] == [1, 2, 4, 8, 16, 32, 60, 60]
+    assert 1800 <= sum(waited) < 1900
 
 
 def test_a_wrong_token_and_a_wrong_address_are_said(live_port: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_a_deletion_that_was_interrupted_is_finished_later(
     assert len(files_of(service)) == 1
     service.removal.finish()
     assert files_of(service) == []
+
+
+def test_a_folder_that_cannot_be_removed_keeps_no_other_and_is_removed_later(
+    *,
+    service: Service,
+    accounts: Accounts,
+    ready_upload: Ready,
+    client: TestClient,
+    token: Token,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    uploads, remove = [ready_upload(accounts["ann"]) for _ in range(2)], shutil.rmtree
+    service.uploads.delete(accounts["ann"], uploads[0])
+
+    def some(folder: Path) -> None:
+        if folder.name == uploads[0]:
+            raise PermissionError(13, "no")
+        remove(folder)
+
+    monkeypatch.setattr(shutil, "rmtree", some)
+    assert client.delete(f"{API}/uploads/{uploads[1]}", headers=token("ann")).status_code == 202
+    assert [path.name for path in service.settings.place.uploads.iterdir()] == [uploads[0]]
+    monkeypatch.setattr(shutil, "rmtree", remove)
+    service.removal.finish()
+    assert list(service.settings.place.uploads.iterdir()) == []
 
 
 def test_the_log_says_who_did_what_without_names_of_cases(

@@ -7,13 +7,20 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from starlette.testclient import TestClient
 
-from app.service.service import Service
+from app.errors import ConfigError
+from app.service.accounts import Account
+from app.service.archive import checked_archive
+from app.service.service import Service, create_service
+from app.service.settings import ServiceSettings
+from app.service.tables import Upload
+from app.service.uploads import Uploads
 
 API = "/api/v1"
 Token = Callable[[str], dict[str, str]]
@@ -172,3 +179,114 @@ def test_a_folder_of_the_inbox_becomes_an_upload_without_following_links(
     assert answer.status_code == 201, answer.text
     assert len(answer.json()["cases"][0]["contrasts"]) == 4
     assert "passwd" not in answer.text
+
+
+def test_an_upload_that_was_checked_meanwhile_is_not_checked_again(
+    service: Service, accounts: dict[str, Account], ready_upload: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload, read, seen = ready_upload(accounts["ann"]), Uploads._row, []
+
+    def row(self: Uploads, account: Account, upload: str) -> Upload:
+        found = read(self, account, upload)
+        seen.append(found.state)
+        if len(seen) == 1:  # as it was before the request that ends meanwhile
+            found.state = "receiving"
+        return found
+
+    monkeypatch.setattr(Uploads, "_row", row)
+    assert service.uploads.complete(accounts["ann"], upload).state == "ready"
+    assert (service.settings.place.cases(upload) / "00000" / "case_t1.nii.gz").is_file()
+
+
+def test_a_file_that_ends_while_its_upload_is_checked_replaces_nothing(
+    client: TestClient, ann: dict[str, str], service: Service
+) -> None:
+    upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
+    path = f"{API}/uploads/{upload}/files/0"
+    assert client.put(path, headers=ann, content=b"abc").status_code == 204
+    service.uploads._looking.add(upload)
+    assert client.put(path, headers=ann, content=b"xyz").status_code == 409
+    received = service.settings.place.received(upload)
+    assert {one.name: one.read_bytes() for one in received.iterdir()} == {"00000": b"abc"}
+
+
+def test_an_upload_that_is_being_checked_is_not_deleted(
+    client: TestClient, ann: dict[str, str], service: Service
+) -> None:
+    upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
+    service.uploads._looking.add(upload)
+    assert client.delete(f"{API}/uploads/{upload}", headers=ann).status_code == 409
+    service.uploads._looking.clear()
+    assert client.delete(f"{API}/uploads/{upload}", headers=ann).status_code == 204
+
+
+def test_the_reserve_is_kept_while_a_file_arrives(
+    client: TestClient, ann: dict[str, str], service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    upload = announced(client, ann, [{"name": "a_t1.nii", "bytes": 3}])
+    object.__setattr__(service.settings, "reserve_bytes", 10)
+    free = iter([13])
+    monkeypatch.setattr("app.service.uploads._BLOCK_BYTES", 1)
+    monkeypatch.setattr("app.service.uploads._ROOM_BYTES", 1)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(100, 0, next(free, 9)))
+    assert client.put(f"{API}/uploads/{upload}/files/0", headers=ann, content=b"abc").status_code == 507
+    assert list(service.settings.place.received(upload).iterdir()) == []
+
+
+def test_an_archive_for_which_there_is_no_room_is_kept_until_there_is(
+    client: TestClient, ann: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("a_t1.nii", bytes(range(256)) * 40)
+    content = (tmp_path / "x.zip").read_bytes()
+    upload = announced(client, ann, [{"name": "x.zip", "bytes": len(content)}])
+    client.put(f"{API}/uploads/{upload}/files/0", headers=ann, content=content)
+
+    def look(folder: Path, files: object, most_bytes: int) -> list[Any]:
+        with checked_archive(folder / "received" / "00000", most_bytes):
+            return []
+
+    monkeypatch.setattr("app.service.uploads.look_at", look)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**6, 0, 5000))
+    assert client.post(f"{API}/uploads/{upload}/complete", headers=ann).status_code == 507
+    assert client.get(f"{API}/uploads/{upload}", headers=ann).json()["state"] == "receiving"
+
+
+@pytest.fixture
+def inbox(tmp_path: Path, service: Service) -> Path:
+    """A folder below which the service reads ``one``, with a file."""
+    folder = tmp_path / "inbox"
+    (folder / "one").mkdir(parents=True)
+    (folder / "one" / "a_t1.nii").write_bytes(b"abc")
+    object.__setattr__(service.settings, "inbox", folder)
+    return folder
+
+
+@pytest.mark.usefixtures("inbox")
+def test_a_copied_folder_is_completed_later_where_the_service_is_busy(
+    client: TestClient, ann: dict[str, str], service: Service
+) -> None:
+    service.uploads._looking |= {"1", "2"}
+    answer = client.post(f"{API}/uploads/from-folder", headers=ann, json={"folder": "one"})
+    assert (answer.status_code, answer.json()["state"]) == (201, "receiving")
+    assert [file["received"] for file in answer.json()["files"]] == [True]
+
+
+@pytest.mark.usefixtures("inbox")
+def test_a_folder_that_cannot_be_copied_leaves_no_upload(
+    client: TestClient, ann: dict[str, str], service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "copyfile", lambda *_, **__: (_ for _ in ()).throw(PermissionError(13, "no")))
+    answer = client.post(f"{API}/uploads/from-folder", headers=ann, json={"folder": "one"})
+    assert answer.status_code == 409
+    service.removal.finish()
+    assert list(service.settings.place.uploads.iterdir()) == []
+
+
+@pytest.mark.parametrize("inbox", ["missing", ".", "service", "service/uploads"])
+def test_an_inbox_that_shares_folders_with_the_data_folder_is_refused(
+    settings: ServiceSettings, tmp_path: Path, inbox: str
+) -> None:
+    settings.place.create()
+    with pytest.raises(ConfigError, match="--inbox"):
+        create_service(replace(settings, inbox=tmp_path / inbox))
