@@ -215,7 +215,8 @@ def train(run: Run, data: Data, settings: dict[str, Any]) -> Result:
     began = time.process_time()
     torch.manual_seed(run.seed)
     generator = torch.Generator().manual_seed(run.seed)
-    model = CifarResNet(run.network, classes=len(data.train.classes.unique())).to(memory_format=torch.channels_last)
+    model = CifarResNet(run.network, classes=len(data.train.classes.unique()))
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stub lacks it
     optimizer = sweep.optimizer_of(run, model, model.places())
     junctions = model.junctions()
     curve: list[tuple[int, float]] = []

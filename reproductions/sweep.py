@@ -64,7 +64,7 @@ def optimizer_of(run: Run, model: nn.Module, places: Sequence[str]) -> Optimizer
     if run.rule.endswith("znorm"):
         znorm.attach(optimizer, model)
     else:
-        numbers = {"limit": CLIP_NORM} if run.rule == "clip" else {}
+        numbers: dict[str, Any] = {"limit": CLIP_NORM} if run.rule == "clip" else {}
         znorm.attach_baseline(optimizer, model, "none" if run.rule == "bgn" else run.rule, **numbers)
     return optimizer
 

@@ -173,5 +173,5 @@ def gaussian_weights(window: Size, device: torch.device | None = None) -> Tensor
     """
     exponents = torch.cat([torch.from_numpy(along) for along in gaussian_exponents(window)]).exp()
     x, y, z = upload(exponents, device or torch.device("cpu")).split(list(window))
-    weights = x[:, None, None] * y[None, :, None] * z[None, None, :]
+    weights: Tensor = x[:, None, None] * y[None, :, None] * z[None, None, :]
     return weights.div_(weights.max()).clamp_(min=LEAST_WEIGHT)

@@ -26,7 +26,9 @@ def with_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_gpu_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(
+        "app.planning.device_facts.subprocess.run", lambda *_, **__: pytest.fail("a process was started")
+    )
     assert device_facts(RuntimeConfig(device="cpu", precision="bfloat16")) == DeviceFacts(half=True)
     assert device_facts(RuntimeConfig(precision="float32")) == DeviceFacts()
 
@@ -39,7 +41,7 @@ def test_a_gpu_is_asked_by_another_process() -> None:
 @pytest.mark.usefixtures("with_a_gpu")
 def test_a_gpu_that_the_other_process_cannot_use_is_an_error_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 1, stdout="", stderr="CUDA-capable device(s) is/are busy")
-    monkeypatch.setattr(module.subprocess, "run", lambda *_, **__: ended)
+    monkeypatch.setattr("app.planning.device_facts.subprocess.run", lambda *_, **__: ended)
     with pytest.raises(DeviceError, match=r"is/are busy\. If another process holds it, wait"):
         device_facts(RuntimeConfig())
 

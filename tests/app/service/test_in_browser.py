@@ -66,7 +66,7 @@ def show(browser: Any, width: int, *, dark: bool) -> None:
 
 def look(browser: Any, name: str, folder: Path) -> None:
     """Check a page with axe and for overflow, on a desk and a phone, light and dark; take pictures."""
-    from axe_core_python.selenium import Axe
+    from axe_core_python.selenium import Axe  # type: ignore[import-untyped]
 
     for width, dark in ((1200, False), (360, True)):
         show(browser, width, dark=dark)

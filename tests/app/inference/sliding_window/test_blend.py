@@ -237,7 +237,7 @@ class Casts(TorchDispatchMode):
     """Counts the conversions of tensors of a certain shape to bfloat16."""
 
     def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.shape, self.count = shape, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
