@@ -41,7 +41,7 @@ def test_a_gpu_is_asked_by_another_process() -> None:
 @pytest.mark.usefixtures("with_a_gpu")
 def test_a_gpu_that_the_other_process_cannot_use_is_an_error_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 1, stdout="", stderr="CUDA-capable device(s) is/are busy")
-    monkeypatch.setattr("app.planning.device_facts.subprocess.run", lambda *_, **__: ended)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(DeviceError, match=r"is/are busy\. If another process holds it, wait"):
         device_facts(RuntimeConfig())
 
