@@ -355,7 +355,7 @@ def test_a_case_without_a_contrast_that_the_gate_needs_is_refused(phantoms: Path
     next(case.glob("*_t1ce.nii.gz")).unlink()
     gate: Any = SimpleNamespace(model=SimpleNamespace(origin="RUN2", takes_missing_contrasts=False))
     model: Any = SimpleNamespace(takes_missing_contrasts=True)
-    steps = PredictSteps(model=model, output=tmp_path, runtime=cast("Any", None), settings={}, gate=gate)
+    steps = PredictSteps(model=model, output=tmp_path, runtime=cast("Any", None), settings={"options": {}}, gate=gate)
     with pytest.raises(DataError, match=r"^--presence RUN2: case .*: contrast t1c is missing"):
         steps.read(find_cases(tmp_path / "data")[0])
 
