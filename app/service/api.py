@@ -17,6 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Str
 from pydantic import BaseModel
 
 from app.html.templates import policy, source
+from app.progress import LOG
 from app.runs.published import MODELS
 from app.service.accounts import Account
 from app.service.answers import (
@@ -61,6 +62,8 @@ _REASONS: Final = {
     401: "The token is missing or not valid.",
     403: "Not allowed.",
     404: "There is no such thing, or it belongs to another user.",
+    405: "There is no such method here.",
+    408: "The request did not arrive completely, or too slowly.",
     409: "Not in this state.",
     413: "Too large.",
     416: "No such range.",
@@ -68,7 +71,7 @@ _REASONS: Final = {
     422: "The request does not have the right form.",
     429: "Too many requests; see Retry-After.",
     431: "The headers are too large.",
-    503: "Not ready.",
+    503: "The service or its database cannot answer now. Try again later.",
     507: "The disk is full; see Retry-After.",
 }
 
@@ -81,7 +84,7 @@ def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
     }
 
 
-_ALWAYS: Final = _problems(400, 401, 403, 413, 421, 422, 429, 431)
+_ALWAYS: Final = _problems(400, 401, 403, 408, 413, 421, 422, 429, 431, 503)
 router = APIRouter(prefix=PREFIX, responses=_ALWAYS)
 UploadId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{32}$", description="Id of an upload.")]
 JobId = Annotated[str, PathPart(pattern=r"^[0-9a-f]{32}$", description="Id of a job.")]
@@ -138,12 +141,19 @@ def complete_upload(upload: UploadId, account: TheAccount, service: TheService) 
     return service.uploads.complete(account, upload)
 
 
-@router.delete("/uploads/{upload}", status_code=204, responses=_problems(404, 409), tags=["uploads"])
+@router.delete(
+    "/uploads/{upload}",
+    status_code=204,
+    responses={
+        **_problems(404, 409),
+        202: {"description": "It is marked as deleted; its files are removed as soon as possible."},
+    },
+    tags=["uploads"],
+)
 def delete_upload(upload: UploadId, account: TheAccount, service: TheService) -> Response:
     """Delete an upload that no job uses."""
     service.uploads.delete(account, upload)
-    service.removal.finish()
-    return Response(status_code=204)
+    return _removed(service)
 
 
 # ---- jobs
@@ -206,7 +216,10 @@ def retry_job(job: JobId, account: TheAccount, service: TheService) -> JobAnswer
     status_code=204,
     responses={
         **_problems(404),
-        202: {"description": "The job is running; it is deleted once its worker has stopped."},
+        202: {
+            "description": "It is marked as deleted; its files are removed as soon as possible, those of a running job "
+            "once its worker has stopped."
+        },
     },
     tags=["jobs"],
 )
@@ -214,8 +227,7 @@ def delete_job(job: JobId, account: TheAccount, service: TheService) -> Response
     """Delete a job with its results, and its images if no other job uses them."""
     if not service.jobs.mark_deleted(account, job):
         return Response(status_code=202)
-    service.removal.finish()
-    return Response(status_code=204)
+    return _removed(service)
 
 
 @router.get(
@@ -268,7 +280,7 @@ def read_health() -> HealthAnswer:
     return HealthAnswer(status="ok")
 
 
-@router.get("/ready", responses={503: {"model": ReadyAnswer, "description": _REASONS[503]}}, tags=["service"])
+@router.get("/ready", responses={503: {"model": ReadyAnswer, "description": "Not ready."}}, tags=["service"])
 def read_ready(service: TheService) -> Response:
     """Tell whether jobs can be computed; needs no token."""
     trouble = service.dispatcher.trouble
@@ -285,6 +297,16 @@ def read_ready(service: TheService) -> Response:
 def show_metrics(account: TheAdmin, service: TheService) -> Response:  # noqa: ARG001 - only for who may ask
     """Read the numbers for Prometheus: queue, seconds, memory, disk; needs an administrator's token."""
     return PlainTextResponse(metrics_text(service), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _removed(service: Service) -> Response:
+    """Remove the files of what is marked as deleted; those that cannot be removed now are tried again later."""
+    try:
+        service.removal.finish()
+    except OSError as error:
+        LOG.warning("what was deleted could not be removed, tried again later: %s", type(error).__name__)
+        return Response(status_code=202)
+    return Response(status_code=204)
 
 
 def models_of(service: Service) -> list[ModelAnswer]:
