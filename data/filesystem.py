@@ -10,6 +10,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, Final
 
@@ -165,6 +167,26 @@ def lock(file: IO[Any] | int, path: Path, *, shared: bool = False, wait: bool = 
         if error.errno in _LOCKED:
             raise BlockingIOError(errno.EWOULDBLOCK, "another process has locked it", str(path)) from error
         raise _at(path, "cannot be locked", error) from error
+
+
+@contextmanager
+def locked_folder(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, after waiting for other processes; warn once if its file system has no locks.
+
+    Raises:
+        OSError: the folder cannot be opened, or the lock fails otherwise.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            lock(descriptor, folder, wait=True)
+        except OSError as error:
+            if not has_no_locks(error):
+                raise
+            warn_once(folder, "lock folders", error, "Two processes may write to a folder at the same time.")
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def has_no_locks(error: OSError) -> bool:

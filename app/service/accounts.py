@@ -75,7 +75,7 @@ class Accounts:
             ConfigError: the name is taken or has other characters than letters, digits and ``._@-``; or the password
                 is too short.
         """
-        if not _NAME.fullmatch(name):
+        if not is_user_name(name):
             raise ConfigError(f"user {name!r}: a name has up to 63 letters, digits and the characters . _ @ -")
         hashed = self._hashed(password)
         with self.database.writing() as session:
@@ -252,6 +252,11 @@ class Accounts:
             if not self._nobody_hash:
                 self._nobody_hash = self.hasher.hash(secrets.token_urlsafe(32))
             return self._nobody_hash
+
+
+def is_user_name(text: str) -> bool:
+    """Whether a text may be the name of a user."""
+    return _NAME.fullmatch(text) is not None
 
 
 def _user(found: User | None, name: str) -> User:

@@ -1,4 +1,4 @@
-"""Starts and ends jobs: one thread decides, and every change is in the database before anyone hears of it.
+"""Starts and ends jobs: one thread decides, and every change is committed before it is reported.
 
 The worker processes know no database. What one of them reports is written by this thread; a job whose worker or
 service was killed is found running at the next look, and begins again.
@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import threading
 import time
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -22,7 +23,7 @@ from app.inference.batch.parallel import MAX_ATTEMPTS
 from app.progress import LOG
 from app.service.database import Database, is_full
 from app.service.durations import Durations
-from app.service.jobs import note_change, waiting_in_order
+from app.service.jobs import next_number, note_change, waiting_in_order
 from app.service.settings import ServiceSettings
 from app.service.tables import Event, Job, Upload
 from app.system.process import how_it_ended
@@ -36,6 +37,8 @@ _FIRST_PAUSE, _LAST_PAUSE = 1.0, 60.0
 _FULL_SECONDS: Final = 1.0
 #: Seconds that a worker may take to stop before it is killed.
 _STOP_SECONDS: Final = 5.0
+#: Seconds in which no job is started after one did not fit on the disk.
+_NO_ROOM_SECONDS: Final = 30.0
 
 
 @dataclass(kw_only=True, eq=False)
@@ -66,7 +69,10 @@ class Dispatcher:
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
     _thread: threading.Thread | None = field(default=None, repr=False)
     _trouble: str = field(default="the workers are starting", repr=False)
+    _database_fails: bool = field(default=False, repr=False)
     _is_full: bool = field(default=False, repr=False)
+    _full_until: float = field(default=0.0, repr=False)
+    """Monotonic time before which no job is started, since one did not fit on the disk."""
 
     def start(self) -> None:
         """Put jobs that were running when the service ended back into the queue, and start the workers."""
@@ -104,7 +110,11 @@ class Dispatcher:
         """Why no job can be computed; empty if one can."""
         if self._stop.is_set():
             return "the service is stopping"
-        return "the disk is full" if self._is_full else self._trouble
+        if self._thread is not None and not self._thread.is_alive():
+            return "the dispatcher has ended; restart the service"
+        if self._is_full:
+            return "the disk is full"
+        return "the database does not answer" if self._database_fails else self._trouble
 
     @property
     def processes(self) -> tuple[int, ...]:
@@ -126,25 +136,27 @@ class Dispatcher:
             worker = next(worker for worker in self._workers if worker.slot is slot)
             try:
                 self._handle(worker, event)
-            except SQLAlchemyError as error:
+            except (SQLAlchemyError, OSError) as error:
                 LOG.error("the database failed: %s", type(error).__name__)
-                self._trouble = "the database does not answer"
+                self._database_fails = True
                 self._events.put((slot, event))
                 time.sleep(_FULL_SECONDS)
 
     def _look(self) -> None:
         """Start workers, stop cancelled jobs, and hand out waiting ones."""
         try:
-            self._is_full = not self._has_room()
+            self._is_full = not self._has_room() or time.monotonic() < self._full_until
             for worker in self._workers:
                 self._look_at(worker)
             if not self._is_full and not self._stop.is_set():
+                self._recover([worker.job for worker in self._workers if worker.job is not None])
                 for worker in self._workers:
-                    if worker.slot.ready and worker.job is None:
+                    if worker.slot.ready and not worker.slot.closed and worker.job is None:
                         self._hand_out(worker)
+            self._database_fails = False
         except (SQLAlchemyError, OSError) as error:
             self._is_full = is_full(error)
-            self._trouble = self._trouble or ("" if self._is_full else "the database does not answer")
+            self._database_fails = not self._is_full
             LOG.warning("the queue cannot be read or written: %s", type(error).__name__)
 
     def _look_at(self, worker: _Worker) -> None:
@@ -171,10 +183,16 @@ class Dispatcher:
                 return
         with self.database.writing() as session:
             wanted = session.scalar(waiting_in_order().limit(1))
-            job = None if wanted is None else session.get(Job, wanted)
-            if job is None:
+            job = None if wanted is None else session.get(Job, wanted, with_for_update=True)
+            if job is None or job.state != "queued":  # cancelled at this moment
                 return
             upload = session.get(Upload, job.upload_id)
+            if job.model not in self.settings.models:
+                job.state, job.ended = "failed", time.time()
+                job.message = f"The service no longer has the model {job.model}. Send the images again for another one."
+                note_change(session, job)
+                session.add(Event(at=time.time(), user="service", action="job failed", what=job.id))
+                return
             assert upload is not None  # jobs hold their uploads by a foreign key
             job.state, job.started, job.step, job.message = "running", time.time(), "starting", ""
             job.attempts += 1
@@ -216,6 +234,8 @@ class Dispatcher:
                 self._patiently(lambda: self._finish(task, outcome))
                 self.durations.add(outcome["seconds"])
                 worker.job = None
+                if "full" in outcome:
+                    self._full_until = time.monotonic() + _NO_ROOM_SECONDS
             case {"error": _}:
                 slot.error = event
             case {"gone": status}:
@@ -224,7 +244,7 @@ class Dispatcher:
     def _note_step(self, job: str, step: str) -> None:
         try:
             with self.database.writing() as session:
-                row = session.get(Job, job)
+                row = session.get(Job, job, with_for_update=True)
                 if row is not None and row.state == "running" and not row.stopping and row.step != step:
                     row.step = step
                     note_change(session, row)
@@ -234,12 +254,13 @@ class Dispatcher:
     def _finish(self, job: str, outcome: dict[str, Any]) -> None:
         """End a job, unless it has ended or was put back into the queue meanwhile."""
         with self.database.writing() as session:
-            row = session.get(Job, job)
+            row = session.get(Job, job, with_for_update=True)
             if row is None or row.state != "running":
                 return
             row.step = ""
             if "full" in outcome and not row.stopping:
                 row.state, row.step, row.attempts = "queued", "waits until there is room on the disk", row.attempts - 1
+                row.place = next_number(session, "place")
             elif row.stopping:
                 row.state, row.ended = "cancelled", time.time()
             elif "failed" in outcome:
@@ -252,18 +273,18 @@ class Dispatcher:
     def _replace(self, worker: _Worker, how: str) -> None:
         """Handle a worker that ended."""
         slot, job = worker.slot, worker.job
+        if job is not None:  # first: if the database is away, this event is handled again
+            self._patiently(lambda: self._lost(job, worker, how))
+        worker.job, worker.stopping, worker.kill_at = None, False, None
         was_ready, slot.ready = slot.ready, False
         slot.join()
         slot.process = None
-        if job is not None:
-            self._patiently(lambda: self._lost(job, worker, how))
-            worker.job, worker.stopping, worker.kill_at = None, False, None
         if was_ready:
             worker.start_at = time.monotonic()
             return
         pause = min(_LAST_PAUSE, _FIRST_PAUSE * 2**worker.failures)
         worker.failures, worker.start_at = worker.failures + 1, time.monotonic() + pause
-        said = slot.error["message"] if slot.error else f"its process {how}. {last_output(slot.log)}".rstrip()
+        said = slot.error["message"] if slot.error else f"its process {how}. {_last_output(slot)}".rstrip()
         if not self._stop.is_set():
             LOG.error("%s cannot start: %s", slot.name, said)
             if not any(one.slot.ready for one in self._workers):
@@ -272,7 +293,7 @@ class Dispatcher:
     def _lost(self, job: str, worker: _Worker, how: str) -> None:
         """Queue the job of a worker that ended again; after several attempts it fails."""
         with self.database.writing() as session:
-            row = session.get(Job, job)
+            row = session.get(Job, job, with_for_update=True)
             if row is None or row.state != "running":
                 return
             if row.stopping:
@@ -310,10 +331,14 @@ class Dispatcher:
         # Half of the reserve, so that a full disk stops uploads first.
         return shutil.disk_usage(self.settings.place.root).free >= self.settings.reserve_bytes / 2
 
-    def _recover(self) -> None:
-        """Queue jobs that are marked as running although no worker runs; cancelled ones end."""
+    def _recover(self, held: Collection[str] = ()) -> None:
+        """Queue jobs that are marked as running although no worker holds them; cancelled ones end."""
+        wanted = select(Job).where(Job.state == "running", Job.id.not_in(held))
+        with self.database.reading() as session:
+            if session.scalar(wanted.limit(1)) is None:
+                return
         with self.database.writing() as session:
-            for row in session.scalars(select(Job).where(Job.state == "running")):
+            for row in session.scalars(wanted.with_for_update()):
                 if row.stopping:
                     row.state, row.ended = "cancelled", time.time()
                 else:
@@ -331,3 +356,11 @@ class Dispatcher:
             except subprocess.TimeoutExpired:
                 process.kill()
             worker.slot.join()
+
+
+def _last_output(slot: WorkerSlot) -> str:
+    """Return what a worker wrote last; empty if its log was removed."""
+    try:
+        return last_output(slot.log)
+    except OSError:
+        return ""

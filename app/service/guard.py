@@ -58,12 +58,10 @@ class Guard:
         secured = _with_headers(send, https=scope["scheme"] == "https")
         if _host_of(headers.get("host", "")) not in self._names:
             await _refuse(
-                secured, 421, "This service is not reached under this host name. Use the one it was set up with."
+                secured, 421, "This service does not answer to this host name. Use the one it was set up with."
             )
         elif b"zns_" in scope.get("query_string", b""):
-            await _refuse(
-                secured, 400, "A token does not belong into an address. Send it as: Authorization: Bearer TOKEN"
-            )
+            await _refuse(secured, 400, "Do not put a token in a URL. Send it as: Authorization: Bearer TOKEN")
         elif "transfer-encoding" in headers and "content-length" in headers:
             await _refuse(secured, 400, "The request states its length twice.")
         elif sum(len(name) + len(value) for name, value in scope["headers"]) > MOST_HEADER_BYTES:

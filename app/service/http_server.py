@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,10 +15,8 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-#: Seconds in which the headers of a request must arrive.
+#: Seconds in which the headers of a request must arrive, and for which an idle connection is kept.
 HEADER_SECONDS: Final = 10.0
-#: Seconds for which an idle connection is kept.
-_IDLE_SECONDS: Final = 15
 #: Longest headers of a request, in bytes.
 _MOST_HEADER_BYTES: Final = 32 << 10
 #: Connections at a time; more are answered with 503.
@@ -38,7 +37,7 @@ class HttpSettings:
     key: Path | None = None
     """PEM file of the certificate's key."""
     proxy: str | None = None
-    """Address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are believed; None believes nobody."""
+    """Address of a reverse proxy whose X-Forwarded-For and X-Forwarded-Proto are trusted; None trusts nobody."""
 
 
 class _TimedProtocol(H11Protocol):
@@ -145,7 +144,7 @@ def http_config(site: ASGIApp, settings: HttpSettings) -> uvicorn.Config:
         ssl_certfile=settings.certificate,
         ssl_keyfile=settings.key,
         limit_concurrency=_MOST_CONNECTIONS,
-        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_keep_alive=math.ceil(HEADER_SECONDS),
         timeout_graceful_shutdown=_CLOSE_SECONDS,
         h11_max_incomplete_event_size=_MOST_HEADER_BYTES,
     )

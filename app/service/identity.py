@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hmac
 from typing import Annotated, Final
-from urllib.parse import urlsplit
 
 from fastapi import Depends, Request
 from fastapi.security import HTTPBearer
@@ -54,7 +53,8 @@ def require_same_origin(request: Request) -> None:
         RefusedError: its origin is not this site.
     """
     origin = request.headers.get("origin")
-    if origin is not None and urlsplit(origin).netloc.lower() != request.headers.get("host", "").lower():
+    host = request.headers.get("host", "").lower()
+    if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
         raise RefusedError(403, "The request comes from another site.")
     if request.headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
         raise RefusedError(403, "The request comes from another site.")
@@ -74,7 +74,8 @@ def account_of(request: Request, _: Annotated[object, Depends(_bearer)]) -> Acco
     """Return who sends a request to the API.
 
     Raises:
-        RefusedError: nobody that is known; or a browser sends it without the secret of its session.
+        RefusedError: the token or cookie is missing or not valid; or a browser sends the request without the secret
+            of its session.
     """
     service = service_of(request)
     kind, _, token = request.headers.get("authorization", "").partition(" ")

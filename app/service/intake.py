@@ -21,11 +21,13 @@ from typing import Any, Final
 import app
 from app.service.archive import checked_archive, unpack
 from app.service.recognise import NamedCase, recognised_cases
+from app.service.refusals import RefusedError
 from data.contrasts import missing_contrasts
 from data.datasets.naming import SUFFIXES_2021
 from data.datasets.source import DataSource
 from data.dicom.files import is_study
 from data.errors import DataError
+from data.filesystem import locked_folder
 from data.labels import Contrast
 from data.nifti import is_compressed
 from data.quality.check import check
@@ -38,6 +40,8 @@ _MOST_MEMORY: Final = 12 * 2**30
 MOST_CASES: Final = 500
 #: Kinds of findings that :mod:`app.service.recognise` reports itself, with the user's names.
 _ABOUT_NAMES: Final = ("missing contrast", "duplicate contrast", "names and links")
+#: Processes that look at an upload now, without those that were stopped.
+_looks: Final[set[subprocess.Popen[str]]] = set()
 
 
 def look_at(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -> list[dict[str, Any]]:
@@ -56,26 +60,15 @@ def look_at(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -
     Raises:
         DataError: the upload is refused; the message says why.
         OSError: the disk is full.
+        RefusedError: the service stops, and :func:`stop_looks` ended the process.
     """
-    for part in ("cases", "unpacked"):
-        shutil.rmtree(folder / part, ignore_errors=True)
     root = str(Path(app.__file__).resolve().parent.parent)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
     environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     request = {"folder": str(folder), "files": list(files), "most_bytes": most_bytes}
+    text = _answer_of_process(json.dumps(request), environment)
     try:
-        ended = subprocess.run(
-            [sys.executable, "-P", "-m", "app.service.intake"],
-            input=json.dumps(request),
-            capture_output=True,
-            text=True,
-            timeout=MOST_SECONDS,
-            env=environment,
-            check=False,
-        )
-        answer = json.loads(ended.stdout)
-    except subprocess.TimeoutExpired as error:
-        raise DataError(f"the files could not be read within {MOST_SECONDS} s.") from error
+        answer = json.loads(text)
     except ValueError as error:
         raise DataError("the files could not be read: they are damaged, or too large for this service.") from error
     if "errno" in answer:
@@ -86,8 +79,40 @@ def look_at(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -
     return cases
 
 
+def _answer_of_process(request: str, environment: Mapping[str, str]) -> str:
+    with subprocess.Popen(
+        [sys.executable, "-P", "-m", "app.service.intake"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+    ) as process:
+        _looks.add(process)
+        try:
+            text, _ = process.communicate(request, timeout=MOST_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise DataError(f"the files could not be read within {MOST_SECONDS} s.") from error
+        finally:
+            stopped = process not in _looks
+            _looks.discard(process)
+            process.kill()  # has no effect if it has ended
+    if stopped:
+        raise RefusedError(503, "The service is stopping. Complete the upload again later.", retry_seconds=10)
+    return text
+
+
+def stop_looks() -> None:
+    """End all processes that look at an upload; each of these uploads can be completed again."""
+    for process in list(_looks):
+        _looks.discard(process)
+        process.kill()
+
+
 def _look(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -> list[dict[str, Any]]:
     """Fill ``cases`` with hard links, so that it can be repeated after a crash."""
+    for part in ("cases", "unpacked"):
+        shutil.rmtree(folder / part, ignore_errors=True)
     received, cases = folder / "received", folder / "cases"
     cases.mkdir()
     names = [str(one["name"]) for one in files]
@@ -211,7 +236,8 @@ def _answer() -> dict[str, Any]:
     request = json.load(sys.stdin)
     folder = Path(request["folder"])
     try:
-        return {"cases": _look(folder, request["files"], request["most_bytes"])}
+        with locked_folder(folder):  # a process of a service that was killed may still look at this upload
+            return {"cases": _look(folder, request["files"], request["most_bytes"])}
     except DataError as error:
         return {"refused": _without_paths(str(error), folder)}
     except MemoryError:

@@ -223,13 +223,17 @@ class Jobs:
         """Queue a job again that has failed or was cancelled.
 
         Raises:
-            RefusedError: there is no such job, it did not fail, or the queue is full.
+            RefusedError: there is no such job, it did not fail, its model is gone, or the queue is full.
         """
         with self.database.writing() as session:
             session.scalar(select(User).where(User.id == account.id).with_for_update())
             row = own_job(session, account, job, lock=True)
             if row.state not in ("failed", "cancelled"):
                 raise RefusedError(409, f"The job is {row.state}; only a failed or cancelled job can be repeated.")
+            if row.model not in self.settings.models:
+                raise RefusedError(
+                    409, f"The service no longer has the model {row.model}. Send the images again for another one."
+                )
             self._require_place(session, account, 1)
             row.state, row.message, row.step, row.attempts, row.stopping = "queued", "", "", 0, False
             row.started = row.ended = None

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus, counted in the database when they are asked for."""
+"""Prometheus metrics, counted in the database when they are asked for."""
 
 from __future__ import annotations
 

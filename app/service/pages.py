@@ -8,14 +8,14 @@ from datetime import datetime
 from typing import Annotated, Final
 from urllib.parse import parse_qs
 
-from anyio import to_thread
+from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Depends, Query, Request, Response
 from fastapi.responses import HTMLResponse, RedirectResponse
 from markupsafe import Markup
 
 from app.html.scores import REGION_NAMES
 from app.html.templates import fill, policy, source
-from app.service.accounts import SESSION_SECONDS, Account
+from app.service.accounts import SESSION_SECONDS, Account, is_user_name
 from app.service.answers import JobAnswer
 from app.service.api import JobId, ResultName, models_of, result_file, result_response
 from app.service.identity import (
@@ -38,6 +38,8 @@ _STATIC: Final = {
     "service.js": "text/javascript",
 }
 _MOST_FIELDS: Final = 10
+#: Passwords that are verified at a time; each takes 64 MiB and several processors.
+_MOST_HASHING: Final = 2
 _TITLES: Final = {
     "label_map": "Label map (NIfTI)",
     "probabilities": "Probabilities (NIfTI)",
@@ -50,7 +52,7 @@ _TITLES: Final = {
 
 
 class SignInNeededError(Exception):
-    """A page that needs a user was asked for by nobody that is known."""
+    """A page needs a user, and nobody is signed in."""
 
 
 def page_account(request: Request) -> Account:
@@ -114,7 +116,8 @@ def page(title: str, body: Markup, account: Account | None, *, status: int = 200
 
 def message_page(request: Request, status: int, text: str) -> HTMLResponse:
     """Return a page that says why a request was refused."""
-    return page("Not possible", fill("service_message.html", message=text), signed_in(request), status=status)
+    account = signed_in(request) if status < 500 else None  # the database may be what failed
+    return page("Not possible", fill("service_message.html", message=text), account, status=status)
 
 
 @router.get("/static/{name}")
@@ -157,15 +160,22 @@ async def sign_in(request: Request, service: TheService) -> Response:
     if expected is None or not hmac.compare_digest(expected.encode(), fields.get("csrf", "").encode()):
         return _sign_in_page(request, service, "The form was too old. Try again.", 403)
     name, address = fields.get("name", ""), address_of(request)
+    if not is_user_name(name):
+        name = ""  # nobody has it, and nothing that a stranger sends is kept
     by_name, by_address = service.name_failures, service.address_failures
-    if seconds := max(by_name.wait(name), by_address.wait(address)):
+    if seconds := by_address.wait(address) or by_name.wait(name):
         raise RefusedError(429, "Too many attempts failed. Wait some minutes.", retry_seconds=seconds)
-    cookie = await to_thread.run_sync(service.accounts.sign_in, name, fields.get("password", ""))
+    # Counted before the password is verified, so that attempts at the same time do not pass the limits.
+    by_name.add(name)
+    by_address.add(address)
+    if service.hashing is None:
+        service.hashing = CapacityLimiter(_MOST_HASHING)
+    password = fields.get("password", "")
+    cookie = await to_thread.run_sync(service.accounts.sign_in, name, password, limiter=service.hashing)
     if cookie is None:
-        by_name.add(name)
-        by_address.add(address)
         return _sign_in_page(request, service, "Name or password is wrong.", 403)
     by_name.forget(name)
+    by_address.take_back(address)
     answer = RedirectResponse("/jobs", status_code=303)
     _set_cookie(request, answer, cookie_name(request), cookie, int(SESSION_SECONDS))
     return answer

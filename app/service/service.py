@@ -7,6 +7,7 @@ import threading
 from dataclasses import dataclass, field
 from typing import Final
 
+from anyio import CapacityLimiter
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.errors import ConfigError
@@ -14,6 +15,7 @@ from app.progress import LOG
 from app.service.accounts import Accounts
 from app.service.database import Database
 from app.service.dispatcher import Dispatcher
+from app.service.intake import stop_looks
 from app.service.jobs import Jobs
 from app.service.limits import Failures
 from app.service.removal import Removal
@@ -22,6 +24,8 @@ from app.service.uploads import Uploads
 
 #: Seconds between two looks for what is too old or marked as deleted.
 _REMOVAL_SECONDS: Final = 30.0
+#: Seconds between two looks for uploads that are looked at while the service stops.
+_STOP_LOOKS_SECONDS: Final = 0.2
 
 
 @dataclass(kw_only=True)
@@ -44,6 +48,10 @@ class Service:
     streams: dict[int, int] = field(default_factory=dict)
     """Open event streams by user."""
     stopping: threading.Event = field(default_factory=threading.Event)
+    hashing: CapacityLimiter | None = None
+    """Limits how many passwords are verified at a time; created in the event loop, by the first sign-in."""
+    _answered: threading.Event = field(default_factory=threading.Event, repr=False)
+    """Set once no request is answered any more."""
     _threads: list[threading.Thread] = field(default_factory=list, repr=False)
 
     def start(self) -> None:
@@ -56,7 +64,7 @@ class Service:
         self.removal.partial_files()
         self.removal.remainders()
         self.dispatcher.start()
-        for work in (self._remove, self._stop_jobs):
+        for work in (self._remove, self._stop_jobs, self._stop_looks):
             thread = threading.Thread(target=work, name=work.__name__, daemon=True)
             thread.start()
             self._threads.append(thread)
@@ -64,6 +72,7 @@ class Service:
     def stop(self) -> None:
         """Let running jobs finish within the grace period, stop the workers and close the database."""
         self.stopping.set()
+        self._answered.set()
         for thread in self._threads:
             thread.join()
         self.database.close()
@@ -71,6 +80,13 @@ class Service:
     def _stop_jobs(self) -> None:
         self.stopping.wait()
         self.dispatcher.stop(self.settings.grace_seconds)
+
+    def _stop_looks(self) -> None:
+        """End the processes that look at uploads, since requests that wait for them keep the service from stopping."""
+        self.stopping.wait()
+        while not self._answered.wait(_STOP_LOOKS_SECONDS):
+            stop_looks()
+        stop_looks()
 
     def _remove(self) -> None:
         while True:

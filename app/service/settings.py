@@ -45,7 +45,7 @@ class ServiceSettings:
     """Largest upload, also after an archive is unpacked."""
     reserve_bytes: int = 10**9
     """Free space that uploads leave on the disk."""
-    grace_seconds: float = 8.0
+    grace_seconds: float = 5.0
     """How long running jobs may finish after SIGTERM; then they are stopped, and run again after the next start."""
     names: tuple[str, ...] = field(default=())
     """Host names under which the service is reached, in addition to those of this machine's loopback interface."""

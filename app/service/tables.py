@@ -105,7 +105,6 @@ class Job(Table):
     """Why it failed."""
     result: Mapped[dict[str, Any] | None] = mapped_column(JSON)
     """Volumes, flags, seconds and files."""
-    user: Mapped[User] = relationship()
     __table_args__ = (Index("jobs_in_order", "state", "priority", "place"),)
 
 

@@ -9,8 +9,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
@@ -35,7 +34,7 @@ from app.system.worker_pool import Send, TaskQueue, be_worker
 from data.datasets.layouts import Case
 from data.errors import DataError
 from data.files import file_sha256, remove_stale
-from data.filesystem import lock, sync_file, sync_folder
+from data.filesystem import locked_folder, sync_file, sync_folder
 from data.labels import CONVENTIONS
 from data.native_space.config import PrepareConfig
 
@@ -67,7 +66,7 @@ def run_task(content: Mapping[str, Any], models: Models, send_step: Any) -> dict
     try:
         for place in (folder, output, shown):
             place.mkdir(mode=0o700, exist_ok=True)
-        with _only_worker(folder):
+        with locked_folder(folder):  # a worker of a service that was killed may still work on this job
             record = _predicted(content, models, case, output, send_step)
             if isinstance(record, str):
                 return {"failed": record}
@@ -162,17 +161,6 @@ class _Outcomes:
 
     def ended(self, outcome: Outcome) -> None:
         self.ended_ones.append(outcome)
-
-
-@contextmanager
-def _only_worker(folder: Path) -> Iterator[None]:
-    """Wait until a worker of a service that was killed no longer works on this job."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        lock(descriptor, folder, wait=True)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _public(record: Mapping[str, Any], content: Mapping[str, Any], output: Path) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from app.errors import RunError
 from app.experiments.crossval import ensemble_folder
 from app.runs.folder import LOCK, MetricsLog, locked, write_durably
 from data import filesystem
-from data.filesystem import sync_file, sync_folder
+from data.filesystem import locked_folder, sync_file, sync_folder
 from data.nifti import read_label_map, read_volume
 from data.patches.cache import CaseFolder, SharedCache, open_array
 
@@ -193,6 +193,15 @@ def test_a_run_folder_without_locks_can_be_trained_in(
         assert (tmp_path / "run" / LOCK).read_text() == "a job"
     (said,) = caplog.messages
     assert said.endswith("Make sure that no second process trains in this folder.")
+
+
+def test_work_in_a_folder_without_locks_carries_on(
+    refuse: Call, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refuse(fcntl, "flock", errno.ENOLCK)
+    with locked_folder(tmp_path):
+        pass
+    assert "cannot lock folders (No locks available)" in caplog.text
 
 
 @pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])  # the second is SMB's

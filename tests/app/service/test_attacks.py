@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 from starlette.testclient import TestClient
 
 from app.service.accounts import Account
@@ -279,6 +280,37 @@ def test_guessing_a_password_is_slowed_down_even_with_the_right_one(client: Test
     assert int(answer.headers["retry-after"]) > 0
 
 
+def test_names_that_no_user_can_have_are_not_kept(client: TestClient, service: Service) -> None:
+    for number in range(3):
+        assert signed_in(client, name=f"{number} " * 1000).status_code == 403
+    assert list(service.name_failures._seen) == [""]
+
+
+def test_an_attempt_counts_before_its_password_is_verified_and_a_success_does_not(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted, verify = [], service.accounts.sign_in
+
+    def sign_in(name: str, password: str) -> str | None:
+        counted.append(len(service.name_failures._seen) + len(service.address_failures._seen))
+        return verify(name, password)
+
+    monkeypatch.setattr(service.accounts, "sign_in", sign_in)
+    assert signed_in(client).status_code == 303
+    assert counted == [2]
+    assert service.name_failures._seen == service.address_failures._seen == {}
+
+
+def test_a_page_does_not_ask_a_database_that_is_away_who_is_signed_in(
+    client: TestClient, service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def away(cookie: str) -> None:
+        raise OperationalError(cookie, {}, Exception("away"))
+
+    monkeypatch.setattr(service.accounts, "by_cookie", away)
+    assert client.get("/jobs", headers={"Cookie": "znormseg=a"}).status_code == 503
+
+
 def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(client: TestClient) -> None:
     cookie = signed_in(client).headers["set-cookie"].lower()
     assert "httponly" in cookie
@@ -311,7 +343,14 @@ def test_a_form_without_the_secret_of_the_session_changes_nothing(
 
 
 @pytest.mark.parametrize(
-    "header", [{"Origin": "https://evil.example"}, {"Origin": "null"}, {"Sec-Fetch-Site": "cross-site"}]
+    "header",
+    [
+        {"Origin": "https://evil.example"},
+        {"Origin": "null"},
+        {"Origin": "http://["},
+        {"Origin": "ftp://localhost"},
+        {"Sec-Fetch-Site": "cross-site"},
+    ],
 )
 def test_a_form_from_another_site_changes_nothing_even_with_the_secret(
     client: TestClient, anns_job: str, header: dict[str, str]

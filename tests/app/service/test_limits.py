@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from app.service.limits import Failures
 
 
@@ -22,3 +24,28 @@ def test_a_success_forgets() -> None:
     failures.add("a")
     failures.forget("a")
     assert failures.wait("a") == 0
+
+
+def test_only_keys_with_failures_in_the_window_are_kept() -> None:
+    at = [0.0]
+    failures = Failures(most=2, seconds=10, now=lambda: at[0])
+    failures.wait("a")
+    assert failures._seen == {}
+    failures.add("a")
+    failures.take_back("a")
+    assert failures._seen == {}
+    failures.add("a")
+    at[0] = 10.0
+    assert failures.wait("a") == 0
+    assert failures._seen == {}
+
+
+def test_many_keys_push_out_only_the_oldest_and_first_those_whose_window_has_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("app.service.limits._MOST_KEYS", 3)
+    at = [0.0]
+    failures = Failures(most=1, seconds=10, now=lambda: at[0])
+    for at[0], key in ((0.0, "a"), (5.0, "b"), (6.0, "c"), (11.0, "d"), (12.0, "e")):
+        failures.add(key)
+    assert list(failures._seen) == ["c", "d", "e"]
