@@ -79,8 +79,8 @@ def evaluate_command(
             predictions, references, labels, follow_links=follow_links, specificity=specificity, out=out, page=page
         )
         return
-    for option, value in {"--specificity": specificity, "--page": page}.items():
-        options.refuse(value is not None, f"{option} is for the predictions of a presence run, not for label maps")
+    for name, extra in {"--specificity": specificity, "--page": page}.items():
+        options.refuse(extra is not None, f"{name} is for the predictions of a presence run, not for label maps")
     options.refuse(nsd_mm is not None and not math.isfinite(nsd_mm), "--nsd-mm takes a distance in mm")
     chosen = options.challenge(rules, task)
     from app import NOTICE

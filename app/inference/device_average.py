@@ -124,7 +124,8 @@ def _towards(mean: Tensor, value: Tensor, count: int) -> Tensor:
 
 def _entropy_bits(centred: Tensor) -> Tensor:
     """Return what :func:`app.inference.confidence.entropy_bits` returns."""
-    return (torch.special.entr(0.5 + centred) + torch.special.entr(0.5 - centred)).div_(log(2)).clamp_(0, 1)
+    bits: Tensor = torch.special.entr(0.5 + centred) + torch.special.entr(0.5 - centred)
+    return bits.div_(log(2)).clamp_(0, 1)
 
 
 def fetch_tensors(tensors: Sequence[Tensor]) -> list[npt.NDArray[Any]]:

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, __file__.rpartition("/")[0])
-from fake_cuda import Watch, allow_autograd, fake_cuda
+from fake_cuda import Watch, allow_autograd, fake_cuda  # type: ignore[import-not-found]  # a neighbour
 
 from app.config.inference import PredictOptions
 from app.config.load import RunConfig, load_config, to_plain

@@ -155,7 +155,16 @@ def test_a_long_example_is_not_wrapped_in_a_narrow_terminal(shell: Call, tmp_pat
 
 
 #: Verbs that only have subcommands, or whose subcommands have the common options.
-GROUPS = ([], ["data"], ["config"], ["model"], ["remote"], ["serve"], ["serve", "token"], ["serve", "user"])
+GROUPS: tuple[list[str], ...] = (
+    [],
+    ["data"],
+    ["config"],
+    ["model"],
+    ["remote"],
+    ["serve"],
+    ["serve", "token"],
+    ["serve", "user"],
+)
 
 
 @pytest.mark.parametrize("verb", [verb for verb in VERBS if verb not in GROUPS], ids=" ".join)

@@ -17,6 +17,7 @@ from app.inference.answer_mean import ArrayMean, MeanAnswer
 from app.inference.device_average import DeviceVolume, TensorMean, fetch_tensors, tensor_answer
 from app.inference.model import Model, load_model
 from app.inference.probabilities import MeanPrediction, fallback_for, predict_answer, predict_masks
+from app.inference.sliding_window.numpy_blend import resized
 from app.system.device import RuntimeConfig, choose_runtime
 from data.datasets.layouts import find_cases
 from data.preprocess import Prepared, prepare
@@ -98,8 +99,8 @@ def test_a_volume_is_uploaded_once_and_mirrored_on_the_device(monkeypatch: pytes
 def test_logits_become_the_answer_that_numpy_makes_of_them() -> None:
     logits = np.random.default_rng(0).normal(0, 4, (3, 4, 5, 6)).astype(np.float32)
     found = tensor_answer(torch.from_numpy(logits.copy()), (7, 5, 6), (1, 3)).numpy()
-    resized = probabilities.resized(logits, (7, 5, 6))
-    np.testing.assert_allclose(found, np.flip(np.tanh(resized / 2) / 2, (1, 3)), atol=1e-5)
+    at_full_size = resized(logits, (7, 5, 6))
+    np.testing.assert_allclose(found, np.flip(np.tanh(at_full_size / 2) / 2, (1, 3)), atol=1e-5)
 
 
 # A whole case, with every answer handled as if it were on a GPU
@@ -123,8 +124,8 @@ def on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
 def like(answer: MeanPrediction, other: MeanPrediction, model: Model, prepared: Prepared) -> None:
     same(answer, other)
     assert (answer.networks, answer.flips) == (other.networks, other.flips)
-    masks = [predict_masks(model, prepared, one.centred) for one in (answer, other)]
-    assert np.array_equal(*masks)
+    first, second = (predict_masks(model, prepared, one.centred) for one in (answer, other))
+    assert np.array_equal(first, second)
 
 
 @pytest.mark.parametrize("options", [PredictOptions(), PredictOptions(tta=True, uncertainty=True)], ids=["one", "tta"])

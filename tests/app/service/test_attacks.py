@@ -93,7 +93,7 @@ def test_without_a_token_nothing_is_answered(client: TestClient, method: str, pa
     ],
 )
 def test_a_forged_token_is_refused(client: TestClient, header: str) -> None:
-    answer = client.get(f"{API}/jobs", headers={"Authorization": header.encode("latin1")})
+    answer = client.get(f"{API}/jobs", headers={b"Authorization": header.encode("latin1")})
     assert answer.status_code == 401
 
 

@@ -108,7 +108,8 @@ def test_the_list_comes_in_parts_newest_first(
     service: Service, accounts: Accounts, ready_upload: Ready, client: TestClient, token: Token
 ) -> None:
     jobs = submitted(service, accounts["ann"], ready_upload(accounts["ann"], cases=5))
-    header, seen, after = token("ann"), [], {}
+    header, seen = token("ann"), []
+    after: dict[str, str] = {}
     while True:
         part = client.get(f"{API}/jobs", headers=header, params={"limit": "2", **after}).json()
         seen += [job["id"] for job in part["jobs"]]

@@ -250,7 +250,7 @@ def after_a_step(loss_factor: float, tiny: list[str]) -> tuple[State, dict[str, 
         runtime=runtime,
         state=state,
         telemetry=Telemetry(0, state.network, state.optimizer),
-        loss_of=lambda logits, masks: loss_factor * RegionLoss()(logits, masks),  # type: ignore[arg-type]
+        loss_of=lambda logits, masks: loss_factor * RegionLoss()(logits, masks),
     )
     stepper.step(iter([noise_batch()]), 1e-2)
     return state, before, rule.skipped_steps()
