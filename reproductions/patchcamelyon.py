@@ -109,7 +109,8 @@ def scores(model: nn.Module, patches: Patches) -> dict[str, float]:
     numbers = range(len(patches.labels))
     logits = torch.cat([model(patches.batch(numbers[i : i + 64])[0])[:, 0] for i in numbers[::64]])
     accuracy = float(((logits > 0) == (patches.labels > 0)).float().mean())
-    return {"accuracy": accuracy, "auroc": float(compute_roc_auc(logits, patches.labels))  # type: ignore[arg-type]}
+    area = compute_roc_auc(logits, patches.labels)
+    return {"accuracy": accuracy, "auroc": float(area)}  # type: ignore[arg-type]
 
 
 def main(words: list[str] | None = None) -> None:
