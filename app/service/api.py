@@ -62,7 +62,6 @@ _REASONS: Final = {
     401: "The token is missing or not valid.",
     403: "Not allowed.",
     404: "There is no such thing, or it belongs to another user.",
-    405: "There is no such method here.",
     408: "The request did not arrive completely, or too slowly.",
     409: "Not in this state.",
     413: "Too large.",
