@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import secrets
+from contextlib import suppress
 from datetime import datetime
 from typing import Annotated, Final
 from urllib.parse import parse_qs
@@ -257,7 +258,8 @@ def retry_by_form(job: JobId, service: TheService, account: FormAccount) -> Resp
 def delete_by_form(job: JobId, service: TheService, account: FormAccount) -> Response:
     """Delete a job."""
     if service.jobs.mark_deleted(account, job):
-        service.removal.finish()
+        with suppress(OSError):  # the job is marked, and what is left of it is removed later
+            service.removal.finish()
     return RedirectResponse("/jobs", status_code=303)
 
 

@@ -312,13 +312,8 @@ def test_evaluate_takes_a_table_as_reference(predictions: Path, table: Table, ca
 
 def test_predictions_of_two_models_in_one_folder_are_refused(tmp_path: Path) -> None:
     for name in "ab":
-        content: dict[str, Any] = {
-            "case": name,
-            "probability": {"ET": 0.5},
-            "decisions": {"ET": {}},
-            "threshold_ml": None,
-        }
-        (tmp_path / f"{name}.json").write_text(json.dumps({**content, "weights_sha256": name}))
+        same: dict[str, Any] = {"probability": {"ET": 0.5}, "decisions": {"ET": {}}, "threshold_ml": None}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"case": name, **same, "weights_sha256": name}))
     with pytest.raises(DataError, match=r"b\.json: from another model than a\. Predict all cases"):
         read_presence_predictions(tmp_path)
 
