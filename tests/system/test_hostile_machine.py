@@ -325,6 +325,7 @@ def test_training_has_no_worker_process_that_could_be_killed(
             children = psutil.Process(process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             break
+        _, children = psutil.wait_procs(children, timeout=5)  # a command that ends by itself is no worker
         time.sleep(0.01)
     for one in (*children, *([process] if children else [])):  # who has them may wait for ever for one that was killed
         one.kill()
