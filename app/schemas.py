@@ -162,6 +162,10 @@ class PostprocessRules(TypedDict):
     """A voxel belongs to a region if the probability is above this."""
     smallest_mm3: ByRegion[Amount]
     """Smaller components of a region are removed."""
+    smallest_share: Share
+    """Components of WT with less than this share of the volume of its largest one are removed."""
+    fill_core: bool
+    """Whether voxels of WT that TC encloses on all sides count as TC."""
     least_enhancing_mm3: Amount
     """If a case has less enhancing tumour than this in total, it counts as necrosis."""
 

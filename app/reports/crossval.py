@@ -110,6 +110,8 @@ def _nested_rows(tuning: Tuning) -> list[Row]:
             f"Fold {fold}",
             f"{gain:+.4f}",
             *(" / ".join(f"{value:g}" for value in values) for values in (rules.thresholds, rules.smallest_mm3)),
+            f"{rules.smallest_share:g}",
+            "yes" if rules.fill_core else "no",
             f"{rules.least_enhancing_mm3:g}",
         ]
         for fold, (rules, gain) in enumerate(zip(tuning.nested, tuning.nested_gains, strict=True))

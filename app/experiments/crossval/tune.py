@@ -1,10 +1,10 @@
 """Choose post-processing on out-of-fold predictions, and estimate its gain without bias.
 
-The rules are tuned one after the other: threshold of each region, smallest component of each region, least enhancing
-tumour. Each gets the value with the best objective while the others are held fixed, but only if that gains at least
-:data:`MARGIN` over its current value. So on the cases it was chosen on, the result is never worse than no
-post-processing. The gain on other cases is estimated like the networks' Dice: rules are chosen on all folds but one and
-scored on that one.
+The rules are tuned one after the other: threshold of each region, components of WT as a share of the largest, filled
+core, smallest component of each region, least enhancing tumour. Each gets the value with the best objective while the
+others are held fixed, but only if that gains at least :data:`MARGIN` over its current value. So on the cases it was
+chosen on, the result is never worse than no post-processing. The gain on other cases is estimated like the networks'
+Dice: rules are chosen on all folds but one and scored on that one.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ FloatArray = npt.NDArray[np.float64]
 #: Whole 256ths, so that they threshold stored bytes exactly.
 THRESHOLDS: Final = (0.5, 0.4375, 0.5625, 0.375, 0.625, 0.3125, 0.6875)
 SMALLEST_MM3: Final = (0.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
+#: No larger share, which would remove the smaller lesions of tumours with several.
+SMALLEST_SHARES: Final = (0.0, 0.05, 0.1, 0.2, 0.3)
 LEAST_ENHANCING_MM3: Final = (0.0, 50.0, 100.0, 200.0, 300.0, 500.0, 750.0)
 #: Minimum gain in the objective for which a value is adopted.
 MARGIN: Final = 0.001
@@ -173,6 +175,12 @@ def _coordinates() -> list[tuple[str, tuple[float, ...], Callable[[Postprocess, 
     """Return the rules in tuning order: the name, the candidate values, and a function that sets one."""
     return [
         *((f"threshold {region}", THRESHOLDS, partial(_with, "thresholds", n)) for n, region in enumerate(REGIONS)),
+        (
+            "smallest component WT, share of the largest",
+            SMALLEST_SHARES,
+            lambda rules, value: replace(rules, smallest_share=value),
+        ),
+        ("fill TC (1: yes)", (0.0, 1.0), lambda rules, value: replace(rules, fill_core=bool(value))),
         *(
             (f"smallest component {region}, mm3", SMALLEST_MM3, partial(_with, "smallest_mm3", n))
             for n, region in enumerate(REGIONS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ RULES = st.builds(
     Postprocess,
     thresholds=st.tuples(*[st.integers(1, 255).map(lambda k: k / 256)] * 3),
     smallest_mm3=st.tuples(VOLUMES, VOLUMES, VOLUMES),
+    smallest_share=st.sampled_from([0.0, 0.3, 1.0]),
+    fill_core=st.booleans(),
     least_enhancing_mm3=VOLUMES,
 )
 CENTRED = arrays(np.float32, SHAPE, elements=st.floats(-0.5, 0.5, width=32))
@@ -38,8 +41,11 @@ def test_cleaned_regions_are_nested(rules: Postprocess, masks: Any) -> None:
 
 @settings(deadline=None)
 @given(RULES, MASKS)
-def test_cleaning_adds_no_voxel(rules: Postprocess, masks: Any) -> None:
-    assert not (rules.clean(masks, SPACING) & ~masks).any()
+def test_cleaning_adds_no_voxel_but_to_the_core_if_it_is_filled(rules: Postprocess, masks: Any) -> None:
+    whole, core, enhancing = rules.clean(masks, SPACING) & ~masks
+    assert not whole.any()
+    assert rules.fill_core or not core.any()
+    assert not enhancing.any()
 
 
 @settings(deadline=None)
@@ -96,6 +102,40 @@ def test_voxels_that_share_a_corner_are_one_component() -> None:
     assert np.array_equal(without_small_components(mask, 2), mask)
 
 
+def test_components_of_less_than_the_share_of_the_largest_are_removed() -> None:
+    whole, _, _ = Postprocess(smallest_share=0.5).clean(line(1, 0, 1, 1, 0, 1, 1, 1, 1), SPACING)
+    assert whole.ravel().tolist() == [False, False, True, True, False, True, True, True, True]
+
+
+@pytest.fixture
+def shell() -> Any:
+    """A core with a hole of two voxels, one of which is outside the whole tumour."""
+    core = np.ones((3, 3, 4), dtype=bool)
+    core[1, 1, 1:3] = False
+    whole = np.ones_like(core)
+    whole[1, 1, 2] = False
+    return np.stack([whole, core, np.zeros_like(core)])
+
+
+def test_a_hole_in_the_core_is_filled_where_it_is_tumour(shell: Any) -> None:
+    whole, core, enhancing = Postprocess(fill_core=True).clean(shell, SPACING)
+    assert np.array_equal(core, shell[0])
+    assert np.array_equal(whole, shell[0])
+    assert not enhancing.any()
+
+
+def test_a_cavity_with_a_way_out_is_not_filled(shell: Any) -> None:
+    shell[1, 1, 1, 3] = False
+    _, core, _ = Postprocess(fill_core=True).clean(shell, SPACING)
+    assert np.array_equal(core, shell[1])
+
+
+def test_rules_of_earlier_versions_are_read() -> None:
+    content = Postprocess(smallest_mm3=(10.0, 0.0, 0.0)).to_json()
+    del content["smallest_share"], content["fill_core"]
+    assert postprocess_from_json(content) == Postprocess(smallest_mm3=(10.0, 0.0, 0.0))
+
+
 def test_what_the_whole_tumour_loses_the_core_loses() -> None:
     assert not Postprocess(smallest_mm3=(5.0, 0.0, 0.0)).clean(line(1, 1), SPACING).any()
 
@@ -108,16 +148,23 @@ def test_too_little_enhancing_tumour_in_all_is_none_and_stays_core(least: float,
 
 @pytest.mark.parametrize(
     "changes",
-    [{"thresholds": (0.0, 0.5, 0.5)}, {"smallest_mm3": (-1.0, 0.0, 0.0)}, {"least_enhancing_mm3": float("nan")}],
+    [
+        {"thresholds": (0.0, 0.5, 0.5)},
+        {"smallest_mm3": (-1.0, 0.0, 0.0)},
+        {"least_enhancing_mm3": float("nan")},
+        {"smallest_share": 1.1},
+    ],
 )
 def test_rules_that_cannot_be_are_refused(changes: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=r"above 0|0 or more mm3"):
+    with pytest.raises(ValueError, match=r"above 0|0 or more mm3|0 to 1"):
         Postprocess(**changes)
 
 
 def test_rules_are_said_in_words() -> None:
     assert Postprocess().sentence() == "none: probabilities are cut at one half"
     rules = Postprocess(thresholds=(0.5, 0.375, 0.5), smallest_mm3=(0, 0, 10.0), least_enhancing_mm3=50.0)
+    rules = replace(rules, smallest_share=0.3, fill_core=True)
     assert rules.sentence() == (
-        "TC above 0.375; ET components of 10 mm3 or more; enhancing tumour below 50 mm3 is necrosis"
+        "TC above 0.375; ET components of 10 mm3 or more; WT components of 30% of the largest or more; "
+        "what TC encloses is TC; enhancing tumour below 50 mm3 is necrosis"
     )
