@@ -12,7 +12,15 @@ from typing import Any
 from app.errors import RunError
 from app.progress import LOG
 from app.system.worker_pool import Send, TaskQueue, be_worker
+from app.training.signals import stop_on_signals
 from data.errors import DataError
+
+
+class Finalized:
+    """Gets a signal where Python ignores exceptions."""
+
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
 
 
 def work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
@@ -28,7 +36,19 @@ def work(job: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
         if content == "warn":
             LOG.warning("careful")
         if content == "wait":
+            send({"task": task, "progress": "half"})
             time.sleep(60)
+        if content == "signal in a finalizer":
+            send({"task": task, "progress": "half"})
+            Finalized()
+            time.sleep(60)
+        if content == "save":
+            with stop_on_signals() as stop:
+                send({"task": task, "progress": "half"})
+                while stop.signal_name is None:
+                    time.sleep(0.01)
+                time.sleep(1.5)  # longer than the interval at which a signal is repeated
+            raise RunError("saved")
         send({"task": task, "progress": "half"})
         send({"task": task, "done": os.getpid()})
 
