@@ -32,6 +32,8 @@ from data.errors import DataError
 
 _DEVICE: Final = re.compile(r"cpu|cuda|cuda:(?P<index>\d+)")
 _MAX_WORKERS: Final = 64
+#: Time for training to finish a step and save before it receives a second signal.
+_SAVING_SECONDS: Final = 60.0
 #: Errors that keep their type across the pipe; any other error is a bug and becomes a RuntimeError.
 _ERRORS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind for kind in (DataError, ConfigError, RunError, DeviceError, InterruptedRunError, OSError)
@@ -404,12 +406,14 @@ def _receive(lines: Iterator[str], tasks: TaskQueue, stopping: threading.Event) 
         tasks.put((content["task"], content["content"]))
     tasks.put(None)
     # Repeated, because a signal that arrives just before the main thread blocks in a system call is handled only when
-    # that call returns. Not repeated for a handler that has removed itself: training stops after the current step, and
-    # a second signal would end it before it has saved.
+    # that call returns. A handler that has removed itself is given time: training stops after the current step, and a
+    # second signal would end it before it has saved.
     handler = signal.getsignal(signal.SIGTERM)
-    while not stopping.is_set() and signal.getsignal(signal.SIGTERM) is handler:
+    while not stopping.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
         stopping.wait(1)
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            stopping.wait(_SAVING_SECONDS)
 
 
 class _Forwarding(logging.Handler):

@@ -134,7 +134,10 @@ def begun() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
         worker.communicate()
 
 
-@pytest.mark.parametrize(("task", "error"), [("wait", "InterruptedRunError"), ("save", "RunError")])
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [("wait", "InterruptedRunError"), ("save", "RunError"), ("train to the end", "InterruptedRunError")],
+)
 def test_a_worker_stops_when_its_parent_is_gone_as_soon_as_it_has_saved(
     task: str, error: str, begun: Callable[[str], subprocess.Popen[str]]
 ) -> None:
