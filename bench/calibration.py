@@ -50,6 +50,7 @@ def main() -> None:
             load_config("laptop", _settings(options.steps)),
             folds=options.folds,
         )
+        assert isinstance(outcome, CrossValidation)
         show_out_of_fold(outcome)
         ensemble = load_ensemble(outcome.ensemble, RUNTIME)
         cases = find_cases(folder / "test")

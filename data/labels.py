@@ -67,6 +67,11 @@ class LabelConvention:
         return (self.necrosis, self.oedema, self.enhancing)
 
     @property
+    def by_tissue(self) -> dict[str, int]:
+        """The same numbers by the name of the tissue."""
+        return dict(zip(("necrosis", "oedema", "enhancing"), self.values, strict=True))
+
+    @property
     def codes(self) -> dict[int, int]:
         """Maps every number that may occur in a file to the program's code."""
         return {

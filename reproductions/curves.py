@@ -25,7 +25,7 @@ text { fill: var(--soft); font-size: 12px } .quantity { fill: var(--ink); font-w
 
 
 def draw(results: dict[Run, Result]) -> str:
-    """Return an SVG picture of the curves, on white, with two charts beside each other."""
+    """Return an SVG picture of the curves, on white, with two charts side by side."""
     groups = chosen(results)
     rules = list(dict.fromkeys(rule for _, _, rule in groups))
     charts = []

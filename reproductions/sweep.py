@@ -78,7 +78,7 @@ def rate_at(step: int, steps: int, peak: float) -> float:
 
 
 class Record:
-    """Finished runs, one line of JSON each, so that an interrupted sweep goes on where it stopped.
+    """Finished runs, one line of JSON each, so that an interrupted sweep can be resumed.
 
     Args:
         path: the file; a last line that an interruption cut off is ignored.

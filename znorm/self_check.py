@@ -33,23 +33,3 @@ def zscore_reference(gradient: Tensor, eps: float, mode: str = "zscore") -> Tens
     size = largest * ((values / largest) ** 2).mean().sqrt()
     divisor = spread + eps * size
     return (values if mode == "scale" else centred) / (divisor if divisor > 0 else 1.0)
-
-
-def backward_norm_reference(gradient: Tensor, factor: float = 1.0) -> Tensor:
-    """Rescale the gradient of an activation, sample by sample: (factor / N) * sqrt(n) * g / ||g|| for n values.
-
-    Args:
-        gradient: shape (N, ...).
-        factor: what the loss was multiplied by.
-
-    Returns:
-        float64 tensor of the same shape; zeros for a sample whose gradient is zero everywhere.
-
-    Source: Cabana and Lago-Fernandez, arXiv 2106.09475; the division by N is ours.
-    """
-    samples = []
-    for sample in gradient.to(torch.float64):
-        norm = sum(value**2 for value in sample.reshape(-1).tolist()) ** 0.5
-        length = factor / len(gradient) * sample.numel() ** 0.5
-        samples.append(length * sample / norm if norm > 0 else torch.zeros_like(sample))
-    return torch.stack(samples)

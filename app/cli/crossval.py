@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -63,7 +63,8 @@ def crossval(
     """
     from app.config.load import load_config
     from app.experiments.crossval.plan import require_ensemble
-    from app.experiments.crossval.run import cross_validate, cross_validate_presence
+    from app.experiments.crossval.presence import PresenceCrossValidation
+    from app.experiments.crossval.run import cross_validate
     from app.reports.crossval import write_crossval_page
     from app.reports.presence import write_presence_page
     from app.training.pretrained import sections_of
@@ -77,18 +78,26 @@ def crossval(
         require_ensemble(init_from)
         sections = sections_of(init_from / "fold-0") if config is None else None
     settings_of_folds = load_config(config or "laptop", settings, sections=sections)
-    how: dict[str, Any] = {"folds": folds, "devices": devices, "jobs": jobs}
     if settings_of_folds.task.name == "presence":
         options.refuse(init_from is not None, "--init-from is for segmentations; presence starts from random weights")
-        with terminal.watched() as on_progress:
-            judged = cross_validate_presence(source, out, settings_of_folds, **how, on_progress=on_progress)
-            write_presence_page(judged.scores, judged.page)
-        terminal.result(judged.content, *presence_lines(judged))
-        return
     with terminal.watched() as on_progress:
-        outcome = cross_validate(source, out, settings_of_folds, **how, init_from=init_from, on_progress=on_progress)
-        write_crossval_page(outcome)
-    terminal.result(outcome.content, *_lines(outcome))
+        outcome = cross_validate(
+            source,
+            out,
+            settings_of_folds,
+            folds=folds,
+            devices=devices,
+            jobs=jobs,
+            init_from=init_from,
+            on_progress=on_progress,
+        )
+        if isinstance(outcome, PresenceCrossValidation):
+            write_presence_page(outcome.scores, outcome.page)
+            lines = presence_lines(outcome)
+        else:
+            write_crossval_page(outcome)
+            lines = _lines(outcome)
+    terminal.result(outcome.content, *lines)
 
 
 def _lines(outcome: CrossValidation) -> list[str]:

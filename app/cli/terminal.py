@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import logging
-import os
 import signal
 import sys
 import threading
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import typer
 
-from app.system.process import stopping_signals
+from app.system.process import repeat_ignored_interrupts, stopping_signals
 
 if TYPE_CHECKING:
     from app.progress import OnProgress, Progress
@@ -54,8 +53,6 @@ _NARROW = 100
 
 #: Minimum interval between lines of progress when stderr is not a terminal.
 _SECONDS_BETWEEN_LINES = 15.0
-#: Delay before a signal whose exception Python ignored is sent again.
-_REPEAT_SECONDS = 0.05
 
 
 def say(text: str) -> None:
@@ -146,26 +143,19 @@ def signals_unwind() -> Iterator[None]:
         settings.stopped_by = f"stopped by {name}"
         raise KeyboardInterrupt(settings.stopped_by)
 
-    def interrupt_again(ignored: sys.UnraisableHookArgs) -> None:
-        # Python ignores exceptions raised in finalizers and weak reference callbacks. The signal is sent again from
-        # another thread, because an exception raised in this hook would be ignored too.
-        if not isinstance(ignored.exc_value, KeyboardInterrupt):
-            hook(ignored)
-            return
-        if caught:
-            signal.signal(caught[-1], interrupt)
-        repeat = threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), caught[-1] if caught else signal.SIGINT))
-        repeat.daemon = True
-        repeat.start()
+    def catch_again() -> int:
+        if not caught:
+            return signal.SIGINT
+        signal.signal(caught[-1], interrupt)
+        return caught[-1]
 
-    hook, sys.unraisablehook = sys.unraisablehook, interrupt_again
     before = {number: signal.signal(number, interrupt) for number in stopping_signals() if number != signal.SIGINT}
     try:
-        yield
+        with repeat_ignored_interrupts(catch_again):
+            yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        sys.unraisablehook = hook
 
 
 def fail(error: BaseException) -> int:

@@ -168,7 +168,7 @@ def evaluate(
     orders. References are never changed: scores, distances and volumes are computed on their grid.
 
     Args:
-        predictions: the predicted label maps, in a layout that ``data.datasets.layouts.find_label_maps`` accepts.
+        predictions: the predicted label maps, in a layout that ``data.datasets.layouts.find_label_cases`` accepts.
         references: the reference label maps, in any such layout.
         resample: resample a prediction on a different grid to the grid of its reference; otherwise such a case fails.
         nsd_mm: tolerance of :func:`app.evaluation.metrics.surface_dice` in mm, default 1.

@@ -70,26 +70,22 @@ def paired_difference(arm: FloatArray, baseline: FloatArray, *, resamples: int =
     return Difference(mean=float(difference.mean()), low=low, high=high, cases=cases, seeds=seeds, p=p, no_test=no_test)
 
 
-def bootstrap_interval(
-    values: FloatArray, *, resamples: int = RESAMPLES, confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float]:
-    """Return the percentile interval of the mean; rows and columns are independently drawn with replacement.
+def bootstrap_interval(values: FloatArray, *, resamples: int = RESAMPLES) -> tuple[float, float]:
+    """Return the 95 % percentile interval of the mean; rows and columns are independently drawn with replacement.
 
     Args:
         values: shape (seeds, cases).
-        resamples: number of resamples.
-        confidence: share of the resampled means within the interval.
-        seed: seed of the random generator; the same input gives the same interval.
+        resamples: number of resamples; the same input gives the same interval.
 
     Source: Owen, "The pigeonhole bootstrap", Annals of Applied Statistics 1 (2007), arXiv 0712.1111, for resampling
     both axes. With few rows or columns the interval is too narrow, like that of every percentile bootstrap.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     seeds, cases = values.shape
     of_seeds = rng.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
     of_cases = rng.multinomial(cases, np.full(cases, 1 / cases), size=resamples) / cases
     means = np.einsum("rs,sc,rc->r", of_seeds, values, of_cases, optimize=True)
-    tail = 50 * (1 - confidence)
+    tail = 50 * (1 - CONFIDENCE)
     low, high = np.percentile(means, [tail, 100 - tail])
     # Rounded, so that a sum that should be 0 but is 1e-17 does not decide a verdict.
     return round(float(low), 12), round(float(high), 12)

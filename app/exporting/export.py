@@ -30,7 +30,6 @@ from data.labels import CONTRASTS, REGIONS, region_codes
 from data.patches.sampler import cut_patch
 from models import GivenPresence, build_network
 
-FORMATS: Final = ("openvino", "onnx", "monai-bundle")
 PARITY_FILE: Final = "parity.json"
 PREPROCESSING_FILE: Final = "preprocessing.json"
 
@@ -68,7 +67,7 @@ def export_run(
     Args:
         run: folder of a run, an import, or one network of an ensemble.
         out: folder to create; it must be empty or not exist.
-        file_format: one of :data:`FORMATS`.
+        file_format: ``openvino``, ``onnx`` or ``monai-bundle``.
         case: folder of a case whose windows are used for the comparison; None uses a phantom.
         on_progress: called with the step in progress.
 
@@ -206,12 +205,7 @@ def preprocessing(model: Model) -> dict[str, Any]:
         "thresholds": dict(zip(REGIONS, model.postprocess.thresholds, strict=True)),
         "threshold_of": "sigmoid of the logits",
         "nesting": "a voxel outside WT is background; one outside TC is oedema, regardless of ET",
-        "labels": {
-            "convention": convention.name,
-            "necrosis": convention.necrosis,
-            "oedema": convention.oedema,
-            "enhancing": convention.enhancing,
-        },
+        "labels": {"convention": convention.name, **convention.by_tissue},
         "region_labels": {region: sorted(codes[code] for code in region_codes(region)) for region in REGIONS},
     }
 

@@ -123,9 +123,7 @@ def _inference(model: Model) -> dict[str, Any]:
         "contrasts": CONTRASTS,
         "low": 1 - SPACING_TOLERANCE,
         "high": 1 + SPACING_TOLERANCE,
-        "necrosis": convention.necrosis,
-        "oedema": convention.oedema,
-        "enhancing": convention.enhancing,
+        **convention.by_tissue,
     }
     content = _template("inference", words) | {
         "endings": _ENDINGS,

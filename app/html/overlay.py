@@ -70,7 +70,7 @@ class OverlayCase:
             raise ValueError(f"case {self.case}: spacing_mm must be three positive numbers, not {self.spacing_mm}")
 
 
-def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
+def overlay_picture(case: OverlayCase, *, height_px: int) -> Picture:
     """Draw a case: rows axial, coronal and sagittal; reference in the left column, prediction in the right.
 
     Each plane shows the slice where the reference's tumour is largest (the prediction's if the reference is missing or
@@ -80,7 +80,7 @@ def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
 
     Args:
         case: arrays and spacing.
-        height_px: side of one panel in pixels, 64 or more; default 220.
+        height_px: side of one panel in pixels, 64 or more.
 
     Returns:
         uint8, shape (``3 * height_px + 2 * GAP_PX``, ``2 * height_px + GAP_PX``, 3).
@@ -91,20 +91,9 @@ def overlay_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
     return _join(_rows(case, PLANES, height_px), axis=0)
 
 
-def axial_picture(case: OverlayCase, *, height_px: int = 220) -> Picture:
-    """Draw only the axial row of :func:`overlay_picture`, as an array.
-
-    Args:
-        case: arrays and spacing.
-        height_px: side of one panel in pixels, 64 or more; default 220.
-
-    Returns:
-        uint8, shape (``height_px``, ``2 * height_px + GAP_PX``, 3).
-
-    Raises:
-        ValueError: ``height_px`` below 64.
-    """
-    return _rows(case, PLANES[:1], height_px)[0]
+def axial_picture(case: OverlayCase) -> Picture:
+    """Draw only the axial row of :func:`overlay_picture`, as an array."""
+    return _rows(case, PLANES[:1], height_px=220)[0]
 
 
 def shown_slices(case: OverlayCase) -> tuple[int, int, int]:

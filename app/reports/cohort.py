@@ -114,18 +114,14 @@ def write_cohort(
     return CohortPages(index=index, cases=pages, failures=failures)
 
 
-def case_page(predicted: Predicted, *, grid_mm: float = 1.0) -> str:
+def case_page(predicted: Predicted) -> str:
     """Return the page of one case as HTML, without references and without links to other pages.
-
-    Args:
-        predicted: the case.
-        grid_mm: grid of the viewer.
 
     Raises:
         DataError: the label map cannot be read.
     """
     shown = _Shown.of(predicted, None)
-    return _case_page(shown, overlay_picture(shown.overlay(), height_px=_PANEL_PX), (), grid_mm)
+    return _case_page(shown, overlay_picture(shown.overlay(), height_px=_PANEL_PX), (), grid_mm=1.0)
 
 
 @dataclass(frozen=True, kw_only=True)

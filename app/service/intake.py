@@ -18,10 +18,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-import app
 from app.service.archive import checked_archive, unpack
 from app.service.recognise import NamedCase, recognised_cases
 from app.service.refusals import RefusedError
+from app.system.process import own_environment
 from data.contrasts import missing_contrasts
 from data.datasets.naming import SUFFIXES_2021
 from data.datasets.source import DataSource
@@ -62,9 +62,7 @@ def look_at(folder: Path, files: Sequence[Mapping[str, Any]], most_bytes: int) -
         OSError: the disk is full.
         RefusedError: the service stops, and :func:`stop_looks` ended the process.
     """
-    root = str(Path(app.__file__).resolve().parent.parent)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = own_environment() | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     request = {"folder": str(folder), "files": list(files), "most_bytes": most_bytes}
     text = _answer_of_process(json.dumps(request), environment)
     try:

@@ -6,7 +6,9 @@ import ctypes
 import os
 import signal
 import sys
-from collections.abc import Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +18,8 @@ from app.system.resources import cores, processor_quota
 _M_TRIM_THRESHOLD: Final = -1
 _M_MMAP_THRESHOLD: Final = -3
 _LARGEST_INT: Final = 2**31 - 1
+#: Delay before a signal whose exception Python ignored is sent again.
+_REPEAT_SECONDS: Final = 0.05
 #: OpenMP's environment variable for the number of threads.
 _THREADS: Final = "OMP_NUM_THREADS"
 
@@ -40,6 +44,32 @@ def stopping_signals() -> tuple[signal.Signals, ...]:
     return always if hangup is None or signal.getsignal(hangup) is signal.SIG_IGN else (*always, hangup)
 
 
+@contextmanager
+def repeat_ignored_interrupts(prepare: Callable[[], int]) -> Iterator[None]:
+    """Send a signal again if Python ignored the KeyboardInterrupt that its handler raised.
+
+    Python ignores exceptions raised in finalizers and weak reference callbacks.
+
+    Args:
+        prepare: makes the handler ready for the signal, and returns the signal's number.
+    """
+
+    def repeat(ignored: sys.UnraisableHookArgs) -> None:
+        if not isinstance(ignored.exc_value, KeyboardInterrupt):
+            hook(ignored)
+            return
+        # From another thread, because an exception raised in this hook would be ignored too.
+        again = threading.Timer(_REPEAT_SECONDS, os.kill, (os.getpid(), prepare()))
+        again.daemon = True
+        again.start()
+
+    hook, sys.unraisablehook = sys.unraisablehook, repeat
+    try:
+        yield
+    finally:
+        sys.unraisablehook = hook
+
+
 def share_processors() -> None:
     """Set OpenMP's wait policy and number of threads unless the user has; must run before torch is imported.
 
@@ -54,11 +84,10 @@ def share_processors() -> None:
         os.environ[_THREADS] = _SET[_THREADS] = str(granted)
 
 
-def own_environment() -> dict[str, str]:
-    """Return this process's environment, with a path from which a subprocess imports the same program."""
+def own_environment(given: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return an environment, by default this process's, in which a subprocess imports the same program."""
     root = str(Path(__file__).resolve().parents[2])
-    paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    return {**given, "PYTHONPATH": os.pathsep.join(filter(None, (root, given.get("PYTHONPATH"))))}
 
 
 def threads_of_each(processes: int, *, given: Mapping[str, str]) -> str:

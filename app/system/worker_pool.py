@@ -25,14 +25,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-import app
 from app.errors import EXIT_MACHINE, ConfigError, DeviceError, InterruptedRunError, RunError, exit_code, message
 from app.progress import LOG
-from app.system.process import how_it_ended, threads_of_each
+from app.system.process import how_it_ended, own_environment, repeat_ignored_interrupts, threads_of_each
 from data.errors import DataError
 
 _DEVICE: Final = re.compile(r"cpu|cuda|cuda:(?P<index>\d+)")
 _MAX_WORKERS: Final = 64
+#: Time for training to finish a step and save before it receives a second signal.
+_SAVING_SECONDS: Final = 60.0
 #: Errors that keep their type across the pipe; any other error is a bug and becomes a RuntimeError.
 _ERRORS: Final[dict[str, type[Exception]]] = {
     kind.__name__: kind for kind in (DataError, ConfigError, RunError, DeviceError, InterruptedRunError, OSError)
@@ -73,9 +74,7 @@ def worker_environment(device: str | None, workers: int, *, given: dict[str, str
     Raises:
         ConfigError: ``CUDA_VISIBLE_DEVICES`` hides the device.
     """
-    root = str(Path(app.__file__).resolve().parent.parent)
-    environment = {**given, "PYTHONPATH": os.pathsep.join(part for part in (root, given.get("PYTHONPATH")) if part)}
-    environment["OMP_NUM_THREADS"] = threads_of_each(workers, given=given)
+    environment = own_environment(given) | {"OMP_NUM_THREADS": threads_of_each(workers, given=given)}
     match = _DEVICE.fullmatch(device or "")
     if device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -128,8 +127,6 @@ class WorkerPool:
     reuse: bool = False
     """Whether a worker does one task after another, and receives the next one early in order to prefetch its input.
     Otherwise each task has its own process, which is named after it."""
-    ahead: int = 1
-    """Maximum number of tasks that a worker receives early; fewer near the end, so that every worker has some left."""
 
     def run(self) -> None:
         """Do all tasks; a worker gets the next one when it has finished one.
@@ -181,7 +178,7 @@ class WorkerPool:
         """Give a worker as many tasks as it may hold: a task that a lost worker held must be its only one."""
         while slot.ready and self._waiting:
             by_itself = self._attempts[self._waiting[0]] > 0 or any(self._attempts[task] > 1 for task in slot.held)
-            ahead = max(1, min(self.ahead, len(self._waiting) // len(self._slots)))
+            ahead = max(1, min(slot.ahead, len(self._waiting) // len(self._slots)))
             if len(slot.held) >= (1 + ahead if self.reuse and not by_itself else 1):
                 return
             task = self._waiting.popleft()
@@ -196,7 +193,7 @@ class WorkerPool:
             case {"progress": progress, "task": task}:
                 self.on_progress(task, progress)
             case {"ready": device}:
-                slot.ready, slot.reported_device = True, device
+                slot.ready, slot.reported_device, slot.ahead = True, device, event.get("ahead", 1)
             case {"done": result, "task": task}:
                 slot.held.remove(task)
                 self._left -= 1
@@ -262,6 +259,9 @@ class WorkerSlot:
     held: list[str] = field(default_factory=list)
     """Ids of the tasks that its process holds."""
     ready: bool = False
+    ahead: int = 1
+    """Maximum number of tasks that its process receives early, as it reported; fewer near the end, so that every worker
+    has some left."""
     error: dict[str, Any] | None = None
     """Error that its process reported before it ended."""
     retired: dict[str, Any] | None = None
@@ -376,7 +376,8 @@ def be_worker(work: Callable[[Any, TaskQueue, Send], None]) -> int:
         lines = _input_lines()
         job = json.loads(next(lines))["job"]
         threading.Thread(target=_receive, args=(lines, tasks, stopping), daemon=True).start()
-        work(job, tasks, send)
+        with repeat_ignored_interrupts(lambda: signal.SIGTERM):
+            work(job, tasks, send)
     except BaseException as error:
         traceback.print_exc()
         with suppress(OSError):  # the parent may be gone
@@ -405,10 +406,14 @@ def _receive(lines: Iterator[str], tasks: TaskQueue, stopping: threading.Event) 
         tasks.put((content["task"], content["content"]))
     tasks.put(None)
     # Repeated, because a signal that arrives just before the main thread blocks in a system call is handled only when
-    # that call returns.
+    # that call returns. A handler that has removed itself is given time: training stops after the current step, and a
+    # second signal would end it before it has saved.
+    handler = signal.getsignal(signal.SIGTERM)
     while not stopping.is_set():
         os.kill(os.getpid(), signal.SIGTERM)
         stopping.wait(1)
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            stopping.wait(_SAVING_SECONDS)
 
 
 class _Forwarding(logging.Handler):

@@ -53,7 +53,6 @@ __all__ = [
     "decide_for",
     "find_cases",
     "find_label_cases",
-    "find_label_maps",
     "look_like_visits",
     "misnamed_files",
     "patients_of",
@@ -143,26 +142,19 @@ def case_from_files(files: dict[Contrast, Path], *, all_contrasts: bool = True) 
     ).require(all_contrasts=all_contrasts)
 
 
-def find_label_maps(folder: Path, *, follow_links: bool = False) -> dict[str, Path]:
+def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, Case]:
     """Label maps by case id: flat ``<case>``, ``<case>-seg`` or ``<case>_seg`` files, or those of a whole data set.
 
     Args:
         folder: the folder to search, or a manifest.
         follow_links: accept symlinks that leave ``folder``.
 
+    Returns:
+        cases that hold only the label map and hints about its numbers.
+
     Raises:
         DataError: the folder does not exist or has no label map, a case has two, or one is behind a symlink that
             leaves the folder.
-    """
-    cases = find_label_cases(folder, follow_links=follow_links)
-    return {case_id: case.label for case_id, case in cases.items() if case.label is not None}
-
-
-def find_label_cases(folder: Path, *, follow_links: bool = False) -> dict[str, Case]:
-    """Like :func:`find_label_maps`, but as cases that hold only the label map and hints about its numbers.
-
-    Raises:
-        DataError: see :func:`find_label_maps`.
     """
     cases, links = _search(
         folder, _label_cases_in, "the folder that contains the label maps", follow_links=follow_links

@@ -23,6 +23,7 @@ from data.files import replacing
 from data.labels import ENHANCING, NECROSIS, OEDEMA
 from data.nifti import Volume, grid_difference, in_order_of
 
+_ALGORITHM: Final = "znormseg"
 MANUFACTURER: Final = "znormseg"
 #: The attribute holds at most 64 characters.
 CONTENT: Final = "Brain tumour tissues. Research use only, not for diagnosis."
@@ -77,7 +78,6 @@ def write_dicom_seg(
     source: Series,
     *,
     version: str,
-    algorithm: str = "znormseg",
 ) -> None:
     """Write a label map as a DICOM segmentation that references its source series; the write is atomic.
 
@@ -87,8 +87,7 @@ def write_dicom_seg(
         path: where to write; an existing file is replaced.
         label_codes: the program's codes (0 to 3), shape (columns, rows, slices) in the voxel order of the series.
         source: the series, without problems.
-        version: version of the algorithm.
-        algorithm: name of the algorithm.
+        version: version of this program.
 
     Raises:
         DataError: no voxel is labelled, the shape differs from that of the series, its headers lack attributes that a
@@ -111,7 +110,7 @@ def write_dicom_seg(
     for number, (code, *_) in enumerate(present, start=1):
         numbers[code] = number
     family = codes.DCM.ArtificialIntelligence
-    identification = hd.AlgorithmIdentificationSequence(name=algorithm, family=family, version=version)
+    identification = hd.AlgorithmIdentificationSequence(name=_ALGORITHM, family=family, version=version)
     descriptions = [
         hd.seg.SegmentDescription(
             segment_number=number,
@@ -140,12 +139,12 @@ def write_dicom_seg(
                 sop_instance_uid=hd.UID(),
                 instance_number=1,
                 manufacturer=MANUFACTURER,
-                manufacturer_model_name=algorithm,
+                manufacturer_model_name=_ALGORITHM,
                 software_versions=version,
                 device_serial_number="none",
                 content_description=CONTENT,
                 content_label="TUMOUR",
-                series_description=f"{algorithm} {version}: tumour (research use only)",
+                series_description=f"{_ALGORITHM} {version}: tumour (research use only)",
                 pixel_measures=_measures(source),
                 plane_orientation=_orientation(source),
                 plane_positions=[

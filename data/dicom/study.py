@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,22 +80,15 @@ def open_study(path: Path, *, study_uid: str | None = None) -> Iterator[Study]:
         yield study
 
 
-def read_study(
-    path: Path, *, chosen: Mapping[Contrast, str] | None = None, study_uid: str | None = None
-) -> StudyImages:
+def read_study(path: Path) -> StudyImages:
     """Identify and read T1, T1c, T2 and FLAIR of a study, each on its own grid.
-
-    Args:
-        path: see :func:`open_study`.
-        chosen: series given by the user, by number or UID.
-        study_uid: see :func:`open_study`.
 
     Raises:
         DataError: as raised by :func:`open_study` and :func:`data.dicom.series_choice.choose_series`; also if a series
             cannot be decoded.
     """
-    with open_study(path, study_uid=study_uid) as study:
-        return read_chosen(study, choose_series(study.series, chosen))
+    with open_study(path) as study:
+        return read_chosen(study, choose_series(study.series))
 
 
 def read_chosen(study: Study, choices: dict[Contrast, Choice]) -> StudyImages:

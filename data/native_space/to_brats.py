@@ -57,7 +57,7 @@ class NativeCase:
     codes_on: Contrast = REFERENCE
     """The contrast on whose grid the label map is."""
     sources: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """By contrast and ``label``: origin of the file for the record, such as path and SHA-256."""
+    """Origin of each file, such as its path and SHA-256, by contrast and ``label``; part of the record."""
     zeroed: Mapping[Contrast, int] = field(default_factory=dict)
     """Number of NaN or infinite voxels that were set to 0, by contrast."""
     backgrounds: Mapping[Contrast, str] = field(default_factory=dict)

@@ -165,7 +165,7 @@ def device_batches(
 ) -> Generator[Batch]:
     """Yield batches on a device, like :func:`data.patches.sampler.batches`; threads draft them, several ahead.
 
-    On a GPU each batch is made on a stream of its own, while the step before it is computed.
+    On a GPU each batch is made on a separate stream, while the previous step is computed.
 
     Args:
         patches: makes the batches.

@@ -20,7 +20,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from data.datasets.layouts import Case, decide_for, look_like_visits, misnamed_files, patients_of
+from data.datasets.case import Case, missing_problems
+from data.datasets.layouts import decide_for, look_like_visits, misnamed_files, patients_of
 from data.datasets.patients import grouped_by_words
 from data.datasets.source import DataSource
 from data.errors import DataError
@@ -158,7 +159,7 @@ def _is_large(case: Case) -> bool:
 
 
 def _look(case: Case) -> tuple[CheckedCase, Prints]:
-    findings = [problem_from(text, kind=_kind_of(text)) for text in case.problems]
+    findings = [problem_from(text, kind=_kind_of(text, case)) for text in case.problems]
     findings += [replace(problem_from(text, kind="names and links"), severity="note") for text in misnamed_files(case)]
     seen, nonzero, unread = _read_contrasts(case)
     findings += unread
@@ -299,8 +300,8 @@ def _first(groups: Sequence[str]) -> str:
     return "; ".join(groups[:3]) + (f"; and {len(groups) - 3} more" if len(groups) > 3 else "")
 
 
-def _kind_of(text: str) -> Kind:
+def _kind_of(text: str, case: Case) -> Kind:
     """The kind of a problem reported by the case's layout."""
-    if text.startswith("contrast ") and " missing" in text:
+    if text in missing_problems(case.contrasts, case.unrecognised):
         return "missing contrast"
     return "duplicate contrast" if text.startswith("two files for ") else "names and links"

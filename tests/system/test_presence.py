@@ -376,13 +376,15 @@ def test_config_of_a_presence_run_reads_back(presence_run: Path) -> None:
 @pytest.fixture(scope="module")
 def crossvalidated(phantoms: Path, cases: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A cross-validation in two folds of a table of labels; tests must not modify it."""
-    from app.experiments.crossval.run import cross_validate_presence
+    from app.experiments.crossval.presence import PresenceCrossValidation
+    from app.experiments.crossval.run import cross_validate
     from app.reports.presence import write_presence_page
 
     folder = tmp_path_factory.mktemp("crossval")
     (folder / "labels.csv").write_text("\n".join([*rows_of(cases), ""]))
     settings = [*TINY, "training.steps=1", f"task.labels_csv={folder / 'labels.csv'}", "task.outputs=[grade]"]
-    outcome = cross_validate_presence(DataSource(phantoms), folder / "out", load_config("presence", settings), folds=2)
+    outcome = cross_validate(DataSource(phantoms), folder / "out", load_config("presence", settings), folds=2)
+    assert isinstance(outcome, PresenceCrossValidation)
     write_presence_page(outcome.scores, outcome.page)
     return folder / "out"
 

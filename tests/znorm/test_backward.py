@@ -24,12 +24,31 @@ from models import ARCHITECTURES, PRESENCE_ARCHITECTURES, NetworkConfig, build_n
 from models.networks import Architecture
 from znorm import attach_backward_norm, backward, backward_norm, find_places
 from znorm.backward import rescale_gradient
-from znorm.self_check import backward_norm_reference
 
 properties = settings(derandomize=True, deadline=None, max_examples=60)
 shapes = st.lists(st.integers(1, 5), min_size=1, max_size=5).map(tuple)
 seeds = st.integers(0, 10_000)
 architectures = pytest.mark.parametrize("architecture", sorted(ARCHITECTURES.keys() - {*PRESENCE_ARCHITECTURES}))
+
+
+def backward_norm_reference(gradient: Tensor, factor: float = 1.0) -> Tensor:
+    """Rescale the gradient of an activation, sample by sample: (factor / N) * sqrt(n) * g / ||g|| for n values.
+
+    Args:
+        gradient: shape (N, ...).
+        factor: what the loss was multiplied by.
+
+    Returns:
+        float64 tensor of the same shape; zeros for a sample whose gradient is zero everywhere.
+
+    Source: Cabana and Lago-Fernandez, arXiv 2106.09475; the division by N is ours.
+    """
+    samples = []
+    for sample in gradient.to(torch.float64):
+        norm = sum(value**2 for value in sample.reshape(-1).tolist()) ** 0.5
+        length = factor / len(gradient) * sample.numel() ** 0.5
+        samples.append(length * sample / norm if norm > 0 else torch.zeros_like(sample))
+    return torch.stack(samples)
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -74,7 +74,7 @@ def load(
             continue
         if references is None:
             raise DataError(
-                f"{source.root}: a folder; give --references REFERENCES to score it, or a table from evaluate."
+                f"{source.root}: is a folder; give --references REFERENCES to score it, or a table from evaluate."
             )
 
         def announce(case: str, share: float, name: str = name, number: int = number) -> None:

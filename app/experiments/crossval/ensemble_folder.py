@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +19,7 @@ from app.runs.folder import read_json, write_json
 from app.runs.model_card import describe_model, seal
 from app.runs.training_record import INTENSITIES_FILE
 from app.system.device import versions
-from data.labels import CONTRASTS, REGIONS
+from data.labels import CONTRASTS
 
 #: Folder in which an ensemble is written before it gets its name.
 PARTIAL: Final = f".{ENSEMBLE_FOLDER}.partial"
@@ -43,24 +44,44 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
         RunError: a fold has no weights, or they have been altered.
         OSError: the folder cannot be written.
     """
+    return write_networks(
+        folds,
+        of_each=[{"out_of_fold_dice": summary.fold_means(fold)["mean"]} for fold in range(len(folds.splits))],
+        of_all={
+            "version": VERSION,
+            "postprocess": tuning.chosen.to_json(),
+            "calibration": calibrated.ensemble_json(),
+            "tuning": tuning.to_json(),
+        },
+    )
+
+
+def write_networks(folds: Folds, *, of_each: Sequence[Mapping[str, Any]], of_all: Mapping[str, Any]) -> Path:
+    """Write the ensemble of all folds' networks to a temporary folder, then move it into place.
+
+    Args:
+        folds: the cross-validation, with every fold trained.
+        of_each: by fold, what ``ensemble.json`` says about its network in addition to its weights.
+        of_all: version of the format, and what ``ensemble.json`` says about all networks together.
+
+    Returns:
+        the ensemble's folder.
+
+    Raises:
+        RunError, OSError: see :func:`write_ensemble`.
+    """
     partial, place = folds.out / PARTIAL, folds.out / ENSEMBLE_FOLDER
-    networks = [
-        {**one, "out_of_fold_dice": summary.fold_means(fold)["mean"]}
-        for fold, one in enumerate(link_networks(folds, partial))
-    ]
+    networks = [{**one, **more} for one, more in zip(_link_networks(folds, partial), of_each, strict=True)]
     write_json(partial / "split.json", {"train": sorted(folds.cases), "validation": []})
     write_json(
         partial / ENSEMBLE_FILE,
         {
-            "version": VERSION,
+            **of_all,
             "networks": networks,
-            "postprocess": tuning.chosen.to_json(),
-            "calibration": calibrated.ensemble_json(),
             "contrasts": list(CONTRASTS),
-            "regions": list(REGIONS),
+            "regions": list(folds.config.outputs),
             **{key: value for key, value in folds.to_json().items() if key not in {"version", "folds"}},
             "case_ids_by_fold": [list(split.validation) for split in folds.splits],
-            "tuning": tuning.to_json(),
             "versions": versions(),
         },
     )
@@ -71,7 +92,7 @@ def write_ensemble(folds: Folds, tuning: Tuning, summary: Summary, calibrated: C
     return place
 
 
-def link_networks(folds: Folds, partial: Path) -> list[dict[str, Any]]:
+def _link_networks(folds: Folds, partial: Path) -> list[dict[str, Any]]:
     """Put the best weights of every fold into an ensemble's folder, which is emptied before.
 
     Args:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,18 +16,16 @@ from app.errors import RunError
 from app.evaluation.presence import SPECIFICITY, with_intervals
 from app.evaluation.presence_scores import PresenceScores
 from app.evaluation.tables import write_csv
-from app.experiments.crossval.ensemble_folder import PARTIAL, link_networks
+from app.experiments.crossval.ensemble_folder import write_networks
 from app.experiments.crossval.plan import Folds
 from app.experiments.crossval.presence_decisions import FittedDecision, fit_decision
 from app.experiments.runs import json_object
-from app.inference.ensemble import ENSEMBLE_FILE, ENSEMBLE_FOLDER
+from app.inference.ensemble import ENSEMBLE_FOLDER
 from app.inference.tumour_presence.model import VERSION, load_presence
 from app.progress import OnProgress, Progress
 from app.runs.folder import read_json, write_json
-from app.runs.model_card import describe_model, seal
 from app.system.device import choose_runtime, machine, versions
 from app.training.presence_labels import RECORD
-from data.labels import CONTRASTS
 from data.preprocess import prepare
 
 FloatArray = npt.NDArray[np.float64]
@@ -166,7 +163,12 @@ def finish_presence(folds: Folds, results: Sequence[Mapping[str, Any]]) -> Prese
     """
     scores, fitted = measure_presence(folds)
     decisions = {name: dict(vars(one.decision)) for name, one in fitted.items()}
-    _write_ensemble(folds, scores, decisions)
+    auroc = {name: scores.measures[name]["auroc"].value for name in scores.outputs}
+    write_networks(
+        folds,
+        of_each=[{}] * len(folds.splits),
+        of_all={"version": VERSION, "decisions": decisions, "out_of_fold_auroc": auroc},
+    )
     out = folds.out
     content = {
         "ensemble": str(out / ENSEMBLE_FOLDER),
@@ -187,29 +189,3 @@ def finish_presence(folds: Folds, results: Sequence[Mapping[str, Any]]) -> Prese
     write_csv(out / "crossval.csv", rows)
     write_json(out / "crossval.json", content)
     return PresenceCrossValidation(out=out, scores=scores, fitted=fitted, content=content)
-
-
-def _write_ensemble(folds: Folds, scores: PresenceScores, decisions: Mapping[str, Any]) -> None:
-    """Write the ensemble to a temporary folder, then move it into place."""
-    partial, place = folds.out / PARTIAL, folds.out / ENSEMBLE_FOLDER
-    networks = link_networks(folds, partial)
-    auroc = {name: scores.measures[name]["auroc"].value for name in scores.outputs}
-    write_json(partial / "split.json", {"train": sorted(folds.cases), "validation": []})
-    write_json(
-        partial / ENSEMBLE_FILE,
-        {
-            "version": VERSION,
-            "networks": networks,
-            "decisions": decisions,
-            "out_of_fold_auroc": auroc,
-            "contrasts": list(CONTRASTS),
-            "regions": list(folds.config.outputs),
-            **{key: value for key, value in folds.to_json().items() if key not in {"version", "folds"}},
-            "case_ids_by_fold": [list(split.validation) for split in folds.splits],
-            "versions": versions(),
-        },
-    )
-    seal(partial, {**describe_model(partial), "name": ENSEMBLE_FOLDER})
-    if place.exists():
-        shutil.rmtree(place)
-    partial.rename(place)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from app import NOTICE
 from app.config.load import RunConfig
@@ -41,8 +41,6 @@ from app.progress import LOG, OnProgress, Progress, silent
 from app.runs.folder import locked, read_json, read_metrics, write_json
 from app.system.device import machine, require_device, versions
 from data.datasets.source import DataSource
-
-T = TypeVar("T")
 
 #: Share of the total time that training and prediction take, for the progress bar.
 _FOLDS: Final = 0.97
@@ -89,8 +87,8 @@ def cross_validate(
     jobs: int | None = None,
     init_from: Path | None = None,
     on_progress: OnProgress = silent,
-) -> CrossValidation:
-    """Do the remaining work of a cross-validation of a segmentation, and write its scores and ensemble.
+) -> CrossValidation | PresenceCrossValidation:
+    """Do the remaining work of a cross-validation, and write its scores and ensemble.
 
     Args:
         data: the data set, or several.
@@ -100,8 +98,11 @@ def cross_validate(
         devices: comma-separated names; each device runs one fold at a time in a separate process.
         jobs: number of such processes on the config's device, instead of ``devices``.
         init_from: ensemble of an earlier cross-validation of the same cases. Each fold starts from the weights of the
-            earlier network of that fold, which never saw the fold's validation cases.
+            earlier network of that fold, which never saw the fold's validation cases. Only for segmentations.
         on_progress: called with the progress of the whole job.
+
+    Returns:
+        the results of the config's task: segmentation or presence.
 
     Raises:
         DataError: the data cannot be used, or have changed since the cross-validation was started.
@@ -113,36 +114,23 @@ def cross_validate(
         OSError: the machine failed, e.g. the disk is full or a worker process was killed.
         InterruptedRunError: stopped by Ctrl-C or SIGTERM; everything is saved.
     """
-    job = _Job(data=data, out=out, config=config, folds=folds, devices=devices, jobs=jobs, init_from=init_from)
-    return job.run(_finish_segmentation, on_progress)
-
-
-def cross_validate_presence(
-    data: DataSource,
-    out: Path,
-    config: RunConfig,
-    *,
-    folds: int | None = None,
-    devices: str | None = None,
-    jobs: int | None = None,
-    on_progress: OnProgress = silent,
-) -> PresenceCrossValidation:
-    """Do the remaining work of a cross-validation of a presence network, and write its scores and ensemble.
-
-    Args:
-        data: the data set, or several.
-        out: folder of the cross-validation.
-        config: config of every fold's run.
-        folds: see :func:`cross_validate`.
-        devices: see :func:`cross_validate`.
-        jobs: see :func:`cross_validate`.
-        on_progress: called with the progress of the whole job.
-
-    Raises:
-        DataError, ConfigError, RunError, DeviceError, OSError, InterruptedRunError: see :func:`cross_validate`.
-    """
-    job = _Job(data=data, out=out, config=config, folds=folds, devices=devices, jobs=jobs, init_from=None)
-    return job.run(_finish_presence, on_progress)
+    slots = fold_devices(devices, jobs, config_device=config.runtime.device)
+    for device in slots:
+        require_device(device or config.runtime.device)
+    require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
+    dealt = deal(data, out, config, folds=folds, init_from=init_from)
+    require_initial_networks(dealt)
+    count = len(dealt.splits)
+    with locked(out):
+        require_same(dealt)
+        progress = JobProgress(job="cross-validating", parts=count, scale=_FOLDS, on_progress=on_progress)
+        work = _Work(data=data, folds=dealt, slots=slots, progress=progress)
+        with resumable(out, lambda: work.stage):
+            work.all_folds()
+            work.stage = "the scores"
+            outcome = _finish_presence(work) if dealt.is_presence else _finish_segmentation(work)
+        progress.end(f"{count} folds")
+        return outcome
 
 
 def _finish_segmentation(work: _Work) -> CrossValidation:
@@ -157,40 +145,6 @@ def _finish_presence(work: _Work) -> PresenceCrossValidation:
     """Measure trained folds, and write their ensemble."""
     numbers = range(len(work.folds.splits))
     return finish_presence(work.folds, [read_json(work.folds.result_file(fold)) for fold in numbers])
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Job:
-    """A cross-validation as requested; see :func:`cross_validate`."""
-
-    data: DataSource
-    out: Path
-    config: RunConfig
-    folds: int | None
-    devices: str | None
-    jobs: int | None
-    init_from: Path | None
-
-    def run(self, finish: Callable[[_Work], T], on_progress: OnProgress) -> T:
-        """Train and predict the folds that are left, then finish."""
-        out, config = self.out, self.config
-        slots = fold_devices(self.devices, self.jobs, config_device=config.runtime.device)
-        for device in slots:
-            require_device(device or config.runtime.device)
-        require_place(out, CROSSVAL_FILE, "cross-validation", before=[SPLITS])
-        dealt = deal(self.data, out, config, folds=self.folds, init_from=self.init_from)
-        require_initial_networks(dealt)
-        count = len(dealt.splits)
-        with locked(out):
-            require_same(dealt)
-            progress = JobProgress(job="cross-validating", parts=count, scale=_FOLDS, on_progress=on_progress)
-            work = _Work(data=self.data, folds=dealt, slots=slots, progress=progress)
-            with resumable(out, lambda: work.stage):
-                work.all_folds()
-                work.stage = "the scores"
-                outcome = finish(work)
-            progress.end(f"{count} folds")
-            return outcome
 
 
 def measure_folds(folds: Folds, *, on_share: Callable[[float], None]) -> CrossValidation:

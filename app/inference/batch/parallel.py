@@ -17,7 +17,6 @@ from app.inference.batch.cohort import CaseObserver
 from app.inference.batch.job import CASE, PredictJob, job_from_plain
 from app.inference.batch.manifest import Outcome, this_worker
 from app.inference.batch.output_folder import at_work
-from app.inference.batch.predict import GPU_READERS
 from app.system.worker_pool import Send, TaskAttempt, TaskQueue, WorkerPool, be_worker, device_names, last_output
 from data.datasets.layouts import Case
 
@@ -98,7 +97,6 @@ class InProcesses:
                 on_lost=lost,
                 max_attempts=MAX_ATTEMPTS,
                 reuse=True,
-                ahead=1 if all((device or self.job.device) == "cpu" for device in self.devices) else GPU_READERS,
             ).run()
 
 
@@ -121,7 +119,7 @@ def _work(given: dict[str, Any], tasks: TaskQueue, send: Send) -> None:
     job = job_from_plain(given["job"])
     model, runtime = job.load()
     engine = job.engine(model, runtime, worker=given["name"], device=given["device"])
-    send({"ready": runtime.device_name})
+    send({"ready": runtime.device_name, "ahead": engine.steps.readers})
     cases = (CASE.validate_python(content) for _, content in iter(tasks.get, None))
     with at_work(job.output):
         engine.work(cases, _Reporter(send), stop_cases=lambda: tasks.put(None))

@@ -69,12 +69,7 @@ def case_content(
         "volumes_ml": {region: round(ml, 3) for region, ml in volumes.items()},
         **computed.trust.to_json(),
         "flags": [asdict(flag) for flag in computed.flags],
-        "labels": {
-            "convention": convention.name,
-            "necrosis": convention.necrosis,
-            "oedema": convention.oedema,
-            "enhancing": convention.enhancing,
-        },
+        "labels": {"convention": convention.name, **convention.by_tissue},
         "seconds": {step: round(spent, 3) for step, spent in seconds.items()},
         **computed.notes,
         **model.calibration.record(list(volumes.values()), complete=not computed.notes["missing_contrasts"]),

@@ -34,12 +34,9 @@ def sliding_logits(
     window: Size,
     overlap: float,
     runtime: Runtime,
-    batch: int = 1,
-    stitch_on: str | None = None,
-    half: bool = False,
     between_windows: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Compute the logits of a whole volume that is in CPU memory.
+    """Compute the logits of a whole volume that is in CPU memory, blended on the runtime's device.
 
     Windows are spread evenly, so that neighbours overlap by at least ``overlap``; a volume smaller than the window is
     padded with 0. Windows without any brain (all zero) are skipped.
@@ -50,24 +47,16 @@ def sliding_logits(
         window: size that the network was trained on, in voxels.
         overlap: minimum share of a window that its neighbour also covers, from 0 to below 1.
         runtime: device, precision, memory layout.
-        batch: windows per forward pass.
-        stitch_on: device on which windows are blended; None means the runtime's device.
-        half: blend in float16, for half the memory, as
-            :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
         between_windows: called before each forward pass; may raise to stop.
 
     Returns:
-        logits of shape (regions, X, Y, Z) on ``stitch_on``, float32, or float16 with ``half``; -30 where there is no
-        brain nearby.
+        float32 logits of shape (regions, X, Y, Z) on ``runtime.device``; -30 where there is no brain nearby.
     """
-    stitched = stitch_on or runtime.device_name
     return window_logits(
         network,
-        upload(torch.from_numpy(image), torch.device(stitched)),
+        upload(torch.from_numpy(image), runtime.device),
         place_windows(image, window, overlap),
         runtime=runtime,
-        batch=batch,
-        half=half,
         between_windows=between_windows,
     )
 
@@ -90,12 +79,13 @@ def window_logits(
         image: float32 or float16, shape (contrasts, X, Y, Z), on the CPU or on ``runtime.device``.
         windows: windows on the image.
         runtime: see :func:`sliding_logits`.
-        batch: see :func:`sliding_logits`.
-        half: see :func:`sliding_logits`.
+        batch: windows per forward pass.
+        half: blend in float16, for half the memory, as
+            :func:`app.inference.sliding_window.numpy_blend.stitched_logits` does.
         between_windows: see :func:`sliding_logits`.
 
     Returns:
-        logits as :func:`sliding_logits` returns them, on the device of the image.
+        logits as :func:`sliding_logits` returns them, on the device of the image; float16 with ``half``.
     """
     stitched = image.device
     padded = _padded(image, windows)

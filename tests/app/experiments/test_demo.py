@@ -14,7 +14,7 @@ from app.errors import RunError
 from app.experiments.demo import DemoResult, run_demo
 from app.progress import Progress
 from app.reports.demo import write_demo_page
-from data.datasets.layouts import find_cases, find_label_maps
+from data.datasets.layouts import find_cases, find_label_cases
 
 
 @pytest.fixture(scope="session")
@@ -38,7 +38,7 @@ def test_the_demo_leaves_all_it_promises(demo: DemoResult) -> None:
 
 def test_the_held_out_case_has_no_part_in_training(demo: DemoResult) -> None:
     split = json.loads((demo.page.parent / "run" / "split.json").read_text())
-    held_out = list(find_label_maps(demo.page.parent / "predictions"))
+    held_out = list(find_label_cases(demo.page.parent / "predictions"))
     assert [len(split["train"]), len(split["validation"]), len(held_out)] == [3, 1, 1]
     assert not {*split["train"], *split["validation"]} & set(held_out)
 
@@ -46,7 +46,7 @@ def test_the_held_out_case_has_no_part_in_training(demo: DemoResult) -> None:
 def test_the_table_scores_the_held_out_case(demo: DemoResult) -> None:
     with (demo.page.parent / "scores.csv").open(newline="", encoding="utf-8") as file:
         cases = [line["case"] for line in csv.DictReader(file)]
-    assert cases == [*find_label_maps(demo.page.parent / "predictions"), "mean", "median"]
+    assert cases == [*find_label_cases(demo.page.parent / "predictions"), "mean", "median"]
 
 
 def test_the_page_shows_the_case_and_loads_nothing_from_elsewhere(demo: DemoResult) -> None:

@@ -13,12 +13,14 @@ import torch
 
 from app.errors import RunError
 from app.exporting import export as exporting
-from app.exporting.export import FORMATS, export_run
+from app.exporting.export import export_run
 from app.exporting.parity import LARGEST_DIFFERENCE, Parity, compare_outputs
 from app.exporting.places import export_folder_when_complete
 from app.inference.model import load_model
 from app.runs.model_card import verify
 from app.system.device import without_avx2
+
+FORMATS = ("openvino", "onnx", "monai-bundle")
 
 Call = Callable[..., Any]
 with_openvino = pytest.mark.usefixtures("openvino_computes")

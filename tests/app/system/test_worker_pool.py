@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,20 +103,52 @@ def test_workers_that_cannot_begin_end_with_their_reason(run: Callable[..., Seen
         run("a", "b", first="refuse")
 
 
-def test_a_worker_stops_when_its_parent_is_gone(tmp_path: Path) -> None:
-    environment = worker_environment(None, 1, given=dict(os.environ))
-    command = [sys.executable, "-P", str(Path(__file__).with_name("pool_worker.py"))]
-    with subprocess.Popen(
-        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as worker:
-        assert worker.stdin is not None
-        lines = [{"job": {"mark": "", "first": ""}}, {"task": "wait 0", "content": "wait"}]
-        worker.stdin.writelines(json.dumps(line) + "\n" for line in lines)
-        worker.stdin.close()
-        worker.stdin = None
-        out, _ = worker.communicate(timeout=30)
+@pytest.fixture
+def begun() -> Iterator[Callable[[str], subprocess.Popen[str]]]:
+    """Start a worker that has begun a task."""
+    processes = []
+
+    def start(task: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-P", str(Path(__file__).with_name("pool_worker.py"))]
+        environment = worker_environment(None, 1, given=dict(os.environ))
+        worker = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        processes.append(worker)
+        assert worker.stdin
+        assert worker.stdout
+        lines = [{"job": {"mark": "", "first": ""}}, {"task": "0", "content": task}]
+        worker.stdin.write("".join(json.dumps(line) + "\n" for line in lines))
+        worker.stdin.flush()
+        assert any("half" in line for line in worker.stdout)
+        return worker
+
+    yield start
+    for worker in processes:
+        worker.kill()
+        worker.communicate()
+
+
+@pytest.mark.parametrize(
+    ("task", "error"),
+    [("wait", "InterruptedRunError"), ("save", "RunError"), ("train to the end", "InterruptedRunError")],
+)
+def test_a_worker_stops_when_its_parent_is_gone_as_soon_as_it_has_saved(
+    task: str, error: str, begun: Callable[[str], subprocess.Popen[str]]
+) -> None:
+    worker = begun(task)
+    out, _ = worker.communicate(timeout=30)
     assert worker.returncode == 1
-    assert '"error": "InterruptedRunError"' in out
+    assert f'"error": "{error}"' in out
+
+
+def test_a_signal_that_a_worker_gets_in_a_finalizer_stops_it(begun: Callable[[str], subprocess.Popen[str]]) -> None:
+    assert begun("signal in a finalizer").wait(timeout=30) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,7 +159,7 @@ def test_a_worker_stops_when_its_parent_is_gone(tmp_path: Path) -> None:
 def test_a_worker_receives_several_tasks_early_if_there_are_enough(
     ahead: int, tasks: int, held: list[int], tmp_path: Path
 ) -> None:
-    slots = [SimpleNamespace(ready=True, held=[], send=lambda _: None) for _ in held]
+    slots = [SimpleNamespace(ready=False, held=[], send=lambda _: None) for _ in held]
     pool = WorkerPool(
         module="",
         job=lambda *_: {},
@@ -138,9 +170,8 @@ def test_a_worker_receives_several_tasks_early_if_there_are_enough(
         on_done=lambda *_: None,
         on_lost=lambda *_: None,
         reuse=True,
-        ahead=ahead,
     )
     pool._waiting, pool._attempts, pool._slots = deque(pool.tasks), Counter(), cast(Any, slots)
     for slot in slots:
-        pool._hand_out(cast(Any, slot))
+        pool._handle(cast(Any, slot), {"ready": "cuda:0", "ahead": ahead})
     assert [len(slot.held) for slot in slots] == held

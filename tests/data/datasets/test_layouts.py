@@ -11,7 +11,7 @@ import pytest
 
 from data.datasets import layouts
 from data.datasets.label_stats import convention_of
-from data.datasets.layouts import Case, case_from_files, decide_for, find_cases, find_label_maps
+from data.datasets.layouts import Case, case_from_files, decide_for, find_cases, find_label_cases
 from data.datasets.patients import patient_of
 from data.errors import DataError
 from data.labels import CONTRASTS, Contrast
@@ -130,13 +130,13 @@ def test_a_folder_without_a_case_is_refused_with_the_naming_rules(tmp_path: Path
         find_cases(tmp_path)
 
 
-@pytest.mark.parametrize("find", [find_cases, find_label_maps])
+@pytest.mark.parametrize("find", [find_cases, find_label_cases])
 def test_a_missing_folder_is_refused(tmp_path: Path, find: object) -> None:
     with pytest.raises(DataError, match="nowhere: does not exist"):
         find(tmp_path / "nowhere")  # type: ignore[operator]  # either function
 
 
-@pytest.mark.parametrize("find", [find_cases, find_label_maps])
+@pytest.mark.parametrize("find", [find_cases, find_label_cases])
 def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path, find: object) -> None:
     touch(tmp_path, "a_t1.nii.gz")
     with pytest.raises(DataError, match=r"a_t1\.nii\.gz: is a file; give the folder"):
@@ -205,30 +205,30 @@ def test_the_patient_of_a_case_is_told_from_its_id(case_id: str, patient: str) -
 @pytest.mark.parametrize("name", ["a.nii.gz", "a_seg.nii.gz", "a-seg.nii", "A_SEG.NII.GZ", "a_seg/a_seg.nii"])
 def test_a_label_map_is_found_flat_or_in_a_folder(tmp_path: Path, name: str) -> None:
     touch((tmp_path / name).parent, Path(name).name)
-    (found,) = find_label_maps(tmp_path).items()
-    assert (found[0].lower(), found[1]) == ("a", tmp_path / name)
+    (found,) = find_label_cases(tmp_path).items()
+    assert (found[0].lower(), found[1].label) == ("a", tmp_path / name)
 
 
 def test_images_are_not_taken_for_label_maps(tmp_path: Path) -> None:
     folder = touch(make_case(tmp_path / "a", NAMES_2023, seg="-seg"), "a_mask.nii.gz")
-    assert find_label_maps(tmp_path) == {"a": folder / "a-seg.nii.gz"}
+    assert {name: case.label for name, case in find_label_cases(tmp_path).items()} == {"a": folder / "a-seg.nii.gz"}
 
 
 def test_label_maps_come_in_the_order_of_their_ids(tmp_path: Path) -> None:
     touch(tmp_path, "c.nii.gz", "a_seg.nii.gz", "b.nii")
-    assert list(find_label_maps(tmp_path)) == ["a", "b", "c"]
+    assert list(find_label_cases(tmp_path)) == ["a", "b", "c"]
 
 
 def test_two_label_maps_for_one_case_are_refused_with_both(tmp_path: Path) -> None:
     touch(tmp_path, "a.nii.gz", "a_seg.nii.gz")
     with pytest.raises(DataError, match=r"case a has two label maps: .*a\.nii\.gz and .*a_seg\.nii\.gz"):
-        find_label_maps(tmp_path)
+        find_label_cases(tmp_path)
 
 
 def test_a_folder_of_images_alone_holds_no_label_map(tmp_path: Path) -> None:
     make_case(tmp_path / "a")
     with pytest.raises(DataError, match="no label map found; expected"):
-        find_label_maps(tmp_path)
+        find_label_cases(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_files_of_one_case_in_two_unicode_forms_are_one_case(tmp_path: Path) -> 
 
 def test_label_maps_are_found_under_the_composed_form(tmp_path: Path) -> None:
     touch(tmp_path, "Zoe\u0308.nii.gz")
-    assert list(find_label_maps(tmp_path)) == ["Zo\u00eb"]
+    assert list(find_label_cases(tmp_path)) == ["Zo\u00eb"]
 
 
 @pytest.mark.parametrize(

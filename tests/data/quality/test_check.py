@@ -77,6 +77,17 @@ def test_a_missing_contrast_is_a_problem_of_its_case_alone(tmp_path: Path) -> No
     assert checked(tmp_path)["b"].contrasts == ("t1", "t1c", "flair")
 
 
+@pytest.mark.parametrize("names", [["t1"], ["t1", "t2"]])
+@pytest.mark.parametrize("unrecognised", [[], ["b_dwi.nii.gz"]])
+def test_missing_contrasts_have_a_kind(tmp_path: Path, names: list[str], unrecognised: list[str]) -> None:
+    folder = write_case(tmp_path, "b")
+    for name in names:
+        (folder / f"b_{name}.nii.gz").unlink()
+    for name in unrecognised:
+        save(folder / name, [0, 5, 7, 9])
+    assert [finding.kind for finding in checked(tmp_path)["b"].findings] == ["missing contrast"]
+
+
 def test_a_contrast_on_another_grid_is_a_problem(tmp_path: Path) -> None:
     affine = LPS.copy()
     affine[2, 3] = 3

@@ -53,11 +53,13 @@ def options(tiny_settings: list[str]) -> list[str]:
 @pytest.fixture(scope="module")
 def finished(phantoms: Path, tiny_settings: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The cross-validation of these options, ended well; tests read it and leave it as it is."""
-    from app.experiments.crossval.run import cross_validate
+    from app.experiments.crossval.run import CrossValidation, cross_validate
     from app.reports.crossval import write_crossval_page
 
     out = tmp_path_factory.mktemp("crossval") / "out"
-    write_crossval_page(cross_validate(DataSource(phantoms), out, load_config("laptop", tiny_settings), folds=2))
+    outcome = cross_validate(DataSource(phantoms), out, load_config("laptop", tiny_settings), folds=2)
+    assert isinstance(outcome, CrossValidation)
+    write_crossval_page(outcome)
     return out
 
 

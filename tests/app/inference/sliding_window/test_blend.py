@@ -196,7 +196,8 @@ def test_logits_blended_in_float16_are_those_in_float32_but_for_rounding() -> No
     image = noise(4, 40, 36, 20)
     image[:, :24, :24] = 0
     whole = logits_of(FirstThree(), image)
-    half = sliding_logits(FirstThree(), image.numpy(), window=(16, 16, 16), overlap=0.5, runtime=cpu(), half=True)
+    windows = place_windows(image.numpy(), (16, 16, 16), 0.5)
+    half = window_logits(FirstThree(), image, windows, runtime=cpu(), half=True)
     assert half.dtype is torch.float16
     assert torch.equal(half == -30, whole == -30)
     torch.testing.assert_close(half.float(), whole, rtol=5e-3, atol=5e-3)

@@ -21,10 +21,10 @@ from app.inference.backends.choose import choose_backend
 from app.inference.backends.executors import OpenvinoEngine, TorchEngine, needed_bytes
 from app.inference.model import Model, Predictor, load_model
 from app.inference.probabilities import fallback_for, predict_answer
-from app.inference.sliding_window.grid import rounded_up, smaller
+from app.inference.sliding_window.grid import place_windows, rounded_up, smaller
 from app.inference.sliding_window.memory_fallback import GB, ComputePlan, MemoryFallback, next_plan
 from app.inference.sliding_window.numpy_blend import resized, stitched_logits
-from app.inference.sliding_window.torch_blend import sliding_logits
+from app.inference.sliding_window.torch_blend import sliding_logits, window_logits
 from app.system.device import Runtime, RuntimeConfig, choose_runtime
 from app.system.resources import Memory
 from data.datasets.layouts import find_cases
@@ -189,9 +189,9 @@ def test_numpy_stitches_windows_as_torch_does(shape: tuple[int, ...], batch: int
 @torch.inference_mode()
 def test_torch_gives_the_same_with_several_windows_at_once() -> None:
     image, runtime = an_image(40, 36, 20), choose_runtime(RuntimeConfig(device="cpu", precision="float32"))
+    windows = place_windows(image, (16, 16, 16), 0.5)
     one, some = (
-        sliding_logits(Blur(), image, window=(16, 16, 16), overlap=0.5, runtime=runtime, batch=b, stitch_on="cpu")
-        for b in (1, 4)
+        window_logits(Blur(), torch.from_numpy(image), windows, runtime=runtime, batch=batch) for batch in (1, 4)
     )
     torch.testing.assert_close(one, some)
 
