@@ -110,7 +110,7 @@ def presence_lines(outcome: PresenceCrossValidation) -> list[str]:
     lines = ["cases that a fold's network was not trained on", terminal.table(scores.rows()), *scores.remarks()]
     for name, one in outcome.fitted.items():
         if not one.decision.tuned:
-            lines.append(f"{name}: all cases are of one kind, so nothing was tuned")
+            lines.append(f"{name}: {one.untuned_because}")
             continue
         lines.append(
             f"{name}: with thresholds tuned on the other folds, sensitivity {one.sensitivity:.3f} and specificity "

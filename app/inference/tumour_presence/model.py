@@ -40,12 +40,17 @@ class Decision:
     """How one output's logit becomes a calibrated probability and a decision."""
 
     slope: float = 1.0
-    """Platt scaling: the calibrated logit is slope times logit plus intercept (Platt 1999)."""
+    """Platt scaling: the calibrated logit is slope times logit plus intercept (Platt 1999). Above 0: otherwise the slab
+    with the largest logit of a case would not be the one with the largest probability."""
     intercept: float = 0.0
     threshold: float = UNTUNED
     """The output counts as present from this calibrated probability on."""
     tuned: bool = False
     """Whether a cross-validation fitted these numbers on out-of-fold answers."""
+
+    def __post_init__(self) -> None:
+        if not self.slope > 0:
+            raise ValueError(f"slope {self.slope:g} of the calibration, which must be above 0")
 
     def probability(self, logits: FloatArray) -> FloatArray:
         """Return calibrated probabilities.
