@@ -17,6 +17,7 @@ from app.inference.ensemble import CROSSVAL_FILE, ENSEMBLE_FILE, ENSEMBLE_FOLDER
 from app.runs.checkpoints import load_newest
 from app.runs.folder import read_json
 from app.runs.model_card import is_presence, newest_best
+from app.runs.published import MODELS
 from app.system.device import Runtime
 from data.contrasts import presence_mask
 from data.labels import CONTRASTS, Contrast
@@ -135,6 +136,11 @@ def load_presence(folder: Path, runtime: Runtime) -> PresenceModel:
     Raises:
         RunError: the folder is something else, or its weights are missing, damaged or replaced.
     """
+    if not folder.exists() and (published := MODELS.get(str(folder))) is not None:
+        raise RunError(
+            f"{folder}: a published model for {published.task}, not for presence. Give a run of znormseg train "
+            "--config presence, or the ensemble of its cross-validation."
+        )
     if not folder.is_dir():
         raise RunError(f"{folder}: {'not a folder' if folder.exists() else 'does not exist'}; give a presence run")
     if (folder / CROSSVAL_FILE).exists():
